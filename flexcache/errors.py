@@ -1,0 +1,124 @@
+"""Every error a user can meet, in one small tree.
+
+    FlexCacheError
+    ├── ConfigError          a configuration that cannot be meant: unknown key, bad value
+    ├── DocumentsError       a corpus that cannot be read, or an empty document
+    ├── SiteError            a site or layer that the model does not have
+    ├── PlanError            a plan that cannot be carried out: no room on the disk, nothing to keep
+    ├── CaptureError         a forward that did not deliver what the plan needs
+    │   └── RangeError       a value that the storage dtype cannot hold, or that is not finite
+    ├── StoreError           a folder that is not what it should be
+    │   ├── VersionError     a store written by a newer version
+    │   ├── MismatchError    a store that was made from something else
+    │   ├── UncommittedError rows that have not been captured yet
+    │   └── DamagedError     bytes that are missing or changed
+    └── AnalysisError        a question that the data cannot answer
+
+Each says where, what was expected, what was found, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class FlexCacheError(Exception):
+    """Base of all errors; ``str()`` gives the message and, on lines of their own, the parts that are known."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: str | None = None,
+        expected: str | None = None,
+        found: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.message = message
+        self.where = where
+        self.expected = expected
+        self.found = found
+        self.remedy = remedy
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        parts = {
+            "where": self.where,
+            "expected": self.expected,
+            "found": self.found,
+            "what to do": self.remedy,
+        }
+        return "\n".join([self.message, *(f"  {name}: {text}" for name, text in parts.items() if text)])
+
+    def __reduce__(self) -> tuple:
+        return _rebuild, (type(self), self.message, self.where, self.expected, self.found, self.remedy)
+
+
+def _rebuild(
+    cls: type[FlexCacheError],
+    message: str,
+    where: str | None,
+    expected: str | None,
+    found: str | None,
+    remedy: str | None,
+) -> FlexCacheError:
+    return cls(message, where=where, expected=expected, found=found, remedy=remedy)
+
+
+class ConfigError(FlexCacheError):
+    """A configuration that cannot be meant."""
+
+
+class DocumentsError(FlexCacheError):
+    """A corpus that cannot be read, or a document that cannot be used."""
+
+
+class SiteError(FlexCacheError):
+    """A site or layer that the model does not have."""
+
+
+class PlanError(FlexCacheError):
+    """A plan that cannot be carried out."""
+
+
+class CaptureError(FlexCacheError):
+    """A forward that did not deliver what the plan needs."""
+
+
+class RangeError(CaptureError):
+    """A value that is not finite, or that the storage dtype cannot hold."""
+
+
+class StoreError(FlexCacheError):
+    """A folder that is not the store it should be."""
+
+
+class VersionError(StoreError):
+    """A store written by a newer version of the format."""
+
+
+class MismatchError(StoreError):
+    """A store that was made from another model, corpus or configuration."""
+
+
+class UncommittedError(StoreError):
+    """Rows that have not been captured yet."""
+
+
+class DamagedError(StoreError):
+    """Bytes of a store that are missing or changed."""
+
+
+class AnalysisError(FlexCacheError):
+    """A question that the data cannot answer."""
+
+
+def nearest(name: str, names: list[str] | tuple[str, ...]) -> str:
+    """Return a sentence part that lists *names*, the one closest to *name* first.
+
+    >>> nearest("resid_pots", ["mlp_out", "resid_post"])
+    'did you mean resid_post? There are: mlp_out, resid_post'
+    """
+    import difflib
+
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    listed = ", ".join(names[:40]) + (f", … ({len(names)} in all)" if len(names) > 40 else "")
+    return f"did you mean {close[0]}? There are: {listed}" if close else f"there are: {listed}"

@@ -1,0 +1,131 @@
+"""Sites: the places in a model that produce activations, by the field's short names or by module path."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from flexcache.errors import ConfigError, SiteError, nearest
+
+Side = Literal["input", "output"]
+Layers = Literal["all"] | int | str | Sequence[int]
+
+STANDARD: dict[str, str] = {
+    "resid_pre": "the residual stream that enters a block",
+    "resid_post": "the residual stream that leaves a block",
+    "attn_out": "what attention adds to the residual stream (after a post-norm, where there is one)",
+    "mlp_out": "what the MLP adds to the residual stream (after a post-norm, where there is one)",
+    "mlp_post": "what the MLP's down-projection reads: its hidden neurons after the non-linearity",
+}
+FEATURE_DIM = {"mlp_post": "neuron"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a model: one of `STANDARD`, present in every block, or a module path or glob with a side.
+
+    `Site.parse("resid_post")` is a standard site; `Site.parse("model.layers.*.mlp.up_proj:input")` is what
+    every module that the glob matches reads. A path without a side means the module's output.
+    """
+
+    name: str
+    side: Side = "output"
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """Read a site as users write it.
+
+        Raises
+        ------
+        SiteError
+            The text is empty or names a side other than ``input`` and ``output``, or looks like a
+            misspelt standard name.
+        """
+        name, colon, side = text.strip().partition(":")
+        if not name or (colon and side not in ("input", "output")):
+            raise SiteError(
+                f"site {text!r} cannot be read",
+                expected=f"one of {', '.join(STANDARD)}, or a module path such as model.layers.3.mlp:input",
+                found=repr(text),
+                remedy="after the colon write input or output, or leave the colon out for the output",
+            )
+        if name in STANDARD and colon:
+            raise SiteError(
+                f"site {name} has no side",
+                found=repr(text),
+                remedy=f"write {name}; a side belongs to a module path",
+            )
+        if name not in STANDARD and re.fullmatch(r"[a-z]+_[a-z]+", name):
+            close = nearest(name, tuple(STANDARD))
+            if close.startswith("did you mean"):
+                raise SiteError(f"there is no site {name!r}", remedy=close)
+        return cls(name, "input" if side == "input" else "output")
+
+    @property
+    def standard(self) -> bool:
+        """Whether the site exists once per block, and is stored as one (layer, token, …) array."""
+        return self.name in STANDARD
+
+    @property
+    def array(self) -> str:
+        """The name of the site's array in a store; for a glob, of each match, see `array_name`."""
+        return self.name if self.standard else array_name(self.name, self.side)
+
+    @property
+    def feature_dim(self) -> str:
+        """The name of the array's last dim: ``hidden``, ``neuron``, or ``feature_<array>``."""
+        return FEATURE_DIM.get(self.name, "hidden") if self.standard else f"feature_{self.array}"
+
+    def __str__(self) -> str:
+        return self.name if self.standard or self.side == "output" else f"{self.name}:{self.side}"
+
+
+def array_name(module: str, side: Side) -> str:
+    """Return the store's array name for a module path: the path itself, with ``.input`` for its input."""
+    return module if side == "output" else f"{module}.input"
+
+
+def resolve_layers(layers: Layers, depth: int) -> tuple[int, ...]:
+    """Return the sorted layer numbers that *layers* means in a model of *depth* blocks.
+
+    ``"all"``; one number; a list; a slice as text, ``"8:24"`` or ``"::4"``. Negative numbers count from the
+    end, as in Python.
+
+    >>> resolve_layers("all", 3), resolve_layers([0, -1], 12), resolve_layers("2:8:3", 12)
+    ((0, 1, 2), (0, 11), (2, 5))
+
+    Raises
+    ------
+    SiteError
+        A layer that the model does not have, or none at all.
+    ConfigError
+        Text that is no slice.
+    """
+    if isinstance(layers, bool):
+        raise ConfigError("layers cannot be true or false", expected="all, a number, a list, or 8:24")
+    if isinstance(layers, str):
+        if layers == "all":
+            return tuple(range(depth))
+        if re.fullmatch(r"-?\d+", layers):
+            return resolve_layers(int(layers), depth)
+        if not re.fullmatch(r"(-?\d+)?:(-?\d+)?(:-?\d+)?", layers):
+            raise ConfigError(f"layers {layers!r} cannot be read", expected="all, a number, a list, or 8:24")
+        parts = [int(part) if part else None for part in layers.split(":")]
+        if parts[2:] == [0]:
+            raise ConfigError(f"layers {layers!r} has a step of 0", expected="a step other than 0")
+        found = tuple(sorted(range(depth)[slice(*parts)]))
+    else:
+        asked = (layers,) if isinstance(layers, int) else tuple(layers)
+        bad = [layer for layer in asked if not -depth <= layer < depth]
+        if bad:
+            raise SiteError(
+                f"the model has no layer {', '.join(map(str, bad))}",
+                expected=f"layers from 0 to {depth - 1}, or from -{depth} to -1 counted from the end",
+                found=str(list(asked)),
+            )
+        found = tuple(sorted({layer % depth for layer in asked}))
+    if not found:
+        raise SiteError(f"layers {layers!r} selects no layer of {depth}", remedy="write all, or a wider range")
+    return found
