@@ -1,0 +1,5 @@
+"""Documents: what a corpus holds, read in batches from files, tables or dicts, so that it may be larger than memory."""
+
+from flexcache.documents.documents import RESERVED, Documents, open_documents
+
+__all__ = ["RESERVED", "Documents", "open_documents"]

@@ -1,0 +1,274 @@
+"""Documents that come as dicts: of an iterable, of JSON Lines, or made of text files."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from flexcache.documents.sources import CorpusFile, Item, Roles
+from flexcache.errors import DocumentsError, nearest
+
+CHUNK_BYTES = 32 << 20  # a chunk of dicts ends here even if it has fewer documents than a batch
+
+
+class RecordSource:
+    """Dicts, one for each document.
+
+    *items* starts a pass over them. They are read once when opened, to check them and to find types: a label that is
+    a whole number in one place and a fraction in another is a fraction everywhere. With *once*, *items* is called
+    only once, and the first *rows* documents decide the columns and their types.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        items: Callable[[], Iterable[Item]],
+        roles: Roles,
+        *,
+        files: list[CorpusFile] | None = None,
+        once: bool = False,
+        rows: int = 1024,
+    ) -> None:
+        self.kind, self.files, self._roles = kind, files or [], roles
+        self.count: int | None = None
+        self._content: str | None = None  # the one of text and tokens that the first document has
+        self._has_id = False
+        self._items: Callable[[], Iterable[Item]] | None = items
+        self._once = once
+        types: dict[str, pa.DataType] = {}
+        if once:
+            stream = iter(items())
+            first = next(_chunks(stream, rows), [])
+            self._items = lambda: itertools.chain(first, stream)
+            self._see(types, first)
+        else:
+            self.count = 0
+            for chunk in _chunks(items(), rows):
+                self._see(types, chunk)
+                self.count += len(chunk)
+        self.schema = pa.schema(list(types.items()))
+
+    def read(self, columns: list[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
+        """Yield (where, batch); see `flexcache.documents.sources.Source`."""
+        if self._items is None:
+            raise DocumentsError(
+                "the documents come from a generator, which was read already",
+                remedy="give a list, a file, or an object that starts anew with each iteration",
+            )
+        items = self._items()
+        if self._once:
+            self._items = None
+        known = {*self.schema.names, self._roles.id, self._roles.text, self._roles.tokens}
+        for chunk in _chunks(items, rows):
+            where = [place for place, _ in chunk]
+            records = [self._checked(*item) for item in chunk]
+            for place, record in zip(where, records):
+                if not known.issuperset(record):
+                    raise DocumentsError(
+                        f"column {next(name for name in record if name not in known)!r} was not there at first",
+                        where=place,
+                        expected=", ".join(self.schema.names),
+                        remedy="give every document every label (None where unknown), or give a list",
+                    )
+            arrays = [
+                _array(
+                    [self._value(record, name) for record in records],
+                    None if name == self._roles.tokens else self.schema.field(name).type,
+                    name,
+                    where,
+                )
+                for name in columns
+            ]
+            yield "", pa.RecordBatch.from_arrays(arrays, columns)
+
+    def _see(self, types: dict[str, pa.DataType], chunk: list[Item]) -> None:
+        where = [place for place, _ in chunk]
+        records = [self._checked(*item) for item in chunk]
+        for name in dict.fromkeys(itertools.chain.from_iterable(records)):
+            if not isinstance(name, str):
+                raise DocumentsError("a column's name is text", where=where[0], found=repr(name))
+            if name == self._content or name == self._roles.id:
+                if name == self._content or self._has_id:
+                    types[name] = pa.list_(pa.int32()) if name == self._roles.tokens else pa.string()
+            elif name not in (
+                self._roles.text,
+                self._roles.tokens,
+            ):  # the other of the two is null throughout
+                values = _array([self._value(record, name) for record in records], None, name, where)
+                types[name] = _promoted(types.get(name, pa.null()), values.type, name, f"{where[0]} or later")
+
+    def _value(self, record: Mapping[str, Any], name: str) -> Any:
+        value: Any = record.get(name)
+        if name == self._roles.id and not isinstance(value, str):
+            return str(operator.index(value))
+        return value.tolist() if hasattr(value, "tolist") else value
+
+    def _checked(self, where: str, record: Any) -> Mapping[str, Any]:
+        if not isinstance(record, Mapping):
+            raise DocumentsError(
+                "a document that is not a dict",
+                where=where,
+                expected='a dict such as {"id": "a", "text": "…"}',
+                found=type(record).__name__,
+                remedy="give dicts, or a pyarrow Table (of a DataFrame: pyarrow.Table.from_pandas(frame))",
+            )
+        roles = self._roles
+        present = [role for role in (roles.text, roles.tokens) if role and record.get(role) is not None]
+        if len(present) != 1:
+            raise content_error([str(name) for name in record], roles, where, both=len(present) == 2)
+        content, has_id = present[0], record.get(roles.id) is not None
+        if self._content is None:
+            self._content, self._has_id = content, has_id or roles.id != "id"
+        if content != self._content:
+            raise DocumentsError(
+                "documents of text and documents of tokens are mixed",
+                where=where,
+                expected=f"{self._content}, as in the first document",
+                found=content,
+                remedy="make two stores",
+            )
+        if content == roles.text and not isinstance(record[content], str):
+            found = type(record[content]).__name__
+            raise DocumentsError("a text that is not a string", where=where, expected="a string", found=found)
+        if has_id != self._has_id:
+            raise DocumentsError(
+                "some documents have an id and some have none",
+                where=where,
+                expected=f"{roles.id} in every document" if self._has_id else "no id, as in the first document",
+                found=", ".join(map(str, record)),
+                remedy="give every document an id, or none",
+            )
+        if has_id and not isinstance(record[roles.id], str) and not _is_whole(record[roles.id]):
+            raise bad_id(type(record[roles.id]).__name__, where)
+        return record
+
+
+def content_column(names: list[str], roles: Roles, where: str | None) -> str:
+    """Return the one of the text and the tokens column that is among *names*.
+
+    Raises
+    ------
+    DocumentsError
+        Neither is, or both are.
+    """
+    present = [role for role in (roles.text, roles.tokens) if role and role in names]
+    if len(present) != 1:
+        raise content_error(names, roles, where, both=len(present) == 2)
+    return present[0]
+
+
+def content_error(names: list[str], roles: Roles, where: str | None, *, both: bool) -> DocumentsError:
+    """Return the error for a document, or a file, that has not exactly one of text and tokens."""
+    wanted = [role for role in (roles.text, roles.tokens) if role]
+    found, expected = ", ".join(names) or "nothing", " or ".join(wanted)
+    if both:
+        return DocumentsError(
+            "both text and tokens are there",
+            where=where,
+            expected=expected,
+            found=found,
+            remedy="say which to leave: text=None or tokens=None, and labels=[…] for the labels to keep",
+        )
+    if any(role in names for role in wanted):
+        return DocumentsError(
+            "a document without text: it is null",
+            where=where,
+            expected=expected,
+            found="null",
+            remedy="leave it out",
+        )
+    if "messages" in names:
+        return DocumentsError(
+            "documents of chat messages cannot be read yet",
+            where=where,
+            expected=expected,
+            found=found,
+            remedy="apply the tokenizer's chat template first, and give the text",
+        )
+    remedy = f"name the column, as in text='body'; {nearest(wanted[0], names)}" if names and wanted else None
+    return DocumentsError("no text and no tokens", where=where, expected=expected, found=found, remedy=remedy)
+
+
+def bad_id(found: str, where: str | None) -> DocumentsError:
+    """Return the error for an id that is neither text nor a whole number."""
+    return DocumentsError(
+        "an id that is neither text nor a whole number",
+        where=where,
+        expected="text or a whole number",
+        found=found,
+    )
+
+
+def iterable_items(documents: Iterable[Any]) -> Iterator[Item]:
+    """Yield the items of an iterable with where they are."""
+    for index, document in enumerate(documents):
+        yield f"document {index}", document
+
+
+def _chunks(items: Iterable[Item], rows: int) -> Iterator[list[Item]]:
+    chunk: list[Item] = []
+    size = 0
+    for item in items:
+        chunk.append(item)
+        if isinstance(item[1], Mapping):
+            size += sum(len(value) for value in item[1].values() if isinstance(value, str | list))
+        if len(chunk) == rows or size > CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+_NOT_ARROW = (pa.ArrowException, UnicodeError, OverflowError, TypeError, ValueError)
+
+
+def _array(values: list[Any], kind: pa.DataType | None, name: str, where: list[str]) -> pa.Array:
+    """Return *values* as an Arrow array, or raise the error of the first one that does not fit."""
+    try:
+        return _safe(values, kind)
+    except _NOT_ARROW as error:
+        so_far = kind or pa.null()
+        for value, place in zip(values, where):
+            try:
+                found = _safe([value], kind).type
+            except _NOT_ARROW as reason:
+                broken = isinstance(reason, UnicodeError)
+                raise DocumentsError(
+                    f"column {name!r} holds {'broken Unicode' if broken else 'a value that does not fit'}",
+                    where=place,
+                    expected="text that can be written as UTF-8" if broken else str(kind or "a type that Arrow knows"),
+                    found=f"{type(value).__name__} {repr(value)[:60]}",
+                ) from reason
+            so_far = _promoted(so_far, found, name, place)
+        raise DocumentsError(f"column {name!r} has mixed types", where=where[0], found=str(error)) from error
+
+
+def _safe(values: list[Any], kind: pa.DataType | None) -> pa.Array:
+    array = pa.array(values)  # given a type, it would cut 1.5 to an integer without a word
+    return array if kind is None or array.type == kind else array.cast(kind)
+
+
+def _promoted(one: pa.DataType, two: pa.DataType, name: str, where: str) -> pa.DataType:
+    try:
+        schemas = [pa.schema([(name, kind)]) for kind in (one, two)]
+        return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    except pa.ArrowException as error:
+        raise DocumentsError(
+            f"column {name!r} changes its type",
+            where=where,
+            expected=str(one),
+            found=str(two),
+            remedy="write it in one type throughout",
+        ) from error
+
+
+def _is_whole(value: Any) -> bool:
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
