@@ -1,0 +1,192 @@
+"""What a capture is asked for: the part of a configuration that determines the bytes of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+import ml_dtypes
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from flexcache.errors import ConfigError, nearest
+from flexcache.plan import RowSelection
+from flexcache.site import Layers, Site
+
+DTypeName = Literal["bfloat16", "float16", "float32"]
+DTYPES: dict[str, np.dtype] = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
+
+SitesLike = str | Sequence[str | Mapping[str, Any]] | Mapping[str, Layers]
+
+
+def parse_sites(sites: Any, layers: Any = "all") -> dict[str, Any]:
+    """Return sites as a mapping from each site's canonical text to its layers.
+
+    One site, a list of sites that all take *layers*, a mapping ``{site: layers}``, or a list that mixes names
+    with ``{"site": …, "layers": …}``. A module path names its own layer, so it takes none.
+
+    Raises
+    ------
+    ConfigError
+        Another form, no site at all, or one twice.
+    SiteError
+        A site that cannot be read.
+    """
+    form = "a site, a list of sites, or a mapping from site to layers"
+    if isinstance(sites, str):
+        pairs: list[tuple[Any, Any]] = [(sites, layers)]
+    elif isinstance(sites, Mapping):
+        pairs = list(sites.items())
+    elif isinstance(sites, Sequence):
+        pairs = []
+        for item in sites:
+            if isinstance(item, Mapping):
+                unknown = [key for key in item if key not in ("site", "layers")]
+                if unknown or "site" not in item:
+                    raise ConfigError(
+                        "a site in the list cannot be read",
+                        expected="keys site and layers",
+                        found=str(dict(item)),
+                    )
+                pairs.append((item["site"], item.get("layers", layers)))
+            else:
+                pairs.append((item, layers))
+    else:
+        raise ConfigError("sites cannot be read", expected=form, found=repr(sites))
+    result: dict[str, Any] = {}
+    for text, asked in pairs:
+        if not isinstance(text, str):
+            raise ConfigError("sites cannot be read", expected=form, found=repr(text))
+        site = Site.parse(text)
+        if str(site) in result:
+            raise ConfigError(f"site {site} is given twice", remedy="write all its layers in one place")
+        result[str(site)] = _plain_layers(asked) if site.standard else "all"
+    if not result:
+        raise ConfigError("no site is given", expected=form, remedy="for example sites: [resid_post]")
+    return result
+
+
+def _plain_layers(layers: Any) -> Any:
+    if isinstance(layers, str | int):
+        return layers
+    return [int(layer) for layer in layers]
+
+
+class Spec(BaseModel):
+    """What determines the bytes of a store beside model, tokenizer and corpus. Stored in it and compared on resume."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sites: Annotated[dict[str, Any], BeforeValidator(parse_sites)]
+    rows: RowSelection = Field("all", description="which tokens of a document become rows")
+    dtype: DTypeName | Literal["auto"] = Field("auto", description="as stored; auto is as computed")
+    max_length: int | None = Field(None, ge=1, description="tokens of a document after which it is truncated")
+    batch_tokens: int = Field(4096, ge=1, description="most tokens of a forward, padding included")
+    seed: int = Field(0, ge=0, description="of the order of batches within a unit")
+    compression: Literal["none", "zstd"] = "none"
+    keep_text: bool = Field(True, description="whether documents.parquet holds the texts or their hashes")
+    empty_documents: Literal["error", "skip"] = "error"
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of a store.
+
+    Attributes
+    ----------
+    name : str
+        In the store: a standard site, or a module path.
+    site : str
+        As the user wrote it.
+    layers : tuple of int, or None
+        Captured layers of a stacked array; None for a module path.
+    depth : int or None
+        Layers of the model, which is the first dim of a stacked array.
+    features : int
+        Length of a row, in values.
+    feature_dim : str
+        Name of the last dim.
+    dtype : str
+        As stored.
+    """
+
+    name: str
+    site: str
+    layers: tuple[int, ...] | None
+    depth: int | None
+    features: int
+    feature_dim: str
+    dtype: str
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of one layer."""
+        return self.features * DTYPES[self.dtype].itemsize
+
+    @property
+    def slices(self) -> tuple[int | None, ...]:
+        """The captured layers, or None once for an array that has no layers."""
+        return (None,) if self.layers is None else self.layers
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """Names of the array's dims."""
+        return ("token", self.feature_dim) if self.layers is None else ("layer", "token", self.feature_dim)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the array as plain values."""
+        return {**asdict(self), "layers": None if self.layers is None else list(self.layers)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ArraySpec:
+        """Read what `to_json` wrote."""
+        layers = data["layers"]
+        return cls(**{**data, "layers": None if layers is None else tuple(int(layer) for layer in layers)})
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validate(model: type[Model], data: Mapping[str, Any], where: str) -> Model:
+    """Return *data* as a pydantic model, with errors in the project's own words.
+
+    Raises
+    ------
+    ConfigError
+        The first thing that is wrong: an unknown key with the nearest known one, a missing key, a bad value.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        path = ".".join(str(part) for part in first["loc"])
+        parent = _model_at(model, first["loc"][:-1])
+        names = tuple(parent.model_fields) if parent else ()
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(
+                f"unknown key {path!r}", where=where, remedy=nearest(str(first["loc"][-1]), names)
+            ) from None
+        if first["type"] == "missing":
+            raise ConfigError(f"key {path!r} is missing", where=where, expected=f"one of {', '.join(names)}") from None
+        raise ConfigError(
+            f"key {path!r} has a value that cannot be used",
+            where=where,
+            expected=first["msg"].removeprefix("Input should be "),
+            found=repr(first["input"]),
+        ) from None
+
+
+def _model_at(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel] | None:
+    current: Any = model
+    for part in path:
+        field = getattr(current, "model_fields", {}).get(part)
+        if field is None:
+            continue
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        current = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), current)
+    return current if isinstance(current, type) and issubclass(current, BaseModel) else None

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexcache.plan import Plan, order_batches, padded_tokens, ranges, rows_kept, unit_rows
+
+LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=200).map(lambda x: np.array(x, np.int32))
+ROWS = st.sampled_from(["all", "last", "first", "mean"])
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    lengths, rows = draw(LENGTHS), draw(ROWS)
+    least = 8 * int(rows_kept(lengths, rows).max())
+    shard_rows = 1 << (least - 1).bit_length() << draw(st.integers(0, 3))
+    return Plan(lengths, rows, shard_rows, draw(st.integers(1, 300)), draw(st.integers(0, 5)))
+
+
+@given(plans())
+def test_every_kept_token_is_exactly_one_row(plan: Plan) -> None:
+    seen: list[tuple[int, int]] = []
+    for unit in plan.units():
+        for document, start, count in zip(unit.documents, unit.keep_start, unit.n_rows, strict=True):
+            seen += [(int(document), int(start) + i) for i in range(count)]
+    if plan.rows == "all":
+        expected = [(d, t) for d, n in enumerate(plan.lengths) for t in range(n)]
+    elif plan.rows == "last":
+        expected = [(d, n - 1) for d, n in enumerate(plan.lengths)]
+    else:
+        expected = [(d, 0) for d in range(len(plan.lengths))]
+    assert sorted(seen) == expected
+
+
+@given(plans())
+def test_units_tile_the_rows_in_the_order_in_which_they_are_computed(plan: Plan) -> None:
+    at = 0
+    for number, unit in enumerate(plan.units()):
+        assert unit.unit == number
+        assert at == number * plan.shard_rows
+        for start, count in zip(unit.row_start, unit.n_rows, strict=True):
+            assert start == at
+            at += int(count)
+        assert at <= (number + 1) * plan.shard_rows
+        assert (np.diff(unit.batches) >= 0).all()
+        assert set(unit.batches.tolist()) == set(range(int(unit.batches.max()) + 1))
+    assert at == plan.n_rows
+    assert plan.n_units == -(-plan.n_rows // plan.shard_rows)
+
+
+@given(plans())
+def test_a_straddling_document_runs_alone_in_both_units_and_keeps_consecutive_rows(plan: Plan) -> None:
+    places: dict[int, list[tuple[int, int]]] = {}
+    units = list(plan.units())
+    for unit in units:
+        for line, document in enumerate(unit.documents.tolist()):
+            places.setdefault(document, []).append((unit.unit, line))
+    for document, found in places.items():
+        assert len(found) <= 2
+        if len(found) == 2:
+            (first, a), (second, b) = found
+            assert second == first + 1
+            assert a == len(units[first].documents) - 1
+            assert b == 0
+            for number, line in found:
+                batch = units[number].batches
+                assert (batch == batch[line]).sum() == 1
+            assert units[first].begins[a]
+            assert not units[second].begins[b]
+            assert units[first].row_start[a] + units[first].n_rows[a] == units[second].row_start[b]
+        else:
+            assert units[found[0][0]].begins[found[0][1]], document
+
+
+@given(plans())
+def test_units_take_documents_in_corpus_order(plan: Plan) -> None:
+    highest = -1
+    for unit in plan.units():
+        new = unit.documents[unit.begins]
+        if len(new):
+            assert sorted(new.tolist()) == list(range(highest + 1, highest + 1 + len(new)))
+            highest += len(new)
+    assert highest == len(plan.lengths) - 1
+
+
+@given(plans())
+def test_a_batch_exceeds_the_budget_only_when_it_is_one_document(plan: Plan) -> None:
+    for unit in plan.units():
+        lengths = plan.lengths[unit.documents]
+        for batch in set(unit.batches.tolist()):
+            members = lengths[unit.batches == batch]
+            assert len(members) == 1 or len(members) * members.max() <= plan.batch_tokens
+
+
+@given(plans())
+def test_tokens_run_count_padding_as_a_plain_loop_does(plan: Plan) -> None:
+    run = padded = 0
+    for unit in plan.units():
+        lengths = plan.lengths[unit.documents]
+        run += int(lengths.sum())
+        for batch in set(unit.batches.tolist()):
+            members = lengths[unit.batches == batch]
+            padded += len(members) * int(members.max())
+    assert plan.tokens_run() == (run, padded)
+    if plan.rows == "all":
+        assert padded >= run >= plan.n_rows
+
+
+@given(LENGTHS, st.integers(1, 300))
+def test_batches_come_in_seeded_order_and_lose_no_document(lengths: np.ndarray, budget: int) -> None:
+    order, numbers = order_batches(lengths, budget, (3, 4))
+    again, same = order_batches(lengths, budget, (3, 4))
+    assert (order == again).all()
+    assert (numbers == same).all()
+    assert sorted(order.tolist()) == list(range(len(lengths)))
+
+
+def test_batches_are_not_sorted_by_length() -> None:
+    lengths = np.arange(1, 401, dtype=np.int32)
+    order, numbers = order_batches(lengths, 400, (0, 0))
+    firsts = lengths[order][np.flatnonzero(np.diff(numbers, prepend=-1))]
+    assert (np.diff(firsts) > 0).any()
+    assert (np.diff(firsts) < 0).any()
+    other, _ = order_batches(lengths, 400, (1, 0))
+    assert (order != other).any()
+
+
+def test_ragged_texts_pad_little() -> None:
+    lengths = np.random.default_rng(0).lognormal(3, 0.6, size=20_000).astype(np.int32) + 1
+    plan = Plan(lengths, "all", 1 << 16, 4096, 0)
+    run, padded = plan.tokens_run()
+    assert padded / run < 1.06
+
+
+def test_a_unit_has_the_rows_that_the_rules_allow() -> None:
+    kept = np.full(100_000, 500)
+    tokens = int(kept.sum())
+    assert unit_rows(kept, tokens, 4096 * 2, 4096) == 32768  # 256 MiB of the widest shard
+    assert unit_rows(kept, tokens, 64, 4096) == 1 << 20  # 2^20 tokens run
+    assert unit_rows(kept[:1000], 500_000, 64, 4096) == 16384  # four batches, more than a 32nd
+    long = np.array([10_000, *[1] * 100])
+    assert unit_rows(long, int(long.sum()), 64, 16) == 131072  # eight times the longest document wins
+
+
+def test_a_billion_tokens_plan_without_python_objects_for_documents() -> None:
+    lengths = np.full(2_000_000, 500, np.int32)
+    plan = Plan(lengths, "all", 1 << 20, 65536, 0)
+    assert plan.n_rows == 10**9
+    first = next(plan.units())
+    assert int(first.n_rows.sum()) == 1 << 20
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 9)), max_size=30))
+def test_ranges_are_concatenated_aranges(pairs: list[tuple[int, int]]) -> None:
+    starts = np.array([p[0] for p in pairs], np.int64)
+    counts = np.array([p[1] for p in pairs], np.int64)
+    expected = [s + i for s, c in pairs for i in range(c)]
+    assert ranges(starts, counts).tolist() == expected
+
+
+@pytest.mark.parametrize("lengths", [[], [3]])
+def test_padding_of_few_documents(lengths: list[int]) -> None:
+    assert padded_tokens(np.array(lengths, np.int32), np.zeros(len(lengths))) == sum(lengths)
