@@ -1,0 +1,64 @@
+"""FlexCache: cache what happens inside a transformer once, and study it ever after without the model.
+
+    flexcache.capture(model, tokenizer, documents, "run.zarr", sites=["resid_post"])
+    store = flexcache.open("run.zarr")
+    store["resid_post"]                     # xarray.DataArray (layer, token, hidden), lazy
+
+Opening and reading need no torch; `capture` does.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import flexcache.store.bfloat16  # noqa: F401 - so that zarr opens our arrays wherever flexcache is imported
+from flexcache.errors import FlexCacheError
+
+if TYPE_CHECKING:
+    from flexcache.documents import Documents, open_documents
+    from flexcache.model import ModelSource
+    from flexcache.recorder.capture import capture
+    from flexcache.recorder.foreign import record
+    from flexcache.recorder.recorder import Recorder
+    from flexcache.store.store import Store
+    from flexcache.store.store import Store as open  # noqa: N813
+    from flexcache.store.verify import verify
+
+__version__ = "0.1.0"
+__all__ = [
+    "Documents",
+    "FlexCacheError",
+    "ModelSource",
+    "Recorder",
+    "Store",
+    "capture",
+    "open",
+    "open_documents",
+    "record",
+    "verify",
+]
+
+_PLACES = {
+    "Documents": "flexcache.documents:Documents",
+    "ModelSource": "flexcache.model:ModelSource",
+    "Recorder": "flexcache.recorder.recorder:Recorder",
+    "Store": "flexcache.store.store:Store",
+    "capture": "flexcache.recorder.capture:capture",
+    "open": "flexcache.store.store:Store",
+    "open_documents": "flexcache.documents:open_documents",
+    "record": "flexcache.recorder.foreign:record",
+    "verify": "flexcache.store.verify:verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when they are first used, so that `import flexcache` is quick."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'flexcache' has no attribute {name!r}")
+    module, _, attribute = _PLACES[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""Stores on disk: the format, creating and filling them, opening, reading and verifying them."""

@@ -1,0 +1,96 @@
+"""What a store shows of itself: in a terminal and in a notebook."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flexcache.store.store import Store
+
+
+def summary(store: Store) -> dict[str, str]:
+    """Return the facts about a store that a person wants first, as short texts."""
+    model = store.provenance.get("model", {})
+    plan = store.plan
+    done = len(store.committed_units)
+    state = "complete" if store.complete else f"{done} of {store.n_units} units committed"
+    return {
+        "model": str(model.get("name", "unknown")),
+        "rows": f"{store.n_rows:,} ({store.spec.get('rows', 'all')} tokens of {plan.get('documents', 0):,} documents)",
+        "state": state,
+        "units": f"{store.n_units:,} of {store.shard_rows:,} rows",
+        "size": f"{size(array_bytes(store))} {'before compression' if store.compressed else 'when complete'}",
+    }
+
+
+def sites(store: Store) -> list[tuple[str, str, str, str]]:
+    """Return name, layers, shape and dtype of each site."""
+    lines = []
+    for name, array in store.arrays.items():
+        lead = f"{len(array.slices)} × " if array.layers is not None else ""
+        lines.append((name, layer_text(array.layers), f"{lead}{store.n_rows} × {array.features}", array.dtype))
+    return lines
+
+
+def layer_text(layers: tuple[int, ...] | None) -> str:
+    """Write layer numbers shortly: ``0–29``, ``0, 8, 16``."""
+    if layers is None:
+        return "–"
+    if len(layers) > 2 and layers == tuple(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}–{layers[-1]}"
+    return ", ".join(map(str, layers))
+
+
+def array_bytes(store: Store) -> int:
+    """Return the bytes of all rows of all arrays."""
+    return sum(len(array.slices) * array.row_bytes for array in store.arrays.values()) * store.n_rows
+
+
+def size(count: float) -> str:
+    """Write a number of bytes for people.
+
+    >>> size(999), size(1_500_000), size(2.5e12)
+    ('999 B', '1.5 MB', '2.5 TB')
+    """
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def text(store: Store) -> str:
+    """Return the store as lines of text."""
+    facts = summary(store)
+    lines = [f"<flexcache.Store {store.path}>"]
+    lines += [f"  {name + ':':<7} {value}" for name, value in facts.items()]
+    rows = [("site", "layers", "shape", "dtype"), *sites(store)]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines += [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    labels = [name for name in store.documents.column_names if name not in _TABLE_COLUMNS]
+    if labels:
+        lines.append(f"  labels: {', '.join(labels)}")
+    return "\n".join(lines)
+
+
+def html(store: Store) -> str:
+    """Return the store as a small HTML table; everything from the store is escaped."""
+    facts = "".join(
+        f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(value)}</td></tr>"
+        for name, value in summary(store).items()
+    )
+    head = "".join(f"<th style='text-align:left'>{name}</th>" for name in ("site", "layers", "shape", "dtype"))
+    body = "".join(
+        "<tr>" + "".join(f"<td style='text-align:left'>{escape(cell)}</td>" for cell in row) + "</tr>"
+        for row in sites(store)
+    )
+    return (
+        f"<div><strong>flexcache.Store</strong> <code>{escape(str(store.path))}</code>"
+        f"<table>{facts}</table><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+_TABLE_COLUMNS = frozenset({"id", "source_index", "n_tokens", "text", "text_xxh3_128", "row_start", "n_rows"})

@@ -1,0 +1,81 @@
+"""Durable files: written beside their place, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+
+def fsync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so that a rename or a new file in it outlives a power failure."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file so that readers see the old content or the new, never a part, also after a power failure."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, durably; equal values give equal bytes."""
+    write_durably(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return the bytes of a value as the store's JSON files hold it."""
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def digest(path: Path) -> str:
+    """Return the XXH3-128 of a file's bytes as 32 hex digits; memory is one mebibyte."""
+    hasher = xxhash.xxh3_128()
+    for block in _blocks(path):
+        hasher.update(block)
+    return hasher.hexdigest()
+
+
+def _blocks(path: Path, size: int = 1 << 20) -> Iterator[memoryview]:
+    buffer = bytearray(size)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            yield memoryview(buffer)[:count]
+
+
+def fsync_tree(root: Path) -> None:
+    """Flush every file and folder below *root*, and *root* itself."""
+    for folder, _, names in os.walk(root):
+        for name in names:
+            with (Path(folder) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        fsync_folder(Path(folder))
+
+
+def relative_files(root: Path, skip: Iterable[str] = ()) -> list[str]:
+    """Return the files below *root* as sorted relative POSIX paths, without the top-level names in *skip*."""
+    left_out = set(skip)
+    found = []
+    for folder, folders, names in os.walk(root):
+        if Path(folder) == root:
+            folders[:] = [name for name in folders if name not in left_out]
+            names = [name for name in names if name not in left_out]
+        found += [(Path(folder) / name).relative_to(root).as_posix() for name in names]
+    return sorted(found)

@@ -1,0 +1,102 @@
+"""The ledger: which units of a store are committed, with the size and checksum of each of their files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flexcache.errors import DamagedError
+from flexcache.store.files import write_json
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a committed unit: its size in bytes and the XXH3-128 of its content, in hex."""
+
+    size: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """What was committed: nothing in it depends on when or where, so equal units have equal records.
+
+    Attributes
+    ----------
+    unit : int
+    rows : tuple of int
+        First row and the row after the last.
+    batch_tokens : int
+        The token budget under which the unit's batches were formed.
+    fingerprint : dict
+        What the bytes depend on beside the plan: device, versions, threads, attention kernel.
+    files : dict
+        By path relative to the store.
+    """
+
+    unit: int
+    rows: tuple[int, int]
+    batch_tokens: int
+    fingerprint: dict[str, Any]
+    files: dict[str, FileRecord]
+
+
+class Ledger:
+    """The records of one pass, one JSON file a unit; writing a record is what commits its unit.
+
+    Records are only added. Any number of processes may read while others write.
+    """
+
+    def __init__(self, root: Path, pass_name: str = "0") -> None:
+        self.folder = root / "ledger" / pass_name
+
+    def path(self, unit: int) -> Path:
+        """Return where the record of a unit is or will be."""
+        return self.folder / f"{unit}.json"
+
+    def units(self) -> list[int]:
+        """Return the committed units, sorted, from the file names alone."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdecimal())
+
+    def commit(self, record: UnitRecord) -> None:
+        """Write a record, durably and in one step."""
+        write_json(self.path(record.unit), {"schema": 1, **asdict(record)})
+
+    def read(self, unit: int) -> UnitRecord:
+        """Return the record of a unit.
+
+        Raises
+        ------
+        DamagedError
+            The record cannot be read or is not of this form.
+        """
+        path = self.path(unit)
+        try:
+            data = json.loads(path.read_bytes())
+            files = {name: FileRecord(int(f["size"]), str(f["xxh3_128"])) for name, f in data["files"].items()}
+            start, stop = data["rows"]
+            record = UnitRecord(
+                int(data["unit"]),
+                (int(start), int(stop)),
+                int(data["batch_tokens"]),
+                dict(data["fingerprint"]),
+                files,
+            )
+            if record.unit != unit:
+                raise ValueError(f"the record is of unit {record.unit}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DamagedError(
+                f"the ledger record of unit {unit} cannot be read",
+                where=str(path),
+                found=f"{type(error).__name__}: {error}",
+                remedy="delete this record and run the same capture again: it recomputes this unit alone",
+            ) from error
+        return record
+
+    def __iter__(self) -> Iterator[UnitRecord]:
+        return (self.read(unit) for unit in self.units())

@@ -1,0 +1,198 @@
+"""The row reader: rows of one array, gathered through mmap or scanned with large reads."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import zarr
+
+from flexcache.errors import DamagedError
+from flexcache.spec import DTYPES, ArraySpec
+from flexcache.store.shard import ShardLayout
+
+OPEN_SHARDS = 256
+SCAN_BYTES = 4 << 20
+GATHER_BYTES = 256 << 10
+
+
+class RowReader:
+    """Reads rows of one array of a store. Any number of threads may use one reader.
+
+    Gathers go through memory maps of the shard files, at most 256 of them open. Contiguous scans read the files
+    in large pieces instead, since a Dask worker counts mapped pages as its own memory. Compressed arrays are
+    read through zarr-python.
+
+    Parameters
+    ----------
+    require : callable
+        Called with the units about to be read; raises where one is not committed.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        array: ArraySpec,
+        layout: ShardLayout,
+        compressed: bool,
+        require: Callable[[np.ndarray], None],
+    ) -> None:
+        self.root, self.array, self.layout = root, array, layout
+        self.dtype = DTYPES[array.dtype]
+        self._bits = np.dtype(f"<u{self.dtype.itemsize}")
+        self._require = require
+        self._zarr = zarr.open_array(root / array.name, mode="r") if compressed else None
+        self._maps: OrderedDict[Path, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+        self._local = threading.local()
+
+    def path(self, layer: int | None, shard: int) -> Path:
+        """Return where a shard file is."""
+        return self.root / shard_name(self.array.name, layer, shard)
+
+    def gather(self, layer: int | None, rows: np.ndarray, raw: bool) -> np.ndarray:
+        """Return rows in the order asked for, shape (rows, features), as stored or as float32."""
+        out = np.empty((len(rows), self.array.features), self._bits if raw else np.float32)
+        if len(rows):
+            shards = rows // self.layout.shard_rows
+            order = None
+            if (np.diff(shards) < 0).any():
+                order = np.argsort(shards, kind="stable")
+                shards = shards[order]
+            cuts = np.flatnonzero(np.diff(shards)) + 1
+            self._require(np.unique(shards))
+            for start, stop in zip([0, *cuts.tolist()], [*cuts.tolist(), len(rows)], strict=True):
+                places: slice | np.ndarray = slice(start, stop) if order is None else order[start:stop]
+                self._gather_shard(layer, int(shards[start]), rows[places], out, places)
+        return out.view(self.dtype) if raw else out
+
+    def scan(self, layer: int | None, start: int, stop: int, raw: bool, out: np.ndarray | None = None) -> np.ndarray:
+        """Return rows *start* … *stop*, shape (rows, features), reading files front to back; into *out* if given."""
+        dtype = self._bits if raw else np.dtype(np.float32)
+        shape = (max(0, stop - start), self.array.features)
+        out = np.empty(shape, dtype) if out is None else out[: shape[0]].view(dtype)
+        if len(out):
+            first, last = start // self.layout.shard_rows, (stop - 1) // self.layout.shard_rows
+            self._require(np.arange(first, last + 1))
+            for shard in range(first, last + 1):
+                held = self.layout.rows(shard)
+                low, high = max(start, held.start), min(stop, held.stop)
+                self._scan_shard(layer, shard, low - held.start, out[low - start : high - start])
+        return out.view(self.dtype) if raw else out
+
+    def close(self) -> None:
+        """Unmap the files. Arrays that were read stay valid, since they are copies."""
+        with self._lock:
+            self._maps.clear()
+
+    def _gather_shard(
+        self, layer: int | None, shard: int, rows: np.ndarray, out: np.ndarray, places: slice | np.ndarray
+    ) -> None:
+        local = rows - shard * self.layout.shard_rows
+        if self._zarr is not None:
+            selection = (rows,) if layer is None else (layer, rows)
+            values = np.asarray(self._zarr.oindex[(*selection, slice(None))]).view(self._bits)
+            _convert(values, out, places, self.dtype)
+            return
+        mapped = self._map(layer, shard)
+        if isinstance(places, slice):
+            out, places = out[places], np.arange(len(local))
+            if out.dtype == self._bits:
+                np.take(mapped, local, axis=0, out=out, mode="clip")
+                return
+        step = max(1, GATHER_BYTES // self.layout.row_bytes)
+        for start in range(0, len(local), step):  # through a buffer that stays in the processor's cache
+            chosen = local[start : start + step]
+            piece = self._buffer(len(chosen))
+            np.take(mapped, chosen, axis=0, out=piece, mode="clip")
+            _convert(piece, out, places[start : start + step], self.dtype)
+
+    def _scan_shard(self, layer: int | None, shard: int, first: int, out: np.ndarray) -> None:
+        if self._zarr is not None:
+            start = shard * self.layout.shard_rows + first
+            selection = slice(start, start + len(out))
+            values = self._zarr[selection] if layer is None else self._zarr[layer, selection]
+            _convert(np.asarray(values).view(self._bits), out, slice(None), self.dtype)
+            return
+        path = self.path(layer, shard)
+        self._check_size(path, shard)
+        step = max(1, SCAN_BYTES // self.layout.row_bytes)
+        raw = out.dtype == self._bits
+        with path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            for begin in range(0, len(out), step):
+                part = out[begin : begin + step]
+                piece = part if raw else self._buffer(len(part))
+                _read_into(file.fileno(), piece, (first + begin) * self.layout.row_bytes, path)
+                if not raw:
+                    _convert(piece, part, slice(None), self.dtype)
+
+    def _buffer(self, rows: int) -> np.ndarray:
+        held: np.ndarray | None = getattr(self._local, "buffer", None)
+        if held is None or len(held) < rows:
+            held = self._local.buffer = np.empty((rows, self.array.features), self._bits)
+        return held[:rows]
+
+    def _map(self, layer: int | None, shard: int) -> np.ndarray:
+        path = self.path(layer, shard)
+        with self._lock:
+            if path in self._maps:
+                self._maps.move_to_end(path)
+                return self._maps[path]
+        self._check_size(path, shard)
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped.madvise(mmap.MADV_RANDOM)
+        rows = np.frombuffer(mapped, self._bits, len(self.layout.rows(shard)) * self.array.features)
+        rows = rows.reshape(-1, self.array.features)
+        with self._lock:
+            self._maps[path] = rows
+            while len(self._maps) > OPEN_SHARDS:
+                self._maps.popitem(last=False)
+        return rows
+
+    def _check_size(self, path: Path, shard: int) -> None:
+        expected = self.layout.file_bytes(shard)
+        try:
+            found = path.stat().st_size
+        except OSError:
+            found = -1
+        if found != expected:
+            raise DamagedError(
+                "a shard of the store is " + ("missing" if found < 0 else "not as long as it was written"),
+                where=str(path),
+                expected=f"{expected} bytes",
+                found="no file" if found < 0 else f"{found} bytes",
+                remedy="run flexcache verify to see what else is damaged; to recompute the unit, delete its record"
+                f" ledger/0/{shard}.json and run the same capture again",
+            )
+
+
+def shard_name(array: str, layer: int | None, shard: int) -> str:
+    """Return the path of a shard file relative to the store."""
+    return f"{array}/c/{shard}/0" if layer is None else f"{array}/c/{layer}/{shard}/0"
+
+
+def _read_into(handle: int, target: np.ndarray, offset: int, path: Path) -> None:
+    view = target.data.cast("B")
+    while len(view):
+        count = os.preadv(handle, [view], offset)
+        if not count:
+            raise DamagedError("a shard of the store ended early", where=str(path), remedy="run flexcache verify")
+        view = view[count:]
+        offset += count
+
+
+def _convert(bits: np.ndarray, out: np.ndarray, places: slice | np.ndarray, dtype: np.dtype) -> None:
+    """Put stored values, given as unsigned integers, into *out*: as they are, or widened to float32 exactly."""
+    if out.dtype == bits.dtype:
+        out[places] = bits
+    elif isinstance(places, slice):
+        out[places] = bits.view(dtype)
+    else:
+        out[places] = bits.view(dtype).astype(np.float32)

@@ -1,0 +1,88 @@
+"""A bounded pool of page-aligned buffers that are filled, written and used again."""
+
+from __future__ import annotations
+
+import mmap
+import queue
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+PAGE = 4096
+
+
+class Fence(Protocol):
+    """Something that a slab's content waits for, such as a CUDA event."""
+
+    def synchronize(self) -> object:
+        """Return when the content is complete."""
+
+
+class Slab:
+    """One buffer: its bytes, how many are filled, and the copies that must end before it is written."""
+
+    def __init__(self, array: np.ndarray, owner: object = None) -> None:
+        self.array = array
+        self.owner = owner
+        self.filled = 0
+        self.fences: list[Fence] = []
+
+    def settle(self) -> None:
+        """Wait for every copy into the slab."""
+        for fence in self.fences:
+            fence.synchronize()
+        self.fences.clear()
+
+
+def anonymous_slab(size: int) -> Slab:
+    """Return a page-aligned slab of ordinary memory."""
+    return Slab(np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8))
+
+
+class SlabPool:
+    """At most *count* slabs of *size* bytes, made when first needed.
+
+    `take` may be called from one thread and `give` from another.
+
+    Attributes
+    ----------
+    waited : float
+        Seconds that `take` has waited for a slab: the time for which writing held up the forward.
+    """
+
+    def __init__(self, size: int, count: int, allocate: Callable[[int], Slab] = anonymous_slab) -> None:
+        if size % PAGE:
+            raise ValueError(f"a slab is whole pages of {PAGE} bytes, not {size} bytes")
+        self.size = size
+        self.count = count
+        self.waited = 0.0
+        self._made = 0
+        self._allocate = allocate
+        self._free: queue.SimpleQueue[Slab] = queue.SimpleQueue()
+
+    def take(self, check: Callable[[], None] = lambda: None) -> Slab:
+        """Return an empty slab, waiting for one where all are in use; *check* may end the wait by raising."""
+        try:
+            return self._free.get_nowait()
+        except queue.Empty:
+            if self._made < self.count:
+                self._made += 1
+                return self._allocate(self.size)
+        began = time.perf_counter()
+        try:
+            while True:
+                check()
+                try:
+                    return self._free.get(timeout=0.1)
+                except queue.Empty:
+                    continue
+        finally:
+            self.waited += time.perf_counter() - began
+
+    def give(self, slab: Slab) -> None:
+        """Take a slab back."""
+        slab.filled = 0
+        slab.fences.clear()
+        self._free.put(slab)

@@ -1,0 +1,352 @@
+"""A store, opened for reading: sites by name, rows by number, documents and tokens as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xarray as xr
+import zarr
+
+from flexcache.errors import DamagedError, SiteError, StoreError, UncommittedError, nearest
+from flexcache.plan import ranges
+from flexcache.spec import ArraySpec
+from flexcache.store import display, xarray_engine
+from flexcache.store.ledger import Ledger
+from flexcache.store.reader import RowReader
+from flexcache.store.schema import COORDINATES, DOCUMENTS, SEQUENCES, read_attributes
+from flexcache.store.shard import ShardLayout
+
+
+class Store(Mapping[str, xr.DataArray]):
+    """A store of activations, read-only: a mapping from site to a lazy float32 DataArray.
+
+    Opening reads metadata and the names of the ledger's records, and executes nothing of the store. What is not
+    in the ledger does not exist: reading it raises UncommittedError. A store may be open while others write to
+    it; `refresh` looks for units committed since. Any number of threads may read.
+
+    Raises
+    ------
+    StoreError
+        The path is no store; VersionError, DamagedError where that is known better.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._content = read_attributes(self.path)
+        try:
+            self.arrays = {name: ArraySpec.from_json(a) for name, a in self._content["arrays"].items()}
+            if any(Path(name).name != name or a.name != name or name == ".." for name, a in self.arrays.items()):
+                raise ValueError("an array lies outside of the store")
+            self.spec: dict[str, Any] = dict(self._content["spec"])
+            self.plan: dict[str, Any] = dict(self._content["plan"])
+            self.n_rows = int(self.plan["rows"])
+            self.n_units = int(self.plan["units"])
+            self.shard_rows = int(self.plan["shard_rows"])
+            self.compressed = self.spec.get("compression", "none") != "none"
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedError(
+                "the store's description is not complete",
+                where=str(self.path / "zarr.json"),
+                found=f"{type(error).__name__}: {error}",
+            ) from error
+        self.ledger = Ledger(self.path)
+        self._readers: dict[str, RowReader] = {}
+        self.refresh()
+
+    # What is in it
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the arrays, as `store[name]` takes them."""
+        return tuple(self.arrays)
+
+    def layers(self, site: str) -> tuple[int, ...]:
+        """Return the captured layers of a site; none for a module path."""
+        return self._array(site).layers or ()
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Model, tokenizer, corpus and versions that the store was made with."""
+        return dict(self._content.get("provenance", {}))
+
+    @cached_property
+    def documents(self) -> pa.Table:
+        """The documents in row order: id, source_index, n_tokens, text, labels, row_start, n_rows."""
+        return self._table(DOCUMENTS)
+
+    @cached_property
+    def tokens(self) -> pa.Table:
+        """The sequences in row order, with their token ids: document, unit, batch, start, tokens, keep_start, …"""
+        return self._table(SEQUENCES)
+
+    @cached_property
+    def coordinates(self) -> dict[str, xr.Variable]:
+        """Token id, position and document of every row; -1 for token and position of a mean."""
+        return {name: xr.Variable(("token",), self._coordinate(name)) for name in COORDINATES}
+
+    # How complete it is
+
+    def refresh(self) -> None:
+        """Look for units that were committed since the store was opened."""
+        committed = np.zeros(self.n_units, dtype=bool)
+        units = np.array([unit for unit in self.ledger.units() if unit < self.n_units], dtype=np.int64)
+        committed[units] = True
+        self._committed = committed
+
+    @property
+    def complete(self) -> bool:
+        """Whether every unit is committed."""
+        return bool(self._committed.all())
+
+    @property
+    def committed_units(self) -> np.ndarray:
+        """Numbers of the committed units."""
+        return np.flatnonzero(self._committed)
+
+    @property
+    def committed_rows(self) -> np.ndarray:
+        """Numbers of the committed rows, sorted."""
+        starts = self.committed_units * self.shard_rows
+        return ranges(starts, np.minimum(self.shard_rows, self.n_rows - starts))
+
+    # Reading
+
+    def __getitem__(self, site: str) -> xr.DataArray:
+        return xarray_engine.data_array(self, site, raw=False, rows=None)
+
+    def raw(self, site: str) -> xr.DataArray:
+        """Return a site lazily in its stored dtype; numpy's reductions on bfloat16 fail or are wrong."""
+        return xarray_engine.data_array(self, site, raw=True, rows=None)
+
+    def dataset(self, *, committed: bool = False) -> xr.Dataset:
+        """Return all sites as one lazy float32 dataset; a layer that a site lacks is NaN there.
+
+        Parameters
+        ----------
+        committed
+            Keep only rows that are committed, instead of an error when one that is not is read.
+        """
+        rows = self.committed_rows if committed else None
+        arrays = [xarray_engine.data_array(self, site, raw=False, rows=rows) for site in self.sites]
+        return xr.merge(arrays, join="outer", compat="override", combine_attrs="drop").assign_attrs(
+            store=str(self.path), model=str(self.provenance.get("model", {}).get("name", ""))
+        )
+
+    def read(self, site: str, layer: int | None = None, rows: Any = slice(None), *, raw: bool = False) -> np.ndarray:
+        """Read rows of one layer into memory.
+
+        Parameters
+        ----------
+        layer
+            A captured layer, negative from the model's end; None for a module path.
+        rows
+            Row numbers in any order, with repeats if wanted, negative from the end; a slice; or a boolean mask
+            of all rows.
+        raw
+            Return the stored dtype instead of float32.
+
+        Returns
+        -------
+        ndarray of shape (rows, features)
+
+        Raises
+        ------
+        SiteError
+            The site or layer was not captured.
+        UncommittedError
+            A row has not been captured yet.
+        IndexError
+            A row number is out of range.
+        """
+        reader = self.reader(site)
+        layer = self._layer(reader.array, layer)
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(self.n_rows)
+            if step == 1:
+                return reader.scan(layer, start, stop, raw)
+            return reader.gather(layer, np.arange(start, stop, step), raw)
+        return reader.gather(layer, self._row_numbers(rows), raw)
+
+    def scan(
+        self, site: str, layer: int | None = None, *, raw: bool = False, block_bytes: int = 16 << 20
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield all committed rows of one layer in order, a block at a time, each in the same buffer.
+
+        A block is valid until the next one is asked for; it is read from the disk in large pieces, so this is the
+        fastest way through more than memory holds. Blocks never straddle units.
+
+        Parameters
+        ----------
+        block_bytes
+            Size of the buffer.
+
+        Yields
+        ------
+        rows, values : slice, ndarray of shape (rows, features)
+        """
+        reader = self.reader(site)
+        layer = self._layer(reader.array, layer)
+        dtype = reader.dtype if raw else np.dtype(np.float32)
+        count = min(self.shard_rows, max(1, block_bytes // (reader.array.features * dtype.itemsize)))
+        buffer = np.empty((count, reader.array.features), dtype)
+        for unit in self.committed_units.tolist():
+            held = reader.layout.rows(unit)
+            for start in range(held.start, held.stop, count):
+                stop = min(start + count, held.stop)
+                yield slice(start, stop), reader.scan(layer, start, stop, raw, buffer)
+
+    def rows(self, document: Any = None, position: int | slice | None = None) -> np.ndarray:
+        """Return the numbers of the rows that belong to documents and positions, in row order of each document.
+
+        Parameters
+        ----------
+        document
+            An id, several ids, or integer indices into `documents`; None for all.
+        position
+            A token position within its document, negative from the document's end, or a slice of positions.
+            Documents that keep no such position give no row.
+        """
+        chosen = self._documents(document)
+        starts = self.documents.column("row_start").to_numpy()[chosen]
+        counts = self.documents.column("n_rows").to_numpy()[chosen]
+        found = ranges(starts, counts)
+        if position is None:
+            return found
+        lengths = np.repeat(self.documents.column("n_tokens").to_numpy()[chosen].astype(np.int64), counts)
+        at = np.asarray(self.coordinates["position"].values)[found]
+        if isinstance(position, slice):
+            if position.step not in (None, 1):
+                raise ValueError("a slice of positions has no step")
+            low, high = (np.where(e < 0, e + lengths, e) if e is not None else None for e in _ends(position))
+            return found[(at >= (0 if low is None else low)) & (at < (lengths if high is None else high))]
+        return found[at == (position + lengths if position < 0 else position)]
+
+    def reader(self, site: str) -> RowReader:
+        """Return the row reader of a site, one per store."""
+        if site not in self._readers:
+            array = self._array(site)
+            layout = ShardLayout(self.n_rows, self.shard_rows, array.row_bytes)
+            self._readers[site] = RowReader(self.path, array, layout, self.compressed, self._require)
+        return self._readers[site]
+
+    # Mapping and display
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.arrays)
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def __contains__(self, site: object) -> bool:
+        return site in self.arrays
+
+    def __repr__(self) -> str:
+        return display.text(self)
+
+    def _repr_html_(self) -> str:
+        return display.html(self)
+
+    # Private
+
+    def _array(self, site: str) -> ArraySpec:
+        try:
+            return self.arrays[site]
+        except KeyError:
+            raise SiteError(
+                f"the store has no site {site!r}", where=str(self.path), remedy=nearest(str(site), self.sites)
+            ) from None
+
+    def _layer(self, array: ArraySpec, layer: int | None) -> int | None:
+        if array.layers is None or array.depth is None:
+            if layer is not None:
+                raise SiteError(f"site {array.name} has no layers", found=f"layer {layer}", remedy="leave layer out")
+            return None
+        if layer is None and len(array.layers) == 1:
+            return array.layers[0]
+        number = None if layer is None else int(layer) + (array.depth if layer < 0 else 0)
+        if number not in array.layers:
+            raise SiteError(
+                f"layer {layer} of {array.name} was not captured",
+                where=str(self.path),
+                expected=f"one of {', '.join(map(str, array.layers))}",
+            )
+        return number
+
+    def _row_numbers(self, rows: Any) -> np.ndarray:
+        numbers = np.atleast_1d(np.asarray(rows))
+        if numbers.dtype == bool:
+            if numbers.shape != (self.n_rows,):
+                raise IndexError(f"a mask of rows has {self.n_rows} entries, not {numbers.shape}")
+            return np.flatnonzero(numbers)
+        if numbers.size == 0:
+            return np.zeros(0, np.int64)
+        if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer):
+            raise IndexError(f"rows are a list of integers, not {numbers.dtype} of shape {numbers.shape}")
+        numbers = numbers.astype(np.int64)
+        if numbers.min() < -self.n_rows or numbers.max() >= self.n_rows:
+            raise IndexError(f"rows go from 0 to {self.n_rows - 1}; asked for {numbers.min()} … {numbers.max()}")
+        return np.where(numbers < 0, numbers + self.n_rows, numbers)
+
+    def _documents(self, document: Any) -> np.ndarray:
+        if document is None:
+            return np.arange(len(self.documents))
+        asked = [document] if isinstance(document, str) or not isinstance(document, Iterable) else list(document)
+        if asked and all(isinstance(item, str) for item in asked):
+            found = pc.index_in(pa.array(asked), value_set=self.documents.column("id").combine_chunks())
+            if found.null_count:
+                missing = asked[found.to_pylist().index(None)]
+                raise StoreError(f"the store has no document {missing!r}", where=str(self.path))
+            return found.to_numpy(zero_copy_only=False).astype(np.int64)
+        numbers = np.array([int(item) for item in asked], dtype=np.int64)
+        if len(numbers) and not (-len(self.documents) <= numbers.min() and numbers.max() < len(self.documents)):
+            raise StoreError(f"documents are numbered 0 to {len(self.documents) - 1}", found=str(document))
+        return numbers % max(1, len(self.documents))
+
+    def _require(self, units: np.ndarray) -> None:
+        if self._committed[units].all():
+            return
+        self.refresh()
+        missing = units[~self._committed[units]]
+        if len(missing):
+            raise UncommittedError(
+                f"{len(missing)} of the units to be read are not committed, the first is unit {missing[0]}",
+                where=str(self.path),
+                expected="committed units",
+                found=f"{len(self.committed_units)} of {self.n_units} units are committed",
+                remedy="run the same capture again to complete the store, or read store.committed_rows only"
+                " (store.dataset(committed=True))",
+            )
+
+    def _table(self, name: str) -> pa.Table:
+        try:
+            return pq.read_table(self.path / name)
+        except (OSError, pa.ArrowException) as error:
+            raise DamagedError(
+                "a table of the store cannot be read",
+                where=str(self.path / name),
+                found=f"{type(error).__name__}: {error}",
+                remedy="run flexcache verify to see what else is damaged",
+            ) from error
+
+    def _coordinate(self, name: str) -> np.ndarray:
+        try:
+            values = np.asarray(zarr.open_array(self.path / name, mode="r")[:])
+        except Exception as error:  # zarr and its codecs raise many kinds
+            raise DamagedError(
+                "a coordinate of the store cannot be read",
+                where=str(self.path / name),
+                found=f"{type(error).__name__}: {error}",
+                remedy="run flexcache verify to see what else is damaged",
+            ) from error
+        return values
+
+
+def _ends(position: slice) -> tuple[int | None, int | None]:
+    return position.start, position.stop

@@ -1,0 +1,125 @@
+"""Verification: every file of a store against the size and checksum with which it was written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexcache.errors import DamagedError
+from flexcache.store.files import digest, relative_files
+from flexcache.store.ledger import FileRecord
+from flexcache.store.schema import PLAN_RECORD
+from flexcache.store.store import Store
+from flexcache.store.writer import PARTIAL
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: with a file, and the unit it belongs to where it belongs to one."""
+
+    file: str
+    unit: int | None
+    problem: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found.
+
+    Attributes
+    ----------
+    files, bytes : int
+        Checked, and found whole or not.
+    units, committed : int
+        Of the plan, and of those how many are committed.
+    findings : tuple of Finding
+        Empty where the store is sound.
+    """
+
+    files: int
+    bytes: int
+    units: int
+    committed: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is wrong. A store may be sound and not complete."""
+        return not self.findings
+
+
+def verify(path: str | Path, progress: Callable[[int, int], None] = lambda files, size: None) -> Verification:
+    """Read every file of a store and compare it with the ledger; memory is one mebibyte.
+
+    Parameters
+    ----------
+    progress
+        Called with the files and bytes done so far.
+
+    Raises
+    ------
+    StoreError
+        The path is no store at all.
+    """
+    store = Store(path)
+    findings: list[Finding] = []
+    known: set[str] = set()
+    files = size = 0
+    for unit, name, record in _records(store, findings):
+        if name in known:
+            findings.append(Finding(name, unit, "is named by two records"))
+        known.add(name)
+        problem = _problem(store.path, name, record)
+        if problem:
+            findings.append(Finding(name, unit, problem))
+        files += 1
+        size += record.size
+        progress(files, size)
+    missing = [name for unit in store.committed_units.tolist() for name in _expected(store, unit) if name not in known]
+    findings += [Finding(name, None, "is not named by its unit's record") for name in missing]
+    for name in relative_files(store.path, skip=("ledger", "runs", PARTIAL)):
+        if name not in known:
+            findings.append(Finding(name, None, "is in no record: it is not part of the store"))
+    return Verification(files, size, store.n_units, len(store.committed_units), tuple(findings))
+
+
+def _records(store: Store, findings: list[Finding]) -> Iterator[tuple[int | None, str, FileRecord]]:
+    try:
+        plan = json.loads((store.path / PLAN_RECORD).read_bytes())
+        listed = {str(name): FileRecord(int(f["size"]), str(f["xxh3_128"])) for name, f in plan["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        findings.append(Finding(PLAN_RECORD, None, f"cannot be read: {type(error).__name__}: {error}"))
+        listed = {}
+    for name, record in listed.items():
+        yield None, name, record
+    for unit in store.committed_units.tolist():
+        try:
+            for name, record in store.ledger.read(unit).files.items():
+                yield unit, name, record
+        except DamagedError as error:
+            findings.append(Finding(f"ledger/0/{unit}.json", unit, f"cannot be read: {error.found}"))
+
+
+def _expected(store: Store, unit: int) -> Iterator[str]:
+    from flexcache.store.reader import shard_name
+
+    for name, array in store.arrays.items():
+        for layer in array.slices:
+            yield shard_name(name, layer, unit)
+
+
+def _problem(root: Path, name: str, record: FileRecord) -> str | None:
+    path = root / name
+    if ".." in Path(name).parts or Path(name).is_absolute() or not path.resolve().is_relative_to(root.resolve()):
+        return "leads out of the store"
+    try:
+        found = path.stat().st_size
+    except OSError:
+        return "is missing"
+    if found != record.size:
+        return f"has {found} bytes instead of {record.size}"
+    if digest(path) != record.xxh3_128:
+        return "has other bytes than were written (checksum)"
+    return None
