@@ -1,0 +1,100 @@
+"""The stack of blocks that the residual stream runs through."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from flexcache.errors import SiteError
+from flexcache.hooks.names import inner, modules, text_config, unwrap
+
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""What configurations call the number of blocks."""
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return the path and the list of the model's blocks.
+
+    They are the first ModuleList, in module order, of as many modules with parts of their own as the configuration
+    has layers. Hybrid models mix block classes in it. Of a model that sees and reads, the language part is meant.
+    A model without a configuration: its longest ModuleList of modules of one class.
+
+    Returns
+    -------
+    path : str
+        Dotted, without prefixes of wrappers: ``"model.layers"``.
+    blocks : ModuleList
+
+    Raises
+    ------
+    SiteError
+        There is no such list, the model has an encoder and a decoder, or one block is run several times.
+    """
+    check_single_stack(model)
+    named = modules(model)
+    lists = {name: module for name, module in named.items() if isinstance(module, nn.ModuleList) and len(module)}
+    depth = _depth(model)
+    if depth is None:
+        alike = [name for name, items in lists.items() if len({type(inner(item)) for item in items}) == 1]
+        path = max(alike, key=lambda name: len(lists[name]), default=None)
+    else:
+        fits = [
+            name
+            for name, items in lists.items()
+            if len(items) == depth and all(any(True for _ in inner(item).children()) for item in items)
+        ]
+        path = next((name for name in fits if _reads_text(name, named, model)), next(iter(fits), None))
+    if path is None:
+        seen = [f"{name} ({len(items)} of {type(inner(items[0])).__name__})" for name, items in lists.items()]
+        raise SiteError(
+            "the model's blocks cannot be found",
+            where=type(unwrap(model)).__name__,
+            expected="a ModuleList of blocks of one class"
+            if depth is None
+            else f"a ModuleList of {depth} blocks, as many as the configuration has layers",
+            found=", ".join(seen[:8]) or "no ModuleList",
+            remedy="a model that runs one block several times, as ALBERT does, has no sites of its own for each layer;"
+            " for other models give module paths instead of standard sites",
+        )
+    if len({id(item) for item in lists[path]}) < len(lists[path]):
+        raise SiteError(
+            "one block of the model stands for several layers",
+            where=path,
+            expected="a module of its own for each layer",
+            remedy="activations of shared blocks cannot be told apart; give module paths outside of them",
+        )
+    return path, lists[path]
+
+
+def check_single_stack(model: nn.Module) -> None:
+    """Refuse models with an encoder and a decoder, which have two residual streams over two token sequences.
+
+    Raises
+    ------
+    SiteError
+    """
+    root = unwrap(model)
+    if not getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+        return
+    if any(name.rpartition(".")[2] == "decoder" for name, _ in root.named_modules()):
+        raise SiteError(
+            "the model has an encoder and a decoder",
+            where=type(root).__name__,
+            expected="one stack of blocks over one sequence of tokens",
+            remedy="capture its encoder alone: pass model.get_encoder() as the model",
+        )
+
+
+def _depth(model: nn.Module) -> int | None:
+    config = text_config(model)
+    found = (getattr(config, name, None) for name in DEPTHS)
+    return next((depth for depth in found if isinstance(depth, int)), None)
+
+
+def _reads_text(path: str, named: dict[str, nn.Module], model: nn.Module) -> bool:
+    """Whether the nearest module above *path* that carries a configuration carries the language part's."""
+    while path:
+        path = path.rpartition(".")[0]
+        config = getattr(named[path], "config", None)
+        if config is not None:
+            return type(config) is type(text_config(model)) or config is getattr(unwrap(model), "config", None)
+    return True

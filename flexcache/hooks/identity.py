@@ -1,0 +1,172 @@
+"""Proves, on a small batch, that located sites are what their names promise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from flexcache.errors import SiteError
+from flexcache.hooks.aliases import NORM_PAIRS, part
+from flexcache.hooks.blocks import find_blocks
+from flexcache.hooks.locate import locate
+from flexcache.hooks.measure import Example, input_device, run_example
+from flexcache.hooks.tap import Tap
+from flexcache.site import Site
+
+ALGEBRA = ("resid_pre", "resid_post", "attn_out", "mlp_out")
+
+ROUNDINGS = 4
+"""The bound, in units of eps · (sum of magnitudes). Two additions, each rounded to half an eps, need one."""
+
+
+def check_identity(model: nn.Module, taps: Sequence[Tap], *, example: Example | None = None) -> None:
+    """Check the algebra that defines the standard sites among *taps*, by one forward of a small batch.
+
+    Wherever ``attn_out`` or ``mlp_out`` is tapped, elementwise and in float32 arithmetic::
+
+        resid_post[l] = resid_pre[l] + attn_out[l] + mlp_out[l]      to 4 · eps(dtype) · (sum of magnitudes)
+
+    and likewise with the block's own norms between the sums where it normalizes last, as BERT does. A term that is
+    too small to make a difference proves nothing, and is refused. Where neighbouring layers are tapped,
+    ``resid_post[l]`` equals ``resid_pre[l + 1]`` bit for bit. Models that scale what they add (Granite) are refused,
+    since none of their modules gives what is added.
+
+    ``mlp_post`` and module paths have no algebra, so nothing is checked of them.
+
+    Raises
+    ------
+    SiteError
+        With the site, the layer, and the size of the misfit.
+    """
+    standard = [tap for tap in taps if tap.array in ALGEBRA and tap.layer is not None]
+    layers = sorted({tap.layer for tap in standard if tap.layer is not None})
+    summed = sorted({tap.layer for tap in standard if tap.layer is not None and tap.array in ALGEBRA[2:]})
+    if not layers:
+        return
+    if input_device(model).type == "meta":
+        raise SiteError("sites cannot be checked on the meta device", remedy="load the model's weights first")
+    place = {(tap.array, tap.layer): tap for tap in standard}
+    for site in ALGEBRA if summed else ALGEBRA[:2]:
+        for tap in locate(model, Site(site), layers if site in ALGEBRA[:2] else summed):
+            place.setdefault((site, tap.layer), tap)
+    norms = _norm_taps(model, summed)
+    read: dict[Tap, torch.Tensor] = {}
+    epsilons = []
+
+    def sink(tap: Tap, tensor: torch.Tensor) -> None:
+        read[tap] = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+        epsilons.append(torch.finfo(tensor.dtype).eps)
+
+    run_example(model, [*place.values(), *(tap for four in norms.values() for tap in four)], sink, example)
+    for layer in layers:
+        post, following = place["resid_post", layer], place.get(("resid_pre", layer + 1))
+        if following is not None and not torch.equal(read[post], read[following]):
+            raise _broken_stream(layer, post, following)
+    for layer in summed:
+        parts = _Parts(*(place[site, layer] for site in ALGEBRA))
+        _check_shapes(parts, read)
+        for sum_ in _sums(parts, norms.get(layer), read, max(epsilons)):
+            _check(sum_, layer, model.training)
+
+
+class _Parts(NamedTuple):
+    pre: Tap
+    post: Tap
+    attn: Tap
+    mlp: Tap
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """Terms that should add up to *total*, to rounding; *added* are the taps of the terms after the first."""
+
+    total: torch.Tensor
+    terms: tuple[torch.Tensor, ...]
+    added: tuple[Tap, ...]
+    eps: float
+
+    def misfit(self, without: int | None = None) -> tuple[float, float]:
+        """Return the largest difference, and the largest in units of its bound; NaN if a value is not a number."""
+        kept = [term for number, term in enumerate(self.terms) if number != without]
+        difference = (self.total - sum(kept[1:], kept[0])).abs()
+        magnitude = torch.stack([term.abs() for term in self.terms]).sum(dim=0)
+        ratio = torch.where(difference == 0, 0.0, difference / (ROUNDINGS * self.eps * magnitude))
+        return difference.max().item(), ratio.max().item()
+
+
+def _sums(parts: _Parts, norms: tuple[Tap, ...] | None, read: dict[Tap, torch.Tensor], eps: float) -> tuple[_Sum, ...]:
+    """Return the block's one sum, or where that fails and a norm comes last, the two sums that its norms read."""
+    pre, post, attn, mlp = (read[tap] for tap in parts)
+    whole = _Sum(post, (pre, attn, mlp), (parts.attn, parts.mlp), eps)
+    if norms is None or whole.misfit()[1] <= 1:
+        return (whole,)
+    first_in, first_out, last_in, last_out = (read[tap] for tap in norms)
+    if not torch.equal(last_out, post):
+        return (whole,)
+    return _Sum(first_in, (pre, attn), (parts.attn,), eps), _Sum(last_in, (first_out, mlp), (parts.mlp,), eps)
+
+
+def _check(sum_: _Sum, layer: int, training: bool) -> None:
+    sites = " and ".join(tap.array for tap in sum_.added)
+    where = ", ".join(tap.module for tap in sum_.added)
+    difference, ratio = sum_.misfit()
+    if not ratio <= 1:
+        raise SiteError(
+            f"{sites} of layer {layer}: the block adds something else to the residual stream",
+            where=where,
+            expected="resid_post = resid_pre + attn_out + mlp_out, to rounding",
+            found=f"a misfit of up to {difference:.3g}, {ratio:.3g} times the bound",
+            remedy=("call model.eval() first, since dropout may be on; or " if training else "")
+            + "the model scales or norms what it adds, or adds more than these: give a module path as site instead,"
+            f" such as {where.partition(',')[0]}",
+        )
+    for number, tap in enumerate(sum_.added, start=1):
+        if sum_.terms[number].any() and not sum_.misfit(without=number)[1] > 1:
+            raise SiteError(
+                f"{tap.array} of layer {layer} is too small beside the residual stream to be checked",
+                where=tap.module,
+                expected=f"some element of more than {ROUNDINGS} · eps = {ROUNDINGS * sum_.eps:.2g} of the terms' sum",
+                remedy=f"compute in float32, or give the module path {tap.module} as site instead",
+            )
+
+
+def _check_shapes(parts: _Parts, read: dict[Tap, torch.Tensor]) -> None:
+    expected = tuple(read[parts.pre].shape)
+    for tap in parts:
+        if tuple(read[tap].shape) != expected:
+            raise SiteError(
+                f"{tap} is no part of the residual stream",
+                expected=f"shape {expected}, as of {parts.pre}",
+                found=str(tuple(read[tap].shape)),
+                remedy=f"give the module path {tap.module} as site instead",
+            )
+
+
+def _norm_taps(model: nn.Module, layers: list[int]) -> dict[int, tuple[Tap, Tap, Tap, Tap]]:
+    """Return, for blocks that may normalize last, input and output of the norm after attention and of the last one."""
+    path, blocks = find_blocks(model)
+    found: dict[int, tuple[Tap, Tap, Tap, Tap]] = {}
+    for layer in layers:
+        for pair in NORM_PAIRS:
+            if all(part(blocks[layer], name) is not None for name in pair):
+                first, last = (f"{path}.{layer}.{name}" for name in pair)
+                found[layer] = (
+                    Tap("norm", layer, first, "input"),
+                    Tap("norm", layer, first, "output"),
+                    Tap("norm", layer, last, "input"),
+                    Tap("norm", layer, last, "output"),
+                )
+    return found
+
+
+def _broken_stream(layer: int, post: Tap, following: Tap) -> SiteError:
+    return SiteError(
+        f"resid_post of layer {layer} is not resid_pre of layer {layer + 1}",
+        where=f"{post.module} and {following.module}",
+        expected="what leaves a block to enter the next, bit for bit",
+        remedy="the model changes the stream between its blocks; give module paths instead of standard sites",
+    )

@@ -1,0 +1,124 @@
+"""From sites, as users name them, to taps on the modules of a model."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from flexcache.errors import SiteError, nearest
+from flexcache.hooks.aliases import MLP, find_part, part
+from flexcache.hooks.blocks import find_blocks
+from flexcache.hooks.names import inner, modules
+from flexcache.hooks.tap import Tap
+from flexcache.site import STANDARD, Layers, Site, array_name, resolve_layers
+
+
+def locate(model: nn.Module, site: Site, layers: Layers = "all") -> tuple[Tap, ...]:
+    """Return the taps that *site* means in *model*: one per layer, or per module that a path or glob matches.
+
+    In a glob ``*`` and ``?`` stop at dots, ``**`` does not, and ``[…]`` is a set of characters:
+    ``model.layers.*.mlp`` matches every block's MLP, ``**.up_proj`` every up-projection.
+    *layers* counts for standard sites alone; a module path names its own.
+
+    Standard sites are found by the names of a block's parts, not by the type of the model. That the find is right
+    is for `check_identity` to show.
+
+    Raises
+    ------
+    SiteError
+        Nothing matches; the nearest names are given. A standard site that the blocks do not have, and which they do.
+    """
+    if site.standard:
+        return _in_blocks(model, site.name, layers)
+    named = modules(model)
+    if not re.search(r"[*?\[]", site.name):
+        return (_exact(site, named),)
+    glob = re.compile(_regex(site.name))
+    found = tuple(
+        Tap(array_name(name, site.side), None, name, site.side)
+        for name, module in named.items()
+        if name and glob.fullmatch(name) and not _is_container(module)
+    )
+    if not found:
+        raise SiteError(f"no module matches {site.name!r}", remedy=nearest(site.name, _names(named)))
+    for tap in found:
+        _refuse_expert(tap.module)
+    return found
+
+
+def _in_blocks(model: nn.Module, site: str, layers: Layers) -> tuple[Tap, ...]:
+    path, blocks = find_blocks(model)
+    taps, missing = [], []
+    for layer in resolve_layers(layers, len(blocks)):
+        place = find_part(blocks[layer], site)
+        if place is None:
+            missing.append(layer)
+        else:
+            taps.append(Tap(site, layer, f"{path}.{layer}.{place[0]}".rstrip("."), place[1]))
+    if missing:
+        raise _missing(site, missing, path, blocks)
+    return tuple(taps)
+
+
+def _missing(site: str, layers: list[int], path: str, blocks: nn.ModuleList) -> SiteError:
+    block = inner(blocks[layers[0]])
+    has = [name for name in STANDARD if find_part(block, name)]
+    others = [layer for layer, other in enumerate(blocks) if find_part(other, site)]
+    remedy = f"ask for layers {others}" if others else "ask for one of those, or give a module path"
+    if site == "mlp_post" and _has_experts(block):
+        remedy = "its MLP is a mixture of experts, where no one down-projection reads every token; " + remedy
+    return SiteError(
+        f"the model has no {site} in layer {', '.join(map(str, layers))}",
+        where=f"{path}.{layers[0]}, a {type(block).__name__} of {', '.join(n for n, _ in block.named_children())}",
+        expected=f"one of {', '.join(has)}",
+        remedy=remedy,
+    )
+
+
+def _has_experts(block: nn.Module) -> bool:
+    mlps = (part(block, name) for name in MLP)
+    return any("experts" in name for mlp in mlps if mlp is not None for name, _ in mlp.named_modules())
+
+
+def _exact(site: Site, named: dict[str, nn.Module]) -> Tap:
+    if site.name not in named:
+        raise SiteError(
+            f"the model has no module {site.name!r}", remedy=nearest(site.name, (*STANDARD, *_names(named)))
+        )
+    if _is_container(named[site.name]):
+        raise SiteError(
+            f"{site.name} only holds modules and never runs itself",
+            found=f"a {type(named[site.name]).__name__} of {len(list(named[site.name].children()))}",
+            remedy=f"write {site.name}.* for each of the modules in it",
+        )
+    _refuse_expert(site.name)
+    return Tap(site.array, None, site.name, site.side)
+
+
+def _refuse_expert(module: str) -> None:
+    if "experts" in module.split(".")[:-1]:
+        raise SiteError(
+            f"{module} is inside experts",
+            expected="a module that sees every token once and in order",
+            found="rows of (token, expert) pairs, sorted by expert",
+            remedy="read the experts module as a whole, its router, or mlp_out",
+        )
+
+
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList | nn.ModuleDict)
+
+
+def _names(named: dict[str, nn.Module]) -> tuple[str, ...]:
+    return tuple(name for name, module in named.items() if name and not _is_container(module))
+
+
+def _regex(glob: str) -> str:
+    words = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
+    parts = re.split(r"(\*\*|\*|\?|\[!?[^\]]+\])", glob)
+    return "".join(
+        words.get(word) or (f"[{word[1:-1].replace('!', '^', 1)}]" if word.startswith("[") else re.escape(word))
+        for word in parts
+        if word
+    )

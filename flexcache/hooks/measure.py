@@ -1,0 +1,154 @@
+"""What the activations at a tap look like, before any are captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from flexcache.errors import FlexCacheError, SiteError
+from flexcache.hooks.blocks import check_single_stack
+from flexcache.hooks.names import text_config, unwrap
+from flexcache.hooks.tap import Tap
+from flexcache.hooks.taps import Sink, Taps, accepts
+
+EXAMPLE_SHAPE = (3, 11)
+"""Sequences and tokens of an example: primes that no number of heads or groups is likely to equal."""
+
+_ON_META = {"_experts_implementation": "batched_mm", "pad_token_id": None}
+
+Example = Callable[[int, int], Any]
+"""Makes inputs of (sequences, tokens): a mapping of keywords, a tuple of positional inputs, or one tensor."""
+
+
+class Activation(NamedTuple):
+    """Shape of one token's activation, without batch and sequence, and its dtype as computed."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def measure(model: nn.Module, taps: Sequence[Tap], *, example: Example | None = None) -> dict[Tap, Activation]:
+    """Return what each tap reads, found by one forward of a small example to the model's end.
+
+    The model may be on the meta device: then no weights are needed.
+
+    Parameters
+    ----------
+    example
+        For models that do not take ``input_ids`` of a vocabulary that their configuration states.
+
+    Raises
+    ------
+    SiteError
+        A module runs twice or not at all or passes no activation per token; layers of one array differ in shape or
+        dtype; the model cannot run the example.
+    """
+    found: dict[Tap, Activation] = {}
+
+    def sink(tap: Tap, tensor: torch.Tensor) -> None:
+        found[tap] = Activation(tuple(tensor.shape[2:]), tensor.dtype)
+
+    run_example(model, taps, sink, example)
+    for tap in taps:
+        _check_alike(tap, next(other for other in taps if other.array == tap.array), found)
+    return {tap: found[tap] for tap in taps}
+
+
+def run_example(model: nn.Module, taps: Sequence[Tap], sink: Sink, example: Example | None = None) -> None:
+    """Run the model to its end on a small example, with *taps* feeding *sink*.
+
+    Raises
+    ------
+    SiteError
+    """
+    inputs = _token_ids(model) if example is None else example(*EXAMPLE_SHAPE)
+    with Taps(model, taps, sink, stop=False) as opened, _without_values(model):
+        try:
+            if isinstance(inputs, Mapping):
+                opened.forward(**inputs)
+            else:
+                opened.forward(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+        except FlexCacheError:
+            raise
+        except Exception as error:
+            raise SiteError(
+                "the model cannot run a small example",
+                where=type(unwrap(model)).__name__,
+                expected=f"a forward of {EXAMPLE_SHAPE[0]} sequences of {EXAMPLE_SHAPE[1]} tokens",
+                found=f"{type(error).__name__}: {error}",
+                remedy="pass example=, a function of (sequences, tokens) that makes the inputs of the model",
+            ) from error
+
+
+def _check_alike(tap: Tap, first: Tap, found: dict[Tap, Activation]) -> None:
+    if found[tap] != found[first]:
+        raise SiteError(
+            f"layers of {tap.array} differ, so they cannot be one array",
+            where=f"{first} and {tap}",
+            expected=f"shape {found[first].shape} of {found[first].dtype} in every layer",
+            found=f"shape {found[tap].shape} of {found[tap].dtype}",
+            remedy="ask for layers that are alike, or give module paths",
+        )
+
+
+def _token_ids(model: nn.Module) -> dict[str, Any]:
+    """Return token ids; on the meta device, whose tensors have no values, nothing that transformers would look into.
+
+    It looks into a mask and into positions, and without a cache into those that it makes itself, for packed sequences.
+    """
+    check_single_stack(model)
+    config = text_config(model)
+    vocabulary = getattr(config, "vocab_size", None)
+    if not isinstance(vocabulary, int):
+        raise SiteError(
+            "the model's configuration states no vocabulary to make an example of",
+            where=type(unwrap(model)).__name__,
+            remedy="pass example=, a function of (sequences, tokens) that makes the inputs of the model",
+        )
+    ids = torch.randint(vocabulary, EXAMPLE_SHAPE, generator=torch.Generator().manual_seed(0))
+    special = _special_ids(unwrap(model).config, config)
+    plain = next((token for token in range(vocabulary) if token not in special), 0)
+    for token in special:  # padding shifts RoBERTa's positions, an image token asks for an image
+        ids[ids == token] = plain
+    device = input_device(model)
+    cached = {"use_cache": True} if device.type == "meta" and accepts(model, "use_cache") else {}
+    return {"input_ids": ids.to(device), **cached}
+
+
+def _special_ids(*configs: Any) -> set[int]:
+    values = [value for config in configs for name, value in vars(config).items() if name.endswith("token_id")]
+    return {value for value in values if isinstance(value, int)}
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Return where *model* wants its inputs; accelerate keeps offloaded weights on meta between forwards."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    placed = next((device for device in devices if device is not None), None)
+    return next(model.parameters(), torch.empty(0)).device if placed is None else torch.device(placed)
+
+
+@contextmanager
+def _without_values(model: nn.Module) -> Iterator[None]:
+    """On the meta device, turn off in configurations what makes transformers look for values, for the while.
+
+    That is the grouped matrix product of mixtures of experts, and GPT-2's warning of padding without a mask.
+    """
+    held = [getattr(module, "config", None) for module in model.modules()] if input_device(model).type == "meta" else []
+    before = {
+        (id(config), name): (config, getattr(config, name))
+        for config in held
+        for name in _ON_META
+        if hasattr(config, name)
+    }
+    try:
+        for (_, name), (config, _) in before.items():
+            setattr(config, name, _ON_META[name])
+        yield
+    finally:
+        for (_, name), (config, value) in before.items():
+            setattr(config, name, value)

@@ -1,0 +1,190 @@
+"""Reads activations out of a running model, by hooks that always undo."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from flexcache.errors import SiteError
+from flexcache.hooks.names import modules, unwrap
+from flexcache.hooks.tap import Tap
+
+Sink = Callable[[Tap, torch.Tensor], None]
+
+
+class Taps:
+    """Hooks on the modules of *taps* while the context is open, and a forward that feeds *sink* through them.
+
+        with Taps(model, locate(model, Site("resid_post")), sink) as taps:
+            for batch in batches:
+                taps.forward(input_ids=batch.ids, attention_mask=batch.mask)
+
+    In every `forward`, `sink(tap, tensor)` is called once for each tap, in the order in which the modules run, with
+    the tensor of shape (batch, sequence, feature…) that the model itself goes on to use: the sink copies what it
+    wants to keep before it returns, and changes nothing. Falcon, for one, adds to such a tensor in place.
+
+    Hooks are outside all others: what a tap reads is what the code around the module passes and gets. Forwards of
+    the model that do not go through `forward` are not tapped. One thread uses it.
+
+    Parameters
+    ----------
+    stop
+        Leave the forward as soon as all taps have fired, so that later blocks and the lm_head are never computed.
+        A module that would run a second time later on goes unnoticed then; `measure` runs to the end and sees it.
+
+    Raises
+    ------
+    SiteError
+        On entering: a tap's module is not in the model.
+    """
+
+    def __init__(self, model: nn.Module, taps: Sequence[Tap], sink: Sink, stop: bool = True) -> None:
+        self._model = model
+        self._taps = tuple(dict.fromkeys(taps))
+        self._sink = sink
+        self._stop = stop
+        self._handles: list[RemovableHandle] = []
+        self._pending: set[Tap] = set()
+        self._batch: tuple[int, int] | None = None
+        self._defaults = {"use_cache": False} if accepts(model, "use_cache") else {}
+
+    def __enter__(self) -> Self:
+        named = modules(self._model)
+        try:
+            for tap in self._taps:
+                if tap.module not in named:
+                    raise SiteError(f"the model has no module {tap.module!r}", where=str(tap))
+                self._handles.append(self._register(named[tap.module], tap))
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._remove()
+
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        """Run the model once, without gradients and without a KV cache where it has one.
+
+        A compiled model runs uncompiled: hooks that are registered after compilation would never fire.
+
+        Returns
+        -------
+        The model's output if it ran to the end, else None.
+
+        Raises
+        ------
+        SiteError
+            A module ran twice or not at all, or passes something other than one activation per token.
+        """
+        if len(self._handles) != len(self._taps):
+            raise SiteError("the taps are not open", remedy="use them as: with Taps(model, taps, sink) as taps: …")
+        self._batch = _batch_shape(args, inputs)
+        self._pending = set(self._taps)
+        try:
+            with torch.no_grad(), _eager(self._model), self._stopping() as result:
+                result.append(self._model(*args, **{**self._defaults, **inputs}))
+        finally:
+            self._batch = None
+        if self._pending:
+            silent = [str(tap) for tap in self._taps if tap in self._pending]
+            raise SiteError(
+                "a module did not run in the forward",
+                where=", ".join(silent[:8]) + (", …" if len(silent) > 8 else ""),
+                expected=f"all {len(self._taps)} tapped modules to run once",
+                found=f"{len(silent)} that did not run",
+                remedy="leave it out: the model does not use this module, or calls its weights without the module",
+            )
+        return result[0] if result else None
+
+    def _register(self, module: nn.Module, tap: Tap) -> RemovableHandle:
+        if tap.side == "output":
+            return module.register_forward_hook(
+                lambda _, args, output: self._take(tap, lambda: tap.from_output(output))
+            )
+        return module.register_forward_pre_hook(
+            lambda _, args, kwargs: self._take(tap, lambda: tap.from_input(args, kwargs)),
+            prepend=True,
+            with_kwargs=True,
+        )
+
+    def _take(self, tap: Tap, read: Callable[[], torch.Tensor]) -> None:
+        if self._batch is None:
+            return
+        if tap not in self._pending:
+            raise SiteError(
+                "a module runs more than once in the forward",
+                where=str(tap),
+                expected="one activation for each token",
+                remedy="leave it out: layers that share a module cannot be told apart",
+            )
+        self._sink(tap, tap.shaped(read(), self._batch))
+        self._pending.remove(tap)
+        if self._stop and not self._pending:
+            raise _AllFired(self)
+
+    @contextmanager
+    def _stopping(self) -> Iterator[list[Any]]:
+        result: list[Any] = []
+        try:
+            yield result
+        except _AllFired as signal:
+            if signal.taps is not self:
+                raise
+
+    def _remove(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+
+class _AllFired(BaseException):
+    """Ends a forward; not an Exception, lest the model's own code catch it."""
+
+    def __init__(self, taps: Taps) -> None:
+        super().__init__()
+        self.taps = taps
+
+
+def accepts(model: nn.Module, keyword: str) -> bool:
+    """Whether the forward of *model*, wrappers aside, names *keyword* among its parameters."""
+    return keyword in inspect.signature(type(unwrap(model)).forward).parameters
+
+
+def _batch_shape(args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[int, int]:
+    candidates = (inputs.get("input_ids"), inputs.get("inputs_embeds"), *args, *inputs.values())
+    for value in candidates:
+        if isinstance(value, torch.Tensor) and value.ndim >= 2:
+            return value.shape[0], value.shape[1]
+    raise SiteError(
+        "the inputs do not tell how many tokens they are",
+        expected="a tensor of shape (batch, sequence, …)",
+        found=f"{len(args)} positional inputs, keywords {', '.join(inputs) or 'none'}",
+    )
+
+
+def _eager(model: nn.Module) -> AbstractContextManager[Any]:
+    """Return a context in which compiled modules run as written; nothing is imported where nothing is compiled.
+
+    Hooks on a module that was compiled before are not seen by its guards (torch's ``skip_nnmodule_hook_guards``).
+    """
+    if "torch._dynamo" not in sys.modules or not any(_compiled(module) for module in model.modules()):
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def _compiled(module: nn.Module) -> bool:
+    return (
+        type(module).__name__ == "OptimizedModule"
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+    )

@@ -1,0 +1,37 @@
+"""Which modules of a live model the user has changed, for the provenance of a store."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from flexcache.hooks.names import modules
+
+LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed")
+"""Packages whose hooks belong to how a model is loaded or distributed, not to what it computes."""
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def user_hooks(model: nn.Module) -> list[str]:
+    """Return the paths of modules with forward hooks, or a replaced ``forward``, that no library put there.
+
+    Such a model may compute something other than its weights say. The hooks of open `Taps` only read, and do not
+    count; the root is named ``"(model)"``.
+    """
+    return [name or "(model)" for name, module in modules(model).items() if any(map(_of_user, _changes(module)))]
+
+
+def _changes(module: nn.Module) -> list[Any]:
+    replaced = vars(module).get("forward")
+    return [hook for kind in HOOKS for hook in getattr(module, kind).values()] + ([replaced] if replaced else [])
+
+
+def _of_user(hook: Any) -> bool:
+    while isinstance(hook, partial):
+        hook = hook.func
+    hook = getattr(hook, "_torchdynamo_orig_callable", hook)
+    origin = getattr(hook, "__module__", None) or type(hook).__module__
+    return origin.partition(".")[0] not in LIBRARIES and origin != "flexcache.hooks.taps"

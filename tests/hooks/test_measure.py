@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from flexcache.errors import SiteError
+from flexcache.hooks import locate, measure
+from flexcache.site import Site
+from tests.models import NEURONS, tiny
+
+
+def test_feature_dims_beyond_one_are_kept() -> None:
+    model = tiny("qwen3")
+    taps = (*locate(model, Site("mlp_post"), 1), *locate(model, Site.parse("model.layers.1.self_attn.q_norm")))
+    assert [activation.shape for activation in measure(model, taps).values()] == [(NEURONS,), (4, 16)]
+
+
+def test_a_tensor_with_heads_before_tokens_is_refused() -> None:
+    model = tiny("gemma3")
+    with pytest.raises(SiteError, match="not one per token") as error:
+        measure(model, locate(model, Site.parse("model.layers.1.self_attn.q_norm")))
+    assert error.value.found == "(3, 4, 11, 16)"
+
+
+def test_a_module_that_runs_twice_is_found_although_captures_stop_early() -> None:
+    model = tiny("llama")
+    model.model.layers[3].mlp = model.model.layers[0].mlp
+    with pytest.raises(SiteError, match="more than once"):
+        measure(model, locate(model, Site.parse("model.layers.0.mlp")))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt2"])
+def test_measuring_without_weights_leaves_the_configuration_as_it_was(family: str) -> None:
+    model = tiny(family, device="meta")
+    before = model.config.to_dict(), getattr(model.config, "_experts_implementation", None)
+    measure(model, locate(model, Site("mlp_out")))
+    assert (model.config.to_dict(), getattr(model.config, "_experts_implementation", None)) == before
+
+
+def test_layers_of_one_array_must_be_alike() -> None:
+    model = tiny("llama")
+    mlp = model.model.layers[2].mlp
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = nn.Linear(64, 8), nn.Linear(64, 8), nn.Linear(8, 64)
+    with pytest.raises(SiteError, match="layers of mlp_post differ") as error:
+        measure(model, locate(model, Site("mlp_post")))
+    assert "shape (8,)" in str(error.value.found)
+    measure(model, locate(model, Site("mlp_post"), [0, 1, 3]))
+
+
+def test_a_model_of_another_kind_is_measured_with_an_example() -> None:
+    net = nn.Sequential(nn.Linear(5, 3), nn.ReLU())
+    taps = locate(net, Site.parse("0"))
+    expected = {taps[0]: ((3,), torch.float32)}
+    assert measure(net, taps, example=lambda batch, length: torch.zeros(batch, length, 5)) == expected
+    assert measure(net, taps, example=lambda batch, length: {"input": torch.zeros(batch, length, 5)}) == expected
+    with pytest.raises(SiteError, match="no vocabulary"):
+        measure(net, taps)
+    with pytest.raises(SiteError, match="cannot run a small example") as error:
+        measure(net, taps, example=lambda batch, length: torch.zeros(batch, length, 4))
+    assert "RuntimeError" in str(error.value.found)
+
+
+def test_an_encoder_with_a_decoder_is_refused_before_it_runs() -> None:
+    model = tiny("t5")
+    with pytest.raises(SiteError, match="an encoder and a decoder"):
+        measure(model, locate(model, Site.parse("shared")))
+
+
+def test_weights_that_accelerate_has_offloaded_are_no_obstacle() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny("llama")
+    taps = locate(model, Site("mlp_post"))
+    expected = measure(model, taps)
+    offloaded = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert next(offloaded.parameters()).is_meta
+    assert measure(offloaded, taps) == expected

@@ -1,0 +1,93 @@
+"""Tiny random-init models of many families, built from configurations in milliseconds; no hub."""
+
+from __future__ import annotations
+
+import torch
+import transformers as hf
+from torch import nn
+
+VOCABULARY, HIDDEN, DEPTH, NEURONS = 257, 64, 4, 112
+
+_SIZES = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": DEPTH, "num_attention_heads": 4}
+_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_GROUPED = {"intermediate_size": NEURONS, "num_key_value_heads": 2, "head_dim": 16}
+_MLP = {"intermediate_size": NEURONS, "max_position_embeddings": 128}
+_BERT = {**_MLP, "attn_implementation": "sdpa"}
+_GPT2 = {"n_embd": HIDDEN, "n_layer": DEPTH, "n_head": 4, "n_positions": 128, "n_inner": NEURONS}
+
+FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("LlamaForCausalLM", _GROUPED),
+    "gpt2": ("GPT2LMHeadModel", _GPT2),
+    "gpt_neox": ("GPTNeoXForCausalLM", _MLP),
+    "gpt_neox_sequential": ("GPTNeoXForCausalLM", {**_MLP, "use_parallel_residual": False}),
+    "gptj": ("GPTJForCausalLM", {**_GPT2, "rotary_dim": 8}),
+    "qwen3": ("Qwen3ForCausalLM", _GROUPED),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        {**_GROUPED, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "olmo2": ("Olmo2ForCausalLM", _GROUPED),
+    "glm4": ("Glm4ForCausalLM", _GROUPED),
+    "falcon": ("FalconForCausalLM", {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}),
+    "falcon_parallel": (
+        "FalconForCausalLM",
+        {"new_decoder_architecture": False, "parallel_attn": True, "alibi": False},
+    ),
+    "falcon_sequential": (
+        "FalconForCausalLM",
+        {"new_decoder_architecture": False, "parallel_attn": False, "alibi": True},
+    ),
+    "opt": (
+        "OPTForCausalLM",
+        {"ffn_dim": NEURONS, "word_embed_proj_dim": HIDDEN, "max_position_embeddings": 128},
+    ),
+    "opt_post_norm": (
+        "OPTForCausalLM",
+        {
+            "ffn_dim": NEURONS,
+            "word_embed_proj_dim": HIDDEN,
+            "max_position_embeddings": 128,
+            "do_layer_norm_before": False,
+        },
+    ),
+    "bloom": ("BloomForCausalLM", {}),
+    "phi3": ("Phi3ForCausalLM", {**_GROUPED, "max_position_embeddings": 128, "original_max_position_embeddings": 128}),
+    "mixtral": ("MixtralForCausalLM", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granite": ("GraniteForCausalLM", {**_GROUPED, "residual_multiplier": 0.22}),
+    "bert": ("BertForMaskedLM", _BERT),
+    "roberta": ("RobertaForMaskedLM", _BERT),
+    "distilbert": ("DistilBertForMaskedLM", {"dim": HIDDEN, "hidden_dim": NEURONS, "n_layers": DEPTH, "n_heads": 4}),
+    "modernbert": ("ModernBertForMaskedLM", {"intermediate_size": NEURONS, "local_attention": 8}),
+    "albert": ("AlbertModel", {**_MLP, "embedding_size": 16}),
+    "t5": ("T5ForConditionalGeneration", {"d_model": HIDDEN, "d_kv": 16, "d_ff": NEURONS, "num_layers": DEPTH}),
+}
+
+
+def tiny(family: str, dtype: torch.dtype = torch.float32, device: str = "cpu", **overrides: object) -> nn.Module:
+    """Return a small model of *family* in eval mode, always with the same weights.
+
+    Norms and biases are perturbed as well, so that leaving one out changes the numbers.
+    """
+    name, sizes = FAMILIES[family]
+    cls = getattr(hf, name)
+    own = family in ("gpt2", "gptj", "distilbert", "t5")
+    settings = {**({"vocab_size": VOCABULARY} if own else _SIZES), **_IDS, **sizes}
+    if family == "modernbert":
+        settings |= {"cls_token_id": 1, "sep_token_id": 2}
+    if family == "t5":
+        settings |= {"decoder_start_token_id": 0, "num_heads": 4}
+    settings |= overrides
+    attention = settings.pop("attn_implementation", None)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = cls._from_config(cls.config_class(**settings), attn_implementation=attention, dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def token_ids(batch: int = 3, length: int = 7, seed: int = 0) -> torch.Tensor:
+    """Return token ids without special ones: int64, shape (batch, length)."""
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
