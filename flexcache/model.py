@@ -1,0 +1,179 @@
+"""Models by name: loading through the transformers auto classes, and saying what a model is."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field
+
+from flexcache.errors import ConfigError
+from flexcache.store.files import digest
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+SAMPLED_VALUES = 64
+
+
+class ModelSource(BaseModel):
+    """A Hugging Face model, as a folder or a hub name, and how to load it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    name: str = Field(description="a local folder, or a name on the hub")
+    revision: str | None = None
+    loader: Literal["auto", "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
+    device: str = "auto"
+    gguf_file: str | None = None
+    trust_remote_code: bool = False
+
+    def config(self) -> Any:
+        """Return the model's configuration; no weights are read."""
+        from transformers import AutoConfig
+
+        with _translated(self.name):
+            return AutoConfig.from_pretrained(self.name, **self._where(), **self._gguf())
+
+    def load(self) -> torch.nn.Module:
+        """Return the model with its weights, in evaluation mode, on its device."""
+        options: dict[str, Any] = {**self._where(), **self._gguf(), "dtype": self.dtype}
+        if self.attention:
+            options["attn_implementation"] = self.attention
+        with _translated(self.name):
+            model = self._auto_class().from_pretrained(self.name, **options)
+        return model.to(self._device()).eval()
+
+    def skeleton(self) -> torch.nn.Module:
+        """Return the model on the meta device: modules and shapes, without weights."""
+        import torch
+
+        config = self.config()
+        with torch.device("meta"):
+            options = {} if self.dtype == "auto" else {"dtype": getattr(torch, self.dtype)}
+            return self._auto_class().from_config(copy.deepcopy(config), **options).eval()
+
+    def tokenizer(self) -> Any:
+        """Return the model's tokenizer."""
+        from transformers import AutoTokenizer
+
+        with _translated(self.name):
+            return AutoTokenizer.from_pretrained(self.name, **self._where(), **self._gguf())
+
+    def weights(self) -> dict[str, str]:
+        """Return the XXH3-128 of each of the checkpoint's weight files, by file name."""
+        folder = Path(self.name)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            with _translated(self.name):
+                folder = Path(snapshot_download(self.name, revision=self.revision, local_files_only=True))
+        patterns = [self.gguf_file] if self.gguf_file else WEIGHTS
+        return {path.name: digest(path) for pattern in patterns for path in sorted(folder.glob(pattern))}
+
+    def _where(self) -> dict[str, Any]:
+        return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+
+    def _gguf(self) -> dict[str, Any]:
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+    def _auto_class(self) -> Any:
+        import transformers
+
+        if self.loader != "auto":
+            return getattr(transformers, self.loader)
+        architectures = getattr(self.config(), "architectures", None) or []
+        causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures) or self.gguf_file
+        return transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+
+    def _device(self) -> str:
+        import torch
+
+        if self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def _translated(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(
+            f"model {name} cannot be loaded",
+            found=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+            remedy="check the name, the revision and the folder; without a network only local folders and cached"
+            " models can be loaded",
+        ) from error
+
+
+def describe_model(model: torch.nn.Module) -> dict[str, Any]:
+    """Return what a live model is: its class, configuration and a digest of a sample of its weights.
+
+    The digest takes name, shape, dtype and up to 64 evenly spaced values of each parameter and buffer, so that
+    it costs milliseconds at any size; training or another checkpoint changes it.
+    """
+    config: Any = getattr(model, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        settings.pop(volatile, None)
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return {
+        "name": getattr(config, "_name_or_path", "") or type(model).__name__,
+        "class": type(model).__name__,
+        "config_xxh3_128": xxhash.xxh3_128_hexdigest(text.encode()),
+        "weights_sample_xxh3_128": sample_digest(model),
+    }
+
+
+def sample_digest(model: torch.nn.Module) -> str:
+    """Return the XXH3-128 of a sample of the model's weights, see `describe_model`."""
+    import torch
+
+    hasher = xxhash.xxh3_128()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        hasher.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.device.type == "meta" or type(tensor.data) is not torch.Tensor or not tensor.numel():
+            continue
+        flat = tensor.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // SAMPLED_VALUES)][:SAMPLED_VALUES]
+        hasher.update(picked.to("cpu", torch.float64 if picked.is_floating_point() else None).numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """Return what a tokenizer is: its class and a digest of its whole state."""
+    if tokenizer is None:
+        return {"class": None}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        # padding and truncation are settings of the last call, not of the tokenizer
+        state = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
+        text = json.dumps(state, sort_keys=True)
+    elif hasattr(tokenizer, "get_vocab"):
+        text = json.dumps([tokenizer.get_vocab(), str(tokenizer.special_tokens_map)], sort_keys=True)
+    else:
+        return {"class": getattr(tokenizer, "__qualname__", type(tokenizer).__qualname__)}
+    return {"class": type(tokenizer).__name__, "xxh3_128": xxhash.xxh3_128_hexdigest(text.encode())}
+
+
+def longest_input(model: torch.nn.Module, tokenizer: Any) -> int | None:
+    """Return how many tokens the model can read at once, or None where nothing says so."""
+    config = getattr(model, "config", None)
+    limits = [getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
+    known = [int(limit) for limit in limits if isinstance(limit, int) and 0 < limit < 10**9]
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:  # RoBERTa counts positions from there
+            known.append(int(module.num_embeddings) - int(padding) - 1)
+    return min(known, default=None)

@@ -1,0 +1,1 @@
+"""Capture: plan, batches, forward, writer."""

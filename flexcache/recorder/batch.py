@@ -1,0 +1,165 @@
+"""The batches of a stored plan: what a forward reads, and which of its tokens become which rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flexcache.errors import DamagedError
+from flexcache.plan import padded_tokens
+from flexcache.store.schema import SEQUENCES
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One planned forward.
+
+    Attributes
+    ----------
+    unit, index : int
+        The unit, and the number of the batch in it.
+    rows : range
+        The rows that the batch fills, in the order of `tokens` and within each of its kept positions.
+    documents : ndarray of int64, shape (sequences,)
+        Lines of the store's documents table.
+    tokens : tuple of ndarray of int32
+        Token ids of each sequence, without padding.
+    keep : tuple of (start, stop)
+        Which positions of each sequence are kept; for a mean, which positions are averaged into its one row.
+    mean : bool
+    """
+
+    unit: int
+    index: int
+    rows: range
+    documents: np.ndarray
+    tokens: tuple[np.ndarray, ...]
+    keep: tuple[tuple[int, int], ...]
+    mean: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Sequences and the length of the longest."""
+        return len(self.tokens), max(len(sequence) for sequence in self.tokens)
+
+    @cached_property
+    def n_tokens(self) -> int:
+        """Tokens of all sequences, without padding."""
+        return sum(len(sequence) for sequence in self.tokens)
+
+    def input_ids(self, pad: int = 0) -> np.ndarray:
+        """Return the token ids right-padded with *pad*: int64, shape (sequences, longest)."""
+        padded = np.full(self.shape, pad, dtype=np.int64)
+        for line, sequence in zip(padded, self.tokens, strict=True):
+            line[: len(sequence)] = sequence
+        return padded
+
+    def attention_mask(self) -> np.ndarray:
+        """Return 1 for tokens and 0 for padding: int64, shape (sequences, longest)."""
+        lengths = np.array([len(sequence) for sequence in self.tokens])
+        return (np.arange(self.shape[1]) < lengths[:, None]).astype(np.int64)
+
+    def kept(self, values: Any) -> np.ndarray:
+        """Return the rows of padded activations, shape (sequences, longest, …), or of a list of one array a sequence.
+
+        A mean is taken in float32 over the kept positions.
+
+        Returns
+        -------
+        ndarray of shape (rows, …), in the order of `rows`
+        """
+        pieces = [np.asarray(values[line])[start:stop] for line, (start, stop) in enumerate(self.keep)]
+        if self.mean:
+            return np.stack([piece.astype(np.float32).mean(axis=0) for piece in pieces])
+        return np.concatenate(pieces)
+
+
+class BatchReader:
+    """Reads the planned batches of any unit from a store's sequence table; memory is a few units."""
+
+    def __init__(self, root: Path, mean: bool) -> None:
+        self._path = root / SEQUENCES
+        self._mean = mean
+        try:
+            self._file = pq.ParquetFile(self._path)
+            column = self._file.schema_arrow.get_field_index("unit")
+            # pyarrow's column numbers count leaves: `unit` comes before the only nested column, so it is its own.
+            groups = [
+                self._file.metadata.row_group(i).column(column).statistics for i in range(self._file.num_row_groups)
+            ]
+            self._spans = [(int(group.min), int(group.max)) for group in groups]
+        except (OSError, pa.ArrowException, AttributeError) as error:
+            raise DamagedError(
+                "the plan of the store cannot be read",
+                where=str(self._path),
+                found=f"{type(error).__name__}: {error}",
+            ) from error
+        self._cached: tuple[int, pa.Table] | None = None
+
+    def unit(self, unit: int) -> list[Batch]:
+        """Return the batches of a unit, in order."""
+        tables = [
+            self._group(number).filter(pa.compute.field("unit") == unit)
+            for number, (low, high) in enumerate(self._spans)
+            if low <= unit <= high
+        ]
+        return self._batches(unit, pa.concat_tables(tables).combine_chunks())
+
+    def largest(self) -> Batch:
+        """Return the batch of most tokens, padding included, of the whole plan."""
+        best = (-1, 0, 0)
+        for number in range(len(self._spans)):
+            table = self._file.read_row_group(number, columns=["unit", "batch", "tokens"])
+            lengths = pa.compute.list_value_length(table.column("tokens")).to_numpy()
+            units, batches = table.column("unit").to_numpy(), table.column("batch").to_numpy()
+            cuts = np.flatnonzero((np.diff(units) != 0) | (np.diff(batches) != 0)) + 1
+            for part in np.split(np.arange(len(table)), cuts):
+                size = padded_tokens(lengths[part], np.zeros(len(part)))
+                if size > best[0]:
+                    best = (size, int(units[part[0]]), int(batches[part[0]]))
+        return self.unit(best[1])[best[2]]
+
+    def _group(self, number: int) -> pa.Table:
+        if self._cached is None or self._cached[0] != number:
+            self._cached = (number, self._file.read_row_group(number))
+        return self._cached[1]
+
+    def _batches(self, unit: int, table: pa.Table) -> list[Batch]:
+        column = {
+            name: table.column(name).to_numpy() for name in ("document", "batch", "keep_start", "n_rows", "row_start")
+        }
+        lists = table.column("tokens").combine_chunks()
+        offsets, flat = lists.offsets.to_numpy(), lists.values.to_numpy(zero_copy_only=False)
+        tokens = [flat[start:stop] for start, stop in pairwise(offsets)]
+        batches = []
+        for lines in _runs(column["batch"]):
+            first, last = lines[0], lines[-1]
+            starts = column["keep_start"][lines]
+            stops = [len(tokens[line]) for line in lines] if self._mean else starts + column["n_rows"][lines]
+            batches.append(
+                Batch(
+                    unit=unit,
+                    index=int(column["batch"][first]),
+                    rows=range(
+                        int(column["row_start"][first]),
+                        int(column["row_start"][last] + column["n_rows"][last]),
+                    ),
+                    documents=column["document"][lines],
+                    tokens=tuple(tokens[line] for line in lines),
+                    keep=tuple((int(a), int(b)) for a, b in zip(starts, stops, strict=True)),
+                    mean=self._mean,
+                )
+            )
+        return batches
+
+
+def _runs(numbers: np.ndarray) -> Sequence[np.ndarray]:
+    return np.split(np.arange(len(numbers)), np.flatnonzero(np.diff(numbers)) + 1)

@@ -1,0 +1,56 @@
+"""What the bits of a forward depend on beside model and plan."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = (
+    "flexcache-activations",
+    "torch",
+    "transformers",
+    "accelerate",
+    "numpy",
+    "zarr",
+    "pyarrow",
+    "tokenizers",
+)
+
+
+def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
+    """Return device, thread count, attention kernel and versions: two processes with equal ones give equal bytes.
+
+    bfloat16 on a CPU changes bits with the thread count, and every kernel may with the version of torch.
+    """
+    import torch
+
+    parameter = next(model.parameters(), torch.empty(0))
+    device = parameter.device
+    on_cpu = device.type == "cpu"
+    return {
+        "device": torch.backends.cpu.get_cpu_capability() if on_cpu else torch.cuda.get_device_name(device),
+        "threads": torch.get_num_threads() if on_cpu else 0,
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "attention": str(getattr(getattr(model, "config", None), "_attn_implementation", None)),
+        "compute_dtype": str(parameter.dtype).removeprefix("torch."),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that take part."""
+    found = {name: _version(name) for name in PACKAGES}
+    return {"python": sys.version.split()[0], **{name: text for name, text in found.items() if text}}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,102 @@
+"""Stores filled by a forward of your own: vLLM, nnsight, TransformerLens, JAX, or numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flexcache.documents import open_documents
+from flexcache.errors import ConfigError
+from flexcache.model import describe_tokenizer
+from flexcache.plan import RowSelection
+from flexcache.recorder.planning import Source, check_same, plan_store, stored_identity
+from flexcache.recorder.recorder import DEFAULT_BUFFER, Recorder
+from flexcache.site import STANDARD, Layers, Site, resolve_layers
+from flexcache.spec import ArraySpec, Spec, validate
+from flexcache.store.schema import read_attributes
+
+
+def record(
+    path: str | Path,
+    documents: Any,
+    *,
+    sites: Mapping[str, tuple[int, int] | int],
+    model: str | dict[str, Any],
+    tokenizer: Any = None,
+    layers: Layers = "all",
+    rows: RowSelection = "all",
+    dtype: str = "bfloat16",
+    max_length: int | None = None,
+    batch_tokens: int = 4096,
+    seed: int = 0,
+    compression: str = "none",
+    keep_text: bool = True,
+    empty_documents: str = "error",
+    fingerprint: dict[str, Any] | None = None,
+    buffer_bytes: int = DEFAULT_BUFFER,
+    allow_mixed: bool = False,
+) -> Recorder:
+    """Plan a store, or go on with one, and return its recorder; the forward is yours.
+
+        with flexcache.record("run.zarr", docs, sites={"resid_post": (12, 768)}, model="gpt2 in vLLM") as recorder:
+            for batch in recorder.batches():
+                for layer, values in my_forward(batch.tokens):
+                    recorder.put("resid_post", layer=layer, rows=batch.rows, values=values)
+
+    Parameters
+    ----------
+    sites
+        ``(depth, features)`` of a site that exists once per layer, or ``features`` of one that exists once.
+    model
+        What the activations come from; a dict may say more than a name. Compared when the store is gone on with.
+    tokenizer
+        As for `flexcache.capture`; a plain callable from texts to token lists will do.
+    layers
+        Which layers of the stacked sites will be put.
+    fingerprint
+        What the bits of the forward depend on, such as versions and device.
+
+    Other parameters, and errors, are those of `flexcache.capture`.
+    """
+    spec = validate(
+        Spec,
+        {
+            "sites": dict.fromkeys(sites, layers),
+            "rows": rows,
+            "dtype": dtype,
+            "max_length": max_length,
+            "batch_tokens": batch_tokens,
+            "seed": seed,
+            "compression": compression,
+            "keep_text": keep_text,
+            "empty_documents": empty_documents,
+        },
+        "record",
+    )
+    if spec.dtype == "auto":
+        raise ConfigError("dtype auto needs a model", remedy="name the dtype: bfloat16, float16 or float32")
+    path = Path(path)
+    source = Source(
+        documents=open_documents(documents),
+        tokenizer=tokenizer,
+        arrays=[_array(name, shape, layers, spec.dtype) for name, shape in sites.items()],
+        spec=spec,
+        model=model if isinstance(model, dict) else {"name": model, "class": model},
+        tokenizer_identity=describe_tokenizer(tokenizer),
+    )
+    if (path / "zarr.json").exists():
+        check_same(stored_identity(read_attributes(path)), source.identity(), path)
+    else:
+        plan_store(path, source)
+    return Recorder(path, fingerprint=fingerprint, buffer_bytes=buffer_bytes, allow_mixed=allow_mixed)
+
+
+def _array(name: str, shape: tuple[int, int] | int, layers: Layers, dtype: str) -> ArraySpec:
+    if isinstance(shape, int):
+        if name in STANDARD:
+            raise ConfigError(f"site {name} exists once per layer", expected="(depth, features)", found=str(shape))
+        return ArraySpec(name, name, None, None, shape, f"feature_{name}", dtype)
+    depth, features = shape
+    dim = Site.parse(name).feature_dim if name in STANDARD else "hidden"
+    return ArraySpec(name, name, resolve_layers(layers, depth), depth, features, dim, dtype)

@@ -1,0 +1,228 @@
+"""From documents to a planned store, or to the numbers of one that is only considered."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from flexcache.documents import Documents
+from flexcache.errors import MismatchError
+from flexcache.plan import Plan, rows_kept, unit_rows
+from flexcache.recorder.fingerprint import versions
+from flexcache.sequences import Spool, spool
+from flexcache.spec import ArraySpec, Spec
+from flexcache.store.card import card
+from flexcache.store.create import building, check_names, check_room, create, total_bytes
+from flexcache.store.display import size
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """All that a store is planned from.
+
+    Attributes
+    ----------
+    documents : Documents
+    tokenizer : callable or None
+    arrays : list of ArraySpec
+    spec : Spec
+    model, tokenizer_identity : dict
+        As provenance records them.
+    vocabulary : int or None
+        Number of token ids that the model knows.
+    notes : dict
+        Further provenance, such as hooks that a live model carried.
+    """
+
+    documents: Documents
+    tokenizer: Any
+    arrays: list[ArraySpec]
+    spec: Spec
+    model: dict[str, Any]
+    tokenizer_identity: dict[str, Any]
+    vocabulary: int | None = None
+    notes: dict[str, Any] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """Return what must agree between a store and a run that goes on with it."""
+        return {
+            "spec": self.spec.model_dump(mode="json"),
+            "arrays": {array.name: array.to_json() for array in self.arrays},
+            "model": _content(self.model),
+            "tokenizer": self.tokenizer_identity,
+            "documents": self.documents.describe(),
+        }
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a plan amounts to, before anything is captured.
+
+    Attributes
+    ----------
+    rows, documents, units, shard_rows, files : int
+    bytes : int
+        Of all shard files, before compression.
+    tokens, tokens_run, tokens_padded : int
+        Of the documents; in all forwards; and with padding.
+    longest_document, truncated_documents, skipped_documents : int
+    """
+
+    rows: int
+    documents: int
+    units: int
+    shard_rows: int
+    files: int
+    bytes: int
+    tokens: int
+    tokens_run: int
+    tokens_padded: int
+    longest_document: int
+    truncated_documents: int
+    skipped_documents: int
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Return the estimate as names and values for people."""
+        tokens = f"{self.tokens:,} (run ÷ kept {self.tokens_padded / max(1, self.rows):.2f}"
+        tokens += f", padding {self.tokens_padded / max(1, self.tokens_run) - 1:.1%})"
+        cut = f", {self.truncated_documents:,} truncated" if self.truncated_documents else ""
+        cut += f", {self.skipped_documents:,} empty ones skipped" if self.skipped_documents else ""
+        return [
+            ("documents", f"{self.documents:,}{cut}; the longest has {self.longest_document:,} tokens"),
+            ("tokens", tokens),
+            ("rows", f"{self.rows:,}"),
+            ("units", f"{self.units:,} of {self.shard_rows:,} rows"),
+            ("files", f"{self.files:,}"),
+            ("bytes", size(self.bytes)),
+        ]
+
+
+def make_plan(source: Source, folder: Path, progress: Progress) -> tuple[Plan, Spool, Estimate]:
+    """Tokenize the documents into *folder* and cut them into units."""
+    spec = source.spec
+    check_names(source.arrays)
+    corpus = spool(
+        source.documents,
+        source.tokenizer,
+        folder,
+        max_length=spec.max_length,
+        vocabulary=source.vocabulary,
+        empty=spec.empty_documents,
+        keep_text=spec.keep_text,
+        progress=progress,
+    )
+    lengths = corpus.lengths
+    widest = max(array.row_bytes for array in source.arrays)
+    shard_rows = unit_rows(rows_kept(lengths, spec.rows), int(lengths.sum(dtype=np.int64)), widest, spec.batch_tokens)
+    plan = Plan(lengths, spec.rows, shard_rows, spec.batch_tokens, spec.seed)
+    run, padded = plan.tokens_run()
+    n_arrays = sum(len(array.slices) for array in source.arrays)
+    estimate = Estimate(
+        rows=plan.n_rows,
+        documents=len(lengths),
+        units=plan.n_units,
+        shard_rows=shard_rows,
+        files=plan.n_units * n_arrays,
+        bytes=total_bytes(source.arrays, plan.n_rows, shard_rows),
+        tokens=int(lengths.sum(dtype=np.int64)),
+        tokens_run=run,
+        tokens_padded=padded,
+        longest_document=int(lengths.max()),
+        truncated_documents=corpus.truncated,
+        skipped_documents=corpus.skipped,
+    )
+    return plan, corpus, estimate
+
+
+def estimate(source: Source, progress: Progress = lambda documents, tokens: None) -> Estimate:
+    """Return what a plan would amount to; nothing is kept."""
+    with tempfile.TemporaryDirectory(prefix="flexcache-plan-") as folder:
+        return make_plan(source, Path(folder), progress)[2]
+
+
+def plan_store(path: Path, source: Source, progress: Progress = lambda documents, tokens: None) -> Estimate:
+    """Make a store that holds its plan and no activations; it appears at *path* in one step.
+
+    Raises
+    ------
+    PlanError
+        The disk has no room for the whole store.
+    StoreError, MismatchError
+        The place is taken, or another process is planning there.
+    DocumentsError
+        See `flexcache.sequences.spool`.
+    """
+    with building(path) as folder:
+        plan, corpus, amount = make_plan(source, folder, progress)
+        check_room(path, amount.bytes)
+        content = {
+            "spec": source.spec.model_dump(mode="json"),
+            "provenance": {
+                "model": source.model,
+                "tokenizer": source.tokenizer_identity,
+                "documents": source.documents.describe(),
+                "versions": versions(),
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                **(source.notes or {}),
+            },
+        }
+        create(
+            path, folder, plan, corpus, source.arrays, asdict(amount), content,
+            compression=source.spec.compression, card=card(path.name, source.arrays, amount.lines(), content),
+        )  # fmt: skip
+    return amount
+
+
+def check_same(stored: dict[str, Any], given: dict[str, Any], path: Path) -> None:
+    """Refuse to go on with a store that was planned from something else.
+
+    Raises
+    ------
+    MismatchError
+        With every value that differs.
+    """
+    before, now = _flat(stored), _flat(given)
+    different = [
+        f"{name}: {before.get(name, 'nothing')} in the store, {now.get(name, 'nothing')} now"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+    if different:
+        raise MismatchError(
+            "the store was made from something else",
+            where=str(path),
+            found="\n    ".join(["", *different[:12], *(["…"] if len(different) > 12 else [])]),
+            remedy="give the same configuration to go on with it, or another path for a new store",
+        )
+
+
+def stored_identity(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Return the same parts as `Source.identity` from the attributes of a store."""
+    provenance = attributes["provenance"]
+    return {
+        "spec": attributes["spec"],
+        "arrays": attributes["arrays"],
+        "model": _content(provenance["model"]),
+        "tokenizer": provenance["tokenizer"],
+        "documents": provenance["documents"],
+    }
+
+
+def _content(model: dict[str, Any]) -> dict[str, Any]:
+    """Leave out where a model came from; its configuration and weights say what it is."""
+    return {key: value for key, value in model.items() if key not in ("name", "revision", "files")}
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {k: v for name, part in value.items() for k, v in _flat(part, f"{path}.{name}".lstrip(".")).items()}
+    return {path: value}

@@ -1,0 +1,105 @@
+"""Progress for people who wait: rate, time left, and how long writing held up the forward."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from flexcache.recorder.recorder import Recorder, Tally
+from flexcache.store.display import size
+
+
+class CaptureProgress:
+    """A bar on the terminal's error stream; silent where *show* is false."""
+
+    def __init__(self, show: bool) -> None:
+        self.console = Console(stderr=True, quiet=not show)
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not show,
+        )
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def planning(self, total: int | None) -> _Planning:
+        """Start the bar of the tokenizer; the result is called with documents and tokens done."""
+        return _Planning(self._bars, total)
+
+    def capturing(self, recorder: Recorder, pending_rows: int) -> _Capturing:
+        """Start the bar of the capture."""
+        return _Capturing(self._bars, recorder, pending_rows)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bars."""
+        self.console.print(text, highlight=False)
+
+
+class _Planning:
+    def __init__(self, bars: Progress, total: int | None) -> None:
+        self._bars = bars
+        self._began = time.perf_counter()
+        self._task = bars.add_task("planning (documents)", total=total, rate="")
+
+    def __call__(self, documents: int, tokens: int) -> None:
+        seconds = max(1e-6, time.perf_counter() - self._began)
+        self._bars.update(self._task, completed=documents, rate=f"{tokens / seconds:,.0f} tokens/s")
+
+
+class _Capturing:
+    def __init__(self, bars: Progress, recorder: Recorder, rows: int) -> None:
+        self._bars, self._recorder = bars, recorder
+        self._began = time.perf_counter()
+        self._row_bytes = sum(len(a.slices) * a.row_bytes for a in recorder.store.arrays.values())
+        self._done = 0
+        self._task = bars.add_task("capturing (rows)", total=rows, rate="")
+
+    def __call__(self, rows: int) -> None:
+        self._done += rows
+        tally = self._recorder.tally
+        seconds = max(1e-6, time.perf_counter() - self._began)
+        rate = f"{tally.tokens / seconds:,.0f} tokens/s, {size(self._done * self._row_bytes / seconds)}/s"
+        stalled = self._recorder.waited / seconds
+        self._bars.update(self._task, completed=self._done, rate=f"{rate}, stalled {stalled:.0%}")
+
+
+def time_table(tally: Tally, seconds: float) -> Table:
+    """Return where the time of a capture went."""
+    table = Table(title="where the time went", title_justify="left", show_header=False, box=None)
+    computing = tally.forward - tally.copying - tally.waiting
+    shares = {
+        "forward": computing,
+        "copying rows in hooks": tally.copying,
+        "waiting for the disk": tally.waiting,
+        "planning, committing, the rest": seconds - tally.forward,
+    }
+    for name, spent in shares.items():
+        table.add_row(name, f"{spent:.1f} s", f"{spent / max(1e-9, seconds):.0%}")
+    table.add_row("writer thread, beside the forward", f"{tally.writing:.1f} s", "")
+    return table
