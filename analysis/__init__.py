@@ -1,0 +1,1 @@
+"""Offline analysis of stores: probes and reports; without the model."""

@@ -1,0 +1,82 @@
+"""Columns of a documents table as targets and groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from flexcache.errors import AnalysisError, nearest
+
+_KINDS = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_boolean,
+    pa.types.is_integer,
+    pa.types.is_floating,
+)
+
+
+def column(table: pa.Table, name: str, role: str) -> pa.Array:
+    """Return a column of text, numbers or booleans; *role* is what it is for, said in errors."""
+    if name not in table.column_names:
+        raise AnalysisError(
+            f"the documents have no column {name!r} ({role})",
+            remedy=nearest(name, tuple(table.column_names)),
+        )
+    column = table[name].combine_chunks()
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    kind = column.type
+    if not any(test(kind) for test in _KINDS):
+        raise AnalysisError(
+            f"column {name!r} cannot be a {role}",
+            expected="text, numbers or booleans, one a document",
+            found=str(kind),
+        )
+    return column
+
+
+def valid(column: pa.Array) -> NDArray[np.bool_]:
+    """Return where there is a value, neither null nor NaN."""
+    return np.asarray(pc.invert(pc.is_null(column, nan_is_null=True)))
+
+
+def codes(column: pa.Array) -> NDArray[np.int64]:
+    """Return a number for each value, equal values alike, from 0 without gaps."""
+    return np.asarray(column.dictionary_encode().indices).astype(np.int64)
+
+
+def target(column: pa.Array, name: str, task: str) -> tuple[NDArray[Any], tuple[Any, ...]]:
+    """Return float64 values and no classes, or int64 codes and the sorted classes.
+
+    Raises
+    ------
+    AnalysisError
+        One value only, or values that the task cannot use.
+    """
+    values: list[Any] = column.to_pylist()
+    classes: tuple[Any, ...] = ()
+    if task == "regression":
+        if any(isinstance(value, str) for value in values[:1]):
+            raise AnalysisError(f"target {name!r} cannot be a regression", expected="numbers", found=str(column.type))
+        y = np.asarray(values, float)
+        if not np.isfinite(y).all():
+            raise AnalysisError(f"target {name!r} has infinite values", expected="finite numbers")
+        found = np.unique(y).tolist()
+    else:
+        found = sorted(set(values))
+        classes = tuple(found)
+        place = {value: code for code, value in enumerate(classes)}
+        y = np.asarray([place[value] for value in values], np.int64)
+    if len(found) < 2:
+        raise AnalysisError(
+            f"target {name!r} has one value only",
+            expected="at least two classes" if task == "classification" else "values that differ",
+            found=f"{found[0]!r} in all {len(values)} documents",
+            remedy="choose another target, or capture documents of more than one class",
+        )
+    return y, classes

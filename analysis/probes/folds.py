@@ -1,0 +1,77 @@
+"""Folds: which sample is tested when, the same for every layer, probe and baseline."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.model_selection import BaseCrossValidator, GroupKFold, StratifiedGroupKFold, StratifiedKFold
+
+from analysis.view import View
+from flexcache.errors import AnalysisError
+
+
+def splitter(view: View, cv: int, seed: int) -> BaseCrossValidator:
+    """Return the scikit-learn splitter that `assign` uses, all of them shuffled by *seed*.
+
+    ``StratifiedGroupKFold`` for classes; ``StratifiedKFold`` where every sample is a group of its own, which
+    balances the same classes faster; ``GroupKFold`` for numbers.
+    """
+    if view.task == "regression":
+        return GroupKFold(cv, shuffle=True, random_state=seed)
+    kind = StratifiedKFold if view.n_groups == view.n_samples else StratifiedGroupKFold
+    return kind(cv, shuffle=True, random_state=seed)
+
+
+def assign(view: View, cv: int, seed: int) -> NDArray[np.int64]:
+    """Return the fold in which each sample is tested, ``(n_samples,)`` of 0 … cv−1. No group is in two folds.
+
+    Raises
+    ------
+    AnalysisError
+        Fewer groups than folds, a class in fewer groups than folds, or a class that is missing from the
+        training side of a fold.
+    """
+    if cv < 2:
+        raise AnalysisError("there must be at least two folds", found=f"cv={cv}", remedy="write cv=5")
+    if view.n_groups < cv:
+        raise AnalysisError(
+            "there are fewer groups than folds",
+            where=f"groups={view.groups!r}",
+            expected=f"at least {cv} groups",
+            found=f"{view.n_groups} groups of {view.n_documents} documents",
+            remedy="ask for fewer folds, or group by another column",
+        )
+    if view.task == "classification":
+        pairs = np.unique(np.stack([view.y, view.group]), axis=1)
+        spread = np.bincount(pairs[0], minlength=len(view.classes))
+        if spread.min() < cv:
+            small = [f"{view.classes[c]!r} in {spread[c]}" for c in np.argsort(spread)[:5] if spread[c] < cv]
+            raise AnalysisError(
+                "a class is smaller than the number of folds",
+                where=f"target {view.target!r} of {len(view.classes)} classes",
+                expected=f"every class in at least {cv} groups",
+                found=", ".join(small) + (", …" if (spread < cv).sum() > 5 else ""),
+                remedy="ask for fewer folds, leave these classes out, or choose another target",
+            )
+    fold = np.full(view.n_samples, -1, np.int64)
+    chosen = splitter(view, cv, seed)
+    group = None if isinstance(chosen, StratifiedKFold) else view.group
+    for number, (_, test) in enumerate(chosen.split(np.zeros(view.n_samples), view.y, group)):
+        fold[test] = number
+    if view.task == "classification" and not trainable(view.y, fold, cv, without=1):
+        raise AnalysisError(
+            "a fold would train on fewer classes than there are",
+            where=f"groups={view.groups!r}, target {view.target!r}",
+            found="a class whose samples are nearly all in one group",
+            remedy="ask for fewer folds, or group by another column",
+        )
+    return fold
+
+
+def trainable(y: NDArray[np.int64], fold: NDArray[np.int64], cv: int, *, without: int) -> bool:
+    """Whether every class is still there when any *without* folds are left out.
+
+    That is so when each class is in more than *without* folds.
+    """
+    present = np.unique(np.stack([y, fold]), axis=1)[0]
+    return cv > without and bool((np.bincount(present, minlength=int(y.max()) + 1) > without).all())

@@ -1,0 +1,100 @@
+"""The layer curve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from analysis.probes.results import Sweep
+from analysis.probes.table import ARMS, NAMES
+
+INK, SOFT, PAPER = "#24292f", "#6e7781", "#ffffff"
+COLOURS = {"probe": "#0a6ebd", "shuffled": "#8c959f", "tfidf": "#bc4c00", "majority": "#6e7781"}
+DASHES = {"tfidf": (0, (6, 3)), "majority": (0, (1.5, 2))}
+
+
+def plot(sweep: Sweep, to: str | Path | Axes | None = None, *, metric: str | None = None) -> Figure:
+    """Draw score against layer; see `Sweep.plot`. Uses no pyplot, and so no display and no global state."""
+    metric = sweep.metric(metric)
+    if isinstance(to, Axes):
+        _draw(sweep, to, metric)
+        figure = to.figure
+        assert isinstance(figure, Figure)
+        return figure
+    figure = Figure(figsize=(8, 4.4), layout="constrained", facecolor=PAPER)
+    _draw(sweep, figure.subplots(), metric)
+    if to is not None:
+        path = Path(to)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=160)
+    return figure
+
+
+def _draw(sweep: Sweep, axes: Axes, metric: str) -> None:
+    data = sweep.results.sel(metric=metric)
+    layers, best = data["layer"].values, sweep.best
+    ends: list[tuple[float, str, str]] = []
+    for arm in reversed(sweep.arms):
+        at, colour = data.sel(arm=arm), COLOURS[arm]
+        middle, low, high = (at[name].values for name in ("pooled", "ci_low", "ci_high"))
+        if arm in DASHES:
+            axes.axhline(middle[0], color=colour, linewidth=1.3, linestyle=DASHES[arm])
+            if arm == "tfidf":
+                axes.axhspan(low[0], high[0], color=colour, alpha=0.08, linewidth=0)
+        elif len(layers) == 1:
+            axes.errorbar(layers, middle, [middle - low, high - middle], color=colour, marker="o", capsize=4)
+        else:
+            axes.fill_between(layers, low, high, color=colour, alpha=0.18, linewidth=0)
+            width, size = (2.0, 4.5) if arm == "probe" else (1.3, 2.5)
+            axes.plot(layers, middle, color=colour, linewidth=width, marker="o", markersize=size)
+        ends.append((float(middle[-1]), ARMS[arm], colour))
+    if best.layer is not None and len(layers) > 1 and metric == best.metric:
+        top = float(data["pooled"].sel(arm="probe", layer=best.layer))
+        axes.plot([best.layer], [top], marker="o", markersize=10, markerfacecolor="none", color=COLOURS["probe"])
+        axes.annotate(
+            f"layer {best.layer}",
+            (best.layer, top),
+            (0, 11),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+            color=COLOURS["probe"],
+            weight="bold",
+        )
+    _label(axes, ends)
+    asked = sweep.results.attrs
+    axes.set_title(f"{asked['target']} in {asked['site']}", loc="left", color=INK, fontsize=11, parse_math=False)
+    axes.set_xlabel("layer" if best.layer is not None else "", color=INK)
+    axes.set_ylabel(f"{NAMES[metric]}, {asked['cv']} folds", color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(layers) == 1:
+        axes.set_xticks(layers if best.layer is not None else [])
+        axes.set_xlim(layers[0] - 1, layers[0] + 1)
+    else:
+        axes.margins(x=0.02)
+    axes.grid(axis="y", color=SOFT, alpha=0.2, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(color=SOFT, labelcolor=SOFT)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(SOFT)
+
+
+def _label(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
+    """Write each curve's name at its right end, moved apart where they would meet."""
+    low, high = axes.get_ylim()
+    side = axes.get_yaxis_transform()
+    gap = 0.062 * (high - low)
+    ends = sorted(ends)
+    places = np.array([value for value, _, _ in ends])
+    for _ in range(100):
+        for i in range(1, len(places)):
+            if (short := gap - (places[i] - places[i - 1])) > 1e-12:
+                places[i - 1 : i + 1] += -short / 2, short / 2
+    for place, (_, name, colour) in zip(places, ends):
+        axes.text(1.015, place, name, transform=side, color=colour, fontsize=9, va="center", clip_on=False)
+    axes.set_ylim(min(low, places.min() - gap / 2), max(high, places.max() + gap / 2))

@@ -1,0 +1,201 @@
+"""What a sweep found."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from flexcache.errors import AnalysisError, nearest
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+FORMAT = "flexcache probe sweep 1"
+FILE = "sweep.json"
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best layer, and what the choice is worth."""
+
+    layer: int | None
+    """Best by cross-validation over all documents; the one to use. None for a site without layers."""
+    metric: str
+    score: float
+    """Pooled over test folds, each scored by the layer that was chosen without it."""
+    ci_low: float
+    ci_high: float
+    """95 % group bootstrap of ``score``."""
+    chosen: tuple[int, ...]
+    """The layer that was chosen for each test fold."""
+    on_layer: float
+    """The plain cross-validated score of ``layer``: flattering, because it is why the layer was chosen."""
+    nested: bool
+    """False where the layer was chosen on the scores that are reported; ``score`` is then ``on_layer``."""
+
+    def __str__(self) -> str:
+        layer = "" if self.layer is None else f"layer {self.layer}: "
+        text = f"{layer}{self.metric} {self.score:.3f} [{self.ci_low:.3f}, {self.ci_high:.3f}]"
+        if len(set(self.chosen)) == 1 and not self.nested and self.layer is not None:
+            return text + " (chosen on these very scores: too high)"
+        return text
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Scores of one probe by layer, beside its baselines; made by `sweep`, read again by `load`.
+
+    ``results`` is an `xarray.Dataset`:
+
+    ====================================  ========================  ==========================================
+    variable                              dims                      meaning
+    ====================================  ========================  ==========================================
+    ``score``                             arm, layer, metric, fold  on each test fold
+    ``mean, fold_low, fold_high``         arm, layer, metric        mean over folds, 95 % t interval
+    ``pooled, ci_low, ci_high``           arm, layer, metric        over all samples, 95 % group bootstrap
+    ``chosen_layer``                      fold                      chosen without that fold
+    ``best_score``                        metric, fold              of the chosen layer
+    ``best_mean, best_fold_low, …_high``  metric                    as above, layer choice included
+    ``best_pooled, best_ci_low, …_high``  metric                    as above, layer choice included
+    ====================================  ========================  ==========================================
+
+    *arm* is ``probe`` and the baselines. Those that read no activation, ``majority`` and ``tfidf``, have the
+    same value at every layer. *layer* is −1 for a module path. What was asked is in ``results.attrs``.
+    """
+
+    results: xr.Dataset
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """``probe`` and the baselines."""
+        return tuple(self.results["arm"].values.tolist())
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics, the one that layers are chosen by first."""
+        return tuple(self.results["metric"].values.tolist())
+
+    @property
+    def best(self) -> Best:
+        """The best layer by the first metric; the lower of two equals."""
+        metric, data = self.metrics[0], self.results.isel(metric=0)
+        curve = data["pooled"].sel(arm="probe").values
+        at = int(curve.argmax())
+        layer = int(data["layer"].values[at])
+        return Best(
+            layer=None if layer < 0 else layer,
+            metric=metric,
+            score=float(data["best_pooled"]),
+            ci_low=float(data["best_ci_low"]),
+            ci_high=float(data["best_ci_high"]),
+            chosen=tuple(data["chosen_layer"].values.tolist()),
+            on_layer=float(curve[at]),
+            nested=self.results.attrs["layer_chosen"] != "on these scores",
+        )
+
+    def metric(self, name: str | None) -> str:
+        """Return *name* if it was measured, the first metric if it is None.
+
+        Raises
+        ------
+        AnalysisError
+            It was not measured.
+        """
+        if name is not None and name not in self.metrics:
+            raise AnalysisError(f"the sweep did not measure {name!r}", remedy=nearest(name, self.metrics))
+        return name or self.metrics[0]
+
+    def table(self) -> Table:
+        """Return a `rich.table.Table` of the layers and baselines."""
+        from analysis.probes.table import table
+
+        return table(self)
+
+    def plot(self, to: str | Path | Axes | None = None, *, metric: str | None = None) -> Figure:
+        """Draw the score against the layer, with bootstrap intervals and baselines.
+
+        Parameters
+        ----------
+        to
+            Where to draw: the path of an image (png, svg, pdf), matplotlib axes, or nothing for a new figure.
+        metric
+            By default the first.
+
+        Raises
+        ------
+        AnalysisError
+            The metric was not measured.
+        """
+        from analysis.probes.plot import plot
+
+        return plot(self, to, metric=metric)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``sweep.json`` into *folder*, made if need be, and return its path; no bit is lost."""
+        path = Path(folder) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = self.results.to_dict()
+        for name, variable in (data["coords"] | data["data_vars"]).items():
+            variable["dtype"] = self.results[name].dtype.str
+        path.write_text(json.dumps(_plain(data), indent=1, allow_nan=False) + "\n", "utf-8")
+        return path
+
+    def __repr__(self) -> str:
+        asked = self.results.attrs
+        return (
+            f"<Sweep of {asked['target']} on {asked['site']}: {self.results.sizes['layer']} layers, "
+            f"{asked['documents']} documents; best {self.best}>"
+        )
+
+
+def load(folder: str | Path) -> Sweep:
+    """Read what `Sweep.save` wrote.
+
+    Raises
+    ------
+    AnalysisError
+        There is no sweep in the folder, or it was written by another version.
+    """
+    path = Path(folder) / FILE
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        dims, attrs = data["dims"], data["attrs"]
+        if attrs["format"] != FORMAT:
+            raise AnalysisError(
+                "the sweep was saved in another format",
+                where=str(path),
+                expected=FORMAT,
+                found=str(attrs["format"]),
+            )
+        variables = {
+            kind: {name: (v["dims"], _array(v, dims), v["attrs"]) for name, v in data[kind].items()}
+            for kind in ("data_vars", "coords")
+        }
+    except FileNotFoundError as error:
+        raise AnalysisError(
+            "there is no saved sweep", where=str(path), remedy="give the folder of Sweep.save"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise AnalysisError("the saved sweep cannot be read", where=str(path), found=str(error)) from error
+    return Sweep(xr.Dataset(variables["data_vars"], variables["coords"], attrs))
+
+
+def _array(variable: dict[str, Any], dims: dict[str, int]) -> np.ndarray:
+    return np.array(variable["data"], variable["dtype"]).reshape([dims[dim] for dim in variable["dims"]])
+
+
+def _plain(value: Any) -> Any:
+    """Return *value* in JSON's own types; NaN is null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

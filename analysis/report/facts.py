@@ -1,0 +1,86 @@
+"""What a report says of the store and of the question, as (name, text) lines."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from analysis.probes import Sweep
+from flexcache.store.display import layer_text, size, summary
+from flexcache.store.display import sites as site_lines
+from flexcache.store.store import Store
+
+Lines = list[tuple[str, str]]
+
+ROWS = {
+    "last": "the last kept token",
+    "first": "the first token",
+    "mean": "the mean of its tokens",
+    "all": "every token",
+}
+
+
+def captured(store: Store) -> Lines:
+    """Return what the store holds, and how fast it was captured where its runs were recorded."""
+    lines = [(name, text) for name, text in summary(store).items() if name != "units"]
+    for name, layers, shape, dtype in site_lines(store):
+        lines.append((name, f"{shape}, {dtype}" + ("" if layers == "–" else f", layers {layers}")))
+    return lines + _speed(store)
+
+
+def asked(sweep: Sweep) -> Lines:
+    """Return the question that was put to the store."""
+    what = sweep.results.attrs
+    layers = tuple(int(layer) for layer in sweep.results["layer"].values)
+    lines = [
+        ("target", str(what["target"])),
+        ("site", what["site"] + ("" if layers == (-1,) else f", layers {layer_text(layers)}")),
+        ("of each document", ROWS[what["rows"]]),
+        ("probe", what["probe"]),
+        ("documents", f"{what['documents']:,}" + _dropped(what["dropped"])),
+        ("samples", f"{what['samples']:,} in {what['groups_found']:,} groups"),
+    ]
+    if what["classes"]:
+        sizes = sorted(zip(what["class_samples"], map(str, what["classes"])), reverse=True)
+        shown = ", ".join(f"{name} ({count:,})" for count, name in sizes[:8])
+        lines.append(("classes", shown + (f", … {len(sizes)} in all" if len(sizes) > 8 else "")))
+    lines.append(("memory", f"{size(what['bytes_per_layer'])}: one layer at a time"))
+    return lines
+
+
+def snippet(sweep: Sweep, path: str) -> str:
+    """Return Python that asks the same question again."""
+    what = sweep.results.attrs
+    name = what["probe"].split("(")[0]
+    ours = name in ("Logistic", "Ridge")
+    options = {key: what[key] for key in ("cv", "groups", "rows", "seed", "task")}
+    layers = [int(layer) for layer in sweep.results["layer"].values]
+    if layers != [-1]:
+        whole = layers == list(range(layers[0], layers[-1] + 1))
+        options["layers"] = f"{layers[0]}:{layers[-1] + 1}" if whole else layers
+    text = ",\n    ".join(f"{key}={value!r}" for key, value in options.items())
+    return (
+        "import flexcache\nfrom analysis import probes\n\n"
+        f"store = flexcache.open({path!r})\n"
+        "sweep = probes.sweep(\n"
+        f"    store, target={what['target']!r}, site={what['site']!r},\n"
+        f"    probe={'probes.' if ours else ''}{what['probe']},\n    {text},\n)\n"
+        "sweep.best"
+    )
+
+
+def _dropped(dropped: dict[str, int]) -> str:
+    return "".join(f"; {count:,} left out ({reason})" for reason, count in dropped.items())
+
+
+def _speed(store: Store) -> Lines:
+    tokens = seconds = 0.0
+    for path in sorted((store.path / "runs").glob("*.json")):
+        try:
+            run: dict[str, Any] = json.loads(path.read_text("utf-8"))
+            tokens, seconds = tokens + float(run["tokens"]), seconds + float(run["seconds"])
+        except (OSError, ValueError, KeyError, TypeError):  # a run's record is a courtesy
+            continue
+    if not tokens or not seconds:
+        return []
+    return [("recorded runs", f"{tokens:,.0f} tokens in {seconds:,.1f} s, {tokens / seconds:,.0f} a second")]

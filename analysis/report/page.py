@@ -1,0 +1,132 @@
+"""The page: facts, curves and table into the template beside this file."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from analysis.probes import Sweep
+from analysis.probes.table import ARMS, NAMES, caption, interval, number
+from analysis.report import chart, facts
+from flexcache.store.store import Store
+
+TEMPLATE = "page.html.j2"
+
+
+def write(
+    store: Store,
+    sweep: Sweep,
+    path: str | Path,
+    *,
+    title: str | None = None,
+    command: str | None = None,
+) -> Path:
+    """Write one self-contained HTML file: no script, nothing fetched, readable on light and dark.
+
+    Parameters
+    ----------
+    store
+        What was probed.
+    sweep
+        What `analysis.probes.sweep` found in it.
+    path
+        Where to write; folders are made.
+    title
+        The heading, by default the question.
+    command
+        The command line that made the report, shown under "Do it again" beside the Python.
+
+    Returns
+    -------
+    Path
+        The file. Whatever stems from data is escaped in it.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files(__package__).joinpath(TEMPLATE).read_text("utf-8"))
+    what = sweep.results.attrs
+    best = sweep.best
+    page = template.render(
+        title=title or f"{what['target']} in {what['site']}",
+        model=re.sub(r"^/.*/(?=[^/])", "", str(store.provenance.get("model", {}).get("name", ""))),
+        store=store.path.name,
+        what=what,
+        best=best,
+        best_name=NAMES[best.metric],
+        best_score=number(best.score),
+        best_interval=interval(best.ci_low, best.ci_high),
+        summary=caption(sweep).removesuffix(" ".join(what["notes"])).strip(),
+        baselines=_baselines(sweep),
+        charts=[(NAMES[metric], Markup(chart.svg(sweep, metric))) for metric in sweep.metrics],
+        metrics=[NAMES[metric] for metric in sweep.metrics],
+        lines=_lines(sweep),
+        shuffled="shuffled" in sweep.arms,
+        tfidf="tfidf" in sweep.arms,
+        captured=facts.captured(store),
+        asked=facts.asked(sweep),
+        folds=[int(count) for count in sweep.results["fold_samples"].values],
+        snippet=facts.snippet(sweep, str(store.path)),
+        command=command,
+        provenance=json.dumps(
+            {"store": store.provenance, "capture": dict(store.spec), "probe": what}, indent=2, default=str
+        ),
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page + "\n", "utf-8")
+    return path
+
+
+def _baselines(sweep: Sweep) -> list[dict[str, str]]:
+    """Return each baseline's name, score and interval; of shuffled labels, at the best layer."""
+    best, found = sweep.best, []
+    for arm in sweep.arms[1:]:
+        at = sweep.results.sel(arm=arm, metric=best.metric, layer=-1 if best.layer is None else best.layer)
+        ends = interval(float(at["ci_low"]), float(at["ci_high"]))
+        found.append({"arm": arm, "name": _name(sweep, arm), "score": number(float(at["pooled"])), "interval": ends})
+    return found
+
+
+def _lines(sweep: Sweep) -> list[dict[str, Any]]:
+    """Return the table's lines: the layers, then the baselines that have none."""
+    best, layers = sweep.best, [int(layer) for layer in sweep.results["layer"].values]
+    top = -1 if best.layer is None else best.layer
+    found = [
+        {
+            "name": "–" if layer < 0 else str(layer),
+            "best": layer == top,
+            "cells": _cells(sweep, "probe", layer),
+            "shuffled": number(float(sweep.results["pooled"].sel(arm="shuffled", layer=layer)[0]))
+            if "shuffled" in sweep.arms
+            else "",
+        }
+        for layer in layers
+    ]
+    for arm in sweep.arms:
+        if arm not in ("probe", "shuffled"):
+            cells = _cells(sweep, arm, layers[0])
+            found.append({"name": _name(sweep, arm), "best": False, "cells": cells, "shuffled": ""})
+    return found
+
+
+def _cells(sweep: Sweep, arm: str, layer: int) -> list[tuple[str, str, str]]:
+    cells = []
+    for metric in sweep.metrics:
+        at = sweep.results.sel(arm=arm, layer=layer, metric=metric)
+        cells.append(
+            (
+                number(float(at["pooled"])),
+                interval(float(at["ci_low"]), float(at["ci_high"])),
+                f"{number(float(at['mean']))} ± {number(float(at['fold_high'] - at['mean']))}",
+            )
+        )
+    return cells
+
+
+def _name(sweep: Sweep, arm: str) -> str:
+    return "mean of the target" if arm == "majority" and sweep.results.attrs["task"] == "regression" else ARMS[arm]

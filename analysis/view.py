@@ -1,0 +1,311 @@
+"""A question put to a store: which rows answer it, and what is known about each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from analysis import columns
+from flexcache.errors import AnalysisError, nearest
+from flexcache.site import Layers, resolve_layers
+
+Rows = Literal["last", "first", "mean", "all"]
+Task = Literal["classification", "regression"]
+
+BLOCK = 8192  # rows in memory at once when documents are averaged
+
+
+class Readable(Protocol):
+    """What an analysis needs of a store; `flexcache.open` returns one."""
+
+    @property
+    def documents(self) -> pa.Table:
+        """One row a document, with ``row_start`` and ``n_rows``."""
+        ...
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The names of the arrays."""
+        ...
+
+    @property
+    def spec(self) -> Mapping[str, Any]:
+        """The capture's settings; ``spec["rows"]`` is the row selection."""
+        ...
+
+    def layers(self, site: str) -> tuple[int, ...]:
+        """Return the captured layers, none where the site is a module path."""
+        ...
+
+    def read(self, site: str, layer: int | None = None, rows: Any = ...) -> NDArray[Any]:
+        """Return rows as float32, ``(len(rows), …)``."""
+        ...
+
+
+@dataclass(frozen=True)
+class View:
+    """Samples of one site with their target and group; made by `join`.
+
+    A *sample* is one feature vector: a document's row, the mean of its rows, or, with ``rows="all"``, every
+    one of them. Nothing is read before `read`.
+    """
+
+    store: Readable = field(repr=False)
+    site: str
+    layers: tuple[int | None, ...]
+    """Captured layers in ascending order; ``(None,)`` for a module path."""
+    target: str
+    task: Task
+    classes: tuple[Any, ...]
+    """The classes in sorted order; empty in a regression."""
+    rows: Rows
+    groups: str | None
+    y: NDArray[Any]
+    """(n_samples,) int64 positions in ``classes``, or float64 values."""
+    group: NDArray[np.int64]
+    """(n_samples,) numbers of the groups that folds may not split."""
+    document: NDArray[np.int64]
+    """(n_samples,) positions in ``row_start``, ``texts`` and the other columns of the kept documents."""
+    source: NDArray[np.int64]
+    """(n_documents,) rows of ``store.documents``."""
+    row_start: NDArray[np.int64]
+    n_rows: NDArray[np.int64]
+    texts: tuple[str, ...] | None = field(repr=False)
+    dropped: dict[str, int]
+    """How many documents were left out, by reason."""
+
+    @property
+    def n_samples(self) -> int:
+        """Number of feature vectors."""
+        return len(self.y)
+
+    @property
+    def n_documents(self) -> int:
+        """Number of documents with a target, a group and at least one row."""
+        return len(self.source)
+
+    @property
+    def n_groups(self) -> int:
+        """Number of groups."""
+        return int(self.group.max()) + 1
+
+    def read(self, layer: int | None) -> NDArray[np.float32]:
+        """Return the samples of one layer, float32 ``(n_samples, features)``.
+
+        Holds that one matrix; averaging over tokens reads at most `BLOCK` rows at a time and sums in float64.
+
+        Raises
+        ------
+        AnalysisError
+            A value is not finite, or the matrix would not fit into memory.
+        """
+        self._check_memory(layer)
+        if self.rows == "mean":
+            X = self._mean(layer)
+        else:
+            start = self.row_start[self.document]
+            if self.rows == "last":
+                start = start + self.n_rows[self.document] - 1
+            elif self.rows == "all":
+                start = start + _within(self.n_rows)
+            X = _matrix(self.store.read(self.site, layer=layer, rows=start))
+        finite = np.isfinite(X).all(axis=1)
+        if not finite.all():
+            raise AnalysisError(
+                "an activation is not finite",
+                where=f"{self.site}, layer {layer}, {self._id(int(finite.argmin()))}",
+                expected="finite values",
+                found=f"{int((~finite).sum())} samples with NaN or infinity",
+                remedy="run flexcache verify on the store; choose a layer that was captured",
+            )
+        return X
+
+    def bytes_per_layer(self) -> int:
+        """Bytes held at the peak of a probe: float32 rows, a float64 fold, and its standardised copy."""
+        width = _matrix(self.store.read(self.site, layer=self.layers[0], rows=self.row_start[:1])).shape[1]
+        return self.n_samples * width * (4 + 8 + 8)
+
+    def _check_memory(self, layer: int | None) -> None:
+        if self.rows != "all" or layer != self.layers[0]:
+            return
+        needed, memory = self.bytes_per_layer(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > memory:
+            raise AnalysisError(
+                "one layer of every row does not fit into memory",
+                where=self.site,
+                expected=f"at most {memory / 2**30:.1f} GiB",
+                found=f"{self.n_samples:,} rows need {needed / 2**30:.1f} GiB",
+                remedy='write rows="mean" or rows="last", or select fewer documents',
+            )
+
+    def _mean(self, layer: int | None) -> NDArray[np.float32]:
+        sums: NDArray[np.float64] | None = None
+        for rows, owner in _blocks(self.row_start, self.n_rows):
+            block = _matrix(self.store.read(self.site, layer=layer, rows=rows))
+            if sums is None:
+                sums = np.zeros((self.n_documents, block.shape[1]))
+            first = np.flatnonzero(np.diff(owner, prepend=-1))
+            sums[owner[first]] += np.add.reduceat(block, first, axis=0, dtype=np.float64)
+        assert sums is not None
+        return (sums / self.n_rows[:, None]).astype(np.float32)
+
+    def _id(self, sample: int) -> str:
+        table, row = self.store.documents, int(self.source[self.document[sample]])
+        return f"document {table['id'][row].as_py()!r}" if "id" in table.column_names else f"document {row}"
+
+
+def join(
+    store: Readable,
+    site: str,
+    target: str,
+    *,
+    groups: str | None = "document",
+    rows: Rows | None = None,
+    layers: Layers = "all",
+    task: Task | None = None,
+) -> View:
+    """Join a store's rows with what its documents say about them.
+
+    Parameters
+    ----------
+    store
+        What `flexcache.open` returned.
+    site
+        The name of an array of the store.
+    target
+        A column of ``store.documents``. Text, booleans and integers are classes, floating-point numbers a
+        regression, unless *task* says otherwise. Documents without a value (null or NaN) are left out, and
+        counted in `View.dropped`.
+    groups
+        ``"document"``: the rows of a document stay together. A column's name: so do the documents that share
+        its value. ``None``: every row for itself, which leaks what identifies a document.
+    rows
+        ``"last"`` or ``"first"`` token, the ``"mean"`` over tokens, or ``"all"`` rows of each document. By
+        default the row that the store holds for each document, or the last of many.
+    layers
+        ``"all"`` captured ones, a number, a list, or a slice as text. Negative numbers count back from the
+        model's last layer.
+    task
+        ``"classification"`` or ``"regression"``, where the column's type would say otherwise.
+
+    Raises
+    ------
+    AnalysisError
+        A column, site, layer or row that the store does not have; a target with fewer than two values.
+    """
+    table = store.documents
+    if site not in store.sites:
+        raise AnalysisError(f"the store has no site {site!r}", remedy=nearest(site, tuple(store.sites)))
+    rows = _choose_rows(store, rows)
+    n_rows = table["n_rows"].to_numpy().astype(np.int64)
+    values = columns.column(table, target, "target")
+    task = task or ("regression" if pa.types.is_floating(values.type) else "classification")
+    valid = columns.valid(values)
+    keys = None if groups in (None, "document") else columns.column(table, str(groups), "groups")
+    grouped = np.ones(len(table), bool) if keys is None else columns.valid(keys)
+    reasons = {"no target": ~valid, "no group": valid & ~grouped, "no rows": valid & grouped & (n_rows == 0)}
+    kept = np.flatnonzero(valid & grouped & (n_rows > 0))
+    dropped = {reason: int(mask.sum()) for reason, mask in reasons.items() if mask.any()}
+    if not len(kept):
+        raise AnalysisError(
+            "no document can be used", where=f"target {target!r}", found=f"left out: {dropped or 'nothing'}"
+        )
+
+    y, classes = columns.target(values.take(pa.array(kept)), target, task)
+    n_rows = n_rows[kept]
+    document = np.repeat(np.arange(len(kept)), n_rows if rows == "all" else 1)
+    if groups is None:
+        group = np.arange(len(document))
+    elif keys is None:
+        group = document
+    else:
+        group = np.unique(columns.codes(keys.take(pa.array(kept))), return_inverse=True)[1][document]
+    texts = None
+    if "text" in table.column_names:
+        texts = tuple(text or "" for text in table["text"].take(pa.array(kept)).to_pylist())
+    return View(
+        store=store,
+        site=site,
+        layers=_choose_layers(store, site, layers),
+        target=target,
+        task=task,
+        classes=classes,
+        rows=rows,
+        groups=groups,
+        y=y[document],
+        group=group.astype(np.int64),
+        document=document,
+        source=kept,
+        row_start=table["row_start"].to_numpy()[kept].astype(np.int64),
+        n_rows=n_rows,
+        texts=texts,
+        dropped=dropped,
+    )
+
+
+def _choose_rows(store: Readable, rows: str | None) -> Rows:
+    stored = str(store.spec["rows"])
+    if rows is None:
+        return stored if stored in ("last", "first", "mean") else "last"  # type: ignore[return-value]
+    if rows not in get_args(Rows):
+        raise AnalysisError(f"rows cannot be {rows!r}", remedy=nearest(str(rows), get_args(Rows)))
+    if stored != "all" and rows not in (stored, "all"):
+        raise AnalysisError(
+            f"the store does not hold the {rows} of each document",
+            expected=f"rows={stored!r}, which is what was captured",
+            found=f"rows={rows!r}",
+            remedy=f'leave rows out, or capture again with rows: all or rows: "{rows}"',
+        )
+    return stored if stored != "all" else rows  # type: ignore[return-value]
+
+
+def _choose_layers(store: Readable, site: str, layers: Layers) -> tuple[int | None, ...]:
+    captured = tuple(store.layers(site))
+    if not captured:
+        if layers != "all":
+            raise AnalysisError(f"{site} is a module and has no layers", remedy='leave layers out, or write "all"')
+        return (None,)
+    if layers == "all":
+        return captured
+    asked = resolve_layers(layers, _depth(store, site, captured))
+    missing = [layer for layer in asked if layer not in captured]
+    found = tuple(layer for layer in asked if layer in captured)
+    if not found or (missing and not (isinstance(layers, str) and ":" in layers)):
+        raise AnalysisError(
+            f"layer {', '.join(map(str, missing))} of {site} was not captured",
+            expected=f"captured layers: {', '.join(map(str, captured))}",
+            found=str(layers),
+        )
+    return found
+
+
+def _depth(store: Readable, site: str, captured: tuple[int, ...]) -> int:
+    array = getattr(store, "arrays", {}).get(site)
+    return getattr(array, "depth", None) or max(captured) + 1
+
+
+def _within(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return 0 … n−1 for each count, one after the other."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+
+
+def _blocks(
+    row_start: NDArray[np.int64], n_rows: NDArray[np.int64]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Yield (rows, the document of each), at most `BLOCK` rows at a time; a document may be split."""
+    ends = np.cumsum(n_rows)
+    for low in range(0, int(ends[-1]), BLOCK):
+        place = np.arange(low, min(low + BLOCK, int(ends[-1])))
+        owner = np.searchsorted(ends, place, side="right")
+        yield row_start[owner] + place - (ends - n_rows)[owner], owner
+
+
+def _matrix(values: NDArray[Any]) -> NDArray[np.float32]:
+    return np.asarray(values, np.float32).reshape(len(values), -1)

@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+from matplotlib.figure import Figure
+from rich.console import Console
+from sklearn.dummy import DummyClassifier
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import Ridge as LeastSquares
+from sklearn.metrics import accuracy_score, r2_score, roc_auc_score
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, StratifiedKFold
+from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from analysis import probes
+from flexcache.errors import AnalysisError
+
+QUICK = {"resamples": 20, "progress": False}
+
+
+def reference(C: float = 0.01) -> Any:
+    return make_pipeline(StandardScaler(), LogisticRegression(C=C, solver="newton-cholesky", tol=1e-10))
+
+
+def last_rows(store: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    columns = store.columns
+    return store.values["resid_post"][:, columns["row_start"] + columns["n_rows"] - 1].astype(float), columns
+
+
+def test_scores_equal_scikit_learn_written_out_by_hand(make_store: Any) -> None:
+    store = make_store()
+    X, columns = last_rows(store)
+    y, texts = (columns["label"] == "pos").astype(int), columns["text"]
+    found = probes.sweep(store, "label", "resid_post", cv=4, seed=3, **QUICK).results
+    for k, (train, test) in enumerate(StratifiedKFold(4, shuffle=True, random_state=3).split(X[0], y)):
+        at = found["score"].sel(fold=k)
+        for layer in range(3):
+            model = reference().fit(X[layer, train], y[train])
+            assert at.sel(arm="probe", layer=layer, metric="accuracy") == model.score(X[layer, test], y[test])
+            auroc = roc_auc_score(y[test], model.decision_function(X[layer, test]))
+            assert float(at.sel(arm="probe", layer=layer, metric="auroc")) == pytest.approx(auroc, abs=1e-12)
+        words = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression()).fit(texts[train], y[train])
+        assert (at.sel(arm="tfidf", metric="accuracy") == words.score(texts[test], y[test])).all()
+        auroc = roc_auc_score(y[test], words.decision_function(texts[test]))
+        np.testing.assert_allclose(at.sel(arm="tfidf", metric="auroc"), auroc, rtol=1e-12)
+        majority = DummyClassifier().fit(X[0, train], y[train]).score(X[0, test], y[test])
+        assert (at.sel(arm="majority", metric="accuracy") == majority).all()
+    np.testing.assert_allclose(found["mean"], found["score"].mean("fold"))
+
+
+def test_grouped_multinomial_scores_on_every_row_equal_scikit_learn(make_store: Any) -> None:
+    store = make_store(150, classes=3)
+    columns = store.columns
+    document = np.repeat(np.arange(150), columns["n_rows"])
+    y, group = columns["label"][document], columns["group"][document]
+    found = probes.sweep(store, "label", "resid_post", groups="group", rows="all", **QUICK).results
+    code, number = np.unique(y, return_inverse=True)[1], document // 3
+    split = StratifiedGroupKFold(5, shuffle=True, random_state=0).split(y, code, number)
+    for k, (train, test) in enumerate(split):
+        assert not set(group[train]) & set(group[test])
+        for layer in range(3):
+            X = store.values["resid_post"][layer].astype(float)
+            expected = accuracy_score(y[test], reference().fit(X[train], y[train]).predict(X[test]))
+            assert found["score"].sel(arm="probe", layer=layer, metric="accuracy", fold=k) == expected
+    assert found["metric"].values.tolist() == ["accuracy"]
+
+
+def test_a_regression_equals_scikit_learn(make_store: Any) -> None:
+    store = make_store()
+    X, columns = last_rows(store)
+    y = columns["score"]
+    found = probes.sweep(store, "score", "resid_post", probes.Ridge(5.0), **QUICK).results
+    for k, (train, test) in enumerate(GroupKFold(5, shuffle=True, random_state=0).split(X[0], y, np.arange(len(y)))):
+        for layer in range(3):
+            model = make_pipeline(StandardScaler(), LeastSquares(5.0)).fit(X[layer, train], y[train])
+            at = found["score"].sel(arm="probe", layer=layer, metric="r2", fold=k)
+            assert float(at) == pytest.approx(r2_score(y[test], model.predict(X[layer, test])), abs=1e-12)
+    assert (found["mean"].sel(arm="majority") < 0).all()
+
+
+def test_the_layer_is_chosen_without_the_fold_it_is_scored_on(make_store: Any) -> None:
+    store = make_store(60, layers=4)
+    X, columns = last_rows(store)
+    y = (columns["label"] == "pos").astype(int)
+    sweep = probes.sweep(store, "label", "resid_post", **QUICK)
+    fold = np.full(60, -1)
+    for k, (_, test) in enumerate(StratifiedKFold(5, shuffle=True, random_state=0).split(X[0], y)):
+        fold[test] = k
+    chosen, right = [], []
+    for k in range(5):
+        inner = np.zeros(4)
+        for layer, j in itertools.product(range(4), set(range(5)) - {k}):
+            train = (fold != k) & (fold != j)
+            model = reference().fit(X[layer, train], y[train])
+            inner[layer] += (model.predict(X[layer, fold == j]) == y[fold == j]).sum()
+        chosen.append(int(inner.argmax()))
+        model = reference().fit(X[chosen[-1], fold != k], y[fold != k])
+        right.append(model.predict(X[chosen[-1], fold == k]) == y[fold == k])
+    assert sweep.best.chosen == tuple(chosen)
+    assert sweep.best.score == np.concatenate(right).mean()
+    np.testing.assert_array_equal(sweep.results["best_score"].sel(metric="accuracy"), [r.mean() for r in right])
+    assert sweep.best.nested
+
+
+def test_choosing_among_layers_of_noise_stays_at_chance_only_when_nested(array_store: Any) -> None:
+    rng = np.random.default_rng(1)
+    nested, plain = [], []
+    for _ in range(8):
+        store = array_store(rng.normal(size=(12, 60, 3)), [1] * 60, label=rng.permutation(60) % 2)
+        best = probes.sweep(store, "label", "resid_post", baselines=(), **QUICK).best
+        nested.append(best.score)
+        plain.append(best.on_layer)
+    assert np.mean(plain) > 0.56
+    assert abs(np.mean(nested) - 0.5) < 0.04
+
+
+def test_without_the_inner_choice_the_best_layer_says_so(make_store: Any) -> None:
+    sweep = probes.sweep(make_store(), "label", "resid_post", select="none", **QUICK)
+    assert not sweep.best.nested
+    assert sweep.best.score == sweep.best.on_layer == sweep.results["pooled"].sel(arm="probe", metric="accuracy").max()
+    assert "too high" in str(sweep.best)
+    two = probes.sweep(make_store(), "label", "resid_post", cv=2, **QUICK)
+    assert not two.best.nested
+    assert "not chosen inside the folds" in two.results.attrs["notes"][0]
+
+
+def test_rows_of_a_document_leak_its_identity_unless_they_are_grouped(array_store: Any) -> None:
+    rng = np.random.default_rng(0)
+    documents, rows, hidden = 60, 20, 64
+    centre = np.repeat(rng.normal(size=(documents, hidden)), rows, axis=0)
+    values = (centre + 0.5 * rng.normal(size=centre.shape))[None]
+    store = array_store(values, [rows] * documents, label=rng.permutation(documents) % 2)  # labels mean nothing
+    probe = probes.Logistic(1.0)
+    grouped = probes.sweep(store, "label", "resid_post", probe, rows="all", **QUICK)
+    leaking = probes.sweep(store, "label", "resid_post", probe, rows="all", groups=None, **QUICK)
+    at = {"arm": "probe", "layer": 0, "metric": "accuracy"}
+    assert leaking.results["pooled"].sel(at) > 0.85
+    assert grouped.results["ci_low"].sel(at) < 0.5 < grouped.results["ci_high"].sel(at)
+    assert grouped.results["pooled"].sel(at) < 0.6
+    assert "training and test folds alike" in " ".join(leaking.results.attrs["notes"])
+    assert "training and test folds alike" not in " ".join(grouped.results.attrs["notes"])
+
+
+def test_shuffled_labels_are_at_chance_where_the_probe_is_not(make_store: Any) -> None:
+    found = probes.sweep(make_store(400), "label", "resid_post", rows="all", **QUICK).results["pooled"]
+    accuracy = found.sel(metric="accuracy")
+    assert (abs(accuracy.sel(arm="shuffled") - 0.5) < 0.08).all()
+    assert (accuracy.sel(arm="probe", layer=[1, 2]) > 0.75).all()
+
+
+def test_shuffling_keeps_a_group_of_one_value_together(array_store: Any) -> None:
+    from analysis.probes import baselines, folds
+    from analysis.view import join
+
+    store = array_store(np.zeros((1, 120, 1)), [2] * 60, label=list("ab") * 30, group=[i // 2 for i in range(60)])
+    mixed = join(store, "resid_post", "label", rows="all", groups="group")
+    moved = baselines.shuffle(mixed, folds.assign(mixed, 5, 0), 5, 0).reshape(60, 2)
+    assert (moved[:, 0] == moved[:, 1]).all()
+    store.documents = store.documents.append_column("topic", [["x" if i % 4 < 2 else "y" for i in range(60)]])
+    alike = join(store, "resid_post", "topic", rows="all", groups="group")
+    moved = baselines.shuffle(alike, folds.assign(alike, 5, 0), 5, 0).reshape(30, 4)
+    assert (moved == moved[:, :1]).all()
+    assert (moved[:, 0] != alike.y.reshape(30, 4)[:, 0]).any()
+
+
+def test_one_layer_is_read_at_a_time_and_once(make_store: Any) -> None:
+    store = make_store()
+    probes.sweep(store, "label", "resid_post", **QUICK)
+    assert [layer for layer, size in store.reads if size > 1] == [0, 1, 2]
+
+
+def test_the_same_seed_gives_the_same_sweep_and_another_other_folds(make_store: Any) -> None:
+    first, again, other = (
+        probes.sweep(make_store(), "label", "resid_post", seed=seed, **QUICK).results for seed in (0, 0, 1)
+    )
+    xr.testing.assert_identical(first, again)
+    assert not first["score"].equals(other["score"])
+
+
+@pytest.mark.parametrize(
+    "probe", [KNeighborsClassifier(3), NearestCentroid(), make_pipeline(StandardScaler(), probes.Ridge())]
+)
+def test_any_scikit_learn_estimator_is_a_probe(make_store: Any, probe: Any) -> None:
+    sweep = probes.sweep(make_store(), "label", "resid_post", probe, **QUICK)
+    assert sweep.best.layer in (1, 2)
+    assert sweep.best.score > 0.65
+    before = vars(probe).copy()
+    assert vars(probe) == before
+
+
+def test_a_probe_that_does_not_converge_is_an_error_with_its_place(make_store: Any) -> None:
+    for probe in (LogisticRegression(C=1e9, max_iter=1), probes.Logistic(C=1e9, max_iter=1)):
+        with pytest.raises(AnalysisError, match="did not converge") as raised:
+            probes.sweep(make_store(), "label", "resid_post", probe, **QUICK)
+        assert raised.value.where == "resid_post, layer 0, fold 0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target": "score"}, "Logistic cannot be fitted to target 'score'"),
+        ({"probe": LeastSquares()}, "Ridge cannot be fitted to target 'label'"),
+        ({"probe": probes.Logistic}, "is not a probe"),
+        ({"baselines": ("tfdif",)}, "did you mean tfidf"),
+        ({"select": "best"}, "select cannot be 'best'"),
+        ({"probe": probes.Logistic(C=-1.0)}, "Logistic could not be fitted"),
+        ({"cv": 200}, "fewer groups than folds"),
+    ],
+)
+def test_a_sweep_that_cannot_be_meant_is_refused(make_store: Any, arguments: Any, message: str) -> None:
+    with pytest.raises(AnalysisError, match=message):
+        probes.sweep(make_store(), **{"target": "label", "site": "resid_post", **QUICK, **arguments})
+
+
+def test_the_tfidf_baseline_is_left_out_with_a_note_where_there_are_no_words(make_store: Any) -> None:
+    store = make_store()
+    store.documents = store.documents.set_column(2, "text", [["?"] * 120])
+    sweep = probes.sweep(store, "label", "resid_post", **QUICK)
+    assert "tfidf" not in sweep.arms
+    assert any("found no word" in note for note in sweep.results.attrs["notes"])
+    assert any("119 documents have the very text" in note for note in sweep.results.attrs["notes"])
+    store.documents = store.documents.drop_columns(["text"])
+    assert "kept no texts" in probes.sweep(store, "label", "resid_post", **QUICK).results.attrs["notes"][0]
+
+
+def test_results_come_back_identical_from_a_folder(make_store: Any, tmp_path: Any) -> None:
+    saved = [
+        probes.sweep(make_store(), "label", "resid_post", KNeighborsClassifier(3), cv=3, **QUICK),
+        probes.sweep(make_store(), "score", "resid_post", probes.Ridge(), layers=1, **QUICK),
+    ]
+    saved[0].results["score"][0, 0, 0, 0] = np.nan
+    for i, sweep in enumerate(saved):
+        sweep.save(tmp_path / str(i))
+        xr.testing.assert_identical(probes.load(tmp_path / str(i)).results, sweep.results)
+        assert repr(probes.load(tmp_path / str(i))) == repr(sweep)
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}", '{"dims": {}, "attrs": {"format": "other"}}'])
+def test_a_folder_without_a_sweep_is_an_error(tmp_path: Any, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(AnalysisError):
+        probes.load(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_a_plot_is_written_in_the_format_of_its_name(store: Any, tmp_path: Any, suffix: str) -> None:
+    sweep = probes.sweep(store, "label", "resid_post", **QUICK)
+    sweep.plot(tmp_path / "new" / f"plot.{suffix}")
+    start = (tmp_path / "new" / f"plot.{suffix}").read_bytes()[:5]
+    assert start == {"png": b"\x89PNG\r", "svg": b"<?xml", "pdf": b"%PDF-"}[suffix]
+
+
+def test_a_plot_draws_the_pooled_scores_into_given_axes(store: Any) -> None:
+    sweep, axes = probes.sweep(store, "label", "resid_post", **QUICK), Figure().subplots()
+    assert sweep.plot(axes, metric="auroc") is axes.figure
+    drawn = [line.get_ydata() for line in axes.lines if len(line.get_ydata()) == 3]
+    expected = sweep.results["pooled"].sel(metric="auroc")
+    assert any(np.array_equal(line, expected.sel(arm="probe")) for line in drawn)
+    assert any(np.array_equal(line, expected.sel(arm="shuffled")) for line in drawn)
+    with pytest.raises(AnalysisError, match="did you mean auroc"):
+        sweep.plot(axes, metric="auorc")
+
+
+def test_the_table_shows_every_layer_and_baseline(store: Any) -> None:
+    sweep = probes.sweep(store, "label", "resid_post", **QUICK)
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(sweep.table())
+    console.file.close()
+    text = console.export_text()
+    score = float(sweep.results["pooled"].sel(arm="probe", layer=2, metric="accuracy"))
+    line = next(
+        line for line in text.splitlines() if "│ 2 │" in line.replace("  ", " ").replace("  ", " ").replace("  ", " ")
+    )
+    assert f"{score:.3f}"[1:] in line
+    assert "majority" in text
+    assert "TF-IDF" in text
+    assert "[bootstrap 95 %]" in text
+
+
+def test_a_module_path_has_one_score(array_store: Any) -> None:
+    rng = np.random.default_rng(0)
+    label = rng.integers(2, size=80)
+    store = array_store(rng.normal(size=(80, 4)) + 2 * label[:, None], [1] * 80, label=label)
+    sweep = probes.sweep(store, "label", "model.norm", **QUICK)
+    assert sweep.results["layer"].values.tolist() == [-1]
+    assert sweep.best.layer is None
+    assert sweep.best.nested
+    assert sweep.table().row_count == 2
+    sweep.plot()

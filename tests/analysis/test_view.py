@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from analysis import view
+from analysis.view import join
+from flexcache.errors import AnalysisError
+
+
+def parts(store: Any) -> list[np.ndarray]:
+    """(layer, its rows, hidden) of each document."""
+    columns = store.columns
+    return [store.values["resid_post"][:, a : a + n] for a, n in zip(columns["row_start"], columns["n_rows"])]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ("last", lambda document: document[:, -1:]),
+        ("first", lambda document: document[:, :1]),
+        ("mean", lambda document: document.mean(1, keepdims=True, dtype=np.float64).astype(np.float32)),
+        ("all", lambda document: document),
+    ],
+)
+def test_each_row_selection_equals_plain_numpy(store: Any, rows: Any, expected: Any) -> None:
+    found = join(store, "resid_post", "label", rows=rows)
+    wanted = np.concatenate([expected(document) for document in parts(store)], axis=1)
+    labels = np.concatenate([[y] * expected(d).shape[1] for y, d in zip(store.columns["label"], parts(store))])
+    assert [found.classes[code] for code in found.y] == labels.tolist()
+    for layer in found.layers:
+        np.testing.assert_array_equal(found.read(layer), wanted[layer])
+
+
+def test_a_mean_is_read_in_blocks_even_where_a_document_is_longer(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = join(store, "resid_post", "label", rows="mean").read(1)
+    store.reads.clear()
+    monkeypatch.setattr(view, "BLOCK", 3)
+    np.testing.assert_allclose(join(store, "resid_post", "label", rows="mean").read(1), whole, rtol=1e-6)
+    assert max(size for _, size in store.reads) == 3
+
+
+def test_documents_without_target_group_or_rows_are_left_out_and_counted(array_store: Any) -> None:
+    values = np.arange(2 * 5 * 2).reshape(2, 5, 2)
+    label, group = ["a", None, "b", "b", "a", "b"], ["x", "x", None, "y", "y", "z"]
+    found = join(
+        array_store(values, [1, 1, 1, 1, 0, 1], label=label, group=group), "resid_post", "label", groups="group"
+    )
+    assert found.dropped == {"no target": 1, "no group": 1, "no rows": 1}
+    assert found.source.tolist() == [0, 3, 5]
+    assert found.group.tolist() == [0, 1, 2]
+    np.testing.assert_array_equal(found.read(1), values[1][[0, 3, 4]])
+
+
+def test_nan_in_a_numeric_target_is_no_target(array_store: Any) -> None:
+    found = join(array_store(np.zeros((1, 3, 2)), [1, 1, 1], y=[0.5, float("nan"), 2.0]), "resid_post", "y")
+    assert found.task == "regression"
+    assert found.y.tolist() == [0.5, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("values", "task", "expected", "classes"),
+    [
+        ([True, False, True], None, [1, 0, 1], (False, True)),
+        ([3, 1, 3], None, [1, 0, 1], (1, 3)),
+        ([3, 1, 3], "regression", [3.0, 1.0, 3.0], ()),
+        ([0.5, 1.5, 0.5], "classification", [0, 1, 0], (0.5, 1.5)),
+    ],
+)
+def test_the_type_of_the_target_or_the_task_decides(
+    array_store: Any, values: Any, task: Any, expected: Any, classes: Any
+) -> None:
+    found = join(array_store(np.zeros((1, 3, 2)), [1, 1, 1], y=values), "resid_post", "y", task=task)
+    assert (found.y.tolist(), found.classes) == (expected, classes)
+
+
+def test_groups_hold_rows_documents_or_a_column_together(store: Any) -> None:
+    counts = store.columns["n_rows"]
+    document = np.repeat(np.arange(len(counts)), counts)
+    asked = {
+        groups: join(store, "resid_post", "label", rows="all", groups=groups) for groups in (None, "document", "group")
+    }
+    assert asked[None].n_groups == counts.sum()
+    assert asked["document"].group.tolist() == document.tolist()
+    assert asked["group"].group.tolist() == (document // 3).tolist()
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [("all", (0, 1, 2)), (1, (1,)), (-1, (2,)), ([2, 0], (0, 2)), ("1:", (1, 2)), ("::2", (0, 2))],
+)
+def test_layers_are_chosen_as_at_capture(store: Any, layers: Any, expected: Any) -> None:
+    assert join(store, "resid_post", "label", layers=layers).layers == expected
+
+
+def test_a_module_path_has_one_array_and_no_layers(array_store: Any) -> None:
+    values = np.arange(8.0).reshape(4, 2)
+    found = join(array_store(values, [2, 2], label=["a", "b"]), "model.norm", "label")
+    assert found.layers == (None,)
+    np.testing.assert_array_equal(found.read(None), values[[1, 3]])
+
+
+def test_a_pooled_store_gives_the_row_it_holds(array_store: Any) -> None:
+    pooled = array_store(np.zeros((1, 2, 2)), [1, 1], rows="mean", label=["a", "b"])
+    assert join(pooled, "resid_post", "label").rows == "mean"
+    assert join(pooled, "resid_post", "label", rows="all").rows == "mean"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"site": "resid_pots"}, "did you mean resid_post"),
+        ({"target": "lable"}, "did you mean label"),
+        ({"groups": "grp"}, "did you mean group"),
+        ({"target": "spans"}, "expected: text, numbers or booleans"),
+        ({"target": "one"}, "'same' in all 120 documents"),
+        ({"target": "nothing"}, "no document can be used"),
+        ({"target": "label", "task": "regression"}, "cannot be a regression"),
+        ({"rows": "lats"}, "did you mean last"),
+        ({"layers": 9}, "no layer 9"),
+    ],
+)
+def test_a_question_the_store_cannot_answer_is_refused_with_what_there_is(
+    make_store: Any, arguments: Any, message: str
+) -> None:
+    store = make_store(spans=[[1]] * 120, one=["same"] * 120, nothing=[None] * 119 + [float("nan")])
+    question = {"site": "resid_post", "target": "label", **arguments}
+    with pytest.raises(Exception, match=message) as raised:
+        join(store, **question)
+    assert type(raised.value).__module__ == "flexcache.errors"
+
+
+def test_a_row_that_was_not_captured_is_refused(array_store: Any) -> None:
+    pooled = array_store(np.zeros((1, 2, 2)), [1, 1], rows="last", label=["a", "b"])
+    with pytest.raises(AnalysisError, match="does not hold the first of each document"):
+        join(pooled, "resid_post", "label", rows="first")
+
+
+def test_a_layer_between_captured_ones_is_refused_by_number_and_skipped_by_slice(real_store: Any) -> None:
+    target = next(name for name in real_store.documents.column_names if "script" in name)
+    with pytest.raises(AnalysisError, match="layer 1 of resid_post was not captured"):
+        join(real_store, "resid_post", target, layers=[0, 1])
+    assert join(real_store, "resid_post", target, layers="0:3").layers == (0, 2)
+    assert join(real_store, "resid_post", target, layers=-1).layers == (2,)
+
+
+def test_a_value_that_is_not_finite_names_its_document(store: Any) -> None:
+    store.values["resid_post"][1, store.columns["row_start"][7], 3] = np.inf
+    found = join(store, "resid_post", "label", rows="first")
+    found.read(0)
+    with pytest.raises(AnalysisError, match="layer 1, document 'd7'"):
+        found.read(1)
+
+
+def test_a_real_store_is_read_as_its_own_rows(real_store: Any) -> None:
+    target = next(name for name in real_store.documents.column_names if "script" in name)
+    found = join(real_store, "resid_post", target)
+    np.testing.assert_array_equal(
+        found.read(2), real_store.read("resid_post", layer=2, rows=real_store.rows(position=-1))
+    )
+    assert found.texts == tuple(real_store.documents["text"].to_pylist())
