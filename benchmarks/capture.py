@@ -1,0 +1,197 @@
+"""Capture of SmolLM2-135M (bf16, CPU) over ragged labelled texts, beside its floor and what people do now.
+
+    python -m benchmarks.capture [--documents 300] [--rounds 5]
+
+(a) the bare forward over the plan's batches, without lm_head; (b) FlexCache, all 30 layers, with fsync and hash;
+(c) FlexCache, one layer; (d) hooks that clone, and torch.save; (e) output_hidden_states and torch.save. (d) and (e)
+save one file a batch, with padding, as scripts do, and fsync it. The floor of (b) is the larger of (a) and of writing
+the same bytes with O_DIRECT and one fsync.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.timing import console, interleave, ratio, show
+from flexcache import hooks
+from flexcache.documents import open_documents
+from flexcache.model import ModelSource, describe_model, describe_tokenizer
+from flexcache.recorder.batch import Batch, BatchReader
+from flexcache.recorder.capture import all_taps, locate, measure_arrays, run
+from flexcache.recorder.fingerprint import fingerprint
+from flexcache.recorder.planning import Source, plan_store
+from flexcache.recorder.recorder import Recorder
+from flexcache.spec import Spec
+from pipelines import assets
+
+ONE_LAYER = 14
+
+
+class Bench:
+    """A model, two planned stores (all layers, one layer), and the variants that run over them."""
+
+    def __init__(self, folder: Path, documents: int) -> None:
+        self.folder = folder
+        source = ModelSource(name=str(assets.smollm2()), dtype="bfloat16", device="cpu")
+        self.model, tokenizer = source.load(), source.tokenizer()
+        self.corpus = open_documents(assets.vader_sample(documents))
+        self.taps: dict[str, tuple[hooks.Tap, ...]] = {}
+        for name, layers in (("all", "all"), ("one", [ONE_LAYER])):
+            spec = Spec.model_validate({"sites": {"resid_post": layers}})
+            located = locate(self.model, spec)
+            self.taps[name] = all_taps(located)
+            plan = Source(
+                self.corpus,
+                tokenizer,
+                measure_arrays(self.model, spec, located),
+                spec,
+                describe_model(self.model),
+                describe_tokenizer(tokenizer),
+            )
+            self.amount = plan_store(folder / f"{name}.planned", plan)
+        reader = BatchReader(folder / "all.planned", mean=False)
+        self.batches = [batch for unit in range(self.amount.units) for batch in reader.unit(unit)]
+        self.bytes = self.amount.rows * 30 * 576 * 2
+        self.depth = len(self.taps["all"])
+        self.result = folder / "result"
+
+    def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {
+            "input_ids": torch.from_numpy(batch.input_ids(0)),
+            "attention_mask": torch.from_numpy(batch.attention_mask()),
+        }
+
+    def bare(self) -> None:
+        with torch.no_grad():
+            for batch in self.batches:
+                self.model.model(**self.inputs(batch), use_cache=False)
+
+    def flexcache(self, name: str) -> None:
+        shutil.rmtree(self.result, ignore_errors=True)
+        shutil.copytree(self.folder / f"{name}.planned", self.result)
+        recorder = Recorder(self.result, fingerprint=fingerprint(self.model))
+        run(self.model, self.taps[name], recorder, 0)
+
+    def hooks_and_save(self) -> None:
+        self._fresh()
+        for number, batch in enumerate(self.batches):
+            seen: dict[str, torch.Tensor] = {}
+            handles = [
+                block.register_forward_hook(lambda _m, _i, out, k=k: seen.__setitem__(str(k), out.clone()))
+                for k, block in enumerate(self.model.model.layers)
+            ]
+            with torch.no_grad():
+                self.model.model(**self.inputs(batch), use_cache=False)
+            for handle in handles:
+                handle.remove()
+            self._save(seen, number)
+
+    def hidden_states_and_save(self) -> None:
+        self._fresh()
+        for number, batch in enumerate(self.batches):
+            with torch.no_grad():
+                out = self.model(**self.inputs(batch), use_cache=False, output_hidden_states=True)
+            self._save({str(k): state for k, state in enumerate(out.hidden_states)}, number)
+
+    def disk(self) -> None:
+        self._fresh()
+        slab = mmap.mmap(-1, 4 << 20)
+        slab.write(np.random.default_rng(0).bytes(4 << 20))
+        handle = os.open(self.result / "raw", os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+        for _ in range(self.bytes >> 22):
+            os.write(handle, slab)
+        os.fsync(handle)
+        os.close(handle)
+
+    def _fresh(self) -> None:
+        shutil.rmtree(self.result, ignore_errors=True)
+        self.result.mkdir()
+
+    def _save(self, tensors: dict[str, torch.Tensor], number: int) -> None:
+        path = self.result / f"{number}.pt"
+        torch.save(tensors, path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=None, help="where to write; the current folder by default")
+    parser.add_argument("--peak", choices=["bare", "all"], help="run one variant and print the peak RSS in bytes")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder or Path.cwd(), prefix=".bench-") as folder:
+        bench = Bench(Path(folder), options.documents)
+        if options.peak:
+            bench.bare()
+            if options.peak == "all":
+                bench.flexcache("all")
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            return
+        compare(bench, options.rounds)
+    peaks = {name: peak(name, options.documents) for name in ("bare", "all")}
+    console.print(
+        f"peak RSS: bare forward {peaks['bare'] / 1e6:.0f} MB, with capture {peaks['all'] / 1e6:.0f} MB: "
+        f"+{(peaks['all'] - peaks['bare']) / 1e6:.0f} MB (buffer bound 268 MB)"
+    )
+
+
+def compare(bench: Bench, rounds: int) -> None:
+    console.print(
+        f"{bench.amount.tokens:,} tokens in {len(bench.batches)} batches, {bench.bytes / 1e6:.0f} MB, "
+        f"{torch.get_num_threads()} threads"
+    )
+    seconds = interleave(
+        {
+            "bare": bench.bare,
+            "flexcache, all layers": lambda: bench.flexcache("all"),
+            "flexcache, one layer": lambda: bench.flexcache("one"),
+            "hooks + torch.save": bench.hooks_and_save,
+            "output_hidden_states + torch.save": bench.hidden_states_and_save,
+            "disk": bench.disk,
+        },
+        rounds,
+    )
+    floor = [max(a, b) for a, b in zip(seconds["bare"], seconds["disk"], strict=True)]
+    share = (ONE_LAYER + 1) / bench.depth
+    show(
+        "capture, SmolLM2-135M bf16 on CPU (medians of ratios, round by round)",
+        [
+            ("all layers ÷ floor", f"{ratio(seconds['flexcache, all layers'], floor):.3f}", "≤ 1.06"),
+            (
+                f"layer {ONE_LAYER} alone ÷ forward without lm_head",
+                f"{ratio(seconds['flexcache, one layer'], seconds['bare']):.3f}",
+                f"≤ {share + 0.05:.2f}",
+            ),
+            ("hooks + torch.save ÷ floor", f"{ratio(seconds['hooks + torch.save'], floor):.3f}", "a peer"),
+            (
+                "output_hidden_states + torch.save ÷ floor",
+                f"{ratio(seconds['output_hidden_states + torch.save'], floor):.3f}",
+                "a peer",
+            ),
+            ("disk alone ÷ bare forward", f"{ratio(seconds['disk'], seconds['bare']):.3f}", ""),
+            ("bare forward", f"{statistics.median(seconds['bare']):.2f} s", ""),
+        ],
+    )
+
+
+def peak(name: str, documents: int) -> int:
+    command = [sys.executable, "-m", "benchmarks.capture", "--peak", name, "--documents", str(documents)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+if __name__ == "__main__":
+    main()

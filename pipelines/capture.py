@@ -1,0 +1,45 @@
+"""flexcache capture: a model from a folder or the hub, over a corpus, into a store."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from flexcache.errors import ConfigError
+from flexcache.store.store import Store
+from pipelines.config import CaptureConfig
+
+
+def run(config: CaptureConfig, *, allow_mixed: bool = False, progress: bool = True) -> Store:
+    """Capture, or go on with a capture, as the configuration says."""
+    import torch
+
+    import flexcache
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "this version captures in one process",
+            found=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
+            remedy="start it without torchrun or accelerate launch",
+        )
+    documents = config.documents.open()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    tokenizer = None if "tokens" in documents.schema.names else config.model.tokenizer()
+    info: dict[str, Any] = {
+        "name": Path(config.model.name).name if Path(config.model.name).is_dir() else config.model.name,
+        "revision": config.model.revision,
+        "files": config.model.weights(),
+    }
+    return flexcache.capture(
+        config.model.load(),
+        tokenizer,
+        documents,
+        config.store,
+        **config.capture_options(),
+        buffer_bytes=config.buffer_mb << 20,
+        allow_mixed=allow_mixed,
+        model_info=info,
+        progress=progress,
+    )

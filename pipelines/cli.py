@@ -1,0 +1,122 @@
+"""The command line: ``flexcache COMMAND``, or ``python -m pipelines COMMAND`` under a launcher."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from flexcache.errors import ConfigError, FlexCacheError
+
+app = typer.Typer(
+    help="Cache transformer activations once, and study them without the model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console()
+
+RowChoice = Literal["last", "first", "mean", "all"]
+ConfigPath = Annotated[Path, typer.Argument(help="A YAML file; pipelines/configs has examples.")]
+StorePath = Annotated[Path, typer.Argument(help="A store, such as run.zarr.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the file; may be repeated.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+
+
+@app.command()
+def plan(config: ConfigPath, changes: Changes = None, quiet: Quiet = False) -> None:
+    """What a capture would cost in rows, bytes, files and padding, and whether it fits; loads no weights."""
+    from pipelines import plan as pipeline
+    from pipelines.config import read_config
+
+    pipeline.run(read_config(config, changes or ()), console, progress=not quiet)
+
+
+@app.command()
+def capture(
+    config: ConfigPath,
+    changes: Changes = None,
+    allow_mixed: Annotated[
+        bool, typer.Option(help="Go on with a store that was begun on another device, version or thread count.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a model over documents and store its activations; run it again to go on where it stopped."""
+    from pipelines import capture as pipeline
+    from pipelines.config import read_config
+
+    store = pipeline.run(read_config(config, changes or ()), allow_mixed=allow_mixed, progress=not quiet)
+    console.print(repr(store), highlight=False, markup=False)
+
+
+@app.command()
+def info(store: StorePath) -> None:
+    """What is in a store, how complete it is, how big, and what it was made with."""
+    from pipelines import info as pipeline
+
+    pipeline.run(store, console)
+
+
+@app.command()
+def verify(store: StorePath, quiet: Quiet = False) -> None:
+    """Compare every file of a store with the checksum it was written with; exit status 1 where one differs."""
+    from pipelines import verify as pipeline
+
+    if not pipeline.run(store, console, progress=not quiet).sound:
+        raise typer.Exit(1)
+
+
+@app.command()
+def probe(
+    store: StorePath,
+    target: Annotated[str, typer.Option(help="Label column of the documents to predict.")],
+    site: Annotated[str, typer.Option(help="Site to probe.")] = "resid_post",
+    kind: Annotated[str, typer.Option("--probe", help="logistic or ridge.")] = "logistic",
+    cv: Annotated[int, typer.Option(help="Folds.")] = 5,
+    groups: Annotated[
+        str, typer.Option(help="Label column whose values never straddle folds, or document.")
+    ] = "document",
+    rows: Annotated[RowChoice | None, typer.Option(help="Which tokens of a document.")] = None,
+    layers: Annotated[str, typer.Option(help="all, a number, or a range such as 8:24.")] = "all",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for results, plot and report.")] = None,
+) -> None:
+    """Train a probe on every captured layer, with baselines and grouped cross-validation."""
+    from pipelines import probe as pipeline
+
+    pipeline.run(store, target, site=site, probe=kind, cv=cv, groups=groups, rows=rows, layers=layers, output=output)
+
+
+@app.command()
+def demo(
+    documents: Annotated[int, typer.Option(help="How many labelled texts to capture.", min=40)] = 1000,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the store, the probes and the report.")
+    ] = Path("demo"),
+) -> None:
+    """The main job on real input: SmolLM2-135M reads labelled reviews, and every layer is probed for sentiment."""
+    from pipelines import demo as pipeline
+
+    pipeline.run(documents, output, console)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run a command; user mistakes end in one message and a status of 1, or 2 for a wrong configuration."""
+    errors = Console(stderr=True)
+    try:
+        return app(arguments, prog_name="flexcache")
+    except FlexCacheError as error:
+        first, _, rest = str(error).partition("\n")
+        errors.print(f"[bold red]error:[/] {escape(first)}", highlight=False)
+        if rest:
+            errors.print(escape(rest), highlight=False)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except KeyboardInterrupt:
+        errors.print("stopped: committed units are kept; the same command goes on after them", highlight=False)
+        sys.exit(130)

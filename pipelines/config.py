@@ -1,0 +1,110 @@
+"""Configuration files: YAML, checked whole before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from flexcache.documents import Documents, open_documents
+from flexcache.errors import ConfigError
+from flexcache.model import ModelSource
+from flexcache.spec import validate
+
+
+class DocumentsSource(BaseModel):
+    """Where the corpus is, and which of its columns are what."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str | list[str] = Field(description="Parquet, JSONL, CSV, a folder of .txt, a glob, or several")
+    format: Literal["parquet", "jsonl", "csv", "txt"] | None = None
+    id: str = "id"
+    text: str = "text"
+    tokens: str = "tokens"
+    labels: list[str] | None = Field(None, description="label columns to keep; all where not given")
+
+    def open(self) -> Documents:
+        """Open the corpus."""
+        return open_documents(
+            self.path, format=self.format, id=self.id, text=self.text, tokens=self.tokens, labels=self.labels
+        )
+
+
+def _model(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _documents(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str | list) else value
+
+
+class CaptureConfig(BaseModel):
+    """What `flexcache capture` reads. Paths are relative to the folder in which the command runs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: Annotated[ModelSource, BeforeValidator(_model)]
+    documents: Annotated[DocumentsSource, BeforeValidator(_documents)]
+    store: Path = Field(description="the store to make or to go on with, such as run.zarr")
+    sites: Any = Field("resid_post", description="a site, a list, or a mapping from site to layers")
+    layers: Any = "all"
+    rows: Literal["all", "last", "first", "mean"] = "all"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    max_length: int | None = Field(None, ge=1)
+    batch_tokens: int = Field(4096, ge=1)
+    seed: int = Field(0, ge=0)
+    compression: Literal["none", "zstd"] = "none"
+    keep_text: bool = True
+    empty_documents: Literal["error", "skip"] = "error"
+    buffer_mb: int = Field(256, ge=1, description="bound on the memory for rows on their way to the disk")
+    threads: int | None = Field(None, ge=1, description="intra-op threads of torch on a CPU")
+
+    def capture_options(self) -> dict[str, Any]:
+        """Return the options of `flexcache.capture` that the file sets."""
+        names = ("sites", "layers", "rows", "dtype", "max_length", "batch_tokens", "seed", "compression")
+        return {name: getattr(self, name) for name in (*names, "keep_text", "empty_documents")}
+
+
+def read_config(path: Path, changes: Sequence[str] = ()) -> CaptureConfig:
+    """Read a configuration file, with changes such as ``batch_tokens=2048`` or ``model.dtype=float32``.
+
+    Raises
+    ------
+    ConfigError
+        The file or a change cannot be read, or a key or value is wrong.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"configuration {path} cannot be read", found=error.strerror, remedy="check the path"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration {path} is not YAML", found=" ".join(str(error).split())) from error
+    if not isinstance(data, Mapping):
+        raise ConfigError(
+            f"configuration {path} is not a mapping", expected="lines such as  store: run.zarr", found=repr(data)[:80]
+        )
+    content = dict(data)
+    for change in changes:
+        _apply(content, change)
+    return validate(CaptureConfig, content, str(path))
+
+
+def _apply(content: dict[str, Any], change: str) -> None:
+    key, equals, text = change.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"change {change!r} cannot be read", expected="key=value, for example batch_tokens=2048")
+    *parents, last = key.split(".")
+    place = content
+    for name in parents:
+        inner = place.get(name, {})
+        if isinstance(inner, str | list):  # the short form of model or documents
+            inner = {"name" if name == "model" else "path": inner}
+        place[name] = dict(inner)
+        place = place[name]
+    place[last] = yaml.safe_load(text)

@@ -1,0 +1,52 @@
+"""flexcache demo: the main job on real input, from download to report."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from flexcache.model import ModelSource
+from flexcache.store.display import size
+from flexcache.store.files import relative_files
+from pipelines import assets, capture, probe
+from pipelines.config import CaptureConfig, DocumentsSource
+
+SITE = "resid_post"
+
+
+def run(documents: int, output: Path, console: Console) -> None:
+    """Fetch model and texts once, capture every layer, probe every layer for sentiment, write a report."""
+    began = time.perf_counter()
+    console.rule("1 of 3: model and texts", align="left")
+    model, texts = assets.smollm2(), assets.vader_sample(documents)
+
+    console.rule("2 of 3: capture", align="left")
+    store_path = output / "smollm2.zarr"
+    config = CaptureConfig(
+        model=ModelSource(name=str(model), dtype="bfloat16"),
+        documents=DocumentsSource(path=str(texts)),
+        store=store_path,
+        sites={SITE: "all"},
+    )
+    store = capture.run(config)
+    console.print(repr(store), highlight=False, markup=False)
+
+    console.rule("3 of 3: probe every layer", align="left")
+    folder = output / "probes"
+    probe.run(store_path, "label", site=SITE, rows="last", output=folder)
+
+    seconds = time.perf_counter() - began
+    weight = size(sum((store_path / name).stat().st_size for name in relative_files(store_path)))
+    console.rule("done", align="left")
+    console.print(
+        escape(
+            f"""{seconds:.0f} s in all. Where to look next:
+  {folder / "report.html"}    the curve, its baselines, and how they were made
+  {store_path}    the store, {weight}: flexcache info {store_path}
+  python -c 'import flexcache; print(flexcache.open("{store_path}")["{SITE}"])'"""
+        ),
+        highlight=False,
+    )

@@ -1,0 +1,48 @@
+"""flexcache info: what is in a store, how complete, how big, and what it was made with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from flexcache.store.display import sites, size, summary
+from flexcache.store.files import relative_files
+from flexcache.store.store import Store
+
+
+def run(path: Path, console: Console) -> None:
+    """Print a store."""
+    store = Store(path)
+    on_disk = sum((path / name).stat().st_size for name in relative_files(path))
+    facts = Table(title=f"[bold]{escape(str(path))}[/]", title_justify="left", show_header=False, box=None)
+    for name, value in {**summary(store), "on disk": size(on_disk)}.items():
+        facts.add_row(name, escape(value))
+    console.print(facts)
+
+    table = Table("site", "layers", "shape", "dtype", box=None, title_justify="left")
+    for row in sites(store):
+        table.add_row(*(escape(cell) for cell in row))
+    console.print(table)
+
+    documents = Table("column", "type", "for example", title="documents", title_justify="left", box=None)
+    for field in store.documents.schema:
+        first = str(store.documents.column(field.name)[0].as_py()) if len(store.documents) else ""
+        documents.add_row(escape(field.name), str(field.type), escape(first if len(first) < 60 else first[:57] + "…"))
+    console.print(documents)
+
+    origin = Table(title="made with", title_justify="left", show_header=False, box=None)
+    for name, value in store.provenance.items():
+        origin.add_row(escape(name), escape(json.dumps(value, ensure_ascii=False) if value else "–"))
+    console.print(origin)
+    for run_path in sorted((path / "runs").glob("*.json")):
+        try:
+            content = json.loads(run_path.read_bytes())
+            tokens, seconds = int(content["tokens"]), float(content["seconds"])
+            line = f"{content['units']} units, {tokens:,} tokens in {seconds:.1f} s: {content['outcome']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            line = "cannot be read"
+        console.print(f"run {escape(run_path.stem)}: {escape(line)}", highlight=False)
