@@ -28,8 +28,9 @@ from benchmarks.timing import console, interleave, ratio, show
 from flexcache import hooks
 from flexcache.documents import open_documents
 from flexcache.model import ModelSource, describe_model, describe_tokenizer
+from flexcache.recorder.arrays import all_taps, locate, measure_arrays
 from flexcache.recorder.batch import Batch, BatchReader
-from flexcache.recorder.capture import all_taps, locate, measure_arrays, run
+from flexcache.recorder.capture import run
 from flexcache.recorder.fingerprint import fingerprint
 from flexcache.recorder.planning import Source, plan_store
 from flexcache.recorder.recorder import Recorder
@@ -89,7 +90,7 @@ class Bench:
         for number, batch in enumerate(self.batches):
             seen: dict[str, torch.Tensor] = {}
             handles = [
-                block.register_forward_hook(lambda _m, _i, out, k=k: seen.__setitem__(str(k), out.clone()))
+                block.register_forward_hook(lambda _m, _i, out, k=k, seen=seen: seen.update({str(k): out.clone()}))
                 for k, block in enumerate(self.model.model.layers)
             ]
             with torch.no_grad():

@@ -177,3 +177,33 @@ def longest_input(model: torch.nn.Module, tokenizer: Any) -> int | None:
         if name.endswith("position_embeddings") and padding is not None:  # RoBERTa counts positions from there
             known.append(int(module.num_embeddings) - int(padding) - 1)
     return min(known, default=None)
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, and each back into its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def vocabulary(model: torch.nn.Module) -> int | None:
+    """Return how many token ids the model's embedding has, or None where it has none that says so."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        return int(getter().num_embeddings) if getter else None
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def pad_id(model: torch.nn.Module, tokenizer: Any) -> int:
+    """Return the token id for padding; where there is none, 0, which the attention mask hides."""
+    for holder in (tokenizer, getattr(model, "config", None)):
+        found = getattr(holder, "pad_token_id", None)
+        if isinstance(found, int) and found >= 0:
+            return found
+    return 0

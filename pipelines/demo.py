@@ -49,4 +49,5 @@ def run(documents: int, output: Path, console: Console) -> None:
   python -c 'import flexcache; print(flexcache.open("{store_path}")["{SITE}"])'"""
         ),
         highlight=False,
+        soft_wrap=True,
     )

@@ -23,8 +23,8 @@ def run(config: CaptureConfig, console: Console, progress: bool = True) -> Estim
     PlanError
         The disk has no room for the store.
     """
-    from flexcache.model import describe_tokenizer, longest_input
-    from flexcache.recorder.capture import locate, measure_arrays, vocabulary
+    from flexcache.model import describe_tokenizer, longest_input, vocabulary
+    from flexcache.recorder.arrays import locate, measure_arrays
     from flexcache.recorder.progress import CaptureProgress
 
     documents = config.documents.open()

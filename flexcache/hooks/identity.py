@@ -64,7 +64,7 @@ def check_identity(model: nn.Module, taps: Sequence[Tap], *, example: Example | 
     run_example(model, [*place.values(), *(tap for four in norms.values() for tap in four)], sink, example)
     for layer in layers:
         post, following = place["resid_post", layer], place.get(("resid_pre", layer + 1))
-        if following is not None and not torch.equal(read[post], read[following]):
+        if following is not None and not _same(read[post], read[following]):
             raise _broken_stream(layer, post, following)
     for layer in summed:
         parts = _Parts(*(place[site, layer] for site in ALGEBRA))
@@ -161,6 +161,11 @@ def _norm_taps(model: nn.Module, layers: list[int]) -> dict[int, tuple[Tap, Tap,
                     Tap("norm", layer, last, "output"),
                 )
     return found
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two activations are equal, a NaN to a NaN: values that are not finite are the recorder's to name."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def _broken_stream(layer: int, post: Tap, following: Tap) -> SiteError:

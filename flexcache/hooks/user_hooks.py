@@ -32,6 +32,5 @@ def _changes(module: nn.Module) -> list[Any]:
 def _of_user(hook: Any) -> bool:
     while isinstance(hook, partial):
         hook = hook.func
-    hook = getattr(hook, "_torchdynamo_orig_callable", hook)
     origin = getattr(hook, "__module__", None) or type(hook).__module__
     return origin.partition(".")[0] not in LIBRARIES and origin != "flexcache.hooks.taps"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +12,17 @@ import torch
 from flexcache import hooks
 from flexcache.documents import open_documents
 from flexcache.errors import CaptureError
-from flexcache.model import describe_model, describe_tokenizer, longest_input
+from flexcache.model import describe_model, describe_tokenizer, evaluating, longest_input, pad_id, vocabulary
 from flexcache.plan import RowSelection
+from flexcache.recorder.arrays import all_taps, locate, measure_arrays
 from flexcache.recorder.batch import Batch
 from flexcache.recorder.cuda import CudaLane, pinned_slab
 from flexcache.recorder.fingerprint import fingerprint
 from flexcache.recorder.planning import Source, check_same, plan_store, stored_identity
 from flexcache.recorder.progress import CaptureProgress, time_table
 from flexcache.recorder.recorder import DEFAULT_BUFFER, Recorder
-from flexcache.site import Layers, Site
-from flexcache.spec import DTYPES, ArraySpec, SitesLike, Spec, parse_sites, validate
+from flexcache.site import Layers
+from flexcache.spec import SitesLike, Spec, parse_sites, validate
 from flexcache.store.display import size
 from flexcache.store.schema import read_attributes
 from flexcache.store.slabs import anonymous_slab
@@ -216,91 +215,6 @@ def _sink(recorder: Recorder, device: torch.device) -> Callable[[hooks.Tap, torc
         recorder.append(tap.array, tap.layer, content, n_rows, lane.copy)
 
     return take
-
-
-def locate(model: torch.nn.Module, spec: Spec) -> dict[str, tuple[hooks.Tap, ...]]:
-    """Return the taps of each site of a spec.
-
-    Raises
-    ------
-    SiteError
-        A site matches nothing, or two sites mean the same array.
-    """
-    return {text: hooks.locate(model, Site.parse(text), layers) for text, layers in spec.sites.items()}
-
-
-def measure_arrays(model: torch.nn.Module, spec: Spec, located: dict[str, tuple[hooks.Tap, ...]]) -> list[ArraySpec]:
-    """Return the arrays of a store for these taps: names, widths and dtypes, by one small forward."""
-    measured = hooks.measure(model, all_taps(located))
-    arrays: list[ArraySpec] = []
-    for text, taps in located.items():
-        if Site.parse(text).standard:
-            layers, depth = tuple(tap.layer for tap in taps if tap.layer is not None), _depth(model)
-            arrays.append(_array(taps[0], text, layers, depth, measured[taps[0]], spec))
-        else:
-            arrays += [_array(tap, text, None, None, measured[tap], spec) for tap in taps]
-    return arrays
-
-
-def all_taps(located: dict[str, tuple[hooks.Tap, ...]]) -> tuple[hooks.Tap, ...]:
-    """Return the taps of all sites."""
-    return tuple(tap for taps in located.values() for tap in taps)
-
-
-def _array(
-    tap: hooks.Tap,
-    text: str,
-    layers: tuple[int, ...] | None,
-    depth: int | None,
-    activation: hooks.Activation,
-    spec: Spec,
-) -> ArraySpec:
-    dtype = str(activation.dtype).removeprefix("torch.") if spec.dtype == "auto" else spec.dtype
-    features = math.prod(activation.shape)
-    if dtype not in DTYPES or not features:
-        raise CaptureError(
-            f"activations of {tap.array} cannot be stored as they are computed",
-            expected=f"at least one value of {', '.join(DTYPES)}",
-            found=f"shape {activation.shape} of {dtype}",
-            remedy="set dtype to one of them, or leave the site out",
-        )
-    site = Site.parse(text)
-    feature_dim = site.feature_dim if site.standard else f"feature_{tap.array}"
-    return ArraySpec(tap.array, text, layers, depth, features, feature_dim, dtype)
-
-
-def _depth(model: torch.nn.Module) -> int:
-    return len(hooks.find_blocks(model)[1])
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode, and each back into its own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def vocabulary(model: torch.nn.Module) -> int | None:
-    """Return how many token ids the model's embedding has, or None where it has none that says so."""
-    getter = getattr(model, "get_input_embeddings", None)
-    try:
-        return int(getter().num_embeddings) if getter else None
-    except (AttributeError, NotImplementedError):
-        return None
-
-
-def pad_id(model: torch.nn.Module, tokenizer: Any) -> int:
-    """Return the token id for padding; where there is none, 0, which the attention mask hides."""
-    for holder in (tokenizer, getattr(model, "config", None)):
-        found = getattr(holder, "pad_token_id", None)
-        if isinstance(found, int) and found >= 0:
-            return found
-    return 0
 
 
 def _device(model: torch.nn.Module) -> torch.device:

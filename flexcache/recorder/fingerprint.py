@@ -6,6 +6,9 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from flexcache.errors import MismatchError
+from flexcache.store.store import Store
+
 if TYPE_CHECKING:
     import torch
 
@@ -41,6 +44,33 @@ def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "matmul_precision": torch.get_float32_matmul_precision(),
     }
+
+
+def check_fingerprint(store: Store, now: dict[str, Any], allow_mixed: bool) -> None:
+    """Refuse to go on with a store under other conditions than its latest unit was computed in.
+
+    Raises
+    ------
+    MismatchError
+        They differ, and mixing is not allowed.
+    """
+    units = store.ledger.units()
+    if not units or allow_mixed:
+        return
+    earlier = store.ledger.read(units[-1]).fingerprint
+    if earlier != now:
+        different = [
+            f"{name}: {earlier.get(name)} before, {now.get(name)} now"
+            for name in sorted({*earlier, *now})
+            if earlier.get(name) != now.get(name)
+        ]
+        raise MismatchError(
+            "the store was begun under other conditions, which may change the bits of activations",
+            where=str(store.path),
+            found="; ".join(different),
+            remedy="go on under the same conditions, or allow mixing (allow_mixed=True, --allow-mixed): the"
+            " ledger records which unit had which",
+        )
 
 
 def versions() -> dict[str, str]:

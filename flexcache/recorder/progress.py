@@ -18,7 +18,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from flexcache.recorder.recorder import Recorder, Tally
+from flexcache.recorder.recorder import Recorder
+from flexcache.recorder.tally import Tally
 from flexcache.store.display import size
 
 

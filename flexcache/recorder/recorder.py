@@ -3,50 +3,32 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
-from flexcache.errors import CaptureError, MismatchError, RangeError, SiteError, nearest
+from flexcache.errors import CaptureError, SiteError, nearest
 from flexcache.recorder.batch import Batch, BatchReader
+from flexcache.recorder.fingerprint import check_fingerprint
+from flexcache.recorder.range_error import place, range_error
 from flexcache.recorder.rows import Unstorable, pieces, stored
+from flexcache.recorder.tally import Tally
 from flexcache.spec import DTYPES
-from flexcache.store.files import write_json
 from flexcache.store.ledger import FileRecord, UnitRecord
 from flexcache.store.reader import shard_name
 from flexcache.store.shard import ShardLayout
-from flexcache.store.slabs import PAGE, Slab, SlabPool, anonymous_slab
+from flexcache.store.shard_file import Copy, NonFinite, ShardFile, copy_bytes
+from flexcache.store.slabs import Slab, SlabPool, anonymous_slab, size_slabs
 from flexcache.store.store import Store
-from flexcache.store.writer import Copy, NonFinite, ShardFile, Writer, copy_bytes
+from flexcache.store.writer import Writer
 
-LARGEST_SLAB = 4 << 20
-SMALLEST_SLAB = 64 << 10
 DEFAULT_BUFFER = 256 << 20
 
 Key = tuple[str, int | None]
-
-
-@dataclass
-class Tally:
-    """Where the time of a recording went, in seconds, and what came of it."""
-
-    began: float = field(default_factory=time.perf_counter)
-    units: int = 0
-    rows: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    forward: float = 0.0
-    copying: float = 0.0
-    waiting: float = 0.0
-    writing: float = 0.0
 
 
 class Recorder:
@@ -102,7 +84,7 @@ class Recorder:
         }
         self._keys: list[Key] = [(name, s) for name, a in self.store.arrays.items() for s in a.slices]
         self._batches = BatchReader(self.store.path, mean=self.store.spec.get("rows") == "mean")
-        self._check_fingerprint(allow_mixed)
+        check_fingerprint(self.store, self.fingerprint, allow_mixed)
         self._pool = SlabPool(*self._slabs(buffer_bytes), allocate)
         self._writer: Writer | None = None
         self._files: dict[Key, ShardFile] = {}
@@ -125,7 +107,7 @@ class Recorder:
             self._writer.stop()
             self._files.clear()
             self.tally.waiting, self.tally.writing = self._pool.waited, self._writer.busy
-            self._write_run(error)
+            self.tally.write(self.store.path, error, self._writer.direct)
             self.store.refresh()
 
     def pending(self) -> list[int]:
@@ -212,7 +194,7 @@ class Recorder:
         shape = tuple(values.shape)
         if shape[:2] != batch.shape or math.prod(shape[2:]) != features:
             raise CaptureError(
-                f"activations of {_place(site, layer)} have the wrong shape",
+                f"activations of {place(site, layer)} have the wrong shape",
                 expected=f"({batch.shape[0]}, {batch.shape[1]}, {features}) for (sequences, longest, features)",
                 found=str(shape),
             )
@@ -232,7 +214,7 @@ class Recorder:
             content = stored(values, file.dtype)
         except Unstorable as error:
             row = self._next_row(file) + error.row
-            raise self._range_error(file.array, file.layer, row, error.feature, error.value) from None
+            raise range_error(self.store, file.array, file.layer, row, error.feature, error.value) from None
         self._guard(file.append, content, count, copy_bytes)
         self.tally.copying += time.perf_counter() - began
 
@@ -240,26 +222,7 @@ class Recorder:
         try:
             call(*arguments)
         except NonFinite as error:
-            raise self._range_error(error.array, error.layer, error.row, error.feature, error.value) from None
-
-    def _range_error(self, array: str, layer: int | None, row: int, feature: int, value: float) -> RangeError:
-        documents = self.store.documents
-        line = int(np.searchsorted(documents.column("row_start").to_numpy(), row, side="right")) - 1
-        dtype = self.store.arrays[array].dtype
-        finite = math.isfinite(value)
-        at = int(self.store.coordinates["position"].values[row])
-        return RangeError(
-            f"{_place(array, layer)} has a value that {'overflows ' + dtype if finite else 'is not finite'}",
-            where=f"document {documents.column('id')[line].as_py()!r}, "
-            + (f"token {at}, " if at >= 0 else "")
-            + f"row {row}, feature {feature}",
-            expected=f"a finite value of magnitude at most {_largest(dtype):.6g}",
-            found=f"{value:.6g}",
-            remedy="store this site as bfloat16 or float32"
-            if finite
-            else "look at the document and the model: this value is wrong in the forward itself, or a wider"
-            " compute dtype is needed",
-        )
+            raise range_error(self.store, error.array, error.layer, error.row, error.feature, error.value) from None
 
     def _file(self, site: str, layer: int | None) -> ShardFile:
         try:
@@ -282,14 +245,14 @@ class Recorder:
         expected_first = self._next_row(file)
         if first != expected_first or first + count > batch.rows.stop:
             raise CaptureError(
-                f"rows of {_place(file.array, file.layer)} come in the wrong order",
+                f"rows of {place(file.array, file.layer)} come in the wrong order",
                 expected=f"rows from {expected_first}, at most up to {batch.rows.stop}",
                 found=f"rows {first} … {first + count}",
                 remedy="put the rows of a batch once, in the order of batch.rows",
             )
         if not shape or shape[0] != count or math.prod(shape[1:]) != features:
             raise CaptureError(
-                f"values of {_place(file.array, file.layer)} have the wrong shape",
+                f"values of {place(file.array, file.layer)} have the wrong shape",
                 expected=f"({count}, {features}) for (rows, features)",
                 found=str(tuple(shape)),
                 remedy="batch.kept(activations) drops the padding",
@@ -299,7 +262,7 @@ class Recorder:
         for file in self._files.values():
             if self._next_row(file) != batch.rows.stop:
                 raise CaptureError(
-                    f"rows of {_place(file.array, file.layer)} are missing",
+                    f"rows of {place(file.array, file.layer)} are missing",
                     where=f"unit {batch.unit}, batch {batch.index}",
                     expected=f"rows up to {batch.rows.stop}",
                     found=f"rows up to {self._next_row(file)}",
@@ -346,65 +309,10 @@ class Recorder:
         self._guard(self._writer.submit, self._writer.commit, files, record)
 
     def _slabs(self, buffer_bytes: int) -> tuple[int, int]:
-        """Return the bytes of a slab and their number: every open shard fills one while others are written."""
-        files = len(self._keys)
+        layouts = self._layouts.values()
         if self.store.compressed:  # a slab is one inner chunk
-            widest = max(layout.chunk_rows * layout.row_bytes for layout in self._layouts.values())
-            size = -(-widest // PAGE) * PAGE
-        else:
-            widest = max(layout.file_bytes(0) for layout in self._layouts.values())
-            size = min(LARGEST_SLAB, max(SMALLEST_SLAB, 1 << (widest - 1).bit_length()))
-            while size > SMALLEST_SLAB and 2 * files * size > buffer_bytes:
-                size //= 2
-        count = buffer_bytes // size
-        if count < files + 2:
-            raise CaptureError(
-                "the buffer is too small for so many sites and layers",
-                expected=f"at least {(files + 2) * size / 1e6:.0f} MB for {files} open shards",
-                found=f"{buffer_bytes / 1e6:.0f} MB",
-                remedy="raise buffer_bytes (buffer_mb), or capture fewer layers",
-            )
-        return size, count
-
-    def _check_fingerprint(self, allow_mixed: bool) -> None:
-        units = self.store.ledger.units()
-        if not units or allow_mixed:
-            return
-        earlier = self.store.ledger.read(units[-1]).fingerprint
-        if earlier != self.fingerprint:
-            different = [
-                f"{name}: {earlier.get(name)} before, {self.fingerprint.get(name)} now"
-                for name in sorted({*earlier, *self.fingerprint})
-                if earlier.get(name) != self.fingerprint.get(name)
-            ]
-            raise MismatchError(
-                "the store was begun under other conditions, which may change the bits of activations",
-                where=str(self.store.path),
-                found="; ".join(different),
-                remedy="go on under the same conditions, or allow mixing (allow_mixed=True, --allow-mixed): the"
-                " ledger records which unit had which",
-            )
-
-    def _write_run(self, error: BaseException | None) -> None:
-        seconds = time.perf_counter() - self.tally.began
-        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
-        outcome = "complete" if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
-        try:
-            folder = self.store.path / "runs"
-            folder.mkdir(exist_ok=True)
-            write_json(
-                folder / f"{stamp}-{os.getpid()}.json",
-                {
-                    "host": socket.gethostname(),
-                    "outcome": outcome,
-                    "seconds": round(seconds, 3),
-                    "direct_io": self._writer.direct if self._writer else None,
-                    **{k: round(v, 3) for k, v in vars(self.tally).items() if k != "began"},
-                },
-            )
-        except OSError:
-            if error is None:
-                raise
+            return size_slabs(len(self._keys), buffer_bytes, exact=max(a.chunk_rows * a.row_bytes for a in layouts))
+        return size_slabs(len(self._keys), buffer_bytes, largest=max(a.file_bytes(0) for a in layouts))
 
 
 def _span(rows: Any) -> tuple[int, int]:
@@ -420,13 +328,3 @@ def _span(rows: Any) -> tuple[int, int]:
         expected="batch.rows, or a part of it from its front",
         found=str(rows)[:200],
     )
-
-
-def _place(site: str, layer: int | None) -> str:
-    return site if layer is None else f"{site} of layer {layer}"
-
-
-def _largest(dtype: str) -> float:
-    import ml_dtypes
-
-    return float(ml_dtypes.finfo(DTYPES[dtype]).max)

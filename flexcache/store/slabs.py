@@ -10,7 +10,11 @@ from typing import Protocol
 
 import numpy as np
 
+from flexcache.errors import CaptureError
+
 PAGE = 4096
+LARGEST_SLAB = 4 << 20
+SMALLEST_SLAB = 64 << 10
 
 
 class Fence(Protocol):
@@ -86,3 +90,34 @@ class SlabPool:
         slab.filled = 0
         slab.fences.clear()
         self._free.put(slab)
+
+
+def size_slabs(files: int, buffer_bytes: int, *, largest: int = 0, exact: int | None = None) -> tuple[int, int]:
+    """Return the bytes of a slab and their number, for *files* that fill one each while others are being written.
+
+    Parameters
+    ----------
+    largest
+        Bytes of the largest file; a slab need not be larger.
+    exact
+        Bytes that a slab must hold, where it cannot be chosen.
+
+    Raises
+    ------
+    CaptureError
+        The buffer has no room for that many.
+    """
+    if exact is not None:
+        size = -(-exact // PAGE) * PAGE
+    else:
+        size = min(LARGEST_SLAB, max(SMALLEST_SLAB, 1 << (largest - 1).bit_length()))
+        while size > SMALLEST_SLAB and 2 * files * size > buffer_bytes:
+            size //= 2
+    if buffer_bytes // size < files + 2:
+        raise CaptureError(
+            "the buffer is too small for so many sites and layers",
+            expected=f"at least {(files + 2) * size / 1e6:.0f} MB for {files} open shards",
+            found=f"{buffer_bytes / 1e6:.0f} MB",
+            remedy="raise buffer_bytes (buffer_mb), or capture fewer layers",
+        )
+    return size, buffer_bytes // size

@@ -1,6 +1,6 @@
-"""The shard writer: rows are copied into slabs, and one thread checks, hashes and writes them.
+"""The writer: one thread that checks, hashes and writes slabs, and commits units.
 
-The thread that computes only copies bytes. A unit becomes visible in one step: its files are flushed, renamed
+A unit becomes visible in one step: its files are flushed, renamed
 into place and flushed again as folders, and then its ledger record is written.
 """
 
@@ -16,108 +16,19 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
-from numcodecs.zstd import Zstd
 
 from flexcache.errors import CaptureError
 from flexcache.store.files import fsync_folder
-from flexcache.store.finite import first_nonfinite
 from flexcache.store.ledger import FileRecord
-from flexcache.store.shard import ShardLayout, index_bytes
+from flexcache.store.shard import index_bytes
+from flexcache.store.shard_file import ShardFile, check_finite
 from flexcache.store.slabs import PAGE, Slab, SlabPool
 
 PARTIAL = ".partial"
-ZSTD_LEVEL = 1
-
-Copy = Callable[[Slab, int, Any, int, int], None]
-"""``copy(slab, at, source, start, count)`` puts bytes *start* … *start + count* of a source at *at* in a slab."""
-
-
-def copy_bytes(slab: Slab, at: int, source: np.ndarray, start: int, count: int) -> None:
-    """Copy from a one-dimensional uint8 array at once."""
-    slab.array[at : at + count] = source[start : start + count]
-
-
-@dataclass
-class NonFinite(Exception):  # noqa: N818 - it carries the place to the recorder, which raises the RangeError
-    """A stored value is NaN or infinite: at this row of this array, as the writer found it."""
-
-    array: str
-    layer: int | None
-    row: int
-    feature: int
-    value: float
-
-
-class ShardFile:
-    """One shard that is being filled: rows are appended in order, never more than the layout has."""
-
-    def __init__(
-        self,
-        writer: Writer,
-        name: str,
-        layout: ShardLayout,
-        shard: int,
-        dtype: np.dtype,
-        array: str,
-        layer: int | None,
-        compressed: bool,
-    ) -> None:
-        self.name, self.layout, self.shard = name, layout, shard
-        self.dtype, self.array, self.layer = dtype, array, layer
-        self.codec = Zstd(level=ZSTD_LEVEL) if compressed else None
-        self.rows_left = len(layout.rows(shard))
-        self.temporary = writer.folder / f"{uuid.uuid4().hex}"
-        self.handle = -1
-        self.checked = 0  # bytes of rows that went through the writer
-        self.size = 0  # bytes of the file so far
-        self.hasher = xxhash.xxh3_128()
-        self.lengths: list[int] = []  # of compressed inner chunks
-        self._writer = writer
-        self._slab: Slab | None = None
-        self._capacity = layout.chunk_rows * layout.row_bytes if compressed else writer.pool.size
-
-    def append(self, source: Any, n_rows: int, copy: Copy = copy_bytes) -> None:
-        """Append rows given as bytes; *copy* puts any part of *source* into a slab."""
-        if n_rows > self.rows_left:
-            raise ValueError(f"{self.name} has room for {self.rows_left} rows, not for {n_rows}")
-        self.rows_left -= n_rows
-        self._append(source, n_rows * self.layout.row_bytes, copy)
-
-    def finish(self) -> None:
-        """Append padding and index, and hand the last slab to the writer."""
-        if self.rows_left:
-            raise ValueError(f"{self.name} still misses {self.rows_left} rows")
-        if padding := self.layout.padding(self.shard):
-            self._append(np.zeros(padding, dtype=np.uint8), padding, copy_bytes)
-        if self.codec is None:
-            footer = np.frombuffer(self.layout.footer(self.shard), dtype=np.uint8)
-            self._append(footer, len(footer), copy_bytes)
-        if self._slab is not None and self._slab.filled:
-            self._submit()
-        self._writer.submit(self._writer.close, self)
-
-    def _append(self, source: Any, count: int, copy: Copy) -> None:
-        start = 0
-        while start < count:
-            if self._slab is None:
-                self._slab = self._writer.pool.take(self._writer.check)
-            slab = self._slab
-            part = min(self._capacity - slab.filled, count - start)
-            copy(slab, slab.filled, source, start, part)
-            slab.filled += part
-            start += part
-            if slab.filled == self._capacity:
-                self._submit()
-
-    def _submit(self) -> None:
-        self._writer.submit(self._writer.write, self, self._slab)
-        self._slab = None
 
 
 class Writer:
@@ -197,7 +108,7 @@ class Writer:
         slab.settle()
         content = slab.array[: slab.filled]
         rows = content[: max(0, file.layout.row_span(file.shard) - file.checked)]
-        _check_finite(file, rows)
+        check_finite(file, rows)
         file.checked += len(rows)
         if file.handle < 0:
             file.handle = self._create(file)
@@ -316,13 +227,3 @@ def _direct_works(folder: Path) -> bool:
     finally:
         os.close(handle)
         probe.unlink(missing_ok=True)
-
-
-def _check_finite(file: ShardFile, rows: np.ndarray) -> None:
-    at = first_nonfinite(rows, file.dtype)
-    if at is None:
-        return
-    width = file.dtype.itemsize
-    row, inside = divmod(file.checked + at * width, file.layout.row_bytes)
-    value = float(rows.view(file.dtype)[at])
-    raise NonFinite(file.array, file.layer, file.layout.rows(file.shard).start + row, inside // width, value)

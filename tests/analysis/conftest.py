@@ -57,7 +57,7 @@ def sentiment(
     counts = rng.integers(1, 6, size=n)
     values = rng.normal(size=(layers, counts.sum(), hidden))
     values[1:] += 1.2 * np.eye(classes, hidden)[np.repeat(label, counts)]
-    words = np.array(["dull grey film", "bright warm film", "so so film"])
+    words = np.array(["bright not dull", "dull not bright", "not bright dull"])  # only pairs of words tell
     shown = np.where(rng.random(n) < 0.3, rng.integers(classes, size=n), label)
     columns = {
         "text": [f"{words[v]} number {i}" for i, v in enumerate(shown)],
@@ -84,7 +84,7 @@ def store() -> ArrayStore:
     return sentiment()
 
 
-EVIL = "<script>alert('label & co')</script>"
+EVIL = r"<script>alert('label & co')</script> $\q$"
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from analysis import probes
 from flexcache.errors import ConfigError
 from pipelines import probe
 
-EVIL = "<script>alert('label & co')</script>"
+EVIL = r"<script>alert('label & co')</script> $\q$"
 
 
 def test_the_command_writes_numbers_plot_and_report_and_says_where(real_store: Any, tmp_path: Any) -> None:

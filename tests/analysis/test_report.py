@@ -9,7 +9,7 @@ import pytest
 
 from analysis import probes, report
 
-EVIL = "<script>alert('label & co')</script>"
+EVIL = r"<script>alert('label & co')</script> $\q$"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 

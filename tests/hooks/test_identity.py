@@ -89,7 +89,7 @@ def test_a_value_that_is_not_a_number_is_no_agreement() -> None:
     model = tiny("llama")
     with torch.no_grad():
         model.model.layers[3].mlp.down_proj.weight[5] = float("nan")
-    with pytest.raises(SiteError, match="of layer 3"):
+    with pytest.raises(SiteError, match="of layer 3: the block adds something else"):
         check_identity(model, locate(model, Site("mlp_out")))
 
 

@@ -107,6 +107,12 @@ def test_wrappers_leave_no_trace_in_names() -> None:
     assert paths(model, "model.layers.*.self_attn.o_proj") == [tap.module for tap in plain]
 
 
+def test_a_module_with_two_names_is_found_by_either() -> None:
+    model = tiny("llama")
+    model.model.layers[3].mlp = model.model.layers[0].mlp
+    assert paths(model, "model.layers.[03].mlp") == ["model.layers.0.mlp", "model.layers.3.mlp"]
+
+
 def test_an_encoder_with_a_decoder_is_refused_and_its_encoder_is_not() -> None:
     model = tiny("t5")
     with pytest.raises(SiteError, match="an encoder and a decoder"):

@@ -67,6 +67,18 @@ def test_an_encoder_with_a_decoder_is_refused_before_it_runs() -> None:
         measure(model, locate(model, Site.parse("shared")))
 
 
+def test_the_example_has_no_special_tokens() -> None:
+    model, seen = tiny("roberta"), []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    taps = locate(model, Site("resid_pre"))
+    measure(model, taps)
+    drawn = int(seen[0][1, 4])
+    model.config.pad_token_id = drawn
+    measure(model, taps)
+    assert drawn not in seen[1]
+    assert torch.equal(seen[0][seen[0] != drawn], seen[1][seen[0] != drawn])
+
+
 def test_weights_that_accelerate_has_offloaded_are_no_obstacle() -> None:
     accelerate = pytest.importorskip("accelerate")
     model = tiny("llama")

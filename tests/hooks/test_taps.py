@@ -199,6 +199,14 @@ def test_what_is_no_activation_is_refused(text: str, found: str) -> None:
     assert error.value.found.startswith(found)
 
 
+def test_an_input_may_come_by_the_keyword_hidden_states() -> None:
+    model, keep, ids, seen = tiny("llama"), Keep(), token_ids(), []
+    model.model.layers[1].input_layernorm.register_forward_hook(lambda _, args, output: seen.append(output.clone()))
+    with Taps(model, locate(model, Site.parse("model.layers.1.self_attn:input")), keep) as taps:
+        taps.forward(input_ids=ids)
+    assert torch.equal(keep.tensors["model.layers.1.self_attn.input.None"], seen[0])
+
+
 def test_the_output_of_a_whole_model_is_its_first_tensor() -> None:
     model, keep, ids = tiny("llama"), Keep(), token_ids()
     with Taps(model, locate(model, Site.parse("model")), keep) as taps:

@@ -37,6 +37,14 @@ def test_hooks_of_libraries_and_of_open_taps_do_not_count() -> None:
     assert user_hooks(torch.compile(tiny("gpt2"), backend="aot_eager")) == []
 
 
+def test_what_accelerate_does_to_a_module_of_the_user_does_not_count() -> None:
+    class Mine(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    assert user_hooks(accelerate.cpu_offload(Mine(2, 2), execution_device=torch.device("cpu"))) == []
+
+
 def test_the_public_names_are_these() -> None:
     assert flexcache.hooks.__all__ == [
         "Activation",

@@ -335,7 +335,7 @@ def test_a_disk_without_direct_writes_gets_the_same_bytes(tmp_path: Path, monkey
     assert shard_hashes(direct.path) == shard_hashes(buffered.path)
     runs = [json.loads(next((p / "runs").iterdir()).read_text()) for p in (direct.path, buffered.path)]
     assert runs[1]["direct_io"] is False
-    assert runs[0]["outcome"] == "complete"
+    assert runs[0]["outcome"] == "finished"
 
 
 # Plans and documents

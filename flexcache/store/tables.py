@@ -1,0 +1,135 @@
+"""The tables of a store and the coordinates of its rows, written a unit at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zarr
+
+from flexcache.plan import Plan, UnitPlan, ranges
+from flexcache.sequences import Spool
+from flexcache.store.schema import DOCUMENTS, SEQUENCES
+
+GROUP_TOKENS = 1 << 20
+
+
+def write_tables(store: Path, plan: Plan, corpus: Spool, coordinates: dict[str, zarr.Array]) -> None:
+    """Write ``documents.parquet``, ``sequences.parquet`` and the coordinate arrays; memory is about a unit."""
+    documents = _TableWriter(store / DOCUMENTS)
+    sequences = _TableWriter(store / SEQUENCES)
+    rows = {name: _RowWriter(array) for name, array in coordinates.items()}
+    n_documents = 0
+    for unit in plan.units():
+        lowest = int(unit.documents.min())
+        table = corpus.take(lowest, int(unit.documents.max()) + 1).take(pa.array(unit.documents - lowest))
+        tokens = table.column("tokens").combine_chunks()
+        lengths = np.diff(tokens.offsets.to_numpy())
+        numbers = n_documents - int(not unit.begins[0]) + np.arange(len(unit.documents))
+        sequences.write(_sequence_table(unit, numbers, tokens), int(lengths.sum()))
+        documents.write(_document_table(unit, table, lengths, plan), len(table))
+        for name, values in _coordinates(unit, numbers, tokens, plan).items():
+            rows[name].write(values)
+        n_documents += int(unit.begins.sum())
+    documents.close()
+    sequences.close()
+    for writer in rows.values():
+        writer.close()
+
+
+def _sequence_table(unit: UnitPlan, numbers: np.ndarray, tokens: pa.ListArray) -> pa.Table:
+    count = len(numbers)
+    return pa.table(
+        {
+            "document": pa.array(numbers, pa.int64()),
+            "unit": pa.array(np.full(count, unit.unit, np.int32)),
+            "batch": pa.array(unit.batches),
+            "start": pa.array(np.zeros(count, np.int32)),
+            "tokens": tokens,
+            "keep_start": pa.array(unit.keep_start),
+            "n_rows": pa.array(unit.n_rows),
+            "row_start": pa.array(unit.row_start),
+        }
+    )
+
+
+def _document_table(unit: UnitPlan, table: pa.Table, lengths: np.ndarray, plan: Plan) -> pa.Table:
+    total = lengths if plan.rows == "all" else np.ones_like(lengths)
+    table = table.drop_columns(["tokens"])
+    table = table.add_column(2, "n_tokens", pa.array(lengths, pa.int32()))
+    table = table.append_column("row_start", pa.array(unit.row_start))
+    table = table.append_column("n_rows", pa.array(total, pa.int64()))
+    return table.filter(pa.array(unit.begins))
+
+
+def _coordinates(unit: UnitPlan, numbers: np.ndarray, tokens: pa.ListArray, plan: Plan) -> dict[str, np.ndarray]:
+    document = np.repeat(numbers, unit.n_rows)
+    if plan.rows == "mean":
+        none = np.full(len(document), -1, np.int32)
+        return {"token_id": none, "position": none, "document": document}
+    offsets = tokens.offsets.to_numpy()[:-1]
+    flat = tokens.values.to_numpy(zero_copy_only=False)
+    return {
+        "token_id": flat[ranges(offsets + unit.keep_start, unit.n_rows)],
+        "position": ranges(unit.keep_start, unit.n_rows).astype(np.int32),
+        "document": document,
+    }
+
+
+class _TableWriter:
+    """A Parquet file whose row groups hold whole units, about a million tokens each."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writer: pq.ParquetWriter | None = None
+        self._pending: list[pa.Table] = []
+        self._weight = 0
+
+    def write(self, table: pa.Table, weight: int) -> None:
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._path, table.schema, compression="zstd")
+        self._pending.append(table)
+        self._weight += weight
+        if self._weight >= GROUP_TOKENS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._pending and self._writer is not None:
+            table = pa.concat_tables(self._pending)
+            self._writer.write_table(table, row_group_size=max(1, len(table)))
+            self._pending.clear()
+            self._weight = 0
+
+    def close(self) -> None:
+        self._flush()
+        if self._writer is not None:
+            self._writer.close()
+
+
+class _RowWriter:
+    """A one-dimensional Zarr array that is written front to back, in whole chunks."""
+
+    def __init__(self, array: zarr.Array) -> None:
+        self._array = array
+        self._pending: list[np.ndarray] = []
+        self._held = 0
+        self._done = 0
+
+    def write(self, values: np.ndarray) -> None:
+        self._pending.append(values)
+        self._held += len(values)
+        if self._held >= self._array.chunks[0]:
+            self._flush(self._held - self._held % self._array.chunks[0])
+
+    def _flush(self, count: int) -> None:
+        values = np.concatenate(self._pending) if self._pending else np.zeros(0, self._array.dtype)
+        if count:
+            self._array[self._done : self._done + count] = values[:count]
+        self._done += count
+        self._pending = [values[count:]]
+        self._held = len(values) - count
+
+    def close(self) -> None:
+        self._flush(self._held)
