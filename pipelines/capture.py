@@ -14,8 +14,10 @@ from pipelines.config import CaptureConfig
 def run(config: CaptureConfig, *, allow_mixed: bool = False, progress: bool = True) -> Store:
     """Capture, or go on with a capture, as the configuration says."""
     import torch
+    import transformers
 
     import flexcache
+    from flexcache.recorder.arrays import locate
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
@@ -24,6 +26,10 @@ def run(config: CaptureConfig, *, allow_mixed: bool = False, progress: bool = Tr
             remedy="start it without torchrun or accelerate launch",
         )
     documents = config.documents.open()
+    if not progress:
+        transformers.utils.logging.disable_progress_bar()
+    # A misspelt site shows before a large model is loaded.
+    locate(config.model.skeleton(), config.spec())
     if config.threads:
         torch.set_num_threads(config.threads)
     tokenizer = None if "tokens" in documents.schema.names else config.model.tokenizer()

@@ -113,9 +113,9 @@ def main(arguments: list[str] | None = None) -> Any:
         return app(arguments, prog_name="flexcache")
     except FlexCacheError as error:
         first, _, rest = str(error).partition("\n")
-        errors.print(f"[bold red]error:[/] {escape(first)}", highlight=False)
+        errors.print(f"[bold red]error:[/] {escape(first)}", highlight=False, soft_wrap=True)
         if rest:
-            errors.print(escape(rest), highlight=False)
+            errors.print(escape(rest), highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         errors.print("stopped: committed units are kept; the same command goes on after them", highlight=False)

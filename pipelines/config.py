@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from flexcache.documents import Documents, open_documents
 from flexcache.errors import ConfigError
 from flexcache.model import ModelSource
-from flexcache.spec import validate
+from flexcache.spec import Spec, parse_sites, validate
 
 
 class DocumentsSource(BaseModel):
@@ -67,6 +67,12 @@ class CaptureConfig(BaseModel):
         """Return the options of `flexcache.capture` that the file sets."""
         names = ("sites", "layers", "rows", "dtype", "max_length", "batch_tokens", "seed", "compression")
         return {name: getattr(self, name) for name in (*names, "keep_text", "empty_documents")}
+
+    def spec(self) -> Spec:
+        """Return the same as `capture_options`, as the store keeps it."""
+        options = self.capture_options()
+        sites = parse_sites(options.pop("sites"), options.pop("layers"))
+        return validate(Spec, {"sites": sites, **options}, str(self.store))
 
 
 def read_config(path: Path, changes: Sequence[str] = ()) -> CaptureConfig:

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from flexcache.recorder.planning import Estimate, Source, estimate
-from flexcache.spec import Spec, parse_sites, validate
 from flexcache.store.create import check_room
 from flexcache.store.display import size
 from pipelines.config import CaptureConfig
@@ -30,10 +29,8 @@ def run(config: CaptureConfig, console: Console, progress: bool = True) -> Estim
     documents = config.documents.open()
     model = config.model.skeleton()
     tokenizer = None if "tokens" in documents.schema.names else config.model.tokenizer()
-    options = config.capture_options()
-    sites = parse_sites(options.pop("sites"), options.pop("layers"))
-    options["max_length"] = config.max_length or longest_input(model, tokenizer)
-    spec = validate(Spec, {"sites": sites, **options}, "plan")
+    spec = config.spec()
+    spec = spec.model_copy(update={"max_length": spec.max_length or longest_input(model, tokenizer)})
     source = Source(
         documents=documents,
         tokenizer=tokenizer,

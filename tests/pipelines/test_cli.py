@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import flexcache
+from pipelines.cli import main
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0) -> str:
+    """Run a command in this process; return what it printed."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert (ended.value.code or 0) == status
+    captured = capsys.readouterr()
+    return captured.out + captured.err
+
+
+def test_plan_prints_the_cost_and_writes_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "plan", config)
+    for part in ("4 of 4 layers", "documents", "80", "rows", "bytes", "free disk", "run ÷ kept"):
+        assert part in text
+    assert not Path("run.zarr").exists()
+
+
+def test_a_plan_that_cannot_fit_is_refused(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr("flexcache.store.create.shutil.disk_usage", lambda path: usage._replace(free=10))
+    for command in ("plan", "capture"):
+        assert "does not fit on the disk" in run(capsys, command, config, "-q", status=1)
+    assert not Path("run.zarr").exists()
+
+
+def test_the_plan_is_that_of_the_capture(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "plan", config)
+    run(capsys, "capture", config, "-q")
+    plan = flexcache.open("run.zarr").plan
+    assert f"{plan['rows']:,}" in text
+    assert f"{plan['files']:,}" in text
+
+
+def test_capture_info_verify_from_the_command_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "capture", config)
+    assert "where the time went" in text
+    assert "resid_post" in text
+    store = flexcache.open("run.zarr")
+    assert store.complete
+    assert store.layers("mlp_post") == (0, 3)
+    assert store.provenance["model"]["name"] == "tiny-llama"
+    assert len(store.provenance["model"]["files"]["model.safetensors"]) == 32
+    assert store.provenance["documents"]["files"][0]["name"] == "texts.jsonl"
+
+    text = run(capsys, "info", "run.zarr")
+    for part in ("tiny-llama", "complete", "label", "resid_post", "versions", "finished"):
+        assert part in text
+    assert "every checksum agrees" in run(capsys, "verify", "run.zarr")
+    assert "nothing to do" in run(capsys, "capture", config)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["flip", "truncate", "remove", "empty", "swap", "table", "coordinate", "record", "metadata", "stranger"],
+)
+def test_verify_names_what_is_damaged(damage: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "capture", config, "-q", "--set", "batch_tokens=16")
+    shard, other = Path("run.zarr/resid_post/c/1/0/0"), Path("run.zarr/resid_post/c/2/0/0")
+    named = "resid_post/c/1/0/0"
+    content = shard.read_bytes()
+    if damage == "flip":
+        shard.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
+    elif damage == "truncate":
+        shard.write_bytes(content[:-7])
+    elif damage == "empty":
+        shard.write_bytes(b"")
+    elif damage == "remove":
+        shard.unlink()
+    elif damage == "swap":
+        shard.write_bytes(other.read_bytes())
+        other.write_bytes(content)
+    else:
+        named = {
+            "table": "documents.parquet",
+            "coordinate": "token_id/c/0",
+            "record": "ledger/0/0.json",
+            "metadata": "resid_post/zarr.json",
+            "stranger": "resid_post/c/1/0/extra",
+        }[damage]
+        with Path("run.zarr", named).open("ab") as file:
+            file.write(b"x")
+    text = run(capsys, "verify", "run.zarr", "-q", status=1)
+    assert named in text
+
+
+def test_a_damaged_unit_is_recomputed_after_its_record_is_deleted(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "capture", config, "-q", "--set", "batch_tokens=16")
+    shard = Path("run.zarr/resid_post/c/1/0/0")
+    whole = shard.read_bytes()
+    shard.write_bytes(b"x" + whole[1:])
+    assert "ledger/0/0.json" in run(capsys, "verify", "run.zarr", status=1)
+    Path("run.zarr/ledger/0/0.json").unlink()
+    run(capsys, "capture", config, "-q", "--set", "batch_tokens=16")
+    assert shard.read_bytes() == whole
+    run(capsys, "verify", "run.zarr")
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "status"),
+    [
+        ("batch_token=3", "did you mean batch_tokens", 2),
+        ("model.dtpye=float32", "did you mean dtype", 2),
+        ("rows=lasst", "key 'rows'", 2),
+        ("batch_tokens=many", "key 'batch_tokens'", 2),
+        ("model.name=/nowhere/at/all", "cannot be loaded", 2),
+        ("documents.path=nowhere.jsonl", "nowhere.jsonl", 1),
+        ("documents.text=txet", "txet", 1),
+        ("sites=resid_pots", "did you mean resid_post", 1),
+        ("sites=model.layers.7.mlp", "model.layers.7.mlp", 1),
+        ("layers=[9]", "no layer 9", 1),
+        ("=3", "cannot be read", 2),
+    ],
+)
+def test_mistakes_end_in_one_message_before_anything_is_written(
+    change: str, message: str, status: int, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ["--set", change] + (["--set", "sites=resid_post"] if change.startswith("layers") else [])
+    text = run(capsys, "capture", config, "-q", *changes, status=status)
+    assert message in " ".join(text.split())
+    assert text.startswith("error:")
+    assert "Traceback" not in text
+    assert not Path("run.zarr").exists()
+
+
+def test_a_configuration_that_is_no_yaml_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.yaml").write_text("model: [")
+    assert "is not YAML" in run(capsys, "capture", tmp_path / "a.yaml", status=2)
+    (tmp_path / "b.yaml").write_text("- model")
+    assert "is not a mapping" in run(capsys, "capture", tmp_path / "b.yaml", status=2)
+    assert "cannot be read" in run(capsys, "capture", tmp_path / "c.yaml", status=2)
+    (tmp_path / "d.yaml").write_text("store: run.zarr")
+    assert "key 'model' is missing" in run(capsys, "plan", tmp_path / "d.yaml", status=2)
+
+
+def test_another_configuration_on_the_same_store_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "capture", config, "-q")
+    text = run(capsys, "capture", config, "-q", "--set", "rows=last", status=1)
+    assert "spec.rows: all in the store, last now" in text
+
+
+def test_a_store_that_is_none_is_said_to_be_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("info", "verify"):
+        assert "is not a store" in " ".join(run(capsys, command, tmp_path / "no.zarr", status=1).split())
+
+
+def test_several_processes_are_refused_clearly(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "captures in one process" in run(capsys, "capture", config, status=2)
+
+
+def test_probe_from_the_command_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_num_threads(1)
+    run(capsys, "capture", config, "-q")
+    text = run(capsys, "probe", "run.zarr", "--target", "label", "--rows", "last", "-o", "out", "--layers", "0:2")
+    assert "report.html" in text
+    assert Path("out/report.html").exists()
+    assert "did you mean label" in run(capsys, "probe", "run.zarr", "--target", "lable", status=1)
+
+
+def test_the_module_runs_the_same_commands(config: Path) -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "pipelines", "plan", str(config)]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    assert "plan of run.zarr" in done.stdout
+
+
+def test_the_configuration_examples_are_valid() -> None:
+    from pipelines.config import read_config
+
+    examples = sorted((Path(__file__).parents[2] / "pipelines" / "configs").glob("*.yaml"))
+    assert examples
+    for path in examples:
+        read_config(path)
+
+
+def test_ledger_records_are_plain_json(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "capture", config, "-q")
+    record = json.loads(Path("run.zarr/ledger/0/0.json").read_text())
+    assert record["fingerprint"]["threads"] == 1
+    assert record["batch_tokens"] == 64
