@@ -67,6 +67,12 @@ class Batch:
         lengths = np.array([len(sequence) for sequence in self.tokens])
         return (np.arange(self.shape[1]) < lengths[:, None]).astype(np.int64)
 
+    @cached_property
+    def spans(self) -> list[tuple[int, int]]:
+        """First row and number of rows of each run of kept rows in padded activations of (sequences × longest) rows."""
+        width = self.shape[1]
+        return [(line * width + start, stop - start) for line, (start, stop) in enumerate(self.keep)]
+
     def kept(self, values: Any) -> np.ndarray:
         """Return the rows of padded activations, shape (sequences, longest, …), or of a list of one array a sequence.
 

@@ -15,7 +15,7 @@ from flexcache.errors import CaptureError, SiteError, nearest
 from flexcache.recorder.batch import Batch, BatchReader
 from flexcache.recorder.fingerprint import check_fingerprint
 from flexcache.recorder.range_error import place, range_error
-from flexcache.recorder.rows import Unstorable, pieces, stored
+from flexcache.recorder.rows import Unstorable, rows_of, stored
 from flexcache.recorder.tally import Tally
 from flexcache.spec import DTYPES
 from flexcache.store.ledger import FileRecord, UnitRecord
@@ -29,6 +29,7 @@ from flexcache.store.writer import Writer
 DEFAULT_BUFFER = 256 << 20
 
 Key = tuple[str, int | None]
+Converted = tuple[np.ndarray, list[tuple[int, int]]]
 
 
 class Recorder:
@@ -184,7 +185,7 @@ class Recorder:
         file = self._file(site, layer)
         first, count = _span(rows)
         self._check_rows(file, first, count, values.shape)
-        self._store(file, values, count)
+        self._store(file, _one_span, values, file.dtype)
 
     def record(self, site: str, layer: int | None, values: Any) -> None:
         """Take padded activations of the current batch, shape (sequences, longest, …): its kept rows are copied."""
@@ -198,24 +199,23 @@ class Recorder:
                 expected=f"({batch.shape[0]}, {batch.shape[1]}, {features}) for (sequences, longest, features)",
                 found=str(shape),
             )
-        for piece in pieces(batch, values, file.dtype):
-            self._store(file, piece, len(piece))
+        self._store(file, rows_of, batch, values, file.dtype)
 
     def append(self, site: str, layer: int | None, content: Any, n_rows: int, copy: Copy) -> None:
         """Take rows that are bytes in the storage dtype already, by a copy of the caller's (from another device)."""
         file = self._file(site, layer)
-        self._guard(file.append, content, n_rows, copy)
+        self._guard(file.append, content, [(0, n_rows * file.layout.row_bytes)], copy)
 
     # Private
 
-    def _store(self, file: ShardFile, values: Any, count: int) -> None:
+    def _store(self, file: ShardFile, convert: Callable[..., Converted], *arguments: Any) -> None:
         began = time.perf_counter()
         try:
-            content = stored(values, file.dtype)
+            content, spans = convert(*arguments)
         except Unstorable as error:
             row = self._next_row(file) + error.row
             raise range_error(self.store, file.array, file.layer, row, error.feature, error.value) from None
-        self._guard(file.append, content, count, copy_bytes)
+        self._guard(file.append, content, spans, copy_bytes)
         self.tally.copying += time.perf_counter() - began
 
     def _guard(self, call: Callable[..., None], *arguments: Any) -> None:
@@ -313,6 +313,11 @@ class Recorder:
         if self.store.compressed:  # a slab is one inner chunk
             return size_slabs(len(self._keys), buffer_bytes, exact=max(a.chunk_rows * a.row_bytes for a in layouts))
         return size_slabs(len(self._keys), buffer_bytes, largest=max(a.file_bytes(0) for a in layouts))
+
+
+def _one_span(values: Any, dtype: np.dtype) -> Converted:
+    content = stored(values, dtype)
+    return content, [(0, len(content))]
 
 
 def _span(rows: Any) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,15 +37,36 @@ def host(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
-def pieces(batch: Batch, values: Any, dtype: np.dtype) -> Iterator[Any]:
-    """Yield the rows of padded activations, shape (sequences, longest, …), a piece at a time and without a copy."""
-    if is_torch(values) and str(values.dtype) == f"torch.{dtype.name}":
-        values = host(values)  # numpy slices cost a third of torch's
+def rows_of(batch: Batch, values: Any, dtype: np.dtype) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Return the rows of padded activations, shape (sequences, longest, …), as bytes in the storage dtype.
+
+    Nothing is copied where nothing is cast or averaged, since this runs inside hooks: the bytes are then those of
+    the activations, padding included, and the spans say which of them are rows.
+
+    Returns
+    -------
+    content : ndarray of uint8, one-dimensional
+    spans : list of (start, count) in bytes
+
+    Raises
+    ------
+    Unstorable
+        See `stored`.
+    """
+    same = str(values.dtype).removeprefix("torch.") == dtype.name
     if batch.mean:
-        yield batch.kept(host(values) if is_torch(values) else values)
-        return
-    for line, (start, stop) in enumerate(batch.keep):
-        yield values[line, start:stop]
+        content = stored(batch.kept(host(values) if is_torch(values) else values), dtype)
+    elif same:
+        content = stored(values, dtype)
+        width = len(content) // (batch.shape[0] * batch.shape[1])
+        return content, [(start * width, count * width) for start, count in batch.spans]
+    elif is_torch(values):
+        import torch
+
+        content = stored(torch.cat([values[line, a:b] for line, (a, b) in enumerate(batch.keep)]), dtype)
+    else:
+        content = stored(batch.kept(values), dtype)
+    return content, [(0, len(content))]
 
 
 def stored(rows: Any, dtype: np.dtype) -> np.ndarray:

@@ -85,33 +85,38 @@ class ShardFile:
         self._slab: Slab | None = None
         self._capacity = layout.chunk_rows * layout.row_bytes if compressed else sink.pool.size
 
-    def append(self, source: Any, n_rows: int, copy: Copy = copy_bytes) -> None:
-        """Append rows given as bytes; *copy* puts any part of *source* into a slab."""
-        if n_rows > self.rows_left:
-            raise ValueError(f"{self.name} has room for {self.rows_left} rows, not for {n_rows}")
-        self.rows_left -= n_rows
-        self._append(source, n_rows * self.layout.row_bytes, copy)
+    def append(self, source: Any, spans: list[tuple[int, int]], copy: Copy = copy_bytes) -> None:
+        """Append rows given as bytes: those of *source* that *spans* name by start and count, whole rows in all.
+
+        *copy* puts any part of *source* into a slab.
+        """
+        rows = sum(count for _, count in spans) // self.layout.row_bytes
+        if rows > self.rows_left:
+            raise ValueError(f"{self.name} has room for {self.rows_left} rows, not for {rows}")
+        self.rows_left -= rows
+        for start, count in spans:
+            self._append(source, start, count, copy)
 
     def finish(self) -> None:
         """Append padding and index, and hand the last slab to the writer."""
         if self.rows_left:
             raise ValueError(f"{self.name} still misses {self.rows_left} rows")
         if padding := self.layout.padding(self.shard):
-            self._append(np.zeros(padding, dtype=np.uint8), padding, copy_bytes)
+            self._append(np.zeros(padding, dtype=np.uint8), 0, padding, copy_bytes)
         if self.codec is None:
             footer = np.frombuffer(self.layout.footer(self.shard), dtype=np.uint8)
-            self._append(footer, len(footer), copy_bytes)
+            self._append(footer, 0, len(footer), copy_bytes)
         if self._slab is not None and self._slab.filled:
             self._submit()
         self._sink.submit(self._sink.close, self)
 
-    def _append(self, source: Any, count: int, copy: Copy) -> None:
-        start = 0
-        while start < count:
-            if self._slab is None:
-                self._slab = self._sink.pool.take(self._sink.check)
+    def _append(self, source: Any, start: int, count: int, copy: Copy) -> None:
+        stop = start + count
+        while start < stop:
             slab = self._slab
-            part = min(self._capacity - slab.filled, count - start)
+            if slab is None:
+                slab = self._slab = self._sink.pool.take(self._sink.check)
+            part = min(self._capacity - slab.filled, stop - start)
             copy(slab, slab.filled, source, start, part)
             slab.filled += part
             start += part

@@ -13,7 +13,7 @@ import numpy as np
 from flexcache.errors import CaptureError
 
 PAGE = 4096
-LARGEST_SLAB = 4 << 20
+LARGEST_SLAB = 1 << 20
 SMALLEST_SLAB = 64 << 10
 
 

@@ -54,6 +54,7 @@ class Writer:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.direct = _direct_works(self.folder)
         self.busy = 0.0
+        self.cpu = 0.0
         self.written = 0
         self._failure: BaseException | None = None
         self._jobs: queue.SimpleQueue[tuple[Callable[..., None], tuple] | None] = queue.SimpleQueue()
@@ -173,7 +174,7 @@ class Writer:
             function, arguments = job
             if self._failure is not None:
                 continue
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.thread_time()
             try:
                 function(*arguments)
             except OSError as error:
@@ -181,6 +182,7 @@ class Writer:
             except BaseException as error:
                 self._failure = error
             self.busy += time.perf_counter() - began
+            self.cpu += time.thread_time() - cpu
 
 
 def remove_abandoned(root: Path) -> None:
