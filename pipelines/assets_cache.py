@@ -188,9 +188,10 @@ def _pip(package: Package, staging: Path, *options: str) -> str:
 
 def _bytes_below(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # pip moves its files about
-            total += path.stat().st_size
+    for place, _, names in os.walk(folder):  # passes over folders that pip removes meanwhile; rglob does not
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(place, name)).st_size
     return total
 
 
