@@ -224,7 +224,9 @@ class Store(Mapping[str, xr.DataArray]):
         if isinstance(position, slice):
             if position.step not in (None, 1):
                 raise ValueError("a slice of positions has no step")
-            low, high = (np.where(e < 0, e + lengths, e) if e is not None else None for e in _ends(position))
+            low, high = (
+                np.where(e < 0, e + lengths, e) if e is not None else None for e in (position.start, position.stop)
+            )
             return found[(at >= (0 if low is None else low)) & (at < (lengths if high is None else high))]
         return found[at == (position + lengths if position < 0 else position)]
 
@@ -328,25 +330,18 @@ class Store(Mapping[str, xr.DataArray]):
         try:
             return pq.read_table(self.path / name)
         except (OSError, pa.ArrowException) as error:
-            raise DamagedError(
-                "a table of the store cannot be read",
-                where=str(self.path / name),
-                found=f"{type(error).__name__}: {error}",
-                remedy="run flexcache verify to see what else is damaged",
-            ) from error
+            raise self._unreadable("table", name, error) from error
 
     def _coordinate(self, name: str) -> np.ndarray:
         try:
-            values = np.asarray(zarr.open_array(self.path / name, mode="r")[:])
+            return np.asarray(zarr.open_array(self.path / name, mode="r")[:])
         except Exception as error:  # zarr and its codecs raise many kinds
-            raise DamagedError(
-                "a coordinate of the store cannot be read",
-                where=str(self.path / name),
-                found=f"{type(error).__name__}: {error}",
-                remedy="run flexcache verify to see what else is damaged",
-            ) from error
-        return values
+            raise self._unreadable("coordinate", name, error) from error
 
-
-def _ends(position: slice) -> tuple[int | None, int | None]:
-    return position.start, position.stop
+    def _unreadable(self, kind: str, name: str, error: Exception) -> DamagedError:
+        return DamagedError(
+            f"a {kind} of the store cannot be read",
+            where=str(self.path / name),
+            found=f"{type(error).__name__}: {error}",
+            remedy="run flexcache verify to see what else is damaged",
+        )

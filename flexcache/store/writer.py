@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import queue
+import resource
 import shutil
 import threading
 import time
@@ -29,6 +30,7 @@ from flexcache.store.shard_file import ShardFile, check_finite
 from flexcache.store.slabs import PAGE, Slab, SlabPool
 
 PARTIAL = ".partial"
+OPEN_FILES = 8192
 
 
 class Writer:
@@ -48,6 +50,7 @@ class Writer:
         self.root = root
         self.pool = pool
         remove_abandoned(root)
+        _allow_open_files(OPEN_FILES)
         self.folder = root / PARTIAL / uuid.uuid4().hex
         self.folder.mkdir(parents=True)
         self._lock = os.open(self.folder / "lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -209,6 +212,14 @@ def disk_error(error: OSError, root: Path) -> CaptureError:
     )
     failure.__cause__ = error
     return failure
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise this process's soft limit towards *count*: two units of many sites and layers are open at a time."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _direct_works(folder: Path) -> bool:

@@ -4,6 +4,8 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -395,3 +397,16 @@ def test_options_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
         open_recorder(tmp_path / "run.zarr", DOCUMENTS, dtype="float8")
     with pytest.raises(ConfigError, match="exists once per layer"):
         open_recorder(tmp_path / "run.zarr", DOCUMENTS, sites={"resid_post": 24})
+
+
+def test_more_shards_than_the_soft_limit_of_open_files_are_written(tmp_path: Path) -> None:
+    code = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+from pathlib import Path
+from tests.corpora import build_store, token_documents
+options = {"sites": {"resid_post": (90, 8)}, "layers": "all"}
+assert build_store(Path(sys.argv[1]), token_documents([5, 9, 3]), **options).complete
+"""
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "run.zarr")], check=True, cwd=root)
