@@ -17,6 +17,7 @@ from flexcache.errors import FlexCacheError
 
 if TYPE_CHECKING:
     from flexcache.documents import Documents, open_documents
+    from flexcache.hooks import FlexModel, HookFunction
     from flexcache.model import ModelSource
     from flexcache.recorder.capture import capture
     from flexcache.recorder.foreign import record
@@ -29,6 +30,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Documents",
     "FlexCacheError",
+    "FlexModel",
+    "HookFunction",
     "ModelSource",
     "Recorder",
     "Store",
@@ -41,6 +44,8 @@ __all__ = [
 
 _PLACES = {
     "Documents": "flexcache.documents:Documents",
+    "FlexModel": "flexcache.hooks:FlexModel",
+    "HookFunction": "flexcache.hooks:HookFunction",
     "ModelSource": "flexcache.model:ModelSource",
     "Recorder": "flexcache.recorder.recorder:Recorder",
     "Store": "flexcache.store.store:Store",

@@ -5,6 +5,8 @@
     ├── DocumentsError       a corpus that cannot be read, or an empty document
     ├── SiteError            a site or layer that the model does not have
     ├── PlanError            a plan that cannot be carried out: no room on the disk, nothing to keep
+    ├── HookError            a hook that did not fire, or an activation that cannot be read or edited
+    │   └── LayoutError      an activation that cannot be put together from what the processes hold
     ├── CaptureError         a forward that did not deliver what the plan needs
     │   └── RangeError       a value that the storage dtype cannot hold, or that is not finite
     ├── StoreError           a folder that is not what it should be
@@ -73,6 +75,14 @@ class DocumentsError(FlexCacheError):
 
 class SiteError(FlexCacheError):
     """A site or layer that the model does not have."""
+
+
+class HookError(FlexCacheError):
+    """A hook that did not fire, or an activation that cannot be read or edited."""
+
+
+class LayoutError(HookError):
+    """An activation that cannot be put together from what the processes hold of it."""
 
 
 class PlanError(FlexCacheError):

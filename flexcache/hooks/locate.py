@@ -34,14 +34,14 @@ def locate(model: nn.Module, site: Site, layers: Layers = "all") -> tuple[Tap, .
     named = modules(model)
     if not re.search(r"[*?\[]", site.name):
         return (_exact(site, named),)
-    glob = re.compile(_regex(site.name))
+    glob = re.compile(glob_regex(site.name))
     found = tuple(
         Tap(array_name(name, site.side), None, name, site.side)
         for name, module in named.items()
-        if name and glob.fullmatch(name) and not _is_container(module)
+        if name and glob.fullmatch(name) and not is_container(module)
     )
     if not found:
-        raise SiteError(f"no module matches {site.name!r}", remedy=nearest(site.name, _names(named)))
+        raise SiteError(f"no module matches {site.name!r}", remedy=nearest(site.name, runnable(named)))
     for tap in found:
         _refuse_expert(tap.module)
     return found
@@ -84,9 +84,9 @@ def _has_experts(block: nn.Module) -> bool:
 def _exact(site: Site, named: dict[str, nn.Module]) -> Tap:
     if site.name not in named:
         raise SiteError(
-            f"the model has no module {site.name!r}", remedy=nearest(site.name, (*STANDARD, *_names(named)))
+            f"the model has no module {site.name!r}", remedy=nearest(site.name, (*STANDARD, *runnable(named)))
         )
-    if _is_container(named[site.name]):
+    if is_container(named[site.name]):
         raise SiteError(
             f"{site.name} only holds modules and never runs itself",
             found=f"a {type(named[site.name]).__name__} of {len(list(named[site.name].children()))}",
@@ -106,15 +106,18 @@ def _refuse_expert(module: str) -> None:
         )
 
 
-def _is_container(module: nn.Module) -> bool:
+def is_container(module: nn.Module) -> bool:
+    """Whether *module* only holds others and never runs itself."""
     return isinstance(module, nn.ModuleList | nn.ModuleDict)
 
 
-def _names(named: dict[str, nn.Module]) -> tuple[str, ...]:
-    return tuple(name for name, module in named.items() if name and not _is_container(module))
+def runnable(named: dict[str, nn.Module]) -> tuple[str, ...]:
+    """Return the names of the modules that can run."""
+    return tuple(name for name, module in named.items() if name and not is_container(module))
 
 
-def _regex(glob: str) -> str:
+def glob_regex(glob: str) -> str:
+    """Return the regular expression of a glob over dotted paths; see `locate`."""
     words = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
     parts = re.split(r"(\*\*|\*|\?|\[!?[^\]]+\])", glob)
     return "".join(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +14,10 @@ from flexcache.hooks.blocks import check_single_stack
 from flexcache.hooks.names import text_config, unwrap
 from flexcache.hooks.tap import Tap
 from flexcache.hooks.taps import Sink, Taps, accepts
+from flexcache.parallel.twin import without_values
 
 EXAMPLE_SHAPE = (3, 11)
 """Sequences and tokens of an example: primes that no number of heads or groups is likely to equal."""
-
-_ON_META = {"_experts_implementation": "batched_mm", "pad_token_id": None}
 
 Example = Callable[[int, int], Any]
 """Makes inputs of (sequences, tokens): a mapping of keywords, a tuple of positional inputs, or one tensor."""
@@ -66,7 +65,8 @@ def run_example(model: nn.Module, taps: Sequence[Tap], sink: Sink, example: Exam
     SiteError
     """
     inputs = _token_ids(model) if example is None else example(*EXAMPLE_SHAPE)
-    with Taps(model, taps, sink, stop=False) as opened, _without_values(model):
+    valueless = without_values(model) if input_device(model).type == "meta" else nullcontext()
+    with Taps(model, taps, sink, stop=False) as opened, valueless:
         try:
             if isinstance(inputs, Mapping):
                 opened.forward(**inputs)
@@ -130,25 +130,3 @@ def input_device(model: nn.Module) -> torch.device:
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     placed = next((device for device in devices if device is not None), None)
     return next(model.parameters(), torch.empty(0)).device if placed is None else torch.device(placed)
-
-
-@contextmanager
-def _without_values(model: nn.Module) -> Iterator[None]:
-    """On the meta device, turn off in configurations what makes transformers look for values, for the while.
-
-    That is the grouped matrix product of mixtures of experts, and GPT-2's warning of padding without a mask.
-    """
-    held = [getattr(module, "config", None) for module in model.modules()] if input_device(model).type == "meta" else []
-    before = {
-        (id(config), name): (config, getattr(config, name))
-        for config in held
-        for name in _ON_META
-        if hasattr(config, name)
-    }
-    try:
-        for (_, name), (config, _) in before.items():
-            setattr(config, name, _ON_META[name])
-        yield
-    finally:
-        for (_, name), (config, value) in before.items():
-            setattr(config, name, value)

@@ -92,7 +92,7 @@ class Taps:
         self._batch = _batch_shape(args, inputs)
         self._pending = set(self._taps)
         try:
-            with torch.no_grad(), _eager(self._model), self._stopping() as result:
+            with torch.no_grad(), eager(self._model), self._stopping() as result:
                 result.append(self._model(*args, **{**self._defaults, **inputs}))
         finally:
             self._batch = None
@@ -172,7 +172,7 @@ def _batch_shape(args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[int, in
     )
 
 
-def _eager(model: nn.Module) -> AbstractContextManager[Any]:
+def eager(model: nn.Module) -> AbstractContextManager[Any]:
     """Return a context in which compiled modules run as written; nothing is imported where nothing is compiled.
 
     Hooks on a module that was compiled before are not seen by its guards (torch's ``skip_nnmodule_hook_guards``).

@@ -48,6 +48,8 @@ def test_what_accelerate_does_to_a_module_of_the_user_does_not_count() -> None:
 def test_the_public_names_are_these() -> None:
     assert flexcache.hooks.__all__ == [
         "Activation",
+        "FlexModel",
+        "HookFunction",
         "Tap",
         "Taps",
         "check_identity",

@@ -1,0 +1,48 @@
+"""One launch of torchrun for each world size; its checks are told apart here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from tests.distributed.registry import names
+
+ROOT = Path(__file__).parents[2]
+
+
+@cache
+def launch(world: int) -> dict[str, list[str]]:
+    """Return, by check, what each rank says of it."""
+    with TemporaryDirectory() as folder:
+        run = subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)),
+                *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
+                *("-m", "tests.distributed.worker", folder),
+            ],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        found = [Path(folder) / f"{rank}.json" for rank in range(world)]
+        told = [json.loads(path.read_text()) if path.exists() else {} for path in found]
+    tail = run.stderr[-4000:]
+    return {name: [ranks.get(name, f"did not finish\n{tail}") for ranks in told] for name in names(world)}
+
+
+@pytest.mark.parametrize(("world", "name"), [(world, name) for world in (2, 3, 4) for name in names(world)])
+def test_check(world: int, name: str) -> None:
+    results = launch(world)[name]
+    if all(result.startswith("skipped") for result in results):
+        pytest.skip(results[0])
+    failed = {f"rank {rank}": result for rank, result in enumerate(results) if result != "passed"}
+    assert not failed, "\n\n".join(f"{rank}:\n{result}" for rank, result in failed.items())
