@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from flexcache.errors import HookError
+from flexcache.errors import HookError, LayoutError
 from flexcache.hooks.hook_function import BACKWARD, HookFunction, Kind
 from flexcache.hooks.leaves import input_leaf, tensor_leaf
 from flexcache.parallel.assembly import Key
@@ -45,15 +45,27 @@ class Pass:
 
     pieces: list[Piece] = field(default_factory=list)
     fired: set[int] = field(default_factory=set)
-    calls: Counter[tuple[int, int]] = field(default_factory=Counter)
+    calls: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    root: int = 0
 
 
 @dataclass
 class Step:
-    """A step of a pipeline schedule: which microbatch runs, and by how many gradients are divided at its end."""
+    """A step of a pipeline schedule.
+
+    Attributes
+    ----------
+    scale
+        By how much the schedule divides the gradients of its stages' weights at the end.
+    divides_trainable
+        Trainable modules are among these.
+    chunk
+        Number of the microbatch that runs; None between them.
+    """
 
     microbatches: int
     scale: int
+    divides_trainable: bool
     chunk: int | None = None
 
 
@@ -224,7 +236,8 @@ class Session:
                     "a stage of a pipeline runs outside of a pipeline step",
                     remedy="run the schedule inside: with model.pipeline(schedule): schedule.step(…)",
                 )
-        if self._step is None or self._step.chunk is not None:
+        if self._pass is not None and (self._step is None or self._step.chunk is not None):
+            self._pass.root = id(root)  # stages may share a module: it runs once in each, as on ranks of their own
             self.distribution.begin(root, args, kwargs)
 
     def _end(self) -> None:
@@ -249,7 +262,9 @@ class Session:
             )
         self._check_keys()
         self._share()
-        step = Step(microbatches, scale)
+        own = {id(weight) for weight in self.trainable.parameters()}
+        divides = any(id(weight) in own for stage in stages for weight in stage.submod.parameters())
+        step = Step(microbatches, scale, divides)
         wrapped = []
         for stage in stages:
             wrapped.append((stage, "forward_one_chunk" in vars(stage), stage.forward_one_chunk))
@@ -313,7 +328,7 @@ class Session:
         if self._pass is None or _in_backward():
             return Key(hook.number, 0)
         self._pass.fired.add(hook.number)
-        place = hook.number, self._chunk()
+        place = hook.number, self._chunk(), self._pass.root
         self._pass.calls[place] += 1
         return Key(hook.number, self._pass.calls[place] - 1)
 
@@ -333,10 +348,9 @@ class Session:
         if function.editing_function is None:
             return None
         edit = self._edit(hook, module)
-        if self._spread() or self._scale() > 1:
-            with self.distribution.editing(
-                key, local.tensor, layout, hook.where, self._scale(), self._chunk()
-            ) as plane:
+        scale = 1 if self._step is not None and self._step.divides_trainable else self._scale()
+        if self._spread() or scale > 1:
+            with self.distribution.editing(key, local.tensor, layout, hook.where, scale, self._chunk()) as plane:
                 return local.restore(plane.edit(local.tensor, edit))
         return local.restore(edit(local.tensor.clone()))
 
@@ -469,6 +483,14 @@ class Session:
         return edit
 
     def _layout(self, hook: Hook, key: Key, local: Any) -> Layout:
+        if not self.distribution.alone and "experts" in hook.function.module_name.split(".")[:-1]:
+            raise LayoutError(
+                "activations inside experts cannot be put together",
+                where=hook.where,
+                expected="a module that sees every token once and in order",
+                found="rows of (token, expert) pairs sorted by expert, those of its own experts or rows on each rank",
+                remedy="hook the experts module as a whole, its router, or the MLP around it",
+            )
         microbatches = 1 if self._step is None else self._step.microbatches
         return self.distribution.layout(
             key, local, hook.where, hook.function.expected_shape, self._probes, microbatches

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,8 @@ class Distribution:
     def close(self) -> None:
         """Give back the process group."""
         if self.group is not None and dist.is_initialized():
-            dist.destroy_process_group(self.group)
+            with suppress(ValueError):  # whoever ended torch.distributed in between ended the group as well
+                dist.destroy_process_group(self.group)
         self.group = None
 
     # What a rank holds

@@ -84,10 +84,10 @@ def localize(tensor: torch.Tensor, where: str) -> Local:
     if any(isinstance(placement, Partial) for placement in tensor.placements):
         done = [Replicate() if isinstance(placement, Partial) else placement for placement in tensor.placements]
         tensor = tensor.redistribute(placements=done)
-    shards = [placement.dim for placement in tensor.placements if isinstance(placement, Shard)]
-    if len(shards) > 1 or any(not (p.is_shard() or p.is_replicate()) for p in tensor.placements):
+    shards = [placement.dim for placement in tensor.placements if type(placement) is Shard]
+    if len(shards) > 1 or len(shards) + sum(p.is_replicate() for p in tensor.placements) < len(tensor.placements):
         raise LayoutError(
-            "an activation is sharded along more than one dim",
+            "an activation is sharded along more than one dim, or in strides",
             where=where,
             found=str(tuple(tensor.placements)),
             remedy="hook a module whose activation is sharded along one",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -77,6 +78,7 @@ class Twin:
     def __init__(self, root: nn.Module) -> None:
         self._of: dict[int, nn.Module] = {}
         self._root = _twin(root, self._of)
+        self._device: AbstractContextManager[Any] = nullcontext()
 
     def learn(self, probes: Iterable[Probe], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Learned:
         """Return the shape at each probe for each time that its module runs, as functions of the batch's extent.
@@ -93,7 +95,8 @@ class Twin:
         probes = list(probes)
         here = extent_of(args, kwargs)
         error: Exception | None = None
-        for inputs in _candidates(args, kwargs):
+        attempts = itertools.product(_candidates(args, kwargs), (torch.device("meta"), nullcontext()))
+        for inputs, self._device in attempts:  # where the module makes tensors of its own: most belong on meta, too
             try:
                 first = self._run(probes, *_on_meta(inputs, here, here))
             except Exception as raised:
@@ -121,7 +124,7 @@ class Twin:
                 twin = self._of.get(id(probe.module))
                 if twin is not None:
                     handles.append(twin.register_forward_hook(_recorder(probe, found[probe.key]), with_kwargs=True))
-            with torch.no_grad(), without_values(self._root):
+            with torch.no_grad(), without_values(self._root), self._device:
                 self._root(*args, **kwargs)
         finally:
             for handle in handles:

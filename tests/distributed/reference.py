@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +74,7 @@ class Found:
     input_grads: dict[str, torch.Tensor] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    runs: Counter[str] = field(default_factory=Counter)
 
 
 def read(model: nn.Module, ids: torch.Tensor, call: Call = logits_of) -> Found:
@@ -97,6 +100,7 @@ def read(model: nn.Module, ids: torch.Tensor, call: Call = logits_of) -> Found:
     def after(name: str) -> Callable[..., Any]:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
             x = first(output)
+            found.runs[name] += 1
             if x is None or name in found.outputs:
                 return
             found.outputs[name] = x.detach().clone()
@@ -163,6 +167,7 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gradient(model: nn.Module, name: str) -> torch.Tensor:
+    """Return the whole gradient of a weight of an unsharded name; of FSDP1, inside `summon_full_params`."""
     from flexcache.hooks.names import WRAPPERS, unwrap
 
     found = {
@@ -191,6 +196,10 @@ class Strategy:
     options: dict[str, Any] = field(default_factory=dict)
     weights: bool = True
     call: Call = logits_of
+    backward: Callable[[nn.Module, torch.Tensor], Any] = lambda model, loss: loss.backward()
+    gradient: Callable[[nn.Module, str], torch.Tensor] = gradient
+    reset: Callable[[nn.Module], Any] = lambda model: model.zero_grad()
+    whole: Callable[[nn.Module], AbstractContextManager[Any]] = lambda model: nullcontext()
     tolerance: float = TOLERANCE
     overrides: dict[str, Any] = field(default_factory=dict)
     skip: tuple[str, ...] = ()
@@ -236,13 +245,15 @@ def _reads(strategy: Strategy, reference: Found, ids: torch.Tensor, rank: int) -
     logits = strategy.call(model, ids[strategy.rows])
     close(logits, reference.logits[strategy.rows], "logits", strategy.tolerance)
     if strategy.weights:
-        loss_of(logits, ids[strategy.rows]).backward()
-        for name, value in reference.weights.items():
-            close(gradient(strategy.model, name), value, f"gradient of {name}", strategy.tolerance)
-        strategy.model.zero_grad()
+        strategy.backward(strategy.model, loss_of(logits, ids[strategy.rows]))
+        with strategy.whole(strategy.model):
+            for name, value in reference.weights.items():
+                close(strategy.gradient(strategy.model, name), value, f"gradient of {name}", strategy.tolerance)
+        strategy.reset(strategy.model)
     if rank == 0:
         assert set(acts) == set(expected), set(acts) ^ set(expected)
         for name, value in expected.items():
+            assert len(acts[name]) == reference.runs[name.rpartition(":")[0]], f"{name}: {len(acts[name])} tensors"
             close(acts[name][0], value, name, strategy.tolerance)
     else:
         assert not acts
@@ -251,7 +262,8 @@ def _reads(strategy: Strategy, reference: Found, ids: torch.Tensor, rank: int) -
 
 
 def _edits(strategy: Strategy, plain: nn.Module, ids: torch.Tensor, rank: int, places: dict[str, str]) -> None:
-    widths = {plain.get_submodule(name).in_features if side == "input" else HIDDEN for name, side in places.items()}
+    hidden = strategy.overrides.get("hidden_size", HIDDEN)
+    widths = {plain.get_submodule(name).in_features if side == "input" else hidden for name, side in places.items()}
     modules = {f"w{width}": mixing(width) for width in widths}
     expected = edited(plain, ids, places, modules, strategy.call)
     model = FlexModel(strategy.model, None, **strategy.options)
@@ -264,14 +276,15 @@ def _edits(strategy: Strategy, plain: nn.Module, ids: torch.Tensor, rank: int, p
     close(logits, expected.logits[strategy.rows], "edited logits", strategy.tolerance)
     assert model.save_ctx.calls == len(places)
     if strategy.weights:
-        loss_of(logits, ids[strategy.rows]).backward()
-        for name, value in expected.weights.items():
-            if name.split(".")[0] in modules:
-                found = dict(model.trainable_modules.named_parameters())[name].grad
-            else:
-                found = gradient(strategy.model, name)
-            close(found, value, f"gradient of {name} under edits", strategy.tolerance)
-        strategy.model.zero_grad()
+        strategy.backward(strategy.model, loss_of(logits, ids[strategy.rows]))
+        with strategy.whole(strategy.model):
+            for name, value in expected.weights.items():
+                if name.split(".")[0] in modules:
+                    found = dict(model.trainable_modules.named_parameters())[name].grad
+                else:
+                    found = strategy.gradient(strategy.model, name)
+                close(found, value, f"gradient of {name} under edits", strategy.tolerance)
+        strategy.reset(strategy.model)
     model.restore()
     assert_no_trace(strategy.model)
 

@@ -1,4 +1,4 @@
-"""What torchrun starts: every check of this world size, one after the other, each in process groups of its own."""
+"""What torchrun starts: every check of this world size, one after the other; a new process group after a failure."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import traceback
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -28,30 +29,32 @@ def main(folder: Path, only: str) -> None:
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, False, datetime.timedelta(seconds=120)
     )
-    results = {}
+    results: dict[str, str] = {}
+    patience = datetime.timedelta(seconds=120)
+    joined = False
     for number, (name, function) in enumerate(sorted(checks(world).items())):
         if only not in name:
             continue
         began = time.perf_counter()
-        prefixed = dist.PrefixStore(f"check{number}", store)
-        dist.init_process_group(
-            "gloo", store=prefixed, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=20)
-        )
+        if not joined:
+            joined = True
+            prefixed = dist.PrefixStore(f"check{number}", store)
+            timeout = datetime.timedelta(seconds=20)
+            dist.init_process_group("gloo", store=prefixed, rank=rank, world_size=world, timeout=timeout)
         torch.manual_seed(0)
         try:
             function()
             results[name] = "passed"
-        except Exception as error:
-            skipped = type(error).__name__ == "SkipError"
+        except (Exception, pytest.fail.Exception) as error:
+            skipped = isinstance(error, SkipError)
             results[name] = f"skipped: {error}" if skipped else traceback.format_exc()
-        finally:
-            try:
-                dist.destroy_process_group()
-            except Exception:
-                traceback.print_exc()
         (folder / f"{rank}.json").write_text(json.dumps(results))
-        store.set(f"done{number}/{rank}", "")
-        store.wait([f"done{number}/{other}" for other in range(world)], datetime.timedelta(seconds=120))
+        store.set(f"done{number}/{rank}", results[name][:7])
+        everyone = [f"done{number}/{other}" for other in range(world)]
+        store.wait(everyone, patience)
+        if any(store.get(key) == b"Traceba" for key in everyone):
+            dist.destroy_process_group()  # messages of a check that broke off must not meet those of the next
+            joined = False
         if rank == 0:
             seconds = time.perf_counter() - began
             print(f"{name}: {results[name].strip().splitlines()[-1][:200]} ({seconds:.1f} s)", flush=True)
