@@ -93,7 +93,7 @@ class FlexModel(nn.Module):
             sizes,
             process_group,
         )
-        self.trainable_modules = self._session.trainable
+        self.trainable_modules = self._session.shared.trainable
         self._groups = Groups()
         self._elsewhere: set[str] = set()
         self._finalizer = weakref.finalize(self, self._session.close)
@@ -101,7 +101,7 @@ class FlexModel(nn.Module):
         self._setting: tuple[tuple[str, ...], bool] = ((ALL,), False)
         if (pipeline_parallel_size or 1) > 1 or runs_its_pipeline(module):
             owned = [name for name in self._named if name]
-            self._elsewhere = set().union(*self._session.distribution.gathered(owned)) - set(owned)
+            self._elsewhere = set().union(*self._session.shared.distribution.gathered(owned)) - set(owned)
 
     # Running
 
@@ -405,7 +405,7 @@ class FlexModel(nn.Module):
     @property
     def save_ctx(self) -> Any:
         """A namespace for editing functions to keep things in, from forward to forward; one per rank."""
-        return self._session.save_ctx
+        return self._session.shared.save_ctx
 
     @property
     def wrapped_module_names(self) -> list[str]:
