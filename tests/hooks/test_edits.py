@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from flexcache.errors import HookError
+from flexcache.hooks import FlexModel, HookFunction
+from flexcache.hooks.edits import Add, Compose, Edit, Mean, ProjectOut, Scale, SwapRows, Zero
+from tests.models import HIDDEN, tiny, token_ids
+
+
+def apply(edit: Any, x: torch.Tensor) -> torch.Tensor:
+    return edit(nn.Identity(), x, SimpleNamespace(), nn.ModuleDict())
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+VECTOR = torch.linspace(-1, 2, 8, dtype=torch.float64)
+DIRECTIONS = torch.randn(2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+EDITS = {
+    "zero": Zero(),
+    "neurons": Zero([1, -1]),
+    "mean": Mean(VECTOR),
+    "batch mean": Mean(),
+    "scale": Scale(-0.5),
+    "add": Add(VECTOR, alpha=3.0),
+    "project": ProjectOut(DIRECTIONS),
+    "swap": SwapRows([2, 0, 1]),
+    "composed": Compose(Scale(2.0), Add(VECTOR)),
+}
+
+
+def expected(name: str, x: torch.Tensor) -> torch.Tensor:
+    if name == "neurons":
+        y = x.clone()
+        y[..., [1, 7]] = 0
+        return y
+    if name == "project":
+        d = DIRECTIONS.numpy()
+        p = d.T @ torch.linalg.inv(DIRECTIONS @ DIRECTIONS.T).numpy() @ d
+        return x - x @ torch.from_numpy(p)
+    return {
+        "zero": torch.zeros_like(x),
+        "mean": VECTOR.expand_as(x),
+        "batch mean": x.float().mean(dim=(0, 1)).double().expand_as(x),
+        "scale": -0.5 * x,
+        "add": x + 3 * VECTOR,
+        "swap": torch.stack([x[2], x[0], x[1]]),
+        "composed": 2 * x + VECTOR,
+    }[name]
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_is_its_formula_and_leaves_its_input(name: str, x: torch.Tensor) -> None:
+    before = x.clone()
+    torch.testing.assert_close(apply(EDITS[name], x), expected(name, x), rtol=1e-7, atol=1e-12)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("positions", [-1, [0, 3], slice(1, None, 2)])
+def test_positions_choose_tokens(positions: Any, x: torch.Tensor) -> None:
+    y = apply(Zero(positions=positions), x)
+    chosen = torch.zeros(5, dtype=torch.bool)
+    chosen[positions] = True
+    assert (y[:, chosen] == 0).all()
+    assert torch.equal(y[:, ~chosen], x[:, ~chosen])
+
+
+@pytest.mark.parametrize("name", [name for name in EDITS if name != "batch mean"])
+def test_gradients_flow_through(name: str, x: torch.Tensor) -> None:
+    assert torch.autograd.gradcheck(lambda x: apply(EDITS[name], x), x.clone().requires_grad_())
+
+
+def test_a_steering_vector_can_be_trained(x: torch.Tensor) -> None:
+    vector = VECTOR.clone().requires_grad_()
+    apply(Add(vector, alpha=2.0), x).sum().backward()
+    assert torch.equal(vector.grad, torch.full((8,), 2.0 * 15, dtype=torch.float64))
+
+
+def test_half_precision_is_kept_and_projection_computed_in_float32(x: torch.Tensor) -> None:
+    half = (1000 * x).bfloat16()
+    for edit in EDITS.values():
+        assert apply(edit, half).dtype == torch.bfloat16
+    left = apply(ProjectOut(DIRECTIONS), half).double() @ DIRECTIONS.T
+    assert left.abs().max() < 2e-2 * half.double().abs().max()
+
+
+def test_directions_may_repeat(x: torch.Tensor) -> None:
+    twice = torch.cat([DIRECTIONS, 2 * DIRECTIONS])
+    torch.testing.assert_close(apply(ProjectOut(twice), x), apply(ProjectOut(DIRECTIONS), x))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (Zero([8]), "features from 0 to 7"),
+        (Mean(torch.ones(7)), "a vector of 8 features"),
+        (Add(torch.ones(8, 1)), "a vector of 8 features"),
+        (ProjectOut(torch.ones(2, 7)), "directions of 8 features"),
+        (SwapRows([0, 0, 1]), "an order of the 3 rows"),
+        (Scale(2.0, positions=5), "positions from -5 to 4"),
+        (Edit(), "no edit by itself"),
+    ],
+)
+def test_what_does_not_fit_is_named(edit: Edit, message: str, x: torch.Tensor) -> None:
+    with pytest.raises(HookError, match=message):
+        apply(edit, x)
+    with pytest.raises(HookError, match="rows, tokens"):
+        apply(Zero(positions=0), x[0, 0])
+
+
+def test_an_edit_prints_what_it_is() -> None:
+    assert str(Scale(0.5, positions=-1)) == "Scale(positions=-1, factor=0.5)"
+    assert "tensor" not in str(Add(VECTOR))
+
+
+def test_in_a_model_an_edit_is_a_hook_that_returns_it() -> None:
+    vector = torch.randn(HIDDEN)
+    edit = Compose(Add(vector, positions=-1), SwapRows([1, 2, 0]))
+    model = tiny("llama")
+    handle = model.model.layers[1].register_forward_hook(lambda m, a, o: apply(edit, o))
+    expected = model(input_ids=token_ids()).logits
+    handle.remove()
+    flex = FlexModel(model, {})
+    flex.register_forward_hook(HookFunction("model.layers.1", editing_function=edit))
+    assert torch.equal(flex(input_ids=token_ids()).logits, expected)
