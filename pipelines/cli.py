@@ -65,6 +65,20 @@ def info(store: StorePath) -> None:
 
 
 @app.command()
+def sites(
+    model: Annotated[str, typer.Argument(help="A folder or a name on the hub.")],
+    match: Annotated[str | None, typer.Option(help="Only modules whose path this glob matches.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="A line for every module, repeated blocks too.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Of a model on the hub.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON, an object for every module.")] = False,
+) -> None:
+    """What can be read in a model: modules, shapes and sites, without weights; under torchrun, how they are sharded."""
+    from pipelines import sites as pipeline
+
+    pipeline.run(model, console, revision=revision, match=match, every=every, as_json=as_json)
+
+
+@app.command()
 def verify(store: StorePath, quiet: Quiet = False) -> None:
     """Compare every file of a store with the checksum it was written with; exit status 1 where one differs."""
     from pipelines import verify as pipeline

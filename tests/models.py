@@ -91,3 +91,10 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, device: str = "cpu", *
 def token_ids(batch: int = 3, length: int = 7, seed: int = 0) -> torch.Tensor:
     """Return token ids without special ones: int64, shape (batch, length)."""
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def checkpointed(model: nn.Module, reentrant: bool) -> nn.Module:
+    """Turn gradient checkpointing on, under the name that this version of transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    return model

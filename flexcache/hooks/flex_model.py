@@ -309,7 +309,8 @@ class FlexModel(nn.Module):
             named = [
                 f"{name}.{weight}" if name else weight
                 for name, found in self._named.items()
-                for weight in found[0]._parameters
+                for weight, value in found[0]._parameters.items()
+                if value is not None
             ]
         else:
             named = [*(name for name in self._named if name in known), *sorted(self._elsewhere)]

@@ -49,7 +49,7 @@ def expected(name: str, x: torch.Tensor) -> torch.Tensor:
     return {
         "zero": torch.zeros_like(x),
         "mean": VECTOR.expand_as(x),
-        "batch mean": x.float().mean(dim=(0, 1)).double().expand_as(x),
+        "batch mean": x.mean(dim=(0, 1)).expand_as(x),
         "scale": -0.5 * x,
         "add": x + 3 * VECTOR,
         "swap": torch.stack([x[2], x[0], x[1]]),
@@ -60,22 +60,28 @@ def expected(name: str, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edit_is_its_formula_and_leaves_its_input(name: str, x: torch.Tensor) -> None:
     before = x.clone()
-    torch.testing.assert_close(apply(EDITS[name], x), expected(name, x), rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(apply(EDITS[name], x), expected(name, x), rtol=1e-12, atol=1e-12)
     assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize("positions", [-1, [0, 3], slice(1, None, 2)])
 def test_positions_choose_tokens(positions: Any, x: torch.Tensor) -> None:
-    y = apply(Zero(positions=positions), x)
+    y = apply(Scale(-3.0, positions=positions), x)
     chosen = torch.zeros(5, dtype=torch.bool)
     chosen[positions] = True
-    assert (y[:, chosen] == 0).all()
+    assert torch.equal(y[:, chosen], -3 * x[:, chosen])
     assert torch.equal(y[:, ~chosen], x[:, ~chosen])
 
 
-@pytest.mark.parametrize("name", [name for name in EDITS if name != "batch mean"])
+@pytest.mark.parametrize("name", EDITS)
 def test_gradients_flow_through(name: str, x: torch.Tensor) -> None:
     assert torch.autograd.gradcheck(lambda x: apply(EDITS[name], x), x.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("positions", [1, slice(0, 3, 2), [4, 0, 4, -1]])
+def test_gradients_flow_through_chosen_tokens_once_each(positions: Any, x: torch.Tensor) -> None:
+    edit = ProjectOut(DIRECTIONS, positions=positions)
+    assert torch.autograd.gradcheck(lambda x: apply(edit, x), x.clone().requires_grad_())
 
 
 def test_a_steering_vector_can_be_trained(x: torch.Tensor) -> None:
@@ -110,22 +116,60 @@ def test_directions_may_repeat(x: torch.Tensor) -> None:
     ],
 )
 def test_what_does_not_fit_is_named(edit: Edit, message: str, x: torch.Tensor) -> None:
-    with pytest.raises(HookError, match=message):
+    with pytest.raises(HookError, match=message) as error:
         apply(edit, x)
+    assert error.value.remedy
     with pytest.raises(HookError, match="rows, tokens"):
         apply(Zero(positions=0), x[0, 0])
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Zero(3), "dims to be a list"),
+        (lambda: Zero(positions="last"), "positions to be a list"),
+        (lambda: Scale(2.0, positions=[0.5]), "positions to be a list"),
+        (lambda: Scale("half"), "factor to be a number"),
+        (lambda: Add([1.0, 2.0]), "vector to be a tensor of floating-point numbers"),
+        (lambda: Add(VECTOR, alpha="1"), "alpha to be a number"),
+        (lambda: Mean(torch.arange(8)), "a tensor of torch.int64"),
+        (lambda: ProjectOut([[1.0]]), "directions to be a tensor"),
+        (lambda: SwapRows([1.0, 0.0]), "order to be a list"),
+        (lambda: Compose(Scale(2.0), 3), "editing functions"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_when_it_is_made(make: Any, message: str) -> None:
+    with pytest.raises(HookError, match=message) as error:
+        make()
+    assert error.value.where
+    assert error.value.remedy
+
+
+def test_edits_are_equal_if_they_hold_the_same_tensors() -> None:
+    assert Add(VECTOR) == Add(VECTOR)
+    assert Add(VECTOR) != Add(VECTOR.clone())
+    assert Add(VECTOR) != Add(VECTOR, alpha=2.0)
+    assert Mean(VECTOR) != Add(VECTOR)
+    assert len({Zero([1]), Zero([1]), Zero([2]), Compose(Zero([1])), Compose(Zero([1]))}) == 3
+
+
 def test_an_edit_prints_what_it_is() -> None:
     assert str(Scale(0.5, positions=-1)) == "Scale(positions=-1, factor=0.5)"
-    assert "tensor" not in str(Add(VECTOR))
+    assert str(Add(VECTOR)) == "Add(positions=None, vector=(8), alpha=1.0)"
+    assert str(Compose(ProjectOut(DIRECTIONS))) == "Compose(edits=(ProjectOut(positions=None, directions=(2, 8)),))"
 
 
 def test_in_a_model_an_edit_is_a_hook_that_returns_it() -> None:
     vector = torch.randn(HIDDEN)
     edit = Compose(Add(vector, positions=-1), SwapRows([1, 2, 0]))
     model = tiny("llama")
-    handle = model.model.layers[1].register_forward_hook(lambda m, a, o: apply(edit, o))
+
+    def by_hand(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        steered = output.clone()
+        steered[:, -1] += vector
+        return torch.stack([steered[1], steered[2], steered[0]])
+
+    handle = model.model.layers[1].register_forward_hook(by_hand)
     expected = model(input_ids=token_ids()).logits
     handle.remove()
     flex = FlexModel(model, {})

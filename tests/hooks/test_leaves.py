@@ -32,7 +32,7 @@ def test_tensors_are_counted_in_the_order_of_the_pytree(tree: object, index: int
     rebuilt = rebuild(new)
     assert type(rebuilt) is (torch.Tensor if tree is A else type(tree))
     assert tensor_leaf(rebuilt, index, "here")[0] is new
-    others = [number for number in range(index)]
+    others = list(range(index))
     assert all(tensor_leaf(rebuilt, n, "")[0] is tensor_leaf(tree, n, "")[0] for n in others)
     assert found is leaf, "the tree itself is not changed"
 

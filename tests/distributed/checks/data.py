@@ -19,7 +19,7 @@ from flexcache.hooks import FlexModel, HookFunction
 from tests.distributed.reference import ROWS, Strategy, battery, close, gradient, logits_of, loss_of, read
 from tests.distributed.registry import check
 from tests.distributed.worker import SkipError
-from tests.models import tiny, token_ids
+from tests.models import checkpointed, tiny, token_ids
 
 
 def my_rows() -> slice:
@@ -222,7 +222,7 @@ def gradients_can_be_edited() -> None:
 def checkpointing_recomputes_edits() -> None:
     for reentrant in (False, True):
         model = tiny("llama")
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        checkpointed(model, reentrant)
         model.train()
         strategy = Strategy(DistributedDataParallel(model), my_rows())
         battery(strategy, dist.get_rank(), {"model.layers.2.mlp.down_proj": "input"})

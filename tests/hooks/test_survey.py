@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from flexcache.errors import SiteError
+from flexcache.hooks import locate
+from flexcache.hooks.locate import is_container
+from flexcache.hooks.names import modules
+from flexcache.hooks.survey import Held, Surveyed, compare, observe, standard_taps, survey
+from flexcache.parallel.twin import Extent
+from flexcache.site import STANDARD, Site
+from tests.models import DEPTH, FAMILIES, tiny, token_ids
+
+PLACE: Any = ("model.layers.0.mlp", "output")
+
+
+def first_tensor(value: Any) -> torch.Tensor | None:
+    if isinstance(value, torch.Tensor):
+        return value
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return next((found for item in values if (found := first_tensor(item)) is not None), None)
+
+
+def by_hand(model: nn.Module, **inputs: torch.Tensor) -> dict[str, list[tuple[Any, ...]]]:
+    """Return class, input and output shape of every module that runs, read by plain hooks from a real forward."""
+    found: dict[str, list[tuple[Any, ...]]] = {}
+
+    def note(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        given, returned = first_tensor(args), first_tensor(output)
+        given = first_tensor(kwargs) if given is None else given
+        shapes = (None if tensor is None else tuple(tensor.shape) for tensor in (given, returned))
+        found.setdefault(name, []).append((type(module).__name__, *shapes))
+
+    handles = [
+        module.register_forward_hook(lambda *call, name=name: note(name, *call), with_kwargs=True)
+        for name, module in model.named_modules()
+    ]
+    with torch.no_grad():
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("mixtral", "t5")])
+def test_a_survey_without_weights_says_what_hooks_read_from_a_real_batch(family: str) -> None:
+    truth = by_hand(tiny(family), input_ids=token_ids(2, 9))
+    found = {entry.path: entry for entry in survey(tiny(family, device="meta"))}
+    assert list(found) == [name for name in modules(tiny(family, device="meta")) if name in truth]
+    for name, runs in truth.items():
+        entry, extent = found[name], Extent(2, 9)
+        sizes = [shape and tuple(size.of(extent) for size in shape) for shape in (entry.input, entry.output)]
+        assert (entry.kind, *sizes) == runs[0], name
+        assert entry.runs == len(runs), name
+
+
+def test_shapes_are_symbols() -> None:
+    found = {entry.path: entry for entry in survey(tiny("mixtral", torch.bfloat16, device="meta"))}
+    assert found["model.layers.0.mlp"].shape("input") == "batch × length × 64"
+    assert found["model.layers.0.mlp.gate"].shape("output") == "batch·length × 4"
+    assert found["lm_head"].shape("output") == "batch × length × 257"
+    assert found["lm_head"].dtype == "bfloat16"
+    assert found["model.embed_tokens"].shape("input") == "batch × length"
+    assert Surveyed("a", "B", None, (), None).shape("input") == "–"
+    assert Surveyed("a", "B", None, (), None).shape("output") == "a number"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "bert", "opt"])
+def test_the_standard_sites_are_those_that_locate_finds(family: str) -> None:
+    model = tiny(family, device="meta")
+    found = [tap for entry in survey(model) for tap in entry.taps]
+    assert len(found) == len(STANDARD) * DEPTH
+    for name in STANDARD:
+        assert {tap for tap in found if tap.array == name} == set(locate(model, Site(name)))
+
+
+def test_a_site_that_no_layer_has_is_left_out() -> None:
+    assert {tap.array for tap in standard_taps(tiny("mixtral", device="meta"))} == set(STANDARD) - {"mlp_post"}
+
+
+def test_a_site_that_some_layers_have_is_shown_there() -> None:
+    model = tiny("llama", device="meta")
+    model.model.layers[2].mlp = nn.Sequential(nn.Linear(64, 64, device="meta"))
+    assert [tap.layer for tap in standard_taps(model) if tap.array == "mlp_post"] == [0, 1, 3]
+
+
+@pytest.mark.parametrize("family", ["t5", "albert"])
+def test_a_model_without_one_stack_of_blocks_is_surveyed_without_sites(family: str) -> None:
+    found = survey(tiny(family, device="meta"))
+    assert not any(entry.taps for entry in found)
+    assert {"encoder", "decoder"} <= {entry.path for entry in found} or found[0].kind == "AlbertModel"
+    assert max(entry.runs for entry in found) > 1
+
+
+def test_a_survey_leaves_the_model_as_it_was() -> None:
+    model = tiny("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    survey(model)
+    observe(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_model_of_another_kind_is_surveyed_with_an_example() -> None:
+    net = nn.Sequential(nn.Linear(5, 3), nn.ReLU())
+    for example in (
+        lambda batch, length: torch.zeros(batch, length, 5),
+        lambda batch, length: (torch.zeros(batch, length, 5),),
+        lambda batch, length: {"input": torch.zeros(batch, length, 5)},
+    ):
+        found = survey(net, example=example)
+        assert [(entry.path, entry.shape("output")) for entry in found] == [
+            (name, "batch × length × 3") for name in ("", "0", "1")
+        ]
+        assert observe(net, example=example)["0", "input"].shape == (3, 11, 5)
+
+
+def test_a_model_that_does_not_run_is_refused_with_what_it_said() -> None:
+    with pytest.raises(SiteError, match="cannot be surveyed") as error:
+        survey(nn.Linear(5, 3), example=lambda batch, length: torch.zeros(batch, length, 4))
+    assert error.value.where == "Linear"
+    assert "RuntimeError" in str(error.value.found)
+    assert "example=" in str(error.value.remedy)
+
+
+def test_what_one_process_observes_is_whole() -> None:
+    model = tiny("llama")
+    found, held = survey(model), observe(model)
+    places = [(entry.path, side) for entry in found for side in ("input", "output")]
+    assert set(held) == set(places)
+    for entry in found:
+        for side, sizes in (("input", entry.input), ("output", entry.output)):
+            assert held[entry.path, side].shape == tuple(size.of(Extent(3, 11)) for size in sizes)
+    assert not any(is_container(modules(model)[path]) for path, _ in held)
+
+
+SUMS = (0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ([Held((3, 11, 64), SUMS)] * 2, "replicated"),
+        ([Held((3, 11, 64), (float("inf"), float("inf")))] * 2, "replicated"),
+        ([Held((3, 11, 32), SUMS), Held((3, 11, 32), (0.1, 2.0))], "sharded on dim 2 (32+32)"),
+        ([Held((3, 11, 22)), Held((3, 11, 21)), Held((3, 11, 21))], "sharded on dim 2 (22+21+21)"),
+        ([Held((3, 6, 64)), Held((3, 5, 64))], "sharded on dim 1 (6+5)"),
+        ([Held((3, 11, 64), SUMS), Held((3, 11, 64), (0.1, 1.0))], "cannot be explained: ranks have different values"),
+        ([Held((3, 11, 30))] * 2, "cannot be explained: (3, 11, 30) of (3, 11, 64)"),
+        ([Held((17, 64)), Held((16, 64))], "cannot be explained: (17, 64) and (16, 64) of (3, 11, 64)"),
+        ([Held((3, 11, 64)), Held((3, 11, 32))], "cannot be explained: (3, 11, 64) and (3, 11, 32) of (3, 11, 64)"),
+        ([Held((3, 11, 32)), Held((3, 5, 64))], "cannot be explained: (3, 11, 32) and (3, 5, 64) of (3, 11, 64)"),
+        ([Held((3, 5, 32))] * 2, "cannot be explained: (3, 5, 32) of (3, 11, 64)"),
+    ],
+)
+def test_local_shapes_and_sums_tell_the_sharding(held: list[Held], said: str) -> None:
+    assert str(compare((3, 11, 64), [{PLACE: each} for each in held], PLACE)) == said
+
+
+def test_what_some_ranks_did_not_read_is_not_explained() -> None:
+    held = Held((3, 11, 64))
+    assert compare((3, 11, 64), [{}, {PLACE: held}], PLACE).why == "not read on rank 0"
+    assert compare((3, 11, 64), [{}, {}], PLACE).why == "no rank reads it"
+
+
+def test_inside_experts_a_shape_that_fits_explains_nothing() -> None:
+    inside: Any = ("model.layers.0.mlp.experts.act_fn", "output")
+    around: Any = ("model.layers.0.mlp.experts", "output")
+    assert "inside experts" in str(compare((66, 112), [{inside: Held((66, 56))}] * 2, inside))
+    assert str(compare((66, 112), [{around: Held((66, 112))}] * 2, around)) == "replicated"
