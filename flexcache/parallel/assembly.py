@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -133,7 +134,9 @@ class _Pieces:
         if rows is not None:
             shape[rows] = starts[-1]
         elif not self.layout.gradient:
-            self._check_same([header for _, _, header in self.held])
+            sharded = self.layout.sharded is not None
+            for shard in {self.at[rank].tp if sharded else 0 for rank, _, _ in self.held}:
+                self._check_same([header for rank, _, header in self.held if not sharded or self.at[rank].tp == shard])
         parts: list[Part] = []
         shared = 0
         for number, cell in enumerate(sorted(cells)):
@@ -216,9 +219,10 @@ class _Pieces:
         sums = [header.sums for header in headers if header.sums is not None]
         if not sums:
             return
-        scale = max(abs(sum_[1]) for sum_ in sums)
-        spread = max(max(values) - min(values) for values in zip(*sums, strict=True))
-        if spread > ALIKE * scale or spread != spread:
+        numbers = [sum_ for sum_ in sums if not any(math.isnan(value) for value in sum_)]
+        scale = max((abs(sum_[1]) for sum_ in numbers), default=0.0)
+        spread = max((max(values) - min(values) for values in zip(*numbers, strict=True)), default=0.0)
+        if spread > ALIKE * scale or 0 < len(numbers) < len(sums):
             raise LayoutError(
                 "ranks hold tensors of the same shape and of different values",
                 where=self.where,

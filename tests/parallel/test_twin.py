@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from flexcache.parallel.twin import Extent, Probe, Size, Twin, extent_of, shape_rule
+from tests.distributed.reference import first
+from tests.models import tiny, token_ids
+
+FAMILIES = ["llama", "gpt2", "gpt_neox", "qwen3", "gemma3", "mixtral", "phi3", "falcon", "opt", "bloom", "bert"]
+
+
+def output(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> torch.Tensor | None:
+    return first(out)
+
+
+def real_shapes(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[tuple[int, ...]]]:
+    found: dict[str, list[tuple[int, ...]]] = {name: [] for name, _ in model.named_modules()}
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda m, a, o: found[name].append(tuple(x.shape) if (x := first(o)) is not None else ())
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
+    with torch.no_grad():
+        run()
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_twin_tells_the_shapes_of_every_batch(family: str) -> None:
+    model = tiny(family)
+    names = [name for name, _ in model.named_modules() if "experts." not in name]
+    probes = [Probe(name, model.get_submodule(name), output) for name in names]
+    ids = token_ids(2, 7)
+    learned = Twin(model).learn(probes, (), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    for extent in (Extent(2, 7), Extent(3, 5), Extent(1, 11)):
+        assert learned.covers(extent)
+        real = real_shapes(model, lambda extent=extent: model(input_ids=token_ids(*extent)))
+        for name in names:
+            found = [tuple(size.of(extent) for size in shape) for shape in learned.shapes[name]]
+            assert found == real[name], name
+
+
+def test_the_twin_takes_no_memory_and_leaves_the_model_as_it_is() -> None:
+    model = tiny("mixtral")
+    fired = []
+    model.model.layers[0].register_forward_hook(lambda m, a, o: fired.append(1))
+    config, state = dict(vars(model.config)), {k: v.clone() for k, v in model.state_dict().items()}
+    twin = Twin(model)
+    twin.learn([Probe(0, model.lm_head, output)], (), {"input_ids": token_ids()})
+    assert all(p.device.type == "meta" for p in twin._root.parameters())
+    assert {p.data_ptr() for p in model.parameters()}.isdisjoint({id(p) for p in twin._root.parameters()})
+    assert not fired
+    assert vars(model.config) == config
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in twin._root.modules())
+
+
+def test_matrices_of_features_have_rows_and_no_length() -> None:
+    model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 10))
+    learned = Twin(model).learn([Probe(n, model[n], output) for n in range(3)], (torch.randn(4, 10),), {})
+    assert learned.covers(Extent(9, 1))
+    assert learned.shapes[1] == [(Size(1, 1, 0), Size(20, 0, 0))]
+
+
+def test_tensors_that_the_module_makes_itself_are_on_meta_too() -> None:
+    class Positions(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.arange(x.shape[1])[None, :, None]
+
+    model = Positions()
+    learned = Twin(model).learn([Probe(0, model, output)], (torch.randn(2, 3, 4),), {})
+    assert learned.shapes[0] == [(Size(1, 1, 0), Size(1, 0, 1), Size(4, 0, 0))]
+
+
+def test_a_fixed_length_is_no_obstacle_and_other_lengths_are_not_covered() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(3 * 4, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.f(x.flatten(1))
+
+    model = Fixed()
+    learned = Twin(model).learn([Probe(0, model.f, output)], (torch.randn(2, 3, 4),), {})
+    assert learned.shapes[0] == [(Size(1, 1, 0), Size(5, 0, 0))]
+    assert learned.covers(Extent(7, 3))
+    assert not learned.covers(Extent(2, 4))
+
+
+def test_code_that_depends_on_values_is_an_error() -> None:
+    class Looks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum().item() > 0 else -x
+
+    model = Looks()
+    with pytest.raises(RuntimeError, match="meta"):
+        Twin(model).learn([Probe(0, model, output)], (torch.randn(2, 3, 4),), {})
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "extent"),
+    [
+        ((torch.zeros(4, 6, dtype=torch.int64),), {}, (4, 6)),
+        ((torch.zeros(4, 6),), {}, (4, 1)),
+        ((), {"flag": True, "x": torch.zeros(2, 3, 5)}, (2, 3)),
+        ((torch.zeros(4),), {}, (4, 1)),
+        ((torch.zeros(()), "text"), {}, (1, 1)),
+    ],
+)
+def test_the_first_tensor_tells_the_extent(args: tuple, kwargs: dict, extent: tuple) -> None:
+    assert extent_of(args, kwargs) == extent
+
+
+SIZES = st.builds(Size, st.integers(1, 500), st.integers(0, 1), st.integers(0, 2))
+
+
+@given(st.lists(SIZES, max_size=4), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))
+def test_two_runs_tell_the_rule(rule: list[Size], batch: int, length: int, rows: int, tokens: int) -> None:
+    here, other, third = Extent(batch, length), Extent(batch + 3, length + 5), Extent(rows, tokens)
+    found = shape_rule(tuple(s.of(here) for s in rule), tuple(s.of(other) for s in rule), here, other)
+    for size, true in zip(found, rule, strict=True):
+        assert size.of(here) == true.of(here)
+        assert size.of(other) == true.of(other)
+    ratios = {(1 + 3 / batch) ** b * (1 + 5 / length) ** n for b in (0, 1) for n in (0, 1, 2)}
+    if len({round(ratio, 9) for ratio in ratios}) == 6:  # no two rules grow alike
+        assert [s.of(third) for s in found] == [s.of(third) for s in rule]
+
+
+def test_what_no_rule_gives_is_an_error() -> None:
+    with pytest.raises(ValueError, match="a dim of 10 for"):
+        shape_rule((2, 10), (5, 11), Extent(2, 4), Extent(5, 9))
+    with pytest.raises(ValueError, match="2 dims becomes one of 1"):
+        shape_rule((2, 10), (5,), Extent(2, 4), Extent(5, 9))
