@@ -29,6 +29,7 @@ lint: $(READY)  ## format, lint, types, import contracts
 bench: $(READY)  ## ratios against floors and peers, measured in this run
 	$(BIN)/python -m benchmarks.capture
 	$(BIN)/python -m benchmarks.read
+	$(BIN)/python -m benchmarks.hooks
 
 docs: $(READY)  ## the documentation, into docs/_build
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

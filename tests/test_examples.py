@@ -1,0 +1,66 @@
+"""The examples run as a newcomer would run them, and what they print is true."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(*command: str) -> str:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=EXAMPLES, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def numbers(pattern: str, text: str) -> list[float]:
+    return [float(found) for found in re.findall(pattern, text)]
+
+
+def test_capture_reads_every_block_and_every_step() -> None:
+    out = run("capture.py")
+    assert len(re.findall(r"^model\.layers\.\d: \(2, 12, 64\)", out, re.MULTILINE)) == 4
+    assert "model.layers.1.mlp.down_proj: (2, 12, 128)" in out
+    assert "tokens per forward: [12, 12, 1, 1]" in out
+
+
+def test_edit_steers_and_leaves_no_trace() -> None:
+    out = run("edit.py")
+    ((before, steered),) = re.findall(r"rank (\d+) before, (\d+) steered", out)
+    assert int(before) == 256
+    assert int(steered) < 10
+    assert "after restore, largest difference: 0.0" in out
+
+
+def test_a_trainable_module_learns() -> None:
+    out = run("trainable_module.py")
+    losses = numbers(r"model ([\d.e+-]+) nats", out)
+    assert losses[-1] < 0.2 * losses[0]
+    assert "trainable_modules.linear.weight" in out
+
+
+def test_groups_ablate_what_they_name() -> None:
+    out = run("groups.py")
+    losses = numbers(r"ablated: ([\d.]+)", out)
+    assert len(losses) == len(set(losses)) == 5
+    assert "['model.layers.0.self_attn.o_proj', 'model.layers.0.mlp']" in out
+
+
+@pytest.mark.parametrize("processes", [2])
+def test_tensor_parallel_equals_the_whole_model(processes: int) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+    out = run(*torchrun, "--nproc-per-node", str(processes), "tensor_parallel.py")
+    differences = numbers(r"difference(?: of edited logits)? ([\d.e+-]+)", out)
+    assert len(differences) == processes + 1
+    assert max(differences) < 1e-5
+    assert "neurons (2, 12, 128)" in out
+    assert "rank 1: keeps None" in out
