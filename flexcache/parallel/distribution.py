@@ -161,7 +161,7 @@ class Distribution:
             return None, self._failures.get(number, "")
         runs = learned.shapes.get(key.hook, [])
         if key.call >= len(runs):
-            return None, "the module did not run on the meta device"
+            return None, "on the meta device the module did not run, or its shape follows from neither rows nor length"
         return runs[key.call], ""
 
     def _any_batch(self) -> bool:

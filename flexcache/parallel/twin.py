@@ -235,7 +235,10 @@ def _on_meta(
 
 
 def _sizes(first: list[tuple[int, ...]], second: list[tuple[int, ...]], here: Extent, other: Extent) -> list[Shape]:
-    return [shape_rule(a, b, here, other) for a, b in zip(first, second, strict=False)]
+    try:
+        return [shape_rule(a, b, here, other) for a, b in zip(first, second, strict=False)]
+    except ValueError:
+        return []  # of this module nothing is known; the others' shapes hold
 
 
 def shape_rule(first: tuple[int, ...], second: tuple[int, ...], here: Extent, other: Extent) -> Shape:

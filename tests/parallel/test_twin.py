@@ -97,6 +97,22 @@ def test_a_fixed_length_is_no_obstacle_and_other_lengths_are_not_covered() -> No
     assert not learned.covers(Extent(2, 4))
 
 
+def test_a_shape_that_follows_no_rule_hides_no_other() -> None:
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.g = nn.Identity(), nn.Identity()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.g(x).sum() + self.f(x[:, : x.shape[1] // 2 + 1]).sum()
+
+    model = Pairs()
+    probes = [Probe("f", model.f, output), Probe("g", model.g, output)]
+    learned = Twin(model).learn(probes, (torch.randn(2, 8, 4),), {})
+    assert learned.shapes == {"f": [], "g": [(Size(1, 1, 0), Size(1, 0, 1), Size(4, 0, 0))]}
+    assert learned.covers(Extent(3, 9))
+
+
 def test_code_that_depends_on_values_is_an_error() -> None:
     class Looks(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
