@@ -1,5 +1,7 @@
 """Edits that people use, as editing functions: zero, mean, scale, add a vector, project a direction out, swap rows.
 
+::
+
     HookFunction("model.layers.7.mlp", editing_function=Scale(0.5, positions=-1))
 
 Each is a value that prints what it is, changes nothing in place, and lets gradients through. *positions* chooses

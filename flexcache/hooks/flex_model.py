@@ -25,6 +25,8 @@ TRAINABLE = "trainable_modules"
 class FlexModel(nn.Module):
     """Wraps a model so that hook functions read and edit its activations, whole on whatever number of processes.
 
+    ::
+
         acts = {}
         model = FlexModel(accelerator.prepare(model), acts)
         model.register_forward_hook(HookFunction("model.layers.7.mlp", editing_function=edit))
@@ -134,6 +136,8 @@ class FlexModel(nn.Module):
     @contextmanager
     def pipeline(self, schedule: Any) -> Iterator[None]:
         """While open, one step of a schedule of `torch.distributed.pipelining` is one forward.
+
+        ::
 
             with model.pipeline(schedule):
                 schedule.step(input_ids, target=labels)

@@ -21,6 +21,8 @@ BACKWARD: tuple[Kind, ...] = ("full_backward", "full_backward_pre", "tensor")
 class HookFunction:
     """Reads an activation, unsharded, and may edit it. What it reads is decided by how it is registered.
 
+    ::
+
         HookFunction("model.layers.7.mlp")
         HookFunction("model.layers.7.mlp", editing_function=lambda module, x, save_ctx, modules: 0 * x)
 
