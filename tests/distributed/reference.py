@@ -209,6 +209,7 @@ PLACES = {
     "model.layers.1": "output",
     "model.layers.2.mlp.down_proj": "input",
     "model.layers.0.self_attn.q_proj": "output",
+    "model.layers.3.self_attn.o_proj": "output",
 }
 
 
