@@ -129,6 +129,9 @@ class FlexModel(nn.Module):
             active = any(hook.enabled for hook in self._session.hooks)
             with eager(self.module) if active else nullcontext():
                 return self.module(*args, **kwargs)
+        except BaseException:
+            self._session.abandon()
+            raise
         finally:
             if groups is not None:
                 self.enable_hook_groups(*before)

@@ -26,7 +26,8 @@ class Gradients:
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
-        self._pass: Pass | None = None
+        self._passes: dict[int, Pass] = {}  # by autograd's number of the backward pass: reentrant ones are nested
+        self._step: Pass | None = None
         self._watched: set[int] = set()
 
     def watch(self, hook: Hook, leaf: torch.Tensor, key: Key, module: torch.nn.Module) -> None:
@@ -52,9 +53,10 @@ class Gradients:
             )
         layout = replace(self._shared.layout(hook, key, localize(leaf, hook.where)), gradient=True)
         chunk, scale = self._shared.chunk, self._shared.scale
-        if not in_backward():
+        nested = in_backward()
+        if not nested:
             self._watched.add(hook.number)
-        leaf.register_hook(lambda grad: self._read(hook, module, grad, key, chunk, layout, scale))
+        leaf.register_hook(lambda grad: self._read(hook, module, grad, key, chunk, layout, scale, nested))
 
     def weight(self, hook: Hook, grad: torch.Tensor, reduced: bool) -> torch.Tensor | None:
         """Read the gradient of a parameter, and return the edited one if there is an edit.
@@ -85,19 +87,25 @@ class Gradients:
 
     def begin_step(self) -> None:
         """Forget what an earlier pass left, and take gradients until `end_step`."""
-        self._pass, self._watched = Pass(), set()
+        self.clear()
+        self._step = Pass()
 
     def end_step(self, microbatches: int) -> None:
         """Put the gradients of a pipeline step together. Collective."""
-        done, watched = self._pass, self._watched
+        done = self._step
         assert done is not None
-        told = self._shared.distribution.gathered((sorted(watched), bool(done.fired)))
+        told = self._shared.distribution.gathered((sorted(self._watched), bool(done.fired)))
         if any(fired for _, fired in told):  # else the schedule has run no backward pass
             self._deliver(done, {number for numbers, _ in told for number in numbers}, microbatches)
 
+    def abandon(self) -> None:
+        """Forget backward passes that never ended, since something in them raised."""
+        self._passes.clear()
+
     def clear(self) -> None:
         """Forget what is under way."""
-        self._pass, self._watched = None, set()
+        self.abandon()
+        self._step, self._watched = None, set()
 
     def _read(
         self,
@@ -108,6 +116,7 @@ class Gradients:
         chunk: int,
         layout: Layout,
         scale: int,
+        nested: bool,
     ) -> torch.Tensor | None:
         if not hook.enabled:
             return None
@@ -115,6 +124,7 @@ class Gradients:
         if local.known:
             layout = replace(layout, shape=local.shape, sharded=local.sharded)
         under_way = self._under_way(hook)
+        under_way.nested |= nested
         if hook.function.record:
             mine = own_copy(local.tensor)
             under_way.pieces.append(Piece(key, chunk, mine.div_(scale) if scale > 1 else mine, layout))
@@ -131,18 +141,20 @@ class Gradients:
                 return local.restore((cut(whole, plane.own) * plane.weight).contiguous())
 
     def _under_way(self, hook: Hook) -> Pass:
-        if self._pass is None:
-            self._pass = Pass()
-            torch.autograd.Variable._execution_engine.queue_callback(self._end)
-        self._pass.fired.add(hook.number)
-        return self._pass
+        number = torch._C._current_graph_task_id()
+        under_way = self._step or self._passes.get(number)
+        if under_way is None:
+            under_way = self._passes[number] = Pass()
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(number))
+        under_way.fired.add(hook.number)
+        return under_way
 
-    def _end(self) -> None:
-        if self._pass is None or self._shared.step is not None:
-            return
-        done, watched = self._pass, self._watched
-        self.clear()
-        self._deliver(done, watched)
+    def _end(self, number: int) -> None:
+        done = self._passes.pop(number, None)
+        if done is not None:
+            # a pass within another, of a checkpointed block, says nothing of hooks outside of the block
+            watched, self._watched = (set(), self._watched - done.fired) if done.nested else (self._watched, set())
+            self._deliver(done, watched)
 
     def _deliver(self, done: Pass, watched: set[int], microbatches: int = 1) -> None:
         whole, fired = self._shared.join(done, microbatches)

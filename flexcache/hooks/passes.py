@@ -43,12 +43,15 @@ class Pass:
         How many times each hook fired, by its number, the microbatch and the root that ran.
     root
         Identity of the root module that runs: stages may share a module, which runs once in each.
+    nested
+        It is the backward pass of a block that was run again within another backward pass (reentrant checkpointing).
     """
 
     pieces: list[Piece] = field(default_factory=list)
     fired: set[int] = field(default_factory=set)
     calls: Counter[tuple[int, int, int]] = field(default_factory=Counter)
     root: int = 0
+    nested: bool = False
 
 
 @dataclass

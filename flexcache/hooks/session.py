@@ -110,6 +110,11 @@ class Session:
                 parameter.register_hook(lambda grad: gradients.weight(hook, grad, False) if hook.enabled else None)
             )
 
+    def abandon(self) -> None:
+        """Forget the forward under way, since something in it raised."""
+        if self.shared.step is None:
+            self._pass = None
+
     def close(self) -> None:
         """Take every hook off and give back what was held."""
         while self._handles:
@@ -219,6 +224,7 @@ class Session:
             return
         step = self.shared.step
         if step is None:
+            self._gradients.abandon()
             self._prepare()
             if self.shared.distribution.mesh.sizes.pp > 1 and not self._called_whole:
                 raise HookError(

@@ -292,10 +292,13 @@ def test_an_error_in_the_middle_leaves_nothing_and_the_next_forward_is_right() -
     model = tiny("llama")
     flex = FlexModel(model, acts := {})
     flex.register_forward_hook(HookFunction("model.layers.0"))
+    flex.register_forward_hook(HookFunction("model.layers.0.mlp", key="mlp"))
     handle = model.model.layers[2].register_forward_hook(lambda m, a, o: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(flex)
     assert not acts
+    alone = model.model.layers[0].mlp(torch.zeros(1, 1, HIDDEN))
+    assert torch.equal(acts.pop("mlp")[0], alone), "a module called by itself after it is read, not lost"
     handle.remove()
     run(flex)
     assert len(acts["model.layers.0"]) == 1

@@ -217,3 +217,30 @@ def test_checkpointed_blocks_are_read_once_and_edited_in_both_runs(reentrant: bo
         "model.layers.2.mlp": 1,
     }
     assert torch.equal(acts["model.layers.2.mlp"][0], grads[0])
+
+
+def test_a_backward_that_fails_leaves_nothing_and_the_next_one_is_read() -> None:
+    model = tiny("llama")
+    flex = FlexModel(model, acts := {})
+    fail = [True]
+
+    def edit(module: nn.Module, grad: torch.Tensor, save_ctx: Any, modules: Any) -> torch.Tensor:
+        if fail[0]:
+            raise ArithmeticError("no")
+        return grad
+
+    flex.register_full_backward_pre_hook(HookFunction("model.layers.2"))
+    flex.register_full_backward_pre_hook(HookFunction(BLOCK, editing_function=edit))
+    loss = loss_of(flex)
+    with pytest.raises(ArithmeticError):
+        loss.backward(retain_graph=True)
+    assert not acts
+    fail[0] = False
+    loss.backward(retain_graph=True)
+    assert {name: len(found) for name, found in acts.items()} == {"model.layers.2": 1, BLOCK: 1}
+    fail[0] = True
+    with pytest.raises(ArithmeticError):
+        loss.backward()
+    fail[0] = False
+    loss_of(flex).backward()
+    assert {name: len(found) for name, found in acts.items()} == {"model.layers.2": 2, BLOCK: 2}
