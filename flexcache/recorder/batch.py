@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flexcache.errors import DamagedError
-from flexcache.plan import padded_tokens
 from flexcache.store.schema import SEQUENCES
 
 
@@ -88,6 +87,42 @@ class Batch:
         return np.concatenate(pieces)
 
 
+def split(batch: Batch, batch_tokens: int) -> list[Batch]:
+    """Return a batch as batches of consecutive sequences within a budget of tokens, padding included.
+
+    Rows keep their order. A sequence that is longer than the budget is a batch of its own.
+    """
+    parts = _parts([len(tokens) for tokens in batch.tokens], batch_tokens)
+    if len(parts) == 1:
+        return [batch]
+    counts = [1 if batch.mean else stop - start for start, stop in batch.keep]
+    ends = [batch.rows.start + sum(counts[:line]) for line in range(len(counts) + 1)]
+    return [
+        replace(
+            batch,
+            rows=range(ends[start], ends[stop]),
+            documents=batch.documents[start:stop],
+            tokens=batch.tokens[start:stop],
+            keep=batch.keep[start:stop],
+        )
+        for start, stop in parts
+    ]
+
+
+def _parts(lengths: Sequence[int], budget: int | None) -> list[tuple[int, int]]:
+    """Return where consecutive sequences are parted, so that each part's number times its longest is in the budget."""
+    if budget is None:
+        return [(0, len(lengths))]
+    cuts, widest = [0], 0
+    for line, length in enumerate(lengths):
+        wider = max(widest, length)
+        if line > cuts[-1] and (line + 1 - cuts[-1]) * wider > budget:
+            cuts.append(line)
+            wider = length
+        widest = wider
+    return list(pairwise([*cuts, len(lengths)]))
+
+
 class BatchReader:
     """Reads the planned batches of any unit from a store's sequence table; memory is a few units."""
 
@@ -110,8 +145,12 @@ class BatchReader:
             ) from error
         self._cached: tuple[int, pa.Table] | None = None
 
-    def unit(self, unit: int) -> list[Batch]:
-        """Return the batches of a unit, in order."""
+    def unit(self, unit: int, batch_tokens: int | None = None) -> list[Batch]:
+        """Return the batches of a unit, in order; under a smaller budget than the plan's, those that `split` makes."""
+        planned = self._planned(unit)
+        return planned if batch_tokens is None else [part for batch in planned for part in split(batch, batch_tokens)]
+
+    def _planned(self, unit: int) -> list[Batch]:
         tables = [
             self._group(number).filter(pa.compute.field("unit") == unit)
             for number, (low, high) in enumerate(self._spans)
@@ -119,19 +158,21 @@ class BatchReader:
         ]
         return self._batches(unit, pa.concat_tables(tables).combine_chunks())
 
-    def largest(self) -> Batch:
-        """Return the batch of most tokens, padding included, of the whole plan."""
-        best = (-1, 0, 0)
+    def largest(self, batch_tokens: int | None = None) -> Batch:
+        """Return the batch of most tokens, padding included, of the whole plan under a budget."""
+        best = (-1, 0, 0, 0)
         for number in range(len(self._spans)):
             table = self._file.read_row_group(number, columns=["unit", "batch", "tokens"])
             lengths = pa.compute.list_value_length(table.column("tokens")).to_numpy()
             units, batches = table.column("unit").to_numpy(), table.column("batch").to_numpy()
             cuts = np.flatnonzero((np.diff(units) != 0) | (np.diff(batches) != 0)) + 1
             for part in np.split(np.arange(len(table)), cuts):
-                size = padded_tokens(lengths[part], np.zeros(len(part)))
-                if size > best[0]:
-                    best = (size, int(units[part[0]]), int(batches[part[0]]))
-        return self.unit(best[1])[best[2]]
+                for place, (start, stop) in enumerate(_parts(lengths[part].tolist(), batch_tokens)):
+                    size = (stop - start) * int(lengths[part][start:stop].max())
+                    if size > best[0]:
+                        best = (size, int(units[part[0]]), int(batches[part[0]]), place)
+        _, unit, index, place = best
+        return [batch for batch in self.unit(unit, batch_tokens) if batch.index == index][place]
 
     def _group(self, number: int) -> pa.Table:
         if self._cached is None or self._cached[0] != number:

@@ -129,12 +129,10 @@ def capture(
             notes={"user_hooks": hooks.user_hooks(model)},
         )
         hooks.check_identity(model, taps)
-        if (path / "zarr.json").exists():
-            check_same(stored_identity(read_attributes(path)), source.identity(), path)
-        else:
-            amount = plan_store(path, source, bars.planning(None))
-            for name, text in amount.lines():
-                bars.say(f"  {name}: {text}")
+        amount = plan_store(path, source, bars.planning(None))
+        check_same(stored_identity(read_attributes(path)), source.identity(), path)
+        for name, text in amount.lines() if amount else ():
+            bars.say(f"  {name}: {text}")
         began = time.perf_counter()
         device = _device(model)
         recorder = Recorder(

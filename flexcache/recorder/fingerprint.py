@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexcache.errors import MismatchError
@@ -54,19 +55,29 @@ def check_fingerprint(store: Store, now: dict[str, Any], allow_mixed: bool) -> N
     MismatchError
         They differ, and mixing is not allowed.
     """
-    units = store.ledger.units()
-    if not units or allow_mixed:
+    if allow_mixed:
         return
-    earlier = store.ledger.read(units[-1]).fingerprint
-    if earlier != now:
-        different = [
-            f"{name}: {earlier.get(name)} before, {now.get(name)} now"
-            for name in sorted({*earlier, *now})
-            if earlier.get(name) != now.get(name)
-        ]
+    units = store.ledger.units()
+    if units:
+        check_alike(store.path, store.ledger.read(units[-1]).fingerprint, now, "the store was begun")
+
+
+def check_alike(path: Path, earlier: dict[str, Any], now: dict[str, Any], who: str) -> None:
+    """Refuse two fingerprints in one store.
+
+    Raises
+    ------
+    MismatchError
+    """
+    different = [
+        f"{name}: {earlier.get(name)} before, {now.get(name)} now"
+        for name in sorted({*earlier, *now})
+        if earlier.get(name) != now.get(name)
+    ]
+    if different:
         raise MismatchError(
-            "the store was begun under other conditions, which may change the bits of activations",
-            where=str(store.path),
+            f"{who} under other conditions, which may change the bits of activations",
+            where=str(path),
             found="; ".join(different),
             remedy="go on under the same conditions, or allow mixing (allow_mixed=True, --allow-mixed): the"
             " ledger records which unit had which",

@@ -85,10 +85,8 @@ def record(
         model=model if isinstance(model, dict) else {"name": model, "class": model},
         tokenizer_identity=describe_tokenizer(tokenizer),
     )
-    if (path / "zarr.json").exists():
-        check_same(stored_identity(read_attributes(path)), source.identity(), path)
-    else:
-        plan_store(path, source)
+    plan_store(path, source)
+    check_same(stored_identity(read_attributes(path)), source.identity(), path)
     return Recorder(path, fingerprint=fingerprint, buffer_bytes=buffer_bytes, allow_mixed=allow_mixed)
 
 

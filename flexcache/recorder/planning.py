@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -19,10 +20,12 @@ from flexcache.recorder.fingerprint import versions
 from flexcache.sequences import Spool, spool
 from flexcache.spec import ArraySpec, Spec
 from flexcache.store.card import card
-from flexcache.store.create import building, check_names, check_room, create, total_bytes
+from flexcache.store.create import check_names, check_place, check_room, create, planning, total_bytes
 from flexcache.store.display import size
 
 Progress = Callable[[int, int], None]
+POLL = 0.1
+"""Seconds between two looks for the plan that another process makes."""
 
 
 @dataclass(frozen=True)
@@ -149,36 +152,62 @@ def estimate(source: Source, progress: Progress = lambda documents, tokens: None
         return make_plan(source, Path(folder), progress)[2]
 
 
-def plan_store(path: Path, source: Source, progress: Progress = lambda documents, tokens: None) -> Estimate:
+def plan_store(
+    path: Path,
+    source: Source,
+    progress: Progress = lambda documents, tokens: None,
+    on_wait: Callable[[], None] = lambda: None,
+) -> Estimate | None:
     """Make a store that holds its plan and no activations; it appears at *path* in one step.
+
+    Where several processes ask for it, one plans and the others wait, calling *on_wait* now and then; if the one ends
+    before it has finished, another takes over.
+
+    Returns
+    -------
+    What the plan amounts to; None where the store was there, or another process made it.
 
     Raises
     ------
     PlanError
         The disk has no room for the whole store.
-    StoreError, MismatchError
-        The place is taken, or another process is planning there.
+    StoreError
+        The place is taken.
     DocumentsError
         See `flexcache.sequences.spool`.
     """
-    with building(path) as folder:
-        plan, corpus, amount = make_plan(source, folder, progress)
-        check_room(path, amount.bytes)
-        content = {
-            "spec": source.spec.model_dump(mode="json"),
-            "provenance": {
-                "model": source.model,
-                "tokenizer": source.tokenizer_identity,
-                "documents": source.documents.describe(),
-                "versions": versions(),
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                **(source.notes or {}),
-            },
-        }
-        create(
-            path, folder, plan, corpus, source.arrays, asdict(amount), content,
-            compression=source.spec.compression, card=card(path.name, source.arrays, amount.lines(), content),
-        )  # fmt: skip
+    check_place(path)
+    if (path / "zarr.json").exists():
+        return None
+    with planning(path) as (worker, claims):
+        while not (path / "zarr.json").exists():
+            worker.sweep()
+            if claims.take(["plan"]) is None:
+                on_wait()
+                time.sleep(POLL)
+            elif not (path / "zarr.json").exists():
+                return _plan(path, worker.folder, source, progress)
+    return None
+
+
+def _plan(path: Path, folder: Path, source: Source, progress: Progress) -> Estimate:
+    plan, corpus, amount = make_plan(source, folder, progress)
+    check_room(path, amount.bytes)
+    content = {
+        "spec": source.spec.model_dump(mode="json"),
+        "provenance": {
+            "model": source.model,
+            "tokenizer": source.tokenizer_identity,
+            "documents": source.documents.describe(),
+            "versions": versions(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            **(source.notes or {}),
+        },
+    }
+    create(
+        path, folder, plan, corpus, source.arrays, asdict(amount), content,
+        compression=source.spec.compression, card=card(path.name, source.arrays, amount.lines(), content),
+    )  # fmt: skip
     return amount
 
 

@@ -98,7 +98,9 @@ def time_table(tally: Tally, seconds: float) -> Table:
         "forward": computing,
         "copying rows in hooks": tally.copying,
         "waiting for the disk": tally.waiting,
-        "planning, committing, the rest": seconds - tally.forward,
+        "claiming units": tally.claiming,
+        "committing units": tally.committing,
+        "planning, waiting for others, the rest": seconds - tally.forward - tally.claiming - tally.committing,
     }
     for name, spent in shares.items():
         table.add_row(name, f"{spent:.1f} s", f"{spent / max(1e-9, seconds):.0%}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,42 +14,47 @@ import numpy as np
 
 from flexcache.errors import CaptureError, SiteError, nearest
 from flexcache.recorder.batch import Batch, BatchReader
-from flexcache.recorder.fingerprint import check_fingerprint
+from flexcache.recorder.fingerprint import check_alike, check_fingerprint
 from flexcache.recorder.range_error import place, range_error
 from flexcache.recorder.rows import Unstorable, rows_of, stored
 from flexcache.recorder.tally import Tally
 from flexcache.spec import DTYPES
+from flexcache.store.claims import Claims
 from flexcache.store.ledger import FileRecord, UnitRecord
 from flexcache.store.reader import shard_name
 from flexcache.store.shard import ShardLayout
 from flexcache.store.shard_file import Copy, NonFinite, ShardFile, copy_bytes
 from flexcache.store.slabs import Slab, SlabPool, anonymous_slab, size_slabs
 from flexcache.store.store import Store
-from flexcache.store.writer import Writer
+from flexcache.store.worker import PATIENCE, Worker
+from flexcache.store.writer import Writer, disk_error
 
 DEFAULT_BUFFER = 256 << 20
+POLL = 0.2
+"""Seconds between two looks at a store whose remaining units other processes have."""
 
 Key = tuple[str, int | None]
 Converted = tuple[np.ndarray, list[tuple[int, int]]]
 
 
 class Recorder:
-    """Fills a planned store. Use it as a context manager.
+    """Fills a planned store, alone or beside others. Use it as a context manager.
 
-    `batches` yields every batch of every unit that the ledger lacks; between two batches, `put` takes the rows of
-    each site and layer. Any forward can stand between them: hooks on a torch model, vLLM, nnsight, numpy. A unit
-    is committed once all of its rows are there; leaving the context early loses at most the units under way.
+    `batches` yields every batch of every unit that is not committed and that no other process works on; between two
+    batches, `put` takes the rows of each site and layer. Any forward can stand between them: hooks on a torch model,
+    vLLM, nnsight, numpy. A unit is committed once all of its rows are there; what is left early is at most one unit.
 
         with flexcache.Recorder("run.zarr") as recorder:
             for batch in recorder.batches():
                 recorder.put("resid_post", layer=12, rows=batch.rows, values=my_forward(batch))
 
-    One thread uses a recorder; a second one, inside, writes.
+    Any number of processes on any number of machines may do this to one store at the same time; see
+    `flexcache.store.claims`. One thread uses a recorder; two more, inside, write and tell others that it is alive.
 
     Parameters
     ----------
     path
-        A store that `flexcache.plan`, `Recorder.create` or an earlier capture made.
+        A store that `flexcache.record`, `flexcache.capture` or an earlier recorder made.
     fingerprint
         What the bits of the forward depend on. Units of another fingerprint in the same store are refused unless
         *allow_mixed*; the ledger says which unit had which.
@@ -56,6 +62,12 @@ class Recorder:
         Bound on the memory for rows on their way to the disk.
     allocate
         Makes the slabs; ordinary page-aligned memory by default.
+    batch_tokens
+        Most tokens of a forward, padding included, where it is to be less than the plan's; the ledger records it.
+    keys
+        The sites and layers that this process writes, where others of its group write the rest; all by default.
+    patience
+        Seconds without a sign of life after which another process counts as gone.
 
     Raises
     ------
@@ -73,43 +85,55 @@ class Recorder:
         buffer_bytes: int = DEFAULT_BUFFER,
         allow_mixed: bool = False,
         allocate: Callable[[int], Slab] = anonymous_slab,
-        on_commit: Callable[[int, int], None] = lambda rows, size: None,
+        batch_tokens: int | None = None,
+        keys: Sequence[Key] | None = None,
+        patience: float = PATIENCE,
     ) -> None:
         self.store = Store(path)
         self.fingerprint = {} if fingerprint is None else fingerprint
         self.tally = Tally()
-        self._on_commit = on_commit
+        planned = int(self.store.spec["batch_tokens"])
+        self.batch_tokens = planned if batch_tokens is None else min(planned, batch_tokens)
+        self.on_wait: Callable[[int], None] = lambda units: None
+        self._allow_mixed = allow_mixed
         self._layouts = {
             name: ShardLayout(self.store.n_rows, self.store.shard_rows, array.row_bytes)
             for name, array in self.store.arrays.items()
         }
-        self._keys: list[Key] = [(name, s) for name, a in self.store.arrays.items() for s in a.slices]
+        everything = [(name, layer) for name, array in self.store.arrays.items() for layer in array.slices]
+        self._keys: list[Key] = everything if keys is None else list(keys)
         self._batches = BatchReader(self.store.path, mean=self.store.spec.get("rows") == "mean")
         check_fingerprint(self.store, self.fingerprint, allow_mixed)
         self._pool = SlabPool(*self._slabs(buffer_bytes), allocate)
+        self._patience = patience
+        self._worker: Worker | None = None
+        self._claims: Claims | None = None
         self._writer: Writer | None = None
         self._files: dict[Key, ShardFile] = {}
+        self._unit: int | None = None
         self._batch: Batch | None = None
 
     # The loop
 
     def __enter__(self) -> Self:
-        self._writer = Writer(self.store.path, self._pool)
+        self._start()
+        try:
+            self._check_others()
+        except BaseException:
+            self._stop()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._writer is not None
-        try:
-            if kind is None or issubclass(kind, KeyboardInterrupt):
-                self._guard(self._writer.drain)
-        finally:
-            self._writer.stop()
-            self._files.clear()
-            self.tally.waiting, self.tally.writing = self._pool.waited, self._writer.busy
-            self.tally.write(self.store.path, error, self._writer.direct)
-            self.store.refresh()
+        self.store.refresh()
+        direct = self._writer is not None and self._writer.direct
+        self._stop()
+        self._files.clear()
+        self._unit = self._batch = None
+        self.tally.waiting = self._pool.waited
+        self.tally.write(self.store.path, error, direct)
 
     def pending(self) -> list[int]:
         """Return the units that are not committed, in order."""
@@ -142,10 +166,13 @@ class Recorder:
 
     def largest(self) -> Batch:
         """Return the largest batch of the plan, to try a forward before anything is written."""
-        return self._batches.largest()
+        return self._batches.largest(self.batch_tokens)
 
     def batches(self) -> Iterator[Batch]:
         """Yield the batches of all pending units; each must be `put` for every site and layer before the next.
+
+        Where other processes have all units that are left, this waits for them, and takes over those of processes that
+        end without finishing. So when it ends, the store is complete.
 
         Raises
         ------
@@ -153,21 +180,135 @@ class Recorder:
             Rows of a batch are missing when the next one is asked for, or the disk refused a write.
         RangeError
             A value is not finite or does not fit the storage dtype; named with site, layer, document and value.
+        MismatchError
+            Another process committed a unit of another fingerprint meanwhile.
         """
-        if self._writer is None:
-            raise CaptureError("the recorder is not open", remedy="use it as: with Recorder(path) as recorder: …")
-        for unit in self.pending():
-            batches = self._batches.unit(unit)
-            self._files = {key: self._open(key, unit) for key in self._keys}
-            for batch in batches:
-                self._batch = batch
-                began = time.perf_counter()
-                yield batch
-                self.tally.forward += time.perf_counter() - began
-                self.tally.tokens += batch.n_tokens
-                self._check_put(batch)
-            self._batch = None
-            self._commit(unit)
+        while True:
+            unit = self.claim()
+            if unit is not None:
+                for batch in self.begin(unit):
+                    with self.filling(batch):
+                        yield batch
+                self.commit()
+            elif left := len(self.pending()):
+                self.on_wait(left)
+                time.sleep(POLL)
+            else:
+                return
+
+    # The loop in parts, for who computes a unit together with others, or again
+
+    def claim(self) -> int | None:
+        """Claim a unit, and return its number: not committed, and no living process works on it. None if there is none.
+
+        Raises
+        ------
+        CaptureError
+            The disk refuses.
+        """
+        began = time.perf_counter()
+        worker, claims, _ = self._open_for_units()
+        try:
+            if worker.lost:
+                self._stop()
+                self._start()
+                worker, claims, _ = self._open_for_units()
+            worker.sweep()
+            while True:
+                name = claims.take(self.pending())
+                if name is None:
+                    return None
+                if not self.store.ledger.has(int(name)):
+                    return int(name)
+                claims.release(name)
+        except OSError as error:
+            raise disk_error(error, self.store.path) from error
+        finally:
+            self.tally.claiming += time.perf_counter() - began
+
+    def begin(self, unit: int) -> list[Batch]:
+        """Open the files of a unit, and return its batches under the budget of tokens."""
+        self._open_for_units()
+        self._files = {key: self._open(key, unit) for key in self._keys}
+        self._unit = unit
+        return self._batches.unit(unit, self.batch_tokens)
+
+    @contextmanager
+    def filling(self, batch: Batch) -> Iterator[None]:
+        """Take the rows of a batch of the unit that was begun; on leaving, all of them must be there."""
+        self._batch = batch
+        began = time.perf_counter()
+        yield
+        self.tally.forward += time.perf_counter() - began
+        self.tally.tokens += batch.n_tokens
+        self._check_put(batch)
+        self._batch = None
+
+    def place(self) -> dict[str, FileRecord] | None:
+        """Finish the files of the unit and put them in place, flushed; return what the ledger says of them.
+
+        None where others took this process for gone and removed its files: the unit is given up, for them to finish.
+        """
+        worker, _, writer = self._open_for_units()
+        files = list(self._files.values())
+        began = time.perf_counter()
+        if worker.lost:
+            self.abandon()
+            return None
+        for file in files:
+            self._guard(file.finish)
+        placed: list[dict[str, FileRecord]] = []
+        self._guard(lambda: placed.append(writer.place(files)))
+        self._files = {}
+        self.tally.committing += time.perf_counter() - began
+        return placed[0]
+
+    def commit(self, files: dict[str, FileRecord] | None = None) -> bool:
+        """Write the ledger record of the unit that was begun, with the files of all of its writers; its own by default.
+
+        Returns
+        -------
+        False where the unit had to be given up, see `place`, or another process has taken it over meanwhile.
+        """
+        unit = self._unit
+        assert unit is not None
+        _, claims, _ = self._open_for_units()
+        if not claims.holds(unit):
+            self.abandon()
+            return False
+        written = self.place() if files is None else files
+        if written is None:
+            return False
+        began = time.perf_counter()
+        check_fingerprint(self.store, self.fingerprint, self._allow_mixed)
+        if not self.store.ledger.has(unit):
+            rows = self.unit_rows(unit)
+            try:
+                self.store.ledger.commit(
+                    UnitRecord(unit, (rows.start, rows.stop), self.batch_tokens, self.fingerprint, written)
+                )
+            except OSError as error:
+                raise disk_error(error, self.store.path) from error
+            self.tally.units += 1
+            self.tally.rows += len(rows)
+            self.tally.bytes += sum(file.size for file in written.values())
+        claims.release(unit)
+        self._unit = None
+        self.tally.committing += time.perf_counter() - began
+        return True
+
+    def abandon(self) -> None:
+        """Give up the unit that was begun: nothing of it is kept, and anyone may claim it."""
+        worker, claims, _ = self._open_for_units()
+        for file in self._files.values():
+            file.discard()
+        self._files = {}
+        if self._unit is not None:
+            claims.release(self._unit)
+        self._unit = self._batch = None
+        if worker.lost:
+            self._stop()
+            self._start()
 
     # Taking rows
 
@@ -207,6 +348,33 @@ class Recorder:
         self._guard(file.append, content, [(0, n_rows * file.layout.row_bytes)], copy)
 
     # Private
+
+    def _start(self) -> None:
+        try:
+            self._worker = Worker(self.store.path, self.fingerprint, self._patience)
+            self._writer = Writer(self._worker, self._pool)
+        except OSError as error:
+            raise disk_error(error, self.store.path) from error
+        self._claims = Claims(self._worker)
+
+    def _check_others(self) -> None:
+        if not self._allow_mixed:
+            for other in self._open_for_units()[1].others():
+                check_alike(self.store.path, other.get("conditions", {}), self.fingerprint, "another process captures")
+
+    def _stop(self) -> None:
+        worker, claims, writer = self._open_for_units()
+        writer.stop()
+        self.tally.writing += writer.busy
+        claims.close(finished=self.store.complete)
+        worker.sweep()
+        worker.close()
+        self._worker = self._claims = self._writer = None
+
+    def _open_for_units(self) -> tuple[Worker, Claims, Writer]:
+        if self._worker is None or self._claims is None or self._writer is None:
+            raise CaptureError("the recorder is not open", remedy="use it as: with Recorder(path) as recorder: …")
+        return self._worker, self._claims, self._writer
 
     def _store(self, file: ShardFile, convert: Callable[..., Converted], *arguments: Any) -> None:
         began = time.perf_counter()
@@ -270,10 +438,9 @@ class Recorder:
                 )
 
     def _open(self, key: Key, unit: int) -> ShardFile:
-        assert self._writer is not None
         name, layer = key
         return ShardFile(
-            self._writer,
+            self._open_for_units()[2],
             shard_name(name, layer, unit),
             self._layouts[name],
             unit,
@@ -282,31 +449,6 @@ class Recorder:
             layer,
             self.store.compressed,
         )
-
-    def _commit(self, unit: int) -> None:
-        assert self._writer is not None
-        files = list(self._files.values())
-        for file in files:
-            self._guard(file.finish)
-        rows = self.unit_rows(unit)
-
-        def record(written: dict[str, FileRecord]) -> None:
-            self.store.ledger.commit(
-                UnitRecord(
-                    unit,
-                    (rows.start, rows.stop),
-                    int(self.store.spec["batch_tokens"]),
-                    self.fingerprint,
-                    written,
-                )
-            )
-            size = sum(file.size for file in written.values())
-            self.tally.units += 1
-            self.tally.rows += len(rows)
-            self.tally.bytes += size
-            self._on_commit(len(rows), size)
-
-        self._guard(self._writer.submit, self._writer.commit, files, record)
 
     def _slabs(self, buffer_bytes: int) -> tuple[int, int]:
         layouts = self._layouts.values()

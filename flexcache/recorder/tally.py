@@ -25,6 +25,8 @@ class Tally:
     copying: float = 0.0
     waiting: float = 0.0
     writing: float = 0.0
+    claiming: float = 0.0
+    committing: float = 0.0
 
     def write(self, root: Path, error: BaseException | None, direct: bool) -> None:
         """Write the run log of a store; it is not part of the content, and a failed run keeps its own error."""

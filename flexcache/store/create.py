@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
+import contextlib
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -14,54 +13,50 @@ from typing import Any
 import zarr
 from zarr.codecs import ZstdCodec
 
-from flexcache.errors import MismatchError, PlanError, StoreError
+from flexcache.errors import PlanError, StoreError
 from flexcache.plan import Plan
 from flexcache.sequences import Spool
 from flexcache.spec import DTYPES, ArraySpec
 from flexcache.store.bfloat16 import BFloat16
+from flexcache.store.claims import Claims
 from flexcache.store.files import digest, fsync_folder, fsync_tree, relative_files, write_json
 from flexcache.store.schema import ATTRIBUTE, COORDINATES, PLAN_RECORD, RESERVED, SCHEMA
 from flexcache.store.shard import ShardLayout
 from flexcache.store.tables import write_tables
+from flexcache.store.worker import Worker
 
 COORDINATE_CHUNK = 1 << 20
 
 
-@contextmanager
-def building(path: Path) -> Iterator[Path]:
-    """Give a fresh folder beside *path*, and remove it afterwards unless it was renamed into place.
+def check_place(path: Path) -> None:
+    """Refuse a place that is taken by something other than a store.
 
     Raises
     ------
-    MismatchError
-        Another process is planning the same store.
     StoreError
-        The place is taken by something else.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    if taken and not (path / "zarr.json").exists():
         raise StoreError(
             f"{path} exists and is not a store",
             remedy="choose another path, or remove it if it is not needed",
         )
+
+
+@contextmanager
+def planning(path: Path) -> Iterator[tuple[Worker, Claims]]:
+    """Give a place beside *path* where one process at a time can be the one that makes the store."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = path.with_name(f".{path.name}.planning")
-    lock = os.open(path.with_name(f".{path.name}.lock"), os.O_WRONLY | os.O_CREAT, 0o644)
+    root = path.with_name(f".{path.name}.planning")
+    worker = Worker(root)
+    claims = Claims(worker)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise MismatchError(
-                f"another process is planning {path}", remedy="wait for it, then run the same command again"
-            ) from None
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        yield worker, claims
     finally:
-        path.with_name(f".{path.name}.lock").unlink(missing_ok=True)
-        os.close(lock)
+        claims.close()
+        worker.close()
+        with contextlib.suppress(OSError):
+            root.rmdir()
 
 
 def total_bytes(arrays: list[ArraySpec], n_rows: int, shard_rows: int) -> int:
@@ -152,7 +147,11 @@ def create(
         },
     )
     fsync_tree(store)
-    store.rename(path)
+    try:
+        store.rename(path)
+    except OSError:
+        if not (path / "zarr.json").exists():  # else another process, which took this one for gone, was faster
+            raise
     fsync_folder(path.parent)
 
 

@@ -30,7 +30,7 @@ class UnitRecord:
     rows : tuple of int
         First row and the row after the last.
     batch_tokens : int
-        The token budget under which the unit's batches were formed.
+        The token budget under which the unit was run: the plan's, or a smaller one where memory was short.
     fingerprint : dict
         What the bytes depend on beside the plan: device, versions, threads, attention kernel.
     files : dict
@@ -62,6 +62,10 @@ class Ledger:
         if not self.folder.is_dir():
             return []
         return sorted(int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdecimal())
+
+    def has(self, unit: int) -> bool:
+        """Whether a unit is committed."""
+        return self.path(unit).is_file()
 
     def commit(self, record: UnitRecord) -> None:
         """Write a record, durably and in one step."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,6 +55,9 @@ class Sink(Protocol):
 
     def close(self, file: ShardFile) -> None:
         """Complete a file."""
+
+    def discard(self, files: Sequence[ShardFile]) -> None:
+        """Remove files that are given up."""
 
 
 class ShardFile:
@@ -109,6 +112,13 @@ class ShardFile:
         if self._slab is not None and self._slab.filled:
             self._submit()
         self._sink.submit(self._sink.close, self)
+
+    def discard(self) -> None:
+        """Give the file up: its slab goes back, and what was written of it is removed."""
+        if self._slab is not None:
+            self._sink.pool.give(self._slab)
+            self._slab = None
+        self._sink.submit(self._sink.discard, [self])
 
     def _append(self, source: Any, start: int, count: int, copy: Copy) -> None:
         stop = start + count

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexcache.errors import DamagedError
+from flexcache.store.claims import CLAIMS
 from flexcache.store.files import digest, relative_files
 from flexcache.store.ledger import FileRecord
 from flexcache.store.schema import PLAN_RECORD
 from flexcache.store.store import Store
-from flexcache.store.writer import PARTIAL
+from flexcache.store.worker import PARTIAL
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def verify(path: str | Path, progress: Callable[[int, int], None] = lambda files
         progress(files, size)
     missing = [name for unit in store.committed_units.tolist() for name in _expected(store, unit) if name not in known]
     findings += [Finding(name, None, "is not named by its unit's record") for name in missing]
-    for name in relative_files(store.path, skip=("ledger", "runs", PARTIAL)):
+    for name in relative_files(store.path, skip=("ledger", "runs", PARTIAL, CLAIMS)):
         if name not in known:
             findings.append(Finding(name, None, "is in no record: it is not part of the store"))
     return Verification(files, size, store.n_units, len(store.committed_units), tuple(findings))

@@ -1,21 +1,18 @@
-"""The writer: one thread that checks, hashes and writes slabs, and commits units.
+"""The writer: one thread that checks, hashes and writes slabs, and puts the files of a unit in place.
 
-A unit becomes visible in one step: its files are flushed, renamed
-into place and flushed again as folders, and then its ledger record is written.
+A unit becomes visible in one step: its files are flushed, renamed into place and flushed again as folders, and only
+then is its ledger record written.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import os
 import queue
 import resource
 import shutil
 import threading
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,13 +25,13 @@ from flexcache.store.ledger import FileRecord
 from flexcache.store.shard import index_bytes
 from flexcache.store.shard_file import ShardFile, check_finite
 from flexcache.store.slabs import PAGE, Slab, SlabPool
+from flexcache.store.worker import Worker
 
-PARTIAL = ".partial"
 OPEN_FILES = 8192
 
 
 class Writer:
-    """One thread that writes slabs in the order in which they were filled.
+    """One thread that writes slabs in the order in which they were filled, into the folder of its worker.
 
     Attributes
     ----------
@@ -46,15 +43,11 @@ class Writer:
         Whether files bypass the page cache (O_DIRECT), which costs 3–4 times less CPU where it is possible.
     """
 
-    def __init__(self, root: Path, pool: SlabPool) -> None:
-        self.root = root
+    def __init__(self, worker: Worker, pool: SlabPool) -> None:
+        self.root = worker.root
+        self.folder = worker.folder
         self.pool = pool
-        remove_abandoned(root)
         _allow_open_files(OPEN_FILES)
-        self.folder = root / PARTIAL / uuid.uuid4().hex
-        self.folder.mkdir(parents=True)
-        self._lock = os.open(self.folder / "lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.direct = _direct_works(self.folder)
         self.busy = 0.0
         self.cpu = 0.0
@@ -94,16 +87,26 @@ class Writer:
         self.check()
 
     def stop(self) -> None:
-        """End the thread and remove what was not committed; the store holds its committed units only."""
+        """End the thread and close its files; what is in the worker's folder is for the worker to remove."""
         self._jobs.put(None)
         self._thread.join()
         for file in self._open:
             os.close(file.handle)
         self._open.clear()
-        os.close(self._lock)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            self.folder.parent.rmdir()
+
+    def place(self, files: Sequence[ShardFile]) -> dict[str, FileRecord]:
+        """Wait for a unit's files to be written, put them in place, and return what the ledger says of each.
+
+        Raises
+        ------
+        CaptureError
+            The disk refused a write.
+        NonFinite
+            A value was NaN or infinite.
+        """
+        self.submit(self.put_in_place, files)
+        self.drain()
+        return {file.name: FileRecord(file.size, file.hasher.hexdigest()) for file in files}
 
     # Jobs, which run in the thread.
 
@@ -135,8 +138,8 @@ class Writer:
         elif self.direct:
             os.ftruncate(file.handle, file.size)
 
-    def commit(self, files: Sequence[ShardFile], record: Callable[[dict[str, FileRecord]], None]) -> None:
-        """Put a unit's files in place, in phases so that each phase costs one journal flush; then call *record*."""
+    def put_in_place(self, files: Sequence[ShardFile]) -> None:
+        """Flush and rename a unit's files, in phases so that each phase costs one journal flush."""
         for file in files:
             os.fsync(file.handle)
             os.close(file.handle)
@@ -151,7 +154,14 @@ class Writer:
             folders.update(dict.fromkeys(parent for parent in folder.parents if self.root in parent.parents))
         for folder in folders:
             fsync_folder(folder)
-        record({file.name: FileRecord(file.size, file.hasher.hexdigest()) for file in files})
+
+    def discard(self, files: Sequence[ShardFile]) -> None:
+        """Remove the files of a unit that is given up."""
+        for file in files:
+            if file in self._open:
+                os.close(file.handle)
+                self._open.discard(file)
+                file.temporary.unlink(missing_ok=True)
 
     def _append_buffered(self, file: ShardFile, content: bytes) -> None:
         file.hasher.update(content)
@@ -188,18 +198,6 @@ class Writer:
             self.cpu += time.thread_time() - cpu
 
 
-def remove_abandoned(root: Path) -> None:
-    """Remove the partial files of writers that died: those whose lock nobody holds any more."""
-    for folder in (root / PARTIAL).glob("*"):
-        with contextlib.suppress(OSError):
-            lock = os.open(folder / "lock", os.O_WRONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(lock)
-
-
 def disk_error(error: OSError, root: Path) -> CaptureError:
     """Return the error that a user sees for one of the operating system's."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -215,7 +213,7 @@ def disk_error(error: OSError, root: Path) -> CaptureError:
 
 
 def _allow_open_files(count: int) -> None:
-    """Raise this process's soft limit towards *count*: two units of many sites and layers are open at a time."""
+    """Raise this process's soft limit towards *count*: all sites and layers of a unit are open at a time."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -28,6 +28,7 @@ from tests.corpora import (
     token_documents,
 )
 
+ROOT = Path(__file__).parents[2]
 DOCUMENTS = token_documents(lengths(200))
 
 
@@ -260,18 +261,25 @@ def test_a_ledger_record_depends_on_nothing_but_the_unit(tmp_path: Path) -> None
         assert record.read_bytes() == (tmp_path / "b.zarr" / "ledger" / "0" / record.name).read_bytes()
 
 
-def test_partial_files_of_a_dead_writer_are_removed_and_of_a_living_one_kept(tmp_path: Path) -> None:
+def test_files_in_progress_of_a_dead_process_are_removed_and_of_a_living_one_kept(tmp_path: Path) -> None:
     build_store(tmp_path / "run.zarr", DOCUMENTS)
-    (tmp_path / "run.zarr" / "ledger" / "0" / "1.json").unlink()
-    dead = tmp_path / "run.zarr" / ".partial" / "dead"
-    dead.mkdir(parents=True)
-    (dead / "lock").touch()
-    (dead / "rows").write_bytes(b"rows")
-    with open_recorder(tmp_path / "run.zarr", DOCUMENTS) as living:
-        assert not dead.exists()
-        with open_recorder(tmp_path / "run.zarr", DOCUMENTS):
-            assert living._writer.folder.exists()
-        assert living._writer.folder.exists()
+    path = tmp_path / "run.zarr"
+    (path / "ledger" / "0" / "1.json").unlink()
+    code = "import sys, os; from tests.corpora import *"
+    code += "; r = open_recorder(Path(sys.argv[1]), token_documents(lengths(200)))"
+    code += "; r.__enter__(); r.begin(r.claim()); print(r._worker.id, flush=True); os.kill(os.getpid(), 9)"
+    dead = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True)
+    folder = path / ".partial" / dead.stdout.strip()
+    assert folder.is_dir(), dead.stderr
+    with open_recorder(path, DOCUMENTS) as living:
+        for batch in living.batches():
+            assert not folder.exists()
+            with open_recorder(path, DOCUMENTS) as other:
+                assert other.claim() is None
+                assert living._writer.folder.exists()
+            put_batch(living, batch)
+    assert not (path / ".partial").exists()
+    assert not (path / ".claims").exists()
 
 
 # The disk

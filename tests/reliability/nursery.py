@@ -1,0 +1,66 @@
+"""A process that has loaded torch and a tiny model, and forks one that captures for each line it is given.
+
+Starting Python and torch anew for each of many processes would take longer than all they do.
+
+    python -m tests.reliability.nursery STORE LOG     a line "start" or "start 0.5" (patience); answers with a pid
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import flexcache
+import flexcache.recorder.recorder as recording
+from flexcache.recorder.recorder import Recorder
+from tests.corpora import lengths, token_documents
+from tests.models import VOCABULARY, tiny
+
+DOCUMENTS = token_documents(lengths(400, longest=30), vocabulary=VOCABULARY)
+OPTIONS: dict[str, Any] = {"progress": False, "batch_tokens": 64}
+
+
+def capture(path: str) -> flexcache.Store:
+    return flexcache.capture(tiny("llama"), None, DOCUMENTS, path, **OPTIONS)
+
+
+def child(path: str, log: str, patience: float) -> None:
+    begin = Recorder.begin
+
+    def noted(self: Recorder, unit: int) -> Any:
+        with open(log, "a") as file:
+            file.write(f"{unit} {os.getpid()}\n")
+        return begin(self, unit)
+
+    Recorder.begin = noted  # type: ignore[method-assign]
+    Recorder.__init__.__kwdefaults__["patience"] = patience
+    try:
+        capture(path)
+    except BaseException:
+        Path(f"{log}.{os.getpid()}.error").write_text(traceback.format_exc())
+        os._exit(1)
+    os._exit(0)
+
+
+def main(path: str, log: str) -> None:
+    torch.set_num_threads(1)
+    recording.POLL = 0.02
+    tiny("llama")(input_ids=torch.ones(1, 2, dtype=torch.int64))
+    print("ready", flush=True)
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            child(path, log, float((line.split()[1:] or ["1e6"])[0]))
+        print(pid, flush=True)
+
+
+if __name__ == "__main__":
+    import signal
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no remains of children
+    main(sys.argv[1], sys.argv[2])

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+
+import pytest
+import torch
+
+import flexcache
+from flexcache.store.worker import describe
+from tests.recorder.test_recorder import shard_hashes
+from tests.reliability.nursery import capture
+
+ROOT = Path(__file__).parents[2]
+KILLS, PROCESSES, SECONDS = 50, 3, 240
+
+
+class Nursery:
+    """Forks processes that capture into one store, and knows which are alive."""
+
+    def __init__(self, path: Path, log: Path) -> None:
+        self.log = log
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.reliability.nursery", str(path), str(log)],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._read() == "ready"
+
+    def start(self, patience: str = "") -> int:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"start {patience}\n")
+        self._process.stdin.flush()
+        return int(self._read())
+
+    def alive(self, pid: int) -> bool:
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return False
+
+    def close(self) -> None:
+        self._process.communicate()
+
+    def errors(self) -> str:
+        return "\n".join(path.read_text() for path in self.log.parent.glob(f"{self.log.name}.*.error"))
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> flexcache.Store:
+    torch.set_num_threads(1)
+    return capture(str(tmp_path_factory.mktemp("whole") / "run.zarr"))
+
+
+def check(path: Path, undisturbed: flexcache.Store, killed: Collection[int] = ()) -> None:
+    """The store is as if nobody had been killed; files in progress are of those who were killed while they left."""
+    store = flexcache.open(path)
+    assert store.complete
+    assert shard_hashes(path) == shard_hashes(undisturbed.path)
+    assert [store.ledger.read(unit) for unit in range(store.n_units)] == [
+        undisturbed.ledger.read(unit) for unit in range(store.n_units)
+    ]
+    assert flexcache.verify(path).sound
+    left = [*path.glob(".claims/*"), *path.glob(".partial/*/alive")]
+    assert {describe(file)["pid"] for file in left} <= set(killed)
+
+
+def test_fifty_kills_and_joins_among_three_processes_lose_and_change_nothing(
+    undisturbed: flexcache.Store, tmp_path: Path
+) -> None:
+    """At most one unit a kill is computed twice, and what is left at the end is a store as of one process."""
+    dice, kills, began = random.Random(4), 0, time.monotonic()
+    for run in range(1000):
+        path, log = tmp_path / f"{run}.zarr", tmp_path / f"{run}.log"
+        nursery = Nursery(path, log)
+        killed, last = Counter[int](), 0
+        running: list[int] = []
+        while not (path.exists() and flexcache.open(path).complete) and not nursery.errors():
+            running = [pid for pid in running if nursery.alive(pid)]
+            if kills < KILLS and len(running) == PROCESSES:
+                time.sleep(dice.uniform(0.0, 0.15))
+                victim = running.pop(dice.randrange(PROCESSES))
+                if nursery.alive(victim):
+                    os.kill(victim, signal.SIGKILL)
+                    killed[victim] += 1
+                    kills += 1
+            while len(running) < PROCESSES:
+                running.append(nursery.start())
+            assert time.monotonic() - began < SECONDS
+        while any(nursery.alive(pid) for pid in running):
+            time.sleep(0.02)
+        assert not nursery.errors(), nursery.errors()
+        nursery.close()
+        check(path, undisturbed, killed)
+        begun = [tuple(map(int, line.split())) for line in log.read_text().splitlines()]
+        again = len(begun) - undisturbed.n_units
+        assert {unit for unit, _ in begun} == set(range(undisturbed.n_units))
+        print(f"{sum(killed.values())} kills, {again} units computed again, {undisturbed.n_units} units")
+        assert again <= sum(killed.values()), f"{again} units computed again after {sum(killed.values())} kills"
+        last = max(Counter(pid for _, pid in begun).values())
+        assert last < undisturbed.n_units or not killed, "one process did it all"
+        if kills >= KILLS:
+            return
+    pytest.fail("captures ended before the kills were done")
+
+
+def test_a_process_that_sleeps_through_its_units_end_does_no_harm(undisturbed: flexcache.Store, tmp_path: Path) -> None:
+    """Stopped for longer than the others' patience, it loses its unit and its files, and goes on with another."""
+    path, log = tmp_path / "run.zarr", tmp_path / "log"
+    nursery = Nursery(path, log)
+    sleeper = nursery.start("0.5")
+    while not log.exists() or len(log.read_text().splitlines()) < 3:
+        time.sleep(0.002)
+    os.kill(sleeper, signal.SIGSTOP)
+    held = log.read_text().splitlines()[-1].split()[0]
+    committed = flexcache.open(path).committed_units.tolist()
+    other = nursery.start("0.5")
+    while nursery.alive(other) and str(other) not in log.read_text():
+        time.sleep(0.002)
+    while nursery.alive(other) and not (int(held) in flexcache.open(path).committed_units or int(held) in committed):
+        time.sleep(0.01)
+    os.kill(sleeper, signal.SIGCONT)
+    while nursery.alive(sleeper) or nursery.alive(other):
+        time.sleep(0.02)
+    assert not nursery.errors(), nursery.errors()
+    nursery.close()
+    check(path, undisturbed)
