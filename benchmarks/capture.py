@@ -30,10 +30,10 @@ from flexcache.documents import open_documents
 from flexcache.model import ModelSource, describe_model, describe_tokenizer
 from flexcache.recorder.arrays import all_taps, locate, measure_arrays
 from flexcache.recorder.batch import Batch, BatchReader
-from flexcache.recorder.capture import run
 from flexcache.recorder.fingerprint import fingerprint
 from flexcache.recorder.planning import Source, plan_store
 from flexcache.recorder.recorder import Recorder
+from flexcache.recorder.running import run
 from flexcache.spec import Spec
 from pipelines import assets
 

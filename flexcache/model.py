@@ -13,6 +13,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field
 
 from flexcache.errors import ConfigError
+from flexcache.parallel.launch import launch
 from flexcache.store.files import digest
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ class ModelSource(BaseModel):
 
         if self.device != "auto":
             return self.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        count = torch.cuda.device_count()
+        return f"cuda:{launch().local_rank % count}" if count else "cpu"
 
 
 @contextmanager

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
-from flexcache.errors import ConfigError
+from flexcache.parallel.launch import launch
 from flexcache.store.store import Store
 from pipelines.config import CaptureConfig
 
 
 def run(config: CaptureConfig, *, allow_mixed: bool = False, progress: bool = True) -> Store:
-    """Capture, or go on with a capture, as the configuration says."""
+    """Capture, or go on with a capture, as the configuration says; beside any others that do the same."""
     import torch
     import transformers
 
     import flexcache
     from flexcache.recorder.arrays import locate
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "this version captures in one process",
-            found=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
-            remedy="start it without torchrun or accelerate launch",
-        )
+    progress = progress and launch().rank == 0
     documents = config.documents.open()
     if not progress:
         transformers.utils.logging.disable_progress_bar()
@@ -46,6 +40,7 @@ def run(config: CaptureConfig, *, allow_mixed: bool = False, progress: bool = Tr
         **config.capture_options(),
         buffer_bytes=config.buffer_mb << 20,
         allow_mixed=allow_mixed,
+        patience=config.patience,
         model_info=info,
         progress=progress,
     )

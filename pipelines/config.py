@@ -13,6 +13,7 @@ from flexcache.documents import Documents, open_documents
 from flexcache.errors import ConfigError
 from flexcache.model import ModelSource
 from flexcache.spec import Spec, parse_sites, validate
+from flexcache.store.worker import PATIENCE
 
 
 class DocumentsSource(BaseModel):
@@ -61,6 +62,9 @@ class CaptureConfig(BaseModel):
     keep_text: bool = True
     empty_documents: Literal["error", "skip"] = "error"
     buffer_mb: int = Field(256, ge=1, description="bound on the memory for rows on their way to the disk")
+    patience: float = Field(
+        PATIENCE, gt=0, description="seconds without a sign of life after which a process elsewhere counts as gone"
+    )
     threads: int | None = Field(None, ge=1, description="intra-op threads of torch on a CPU")
 
     def capture_options(self) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from torch import nn
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Attributes under which torch.compile, FSDP and activation checkpointing hold the module that they wrap."""
 
+COPYING = ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine")
+
 
 def inner(module: nn.Module) -> nn.Module:
     """Return the module that torch.compile, FSDP or activation checkpointing has wrapped, or *module* itself."""
@@ -23,6 +25,21 @@ def unwrap(model: nn.Module) -> nn.Module:
     while [name for name, _ in model.named_children()] == ["module"]:
         model = inner(model.get_submodule("module"))
     return model
+
+
+def peel(model: nn.Module) -> nn.Module:
+    """Return the model inside wrappers that only copy it: DDP, DataParallel, and DeepSpeed where it shards no weights.
+
+    A forward through them would wait for the other copies, or send them buffers. FSDP stays: it shards the weights.
+    """
+    while type(model).__name__ in COPYING and not _shards_weights(model):
+        model = model.get_submodule("module")
+    return model
+
+
+def _shards_weights(engine: nn.Module) -> bool:
+    stage = getattr(engine, "zero_optimization_stage", None)
+    return stage is not None and stage() >= 3
 
 
 def modules(model: nn.Module) -> dict[str, nn.Module]:

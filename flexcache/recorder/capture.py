@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +10,23 @@ import torch
 
 from flexcache import hooks
 from flexcache.documents import open_documents
-from flexcache.errors import CaptureError
+from flexcache.hooks.names import peel
 from flexcache.model import describe_model, describe_tokenizer, evaluating, longest_input, pad_id, vocabulary
 from flexcache.plan import RowSelection
 from flexcache.recorder.arrays import all_taps, locate, measure_arrays
-from flexcache.recorder.batch import Batch
-from flexcache.recorder.cuda import CudaLane, pinned_slab
+from flexcache.recorder.cuda import pinned_slab
 from flexcache.recorder.fingerprint import fingerprint
 from flexcache.recorder.planning import Source, check_same, plan_store, stored_identity
 from flexcache.recorder.progress import CaptureProgress, time_table
 from flexcache.recorder.recorder import DEFAULT_BUFFER, Recorder
+from flexcache.recorder.running import device_of, run, try_largest
 from flexcache.site import Layers
 from flexcache.spec import SitesLike, Spec, parse_sites, validate
 from flexcache.store.display import size
 from flexcache.store.schema import read_attributes
 from flexcache.store.slabs import anonymous_slab
 from flexcache.store.store import Store
+from flexcache.store.worker import PATIENCE
 
 
 def capture(
@@ -47,6 +47,7 @@ def capture(
     empty_documents: str = "error",
     buffer_bytes: int = DEFAULT_BUFFER,
     allow_mixed: bool = False,
+    patience: float = PATIENCE,
     model_info: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> Store:
@@ -54,6 +55,10 @@ def capture(
 
     The model is left as it was: hooks are removed, training mode restored. The forward stops after the last site
     has fired, so later blocks and the lm_head are never computed.
+
+    Any number of processes may call this for one store at the same time, under a launcher or not, on one machine or on
+    many that share a file system: one makes the plan, each computes units that no other does, and all return when the
+    store is complete. What was begun by one that ends is computed by another.
 
     Parameters
     ----------
@@ -74,11 +79,14 @@ def capture(
     max_length
         Tokens after which a document is truncated; by default what the model can read.
     batch_tokens
-        Most tokens of a forward, padding included.
+        Most tokens of a forward, padding included. Going on with a store, it may be less than before; where a batch
+        does not fit into the device's memory, it is halved.
     buffer_bytes
         Bound on the memory for rows on their way to the disk.
     allow_mixed
         Go on with a store that was begun on another device, version or thread count.
+    patience
+        Seconds without a sign of life after which a process on another machine counts as gone.
     model_info
         More about the model for the provenance: its ``name``, ``revision``, the hashes of its ``files``.
 
@@ -114,7 +122,7 @@ def capture(
         },
         "capture",
     )
-    path = Path(path)
+    path, model = Path(path), peel(model)
     with evaluating(model), CaptureProgress(progress) as bars:
         located = locate(model, spec)
         taps = all_taps(located)
@@ -129,91 +137,30 @@ def capture(
             notes={"user_hooks": hooks.user_hooks(model)},
         )
         hooks.check_identity(model, taps)
-        amount = plan_store(path, source, bars.planning(None))
+        planning = bars.planning(None)
+        amount = plan_store(path, source, planning, planning.wait)
         check_same(stored_identity(read_attributes(path)), source.identity(), path)
         for name, text in amount.lines() if amount else ():
             bars.say(f"  {name}: {text}")
         began = time.perf_counter()
-        device = _device(model)
         recorder = Recorder(
             path,
             fingerprint=fingerprint(model),
             buffer_bytes=buffer_bytes,
             allow_mixed=allow_mixed,
-            allocate=pinned_slab if device.type == "cuda" else anonymous_slab,
+            allocate=pinned_slab if device_of(model).type == "cuda" else anonymous_slab,
+            batch_tokens=batch_tokens,
+            patience=patience,
         )
         if recorder.pending():
             pad = pad_id(model, tokenizer)
-            try_largest(model, taps, recorder, pad)
+            try_largest(model, taps, recorder, pad, bars)
             run(model, taps, recorder, pad, bars)
             tally, seconds = recorder.tally, time.perf_counter() - began
             bars.console.print(time_table(tally, seconds))
             speed = f"{tally.tokens / seconds:,.0f} tokens/s, {size(tally.bytes / seconds)}/s"
-            bars.say(f"{tally.rows:,} rows, {size(tally.bytes)} in {seconds:.1f} s ({speed}) → {path}")
+            done = f"{tally.rows:,} rows" + ("" if tally.rows == recorder.store.n_rows else " by this process")
+            bars.say(f"{done}, {size(tally.bytes)} in {seconds:.1f} s ({speed}) → {path}")
         else:
             bars.say(f"{path} is complete: nothing to do")
     return Store(path)
-
-
-def try_largest(model: torch.nn.Module, taps: tuple[hooks.Tap, ...], recorder: Recorder, pad: int) -> None:
-    """Run the largest batch of the plan and keep nothing, so that a lack of memory shows before anything is written.
-
-    Raises
-    ------
-    CaptureError
-        It does not fit.
-    """
-    device = _device(model)
-    with hooks.Taps(model, taps, lambda tap, values: None) as trial:
-        largest = recorder.largest()
-        try:
-            forward(trial, largest, pad, device)
-        except torch.OutOfMemoryError as error:
-            raise CaptureError(
-                "the largest batch of the plan does not fit into the device's memory",
-                where=f"{largest.shape[0]} sequences of up to {largest.shape[1]} tokens",
-                found=str(error).splitlines()[0],
-                remedy="lower batch_tokens (and max_length, where one document is longer), in a new store",
-            ) from error
-
-
-def run(
-    model: torch.nn.Module,
-    taps: tuple[hooks.Tap, ...],
-    recorder: Recorder,
-    pad: int,
-    bars: CaptureProgress | None = None,
-) -> None:
-    """Fill a recorder's pending units: every batch is run as far as the taps need, and its kept rows are recorded."""
-    device = _device(model)
-    total = sum(len(recorder.unit_rows(unit)) for unit in recorder.pending())
-    with hooks.Taps(model, taps, _sink(recorder, device)) as live, recorder:
-        advance: Callable[[int], None] = bars.capturing(recorder, total) if bars else lambda rows: None
-        for batch in recorder.batches():
-            forward(live, batch, pad, device)
-            advance(len(batch.rows))
-
-
-def forward(taps: hooks.Taps, batch: Batch, pad: int, device: torch.device) -> None:
-    """Run the model over one batch, right-padded, as far as its taps need."""
-    taps.forward(
-        input_ids=torch.from_numpy(batch.input_ids(pad)).to(device),
-        attention_mask=torch.from_numpy(batch.attention_mask()).to(device),
-    )
-
-
-def _sink(recorder: Recorder, device: torch.device) -> Callable[[hooks.Tap, torch.Tensor], None]:
-    if device.type != "cuda":
-        return lambda tap, values: recorder.record(tap.array, tap.layer, values)
-    lane = CudaLane(device)
-    dtypes = {name: getattr(torch, array.dtype) for name, array in recorder.store.arrays.items()}
-
-    def take(tap: hooks.Tap, values: torch.Tensor) -> None:
-        content, n_rows = lane.rows(recorder.current(), values, dtypes[tap.array])
-        recorder.append(tap.array, tap.layer, content, n_rows, lane.copy)
-
-    return take
-
-
-def _device(model: torch.nn.Module) -> torch.device:
-    return next(model.parameters(), torch.empty(0)).device

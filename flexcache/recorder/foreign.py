@@ -15,6 +15,7 @@ from flexcache.recorder.recorder import DEFAULT_BUFFER, Recorder
 from flexcache.site import STANDARD, Layers, Site, resolve_layers
 from flexcache.spec import ArraySpec, Spec, validate
 from flexcache.store.schema import read_attributes
+from flexcache.store.worker import PATIENCE
 
 
 def record(
@@ -36,6 +37,7 @@ def record(
     fingerprint: dict[str, Any] | None = None,
     buffer_bytes: int = DEFAULT_BUFFER,
     allow_mixed: bool = False,
+    patience: float = PATIENCE,
 ) -> Recorder:
     """Plan a store, or go on with one, and return its recorder; the forward is yours.
 
@@ -87,7 +89,14 @@ def record(
     )
     plan_store(path, source)
     check_same(stored_identity(read_attributes(path)), source.identity(), path)
-    return Recorder(path, fingerprint=fingerprint, buffer_bytes=buffer_bytes, allow_mixed=allow_mixed)
+    return Recorder(
+        path,
+        fingerprint=fingerprint,
+        buffer_bytes=buffer_bytes,
+        allow_mixed=allow_mixed,
+        batch_tokens=batch_tokens,
+        patience=patience,
+    )
 
 
 def _array(name: str, shape: tuple[int, int] | int, layers: Layers, dtype: str) -> ArraySpec:

@@ -53,9 +53,9 @@ class CaptureProgress:
         """Start the bar of the tokenizer; the result is called with documents and tokens done."""
         return _Planning(self._bars, total)
 
-    def capturing(self, recorder: Recorder, pending_rows: int) -> _Capturing:
-        """Start the bar of the capture."""
-        return _Capturing(self._bars, recorder, pending_rows)
+    def capturing(self, recorder: Recorder) -> _Capturing:
+        """Start the bar of the capture; the result is called after every batch."""
+        return _Capturing(self._bars, recorder)
 
     def say(self, text: str) -> None:
         """Print a line above the bars."""
@@ -72,22 +72,34 @@ class _Planning:
         seconds = max(1e-6, time.perf_counter() - self._began)
         self._bars.update(self._task, completed=documents, rate=f"{tokens / seconds:,.0f} tokens/s")
 
+    def wait(self) -> None:
+        """Say that another process plans."""
+        self._bars.update(self._task, rate="another process makes the plan; waiting for it")
+
 
 class _Capturing:
-    def __init__(self, bars: Progress, recorder: Recorder, rows: int) -> None:
+    """Rows of the whole store, whoever computes them; the rates are this process's own."""
+
+    def __init__(self, bars: Progress, recorder: Recorder) -> None:
         self._bars, self._recorder = bars, recorder
         self._began = time.perf_counter()
-        self._row_bytes = sum(len(a.slices) * a.row_bytes for a in recorder.store.arrays.values())
-        self._done = 0
-        self._task = bars.add_task("capturing (rows)", total=rows, rate="")
+        self._task = bars.add_task(
+            "capturing (rows)", total=recorder.store.n_rows, completed=recorder.done, rate="", start=True
+        )
+        recorder.on_wait = self._wait
 
-    def __call__(self, rows: int) -> None:
-        self._done += rows
+    def __call__(self) -> None:
         tally = self._recorder.tally
         seconds = max(1e-6, time.perf_counter() - self._began)
-        rate = f"{tally.tokens / seconds:,.0f} tokens/s, {size(self._done * self._row_bytes / seconds)}/s"
-        stalled = self._recorder.waited / seconds
-        self._bars.update(self._task, completed=self._done, rate=f"{rate}, stalled {stalled:.0%}")
+        written = self._recorder.written
+        rate = f"{tally.tokens / seconds:,.0f} tokens/s, {size(written / seconds)}/s"
+        self._show(f"{rate}, stalled {self._recorder.waited / seconds:.0%}")
+
+    def _wait(self, units: int) -> None:
+        self._show(f"waiting for {units} unit{'s' if units > 1 else ''} of other processes")
+
+    def _show(self, rate: str) -> None:
+        self._bars.update(self._task, completed=self._recorder.done, rate=rate)
 
 
 def time_table(tally: Tally, seconds: float) -> Table:

@@ -112,6 +112,7 @@ class Recorder:
         self._files: dict[Key, ShardFile] = {}
         self._unit: int | None = None
         self._batch: Batch | None = None
+        self._filled = 0
 
     # The loop
 
@@ -144,6 +145,18 @@ class Recorder:
         """Return the rows of a unit."""
         start = unit * self.store.shard_rows
         return range(start, min(start + self.store.shard_rows, self.store.n_rows))
+
+    @property
+    def done(self) -> int:
+        """Rows that are committed, by whomever, as far as this process has seen; and those of its own unit so far."""
+        starts = self.store.committed_units * self.store.shard_rows
+        return int(np.minimum(self.store.shard_rows, self.store.n_rows - starts).sum()) + self._filled
+
+    @property
+    def written(self) -> int:
+        """Bytes of rows that this process has put so far, those of units that it had to give up aside."""
+        arrays = self.store.arrays
+        return (self.tally.rows + self._filled) * sum(arrays[name].row_bytes for name, _ in self._keys)
 
     @property
     def waited(self) -> float:
@@ -183,20 +196,25 @@ class Recorder:
         MismatchError
             Another process committed a unit of another fingerprint meanwhile.
         """
+        for unit in self.units():
+            for batch in self.begin(unit):
+                with self.filling(batch):
+                    yield batch
+            self.commit()
+
+    # The loop in parts, for who computes a unit together with others, or again
+
+    def units(self) -> Iterator[int]:
+        """Yield units that were claimed, each to be begun and committed, or abandoned, until the store is complete."""
         while True:
             unit = self.claim()
             if unit is not None:
-                for batch in self.begin(unit):
-                    with self.filling(batch):
-                        yield batch
-                self.commit()
+                yield unit
             elif left := len(self.pending()):
                 self.on_wait(left)
                 time.sleep(POLL)
             else:
                 return
-
-    # The loop in parts, for who computes a unit together with others, or again
 
     def claim(self) -> int | None:
         """Claim a unit, and return its number: not committed, and no living process works on it. None if there is none.
@@ -230,7 +248,7 @@ class Recorder:
         """Open the files of a unit, and return its batches under the budget of tokens."""
         self._open_for_units()
         self._files = {key: self._open(key, unit) for key in self._keys}
-        self._unit = unit
+        self._unit, self._filled = unit, 0
         return self._batches.unit(unit, self.batch_tokens)
 
     @contextmanager
@@ -243,6 +261,7 @@ class Recorder:
         self.tally.tokens += batch.n_tokens
         self._check_put(batch)
         self._batch = None
+        self._filled += len(batch.rows)
 
     def place(self) -> dict[str, FileRecord] | None:
         """Finish the files of the unit and put them in place, flushed; return what the ledger says of them.
@@ -293,7 +312,8 @@ class Recorder:
             self.tally.rows += len(rows)
             self.tally.bytes += sum(file.size for file in written.values())
         claims.release(unit)
-        self._unit = None
+        self.store.refresh()
+        self._unit, self._filled = None, 0
         self.tally.committing += time.perf_counter() - began
         return True
 
@@ -306,6 +326,7 @@ class Recorder:
         if self._unit is not None:
             claims.release(self._unit)
         self._unit = self._batch = None
+        self._filled = 0
         if worker.lost:
             self._stop()
             self._start()

@@ -11,6 +11,7 @@ import torch
 
 import flexcache
 from pipelines.cli import main
+from tests.recorder.test_recorder import shard_hashes
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0) -> str:
@@ -163,11 +164,26 @@ def test_a_store_that_is_none_is_said_to_be_none(tmp_path: Path, capsys: pytest.
         assert "is not a store" in " ".join(run(capsys, command, tmp_path / "no.zarr", status=1).split())
 
 
-def test_several_processes_are_refused_clearly(
-    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_two_processes_of_torchrun_fill_one_store_with_the_same_bytes(
+    config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "captures in one process" in run(capsys, "capture", config, status=2)
+    root = Path(__file__).parents[2]
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
+            *("-m", "pipelines", "capture", str(config)),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(root)},
+        check=True,
+        capture_output=True,
+    )
+    run(capsys, "capture", config, "-q", "--set", "store=alone.zarr")
+    together, alone = flexcache.open("run.zarr"), flexcache.open("alone.zarr")
+    assert together.complete
+    assert len(list(together.path.glob("runs/*.json"))) == 2
+    assert shard_hashes(together.path) == shard_hashes(alone.path)
+    assert flexcache.verify(together.path).sound
 
 
 def test_probe_from_the_command_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import flexcache
-from flexcache.errors import ConfigError, DocumentsError, MismatchError, RangeError, SiteError
+from flexcache.errors import CaptureError, ConfigError, DocumentsError, MismatchError, RangeError, SiteError
 from flexcache.hooks import find_blocks
 from flexcache.recorder.batch import BatchReader
 from tests.corpora import lengths, token_documents
@@ -191,6 +191,60 @@ def test_documents_longer_than_the_model_are_truncated_and_counted(tmp_path: Pat
     assert store.plan["truncated_documents"] == 1
     assert store.plan["longest_document"] == 128
     assert store.provenance["model"]["class"] == "GPT2LMHeadModel"
+
+
+def limit_memory(model: torch.nn.Module, tokens: int, after: int = 0) -> list[torch.Size]:
+    """Let the model run out of memory in forwards of more tokens than these, from the forward numbered *after* on."""
+    seen: list[torch.Size] = []
+
+    def before(_: object, args: tuple, kwargs: dict) -> None:
+        seen.append(kwargs["input_ids"].shape)
+        if len(seen) > after and kwargs["input_ids"].numel() > tokens:
+            raise torch.OutOfMemoryError(f"no room for {kwargs['input_ids'].numel()} tokens")
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    return seen
+
+
+@pytest.mark.parametrize("after", [2, 14])
+def test_out_of_memory_goes_on_with_smaller_batches_that_the_ledger_records(after: int, tmp_path: Path) -> None:
+    """Before the first unit, in the trial of the largest batch, or in the middle of a unit."""
+    model = tiny("llama")
+    limit_memory(model, 70, after)
+    store = flexcache.capture(model, None, DOCUMENTS, tmp_path / "run.zarr", **QUIET)
+    budgets = [store.ledger.read(unit).batch_tokens for unit in range(store.n_units)]
+    assert budgets[-1] <= 70
+    assert (budgets[0] == 128) == (after > 2)
+    assert sorted(budgets, reverse=True) == budgets
+    whole = flexcache.capture(tiny("llama"), None, DOCUMENTS, tmp_path / "whole.zarr", **QUIET)
+    for layer in range(DEPTH):
+        assert np.allclose(store.read("resid_post", layer), whole.read("resid_post", layer), atol=2e-5)
+    assert flexcache.verify(store.path).sound
+
+
+def test_a_sequence_that_does_not_fit_alone_is_named(tmp_path: Path) -> None:
+    model = tiny("llama")
+    limit_memory(model, 20, after=2)
+    with pytest.raises(CaptureError, match="one sequence alone does not fit") as caught:
+        flexcache.capture(model, None, DOCUMENTS, tmp_path / "run.zarr", **QUIET)
+    assert "lower max_length" in str(caught.value)
+
+
+def test_a_store_is_gone_on_with_in_smaller_batches_but_not_in_larger_ones(tmp_path: Path) -> None:
+    path, options = tmp_path / "run.zarr", {**QUIET, "batch_tokens": 64}
+    store = flexcache.capture(tiny("llama"), None, DOCUMENTS, path, **QUIET)
+    before = shard_hashes(path)
+    last = store.n_units - 1
+    (path / "ledger" / "0" / f"{last}.json").unlink()
+    model = tiny("llama")
+    seen = limit_memory(model, 10**9)
+    flexcache.capture(model, None, DOCUMENTS, path, **options)
+    assert max(shape.numel() for shape in seen) <= 64
+    assert [store.ledger.read(unit).batch_tokens for unit in (0, last)] == [128, 64]
+    changed = {name for name, digest in shard_hashes(path).items() if before[name] != digest}
+    assert all(name.split("/")[-2] == str(last) for name in map(str, changed))
+    with pytest.raises(MismatchError, match="spec.batch_tokens: 128 in the store, 256 now"):
+        flexcache.capture(tiny("llama"), None, DOCUMENTS, path, **{**QUIET, "batch_tokens": 256})
 
 
 CAPTURE = """

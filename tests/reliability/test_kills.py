@@ -118,6 +118,19 @@ def test_fifty_kills_and_joins_among_three_processes_lose_and_change_nothing(
     pytest.fail("captures ended before the kills were done")
 
 
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_so_many_processes_give_the_bytes_of_one(processes: int, undisturbed: flexcache.Store, tmp_path: Path) -> None:
+    path, log = tmp_path / "run.zarr", tmp_path / "log"
+    nursery = Nursery(path, log)
+    running = [nursery.start() for _ in range(processes)]
+    while any(nursery.alive(pid) for pid in running):
+        time.sleep(0.02)
+    assert not nursery.errors(), nursery.errors()
+    nursery.close()
+    check(path, undisturbed)
+    assert len(log.read_text().splitlines()) == undisturbed.n_units
+
+
 def test_a_process_that_sleeps_through_its_units_end_does_no_harm(undisturbed: flexcache.Store, tmp_path: Path) -> None:
     """Stopped for longer than the others' patience, it loses its unit and its files, and goes on with another."""
     path, log = tmp_path / "run.zarr", tmp_path / "log"
