@@ -25,13 +25,12 @@ import numpy as np
 import torch
 
 from benchmarks.timing import console, interleave, ratio, show
-from flexcache import hooks
 from flexcache.documents import open_documents
 from flexcache.model import ModelSource, describe_model, describe_tokenizer
-from flexcache.recorder.arrays import all_taps, locate, measure_arrays
 from flexcache.recorder.batch import Batch, BatchReader
 from flexcache.recorder.fingerprint import fingerprint
 from flexcache.recorder.planning import Source, plan_store
+from flexcache.recorder.reading import Reading, locate, measure_arrays
 from flexcache.recorder.recorder import Recorder
 from flexcache.recorder.running import run
 from flexcache.spec import Spec
@@ -48,11 +47,11 @@ class Bench:
         source = ModelSource(name=str(assets.smollm2()), dtype="bfloat16", device="cpu")
         self.model, tokenizer = source.load(), source.tokenizer()
         self.corpus = open_documents(assets.vader_sample(documents))
-        self.taps: dict[str, tuple[hooks.Tap, ...]] = {}
+        self.reading: dict[str, Reading] = {}
         for name, layers in (("all", "all"), ("one", [ONE_LAYER])):
             spec = Spec.model_validate({"sites": {"resid_post": layers}})
             located = locate(self.model, spec)
-            self.taps[name] = all_taps(located)
+            self.reading[name] = located
             plan = Source(
                 self.corpus,
                 tokenizer,
@@ -65,7 +64,7 @@ class Bench:
         reader = BatchReader(folder / "all.planned", mean=False)
         self.batches = [batch for unit in range(self.amount.units) for batch in reader.unit(unit)]
         self.bytes = self.amount.rows * 30 * 576 * 2
-        self.depth = len(self.taps["all"])
+        self.depth = len(self.reading["all"].taps)
         self.result = folder / "result"
 
     def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -83,7 +82,7 @@ class Bench:
         shutil.rmtree(self.result, ignore_errors=True)
         shutil.copytree(self.folder / f"{name}.planned", self.result)
         recorder = Recorder(self.result, fingerprint=fingerprint(self.model))
-        run(self.model, self.taps[name], recorder, 0)
+        run(self.model, self.reading[name], recorder, 0)
 
     def hooks_and_save(self) -> None:
         self._fresh()

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from flexcache.model import ModelSource
     from flexcache.recorder.capture import capture
     from flexcache.recorder.foreign import record
+    from flexcache.recorder.objective import LogitDifference, NextTokenLoss
     from flexcache.recorder.recorder import Recorder
+    from flexcache.recorder.transform import Transform
     from flexcache.store.store import Store
     from flexcache.store.store import Store as open  # noqa: N813
     from flexcache.store.verify import verify
@@ -32,9 +34,12 @@ __all__ = [
     "FlexCacheError",
     "FlexModel",
     "HookFunction",
+    "LogitDifference",
     "ModelSource",
+    "NextTokenLoss",
     "Recorder",
     "Store",
+    "Transform",
     "capture",
     "open",
     "open_documents",
@@ -46,9 +51,12 @@ _PLACES = {
     "Documents": "flexcache.documents:Documents",
     "FlexModel": "flexcache.hooks:FlexModel",
     "HookFunction": "flexcache.hooks:HookFunction",
+    "LogitDifference": "flexcache.recorder.objective:LogitDifference",
     "ModelSource": "flexcache.model:ModelSource",
+    "NextTokenLoss": "flexcache.recorder.objective:NextTokenLoss",
     "Recorder": "flexcache.recorder.recorder:Recorder",
     "Store": "flexcache.store.store:Store",
+    "Transform": "flexcache.recorder.transform:Transform",
     "capture": "flexcache.recorder.capture:capture",
     "open": "flexcache.store.store:Store",
     "open_documents": "flexcache.documents:open_documents",

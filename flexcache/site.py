@@ -9,7 +9,7 @@ from typing import Literal
 
 from flexcache.errors import ConfigError, SiteError, nearest
 
-Side = Literal["input", "output"]
+Side = Literal["input", "output", "pattern"]
 Layers = Literal["all"] | int | str | Sequence[int]
 
 STANDARD: dict[str, str] = {
@@ -20,6 +20,9 @@ STANDARD: dict[str, str] = {
     "mlp_post": "what the MLP's down-projection reads: its hidden neurons after the non-linearity",
 }
 FEATURE_DIM = {"mlp_post": "neuron"}
+PATTERN = "pattern"
+"""Attention probabilities, (sequences, heads, queries, keys): not a row a token, so only a transform can read them."""
+GRADIENT = ".grad"
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,13 @@ class Site:
     """A place in a model: one of `STANDARD`, present in every block, or a module path or glob with a side.
 
     `Site.parse("resid_post")` is a standard site; `Site.parse("model.layers.*.mlp.up_proj:input")` is what
-    every module that the glob matches reads. A path without a side means the module's output.
+    every module that the glob matches reads. A path without a side means the module's output. With ``.grad`` at the
+    end, what is meant is the gradient of the capture's objective with respect to the activation there.
     """
 
     name: str
     side: Side = "output"
+    gradient: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Site:
@@ -43,13 +48,21 @@ class Site:
             The text is empty or names a side other than ``input`` and ``output``, or looks like a
             misspelt standard name.
         """
-        name, colon, side = text.strip().partition(":")
+        text = text.strip()
+        gradient = text.endswith(GRADIENT)
+        name, colon, side = text.removesuffix(GRADIENT).partition(":")
         if not name or (colon and side not in ("input", "output")):
             raise SiteError(
                 f"site {text!r} cannot be read",
                 expected=f"one of {', '.join(STANDARD)}, or a module path such as model.layers.3.mlp:input",
                 found=repr(text),
                 remedy="after the colon write input or output, or leave the colon out for the output",
+            )
+        if name == PATTERN:
+            raise SiteError(
+                "the attention pattern has no row for each token, so it cannot be stored as it is",
+                expected=f"one of {', '.join(STANDARD)}, or a module path",
+                remedy='store a function of it: flexcache.Transform("my_name", "pattern", function=…)',
             )
         if name in STANDARD and colon:
             raise SiteError(
@@ -61,7 +74,7 @@ class Site:
             close = nearest(name, tuple(STANDARD))
             if close.startswith("did you mean"):
                 raise SiteError(f"there is no site {name!r}", remedy=close)
-        return cls(name, "input" if side == "input" else "output")
+        return cls(name, "input" if side == "input" else "output", gradient)
 
     @property
     def standard(self) -> bool:
@@ -71,15 +84,21 @@ class Site:
     @property
     def array(self) -> str:
         """The name of the site's array in a store; for a glob, of each match, see `array_name`."""
+        return self.activation_array + (GRADIENT if self.gradient else "")
+
+    @property
+    def activation_array(self) -> str:
+        """The name of the array of the activation itself, where the site is its gradient."""
         return self.name if self.standard else array_name(self.name, self.side)
 
     @property
     def feature_dim(self) -> str:
         """The name of the array's last dim: ``hidden``, ``neuron``, or ``feature_<array>``."""
-        return FEATURE_DIM.get(self.name, "hidden") if self.standard else f"feature_{self.array}"
+        return FEATURE_DIM.get(self.name, "hidden") if self.standard else f"feature_{self.activation_array}"
 
     def __str__(self) -> str:
-        return self.name if self.standard or self.side == "output" else f"{self.name}:{self.side}"
+        plain = self.name if self.standard or self.side == "output" else f"{self.name}:{self.side}"
+        return plain + (GRADIENT if self.gradient else "")
 
 
 def array_name(module: str, side: Side) -> str:

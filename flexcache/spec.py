@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import ml_dtypes
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flexcache.errors import ConfigError, nearest
 from flexcache.plan import RowSelection
@@ -24,7 +24,7 @@ DTYPES: dict[str, np.dtype] = {
 SitesLike = str | Sequence[str | Mapping[str, Any]] | Mapping[str, Layers]
 
 
-def parse_sites(sites: Any, layers: Any = "all") -> dict[str, Any]:
+def parse_sites(sites: Any, layers: Any = "all", optional: bool = False) -> dict[str, Any]:
     """Return sites as a mapping from each site's canonical text to its layers.
 
     One site, a list of sites that all take *layers*, a mapping ``{site: layers}``, or a list that mixes names
@@ -33,7 +33,7 @@ def parse_sites(sites: Any, layers: Any = "all") -> dict[str, Any]:
     Raises
     ------
     ConfigError
-        Another form, no site at all, or one twice.
+        Another form, no site at all where one is needed, or one twice.
     SiteError
         A site that cannot be read.
     """
@@ -66,7 +66,7 @@ def parse_sites(sites: Any, layers: Any = "all") -> dict[str, Any]:
         if str(site) in result:
             raise ConfigError(f"site {site} is given twice", remedy="write all its layers in one place")
         result[str(site)] = _plain_layers(asked) if site.standard else "all"
-    if not result:
+    if not result and not optional:
         raise ConfigError("no site is given", expected=form, remedy="for example sites: [resid_post]")
     return result
 
@@ -82,7 +82,9 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sites: Annotated[dict[str, Any], BeforeValidator(parse_sites)]
+    sites: dict[str, Any] = Field(description="layers by site, as `parse_sites` gives them")
+    transforms: dict[str, dict[str, Any]] = Field({}, description="by name, as `Transform.describe` gives them")
+    objective: dict[str, Any] | None = Field(None, description="as `objective.describe` gives it")
     rows: RowSelection = Field("all", description="which tokens of a document become rows")
     dtype: DTypeName | Literal["auto"] = Field("auto", description="as stored; auto is as computed")
     max_length: int | None = Field(None, ge=1, description="tokens of a document after which it is truncated")

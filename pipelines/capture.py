@@ -16,7 +16,7 @@ def run(config: CaptureConfig, *, allow_mixed: bool = False, progress: bool = Tr
     import transformers
 
     import flexcache
-    from flexcache.recorder.arrays import locate
+    from flexcache.recorder.reading import locate
 
     progress = progress and launch().rank == 0
     documents = config.documents.open()

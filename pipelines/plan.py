@@ -23,8 +23,8 @@ def run(config: CaptureConfig, console: Console, progress: bool = True) -> Estim
         The disk has no room for the store.
     """
     from flexcache.model import describe_tokenizer, longest_input, vocabulary
-    from flexcache.recorder.arrays import locate, measure_arrays
     from flexcache.recorder.progress import CaptureProgress
+    from flexcache.recorder.reading import locate, measure_arrays
 
     documents = config.documents.open()
     model = config.model.skeleton()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from flexcache.hooks.names import inner
-from flexcache.site import Side
+from flexcache.site import PATTERN, Side
 
 ATTENTION = ("self_attn", "self_attention", "attention", "attn", "linear_attn")
 ATTENTION_OUT = ("o_proj", "out_proj", "c_proj", "dense", "Wo", "out_lin")
@@ -45,6 +45,9 @@ def find_part(block: nn.Module, site: str) -> tuple[str, Side] | None:
         return "", "input"
     if site == "resid_post":
         return "", "output"
+    if site == PATTERN:
+        found = next((path for path in ATTENTION if part(block, path) is not None), None)
+        return None if found is None else (found, "pattern")
     side: Side = "input" if site == "mlp_post" else "output"
     found = next((path for path in _candidates(block, site) if part(block, path) is not None), None)
     return None if found is None else (found, side)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from torch import nn
 
@@ -11,7 +12,7 @@ from flexcache.hooks.aliases import MLP, find_part, part
 from flexcache.hooks.blocks import find_blocks
 from flexcache.hooks.names import inner, modules
 from flexcache.hooks.tap import Tap
-from flexcache.site import STANDARD, Layers, Site, array_name, resolve_layers
+from flexcache.site import GRADIENT, PATTERN, STANDARD, Layers, Site, array_name, resolve_layers
 
 
 def locate(model: nn.Module, site: Site, layers: Layers = "all") -> tuple[Tap, ...]:
@@ -29,7 +30,12 @@ def locate(model: nn.Module, site: Site, layers: Layers = "all") -> tuple[Tap, .
     SiteError
         Nothing matches; the nearest names are given. A standard site that the blocks do not have, and which they do.
     """
-    if site.standard:
+    taps = _locate(model, site, layers)
+    return tuple(replace(tap, array=tap.array + GRADIENT, gradient=True) for tap in taps) if site.gradient else taps
+
+
+def _locate(model: nn.Module, site: Site, layers: Layers) -> tuple[Tap, ...]:
+    if site.standard or site.side == PATTERN:
         return _in_blocks(model, site.name, layers)
     named = modules(model)
     if not re.search(r"[*?\[]", site.name):
@@ -93,7 +99,7 @@ def _exact(site: Site, named: dict[str, nn.Module]) -> Tap:
             remedy=f"write {site.name}.* for each of the modules in it",
         )
     _refuse_expert(site.name)
-    return Tap(site.array, None, site.name, site.side)
+    return Tap(site.activation_array, None, site.name, site.side)
 
 
 def _refuse_expert(module: str) -> None:

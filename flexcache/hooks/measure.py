@@ -30,7 +30,13 @@ class Activation(NamedTuple):
     dtype: torch.dtype
 
 
-def measure(model: nn.Module, taps: Sequence[Tap], *, example: Example | None = None) -> dict[Tap, Activation]:
+def measure(
+    model: nn.Module,
+    taps: Sequence[Tap],
+    *,
+    example: Example | None = None,
+    through: Callable[[Tap, torch.Tensor, Any], torch.Tensor] = lambda tap, tensor, inputs: tensor,
+) -> dict[Tap, Activation]:
     """Return what each tap reads, found by one forward of a small example to the model's end.
 
     The model may be on the meta device: then no weights are needed.
@@ -39,6 +45,8 @@ def measure(model: nn.Module, taps: Sequence[Tap], *, example: Example | None = 
     ----------
     example
         For models that do not take ``input_ids`` of a vocabulary that their configuration states.
+    through
+        A function that each tensor passes on its way, with the tap and the example's inputs.
 
     Raises
     ------
@@ -46,32 +54,38 @@ def measure(model: nn.Module, taps: Sequence[Tap], *, example: Example | None = 
         A module runs twice or not at all or passes no activation per token; layers of one array differ in shape or
         dtype; the model cannot run the example.
     """
+    inputs = example_inputs(model, example)
     found: dict[Tap, Activation] = {}
 
     def sink(tap: Tap, tensor: torch.Tensor) -> None:
+        tensor = through(tap, tensor, inputs)
         found[tap] = Activation(tuple(tensor.shape[2:]), tensor.dtype)
 
-    run_example(model, taps, sink, example)
+    run_example(model, taps, sink, lambda sequences, tokens: inputs)
     for tap in taps:
         _check_alike(tap, next(other for other in taps if other.array == tap.array), found)
     return {tap: found[tap] for tap in taps}
 
 
-def run_example(model: nn.Module, taps: Sequence[Tap], sink: Sink, example: Example | None = None) -> None:
-    """Run the model to its end on a small example, with *taps* feeding *sink*.
+def example_inputs(model: nn.Module, example: Example | None = None) -> Any:
+    """Return the inputs of a small example."""
+    return _token_ids(model) if example is None else example(*EXAMPLE_SHAPE)
+
+
+def run_example(model: nn.Module, taps: Sequence[Tap], sink: Sink, example: Example | None = None) -> tuple[Any, Any]:
+    """Run the model to its end on a small example, with *taps* feeding *sink*; return the inputs and the output.
 
     Raises
     ------
     SiteError
     """
-    inputs = _token_ids(model) if example is None else example(*EXAMPLE_SHAPE)
+    inputs = example_inputs(model, example)
     valueless = without_values(model) if input_device(model).type == "meta" else nullcontext()
     with Taps(model, taps, sink, stop=False) as opened, valueless:
         try:
             if isinstance(inputs, Mapping):
-                opened.forward(**inputs)
-            else:
-                opened.forward(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+                return inputs, opened.forward(**inputs)
+            return inputs, opened.forward(*(inputs if isinstance(inputs, tuple) else (inputs,)))
         except FlexCacheError:
             raise
         except Exception as error:

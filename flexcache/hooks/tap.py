@@ -26,16 +26,20 @@ class Tap:
         Number of the block; None for a module path.
     module : str
         Dotted path, without prefixes of wrappers.
-    side : {"input", "output"}
+    side : {"input", "output", "pattern"}
+        A pattern is the second thing that an attention module returns: its probabilities.
+    gradient : bool
+        What is read is the gradient of an objective with respect to the activation.
     """
 
     array: str
     layer: int | None
     module: str
     side: Side = "output"
+    gradient: bool = False
 
     def __str__(self) -> str:
-        place = f"{self.module}:{self.side}"
+        place = f"{self.module}:{self.side}" + (".grad" if self.gradient else "")
         return place if self.layer is None else f"{self.array}[{self.layer}] ({place})"
 
     def from_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
@@ -57,6 +61,8 @@ class Tap:
         ------
         SiteError
         """
+        if self.side == "pattern":
+            return self._pattern(output)
         if isinstance(output, Mapping):
             output = next(iter(output.values()), None)
         elif isinstance(output, tuple | list):
@@ -71,9 +77,11 @@ class Tap:
         SiteError
         """
         rows, length = batch
-        if tensor.ndim >= 3 and tuple(tensor.shape[:2]) == batch:
+        if self.side == "pattern" and tensor.ndim == 4 and (tensor.shape[0], *tensor.shape[2:]) == (*batch, length):
             return tensor
-        if tensor.ndim >= 2 and tensor.shape[0] == rows * length:
+        if self.side != "pattern" and tensor.ndim >= 3 and tuple(tensor.shape[:2]) == batch:
+            return tensor
+        if self.side != "pattern" and tensor.ndim >= 2 and tensor.shape[0] == rows * length:
             return tensor.unflatten(0, batch)
         raise SiteError(
             f"activations of {self} are not one per token",
@@ -81,6 +89,19 @@ class Tap:
             found=str(tuple(tensor.shape)),
             remedy="choose a module that keeps the batch and the sequence as the first dims",
         )
+
+    def _pattern(self, output: Any) -> torch.Tensor:
+        pattern = output[1] if isinstance(output, tuple | list) and len(output) > 1 else None
+        if not isinstance(pattern, torch.Tensor):
+            raise SiteError(
+                "the attention module returns no probabilities",
+                where=str(self),
+                expected="a tuple of its output and of probabilities (sequences, heads, queries, keys)",
+                found="None in their place" if pattern is None else type(pattern).__name__,
+                remedy='load the model with attn_implementation="eager" (model.attention: eager): fused kernels never'
+                " have the probabilities",
+            )
+        return pattern
 
     def _activation(self, value: Any) -> torch.Tensor:
         if not isinstance(value, torch.Tensor):

@@ -54,6 +54,7 @@ class Taps:
         self._handles: list[RemovableHandle] = []
         self._pending: set[Tap] = set()
         self._batch: tuple[int, int] | None = None
+        self._gradients: dict[Tap, torch.Tensor] = {}
         self._defaults = {"use_cache": False} if accepts(model, "use_cache") else {}
 
     def __enter__(self) -> Self:
@@ -87,12 +88,53 @@ class Taps:
         SiteError
             A module ran twice or not at all, or passes something other than one activation per token.
         """
+        with torch.no_grad():
+            return self._run(args, inputs)
+
+    def differentiate(self, objective: Callable[[Any], torch.Tensor], *args: Any, **inputs: Any) -> torch.Tensor:
+        """Run the model once to its end, and the gradient of the sum of *objective* of its output back to the taps.
+
+        Taps that are gradients are fed last, in their order, each with the total derivative with respect to the tensor
+        that the model goes on to use there. Use it within `activations_only`.
+
+        Returns
+        -------
+        What *objective* gave, detached.
+
+        Raises
+        ------
+        SiteError
+            The objective does not depend on an activation, or is not finite; else as of `forward`.
+        """
+        try:
+            with torch.enable_grad():
+                value = objective(self._run(args, inputs))
+                total = value.sum()
+            if not torch.isfinite(total):
+                raise SiteError("the objective is not finite", found=str(float(total.detach())))
+            if total.requires_grad:
+                total.backward()
+            shape = _batch_shape(args, inputs)
+            for tap in self._taps:
+                if tap.gradient:
+                    if tap not in self._gradients:
+                        raise SiteError(
+                            "the objective does not depend on an activation whose gradient is asked for",
+                            where=str(tap),
+                            remedy="leave it out, or choose another objective",
+                        )
+                    self._sink(tap, tap.shaped(self._gradients[tap], shape))
+            return value.detach()
+        finally:
+            self._gradients = {}
+
+    def _run(self, args: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
         if len(self._handles) != len(self._taps):
             raise SiteError("the taps are not open", remedy="use them as: with Taps(model, taps, sink) as taps: …")
         self._batch = _batch_shape(args, inputs)
         self._pending = set(self._taps)
         try:
-            with torch.no_grad(), eager(self._model), self._stopping() as result:
+            with eager(self._model), self._stopping() as result:
                 result.append(self._model(*args, **{**self._defaults, **inputs}))
         finally:
             self._batch = None
@@ -108,7 +150,7 @@ class Taps:
         return result[0] if result else None
 
     def _register(self, module: nn.Module, tap: Tap) -> RemovableHandle:
-        if tap.side == "output":
+        if tap.side != "input":
             return module.register_forward_hook(
                 lambda _, args, output: self._take(tap, lambda: tap.from_output(output))
             )
@@ -128,10 +170,26 @@ class Taps:
                 expected="one activation for each token",
                 remedy="leave it out: layers that share a module cannot be told apart",
             )
-        self._sink(tap, tap.shaped(read(), self._batch))
+        if tap.gradient:
+            self._await_gradient(tap, read())
+        else:
+            self._sink(tap, tap.shaped(read(), self._batch))
         self._pending.remove(tap)
         if self._stop and not self._pending:
             raise _AllFired(self)
+
+    def _await_gradient(self, tap: Tap, activation: torch.Tensor) -> None:
+        if not activation.requires_grad:
+            raise SiteError(
+                "no gradient flows through an activation whose gradient is asked for",
+                where=str(tap),
+                remedy="leave it out: the model computes it without gradients, or before its embeddings",
+            )
+
+        def take(gradient: torch.Tensor) -> None:
+            self._gradients[tap] = gradient
+
+        activation.register_hook(take)
 
     @contextmanager
     def _stopping(self) -> Iterator[list[Any]]:
@@ -158,6 +216,38 @@ class _AllFired(BaseException):
 def accepts(model: nn.Module, keyword: str) -> bool:
     """Whether the forward of *model*, wrappers aside, names *keyword* among its parameters."""
     return keyword in inspect.signature(type(unwrap(model)).forward).parameters
+
+
+@contextmanager
+def activations_only(model: nn.Module) -> Iterator[None]:
+    """Let gradients flow through a model, from its embeddings on, and into none of its weights; undone afterwards.
+
+    Raises
+    ------
+    SiteError
+        The model does not say which of its modules embeds the tokens.
+    """
+    getter = getattr(unwrap(model), "get_input_embeddings", None)
+    try:
+        embedding = getter() if getter else None
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    if not isinstance(embedding, nn.Module):
+        raise SiteError(
+            "the model does not say which module embeds its tokens, where gradients begin",
+            where=type(unwrap(model)).__name__,
+            expected="a method get_input_embeddings()",
+        )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    handle = embedding.register_forward_hook(lambda _, args, output: output.requires_grad_())
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        handle.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _batch_shape(args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from flexcache.documents import open_documents
 from flexcache.hooks.names import peel
 from flexcache.model import describe_model, describe_tokenizer, evaluating, longest_input, pad_id, vocabulary
 from flexcache.plan import RowSelection
-from flexcache.recorder.arrays import all_taps, locate, measure_arrays
 from flexcache.recorder.cuda import pinned_slab
 from flexcache.recorder.fingerprint import fingerprint
+from flexcache.recorder.objective import Objective, describe
 from flexcache.recorder.planning import Source, check_same, plan_store, stored_identity
 from flexcache.recorder.progress import CaptureProgress, time_table
+from flexcache.recorder.reading import locate, measure_arrays
 from flexcache.recorder.recorder import DEFAULT_BUFFER, Recorder
 from flexcache.recorder.running import device_of, run, try_largest
+from flexcache.recorder.transform import Transform
 from flexcache.site import Layers
 from flexcache.spec import SitesLike, Spec, parse_sites, validate
 from flexcache.store.display import size
@@ -35,8 +38,10 @@ def capture(
     documents: Any,
     path: str | Path,
     *,
-    sites: SitesLike = "resid_post",
+    sites: SitesLike | None = None,
     layers: Layers = "all",
+    transforms: Sequence[Transform] = (),
+    objective: Objective | None = None,
     rows: RowSelection = "all",
     dtype: str = "auto",
     max_length: int | None = None,
@@ -71,7 +76,14 @@ def capture(
     path
         The store. Where one made from the same arguments exists, its missing units are captured.
     sites, layers
-        A site or several, see `flexcache.site`; *layers* holds for those that do not name their own.
+        A site or several, see `flexcache.site`; by default ``resid_post``, or none where transforms are given. *layers*
+        holds for those that do not name their own. A site that ends in ``.grad`` is the gradient of *objective* there,
+        on the same rows.
+    transforms
+        Functions of activations whose results are stored.
+    objective
+        What gradients are of: `NextTokenLoss` by default, `LogitDifference`, or a function of the model's output and
+        the `Batch`, see `flexcache.recorder.objective.Objective`. Its value is stored as ``objective``.
     rows
         ``"all"`` tokens, the ``"last"`` or ``"first"`` of each document, or the ``"mean"`` over it.
     dtype
@@ -107,10 +119,13 @@ def capture(
     CaptureError
         The disk refused a write. Committed units are kept.
     """
+    sites = (() if transforms else "resid_post") if sites is None else sites
     spec = validate(
         Spec,
         {
-            "sites": parse_sites(sites, layers),
+            "sites": parse_sites(sites, layers, optional=bool(transforms)),
+            "transforms": {transform.name: transform.describe() for transform in transforms},
+            "objective": None if objective is None else describe(objective),
             "rows": rows,
             "dtype": dtype,
             "max_length": max_length or longest_input(model, tokenizer),
@@ -124,19 +139,18 @@ def capture(
     )
     path, model = Path(path), peel(model)
     with evaluating(model), CaptureProgress(progress) as bars:
-        located = locate(model, spec)
-        taps = all_taps(located)
+        reading = locate(model, spec, transforms, objective)
         source = Source(
             documents=open_documents(documents),
             tokenizer=tokenizer,
-            arrays=measure_arrays(model, spec, located),
+            arrays=measure_arrays(model, spec, reading),
             spec=spec,
             model=describe_model(model) | (model_info or {}),
             tokenizer_identity=describe_tokenizer(tokenizer),
             vocabulary=vocabulary(model),
             notes={"user_hooks": hooks.user_hooks(model)},
         )
-        hooks.check_identity(model, taps)
+        hooks.check_identity(model, reading.taps)
         planning = bars.planning(None)
         amount = plan_store(path, source, planning, planning.wait)
         check_same(stored_identity(read_attributes(path)), source.identity(), path)
@@ -154,8 +168,8 @@ def capture(
         )
         if recorder.pending():
             pad = pad_id(model, tokenizer)
-            try_largest(model, taps, recorder, pad, bars)
-            run(model, taps, recorder, pad, bars)
+            try_largest(model, reading, recorder, pad, bars)
+            run(model, reading, recorder, pad, bars)
             tally, seconds = recorder.tally, time.perf_counter() - began
             bars.console.print(time_table(tally, seconds))
             speed = f"{tally.tokens / seconds:,.0f} tokens/s, {size(tally.bytes / seconds)}/s"

@@ -1,28 +1,31 @@
-"""Runs a model over the batches of claimed units, and records what its taps read."""
+"""Runs a model over the batches of claimed units, and records what is read of it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 
 from flexcache import hooks
 from flexcache.errors import CaptureError
+from flexcache.hooks.taps import activations_only
 from flexcache.recorder.batch import Batch
 from flexcache.recorder.cuda import CudaLane
+from flexcache.recorder.objective import OBJECTIVE, by_token, checked
 from flexcache.recorder.progress import CaptureProgress
+from flexcache.recorder.reading import Reading
 from flexcache.recorder.recorder import Recorder
+
+Sink = Callable[[str, int | None, torch.Tensor], None]
+"""Takes the name of an array, a layer, and values of shape (sequences, longest, features…)."""
 
 
 def run(
-    model: torch.nn.Module,
-    taps: tuple[hooks.Tap, ...],
-    recorder: Recorder,
-    pad: int,
-    bars: CaptureProgress | None = None,
+    model: torch.nn.Module, reading: Reading, recorder: Recorder, pad: int, bars: CaptureProgress | None = None
 ) -> None:
-    """Fill a recorder's pending units: every batch is run as far as the taps need, and its kept rows are recorded.
+    """Fill a recorder's pending units: every batch is run as far as its sites need, and its kept rows are recorded.
 
     Where a batch does not fit into the memory of the device, its unit is begun again with smaller batches, and so
     are those that follow; the ledger records the budget of each.
@@ -32,15 +35,14 @@ def run(
     CaptureError
         One sequence alone does not fit, or the disk refuses.
     """
-    device = device_of(model)
-    with hooks.Taps(model, taps, _sink(recorder, device)) as live, recorder:
+    with forwards(model, reading, pad, _sink(recorder, device_of(model))) as forward, recorder:
         advance: Callable[[], None] = bars.capturing(recorder) if bars else lambda: None
         for unit in recorder.units():
             full = ""
             try:
                 for batch in recorder.begin(unit):
                     with recorder.filling(batch):
-                        forward(live, batch, pad, device)
+                        forward(batch)
                     advance()
             except torch.OutOfMemoryError as error:
                 full = str(error)
@@ -52,11 +54,7 @@ def run(
 
 
 def try_largest(
-    model: torch.nn.Module,
-    taps: tuple[hooks.Tap, ...],
-    recorder: Recorder,
-    pad: int,
-    bars: CaptureProgress | None = None,
+    model: torch.nn.Module, reading: Reading, recorder: Recorder, pad: int, bars: CaptureProgress | None = None
 ) -> None:
     """Run the largest batch and keep nothing, so that a lack of memory shows, and is met, before anything is written.
 
@@ -65,11 +63,10 @@ def try_largest(
     CaptureError
         One sequence alone does not fit.
     """
-    device = device_of(model)
-    with hooks.Taps(model, taps, lambda tap, values: None) as trial:
+    with forwards(model, reading, pad, lambda array, layer, values: None) as forward:
         while True:
             try:
-                return forward(trial, recorder.largest(), pad, device)
+                return forward(recorder.largest())
             except torch.OutOfMemoryError as error:
                 full = str(error)
             smaller_batches(recorder, full, bars)
@@ -99,12 +96,37 @@ def smaller_batches(recorder: Recorder, found: str, bars: CaptureProgress | None
         bars.say(f"out of memory: going on with batches of {recorder.batch_tokens:,} tokens")
 
 
-def forward(taps: hooks.Taps, batch: Batch, pad: int, device: torch.device) -> None:
-    """Run the model over one batch, right-padded, as far as its taps need."""
-    taps.forward(
-        input_ids=torch.from_numpy(batch.input_ids(pad)).to(device),
-        attention_mask=torch.from_numpy(batch.attention_mask()).to(device),
-    )
+@contextmanager
+def forwards(model: torch.nn.Module, reading: Reading, pad: int, sink: Sink) -> Iterator[Callable[[Batch], None]]:
+    """Give a function that runs the model over a batch, right-padded, and feeds what is read of it to *sink*.
+
+    The forward stops after the last site; with an objective it runs to the end, and back.
+    """
+    device, objective = device_of(model), reading.objective
+    now: list[Batch] = []
+
+    def take(tap: hooks.Tap, values: torch.Tensor) -> None:
+        transform = reading.transforms.get(tap.array)
+        values = values.detach()
+        sink(tap.array, tap.layer, values if transform is None else transform(values, now[0]))
+
+    def forward(batch: Batch) -> None:
+        now[:] = [batch]
+        inputs = {
+            "input_ids": torch.from_numpy(batch.input_ids(pad)).to(device),
+            "attention_mask": torch.from_numpy(batch.attention_mask()).to(device),
+        }
+        if objective is None:
+            taps.forward(**inputs)
+            return
+        value = taps.differentiate(lambda output: checked(objective(output, batch), batch), **inputs)
+        spread = by_token(value, batch)
+        if spread is not None:
+            sink(OBJECTIVE, None, spread)
+
+    flowing = nullcontext() if objective is None else activations_only(model)
+    with flowing, hooks.Taps(model, reading.taps, take, stop=objective is None) as taps:
+        yield forward
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
@@ -112,14 +134,14 @@ def device_of(model: torch.nn.Module) -> torch.device:
     return next(model.parameters(), torch.empty(0)).device
 
 
-def _sink(recorder: Recorder, device: torch.device) -> Callable[[hooks.Tap, torch.Tensor], None]:
+def _sink(recorder: Recorder, device: torch.device) -> Sink:
     if device.type != "cuda":
-        return lambda tap, values: recorder.record(tap.array, tap.layer, values)
+        return recorder.record
     lane = CudaLane(device)
     dtypes = {name: getattr(torch, array.dtype) for name, array in recorder.store.arrays.items()}
 
-    def take(tap: hooks.Tap, values: torch.Tensor) -> None:
-        content, n_rows = lane.rows(recorder.current(), values, dtypes[tap.array])
-        recorder.append(tap.array, tap.layer, content, n_rows, lane.copy)
+    def take(array: str, layer: int | None, values: torch.Tensor) -> None:
+        content, n_rows = lane.rows(recorder.current(), values, dtypes[array])
+        recorder.append(array, layer, content, n_rows, lane.copy)
 
     return take

@@ -25,8 +25,8 @@ DOCUMENTS = token_documents(lengths(400, longest=30), vocabulary=VOCABULARY)
 OPTIONS: dict[str, Any] = {"progress": False, "batch_tokens": 64}
 
 
-def capture(path: str) -> flexcache.Store:
-    return flexcache.capture(tiny("llama"), None, DOCUMENTS, path, **OPTIONS)
+def capture(path: str, patience: float = 1e6) -> flexcache.Store:
+    return flexcache.capture(tiny("llama"), None, DOCUMENTS, path, patience=patience, **OPTIONS)
 
 
 def child(path: str, log: str, patience: float) -> None:
@@ -38,9 +38,8 @@ def child(path: str, log: str, patience: float) -> None:
         return begin(self, unit)
 
     Recorder.begin = noted  # type: ignore[method-assign]
-    Recorder.__init__.__kwdefaults__["patience"] = patience
     try:
-        capture(path)
+        capture(path, patience)
     except BaseException:
         Path(f"{log}.{os.getpid()}.error").write_text(traceback.format_exc())
         os._exit(1)

@@ -1,0 +1,113 @@
+"""Where a user's function comes from, for the provenance of what it computes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from flexcache.errors import ConfigError, nearest
+
+
+def origin(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return a function's qualified name and digests of its source and of what it holds.
+
+    What it holds are the weights of a torch module, the arguments of a `functools.partial`, the fields of an object,
+    the variables that a nested function closes over. Two functions with equal answers do the same, other code that
+    they call aside.
+    """
+    inner = function
+    while isinstance(inner, partial):
+        inner = inner.func
+    code = inner if inspect.isroutine(inner) else type(inner)
+    try:
+        source = xxhash.xxh3_128_hexdigest(inspect.getsource(code).encode())
+    except (OSError, TypeError):  # built in, or typed into a console
+        source = None
+    hasher = xxhash.xxh3_128()
+    _update(hasher, _held(function), 0)
+    return {
+        "function": f"{code.__module__}.{code.__qualname__}",
+        "source_xxh3_128": source,
+        "state_xxh3_128": hasher.hexdigest(),
+    }
+
+
+def load(path: str, where: str) -> Any:
+    """Return what ``package.module:attribute`` names.
+
+    Raises
+    ------
+    ConfigError
+    """
+    module, colon, attribute = path.partition(":")
+    if not (module and colon and attribute):
+        raise ConfigError(f"{path!r} names no function", where=where, expected="package.module:attribute")
+    try:
+        found = import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"module {module} cannot be imported",
+            where=where,
+            found=str(error),
+            remedy="start from the folder that holds it, or put that on PYTHONPATH",
+        ) from error
+    try:
+        for name in attribute.split("."):
+            found = getattr(found, name)
+    except AttributeError:
+        names = [name for name in vars(import_module(module)) if not name.startswith("_")]
+        raise ConfigError(
+            f"module {module} has no {attribute}", where=where, remedy=nearest(attribute, tuple(names))
+        ) from None
+    return found
+
+
+def _held(function: Any) -> Any:
+    if isinstance(function, partial):
+        return [_held(function.func), function.args, function.keywords]
+    if hasattr(function, "state_dict"):
+        return dict(function.state_dict())
+    if inspect.ismethod(function):
+        return _held(function.__self__)
+    if inspect.isfunction(function):
+        try:
+            closed = [cell.cell_contents for cell in function.__closure__ or ()]
+        except ValueError:  # a cell that is not filled yet
+            closed = []
+        return [function.__defaults__, function.__kwdefaults__, closed]
+    return getattr(function, "__dict__", None)
+
+
+def _update(hasher: Any, value: Any, depth: int) -> None:
+    """Feed a value to a hasher, by its content and not by where it is in memory."""
+    if depth > 8:
+        return
+    if isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            hasher.update(f"{key}:".encode())
+            _update(hasher, value[key], depth + 1)
+    elif isinstance(value, list | tuple):
+        hasher.update(f"[{len(value)}]".encode())
+        for item in value:
+            _update(hasher, item, depth + 1)
+    elif value is None or isinstance(value, str | bytes | bool | int | float):
+        hasher.update(repr(value).encode())
+    elif hasattr(value, "detach") and hasattr(value, "numpy"):
+        tensor = value.detach().cpu()
+        hasher.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        hasher.update((tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy())
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        hasher.update(f"{value.shape} {value.dtype}".encode())
+        hasher.update(np.ascontiguousarray(value))
+    elif callable(value) or hasattr(value, "__dict__"):
+        kind = type(value)
+        hasher.update(f"{kind.__module__}.{kind.__qualname__} {getattr(value, '__qualname__', '')}".encode())
+        _update(hasher, _held(value), depth + 1)
+    else:
+        hasher.update(type(value).__qualname__.encode())
