@@ -59,7 +59,9 @@ class ModelSource(BaseModel):
 
         config = self.config()
         with torch.device("meta"):
-            options = {} if self.dtype == "auto" else {"dtype": getattr(torch, self.dtype)}
+            options: dict[str, Any] = {} if self.dtype == "auto" else {"dtype": getattr(torch, self.dtype)}
+            if self.attention:
+                options["attn_implementation"] = self.attention
             return self._auto_class().from_config(copy.deepcopy(config), **options).eval()
 
     def tokenizer(self) -> Any:

@@ -17,27 +17,30 @@ def run(config: CaptureConfig, *, allow_mixed: bool = False, progress: bool = Tr
 
     import flexcache
     from flexcache.recorder.reading import locate
+    from flexcache.recorder.running import device_of
 
     progress = progress and launch().rank == 0
     documents = config.documents.open()
     if not progress:
         transformers.utils.logging.disable_progress_bar()
-    # A misspelt site shows before a large model is loaded.
-    locate(config.model.skeleton(), config.spec())
     if config.threads:
         torch.set_num_threads(config.threads)
     tokenizer = None if "tokens" in documents.schema.names else config.model.tokenizer()
+    # A misspelt site or function shows before a large model is loaded.
+    locate(config.model.skeleton(), config.spec(), **config.functions(tokenizer))
     info: dict[str, Any] = {
         "name": Path(config.model.name).name if Path(config.model.name).is_dir() else config.model.name,
         "revision": config.model.revision,
         "files": config.model.weights(),
     }
+    model = config.model.load()
     return flexcache.capture(
-        config.model.load(),
+        model,
         tokenizer,
         documents,
         config.store,
         **config.capture_options(),
+        **config.functions(tokenizer, device_of(model)),
         buffer_bytes=config.buffer_mb << 20,
         allow_mixed=allow_mixed,
         patience=config.patience,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from flexcache.documents import Documents, open_documents
 from flexcache.errors import ConfigError
 from flexcache.model import ModelSource
+from flexcache.recorder.origin import load
+from flexcache.recorder.transform import Transform
 from flexcache.spec import Spec, parse_sites, validate
 from flexcache.store.worker import PATIENCE
 
@@ -35,6 +38,78 @@ class DocumentsSource(BaseModel):
         )
 
 
+class TransformSource(BaseModel):
+    """A function of an activation whose result is stored; see `flexcache.Transform`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    site: str = Field(description="a site, or pattern: attention probabilities, with model.attention: eager")
+    function: str = Field(description="package.module:attribute; a torch module is moved to the model's device")
+    layers: Any = "all"
+    batch: bool = Field(False, description="give the function the batch as well: token ids and lengths")
+
+    def load(self, device: Any = None) -> Transform:
+        """Import the function."""
+        function = _imported(self.function, f"transform {self.name}")
+        if device is not None and hasattr(function, "eval") and hasattr(function, "to"):
+            function = function.to(device).eval()
+        return Transform(self.name, self.site, function, self.layers, self.batch)
+
+
+class ObjectiveSource(BaseModel):
+    """A scalar of the model's output, whose gradients are stored at sites that end in .grad. One of its keys is set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    logit_difference: tuple[int | str, int | str] | None = Field(
+        None, description="two tokens, by id or as text: the logit of the first less that of the second"
+    )
+    function: str | None = Field(None, description="package.module:attribute, of the output and the batch")
+
+    def load(self, tokenizer: Any) -> Any:
+        """Return the objective; the text of a token is looked up in the tokenizer.
+
+        Raises
+        ------
+        ConfigError
+            A text is not one token, or not exactly one of the keys is set.
+        """
+        from flexcache.recorder.objective import LogitDifference
+
+        if (self.function is None) == (self.logit_difference is None):
+            raise ConfigError("objective must say one thing", expected="logit_difference or function")
+        if self.function is not None:
+            return _imported(self.function, "objective")
+        assert self.logit_difference is not None
+        token, other = (_token(value, tokenizer) for value in self.logit_difference)
+        return LogitDifference(token, other)
+
+
+def _imported(path: str, where: str) -> Any:
+    folder = str(Path.cwd())
+    if folder not in sys.path:  # as `python -m` would have it
+        sys.path.insert(0, folder)
+    return load(path, where)
+
+
+def _token(value: int | str, tokenizer: Any) -> int:
+    if isinstance(value, int):
+        return value
+    ids = [] if tokenizer is None else tokenizer(value, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise ConfigError(
+            f"{value!r} in logit_difference is not one token",
+            found="no tokenizer" if tokenizer is None else f"{len(ids)} tokens {ids}",
+            remedy="give a text that is one token, often with a space before it, or a token id",
+        )
+    return int(ids[0])
+
+
+def _objective(value: Any) -> Any:
+    return {} if value is None or value == "next_token_loss" else value
+
+
 def _model(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
@@ -51,8 +126,12 @@ class CaptureConfig(BaseModel):
     model: Annotated[ModelSource, BeforeValidator(_model)]
     documents: Annotated[DocumentsSource, BeforeValidator(_documents)]
     store: Path = Field(description="the store to make or to go on with, such as run.zarr")
-    sites: Any = Field("resid_post", description="a site, a list, or a mapping from site to layers")
+    sites: Any = Field(None, description="a site, a list, or a mapping from site to layers")
     layers: Any = "all"
+    transforms: list[TransformSource] = Field([], description="functions of activations whose results are stored")
+    objective: Annotated[ObjectiveSource, BeforeValidator(_objective)] = Field(
+        ObjectiveSource(), description="what .grad sites are gradients of: next_token_loss, logit_difference, function"
+    )
     rows: Literal["all", "last", "first", "mean"] = "all"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     max_length: int | None = Field(None, ge=1)
@@ -68,14 +147,25 @@ class CaptureConfig(BaseModel):
     threads: int | None = Field(None, ge=1, description="intra-op threads of torch on a CPU")
 
     def capture_options(self) -> dict[str, Any]:
-        """Return the options of `flexcache.capture` that the file sets."""
+        """Return the options of `flexcache.capture` that the file sets and that need no model."""
         names = ("sites", "layers", "rows", "dtype", "max_length", "batch_tokens", "seed", "compression")
-        return {name: getattr(self, name) for name in (*names, "keep_text", "empty_documents")}
+        options = {name: getattr(self, name) for name in (*names, "keep_text", "empty_documents")}
+        if self.sites is None:
+            options["sites"] = [] if self.transforms else "resid_post"
+        return options
+
+    def functions(self, tokenizer: Any, device: Any = None) -> dict[str, Any]:
+        """Return the options of `flexcache.capture` that are functions."""
+        nothing = self.objective == ObjectiveSource()
+        return {
+            "transforms": tuple(transform.load(device) for transform in self.transforms),
+            "objective": None if nothing else self.objective.load(tokenizer),
+        }
 
     def spec(self) -> Spec:
         """Return the same as `capture_options`, as the store keeps it."""
         options = self.capture_options()
-        sites = parse_sites(options.pop("sites"), options.pop("layers"))
+        sites = parse_sites(options.pop("sites"), options.pop("layers"), optional=bool(self.transforms))
         return validate(Spec, {"sites": sites, **options}, str(self.store))
 
 

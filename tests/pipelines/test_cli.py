@@ -216,3 +216,48 @@ def test_ledger_records_are_plain_json(config: Path, capsys: pytest.CaptureFixtu
     record = json.loads(Path("run.zarr/ledger/0/0.json").read_text())
     assert record["fingerprint"]["threads"] == 1
     assert record["batch_tokens"] == 64
+
+
+FUNCTIONS = """
+import torch
+
+torch.manual_seed(0)
+project = torch.nn.Linear(64, 5)
+
+
+def entropy(pattern):
+    return -(pattern * pattern.clamp_min(1e-9).log()).sum(-1).transpose(1, 2)
+
+
+def margin(output, batch):
+    return output.logits[:, :, 5] - output.logits[:, :, 6]
+"""
+
+
+def test_transforms_and_gradients_from_the_command_line(
+    config: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("functions_of_a_user.py").write_text(FUNCTIONS)
+    text = config.read_text().replace("  resid_post: all\n  mlp_post: [0, -1]\n", "  resid_post.grad: [1]\n")
+    text = text.replace(f"model: {checkpoint}", f"model: {{name: {checkpoint}, attention: eager}}")
+    config.write_text(
+        text + "transforms:\n"
+        "  - {name: projected, site: resid_post, layers: [2], function: functions_of_a_user:project}\n"
+        "  - {name: entropy, site: pattern, function: functions_of_a_user:entropy}\n"
+        "objective: {logit_difference: [w5, w6]}\n"
+    )
+    planned = run(capsys, "plan", config)
+    assert "projected" in planned
+    run(capsys, "capture", config, "-q")
+    store = flexcache.open("run.zarr")
+    assert set(store.sites) == {"resid_post.grad", "projected", "entropy", "objective"}
+    assert store.layers("entropy") == (0, 1, 2, 3)
+    assert store.spec["objective"]["function"].endswith("LogitDifference")
+    changed = ("--set", "store=b.zarr", "--set", "objective={function: 'functions_of_a_user:margin'}")
+    run(capsys, "capture", config, "-q", *changed)
+    assert flexcache.open("b.zarr").spec["objective"]["function"] == "functions_of_a_user.margin"
+    wrong = ("--set", "objective={logit_difference: [w5, nothing at all]}")
+    assert "is not one token" in run(capsys, "capture", config, "-q", *wrong, status=2)
+    wrong = ("--set", "objective={function: 'functions_of_a_user:margn'}")
+    assert "did you mean margin" in run(capsys, "plan", config, "-q", *wrong, status=2)
