@@ -10,6 +10,9 @@ from flexcache.hooks.names import inner, modules, text_config, unwrap
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """What configurations call the number of blocks."""
 
+NOT_OWNED = "PipelineIdentityLayer"
+"""What transformers puts in place of modules that another pipeline stage has; it passes its input on."""
+
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return the path and the list of the model's blocks.
@@ -40,7 +43,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         fits = [
             name
             for name, items in lists.items()
-            if len(items) == depth and all(any(True for _ in inner(item).children()) for item in items)
+            if len(items) == depth
+            and all(is_elsewhere(item) or any(True for _ in inner(item).children()) for item in items)
         ]
         path = next((name for name in fits if _reads_text(name, named, model)), next(iter(fits), None))
     if path is None:
@@ -63,6 +67,11 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             remedy="activations of shared blocks cannot be told apart; give module paths outside of them",
         )
     return path, lists[path]
+
+
+def is_elsewhere(block: nn.Module) -> bool:
+    """Whether a block stands for one that another pipeline stage has, as transformers puts it there."""
+    return type(block).__name__ == NOT_OWNED
 
 
 def check_single_stack(model: nn.Module) -> None:

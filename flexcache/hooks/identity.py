@@ -13,7 +13,7 @@ from flexcache.errors import SiteError
 from flexcache.hooks.aliases import NORM_PAIRS, part
 from flexcache.hooks.blocks import find_blocks
 from flexcache.hooks.locate import locate
-from flexcache.hooks.measure import Example, input_device, run_example
+from flexcache.hooks.measure import Example, Reader, input_device, read_example
 from flexcache.hooks.tap import Tap
 from flexcache.site import Site
 
@@ -23,7 +23,9 @@ ROUNDINGS = 4
 """The bound, in units of eps · (sum of magnitudes). Two additions, each rounded to half an eps, need one."""
 
 
-def check_identity(model: nn.Module, taps: Sequence[Tap], *, example: Example | None = None) -> None:
+def check_identity(
+    model: nn.Module, taps: Sequence[Tap], *, example: Example | None = None, reader: Reader = read_example
+) -> None:
     """Check the algebra that defines the standard sites among *taps*, by one forward of a small batch.
 
     Wherever ``attn_out`` or ``mlp_out`` is tapped, elementwise and in float32 arithmetic::
@@ -54,14 +56,10 @@ def check_identity(model: nn.Module, taps: Sequence[Tap], *, example: Example | 
         for tap in locate(model, Site(site), layers if site in ALGEBRA[:2] else summed):
             place.setdefault((site, tap.layer), tap)
     norms = _norm_taps(model, summed)
-    read: dict[Tap, torch.Tensor] = {}
-    epsilons = []
-
-    def sink(tap: Tap, tensor: torch.Tensor) -> None:
-        read[tap] = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
-        epsilons.append(torch.finfo(tensor.dtype).eps)
-
-    run_example(model, [*place.values(), *(tap for four in norms.values() for tap in four)], sink, example)
+    asked = [*place.values(), *(tap for four in norms.values() for tap in four)]
+    values = reader(model, tuple(dict.fromkeys(asked)), example).values
+    read = {tap: value.to(torch.promote_types(value.dtype, torch.float32)) for tap, value in values.items()}
+    epsilons = [torch.finfo(value.dtype).eps for value in values.values()]
     for layer in layers:
         post, following = place["resid_post", layer], place.get(("resid_pre", layer + 1))
         if following is not None and not _same(read[post], read[following]):

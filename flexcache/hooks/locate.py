@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import replace
 
 from torch import nn
 
 from flexcache.errors import SiteError, nearest
 from flexcache.hooks.aliases import MLP, find_part, part
-from flexcache.hooks.blocks import find_blocks
+from flexcache.hooks.blocks import find_blocks, is_elsewhere
 from flexcache.hooks.names import inner, modules
 from flexcache.hooks.tap import Tap
 from flexcache.site import GRADIENT, PATTERN, STANDARD, Layers, Site, array_name, resolve_layers
 
 
-def locate(model: nn.Module, site: Site, layers: Layers = "all") -> tuple[Tap, ...]:
+def locate(model: nn.Module, site: Site, layers: Layers = "all", elsewhere: Collection[str] = ()) -> tuple[Tap, ...]:
     """Return the taps that *site* means in *model*: one per layer, or per module that a path or glob matches.
 
     In a glob ``*`` and ``?`` stop at dots, ``**`` does not, and ``[…]`` is a set of characters:
@@ -23,21 +24,21 @@ def locate(model: nn.Module, site: Site, layers: Layers = "all") -> tuple[Tap, .
     *layers* counts for standard sites alone; a module path names its own.
 
     Standard sites are found by the names of a block's parts, not by the type of the model. That the find is right
-    is for `check_identity` to show.
+    is for `check_identity` to show. *elsewhere* names modules that other stages of a pipeline have.
 
     Raises
     ------
     SiteError
         Nothing matches; the nearest names are given. A standard site that the blocks do not have, and which they do.
     """
-    taps = _locate(model, site, layers)
+    taps = _locate(model, site, layers, elsewhere)
     return tuple(replace(tap, array=tap.array + GRADIENT, gradient=True) for tap in taps) if site.gradient else taps
 
 
-def _locate(model: nn.Module, site: Site, layers: Layers) -> tuple[Tap, ...]:
+def _locate(model: nn.Module, site: Site, layers: Layers, elsewhere: Collection[str]) -> tuple[Tap, ...]:
     if site.standard or site.side == PATTERN:
         return _in_blocks(model, site.name, layers)
-    named = modules(model)
+    named = {**modules(model), **{name: nn.Identity() for name in elsewhere}}
     if not re.search(r"[*?\[]", site.name):
         return (_exact(site, named),)
     glob = re.compile(glob_regex(site.name))
@@ -56,8 +57,9 @@ def _locate(model: nn.Module, site: Site, layers: Layers) -> tuple[Tap, ...]:
 def _in_blocks(model: nn.Module, site: str, layers: Layers) -> tuple[Tap, ...]:
     path, blocks = find_blocks(model)
     taps, missing = [], []
+    here = next((block for block in blocks if not is_elsewhere(block)), blocks[0])
     for layer in resolve_layers(layers, len(blocks)):
-        place = find_part(blocks[layer], site)
+        place = find_part(here if is_elsewhere(blocks[layer]) else blocks[layer], site)
         if place is None:
             missing.append(layer)
         else:

@@ -30,12 +30,41 @@ class Activation(NamedTuple):
     dtype: torch.dtype
 
 
+class Read(NamedTuple):
+    """One small forward: its inputs, a copy of what each tap read, shape (batch, sequence, feature…), its output."""
+
+    inputs: Any
+    values: dict[Tap, torch.Tensor]
+    output: Any
+
+
+Reader = Callable[[nn.Module, Sequence[Tap], Example | None], Read]
+"""Runs a small forward and reads it at taps; on several processes, the same whole activations on each."""
+
+
+def read_example(model: nn.Module, taps: Sequence[Tap], example: Example | None = None) -> Read:
+    """Run the model to its end on a small example, and read it at *taps*.
+
+    Raises
+    ------
+    SiteError
+    """
+    values: dict[Tap, torch.Tensor] = {}
+
+    def sink(tap: Tap, tensor: torch.Tensor) -> None:
+        values[tap] = tensor.clone()
+
+    inputs, output = run_example(model, taps, sink, example)
+    return Read(inputs, values, output)
+
+
 def measure(
     model: nn.Module,
     taps: Sequence[Tap],
     *,
     example: Example | None = None,
     through: Callable[[Tap, torch.Tensor, Any], torch.Tensor] = lambda tap, tensor, inputs: tensor,
+    reader: Reader = read_example,
 ) -> dict[Tap, Activation]:
     """Return what each tap reads, found by one forward of a small example to the model's end.
 
@@ -47,6 +76,8 @@ def measure(
         For models that do not take ``input_ids`` of a vocabulary that their configuration states.
     through
         A function that each tensor passes on its way, with the tap and the example's inputs.
+    reader
+        How the forward is run and read.
 
     Raises
     ------
@@ -54,22 +85,18 @@ def measure(
         A module runs twice or not at all or passes no activation per token; layers of one array differ in shape or
         dtype; the model cannot run the example.
     """
-    inputs = example_inputs(model, example)
+    inputs, values, _ = reader(model, taps, example)
     found: dict[Tap, Activation] = {}
-
-    def sink(tap: Tap, tensor: torch.Tensor) -> None:
-        tensor = through(tap, tensor, inputs)
-        found[tap] = Activation(tuple(tensor.shape[2:]), tensor.dtype)
-
-    run_example(model, taps, sink, lambda sequences, tokens: inputs)
     for tap in taps:
+        tensor = through(tap, values[tap], inputs)
+        found[tap] = Activation(tuple(tensor.shape[2:]), tensor.dtype)
         _check_alike(tap, next(other for other in taps if other.array == tap.array), found)
-    return {tap: found[tap] for tap in taps}
+    return found
 
 
-def example_inputs(model: nn.Module, example: Example | None = None) -> Any:
-    """Return the inputs of a small example."""
-    return _token_ids(model) if example is None else example(*EXAMPLE_SHAPE)
+def example_inputs(model: nn.Module, example: Example | None = None, shape: tuple[int, int] = EXAMPLE_SHAPE) -> Any:
+    """Return the inputs of a small example of (sequences, tokens)."""
+    return _token_ids(model, shape) if example is None else example(*shape)
 
 
 def run_example(model: nn.Module, taps: Sequence[Tap], sink: Sink, example: Example | None = None) -> tuple[Any, Any]:
@@ -109,7 +136,7 @@ def _check_alike(tap: Tap, first: Tap, found: dict[Tap, Activation]) -> None:
         )
 
 
-def _token_ids(model: nn.Module) -> dict[str, Any]:
+def _token_ids(model: nn.Module, shape: tuple[int, int]) -> dict[str, Any]:
     """Return token ids; on the meta device, whose tensors have no values, nothing that transformers would look into.
 
     It looks into a mask and into positions, and without a cache into those that it makes itself, for packed sequences.
@@ -123,7 +150,7 @@ def _token_ids(model: nn.Module) -> dict[str, Any]:
             where=type(unwrap(model)).__name__,
             remedy="pass example=, a function of (sequences, tokens) that makes the inputs of the model",
         )
-    ids = torch.randint(vocabulary, EXAMPLE_SHAPE, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
     special = _special_ids(unwrap(model).config, config)
     plain = next((token for token in range(vocabulary) if token not in special), 0)
     for token in special:  # padding shifts RoBERTa's positions, an image token asks for an image

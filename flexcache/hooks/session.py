@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from flexcache.errors import HookError
+from flexcache.hooks.blocks import NOT_OWNED
 from flexcache.hooks.gradients import Gradients
 from flexcache.hooks.hook_function import BACKWARD, HookFunction, Kind
 from flexcache.hooks.leaves import input_leaf, tensor_leaf
@@ -21,9 +22,6 @@ from flexcache.parallel.assembly import Key
 from flexcache.parallel.discover import runs_its_pipeline
 from flexcache.parallel.distribution import Distribution, Piece, Sizes
 from flexcache.parallel.layout import localize
-
-NOT_OWNED = "PipelineIdentityLayer"
-"""What transformers puts in place of modules that another pipeline stage has; it passes its input on."""
 
 
 class Session:

@@ -40,17 +40,24 @@ class Taps:
         Leave the forward as soon as all taps have fired, so that later blocks and the lm_head are never computed.
         A module that would run a second time later on goes unnoticed then; `measure` runs to the end and sees it.
 
+    shape
+        Give the sink tensors of shape (batch, sequence, feature…). False gives it what the module passes: on several
+        processes maybe a shard, or a DTensor.
+
     Raises
     ------
     SiteError
         On entering: a tap's module is not in the model.
     """
 
-    def __init__(self, model: nn.Module, taps: Sequence[Tap], sink: Sink, stop: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, taps: Sequence[Tap], sink: Sink, stop: bool = True, shape: bool = True
+    ) -> None:
         self._model = model
         self._taps = tuple(dict.fromkeys(taps))
         self._sink = sink
         self._stop = stop
+        self._shape = shape
         self._handles: list[RemovableHandle] = []
         self._pending: set[Tap] = set()
         self._batch: tuple[int, int] | None = None
@@ -106,6 +113,7 @@ class Taps:
         SiteError
             The objective does not depend on an activation, or is not finite; else as of `forward`.
         """
+        batch = _batch_shape(args, inputs)
         try:
             with torch.enable_grad():
                 value = objective(self._run(args, inputs))
@@ -114,7 +122,6 @@ class Taps:
                 raise SiteError("the objective is not finite", found=str(float(total.detach())))
             if total.requires_grad:
                 total.backward()
-            shape = _batch_shape(args, inputs)
             for tap in self._taps:
                 if tap.gradient:
                     if tap not in self._gradients:
@@ -123,7 +130,7 @@ class Taps:
                             where=str(tap),
                             remedy="leave it out, or choose another objective",
                         )
-                    self._sink(tap, tap.shaped(self._gradients[tap], shape))
+                    self._feed(tap, self._gradients[tap], batch)
             return value.detach()
         finally:
             self._gradients = {}
@@ -173,10 +180,13 @@ class Taps:
         if tap.gradient:
             self._await_gradient(tap, read())
         else:
-            self._sink(tap, tap.shaped(read(), self._batch))
+            self._feed(tap, read(), self._batch)
         self._pending.remove(tap)
         if self._stop and not self._pending:
             raise _AllFired(self)
+
+    def _feed(self, tap: Tap, tensor: torch.Tensor, batch: tuple[int, int]) -> None:
+        self._sink(tap, tap.shaped(tensor, batch) if self._shape else tensor)
 
     def _await_gradient(self, tap: Tap, activation: torch.Tensor) -> None:
         if not activation.requires_grad:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,3 +41,27 @@ def swap(group: Any, ranks: Sequence[int], here: int, values: Sequence[int]) -> 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def tell(group: Any, ranks: Sequence[int], here: int, value: int = 0) -> int:
+    """Return on each of *ranks* the value that the first of them gives."""
+    number = torch.tensor([value], dtype=torch.int64)
+    if here == ranks[0]:
+        transfer(group, [(rank, number) for rank in ranks[1:]], [])
+    else:
+        transfer(group, [], [(ranks[0], number)])
+    return int(number)
+
+
+def collect(group: Any, ranks: Sequence[int], here: int, value: Any) -> list[Any]:
+    """Return on the first of *ranks* what each gives, plain values that JSON can hold; on the others nothing."""
+    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    if here != ranks[0]:
+        transfer(group, [(ranks[0], torch.tensor([len(content)]))], [])
+        transfer(group, [(ranks[0], content)], [])
+        return []
+    sizes = {rank: torch.zeros(1, dtype=torch.int64) for rank in ranks[1:]}
+    transfer(group, [], list(sizes.items()))
+    received = {rank: torch.empty(int(size), dtype=torch.uint8) for rank, size in sizes.items()}
+    transfer(group, [], list(received.items()))
+    return [value, *(json.loads(bytes(received[rank].numpy())) for rank in ranks[1:])]

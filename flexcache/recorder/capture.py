@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from flexcache.documents import open_documents
 from flexcache.hooks.names import peel
 from flexcache.model import describe_model, describe_tokenizer, evaluating, longest_input, pad_id, vocabulary
 from flexcache.plan import RowSelection
+from flexcache.recorder.crew import Crew
 from flexcache.recorder.cuda import pinned_slab
 from flexcache.recorder.fingerprint import fingerprint
-from flexcache.recorder.objective import Objective, describe
+from flexcache.recorder.objective import OBJECTIVE, Objective, describe
 from flexcache.recorder.planning import Source, check_same, plan_store, stored_identity
 from flexcache.recorder.progress import CaptureProgress, time_table
 from flexcache.recorder.reading import locate, measure_arrays
@@ -63,7 +65,8 @@ def capture(
 
     Any number of processes may call this for one store at the same time, under a launcher or not, on one machine or on
     many that share a file system: one makes the plan, each computes units that no other does, and all return when the
-    store is complete. What was begun by one that ends is computed by another.
+    store is complete. What was begun by one that ends is computed by another. Processes that hold one model between
+    them (tensor parallel, FSDP, transformers' pipelines) call it together: each writes the activations that it owns.
 
     Parameters
     ----------
@@ -138,38 +141,41 @@ def capture(
         "capture",
     )
     path, model = Path(path), peel(model)
-    with evaluating(model), CaptureProgress(progress) as bars:
-        reading = locate(model, spec, transforms, objective)
+    with evaluating(model), CaptureProgress(progress) as bars, closing(Crew(model)) as crew:
+        reading = locate(model, spec, transforms, objective, crew.elsewhere())
+        crew.check(reading)
         source = Source(
             documents=open_documents(documents),
             tokenizer=tokenizer,
-            arrays=measure_arrays(model, spec, reading),
+            arrays=measure_arrays(model, spec, reading, crew.read_example),
             spec=spec,
             model=describe_model(model) | (model_info or {}),
             tokenizer_identity=describe_tokenizer(tokenizer),
             vocabulary=vocabulary(model),
             notes={"user_hooks": hooks.user_hooks(model)},
         )
-        hooks.check_identity(model, reading.taps)
+        hooks.check_identity(model, reading.taps, reader=crew.read_example)
         planning = bars.planning(None)
         amount = plan_store(path, source, planning, planning.wait)
-        check_same(stored_identity(read_attributes(path)), source.identity(), path)
+        stored = stored_identity(read_attributes(path))
+        check_same(stored, source.identity(), path)
         for name, text in amount.lines() if amount else ():
             bars.say(f"  {name}: {text}")
         began = time.perf_counter()
         recorder = Recorder(
             path,
-            fingerprint=fingerprint(model),
+            fingerprint=fingerprint(model, crew.sizes.tp),
             buffer_bytes=buffer_bytes,
             allow_mixed=allow_mixed,
             allocate=pinned_slab if device_of(model).type == "cuda" else anonymous_slab,
             batch_tokens=batch_tokens,
+            keys=crew.keys(reading.taps, [(OBJECTIVE, None)] if OBJECTIVE in stored["arrays"] else ()),
             patience=patience,
         )
         if recorder.pending():
             pad = pad_id(model, tokenizer)
-            try_largest(model, reading, recorder, pad, bars)
-            run(model, reading, recorder, pad, bars)
+            try_largest(model, reading, recorder, pad, bars, crew)
+            run(model, reading, recorder, pad, bars, crew)
             tally, seconds = recorder.tally, time.perf_counter() - began
             bars.console.print(time_table(tally, seconds))
             speed = f"{tally.tokens / seconds:,.0f} tokens/s, {size(tally.bytes / seconds)}/s"

@@ -25,10 +25,11 @@ PACKAGES = (
 )
 
 
-def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
+def fingerprint(model: torch.nn.Module, tensor: int = 1) -> dict[str, Any]:
     """Return device, thread count, attention kernel and versions: two processes with equal ones give equal bytes.
 
-    bfloat16 on a CPU changes bits with the thread count, and every kernel may with the version of torch.
+    bfloat16 on a CPU changes bits with the thread count, every kernel may with the version of torch, and sums over
+    *tensor* shards of the weights are taken in another order.
     """
     import torch
 
@@ -44,6 +45,7 @@ def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
         "compute_dtype": str(parameter.dtype).removeprefix("torch."),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "matmul_precision": torch.get_float32_matmul_precision(),
+        **({"tensor_parallel": tensor} if tensor > 1 else {}),
     }
 
 

@@ -41,7 +41,10 @@ class NextTokenLoss:
         mask = torch.from_numpy(batch.attention_mask()).to(logits.device)
         following = torch.where(mask[:, 1:].bool(), labels[:, 1:], IGNORED)
         losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), following.flatten(), ignore_index=IGNORED, reduction="none"
+            logits[:, : following.shape[1]].float().flatten(0, 1),
+            following.flatten(),
+            ignore_index=IGNORED,
+            reduction="none",
         )
         return torch.nn.functional.pad(losses.view_as(following), (0, 1))
 

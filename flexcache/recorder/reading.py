@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from flexcache import hooks
 from flexcache.errors import CaptureError, ConfigError
-from flexcache.hooks.measure import run_example
+from flexcache.hooks.measure import Reader, read_example
 from flexcache.recorder.batch import Batch
 from flexcache.recorder.objective import OBJECTIVE, NextTokenLoss, Objective, by_token, checked
 from flexcache.recorder.transform import Transform
@@ -44,9 +44,13 @@ class Reading:
 
 
 def locate(
-    model: torch.nn.Module, spec: Spec, transforms: Sequence[Transform] = (), objective: Objective | None = None
+    model: torch.nn.Module,
+    spec: Spec,
+    transforms: Sequence[Transform] = (),
+    objective: Objective | None = None,
+    elsewhere: Collection[str] = (),
 ) -> Reading:
-    """Find the sites of a spec, and of transforms, in a model.
+    """Find the sites of a spec, and of transforms, in a model; *elsewhere* as for `flexcache.hooks.locate`.
 
     Raises
     ------
@@ -55,12 +59,12 @@ def locate(
     ConfigError
         Two transforms of one name; an objective without a gradient to store.
     """
-    sources = {text: hooks.locate(model, Site.parse(text), layers) for text, layers in spec.sites.items()}
+    sources = {text: hooks.locate(model, Site.parse(text), layers, elsewhere) for text, layers in spec.sites.items()}
     made: dict[str, Transform] = {}
     for transform in transforms:
         if transform.name in sources:
             raise ConfigError(f"two arrays would be named {transform.name}", remedy="rename the transform")
-        found = hooks.locate(model, transform.place, transform.layers)
+        found = hooks.locate(model, transform.place, transform.layers, elsewhere)
         several = len(found) > 1 and found[0].layer is None
         sources[transform.name] = tuple(
             replace(tap, array=f"{transform.name}.{tap.module}" if several else transform.name) for tap in found
@@ -76,7 +80,9 @@ def locate(
     return Reading(sources, made, (objective or NextTokenLoss()) if gradients else None)
 
 
-def measure_arrays(model: torch.nn.Module, spec: Spec, reading: Reading) -> list[ArraySpec]:
+def measure_arrays(
+    model: torch.nn.Module, spec: Spec, reading: Reading, reader: Reader = read_example
+) -> list[ArraySpec]:
     """Return the arrays of a store: names, widths and dtypes, by one small forward.
 
     Raises
@@ -96,7 +102,7 @@ def measure_arrays(model: torch.nn.Module, spec: Spec, reading: Reading) -> list
         return transform(values, _example(inputs))
 
     plain = {tap: replace(tap, gradient=False) for tap in reading.taps}
-    measured = hooks.measure(model, tuple(dict.fromkeys(plain.values())), through=through)
+    measured = hooks.measure(model, tuple(dict.fromkeys(plain.values())), through=through, reader=reader)
     arrays: list[ArraySpec] = []
     for text, taps in reading.sources.items():
         kinds = {tap: measured[plain[tap]] for tap in taps}
@@ -108,14 +114,14 @@ def measure_arrays(model: torch.nn.Module, spec: Spec, reading: Reading) -> list
             arrays.append(_array(taps[0].array, site, layers, depth, kinds[taps[0]], dim, spec))
         else:
             arrays += [_array(tap.array, site, None, None, kinds[tap], dim or _own_dim(tap), spec) for tap in taps]
-    if reading.objective is not None and _objective_by_token(model, reading.objective):
+    if reading.objective is not None and _objective_by_token(model, reading.objective, reader):
         kind = hooks.Activation((1,), torch.float32)
         arrays.append(_array(OBJECTIVE, OBJECTIVE, None, None, kind, f"feature_{OBJECTIVE}", spec, "float32"))
     return arrays
 
 
-def _objective_by_token(model: torch.nn.Module, objective: Objective) -> bool:
-    inputs, output = run_example(model, (), lambda tap, values: None)
+def _objective_by_token(model: torch.nn.Module, objective: Objective, reader: Reader) -> bool:
+    inputs, _, output = reader(model, (), None)
     batch = _example(inputs)
     try:
         return by_token(checked(objective(output, batch), batch), batch) is not None

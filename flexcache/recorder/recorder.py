@@ -317,6 +317,11 @@ class Recorder:
         self.tally.committing += time.perf_counter() - began
         return True
 
+    def leave(self) -> None:
+        """Close a unit whose record another process of the group writes."""
+        self._unit, self._filled = None, 0
+        self.store.refresh()
+
     def abandon(self) -> None:
         """Give up the unit that was begun: nothing of it is kept, and anyone may claim it."""
         worker, claims, _ = self._open_for_units()
@@ -472,10 +477,10 @@ class Recorder:
         )
 
     def _slabs(self, buffer_bytes: int) -> tuple[int, int]:
-        layouts = self._layouts.values()
+        layouts, count = self._layouts.values(), max(1, len(self._keys))
         if self.store.compressed:  # a slab is one inner chunk
-            return size_slabs(len(self._keys), buffer_bytes, exact=max(a.chunk_rows * a.row_bytes for a in layouts))
-        return size_slabs(len(self._keys), buffer_bytes, largest=max(a.file_bytes(0) for a in layouts))
+            return size_slabs(count, buffer_bytes, exact=max(a.chunk_rows * a.row_bytes for a in layouts))
+        return size_slabs(count, buffer_bytes, largest=max(a.file_bytes(0) for a in layouts))
 
 
 def _one_span(values: Any, dtype: np.dtype) -> Converted:

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import math
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import torch
 
 from flexcache import hooks
 from flexcache.errors import CaptureError
 from flexcache.hooks.taps import activations_only
+from flexcache.parallel.fsdp import settle
 from flexcache.recorder.batch import Batch
+from flexcache.recorder.crew import DONE, IDLE, Crew
 from flexcache.recorder.cuda import CudaLane
 from flexcache.recorder.objective import OBJECTIVE, by_token, checked
 from flexcache.recorder.progress import CaptureProgress
 from flexcache.recorder.reading import Reading
-from flexcache.recorder.recorder import Recorder
+from flexcache.recorder.recorder import POLL, Recorder
+from flexcache.site import PATTERN
 
 Sink = Callable[[str, int | None, torch.Tensor], None]
 """Takes the name of an array, a layer, and values of shape (sequences, longest, features…)."""
 
 
 def run(
-    model: torch.nn.Module, reading: Reading, recorder: Recorder, pad: int, bars: CaptureProgress | None = None
+    model: torch.nn.Module,
+    reading: Reading,
+    recorder: Recorder,
+    pad: int,
+    bars: CaptureProgress | None = None,
+    crew: Crew | None = None,
 ) -> None:
     """Fill a recorder's pending units: every batch is run as far as its sites need, and its kept rows are recorded.
 
@@ -33,52 +44,75 @@ def run(
     Raises
     ------
     CaptureError
-        One sequence alone does not fit, or the disk refuses.
+        One sequence alone does not fit, or the disk refuses. Where a model is on several processes, a batch that does
+        not fit.
     """
-    with forwards(model, reading, pad, _sink(recorder, device_of(model))) as forward, recorder:
+    crew = crew or Crew(model)
+    with forwards(model, reading, pad, _sink(recorder, device_of(model)), crew) as forward, recorder:
         advance: Callable[[], None] = bars.capturing(recorder) if bars else lambda: None
-        for unit in recorder.units():
-            full = ""
-            try:
-                for batch in recorder.begin(unit):
+        batches: deque[Batch] = deque()
+        unit = IDLE
+        while True:
+            if not batches:
+                if unit >= 0:
+                    crew.commit(recorder)
+                unit = crew.claim(recorder)
+                batches.extend(recorder.begin(unit) if unit >= 0 else ())
+            running, done = crew.agree(bool(batches), unit == DONE)
+            if batches:
+                batch, full = batches.popleft(), ""
+                try:
                     with recorder.filling(batch):
                         forward(batch)
-                    advance()
-            except torch.OutOfMemoryError as error:
-                full = str(error)
-            if full:  # not above: the error holds the tensors of the forward
-                recorder.abandon()
-                smaller_batches(recorder, full, bars)
+                except torch.OutOfMemoryError as error:
+                    full = str(error)
+                if full:  # not above: the error holds the tensors of the forward
+                    recorder.abandon()
+                    smaller_batches(recorder, full, bars, crew)
+                    batches.clear()
+                    unit = IDLE
+                advance()
+            elif running:
+                forward(None)
+            elif done:
+                return
             else:
-                recorder.commit()
+                recorder.on_wait(len(recorder.pending()))
+                time.sleep(POLL)
 
 
 def try_largest(
-    model: torch.nn.Module, reading: Reading, recorder: Recorder, pad: int, bars: CaptureProgress | None = None
+    model: torch.nn.Module,
+    reading: Reading,
+    recorder: Recorder,
+    pad: int,
+    bars: CaptureProgress | None = None,
+    crew: Crew | None = None,
 ) -> None:
     """Run the largest batch and keep nothing, so that a lack of memory shows, and is met, before anything is written.
 
     Raises
     ------
     CaptureError
-        One sequence alone does not fit.
+        See `run`.
     """
-    with forwards(model, reading, pad, lambda array, layer, values: None) as forward:
+    crew = crew or Crew(model)
+    with forwards(model, reading, pad, lambda array, layer, values: None, crew) as forward:
         while True:
             try:
                 return forward(recorder.largest())
             except torch.OutOfMemoryError as error:
                 full = str(error)
-            smaller_batches(recorder, full, bars)
+            smaller_batches(recorder, full, bars, crew)
 
 
-def smaller_batches(recorder: Recorder, found: str, bars: CaptureProgress | None = None) -> None:
+def smaller_batches(recorder: Recorder, found: str, bars: CaptureProgress | None, crew: Crew) -> None:
     """Halve the budget of tokens after a batch did not fit into the device's memory.
 
     Raises
     ------
     CaptureError
-        The largest batch is one sequence already.
+        The largest batch is one sequence already, or others are in the middle of the same forward.
     """
     sequences, longest = recorder.largest().shape
     if sequences == 1:
@@ -89,7 +123,15 @@ def smaller_batches(recorder: Recorder, found: str, bars: CaptureProgress | None
             found=found.partition("\n")[0],
             remedy="lower max_length, in a new store, or spread the model over more devices",
         )
-    recorder.batch_tokens = math.ceil(sequences / 2) * longest
+    budget = math.ceil(sequences / 2) * longest
+    if not crew.alone:
+        raise CaptureError(
+            "a batch does not fit into the device's memory, and other processes are in the same forward",
+            where=str(recorder.store.path),
+            found=found.partition("\n")[0],
+            remedy=f"run it again with batch_tokens {budget}: units that are committed are kept",
+        )
+    recorder.batch_tokens = budget
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if bars:
@@ -97,36 +139,62 @@ def smaller_batches(recorder: Recorder, found: str, bars: CaptureProgress | None
 
 
 @contextmanager
-def forwards(model: torch.nn.Module, reading: Reading, pad: int, sink: Sink) -> Iterator[Callable[[Batch], None]]:
+def forwards(
+    model: torch.nn.Module, reading: Reading, pad: int, sink: Sink, crew: Crew
+) -> Iterator[Callable[[Batch | None], None]]:
     """Give a function that runs the model over a batch, right-padded, and feeds what is read of it to *sink*.
 
-    The forward stops after the last site; with an objective it runs to the end, and back.
+    On several processes each sink gets what its process writes. Without a batch, one token is run and nothing is read,
+    for others who share the weights. The forward stops after the last site; with an objective it runs to the end, and
+    back.
     """
-    device, objective = device_of(model), reading.objective
+    device, objective, gathering = device_of(model), reading.objective, crew.gathering
+    numbers = {tap: number for number, tap in enumerate(reading.taps)}
     now: list[Batch] = []
 
-    def take(tap: hooks.Tap, values: torch.Tensor) -> None:
+    def take(tap: hooks.Tap, tensor: torch.Tensor) -> None:
+        if not now:
+            return
+        batch, values = now[0], tensor.detach()
+        if gathering is not None:
+            whole = gathering.whole(tap, numbers[tap], values)
+            if whole is None:
+                return
+            longest = batch.shape[1]
+            values = tap.shaped(whole, (batch.shape[0], gathering.width(longest)))
+            values = values[:, :, :longest, :longest] if tap.side == PATTERN else values[:, :longest]
         transform = reading.transforms.get(tap.array)
-        values = values.detach()
-        sink(tap.array, tap.layer, values if transform is None else transform(values, now[0]))
+        sink(tap.array, tap.layer, values if transform is None else transform(values, batch))
 
-    def forward(batch: Batch) -> None:
-        now[:] = [batch]
-        inputs = {
-            "input_ids": torch.from_numpy(batch.input_ids(pad)).to(device),
-            "attention_mask": torch.from_numpy(batch.attention_mask()).to(device),
-        }
+    def forward(batch: Batch | None) -> None:
+        now[:] = [] if batch is None else [batch]
+        batch = ONE_TOKEN if batch is None else batch
+        ids, mask = batch.input_ids(pad), batch.attention_mask()
+        if gathering is not None and (more := gathering.width(ids.shape[1]) - ids.shape[1]):
+            ids, mask = (
+                np.pad(values, ((0, 0), (0, more)), constant_values=by) for values, by in ((ids, pad), (mask, 0))
+            )
+        inputs = {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": torch.from_numpy(mask).to(device)}
+        if gathering is not None:
+            inputs |= gathering.inputs(inputs["input_ids"])
+            inputs = inputs if gathering.masked else {k: v for k, v in inputs.items() if k != "attention_mask"}
         if objective is None:
             taps.forward(**inputs)
             return
         value = taps.differentiate(lambda output: checked(objective(output, batch), batch), **inputs)
         spread = by_token(value, batch)
-        if spread is not None:
+        if spread is not None and now and crew.leads:
             sink(OBJECTIVE, None, spread)
 
+    own = reading.taps if gathering is None else gathering.owned(reading.taps)
+    stop = objective is None and (gathering is None or gathering.stop)
     flowing = nullcontext() if objective is None else activations_only(model)
-    with flowing, hooks.Taps(model, reading.taps, take, stop=objective is None) as taps:
+    with flowing, hooks.Taps(model, own, take, stop=stop, shape=gathering is None) as taps:
         yield forward
+    settle(model)
+
+
+ONE_TOKEN = Batch(0, 0, range(1), np.zeros(1, np.int64), (np.zeros(1, np.int32),), ((0, 1),))
 
 
 def device_of(model: torch.nn.Module) -> torch.device:

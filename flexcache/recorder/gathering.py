@@ -1,0 +1,261 @@
+"""Whole activations from the pieces that the ranks of a distributed model hold, each on the one rank that writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from flexcache.errors import LayoutError, SiteError
+from flexcache.hooks.blocks import NOT_OWNED, find_blocks
+from flexcache.hooks.measure import EXAMPLE_SHAPE, Read, example_inputs
+from flexcache.hooks.names import modules, unwrap
+from flexcache.hooks.tap import Tap
+from flexcache.hooks.taps import Taps, accepts
+from flexcache.parallel.assembly import Key
+from flexcache.parallel.distribution import Distribution, Piece
+from flexcache.parallel.layout import Layout, localize
+from flexcache.parallel.peers import swap, transfer
+from flexcache.parallel.twin import Probe
+from flexcache.site import PATTERN
+
+AGREEMENT = 1e-3
+"""How far copies of a gradient may differ, relative to its mean magnitude, and still be copies."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How the tensor-parallel ranks hold an activation between them.
+
+    Attributes
+    ----------
+    dim : int
+        The dim of which each holds a part, counted from the end.
+    sizes : tuple of int, or None
+        Of each rank's part, where that dim is one of features; None where it is the tokens, in equal parts.
+    """
+
+    dim: int
+    sizes: tuple[int, ...] | None
+
+
+class Gathering:
+    """Reads whole activations of a model that several ranks hold.
+
+    `read_example` learns, from one small forward that all ranks run alike, how each activation is sharded, and checks
+    that the ranks that seem to hold all of it hold the same. From then on, `whole` sends the pieces of an activation to
+    the one rank that owns it, within the hook that reads it. Owners take turns, so that every rank writes its share.
+    """
+
+    def __init__(self, model: nn.Module, distribution: Distribution) -> None:
+        self._model = model
+        self._distribution = distribution
+        mesh = distribution.mesh
+        here = mesh.here
+        self._peers = tuple(rank for rank, at in enumerate(mesh.coordinates) if (at.pp, at.dp) == (here.pp, here.dp))
+        self._here = mesh.rank
+        self._named = modules(model)
+        self._shards: dict[Tap, Shards | None] = {}
+        self._keys: dict[Tap, Key] = {}
+        self._compared: set[Tap] = set()
+        self.stop = mesh.sizes.pp == 1
+        self._stream = self._residual_stream()
+        self.masked = True
+        """Whether the forward takes an attention mask: not where the residual stream is sharded by tokens."""
+
+    @property
+    def tensor(self) -> int:
+        """Number of tensor-parallel ranks."""
+        return len(self._peers)
+
+    def owned(self, taps: Iterable[Tap]) -> tuple[Tap, ...]:
+        """Return the taps on modules that this rank's pipeline stage has."""
+        return tuple(tap for tap in taps if self._has(tap.module))
+
+    def writes(self, taps: Sequence[Tap]) -> tuple[Tap, ...]:
+        """Return those taps whose activations this rank records: every n-th of its stage's, of n ranks."""
+        return tuple(tap for tap in self.owned(taps) if self._owner(taps.index(tap)) == self._here)
+
+    def inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what else the forward needs: positions, since a rank may see a shard of the tokens only."""
+        if self.tensor == 1 or not accepts(self._model, "position_ids"):
+            return {}
+        return {"position_ids": torch.arange(ids.shape[1], device=ids.device)[None]}
+
+    def width(self, longest: int) -> int:
+        """Return the length to which sequences are padded, so that the ranks' shards of the tokens are equal."""
+        return -(-longest // self.tensor) * self.tensor
+
+    # Learning
+
+    def read_example(self, model: nn.Module, taps: Sequence[Tap], example: Any = None) -> Read:
+        """Read whole activations of a small example at *taps*, on every rank, and learn how they are sharded.
+
+        Collective.
+
+        Raises
+        ------
+        LayoutError
+            How an activation is sharded cannot be told; on some rank at least.
+        """
+        mesh, distribution = self._distribution.mesh, self._distribution
+        shape = (EXAMPLE_SHAPE[0], EXAMPLE_SHAPE[1] * self.tensor)
+        inputs = example_inputs(model, example, shape)
+        if isinstance(inputs, Mapping):
+            inputs = {**inputs, **self.inputs(inputs["input_ids"])}
+        raw: dict[Tap, torch.Tensor] = {}
+        known: dict[Tap, Any] = {}
+
+        def sink(tap: Tap, tensor: torch.Tensor) -> None:
+            known[tap] = local = localize(tensor, str(tap))
+            raw[tap] = local.tensor.clone()
+
+        mine = tuple(dict.fromkeys((*self.owned(taps), *self._stream)))
+        with Taps(model, mine, sink, stop=False, shape=False) as opened:
+            output = opened.forward(**inputs)
+        for tap in (*taps, *self._stream):
+            self._keys.setdefault(tap, Key(len(self._keys), 0))
+        keys = self._keys
+        probes = [Probe(keys[tap].hook, self._named[tap.module], _reader(tap)) for tap in keys if self._has(tap.module)]
+        distribution.begin(unwrap(model), (), inputs)
+        pieces, layouts = [], {}
+        for tap in mine:
+            local = replace(known[tap], tensor=raw[tap])
+            layouts[tap] = distribution.layout(keys[tap], local, str(tap), None, lambda: probes)
+            pieces.append(Piece(keys[tap], 0, raw[tap], layouts[tap]))
+        distribution.end()
+        whole, _ = distribution.exchange(pieces, range(len(mesh.ranks)), [str(tap) for tap in keys])
+        self._learn(mine, raw, layouts, shape)
+        if self.masked and any(held is not None and held.sizes is None for held in self._shards.values()):
+            self.masked = False
+            self._check_causal(model, inputs)
+        found = {}
+        for tap in taps:
+            tensor = whole[keys[tap]]
+            rows = shape[0] if tensor.shape[0] == shape[0] * mesh.sizes.dp else shape[0] * shape[1]
+            found[tap] = tap.shaped(tensor[:rows], shape)
+        return Read(inputs, found, output)
+
+    def _learn(
+        self, taps: Sequence[Tap], raw: Mapping[Tap, torch.Tensor], layouts: Mapping[Tap, Layout], shape: Sequence[int]
+    ) -> None:
+        """Keep how each activation is sharded, with the size of each rank's part."""
+        sharded = [tap for tap in taps if layouts[tap].sharded is not None]
+        dims = [int(layouts[tap].sharded or 0) for tap in sharded]
+        own = [raw[tap].shape[dim] for tap, dim in zip(sharded, dims, strict=True)]
+        sizes = swap(self._distribution.group, self._peers, self._here, own) if own and self.tensor > 1 else [own]
+        self._shards |= dict.fromkeys(taps)
+        for number, (tap, dim) in enumerate(zip(sharded, dims, strict=True)):
+            whole = layouts[tap].shape
+            parts = tuple(told[number] for told in sizes)
+            if sum(parts) != whole[dim]:
+                raise LayoutError(
+                    "the pieces of an activation do not add up",
+                    where=str(tap),
+                    expected=f"{whole[dim]} along dim {dim}",
+                    found=" + ".join(map(str, parts)),
+                )
+            tokens = dim == (1 if len(whole) > 2 and whole[0] != shape[0] * shape[1] else 0) and tap.side != PATTERN
+            self._shards[tap] = Shards(dim - len(whole), None if tokens else parts)
+
+    def _residual_stream(self) -> tuple[Tap, ...]:
+        """Return taps where it enters the first block and leaves the last, that show whether tokens are sharded."""
+        if self.tensor == 1:
+            return ()
+        try:
+            path, blocks = find_blocks(self._model)
+        except SiteError:
+            return ()
+        ends = Tap("stream", None, f"{path}.0", "input"), Tap("stream", None, f"{path}.{len(blocks) - 1}")
+        return ends if self.stop else ()
+
+    def _check_causal(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+        """Refuse a model that needs a mask for padding, where its blocks could take none.
+
+        Raises
+        ------
+        LayoutError
+            Another last token changes what is read of the tokens before it.
+        """
+        others = dict(inputs)
+        others["input_ids"] = torch.cat([inputs["input_ids"][:, :-1], inputs["input_ids"][:, :1]], dim=1)
+        read: list[torch.Tensor] = []
+        with Taps(
+            model, self._stream[1:], lambda tap, t: read.append(localize(t, str(tap)).tensor.clone()), shape=False
+        ) as opened:
+            opened.forward(**inputs)
+            opened.forward(**others)
+        last = self._here == self._peers[-1]
+        first, second = (values[:, :-1] if last else values for values in read)
+        changed = not torch.allclose(first, second, rtol=1e-4, atol=1e-5)
+        if any(flag for (flag,) in swap(self._distribution.group, self._peers, self._here, [int(changed)])):
+            raise LayoutError(
+                "a model whose tokens are sharded between its blocks takes no attention mask, and needs one",
+                where=type(unwrap(model)).__name__,
+                expected="causal attention, which never sees the padding at the right",
+                found="activations that depend on later tokens",
+                remedy="distribute it without sequence parallelism",
+            )
+
+    # Gathering
+
+    def whole(self, tap: Tap, number: int, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Return the whole activation on the rank that owns the tap of that number, None on the others.
+
+        Collective on the tensor-parallel ranks.
+        """
+        local = localize(tensor, str(tap)).tensor
+        owner, shards = self._owner(number), self._shards[replace(tap, gradient=False)]
+        if shards is None:
+            if tap.gradient and tap not in self._compared and self.tensor > 1:
+                self._compare(tap, local)
+            return local if owner == self._here else None
+        if owner != self._here:
+            transfer(self._distribution.group, [(owner, local)], [])
+            return None
+        pieces = []
+        for place, peer in enumerate(self._peers):
+            shape = list(local.shape)
+            if shards.sizes is not None:
+                shape[shards.dim] = shards.sizes[place]
+            pieces.append(local if peer == self._here else local.new_empty(shape))
+        others = [(peer, piece) for peer, piece in zip(self._peers, pieces, strict=True) if peer != self._here]
+        transfer(self._distribution.group, [], others)
+        return torch.cat(pieces, dim=shards.dim)
+
+    def _compare(self, tap: Tap, gradient: torch.Tensor) -> None:
+        """Refuse a gradient of which each rank has only what flows through its own shard."""
+        self._compared.add(tap)
+        bits = torch.stack([gradient.double().sum(), gradient.double().abs().sum()]).cpu().view(torch.int64)
+        told = swap(self._distribution.group, self._peers, self._here, bits.tolist())
+        sums = torch.tensor(told).view(torch.float64)
+        if (sums - sums[0]).abs().max() > AGREEMENT * sums[0, 1]:
+            raise LayoutError(
+                "a gradient is not the same on all tensor-parallel ranks",
+                where=str(tap),
+                expected="copies of the whole gradient, or shards of it",
+                found="sums " + ", ".join(f"{value:.4g}" for value in sums[:, 0].tolist()),
+                remedy="ask for the gradient of the residual stream, or of a sharded activation",
+            )
+
+    def elsewhere(self) -> set[str]:
+        """Return the names of modules that other pipeline stages have and this one has not. Collective."""
+        if self.stop:
+            return set()
+        own = [name for name in self._named if name and self._has(name)]
+        return set().union(*self._distribution.gathered(own)) - set(own)
+
+    def _has(self, module: str) -> bool:
+        return module in self._named and type(self._named[module]).__name__ != NOT_OWNED
+
+    def _owner(self, number: int) -> int:
+        return self._peers[number % len(self._peers)]
+
+
+def _reader(tap: Tap) -> Any:
+    if tap.side == "input":
+        return lambda args, kwargs, output: tap.from_input(args, kwargs)
+    return lambda args, kwargs, output: tap.from_output(output)

@@ -1,0 +1,255 @@
+"""Capture of models on several processes, held against the store of a single one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import flexcache
+from flexcache.errors import ConfigError, LayoutError
+from tests.corpora import lengths, token_documents
+from tests.distributed.checks.tensor import UNEVEN, saved, shard
+from tests.distributed.registry import check
+from tests.distributed.worker import SkipError
+from tests.models import FAMILIES, VOCABULARY, tiny
+from tests.recorder.test_recorder import shard_hashes
+
+DOCUMENTS = token_documents(lengths(90, longest=25), vocabulary=VOCABULARY)
+OPTIONS: dict[str, Any] = {"progress": False, "batch_tokens": 100}
+SITES = ["resid_pre", "resid_post", "mlp_post", "attn_out", "mlp_out", "model.layers.1.self_attn.q_proj"]
+TOLERANCE = 1e-5
+"""Of the largest value of an array: what sums over shards, taken in another order, may change in float32."""
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    """Give one new folder to all ranks."""
+    path = [mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(path, 0)
+    yield Path(path[0])
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(path[0], ignore_errors=True)
+    dist.barrier()
+
+
+def compare(model: nn.Module, plain: nn.Module, exact: bool, **options: Any) -> None:
+    """Capture a distributed model and, on rank 0, the plain one; the stores must agree."""
+    options = {**OPTIONS, "sites": SITES, **options}
+    with folder() as place:
+        flexcache.capture(model, None, DOCUMENTS, place / "together.zarr", **options)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            together = flexcache.open(place / "together.zarr")
+            alone = flexcache.capture(plain, None, DOCUMENTS, place / "alone.zarr", **options)
+            assert together.complete
+            assert flexcache.verify(together.path).sound
+            if exact:
+                assert shard_hashes(together.path) == shard_hashes(alone.path)
+            for name, array in alone.arrays.items():
+                for layer in array.slices:
+                    found, expected = together.read(name, layer), alone.read(name, layer)
+                    error = np.abs(found - expected).max() / np.abs(expected).max()
+                    assert error <= TOLERANCE, f"{name} {layer}: off by {error:.3g} of its largest value"
+            assert {p.name for p in together.path.iterdir()} == {p.name for p in alone.path.iterdir()}
+            model_of = [store.provenance["model"]["weights_sample_xxh3_128"] for store in (together, alone)]
+            assert model_of[0] in (None, model_of[1])
+    for name, module in model.named_modules():
+        assert not any("flexcache" in str(getattr(h, "__module__", "")) for h in module._forward_hooks.values()), name
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def loaded(family: str, overrides: dict[str, Any] | None = None, **sizes: int) -> nn.Module:
+    """Return a model that transformers distributes while it is loaded."""
+    import transformers
+    from transformers.distributed import DistributedConfig
+
+    with saved(family, **(overrides or {})) as path:
+        cls = getattr(transformers, FAMILIES[family][0])
+        return cls.from_pretrained(path, distributed_config=DistributedConfig(**sizes)).eval()
+
+
+def sharded(model: nn.Module, mesh: Any = None) -> nn.Module:
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+# One model on several ranks
+
+
+@check(2)
+def tensor_parallel() -> None:
+    compare(loaded("llama", tp_size=2), tiny("llama"), exact=False)
+    compare(loaded("gpt_neox", tp_size=2), tiny("gpt_neox"), exact=False, sites=["resid_post", "mlp_post"])
+
+
+@check(2)
+def tensor_parallel_by_parallelize_module() -> None:
+    compare(shard(tiny("llama")), tiny("llama"), exact=False)
+    compare(shard(tiny("llama"), sequence=True), tiny("llama"), exact=False)
+
+
+@check(2)
+def a_model_that_needs_a_mask_is_refused_where_tokens_are_sharded() -> None:
+    model = tiny("llama")
+    for block in model.model.layers:
+        block.self_attn.is_causal = False
+    model.set_attn_implementation("sdpa")
+    with folder() as place, pytest.raises(LayoutError, match="takes no attention mask, and needs one"):
+        flexcache.capture(shard(model, sequence=True), None, DOCUMENTS, place / "run.zarr", **OPTIONS)
+
+
+@check(3)
+def tensor_parallel_in_uneven_shards() -> None:
+    compare(loaded("llama", UNEVEN, tp_size=3), tiny("llama", **UNEVEN), exact=False)
+
+
+@check(2)
+def files_of_tensor_parallel_ranks_are_shared_out_evenly() -> None:
+    from flexcache.recorder.crew import Crew
+    from flexcache.recorder.reading import locate
+    from flexcache.spec import Spec
+
+    model = loaded("llama", tp_size=2)
+    crew = Crew(model)
+    reading = locate(model, Spec(sites={"resid_post": "all", "mlp_post": "all"}))
+    keys: list[Any] = [None, None]
+    dist.all_gather_object(keys, crew.keys(reading.taps))
+    assert not set(keys[0]) & set(keys[1])
+    assert len(keys[0]) == len(keys[1]) == 4
+    crew.close()
+
+
+@check(2)
+def patterns_and_encoders_under_tensor_parallel() -> None:
+    def entropy(pattern: torch.Tensor) -> torch.Tensor:
+        return -(pattern * pattern.clamp_min(1e-9).log()).sum(-1).transpose(1, 2)
+
+    transforms = [
+        flexcache.Transform("entropy", "pattern", entropy),
+        flexcache.Transform("neurons", "mlp_post", lambda x: x.topk(3, dim=-1).values, layers=[1]),
+    ]
+    model = loaded("llama", tp_size=2)
+    model.set_attn_implementation("eager")
+    plain = tiny("llama")
+    plain.set_attn_implementation("eager")
+    compare(model, plain, exact=False, sites=[], transforms=transforms)
+
+
+@check(2)
+def gradients_under_tensor_parallel() -> None:
+    sites = ["resid_post", "resid_post.grad", "mlp_post.grad", "model.layers.2.mlp.grad"]
+    compare(loaded("llama", tp_size=2), tiny("llama"), exact=False, sites=sites)
+    compare(shard(tiny("llama")), tiny("llama"), exact=False, sites=sites)
+    compare(shard(tiny("llama"), sequence=True), tiny("llama"), exact=False, sites=sites)
+
+
+@check(2)
+def a_pipeline_of_transformers() -> None:
+    compare(loaded("llama", pp_size=2), tiny("llama"), exact=True)
+    model = loaded("llama", pp_size=2)
+    with pytest.raises(ConfigError, match="gradients cannot be captured through a pipeline"):
+        flexcache.capture(model, None, DOCUMENTS, "none.zarr", sites="resid_post.grad", **OPTIONS)
+
+
+# The same model on several ranks
+
+
+@check(2)
+def copies_with_and_without_a_wrapper() -> None:
+    compare(tiny("llama"), tiny("llama"), exact=True)
+    compare(DistributedDataParallel(tiny("llama")), tiny("llama"), exact=True)
+
+
+@check(2, 3)
+def fsdp2() -> None:
+    """Units run out on one rank before they do on the other, which still needs its weights."""
+    compare(sharded(tiny("llama")), tiny("llama"), exact=True, layers=[0, 1], sites=["resid_post"])
+    compare(sharded(tiny("llama")), tiny("llama"), exact=True)
+
+
+@check(2)
+def fsdp2_goes_on_training_with_the_weights_it_has() -> None:
+    """A forward that is left early leaves nothing behind that a later step would compute with."""
+    model = sharded(tiny("llama"))
+    with folder() as place:
+        flexcache.capture(model, None, DOCUMENTS, place / "run.zarr", layers=[1], **OPTIONS)
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        found = model(input_ids=ids).logits
+        plain = tiny("llama")
+        for parameter in plain.parameters():
+            parameter.mul_(1.5)
+        assert torch.allclose(found, plain(input_ids=ids).logits, atol=1e-4)
+
+
+@check(2)
+def gradients_under_fsdp2() -> None:
+    compare(sharded(tiny("llama")), tiny("llama"), exact=False, sites=["resid_post", "resid_post.grad"])
+
+
+@check(2)
+def fsdp1() -> None:
+    model = tiny("llama")
+    options: dict[str, Any] = {"device_id": torch.device("cpu"), "use_orig_params": True}
+    for number, block in enumerate(model.model.layers):
+        model.model.layers[number] = FullyShardedDataParallel(block, **options)
+    compare(FullyShardedDataParallel(model, **options), tiny("llama"), exact=True)
+
+
+@check(2)
+def deepspeed_zero() -> None:
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise SkipError(f"DeepSpeed is not installed: {error}") from error
+    os.environ["LOCAL_RANK"] = os.environ["RANK"]
+    for stage in (2, 3):
+        model = tiny("llama")
+        try:
+            engine, *_ = deepspeed.initialize(
+                model=model,
+                config={
+                    "train_micro_batch_size_per_gpu": 2,
+                    "zero_optimization": {"stage": stage},
+                    "zero_allow_untested_optimizer": True,
+                    "zero_force_ds_cpu_optimizer": False,
+                },
+                optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
+                dist_init_required=False,
+            )
+        except RuntimeError as error:  # its communication kernel is compiled when it is first used
+            raise SkipError(f"DeepSpeed cannot compile its kernel here: {error}") from error
+        compare(engine, tiny("llama"), exact=True)
+        engine.destroy()
+
+
+# Both
+
+
+@check(4)
+def fsdp2_and_tensor_parallel() -> None:
+    compare(loaded("llama", fsdp_size=2, tp_size=2), tiny("llama"), exact=False)
+
+
+@check(4)
+def copies_of_a_tensor_parallel_model() -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "tp"))
+    compare(shard(tiny("llama"), mesh=mesh["tp"]), tiny("llama"), exact=False)
