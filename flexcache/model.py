@@ -23,6 +23,44 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 SAMPLED_VALUES = 64
 
 
+class Parallel(BaseModel):
+    """Over how many processes transformers spreads one model; all those of a launcher are used, as copies of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tensor: int = Field(1, ge=1, description="processes that share every weight, by the model's tensor-parallel plan")
+    fsdp: int = Field(1, ge=1, description="processes that share the weights, and gather them block by block (FSDP2)")
+    pipeline: int = Field(1, ge=1, description="processes that have a part of the blocks each")
+
+    def config(self) -> Any:
+        """Return what transformers loads a distributed model by, or None where it is not distributed.
+
+        Raises
+        ------
+        ConfigError
+            The launcher did not start as many processes, or transformers cannot combine these.
+        """
+        size, world = self.tensor * self.fsdp * self.pipeline, launch().world
+        if size == 1:
+            return None
+        if world % size or (self.pipeline > 1 and world > size):
+            raise ConfigError(
+                f"model.parallel does not fit the {world} process{'es' if world > 1 else ''} of the launcher",
+                expected=f"tensor {self.tensor} · fsdp {self.fsdp} · pipeline {self.pipeline} = {size} processes"
+                + ("" if self.pipeline > 1 else ", or a multiple"),
+                found=str(world),
+                remedy=f"torchrun --nproc-per-node {size}; several such launchers may fill one store",
+            )
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        try:
+            return DistributedConfig(
+                tp_size=self.tensor, fsdp_size=self.fsdp, pp_size=self.pipeline, dp_replicate_size=world // size
+            )
+        except ValueError as error:
+            raise ConfigError("transformers cannot distribute a model so", found=str(error)) from error
+
+
 class ModelSource(BaseModel):
     """A Hugging Face model, as a folder or a hub name, and how to load it."""
 
@@ -34,6 +72,7 @@ class ModelSource(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
     device: str = "auto"
+    parallel: Parallel = Parallel()
     gguf_file: str | None = None
     trust_remote_code: bool = False
 
@@ -49,9 +88,12 @@ class ModelSource(BaseModel):
         options: dict[str, Any] = {**self._where(), **self._gguf(), "dtype": self.dtype}
         if self.attention:
             options["attn_implementation"] = self.attention
+        distributed = self.parallel.config()
+        if distributed is not None:
+            options["distributed_config"] = distributed
         with _translated(self.name):
             model = self._auto_class().from_pretrained(self.name, **options)
-        return model.to(self._device()).eval()
+        return (model if distributed is not None else model.to(self._device())).eval()
 
     def skeleton(self) -> torch.nn.Module:
         """Return the model on the meta device: modules and shapes, without weights."""

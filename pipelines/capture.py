@@ -21,6 +21,7 @@ def run(config: CaptureConfig, *, allow_mixed: bool = False, progress: bool = Tr
 
     progress = progress and launch().rank == 0
     documents = config.documents.open()
+    config.model.parallel.config()  # refuses a number of processes that does not fit, before anything is loaded
     if not progress:
         transformers.utils.logging.disable_progress_bar()
     if config.threads:
@@ -34,7 +35,7 @@ def run(config: CaptureConfig, *, allow_mixed: bool = False, progress: bool = Tr
         "files": config.model.weights(),
     }
     model = config.model.load()
-    return flexcache.capture(
+    store = flexcache.capture(
         model,
         tokenizer,
         documents,
@@ -47,3 +48,6 @@ def run(config: CaptureConfig, *, allow_mixed: bool = False, progress: bool = Tr
         model_info=info,
         progress=progress,
     )
+    if torch.distributed.is_initialized():  # by transformers, for a model on several processes
+        torch.distributed.destroy_process_group()
+    return store

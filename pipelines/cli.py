@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from flexcache.errors import ConfigError, FlexCacheError
+from flexcache.parallel.launch import launch
 
 app = typer.Typer(
     help="Cache transformer activations once, and study them without the model.",
@@ -53,7 +54,8 @@ def capture(
     from pipelines.config import read_config
 
     store = pipeline.run(read_config(config, changes or ()), allow_mixed=allow_mixed, progress=not quiet)
-    console.print(repr(store), highlight=False, markup=False)
+    if launch().rank == 0:
+        console.print(repr(store), highlight=False, markup=False)
 
 
 @app.command()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -164,20 +165,44 @@ def test_a_store_that_is_none_is_said_to_be_none(tmp_path: Path, capsys: pytest.
         assert "is not a store" in " ".join(run(capsys, command, tmp_path / "no.zarr", status=1).split())
 
 
+def launch(processes: int, *arguments: object) -> str:
+    """Run a command under torchrun; return its error stream."""
+    root = Path(__file__).parents[2]
+    launched = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
+            *("-m", "pipelines", *map(str, arguments)),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert launched.returncode == 0, launched.stderr
+    return launched.stderr
+
+
+@pytest.mark.parametrize(("processes", "sizes"), [(2, "{tensor: 2}"), (2, "{fsdp: 2}")])
+def test_a_model_on_several_processes_fills_a_store(
+    processes: int, sizes: str, config: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = f"model={{name: {checkpoint}, parallel: {sizes}}}"
+    launch(processes, "capture", config, "-q", "--set", model)
+    run(capsys, "capture", config, "-q", "--set", "store=alone.zarr")
+    together, alone = flexcache.open("run.zarr"), flexcache.open("alone.zarr")
+    assert together.complete
+    assert flexcache.verify(together.path).sound
+    for name, array in alone.arrays.items():
+        for layer in array.slices:
+            assert np.allclose(together.read(name, layer), alone.read(name, layer), atol=1e-5)
+    assert together.provenance["model"] == alone.provenance["model"]
+    assert "does not fit the 1 process of" in run(capsys, "capture", config, "-q", "--set", model, status=2)
+
+
 def test_two_processes_of_torchrun_fill_one_store_with_the_same_bytes(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = Path(__file__).parents[2]
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-            *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
-            *("-m", "pipelines", "capture", str(config)),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(root)},
-        check=True,
-        capture_output=True,
-    )
+    launch(2, "capture", config)
     run(capsys, "capture", config, "-q", "--set", "store=alone.zarr")
     together, alone = flexcache.open("run.zarr"), flexcache.open("alone.zarr")
     assert together.complete
