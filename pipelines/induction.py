@@ -17,6 +17,7 @@ from rich.table import Table
 import flexcache
 from analysis.induction import plot, scores, transforms
 from flexcache import Transform
+from flexcache.errors import MismatchError
 from pipelines.induction_model import STEPS, AttentionOnly, repeated, train
 
 SEQUENCES, HALF = 64, 24
@@ -43,15 +44,16 @@ def run(output: Path, console: Console, seed: int = 0, steps: int = STEPS, progr
     MismatchError
         *output* has a store of a model that was trained otherwise.
     """
-    began = time.perf_counter()
+    began, path, training = time.perf_counter(), output / "induction.zarr", {"seed": seed, "steps": steps}
+    refuse_another(path, training)
     console.rule("1 of 3: train", align="left")
+    torch.set_num_threads(1)  # more would gain nothing, and the weights would depend on how many there are
     model = trained(seed, steps, progress)
     seconds = time.perf_counter() - began
     console.print(f"{sum(p.numel() for p in model.parameters()):,} weights, {steps:,} steps, {seconds:.0f} s")
 
     console.rule("2 of 3: capture", align="left")
-    path = output / "induction.zarr"
-    info = {"name": "two-layer attention-only transformer", "training": {"seed": seed, "steps": steps}}
+    info = {"name": "two-layer attention-only transformer", "training": training}
     unseen = documents(model.config.vocab_size, seed)
     flexcache.capture(model, None, unseen, path, transforms=TRANSFORMS, model_info=info, progress=progress)
 
@@ -67,6 +69,26 @@ def run(output: Path, console: Console, seed: int = 0, steps: int = STEPS, progr
     for what, place in (("picture", picture), ("numbers", table), ("store", path)):
         console.print(escape(f"{what:<8} {place}"), highlight=False, soft_wrap=True)
     return heads
+
+
+def refuse_another(path: Path, training: dict[str, Any]) -> None:
+    """Refuse a store of another training before there is one to throw away.
+
+    Raises
+    ------
+    MismatchError
+    """
+    if not path.exists():
+        return
+    earlier = flexcache.open(path).provenance.get("model", {}).get("training")
+    if earlier != training:
+        raise MismatchError(
+            "the store is of a model that was trained otherwise",
+            where=str(path),
+            expected=str(training),
+            found=str(earlier),
+            remedy="choose another folder (--output), or remove the store",
+        )
 
 
 def trained(seed: int, steps: int, progress: bool = True) -> AttentionOnly:
@@ -95,8 +117,8 @@ def documents(vocabulary: int, seed: int = 0, sequences: int = SEQUENCES, half: 
 
 def head_table(heads: xr.Dataset) -> Table:
     """Return the scores of each layer and head."""
-    table = Table(title="mean attention in the second half", title_justify="left", box=None)
-    for name in ("layer", "head", "to the token after the earlier one", "to the previous token"):
+    table = Table(title="mean attention over the second half", title_justify="left", box=None)
+    for name in ("layer", "head", "induction", "previous token"):
         table.add_column(name, justify="right")
     for layer in heads["layer"].values:
         for head in heads["head"].values:

@@ -13,14 +13,11 @@ from matplotlib.ticker import MaxNLocator
 from analysis.induction.scores import LOSS, SCORES
 from analysis.probes.plot import COLOURS, INK, PAPER, SOFT
 
-TITLES = {
-    "induction": "attention to the token after the earlier one",
-    "previous_token": "attention to the previous token",
-}
+TITLES = {"induction": "induction score", "previous_token": "previous-token score"}
 
 
 def plot(scores: xr.Dataset, loss: xr.DataArray, chance: float, path: str | Path | None = None) -> Figure:
-    """Draw what `head_scores` and `loss_by_position` return. Uses no pyplot, and so no display and no global state.
+    """Draw what `head_scores` and `loss_by_position` return, the last layer on top; without pyplot, as `Sweep.plot` does.
 
     Parameters
     ----------
