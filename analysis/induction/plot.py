@@ -17,7 +17,7 @@ TITLES = {"induction": "induction score", "previous_token": "previous-token scor
 
 
 def plot(scores: xr.Dataset, loss: xr.DataArray, chance: float, path: str | Path | None = None) -> Figure:
-    """Draw what `head_scores` and `loss_by_position` return, the last layer on top; without pyplot, as `Sweep.plot` does.
+    """Draw what `head_scores` and `loss_by_position` return, the last layer on top. Uses no pyplot.
 
     Parameters
     ----------

@@ -112,7 +112,7 @@ def test_every_row_is_right_where_documents_differ_in_length(model: AttentionOnl
 
 def test_a_store_without_the_arrays_or_the_rows_is_refused(model: AttentionOnly, tmp_path: Path) -> None:
     documents = pipeline.documents(64, sequences=3, half=HALF)
-    store = flexcache.capture(model, None, documents, tmp_path / "run.zarr", sites="attn_out", progress=False)
+    store = flexcache.capture(model, None, documents, tmp_path / "run.zarr", sites="resid_post", progress=False)
     with pytest.raises(SiteError, match="no site 'induction'"):
         scores.head_scores(store)
     with pytest.raises(SiteError, match="no site 'loss'"):
