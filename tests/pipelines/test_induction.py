@@ -142,9 +142,15 @@ def test_the_model_is_causal_and_padding_changes_nothing(model: AttentionOnly) -
     with torch.no_grad():
         whole, changed = model(ids).logits, model(later).logits
         padded = model(ids * mask, mask, use_cache=False).logits
+        hidden = torch.ones_like(ids)
+        hidden[:, :4] = 0
+        before, other = model(ids, hidden).logits, model(ids * hidden, hidden).logits
     assert torch.equal(whole[:, :12], changed[:, :12])
     assert not torch.allclose(whole[:, 12:], changed[:, 12:])
     assert torch.allclose(whole[:, :15], padded[:, :15], atol=1e-5)
+    assert torch.equal(before[:, 4:], other[:, 4:])
+    assert before.isfinite().all()
+    assert not torch.allclose(before[:, 4:], whole[:, 4:])
 
 
 def test_the_residual_stream_holds_no_positions() -> None:
@@ -185,7 +191,7 @@ def test_a_store_of_another_training_is_refused_before_training(
 
 
 def test_the_picture_may_be_svg(store: Store, tmp_path: Path) -> None:
-    path = tmp_path / "new" / "induction.svg"
+    path = tmp_path / "new" / "folder" / "induction.svg"
     plot.plot(scores.head_scores(store), scores.loss_by_position(store), np.log(64), path)
     assert "<svg" in path.read_text()
 
