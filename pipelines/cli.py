@@ -122,6 +122,21 @@ def demo(
     pipeline.run(documents, output, console)
 
 
+@app.command()
+def induction(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the store, the scores and the picture.")
+    ] = Path("induction"),
+    seed: Annotated[int, typer.Option(help="Of the weights, of the training and of the documents.", min=0)] = 0,
+    steps: Annotated[int, typer.Option(help="Steps of training.", min=1)] = 1500,
+    quiet: Quiet = False,
+) -> None:
+    """Induction heads from a store: train a two-layer transformer to copy, and find the heads that do it."""
+    from pipelines import induction as pipeline
+
+    pipeline.run(output, console, seed=seed, steps=steps, progress=not quiet)
+
+
 def main(arguments: list[str] | None = None) -> Any:
     """Run a command; user mistakes end in one message and a status of 1, or 2 for a wrong configuration."""
     errors = Console(stderr=True)

@@ -1,0 +1,1 @@
+"""Induction heads: what is kept of attention patterns, and what a store then says of each head."""

@@ -1,0 +1,106 @@
+"""What a store of repeated documents says of each head, and of each position; without the model."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from flexcache.errors import AnalysisError
+from flexcache.store.store import Store
+
+SCORES = ("induction", "previous_token")
+LOSS = "loss"
+
+
+def half_length(store: Store) -> int:
+    """Return how many tokens of each document are said before they are repeated: half of its length.
+
+    Raises
+    ------
+    AnalysisError
+        Documents have different lengths or an odd one, or not all of their tokens are rows.
+    """
+    lengths = np.unique(store.documents.column("n_tokens").to_numpy())
+    if len(lengths) != 1 or lengths[0] % 2 or store.spec.get("rows") != "all":
+        raise AnalysisError(
+            "the documents have no seam in common",
+            where=str(store.path),
+            expected="documents of one even length, and a row for every token",
+            found=f"documents of {lengths.min()} to {lengths.max()} tokens, rows: {store.spec.get('rows')}",
+        )
+    return int(lengths[0]) // 2
+
+
+def head_scores(store: Store) -> xr.Dataset:
+    """Return the mean over the rows of the second halves of ``induction`` and ``previous_token``.
+
+    Returns
+    -------
+    Dataset with dims (layer, head); values from 0 to 1, shares of a head's attention
+
+    Raises
+    ------
+    AnalysisError
+        See `half_length`.
+    SiteError
+        The store lacks one of the two.
+    """
+    half = half_length(store)
+    for name in SCORES:
+        store.layers(name)
+    data = store.dataset()
+    second = np.flatnonzero(data["position"].values >= half)
+    means = {name: data[name].isel(token=second).mean("token").compute() for name in SCORES}
+    return xr.Dataset(
+        {name: mean.rename({f"feature_{name}": "head"}).reset_coords(drop=True) for name, mean in means.items()},
+        attrs={"rows": len(second), "half": half},
+    ).assign_coords(head=np.arange(means[SCORES[0]].sizes["feature_induction"]))
+
+
+def loss_by_position(store: Store) -> xr.DataArray:
+    """Return the mean loss of the token at each position, over documents, in nats.
+
+    A row has the loss of what its token predicts of the next one, so the value for a position is from the row before
+    it, and the first position has none.
+
+    Returns
+    -------
+    DataArray with dim position, from 1; its attribute ``half`` is the position of the first repeated token
+
+    Raises
+    ------
+    AnalysisError
+        See `half_length`.
+    SiteError
+        The store has no ``loss``.
+    """
+    half = half_length(store)
+    store.layers(LOSS)
+    loss = store.dataset()[LOSS].squeeze(f"feature_{LOSS}", drop=True).compute()
+    mean = loss.groupby("position").mean().isel(position=slice(0, -1))
+    return mean.assign_coords(position=mean["position"].values + 1).assign_attrs(half=half)
+
+
+def mean_losses(loss: xr.DataArray) -> dict[str, float]:
+    """Return mean losses in nats: of the first half; of the seam, the first repeated token; of the rest of the copy.
+
+    Nothing foretells where the copy begins, so the seam is no part of what can be copied.
+    """
+    half, position = loss.attrs["half"], loss["position"].values
+    parts = {"first half": position < half, "seam": position == half, "second half": position > half}
+    return {name: float(loss.values[rows].mean()) for name, rows in parts.items()}
+
+
+def save(scores: xr.Dataset, path: Path) -> Path:
+    """Write a line for every layer and head: layer, head, induction, previous_token."""
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("layer", "head", *SCORES))
+        for layer in scores["layer"].values:
+            for head in scores["head"].values:
+                at = scores.sel(layer=layer, head=head)
+                table.writerow((int(layer), int(head), *(f"{float(at[name]):.6f}" for name in SCORES)))
+    return path

@@ -1,0 +1,68 @@
+"""Functions for `flexcache.Transform`: of an attention pattern, how much a head attends to one particular token.
+
+They take documents that say the same twice, [A B C … A B C …], and find the two halves by the length of a document.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import pad
+
+from flexcache.recorder.objective import NextTokenLoss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flexcache.recorder.batch import Batch
+
+
+def induction(pattern: Tensor, batch: Batch) -> Tensor:
+    """Return the attention that each token pays to the token after its own earlier occurrence; 0 in the first half.
+
+    With halves of T tokens, position i looks for position i − T + 1.
+
+    Parameters
+    ----------
+    pattern : Tensor, shape (sequences, heads, queries, keys)
+
+    Returns
+    -------
+    Tensor, shape (sequences, queries, heads)
+    """
+    period = torch.tensor([len(tokens) // 2 for tokens in batch.tokens], device=pattern.device)[:, None]
+    query = torch.arange(pattern.shape[2], device=pattern.device)
+    after = (query - period + 1).clamp(0, pattern.shape[3] - 1)  # (sequences, queries)
+    index = after[:, None, :, None].expand(*pattern.shape[:3], 1)
+    paid = pattern.gather(3, index).squeeze(3).transpose(1, 2)
+    return paid * (query >= period)[..., None]
+
+
+def previous_token(pattern: Tensor) -> Tensor:
+    """Return the attention that each token pays to the one before it; 0 at the first.
+
+    Parameters
+    ----------
+    pattern : Tensor, shape (sequences, heads, queries, keys)
+
+    Returns
+    -------
+    Tensor, shape (sequences, queries, heads)
+    """
+    return pad(pattern.diagonal(-1, 2, 3), (1, 0)).transpose(1, 2)
+
+
+def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Return the loss of what each token predicts of the next, in nats; 0 at the last of a sequence.
+
+    Parameters
+    ----------
+    logits : Tensor, shape (sequences, longest, vocabulary)
+
+    Returns
+    -------
+    Tensor, shape (sequences, longest)
+    """
+    return NextTokenLoss()(SimpleNamespace(logits=logits), batch)
