@@ -189,7 +189,7 @@ def describe_model(model: torch.nn.Module) -> dict[str, Any]:
 
 def _out_of_reach(model: torch.nn.Module) -> bool:
     """Whether a rank cannot put the model's weights together: FSDP1, a pipeline, ZeRO-3."""
-    apart = ("FullyShardedDataParallel", "PipelineIdentityLayer")
+    apart = ("FullyShardedDataParallel", "PipelineIdentityLayer", "Stages")
     return any(type(module).__name__ in apart for module in model.modules()) or any(
         hasattr(parameter, "ds_id") for parameter in model.parameters()
     )

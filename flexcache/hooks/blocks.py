@@ -6,6 +6,7 @@ from torch import nn
 
 from flexcache.errors import SiteError
 from flexcache.hooks.names import inner, modules, text_config, unwrap
+from flexcache.parallel.stages import Stages
 
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """What configurations call the number of blocks."""
@@ -32,6 +33,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     SiteError
         There is no such list, the model has an encoder and a decoder, or one block is run several times.
     """
+    if isinstance(model, Stages):
+        return model.path, model.blocks
     check_single_stack(model)
     named = modules(model)
     lists = {name: module for name, module in named.items() if isinstance(module, nn.ModuleList) and len(module)}

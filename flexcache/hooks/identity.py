@@ -11,7 +11,7 @@ from torch import nn
 
 from flexcache.errors import SiteError
 from flexcache.hooks.aliases import NORM_PAIRS, part
-from flexcache.hooks.blocks import find_blocks
+from flexcache.hooks.blocks import find_blocks, is_elsewhere
 from flexcache.hooks.locate import locate
 from flexcache.hooks.measure import Example, Reader, input_device, read_example
 from flexcache.hooks.tap import Tap
@@ -148,9 +148,11 @@ def _norm_taps(model: nn.Module, layers: list[int]) -> dict[int, tuple[Tap, Tap,
     """Return, for blocks that may normalize last, input and output of the norm after attention and of the last one."""
     path, blocks = find_blocks(model)
     found: dict[int, tuple[Tap, Tap, Tap, Tap]] = {}
+    here = next((block for block in blocks if not is_elsewhere(block)), blocks[0])
     for layer in layers:
+        block = here if is_elsewhere(blocks[layer]) else blocks[layer]
         for pair in NORM_PAIRS:
-            if all(part(blocks[layer], name) is not None for name in pair):
+            if all(part(block, name) is not None for name in pair):
                 first, last = (f"{path}.{layer}.{name}" for name in pair)
                 found[layer] = (
                     Tap("norm", layer, first, "input"),

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from flexcache.parallel.stages import Stages
+
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Attributes under which torch.compile, FSDP and activation checkpointing hold the module that they wrap."""
 
@@ -48,12 +50,16 @@ def modules(model: nn.Module) -> dict[str, nn.Module]:
     Of a wrapper and the module in it, which share a path, the inner one: it reads and returns what the model's own
     code does, before and after any casting or padding of the wrapper's. A module under two paths is under both.
 
+    Of stages of a pipeline: the modules of all that are on this rank.
+
     >>> list(modules(nn.DataParallel(nn.Sequential(nn.ReLU()))))
     ['', '0']
     """
+    roots = list(model.parts) if isinstance(model, Stages) else [unwrap(model)]
     found: dict[str, nn.Module] = {}
-    for name, module in unwrap(model).named_modules(remove_duplicate=False):
-        found[".".join(part for part in name.split(".") if part not in WRAPPERS)] = module
+    for root in roots:
+        for name, module in root.named_modules(remove_duplicate=False):
+            found[".".join(part for part in name.split(".") if part not in WRAPPERS)] = module
     return found
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from flexcache.parallel.stages import Stages
+
 FSDP_DIMS = ("dp_replicate", "dp_shard", "dp", "fsdp", "data", "data_parallel", "replicate", "shard", "ddp")
 TENSOR_DIMS = ("tp", "tensor", "tensor_parallel", "model")
 
@@ -43,6 +45,8 @@ def runs_its_pipeline(model: nn.Module) -> bool:
 
 def _of(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
     name = type(module).__name__
+    if isinstance(module, Stages):
+        yield "pp", _ranks(module.group)
     if name in ("DistributedDataParallel", "FullyShardedDataParallel"):
         yield "dp", _ranks(module.process_group)
     elif name == "DeepSpeedEngine":

@@ -14,6 +14,7 @@ from flexcache import hooks
 from flexcache.documents import open_documents
 from flexcache.hooks.names import peel
 from flexcache.model import describe_model, describe_tokenizer, evaluating, longest_input, pad_id, vocabulary
+from flexcache.parallel.stages import Stages
 from flexcache.plan import RowSelection
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.cuda import pinned_slab
@@ -35,7 +36,7 @@ from flexcache.store.worker import PATIENCE
 
 
 def capture(
-    model: torch.nn.Module,
+    model: Any,
     tokenizer: Any,
     documents: Any,
     path: str | Path,
@@ -71,7 +72,8 @@ def capture(
     Parameters
     ----------
     model
-        Any transformers model with token ids as input, on any device.
+        Any transformers model with token ids as input, on any device. In a pipeline of torch, this process's
+        `PipelineStage`, or a list of them; see `flexcache.parallel.stages`.
     tokenizer
         The model's tokenizer; None where documents have ``tokens``.
     documents
@@ -122,6 +124,7 @@ def capture(
     CaptureError
         The disk refused a write. Committed units are kept.
     """
+    model = peel(model) if isinstance(model, torch.nn.Module) else Stages(model if isinstance(model, list) else [model])
     sites = (() if transforms else "resid_post") if sites is None else sites
     spec = validate(
         Spec,
@@ -140,7 +143,7 @@ def capture(
         },
         "capture",
     )
-    path, model = Path(path), peel(model)
+    path = Path(path)
     with evaluating(model), CaptureProgress(progress) as bars, closing(Crew(model)) as crew:
         reading = locate(model, spec, transforms, objective, crew.elsewhere())
         crew.check(reading)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from flexcache.parallel.assembly import Key
 from flexcache.parallel.distribution import Distribution, Piece
 from flexcache.parallel.layout import Layout, localize
 from flexcache.parallel.peers import swap, transfer
+from flexcache.parallel.stages import Stages
 from flexcache.parallel.twin import Probe
 from flexcache.site import PATTERN
 
@@ -64,7 +66,7 @@ class Gathering:
         self.stop = mesh.sizes.pp == 1
         self._stream = self._residual_stream()
         self.masked = True
-        """Whether the forward takes an attention mask: not where the residual stream is sharded by tokens."""
+        """Whether the forward takes an attention mask: not where tokens are sharded, nor in stages of torch."""
 
     @property
     def tensor(self) -> int:
@@ -113,23 +115,27 @@ class Gathering:
             known[tap] = local = localize(tensor, str(tap))
             raw[tap] = local.tensor.clone()
 
-        mine = tuple(dict.fromkeys((*self.owned(taps), *self._stream)))
+        mine = self.owned(dict.fromkeys((*taps, *self._stream)))
         with Taps(model, mine, sink, stop=False, shape=False) as opened:
             output = opened.forward(**inputs)
         for tap in (*taps, *self._stream):
             self._keys.setdefault(tap, Key(len(self._keys), 0))
         keys = self._keys
         probes = [Probe(keys[tap].hook, self._named[tap.module], _reader(tap)) for tap in keys if self._has(tap.module)]
-        distribution.begin(unwrap(model), (), inputs)
         pieces, layouts = [], {}
-        for tap in mine:
-            local = replace(known[tap], tensor=raw[tap])
-            layouts[tap] = distribution.layout(keys[tap], local, str(tap), None, lambda: probes)
-            pieces.append(Piece(keys[tap], 0, raw[tap], layouts[tap]))
-        distribution.end()
+        for root, args, kwargs, named in self._roots(model, inputs):
+            here = [probe for probe in probes if probe.module in named]
+            distribution.begin(root, args, kwargs)
+            for tap in mine:
+                if self._named[tap.module] in named:
+                    local = replace(known[tap], tensor=raw[tap])
+                    layouts[tap] = distribution.layout(keys[tap], local, str(tap), None, partial(list, here))
+                    pieces.append(Piece(keys[tap], 0, raw[tap], layouts[tap]))
+            distribution.end()
         whole, _ = distribution.exchange(pieces, range(len(mesh.ranks)), [str(tap) for tap in keys])
         self._learn(mine, raw, layouts, shape)
-        if self.masked and any(held is not None and held.sizes is None for held in self._shards.values()):
+        sharded = any(held is not None and held.sizes is None for held in self._shards.values())
+        if self.masked and (sharded or isinstance(model, Stages)):
             self.masked = False
             self._check_causal(model, inputs)
         found = {}
@@ -138,6 +144,15 @@ class Gathering:
             rows = shape[0] if tensor.shape[0] == shape[0] * mesh.sizes.dp else shape[0] * shape[1]
             found[tap] = tap.shaped(tensor[:rows], shape)
         return Read(inputs, found, output)
+
+    def _roots(
+        self, model: nn.Module, inputs: Any
+    ) -> list[tuple[nn.Module, tuple[Any, ...], Mapping[str, Any], set[nn.Module]]]:
+        """Return the modules from whose inputs shapes follow, with those inputs, and the modules in each."""
+        if isinstance(model, Stages):
+            parts = zip(model.parts, model.inputs, strict=True)
+            return [(part, (given,), {}, set(modules(part).values())) for part, given in parts]
+        return [(unwrap(model), (), inputs, set(self._named.values()))]
 
     def _learn(
         self, taps: Sequence[Tap], raw: Mapping[Tap, torch.Tensor], layouts: Mapping[Tap, Layout], shape: Sequence[int]
@@ -169,8 +184,7 @@ class Gathering:
             path, blocks = find_blocks(self._model)
         except SiteError:
             return ()
-        ends = Tap("stream", None, f"{path}.0", "input"), Tap("stream", None, f"{path}.{len(blocks) - 1}")
-        return ends if self.stop else ()
+        return Tap("stream", None, f"{path}.0", "input"), Tap("stream", None, f"{path}.{len(blocks) - 1}")
 
     def _check_causal(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
         """Refuse a model that needs a mask for padding, where its blocks could take none.
@@ -182,22 +196,27 @@ class Gathering:
         """
         others = dict(inputs)
         others["input_ids"] = torch.cat([inputs["input_ids"][:, :-1], inputs["input_ids"][:, :1]], dim=1)
+        path, blocks = find_blocks(model)
+        last = self.owned([Tap("stream", None, f"{path}.{len(blocks) - 1}")])
         read: list[torch.Tensor] = []
-        with Taps(
-            model, self._stream[1:], lambda tap, t: read.append(localize(t, str(tap)).tensor.clone()), shape=False
-        ) as opened:
+
+        def sink(tap: Tap, tensor: torch.Tensor) -> None:
+            read.append(localize(tensor, str(tap)).tensor.clone())
+
+        with Taps(model, last, sink, stop=False, shape=False) as opened:
             opened.forward(**inputs)
             opened.forward(**others)
-        last = self._here == self._peers[-1]
-        first, second = (values[:, :-1] if last else values for values in read)
-        changed = not torch.allclose(first, second, rtol=1e-4, atol=1e-5)
-        if any(flag for (flag,) in swap(self._distribution.group, self._peers, self._here, [int(changed)])):
+        whole = any(held is None for held in [self._shards.get(tap) for tap in last])
+        ends = whole or self._here == self._peers[-1]  # this rank has the last token, which may change
+        earlier = [values[:, :-1] if ends else values for values in read]
+        changed = bool(earlier) and not torch.allclose(earlier[0], earlier[1], rtol=1e-4, atol=1e-5)
+        if any(self._distribution.gathered(changed)):
             raise LayoutError(
-                "a model whose tokens are sharded between its blocks takes no attention mask, and needs one",
+                "a model that is distributed so takes no attention mask, and needs one",
                 where=type(unwrap(model)).__name__,
                 expected="causal attention, which never sees the padding at the right",
                 found="activations that depend on later tokens",
-                remedy="distribute it without sequence parallelism",
+                remedy="distribute it without sequence parallelism, or by transformers itself",
             )
 
     # Gathering

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,11 +18,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.pipelining import PipelineStage
 from torch.nn.parallel import DistributedDataParallel
 
 import flexcache
-from flexcache.errors import ConfigError, LayoutError
+from flexcache.errors import CaptureError, ConfigError, LayoutError
 from tests.corpora import lengths, token_documents
+from tests.distributed.checks.pipeline import halves
 from tests.distributed.checks.tensor import UNEVEN, saved, shard
 from tests.distributed.registry import check
 from tests.distributed.worker import SkipError
@@ -47,7 +50,7 @@ def folder() -> Iterator[Path]:
     dist.barrier()
 
 
-def compare(model: nn.Module, plain: nn.Module, exact: bool, **options: Any) -> None:
+def compare(model: Any, plain: nn.Module, exact: bool, **options: Any) -> None:
     """Capture a distributed model and, on rank 0, the plain one; the stores must agree."""
     options = {**OPTIONS, "sites": SITES, **options}
     with folder() as place:
@@ -68,9 +71,12 @@ def compare(model: nn.Module, plain: nn.Module, exact: bool, **options: Any) -> 
             assert {p.name for p in together.path.iterdir()} == {p.name for p in alone.path.iterdir()}
             model_of = [store.provenance["model"]["weights_sample_xxh3_128"] for store in (together, alone)]
             assert model_of[0] in (None, model_of[1])
-    for name, module in model.named_modules():
+    parts = (
+        [model] if isinstance(model, nn.Module) else [s.submod for s in (model if isinstance(model, list) else [model])]
+    )
+    for name, module in (pair for part in parts for pair in part.named_modules()):
         assert not any("flexcache" in str(getattr(h, "__module__", "")) for h in module._forward_hooks.values()), name
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.requires_grad for part in parts for parameter in part.parameters())
 
 
 def loaded(family: str, overrides: dict[str, Any] | None = None, **sizes: int) -> nn.Module:
@@ -136,6 +142,31 @@ def files_of_tensor_parallel_ranks_are_shared_out_evenly() -> None:
 
 
 @check(2)
+def a_rank_that_cannot_write_is_an_error_on_every_rank_and_commits_nothing() -> None:
+    from flexcache.store.writer import Writer
+
+    put, rank = Writer.put_in_place, dist.get_rank()
+
+    def full(self: Writer, files: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model = loaded("llama", tp_size=2)
+    with folder() as shared:
+        if rank == 1:
+            Writer.put_in_place = full  # type: ignore[method-assign]
+        try:
+            with pytest.raises(CaptureError, match="another process of the group" if rank == 0 else "No space left"):
+                flexcache.capture(model, None, DOCUMENTS, shared / "run.zarr", **OPTIONS)
+        finally:
+            Writer.put_in_place = put  # type: ignore[method-assign]
+        assert not flexcache.open(shared / "run.zarr").committed_units.size
+        dist.barrier()
+        store = flexcache.capture(model, None, DOCUMENTS, shared / "run.zarr", **OPTIONS)
+        assert store.complete
+        assert flexcache.verify(store.path).sound
+
+
+@check(2)
 def patterns_and_encoders_under_tensor_parallel() -> None:
     def entropy(pattern: torch.Tensor) -> torch.Tensor:
         return -(pattern * pattern.clamp_min(1e-9).log()).sum(-1).transpose(1, 2)
@@ -165,6 +196,39 @@ def a_pipeline_of_transformers() -> None:
     model = loaded("llama", pp_size=2)
     with pytest.raises(ConfigError, match="gradients cannot be captured through a pipeline"):
         flexcache.capture(model, None, DOCUMENTS, "none.zarr", sites="resid_post.grad", **OPTIONS)
+
+
+def stages(model: nn.Module, count: int, mine: list[int], group: Any = None) -> list[Any]:
+    return [PipelineStage(halves(model, count, n), n, count, torch.device("cpu"), group=group) for n in mine]
+
+
+@check(2)
+def a_pipeline_of_torch() -> None:
+    """Without a mask, since stages take none: sums over padded keys are then taken in another order."""
+    rank = dist.get_rank()
+    compare(stages(tiny("llama"), 2, [rank])[0], tiny("llama"), exact=False)
+    compare(stages(tiny("llama"), 4, [rank, rank + 2]), tiny("llama"), exact=False)
+
+
+@check(2)
+def stages_of_a_model_that_needs_a_mask_are_refused() -> None:
+    model = tiny("llama")
+    for block in model.model.layers:
+        block.self_attn.is_causal = False
+    with folder() as place, pytest.raises(LayoutError, match="takes no attention mask, and needs one"):
+        flexcache.capture(stages(model, 2, [dist.get_rank()]), None, DOCUMENTS, place / "run.zarr", **OPTIONS)
+
+
+@check(4)
+def a_pipeline_of_torch_with_tensor_parallel_and_with_fsdp() -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "other"))
+    group, stage = mesh["pp"].get_group(), mesh["pp"].get_local_rank()
+    compare(stages(shard(tiny("llama"), mesh=mesh["other"]), 2, [stage], group), tiny("llama"), exact=False)
+    made = stages(tiny("llama"), 2, [stage], group)
+    for block in made[0].submod.model.layers.values():
+        fully_shard(block, mesh=mesh["other"])
+    fully_shard(made[0].submod, mesh=mesh["other"])
+    compare(made, tiny("llama"), exact=False)
 
 
 # The same model on several ranks
