@@ -251,11 +251,12 @@ def fsdp2() -> None:
 def fsdp2_goes_on_training_with_the_weights_it_has() -> None:
     """A forward that is left early leaves nothing behind that a later step would compute with."""
     model = sharded(tiny("llama"))
+    weights = list(model.parameters())  # as an optimizer holds them
     with folder() as place:
         flexcache.capture(model, None, DOCUMENTS, place / "run.zarr", layers=[1], **OPTIONS)
     ids = torch.ones(1, 4, dtype=torch.int64)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in weights:
             parameter.mul_(1.5)
         found = model(input_ids=ids).logits
         plain = tiny("llama")
