@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -192,7 +193,8 @@ def gradients_under_tensor_parallel() -> None:
 
 @check(2)
 def a_pipeline_of_transformers() -> None:
-    compare(loaded("llama", pp_size=2), tiny("llama"), exact=True)
+    norms = flexcache.Transform("norm", "resid_post", partial(torch.linalg.vector_norm, dim=-1))
+    compare(loaded("llama", pp_size=2), tiny("llama"), exact=True, transforms=[norms])
     model = loaded("llama", pp_size=2)
     with pytest.raises(ConfigError, match="gradients cannot be captured through a pipeline"):
         flexcache.capture(model, None, DOCUMENTS, "none.zarr", sites="resid_post.grad", **OPTIONS)
