@@ -160,6 +160,7 @@ def capture(
         hooks.check_identity(model, reading.taps, reader=crew.read_example)
         planning = bars.planning(None)
         amount = plan_store(path, source, planning, planning.wait)
+        planning.done(amount is not None)
         stored = stored_identity(read_attributes(path))
         check_same(stored, source.identity(), path)
         for name, text in amount.lines() if amount else ():

@@ -16,7 +16,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from flexcache.recorder.recorder import Recorder
 from flexcache.recorder.tally import Tally
@@ -32,9 +32,9 @@ class CaptureProgress:
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=11)),
+            TextColumn("{task.fields[rate]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
             console=self.console,
             disable=not show,
         )
@@ -71,6 +71,11 @@ class _Planning:
     def __call__(self, documents: int, tokens: int) -> None:
         seconds = max(1e-6, time.perf_counter() - self._began)
         self._bars.update(self._task, completed=documents, rate=f"{tokens / seconds:,.0f} tokens/s")
+
+    def done(self, made: bool) -> None:
+        """End the bar; it disappears where the plan was there, or another process made it."""
+        self._bars.update(self._task, visible=made)
+        self._bars.stop_task(self._task)
 
     def wait(self) -> None:
         """Say that another process plans."""

@@ -75,6 +75,7 @@ def run(
             elif running:
                 forward(None)
             elif done:
+                advance()
                 return
             else:
                 recorder.on_wait(len(recorder.pending()))
