@@ -18,7 +18,7 @@ demo: $(READY)  ## fetch a model and texts, capture every layer, probe every lay
 	$(BIN)/flexcache demo --documents $(DOCUMENTS)
 
 test: $(READY)  ## the test suite
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 
 lint: $(READY)  ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .

@@ -1,7 +1,8 @@
-"""One launch of torchrun for each world size; its checks are told apart here."""
+"""One launch of torchrun for each world size, by the first of pytest's workers; its checks are told apart here."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -18,8 +19,17 @@ ROOT = Path(__file__).parents[2]
 
 
 @cache
+def results_of(world: int, shared: Path) -> dict[str, list[str]]:
+    """Return, by check, what each rank says of it; launched once, other workers wait for it."""
+    told = shared / f"distributed-{world}.json"
+    with (shared / f"distributed-{world}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not told.exists():
+            told.write_text(json.dumps(launch(world)))
+    return json.loads(told.read_text())
+
+
 def launch(world: int) -> dict[str, list[str]]:
-    """Return, by check, what each rank says of it."""
     with TemporaryDirectory() as folder:
         run = subprocess.run(
             [
@@ -40,8 +50,9 @@ def launch(world: int) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize(("world", "name"), [(world, name) for world in (2, 3, 4) for name in names(world)])
-def test_check(world: int, name: str) -> None:
-    results = launch(world)[name]
+def test_check(world: int, name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    base = tmp_path_factory.getbasetemp()
+    results = results_of(world, base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)[name]
     if all(result.startswith("skipped") for result in results):
         pytest.skip(results[0])
     failed = {f"rank {rank}": result for rank, result in enumerate(results) if result != "passed"}
