@@ -16,8 +16,8 @@ def run(config: CaptureConfig, *, allow_mixed: bool = False, progress: bool = Tr
     import transformers
 
     import flexcache
+    from flexcache.hooks.measure import input_device
     from flexcache.recorder.reading import locate
-    from flexcache.recorder.running import device_of
 
     progress = progress and launch().rank == 0
     documents = config.documents.open()
@@ -41,7 +41,7 @@ def run(config: CaptureConfig, *, allow_mixed: bool = False, progress: bool = Tr
         documents,
         config.store,
         **config.capture_options(),
-        **config.functions(tokenizer, device_of(model)),
+        **config.functions(tokenizer, input_device(model)),
         buffer_bytes=config.buffer_mb << 20,
         allow_mixed=allow_mixed,
         patience=config.patience,

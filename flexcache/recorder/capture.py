@@ -12,6 +12,7 @@ import torch
 
 from flexcache import hooks
 from flexcache.documents import open_documents
+from flexcache.hooks.measure import input_device
 from flexcache.hooks.names import peel
 from flexcache.model import describe_model, describe_tokenizer, evaluating, longest_input, pad_id, vocabulary
 from flexcache.parallel.stages import Stages
@@ -24,7 +25,7 @@ from flexcache.recorder.planning import Source, check_same, plan_store, stored_i
 from flexcache.recorder.progress import CaptureProgress, time_table
 from flexcache.recorder.reading import locate, measure_arrays
 from flexcache.recorder.recorder import DEFAULT_BUFFER, Recorder
-from flexcache.recorder.running import device_of, run, try_largest
+from flexcache.recorder.running import run, try_largest
 from flexcache.recorder.transform import Transform
 from flexcache.site import Layers
 from flexcache.spec import SitesLike, Spec, parse_sites, validate
@@ -171,7 +172,7 @@ def capture(
             fingerprint=fingerprint(model, crew.sizes.tp),
             buffer_bytes=buffer_bytes,
             allow_mixed=allow_mixed,
-            allocate=pinned_slab if device_of(model).type == "cuda" else anonymous_slab,
+            allocate=pinned_slab if input_device(model).type == "cuda" else anonymous_slab,
             batch_tokens=batch_tokens,
             keys=crew.keys(reading.taps, [(OBJECTIVE, None)] if OBJECTIVE in stored["arrays"] else ()),
             patience=patience,

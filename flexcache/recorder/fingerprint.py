@@ -33,8 +33,10 @@ def fingerprint(model: torch.nn.Module, tensor: int = 1) -> dict[str, Any]:
     """
     import torch
 
+    from flexcache.hooks.measure import input_device
+
     parameter = next(model.parameters(), torch.empty(0))
-    device = parameter.device
+    device = input_device(model)
     on_cpu = device.type == "cpu"
     return {
         "device": torch.backends.cpu.get_cpu_capability() if on_cpu else torch.cuda.get_device_name(device),

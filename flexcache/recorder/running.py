@@ -13,6 +13,7 @@ import torch
 
 from flexcache import hooks
 from flexcache.errors import CaptureError
+from flexcache.hooks.measure import input_device
 from flexcache.hooks.taps import activations_only
 from flexcache.parallel.fsdp import settle
 from flexcache.recorder.batch import Batch
@@ -48,7 +49,7 @@ def run(
         not fit.
     """
     crew = crew or Crew(model)
-    with forwards(model, reading, pad, _sink(recorder, device_of(model)), crew) as forward, recorder:
+    with forwards(model, reading, pad, _sink(recorder, input_device(model)), crew) as forward, recorder:
         advance: Callable[[], None] = bars.capturing(recorder) if bars else lambda: None
         batches: deque[Batch] = deque()
         unit = IDLE
@@ -149,7 +150,7 @@ def forwards(
     for others who share the weights. The forward stops after the last site; with an objective it runs to the end, and
     back.
     """
-    device, objective, gathering = device_of(model), reading.objective, crew.gathering
+    device, objective, gathering = input_device(model), reading.objective, crew.gathering
     numbers = {tap: number for number, tap in enumerate(reading.taps)}
     now: list[Batch] = []
 
@@ -190,17 +191,14 @@ def forwards(
     own = reading.taps if gathering is None else gathering.owned(reading.taps)
     stop = objective is None and (gathering is None or gathering.stop)
     flowing = nullcontext() if objective is None else activations_only(model)
-    with flowing, hooks.Taps(model, own, take, stop=stop, shape=gathering is None) as taps:
-        yield forward
-    settle(model)
+    try:
+        with flowing, hooks.Taps(model, own, take, stop=stop, shape=gathering is None) as taps:
+            yield forward
+    finally:
+        settle(model)
 
 
 ONE_TOKEN = Batch(0, 0, range(1), np.zeros(1, np.int64), (np.zeros(1, np.int32),), ((0, 1),))
-
-
-def device_of(model: torch.nn.Module) -> torch.device:
-    """Return where the first of a model's weights is."""
-    return next(model.parameters(), torch.empty(0)).device
 
 
 def _sink(recorder: Recorder, device: torch.device) -> Sink:

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -191,6 +192,15 @@ def test_documents_longer_than_the_model_are_truncated_and_counted(tmp_path: Pat
     assert store.plan["truncated_documents"] == 1
     assert store.plan["longest_document"] == 128
     assert store.provenance["model"]["class"] == "GPT2LMHeadModel"
+
+
+def test_weights_that_accelerate_keeps_elsewhere_give_the_same_bytes(tmp_path: Path) -> None:
+    whole = flexcache.capture(tiny("llama"), None, DOCUMENTS, tmp_path / "whole.zarr", **QUIET)
+    model = accelerate.cpu_offload(tiny("llama"), execution_device=torch.device("cpu"))
+    assert next(model.parameters()).device.type == "meta"
+    store = flexcache.capture(model, None, DOCUMENTS, tmp_path / "run.zarr", **QUIET)
+    assert shard_hashes(store.path) == shard_hashes(whole.path)
+    assert store.ledger.read(0).fingerprint == whole.ledger.read(0).fingerprint
 
 
 def limit_memory(model: torch.nn.Module, tokens: int, after: int = 0) -> list[torch.Size]:
