@@ -22,6 +22,7 @@ from flexcache.spec import ArraySpec, Spec
 from flexcache.store.card import card
 from flexcache.store.create import check_names, check_place, check_room, create, planning, total_bytes
 from flexcache.store.display import size
+from flexcache.store.writer import clear_errors
 
 Progress = Callable[[int, int], None]
 POLL = 0.1
@@ -175,10 +176,17 @@ def plan_store(
         The place is taken.
     DocumentsError
         See `flexcache.sequences.spool`.
+    CaptureError
+        The disk refuses a write.
     """
     check_place(path)
     if (path / "zarr.json").exists():
         return None
+    with clear_errors(path.parent):
+        return _plan_alone(path, source, progress, on_wait)
+
+
+def _plan_alone(path: Path, source: Source, progress: Progress, on_wait: Callable[[], None]) -> Estimate | None:
     with planning(path) as (worker, claims):
         while not (path / "zarr.json").exists():
             worker.sweep()

@@ -27,7 +27,7 @@ from flexcache.store.shard_file import Copy, NonFinite, ShardFile, copy_bytes
 from flexcache.store.slabs import Slab, SlabPool, anonymous_slab, size_slabs
 from flexcache.store.store import Store
 from flexcache.store.worker import PATIENCE, Worker
-from flexcache.store.writer import Writer, disk_error
+from flexcache.store.writer import Writer, clear_errors
 
 DEFAULT_BUFFER = 256 << 20
 POLL = 0.2
@@ -134,7 +134,8 @@ class Recorder:
         self._files.clear()
         self._unit = self._batch = None
         self.tally.waiting = self._pool.waited
-        self.tally.write(self.store.path, error, direct)
+        with clear_errors(self.store.path):
+            self.tally.write(self.store.path, error, direct)
 
     def pending(self) -> list[int]:
         """Return the units that are not committed, in order."""
@@ -225,24 +226,10 @@ class Recorder:
             The disk refuses.
         """
         began = time.perf_counter()
-        worker, claims, _ = self._open_for_units()
-        try:
-            if worker.lost:
-                self._stop()
-                self._start()
-                worker, claims, _ = self._open_for_units()
-            worker.sweep()
-            while True:
-                name = claims.take(self.pending())
-                if name is None:
-                    return None
-                if not self.store.ledger.has(int(name)):
-                    return int(name)
-                claims.release(name)
-        except OSError as error:
-            raise disk_error(error, self.store.path) from error
-        finally:
-            self.tally.claiming += time.perf_counter() - began
+        with clear_errors(self.store.path):
+            unit = self._claim()
+        self.tally.claiming += time.perf_counter() - began
+        return unit
 
     def begin(self, unit: int) -> list[Batch]:
         """Open the files of a unit, and return its batches under the budget of tokens."""
@@ -302,16 +289,15 @@ class Recorder:
         check_fingerprint(self.store, self.fingerprint, self._allow_mixed)
         if not self.store.ledger.has(unit):
             rows = self.unit_rows(unit)
-            try:
+            with clear_errors(self.store.path):
                 self.store.ledger.commit(
                     UnitRecord(unit, (rows.start, rows.stop), self.batch_tokens, self.fingerprint, written)
                 )
-            except OSError as error:
-                raise disk_error(error, self.store.path) from error
             self.tally.units += 1
             self.tally.rows += len(rows)
             self.tally.bytes += sum(file.size for file in written.values())
-        claims.release(unit)
+        with clear_errors(self.store.path):
+            claims.release(unit)
         self.store.refresh()
         self._unit, self._filled = None, 0
         self.tally.committing += time.perf_counter() - began
@@ -329,7 +315,8 @@ class Recorder:
             file.discard()
         self._files = {}
         if self._unit is not None:
-            claims.release(self._unit)
+            with clear_errors(self.store.path):
+                claims.release(self._unit)
         self._unit = self._batch = None
         self._filled = 0
         if worker.lost:
@@ -375,12 +362,22 @@ class Recorder:
 
     # Private
 
+    def _claim(self) -> int | None:
+        if self._open_for_units()[0].lost:
+            self._stop()
+            self._start()
+        worker, claims, _ = self._open_for_units()
+        worker.sweep()
+        while (name := claims.take(self.pending())) is not None:
+            if not self.store.ledger.has(int(name)):
+                return int(name)
+            claims.release(name)
+        return None
+
     def _start(self) -> None:
-        try:
+        with clear_errors(self.store.path):
             self._worker = Worker(self.store.path, self.fingerprint, self._patience)
             self._writer = Writer(self._worker, self._pool)
-        except OSError as error:
-            raise disk_error(error, self.store.path) from error
         self._claims = Claims(self._worker)
 
     def _check_others(self) -> None:
@@ -392,10 +389,13 @@ class Recorder:
         worker, claims, writer = self._open_for_units()
         writer.stop()
         self.tally.writing += writer.busy
-        claims.close(finished=self.store.complete)
-        worker.sweep()
-        worker.close()
         self._worker = self._claims = self._writer = None
+        try:
+            with clear_errors(self.store.path):
+                claims.close(finished=self.store.complete)
+                worker.sweep()
+        finally:
+            worker.close()
 
     def _open_for_units(self) -> tuple[Worker, Claims, Writer]:
         if self._worker is None or self._claims is None or self._writer is None:

@@ -78,10 +78,12 @@ def verify(path: str | Path, progress: Callable[[int, int], None] = lambda files
         files += 1
         size += record.size
         progress(files, size)
+    committed = set(store.committed_units.tolist())
+    begun = {name for unit in range(store.n_units) if unit not in committed for name in _expected(store, unit)}
     missing = [name for unit in store.committed_units.tolist() for name in _expected(store, unit) if name not in known]
     findings += [Finding(name, None, "is not named by its unit's record") for name in missing]
     for name in relative_files(store.path, skip=("ledger", "runs", PARTIAL, CLAIMS)):
-        if name not in known:
+        if name not in known and name not in begun:  # files of a unit whose process ended before its record
             findings.append(Finding(name, None, "is in no record: it is not part of the store"))
     return Verification(files, size, store.n_units, len(store.committed_units), tuple(findings))
 

@@ -26,9 +26,9 @@ _BEATS = 6
 class Worker:
     """This process at work on a store: a folder of its own for files in progress, and a heartbeat.
 
-    Clocks of different machines are never compared: a worker is gone when its file has not changed for *patience*
-    seconds of the watcher's own clock. On one machine nobody waits for that: there a process that has ended, by
-    whatever signal, is seen to have ended at once.
+    Clocks of different machines are never compared: a worker is gone when its folder is, or when its file has not
+    changed for *patience* seconds of the watcher's own clock. On one machine nobody waits for that: there a process
+    that has ended, by whatever signal, is seen to have ended at once.
 
     Attributes
     ----------
@@ -58,7 +58,9 @@ class Worker:
             except FileNotFoundError:  # another worker removed the folder above in between, as its last one
                 if not left:
                     raise
-        (fresh / ALIVE).write_bytes(json_bytes({**_identity(os.getpid()), "conditions": self.conditions}))
+        (fresh / ALIVE).write_bytes(
+            json_bytes({**_identity(os.getpid()), "id": self.id, "conditions": self.conditions})
+        )
         fresh.rename(self.folder)
         self._thread = threading.Thread(target=self._beat, name="flexcache-heartbeat", daemon=True)
         self._thread.start()
@@ -67,7 +69,8 @@ class Worker:
         """Stop, and remove the folder with all that is in it."""
         self._stopped.set()
         self._thread.join()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for _ in range(2):  # once more, should the disk have refused
+            shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.folder.parent.rmdir()
 
@@ -88,7 +91,7 @@ class Worker:
         except OSError:
             self._seen.pop(path, None)
             return False
-        if _ended(content):
+        if _ended(content) or self._left(content):
             return True
         now = time.monotonic()
         before, since = self._seen.setdefault(path, (changed, now))
@@ -96,6 +99,14 @@ class Worker:
             self._seen[path] = changed, now
             return False
         return now - since >= self._patience
+
+    def _left(self, content: bytes) -> bool:
+        """Whether a worker's folder is gone, so that it has closed, or others have found it gone."""
+        try:
+            told = json.loads(content)
+            return not (self.root / PARTIAL / uuid.UUID(told["id"]).hex).exists()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return False
 
     def sweep(self) -> None:
         """Remove the files in progress of workers that are gone."""

@@ -13,7 +13,8 @@ import resource
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +199,18 @@ class Writer:
             self.cpu += time.thread_time() - cpu
 
 
+@contextmanager
+def clear_errors(root: Path) -> Iterator[None]:
+    """Turn errors of the operating system into that which a user sees."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(error, root) from error
+
+
 def disk_error(error: OSError, root: Path) -> CaptureError:
     """Return the error that a user sees for one of the operating system's."""
+    root = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     failure = CaptureError(
         "the disk is full" if full else "the disk refused a write",

@@ -3,6 +3,8 @@
 Starting Python and torch anew for each of many processes would take longer than all they do.
 
     python -m tests.reliability.nursery STORE LOG     a line "start" or "start 0.5" (patience); answers with a pid
+                                                      a line "step 17 STORE": a small capture, killed at that of its
+                                                      steps on the file system; -1 counts them into STORE.steps
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import flexcache.recorder.recorder as recording
 from flexcache.recorder.recorder import Recorder
 from tests.corpora import lengths, token_documents
 from tests.models import VOCABULARY, tiny
+from tests.reliability.steps import Steps, counted, killed
 
 DOCUMENTS = token_documents(lengths(400, longest=30), vocabulary=VOCABULARY)
 OPTIONS: dict[str, Any] = {"progress": False, "batch_tokens": 64}
@@ -46,6 +49,13 @@ def child(path: str, log: str, patience: float) -> None:
     os._exit(0)
 
 
+def small(path: str, at: int) -> None:
+    steps = Steps(Path(path).parent, at, killed)
+    with counted(steps):
+        flexcache.capture(tiny("llama"), None, DOCUMENTS[:60], path, layers=[1, 3], **OPTIONS)
+    Path(f"{path}.steps").write_text(" ".join(steps.taken))
+
+
 def main(path: str, log: str) -> None:
     torch.set_num_threads(1)
     recording.POLL = 0.02
@@ -54,6 +64,10 @@ def main(path: str, log: str) -> None:
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
+            if line.startswith("step"):
+                _, at, place = line.split()
+                small(place, int(at))
+                os._exit(0)
             child(path, log, float((line.split()[1:] or ["1e6"])[0]))
         print(pid, flush=True)
 

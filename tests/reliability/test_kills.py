@@ -44,6 +44,15 @@ class Nursery:
         self._process.stdin.flush()
         return int(self._read())
 
+    def step(self, at: int, path: Path) -> None:
+        """Run a small capture that is killed at a step, and wait for its end."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"step {at} {path}\n")
+        self._process.stdin.flush()
+        pid = int(self._read())
+        while self.alive(pid):
+            time.sleep(0.005)
+
     def alive(self, pid: int) -> bool:
         with contextlib.suppress(OSError):
             return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
