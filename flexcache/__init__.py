@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from flexcache.recorder.capture import capture
     from flexcache.recorder.foreign import record
     from flexcache.recorder.objective import LogitDifference, NextTokenLoss
+    from flexcache.recorder.recompute import recompute
     from flexcache.recorder.recorder import Recorder
     from flexcache.recorder.transform import Transform
+    from flexcache.store.repair import repair
     from flexcache.store.store import Store
     from flexcache.store.store import Store as open  # noqa: N813
     from flexcache.store.verify import verify
@@ -43,7 +45,9 @@ __all__ = [
     "capture",
     "open",
     "open_documents",
+    "recompute",
     "record",
+    "repair",
     "verify",
 ]
 
@@ -60,7 +64,9 @@ _PLACES = {
     "capture": "flexcache.recorder.capture:capture",
     "open": "flexcache.store.store:Store",
     "open_documents": "flexcache.documents:open_documents",
+    "recompute": "flexcache.recorder.recompute:recompute",
     "record": "flexcache.recorder.foreign:record",
+    "repair": "flexcache.store.repair:repair",
     "verify": "flexcache.store.verify:verify",
 }
 

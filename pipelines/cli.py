@@ -81,11 +81,44 @@ def sites(
 
 
 @app.command()
-def verify(store: StorePath, quiet: Quiet = False) -> None:
+def verify(
+    store: StorePath,
+    recompute: Annotated[
+        int, typer.Option(help="Run so many random units through the model again; needs --config.", min=0)
+    ] = 0,
+    config: Annotated[Path | None, typer.Option(help="The file that the store was captured with.")] = None,
+    changes: Changes = None,
+    quiet: Quiet = False,
+) -> None:
     """Compare every file of a store with the checksum it was written with; exit status 1 where one differs."""
     from pipelines import verify as pipeline
+    from pipelines.config import read_config
 
-    if not pipeline.run(store, console, progress=not quiet).sound:
+    if recompute and config is None:
+        raise ConfigError("--recompute needs the model", remedy="give --config, the file of the capture")
+    sound = pipeline.run(store, console, progress=not quiet).sound
+    if sound and recompute and config is not None:
+        settings = read_config(config, changes or ())
+        sound = pipeline.again(store, settings, recompute, console, progress=not quiet)
+    if not sound:
+        raise typer.Exit(1)
+
+
+@app.command()
+def repair(
+    store: StorePath,
+    config: Annotated[
+        Path | None, typer.Option(help="The file that the store was captured with, to compute the units at once.")
+    ] = None,
+    changes: Changes = None,
+    quiet: Quiet = False,
+) -> None:
+    """Take back the units that a damaged file belongs to, and compute those again; exit status 1 if more is wrong."""
+    from pipelines import repair as pipeline
+    from pipelines.config import read_config
+
+    settings = None if config is None else read_config(config, [*(changes or ()), f"store={store}"])
+    if pipeline.run(store, settings, console, progress=not quiet).beyond:
         raise typer.Exit(1)
 
 

@@ -1,4 +1,4 @@
-"""flexcache verify: every file of a store against its checksum."""
+"""flexcache verify: every file of a store against its checksum; and units against the model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from flexcache.store.display import array_bytes, size
 from flexcache.store.store import Store
 from flexcache.store.verify import Verification, verify
+from pipelines.config import CaptureConfig
 
 
 def run(path: Path, console: Console, progress: bool = True) -> Verification:
@@ -31,12 +32,40 @@ def run(path: Path, console: Console, progress: bool = True) -> Verification:
         + f"; the store is {state}",
         highlight=False,
     )
-    damaged = sorted({finding.unit for finding in result.findings if finding.unit is not None})
-    if damaged:
-        listed = " ".join(f"ledger/0/{unit}.json" for unit in damaged[:20])
-        console.print(
-            f"to recompute the damaged units, delete {listed}{' …' if len(damaged) > 20 else ''} and run the same"
-            " capture again",
-            highlight=False,
-        )
+    if any(finding.unit is not None for finding in result.findings):
+        console.print("flexcache repair takes the damaged units back, to be computed again", highlight=False)
     return result
+
+
+def again(path: Path, config: CaptureConfig, units: int, console: Console, progress: bool = True) -> bool:
+    """Run random units through the model again; print how far they are from what is stored, and whether all agree."""
+    from flexcache.hooks.measure import input_device
+    from flexcache.recorder.recompute import recompute
+
+    model, tokenizer = config.model.load(), config.model.tokenizer()
+    with Progress(*Progress.get_default_columns(), console=Console(stderr=True), disable=not progress) as bars:
+        task = bars.add_task("computing again (rows)", total=None)
+        found = recompute(
+            model,
+            path,
+            units=units,
+            tokenizer=tokenizer,
+            **config.functions(tokenizer, input_device(model)),
+            progress=lambda rows: bars.advance(task, rows),
+        )
+    equal = sum(item.equal for item in found)
+    for item in found:
+        if not item.equal:
+            place = item.site if item.layer is None else f"{item.site}[{item.layer}]"
+            mark = "[red]✗[/]" if item.wrong else "[yellow]≠[/]"
+            why = "" if item.same_conditions else ", computed under other conditions"
+            console.print(
+                f"{mark} unit {item.unit}, {escape(place)}: off by {item.difference:.3g} of its largest value{why}",
+                highlight=False,
+            )
+    console.print(
+        f"{len({item.unit for item in found})} units computed again: "
+        f"{equal} of {len(found)} shards are equal, byte for byte",
+        highlight=False,
+    )
+    return not any(item.wrong for item in found)

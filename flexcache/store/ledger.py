@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flexcache.errors import DamagedError
-from flexcache.store.files import write_json
+from flexcache.store.files import fsync_folder, write_json
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class UnitRecord:
 class Ledger:
     """The records of one pass, one JSON file a unit; writing a record is what commits its unit.
 
-    Records are only added. Any number of processes may read while others write.
+    Records are only added, but for those of damaged units, which `take_back` removes. Any number of processes may read
+    while others write.
     """
 
     def __init__(self, root: Path, pass_name: str = "0") -> None:
@@ -70,6 +71,16 @@ class Ledger:
     def commit(self, record: UnitRecord) -> None:
         """Write a record, durably and in one step."""
         write_json(self.path(record.unit), {"schema": 1, **asdict(record)})
+
+    def take_back(self, unit: int) -> None:
+        """Remove the record of a unit, durably: it counts as not committed from then on.
+
+        Raises
+        ------
+        OSError
+        """
+        self.path(unit).unlink(missing_ok=True)
+        fsync_folder(self.folder)
 
     def read(self, unit: int) -> UnitRecord:
         """Return the record of a unit.

@@ -18,11 +18,15 @@ from flexcache.store.worker import PARTIAL
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong: with a file, and the unit it belongs to where it belongs to one."""
+    """One thing that is wrong: with a file, and the unit it belongs to where it belongs to one.
+
+    A *stray* file is in no record; it does no harm.
+    """
 
     file: str
     unit: int | None
     problem: str
+    stray: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,16 @@ def verify(path: str | Path, progress: Callable[[int, int], None] = lambda files
         progress(files, size)
     committed = set(store.committed_units.tolist())
     begun = {name for unit in range(store.n_units) if unit not in committed for name in _expected(store, unit)}
-    missing = [name for unit in store.committed_units.tolist() for name in _expected(store, unit) if name not in known]
-    findings += [Finding(name, None, "is not named by its unit's record") for name in missing]
+    missing = [
+        (unit, name)
+        for unit in store.committed_units.tolist()
+        for name in _expected(store, unit)
+        if name not in known and not any(finding.unit == unit for finding in findings)
+    ]
+    findings += [Finding(name, unit, "is not named by its unit's record") for unit, name in missing]
     for name in relative_files(store.path, skip=("ledger", "runs", PARTIAL, CLAIMS)):
         if name not in known and name not in begun:  # files of a unit whose process ended before its record
-            findings.append(Finding(name, None, "is in no record: it is not part of the store"))
+            findings.append(Finding(name, None, "is in no record: it is not part of the store", stray=True))
     return Verification(files, size, store.n_units, len(store.committed_units), tuple(findings))
 
 

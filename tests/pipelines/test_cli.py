@@ -110,7 +110,7 @@ def test_a_damaged_unit_is_recomputed_after_its_record_is_deleted(
     shard = Path("run.zarr/resid_post/c/1/0/0")
     whole = shard.read_bytes()
     shard.write_bytes(b"x" + whole[1:])
-    assert "ledger/0/0.json" in run(capsys, "verify", "run.zarr", status=1)
+    assert "flexcache repair" in run(capsys, "verify", "run.zarr", status=1)
     Path("run.zarr/ledger/0/0.json").unlink()
     run(capsys, "capture", config, "-q", "--set", "batch_tokens=16")
     assert shard.read_bytes() == whole
@@ -286,3 +286,18 @@ def test_transforms_and_gradients_from_the_command_line(
     assert "is not one token" in run(capsys, "capture", config, "-q", *wrong, status=2)
     wrong = ("--set", "objective={function: 'functions_of_a_user:margn'}")
     assert "did you mean margin" in run(capsys, "plan", config, "-q", *wrong, status=2)
+
+
+def test_a_damaged_store_is_repaired_from_the_command_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_num_threads(1)
+    run(capsys, "capture", config, "-q")
+    before = shard_hashes(Path("run.zarr"))
+    assert "shards are equal" in run(capsys, "verify", "run.zarr", "--recompute", 2, "--config", config, "-q")
+    assert "give --config" in run(capsys, "verify", "run.zarr", "--recompute", 2, status=2)
+    assert "nothing is damaged" in run(capsys, "repair", "run.zarr", "-q")
+    shard = Path("run.zarr/resid_post/c/2/0/0")
+    shard.write_bytes(shard.read_bytes()[:100])
+    assert "flexcache repair" in run(capsys, "verify", "run.zarr", "-q", status=1)
+    assert "taken back, to be computed again: unit 0" in run(capsys, "repair", "run.zarr", "--config", config, "-q")
+    assert shard_hashes(Path("run.zarr")) == before
+    assert flexcache.verify("run.zarr").sound
