@@ -94,8 +94,8 @@ def stores(
             found=f"{len(there)} rows",
         )
     here = match[there]
-    one = {_label(site, l): store.read(site, l, here) for l in choose_layers(store, site, layers)}
-    two = {_label(second, l): other.read(second, l, there) for l in choose_layers(other, second, layers)}
+    one = {_label(site, layer): store.read(site, layer, here) for layer in choose_layers(store, site, layers)}
+    two = {_label(second, layer): other.read(second, layer, there) for layer in choose_layers(other, second, layers)}
     return between(one, two, permutations=permutations, seed=seed)
 
 
@@ -142,8 +142,8 @@ def between(
     orders = [rng.permutation(n) for _ in range(permutations)]
     data: dict[str, Any] = {}
     for name, comparison in (("cka", _CKA), ("cca", _CCA), ("cosine", _Cosine)):
-        left = comparison(list(one.values()))
-        right = left if two is None else comparison(list(second.values()))
+        left: Any = comparison(list(one.values()))
+        right: Any = left if two is None else comparison(list(second.values()))
         value = left.with_(right, None)
         data[name] = (("one", "two"), value)
         if permutations:

@@ -18,12 +18,12 @@ from tests.analysis.test_moments import LENGTHS
 def hsic(x: np.ndarray, y: np.ndarray) -> float:
     """Unbiased HSIC with linear kernels, by the formula of Song et al. (2012), sums over rows written out."""
     n = len(x)
-    k, l = x @ x.T, y @ y.T
+    k, m = x @ x.T, y @ y.T
     np.fill_diagonal(k, 0)
-    np.fill_diagonal(l, 0)
+    np.fill_diagonal(m, 0)
     one = np.ones(n)
-    middle = (one @ k @ one) * (one @ l @ one) / ((n - 1) * (n - 2))
-    return float((np.trace(k @ l) + middle - 2 / (n - 2) * (one @ k @ l @ one)) / (n * (n - 3)))
+    middle = (one @ k @ one) * (one @ m @ one) / ((n - 1) * (n - 2))
+    return float((np.trace(k @ m) + middle - 2 / (n - 2) * (one @ k @ m @ one)) / (n * (n - 3)))
 
 
 @settings(max_examples=40)
