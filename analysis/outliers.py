@@ -154,7 +154,8 @@ def judged(extremes: xr.Dataset, quantiles: xr.Dataset, active: float = 0.01) ->
     ``median`` (layer): of all magnitudes, to within a factor of two. ``massive`` (layer, part, rank, feature): a
     magnitude of more than 100 that is more than 1,000 times the median (Sun et al. 2024, arXiv 2402.17762).
     ``activity`` (layer, feature): share of rows in which a dim is active, the threshold rounded to a power of two;
-    ``dead`` where it is 0 and ``always_on`` where it is above 0.99. These are meant for neurons after a non-linearity, ``mlp_post``.
+    ``dead`` where it is 0 and ``always_on`` where it is above 0.99. These are meant
+    for neurons after a non-linearity, ``mlp_post``.
 
     Raises
     ------
