@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -99,5 +99,5 @@ class Covariance(Statistic):
         """Return what was asked."""
         found: dict[str, Any] = {"statistic": type(self).__name__.lower(), "by": self.groups.describe()}
         if self.sample is not None:
-            found |= {"share": self.sample.share, "seed": self.sample.seed}
+            found |= asdict(self.sample)
         return found

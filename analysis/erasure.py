@@ -79,7 +79,7 @@ def leace(
     where
         scheduler, workers and progress, see `analysis.onepass.read`.
     """
-    sample = DocumentSample.of_rows(rows or store.n_rows, store.n_rows, seed)
+    sample = DocumentSample.of_rows(rows, store.n_rows, seed)
     statistic = LEACE(sample, grouping(store, [target], token_types=token_types))
     found = read(store, site, {"leace": statistic}, layers=layers, **where)["leace"]
     return found.assign_attrs(site=site, target=target, store=str(store.path))

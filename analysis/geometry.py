@@ -67,6 +67,7 @@ def pca(
     components: int | None = None,
     rows: int | None = ROWS,
     seed: int = 0,
+    skip: int = 0,
     layers: Layers = "all",
     **where: Any,
 ) -> xr.Dataset:
@@ -78,6 +79,9 @@ def pca(
         How many directions to keep; all by default.
     rows
         About how many rows to take, whole documents of a seeded sample; None for all. ``n`` says how many it were.
+    skip
+        How many of the first tokens of each document are left out; with them, one massive activation may be the first
+        component, and all of the variance.
     where
         scheduler, workers and progress, see `analysis.onepass.read`.
 
@@ -85,7 +89,7 @@ def pca(
     -------
     Dataset with dims (layer, component, kept, feature); see `PCA.result`
     """
-    statistic = PCA(DocumentSample.of_rows(rows or store.n_rows, store.n_rows, seed), components=components)
+    statistic = PCA(DocumentSample.of_rows(rows, store.n_rows, seed, skip), components=components)
     found = read(store, site, {"pca": statistic}, layers=layers, **where)["pca"]
     return found.assign_attrs(site=site, store=str(store.path))
 

@@ -162,7 +162,7 @@ def compute(
     -------
     Dataset with dims (layer, quantile, feature); see `Histogram.result`
     """
-    sample = DocumentSample.of_rows(rows or store.n_rows, store.n_rows, seed)
+    sample = DocumentSample.of_rows(rows, store.n_rows, seed)
     wide = exact and site in store.sites and store.arrays[site].dtype != "bfloat16"
     statistic: Statistic = Histogram(tuple(quantiles), 16 if exact else bits, sample)
     if wide:

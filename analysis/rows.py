@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -48,4 +48,4 @@ class Rows(Statistic):
     def describe(self) -> dict[str, Any]:
         """Return what was asked."""
         found: dict[str, Any] = {"statistic": "rows"}
-        return found | ({"share": self.sample.share, "seed": self.sample.seed} if self.sample else {})
+        return found | (asdict(self.sample) if self.sample else {})

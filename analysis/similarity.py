@@ -27,6 +27,7 @@ def compute(
     rows: int = ROWS,
     permutations: int = 100,
     seed: int = 0,
+    skip: int = 1,
     layers: Layers = "all",
     **where: Any,
 ) -> xr.Dataset:
@@ -39,6 +40,8 @@ def compute(
         Memory is n² float64 for each layer.
     permutations, seed
         See `between`.
+    skip
+        How many of the first tokens of each document are left out: CKA and cosine are moved by single huge values.
     where
         scheduler, workers and progress, see `analysis.onepass.read`.
 
@@ -47,7 +50,7 @@ def compute(
     Dataset with dims (one, two); see `between`
     """
     names = [sites] if isinstance(sites, str) else list(dict.fromkeys(sites))
-    statistic = Rows(rows, DocumentSample.of_rows(rows, store.n_rows, seed))
+    statistic = Rows(rows, DocumentSample.of_rows(rows, store.n_rows, seed, skip))
     matrices: dict[str, np.ndarray] = {}
     for site in names:
         chosen: Layers = layers if store.arrays[site].layers is not None else "all"
@@ -66,6 +69,7 @@ def stores(
     rows: int = ROWS,
     permutations: int = 100,
     seed: int = 0,
+    skip: int = 1,
     layers: Layers = "all",
 ) -> xr.Dataset:
     """Compare the layers of two stores over the same documents, joined by document and position.
@@ -81,10 +85,10 @@ def stores(
     """
     second = other_site or site
     match = matching_rows(store, other)
-    sample = DocumentSample.of_rows(rows, int((match >= 0).sum()), seed)
+    sample = DocumentSample.of_rows(rows, int((match >= 0).sum()), seed, skip)
     kept = match >= 0
     if sample is not None:
-        kept &= sample(np.asarray(other.coordinates["document"].values))
+        kept &= sample(*(np.asarray(other.coordinates[name].values) for name in ("document", "position")))
     there = np.flatnonzero(kept)
     if len(there) < 4:
         raise AnalysisError(

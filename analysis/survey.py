@@ -104,6 +104,8 @@ def survey(
 ) -> Survey:
     """Compute statistics of a site in one read, or take them from *folder* where the same ones are there.
 
+    The first token of each document is left out of PCA, similarity and lens, kept apart in outliers, and in the rest.
+
     Parameters
     ----------
     only
@@ -188,18 +190,19 @@ def _statistics(
 ) -> dict[str, Statistic]:
     """Return the statistics that the parts need, each once."""
     found: dict[str, Statistic] = {}
+    skip = int(store.spec.get("rows", "all") == "all")  # where there are other tokens than the first
     if "moments" in parts:
         found["total"] = Moments()
         found["moments"] = Moments(grouping(store, by, token_types=token_types))
     if "pca" in parts:
-        sample = DocumentSample.of_rows(rows or store.n_rows, store.n_rows, seed)
+        sample = DocumentSample.of_rows(rows, store.n_rows, seed, skip)
         found["pca"] = PCA(sample, components=COMPONENTS)
     if "quantiles" in parts or "outliers" in parts:
         found["quantiles"] = Histogram()
     if "outliers" in parts:
         found["outliers"] = Extremes()
     if "similarity" in parts or "lens" in parts:
-        found["rows"] = Rows(similarity_rows, DocumentSample.of_rows(similarity_rows, store.n_rows, seed))
+        found["rows"] = Rows(similarity_rows, DocumentSample.of_rows(similarity_rows, store.n_rows, seed, skip))
     if "examples" in parts and site in store.arrays:
         found["examples"] = TopRows(tuple(range(store.arrays[site].features)), EXAMPLES)
     return found

@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     from flexcache.site import Layers
 
 Columns = dict[str, Any]
+MEANING = {
+    "norm": "mean length of a row",
+    "rank": "effective rank, without first tokens",
+    "largest": "largest magnitude",
+    "massive": "dims with a massive activation",
+    "cosine": "mean cosine of two rows, without first tokens",
+    "rogue": "share of it that one dim carries",
+    "CKA next": "debiased CKA with the next layer",
+    "lens": "KL from the logit lens to the last layer, nats",
+}
 
 
 def run(
@@ -97,27 +107,26 @@ def table(found: Survey) -> Table:
         total = found["total"]
         columns["rows"] = total["n"].values
         columns["norm"] = total["norm_mean"].values
-        columns["variance"] = total["variance"].sum("feature").values
     if "pca" in found:
-        columns["effective rank"] = found["pca"]["effective_rank"].values
-        columns["first component"] = found["pca"]["share"].isel(component=0).values
+        columns["rank"] = found["pca"]["effective_rank"].values
     if "outliers" in found:
         outliers = found["outliers"]
         largest = abs(outliers["value"]).max(("part", "rank", "feature"))
         columns["largest"] = largest.values
         columns["massive"] = outliers["massive"].any(("part", "rank")).sum("feature").values
-        columns["mean cosine"] = outliers["cosine"].sel(part="rest").values
-        columns["one dim's share"] = outliers["rogue_share"].sel(part="rest").values
+        columns["cosine"] = outliers["cosine"].sel(part="rest").values
+        columns["rogue"] = outliers["rogue_share"].sel(part="rest").values
     if "similarity" in found:
         cka = found["similarity"]["cka"].values
-        columns["CKA to next"] = np.append(np.diagonal(cka, 1), np.nan)
+        columns["CKA next"] = np.append(np.diagonal(cka, 1), np.nan)
     if "lens" in found:
-        columns["lens KL"] = found["lens"]["kl_mean"].values
+        columns["lens"] = found["lens"]["kl_mean"].values
     layers = next(iter(found.results.values()))
     names = layers["layer"].values if "layer" in layers.coords else range(len(next(iter(columns.values()), ())))
-    shown = Table("layer", *columns, title=f"{found.site}", title_justify="left")
+    caption = " · ".join(f"{name}: {MEANING[name]}" for name in columns if name in MEANING)
+    shown = Table("layer", *columns, title=found.site, title_justify="left", caption=caption, caption_justify="left")
     for column in shown.columns:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     for i, layer in enumerate(names):
         cells = [number(values[i]) for values in columns.values()]
         shown.add_row("–" if layer < 0 else str(int(layer)), *cells)

@@ -142,7 +142,7 @@ def read_shard(job: Job, layer: int | None, unit: int) -> States:
         for name, statistic in job.statistics.items():
             sample = statistic.sample
             if sample not in parts:
-                parts[sample] = block.take(np.flatnonzero(cast("Any", sample)(block.document)))
+                parts[sample] = block.take(np.flatnonzero(cast("Any", sample)(block.document, block.position)))
             if len(parts[sample]):
                 states[name] = statistic.update(states[name], parts[sample])
     return states
@@ -164,7 +164,9 @@ def blocks(
     samples = [statistic.sample for statistic in statistics or ()]
     wanted: np.ndarray | None = None
     if samples and all(sample is not None for sample in samples):
-        wanted = np.logical_or.reduce([sample(about["document"]) for sample in set(samples) if sample is not None])
+        wanted = np.logical_or.reduce(
+            [sample(about["document"], about["position"]) for sample in set(samples) if sample is not None]
+        )
         if wanted.mean() > SCAN_SHARE:
             wanted = None
     if wanted is not None:

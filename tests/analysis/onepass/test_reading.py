@@ -85,7 +85,7 @@ def test_statistics_that_all_sample_read_only_the_sampled_documents(
     statistic = sampled(0.2)
     assert statistic.sample is not None
     found = onepass.read(store, "resid_post", {"few": statistic}, progress=False)["few"]
-    chosen = statistic.sample(store.coordinates["document"].values)
+    chosen = statistic.sample(store.coordinates["document"].values, store.coordinates["position"].values)
     assert 0 < chosen.sum() < store.n_rows / 2
     for layer in range(3):
         rows = store.read("resid_post", layer, np.flatnonzero(chosen)).astype(np.float64)
@@ -94,12 +94,14 @@ def test_statistics_that_all_sample_read_only_the_sampled_documents(
 
 
 def test_a_sample_holds_whole_documents_about_its_share_and_those_of_smaller_ones() -> None:
-    documents = np.arange(20_000)
-    small, large = DocumentSample(0.1, 7)(documents), DocumentSample(0.3, 7)(documents)
+    documents, position = np.arange(20_000), np.zeros(20_000, np.int64)
+    small, large = DocumentSample(0.1, 7)(documents, position), DocumentSample(0.3, 7)(documents, position)
     assert abs(small.mean() - 0.1) < 0.01
     assert abs(large.mean() - 0.3) < 0.015
     assert not (small & ~large).any()
-    assert (DocumentSample(0.1, 8)(documents) != small).any()
+    assert (DocumentSample(0.1, 8)(documents, position) != small).any()
+    assert not DocumentSample(1.0, 7, skip=1)(documents, position).any()
+    assert DocumentSample(1.0, 7, skip=1)(documents, position + 1).all()
     assert DocumentSample.of_rows(10, 5) is None
 
 
