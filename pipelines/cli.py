@@ -155,6 +155,36 @@ def stats(
 
 
 @app.command()
+def report(
+    store: StorePath,
+    site: Annotated[str, typer.Option(help="Site to report on.")] = "resid_post",
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint folder, for tokens and lens; else the store's, if there.")
+    ] = None,
+    stats: Annotated[Path | None, typer.Option(help="Folder of the statistics; by default stats.")] = None,
+    scheduler: Annotated[str, typer.Option(help="As for stats, where they are computed.")] = "threads",
+    workers: Annotated[int | None, typer.Option(help="As for stats.", min=1)] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The page; by default in that folder.")] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """One HTML page of a store: norms, spectra, likeness of layers, outliers, logit lens, tokens that excite dims."""
+    from pipelines import report as pipeline
+
+    pipeline.run(
+        store,
+        site,
+        model=model,
+        statistics=stats,
+        output=output,
+        show=show,
+        scheduler=scheduler,
+        workers=workers,
+        progress=not quiet,
+    )
+
+
+@app.command()
 def demo(
     documents: Annotated[int, typer.Option(help="How many labelled texts to capture.", min=40)] = 1000,
     output: Annotated[
