@@ -159,16 +159,22 @@ def between(
 
 
 class _CKA:
-    """U-centred kernels (Székely & Rizzo 2014) as unit vectors: their products are debiased CKA."""
+    """U-centred kernels (Székely & Rizzo 2014), their upper triangles as unit vectors: products are debiased CKA."""
 
     def __init__(self, matrices: list[np.ndarray]) -> None:
-        self.kernels = np.stack([_u_centred(values) for values in matrices])
-        norms = np.sqrt(np.einsum("aij,aij->a", self.kernels, self.kernels))
-        self.kernels /= np.where(norms > 0, norms, 1)[:, None, None]
+        self.n = len(matrices[0])
+        self.upper = np.triu_indices(self.n, 1)
+        self.kernels = np.stack([_u_centred(values)[self.upper] for values in matrices])
+        norms = np.sqrt(np.einsum("ai,ai->a", self.kernels, self.kernels))
+        self.kernels /= np.where(norms > 0, norms, 1)[:, None]
 
     def with_(self, other: _CKA, order: np.ndarray | None) -> np.ndarray:
-        right = other.kernels if order is None else other.kernels[:, order][:, :, order]
-        return self.kernels.reshape(len(self.kernels), -1) @ right.reshape(len(right), -1).T
+        right = other.kernels
+        if order is not None:
+            one, two = order[self.upper[0]], order[self.upper[1]]
+            low, high = np.minimum(one, two), np.maximum(one, two)
+            right = right.take(low * self.n - low * (low + 1) // 2 + high - low - 1, axis=1)
+        return np.asarray(self.kernels @ right.T)
 
 
 class _CCA:
@@ -178,9 +184,10 @@ class _CCA:
         kept = max(1, min(len(matrices[0]) // 10, min(values.shape[1] for values in matrices)))
         self.bases = []
         for values in matrices:
-            left, sizes, _ = np.linalg.svd(_centred(values), full_matrices=False)
-            full = sizes[:kept] > (sizes[0] if len(sizes) else 0.0) * 1e-10
-            self.bases.append(left[:, :kept][:, full])
+            centred = _centred(values)
+            sizes, vectors = np.linalg.eigh(centred.T @ centred)
+            full = sizes[-kept:] > max(sizes[-1], 0.0) * 1e-12
+            self.bases.append(np.linalg.qr(centred @ vectors[:, -kept:][:, full])[0])
 
     def with_(self, other: _CCA, order: np.ndarray | None) -> np.ndarray:
         found = np.zeros((len(self.bases), len(other.bases)))
@@ -196,25 +203,22 @@ class _CCA:
 
 
 class _Cosine:
-    """Rows of length 1, as one long vector for each matrix."""
+    """Rows of length 1; matrices of one width together, as (rows, matrices, features)."""
 
     def __init__(self, matrices: list[np.ndarray]) -> None:
-        self.units = []
-        for values in matrices:
-            exact = np.asarray(values, np.float64)
-            norms = np.linalg.norm(exact, axis=1, keepdims=True)
-            self.units.append(exact / np.where(norms > 0, norms, 1))
+        self.count, self.units = len(matrices), {}
+        for width in {values.shape[1] for values in matrices}:
+            places = [i for i, values in enumerate(matrices) if values.shape[1] == width]
+            units = np.stack([np.asarray(matrices[i], np.float64) for i in places], axis=1)
+            norms = np.linalg.norm(units, axis=2, keepdims=True)
+            self.units[width] = (places, units / np.where(norms > 0, norms, 1))
 
     def with_(self, other: _Cosine, order: np.ndarray | None) -> np.ndarray:
-        found = np.full((len(self.units), len(other.units)), np.nan)
-        for width in {units.shape[1] for units in self.units}:
-            rows = [i for i, units in enumerate(self.units) if units.shape[1] == width]
-            columns = [j for j, units in enumerate(other.units) if units.shape[1] == width]
-            if columns:
-                left = np.stack([self.units[i].ravel() for i in rows])
-                right = [other.units[j] if order is None else other.units[j][order] for j in columns]
-                product = left @ np.stack([units.ravel() for units in right]).T
-                found[np.ix_(rows, columns)] = product / len(self.units[0])
+        found = np.full((self.count, other.count), np.nan)
+        for width in self.units.keys() & other.units.keys():
+            (rows, left), (columns, right) = self.units[width], other.units[width]
+            right = right if order is None else right[order]
+            found[np.ix_(rows, columns)] = np.matmul(left, right.transpose(0, 2, 1)).mean(0)
         return found
 
 

@@ -103,12 +103,12 @@ def _load(name: str) -> Any:
 def _texts(tokens: list[str | None]) -> tuple[str, ...]:
     """Return tokens as they stand in a text, whether marked at word starts (Ġ, ▁) or inside of words (##)."""
     pieces = [token or "" for token in tokens]
-    if any(piece.startswith("##") for piece in pieces):
-        return tuple(piece[2:] if piece.startswith("##") else " " + piece for piece in pieces)
     if any(piece.startswith("Ġ") for piece in pieces):
         return tuple(_from_bytes(piece) for piece in pieces)
     if any(piece.startswith("▁") for piece in pieces):
         return tuple(piece.replace("▁", " ") for piece in pieces)
+    if any(piece.startswith("##") for piece in pieces):  # last, for headings in Markdown are tokens of others, too
+        return tuple(piece[2:] if piece.startswith("##") else " " + piece for piece in pieces)
     return tuple(pieces)
 
 
