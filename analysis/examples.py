@@ -189,7 +189,7 @@ def html(examples: Sequence[Example]) -> str:
 
     Colours come from the CSS variables ``--warm`` and ``--cool``, with fallbacks for a notebook; texts are escaped.
     """
-    scale = max((abs(value) for example in examples for value in example.values), default=1.0) or 1.0
+    scale = max((abs(example.value) for example in examples), default=1.0) or 1.0  # not of a massive neighbour
     lines = []
     for example in examples:
         spans = []

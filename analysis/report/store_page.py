@@ -89,7 +89,7 @@ def _cards(found: Survey) -> list[tuple[str, str, str]]:
     cards = []
     if "total" in found:
         norm = found["total"]["norm_mean"].values
-        cards.append(("norm, first to last layer", f"{norm[0]:,.3g} → {norm[-1]:,.4g}", "mean length of a row"))
+        cards.append(("norm, first to last layer", f"{_number(norm[0])} → {_number(norm[-1])}", "mean length of a row"))
     if "pca" in found:
         rank = found["pca"]["effective_rank"].values
         cards.append(
@@ -107,6 +107,10 @@ def _cards(found: Survey) -> list[tuple[str, str, str]]:
             ("half of the predictions stand", f"layer {_layers(found['lens'])[half]}", "logit lens, top token")
         )
     return cards
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _norms(found: Survey) -> Markup | None:
