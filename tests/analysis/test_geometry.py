@@ -114,6 +114,8 @@ def test_rows_of_another_order_are_joined_by_document_and_position(tmp_path: Pat
     assert (matching_rows(fewer, one) >= 0).sum() == 14
     with pytest.raises(AnalysisError, match="not in the other store"):
         rows_in(fewer, one)
+    short = value_store(tmp_path / "e.zarr", values, lengths, max_length=4)
+    assert (matching_rows(short, one) >= 0).sum() == sum(min(length, 4) for length in lengths)
     other = value_store(tmp_path / "d.zarr", values, lengths, vocabulary=7)
     with pytest.raises(AnalysisError, match="different tokens"):
         rows_in(one, other)

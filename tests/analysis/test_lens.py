@@ -16,8 +16,11 @@ from tests.models import tiny
 FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma3", "granite")
 
 
+SCALED: dict[str, dict[str, Any]] = {"granite": {"logits_scaling": 3.0}, "gemma3": {"final_logit_softcapping": 2.0}}
+
+
 def captured(path: Path, family: str, **options: Any) -> tuple[Any, flexcache.Store]:
-    model = tiny(family)
+    model = tiny(family, **SCALED.get(family, {}))
     documents = token_documents(lengths(30, longest=12), vocabulary=250)
     return model, flexcache.capture(
         model, None, documents, path, sites=["resid_post"], dtype="float32", batch_tokens=64, progress=False, **options

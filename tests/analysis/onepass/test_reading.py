@@ -16,7 +16,7 @@ from flexcache.errors import AnalysisError, ConfigError, SiteError
 from flexcache.store.reader import RowReader
 from tests.analysis.stores import value_store
 
-LENGTHS = [7, 1, 30, 12, 5, 5, 18, 2, 9, 40, 3, 11] * 6
+LENGTHS = [7, 1, 30, 12, 5, 5, 18, 2, 9, 40, 3, 11] * 9
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,10 @@ def test_each_shard_is_read_once_however_many_statistics(
     assert len(reads) == 3 * store.n_rows
     assert set(reads.values()) == {1}
     assert found.rows == store.n_rows
+    assert store.n_units == 3  # an odd number, which a tree of pairs must not drop
+    assert found["a"]["n"].values.tolist() == [store.n_rows] * 3
+    assert found["b"]["n"].sum("position").values.tolist() == [store.n_rows] * 3
+    assert 0 < int(found["c"]["n"][0]) < store.n_rows
 
 
 def test_results_are_the_same_bits_on_any_scheduler_and_number_of_workers(store: flexcache.Store) -> None:
