@@ -71,11 +71,13 @@ class Histogram(Statistic):
         }
 
     def result(self, state: State) -> xr.Dataset:
-        """Return the quantiles, and a coarse histogram for pictures.
+        """Return the quantiles, and a histogram by powers of two.
 
         ``quantile`` (quantile, feature): the smallest value that at least that share of the rows do not exceed, as
         ``numpy.quantile(method="inverted_cdf")``, to within ``error`` times its magnitude; ``low`` and ``high`` are the
-        bin's ends. ``below`` (magnitude, feature): the share of rows with magnitude under 2^magnitude.
+        bin's ends. ``count`` (bin, feature): rows with values between ``bin_low`` and ``bin_high``, powers of two with
+        sign, of which a bin holds the one towards 0. ``below`` (magnitude, feature): share of rows of magnitude
+        under 2^magnitude.
         """
         n, counts = int(state["n"]), state["counts"]
         edges = self.edges()
@@ -91,16 +93,25 @@ class Histogram(Statistic):
         powers = np.arange(-24, 17)
         starts = np.abs(np.minimum(np.abs(edges[:-1]), np.abs(edges[1:])))
         below = np.stack([counts[:, starts < 2.0**p].sum(1) for p in powers]) / max(n, 1)
+        ends = np.concatenate([[-np.inf], -(2.0 ** powers[::-1]), 2.0**powers, [np.inf]])
+        first = np.searchsorted(edges[:-1], ends[:-1])  # every end is the lower edge of a bin
+        first[0] = 0
         return xr.Dataset(
             {
                 "n": ((), n),
+                "count": (("bin", "feature"), np.add.reduceat(counts, first, axis=1).T),
                 "value": (("quantile", "feature"), middle),
                 "low": (("quantile", "feature"), low),
                 "high": (("quantile", "feature"), high),
                 "below": (("magnitude", "feature"), below),
                 "error": ((), self.error),
             },
-            {"quantile": list(self.quantiles), "magnitude": powers},
+            {
+                "quantile": list(self.quantiles),
+                "magnitude": powers,
+                "bin_low": ("bin", ends[:-1]),
+                "bin_high": ("bin", ends[1:]),
+            },
         )
 
     @property

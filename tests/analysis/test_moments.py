@@ -15,6 +15,7 @@ from analysis import moments
 from analysis.moments import Moments
 from analysis.onepass import Block, Grouping
 from analysis.onepass.groups import Key
+from analysis.tokens import TokenTypes
 from flexcache.errors import AnalysisError
 from tests.analysis.stores import value_store
 
@@ -151,6 +152,19 @@ def test_a_store_by_layer_position_and_label_equals_numpy(dtype: str, tmp_path: 
     pooled = moments.compute(store, "resid_post", by=["token_id"], progress=False)
     assert pooled["mean"].dims == ("token_id", "feature")
     assert int(pooled["n"].sum()) == 2 * store.n_rows
+
+
+def test_classes_of_tokens_are_groups(tmp_path: Path) -> None:
+    values = np.random.default_rng(1).normal(size=(1, sum(LENGTHS), 3))
+    store = value_store(tmp_path / "s.zarr", values, LENGTHS)
+    types = TokenTypes(("even", "odd"), np.array([0, 1, 0, 1, 0, 1, 0, 1, -1]))
+    found = moments.compute(store, "resid_post", by=["layer", "token_type"], token_types=types, progress=False)
+    ids, rows = store.coordinates["token_id"].values, store.read("resid_post", 0).astype(np.float64)
+    for name, odd in (("even", 0), ("odd", 1)):
+        chosen = rows[(ids % 2 == odd) & (ids < 8)]
+        at = found.sel(layer=0, token_type=name)
+        assert int(at["n"]) == len(chosen)
+        np.testing.assert_allclose(at["mean"], chosen.mean(0), rtol=1e-10)
 
 
 def test_unknown_groups_are_refused_with_the_nearest_name(tmp_path: Path) -> None:

@@ -75,6 +75,19 @@ def test_exact_quantiles_of_a_store_are_those_of_numpy(dtype: str, tmp_path: Pat
             np.testing.assert_allclose(rough["below"].sel(layer=layer, magnitude=power), share)
 
 
+@settings(max_examples=30)
+@given(arrays, st.integers(10, 14))
+def test_the_histogram_is_that_of_numpy(values: np.ndarray, bits: int) -> None:
+    statistic = Histogram(bits=bits)
+    found = statistic.result(parts(statistic, values, 3))
+    ends = [*found["bin_low"].values[1:], np.inf]
+    for feature in range(values.shape[1]):
+        column = values[:, feature].astype(np.float64)
+        column = np.where(column < 0, -np.nextafter(-column, np.inf), column)  # a bin holds its end towards 0
+        expected = np.bincount(np.searchsorted(ends, column, side="right"), minlength=len(ends))
+        np.testing.assert_array_equal(found["count"].values[:, feature], expected)
+
+
 def test_levels_and_bits_that_mean_nothing_are_refused() -> None:
     with pytest.raises(AnalysisError, match="from 0 to 1"):
         Histogram((1.5,))
