@@ -32,16 +32,23 @@ from benchmarks.timing import interleave, ratio, show
 from flexcache.store.reader import RowReader
 
 MEMORY = """
-import resource, sys
+import sys
+from pathlib import Path
 import flexcache
 from analysis import onepass
 from analysis.moments import Moments
 store = flexcache.open(sys.argv[1])
 store.documents, store.tokens
 store.read("resid_post", 0, slice(0, 8))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+onepass.read(store, "resid_post", {"moments": Moments()}, workers=2, progress=False)  # the libraries that this loads
+Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+
+def kibibytes(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+before = kibibytes("VmRSS")
 onepass.read(store, "resid_post", {"moments": Moments()}, workers=2, progress=False)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(kibibytes("VmHWM") - before)
 """
 
 
@@ -163,7 +170,7 @@ def scaling(folder: Path, mebibytes: int, rounds: int) -> None:
 
     store = build(folder / "layers.zarr", (mebibytes << 20) // (4 * 1152), 576, layers=4)
     statistics = {"moments": Moments(), "pca": geometry.PCA(DocumentSample(0.5))}
-    clusters = {n: LocalCluster(n_workers=n, threads_per_worker=1, dashboard_address=None) for n in (1, 2)}
+    clusters = {n: LocalCluster(n_workers=n, threads_per_worker=1, dashboard_address=":0") for n in (1, 2)}
     clients = {n: Client(cluster) for n, cluster in clusters.items()}
     try:
 
@@ -202,14 +209,20 @@ def main() -> None:
     parser.add_argument("--mebibytes", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=None, help="where to write; the current folder by default")
+    parser.add_argument("--only", default="moments,components,reads,scaling,memory")
     options = parser.parse_args()
+    size, rounds = options.mebibytes, options.rounds
     with tempfile.TemporaryDirectory(dir=options.folder or Path.cwd(), prefix=".bench-") as name:
         folder = Path(name)
-        moments(folder, options.mebibytes, options.rounds)
-        components(folder, options.rounds)
-        reads(folder)
-        scaling(folder, options.mebibytes, max(1, options.rounds - 2))
-        memory(folder, options.mebibytes)
+        parts: dict[str, Callable[[], None]] = {
+            "moments": lambda: moments(folder, size, rounds),
+            "components": lambda: components(folder, rounds),
+            "reads": lambda: reads(folder),
+            "scaling": lambda: scaling(folder, size, rounds),
+            "memory": lambda: memory(folder, size),
+        }
+        for part in options.only.split(","):
+            parts[part]()
 
 
 if __name__ == "__main__":

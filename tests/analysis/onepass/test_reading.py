@@ -74,7 +74,7 @@ def test_results_are_the_same_bits_on_any_scheduler_and_number_of_workers(store:
 def test_a_scheduler_by_its_address_runs_on_its_worker_processes(store: flexcache.Store) -> None:
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster:
         address = cluster.scheduler_address
         assert address.startswith("tcp://")
         far = moments.compute(store, "resid_post", scheduler=address, progress=False)
