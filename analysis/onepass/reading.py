@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -107,7 +108,7 @@ def read(
     features = store.arrays[site].features
     _check_memory(statistics, features, len(chosen), len(units), place.workers)
     run = uuid.uuid4().hex[:12]  # so that runs on one cluster do not meet
-    job = Job(str(store.path.absolute()), site, dict(statistics), len(units))
+    job = Job(str(store.path.absolute()), site, dict(statistics))
     graph: dict[Any, Any] = {f"job-{run}": job}
     roots = []
     for layer in chosen:
@@ -129,12 +130,11 @@ class Job:
     path: str
     site: str
     statistics: dict[str, Statistic]
-    committed: int
 
 
 def read_shard(job: Job, layer: int | None, unit: int) -> States:
     """Return the states of the rows of one shard."""
-    store = _open(job.path, job.committed)
+    store = _open(job.path, _stamp(job.path))
     features = store.arrays[job.site].features
     states = {name: statistic.zero(features) for name, statistic in job.statistics.items()}
     for block in blocks(store, job.site, layer, unit, list(job.statistics.values())):
@@ -159,7 +159,7 @@ def blocks(
     """Yield the rows of a shard in order, a block at a time; only those of sampled documents where all sample."""
     reader = store.reader(site)
     held = reader.layout.rows(unit)
-    about = unit_coordinates(str(store.path), held.start, held.stop)
+    about = unit_coordinates(str(store.path), _stamp(store.path), held.start, held.stop)
     step = max(1, BLOCK_BYTES // (8 * reader.array.features))
     samples = [statistic.sample for statistic in statistics or ()]
     wanted: np.ndarray | None = None
@@ -185,14 +185,22 @@ def blocks(
 
 
 @lru_cache(maxsize=8)
-def unit_coordinates(path: str, start: int, stop: int) -> dict[str, np.ndarray]:
-    """Return position, token id and document of the rows of a unit; the layers of a unit share them."""
+def unit_coordinates(path: str, stamp: tuple[int, int], start: int, stop: int) -> dict[str, np.ndarray]:
+    """Return position, token id and document of the rows of a unit; the layers of a unit share them.
+
+    *stamp* tells a store from another one that took its place.
+    """
     return {name: np.asarray(zarr.open_array(f"{path}/{name}", mode="r")[start:stop]) for name in COORDINATES}
 
 
 @lru_cache(maxsize=8)
-def _open(path: str, committed: int) -> Store:
-    return Store(path)  # *committed* is part of the key, so that a store that grew is opened anew
+def _open(path: str, stamp: tuple[int, int]) -> Store:
+    return Store(path)
+
+
+def _stamp(path: str | Path) -> tuple[int, int]:
+    status = os.stat(Path(path) / "zarr.json")
+    return status.st_ino, status.st_mtime_ns
 
 
 def _tree(graph: dict[Any, Any], keys: list[Any], run: str) -> Any:

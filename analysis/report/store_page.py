@@ -125,7 +125,7 @@ def _norms(found: Survey) -> Markup | None:
     ):
         other = [dim for dim in moments["n"].dims if dim not in ("layer", "position")]
         n, total = moments["n"].sum(other), (moments["norm_mean"].fillna(0) * moments["n"]).sum(other)
-        if int(moments["position_stop"][0]) == 1:
+        if int(moments["position_stop"][0]) == 1 and (n.isel(position=0) > 0).all() and (n.sum("position") > 0).all():
             lines["first token"] = (total.isel(position=0) / n.isel(position=0)).values
             rest = {"position": slice(1, None)}
             lines["other tokens"] = (total.isel(rest).sum("position") / n.isel(rest).sum("position")).values

@@ -95,6 +95,24 @@ def test_parts_that_were_not_computed_are_left_out(found: tuple[flexcache.Store,
     assert "No massive activation" in text
 
 
+@pytest.mark.parametrize(
+    ("site", "rows"), [("model.layers.1.mlp", "all"), ("resid_post", "mean"), ("resid_post", "last")]
+)
+def test_any_site_and_rows_have_a_page(site: str, rows: str, tmp_path: Path) -> None:
+    from tests.corpora import lengths, token_documents
+    from tests.models import tiny
+
+    documents = token_documents(lengths(40, longest=12), vocabulary=250)
+    path = tmp_path / "s.zarr"
+    store = flexcache.capture(
+        tiny("llama"), None, documents, path, sites=site, rows=rows, batch_tokens=64, progress=False
+    )
+    found = survey(store, site, permutations=3, progress=False)
+    text = store_page.write(store, found, tmp_path / "r.html", words=WORDS).read_text("utf-8")
+    assert "<h2>Spectra</h2>" in text
+    assert "nan" not in re.sub(r"<details>.*?</details>", "", text, flags=re.S)
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_browser_shows_the_page_in_light_and_dark(page: Path, tmp_path: Path, dark: bool) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,15 @@ def test_what_cannot_run_is_refused_before_it_runs(store: flexcache.Store, monke
     monkeypatch.setattr(Moments, "state_bytes", lambda self, features: 10**12)
     with pytest.raises(AnalysisError, match="would not fit into memory"):
         moments.compute(store, "resid_post")
+
+
+def test_a_store_that_took_the_place_of_another_is_read_anew(tmp_path: Path) -> None:
+    for seed, lengths in ((1, [5, 6]), (2, [6, 5])):
+        values = np.random.default_rng(seed).normal(size=(1, 11, 3))
+        store = value_store(tmp_path / "s.zarr", values, lengths)
+        found = moments.compute(store, "resid_post", by=["layer", "position"], progress=False)
+        rows = store.read("resid_post", 0).astype(np.float64)
+        first = rows[store.coordinates["position"].values == 0]
+        np.testing.assert_allclose(found["mean"].sel(layer=0, position=0), first.mean(0), rtol=1e-12)
+        assert int(found["n"].sum()) == 11
+        shutil.rmtree(tmp_path / "s.zarr")
