@@ -140,7 +140,7 @@ def test_what_cannot_run_is_refused_before_it_runs(store: flexcache.Store, monke
 
 
 def test_a_store_that_took_the_place_of_another_is_read_anew(tmp_path: Path) -> None:
-    for seed, lengths in ((1, [5, 6]), (2, [6, 5])):
+    for seed, lengths in ((1, [5, 6]), (2, [2, 9])):
         values = np.random.default_rng(seed).normal(size=(1, 11, 3))
         store = value_store(tmp_path / "s.zarr", values, lengths)
         found = moments.compute(store, "resid_post", by=["layer", "position"], progress=False)
