@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from flexcache.errors import AnalysisError, ConfigError, nearest
 
+TIMEOUT = 10  # seconds for which a scheduler may not answer
 LOCAL = ("threads", "synchronous", "processes")
 
 
@@ -101,7 +102,7 @@ def _client(name: Any, workers: int) -> Iterator[Any]:
                 yield client
             return
         try:
-            client = Client(name, timeout=10)
+            client = Client(name, timeout=TIMEOUT)
         except (OSError, TimeoutError, ValueError) as error:
             raise AnalysisError(
                 f"there is no scheduler at {name}",
@@ -113,13 +114,20 @@ def _client(name: Any, workers: int) -> Iterator[Any]:
 
 
 def _gather(client: Any, graph: dict[Any, Any], keys: list[Any], advance: Any) -> list[Any]:
-    from distributed import as_completed
+    from distributed import KilledWorker, as_completed
 
     client.run(_single_thread)
     futures = client.get(graph, keys, sync=False)
-    for _ in as_completed(futures):
-        advance()
-    return list(client.gather(futures))
+    try:
+        for _ in as_completed(futures):
+            advance()
+        return list(client.gather(futures))
+    except KilledWorker as error:
+        raise AnalysisError(
+            "workers died while they read a shard",
+            found=str(error).splitlines()[0],
+            remedy="see the workers' logs; often it is memory: fewer layers, groups or statistics, or larger workers",
+        ) from error
 
 
 def _single_thread() -> None:

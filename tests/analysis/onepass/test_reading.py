@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import flexcache
 from analysis import moments, onepass
 from analysis.moments import Moments
-from analysis.onepass import DocumentSample, grouping
+from analysis.onepass import Block, DocumentSample, State, grouping
 from analysis.onepass.block import widen
 from flexcache.errors import AnalysisError, ConfigError, SiteError
 from flexcache.store.reader import RowReader
@@ -80,6 +81,31 @@ def test_a_scheduler_by_its_address_runs_on_its_worker_processes(store: flexcach
         assert address.startswith("tcp://")
         far = moments.compute(store, "resid_post", scheduler=address, progress=False)
     assert far.identical(moments.compute(store, "resid_post", progress=False))
+
+
+class Deadly(Moments):
+    def update(self, state: State, block: Block) -> State:
+        os._exit(1)
+
+
+@pytest.mark.filterwarnings("ignore")  # of a cluster that lost its workers
+def test_workers_that_die_are_an_error_and_so_is_no_scheduler(
+    store: flexcache.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dask
+    from distributed import LocalCluster
+
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster,
+        pytest.raises(AnalysisError, match="workers died"),
+    ):
+        onepass.read(
+            store, "resid_post", {"x": Deadly()}, scheduler=cluster.scheduler_address, progress=False, layers=0
+        )
+    monkeypatch.setattr("analysis.onepass.scheduler.TIMEOUT", 1)
+    with pytest.raises(AnalysisError, match="no scheduler at"):
+        moments.compute(store, "resid_post", scheduler="tcp://127.0.0.1:9", progress=False)
 
 
 def test_statistics_that_all_sample_read_only_the_sampled_documents(
