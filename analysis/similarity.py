@@ -53,7 +53,8 @@ def compute(
     statistic = Rows(rows, DocumentSample.of_rows(rows, store.n_rows, seed, skip))
     matrices: dict[str, np.ndarray] = {}
     for site in names:
-        chosen: Layers = layers if store.arrays[site].layers is not None else "all"
+        stacked = site not in store.arrays or store.arrays[site].layers is not None
+        chosen: Layers = layers if stacked else "all"
         found = read(store, site, {"rows": statistic}, layers=chosen, **where)
         for layer in found.layers:
             matrices[_label(site, layer)] = found.states[layer]["rows"]["values"]

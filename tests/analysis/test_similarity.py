@@ -85,6 +85,8 @@ def test_layers_of_a_store_and_of_two_stores_joined(tmp_path: Path) -> None:
     cka = found["cka"].values
     np.testing.assert_allclose(cka, cka.T, atol=1e-12)
     assert cka[0, 1] > 0.4 > 0.1 > abs(cka[0, 2])
+    with pytest.raises(AnalysisError, match="did you mean resid_post"):
+        similarity.compute(one, ["resid_post", "resid_pots"], progress=False)
     joined = similarity.stores(one, two, "resid_post", rows=300, permutations=0)
     np.testing.assert_allclose(np.diag(joined["cka"]), 1)
     np.testing.assert_allclose(np.diag(joined["cosine"]), 1)
