@@ -105,6 +105,28 @@ def test_groups_equal_numpy_on_the_rows_of_each(seed: int, groups: int, rows: in
             np.testing.assert_allclose(at["kurtosis"], scipy.stats.kurtosis(exact, axis=0), rtol=1e-9, atol=1e-10)
 
 
+@settings(max_examples=60)
+@given(
+    hnp.arrays(np.float32, st.tuples(st.integers(1, 300), st.just(2)), elements=st.integers(-99, 99).map(float)),
+    st.sampled_from([0.0, 1e5, -3e6]),
+    st.integers(0, 299),
+)
+def test_mean_and_variance_alone_equal_numpy_also_where_the_first_rows_are_unlike_the_rest(
+    values: np.ndarray, shift: float, cut: int
+) -> None:
+    values = values.copy()
+    values[cut:] += np.float32(shift)
+    statistic = Moments(order=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("analysis.onepass.block.PIECE", 2 * (-(-len(values) // 16)))
+        found = statistic.result(statistic.update(statistic.zero(2), block(values)))
+    exact = values.astype(np.float64)
+    np.testing.assert_allclose(found["mean"], exact.mean(0), rtol=1e-12, atol=1e-12)
+    if len(values) > 1:
+        np.testing.assert_allclose(found["variance"], exact.var(0, ddof=1), rtol=1e-10, atol=1e-10)
+    assert set(found.data_vars) == {"n", "mean", "variance"}
+
+
 def test_one_huge_value_among_small_ones_neither_overflows_nor_cancels() -> None:
     values = np.full((70_000, 2), 0.1, np.float32)
     values[::7, 1] = 0.2
@@ -125,6 +147,12 @@ def test_a_large_mean_does_not_cancel_the_spread() -> None:
     found = statistic.result(statistic.update(statistic.zero(3), block(values)))
     np.testing.assert_allclose(found["variance"], values.astype(np.float64).var(0, ddof=1), rtol=1e-10)
     assert "skew" not in found
+    one, two = Moments(order=2), Moments(by_token(2), 2)
+    codes = np.arange(len(values)) % 2
+    grouped = two.result(two.update(two.zero(3), block(values, codes)))
+    for group in (0, 1):
+        own = one.result(one.update(one.zero(3), block(values[codes == group])))
+        np.testing.assert_allclose(grouped["variance"].sel(token_id=group), own["variance"], rtol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
