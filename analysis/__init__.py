@@ -1,1 +1,1 @@
-"""Offline analysis of stores: probes and reports; without the model."""
+"""Offline analysis of stores: probes, statistics and reports; without the model."""

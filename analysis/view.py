@@ -232,7 +232,7 @@ def join(
     return View(
         store=store,
         site=site,
-        layers=_choose_layers(store, site, layers),
+        layers=choose_layers(store, site, layers),
         target=target,
         task=task,
         classes=classes,
@@ -265,7 +265,14 @@ def _choose_rows(store: Readable, rows: str | None) -> Rows:
     return stored if stored != "all" else rows  # type: ignore[return-value]
 
 
-def _choose_layers(store: Readable, site: str, layers: Layers) -> tuple[int | None, ...]:
+def choose_layers(store: Readable, site: str, layers: Layers) -> tuple[int | None, ...]:
+    """Return the captured layers that *layers* means, ascending; (None,) for a site without layers.
+
+    Raises
+    ------
+    AnalysisError
+        A layer was not captured, or the site has none.
+    """
     captured = tuple(store.layers(site))
     if not captured:
         if layers != "all":

@@ -143,6 +143,81 @@ def probe(
 
 
 @app.command()
+def stats(
+    store: StorePath,
+    site: Annotated[str, typer.Option(help="Site to study.")] = "resid_post",
+    by: Annotated[
+        str, typer.Option(help="Groups of the moments: layer, position, token_id, token_type, label columns.")
+    ] = "layer,position",
+    only: Annotated[
+        str | None,
+        typer.Option(help="Some of moments, pca, quantiles, outliers, similarity, lens, examples."),
+    ] = None,
+    layers: Annotated[str, typer.Option(help="all, a number, or a range such as 8:24.")] = "all",
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint folder, for token types and lens; else the store's, if there.")
+    ] = None,
+    scheduler: Annotated[
+        str, typer.Option(help="threads, synchronous, processes, or an address such as tcp://head:8786.")
+    ] = "threads",
+    workers: Annotated[int | None, typer.Option(help="Threads or processes; by default one a core.", min=1)] = None,
+    rows: Annotated[int | None, typer.Option(help="About how many rows covariances are taken from.", min=2)] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampled documents.", min=0)] = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the results; by default stats.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Statistics and geometry of a site, each shard read once; kept as Zarr and read again where nothing changed."""
+    from pipelines import stats as pipeline
+
+    pipeline.run(
+        store,
+        site,
+        by=_split(by),
+        only=_split(only) if only else None,
+        layers=layers,
+        model=model,
+        scheduler=scheduler,
+        workers=workers,
+        rows=rows,
+        seed=seed,
+        output=output,
+        progress=not quiet,
+    )
+
+
+@app.command()
+def report(
+    store: StorePath,
+    site: Annotated[str, typer.Option(help="Site to report on.")] = "resid_post",
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint folder, for tokens and lens; else the store's, if there.")
+    ] = None,
+    stats: Annotated[Path | None, typer.Option(help="Folder of the statistics; by default stats.")] = None,
+    scheduler: Annotated[str, typer.Option(help="As for stats, where they are computed.")] = "threads",
+    workers: Annotated[int | None, typer.Option(help="As for stats.", min=1)] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The page; by default in that folder.")] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """One HTML page of a store: norms, spectra, likeness of layers, outliers, logit lens, tokens that excite dims."""
+    from pipelines import report as pipeline
+
+    pipeline.run(
+        store,
+        site,
+        model=model,
+        statistics=stats,
+        output=output,
+        show=show,
+        scheduler=scheduler,
+        workers=workers,
+        progress=not quiet,
+    )
+
+
+@app.command()
 def demo(
     documents: Annotated[int, typer.Option(help="How many labelled texts to capture.", min=40)] = 1000,
     output: Annotated[
@@ -168,6 +243,10 @@ def induction(
     from pipelines import induction as pipeline
 
     pipeline.run(output, console, seed=seed, steps=steps, progress=not quiet)
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def main(arguments: list[str] | None = None) -> Any:

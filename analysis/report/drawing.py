@@ -1,0 +1,107 @@
+"""Charts as SVG that take their colours from the page, light or dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+INK, SOFT = "#24292f", "#6e7781"
+PALETTE = {"--one": "#0a6ebd", "--two": "#bc4c00", "--three": "#1a7f37", "--four": "#8250df"}
+
+
+def themed(figure: Figure, prefix: str, label: str, variables: Mapping[str, str]) -> str:
+    """Return a figure as an ``<svg>`` element without background, every colour a CSS variable, text as text.
+
+    Parameters
+    ----------
+    prefix
+        Of the ids in it, as a page may hold several charts.
+    label
+        What it shows, for those who cannot see it.
+    variables
+        CSS variables by colour.
+    """
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "flexcache"}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    drawn = text.getvalue()
+    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn[drawn.index("<svg") :], flags=re.S)
+    drawn = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", drawn)
+    for colour, variable in variables.items():
+        drawn = drawn.replace(colour, f"var({variable})")
+    return drawn.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+
+
+def curves(
+    name: str,
+    x: Sequence[float] | np.ndarray,
+    ys: Mapping[str, np.ndarray],
+    *,
+    label: str,
+    xlabel: str = "layer",
+    ylabel: str = "",
+    log: bool = False,
+    log_x: bool = False,
+) -> str:
+    """Return up to four curves over one axis as SVG, named in a legend below."""
+    x = np.asarray(x, float)
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for (text, y), colour in zip(ys.items(), PALETTE.values()):
+        marker = "o" if len(x) <= 64 else None
+        axes.plot(x, np.asarray(y, float), color=colour, linewidth=1.8, marker=marker, markersize=3.5, label=text)
+    positive = np.concatenate([np.asarray(y, float) for y in ys.values()])
+    if log and np.nanmin(positive) > 0:
+        axes.set_yscale("log")
+    if log_x:
+        axes.set_xscale("log")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(xlabel, color=INK)
+    axes.set_ylabel(ylabel, color=INK)
+    axes.grid(axis="y", color=SOFT, alpha=0.2, linewidth=0.8)
+    axes.tick_params(which="both", color=SOFT, labelcolor=SOFT)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(SOFT)
+    if len(ys) > 1:
+        axes.legend(
+            frameon=False, labelcolor=INK, fontsize=9, ncols=len(ys), loc="upper left", bbox_to_anchor=(0, 1.16)
+        )
+    variables = {INK: "--ink", SOFT: "--soft", **{colour: variable for variable, colour in PALETTE.items()}}
+    return themed(figure, name, label, variables)
+
+
+def heatmap(values: np.ndarray, names: Sequence[str], label: str) -> str:
+    """Return a square matrix of numbers from 0 to 1 as SVG: one colour, darker the larger; numbers as tooltips."""
+    n, cell = len(values), 16
+    left, top = 34, 6
+    parts = []
+    for i in range(n):
+        for j in range(n):
+            share = round(100 * float(np.clip(values[i, j], 0, 1)))
+            parts.append(
+                f'<rect x="{left + j * cell}" y="{top + i * cell}" width="{cell}" height="{cell}" '
+                f'style="fill: color-mix(in srgb, var(--one) {share}%, var(--panel))">'
+                f"<title>{escape(names[i])} and {escape(names[j])}: {values[i, j]:.3f}</title></rect>"
+            )
+    step = max(1, n // 15)
+    for i in range(0, n, step):
+        middle = i * cell + cell / 2
+        text = 'font-size="9" style="fill: var(--soft)"'
+        parts.append(
+            f'<text x="{left - 5}" y="{top + middle + 3}" text-anchor="end" {text}>{escape(names[i])}</text>'
+            f'<text x="{left + middle}" y="{top + n * cell + 12}" text-anchor="middle" {text}>{escape(names[i])}</text>'
+        )
+    width, height = left + n * cell + 6, top + n * cell + 20
+    return (
+        f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width} {height}" '
+        f'style="max-width: {max(width * 1.2, 240):.0f}px">{"".join(parts)}</svg>'
+    )

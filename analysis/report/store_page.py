@@ -1,0 +1,249 @@
+"""The page of a store: what it is, and what its statistics say, for a person."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from analysis import examples, outliers
+from analysis.report import facts
+from analysis.report.drawing import curves, heatmap
+from analysis.survey import Survey
+from analysis.tokens import Vocabulary
+from flexcache.store.display import layer_text
+from flexcache.store.store import Store
+
+TEMPLATE = "store.html.j2"
+SHOWN_DIMS = 2
+
+
+def write(
+    store: Store,
+    found: Survey,
+    path: str | Path,
+    *,
+    words: Vocabulary | None = None,
+    title: str | None = None,
+    command: str | None = None,
+) -> Path:
+    """Write one self-contained HTML file: no script, nothing fetched, readable on light and dark.
+
+    Parameters
+    ----------
+    store
+        What was studied.
+    found
+        What `analysis.survey.survey` found in it; parts that it lacks are left out.
+    words
+        The vocabulary, for the text of tokens; by default that of the store's model where it is at hand.
+    path
+        Where to write; folders are made.
+    command
+        The command line that made the statistics.
+
+    Returns
+    -------
+    Path
+        The file. Whatever stems from data is escaped in it.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files(__package__).joinpath(TEMPLATE).read_text("utf-8"))
+    name = str(store.provenance.get("model", {}).get("name", "")).rstrip("/").rsplit("/", 1)[-1]
+    page = template.render(
+        title=title or f"{found.site} of {name or 'a model'}",
+        store=store.path.name,
+        documents=len(store.documents),
+        rows=len(store.committed_rows),
+        cards=_cards(found),
+        captured=facts.captured(store),
+        norms=_norms(found),
+        spectra=_spectra(found),
+        similarity=_similarity(found),
+        anisotropy=_anisotropy(found),
+        massive=_massive(found, store),
+        neurons=_neurons(found),
+        lens=_lens(found),
+        examples=_examples(found, store, words),
+        command=command,
+        provenance=json.dumps({"store": store.provenance, "statistics": found.provenance}, indent=2, default=str),
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page + "\n", "utf-8")
+    return path
+
+
+def _layers(result: xr.Dataset) -> np.ndarray:
+    return np.asarray(result["layer"].values)
+
+
+def _cards(found: Survey) -> list[tuple[str, str, str]]:
+    """Return the numbers to see first: name, number, what it says."""
+    cards = []
+    if "total" in found:
+        norm = found["total"]["norm_mean"].values
+        cards.append(("norm, first to last layer", f"{_number(norm[0])} → {_number(norm[-1])}", "mean length of a row"))
+    if "pca" in found:
+        rank = found["pca"]["effective_rank"].values
+        cards.append(
+            ("effective rank", f"{rank.min():.0f} – {rank.max():.0f}", f"of {found['pca'].sizes['component']} dims")
+        )
+    if "outliers" in found:
+        largest = np.abs(found["outliers"]["value"].values)
+        place = np.unravel_index(largest.argmax(), largest.shape)
+        layer = _layers(found["outliers"])[place[0]]
+        cards.append(("largest activation", f"{largest.max():,.0f}", f"dim {place[3]}, layer {layer}"))
+    if "lens" in found:
+        agreement = found["lens"]["agreement"].values
+        half = int(np.argmax(agreement >= 0.5))
+        cards.append(
+            ("half of the predictions stand", f"layer {_layers(found['lens'])[half]}", "logit lens, top token")
+        )
+    return cards
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _norms(found: Survey) -> Markup | None:
+    if "total" not in found:
+        return None
+    lines: dict[str, np.ndarray] = {}
+    moments = found.results["moments"]
+    if (
+        "position" in moments["norm_mean"].dims
+        and "layer" in moments["norm_mean"].dims
+        and moments.sizes["position"] > 1
+    ):
+        other = [dim for dim in moments["n"].dims if dim not in ("layer", "position")]
+        n, total = moments["n"].sum(other), (moments["norm_mean"].fillna(0) * moments["n"]).sum(other)
+        if int(moments["position_stop"][0]) == 1 and (n.isel(position=0) > 0).all() and (n.sum("position") > 0).all():
+            lines["first token"] = (total.isel(position=0) / n.isel(position=0)).values
+            rest = {"position": slice(1, None)}
+            lines["other tokens"] = (total.isel(rest).sum("position") / n.isel(rest).sum("position")).values
+    if not lines:
+        lines["all tokens"] = found["total"]["norm_mean"].values
+    return Markup(curves("norms", _layers(found["total"]), lines, label="mean norm by layer", ylabel="norm", log=True))
+
+
+def _spectra(found: Survey) -> list[Markup]:
+    if "pca" not in found:
+        return []
+    pca = found["pca"]
+    layers = _layers(pca)
+    ranks = {"effective rank": pca["effective_rank"].values, "participation ratio": pca["participation_ratio"].values}
+    chosen = np.unique(np.linspace(0, len(layers) - 1, 4).round().astype(int))
+    share = pca["share"].values
+    spectra = {f"layer {layers[i]}": np.where(share[i] > 1e-9, share[i], np.nan) for i in chosen}
+    component = np.arange(1, share.shape[1] + 1)
+    return [
+        Markup(curves("ranks", layers, ranks, label="effective rank by layer", ylabel="dims", log=True)),
+        Markup(
+            curves("spectra", component, spectra, label="spectra", xlabel="component", ylabel="share of the variance",
+                   log=True, log_x=True)
+        ),
+    ]  # fmt: skip
+
+
+def _similarity(found: Survey) -> dict[str, Any] | None:
+    if "similarity" not in found or found["similarity"].sizes["one"] < 2:
+        return None
+    similarity = found["similarity"]
+    names = [str(name) for name in similarity["one"].values]
+    chance = float(similarity["cka_null"].max()) if "cka_null" in similarity else None
+    return {
+        "n": similarity.attrs["n"],
+        "permutations": similarity.attrs["permutations"],
+        "chance": None if chance is None else f"{chance:.3f}",
+        "cka": Markup(heatmap(similarity["cka"].values, names, "debiased CKA of each layer with each")),
+        "cca": Markup(heatmap(similarity["cca"].values, names, "mean squared canonical correlation")),
+    }
+
+
+def _anisotropy(found: Survey) -> Markup | None:
+    if "outliers" not in found:
+        return None
+    rest = found["outliers"].sel(part="rest")
+    if not np.isfinite(rest["cosine"]).all():
+        return None
+    lines = {"mean cosine of two rows": rest["cosine"].values, "share of it in one dim": rest["rogue_share"].values}
+    return Markup(curves("cosine", _layers(rest), lines, label="mean cosine and the share of one dim in it"))
+
+
+def _massive(found: Survey, store: Store) -> list[dict[str, Any]] | None:
+    """Return a line for each dim with massive activations, largest first."""
+    if "outliers" not in found:
+        return None
+    dims: dict[int, dict[str, Any]] = {}
+    for line in outliers.massive(found["outliers"], store):
+        dim = dims.setdefault(line["dim"], {**line, "layers": set(), "positions": set()})
+        dim["layers"].add(line["layer"])
+        dim["positions"].add(line["position"])
+    return [
+        {
+            **dim,
+            "value": f"{dim['value']:,.0f}",
+            "layers": layer_text(tuple(sorted(dim["layers"]))),
+            "positions": layer_text(tuple(sorted(dim["positions"]))),
+        }
+        for dim in list(dims.values())[:12]
+    ]
+
+
+def _neurons(found: Survey) -> str | None:
+    if "outliers" not in found or found.site != "mlp_post":
+        return None
+    dead, always = (found["outliers"][name].sum("feature").values for name in ("dead", "always_on"))
+    return f"{int(dead.sum()):,} of {found['outliers']['dead'].size:,} are dead, {int(always.sum()):,} always on."
+
+
+def _lens(found: Survey) -> dict[str, Any] | None:
+    if "lens" not in found:
+        return None
+    lens = found["lens"]
+    lines = {"KL to the last layer": lens["kl_mean"].values, "entropy": lens["entropy_mean"].values}
+    if np.isfinite(lens["loss"].values).all():
+        lines["loss of the next token"] = lens["loss"].values
+    ranks = {"median rank of the next token": 1 + lens["rank_median"].values}
+    return {
+        "n": lens.attrs["n"],
+        "nats": Markup(curves("lens", _layers(lens), lines, label="logit lens by layer", ylabel="nats")),
+        "rank": Markup(
+            curves("lens-rank", _layers(lens), ranks, label="rank of the next token", ylabel="rank", log=True)
+        ),
+    }
+
+
+def _examples(found: Survey, store: Store, words: Vocabulary | None) -> list[dict[str, Any]]:
+    """Return, for a few layers, the dims of the heaviest tails whose tops are not first tokens, with their tokens."""
+    if "examples" not in found or "total" not in found:
+        return []
+    top, kurtosis, position = found["examples"], found["total"]["kurtosis"], store.coordinates["position"].values
+    layers = _layers(top)
+    shown = []
+    for i in sorted({0, len(layers) // 2, len(layers) - 1}):
+        rows = top["row"].isel(layer=i).values
+        order = np.argsort(-np.nan_to_num(kurtosis.isel(layer=i).values, nan=-np.inf), kind="stable")
+        dims = [int(dim) for dim in order if position[rows[0, dim]] != 0][:SHOWN_DIMS]
+        at = top.isel(layer=i, direction=dims)
+        layer = None if layers[i] < 0 else int(layers[i])
+        for dim, lines in zip(dims, _lines(store, found.site, layer, tuple(dims), at, words)):
+            shown.append(
+                {"name": f"layer {layers[i]}, dim {dim}" if layer is not None else f"dim {dim}", "html": lines}
+            )
+    return shown
+
+
+def _lines(
+    store: Store, site: str, layer: int | None, dims: tuple[int, ...], at: xr.Dataset, words: Vocabulary | None
+) -> list[Markup]:
+    found = examples.shown(store, site, layer, dims, at, count=5, context=14, words=words)
+    return [Markup(examples.html(lines)) for lines in found]

@@ -1,0 +1,208 @@
+"""Everything that is usually asked of a store, in one read of it: what ``flexcache stats`` computes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+from analysis import lens, saved, similarity
+from analysis.covariance import ROWS as COVARIANCE_ROWS
+from analysis.examples import TopRows
+from analysis.geometry import PCA
+from analysis.moments import Moments
+from analysis.onepass import DocumentSample, Statistic, grouping, read
+from analysis.outliers import Extremes, judged
+from analysis.quantiles import Histogram
+from analysis.rows import Rows
+from analysis.tokens import TokenTypes
+from flexcache.errors import AnalysisError, nearest
+from flexcache.site import Layers
+from flexcache.store.store import Store
+
+PARTS = ("moments", "pca", "quantiles", "outliers", "similarity", "lens", "examples")
+COMPONENTS = 16
+EXAMPLES = 16
+SUFFIX = ".stats.zarr"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Results of one site, by name, with what they were computed from.
+
+    Attributes
+    ----------
+    site : str
+    results : dict of Dataset
+        ``moments`` by the groups asked for and ``total`` by layer alone, ``pca``, ``quantiles``, ``outliers``,
+        ``similarity``, ``lens``, ``examples``; what was asked for of these.
+    provenance : dict
+        Store, rows, questions, versions.
+    reused : bool
+        Whether they were read from a folder instead of computed.
+    """
+
+    site: str
+    results: dict[str, xr.Dataset] = field(repr=False)
+    provenance: dict[str, Any] = field(repr=False)
+    reused: bool = False
+
+    def __getitem__(self, name: str) -> xr.Dataset:
+        try:
+            return self.results[name]
+        except KeyError:
+            raise AnalysisError(
+                f"the statistics do not include {name!r}", remedy=nearest(name, tuple(self.results))
+            ) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.results
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the results below *folder* and return their path."""
+        return saved.save(self.results, place(folder, self.site), self.provenance)
+
+
+def place(folder: str | Path, site: str) -> Path:
+    """Return where the results of a site are below a folder."""
+    return Path(folder) / f"{site}{SUFFIX}"
+
+
+def load(folder: str | Path, site: str) -> Survey:
+    """Read what `Survey.save` wrote.
+
+    Raises
+    ------
+    AnalysisError
+        There are no such results.
+    """
+    results, provenance = saved.load(place(folder, site))
+    return Survey(site, results, provenance, reused=True)
+
+
+def survey(
+    store: Store,
+    site: str = "resid_post",
+    *,
+    only: Sequence[str] | None = None,
+    by: Sequence[str] = ("layer", "position"),
+    layers: Layers = "all",
+    rows: int | None = COVARIANCE_ROWS,
+    similarity_rows: int = similarity.ROWS,
+    permutations: int = 100,
+    seed: int = 0,
+    token_types: TokenTypes | None = None,
+    head: lens.Head | str | Path | None = None,
+    folder: str | Path | None = None,
+    scheduler: Any = "threads",
+    workers: int | None = None,
+    progress: bool = True,
+) -> Survey:
+    """Compute statistics of a site in one read, or take them from *folder* where the same ones are there.
+
+    The first token of each document is left out of PCA, similarity and lens, kept apart in outliers, and in the rest.
+
+    Parameters
+    ----------
+    only
+        Some of `PARTS`; by default all but ``lens``, which is added where *head* is given.
+    by
+        Groups of the moments, see `analysis.moments.compute`.
+    rows, similarity_rows
+        About how many rows covariances are taken from, and layers compared and read through the lens on: whole
+        documents of a seeded sample; how many it were is in the results.
+    head
+        The final norm and unembedding, see `analysis.lens.compute`.
+    folder
+        Where to keep results, and to look for them first.
+    scheduler, workers, progress
+        See `analysis.onepass.read`.
+
+    Raises
+    ------
+    AnalysisError
+        An unknown part; and see `analysis.onepass.read`.
+    """
+    parts = _parts(only, head)
+    statistics = _statistics(store, site, parts, by, rows, similarity_rows, seed, token_types)
+    asked = {name: statistic.describe() for name, statistic in statistics.items()}
+    provenance = {
+        "of": saved.identity(store),
+        "site": site,
+        "layers": str(layers),
+        "parts": list(parts),
+        "asked": asked,
+        "permutations": permutations,
+        "versions": saved.versions(),
+    }
+    if folder is not None and saved.reusable(place(folder, site), provenance):
+        return load(folder, site)
+    if "lens" in parts:
+        head = lens.chosen_head(store, head, site)
+    began = time.perf_counter()
+    found = read(store, site, statistics, layers=layers, scheduler=scheduler, workers=workers, progress=progress)
+    provenance |= {"read_seconds": round(time.perf_counter() - began, 3), "rows_read": found.rows}
+    results: dict[str, xr.Dataset] = {}
+    for name in ("total", "moments", "pca", "quantiles", "examples"):
+        if name in parts or (name == "total" and "moments" in parts):
+            results[name] = found[name] if name != "moments" or "layer" in by else found.merged(name)
+    if "pca" in results:
+        results["pca"].attrs |= {"site": site, "store": str(store.path)}
+    if "outliers" in parts:
+        results["outliers"] = judged(found["outliers"], found["quantiles"])
+    if "similarity" in parts or "lens" in parts:
+        kept = {layer: found.states[layer]["rows"] for layer in found.layers}
+        if "similarity" in parts:
+            named = {str(site if layer is None else layer): state["values"] for layer, state in kept.items()}
+            results["similarity"] = similarity.between(named, permutations=permutations, seed=seed)
+        if "lens" in parts:
+            values = {int(layer or 0): state["values"] for layer, state in kept.items()}
+            assert isinstance(head, lens.Head)
+            results["lens"] = lens.of_rows(store, head, values, kept[found.layers[0]]["row"])
+    answer = Survey(site, results, provenance)
+    if folder is not None:
+        answer.save(folder)
+    return answer
+
+
+def _parts(only: Sequence[str] | None, head: Any) -> tuple[str, ...]:
+    wrong = [name for name in only or () if name not in PARTS]
+    if wrong:
+        raise AnalysisError(f"there is no statistic {wrong[0]!r}", remedy=nearest(wrong[0], PARTS))
+    if only:
+        return tuple(name for name in PARTS if name in only)
+    return tuple(name for name in PARTS if name != "lens" or head is not None)
+
+
+def _statistics(
+    store: Store,
+    site: str,
+    parts: tuple[str, ...],
+    by: Sequence[str],
+    rows: int | None,
+    similarity_rows: int,
+    seed: int,
+    token_types: TokenTypes | None,
+) -> dict[str, Statistic]:
+    """Return the statistics that the parts need, each once."""
+    found: dict[str, Statistic] = {}
+    skip = int(store.spec.get("rows", "all") == "all")  # where there are other tokens than the first
+    if "moments" in parts:
+        found["total"] = Moments()
+        found["moments"] = Moments(grouping(store, by, token_types=token_types))
+    if "pca" in parts:
+        sample = DocumentSample.of_rows(rows, store.n_rows, seed, skip)
+        found["pca"] = PCA(sample, components=COMPONENTS)
+    if "quantiles" in parts or "outliers" in parts:
+        found["quantiles"] = Histogram()
+    if "outliers" in parts:
+        found["outliers"] = Extremes()
+    if "similarity" in parts or "lens" in parts:
+        found["rows"] = Rows(similarity_rows, DocumentSample.of_rows(similarity_rows, store.n_rows, seed, skip))
+    if "examples" in parts and site in store.arrays:
+        found["examples"] = TopRows(tuple(range(store.arrays[site].features)), EXAMPLES)
+    return found

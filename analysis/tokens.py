@@ -1,0 +1,142 @@
+"""What token ids mean: their text, and classes of tokens to group rows by."""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexcache.errors import AnalysisError
+from flexcache.store.store import Store
+
+TYPES = ("special", "word start", "word inside", "number", "punctuation", "space", "other")
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """The text of every token id.
+
+    Attributes
+    ----------
+    texts : tuple of str
+        As they stand in a text, with their space in front where they have one.
+    special : frozenset of int
+        Ids that no text gives, such as the end of a document.
+    """
+
+    texts: tuple[str, ...]
+    special: frozenset[int] = frozenset()
+
+    def text(self, token: int) -> str:
+        """Return the text of a token, ``#7`` for an id that the vocabulary does not have."""
+        return self.texts[token] if 0 <= token < len(self.texts) else f"#{token}"
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTypes:
+    """A class for every token id, to group rows by.
+
+    Attributes
+    ----------
+    names : tuple of str
+    codes : ndarray of shape (vocabulary,)
+        Places in *names*; -1 is in no class.
+    """
+
+    names: tuple[str, ...]
+    codes: np.ndarray
+
+
+def vocabulary(store: Store | None = None, tokenizer: Any = None) -> Vocabulary | None:
+    """Return the vocabulary of a tokenizer, or of the model that a store was made with; None where that is not at hand.
+
+    Parameters
+    ----------
+    tokenizer
+        A transformers tokenizer, or a folder or name to load one from, which needs transformers and is never given
+        leave to run code of its own.
+
+    Raises
+    ------
+    AnalysisError
+        A tokenizer that was asked for cannot be loaded.
+    """
+    if tokenizer is None and store is not None:
+        name = str(store.provenance.get("model", {}).get("name", ""))
+        if not Path(name).is_dir():
+            return None
+        try:
+            tokenizer = _load(name)
+        except Exception:  # a store is read without its model, too
+            return None
+    elif isinstance(tokenizer, str | Path):
+        try:
+            tokenizer = _load(str(tokenizer))
+        except Exception as error:  # transformers and its backends raise many kinds
+            raise AnalysisError(
+                "the tokenizer cannot be loaded",
+                where=str(tokenizer),
+                found=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+                remedy="give the folder of the model that the store was made with",
+            ) from error
+    if tokenizer is None:
+        return None
+    texts = _texts(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
+    return Vocabulary(texts, frozenset(int(token) for token in getattr(tokenizer, "all_special_ids", ())))
+
+
+def token_types(words: Vocabulary) -> TokenTypes:
+    """Return the class of every token: special, start of a word, inside of one, number, punctuation, space or other."""
+    codes = np.array([TYPES.index(_type(text, i in words.special)) for i, text in enumerate(words.texts)], np.int64)
+    return TokenTypes(TYPES, codes)
+
+
+def _load(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def _texts(tokens: list[str | None]) -> tuple[str, ...]:
+    """Return tokens as they stand in a text, whether marked at word starts (Ġ, ▁) or inside of words (##)."""
+    pieces = [token or "" for token in tokens]
+    if any(piece.startswith("Ġ") for piece in pieces):
+        return tuple(_from_bytes(piece) for piece in pieces)
+    if any(piece.startswith("▁") for piece in pieces):
+        return tuple(piece.replace("▁", " ") for piece in pieces)
+    if any(piece.startswith("##") for piece in pieces):  # last, for headings in Markdown are tokens of others, too
+        return tuple(piece[2:] if piece.startswith("##") else " " + piece for piece in pieces)
+    return tuple(pieces)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return the byte of each character of byte-level BPE: printable ones are themselves, the others follow 256."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
+
+
+def _from_bytes(piece: str) -> str:
+    if any(character not in _BYTES for character in piece):
+        return piece
+    return bytes(_BYTES[character] for character in piece).decode("utf-8", errors="replace")
+
+
+def _type(text: str, special: bool) -> str:
+    if special or not text:
+        return "special"
+    bare = text.strip()
+    if not bare:
+        return "space"
+    kinds = {unicodedata.category(character)[0] for character in bare}
+    if kinds <= {"L", "M"}:
+        return "word start" if text[0].isspace() else "word inside"
+    if kinds == {"N"}:
+        return "number"
+    return "punctuation" if kinds <= {"P", "S"} else "other"

@@ -1,0 +1,140 @@
+"""`flexcache stats`: statistics of a store in one read, kept as Zarr, and the most telling ones as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import flexcache
+from analysis import tokens
+from analysis.survey import Survey, place, survey
+from flexcache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flexcache.site import Layers
+
+Columns = dict[str, Any]
+MEANING = {
+    "norm": "mean length of a row",
+    "rank": "effective rank, without first tokens",
+    "largest": "largest magnitude",
+    "massive": "dims with a massive activation",
+    "cosine": "mean cosine of two rows, without first tokens",
+    "rogue": "share of it that one dim carries",
+    "CKA next": "debiased CKA with the next layer",
+    "lens": "KL from the logit lens to the last layer, nats",
+}
+
+
+def run(
+    store_path: str | Path,
+    site: str = "resid_post",
+    *,
+    by: Sequence[str] = ("layer", "position"),
+    only: Sequence[str] | None = None,
+    layers: Layers = "all",
+    model: str | None = None,
+    scheduler: str = "threads",
+    workers: int | None = None,
+    rows: int | None = None,
+    seed: int = 0,
+    output: str | Path | None = None,
+    console: Console | None = None,
+    progress: bool = True,
+) -> Survey:
+    """Compute, keep and print statistics.
+
+    Parameters
+    ----------
+    model
+        The checkpoint folder, for classes of tokens and the logit lens; by default the one that made the store, where
+        it is at hand.
+    rows
+        About how many rows covariances are taken from.
+    output
+        Folder for the results; by default ``stats`` in the current one.
+
+    Other parameters, and errors, are those of `analysis.survey.survey`.
+    """
+    console, folder = console or Console(), Path("stats" if output is None else output)
+    store = flexcache.open(store_path)
+    head = model
+    if head is None and not only and site == "resid_post" and store.spec.get("rows", "all") != "mean":
+        name = str(store.provenance.get("model", {}).get("name", ""))
+        head = name if Path(name, "config.json").exists() else None
+    types = None
+    if "token_type" in by:
+        words = tokens.vocabulary(store, model)
+        if words is None:
+            raise ConfigError(
+                "classes of tokens need the model's tokenizer",
+                where="--by token_type",
+                remedy="give the checkpoint folder: --model FOLDER",
+            )
+        types = tokens.token_types(words)
+    found = survey(
+        store,
+        site,
+        only=only,
+        by=by,
+        layers=layers,
+        seed=seed,
+        token_types=types,
+        head=head,
+        folder=folder,
+        scheduler=scheduler,
+        workers=workers,
+        progress=progress,
+        **({} if rows is None else {"rows": rows}),
+    )
+    console.print(table(found))
+    said = (
+        "read again, as nothing changed" if found.reused else f"{found.provenance['rows_read']:,} rows, each read once"
+    )
+    console.print(f"results  {place(folder, site)}  ({said})", markup=False, highlight=False, soft_wrap=True)
+    return found
+
+
+def table(found: Survey) -> Table:
+    """Return a line for each layer, of what was computed."""
+    columns: Columns = {}
+    if "total" in found:
+        total = found["total"]
+        columns["rows"] = total["n"].values
+        columns["norm"] = total["norm_mean"].values
+    if "pca" in found:
+        columns["rank"] = found["pca"]["effective_rank"].values
+    if "outliers" in found:
+        outliers = found["outliers"]
+        largest = abs(outliers["value"]).max(("part", "rank", "feature"))
+        columns["largest"] = largest.values
+        columns["massive"] = outliers["massive"].any(("part", "rank")).sum("feature").values
+        columns["cosine"] = outliers["cosine"].sel(part="rest").values
+        columns["rogue"] = outliers["rogue_share"].sel(part="rest").values
+    if "similarity" in found:
+        cka = found["similarity"]["cka"].values
+        columns["CKA next"] = np.append(np.diagonal(cka, 1), np.nan)
+    if "lens" in found:
+        columns["lens"] = found["lens"]["kl_mean"].values
+    layers = next(iter(found.results.values()))
+    names = layers["layer"].values if "layer" in layers.coords else range(len(next(iter(columns.values()), ())))
+    caption = " · ".join(f"{name}: {MEANING[name]}" for name in columns if name in MEANING)
+    shown = Table("layer", *columns, title=found.site, title_justify="left", caption=caption, caption_justify="left")
+    for column in shown.columns:
+        column.justify, column.no_wrap = "right", True
+    for i, layer in enumerate(names):
+        cells = [number(values[i]) for values in columns.values()]
+        shown.add_row("–" if layer < 0 else str(int(layer)), *cells)
+    return shown
+
+
+def number(value: Any) -> str:
+    """Write a number with three digits, a count whole."""
+    if isinstance(value, int | np.integer):
+        return f"{value:,}"
+    return "–" if not np.isfinite(value) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

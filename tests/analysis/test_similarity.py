@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.cross_decomposition import CCA
+from sklearn.metrics.pairwise import cosine_similarity
+
+from analysis import similarity
+from flexcache.errors import AnalysisError
+from tests.analysis.stores import value_store
+from tests.analysis.test_moments import LENGTHS
+
+
+def hsic(x: np.ndarray, y: np.ndarray) -> float:
+    """Unbiased HSIC with linear kernels, by the formula of Song et al. (2012), sums over rows written out."""
+    n = len(x)
+    k, m = x @ x.T, y @ y.T
+    np.fill_diagonal(k, 0)
+    np.fill_diagonal(m, 0)
+    one = np.ones(n)
+    middle = (one @ k @ one) * (one @ m @ one) / ((n - 1) * (n - 2))
+    return float((np.trace(k @ m) + middle - 2 / (n - 2) * (one @ k @ m @ one)) / (n * (n - 3)))
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**31), st.integers(4, 30), st.integers(1, 8), st.integers(1, 8))
+def test_cka_is_the_ratio_of_unbiased_hsic(seed: int, n: int, d: int, e: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, d)) + 3
+    y = x @ rng.normal(size=(d, e)) + rng.normal(size=(n, e))
+    found = similarity.between({"x": x, "y": y}, permutations=0)
+    expected = hsic(x, y) / np.sqrt(hsic(x, x) * hsic(y, y))
+    assert float(found["cka"].sel(one="x", two="y")) == pytest.approx(expected, rel=1e-8, abs=1e-8)
+    assert float(found["cka"].sel(one="y", two="y")) == pytest.approx(1)
+
+
+def test_noise_of_many_dims_is_unlike_and_its_p_is_large() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 300)), rng.normal(size=(60, 300))
+    found = similarity.between({"x": x, "y": y}, permutations=60).sel(one="x", two="y")
+    biased = np.linalg.norm(x.T @ y) ** 2 / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y))
+    assert biased > 0.7
+    assert abs(float(found["cka"])) < 0.1
+    for measure in similarity.MEASURES:
+        assert float(found[f"{measure}_p"]) > 0.05
+        assert 0 < float(found[f"{measure}_null"]) < 0.2
+
+
+def test_what_belongs_together_stands_out_of_its_null() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(80, 5))
+    found = similarity.between({"x": x}, {"turned": 3 * x @ np.linalg.qr(rng.normal(size=(5, 5)))[0]}, permutations=50)
+    assert float(found["cka"][0, 0]) == pytest.approx(1)
+    assert float(found["cca"][0, 0]) == pytest.approx(1)
+    assert float(found["cka_p"][0, 0]) == pytest.approx(1 / 51)
+    assert float(found["cka_null"][0, 0]) < 0.2
+
+
+def test_cca_and_cosine_are_those_of_scikit_learn() -> None:
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(200, 3))
+    y = x + rng.normal(size=(200, 3))
+    found = similarity.between({"x": x, "y": y}, permutations=0).sel(one="x", two="y")
+    a, b = CCA(3, max_iter=5000, tol=1e-12).fit_transform(x, y)
+    expected = np.mean([np.corrcoef(a[:, i], b[:, i])[0, 1] ** 2 for i in range(3)])
+    assert float(found["cca"]) == pytest.approx(expected, rel=1e-6)
+    assert float(found["cosine"]) == pytest.approx(np.diag(cosine_similarity(x, y)).mean(), rel=1e-10)
+    unequal = similarity.between({"x": x, "z": x[:, :2]}, permutations=3)
+    assert np.isnan(unequal["cosine"].sel(one="x", two="z"))
+
+
+def test_layers_of_a_store_and_of_two_stores_joined(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(sum(LENGTHS), 6))
+    values = np.stack([base, base + rng.normal(size=base.shape), rng.normal(size=base.shape)])
+    one = value_store(tmp_path / "a.zarr", values, LENGTHS)
+    two = value_store(tmp_path / "b.zarr", values, LENGTHS, seed=9, batch_tokens=512)
+    found = similarity.compute(one, "resid_post", rows=300, permutations=20, progress=False)
+    assert found["one"].values.tolist() == ["resid_post 0", "resid_post 1", "resid_post 2"]
+    assert 100 < found.attrs["n"] < 700
+    cka = found["cka"].values
+    np.testing.assert_allclose(cka, cka.T, atol=1e-12)
+    assert cka[0, 1] > 0.4 > 0.1 > abs(cka[0, 2])
+    with pytest.raises(AnalysisError, match="did you mean resid_post"):
+        similarity.compute(one, ["resid_post", "resid_pots"], progress=False)
+    joined = similarity.stores(one, two, "resid_post", rows=300, permutations=0)
+    np.testing.assert_allclose(np.diag(joined["cka"]), 1)
+    np.testing.assert_allclose(np.diag(joined["cosine"]), 1)
+    swapped = np.arange(sum(LENGTHS))
+    assert not np.array_equal(one.read("resid_post", 0, swapped), two.read("resid_post", 0, swapped))
+
+
+def test_matrices_of_different_rows_are_refused() -> None:
+    with pytest.raises(AnalysisError, match="cannot be compared"):
+        similarity.between({"x": np.zeros((5, 2)), "y": np.zeros((6, 2))})
+    with pytest.raises(AnalysisError, match="cannot be compared"):
+        similarity.between({"x": np.zeros((3, 2))})

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import flexcache
+from analysis import lens
+from analysis.report import store_page
+from analysis.survey import Survey, survey
+from analysis.tokens import Vocabulary
+
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+WORDS = Vocabulary(tuple(f" <w{i}>&" for i in range(300)))
+
+
+class Balanced(HTMLParser):
+    """Fails on a tag that is closed out of order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.seen.add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[flexcache.Store, Survey]:
+    from tests.corpora import lengths, token_documents
+    from tests.models import tiny
+
+    model = tiny("llama")
+    documents = token_documents(lengths(40, longest=12), vocabulary=250)
+    documents = [{**document, "id": f"<script>{document['id']}"} for document in documents]
+    path = tmp_path_factory.mktemp("stores") / "run & <co>.zarr"
+    store = flexcache.capture(model, None, documents, path, sites="resid_post", batch_tokens=64, progress=False)
+    return store, survey(store, head=lens.Head.of(model), permutations=5, progress=False)
+
+
+@pytest.fixture(scope="module")
+def page(found: tuple[flexcache.Store, Survey], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "deep" / "report.html"
+    return store_page.write(*found, path, words=WORDS, command="flexcache report 'run & <co>.zarr'")
+
+
+def test_the_page_is_whole_html_that_fetches_nothing_and_escapes_all(page: Path) -> None:
+    text = page.read_text("utf-8")
+    parser = Balanced()
+    parser.feed(text)
+    assert parser.open == []
+    assert not parser.seen & {"script", "iframe", "link", "img"}
+    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)""", text.replace("xlink:href", "href"))
+    assert not re.search(r"url\((?!#)", text)
+    assert "<co>" not in text
+    assert " <w" not in text
+    ids = re.findall(r'\bid="(.*?)"', text)
+    assert len(ids) == len(set(ids))
+
+
+def test_the_page_has_every_part_and_says_what_was_found(page: Path, found: tuple[flexcache.Store, Survey]) -> None:
+    text = unescape(page.read_text("utf-8"))
+    for words in ("Norms", "Spectra", "How alike layers are", "Outliers", "Logit lens", "Tokens that excite a dim"):
+        assert f"<h2>{words}</h2>" in text
+    assert text.count("<svg") == 8
+    assert "prefers-color-scheme: dark" in text
+    assert "40 documents" in text
+    cka = float(found[1]["similarity"]["cka"][0, 1])
+    assert f"0 and 1: {cka:.3f}" in text
+    assert 'class="example"' in text
+    assert "run & <co>.zarr" in text
+
+
+def test_parts_that_were_not_computed_are_left_out(found: tuple[flexcache.Store, Survey], tmp_path: Path) -> None:
+    store, _ = found
+    few = survey(store, only=["moments"], by=["layer", "label"], progress=False)
+    text = store_page.write(store, few, tmp_path / "r.html").read_text("utf-8")
+    assert text.count("<svg") == 1
+    assert "Logit lens" not in text
+    pooled = survey(store, only=["quantiles", "outliers"], progress=False)
+    text = store_page.write(store, pooled, tmp_path / "r.html").read_text("utf-8")
+    assert "No massive activation" in text
+
+
+@pytest.mark.parametrize(
+    ("site", "rows"), [("model.layers.1.mlp", "all"), ("resid_post", "mean"), ("resid_post", "last")]
+)
+def test_any_site_and_rows_have_a_page(site: str, rows: str, tmp_path: Path) -> None:
+    from tests.corpora import lengths, token_documents
+    from tests.models import tiny
+
+    documents = token_documents(lengths(40, longest=12), vocabulary=250)
+    path = tmp_path / "s.zarr"
+    store = flexcache.capture(
+        tiny("llama"), None, documents, path, sites=site, rows=rows, batch_tokens=64, progress=False
+    )
+    found = survey(store, site, permutations=3, progress=False)
+    text = store_page.write(store, found, tmp_path / "r.html", words=WORDS).read_text("utf-8")
+    assert "<h2>Spectra</h2>" in text
+    assert "nan" not in re.sub(r"<details>.*?</details>", "", text, flags=re.S)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_shows_the_page_in_light_and_dark(page: Path, tmp_path: Path, dark: bool) -> None:
+    from matplotlib.image import imread
+
+    picture = tmp_path / "page.png"
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--window-size=1000,1400",
+    ]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}"]
+    command += ["--blink-settings=preferredColorScheme=0"] if dark else ["--blink-settings=preferredColorScheme=1"]
+    subprocess.run([*command, page.as_uri()], check=True, capture_output=True, timeout=120)
+    pixels = imread(picture)[..., :3]
+    corner = pixels[-1, 0]
+    assert (corner.mean() < 0.2) == dark
+    assert len(np.unique((pixels * 15).astype(int).reshape(-1, 3), axis=0)) > 20
+    margin = pixels[:, -8:]
+    assert np.ptp(margin, axis=(0, 1)).max() < 0.02, "something runs over the right edge"

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import flexcache
+from tests.pipelines.test_cli import run
+
+
+def test_stats_and_report_from_the_command_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "capture", config, "-q")
+    text = run(capsys, "stats", "run.zarr", "--by", "layer,position,label", "--rows", "100", "-q")
+    for words in ("norm", "rank", "CKA next", "stats/resid_post.stats.zarr", "each read once"):
+        assert words in text
+    model = str(flexcache.open("run.zarr").provenance["model"]["name"])
+    assert model
+    assert "read again" in run(capsys, "stats", "run.zarr", "--by", "layer,position,label", "--rows", "100", "-q")
+    text = run(capsys, "stats", "run.zarr", "--only", "moments,pca", "--layers", "1:3", "-o", "few", "-q")
+    assert "lens" not in text
+    page = run(capsys, "report", "run.zarr", "-q").split("report")[1].split()[0]
+    assert "<h2>Norms</h2>" in Path(page).read_text("utf-8")
+
+
+def test_token_types_and_lens_with_the_model(
+    config: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "capture", config, "-q")
+    text = run(capsys, "stats", "run.zarr", "--by", "layer,token_type", "--model", checkpoint, "-q")
+    assert "lens" in text
+    page = run(capsys, "report", "run.zarr", "--model", checkpoint, "-o", "page.html", "-q")
+    assert "page.html" in page
+    written = Path("page.html").read_text("utf-8")
+    assert "<h2>Logit lens</h2>" in written
+    assert ">w" in written
+
+
+def test_mistakes_end_in_one_message(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "capture", config, "-q")
+    for arguments, message, status in (
+        (("--only", "momentz"), "did you mean moments", 1),
+        (("--by", "lable"), "did you mean label", 1),
+        (("--site", "resid_pots"), "did you mean resid_post", 1),
+        (("--scheduler", "thread"), "did you mean threads", 2),
+        (("--by", "token_type", "--model", "/nowhere"), "cannot be loaded", 1),
+        (("--layers", "77"), "no layer 77", 1),
+    ):
+        assert message in " ".join(run(capsys, "stats", "run.zarr", "-q", *arguments, status=status).split())
