@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from analysis.replay.attribution import attribution, verify
 from analysis.replay.donors import Interchange, Interpolate, Patch, Resample, same_length
 from analysis.replay.edit import Alternatives, Chain, Edit
 from analysis.replay.edits import (
@@ -19,9 +20,13 @@ from analysis.replay.edits import (
     Zero,
 )
 from analysis.replay.engine import Engine, Placed, Start
+from analysis.replay.grid import Grid, grid
 from analysis.replay.identity import identity_error
 from analysis.replay.leace import Erase
+from analysis.replay.metrics import Metric, Outcome, projection
 from analysis.replay.obstacles import obstacles
+from analysis.replay.results import Sweep, load
+from analysis.replay.sweep import sweep
 
 __all__ = [
     "Alternatives",
@@ -32,12 +37,15 @@ __all__ = [
     "Engine",
     "Erase",
     "Function",
+    "Grid",
     "Identity",
     "Interchange",
     "Interpolate",
     "Mean",
+    "Metric",
     "Noise",
     "NormMatched",
+    "Outcome",
     "Patch",
     "Placed",
     "ProjectOut",
@@ -46,8 +54,15 @@ __all__ = [
     "SetNeurons",
     "Start",
     "Steer",
+    "Sweep",
     "Zero",
+    "attribution",
+    "grid",
     "identity_error",
+    "load",
     "obstacles",
+    "projection",
     "same_length",
+    "sweep",
+    "verify",
 ]

@@ -15,7 +15,8 @@ from analysis.replay.edits import Numbers, orthonormal, random_basis
 from analysis.replay.spot import Spot
 from flexcache.store.store import Store
 
-Align = str | tuple[tuple[int, int], ...]
+Donor = str | Mapping[str, str] | tuple[tuple[str, str], ...]
+Align = str | Mapping[int, int] | tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -32,7 +33,7 @@ class Donated(Edit):
         token, are left out of the results.
     """
 
-    donor: str | tuple[tuple[str, str], ...]
+    donor: Donor
     align: Align = "start"
 
     def __post_init__(self) -> None:
@@ -134,13 +135,12 @@ class Resample(Edit):
         return torch.where(known[:, None], values, x)
 
 
-def donor_lines(
-    donor: str | tuple[tuple[str, str], ...], numbers: Mapping[str, int], documents: NDArray[np.int64]
-) -> NDArray[np.int64]:
+def donor_lines(donor: Donor, numbers: Mapping[str, int], documents: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the line of each document's donor in the store, −1 where there is none."""
     if isinstance(donor, str):
         return np.full(len(documents), numbers.get(donor, -1), np.int64)
-    pairs = {numbers.get(a, -1): numbers.get(b, -1) for a, b in donor}
+    given = donor.items() if isinstance(donor, Mapping) else donor
+    pairs = {numbers.get(a, -1): numbers.get(b, -1) for a, b in given}
     return np.array([pairs.get(int(document), -1) for document in documents], np.int64)
 
 

@@ -88,7 +88,7 @@ class Edit:
 
     def to_json(self) -> dict[str, Any]:
         """Return the edit as plain values: its kind and its fields, arrays as base64 of their bytes."""
-        return {"edit": type(self).__name__, **{f.name: _plain(getattr(self, f.name)) for f in fields(self)}}
+        return {"kind": type(self).__name__, **{f.name: _plain(getattr(self, f.name)) for f in fields(self)}}
 
     # For kinds
 
@@ -250,9 +250,9 @@ def from_json(data: Mapping[str, Any]) -> Edit:
         There is no such kind, or its fields are others.
     """
     content = dict(data)
-    kind = KINDS.get(str(content.pop("edit", None)))
+    kind = KINDS.get(str(content.pop("kind", None)))
     if kind is None:
-        raise AnalysisError(f"there is no edit {data.get('edit')!r}", remedy=nearest(str(data.get("edit")), [*KINDS]))
+        raise AnalysisError(f"there is no edit {data.get('kind')!r}", remedy=nearest(str(data.get("kind")), [*KINDS]))
     try:
         return kind(**{name: _value(value) for name, value in content.items()})
     except TypeError as error:
@@ -271,7 +271,7 @@ def _plain(value: Any) -> Any:
 
 
 def _value(value: Any) -> Any:
-    if isinstance(value, Mapping) and "edit" in value:
+    if isinstance(value, Mapping) and "kind" in value:
         return from_json(value)
     if isinstance(value, Mapping) and "base64" in value:
         content = base64.b64decode(value["base64"])

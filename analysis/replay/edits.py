@@ -268,7 +268,7 @@ class Function(Edit):
     def to_json(self) -> dict[str, Any]:
         """Return the function's path, or where it comes from; only a path can be read again."""
         value = self.function if isinstance(self.function, str) else origin(self.function)
-        return {"edit": "Function", "function": value}
+        return {"kind": "Function", "function": value}
 
     def whole(self, activation: torch.Tensor, index: tuple[torch.Tensor, torch.Tensor], spot: Spot) -> torch.Tensor:
         """Return the activation with the chosen tokens from the function."""

@@ -97,6 +97,8 @@ class Engine:
         self._reader = BatchReader(store.path, mean=False)
         self._defaults = {"use_cache": False} if accepts(self.model, "use_cache") else {}
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        self.ends: dict[int, torch.Tensor] = {}
+        """Logits at the ends of documents, as `analysis.replay.question.last_logits` keeps them."""
         self._head: nn.Module | None = head if isinstance(head, nn.Module) else None
 
     # What there is to run
