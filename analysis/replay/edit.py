@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -61,8 +61,16 @@ class Edit:
 
     @property
     def name(self) -> str:
-        """What the edit is called in results: its repr without the strength."""
-        return self._said(without=self.strength_field)
+        """What the edit is called in results: its kind, and settings of one number or word that are not as usual."""
+        said = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            plain = isinstance(value, str | int | float) or (
+                isinstance(value, tuple) and all(isinstance(part, int | float) for part in value)
+            )
+            if plain and value != f.default and f.name != self.strength_field:
+                said.append(f"{f.name}={_shown(value)}")
+        return f"{type(self).__name__}({', '.join(said)})" if said else type(self).__name__
 
     # Values
 
@@ -74,17 +82,14 @@ class Edit:
         return Chain((*parts, *(other.edits if isinstance(other, Chain) else (other,))))
 
     def __repr__(self) -> str:
-        return self._said()
+        said = (f"{f.name}={_shown(getattr(self, f.name))}" for f in fields(self))
+        return f"{type(self).__name__}({', '.join(said)})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Edit) and self.to_json() == other.to_json()
 
     def __hash__(self) -> int:
         return hash(json.dumps(self.to_json(), sort_keys=True))
-
-    def _said(self, without: str = "") -> str:
-        said = (f"{f.name}={_shown(getattr(self, f.name))}" for f in fields(self) if f.name != without)
-        return f"{type(self).__name__}({', '.join(said)})"
 
     def to_json(self) -> dict[str, Any]:
         """Return the edit as plain values: its kind and its fields, arrays as base64 of their bytes."""
@@ -186,13 +191,13 @@ class Chain(Edit):
     @property
     def strengths(self) -> tuple[float, ...]:
         """The strengths of the first part that has some."""
-        return next((edit.strengths for edit in self.edits if edit.strength_field), (1.0,))
+        return next((edit.strengths for edit in self.edits if edit.strengths != (1.0,)), (1.0,))
 
     def at_strength(self, strength: float) -> Edit:
         """Return the chain with that part at one strength."""
         edits = list(self.edits)
         for place, edit in enumerate(edits):
-            if edit.strength_field:
+            if edit.strengths != (1.0,):
                 edits[place] = edit.at_strength(strength)
                 break
         return Chain(tuple(edits))
@@ -228,17 +233,21 @@ def alternatives(edit: Edit | Alternatives | list[Edit] | tuple[Edit, ...]) -> t
     Raises
     ------
     AnalysisError
-        There is none, or something is no edit, or two are called alike.
+        There is none, or something is no edit, or one is given twice.
     """
     edits = (edit,) if isinstance(edit, Edit) else tuple(edit)
     wrong = next((part for part in edits if not isinstance(part, Edit)), None)
     if not edits or wrong is not None:
         raise AnalysisError("that is no edit", expected="an edit such as replay.Zero()", found=repr(wrong)[:80])
-    names = [part.name for part in edits]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise AnalysisError("two edits are called alike", found=twice, remedy="give one edit, with several strengths")
+    if len(set(edits)) < len(edits):
+        raise AnalysisError("an edit is given twice", found=str([part.name for part in edits]))
     return edits
+
+
+def labels(edits: Sequence[Edit]) -> list[str]:
+    """Return what edits are called in results, numbered where two would be called alike."""
+    names = [edit.name for edit in edits]
+    return [f"{name} {names[:n].count(name) + 1}" if names.count(name) > 1 else name for n, name in enumerate(names)]
 
 
 def from_json(data: Mapping[str, Any]) -> Edit:

@@ -69,8 +69,8 @@ def heat_maps(sweep: Sweep, metric: str) -> Figure:
     reference = 0.0
     if "identity" in sweep.arms:
         unchanged = sweep.dataset["value"].sel(metric=metric, arm="identity")
-        reference = float(unchanged.mean())
-    away = float(np.nanmax(np.abs(effect["mean"].values - reference))) or 1.0
+        reference = float(unchanged.mean()) if np.isfinite(unchanged).any() else 0.0
+    away = float(np.nan_to_num(np.abs(effect["mean"].values - reference)).max()) or 1.0
     for axes, edit in zip(rows, edits):
         at = _strongest(effect.sel(edit=edit))
         values = at["mean"].transpose("layer", "position").values - reference

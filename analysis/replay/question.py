@@ -165,10 +165,10 @@ def answer(engine: Engine, question: Question, batch: Batch, advance: Callable[[
         if "identity" in question.baselines:
             same = np.stack(
                 [
-                    _scores(question, batch, ids, read, base, unchanged, int(line), 0, donors[0].get(int(line)))
-                    for line in lines
+                    [_scores(question, batch, ids, read, base, unchanged, int(n), 0, given.get(int(n))) for n in lines]
+                    for given in donors
                 ]
-            )
+            )[:, None]
             made = np.isfinite(values[0, row]).any(-1, keepdims=True)
             values[question.arms.index("identity"), row] = np.where(made, same, np.nan)
     return Part(batch.documents[lines], values, misfits)

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from analysis.replay import metrics as measures
-from analysis.replay.edit import Alternatives, Edit, alternatives
+from analysis.replay.edit import Alternatives, Edit, alternatives, labels
 from analysis.replay.engine import Engine
 from analysis.replay.grid import Grid, grid
 from analysis.replay.metrics import Metric, Outcome
@@ -215,7 +215,7 @@ def _dataset(engine: Engine, question: Question, parts: Sequence[Part]) -> xr.Da
             "arm": np.array(question.arms, object),
             "layer": [-1 if layer is None else layer for layer in question.layers],
             "position": np.array(list(question.positions), object),
-            "edit": np.array([edit.name for edit in question.edits], object),
+            "edit": np.array(labels(question.edits), object),
             "alpha": list(question.strengths),
             "document": ids[documents[order]],
             "metric": np.array([metric.name for metric in question.metrics], object),

@@ -262,7 +262,7 @@ def test_effects_have_intervals_and_tests_against_their_controls(made: Any) -> N
         ({"documents": ["doc-99"]}, "no document 'doc-99'"),
         ({"readout": "middle"}, "readout cannot be"),
         ({"edit": ()}, "no edit"),
-        ({"edit": replay.Zero() | replay.Zero()}, "called alike"),
+        ({"edit": replay.Zero() | replay.Zero()}, "given twice"),
         ({"edit": replay.Steer(np.ones(3))}, "does not fit"),
         ({"at": replay.grid("mlp_out", layers=9)}, "no layer 9"),
         ({"scheduler": "processes"}, "load the model on each"),
