@@ -25,6 +25,7 @@ from analysis.replay.identity import identity_error
 from analysis.replay.leace import Erase
 from analysis.replay.metrics import Metric, Outcome, projection
 from analysis.replay.obstacles import obstacles
+from analysis.replay.rest import load_rest
 from analysis.replay.results import Sweep, load
 from analysis.replay.sweep import sweep
 
@@ -60,6 +61,7 @@ __all__ = [
     "grid",
     "identity_error",
     "load",
+    "load_rest",
     "obstacles",
     "projection",
     "same_length",
