@@ -28,6 +28,8 @@ from flexcache.store.store import Store
 from pipelines import assets
 
 LAYER, LATER = 16, 24
+SHORT = 16
+"""Tokens up to which documents are steered: a slow machine has to wait less."""
 MASSIVE, CONTROL = 507, 100
 """Dims of the residual stream after block 12."""
 
@@ -44,7 +46,7 @@ def main() -> None:
     model = ModelSource(name=str(assets.smollm2()), dtype=recorded["compute_dtype"], device="cpu").load()
     ids = [str(name) for name in store.documents["id"].to_pylist()]
     if options.only in (None, "identity"):
-        errors = [replay.identity_error(store, model, layer=layer, documents=ids[:20]) for layer in range(30)]
+        errors = [replay.identity_error(store, model, layer=layer, documents=ids[-4:]) for layer in range(30)]
         console.print(f"identity error, {recorded['compute_dtype']}: {max(errors)} at most over {len(errors)} layers")
     if options.only in (None, "massive"):
         massive(store, model, ids[:60])
@@ -80,7 +82,9 @@ def sentiment(store: Store, model: torch.nn.Module, images: Path) -> None:
     eraser = replay.Erase.fit(X[train], y[train])
     tokenizer = ModelSource(name=str(assets.smollm2())).tokenizer()
     good, bad = (tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (" good", " bad"))
-    steer = replay.Steer(direction, alpha=[-4, -2, 0, 2, 4])
+    steer = replay.Steer(direction, alpha=[-4, 0, 4])
+    short = table["n_tokens"].to_numpy() <= SHORT
+    held = ~train & short
     found = replay.sweep(
         store,
         model,
@@ -89,7 +93,7 @@ def sentiment(store: Store, model: torch.nn.Module, images: Path) -> None:
         [replay.projection("later probe", weights, layer=LATER, bias=bias), "logit_diff_change", "kl"],
         ["identity", "random_direction", "norm_matched"],
         answers=(good, bad),
-        documents=[name for name, seen in zip(ids, train, strict=True) if not seen],
+        documents=[name for name, asked in zip(ids, held, strict=True) if asked],
         readout="last",
     )
     effect = found.effect().squeeze()
@@ -101,10 +105,9 @@ def sentiment(store: Store, model: torch.nn.Module, images: Path) -> None:
                 console.print(f"  {edit}, {arm}: " + ", ".join(f"{value:+.2f}" for value in means))
         p = effect["p_norm_matched"].sel(edit=effect["edit"].values[0], metric=metric).values
         console.print("  p against norm matched: " + ", ".join(f"{value:.4f}" for value in p))
-    held = y[~train]
     probes = found.results["value"].sel(metric="later probe", arm="edit", alpha=0).squeeze()
-    order = {name: n for n, name in enumerate(np.array(ids)[~train])}
-    sign = held[[order[name] for name in probes["document"].values]]
+    label = dict(zip(ids, y, strict=True))
+    sign = np.array([label[name] for name in probes["document"].values])
     for edit in probes["edit"].values:
         right = ((probes.sel(edit=edit).values > 0) == sign).mean()
         console.print(f"accuracy of the later probe at strength 0, {edit}: {right:.3f}")
@@ -115,11 +118,11 @@ def sentiment(store: Store, model: torch.nn.Module, images: Path) -> None:
 def patching(store: Store, model: torch.nn.Module, images: Path) -> None:
     donors = replay.same_length(store, seed=0, differing="label")
     lengths = dict(zip(store.documents["id"].to_pylist(), store.documents["n_tokens"].to_pylist(), strict=True))
-    chosen = [name for name in donors if lengths[name] >= 12][:40]
+    chosen = [name for name in donors if 6 <= lengths[name] <= SHORT]
     found = replay.sweep(
         store,
         model,
-        replay.grid(layers="1::4", positions=list(range(-8, 0))),
+        replay.grid(layers="1::7", positions=list(range(-6, 0))),
         replay.Patch(donors, align="end"),
         ["kl"],
         documents=chosen,

@@ -19,8 +19,9 @@ from analysis.replay.edits import (
     Steer,
     Zero,
 )
-from analysis.replay.engine import Engine, Placed, Start
+from analysis.replay.engine import Engine, Start
 from analysis.replay.grid import Grid, grid
+from analysis.replay.hooking import Placed
 from analysis.replay.identity import identity_error
 from analysis.replay.leace import Erase
 from analysis.replay.metrics import Metric, Outcome, projection

@@ -13,7 +13,8 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from analysis.replay.donors import Patch, donor_lines
-from analysis.replay.engine import Engine, Placed, Ran
+from analysis.replay.engine import Engine
+from analysis.replay.hooking import Placed, Ran
 from analysis.replay.identity import compare, refuse_misfit
 from analysis.replay.spot import Source
 from flexcache.errors import AnalysisError

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from analysis.replay.edit import Edit
+from analysis.replay.hooking import Placed, Ran, editing, reading, tapping
 from analysis.replay.obstacles import admit, conditions, on_meta
 from analysis.replay.skip import Container, as_tensor, as_tuple, skipping, watching
 from analysis.replay.spot import Source, Spot
@@ -36,42 +36,6 @@ class Start:
     skipped: int
     site: str = ""
     layer: int | None = None
-
-
-@dataclass(frozen=True)
-class Placed:
-    """An edit, where it is made.
-
-    Attributes
-    ----------
-    tap : Tap
-    edit : Edit
-    tokens : tuple of ndarray of int64, shapes (n,) and (n,)
-        Lines of the forward, and positions.
-    """
-
-    tap: Tap
-    edit: Edit
-    tokens: tuple[NDArray[np.int64], NDArray[np.int64]]
-    seed: int = 0
-
-
-@dataclass
-class Ran:
-    """What a forward gave.
-
-    Attributes
-    ----------
-    logits : Tensor, shape (lines, read, vocabulary)
-        At the positions that were asked for; of a model without logits its first output, (lines, longest, features).
-    residuals : mapping from (site, layer) to Tensor of shape (lines, longest, features)
-    left_out : set of int
-        Lines in which an edit could not be made.
-    """
-
-    logits: torch.Tensor
-    residuals: dict[tuple[str, int | None], torch.Tensor]
-    left_out: set[int] = field(default_factory=set)
 
 
 class Engine:
@@ -192,11 +156,13 @@ class Engine:
             stack.enter_context(evaluating(self.model))
             stack.enter_context(eager(self.model))
             if read is not None and self._head is not None:
-                stack.enter_context(self._reading(torch.from_numpy(read).repeat(copies, 1).to(device)))
-            for edit in placed:
-                stack.enter_context(self._editing(edit, batch, copies, ran))
-            for site, layer in taps:
-                stack.enter_context(self._tapping(site, layer, ids.shape, ran))
+                stack.enter_context(reading(self._head, torch.from_numpy(read).repeat(copies, 1).to(device)))
+            for one in placed:
+                module = self._named[one.tap.module]
+                stack.enter_context(editing(module, one, self._spot(one, module, batch, ran), (len(ids), ids.shape[1])))
+            for place in taps:
+                tap = self.tap(*place)
+                stack.enter_context(tapping(self._named[tap.module], tap, place, (len(ids), ids.shape[1]), ran))
             if start.skipped:
                 residual = self._residual(batch, start, device).repeat(copies, 1, 1)
                 stack.enter_context(skipping(self.model, start.skipped, residual, container))
@@ -233,6 +199,12 @@ class Engine:
         padded = torch.zeros((*batch.shape, values.shape[1]), dtype=dtype)
         padded[torch.from_numpy(batch.attention_mask()).bool()] = values.to(dtype)
         return padded.to(device)
+
+    def _spot(self, placed: Placed, module: nn.Module, batch: Batch, ran: Ran) -> Spot:
+        lines, positions = placed.tokens
+        documents = batch.documents[lines % batch.shape[0]]
+        where = (placed.tap.array, placed.tap.layer, module)
+        return Spot(self.source, *where, lines, documents, positions, placed.seed, ran.left_out)
 
     def _call(self, ids: torch.Tensor, mask: torch.Tensor) -> Any:
         return self.model(input_ids=ids, attention_mask=mask, **self._defaults)
@@ -278,79 +250,6 @@ class Engine:
             if type(found[-1](given)) is type(container(given)):
                 return container
         return as_tensor
-
-    @contextmanager
-    def _reading(self, read: torch.Tensor) -> Iterator[None]:
-        def choose(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            index = read[..., None].expand(*read.shape, args[0].shape[-1])
-            return (args[0].gather(1, index), *args[1:])
-
-        assert self._head is not None
-        handle = self._head.register_forward_pre_hook(choose)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    @contextmanager
-    def _editing(self, placed: Placed, batch: Batch, copies: int, ran: Ran) -> Iterator[None]:
-        module, (lines, positions) = self._named[placed.tap.module], placed.tokens
-        shape = (batch.shape[0] * copies, batch.shape[1])
-        documents = batch.documents[lines % batch.shape[0]]
-        spot = Spot(
-            self.source,
-            placed.tap.array,
-            placed.tap.layer,
-            module,
-            lines,
-            documents,
-            positions,
-            placed.seed,
-            ran.left_out,
-        )
-
-        def edited(values: torch.Tensor) -> torch.Tensor:
-            if not len(lines):
-                return values
-            whole = placed.tap.shaped(values, shape)
-            index = (torch.from_numpy(lines).to(values.device), torch.from_numpy(positions).to(values.device))
-            return placed.edit.whole(whole, index, spot).reshape(values.shape)
-
-        def on_output(_: nn.Module, args: Any, output: Any) -> Any:
-            value = edited(placed.tap.from_output(output))
-            return value if isinstance(output, torch.Tensor) else (value, *output[1:])
-
-        def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            value = edited(placed.tap.from_input(args, kwargs))
-            return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": value})
-
-        if placed.tap.side == "input":
-            handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
-        else:
-            handle = module.register_forward_hook(on_output)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    @contextmanager
-    def _tapping(self, site: str, layer: int | None, shape: torch.Size, ran: Ran) -> Iterator[None]:
-        tap = self.tap(site, layer)
-
-        def keep(values: torch.Tensor) -> None:
-            ran.residuals[site, layer] = tap.shaped(values, (shape[0], shape[1])).clone()
-
-        module = self._named[tap.module]
-        if tap.side == "input":
-            handle = module.register_forward_pre_hook(
-                lambda _, args, kwargs: keep(tap.from_input(args, kwargs)), with_kwargs=True
-            )
-        else:
-            handle = module.register_forward_hook(lambda _, args, output: keep(tap.from_output(output)))
-        try:
-            yield
-        finally:
-            handle.remove()
 
 
 ONE = Batch(0, 0, range(2), np.zeros(1, np.int64), (np.ones(2, np.int32),), ((0, 2),))

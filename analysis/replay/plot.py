@@ -50,7 +50,7 @@ def plot(sweep: Sweep, path: str | Path | None = None, metric: str | None = None
         The metric was not measured.
     """
     metric = sweep.metric(metric)
-    sizes = sweep.dataset["value"].sizes
+    sizes = sweep.results["value"].sizes
     if sizes["position"] > 1:
         figure = heat_maps(sweep, metric)
     elif sizes["alpha"] > 1:
@@ -68,7 +68,7 @@ def heat_maps(sweep: Sweep, metric: str) -> Figure:
     rows = figure.subplots(1, len(edits), squeeze=False)[0]
     reference = 0.0
     if "identity" in sweep.arms:
-        unchanged = sweep.dataset["value"].sel(metric=metric, arm="identity")
+        unchanged = sweep.results["value"].sel(metric=metric, arm="identity")
         reference = float(unchanged.mean()) if np.isfinite(unchanged).any() else 0.0
     away = float(np.nan_to_num(np.abs(effect["mean"].values - reference)).max()) or 1.0
     for axes, edit in zip(rows, edits):
@@ -177,7 +177,7 @@ def _ticks(axes: Axes, at: xr.Dataset) -> None:
 
 def _finish(axes: Axes, sweep: Sweep, metric: str) -> None:
     axes.set_ylabel(_name(metric), color=INK)
-    asked = sweep.dataset.attrs["question"]
+    asked = sweep.results.attrs["question"]
     axes.set_title(f"edits of {asked['site']}", loc="left", color=INK, fontsize=11, parse_math=False)
     legend = axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     for text in legend.get_texts():

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from analysis.replay.donors import Donated, donor_lines
 from analysis.replay.edit import Chain, Edit
 from analysis.replay.edits import ByLayer, Identity, NormMatched
-from analysis.replay.engine import Engine, Placed, Ran
+from analysis.replay.engine import Engine
 from analysis.replay.grid import Place, chosen
+from analysis.replay.hooking import Placed, Ran
 from analysis.replay.identity import Misfit, compare, refuse_misfit
 from analysis.replay.metrics import Metric, Outcome
 from flexcache.recorder.batch import Batch

@@ -43,22 +43,17 @@ class Sweep:
     module path. What was asked, and notes on what is not exact, are in ``results.attrs``.
     """
 
-    dataset: xr.Dataset
-
-    @property
-    def results(self) -> xr.Dataset:
-        """All that was measured."""
-        return self.dataset
+    results: xr.Dataset
 
     @property
     def arms(self) -> tuple[str, ...]:
         """The edit and its controls."""
-        return tuple(map(str, self.dataset["arm"].values))
+        return tuple(map(str, self.results["arm"].values))
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the metrics."""
-        return tuple(map(str, self.dataset["metric"].values))
+        return tuple(map(str, self.results["metric"].values))
 
     def effect(
         self, store: Store | None = None, groups: str = "document", resamples: int = 1000, seed: int = 0
@@ -81,7 +76,7 @@ class Sweep:
         AnalysisError
             There is no such column, or no store to take it from.
         """
-        values = self.dataset["value"].transpose("document", ...)
+        values = self.results["value"].transpose("document", ...)
         group = _groups(values["document"].values, store, groups)
         numbers = values.values.astype(np.float64)
         count = np.isfinite(numbers).sum(0)
@@ -99,12 +94,12 @@ class Sweep:
         for number, name in enumerate(self.arms[1:], start=1):
             p = sign_flip(np.subtract(edit, numbers.take([number], axis=at).squeeze(at)), group, seed=seed)
             found[f"p_{name}"] = (tuple(dim for dim in dims if dim != "arm"), p)
-        coords = {name: self.dataset[name] for name in dims}
-        return xr.Dataset(found, coords, {"groups": groups, "resamples": resamples, **self.dataset.attrs})
+        coords = {name: self.results[name] for name in dims}
+        return xr.Dataset(found, coords, {"groups": groups, "resamples": resamples, **self.results.attrs})
 
     def to_dataframe(self) -> DataFrame:
         """Return one line for each arm, layer, position, edit, alpha and document, a column for each metric."""
-        frame = self.dataset["value"].to_dataset("metric").to_dataframe()
+        frame = self.results["value"].to_dataset("metric").to_dataframe()
         return frame.dropna(how="all").reset_index()
 
     def metric(self, name: str | None) -> str:
@@ -135,13 +130,13 @@ class Sweep:
         """Write ``results.zarr`` into *folder*, made if need be, and return its path; any Zarr reader opens it."""
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.dataset.to_zarr(path, mode="w", zarr_format=3, consolidated=False)
+        self.results.to_zarr(path, mode="w", zarr_format=3, consolidated=False)
         return path
 
     def __repr__(self) -> str:
-        sizes = ", ".join(f"{size} {name}" for name, size in self.dataset["value"].sizes.items())
-        error = float(self.dataset["identity_error"].max())
-        return f"<Sweep of {self.dataset.attrs['question']['site']}: {sizes}; identity error {error:.3g}>"
+        sizes = ", ".join(f"{size} {name}" for name, size in self.results["value"].sizes.items())
+        error = float(self.results["identity_error"].max())
+        return f"<Sweep of {self.results.attrs['question']['site']}: {sizes}; identity error {error:.3g}>"
 
 
 def load(folder: str | Path) -> Sweep:

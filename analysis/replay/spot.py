@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -131,16 +129,6 @@ class Spot:
         ]
         noise = torch.from_numpy(np.stack(drawn))
         return (noise / noise.norm(dim=-1, keepdim=True)).to(like)
-
-    @contextmanager
-    def at(self, lines: NDArray[np.int64]) -> Iterator[None]:
-        """Leave a note of where an edit fails."""
-        try:
-            yield
-        except RuntimeError as error:
-            raise AnalysisError(
-                "an edit does not fit the activation", where=f"{self.site}, layer {self.layer}", found=str(error)
-            ) from error
 
 
 def as_tensor(values: NDArray[Any]) -> torch.Tensor:
