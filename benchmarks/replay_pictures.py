@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from sklearn.preprocessing import StandardScaler
 
 import flexcache
 from analysis import replay
+from analysis.replay.inference import sign_flip
 from analysis.replay.plot import dose_response, heat_maps
 from benchmarks.timing import console
 from flexcache.model import ModelSource
@@ -28,6 +30,9 @@ from flexcache.store.store import Store
 from pipelines import assets
 
 LAYER, LATER = 16, 24
+SUFFIX = " Overall, the film was"
+DRAWS = 3
+"""Random directions that the sentiment direction is compared with."""
 SHORT = 16
 """Tokens up to which documents are steered: a slow machine has to wait less."""
 MASSIVE, CONTROL = 507, 100
@@ -111,8 +116,46 @@ def sentiment(store: Store, model: torch.nn.Module, images: Path) -> None:
     for edit in probes["edit"].values:
         right = ((probes.sel(edit=edit).values > 0) == sign).mean()
         console.print(f"accuracy of the later probe at strength 0, {edit}: {right:.3f}")
+    asked = [text for text, told in zip(table["text"].to_pylist(), held, strict=True) if told][:30]
+    logits(store, model, [text + SUFFIX for text in asked], direction, (good, bad))
     for metric, name in (("later probe", "steering-probe"), ("logit_diff_change", "steering-logits")):
         dose_response(found, metric).savefig(images / f"{name}.png", dpi=110)
+
+
+def logits(
+    store: Store, model: torch.nn.Module, texts: list[str], direction: np.ndarray, answers: tuple[int, int]
+) -> None:
+    """Steer where the next word is one of judgement: documents with a beginning of a sentence after them."""
+    documents = [{"id": f"{n}", "text": text} for n, text in enumerate(texts)]
+    tokenizer = ModelSource(name=str(assets.smollm2())).tokenizer()
+    moved: dict[str, list[np.ndarray]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        asked = flexcache.capture(
+            model, tokenizer, documents, f"{folder}/asked.zarr", layers=[LAYER], batch_tokens=1024, progress=False
+        )
+        for seed in range(DRAWS):
+            found = replay.sweep(
+                asked,
+                model,
+                replay.grid(layers=LAYER, positions="last"),
+                replay.Steer(direction, alpha=[-4, 4]),
+                ["logit_diff_change"],
+                ["random_direction", "norm_matched"] if seed else ["identity", "random_direction", "norm_matched"],
+                answers=answers,
+                readout="last",
+                seed=seed,
+            )
+            for arm in found.arms:
+                value = found.results["value"].sel(arm=arm).squeeze()
+                moved.setdefault(arm, []).append((value.sel(alpha=4) - value.sel(alpha=-4)).values / 2)
+    console.print(f"logit of good less bad after {SUFFIX!r}: half of what +4 changes less what -4 does")
+    for arm, draws in moved.items():
+        means = [float(draw.mean()) for draw in draws]
+        console.print(f"  {arm}: " + ", ".join(f"{mean:+.2f}" for mean in means))
+    for arm in ("random_direction", "norm_matched"):
+        chance = np.abs(np.stack(moved[arm])).mean(0)  # of either sign: a random direction has none of its own
+        p = sign_flip((moved["edit"][0] - chance)[:, None], np.arange(len(chance)))
+        console.print(f"  p, more than the size of {arm}: {float(p[0]):.4f}")
 
 
 def patching(store: Store, model: torch.nn.Module, images: Path) -> None:

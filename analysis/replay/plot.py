@@ -94,12 +94,15 @@ def dose_response(sweep: Sweep, metric: str) -> Figure:
     layers = effect["layer"].values
     shown = layers[np.unique(np.linspace(0, len(layers) - 1, min(6, len(layers))).round().astype(int))]
     middle = shown[len(shown) // 2]
-    for edit in map(str, effect["edit"].values):
-        for number, layer in enumerate(shown):
-            for arm in sweep.arms if layer == middle else ("edit",):
-                at = effect.sel(edit=edit, layer=layer, arm=arm)
-                label = f"layer {layer}" if arm == "edit" else arm.replace("_", " ")
-                _curve(axes, at["alpha"].values, at, CURVES[number % len(CURVES)], STYLES[arm], label)
+    edits = [str(name) for name in effect["edit"].values]
+    for number, (edit, layer) in enumerate((edit, layer) for edit in edits for layer in shown):
+        for arm in sweep.arms if layer == middle else ("edit",):
+            if arm == "identity":  # a flat line at what strength 0 does
+                continue
+            at = effect.sel(edit=edit, layer=layer, arm=arm)
+            label = f"layer {layer}" if arm == "edit" else arm.replace("_", " ")
+            label += f", {edit}" if len(edits) > 1 else ""
+            _curve(axes, at["alpha"].values, at, CURVES[number % len(CURVES)], STYLES[arm], label)
     axes.set_xlabel("strength", color=INK)
     _finish(axes, sweep, metric)
     return figure
