@@ -68,19 +68,14 @@ def identity_error(
     return worst.largest
 
 
-def misfit(
-    engine: Engine, batch: Batch, start: Start, logits: torch.Tensor, read: np.ndarray | None = None, copies: int = 1
-) -> Misfit:
+def misfit(engine: Engine, batch: Batch, start: Start, logits: torch.Tensor) -> Misfit:
     """Return how far a replay of a batch that changes nothing is from *logits* of its whole forward."""
-    mine = engine.run(batch, start, read=read, copies=copies).logits
-    return compare(mine, logits.repeat(copies, 1, 1), batch, read, copies)
+    return compare(engine.run(batch, start).logits, logits, batch)
 
 
-def compare(
-    mine: torch.Tensor, logits: torch.Tensor, batch: Batch, read: np.ndarray | None = None, copies: int = 1
-) -> Misfit:
+def compare(mine: torch.Tensor, logits: torch.Tensor, batch: Batch, read: np.ndarray | None = None) -> Misfit:
     """Return how far logits are from others, padding aside."""
-    real = torch.from_numpy(batch.attention_mask() if read is None else np.ones(read.shape)).bool().repeat(copies, 1)
+    real = torch.from_numpy(batch.attention_mask() if read is None else np.ones(read.shape)).bool()
     largest, square, spread = 0.0, 0.0, 0.0
     for line in range(len(mine)):  # a sequence at a time: logits are large
         ours, theirs = (values[line][real[line].to(values.device)].float() for values in (mine, logits))

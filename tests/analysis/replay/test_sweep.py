@@ -140,6 +140,15 @@ def test_several_edits_in_one_forward_are_the_same_and_the_error_is_measured(mad
     assert "5 edits went through each forward" in many.results.attrs["notes"][-1]
 
 
+def test_what_several_edits_in_one_forward_cost_in_exactness_is_found(made: Any) -> None:
+    """A model whose outputs depend, a little, on how many lines there are."""
+    store, model = made
+    model.model.norm.register_forward_hook(lambda _, args, output: output * (1 + 1e-3 * len(output)))
+    asked: dict[str, Any] = {"at": replay.grid(layers=1, positions=[0, 1]), "edit": replay.Zero(), "metrics": ["kl"]}
+    assert replay.sweep(store, model, **asked, **QUIET).results["identity_error"] == 0
+    assert replay.sweep(store, model, copies=2, **asked, **QUIET).results["identity_error"] > 1e-4
+
+
 def test_documents_that_are_not_asked_about_are_left_alone(made: Any) -> None:
     store, model = made
     asked = [DOCUMENTS[4]["id"], DOCUMENTS[1]["id"]]
