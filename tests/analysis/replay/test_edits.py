@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
 from analysis import replay
-from analysis.replay.edit import Edit, from_json
+from analysis.replay.edit import Edit, alternatives, from_json, labels
 from analysis.replay.inference import group_bootstrap, sign_flip
 from analysis.replay.spot import Source, Spot
 from flexcache.errors import AnalysisError
@@ -261,3 +261,10 @@ def test_the_bootstrap_draws_groups_and_not_documents() -> None:
     assert float(high[0] - low[0]) == pytest.approx(2 * 1.96 * se, rel=0.15)
     narrow = group_bootstrap(values, np.arange(1000), 2000, 0)
     assert float(narrow[1][0] - narrow[0][0]) < float(high[0] - low[0]) / 4
+
+
+def test_edits_of_one_kind_are_numbered_in_results() -> None:
+    edits = replay.Patch("a") | replay.Zero((1,)) | replay.Patch("b")
+    assert labels(alternatives(edits)) == ["Patch(donor='a')", "Zero(dims=(1,))", "Patch(donor='b')"]
+    pairs = replay.Patch({"a": "b"}) | replay.Patch({"b": "a"})
+    assert labels(alternatives(pairs)) == ["Patch 1", "Patch 2"]
