@@ -9,6 +9,7 @@ import yaml
 
 import flexcache
 from analysis import replay
+from pipelines import replay_config
 from tests.models import HIDDEN
 from tests.pipelines.test_cli import run
 
@@ -93,3 +94,8 @@ def test_mistakes_end_in_one_message(
     text = run(capsys, "replay", "run.zarr", asked, "-q", *simple, "--set", change, status=status)
     assert message in text
     assert "Traceback" not in text
+
+
+def test_the_example_is_valid() -> None:
+    (path,) = (Path(replay_config.__file__).parent / "configs/replay").glob("*.yaml")
+    assert [next(iter(edit)) for edit in replay_config.read_replay(path).edits] == ["steer", "erase", "patch"]
