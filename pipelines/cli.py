@@ -218,6 +218,21 @@ def report(
 
 
 @app.command()
+def replay(
+    store: StorePath,
+    config: ConfigPath,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for results, plots and report.")] = None,
+    changes: Changes = None,
+    quiet: Quiet = False,
+) -> None:
+    """Change cached activations, run only the rest of the model, and report what changed; run it again to go on."""
+    from pipelines import replay as pipeline
+    from pipelines.replay_config import read_replay
+
+    pipeline.run(store, read_replay(config, changes or ()), config, output, console, progress=not quiet)
+
+
+@app.command()
 def demo(
     documents: Annotated[int, typer.Option(help="How many labelled texts to capture.", min=40)] = 1000,
     output: Annotated[

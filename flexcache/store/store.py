@@ -20,6 +20,7 @@ from flexcache.spec import ArraySpec
 from flexcache.store import display, xarray_engine
 from flexcache.store.ledger import Ledger
 from flexcache.store.reader import RowReader
+from flexcache.store.replayable import Replayable, replayable
 from flexcache.store.schema import COORDINATES, DOCUMENTS, SEQUENCES, read_attributes
 from flexcache.store.shard import ShardLayout
 
@@ -115,6 +116,11 @@ class Store(Mapping[str, xr.DataArray]):
         """Numbers of the committed rows, sorted."""
         starts = self.committed_units * self.shard_rows
         return ranges(starts, np.minimum(self.shard_rows, self.n_rows - starts))
+
+    @property
+    def replayable(self) -> Replayable:
+        """Whether `analysis.replay` can go on from its rows; false with the reasons where it cannot."""
+        return replayable(self)
 
     # Reading
 

@@ -1,0 +1,121 @@
+"""Hooks of one forward: edits, what is read on the way, and where the head computes logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from analysis.replay.edit import Edit
+from analysis.replay.spot import Spot
+from flexcache.hooks.tap import Tap
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An edit, where it is made.
+
+    Attributes
+    ----------
+    tap : Tap
+    edit : Edit
+    tokens : tuple of ndarray of int64, shapes (n,) and (n,)
+        Lines of the forward, and positions.
+    """
+
+    tap: Tap
+    edit: Edit
+    tokens: tuple[NDArray[np.int64], NDArray[np.int64]]
+    seed: int = 0
+
+
+@dataclass
+class Ran:
+    """What a forward gave.
+
+    Attributes
+    ----------
+    logits : Tensor, shape (lines, read, vocabulary)
+        At the positions that were asked for; of a model without logits its first output, (lines, longest, features).
+    residuals : mapping from (site, layer) to Tensor of shape (lines, longest, features)
+    left_out : set of int
+        Lines in which an edit could not be made.
+    """
+
+    logits: torch.Tensor
+    residuals: dict[tuple[str, int | None], torch.Tensor]
+    left_out: set[int] = field(default_factory=set)
+
+
+@contextmanager
+def editing(module: nn.Module, placed: Placed, spot: Spot, shape: tuple[int, int]) -> Iterator[None]:
+    """Change what a module takes or gives, of *shape* (lines, longest, …), at the tokens of *placed*."""
+    lines, positions = placed.tokens
+
+    def edited(values: torch.Tensor) -> torch.Tensor:
+        if not len(lines):
+            return values
+        whole = placed.tap.shaped(values, shape)
+        index = (torch.from_numpy(lines).to(values.device), torch.from_numpy(positions).to(values.device))
+        return placed.edit.whole(whole, index, spot).reshape(values.shape)
+
+    def on_output(_: nn.Module, args: Any, output: Any) -> Any:
+        value = edited(placed.tap.from_output(output))
+        return value if isinstance(output, torch.Tensor) else (value, *output[1:])
+
+    def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value = edited(placed.tap.from_input(args, kwargs))
+        return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": value})
+
+    if placed.tap.side == "input":
+        handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(on_output)
+    with _removing(handle):
+        yield
+
+
+@contextmanager
+def tapping(
+    module: nn.Module, tap: Tap, place: tuple[str, int | None], shape: tuple[int, int], ran: Ran
+) -> Iterator[None]:
+    """Put what is at a tap into ``ran.residuals[place]``, edits included."""
+
+    def keep(values: torch.Tensor) -> None:
+        ran.residuals[place] = tap.shaped(values, shape).clone()
+
+    if tap.side == "input":
+        handle = module.register_forward_pre_hook(
+            lambda _, args, kwargs: keep(tap.from_input(args, kwargs)), with_kwargs=True
+        )
+    else:
+        handle = module.register_forward_hook(lambda _, args, output: keep(tap.from_output(output)))
+    with _removing(handle):
+        yield
+
+
+@contextmanager
+def reading(head: nn.Module, positions: torch.Tensor) -> Iterator[None]:
+    """Let the head of a model compute logits at *positions* alone, shape (lines, read)."""
+
+    def choose(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        index = positions[..., None].expand(*positions.shape, args[0].shape[-1])
+        return (args[0].gather(1, index), *args[1:])
+
+    with _removing(head.register_forward_pre_hook(choose)):
+        yield
+
+
+@contextmanager
+def _removing(handle: RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,131 @@
+"""Loads the part of a checkpoint that a replay runs: not the blocks that are skipped."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flexcache.errors import ConfigError
+from flexcache.hooks.blocks import find_blocks
+from flexcache.model import ModelSource
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def load_rest(source: ModelSource, after: int) -> nn.Module:
+    """Return a model whose blocks up to *after* have no weights, for replays that go on from there, or later.
+
+    Of its checkpoint only what the rest needs is read, and only that takes memory. Which checkpoint it is, is known by
+    the hashes of its files: replaying a store refuses others.
+
+    Raises
+    ------
+    ConfigError
+        The checkpoint is not a folder of safetensors whose tensors are named as in the model.
+    """
+    folder = Path(source.name)
+    model = source.skeleton()
+    path, blocks = find_blocks(model)
+    if not 0 <= after < len(blocks):
+        raise ConfigError("there is no such block", expected=f"0 to {len(blocks) - 1}", found=str(after))
+    skipped = re.compile(rf"{re.escape(path)}\.({'|'.join(map(str, range(after + 1)))})\.")
+    wanted = {name for name in model.state_dict() if not skipped.match(name)}
+    held = _held(folder)
+    names = _names(model, wanted, held, folder)
+    dtype = next(model.parameters()).dtype
+    given = {}
+    for name, (key, file) in names.items():
+        given[name] = _read(file, key)
+        if source.dtype != "auto" and given[name].is_floating_point():
+            given[name] = given[name].to(dtype)
+    _initialise_buffers(model, skipped)  # before the weights: models' own code may draw some of them anew
+    model.load_state_dict(given, strict=False, assign=True)
+    tie: Any = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()
+    left = [
+        name
+        for name, value in (*model.named_parameters(), *model.named_buffers())
+        if value.is_meta and not skipped.match(name)
+    ]
+    if left:
+        raise _misnamed(folder, left)
+    model.replayed_checkpoint = source.weights()  # type: ignore[assignment]
+    return model.eval()
+
+
+def _held(folder: Path) -> dict[str, Path]:
+    from safetensors import safe_open
+
+    if (folder / INDEX).is_file():
+        by_name = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
+        return {name: folder / file for name, file in by_name.items()}
+    if not (folder / SINGLE).is_file():
+        raise ConfigError(
+            "the checkpoint has no safetensors",
+            where=str(folder),
+            expected=f"{SINGLE} or {INDEX}, in a local folder",
+            remedy="load the whole model, or save it with save_pretrained",
+        )
+    with safe_open(folder / SINGLE, framework="pt") as file:
+        return dict.fromkeys(file.keys(), folder / SINGLE)
+
+
+def _names(model: nn.Module, wanted: set[str], held: dict[str, Path], folder: Path) -> dict[str, tuple[str, Path]]:
+    """Return where each tensor is, the model's own prefix or none before its name; tied ones are found later."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    found = {}
+    for name in wanted:
+        key = next((k for k in (name, prefix + name, name.removeprefix(prefix)) if k in held), None)
+        if key is not None:
+            found[name] = (key, held[key])
+        elif name not in tied:
+            raise _misnamed(folder, [name])
+    return found
+
+
+def _read(file: Path, key: str) -> torch.Tensor:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        tensor: torch.Tensor = opened.get_tensor(key)
+        return tensor
+
+
+def _initialise_buffers(model: nn.Module, skipped: re.Pattern[str]) -> None:
+    """Compute what no checkpoint holds, such as rotary frequencies, as the model's own code does on loading."""
+    own: Any = getattr(model, "_init_weights", None)
+    for name, module in model.named_modules():
+        pending = [key for key, value in module._buffers.items() if value is not None and value.is_meta]
+        if not pending or skipped.match(f"{name}."):
+            continue
+        for key in pending:
+            value = module._buffers[key]
+            assert value is not None
+            module._buffers[key] = torch.full_like(
+                value, float("nan") if value.is_floating_point() else 0, device="cpu"
+            )
+        if own is not None:
+            own(module)
+        if any(torch.isnan(module.get_buffer(key)).any() for key in pending):
+            raise ConfigError(
+                "a part of the model can only be computed when the whole model is loaded",
+                where=name,
+                found=f"buffers {', '.join(pending)}",
+                remedy="load the whole model",
+            )
+
+
+def _misnamed(folder: Path, names: list[str]) -> ConfigError:
+    return ConfigError(
+        "the checkpoint names its tensors otherwise than the model does",
+        where=str(folder),
+        expected=", ".join(sorted(names)[:5]),
+        remedy="load the whole model, or save it again with save_pretrained",
+    )

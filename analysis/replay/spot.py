@@ -1,0 +1,138 @@
+"""Where an edit is made: which tokens of which documents, and what else the store knows there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from flexcache.errors import AnalysisError
+from flexcache.store.store import Store
+
+MEAN_BLOCK = 8192
+"""Rows in memory at once when a mean is taken."""
+
+
+class Source:
+    """What edits may ask of a store: rows of other documents, and means; means are kept once taken."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        table = store.documents
+        self.row_start: NDArray[np.int64] = table["row_start"].to_numpy().astype(np.int64)
+        self.lengths: NDArray[np.int64] = table["n_tokens"].to_numpy().astype(np.int64)
+        self._means: dict[tuple[str, int | None, int | None], torch.Tensor] = {}
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """Line of each document, by id."""
+        return {str(name): line for line, name in enumerate(self.store.documents["id"].to_pylist())}
+
+    def rows(self, site: str, layer: int | None, rows: NDArray[np.int64]) -> torch.Tensor:
+        """Return stored rows as they are stored, shape (rows, features).
+
+        Raises
+        ------
+        AnalysisError
+            The store does not hold this site and layer.
+        """
+        if site not in self.store.arrays or (layer is not None and layer not in self.store.layers(site)):
+            raise AnalysisError(
+                "an edit needs activations that the store does not hold",
+                where=f"{site}, layer {layer}",
+                expected=f"one of {', '.join(self.store.sites)}",
+                remedy="capture this site as well, or edit at a site that was captured",
+            )
+        return as_tensor(self.store.read(site, layer, rows, raw=True))
+
+    def mean(self, site: str, layer: int | None, position: int | None) -> torch.Tensor:
+        """Return the mean over all committed rows, or those of a position: float32, shape (features,)."""
+        key = (site, layer, position)
+        if key not in self._means:
+            rows = self.store.committed_rows
+            if position is not None:
+                rows = rows[np.asarray(self.store.coordinates["position"].values)[rows] == position]
+            total: Any = 0.0
+            for start in range(0, len(rows), MEAN_BLOCK):
+                total = total + self.rows(site, layer, rows[start : start + MEAN_BLOCK]).double().sum(0)
+            self._means[key] = (total / len(rows)).float()
+        return self._means[key]
+
+
+@dataclass
+class Spot:
+    """The tokens that one edit changes in one forward.
+
+    Attributes
+    ----------
+    site, layer, module
+        Where in the model.
+    lines, documents, positions : ndarray of int64, shape (tokens,)
+        Of each token: the line in the forward, the document's line in the store, the position in the document.
+    seed : int
+        Of what is drawn at random; the same tokens get the same, whatever else is in the batch.
+    left_out : set of int
+        Lines of the forward that the edit could not be made in, such as a document without a donor.
+    """
+
+    source: Source
+    site: str
+    layer: int | None
+    module: nn.Module
+    lines: NDArray[np.int64]
+    documents: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    seed: int = 0
+    left_out: set[int] = field(default_factory=set)
+
+    def lengths(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return how many tokens documents have."""
+        return self.source.lengths[documents]
+
+    def rows_of(
+        self, documents: NDArray[np.int64], positions: NDArray[np.int64], like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the stored activations of other documents here, and where there are any.
+
+        A document of −1, or a position that the document does not have, leaves the line of its token out.
+
+        Returns
+        -------
+        values, known : Tensor of *like*'s shape and dtype, and of bool (tokens,)
+        """
+        known = (documents >= 0) & (positions >= 0)
+        known[known] = positions[known] < self.source.lengths[documents[known]]
+        self.left_out.update(self.lines[~known].tolist())
+        values = torch.zeros_like(like)
+        if known.any():
+            rows = self.source.row_start[documents[known]] + positions[known]
+            values[torch.from_numpy(known).to(like.device)] = self.source.rows(self.site, self.layer, rows).to(
+                like.device, like.dtype
+            )
+        return values, torch.from_numpy(known).to(like.device)
+
+    def mean(self, over: str, like: torch.Tensor) -> torch.Tensor:
+        """Return the store's mean for each token: over all rows, or over those of the same position."""
+        places = [None] * len(self.positions) if over == "all" else self.positions.tolist()
+        return torch.stack([self.source.mean(self.site, self.layer, place) for place in places]).to(like)
+
+    def noise(self, like: torch.Tensor, salt: int = 0) -> torch.Tensor:
+        """Return a direction of length 1 for each token, uniform on the sphere; of *like*'s shape and dtype."""
+        drawn = [
+            np.random.default_rng([self.seed, salt, int(d), int(p)]).standard_normal(like.shape[-1])
+            for d, p in zip(self.documents, self.positions, strict=True)
+        ]
+        noise = torch.from_numpy(np.stack(drawn))
+        return (noise / noise.norm(dim=-1, keepdim=True)).to(like)
+
+
+def as_tensor(values: NDArray[Any]) -> torch.Tensor:
+    """Return stored values as a tensor of the same dtype, bfloat16 as well."""
+    if values.dtype.itemsize == 2 and values.dtype != np.float16:
+        return torch.from_numpy(np.ascontiguousarray(values).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.ascontiguousarray(values))

@@ -1,0 +1,133 @@
+"""The page of a sweep of edits: pictures, table and what to believe, into the template beside this file."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import xarray as xr
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from analysis.replay.plot import NAMES, plot, scatter
+from analysis.replay.results import Sweep
+from analysis.report import facts
+from flexcache.store.store import Store
+
+TEMPLATE = "replay.html.j2"
+LINES = 60
+"""Cells in the table; all of them are in results.zarr."""
+
+
+def write(
+    store: Store,
+    sweep: Sweep,
+    path: str | Path,
+    *,
+    exact: xr.Dataset | None = None,
+    command: str | None = None,
+    groups: str = "document",
+) -> Path:
+    """Write one self-contained HTML file: no script, nothing fetched.
+
+    Parameters
+    ----------
+    exact
+        What `analysis.replay.verify` returned, for a picture of attributed against exact effects.
+    groups
+        A column of the documents whose equal values are drawn together, for intervals and tests.
+
+    Returns
+    -------
+    Path
+        The file. Whatever stems from data is escaped in it.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files(__package__).joinpath(TEMPLATE).read_text("utf-8"))
+    style = _style(files(__package__).joinpath("page.html.j2").read_text("utf-8"))
+    data, asked = sweep.results, sweep.results.attrs["question"]
+    effect = sweep.effect(store, groups)
+    page = template.render(
+        style=Markup(style),
+        title=f"edits of {asked['site']}",
+        model=re.sub(r"^/.*/(?=[^/])", "", str(data.attrs["model"])),
+        store=store.path.name,
+        documents=data.sizes["document"],
+        notes=data.attrs["notes"],
+        error=f"{float(data['identity_error'].max()):.3g}",
+        exact_everywhere=bool((data["identity_error"] == 0).all()),
+        skipped=[int(data["skipped"].min()), int(data["skipped"].max())],
+        depth=data.attrs["depth"],
+        charts=[(NAMES.get(name, name), Markup(_svg(plot(sweep, metric=name), name))) for name in sweep.metrics],
+        exact=None if exact is None else Markup(_svg(scatter(exact), "attribution")),
+        rho=None if exact is None else f"{exact.attrs['rank_correlation']:.2f}",
+        method=None if exact is None else exact.attrs["method"],
+        metrics=list(sweep.metrics),
+        controls=[arm for arm in sweep.arms if arm != "edit"],
+        lines=_lines(sweep, effect),
+        captured=facts.captured(store),
+        groups=groups,
+        command=command,
+        question=json.dumps(_short(asked), indent=2, default=str),
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page + "\n", "utf-8")
+    return path
+
+
+def _style(page: str) -> str:
+    """Return the style of the other report, so that both look alike."""
+    return page[page.index("<style>") + len("<style>") : page.index("</style>")]
+
+
+def _svg(figure: Figure, name: str) -> str:
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "flexcache"}):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    drawn = text.getvalue()
+    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn[drawn.index("<svg") :], flags=re.S)
+    prefix = re.sub(r"\W", "-", name)
+    drawn = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", drawn)
+    return drawn.replace("<svg", f'<svg role="img" aria-label="{prefix}"', 1)
+
+
+def _lines(sweep: Sweep, effect: xr.Dataset) -> list[dict[str, Any]]:
+    first = effect["mean"].sel(arm="edit", metric=sweep.metrics[0]).transpose("layer", "position", "edit", "alpha")
+    order = np.argsort(-np.nan_to_num(np.abs(first.values), nan=-1.0), axis=None, kind="stable")[:LINES]
+    found = []
+    for place in zip(*np.unravel_index(order, first.shape)):
+        cell = effect.isel(dict(zip(first.dims, map(int, place))))
+        if not np.isfinite(cell["mean"].sel(arm="edit", metric=sweep.metrics[0])):
+            continue
+        cells = []
+        for metric in sweep.metrics:
+            at = cell.sel(metric=metric)
+            mean, low, high = (float(at[name].sel(arm="edit")) for name in ("mean", "ci_low", "ci_high"))
+            others = [(float(at["mean"].sel(arm=arm)), float(at[f"p_{arm}"])) for arm in sweep.arms[1:]]
+            cells.append((f"{mean:.4g}", f"[{low:.4g}, {high:.4g}]", [(f"{m:.4g}", f"{p:.3f}") for m, p in others]))
+        found.append(
+            {
+                "layer": int(cell["layer"]),
+                "position": str(cell["position"].values),
+                "edit": str(cell["edit"].values),
+                "alpha": f"{float(cell['alpha']):g}",
+                "documents": int(cell["documents"].sel(arm="edit", metric=sweep.metrics[0])),
+                "cells": cells,
+            }
+        )
+    return found
+
+
+def _short(value: Any) -> Any:
+    """Return a question without the bytes of its arrays."""
+    if isinstance(value, dict):
+        return {k: f"{len(v)} bytes" if k == "base64" else _short(v) for k, v in value.items()}
+    return [_short(part) for part in value] if isinstance(value, list) else value

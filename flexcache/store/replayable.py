@@ -1,0 +1,47 @@
+"""Whether a store holds what a replay needs, and why not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flexcache.store.store import Store
+
+RESIDUAL = ("resid_post", "resid_pre")
+
+
+@dataclass(frozen=True)
+class Replayable:
+    """True where nothing of a store stands in the way of replaying it.
+
+    Attributes
+    ----------
+    reasons : mapping from str to str
+        By a short name, which `analysis.replay` takes in its ``accept``: what stands in the way.
+    """
+
+    reasons: dict[str, str]
+
+    def __bool__(self) -> bool:
+        return not self.reasons
+
+    def __str__(self) -> str:
+        return "; ".join(self.reasons.values()) or "nothing stands in the way of a replay"
+
+
+def replayable(store: Store) -> Replayable:
+    """Return what of a store stands in the way of running the rest of its model on its rows.
+
+    Whether a model at hand is the one that filled it, see `analysis.replay.obstacles`.
+    """
+    reasons = {}
+    if store.spec.get("rows") != "all":
+        reasons["rows"] = f"rows are the {store.spec.get('rows')} of each document, and a forward needs every token"
+    if not any(store.arrays[site].layers for site in RESIDUAL if site in store.arrays):
+        reasons["site"] = f"no residual stream is stored: there are {', '.join(store.sites)}"
+    if not len(store.committed_units):
+        reasons["units"] = "no unit is committed"
+    if not store.provenance.get("model", {}).get("weights_sample_xxh3_128"):
+        reasons["weights"] = "nothing tells which weights filled it"
+    return Replayable(reasons)

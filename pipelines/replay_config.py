@@ -1,0 +1,218 @@
+"""What `flexcache replay` reads: where edits are made, which, and what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from flexcache.errors import ConfigError, nearest
+from flexcache.model import ModelSource
+from flexcache.spec import validate
+from pipelines.config import _apply, _imported, _model, _token
+
+if TYPE_CHECKING:
+    from analysis.replay import Edit, Grid
+    from flexcache.store.store import Store
+
+EDITS = {
+    "identity": "Identity",
+    "zero": "Zero",
+    "mean": "Mean",
+    "scale": "Scale",
+    "clamp": "Clamp",
+    "set": "SetNeurons",
+    "steer": "Steer",
+    "project_out": "ProjectOut",
+    "noise": "Noise",
+    "patch": "Patch",
+    "interpolate": "Interpolate",
+    "interchange": "Interchange",
+    "resample": "Resample",
+    "erase": "Erase",
+    "function": "Function",
+}
+"""What edits are called in a file, and in `analysis.replay`."""
+
+
+class Cells(BaseModel):
+    """Where edits are made; see `analysis.replay.grid`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    site: str = "resid_post"
+    layers: Any = "all"
+    positions: Any = "last"
+
+    def grid(self) -> Grid:
+        """Return the grid."""
+        from analysis.replay import grid
+
+        return grid(self.site, self.layers, self.positions)
+
+
+class AttributionSource(BaseModel):
+    """Attribution from stored gradients, and how many of the largest are replayed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Literal["patching", "ig"] = "patching"
+    top: int = Field(32, ge=2)
+    donors: Any = Field(description="as in patch: an id, a mapping, or same_length")
+
+
+class ReplayConfig(BaseModel):
+    """A sweep of edits. Paths are relative to the folder in which the command runs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: Annotated[ModelSource, BeforeValidator(_model)]
+    at: Cells = Cells()
+    edits: list[dict[str, Any]] = Field(min_length=1, description="a kind and its settings, or a list of them in turn")
+    metrics: list[str] = ["kl", "loss"]
+    baselines: list[str] = ["identity"]
+    answers: Any = Field(None, description="two tokens, by id or text; or by document id")
+    documents: list[str] | int | None = Field(None, description="ids, or how many from the front; all by default")
+    readout: str | list[int] = "all"
+    copies: int = Field(1, ge=1)
+    groups: str = "document"
+    seed: int = Field(0, ge=0)
+    accept: list[str] = []
+    scheduler: str | None = None
+    workers: int = Field(2, ge=1)
+    threads: int | None = Field(
+        None, ge=1, description="intra-op threads of torch on a CPU; as in the capture by default"
+    )
+    attribution: AttributionSource | None = None
+
+
+def read_replay(path: Path, changes: list[str] | tuple[str, ...] = ()) -> ReplayConfig:
+    """Read a configuration file, with changes such as ``readout=last`` or ``model.dtype=float32``.
+
+    Raises
+    ------
+    ConfigError
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"configuration {path} cannot be read", found=error.strerror, remedy="check the path"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration {path} is not YAML", found=" ".join(str(error).split())) from error
+    if not isinstance(data, Mapping):
+        raise ConfigError(
+            f"configuration {path} is not a mapping", expected="lines such as  model: …", found=repr(data)[:80]
+        )
+    content = dict(data)
+    for change in changes:
+        _apply(content, change)
+    return validate(ReplayConfig, content, str(path))
+
+
+def make_edit(store: Store, at: Cells, depth: int, given: Mapping[str, Any], where: str) -> Edit:
+    """Return the edit that a file describes: ``{zero: {dims: [507]}}``, or ``{chain: [{…}, {…}]}``.
+
+    A direction, of steer, project_out and interchange, is the path of an ``.npy`` file, or ``{target: label}``: the
+    difference of the means of its two classes, in each layer its own. ``erase: {target: label}`` is LEACE, fitted
+    to the store in each layer. Donors, of patch, interpolate and interchange, are an id, a mapping from id to id, or
+    ``{same_length: seed, differing: label}``.
+
+    Raises
+    ------
+    ConfigError
+        The description cannot be read.
+    """
+    from analysis import replay
+
+    if len(given) != 1:
+        raise ConfigError("an edit cannot be read", where=where, expected="one kind and its settings", found=str(given))
+    ((kind, settings),) = given.items()
+    if kind == "chain":
+        parts = [make_edit(store, at, depth, part, where) for part in settings]
+        chained = parts[0]
+        for part in parts[1:]:
+            chained = chained >> part
+        return chained
+    if kind not in EDITS:
+        raise ConfigError(f"there is no edit {kind!r}", where=where, remedy=nearest(kind, (*EDITS, "chain")))
+    if kind == "function":
+        _imported(str(settings), where)
+        return replay.Function(str(settings))
+    options: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in dict(settings or {}).items()}
+    if "donor" in options:
+        options["donor"] = donors(store, options["donor"])
+    made: type[Edit] = getattr(replay, EDITS[kind])
+    try:
+        if kind == "erase":
+            layers = at.grid().resolve(store, depth)[0]
+            target = str(options.pop("target"))
+            fits = {
+                int(n): replay.Erase.fit_store(store, target, at.site, int(n), **options)
+                for n in layers
+                if n is not None
+            }
+            return replay.ByLayer(fits)
+        field = next((name for name in ("vector", "directions") if name in options), None)
+        if field is None:
+            return made(**options)
+        given_direction = options.pop(field)
+        if isinstance(given_direction, str):
+            return made(**{field: np.load(given_direction, allow_pickle=False)}, **options)
+        by_layer = {}
+        for layer in at.grid().resolve(store, depth)[0]:
+            if layer is not None:
+                vector = difference_of_means(store, at.site, layer, **given_direction)
+                by_layer[int(layer)] = made(**{field: vector}, **options)
+        return replay.ByLayer(by_layer)
+    except (TypeError, KeyError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"edit {kind} cannot be made of this", where=where, expected=made.__doc__, found=f"{error}"
+        ) from error
+
+
+def donors(store: Store, given: Any) -> Any:
+    """Return donors as `analysis.replay.Patch` takes them."""
+    from analysis.replay import same_length
+
+    if isinstance(given, Mapping) and "same_length" in given:
+        return same_length(store, int(given["same_length"]), given.get("differing"))
+    return given
+
+
+def difference_of_means(
+    store: Store, site: str, layer: int, target: str, rows: Any = "last", unit: bool = False
+) -> np.ndarray:
+    """Return the mean of one class less that of the other, the later in sorted order first: float64 (features,).
+
+    Raises
+    ------
+    ConfigError
+        The target has not two classes.
+    """
+    from analysis.view import join
+
+    view = join(store, site, target, rows=rows, layers=layer)
+    if len(view.classes) != 2:
+        raise ConfigError(
+            f"a direction needs two classes of {target!r}", expected="two", found=f"{len(view.classes)}: {view.classes}"
+        )
+    X = view.read(layer).astype(np.float64)
+    vector: np.ndarray = X[view.y == 1].mean(0) - X[view.y == 0].mean(0)
+    return vector / np.linalg.norm(vector) if unit else vector
+
+
+def read_answers(given: Any, tokenizer: Any) -> Any:
+    """Return answers as token ids; a text must be one token."""
+    if given is None:
+        return None
+    if isinstance(given, Mapping):
+        return {str(name): read_answers(pair, tokenizer) for name, pair in given.items()}
+    if not isinstance(given, list) or len(given) != 2:
+        raise ConfigError("answers cannot be read", expected="two tokens, or a pair by document id", found=repr(given))
+    return tuple(_token(value, tokenizer) for value in given)

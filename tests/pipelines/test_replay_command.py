@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+import flexcache
+from analysis import replay
+from pipelines import replay_config
+from tests.models import HIDDEN
+from tests.pipelines.test_cli import run
+
+ASKED: dict[str, Any] = {
+    "at": {"layers": [0, 2], "positions": ["last", 0]},
+    "edits": [
+        {"zero": {"dims": [3]}},
+        {"steer": {"vector": {"target": "label"}, "alpha": [1, 4]}},
+        {"erase": {"target": "label"}},
+        {"patch": {"donor": {"same_length": 0, "differing": "label"}}},
+        {"chain": [{"scale": {"factor": 2.0}}, {"noise": {"scale": 0.1}}]},
+        {"function": "tests.analysis.replay.test_edits:doubled"},
+    ],
+    "metrics": ["kl", "logit_diff", "recovered"],
+    "baselines": ["identity", "random_direction", "norm_matched"],
+    "answers": ["w5", 6],
+    "documents": 30,
+    "attribution": {"donors": {"same_length": 1}, "top": 6},
+}
+
+
+@pytest.fixture
+def asked(config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, checkpoint: Path) -> Path:
+    run(capsys, "capture", config, "-q", "--set", "sites=[resid_post, resid_post.grad]")
+    path = tmp_path / "edits.yaml"
+    path.write_text(yaml.safe_dump({"model": str(checkpoint), **ASKED}))
+    return path
+
+
+def test_a_sweep_from_the_command_line(asked: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = run(capsys, "replay", "run.zarr", asked, "-o", "out", "-q")
+    assert "identity error: 0 at most" in text
+    assert "largest by kl" in text
+    found = replay.load(tmp_path / "out")
+    assert found.results.sizes["document"] == 30
+    assert list(found.results["edit"].values) == [
+        "Zero(dims=(3,))",
+        "Steer by layer",
+        "Erase by layer",
+        "Patch",
+        "Scale >> Noise",
+        "Function(function='tests.analysis.replay.test_edits:doubled')",
+    ]
+    assert list(found.results["alpha"].values) == [1, 2, 4]
+    report = (tmp_path / "out/report.html").read_text()
+    assert "rank correlation" in report
+    assert report.count("<svg") == 4
+    assert "bytes" in report
+    assert all((tmp_path / f"out/{name}.png").exists() for name in ASKED["metrics"])
+    store = flexcache.open("run.zarr")
+    by_label = np.array(store.documents["label"].to_pylist())
+    X = store.read("resid_post", 2, store.rows(position=-1)).astype(np.float64)
+    again = found.results.attrs["question"]["edits"][1]
+    steer = replay.edit.from_json(again)
+    vector = X[by_label == "yes"].mean(0) - X[by_label == "no"].mean(0)
+    np.testing.assert_allclose(dict(steer.edits)[2].vector, vector, atol=1e-6)
+    assert vector.shape == (HIDDEN,)
+    assert "identity error" in run(capsys, "replay", "run.zarr", asked, "-o", "out", "-q"), "goes on"
+    wrong = ("--set", "metrics=[flips]")
+    assert "another sweep" in run(capsys, "replay", "run.zarr", asked, "-o", "out", "-q", *wrong, status=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "status"),
+    [
+        ("edits=[{zeroo: {}}]", "there is no edit 'zeroo'", 2),
+        ("edits=[{zero: {dim: [1]}}]", "edit zero cannot be made of this", 2),
+        ("edits=[{zero: {}, mean: {}}]", "an edit cannot be read", 2),
+        ("edits=[{steer: {vector: no.npy}}]", "edit steer cannot be made of this", 2),
+        ("answers=[w5 w6, 3]", "is not one token", 2),
+        ("answers=[3]", "answers cannot be read", 2),
+        ("metric=[kl]", "unknown key 'metric'", 2),
+        ("metrics=[kll]", "there is no metric 'kll'", 1),
+        ("at.layers=[7]", "no layer 7", 1),
+        ("model=nowhere", "cannot be loaded", 2),
+    ],
+)
+def test_mistakes_end_in_one_message(
+    change: str, message: str, status: int, asked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    simple = ("--set", "attribution=null", "--set", "edits=[{zero: {}}]", "--set", "metrics=[kl]")
+    text = run(capsys, "replay", "run.zarr", asked, "-q", *simple, "--set", change, status=status)
+    assert message in text
+    assert "Traceback" not in text
+
+
+def test_the_example_is_valid() -> None:
+    (path,) = (Path(replay_config.__file__).parent / "configs/replay").glob("*.yaml")
+    assert [next(iter(edit)) for edit in replay_config.read_replay(path).edits] == ["steer", "erase", "patch"]
