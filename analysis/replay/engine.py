@@ -19,12 +19,12 @@ from analysis.replay.spot import Source, Spot
 from analysis.replay.spot import as_tensor as tensor_of
 from flexcache import hooks
 from flexcache.errors import AnalysisError, FlexCacheError
+from flexcache.hooks.measure import input_device
 from flexcache.hooks.names import modules, peel
 from flexcache.hooks.tap import Tap
 from flexcache.hooks.taps import accepts, eager
 from flexcache.model import evaluating, pad_id
 from flexcache.recorder.batch import Batch, BatchReader
-from flexcache.recorder.running import device_of
 from flexcache.site import Site
 from flexcache.store.store import Store
 
@@ -145,7 +145,7 @@ class Engine:
         AnalysisError
             The model fails when blocks are skipped.
         """
-        device = device_of(self.model)
+        device = input_device(self.model)
         container = self._contained(start) if start.skipped else as_tensor
         ids, mask = (
             torch.from_numpy(values).repeat(copies, 1).to(device)
@@ -176,7 +176,7 @@ class Engine:
 
     def residual(self, batch: Batch, start: Start) -> torch.Tensor:
         """Return the stored residual stream of a batch, padded with zeros: shape (sequences, longest, hidden)."""
-        return self._residual(batch, start, device_of(self.model))
+        return self._residual(batch, start, input_device(self.model))
 
     # Private
 
@@ -233,7 +233,7 @@ class Engine:
         return self._container or as_tensor
 
     def _tried(self, start: Start) -> Container:
-        device = device_of(self.model)
+        device = input_device(self.model)
         stored = self.store.arrays[start.site]
         given = torch.zeros((1, 2, stored.features), dtype=next(self.model.parameters()).dtype, device=device)
         ids = torch.ones((1, 2), dtype=torch.int64, device=device)
