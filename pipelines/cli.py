@@ -28,6 +28,12 @@ StorePath = Annotated[Path, typer.Argument(help="A store, such as run.zarr.")]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the file; may be repeated.")
 ]
+StoredDtype = Literal["bfloat16", "float16", "float32"]
+Codec = Literal["none", "zstd"]
+Sites = Annotated[
+    list[str] | None, typer.Option("--sites", "--site", help="Only this site, or glob of sites; may be repeated.")
+]
+LayerChoice = Annotated[str, typer.Option(help="all, a number, numbers such as 0,8,16, or a range such as 8:24.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 
@@ -87,6 +93,25 @@ def verify(store: StorePath, quiet: Quiet = False) -> None:
 
     if not pipeline.run(store, console, progress=not quiet).sound:
         raise typer.Exit(1)
+
+
+@app.command()
+def copy(
+    source: StorePath,
+    target: Annotated[Path, typer.Argument(help="Where the copy goes; one that was begun is gone on with.")],
+    dtype: Annotated[StoredDtype | None, typer.Option(help="Convert to this dtype.")] = None,
+    compression: Annotated[Codec | None, typer.Option(help="Convert to this codec.")] = None,
+    sites: Sites = None,
+    layers: LayerChoice = "all",
+    quiet: Quiet = False,
+) -> None:
+    """Copy a store, or some of its sites and layers, checking every byte; run it again to go on where it stopped."""
+    from pipelines import copy as pipeline
+
+    store = pipeline.run(
+        source, target, dtype=dtype, compression=compression, sites=sites, layers=layers, progress=not quiet
+    )
+    console.print(repr(store), highlight=False, markup=False)
 
 
 @app.command()

@@ -1,0 +1,36 @@
+"""The commands that copy, merge, thin, export and import stores, as a user types them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import flexcache
+from tests.corpora import build_store
+from tests.pipelines.test_cli import run
+from tests.recorder.test_recorder import shard_hashes
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> flexcache.Store:
+    """A store named run.zarr in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    return build_store(Path("run.zarr"))
+
+
+def test_copy(store: flexcache.Store, capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "copy", "run.zarr", "copy.zarr")
+    assert "copying" in text
+    assert "complete" in text
+    assert shard_hashes(Path("copy.zarr")) == shard_hashes(store.path)
+    args = ("--dtype", "float32", "--compression", "zstd", "--site", "resid_*", "--layers", "0,3")
+    run(capsys, "copy", "run.zarr", "part.zarr", *args, "-q")
+    part = flexcache.open("part.zarr")
+    assert part.sites == ("resid_post",)
+    assert part.compressed
+    assert part.arrays["resid_post"].dtype == "float32"
+    assert "another one" in run(capsys, "copy", "run.zarr", "part.zarr", "-q", status=1)
+    assert "cannot be read" in run(capsys, "copy", "run.zarr", "new.zarr", "--layers", "0,x", status=2)
+    assert "did you mean resid_post" in run(capsys, "copy", "run.zarr", "new.zarr", "--site", "resid_pots", status=1)
+    assert not Path("new.zarr").exists()
