@@ -115,6 +115,20 @@ def copy(
 
 
 @app.command()
+def rm(
+    store: StorePath,
+    sites: Annotated[list[str], typer.Option("--site", "--sites", help="Site, or glob of sites; may be repeated.")],
+    layers: LayerChoice = "all",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Remove sites, or layers of them, from a store for good; the store reads correctly at any moment of it."""
+    from pipelines import rm as pipeline
+
+    pipeline.run(store, sites, console, layers=layers, yes=yes, progress=not quiet)
+
+
+@app.command()
 def probe(
     store: StorePath,
     target: Annotated[str, typer.Option(help="Label column of the documents to predict.")],

@@ -34,3 +34,18 @@ def test_copy(store: flexcache.Store, capsys: pytest.CaptureFixture[str]) -> Non
     assert "cannot be read" in run(capsys, "copy", "run.zarr", "new.zarr", "--layers", "0,x", status=2)
     assert "did you mean resid_post" in run(capsys, "copy", "run.zarr", "new.zarr", "--site", "resid_pots", status=1)
     assert not Path("new.zarr").exists()
+
+
+def test_rm(store: flexcache.Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    for answer, text in (("n\n", "nothing was removed"), ("y\n", "freed")):
+        monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+        shown = run(capsys, "rm", "run.zarr", "--site", "resid_post", "--layers", "0", "-q")
+        assert "resid_post, layers 0" in shown
+        assert text in shown
+    assert flexcache.open("run.zarr").layers("resid_post") == (3,)
+    assert "freed" in run(capsys, "rm", "run.zarr", "--site", "model.embed", "--yes")
+    assert "no site left" in run(capsys, "rm", "run.zarr", "--site", "resid_post", "--yes", status=1)
+    run(capsys, "verify", "run.zarr", "-q")
+    assert flexcache.open("run.zarr").sites == ("resid_post",)
