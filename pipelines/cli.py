@@ -30,6 +30,7 @@ Changes = Annotated[
 ]
 StoredDtype = Literal["bfloat16", "float16", "float32"]
 Codec = Literal["none", "zstd"]
+ExportFormat = Literal["safetensors", "npy", "parquet"]
 Sites = Annotated[
     list[str] | None, typer.Option("--sites", "--site", help="Only this site, or glob of sites; may be repeated.")
 ]
@@ -126,6 +127,22 @@ def rm(
     from pipelines import rm as pipeline
 
     pipeline.run(store, sites, console, layers=layers, yes=yes, progress=not quiet)
+
+
+@app.command()
+def export(
+    store: StorePath,
+    out: Annotated[Path, typer.Argument(help="A folder; an export that was begun there is gone on with.")],
+    to: Annotated[ExportFormat, typer.Option("--to", help="The format of the files.")],
+    sites: Sites = None,
+    layers: LayerChoice = "all",
+    rows: Annotated[Literal["all", "committed"], typer.Option(help="committed exports a partial store.")] = "all",
+    quiet: Quiet = False,
+) -> None:
+    """Write activations as safetensors, npy or Parquet files, with the documents beside them."""
+    from pipelines import export as pipeline
+
+    pipeline.run(store, out, to, console, sites=sites, layers=layers, rows=rows, progress=not quiet)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import flexcache
@@ -49,3 +50,11 @@ def test_rm(store: flexcache.Store, capsys: pytest.CaptureFixture[str], monkeypa
     assert "no site left" in run(capsys, "rm", "run.zarr", "--site", "resid_post", "--yes", status=1)
     run(capsys, "verify", "run.zarr", "-q")
     assert flexcache.open("run.zarr").sites == ("resid_post",)
+
+
+def test_export(store: flexcache.Store, capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "export", "run.zarr", "out", "--to", "npy", "--site", "resid_post", "--layers", "3")
+    assert "1 files" in text
+    assert np.array_equal(np.load("out/resid_post.layer_3.npy"), store.read("resid_post", 3))
+    run(capsys, "export", "run.zarr", "table", "--to", "parquet", "-q")
+    assert "another export" in run(capsys, "export", "run.zarr", "out", "--to", "npy", "-q", status=1)
