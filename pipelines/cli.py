@@ -116,6 +116,19 @@ def copy(
 
 
 @app.command()
+def merge(
+    sources: Annotated[list[Path], typer.Argument(help="Two stores or more, over the same plan.")],
+    target: Annotated[Path, typer.Option("--output", "-o", help="The new store; one that was begun is gone on with.")],
+    quiet: Quiet = False,
+) -> None:
+    """Join stores that hold different sites or layers of one model over the same documents and units."""
+    from pipelines import merge as pipeline
+
+    store = pipeline.run(sources, target, progress=not quiet)
+    console.print(repr(store), highlight=False, markup=False)
+
+
+@app.command()
 def rm(
     store: StorePath,
     sites: Annotated[list[str], typer.Option("--site", "--sites", help="Site, or glob of sites; may be repeated.")],

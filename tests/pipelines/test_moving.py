@@ -58,3 +58,12 @@ def test_export(store: flexcache.Store, capsys: pytest.CaptureFixture[str]) -> N
     assert np.array_equal(np.load("out/resid_post.layer_3.npy"), store.read("resid_post", 3))
     run(capsys, "export", "run.zarr", "table", "--to", "parquet", "-q")
     assert "another export" in run(capsys, "export", "run.zarr", "out", "--to", "npy", "-q", status=1)
+
+
+def test_merge(store: flexcache.Store, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "copy", "run.zarr", "a.zarr", "--layers", "0", "-q")
+    run(capsys, "copy", "run.zarr", "b.zarr", "--layers", "3", "--site", "resid_post", "-q")
+    text = run(capsys, "merge", "a.zarr", "b.zarr", "-o", "merged.zarr")
+    assert "merging" in text
+    assert shard_hashes(Path("merged.zarr")) == shard_hashes(store.path)
+    assert "two stores or more" in run(capsys, "merge", "a.zarr", "-o", "other.zarr", status=2)
