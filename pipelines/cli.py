@@ -30,6 +30,7 @@ Changes = Annotated[
 ]
 StoredDtype = Literal["bfloat16", "float16", "float32"]
 Codec = Literal["none", "zstd"]
+ImportFormat = Literal["safetensors", "pt", "saelens"]
 ExportFormat = Literal["safetensors", "npy", "parquet"]
 Sites = Annotated[
     list[str] | None, typer.Option("--sites", "--site", help="Only this site, or glob of sites; may be repeated.")
@@ -156,6 +157,44 @@ def export(
     from pipelines import export as pipeline
 
     pipeline.run(store, out, to, console, sites=sites, layers=layers, rows=rows, progress=not quiet)
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="A folder with files of activations.")],
+    target: Annotated[Path, typer.Option("--output", "-o", help="The new store; one begun is gone on with.")],
+    kind: Annotated[ImportFormat, typer.Option("--from", help="What wrote the files.")],
+    site: Annotated[str, typer.Option(help="What they hold: resid_post, mlp_post, …, or a name of its own.")],
+    layer_pattern: Annotated[
+        str | None, typer.Option(help="A regular expression; its one group is a tensor's layer.")
+    ] = None,
+    depth: Annotated[int | None, typer.Option(help="Layers of the model.", min=1)] = None,
+    token_ids: Annotated[str | None, typer.Option(help="Name of the tensors of token ids, or a file.")] = None,
+    documents: Annotated[Path | None, typer.Option(help="Parquet: id, n_rows and labels of each document.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name of the model.")] = None,
+    dtype: Annotated[StoredDtype | None, typer.Option(help="To store them in; as they are by default.")] = None,
+    compression: Annotated[Codec, typer.Option(help="Of the store.")] = "none",
+    quiet: Quiet = False,
+) -> None:
+    """Make a store of activations that others saved: safetensors, torch files, or a SAELens cache."""
+    from flexcache.exchange.importing import LAYER_PATTERN
+    from pipelines import importing as pipeline
+
+    store = pipeline.run(
+        folder,
+        target,
+        kind,
+        site=site,
+        layer_pattern=layer_pattern or LAYER_PATTERN,
+        depth=depth,
+        token_ids=token_ids,
+        documents=documents,
+        model=model,
+        dtype=dtype,
+        compression=compression,
+        progress=not quiet,
+    )
+    console.print(repr(store), highlight=False, markup=False)
 
 
 @app.command()

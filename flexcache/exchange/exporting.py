@@ -27,7 +27,6 @@ from flexcache.store.writer import disk_error
 
 FORMATS = ("safetensors", "npy", "parquet")
 MANIFEST = "export.json"
-ROWS = "rows.npy"
 
 Progress = Callable[[int, int], None]
 
@@ -45,7 +44,8 @@ def export(
     """Write activations as safetensors, npy or Parquet files; the same call goes on where one stopped, by file.
 
     Beside the files are ``documents.parquet``, as in the store; ``export.json``, which says what was exported from
-    what; and for safetensors and npy ``rows.npy``, the row numbers in the store. Memory is some 100 MB.
+    what; and for safetensors and npy ``rows.npy``, the row numbers in the store, and ``token_id.npy``. Memory is some
+    100 MB.
 
     Parameters
     ----------
@@ -129,10 +129,15 @@ class _Export:
                 copy_verified(self.store.path / DOCUMENTS, temporary, documents)
         if self.to == "parquet":
             return [self._table(index, unit) for index, unit in enumerate(self.units)]
-        if not (self.folder / ROWS).exists():
-            with _put(self.folder / ROWS) as temporary, temporary.open("wb") as file:
-                np.save(file, self.rows)
+        self._numbers("rows", self.rows)
+        self._numbers("token_id", np.asarray(self.store.coordinates["token_id"].values)[self.rows])
         return [self._tensor(key) for key in self.keys]
+
+    def _numbers(self, name: str, values: np.ndarray) -> None:
+        path = self.folder / f"{name}.npy"
+        if not path.exists():
+            with _put(path) as temporary, temporary.open("wb") as file:
+                np.save(file, values)
 
     def _tensor(self, key: Key) -> Path:
         path = self.folder / f"{label(key)}.{self.to}"

@@ -67,3 +67,15 @@ def test_merge(store: flexcache.Store, capsys: pytest.CaptureFixture[str]) -> No
     assert "merging" in text
     assert shard_hashes(Path("merged.zarr")) == shard_hashes(store.path)
     assert "two stores or more" in run(capsys, "merge", "a.zarr", "-o", "other.zarr", status=2)
+
+
+def test_import(store: flexcache.Store, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "export", "run.zarr", "out", "--to", "safetensors", "--site", "resid_post", "-q")
+    args = ("import", "out", "--from", "safetensors", "--site", "resid_post", "-o", "back.zarr", "--depth", "5")
+    text = run(capsys, *args, "--documents", "out/documents.parquet", "--token-ids", "token_id.npy", "--model", "mine")
+    assert "importing" in text
+    back = flexcache.open("back.zarr")
+    assert back.provenance["model"]["name"] == "mine"
+    rows, ours = (one.rows("doc-7") for one in (back, store))
+    assert np.array_equal(back.read("resid_post", 3, rows), store.read("resid_post", 3, ours))
+    assert "has 0 groups" in run(capsys, *args, "--layer-pattern", "x", "-q", status=2)
