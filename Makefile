@@ -31,6 +31,7 @@ bench: $(READY)  ## ratios against floors and peers, measured in this run
 	$(BIN)/python -m benchmarks.read
 	$(BIN)/python -m benchmarks.hooks
 	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.moving
 
 docs: $(READY)  ## the documentation, into docs/_build
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

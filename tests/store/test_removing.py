@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def test_what_is_left_is_as_copied_without_what_went(source: flexcache.Store, pa
     with xr.open_zarr(path) as dataset:
         assert dataset["resid_post"].shape[0] == 5
         assert dataset["resid_post"].attrs["layers"] == [3]
+        assert json.loads((path / "resid_post" / "zarr.json").read_text())["attributes"]["layers"] == [3]
         assert np.isnan(dataset["resid_post"][0].values.astype(np.float32)).all()
     assert "layers" in (path / "README.md").read_text()
 
