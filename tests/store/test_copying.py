@@ -3,6 +3,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +132,28 @@ def test_a_copy_that_is_stopped_anywhere_goes_on(
     assert seen == list(range(1, source.n_units + 1))
     assert shard_hashes(target) == shard_hashes(whole.path)
     assert records(store) == records(whole)
+
+
+def test_kills_lose_nothing(source: flexcache.Store, tmp_path: Path) -> None:
+    """SIGKILL while units are copied, each a little later than the one before; a last copy finishes."""
+    target = tmp_path / "copy.zarr"
+    code = f"from flexcache.store.copying import copy; copy({str(source.path)!r}, {str(target)!r}, dtype='float32')"
+    for wait in (0.0, 0.02, 0.05):
+        process = subprocess.Popen([sys.executable, "-c", code])
+        before = len(flexcache.open(target).committed_units) if target.exists() else 0
+        while process.poll() is None and not (target.exists() and len(list(target.glob("ledger/0/*.json"))) > before):
+            time.sleep(0.001)
+        time.sleep(wait)
+        process.kill()
+        process.wait()
+        store = flexcache.open(target)
+        for unit in store.committed_units.tolist():
+            rows = slice(unit * store.shard_rows, (unit + 1) * store.shard_rows)
+            assert np.array_equal(store.read("resid_post", 3, rows), source.read("resid_post", 3, rows))
+    copy(source.path, target, dtype="float32")
+    assert flexcache.verify(target).sound
+    assert shard_hashes(target) == shard_hashes(copy(source.path, tmp_path / "whole.zarr", dtype="float32").path)
+    assert not [path.name for path in target.iterdir() if path.name.startswith(".")]
 
 
 def test_a_copy_works_where_the_kernel_cannot_copy_ranges(
@@ -304,9 +329,6 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_written(
 
 
 def test_a_copy_needs_no_torch(source: flexcache.Store, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     code = (
         "import sys; sys.modules['torch'] = None; from flexcache.store.copying import copy;"
         f"copy({str(source.path)!r}, {str(tmp_path / 'copy.zarr')!r}, dtype='float32')"
