@@ -197,7 +197,7 @@ def test_the_codec_changes_bytes_and_no_value(
         )
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     st.sampled_from(["bfloat16", "float16", "float32"]),
     st.sampled_from(["none", "zstd"]),

@@ -28,7 +28,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return build_store(path, token_documents(lengths(200)), layers=LAYERS, compression=request.param)
 
 
-@settings(max_examples=12)
+@settings(max_examples=7)
 @given(data=st.data())
 def test_a_split_store_is_merged_into_itself(
     whole: flexcache.Store, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

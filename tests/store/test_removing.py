@@ -105,7 +105,7 @@ def check_readable(path: Path, source: flexcache.Store) -> None:
         assert set(dataset.data_vars) == set(store.arrays)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(data=st.data(), whole=st.booleans())
 def test_a_kill_at_any_step_leaves_a_store_that_reads_and_the_same_call_finishes(
     source: flexcache.Store, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, whole: bool
