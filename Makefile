@@ -33,6 +33,7 @@ bench: $(READY)  ## ratios against floors and peers, measured in this run
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.statistics
 	$(BIN)/python -m benchmarks.replay
+	$(BIN)/python -m benchmarks.moving
 
 docs: $(READY)  ## the documentation, into docs/_build
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

@@ -28,6 +28,14 @@ StorePath = Annotated[Path, typer.Argument(help="A store, such as run.zarr.")]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the file; may be repeated.")
 ]
+StoredDtype = Literal["bfloat16", "float16", "float32"]
+Codec = Literal["none", "zstd"]
+ImportFormat = Literal["safetensors", "pt", "saelens"]
+ExportFormat = Literal["safetensors", "npy", "parquet"]
+Sites = Annotated[
+    list[str] | None, typer.Option("--sites", "--site", help="Only this site, or glob of sites; may be repeated.")
+]
+LayerChoice = Annotated[str, typer.Option(help="all, a number, numbers such as 0,8,16, or a range such as 8:24.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 
@@ -120,6 +128,106 @@ def repair(
     settings = None if config is None else read_config(config, [*(changes or ()), f"store={store}"])
     if pipeline.run(store, settings, console, progress=not quiet).beyond:
         raise typer.Exit(1)
+
+
+@app.command()
+def copy(
+    source: StorePath,
+    target: Annotated[Path, typer.Argument(help="Where the copy goes; one that was begun is gone on with.")],
+    dtype: Annotated[StoredDtype | None, typer.Option(help="Convert to this dtype.")] = None,
+    compression: Annotated[Codec | None, typer.Option(help="Convert to this codec.")] = None,
+    sites: Sites = None,
+    layers: LayerChoice = "all",
+    quiet: Quiet = False,
+) -> None:
+    """Copy a store, or some of its sites and layers, checking every byte; run it again to go on where it stopped."""
+    from pipelines import copy as pipeline
+
+    store = pipeline.run(
+        source, target, dtype=dtype, compression=compression, sites=sites, layers=layers, progress=not quiet
+    )
+    console.print(repr(store), highlight=False, markup=False)
+
+
+@app.command()
+def merge(
+    sources: Annotated[list[Path], typer.Argument(help="Two stores or more, over the same plan.")],
+    target: Annotated[Path, typer.Option("--output", "-o", help="The new store; one that was begun is gone on with.")],
+    quiet: Quiet = False,
+) -> None:
+    """Join stores that hold different sites or layers of one model over the same documents and units."""
+    from pipelines import merge as pipeline
+
+    store = pipeline.run(sources, target, progress=not quiet)
+    console.print(repr(store), highlight=False, markup=False)
+
+
+@app.command()
+def rm(
+    store: StorePath,
+    sites: Annotated[list[str], typer.Option("--site", "--sites", help="Site, or glob of sites; may be repeated.")],
+    layers: LayerChoice = "all",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Remove sites, or layers of them, from a store for good; the store reads correctly at any moment of it."""
+    from pipelines import rm as pipeline
+
+    pipeline.run(store, sites, console, layers=layers, yes=yes, progress=not quiet)
+
+
+@app.command()
+def export(
+    store: StorePath,
+    out: Annotated[Path, typer.Argument(help="A folder; an export that was begun there is gone on with.")],
+    to: Annotated[ExportFormat, typer.Option("--to", help="The format of the files.")],
+    sites: Sites = None,
+    layers: LayerChoice = "all",
+    rows: Annotated[Literal["all", "committed"], typer.Option(help="committed exports a partial store.")] = "all",
+    quiet: Quiet = False,
+) -> None:
+    """Write activations as safetensors, npy or Parquet files, with the documents beside them."""
+    from pipelines import export as pipeline
+
+    pipeline.run(store, out, to, console, sites=sites, layers=layers, rows=rows, progress=not quiet)
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="A folder with files of activations.")],
+    target: Annotated[Path, typer.Option("--output", "-o", help="The new store; one begun is gone on with.")],
+    kind: Annotated[ImportFormat, typer.Option("--from", help="What wrote the files.")],
+    site: Annotated[str, typer.Option(help="What they hold: resid_post, mlp_post, …, or a name of its own.")],
+    layer_pattern: Annotated[
+        str | None, typer.Option(help="A regular expression; its one group is a tensor's layer.")
+    ] = None,
+    depth: Annotated[int | None, typer.Option(help="Layers of the model.", min=1)] = None,
+    token_ids: Annotated[str | None, typer.Option(help="Name of the tensors of token ids, or a file.")] = None,
+    documents: Annotated[Path | None, typer.Option(help="Parquet: id, n_rows and labels of each document.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name of the model.")] = None,
+    dtype: Annotated[StoredDtype | None, typer.Option(help="To store them in; as they are by default.")] = None,
+    compression: Annotated[Codec, typer.Option(help="Of the store.")] = "none",
+    quiet: Quiet = False,
+) -> None:
+    """Make a store of activations that others saved: safetensors, torch files, or a SAELens cache."""
+    from flexcache.exchange.importing import LAYER_PATTERN
+    from pipelines import importing as pipeline
+
+    store = pipeline.run(
+        folder,
+        target,
+        kind,
+        site=site,
+        layer_pattern=layer_pattern or LAYER_PATTERN,
+        depth=depth,
+        token_ids=token_ids,
+        documents=documents,
+        model=model,
+        dtype=dtype,
+        compression=compression,
+        progress=not quiet,
+    )
+    console.print(repr(store), highlight=False, markup=False)
 
 
 @app.command()

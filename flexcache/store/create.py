@@ -198,3 +198,9 @@ def _create_coordinate(group: zarr.Group, name: str, n_rows: int) -> zarr.Array:
         compressors=ZstdCodec(level=1),
         dimension_names=("token",),
     )
+
+
+def create_arrays(group: zarr.Group, arrays: list[ArraySpec], n_rows: int, shard_rows: int, compression: str) -> None:
+    """Add the metadata of arrays, and no activations, to the group of a store that is being made."""
+    for array in arrays:
+        _create_array(group, array, n_rows, shard_rows, compression)

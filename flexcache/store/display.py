@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flexcache.store.store import Store
 
+TABLE_COLUMNS = frozenset({"id", "source_index", "n_tokens", "text", "text_xxh3_128", "row_start", "n_rows"})
+"""The columns of the documents that are not labels."""
+
 
 def summary(store: Store) -> dict[str, str]:
     """Return the facts about a store that a person wants first, as short texts."""
@@ -70,7 +73,7 @@ def text(store: Store) -> str:
     lines += [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
-    labels = [name for name in store.documents.column_names if name not in _TABLE_COLUMNS]
+    labels = [name for name in store.documents.column_names if name not in TABLE_COLUMNS]
     if labels:
         lines.append(f"  labels: {', '.join(labels)}")
     return "\n".join(lines)
@@ -91,6 +94,3 @@ def html(store: Store) -> str:
         f"<div><strong>flexcache.Store</strong> <code>{escape(str(store.path))}</code>"
         f"<table>{facts}</table><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
-
-
-_TABLE_COLUMNS = frozenset({"id", "source_index", "n_tokens", "text", "text_xxh3_128", "row_start", "n_rows"})

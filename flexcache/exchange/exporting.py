@@ -1,0 +1,248 @@
+"""A store as files of other tools: a file a site and layer, or a table with a column for each."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from flexcache.errors import ConfigError, DamagedError, MismatchError, PlanError, StoreError, UncommittedError, nearest
+from flexcache.exchange import table
+from flexcache.exchange.safetensors import head
+from flexcache.site import Layers
+from flexcache.spec import DTYPES, ArraySpec
+from flexcache.store.create import check_room
+from flexcache.store.derived import copy_verified, ledger_digest, shared_files
+from flexcache.store.files import fsync_folder, write_json
+from flexcache.store.schema import DOCUMENTS
+from flexcache.store.selection import Key, keys, select
+from flexcache.store.store import Store
+from flexcache.store.writer import disk_error
+
+FORMATS = ("safetensors", "npy", "parquet")
+MANIFEST = "export.json"
+
+Progress = Callable[[int, int], None]
+
+
+def export(
+    store: str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    sites: Sequence[str] | None = None,
+    layers: Layers = "all",
+    rows: str = "all",
+    progress: Progress = lambda done, total: None,
+) -> list[Path]:
+    """Write activations as safetensors, npy or Parquet files; the same call goes on where one stopped, by file.
+
+    Beside the files are ``documents.parquet``, as in the store; ``export.json``, which says what was exported from
+    what; and for safetensors and npy ``rows.npy``, the row numbers in the store, and ``token_id.npy``. Memory is some
+    100 MB.
+
+    Parameters
+    ----------
+    to
+        ``safetensors``: a file ``<site>.layer_<n>.safetensors`` for each layer, with one tensor of that name, shape
+        (rows, features), in the stored dtype. ``npy``: the same, to be opened with ``np.load(…, mmap_mode="r")``;
+        bfloat16 as float32. ``parquet``: a file a unit in ``data/``, a line a row, with a column for each site and
+        layer; bfloat16 as float32. See `flexcache.exchange.table`.
+    sites, layers
+        See `flexcache.store.selection.select`.
+    rows
+        ``all``, or ``committed`` for those of a partial store.
+
+    Returns
+    -------
+    The files with activations.
+
+    Raises
+    ------
+    ConfigError
+        There is no such format or choice of rows.
+    SiteError
+        The store has no such site or layer.
+    UncommittedError
+        Rows are not committed, and all are asked for.
+    MismatchError
+        The folder holds another export.
+    StoreError
+        The folder is taken by something else.
+    PlanError
+        The disk has no room.
+    """
+    if to not in FORMATS:
+        raise ConfigError(f"there is no format {to!r}", remedy=nearest(to, FORMATS))
+    if rows not in ("all", "committed"):
+        raise ConfigError(f"rows {rows!r} cannot be exported", expected="all or committed")
+    origin, folder = Store(store), Path(out)
+    arrays = select(origin, sites, layers)
+    _check_committed(origin, rows)
+    work = _Export(origin, folder, to, arrays, progress)
+    _begin(folder, work)
+    try:
+        return work.run()
+    except OSError as error:
+        raise disk_error(error, folder) from error
+
+
+def label(key: Key) -> str:
+    """Return the name of a site and layer in files: ``resid_post.layer_12``."""
+    name, layer = key
+    return name if layer is None else f"{name}.layer_{layer}"
+
+
+class _Export:
+    """One export: its files, and how many bytes of rows are done."""
+
+    def __init__(self, store: Store, folder: Path, to: str, arrays: list[ArraySpec], progress: Progress) -> None:
+        self.store, self.folder, self.to, self.arrays = store, folder, to, arrays
+        self.keys = keys(arrays)
+        self.units = store.committed_units.tolist()
+        self.rows = store.committed_rows
+        self.row_bytes = sum(len(array.slices) * array.features * written(array, to).itemsize for array in arrays)
+        self._progress, self._done = progress, 0
+
+    def manifest(self) -> dict[str, Any]:
+        return {
+            "schema": 1,
+            "format": self.to,
+            "store": self.store.path.name,
+            "ledger_xxh3_128": ledger_digest(self.store),
+            "arrays": {array.name: {**array.to_json(), "dtype": written(array, self.to).name} for array in self.arrays},
+            "rows": len(self.rows),
+            "provenance": self.store.provenance,
+        }
+
+    def run(self) -> list[Path]:
+        self._advance(0)
+        documents = shared_files(self.store)[DOCUMENTS]
+        if not (self.folder / DOCUMENTS).exists():
+            with _put(self.folder / DOCUMENTS) as temporary:
+                copy_verified(self.store.path / DOCUMENTS, temporary, documents)
+        if self.to == "parquet":
+            return [self._table(index, unit) for index, unit in enumerate(self.units)]
+        self._numbers("rows", self.rows)
+        self._numbers("token_id", np.asarray(self.store.coordinates["token_id"].values)[self.rows])
+        return [self._tensor(key) for key in self.keys]
+
+    def _numbers(self, name: str, values: np.ndarray) -> None:
+        path = self.folder / f"{name}.npy"
+        if not path.exists():
+            with _put(path) as temporary, temporary.open("wb") as file:
+                np.save(file, values)
+
+    def _tensor(self, key: Key) -> Path:
+        path = self.folder / f"{label(key)}.{self.to}"
+        array = self.store.arrays[key[0]]
+        dtype = written(array, self.to)
+        if path.exists():
+            self._advance(len(self.rows) * array.features * dtype.itemsize)
+            return path
+        with _put(path) as temporary, temporary.open("wb") as file:
+            self._head(file, key, dtype, (len(self.rows), array.features))
+            for _, values in self.store.scan(*key, raw=dtype == self.store.reader(key[0]).dtype):
+                file.write(values.reshape(-1).view(np.uint8).data)
+                self._advance(values.nbytes)
+        return path
+
+    def _head(self, file: BinaryIO, key: Key, dtype: np.dtype, shape: tuple[int, int]) -> None:
+        if self.to == "npy":
+            content = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, content)
+            return
+        name, layer = key
+        model = self.store.provenance.get("model", {}).get("name")
+        facts = {"store": self.store.path.name, "model": model, "site": name, "layer": layer, "dtype": dtype.name}
+        file.write(head(label(key), dtype, shape, {k: str(v) for k, v in facts.items() if v is not None}))
+
+    def _table(self, index: int, unit: int) -> Path:
+        path = self.folder / "data" / f"train-{index:05d}-of-{len(self.units):05d}.parquet"
+        if path.exists():
+            self._advance(len(table.unit_rows(self.store, unit)) * self.row_bytes)
+            return path
+        path.parent.mkdir(exist_ok=True)
+        columns = {label(key): (key, written(self.store.arrays[key[0]], self.to)) for key in self.keys}
+        with _put(path) as temporary:
+            table.write(self.store, unit, columns, temporary, lambda rows: self._advance(rows * self.row_bytes))
+        return path
+
+    def _advance(self, count: int) -> None:
+        self._done += count
+        self._progress(self._done, len(self.rows) * self.row_bytes)
+
+
+def written(array: ArraySpec, to: str) -> np.dtype:
+    """Return the dtype in which an array is exported: its own, but float32 for bfloat16 where a format lacks that."""
+    return np.dtype(np.float32) if to != "safetensors" and array.dtype == "bfloat16" else DTYPES[array.dtype]
+
+
+def _begin(folder: Path, work: _Export) -> None:
+    """Write the manifest into a new folder, or check that of one that was begun."""
+    path, manifest = folder / MANIFEST, work.manifest()
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"{folder} is a file", remedy="choose another folder")
+    if path.exists():
+        try:
+            found = json.loads(path.read_bytes())
+            different = [key for key in manifest if found.get(key) != manifest[key]]
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise DamagedError(
+                "the manifest of an export cannot be read", where=str(path), found=str(error),
+                remedy="remove the folder, and export again",
+            ) from error  # fmt: skip
+        if different:
+            raise MismatchError(
+                "the folder holds another export",
+                where=str(folder),
+                found=f"other {', '.join(different)}",
+                remedy="choose another folder, or remove this one; a store that has grown is exported anew",
+            )
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise StoreError(
+            f"{folder} is not empty, and no export of a store",
+            remedy="choose another folder, or remove it if it is not needed",
+        )
+    try:
+        check_room(folder, len(work.rows) * work.row_bytes)
+    except PlanError as error:
+        raise PlanError(
+            "the export does not fit on the disk", where=error.where, expected=error.expected, found=error.found,
+            remedy="make room, choose another disk, or export fewer sites and layers",
+        ) from None  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, manifest)
+
+
+def _check_committed(store: Store, rows: str) -> None:
+    if rows == "all" and not store.complete:
+        raise UncommittedError(
+            "not all rows of the store are committed",
+            where=str(store.path),
+            expected=f"{store.n_units} units",
+            found=f"{len(store.committed_units)} units",
+            remedy="run the same capture again to complete the store, or export the committed rows"
+            " (--rows committed, rows='committed')",
+        )
+
+
+@contextmanager
+def _put(path: Path) -> Iterator[Path]:
+    """Give a temporary name whose file gets its own once it is whole and flushed."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(path.parent)

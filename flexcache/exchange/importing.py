@@ -1,0 +1,295 @@
+"""Activations that others have saved, into a store: planned, checked and committed as a capture is."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from flexcache.errors import ConfigError, DamagedError, MismatchError, SiteError, nearest
+from flexcache.exchange.pieces import ENDINGS, Piece, Stack, find_pieces, read_pieces
+from flexcache.plan import ranges
+from flexcache.recorder.foreign import record
+from flexcache.site import STANDARD
+from flexcache.spec import DTYPES
+from flexcache.store.display import TABLE_COLUMNS
+from flexcache.store.store import Store
+
+LAYER_PATTERN = r"(?:layers?|blocks|h)[._](\d+)"
+"""Where a name says its layer: ``layer_3``, ``model.layers.3``, ``blocks.3.hook_resid_post``, ``transformer.h.3``."""
+BATCH_TOKENS = 4096
+
+Progress = Callable[[int, int], None]
+
+
+def import_folder(
+    folder: str | Path,
+    target: str | Path,
+    kind: str,
+    *,
+    site: str,
+    layer_pattern: str = LAYER_PATTERN,
+    depth: int | None = None,
+    token_ids: str | None = None,
+    documents: str | Path | None = None,
+    model: str | None = None,
+    dtype: str | None = None,
+    compression: str = "none",
+    progress: Progress = lambda done, total: None,
+) -> Store:
+    """Make a store of the tensors in a folder; the same call goes on where one stopped.
+
+    A tensor has shape (tokens, features), or (documents, tokens, features). Tensors of one layer are joined in the
+    natural order of their files. Nothing is known of padding: what is in a tensor is a row.
+
+    Parameters
+    ----------
+    kind
+        ``safetensors``; ``pt``, what ``torch.save`` writes, tensors in dicts and lists, read by
+        ``weights_only=True``; or ``saelens``, a folder of SAELens' CacheActivationsRunner.
+    site
+        What the tensors are: a standard site, or a name of their own.
+    layer_pattern
+        A regular expression with one group, the layer's number; sought in a tensor's name, then in its file's. Tensors
+        without a layer are left out. Where none has one, and the site is no standard one, the tensors have no layer.
+    depth
+        Layers of the model; by default one more than the highest layer found.
+    token_ids
+        The name of the tensors of token ids in the same files, or a file (.npy, .safetensors, .pt) that holds one,
+        shape (tokens) or (documents, tokens); ``token_ids`` by default for saelens. Without, every id is 0.
+    documents
+        A Parquet file with a line a document, such as `flexcache.exchange.exporting.export` writes: ``n_rows`` tokens
+        each (one where there is no such column), its ``id``, and labels. By default a document is a line of the first
+        of three dims; of two dims, each token is a document of its own.
+    model
+        The name of the model that the activations are of.
+    dtype
+        As stored; that of the tensors by default.
+
+    Returns
+    -------
+    The store.
+
+    Raises
+    ------
+    ConfigError
+        An option cannot be meant.
+    SiteError
+        No tensor has a layer.
+    MismatchError
+        Tensors differ in shape, or documents and token ids do not fit them; or the target is another store.
+    DamagedError
+        A file cannot be read.
+    RangeError
+        A value is not finite, or does not fit the dtype.
+    """
+    if kind not in ENDINGS:
+        raise ConfigError(f"activations cannot be imported from {kind!r}", remedy=nearest(kind, tuple(ENDINGS)))
+    place = Path(folder)
+    pieces = find_pieces(place, kind)
+    names = token_ids if token_ids is not None else "token_ids" if kind == "saelens" else None
+    found = _layers([piece for piece in pieces if not _is_called(piece, names)], site, _compiled(layer_pattern))
+    shape = _shape(found)
+    corpus, offsets = _documents(shape, documents, _token_ids(place, pieces, names, shape, token_ids is not None))
+    first = next(iter(found.values()))[0]
+    numbers = sorted(layer for layer in found if layer is not None)
+    if depth is not None and numbers and not max(numbers) < depth:
+        raise ConfigError(f"depth {depth} has no layer {max(numbers)}", expected=f"at least {max(numbers) + 1}")
+    origin = {"format": kind, "tensors": len(pieces), "bytes": sum(_bytes(piece) for piece in pieces)}
+    with record(
+        target,
+        corpus,
+        sites={site: (depth or max(numbers) + 1, first.shape[-1]) if numbers else first.shape[-1]},
+        layers=numbers or "all",
+        model={"name": model or place.resolve().name, "class": "imported", "imported": origin},
+        dtype=dtype or _stored(first),
+        batch_tokens=max(BATCH_TOKENS, int(pc.max(pc.list_value_length(corpus.column("tokens"))).as_py())),
+        compression=compression,
+        fingerprint={"imported": kind},
+    ) as recorder:
+        stacks = {layer: Stack(found[layer]) for layer in recorder.store.arrays[site].slices}
+        source = offsets[recorder.store.documents.column("source_index").to_numpy()]
+        position, document = (recorder.store.coordinates[name].values for name in ("position", "document"))
+        progress(recorder.done, recorder.store.n_rows)
+        for batch in recorder.batches():
+            span = slice(batch.rows.start, batch.rows.stop)
+            rows = source[document[span]] + position[span]
+            for layer, stack in stacks.items():
+                recorder.put(site, stack.gather(rows), rows=batch.rows, layer=layer)
+            progress(recorder.done + len(batch.rows), recorder.store.n_rows)
+    return Store(target)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Tokens in all, and of each document where the tensors say so."""
+
+    tokens: int
+    lengths: np.ndarray | None
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"layer pattern {pattern!r} cannot be read", found=str(error)) from error
+    if compiled.groups != 1:
+        raise ConfigError(
+            f"layer pattern {pattern!r} has {compiled.groups} groups",
+            expected="one group, the number of the layer",
+            remedy=r"for example layer[._](\d+)",
+        )
+    return compiled
+
+
+def _layers(pieces: Sequence[Piece], site: str, pattern: re.Pattern[str]) -> dict[int | None, list[Piece]]:
+    """Return the tensors of each layer, in order; of None where there are no layers."""
+    found: dict[int | None, list[Piece]] = {}
+    for piece in pieces:
+        match = pattern.search(piece.name) or pattern.search(piece.file)
+        if match is None:
+            continue
+        try:
+            found.setdefault(int(match[1]), []).append(piece)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"layer pattern {pattern.pattern!r} finds no number", where=str(piece), found=repr(match[1])
+            ) from None
+    if found:
+        return found
+    if site in STANDARD or not pieces:
+        raise SiteError(
+            f"no tensor of the folder has a layer, which {site} needs",
+            expected=f"names that {pattern.pattern} finds a number in",
+            found=", ".join(map(str, pieces[:8])) or "no tensor",
+            remedy="give a layer pattern with one group, such as --layer-pattern 'block(\\d+)'",
+        )
+    return {None: list(pieces)}
+
+
+def _shape(found: dict[int | None, list[Piece]]) -> _Shape:
+    """Check that the tensors of all layers have one form, and return it."""
+    first = next(iter(found.values()))
+    lead = [piece.shape[:-1] for piece in first]
+    for layer, pieces in found.items():
+        for piece in pieces:
+            if len(piece.shape) not in (2, 3) or len(piece.shape) != len(first[0].shape):
+                raise MismatchError(
+                    "a tensor has the wrong number of dims",
+                    where=str(piece),
+                    expected="(tokens, features) or (documents, tokens, features), the same for all",
+                    found=str(piece.shape),
+                )
+            if piece.shape[-1] != first[0].shape[-1] or piece.dtype != first[0].dtype:
+                raise MismatchError(
+                    "tensors differ in features or dtype",
+                    where=str(piece),
+                    expected=f"{first[0].shape[-1]} features in {first[0].dtype}, as {first[0]}",
+                    found=f"{piece.shape[-1]} features in {piece.dtype}",
+                )
+        if [piece.shape[:-1] for piece in pieces] != lead:
+            raise MismatchError(
+                f"layer {layer} has other tokens than layer {next(iter(found))}",
+                expected=_sum(lead),
+                found=_sum([piece.shape[:-1] for piece in pieces]),
+                remedy="every layer has the same tensors; a file may be missing",
+            )
+    tokens = sum(math.prod(shape) for shape in lead)
+    if not tokens:
+        raise MismatchError("the tensors hold no token", where=str(first[0]))
+    lengths = np.concatenate([np.full(shape[0], shape[1]) for shape in lead]) if len(lead[0]) == 2 else None
+    return _Shape(tokens, lengths)
+
+
+def _sum(shapes: list[tuple[int, ...]]) -> str:
+    return f"{sum(math.prod(shape) for shape in shapes)} tokens in {len(shapes)} tensors"
+
+
+def _token_ids(folder: Path, pieces: list[Piece], names: str | None, shape: _Shape, needed: bool) -> np.ndarray:
+    if names is None:
+        return np.zeros(shape.tokens, np.int32)
+    inside = [piece for piece in pieces if _is_called(piece, names)]
+    path = next((path for path in (folder / names, Path(names)) if path.is_file()), None)
+    if path is not None and not inside:
+        inside = read_pieces(path, path.name)
+    if not inside and not needed:
+        return np.zeros(shape.tokens, np.int32)
+    if not inside:
+        raise ConfigError(f"there are no token ids {names!r}", expected="the name of a tensor in the files, or a file")
+    flat = np.concatenate([piece.open().reshape(-1) for piece in inside])
+    if len(flat) != shape.tokens or flat.dtype.kind not in "iu":
+        raise MismatchError(
+            "the token ids do not fit the activations",
+            where=", ".join(map(str, inside[:3])),
+            expected=f"{shape.tokens} whole numbers",
+            found=f"{len(flat)} of {flat.dtype}",
+        )
+    return np.maximum(flat, 0).astype(np.int32)  # -1 is what a store has for the token of a mean
+
+
+def _documents(shape: _Shape, path: str | Path | None, tokens: np.ndarray) -> tuple[pa.Table, np.ndarray]:
+    """Return the documents that have tokens, and where the tokens of each begin."""
+    table = None if path is None else _table(Path(path))
+    if shape.lengths is not None:
+        lengths = shape.lengths
+    elif table is not None and "n_rows" in table.column_names:
+        lengths = table.column("n_rows").to_numpy().astype(np.int64)
+    else:
+        lengths = np.ones(shape.tokens if table is None else len(table), np.int64)
+    if lengths.sum() != shape.tokens or (table is not None and len(table) != len(lengths)):
+        raise MismatchError(
+            "the documents do not fit the activations",
+            where=str(path),
+            expected=f"{shape.tokens} tokens"
+            + ("" if shape.lengths is None else f" in {len(shape.lengths)} documents"),
+            found=f"{int(lengths.sum())} tokens in {len(lengths if table is None else table)} documents",
+            remedy="n_rows says how many tokens each document has in the tensors",
+        )
+    offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    kept = np.flatnonzero(lengths)
+    flat = tokens[ranges(offsets[kept], lengths[kept])]
+    ends = np.concatenate([[0], np.cumsum(lengths[kept])])
+    lists = pa.LargeListArray.from_arrays(pa.array(ends, pa.int64()), pa.array(flat))
+    columns: dict[str, Any] = {"tokens": lists}
+    if table is not None:
+        labels = [name for name in table.column_names if name == "id" or name not in TABLE_COLUMNS]
+        columns |= {name: table.column(name).take(pa.array(kept)) for name in labels}
+    return pa.table(columns), offsets[kept]
+
+
+def _table(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DamagedError(
+            "the documents cannot be read", where=str(path), expected="a Parquet file", found=str(error)
+        ) from error
+
+
+def _is_called(piece: Piece, names: str | None) -> bool:
+    return (
+        names is not None and piece.name.rpartition(".")[2] == names.rpartition(".")[2] and piece.name.endswith(names)
+    )
+
+
+def _bytes(piece: Piece) -> int:
+    return math.prod(piece.shape) * piece.dtype.itemsize
+
+
+def _stored(piece: Piece) -> str:
+    if piece.dtype.name not in DTYPES:
+        raise ConfigError(
+            f"tensors of {piece.dtype.name} cannot be stored as they are",
+            where=str(piece),
+            expected=f"one of {', '.join(DTYPES)}",
+            remedy="say which dtype to store them in (--dtype float32)",
+        )
+    return piece.dtype.name

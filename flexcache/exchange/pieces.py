@@ -1,0 +1,207 @@
+"""Tensors of activations in a folder of other tools' files, found by name and read where they lie."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from flexcache.errors import DamagedError, StoreError
+from flexcache.exchange.safetensors import read_head
+
+ENDINGS = {"safetensors": (".safetensors",), "pt": (".pt", ".pth", ".bin"), "saelens": (".arrow",)}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of one file.
+
+    Attributes
+    ----------
+    file : str
+        Relative to the folder.
+    name : str
+        Of the tensor within its file; empty where the file is the tensor.
+    shape : tuple of int
+    open : callable
+        Returns the tensor as a numpy array, mapped from the file where the format allows it.
+    """
+
+    file: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    open: Callable[[], np.ndarray]
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.file}" if self.name else self.file
+
+
+def find_pieces(folder: Path, kind: str) -> list[Piece]:
+    """Return all tensors below a folder, files in natural order (``part2`` before ``part10``).
+
+    Parameters
+    ----------
+    kind
+        ``safetensors``, ``pt`` or ``saelens``.
+
+    Raises
+    ------
+    StoreError
+        There is no such folder, or no such file in it.
+    DamagedError
+        A file cannot be read.
+    """
+    if not folder.is_dir():
+        raise StoreError(f"{folder} is not a folder", remedy="give the folder that holds the files")
+    files = sorted((path for path in folder.rglob("*") if _belongs(path, folder, kind)), key=_natural(folder))
+    if not files:
+        raise StoreError(f"{folder} holds no {kind} files", expected=f"files that end in {', '.join(ENDINGS[kind])}")
+    return [piece for path in files for piece in read_pieces(path, path.relative_to(folder).as_posix())]
+
+
+def read_pieces(path: Path, name: str) -> list[Piece]:
+    """Return the tensors of one file, by its ending; *name* is what to call the file.
+
+    Raises
+    ------
+    DamagedError
+        It cannot be read.
+    """
+    readers = {".safetensors": _safetensors, ".arrow": _arrow, ".npy": _npy}
+    return list(readers.get(path.suffix, _torch)(path, name))
+
+
+def _safetensors(path: Path, file: str) -> Iterator[Piece]:
+    for name, entry in read_head(path)[0].items():
+        yield Piece(file, name, entry.shape, entry.dtype, lambda entry=entry: entry.open(path))  # type: ignore[misc]
+
+
+def _npy(path: Path, file: str) -> Iterator[Piece]:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise _unreadable(path, "npy", error) from error
+    yield Piece(file, "", array.shape, array.dtype, lambda: array)
+
+
+def _torch(path: Path, file: str) -> Iterator[Piece]:
+    """Read what torch saved, tensors alone: whatever else a pickle could do is refused by ``weights_only``."""
+    import pickle
+
+    import torch
+
+    from flexcache.recorder.rows import host
+
+    try:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # a file of before torch 1.6 cannot be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise _unreadable(path, "a file of torch with tensors alone", error) from error
+    for name, tensor in _tensors(content, ""):
+        if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
+            array = host(tensor)
+            yield Piece(file, name, array.shape, array.dtype, lambda array=array: array)  # type: ignore[misc]
+
+
+def _tensors(content: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Walk through dicts and lists; a place within them is written with dots."""
+    if isinstance(content, dict):
+        items: Any = content.items()
+    elif isinstance(content, list | tuple):
+        items = enumerate(content)
+    else:
+        yield name, content
+        return
+    for key, value in items:
+        yield from _tensors(value, f"{name}.{key}" if name else str(key))
+
+
+def _arrow(path: Path, file: str) -> Iterator[Piece]:
+    """Read a Hugging Face datasets file, as SAELens' CacheActivationsRunner writes it: nested lists, mapped.
+
+    A column of activations is a list of tokens of lists of features; ``token_ids`` is a list of tokens.
+    """
+    try:
+        with pa.memory_map(str(path)) as source:
+            batches = list(pa.ipc.open_stream(source))
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(path, "an Arrow stream", error) from error
+    for index, batch in enumerate(batches):
+        for name in batch.schema.names:
+            array = _unnested(batch.column(name), len(batch), path, name)
+            if array is not None:
+                part = file if len(batches) == 1 else f"{file}:{index:06d}"
+                yield Piece(part, name, array.shape, array.dtype, lambda array=array: array)  # type: ignore[misc]
+
+
+def _unnested(column: pa.Array, count: int, path: Path, name: str) -> np.ndarray | None:
+    shape = [count]
+    while True:
+        if isinstance(column, pa.ExtensionArray):
+            column = column.storage
+        if not _is_list(column.type):
+            break
+        outer, column = len(column), column.flatten()
+        if outer and len(column) % outer:
+            raise _unreadable(path, "lists of one length", ValueError(f"the lists of column {name} differ in length"))
+        shape.append(len(column) // max(1, outer))
+    if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)) or column.null_count:
+        return None
+    return np.asarray(column.to_numpy(zero_copy_only=False)).reshape(shape)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _belongs(path: Path, folder: Path, kind: str) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    stored = kind != "saelens" or path.name.startswith("data-")  # datasets leaves cache-*.arrow beside
+    return path.suffix in ENDINGS[kind] and path.is_file() and stored and not hidden
+
+
+def _natural(folder: Path) -> Callable[[Path], list[Any]]:
+    def key(path: Path) -> list[Any]:
+        parts = re.split(r"(\d+)", path.relative_to(folder).as_posix())
+        return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+    return key
+
+
+def _unreadable(path: Path, kind: str, error: Exception) -> DamagedError:
+    return DamagedError(
+        f"a file cannot be read as {kind}",
+        where=str(path),
+        found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+        remedy="write the file again, or leave it out of the folder",
+    )
+
+
+class Stack:
+    """The rows of several tensors of shape (…, features), one after the other, gathered by number."""
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self.features = pieces[0].shape[-1]
+        self.dtype = pieces[0].dtype
+        self._arrays = [piece.open().reshape(-1, self.features) for piece in pieces]
+        self._starts = np.cumsum([0, *(len(array) for array in self._arrays)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Return rows in the order asked for, shape (rows, features)."""
+        out = np.empty((len(rows), self.features), self.dtype)
+        owner = np.searchsorted(self._starts, rows, side="right") - 1
+        for piece in np.unique(owner).tolist():
+            here = owner == piece
+            out[here] = self._arrays[piece][rows[here] - self._starts[piece]]
+        return out

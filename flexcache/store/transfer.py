@@ -1,0 +1,223 @@
+"""Units on their way from stores into another: copied byte for byte, or converted, and committed one at a time."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexcache.errors import DamagedError
+from flexcache.recorder.range_error import range_error
+from flexcache.recorder.rows import Unstorable, stored
+from flexcache.spec import DTYPES
+from flexcache.store.claims import Claims
+from flexcache.store.derived import POLL, copy_verified
+from flexcache.store.files import digest, fsync_folder
+from flexcache.store.ledger import FileRecord, UnitRecord
+from flexcache.store.reader import shard_name
+from flexcache.store.selection import Key
+from flexcache.store.shard import ShardLayout
+from flexcache.store.shard_file import NonFinite, ShardFile
+from flexcache.store.slabs import SlabPool, size_slabs
+from flexcache.store.store import Store
+from flexcache.store.worker import Worker
+from flexcache.store.writer import Writer, disk_error
+
+BUFFER = 64 << 20
+BLOCK = 4 << 20
+
+Progress = Callable[[int, int], None]
+"""``progress(done, total)`` in bytes of the target's rows."""
+
+
+class Transfer:
+    """Brings the units that are committed in all sources into a target that was made for them.
+
+    Any number of processes may work on one transfer: each unit is claimed, and committed by its ledger record, as in a
+    capture. Memory is 64 MB, and 4 MB for the rows that are converted.
+
+    Parameters
+    ----------
+    sources
+        Where each layer of each array of the target comes from.
+    """
+
+    def __init__(self, target: Store, sources: Mapping[Key, Store]) -> None:
+        self.target, self.sources = target, dict(sources)
+        self._stores = list({id(store): store for store in sources.values()}.values())
+        self._layouts = {
+            name: ShardLayout(target.n_rows, target.shard_rows, array.row_bytes)
+            for name, array in target.arrays.items()
+        }
+        self._unit_bytes = sum(target.arrays[name].row_bytes for name, _ in self.sources)
+
+    def available(self) -> list[int]:
+        """Return the units that are committed in every source."""
+        units = set(range(self.target.n_units))
+        for store in self._stores:
+            store.refresh()
+            units &= set(store.committed_units.tolist())
+        return sorted(units)
+
+    def pending(self) -> list[int]:
+        """Return the units that are committed in every source and not in the target."""
+        self.target.refresh()
+        return sorted(set(self.available()) - set(self.target.committed_units.tolist()))
+
+    def run(self, progress: Progress = lambda done, total: None) -> None:
+        """Bring every unit that can be brought.
+
+        Raises
+        ------
+        DamagedError
+            A file of a source is not as it was written.
+        RangeError
+            A value does not fit the target's dtype.
+        CaptureError
+            The disk refused a write.
+        """
+        total = self._bytes(self.available())
+        progress(total - self._bytes(self.pending()), total)
+        if not self.pending():
+            return
+        try:
+            worker = Worker(self.target.path)
+        except OSError as error:
+            raise disk_error(error, self.target.path) from error
+        claims, writer = Claims(worker), None
+        try:
+            if converted := [key for key in self.sources if not self._same(key)]:
+                writer = Writer(worker, SlabPool(*self._slabs(converted)))
+            while left := self.pending():
+                worker.sweep()
+                name = claims.take(left)
+                if name is None:
+                    time.sleep(POLL)
+                    continue
+                if not self.target.ledger.has(int(name)):
+                    self._bring(int(name), worker, writer)
+                claims.release(name)
+                progress(total - self._bytes(self.pending()), total)
+        except OSError as error:
+            raise disk_error(error, self.target.path) from error
+        finally:
+            if writer is not None:
+                writer.stop()
+            self.target.refresh()
+            claims.close(finished=self.target.complete)
+            worker.sweep()
+            worker.close()
+
+    # Private
+
+    def _bring(self, unit: int, worker: Worker, writer: Writer | None) -> None:
+        records = {id(store): store.ledger.read(unit) for store in self._stores}
+        copied: dict[str, tuple[Path, FileRecord]] = {}
+        shards: list[ShardFile] = []
+        for key, source in self.sources.items():
+            name = shard_name(*key, unit)
+            record = records[id(source)].files[name]
+            if self._same(key):
+                temporary = worker.folder / uuid.uuid4().hex
+                copy_verified(source.path / name, temporary, record)
+                copied[name] = temporary, record
+            else:
+                assert writer is not None
+                _check(source.path / name, record)
+                shards.append(self._converted(key, unit, source, writer))
+        files = _settle(self.target.path, copied)
+        if writer is not None:
+            try:
+                files |= writer.place(shards)
+            except NonFinite as error:
+                raise range_error(
+                    self.target, error.array, error.layer, error.row, error.feature, error.value
+                ) from None
+        rows = self._layouts[next(iter(self.sources))[0]].rows(unit)
+        every = list(records.values())
+        self.target.ledger.commit(
+            UnitRecord(
+                unit,
+                (rows.start, rows.stop),
+                min(record.batch_tokens for record in every),
+                self._fingerprint([record.fingerprint for record in every]),
+                {shard_name(*key, unit): files[shard_name(*key, unit)] for key in self.sources},
+            )
+        )
+
+    def _converted(self, key: Key, unit: int, source: Store, writer: Writer) -> ShardFile:
+        name, layer = key
+        dtype, layout = DTYPES[self.target.arrays[name].dtype], self._layouts[name]
+        file = ShardFile(
+            writer, shard_name(name, layer, unit), layout, unit, dtype, name, layer, self.target.compressed
+        )
+        reader, rows = source.reader(name), layout.rows(unit)
+        step = max(1, BLOCK // max(layout.row_bytes, reader.array.row_bytes) // layout.chunk_rows) * layout.chunk_rows
+        for start in range(rows.start, rows.stop, step):
+            values = reader.scan(layer, start, min(start + step, rows.stop), raw=True)
+            try:
+                content = stored(values, dtype)
+            except Unstorable as error:
+                raise range_error(self.target, name, layer, start + error.row, error.feature, error.value) from None
+            file.append(content, [(0, len(content))])
+        file.finish()
+        return file
+
+    def _same(self, key: Key) -> bool:
+        source, name = self.sources[key], key[0]
+        return (
+            source.compressed == self.target.compressed and source.arrays[name].dtype == self.target.arrays[name].dtype
+        )
+
+    def _fingerprint(self, found: list[dict[str, Any]]) -> dict[str, Any]:
+        alike = all(other == found[0] for other in found)
+        first: dict[str, Any] = found[0] if alike else {"merged": found}
+        changed = {
+            name: source.arrays[name].dtype
+            for (name, _), source in self.sources.items()
+            if source.arrays[name].dtype != self.target.arrays[name].dtype
+        }
+        return {**first, "converted_from": {**first.get("converted_from", {}), **changed}} if changed else first
+
+    def _slabs(self, converted: list[Key]) -> tuple[int, int]:
+        layouts = [self._layouts[name] for name, _ in converted]
+        if self.target.compressed:  # a slab is one inner chunk
+            exact = max(layout.chunk_rows * layout.row_bytes for layout in layouts)
+            return size_slabs(1, max(BUFFER, 4 * exact), exact=exact)
+        return size_slabs(1, BUFFER, largest=max(layout.file_bytes(0) for layout in layouts))
+
+    def _bytes(self, units: list[int]) -> int:
+        rows = np.asarray(units, dtype=np.int64) * self.target.shard_rows
+        return int(np.minimum(self.target.shard_rows, self.target.n_rows - rows).sum()) * self._unit_bytes
+
+
+def _check(path: Path, record: FileRecord) -> None:
+    if path.is_file() and path.stat().st_size == record.size and digest(path) == record.xxh3_128:
+        return
+    raise DamagedError(
+        "a file has other bytes than were written, or is missing",
+        where=str(path),
+        expected=f"{record.size} bytes with XXH3-128 {record.xxh3_128}",
+        remedy="run flexcache verify to see what else is damaged; a damaged unit can be recomputed by the capture",
+    )
+
+
+def _settle(root: Path, copied: Mapping[str, tuple[Path, FileRecord]]) -> dict[str, FileRecord]:
+    """Flush files, rename them to their places, and flush the folders."""
+    for temporary, _ in copied.values():
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+    folders: dict[Path, None] = {}
+    for name, (temporary, _) in copied.items():
+        place = root / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary.replace(place)
+        folders.update(dict.fromkeys(parent for parent in place.parents if root in parent.parents))
+    for folder in folders:
+        fsync_folder(folder)
+    return {name: record for name, (_, record) in copied.items()}

@@ -1,0 +1,31 @@
+"""flexcache export: a store as safetensors, npy or Parquet files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from flexcache.exchange.exporting import export
+from flexcache.store.display import size
+from pipelines.bars import bytes_bar, read_layers
+
+
+def run(
+    store: Path,
+    out: Path,
+    to: str,
+    console: Console,
+    *,
+    sites: Sequence[str] | None = None,
+    layers: str = "all",
+    rows: str = "all",
+    progress: bool = True,
+) -> list[Path]:
+    """Export a store and say what was written; see `flexcache.exchange.exporting.export`."""
+    with bytes_bar("exporting", progress) as bar:
+        files = export(store, out, to, sites=sites or None, layers=read_layers(layers), rows=rows, progress=bar)
+    total = size(sum(path.stat().st_size for path in files))
+    console.print(f"{len(files)} files, {total}, in {out}", highlight=False, markup=False)
+    return files

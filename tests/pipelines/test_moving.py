@@ -1,0 +1,81 @@
+"""The commands that copy, merge, thin, export and import stores, as a user types them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import flexcache
+from tests.corpora import build_store
+from tests.pipelines.test_cli import run
+from tests.recorder.test_recorder import shard_hashes
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> flexcache.Store:
+    """A store named run.zarr in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    return build_store(Path("run.zarr"))
+
+
+def test_copy(store: flexcache.Store, capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "copy", "run.zarr", "copy.zarr")
+    assert "copying" in text
+    assert "complete" in text
+    assert shard_hashes(Path("copy.zarr")) == shard_hashes(store.path)
+    args = ("--dtype", "float32", "--compression", "zstd", "--site", "resid_*", "--layers", "0,3")
+    run(capsys, "copy", "run.zarr", "part.zarr", *args, "-q")
+    part = flexcache.open("part.zarr")
+    assert part.sites == ("resid_post",)
+    assert part.compressed
+    assert part.arrays["resid_post"].dtype == "float32"
+    assert "another one" in run(capsys, "copy", "run.zarr", "part.zarr", "-q", status=1)
+    assert "cannot be read" in run(capsys, "copy", "run.zarr", "new.zarr", "--layers", "0,x", status=2)
+    assert "did you mean resid_post" in run(capsys, "copy", "run.zarr", "new.zarr", "--site", "resid_pots", status=1)
+    assert not Path("new.zarr").exists()
+
+
+def test_rm(store: flexcache.Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    for answer, text in (("n\n", "nothing was removed"), ("y\n", "freed")):
+        monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+        shown = run(capsys, "rm", "run.zarr", "--site", "resid_post", "--layers", "0", "-q")
+        assert "resid_post, layers 0" in shown
+        assert text in shown
+    assert flexcache.open("run.zarr").layers("resid_post") == (3,)
+    assert "freed" in run(capsys, "rm", "run.zarr", "--site", "model.embed", "--yes")
+    assert "no site left" in run(capsys, "rm", "run.zarr", "--site", "resid_post", "--yes", status=1)
+    run(capsys, "verify", "run.zarr", "-q")
+    assert flexcache.open("run.zarr").sites == ("resid_post",)
+
+
+def test_export(store: flexcache.Store, capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "export", "run.zarr", "out", "--to", "npy", "--site", "resid_post", "--layers", "3")
+    assert "1 files" in text
+    assert np.array_equal(np.load("out/resid_post.layer_3.npy"), store.read("resid_post", 3))
+    run(capsys, "export", "run.zarr", "table", "--to", "parquet", "-q")
+    assert "another export" in run(capsys, "export", "run.zarr", "out", "--to", "npy", "-q", status=1)
+
+
+def test_merge(store: flexcache.Store, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "copy", "run.zarr", "a.zarr", "--layers", "0", "-q")
+    run(capsys, "copy", "run.zarr", "b.zarr", "--layers", "3", "--site", "resid_post", "-q")
+    text = run(capsys, "merge", "a.zarr", "b.zarr", "-o", "merged.zarr")
+    assert "merging" in text
+    assert shard_hashes(Path("merged.zarr")) == shard_hashes(store.path)
+    assert "two stores or more" in run(capsys, "merge", "a.zarr", "-o", "other.zarr", status=2)
+
+
+def test_import(store: flexcache.Store, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "export", "run.zarr", "out", "--to", "safetensors", "--site", "resid_post", "-q")
+    args = ("import", "out", "--from", "safetensors", "--site", "resid_post", "-o", "back.zarr", "--depth", "5")
+    text = run(capsys, *args, "--documents", "out/documents.parquet", "--token-ids", "token_id.npy", "--model", "mine")
+    assert "importing" in text
+    back = flexcache.open("back.zarr")
+    assert back.provenance["model"]["name"] == "mine"
+    rows, ours = (one.rows("doc-7") for one in (back, store))
+    assert np.array_equal(back.read("resid_post", 3, rows), store.read("resid_post", 3, ours))
+    assert "has 0 groups" in run(capsys, *args, "--layer-pattern", "x", "-q", status=2)
