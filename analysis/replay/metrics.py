@@ -27,7 +27,8 @@ class Outcome:
     answer : tuple of (token, other), or None
     donor : Tensor, float32, shape (vocabulary,), or None
         Logits at the end of the donor's own forward.
-    residuals, base_residuals : mapping from (site, layer) to Tensor, shape (tokens, features)
+    residuals, base_residuals : dict
+        Tensors of shape (tokens, features), by name of the site and layer.
         What the metric's `reads` asked for.
     document : int
         Line in the store.
