@@ -22,6 +22,8 @@ from tests.reliability.test_kills import Nursery
 
 KILLS, FAULTS = 24, 40
 """Steps tried by default, spread over all of them; the marker `slow` tries every one."""
+FORGIVEN = ("mkdir", "rmdir", "remove", "open")
+"""Steps that may fail without harm: folders that are there, cleaning up, the trial whether writes can be direct."""
 
 
 @pytest.fixture
@@ -90,13 +92,13 @@ def refused_at(folder: Path, wanted: int | None) -> dict[str, int]:
     found = {"faults": 0, "errors": 0}
     for number, at in enumerate(range(len(all_steps.taken)) if wanted is None else some(len(all_steps.taken), wanted)):
         path = folder / "run.zarr"
-        error = ""
+        error, steps = "", Steps(folder, at, (FULL, BROKEN)[number % 2])
         try:
-            with counted(Steps(folder, at, (FULL, BROKEN)[number % 2])):
+            with counted(steps):
                 capture(path)
         except CaptureError as raised:  # anything else is not clear
             error = str(raised)
-        assert not error or "run the same command again" in error
+        assert "run the same command again" in error or at >= len(steps.taken) or steps.taken[at] in FORGIVEN
         before = committed(path)
         if before:
             assert flexcache.verify(path).sound
@@ -117,7 +119,7 @@ def test_a_capture_killed_at_any_step_goes_on_to_the_same_bytes_and_computes_no_
 
 def test_a_disk_that_refuses_any_step_is_one_clear_error_and_loses_nothing(folder: Path) -> None:
     found = refused_at(folder, FAULTS)
-    assert found["errors"] > 0.8 * FAULTS
+    assert found["errors"] > FAULTS / 2
 
 
 @pytest.mark.slow
