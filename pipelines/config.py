@@ -51,7 +51,7 @@ class TransformSource(BaseModel):
 
     def load(self, device: Any = None) -> Transform:
         """Import the function."""
-        function = _imported(self.function, f"transform {self.name}")
+        function = imported(self.function, f"transform {self.name}")
         if device is not None and hasattr(function, "eval") and hasattr(function, "to"):
             function = function.to(device).eval()
         return Transform(self.name, self.site, function, self.layers, self.batch)
@@ -80,20 +80,27 @@ class ObjectiveSource(BaseModel):
         if (self.function is None) == (self.logit_difference is None):
             raise ConfigError("objective must say one thing", expected="logit_difference or function")
         if self.function is not None:
-            return _imported(self.function, "objective")
+            return imported(self.function, "objective")
         assert self.logit_difference is not None
-        token, other = (_token(value, tokenizer) for value in self.logit_difference)
+        token, other = (one_token(value, tokenizer) for value in self.logit_difference)
         return LogitDifference(token, other)
 
 
-def _imported(path: str, where: str) -> Any:
+def imported(path: str, where: str) -> Any:
+    """Return what ``package.module:attribute`` names, importable from the current folder too."""
     folder = str(Path.cwd())
     if folder not in sys.path:  # as `python -m` would have it
         sys.path.insert(0, folder)
     return load(path, where)
 
 
-def _token(value: int | str, tokenizer: Any) -> int:
+def one_token(value: int | str, tokenizer: Any) -> int:
+    """Return the id of a token given by id, or by a text that is one token.
+
+    Raises
+    ------
+    ConfigError
+    """
     if isinstance(value, int):
         return value
     ids = [] if tokenizer is None else tokenizer(value, add_special_tokens=False)["input_ids"]
@@ -110,7 +117,8 @@ def _objective(value: Any) -> Any:
     return {} if value is None or value == "next_token_loss" else value
 
 
-def _model(value: Any) -> Any:
+def model_or_name(value: Any) -> Any:
+    """Return the long form of a model that was given by its name alone."""
     return {"name": value} if isinstance(value, str) else value
 
 
@@ -123,7 +131,7 @@ class CaptureConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    model: Annotated[ModelSource, BeforeValidator(_model)]
+    model: Annotated[ModelSource, BeforeValidator(model_or_name)]
     documents: Annotated[DocumentsSource, BeforeValidator(_documents)]
     store: Path = Field(description="the store to make or to go on with, such as run.zarr")
     sites: Any = Field(None, description="a site, a list, or a mapping from site to layers")
@@ -177,6 +185,16 @@ def read_config(path: Path, changes: Sequence[str] = ()) -> CaptureConfig:
     ConfigError
         The file or a change cannot be read, or a key or value is wrong.
     """
+    return validate(CaptureConfig, read_yaml(path, changes, "store: run.zarr"), str(path))
+
+
+def read_yaml(path: Path, changes: Sequence[str], line: str) -> dict[str, Any]:
+    """Return a file of keys and values, with changes; *line* is an example for who writes something else.
+
+    Raises
+    ------
+    ConfigError
+    """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -187,12 +205,12 @@ def read_config(path: Path, changes: Sequence[str] = ()) -> CaptureConfig:
         raise ConfigError(f"configuration {path} is not YAML", found=" ".join(str(error).split())) from error
     if not isinstance(data, Mapping):
         raise ConfigError(
-            f"configuration {path} is not a mapping", expected="lines such as  store: run.zarr", found=repr(data)[:80]
+            f"configuration {path} is not a mapping", expected=f"lines such as  {line}", found=repr(data)[:80]
         )
     content = dict(data)
     for change in changes:
         _apply(content, change)
-    return validate(CaptureConfig, content, str(path))
+    return content
 
 
 def _apply(content: dict[str, Any], change: str) -> None:

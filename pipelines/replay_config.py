@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from flexcache.errors import ConfigError, nearest
 from flexcache.model import ModelSource
 from flexcache.spec import validate
-from pipelines.config import _apply, _imported, _model, _token
+from pipelines.config import imported, model_or_name, one_token, read_yaml
 
 if TYPE_CHECKING:
     from analysis.replay import Edit, Grid
@@ -70,7 +69,7 @@ class ReplayConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    model: Annotated[ModelSource, BeforeValidator(_model)]
+    model: Annotated[ModelSource, BeforeValidator(model_or_name)]
     at: Cells = Cells()
     edits: list[dict[str, Any]] = Field(min_length=1, description="a kind and its settings, or a list of them in turn")
     metrics: list[str] = ["kl", "loss"]
@@ -97,22 +96,7 @@ def read_replay(path: Path, changes: list[str] | tuple[str, ...] = ()) -> Replay
     ------
     ConfigError
     """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"configuration {path} cannot be read", found=error.strerror, remedy="check the path"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"configuration {path} is not YAML", found=" ".join(str(error).split())) from error
-    if not isinstance(data, Mapping):
-        raise ConfigError(
-            f"configuration {path} is not a mapping", expected="lines such as  model: …", found=repr(data)[:80]
-        )
-    content = dict(data)
-    for change in changes:
-        _apply(content, change)
-    return validate(ReplayConfig, content, str(path))
+    return validate(ReplayConfig, read_yaml(path, changes, "model: …"), str(path))
 
 
 def make_edit(store: Store, at: Cells, depth: int, given: Mapping[str, Any], where: str) -> Edit:
@@ -142,7 +126,7 @@ def make_edit(store: Store, at: Cells, depth: int, given: Mapping[str, Any], whe
     if kind not in EDITS:
         raise ConfigError(f"there is no edit {kind!r}", where=where, remedy=nearest(kind, (*EDITS, "chain")))
     if kind == "function":
-        _imported(str(settings), where)
+        imported(str(settings), where)
         return replay.Function(str(settings))
     options: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in dict(settings or {}).items()}
     if "donor" in options:
@@ -215,4 +199,4 @@ def read_answers(given: Any, tokenizer: Any) -> Any:
         return {str(name): read_answers(pair, tokenizer) for name, pair in given.items()}
     if not isinstance(given, list) or len(given) != 2:
         raise ConfigError("answers cannot be read", expected="two tokens, or a pair by document id", found=repr(given))
-    return tuple(_token(value, tokenizer) for value in given)
+    return tuple(one_token(value, tokenizer) for value in given)

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis.induction.scores import LOSS, SCORES
-from analysis.probes.plot import COLOURS, INK, PAPER, SOFT
+from analysis.probes.plot import COLOURS
+from analysis.style import INK, PAPER, SOFT, frame
 
 TITLES = {"induction": "induction score", "previous_token": "previous-token score"}
 
@@ -65,9 +66,4 @@ def _loss(axes: Axes, loss: xr.DataArray, chance: float) -> None:
     axes.set_ylabel("nats", color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.02)
-    axes.grid(axis="y", color=SOFT, alpha=0.2, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(color=SOFT, labelcolor=SOFT)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(SOFT)
+    frame(axes)

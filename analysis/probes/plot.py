@@ -11,8 +11,8 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.probes.results import Sweep
 from analysis.probes.table import ARMS, NAMES
+from analysis.style import INK, PAPER, frame
 
-INK, SOFT, PAPER = "#24292f", "#6e7781", "#ffffff"
 COLOURS = {"probe": "#0a6ebd", "shuffled": "#8c959f", "tfidf": "#bc4c00", "majority": "#6e7781"}
 DASHES = {"tfidf": (0, (6, 3)), "majority": (0, (1.5, 2))}
 
@@ -76,12 +76,7 @@ def _draw(sweep: Sweep, axes: Axes, metric: str) -> None:
         axes.set_xlim(layers[0] - 1, layers[0] + 1)
     else:
         axes.margins(x=0.02)
-    axes.grid(axis="y", color=SOFT, alpha=0.2, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(color=SOFT, labelcolor=SOFT)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(SOFT)
+    frame(axes)
 
 
 def _label(axes: Axes, ends: list[tuple[float, str, str]]) -> None:

@@ -7,15 +7,6 @@ from typing import Any, Literal
 
 import numpy as np
 import sklearn
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from sklearn.base import BaseEstimator, is_classifier, is_regressor
 
 from analysis.probes import baselines as base
@@ -23,6 +14,7 @@ from analysis.probes import crossfit, folds, score
 from analysis.probes.logistic import BLAS, Logistic
 from analysis.probes.results import Sweep
 from analysis.probes.scoreboard import Scoreboard
+from analysis.progress import bar
 from analysis.view import Readable, Rows, Task, View, join
 from flexcache.errors import AnalysisError, nearest
 from flexcache.site import Layers
@@ -216,17 +208,5 @@ def _attrs(
 
 
 def _shown(layers: tuple[int | None, ...], site: str, progress: bool) -> Iterable[int | None]:
-    console = Console(stderr=True)
-    if not (progress and console.is_terminal):
-        yield from layers
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        yield from bar.track(layers, description=f"probing {site}, layer by layer")
+    with bar(progress) as shown:
+        yield from shown.track(layers, description=f"probing {site}, layer by layer")

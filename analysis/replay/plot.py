@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.probes.plot import INK, PAPER, SOFT
 from analysis.replay.results import Sweep
+from analysis.style import INK, PAPER, SOFT, frame
 
 CURVES = ("#0a6ebd", "#bc4c00", "#1a7f37", "#8250df", "#9a6700", "#cf222e")
 STYLES = {"edit": "-", "identity": (0, (1, 2)), "random_direction": (0, (6, 3)), "norm_matched": (0, (3, 2, 1, 2))}
@@ -140,7 +140,7 @@ def scatter(exact: xr.Dataset, path: str | Path | None = None) -> Figure:
     axes.set_ylabel("exact, by replay", color=INK)
     rho = float(exact.attrs["rank_correlation"])
     axes.set_title(f"top {len(found)}: rank correlation {rho:.2f}", loc="left", color=INK, fontsize=11)
-    _frame(axes)
+    frame(axes)
     return _written(figure, path)
 
 
@@ -185,16 +185,7 @@ def _finish(axes: Axes, sweep: Sweep, metric: str) -> None:
     legend = axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     for text in legend.get_texts():
         text.set_parse_math(False)
-    _frame(axes)
-
-
-def _frame(axes: Axes) -> None:
-    axes.grid(axis="y", color=SOFT, alpha=0.2, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(color=SOFT, labelcolor=SOFT)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(SOFT)
+    frame(axes)
 
 
 def _name(metric: str) -> str:

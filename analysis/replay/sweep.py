@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
+from analysis.progress import bar
 from analysis.replay import metrics as measures
 from analysis.replay.edit import Alternatives, Edit, alternatives, labels
 from analysis.replay.engine import Engine
@@ -101,15 +100,15 @@ def sweep(
     kept = None if folder is None else _folder(Path(folder), question)
     done = {} if kept is None else _done(kept, question)
     left = [batch for batch in batches if _name(batch) not in done]
-    with _bar(progress) as bar:
+    with bar(progress) as shown:
         total = len(batches) * question.forwards()
-        task = bar.add_task("replaying (forwards)", total=total, completed=len(done) * question.forwards())
-        advance: Callable[[], None] = lambda: bar.advance(task)  # noqa: E731
+        task = shown.add_task("replaying (forwards)", total=total, completed=len(done) * question.forwards())
+        advance: Callable[[], None] = lambda: shown.advance(task)  # noqa: E731
         for batch, part in _answers(engine, model, question, left, scheduler, workers, accept, advance):
             done[_name(batch)] = part
             if kept is not None:
                 _keep(kept / PARTS / f"{_name(batch)}.npz", part)
-            bar.update(task, completed=len(done) * question.forwards())
+            shown.update(task, completed=len(done) * question.forwards())
     result = Sweep(_dataset(engine, question, [done[_name(batch)] for batch in batches]))
     if folder is not None:
         result.save(folder)
@@ -269,18 +268,3 @@ def _keep(path: Path, part: Part) -> None:
 
 def _name(batch: Batch) -> str:
     return f"{batch.unit}-{batch.rows.start}"
-
-
-def _bar(progress: bool) -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not (progress and console.is_terminal),
-    )

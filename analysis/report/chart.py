@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from analysis.probes import Sweep
-from analysis.probes.plot import COLOURS, INK, SOFT
+from analysis.probes.plot import COLOURS
 from analysis.report.drawing import themed
+from analysis.style import INK, SOFT
 
 VARIABLES = {INK: "--ink", SOFT: "--soft", **{colour: f"--{arm}" for arm, colour in COLOURS.items()}}
 

@@ -12,7 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-INK, SOFT = "#24292f", "#6e7781"
+from analysis.style import INK, SOFT, frame
+
 PALETTE = {"--one": "#0a6ebd", "--two": "#bc4c00", "--three": "#1a7f37", "--four": "#8250df"}
 
 
@@ -66,11 +67,7 @@ def curves(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(xlabel, color=INK)
     axes.set_ylabel(ylabel, color=INK)
-    axes.grid(axis="y", color=SOFT, alpha=0.2, linewidth=0.8)
-    axes.tick_params(which="both", color=SOFT, labelcolor=SOFT)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(SOFT)
+    frame(axes)
     if len(ys) > 1:
         axes.legend(
             frameon=False, labelcolor=INK, fontsize=9, ncols=len(ys), loc="upper left", bbox_to_anchor=(0, 1.16)

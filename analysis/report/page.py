@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from analysis.probes import Sweep
 from analysis.probes.table import ARMS, NAMES, caption, interval, number
 from analysis.report import chart, facts
+from analysis.report.template import write_page
 from flexcache.store.store import Store
 
 TEMPLATE = "page.html.j2"
@@ -47,11 +46,11 @@ def write(
     Path
         The file. Whatever stems from data is escaped in it.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files(__package__).joinpath(TEMPLATE).read_text("utf-8"))
     what = sweep.results.attrs
     best = sweep.best
-    page = template.render(
+    return write_page(
+        TEMPLATE,
+        path,
         title=title or f"{what['target']} in {what['site']}",
         model=re.sub(r"^/.*/(?=[^/])", "", str(store.provenance.get("model", {}).get("name", ""))),
         store=store.path.name,
@@ -76,10 +75,6 @@ def write(
             {"store": store.provenance, "capture": dict(store.spec), "probe": what}, indent=2, default=str
         ),
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page + "\n", "utf-8")
-    return path
 
 
 def _baselines(sweep: Sweep) -> list[dict[str, str]]:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import xarray as xr
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from analysis.replay.plot import NAMES, plot, scatter
 from analysis.replay.results import Sweep
 from analysis.report import facts
+from analysis.report.drawing import themed
+from analysis.report.template import source, write_page
 from flexcache.store.store import Store
 
 TEMPLATE = "replay.html.j2"
@@ -49,12 +47,12 @@ def write(
     Path
         The file. Whatever stems from data is escaped in it.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files(__package__).joinpath(TEMPLATE).read_text("utf-8"))
-    style = _style(files(__package__).joinpath("page.html.j2").read_text("utf-8"))
+    style = _style(source("page.html.j2"))
     data, asked = sweep.results, sweep.results.attrs["question"]
     effect = sweep.effect(store, groups)
-    page = template.render(
+    return write_page(
+        TEMPLATE,
+        path,
         style=Markup(style),
         title=f"edits of {asked['site']}",
         model=re.sub(r"^/.*/(?=[^/])", "", str(data.attrs["model"])),
@@ -77,10 +75,6 @@ def write(
         command=command,
         question=json.dumps(_short(asked), indent=2, default=str),
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page + "\n", "utf-8")
-    return path
 
 
 def _style(page: str) -> str:
@@ -89,14 +83,7 @@ def _style(page: str) -> str:
 
 
 def _svg(figure: Figure, name: str) -> str:
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "flexcache"}):
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    drawn = text.getvalue()
-    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn[drawn.index("<svg") :], flags=re.S)
-    prefix = re.sub(r"\W", "-", name)
-    drawn = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", drawn)
-    return drawn.replace("<svg", f'<svg role="img" aria-label="{prefix}"', 1)
+    return themed(figure, re.sub(r"\W", "-", name), name, {})
 
 
 def _lines(sweep: Sweep, effect: xr.Dataset) -> list[dict[str, Any]]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from analysis import examples, outliers
 from analysis.report import facts
 from analysis.report.drawing import curves, heatmap
+from analysis.report.template import write_page
 from analysis.survey import Survey
 from analysis.tokens import Vocabulary
 from flexcache.store.display import layer_text
@@ -53,10 +52,10 @@ def write(
     Path
         The file. Whatever stems from data is escaped in it.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files(__package__).joinpath(TEMPLATE).read_text("utf-8"))
     name = str(store.provenance.get("model", {}).get("name", "")).rstrip("/").rsplit("/", 1)[-1]
-    page = template.render(
+    return write_page(
+        TEMPLATE,
+        path,
         title=title or f"{found.site} of {name or 'a model'}",
         store=store.path.name,
         documents=len(store.documents),
@@ -74,10 +73,6 @@ def write(
         command=command,
         provenance=json.dumps({"store": store.provenance, "statistics": found.provenance}, indent=2, default=str),
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page + "\n", "utf-8")
-    return path
 
 
 def _layers(result: xr.Dataset) -> np.ndarray:

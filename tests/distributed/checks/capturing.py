@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,10 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 import flexcache
 from flexcache.errors import CaptureError, ConfigError, LayoutError
 from tests.corpora import lengths, token_documents
+from tests.distributed.checks.data import zero_engines
 from tests.distributed.checks.pipeline import halves
 from tests.distributed.checks.tensor import UNEVEN, saved, shard
 from tests.distributed.registry import check
-from tests.distributed.worker import SkipError
 from tests.models import FAMILIES, VOCABULARY, tiny
 from tests.recorder.test_recorder import shard_hashes
 
@@ -283,29 +282,8 @@ def fsdp1() -> None:
 
 @check(2)
 def deepspeed_zero() -> None:
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise SkipError(f"DeepSpeed is not installed: {error}") from error
-    os.environ["LOCAL_RANK"] = os.environ["RANK"]
-    for stage in (2, 3):
-        model = tiny("llama")
-        try:
-            engine, *_ = deepspeed.initialize(
-                model=model,
-                config={
-                    "train_micro_batch_size_per_gpu": 2,
-                    "zero_optimization": {"stage": stage},
-                    "zero_allow_untested_optimizer": True,
-                    "zero_force_ds_cpu_optimizer": False,
-                },
-                optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
-                dist_init_required=False,
-            )
-        except RuntimeError as error:  # its communication kernel is compiled when it is first used
-            raise SkipError(f"DeepSpeed cannot compile its kernel here: {error}") from error
+    for engine in zero_engines():
         compare(engine, tiny("llama"), exact=True)
-        engine.destroy()
 
 
 # Both

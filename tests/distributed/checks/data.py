@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -248,18 +249,13 @@ def edits_draw_the_same_random_numbers() -> None:
     assert len({tuple(order) for order in orders}) > 1, "a new draw in every forward"
 
 
-@check(2)
-def deepspeed_zero() -> None:
+def zero_engines() -> Iterator[Any]:
+    """Give a tiny model in an engine of DeepSpeed for ZeRO 2, then for ZeRO 3."""
     try:
         import deepspeed
     except ImportError as error:
         raise SkipError(f"DeepSpeed is not installed: {error}") from error
     os.environ["LOCAL_RANK"] = os.environ["RANK"]
-    from deepspeed.utils import safe_get_full_grad
-
-    def whole_gradient(engine: Any, name: str) -> torch.Tensor:
-        return safe_get_full_grad(dict(engine.module.named_parameters())[name])
-
     for stage in (2, 3):
         model = tiny("llama")
         try:
@@ -276,6 +272,18 @@ def deepspeed_zero() -> None:
             )
         except RuntimeError as error:  # its communication kernel is compiled when it is first used
             raise SkipError(f"DeepSpeed cannot compile its kernel here: {error}") from error
+        yield engine
+        engine.destroy()
+
+
+@check(2)
+def deepspeed_zero() -> None:
+    def whole_gradient(engine: Any, name: str) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(dict(engine.module.named_parameters())[name])
+
+    for engine in zero_engines():
         strategy = Strategy(
             engine,
             my_rows(),
@@ -284,4 +292,3 @@ def deepspeed_zero() -> None:
             reset=lambda engine: engine.step(),  # with a learning rate of 0: it lets go of the gradients
         )
         battery(strategy, dist.get_rank())
-        engine.destroy()
