@@ -24,9 +24,7 @@ def run(config: CaptureConfig, *, allow_mixed: bool = False, progress: bool = Tr
     config.model.parallel.config()  # refuses a number of processes that does not fit, before anything is loaded
     if not progress:
         transformers.utils.logging.disable_progress_bar()
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    tokenizer = None if "tokens" in documents.schema.names else config.model.tokenizer()
+    tokenizer = config.load_tokenizer(documents)
     # A misspelt site or function shows before a large model is loaded.
     locate(config.model.skeleton(), config.spec(), **config.functions(tokenizer))
     info: dict[str, Any] = {
@@ -34,7 +32,7 @@ def run(config: CaptureConfig, *, allow_mixed: bool = False, progress: bool = Tr
         "revision": config.model.revision,
         "files": config.model.weights(),
     }
-    model = config.model.load()
+    model = config.load_model()
     store = flexcache.capture(
         model,
         tokenizer,

@@ -162,6 +162,18 @@ class CaptureConfig(BaseModel):
             options["sites"] = [] if self.transforms else "resid_post"
         return options
 
+    def load_model(self) -> Any:
+        """Return the model with its weights; torch uses as many threads as the file says from then on."""
+        import torch
+
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        return self.model.load()
+
+    def load_tokenizer(self, documents: Documents) -> Any:
+        """Return the model's tokenizer, or None where the documents have tokens already."""
+        return None if "tokens" in documents.schema.names else self.model.tokenizer()
+
     def functions(self, tokenizer: Any, device: Any = None) -> dict[str, Any]:
         """Return the options of `flexcache.capture` that are functions."""
         nothing = self.objective == ObjectiveSource()

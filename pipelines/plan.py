@@ -28,7 +28,7 @@ def run(config: CaptureConfig, console: Console, progress: bool = True) -> Estim
 
     documents = config.documents.open()
     model = config.model.skeleton()
-    tokenizer = None if "tokens" in documents.schema.names else config.model.tokenizer()
+    tokenizer = config.load_tokenizer(documents)
     spec = config.spec()
     spec = spec.model_copy(update={"max_length": spec.max_length or longest_input(model, tokenizer)})
     source = Source(
