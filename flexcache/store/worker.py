@@ -21,6 +21,7 @@ PATIENCE = 120.0
 """Seconds after which a worker that has not touched its file counts as gone, wherever it runs."""
 
 _BEATS = 6
+_NEW = ".new"
 
 
 class Worker:
@@ -50,7 +51,7 @@ class Worker:
         self.id = uuid.uuid4().hex
         self.folder = root / PARTIAL / self.id
         self.alive = self.folder / ALIVE
-        fresh = root / PARTIAL / f"{self.id}.new"
+        fresh = self.folder.with_suffix(_NEW)
         for left in reversed(range(10)):
             try:
                 fresh.mkdir(parents=True)
@@ -103,8 +104,9 @@ class Worker:
     def _left(self, content: bytes) -> bool:
         """Whether a worker's folder is gone, so that it has closed, or others have found it gone."""
         try:
-            told = json.loads(content)
-            return not (self.root / PARTIAL / uuid.UUID(told["id"]).hex).exists()
+            folder = self.root / PARTIAL / uuid.UUID(json.loads(content)["id"]).hex
+            # first the name that it has at first: it may get its own between the two looks
+            return not folder.with_suffix(_NEW).exists() and not folder.exists()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return False
 

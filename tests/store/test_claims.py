@@ -243,3 +243,20 @@ class Machine(RuleBasedStateMachine):
 
 TestClaimsInAnyOrder = Machine.TestCase
 TestClaimsInAnyOrder.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_worker_that_is_just_starting_is_not_taken_for_one_that_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder gets its name last; others may look in between."""
+    watcher, rename = Worker(tmp_path), Path.rename
+
+    def late(self: Path, target: Path) -> Path:
+        watcher.sweep()
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    worker = Worker(tmp_path)
+    assert not worker.lost
+    worker.close()
+    watcher.close()
