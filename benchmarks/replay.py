@@ -4,8 +4,8 @@
 
 (1) Forwards without lm_head over the capture's batches, in bfloat16: whole, and going on after block k. The floor is
 the share of the blocks that run. (2) A grid of 30 layers × 10 positions, one prompt patched with another's residual
-stream, in float32, the logit difference of each cell: FlexCache from its store, ten cells side by side and one by one;
-TransformerLens' `get_act_patch_resid_pre`; nnsight, ten invokes a trace. Peers that are not installed are left out:
+stream, in float32, the logit difference of each cell: FlexCache from its store, 110 cells side by side and one by one;
+TransformerLens' `get_act_patch_resid_pre`; nnsight, ten and a hundred invokes a trace. Peers that are not installed are left out:
 they are no dependency (pip install transformer-lens nnsight). The store and the peers' caches are made before.
 """
 
@@ -16,6 +16,7 @@ import contextlib
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from pipelines import assets
 
 AFTER = (4, 9, 14, 19, 24, 28)
 POSITIONS = 10
+SIDE, ALONE = "flexcache, 110 side by side", "flexcache, one by one"
 
 
 def main() -> None:
@@ -111,23 +113,21 @@ def grid(folder: Path, rounds: int) -> None:
         found[name] = sweep.results["value"].squeeze().transpose("layer", "position").values
 
     variants: dict[str, Callable[[], Any]] = {
-        "flexcache, ten side by side": lambda: ours(POSITIONS, "flexcache, ten side by side"),
-        "flexcache, one by one": lambda: ours(1, "flexcache, one by one"),
+        SIDE: lambda: ours(110, SIDE),
+        ALONE: lambda: ours(1, ALONE),
     }
     ids = {name: torch.tensor([line]) for name, line in tokens.items()}
-    for name, make in (("TransformerLens", transformer_lens), ("nnsight", nnsight)):
+    makers = {"TransformerLens": transformer_lens} | {f"nnsight, {n} a trace": partial(nnsight, n) for n in (10, 100)}
+    for name, make in makers.items():
         with contextlib.suppress(ImportError):
-            variants[name] = make(source, model, tokenizer, ids, (good, bad), found)
-    missing = [name for name in ("TransformerLens", "nnsight") if name not in variants]
+            run = make(source, model, tokenizer, ids, (good, bad))
+            variants[name] = lambda name=name, run=run: found.__setitem__(name, run())
+    missing = [name for name in makers if name not in variants]
     seconds = interleave(variants, rounds)
-    exact = found["flexcache, one by one"]
+    exact = found[ALONE]
     rows = [(f"{name} not installed", "–", "") for name in missing]
-    peers = [name for name in ("TransformerLens", "nnsight") if name in variants]
-    for name in peers:
-        rows += [
-            (f"{mine} ÷ {name}", f"{ratio(seconds[mine], seconds[name]):.3f}", "≤ 0.5")
-            for mine in ("flexcache, ten side by side", "flexcache, one by one")
-        ]
+    for name in makers.keys() & variants.keys():
+        rows += [(f"{mine} ÷ {name}", f"{ratio(seconds[mine], seconds[name]):.3f}", "≤ 0.5") for mine in (SIDE, ALONE)]
     for name in variants:
         away = float(np.abs(found[name] - exact).max())
         rows.append((name, f"{statistics.median(seconds[name]):.2f} s, within {away:.1e} of one by one", ""))
@@ -135,8 +135,8 @@ def grid(folder: Path, rounds: int) -> None:
 
 
 def transformer_lens(
-    source: ModelSource, model: Any, tokenizer: Any, ids: dict[str, torch.Tensor], answer: tuple[int, int], found: Any
-) -> Callable[[], None]:
+    source: ModelSource, model: Any, tokenizer: Any, ids: dict[str, torch.Tensor], answer: tuple[int, int]
+) -> Callable[[], np.ndarray]:
     from transformer_lens import patching
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -147,17 +147,21 @@ def transformer_lens(
     def metric(logits: torch.Tensor) -> torch.Tensor:
         return logits[0, -1, answer[0]] - logits[0, -1, answer[1]]
 
-    def run() -> None:
+    def run() -> np.ndarray:
         with torch.no_grad():
-            got = patching.get_act_patch_resid_pre(bridge, ids["corrupted"], cache, metric)
-        found["TransformerLens"] = np.asarray(got.detach())
+            return np.asarray(patching.get_act_patch_resid_pre(bridge, ids["corrupted"], cache, metric).detach())
 
     return run
 
 
 def nnsight(
-    source: ModelSource, model: Any, tokenizer: Any, ids: dict[str, torch.Tensor], answer: tuple[int, int], found: Any
-) -> Callable[[], None]:
+    invokes: int,
+    source: ModelSource,
+    model: Any,
+    tokenizer: Any,
+    ids: dict[str, torch.Tensor],
+    answer: tuple[int, int],
+) -> Callable[[], np.ndarray]:
     from nnsight import LanguageModel
 
     wrapped = LanguageModel(source.load(), tokenizer=tokenizer)
@@ -171,20 +175,19 @@ def nnsight(
         model(ids["clean"])
     for handle in handles:
         handle.remove()
+    cells = [(layer, position) for layer in range(depth) for position in range(POSITIONS)]
 
-    def run() -> None:
-        grid = np.empty((depth, POSITIONS))
+    def run() -> np.ndarray:
+        saved = []
         with torch.no_grad():
-            for layer in range(depth):
-                saved = []
+            for first in range(0, len(cells), invokes):
                 with wrapped.trace() as tracer:
-                    for position in range(POSITIONS):
+                    for layer, position in cells[first : first + invokes]:
                         with tracer.invoke(ids["corrupted"]):
                             wrapped.model.layers[layer].input[:, position] = clean[layer][:, position]
                             saved.append(wrapped.lm_head.output[0, -1].save())
-                for position, logits in enumerate(saved):
-                    grid[layer, position] = float(logits[answer[0]] - logits[answer[1]])
-        found["nnsight"] = grid
+        differences = [float(logits[answer[0]] - logits[answer[1]]) for logits in saved]
+        return np.array(differences).reshape(depth, POSITIONS)
 
     return run
 

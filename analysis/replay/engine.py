@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import nn
 
 from analysis.replay.hooking import Placed, Ran, editing, reading, tapping
 from analysis.replay.obstacles import admit, conditions, on_meta
-from analysis.replay.skip import Container, as_tensor, as_tuple, skipping, watching
+from analysis.replay.skip import Container, as_tensor, as_tuple, skipping, unambiguous, watching
 from analysis.replay.spot import Source, Spot
 from analysis.replay.spot import as_tensor as tensor_of
 from flexcache import hooks
@@ -54,9 +55,13 @@ class Engine:
         self.notes = admit(store, model, accept)
         self.store, self.model = store, peel(model)
         self.source = Source(store)
-        self.depth = len(hooks.find_blocks(self.model)[1])
         self._named = modules(self.model)
+        path, blocks = hooks.find_blocks(self.model)
+        self._blocks = [f"{path}.{number}" for number in range(len(blocks))]
+        self.depth = len(blocks)
         self._pad = pad_id(self.model, None)
+        self._taps: dict[tuple[str, int | None], Tap] = {}
+        self._conditions: dict[str, list[str]] = {}
         self._container: Container | None = None
         self._reader = BatchReader(store.path, mean=False)
         self._defaults = {"use_cache": False} if accepts(self.model, "use_cache") else {}
@@ -110,11 +115,19 @@ class Engine:
 
     def tap(self, site: str, layer: int | None) -> Tap:
         """Return where a site is in the model."""
-        return hooks.locate(self.model, Site.parse(site), "all" if layer is None else layer)[0]
+        if (site, layer) not in self._taps:
+            found = hooks.locate(self.model, Site.parse(site), "all" if layer is None else layer)
+            self._taps[site, layer] = found[0]
+        return self._taps[site, layer]
 
     def notes_on(self, start: Start) -> list[str]:
         """Return why a replay from here is not exact, see `analysis.replay.obstacles.conditions`."""
-        return conditions(self.store, self.model, self.store.arrays[start.site].dtype) if start.skipped else []
+        if not start.skipped:
+            return []
+        dtype = self.store.arrays[start.site].dtype
+        if dtype not in self._conditions:
+            self._conditions[dtype] = conditions(self.store, self.model, dtype)
+        return self._conditions[dtype]
 
     # Running
 
@@ -122,10 +135,9 @@ class Engine:
     def run(
         self,
         batch: Batch,
-        start: Start = Start(0),
+        start: Start | Sequence[Start] = Start(0),
         placed: Sequence[Placed] = (),
         *,
-        copies: int = 1,
         read: NDArray[np.int64] | None = None,
         taps: Sequence[tuple[str, int | None]] = (),
     ) -> Ran:
@@ -133,22 +145,29 @@ class Engine:
 
         Parameters
         ----------
-        copies
-            How many times the batch is stacked along its first dim, for as many edits side by side.
+        start
+            Several stack the batch along its first dim, once for each, for as many edits side by side; in the order
+            of the blocks they begin at.
         read
             Positions to compute logits at, shape (sequences, read); all by default. The head runs on those alone.
         taps
-            Sites and layers to return.
+            Sites and layers to return; of what lies in a block, the lines that have begun there.
 
         Raises
         ------
         AnalysisError
             The model fails when blocks are skipped.
         """
+        copies = [start] if isinstance(start, Start) else list(start)
+        starts = [copy.skipped for copy in copies for _ in range(batch.shape[0])]
+        assert starts == sorted(starts), "copies are in the order of the blocks that they begin at"
+        lines, longest = len(starts), batch.shape[1]
         device = input_device(self.model)
-        container = self._contained(start) if start.skipped else as_tensor
+        container = self._contained(copies[-1]) if starts[-1] else as_tensor
+        if starts[0] < starts[-1]:
+            starts += [starts[-1]] * (unambiguous(lines, longest) - lines)
         ids, mask = (
-            torch.from_numpy(values).repeat(copies, 1).to(device)
+            _repeated(torch.from_numpy(values), len(starts)).to(device)
             for values in (batch.input_ids(self._pad), batch.attention_mask())
         )
         ran = Ran(torch.empty(0), {})
@@ -156,23 +175,32 @@ class Engine:
             stack.enter_context(evaluating(self.model))
             stack.enter_context(eager(self.model))
             if read is not None and self._head is not None:
-                stack.enter_context(reading(self._head, torch.from_numpy(read).repeat(copies, 1).to(device)))
-            for one in placed:
-                module = self._named[one.tap.module]
-                stack.enter_context(editing(module, one, self._spot(one, module, batch, ran), (len(ids), ids.shape[1])))
+                stack.enter_context(reading(self._head, _repeated(torch.from_numpy(read), len(starts)).to(device)))
+            for tap in dict.fromkeys(one.tap for one in placed):
+                module = self._named[tap.module]
+                edits = [(one, self._spot(one, module, batch, ran)) for one in placed if one.tap == tap]
+                shape = (self._begun(tap, starts), longest)
+                stack.enter_context(editing(module, tap, edits, shape, batch.shape[0]))
             for place in taps:
                 tap = self.tap(*place)
-                stack.enter_context(tapping(self._named[tap.module], tap, place, (len(ids), ids.shape[1]), ran))
-            if start.skipped:
-                residual = self._residual(batch, start, device).repeat(copies, 1, 1)
-                stack.enter_context(skipping(self.model, start.skipped, residual, container))
-                output = self._guarded(ids, mask, start)
+                shape = (self._begun(tap, starts), longest)
+                if shape[0]:
+                    stack.enter_context(tapping(self._named[tap.module], tap, place, shape, ran))
+            if starts[-1]:
+                residual = self._residuals(batch, copies, len(starts), device)
+                stack.enter_context(skipping(self.model, starts, residual, container))
+                output = self._guarded(ids, mask, starts)
             else:
                 with watching(self.model) as found:
                     output = self._call(ids, mask)
                 self._container = self._container or found[0]
-        ran.logits = _logits(output)
+        ran.logits = _logits(output)[:lines]
         return ran
+
+    def reaches(self, start: Start, place: tuple[str, int | None]) -> bool:
+        """Whether a replay from here computes, or begins with, what is at a site and layer; before, nothing changes."""
+        block = self._block(tap := self.tap(*place))
+        return block is None or start.skipped <= block + (tap.module == self._blocks[block] and tap.side == "output")
 
     def residual(self, batch: Batch, start: Start) -> torch.Tensor:
         """Return the stored residual stream of a batch, padded with zeros: shape (sequences, longest, hidden)."""
@@ -200,6 +228,23 @@ class Engine:
         padded[torch.from_numpy(batch.attention_mask()).bool()] = values.to(dtype)
         return padded.to(device)
 
+    def _residuals(self, batch: Batch, copies: Sequence[Start], lines: int, device: torch.device) -> torch.Tensor:
+        """Return what each line begins with; zeros where no block is skipped."""
+        stored = {copy: self._residual(batch, copy, device) for copy in dict.fromkeys(copies) if copy.skipped}
+        nothing = torch.zeros_like(next(iter(stored.values())))
+        whole = [stored.get(copy, nothing) for copy in copies]
+        return torch.cat([*whole, *[whole[-1][:1]] * (lines - len(copies) * batch.shape[0])])
+
+    def _block(self, tap: Tap) -> int | None:
+        """Return the number of the block that a tap is at or in; None for one outside."""
+        inside = (n for n, block in enumerate(self._blocks) if f"{tap.module}.".startswith(f"{block}."))
+        return next(inside, None)
+
+    def _begun(self, tap: Tap, starts: Sequence[int]) -> int:
+        """Return how many lines pass a tap: in a block, those that have begun there."""
+        block = self._block(tap)
+        return len(starts) if block is None or tap.module in self._blocks else bisect_right(starts, block)
+
     def _spot(self, placed: Placed, module: nn.Module, batch: Batch, ran: Ran) -> Spot:
         lines, positions = placed.tokens
         documents = batch.documents[lines % batch.shape[0]]
@@ -209,7 +254,7 @@ class Engine:
     def _call(self, ids: torch.Tensor, mask: torch.Tensor) -> Any:
         return self.model(input_ids=ids, attention_mask=mask, **self._defaults)
 
-    def _guarded(self, ids: torch.Tensor, mask: torch.Tensor, start: Start) -> Any:
+    def _guarded(self, ids: torch.Tensor, mask: torch.Tensor, starts: Sequence[int]) -> Any:
         try:
             return self._call(ids, mask)
         except (FlexCacheError, torch.OutOfMemoryError):
@@ -217,7 +262,7 @@ class Engine:
         except Exception as error:  # whatever a model's own code raises where a block's work is missing
             raise AnalysisError(
                 "the model cannot go on where blocks are skipped",
-                where=f"{type(self.model).__name__}, the first {start.skipped} blocks skipped",
+                where=f"{type(self.model).__name__}, the first {starts[0]} to {starts[-1]} blocks skipped",
                 found=f"{type(error).__name__}: {str(error)[:300]}",
                 remedy="its blocks hand on more than the residual stream; such a model cannot be replayed",
             ) from error
@@ -242,7 +287,7 @@ class Engine:
                 with (
                     torch.no_grad(),
                     watching(self.model) as found,
-                    skipping(self.model, start.skipped, given, container),
+                    skipping(self.model, [start.skipped], given, container),
                 ):
                     self._call(ids, torch.ones_like(ids))
             except Exception:  # the other one, then
@@ -253,6 +298,11 @@ class Engine:
 
 
 ONE = Batch(0, 0, range(2), np.zeros(1, np.int64), (np.ones(2, np.int32),), ((0, 2),))
+
+
+def _repeated(values: torch.Tensor, lines: int) -> torch.Tensor:
+    """Return sequences over and over, *lines* in all."""
+    return values.repeat(-(-lines // len(values)), 1)[:lines]
 
 
 def _logits(output: Any) -> torch.Tensor:

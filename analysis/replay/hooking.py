@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,26 +55,36 @@ class Ran:
 
 
 @contextmanager
-def editing(module: nn.Module, placed: Placed, spot: Spot, shape: tuple[int, int]) -> Iterator[None]:
-    """Change what a module takes or gives, of *shape* (lines, longest, …), at the tokens of *placed*."""
-    lines, positions = placed.tokens
+def editing(
+    module: nn.Module, tap: Tap, edits: Sequence[tuple[Placed, Spot]], shape: tuple[int, int], each: int
+) -> Iterator[None]:
+    """Change what a module takes or gives at a tap, of *shape* (lines, longest, …), at the tokens of all *edits*.
+
+    An edit gets the copies of the batch, of *each* lines, that its tokens are in.
+    """
+    made = [one for one in edits if len(one[0].tokens[0])]
 
     def edited(values: torch.Tensor) -> torch.Tensor:
-        if not len(lines):
+        if not made:
             return values
-        whole = placed.tap.shaped(values, shape)
-        index = (torch.from_numpy(lines).to(values.device), torch.from_numpy(positions).to(values.device))
-        return placed.edit.whole(whole, index, spot).reshape(values.shape)
+        whole = tap.shaped(values, shape).clone()
+        for placed, spot in made:
+            lines, positions = placed.tokens
+            first, last = int(lines.min()) // each * each, int(lines.max()) // each * each + each
+            index = (torch.from_numpy(lines - first).to(values.device), torch.from_numpy(positions).to(values.device))
+            part = whole[first:last]
+            part.copy_(placed.edit.whole(part, index, spot))
+        return whole.reshape(values.shape)
 
     def on_output(_: nn.Module, args: Any, output: Any) -> Any:
-        value = edited(placed.tap.from_output(output))
+        value = edited(tap.from_output(output))
         return value if isinstance(output, torch.Tensor) else (value, *output[1:])
 
     def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        value = edited(placed.tap.from_input(args, kwargs))
+        value = edited(tap.from_input(args, kwargs))
         return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": value})
 
-    if placed.tap.side == "input":
+    if tap.side == "input":
         handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
     else:
         handle = module.register_forward_hook(on_output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from analysis.replay.donors import Donated, donor_lines
 from analysis.replay.edit import Chain, Edit
 from analysis.replay.edits import ByLayer, Identity, NormMatched
-from analysis.replay.engine import Engine
+from analysis.replay.engine import Engine, Start
 from analysis.replay.grid import Place, chosen
 from analysis.replay.hooking import Placed, Ran
 from analysis.replay.identity import Misfit, compare, refuse_misfit
@@ -38,7 +38,7 @@ class Question:
     readout : {"all", "last"} or tuple of int
         At which tokens the logits with and without an edit are compared; negative numbers from the end.
     copies : int
-        Edits side by side in one forward, along its first dim.
+        Cells side by side in one forward, along its first dim.
     """
 
     site: str
@@ -96,7 +96,7 @@ class Question:
         """Return how many forwards a batch takes at most."""
         jobs = len(self.positions) * sum(len(edit.strengths) for edit in self.edits)
         jobs *= 1 + sum(name != "identity" for name in self.baselines)
-        return 1 + len(self.layers) * (int(self.copies == 1) + -(-jobs // self.copies))
+        return 1 + -(-len(self.layers) * (1 + jobs) // self.copies)
 
 
 @dataclass(frozen=True)
@@ -110,18 +110,29 @@ class Part:
 
 @dataclass(frozen=True)
 class Job:
-    """One cell: its place in the results, and the edit that is made there."""
+    """One cell: its place in the results, and the edit that is made there; the replay that changes nothing has none.
 
-    at: tuple[int, int, int, int]
-    edit: Edit
-    tokens: tuple[NDArray[np.int64], NDArray[np.int64]]
+    Attributes
+    ----------
+    row : int
+        Of the layer.
+    at : tuple of int
+        Arm, position, edit and strength.
+    """
+
+    row: int
+    start: Start
+    at: tuple[int, int, int, int] = (0, 0, 0, 0)
+    edit: Edit | None = None
+    tokens: tuple[NDArray[np.int64], NDArray[np.int64]] = (np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
 def answer(engine: Engine, question: Question, batch: Batch, advance: Callable[[], None] = lambda: None) -> Part:
     """Return what each edit does to the documents of a batch that are asked about.
 
     The whole forward is run once; then, of each layer, the replay that changes nothing, which must be the same, and
-    each edit. *advance* is called after each forward.
+    each edit: `Question.copies` of them side by side, each from its own layer on. *advance* is called after each
+    forward.
 
     Raises
     ------
@@ -133,54 +144,53 @@ def answer(engine: Engine, question: Question, batch: Batch, advance: Callable[[
     read = read_positions(question.readout, batch)
     taps = tuple(dict.fromkeys(place for metric in question.metrics for place in metric.reads))
     values = np.full((*question.shape[:5], len(lines), len(question.metrics)), np.nan)
+    same = np.full((len(question.layers), len(question.edits), *values.shape[-2:]), np.nan)
     misfits = np.zeros((len(question.layers), 2))
     base = engine.run(batch, read=read, taps=taps)
     donors = [_donor_logits(engine, question, edit, batch, lines) for edit in question.edits]
-    for row, layer in enumerate(question.layers):
-        start = engine.start_at(question.site, layer, stored=layer is not None)
-        jobs = list(_jobs(engine, question, batch, lines, ids, layer))
-        spare = int(question.copies > 1 and bool(jobs))  # one more copy, which no edit changes, to measure the error by
-        found, unchanged = Misfit(0.0, 0.0), None
-        if not spare:
-            unchanged = engine.run(batch, start, read=read, taps=taps)
-            found = compare(unchanged.logits, base.logits, batch, read)
-            advance()
-        tap = engine.tap(question.site, layer)
-        for first in range(0, len(jobs), question.copies):
-            together = jobs[first : first + question.copies]
-            placed = [
-                Placed(tap, job.edit, (job.tokens[0] + copy * batch.shape[0], job.tokens[1]), question.seed)
-                for copy, job in enumerate(together)
+    jobs = sorted(_jobs(engine, question, batch, lines, ids), key=lambda job: job.start.skipped)
+    for first in range(0, len(jobs), question.copies):
+        together = jobs[first : first + question.copies]
+        placed = [
+            Placed(
+                engine.tap(question.site, question.layers[job.row]),
+                job.edit,
+                (job.tokens[0] + copy * batch.shape[0], job.tokens[1]),
+                question.seed,
+            )
+            for copy, job in enumerate(together)
+            if job.edit is not None
+        ]
+        ran = engine.run(batch, [job.start for job in together], placed, read=read, taps=taps)
+        advance()
+        for copy, job in enumerate(together):
+            mine = _copy(engine, job.start, ran, base, copy * batch.shape[0], batch.shape[0])
+            scores = [
+                [_scores(question, batch, ids, read, base, mine, line, given.get(line)) for line in lines.tolist()]
+                for given in (donors if job.edit is None else [donors[job.at[2]]])
             ]
-            ran = engine.run(batch, start, placed, copies=len(together) + spare, read=read, taps=taps)
-            advance()
-            if spare:
-                unchanged = _lines_of(ran, len(together) * batch.shape[0])
-                found |= compare(unchanged.logits, base.logits, batch, read)
-            for copy, job in enumerate(together):
-                score = values[job.at[0], row, job.at[1], job.at[2], job.at[3]]
-                touched = set(job.tokens[0].tolist())
-                for place, line in enumerate(lines.tolist()):
-                    if line in touched and line + copy * batch.shape[0] not in ran.left_out:
-                        case = (line, copy, donors[job.at[2]].get(line))
-                        score[place] = _scores(question, batch, ids, read, base, ran, *case)
-        assert unchanged is not None
-        refuse_misfit(engine, start, found, engine.notes_on(start), question.copies)
-        misfits[row] = found.largest, found.relative
-        if "identity" in question.baselines:
-            same = np.stack(
-                [
-                    [_scores(question, batch, ids, read, base, unchanged, int(n), 0, given.get(int(n))) for n in lines]
-                    for given in donors
-                ]
-            )[:, None]
-            made = np.isfinite(values[0, row]).any(-1, keepdims=True)
-            values[question.arms.index("identity"), row] = np.where(made, same, np.nan)
+            if job.edit is None:
+                found = compare(mine.logits, base.logits, batch, read)
+                refuse_misfit(engine, job.start, found, engine.notes_on(job.start), question.copies)
+                misfits[job.row], same[job.row] = (found.largest, found.relative), scores
+            else:
+                made = np.isin(lines, job.tokens[0]) & ~np.isin(lines, list(mine.left_out))
+                cell = values[job.at[0], job.row, job.at[1], job.at[2], job.at[3]]
+                cell[made] = np.array(scores[0])[made]
+    if "identity" in question.baselines:
+        made = np.isfinite(values[0]).any(-1, keepdims=True)
+        values[question.arms.index("identity")] = np.where(made, same[:, None, :, None], np.nan)
     return Part(batch.documents[lines], values, misfits)
 
 
-def _lines_of(ran: Ran, first: int) -> Ran:
-    return Ran(ran.logits[first:], {place: values[first:] for place, values in ran.residuals.items()})
+def _copy(engine: Engine, start: Start, ran: Ran, base: Ran, first: int, count: int) -> Ran:
+    """Return the lines of one copy of a batch; before it began, everything is as it was."""
+    mine = slice(first, first + count)
+    residuals = {
+        place: ran.residuals[place][mine] if engine.reaches(start, place) else base.residuals[place]
+        for place in base.residuals
+    }
+    return Ran(ran.logits[mine], residuals, {line - first for line in ran.left_out if first <= line < first + count})
 
 
 def read_positions(readout: str | tuple[int, ...], batch: Batch) -> NDArray[np.int64] | None:
@@ -201,14 +211,13 @@ def _scores(
     base: Ran,
     ran: Ran,
     line: int,
-    copy: int,
     donor: torch.Tensor | None,
 ) -> NDArray[np.float64]:
-    length, at = len(batch.tokens[line]), line + copy * batch.shape[0]
+    length = len(batch.tokens[line])
     positions = np.arange(length) if read is None else read[line]
     here: Any = slice(0, length) if read is None else slice(None)
     outcome = Outcome(
-        logits=ran.logits[at, here].float(),
+        logits=ran.logits[line, here].float(),
         base=base.logits[line, here].float(),
         positions=positions,
         tokens=batch.tokens[line],
@@ -221,7 +230,7 @@ def _scores(
     scores = np.empty(len(question.metrics))
     for number, metric in enumerate(question.metrics):
         if metric.reads:
-            residuals = {key: ran.residuals[key][at, :length].float() for key in metric.reads}
+            residuals = {key: ran.residuals[key][line, :length].float() for key in metric.reads}
             before = {key: base.residuals[key][line, :length].float() for key in metric.reads}
             scores[number] = metric.function(replace(outcome, residuals=residuals, base_residuals=before))
         else:
@@ -230,25 +239,26 @@ def _scores(
 
 
 def _jobs(
-    engine: Engine, question: Question, batch: Batch, lines: NDArray[np.int64], ids: Sequence[str], layer: int | None
-) -> list[Job]:
+    engine: Engine, question: Question, batch: Batch, lines: NDArray[np.int64], ids: Sequence[str]
+) -> Iterator[Job]:
+    """Yield the jobs of each layer, the one that changes nothing first."""
     lengths = np.array([len(tokens) for tokens in batch.tokens], np.int64)
     lengths[np.setdiff1d(np.arange(len(lengths)), lines)] = 0  # documents that are not asked about stay as they are
     features = next(engine.model.parameters()).shape[-1]
-    jobs = []
-    for position, place in enumerate(question.positions.values()):
-        tokens = chosen(place, lengths, ids)
-        if not len(tokens[0]):
-            continue
-        for number, edit in enumerate(question.edits):
-            for strength in edit.strengths:
-                at_strength = edit.at_strength(strength)
-                column = question.strengths.index(strength)
-                for arm, name in enumerate(question.arms):
-                    made = _control(name, at_strength, question.seed, features)
-                    if made is not None:
-                        jobs.append(Job((arm, position, number, column), made, tokens))
-    return jobs
+    places = [chosen(place, lengths, ids) for place in question.positions.values()]
+    cells = [
+        ((arm, position, number, question.strengths.index(strength)), made, tokens)
+        for position, tokens in enumerate(places)
+        if len(tokens[0])
+        for number, edit in enumerate(question.edits)
+        for strength in edit.strengths
+        for arm, name in enumerate(question.arms)
+        if (made := _control(name, edit.at_strength(strength), question.seed, features)) is not None
+    ]
+    for row, layer in enumerate(question.layers):
+        start = engine.start_at(question.site, layer, stored=layer is not None)
+        yield Job(row, start)
+        yield from (Job(row, start, at, edit, tokens) for at, edit, tokens in cells)
 
 
 def _control(arm: str, edit: Edit, seed: int, features: int) -> Edit | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,22 +19,26 @@ Container = Callable[[torch.Tensor], Any]
 
 
 @contextmanager
-def skipping(model: nn.Module, count: int, residual: torch.Tensor, container: Container) -> Iterator[None]:
-    """Let the first *count* blocks of a model return *residual*, of shape (sequences, longest, hidden), and not run.
+def skipping(model: nn.Module, starts: Sequence[int], residual: torch.Tensor, container: Container) -> Iterator[None]:
+    """Let each line of a forward begin at a block of its own, with *residual* in place of what the blocks before give.
 
-    The forward of each block is replaced on the instance, and put back in any case. The list of blocks, their
+    A block that no line has reached does not run; later ones run on the lines that have, and the others wait.
+    The forward of each such block is replaced on the instance, and put back in any case. The list of blocks, their
     attributes and hooks stay, so whatever goes by a block's number (masks, positions, windows, learned positions) is
     the model's own.
+
+    Parameters
+    ----------
+    starts
+        How many blocks each line skips, ascending, one for each line.
+    residual
+        What each line begins with, shape (lines, longest, hidden).
     """
-    blocks = [inner(block) for block in find_blocks(model)[1]][:count]
+    blocks = [inner(block) for block in find_blocks(model)[1]][: starts[-1]]
     own = [block.__dict__.get("forward") for block in blocks]
-
-    def given(*args: Any, **kwargs: Any) -> Any:
-        return container(residual)
-
     try:
-        for block in blocks:
-            block.forward = given
+        for number, block in enumerate(blocks):
+            block.forward = _of_the_first(bisect_right(starts, number), block.forward, residual, container)
         yield
     finally:
         for block, forward in zip(blocks, own, strict=True):
@@ -41,6 +46,39 @@ def skipping(model: nn.Module, count: int, residual: torch.Tensor, container: Co
                 block.forward = forward
             else:
                 block.__dict__.pop("forward", None)
+
+
+def _of_the_first(
+    count: int, forward: Callable[..., Any], residual: torch.Tensor, container: Container
+) -> Callable[..., Any]:
+    """Return a block's forward for the first *count* lines, which gives the others as they wait."""
+
+    def given(*args: Any, **kwargs: Any) -> Any:
+        if not count:
+            return container(residual)
+        output = forward(*_narrow(args, len(residual), count), **_narrow(kwargs, len(residual), count))
+        ran = output if isinstance(output, torch.Tensor) else output[0]
+        return container(torch.cat([ran, residual[count:]]))
+
+    return given
+
+
+def _narrow(value: Any, lines: int, count: int) -> Any:
+    """Return the part of a block's arguments that belongs to the first *count* of *lines*.
+
+    A tensor whose first dim is *lines*, or a multiple as in ALiBi's (lines · heads, …), has a part for each line.
+    """
+    if isinstance(value, torch.Tensor):
+        each, rest = divmod(value.shape[0], lines) if value.ndim > 1 else (0, 0)
+        return value[: count * each] if each and not rest else value
+    if isinstance(value, dict):
+        return {name: _narrow(item, lines, count) for name, item in value.items()}
+    return type(value)(_narrow(item, lines, count) for item in value) if type(value) in (tuple, list) else value
+
+
+def unambiguous(lines: int, longest: int) -> int:
+    """Return the least number of lines, *lines* or more, by which the longest sequence cannot be divided."""
+    return next(count for count in range(lines, lines + longest + 2) if longest % count)
 
 
 @contextmanager

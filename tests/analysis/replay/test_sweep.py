@@ -14,6 +14,7 @@ from analysis import replay
 from analysis.replay import Engine
 from analysis.replay.metrics import Outcome
 from flexcache.errors import AnalysisError, MismatchError, StoreError
+from tests.analysis.replay.test_engine import REPLAYED
 from tests.corpora import token_documents
 from tests.models import DEPTH, HIDDEN, VOCABULARY, tiny
 
@@ -138,6 +139,63 @@ def test_several_edits_in_one_forward_are_the_same_and_the_error_is_measured(mad
     assert np.allclose(one.results["value"], many.results["value"], atol=1e-5)
     assert (many.results["identity_error"] < 1e-4).all()
     assert "5 edits went through each forward" in many.results.attrs["notes"][-1]
+
+
+@pytest.mark.parametrize("family", REPLAYED)
+def test_edits_of_different_layers_in_one_forward_are_the_same(family: str, captured: Captured) -> None:
+    """Lines of one forward begin at blocks of their own; some numbers of lines divide the 6 tokens of a sequence."""
+    store, model = captured(family, documents=DOCUMENTS, batch_tokens=18)
+    at = replay.grid(positions=[0, 4])
+    edit = replay.Scale(1.5) | replay.Patch(donors())
+    one = replay.sweep(store, model, at, edit, ["kl", "cosine"], **QUIET)
+    for copies in (7, 100) if family == "llama" else (7,):
+        many = replay.sweep(store, model, at, edit, ["kl", "cosine"], copies=copies, **QUIET)
+        assert np.allclose(one.results["value"], many.results["value"], atol=2e-5, equal_nan=True), copies
+        assert (many.results["identity_error"] < 1e-4).all()
+
+
+@pytest.mark.parametrize("site", ["attn_out", "mlp_post", "resid_pre"])
+def test_edits_inside_blocks_of_different_layers_go_through_one_forward(site: str, made: Any) -> None:
+    store, model = made
+    at, edit = replay.grid(site, positions=[1, "last"]), replay.Zero() | replay.Scale(3.0)
+    one = replay.sweep(store, model, at, edit, ["kl"], **QUIET)
+    many = replay.sweep(store, model, at, edit, ["kl"], copies=50, **QUIET)
+    assert list(one.results["layer"].values) == list(range(DEPTH))
+    assert (one.results["value"].sel(arm="edit").max("alpha") > 0).all()
+    assert np.allclose(one.results["value"], many.results["value"], atol=1e-5, equal_nan=True)
+
+
+def test_a_block_runs_on_the_lines_that_have_begun(made: Any) -> None:
+    store, model = made
+    engine = Engine(store, model)
+    batch = next(engine.batches())
+    ran: list[int] = []
+    for block in model.model.layers:
+        block.mlp.register_forward_hook(lambda _, args, output: ran.append(len(output)))
+    engine.run(batch)
+    ran.clear()
+    engine.run(batch, [engine.start_at("resid_post", layer) for layer in (0, 0, 2)])
+    each = batch.shape[0]
+    assert ran == [2 * each, 2 * each, 3 * each + (batch.shape[1] % (3 * each) == 0)]
+
+
+@pytest.mark.parametrize("copies", [1, 30])
+def test_what_lies_before_an_edit_is_as_it_was(copies: int, made: Any) -> None:
+    store, model = made
+    places = (("resid_post", 1), ("mlp_out", 1), ("resid_post", 3))
+
+    def change(outcome: Outcome, place: tuple[str, int]) -> float:
+        return float((outcome.residuals[place] - outcome.base_residuals[place]).abs().max())
+
+    metrics = [
+        replay.Metric(f"{site} {layer}", lambda outcome, place=(site, layer): change(outcome, place), ((site, layer),))
+        for site, layer in places
+    ]
+    r = replay.sweep(store, model, replay.grid(positions="all"), replay.Zero(), metrics, copies=copies, **QUIET)
+    value = r.results["value"].sel(arm="edit").squeeze()
+    changed = (value > 1e-4).all("document").transpose("metric", "layer").values.tolist()
+    assert changed == [[True, True, False, False], [True, False, False, False], [True] * DEPTH]
+    assert (value.sel(metric="resid_post 1", layer=[2, 3]) == 0).all()
 
 
 def test_what_several_edits_in_one_forward_cost_in_exactness_is_found(made: Any) -> None:
