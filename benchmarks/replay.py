@@ -5,8 +5,9 @@
 (1) Forwards without lm_head over the capture's batches, in bfloat16: whole, and going on after block k. The floor is
 the share of the blocks that run. (2) A grid of 30 layers × 10 positions, one prompt patched with another's residual
 stream, in float32, the logit difference of each cell: FlexCache from its store, 110 cells side by side and one by one;
-TransformerLens' `get_act_patch_resid_pre`; nnsight, ten and a hundred invokes a trace. Peers that are not installed are left out:
-they are no dependency (pip install transformer-lens nnsight). The store and the peers' caches are made before.
+TransformerLens' `get_act_patch_resid_pre`; nnsight, ten and a hundred invokes a trace. Peers that
+are not installed are left out: they are no dependency (pip install transformer-lens nnsight). The store and the peers'
+caches are made before.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ import dask.local
 import dask.threaded
 from dask.callbacks import Callback
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from threadpoolctl import threadpool_limits
 
+from analysis.progress import bar
 from flexcache.errors import AnalysisError, ConfigError, nearest
 
 TIMEOUT = 10  # seconds for which a scheduler may not answer
@@ -136,15 +136,6 @@ def _single_thread() -> None:
 
 @contextmanager
 def _bar(what: str, total: int, show: bool) -> Iterator[Any]:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns,
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not (show and console.is_terminal),
-    ) as bars:
+    with bar(show) as bars:
         task = bars.add_task(what, total=total)
         yield lambda: bars.advance(task)

@@ -131,8 +131,8 @@ def answer(engine: Engine, question: Question, batch: Batch, advance: Callable[[
     """Return what each edit does to the documents of a batch that are asked about.
 
     The whole forward is run once; then, of each layer, the replay that changes nothing, which must be the same, and
-    each edit: `Question.copies` of them side by side, each from its own layer on. *advance* is called after each
-    forward.
+    each edit: `Question.copies` of them side by side, each from its own layer on; then the batch's other documents,
+    without which bits may differ, are left out. *advance* is called after each forward.
 
     Raises
     ------
@@ -140,6 +140,8 @@ def answer(engine: Engine, question: Question, batch: Batch, advance: Callable[[
         The identity check fails, or an edit cannot be made.
     """
     lines = np.flatnonzero(np.isin(batch.documents, question.documents))
+    if question.copies > 1:
+        batch, lines = _of(batch, lines), np.arange(len(lines))
     ids = [_id(engine, int(document)) for document in batch.documents]
     read = read_positions(question.readout, batch)
     taps = tuple(dict.fromkeys(place for metric in question.metrics for place in metric.reads))
@@ -181,6 +183,12 @@ def answer(engine: Engine, question: Question, batch: Batch, advance: Callable[[
         made = np.isfinite(values[0]).any(-1, keepdims=True)
         values[question.arms.index("identity")] = np.where(made, same[:, None, :, None], np.nan)
     return Part(batch.documents[lines], values, misfits)
+
+
+def _of(batch: Batch, lines: NDArray[np.int64]) -> Batch:
+    """Return a batch of some of the documents of a batch."""
+    tokens, keep = tuple(batch.tokens[line] for line in lines), tuple(batch.keep[line] for line in lines)
+    return replace(batch, documents=batch.documents[lines], tokens=tokens, keep=keep)
 
 
 def _copy(engine: Engine, start: Start, ran: Ran, base: Ran, first: int, count: int) -> Ran:

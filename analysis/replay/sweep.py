@@ -76,8 +76,9 @@ def sweep(
         The tokens at which logits are compared: ``"all"``, the ``"last"``, or positions. The head of the model runs on
         those alone.
     copies
-        How many edits go side by side through one forward. More than 1 is faster for small batches, and no longer exact
-        bit for bit: the error is measured, as for a narrower storage dtype.
+        How many cells go side by side through one forward, each from its own layer on; the others of a batch that are
+        not asked about are then left out. More than 1 is much faster for few or short documents, and no longer exact
+        bit for bit: the error is measured at each layer, as for a narrower storage dtype.
     folder
         Where parts are kept as they are done: the same sweep goes on after them.
     scheduler
