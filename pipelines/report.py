@@ -52,15 +52,19 @@ def run(
         progress=progress,
     )
     store = flexcache.open(store_path)
+    words = tokens.vocabulary(store, model)
     command = ["flexcache", "report", str(store_path), *(["--site", site] if site != "resid_post" else [])]
     page = store_page.write(
         store,
         found,
         output or folder / f"{site}.html",
-        words=tokens.vocabulary(store, model),
+        words=words,
         command=shlex.join([*command, *(["--model", model] if model else [])]),
     )
     console.print(f"report   {page}", markup=False, highlight=False, soft_wrap=True)
+    if words is None:
+        hint = "tokens are numbers, and there is no logit lens: --model FOLDER, the checkpoint, gives both"
+        console.print(hint, style="dim", markup=False, highlight=False, soft_wrap=True)
     if show:
         webbrowser.open(page.absolute().as_uri())
     return page
