@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
-from analysis.probes.logistic import Logistic
+from analysis.probes.estimators import (
+    INLP,
+    LDA,
+    MLP,
+    AttentionPooled,
+    LinearProbe,
+    Logistic,
+    MassMean,
+    NearestCentroid,
+    Ridge,
+)
 from analysis.probes.results import Best, Sweep, load
-from analysis.probes.ridge import Ridge
 from analysis.probes.sweep import sweep
 
-__all__ = ["Best", "Logistic", "Ridge", "Sweep", "load", "sweep"]
+__all__ = [
+    "INLP",
+    "LDA",
+    "MLP",
+    "AttentionPooled",
+    "Best",
+    "LinearProbe",
+    "Logistic",
+    "MassMean",
+    "NearestCentroid",
+    "Ridge",
+    "Sweep",
+    "load",
+    "sweep",
+]

@@ -11,7 +11,7 @@ from sklearn.base import BaseEstimator, is_classifier, is_regressor
 
 from analysis.probes import baselines as base
 from analysis.probes import crossfit, folds, score
-from analysis.probes.logistic import BLAS, Logistic
+from analysis.probes.estimators import Logistic
 from analysis.probes.results import Sweep
 from analysis.probes.scoreboard import Scoreboard
 from analysis.progress import bar

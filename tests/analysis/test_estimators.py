@@ -4,19 +4,35 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.base import clone
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.linear_model import Ridge as LeastSquares
+from sklearn.neighbors import NearestCentroid
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from analysis import probes
+from analysis.probes.estimators import design as designs
+from analysis.probes.estimators.design import Design
+from analysis.probes.estimators.linear import one_hot
 from flexcache.errors import AnalysisError
+
+LINEAR = [
+    probes.Logistic(C=3),
+    probes.Ridge(alpha=3),
+    probes.MassMean(),
+    probes.NearestCentroid(),
+    probes.LDA(0.2),
+]
 
 
 def data(n: int = 90, d: int = 12, classes: int = 2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     y = rng.integers(classes, size=n)
+    y[:classes] = np.arange(classes)
     X = rng.normal(size=(n, d)) * np.geomspace(0.01, 2000, d) + 50
     X[:, -1] += 3000 * y
     X[:, 0] = 7  # constant
@@ -25,28 +41,94 @@ def data(n: int = 90, d: int = 12, classes: int = 2, seed: int = 0) -> tuple[np.
 
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("n", [90, 10])  # also fewer samples than features
-@pytest.mark.parametrize("C", [0.01, 10])
+@pytest.mark.parametrize("C", [0.01, 1, 100])
 def test_logistic_is_the_optimum_of_scikit_learn(classes: int, n: int, C: float) -> None:
     X, y = data(n, classes=classes)
-    ours = probes.Logistic(C).fit(X, y)
-    reference = LogisticRegression(C=C, solver="newton-cholesky", tol=1e-12, max_iter=500)
+    ours = probes.Logistic(C, tol=1e-7).fit(X, y)
+    reference = LogisticRegression(C=C, solver="newton-cholesky", tol=1e-14, max_iter=500)
     theirs = make_pipeline(StandardScaler(), reference).fit(X, y)
-    np.testing.assert_allclose(ours.coef_ * ours.scale_, theirs[-1].coef_, atol=1e-4 if C > 1 else 1e-6)
-    np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=1e-4 if C > 1 else 1e-6)
+    np.testing.assert_allclose(ours.coef_ * ours.scale_, theirs[-1].coef_, atol=1e-6 * np.abs(theirs[-1].coef_).max())
+    np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=1e-6)
     assert (ours.predict(X) == theirs.predict(X)).all()
-    assert ours.gradient_ <= ours.tol
+    assert ours.distance_ <= ours.tol
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([2, 3]), st.integers(3, 15), st.integers(1, 4))
+def test_every_set_and_strength_at_once_equals_one_by_one(seed: int, classes: int, d: int, count: int) -> None:
+    rng = np.random.default_rng(seed)
+    X, y = data(60, d, classes, seed)
+    sets = rng.random((count, 60)) < 0.7
+    sets[:, :classes] = True
+    codes = np.unique(y, return_inverse=True)[1]
+    for probe, one in (
+        (probes.Logistic(Cs=[0.01, 1.0], tol=1e-9), lambda s: probes.Logistic(s, tol=1e-9)),
+        (probes.Ridge(alphas=[2.0, 50.0]), lambda s: probes.Ridge(s)),
+        (probes.LDA(shrinkages=[0.1, 0.5]), lambda s: probes.LDA(s)),
+        (probes.MassMean(), lambda s: probes.MassMean()),
+    ):
+        probe.classes_ = np.unique(y)
+        found = probe.solve(Design(X), one_hot(codes, classes), sets, probe.strengths)
+        for number, held in enumerate(sets):
+            for at, strength in enumerate(probe.strengths):
+                alone = one(strength).fit(X[held], y[held])
+                size = np.abs(alone.coef_ * X.std(0)).max()
+                for ours, theirs in ((found.coef[number, at] * X.std(0), alone.coef_ * X.std(0)),):
+                    np.testing.assert_allclose(ours, theirs, atol=2e-6 * size, rtol=1e-6)
+                decision = X @ found.coef[number, at].T + found.intercept[number, at]
+                np.testing.assert_allclose(
+                    decision.squeeze(), alone.decision_function(X), atol=1e-5 * max(1, np.abs(decision).max())
+                )
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_rows_read_in_blocks_give_the_same(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y = data(90, classes=classes)
+    monkeypatch.setattr(designs, "BLOCK", 7)
+    sizes: list[int] = []
+
+    def read(part: slice) -> np.ndarray:
+        sizes.append(part.stop - part.start)
+        return X[part]
+
+    codes, sets = np.unique(y, return_inverse=True)[1], np.random.default_rng(0).random((3, 90)) < 0.8
+    for probe in (probes.Logistic(tol=1e-9), probes.Ridge(), probes.LDA(), probes.MassMean()):
+        probe.classes_ = np.unique(y)
+        there = probe.solve(Design(X), one_hot(codes, classes), sets, probe.strengths)
+        here = probe.solve(Design(read, X.shape), one_hot(codes, classes), sets, probe.strengths)
+        np.testing.assert_allclose(here.coef * X.std(0), there.coef * X.std(0), rtol=1e-6, atol=1e-9)
+    assert max(sizes) == 7
 
 
 def test_decisions_are_in_the_units_of_the_activations() -> None:
     X, y = data()
-    for probe in (probes.Logistic(), probes.Ridge()):
-        fitted: Any = probe.fit(X, y)
-        assert fitted.decision_function(X) == pytest.approx(X @ fitted.coef_[0] + fitted.intercept_[0], abs=1e-9)
+    for probe in LINEAR:
+        fitted: Any = clone(probe).fit(X, y)
+        expected = X @ fitted.coef_[0] + fitted.intercept_[0]
+        assert fitted.decision_function(X) == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
 def test_logistic_that_did_not_converge_is_an_error() -> None:
     with pytest.raises(AnalysisError, match="did not converge"):
         probes.Logistic(C=1e6, max_iter=1).fit(*data())
+
+
+def test_strengths_that_cannot_be_are_errors() -> None:
+    for probe in (probes.Logistic(0.0), probes.Ridge(alphas=[-1.0, 2.0]), probes.LDA(2.0)):
+        with pytest.raises(AnalysisError, match=r"above 0|from 0 to 1"):
+            probe.fit(*data())
+
+
+def test_of_several_strengths_the_best_in_cross_validation_is_used() -> None:
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(120, 60))
+    y = np.where(X[:, 0] + 2 * rng.normal(size=120) > 0, "a", "b")
+    for probe, grid in ((probes.Logistic(Cs=7), "C"), (probes.Ridge(alphas=7), "alpha")):
+        fitted = probe.fit(X, y)
+        assert fitted.strength_ in fitted.strengths
+        alone = type(probe)(fitted.strength_).fit(X, y)
+        np.testing.assert_allclose(fitted.coef_, alone.coef_, atol=1e-6)
+        assert fitted.strength_ != fitted.strengths[-1], f"the weakest {grid} fits noise"
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -58,17 +140,92 @@ def test_ridge_on_classes_is_the_ridge_classifier(classes: int) -> None:
     assert ours.score(X, y) == theirs.score(X, y)
 
 
-def test_ridge_on_numbers_is_a_regression() -> None:
+@pytest.mark.parametrize("targets", [1, 3])
+def test_ridge_on_numbers_is_a_regression(targets: int) -> None:
     X, _ = data()
-    y = X[:, 3] + np.random.default_rng(1).normal(size=len(X))
+    y = X[:, 3 : 3 + targets] + np.random.default_rng(1).normal(size=(len(X), targets))
+    y = y[:, 0] if targets == 1 else y
     ours, theirs = probes.Ridge(3.0).fit(X, y), make_pipeline(StandardScaler(), LeastSquares(3.0)).fit(X, y)
     np.testing.assert_allclose(ours.predict(X), theirs.predict(X), rtol=1e-9)
     assert ours.score(X, y) == pytest.approx(theirs.score(X, y))
 
 
-@pytest.mark.parametrize("probe", [probes.Logistic(C=3), probes.Ridge(alpha=3)])
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("shrinkage", [0.0, 0.3])
+def test_lda_is_that_of_scikit_learn(classes: int, shrinkage: float) -> None:
+    X, y = data(classes=classes)
+    X = np.delete(X, 0, 1)  # without the constant, which makes the covariance singular
+    ours = probes.LDA(shrinkage).fit(X, y)
+    theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage or None).fit(X, y)
+    scale = np.abs(theirs.decision_function(X)).max()
+    if classes == 2:
+        np.testing.assert_allclose(ours.coef_ * X.std(0), theirs.coef_ * X.std(0), rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(ours.decision_function(X), theirs.decision_function(X), atol=1e-6 * scale)
+    np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=1e-7)
+    assert (ours.predict(X) == theirs.predict(X)).all()
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_nearest_centroid_is_that_of_scikit_learn(classes: int) -> None:
+    X, y = data(classes=classes)
+    assert (probes.NearestCentroid().fit(X, y).predict(X) == NearestCentroid().fit(X, y).predict(X)).all()
+
+
+def test_mass_mean_is_the_difference_of_the_means_and_tilted_is_lda() -> None:
+    X, y = data()
+    X = np.delete(X, 0, 1)
+    one, two = (X[y == name].mean(0) for name in ("neg", "pos"))
+    plain, tilted = probes.MassMean().fit(X, y), probes.MassMean(iid=True).fit(X, y)
+    np.testing.assert_allclose(plain.coef_[0], two - one, rtol=1e-9, atol=1e-9)
+    assert plain.decision_function([(one + two) / 2]) == pytest.approx(0, abs=1e-6)
+    lda = LinearDiscriminantAnalysis(solver="lsqr").fit(X, y).coef_[0]
+    cosine = tilted.coef_[0] @ lda / np.linalg.norm(tilted.coef_[0]) / np.linalg.norm(lda)
+    assert cosine == pytest.approx(1, abs=1e-9)
+
+
+def test_inlp_takes_out_what_a_probe_can_read() -> None:
+    rng = np.random.default_rng(0)
+    y = rng.integers(2, size=400)
+    X = rng.normal(size=(400, 20))
+    X[:, 3] += 3 * y
+    X[:, 8] -= 3 * y
+    fitted = probes.INLP(rounds=6).fit(X, y)
+    np.testing.assert_allclose(fitted.directions_ @ fitted.directions_.T, np.eye(len(fitted.directions_)), atol=1e-9)
+    assert fitted.accuracies_[0] > 0.95
+    erased = fitted.transform(X)
+    np.testing.assert_allclose(erased @ fitted.directions_.T, (erased @ fitted.directions_.T)[:1].repeat(400, 0))
+    assert probes.Logistic().fit(erased, y).score(erased, y) < 0.66
+    assert fitted.score(X, y) == fitted.accuracies_[0]
+
+
+def test_a_perceptron_reads_what_no_line_can() -> None:
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(600, 5))
+    y = np.where(X[:, 0] * X[:, 1] > 0, "same", "other")
+    fitted = probes.MLP(32, learning_rate=1e-2, weight_decay=0.0).fit(X[:400], y[:400])
+    assert fitted.score(X[400:], y[400:]) > 0.85
+    assert probes.Logistic().fit(X[:400], y[:400]).score(X[400:], y[400:]) < 0.6
+    again = clone(fitted).fit(X[:400], y[:400])
+    np.testing.assert_array_equal(again.predict_proba(X), fitted.predict_proba(X))
+
+
+def test_attention_finds_the_token_that_tells() -> None:
+    rng = np.random.default_rng(0)
+    lengths, y = rng.integers(3, 20, size=500), rng.integers(2, size=500)
+    X = [rng.normal(size=(length, 8)) for length in lengths]
+    for tokens, label in zip(X, y):
+        at = rng.integers(len(tokens))
+        tokens[at, 0] += 6  # which token it is
+        tokens[at, 1] += 3 * (2 * label - 1)  # what it says
+    fitted = probes.AttentionPooled(2, learning_rate=2e-2, weight_decay=0.0).fit(X[:400], y[:400])
+    assert (fitted.predict(X[400:]) == y[400:]).mean() > 0.9
+    mean = np.stack([tokens.mean(0) for tokens in X])
+    assert probes.Logistic(1.0).fit(mean[:400], y[:400]).score(mean[400:], y[400:]) < 0.85
+    np.testing.assert_allclose(fitted.predict_proba(X[:3]), fitted.predict_proba(X)[:3], atol=1e-6)
+
+
+@pytest.mark.parametrize("probe", [*LINEAR, probes.INLP(3), probes.MLP(3, epochs=2)])
 def test_a_probe_is_a_scikit_learn_estimator(probe: Any) -> None:
-    assert 3 in probe.get_params().values()
     assert clone(probe).get_params() == probe.get_params()
     with pytest.raises(ValueError, match="features"):
-        probe.fit(*data()).predict(np.zeros((1, 2)))
+        clone(probe).fit(*data()).predict(np.zeros((1, 2)))

@@ -1,0 +1,114 @@
+"""Probes made of class means: mass-mean, nearest centroid, linear discriminants."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.linalg import lstsq
+from sklearn.base import ClassifierMixin
+
+from analysis.probes.estimators.design import Design, Floats
+from analysis.probes.estimators.linear import LinearProbe, LogOdds, Solved
+from analysis.probes.estimators.moments import gather
+from flexcache.errors import AnalysisError
+
+
+class _OfMeans(ClassifierMixin, LinearProbe):
+    """A probe whose decision follows from the means of the classes, their shares and a covariance."""
+
+    def solve(self, design: Design, targets: Floats, sets: NDArray[np.bool_], strengths: Floats) -> Solved:
+        """Fit every training set at every strength; see `LinearProbe.solve`."""
+        both = np.concatenate([1 - targets, targets], axis=1) if targets.shape[1] == 1 else targets
+        moments = gather(design, both, sets)
+        if (moments.target == 0).any():
+            raise AnalysisError("a class is missing from a training set", remedy="ask for fewer folds")
+        coef = np.empty((len(sets), len(strengths), both.shape[1], design.shape[1]))
+        intercept = np.empty(coef.shape[:3])
+        for number, centre in enumerate(moments.middle + moments.mean):
+            means, share = moments.means[number] - moments.mean[number], moments.target[number]
+            for at, strength in enumerate(strengths):
+                w, b = self._decide(means, share, moments.within[number], float(strength))
+                coef[number, at], intercept[number, at] = w, b - w @ centre
+        if targets.shape[1] == 1:  # the second class against the first
+            coef, intercept = coef[:, :, 1:] - coef[:, :, :1], intercept[..., 1:] - intercept[..., :1]
+        return Solved(coef, intercept)
+
+    @abstractmethod
+    def _decide(self, means: Floats, share: Floats, within: Floats, strength: float) -> tuple[Floats, Floats]:
+        """Return coefficients (classes, features) and intercepts (classes,), of features about the mean of all rows."""
+
+
+class NearestCentroid(_OfMeans):
+    """The class whose mean is nearest, in Euclidean distance of the activations; scikit-learn's `NearestCentroid`.
+
+    The decision is half the squared distance to the other class's mean less that to its own, up to what all classes
+    share.
+    """
+
+    def _decide(self, means: Floats, share: Floats, within: Floats, strength: float) -> tuple[Floats, Floats]:
+        return means, -(means**2).sum(1) / 2
+
+
+class MassMean(_OfMeans):
+    """The difference of class means as a direction (Marks & Tegmark 2023, arXiv 2310.06824).
+
+    With two classes the direction is exactly that of `NearestCentroid`; with more, each class is compared with the mean
+    of all class means. With *iid*, the direction is tilted by the inverse of the covariance within classes, as the paper
+    does for data like that which was fitted; it is then that of `LDA` without shares.
+
+    Parameters
+    ----------
+    iid
+        Whether to tilt. Needs more samples than features.
+    """
+
+    def __init__(self, *, iid: bool = False) -> None:
+        self.iid = iid
+
+    def _decide(self, means: Floats, share: Floats, within: Floats, strength: float) -> tuple[Floats, Floats]:
+        centre = means.mean(0)
+        coef = means - centre
+        if self.iid:
+            coef = lstsq(within, coef.T, check_finite=False)[0].T
+        return coef, -np.einsum("kd,kd->k", coef, means + centre) / 2
+
+
+class LDA(LogOdds, _OfMeans):
+    """Linear discriminant analysis: Gaussian classes of one covariance; scikit-learn's with ``solver="lsqr"``.
+
+    Parameters
+    ----------
+    shrinkage
+        Share by which the covariance is drawn towards a multiple of the identity; 0 is none, which needs more samples
+        than features.
+    shrinkages
+        Several, to choose from inside the folds: numbers, or how many from 1 to 10⁻³. *shrinkage* is then not used.
+    """
+
+    strength_name: ClassVar[str] = "shrinkages"
+
+    def __init__(self, shrinkage: float = 0.1, *, shrinkages: int | ArrayLike | None = None) -> None:
+        self.shrinkage = shrinkage
+        self.shrinkages = shrinkages
+
+    @property
+    def strengths(self) -> Floats:
+        """The shrinkages that are tried, the largest first."""
+        if self.shrinkages is None:
+            found = np.array([self.shrinkage], np.float64)
+        elif isinstance(self.shrinkages, int):
+            found = np.logspace(0, -3, self.shrinkages)
+        else:
+            found = np.sort(np.asarray(self.shrinkages, np.float64).ravel())[::-1]
+        if not len(found) or not ((found >= 0) & (found <= 1)).all():
+            raise AnalysisError("shrinkage lies from 0 to 1", where="LDA", found=str(found.tolist()))
+        return found
+
+    def _decide(self, means: Floats, share: Floats, within: Floats, strength: float) -> tuple[Floats, Floats]:
+        matrix = (1 - strength) * within
+        matrix.flat[:: len(matrix) + 1] += strength * np.trace(within) / len(within)
+        coef = lstsq(matrix, means.T, check_finite=False)[0].T if strength == 0 else np.linalg.solve(matrix, means.T).T
+        return coef, -np.einsum("kd,kd->k", coef, means) / 2 + np.log(share)

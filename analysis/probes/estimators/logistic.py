@@ -1,0 +1,101 @@
+"""Logistic regression, certified to be at its optimum."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import ClassifierMixin
+
+from analysis.probes.estimators.design import Design, Floats
+from analysis.probes.estimators.linear import LogOdds, Solved
+from analysis.probes.estimators.newton import solve
+from flexcache.errors import AnalysisError
+
+WEAKEST, STRONGEST = -4.0, 1.0
+"""Powers of ten between which `Cs` lie where their number is given."""
+
+
+class Logistic(ClassifierMixin, LogOdds):
+    """L2-regularised logistic regression on standardised features, binary or multinomial.
+
+    Minimises ``‖w‖² / 2 + C · Σ log-loss`` over standardised features; the intercept is not regularised. Solved by
+    Newton's method in float64, all folds and strengths side by side (`analysis.probes.estimators.newton`). How far the
+    coefficients can be from the optimum is then known from the gradient: a probe that is not there is an error, not a
+    warning.
+
+    Parameters
+    ----------
+    C
+        Inverse strength of the penalty. The default is strong, for hundreds of features that are correlated;
+        scikit-learn's own is 1.
+    Cs
+        Several, to choose from inside the folds: numbers, or how many from 10⁻⁴ to 10. *C* is then not used.
+    tol
+        How far from the optimum the standardised coefficients may be, as a share of their length.
+    max_iter
+        Steps of Newton's method.
+
+    Attributes
+    ----------
+    classes_ : ndarray, (n_classes,)
+    coef_ : ndarray, (1 or n_classes, n_features)
+        In the units of the activations: ``X @ coef_.T + intercept_`` is the decision.
+    intercept_ : ndarray, (1 or n_classes,)
+    mean_, scale_ : ndarray, (n_features,)
+        What the features were standardised by; the scale of a constant feature is 1.
+    n_iter_ : int
+    distance_ : float
+        The bound that `tol` is for.
+    """
+
+    strength_name: ClassVar[str] = "Cs"
+
+    def __init__(
+        self, C: float = 0.01, *, Cs: int | ArrayLike | None = None, tol: float = 1e-6, max_iter: int = 200
+    ) -> None:
+        self.C = C
+        self.Cs = Cs
+        self.tol = tol
+        self.max_iter = max_iter
+
+    @property
+    def strengths(self) -> Floats:
+        """The values of C that are tried."""
+        if self.Cs is None:
+            found = np.array([self.C], np.float64)
+        elif isinstance(self.Cs, int):
+            found = np.logspace(WEAKEST, STRONGEST, self.Cs)
+        else:
+            found = np.sort(np.asarray(self.Cs, np.float64).ravel())
+        if not len(found) or not (found > 0).all():
+            raise AnalysisError("C is above 0", where="Logistic", found=str(found.tolist()))
+        return found
+
+    def fit(self, X: NDArray, y: NDArray) -> Self:
+        """Fit to ``(n_samples, n_features)`` and ``(n_samples,)``.
+
+        Raises
+        ------
+        AnalysisError
+            The optimum was not reached, or there is only one class.
+        """
+        return super().fit(X, y)
+
+    def solve(self, design: Design, targets: Floats, sets: NDArray[np.bool_], strengths: Floats) -> Solved:
+        """Fit every training set at every strength; see `LinearProbe.solve`."""
+        found = solve(design, targets, sets, strengths, tol=self.tol, max_iter=self.max_iter)
+        away = float(found.distance.max())
+        if not away <= self.tol:
+            number, at = np.unravel_index(int(found.distance.argmax()), found.distance.shape)
+            rows, features = int(sets[number].sum()), design.shape[1]
+            raise AnalysisError(
+                "the logistic probe did not converge",
+                expected=f"coefficients within {self.tol:g} of the optimum",
+                found=f"{away:.3g} after {found.steps} steps, C={strengths[at]:g}, on {rows} × {features} values",
+                remedy="raise max_iter, regularise more (a smaller C), or allow a larger tol",
+            )
+        self.mean_, self.scale_ = found.mean[0], found.scale[0]
+        self.n_iter_, self.distance_ = found.steps, away
+        return Solved(found.coef, found.intercept)

@@ -1,0 +1,257 @@
+"""Logistic regressions of many training sets and strengths over the same rows at once, by Newton's method.
+
+Every problem minimises ``‖w‖² / 2 + C · Σ log-loss`` over the rows of its own training set, standardised by that set's
+mean and deviation; the intercept is free. All of them share the rows, so that one product of matrices serves all: a
+step of conjugate gradients for 150 problems is two passes over the rows. Newton's equations are solved inexactly
+(Dembo, Eisenstat & Steihaug 1982), preconditioned by the eigenvectors of the rows' own covariance, with a halving line
+search. The objective is strongly convex in the coefficients, so the gradient bounds how far they are from the optimum;
+that bound is the certificate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import softmax
+
+from analysis.probes.estimators.design import Design, Floats
+
+HALVINGS = 30
+CG = 400
+"""Steps of conjugate gradients at most, in one of Newton's."""
+ARRAYS = 8
+"""Arrays of one number a row, problem and class that are in memory at once."""
+
+
+@dataclass
+class Optimum:
+    """What was found, for each training set, strength and class.
+
+    Attributes
+    ----------
+    coef : ndarray, (sets, strengths, classes or 1, features)
+        In the units of the rows.
+    intercept : ndarray, (sets, strengths, classes or 1)
+    mean, scale : ndarray, (sets, features)
+        What the features of each set were standardised by.
+    distance : ndarray, (sets, strengths)
+        At most so far, relative to their length, are the standardised coefficients from the optimum.
+    steps : int
+        Of Newton's method.
+    """
+
+    coef: Floats
+    intercept: Floats
+    mean: Floats
+    scale: Floats
+    distance: Floats
+    steps: int
+
+
+def solve(
+    design: Design,
+    truth: Floats,
+    sets: NDArray[np.bool_],
+    strengths: Floats,
+    *,
+    tol: float,
+    max_iter: int,
+    budget: int = 2 << 30,
+) -> Optimum:
+    """Solve all problems.
+
+    Parameters
+    ----------
+    truth : (rows, classes) of 0 and 1; (rows, 1) for two classes, 1 for the second
+    sets : (sets, rows)
+        Which rows each problem is trained on.
+    strengths : (strengths,)
+        C, inverse strengths of the penalty.
+    tol
+        Relative distance to the optimum at which a problem is done.
+    budget
+        Bytes for decisions and the like: as many sets go side by side as it allows, at least one.
+    """
+    each = ARRAYS * 8 * truth.size * len(strengths)
+    together = max(1, budget // max(1, each))
+    parts = [
+        _solve(design, truth, sets[first : first + together], strengths, tol, max_iter)
+        for first in range(0, len(sets), together)
+    ]
+    names = ("coef", "intercept", "mean", "scale", "distance")
+    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return replace(parts[0], **joined, steps=max(part.steps for part in parts))
+
+
+def _solve(
+    design: Design, truth: Floats, sets: NDArray[np.bool_], strengths: Floats, tol: float, max_iter: int
+) -> Optimum:
+    mean, scale = design.spread(sets)
+    middle, unit = design.middle, design.unit
+    problems = _Problems(design, truth, sets, strengths, (mean - middle) / unit, scale / unit)
+    steps = 0
+    while (left := problems.distance() > tol).any() and steps < max_iter and problems.step(left):
+        steps += 1
+    w, b = problems.coefficients()
+    shape = (len(sets), len(strengths), truth.shape[1])
+    coef = np.moveaxis(w, 0, -1) / unit
+    return Optimum(
+        coef.reshape(*shape, -1),
+        (b - coef @ middle).reshape(shape),
+        mean,
+        scale,
+        problems.distance().reshape(shape[:2]),
+        steps,
+    )
+
+
+class _Problems:
+    """Problems side by side: coefficients (features, problems, classes), decisions (rows, problems, classes)."""
+
+    def __init__(
+        self,
+        design: Design,
+        truth: Floats,
+        sets: NDArray[np.bool_],
+        strengths: Floats,
+        mean: Floats,
+        scale: Floats,
+    ) -> None:
+        rows, features = design.shape
+        count, classes = len(sets) * len(strengths), truth.shape[1]
+        self.design, self.truth = design, truth[:, None]
+        self.member = np.repeat(sets.T.astype(np.float64), len(strengths), axis=1) / np.repeat(
+            sets.sum(1), len(strengths)
+        )  # each row's share of the mean loss, (rows, problems)
+        self.mean = np.repeat(mean.T, len(strengths), axis=1)[..., None]
+        self.scale = np.repeat(scale.T, len(strengths), axis=1)[..., None]
+        self.ridge = 1 / (np.tile(strengths, len(sets)) * np.repeat(sets.sum(1), len(strengths)))[None, :, None]
+        self.penalty = self.ridge * self.scale**2
+        self.w, self.b = np.zeros((features, count, classes)), np.zeros((count, classes))
+        self.decision = np.zeros((rows, count, classes))
+        self.values, self.basis = design.principal
+        self._refresh(np.ones(count, bool))
+
+    def coefficients(self) -> tuple[Floats, Floats]:
+        """Return coefficients and intercepts; of several classes, intercepts of mean 0, since only differences count."""
+        return self.w, self.b - self.b.mean(1, keepdims=True) if self.b.shape[1] > 1 else self.b
+
+    def distance(self) -> Floats:
+        """Return a bound of each problem's relative distance from the optimum, (problems,)."""
+        slope = (self.slope - self.mean * self.offset[None]) / self.scale  # by the standardised coefficients
+        length = np.sqrt(((self.scale * self.w) ** 2).sum((0, 2)))
+        gradient = np.sqrt((slope**2).sum((0, 2)) + (self.offset**2).sum(1))
+        return gradient / self.ridge[0, :, 0] / np.maximum(length, 1e-3)
+
+    def step(self, left: NDArray[np.bool_]) -> bool:
+        """Take a step of Newton's method in the problems that are *left*; false where none could be taken."""
+        at = np.flatnonzero(left)
+        direction, turn = self._direction(at)
+        along = self._product(direction)
+        along += turn
+        slope = (self.slope[:, at] * direction).sum((0, 2)) + (self.offset[at] * turn).sum(1)
+        size, start = np.ones(len(at)), self._loss(at, 0.0, direction, along)
+        pending = np.arange(len(at))
+        for _ in range(HALVINGS):
+            tried = self._loss(at[pending], size[pending], direction[:, pending], along[:, pending])
+            enough = start[pending] + 1e-4 * size[pending] * slope[pending] + 1e-13 * np.abs(start[pending])
+            pending = pending[~(tried <= enough)]
+            if not len(pending):
+                break
+            size[pending] /= 2
+        size[pending] = 0.0
+        self.w[:, at] += size[None, :, None] * direction
+        self.b[at] += size[:, None] * turn
+        self.decision[:, at] += size[None, :, None] * along
+        self._refresh(left)
+        return bool((size > 0).any())
+
+    def _refresh(self, left: NDArray[np.bool_]) -> None:
+        """Compute probabilities and gradients of the problems that changed."""
+        if left.all():
+            self.decision = self._product(self.w) + self.b  # without what rounding has added up
+            self.probability = _probability(self.decision)
+            wrong = self.member[..., None] * (self.probability - self.truth)
+            self.slope, self.offset = self._transposed(wrong) + self.penalty * self.w, wrong.sum(0)
+            return
+        at = np.flatnonzero(left)
+        self.probability[:, at] = _probability(self.decision[:, at])
+        wrong = self.member[:, at, None] * (self.probability[:, at] - self.truth)
+        self.slope[:, at] = self._transposed(wrong) + self.penalty[:, at] * self.w[:, at]
+        self.offset[at] = wrong.sum(0)
+
+    def _loss(self, at: NDArray[np.int64], size: Floats | float, direction: Floats, along: Floats) -> Floats:
+        """Return the objectives, divided by C · n, some way along a direction."""
+        size = np.broadcast_to(size, (len(at),))
+        decision = self.decision[:, at] + size[None, :, None] * along
+        w = self.w[:, at] + size[None, :, None] * direction
+        if decision.shape[2] == 1:
+            loss = np.logaddexp(0.0, decision) - self.truth * decision
+            loss = loss[..., 0]
+        else:
+            top = decision.max(2)
+            loss = top + np.log(np.exp(decision - top[..., None]).sum(2)) - (self.truth * decision).sum(2)
+        return np.asarray((self.member[:, at] * loss).sum(0) + (self.penalty[:, at] * w**2).sum((0, 2)) / 2)
+
+    def _direction(self, at: NDArray[np.int64]) -> tuple[Floats, Floats]:
+        """Solve Newton's equations by preconditioned conjugate gradients, to a share that falls with the gradient."""
+        p, member, penalty = self.probability[:, at], self.member[:, at, None], self.penalty[:, at]
+        curve = (member * p * (1 - p)).sum(0).mean(1)  # mean curvature of the loss, (problems,)
+        middle = 1 / np.maximum(curve, 1e-12)
+        levels = 1 / (self.values[:, None, None] * curve[:, None] + self.ridge[:, at])
+        r, r0 = -self.slope[:, at], -self.offset[at]
+        first = np.sqrt((r**2).sum((0, 2)) + (r0**2).sum(1))
+        wanted = np.minimum(0.1, np.sqrt(first)) * first
+        x, x0 = np.zeros_like(r), np.zeros_like(r0)
+        z, z0 = self._turned(r, levels), r0 * middle[:, None]
+        d, d0 = z.copy(), z0.copy()
+        rz = (r * z).sum((0, 2)) + (r0 * z0).sum(1)
+        going = np.arange(len(at))
+        for _ in range(CG):
+            q = self._product(d[:, going]) + d0[going]
+            q = _curved(p[:, going], q) * member[:, going]
+            h, h0 = self._transposed(q) + penalty[:, going] * d[:, going], q.sum(0)
+            bend = (d[:, going] * h).sum((0, 2)) + (d0[going] * h0).sum(1)
+            a = np.where(bend > 0, rz[going] / np.where(bend > 0, bend, 1.0), 0.0)
+            x[:, going] += a[None, :, None] * d[:, going]
+            x0[going] += a[:, None] * d0[going]
+            r[:, going] -= a[None, :, None] * h
+            r0[going] -= a[:, None] * h0
+            norm = np.sqrt((r[:, going] ** 2).sum((0, 2)) + (r0[going] ** 2).sum(1))
+            still = (norm > wanted[going]) & (a > 0)
+            going = going[still]
+            if not len(going):
+                break
+            z, z0 = self._turned(r[:, going], levels[:, going]), r0[going] * middle[going, None]
+            new = (r[:, going] * z).sum((0, 2)) + (r0[going] * z0).sum(1)
+            share = new / rz[going]
+            d[:, going] = z + share[None, :, None] * d[:, going]
+            d0[going] = z0 + share[:, None] * d0[going]
+            rz[going] = new
+        return x, x0
+
+    def _turned(self, r: Floats, levels: Floats) -> Floats:
+        """Return what the preconditioner makes of residuals."""
+        inside = (self.basis.T @ r.reshape(len(r), -1)).reshape(r.shape) * levels
+        return (self.basis @ inside.reshape(len(r), -1)).reshape(r.shape)
+
+    def _product(self, w: Floats) -> Floats:
+        return self.design.product(w.reshape(len(w), -1)).reshape(-1, *w.shape[1:])
+
+    def _transposed(self, values: Floats) -> Floats:
+        return self.design.transposed(values.reshape(len(values), -1)).reshape(-1, *values.shape[1:])
+
+
+def _probability(decision: Floats) -> Floats:
+    if decision.shape[2] == 1:
+        return 1 / (1 + np.exp(-np.clip(decision, -700, 700)))
+    return np.asarray(softmax(decision, axis=2))
+
+
+def _curved(p: Floats, q: Floats) -> Floats:
+    """Return the product of each row's curvature of the loss with *q*."""
+    if p.shape[2] == 1:
+        return p * (1 - p) * q
+    return p * (q - (p * q).sum(2, keepdims=True))

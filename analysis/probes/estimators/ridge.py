@@ -1,0 +1,80 @@
+"""Ridge regression, for numbers and for classes."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.linalg import cho_factor, cho_solve
+
+from analysis.probes.estimators.design import Design, Floats
+from analysis.probes.estimators.linear import LinearProbe, Solved
+from analysis.probes.estimators.moments import gather
+from flexcache.errors import AnalysisError
+
+WEAKEST, STRONGEST = 0.0, 5.0
+"""Powers of ten between which `alphas` lie where their number is given."""
+
+
+class Ridge(LinearProbe):
+    """Least squares with an L2 penalty on standardised features, solved in closed form in float64.
+
+    Minimises ``‖y − Xw − b‖² + alpha · ‖w‖²``. Floating-point targets, one or several, are a regression. Any other is a
+    set of classes, each coded −1 and 1; the largest decision wins (scikit-learn's `RidgeClassifier`). All folds and
+    strengths follow from sums over the rows of each fold: one pass.
+
+    Parameters
+    ----------
+    alpha
+        Strength of the penalty; it weighs against a sum over samples, as in scikit-learn, whose default is 1.
+    alphas
+        Several, to choose from inside the folds: numbers, or how many from 1 to 10⁵. *alpha* is then not used.
+
+    Attributes
+    ----------
+    classes_ : ndarray, (n_classes,), or None after a regression
+    coef_ : ndarray, (1 or n_classes or n_targets, n_features)
+        In the units of the activations: ``X @ coef_.T + intercept_`` is the decision.
+    intercept_ : ndarray, (1 or n_classes or n_targets,)
+    mean_, scale_ : ndarray, (n_features,)
+        What the features were standardised by.
+    """
+
+    strength_name: ClassVar[str] = "alphas"
+    regresses: ClassVar[bool] = True
+
+    def __init__(self, alpha: float = 100.0, *, alphas: int | ArrayLike | None = None) -> None:
+        self.alpha = alpha
+        self.alphas = alphas
+
+    @property
+    def strengths(self) -> Floats:
+        """The values of alpha that are tried, the largest first."""
+        if self.alphas is None:
+            found = np.array([self.alpha], np.float64)
+        elif isinstance(self.alphas, int):
+            found = np.logspace(STRONGEST, WEAKEST, self.alphas)
+        else:
+            found = np.sort(np.asarray(self.alphas, np.float64).ravel())[::-1]
+        if not len(found) or not (found > 0).all():
+            raise AnalysisError("alpha is above 0", where="Ridge", found=str(found.tolist()))
+        return found
+
+    def solve(self, design: Design, targets: Floats, sets: NDArray[np.bool_], strengths: Floats) -> Solved:
+        """Fit every training set at every strength; see `LinearProbe.solve`."""
+        known = targets if self.classes_ is None else 2 * targets - 1
+        moments = gather(design, known, sets)
+        scale = moments.scale
+        self.mean_, self.scale_ = moments.middle + moments.mean[0], scale[0]
+        gram = moments.covariance / scale[:, :, None] / scale[:, None, :] * moments.n[:, None, None]
+        right = moments.shared / scale[:, None, :] * moments.n[:, None, None]
+        coef = np.empty((len(sets), len(strengths), known.shape[1], design.shape[1]))
+        for number in range(len(sets)):
+            for at, alpha in enumerate(strengths):
+                matrix = gram[number].copy()
+                matrix.flat[:: len(matrix) + 1] += alpha
+                factor = cho_factor(matrix, overwrite_a=True, check_finite=False)
+                coef[number, at] = cho_solve(factor, right[number].T, check_finite=False).T / scale[number]
+        middle = moments.middle + moments.mean
+        return Solved(coef, moments.target[:, None] - np.einsum("slkd,sd->slk", coef, middle))
