@@ -68,7 +68,7 @@ def run(
     command = ["flexcache", "probe", str(store_path), "--target", target, "--site", site, "--probe", probe]
     command += ["--cv", str(cv)] + (["--seed", str(seed)] if seed else [])
     command += ["--groups", groups or "none"] if groups != "document" else []
-    command += ["--rows", rows] if rows else []
+    command += ["--rows", str(rows)] if rows else []
     command += ["--layers", str(layers)] if layers != "all" else []
     page = report.write(store, sweep, folder / "report.html", command=shlex.join(command))
     console.print()

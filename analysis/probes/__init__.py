@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from analysis.probes.direction import Direction, load_direction
 from analysis.probes.estimators import (
     INLP,
     LDA,
@@ -13,8 +14,10 @@ from analysis.probes.estimators import (
     NearestCentroid,
     Ridge,
 )
+from analysis.probes.pictures import calibration, confusion, heat_map, transfer_map
 from analysis.probes.results import Best, Sweep, load
-from analysis.probes.sweep import sweep
+from analysis.probes.sweep import sweep, sweeps
+from analysis.probes.transfer import by_position, transfer, transfer_matrix
 
 __all__ = [
     "INLP",
@@ -22,12 +25,22 @@ __all__ = [
     "MLP",
     "AttentionPooled",
     "Best",
+    "Direction",
     "LinearProbe",
     "Logistic",
     "MassMean",
     "NearestCentroid",
     "Ridge",
     "Sweep",
+    "by_position",
+    "calibration",
+    "confusion",
+    "heat_map",
     "load",
+    "load_direction",
     "sweep",
+    "sweeps",
+    "transfer",
+    "transfer_map",
+    "transfer_matrix",
 ]

@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.feature_extraction.text import TfidfTransformer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from analysis.probes.folds import trainable
+from analysis.probes.score import Prediction
 from analysis.view import View
 from flexcache.errors import AnalysisError
 
-NAMES = ("majority", "shuffled", "tfidf")
-Prediction = tuple[NDArray, NDArray[np.float64]]
-"""Predicted codes or values, and the decision that ranks samples; ``(n_samples,)`` each."""
+WITHOUT_MODEL = ("majority", "tfidf", "tokens", "length")
+"""Baselines that read no activation; the same at every layer."""
+OF_LAYERS = ("shuffled", "random", "control")
+"""Baselines that are fitted to activations, layer by layer."""
+NAMES = (*WITHOUT_MODEL, *OF_LAYERS)
 
 
 def majority(view: View, fold: NDArray[np.int64], cv: int) -> Prediction:
-    """Always say the training samples' commonest class (the first of several), or their mean."""
+    """Always say the training samples' commonest class, the first of several, by the classes' shares; or the mean."""
     predicted = np.empty_like(view.y)
+    if view.task == "regression":
+        for number in range(cv):
+            predicted[fold == number] = view.y[fold != number].mean()
+        return Prediction(predicted, predicted)
+    probability = np.empty((view.n_samples, len(view.classes)))
     for number in range(cv):
-        train = view.y[fold != number]
-        predicted[fold == number] = train.mean() if view.task == "regression" else np.bincount(train).argmax()
-    return predicted, np.zeros(view.n_samples) if view.task == "classification" else predicted
+        counts = np.bincount(view.y[fold != number], minlength=len(view.classes))
+        predicted[fold == number] = counts.argmax()
+        probability[fold == number] = counts / counts.sum()
+    return Prediction(predicted, np.zeros(view.n_samples), probability)
 
 
 def tfidf(view: View, fold: NDArray[np.int64], cv: int) -> Prediction:
@@ -42,49 +56,58 @@ def tfidf(view: View, fold: NDArray[np.int64], cv: int) -> Prediction:
     if view.texts is None:
         raise AnalysisError("the store kept no texts", remedy="capture with the text, or leave tfidf out")
     texts = np.asarray(view.texts, dtype=object)
-    _, first = np.unique(view.document, return_index=True)
-    target = view.y[first]
-    predicted, decision = np.empty_like(view.y), np.empty(view.n_samples)
-    for number in range(cv):
-        test = fold == number
-        train = np.unique(view.document[~test])
-        vectorizer = TfidfVectorizer(ngram_range=(1, 2))
-        try:
-            known = vectorizer.fit_transform(texts[train])
-        except ValueError as error:
-            raise AnalysisError("TF-IDF found no word in the texts", found=str(error)) from error
-        model = Ridge() if view.task == "regression" else LogisticRegression(max_iter=10_000)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", ConvergenceWarning)
-            try:
-                model.fit(known, target[train])
-            except ConvergenceWarning as error:
-                raise AnalysisError("the TF-IDF baseline did not converge", found=str(error)) from error
-        asked, place = np.unique(view.document[test], return_inverse=True)
-        words = vectorizer.transform(texts[asked])
-        predicted[test] = model.predict(words)[place]
-        if len(view.classes) == 2:
-            decision[test] = model.decision_function(words)[place]
-    return predicted, decision if len(view.classes) == 2 else predicted.astype(float)
+    return _by_document(view, fold, cv, texts, lambda: TfidfVectorizer(ngram_range=(1, 2)), "TF-IDF")
+
+
+def tokens(view: View, fold: NDArray[np.int64], cv: int) -> Prediction:
+    """Fit the bag of each document's token ids, weighted by TF-IDF, as `tfidf` does words: needs no text.
+
+    Raises
+    ------
+    AnalysisError
+        The store tells no tokens.
+    """
+    table: Any = getattr(view.store, "tokens", None)
+    if table is None:
+        raise AnalysisError("the store tells no tokens")
+    owner = np.asarray(table["document"])
+    lists = table["tokens"].combine_chunks()
+    counts = np.diff(lists.offsets.to_numpy())
+    ids = lists.flatten().to_numpy(zero_copy_only=False)
+    _, first = np.unique(owner, return_index=True)  # a document that two units run is told twice
+    told = np.isin(np.arange(len(owner)), first)
+    rows, columns = np.repeat(owner, counts), ids
+    inside = np.repeat(told, counts)
+    shape = (len(view.store.documents), int(ids.max(initial=0)) + 1)
+    bags = csr_matrix((np.ones(int(inside.sum())), (rows[inside], columns[inside])), shape)
+    return _by_document(view, fold, cv, bags[view.source], TfidfTransformer, "the bag of tokens")
+
+
+def length(view: View, fold: NDArray[np.int64], cv: int) -> Prediction:
+    """Fit how many tokens a document has, by its logarithm."""
+    size = np.log(view.store.documents["n_tokens"].to_numpy().astype(float)[view.source])[:, None]
+    return _by_document(view, fold, cv, size, StandardScaler, "length")
 
 
 def shuffle(view: View, fold: NDArray[np.int64], cv: int, seed: int) -> NDArray:
     """Return the target moved to other documents, ``(n_samples,)``: what is found where nothing is.
 
     Where a group has one value throughout, whole groups exchange values, so that what lives in a group stays
-    together; otherwise documents exchange them across all groups.
+    together; otherwise documents exchange them across all groups, or, where tokens have targets of their own, tokens.
 
     Raises
     ------
     AnalysisError
         No shuffle leaves every class in every training side.
     """
-    unit = view.document
-    _, first = np.unique(view.group, return_index=True)
-    if view.n_groups < view.n_samples and (view.y == view.y[first][view.group]).all():
-        unit = view.group
+    rng = np.random.default_rng(seed)
+    unit = np.arange(view.n_samples)
+    for owner in (view.document, view.group):
+        _, first, place = np.unique(owner, return_index=True, return_inverse=True)
+        if (view.y == view.y[first][place]).all():
+            unit = owner
     _, first, place = np.unique(unit, return_index=True, return_inverse=True)
-    values, rng = view.y[first], np.random.default_rng(seed)
+    values = view.y[first]
     for _ in range(100):
         moved = rng.permutation(values)[place]
         if view.task == "regression" or trainable(moved, fold, cv, without=1):
@@ -92,3 +115,64 @@ def shuffle(view: View, fold: NDArray[np.int64], cv: int, seed: int) -> NDArray:
     raise AnalysisError(
         "the target cannot be shuffled", found="a class in too few groups", remedy="ask for fewer folds"
     )
+
+
+def control(view: View, fold: NDArray[np.int64], cv: int, seed: int) -> NDArray[np.int64]:
+    """Return a label drawn for each kind of token, ``(n_samples,)``, with the shares of the target's classes.
+
+    A probe that learns it knows the tokens by heart: what it does better on the target is its selectivity
+    (Hewitt & Liang 2019, arXiv 1909.03368).
+
+    Raises
+    ------
+    AnalysisError
+        A sample is not one token, or a drawn class is missing from a training side.
+    """
+    coordinates: Any = getattr(view.store, "coordinates", None)
+    if view.row is None or coordinates is None or view.task != "classification":
+        raise AnalysisError("a control task needs classes, and samples of one token each")
+    token = np.asarray(coordinates["token_id"].values)[view.row]
+    kinds, place, counts = np.unique(token, return_inverse=True, return_counts=True)
+    if counts.max() > view.n_samples / 2:
+        raise AnalysisError("one kind of token is more than half of the samples")
+    share = np.bincount(view.y) / view.n_samples
+    drawn = np.random.default_rng(seed).choice(len(share), size=len(kinds), p=share)[place]
+    if len(np.unique(drawn)) < len(share) or not trainable(drawn, fold, cv, without=1):
+        raise AnalysisError("too few kinds of tokens for a control task", found=f"{len(kinds)}")
+    return np.asarray(drawn, np.int64)
+
+
+def _by_document(
+    view: View, fold: NDArray[np.int64], cv: int, features: Any, transformer: Callable[[], Any], what: str
+) -> Prediction:
+    """Fit features of documents, each with the targets of all its samples, and predict samples by their document."""
+    probabilities = np.empty((view.n_samples, len(view.classes))) if view.classes else None
+    predicted, decision = np.empty_like(view.y), np.zeros(view.n_samples)
+    for number in range(cv):
+        test = fold == number
+        train = np.flatnonzero(~test)
+        _, first = np.unique(view.document[train], return_index=True)
+        once = train[first] if _constant(view, train) else train
+        model = Ridge() if view.task == "regression" else LogisticRegression(max_iter=10_000)
+        fitted = make_pipeline(transformer(), model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ConvergenceWarning)
+            try:
+                fitted.fit(features[view.document[once]], view.y[once])
+            except ConvergenceWarning as error:
+                raise AnalysisError(f"the baseline of {what} did not converge", found=str(error)) from error
+            except ValueError as error:
+                raise AnalysisError(f"{what} found no word in the texts", found=str(error)) from error
+        asked, place = np.unique(view.document[test], return_inverse=True)
+        predicted[test] = fitted.predict(features[asked])[place]
+        if probabilities is not None:
+            probabilities[test] = fitted.predict_proba(features[asked])[place]
+        if len(view.classes) == 2:
+            decision[test] = fitted.decision_function(features[asked])[place]
+    return Prediction(predicted, decision if len(view.classes) == 2 else predicted.astype(float), probabilities)
+
+
+def _constant(view: View, chosen: NDArray[np.int64]) -> bool:
+    """Whether a document's samples have one target."""
+    _, first, place = np.unique(view.document[chosen], return_index=True, return_inverse=True)
+    return bool((view.y[chosen] == view.y[chosen][first][place]).all())

@@ -1,9 +1,10 @@
-"""Out-of-fold predictions of one layer."""
+"""Probes fitted to some samples and asked about the others, at every strength."""
 
 from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,76 +13,166 @@ from sklearn.base import BaseEstimator, clone
 from sklearn.exceptions import ConvergenceWarning
 
 from analysis.probes import score
-from analysis.probes.baselines import Prediction
+from analysis.probes.estimators import LinearProbe
+from analysis.probes.estimators.design import Design, Floats
+from analysis.probes.estimators.linear import Solved, coded, one_hot
+from analysis.probes.score import Prediction
 from analysis.view import View
 from flexcache.errors import AnalysisError
 
 
-def outer(
-    probe: BaseEstimator, view: View, X: NDArray, y: NDArray, fold: NDArray, cv: int, layer: int | None
-) -> Prediction:
-    """Predict each fold by a probe that was trained on the others."""
-    predicted, decision = np.empty_like(y), np.empty(len(y))
-    for number in range(cv):
-        test = fold == number
-        predicted[test], decision[test] = fit_predict(probe, view, X, y, ~test, test, f"layer {layer}, fold {number}")
-    return predicted, decision
+def without_each(fold: NDArray[np.int64], cv: int) -> NDArray[np.bool_]:
+    """Return the training side of each fold, ``(cv, n_samples)``."""
+    return fold != np.arange(cv)[:, None]
+
+
+def without_pairs(fold: NDArray[np.int64], cv: int) -> NDArray[np.bool_]:
+    """Return the samples outside of each pair of folds, ``(cv·(cv−1)/2, n_samples)``, pairs in order."""
+    pairs = np.array(list(itertools.combinations(range(cv), 2)))
+    return (fold != pairs[:, :1]) & (fold != pairs[:, 1:])
+
+
+class Fitted:
+    """One probe, fitted to several training sets at each of its strengths.
+
+    Parameters
+    ----------
+    rows
+        The samples of a layer: a design, or for probes that are not linear what their `fit` takes, by sample.
+    y : (n_samples,)
+        Codes of classes, or values.
+    sets : (sets, n_samples)
+    strengths
+        Of a linear probe; by default its own.
+    where
+        Said in errors.
+    """
+
+    def __init__(
+        self,
+        probe: BaseEstimator,
+        view: View,
+        rows: Design | NDArray[Any],
+        y: NDArray[Any],
+        sets: NDArray[np.bool_],
+        where: str,
+        strengths: Floats | None = None,
+    ) -> None:
+        self.probe, self.view, self.rows, self.sets = probe, view, rows, sets
+        self.classes = len(view.classes)
+        self.where = f"{view.site}, {where}"
+        self.strengths = np.zeros(1)
+        self.solved: Solved | None = None
+        self._others: list[Any] = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ConvergenceWarning)
+            try:
+                if isinstance(probe, LinearProbe):
+                    self._solve(probe, y, strengths)
+                else:
+                    self._others = [clone(probe).fit(self._some(held), y[held]) for held in sets]
+            except AnalysisError as error:
+                error.where = ", ".join(filter(None, (self.where, error.where)))
+                raise
+            except ConvergenceWarning as error:
+                raise AnalysisError(
+                    "the probe did not converge",
+                    where=self.where,
+                    found=str(error).splitlines()[0],
+                    remedy="raise its max_iter, standardise the features, or regularise more",
+                ) from error
+            except (ValueError, TypeError, np.linalg.LinAlgError) as error:
+                raise AnalysisError(
+                    f"{type(probe).__name__} could not be fitted", where=self.where, found=str(error)
+                ) from error
+
+    def predict(self, number: int, at: int, chosen: NDArray[np.int64]) -> Prediction:
+        """Return what set *number* at strength *at* says of the samples *chosen*."""
+        if self.solved is None:
+            return self._ask(self._others[number], chosen)
+        assert isinstance(self.rows, Design)
+        decision = self._decision[number][at][self._place[number][chosen]]
+        probe: Any = self.probe
+        if not self.classes:
+            return Prediction(decision[:, 0], decision[:, 0])
+        probability = probe.probabilities(decision) if hasattr(probe, "probabilities") else None
+        codes = coded(decision)
+        return Prediction(codes, decision[:, 0] if self.classes == 2 else codes.astype(float), probability)
+
+    def _solve(self, probe: LinearProbe, y: NDArray[Any], strengths: Floats | None) -> None:
+        assert isinstance(self.rows, Design)
+        fitted: LinearProbe = clone(probe)
+        fitted.classes_ = np.arange(self.classes) if self.classes else None
+        targets = one_hot(y, self.classes) if self.classes else y[:, None].astype(np.float64)
+        self.strengths = fitted.strengths if strengths is None else strengths
+        self.solved = fitted.solve(self.rows, targets, self.sets, self.strengths)
+        # Decisions about what each set left out, in one more pass over the rows.
+        count, coef, intercept = len(targets), self.solved.coef, self.solved.intercept
+        left = [np.flatnonzero(~held) for held in self.sets]
+        self._place = np.full((len(self.sets), count), -1, np.int64)
+        for place, rows in zip(self._place, left, strict=True):
+            place[rows] = np.arange(len(rows))
+        self._decision = [np.empty((len(self.strengths), len(rows), coef.shape[2])) for rows in left]
+        for part, block in self.rows.blocks():
+            for number, rows in enumerate(left):
+                inside = rows[(rows >= part.start) & (rows < part.stop)]
+                found = np.einsum("lkd,nd->lnk", coef[number], block[inside - part.start], optimize=True)
+                self._decision[number][:, self._place[number][inside]] = found + intercept[number][:, None]
+
+    def _some(self, chosen: NDArray[Any]) -> NDArray[Any]:
+        assert isinstance(self.rows, np.ndarray)
+        found = self.rows[chosen]
+        return found if found.dtype == object else found.astype(np.float64)
+
+    def _ask(self, fitted: Any, chosen: NDArray[np.int64]) -> Prediction:
+        asked = self._some(chosen)
+        predicted = np.asarray(fitted.predict(asked)).reshape(len(asked), -1)[:, 0]
+        if not self.classes:
+            return Prediction(predicted, predicted.astype(float))
+        probability = fitted.predict_proba(asked) if hasattr(fitted, "predict_proba") else None
+        if self.classes != 2:
+            return Prediction(predicted, predicted.astype(float), probability)
+        if hasattr(fitted, "decision_function"):
+            return Prediction(predicted, fitted.decision_function(asked), probability)
+        return Prediction(predicted, np.zeros(len(asked)) if probability is None else probability[:, 1], probability)
+
+
+def gathered(pieces: Iterator[tuple[NDArray[np.int64], Prediction]], count: int) -> Prediction:
+    """Return predictions of parts of the samples as one of all."""
+    found = list(pieces)
+    order = np.argsort(np.concatenate([chosen for chosen, _ in found]), kind="stable")
+    assert len(order) == count
+    probabilities = [said.probability for _, said in found]
+    return Prediction(
+        np.concatenate([said.predicted for _, said in found])[order],
+        np.concatenate([said.decision for _, said in found])[order],
+        None if any(p is None for p in probabilities) else np.concatenate(probabilities)[order],  # type: ignore[arg-type]
+    )
+
+
+def outer(fitted: Fitted, fold: NDArray[np.int64], cv: int, chosen: NDArray[np.int64]) -> Prediction:
+    """Return what each fold is predicted by the set without it, the first *cv* sets, at the strength chosen for it."""
+    tests = [np.flatnonzero(fold == number) for number in range(cv)]
+    return gathered(
+        ((test, fitted.predict(number, int(chosen[number]), test)) for number, test in enumerate(tests)), len(fold)
+    )
 
 
 def inner(
-    probe: BaseEstimator,
-    view: View,
-    X: NDArray,
-    fold: NDArray,
-    cv: int,
-    metric: score.Metric,
-    layer: int | None,
-) -> NDArray:
-    """Return the layer's score within the training side of each fold, ``(cv,)``.
+    fitted: Fitted, first: int, y: NDArray[Any], fold: NDArray[np.int64], cv: int, metric: score.Metric
+) -> NDArray[np.float64]:
+    """Return the score within the training side of each fold, ``(n_strengths, cv)``.
 
-    The inner folds of test fold *k* are the other outer folds. A probe trained without folds *j* and *k*
-    serves both, so cv·(cv−1)/2 fits do for cv·(cv−1) scores.
+    The inner folds of test fold *k* are the other outer folds. A probe trained without folds *j* and *k* serves both,
+    so cv·(cv−1)/2 fits do for cv·(cv−1) scores; they are the sets from *first* on.
     """
-    top, bottom = np.zeros(cv), np.zeros(cv)
-    for j, k in itertools.combinations(range(cv), 2):
-        test = (fold == j) | (fold == k)
-        where = f"layer {layer}, folds {j} and {k} left out"
-        predicted, decision = fit_predict(probe, view, X, view.y, ~test, test, where)
-        parts = score.parts(metric, view.y[test], predicted, decision, (fold[test] == k).astype(np.int64), 2)
-        for outer, inside in ((j, 1), (k, 0)):
-            top[outer] += parts[0][inside]
-            bottom[outer] += parts[1][inside]
+    top, bottom = np.zeros((2, len(fitted.strengths), cv))
+    for number, (j, k) in enumerate(itertools.combinations(range(cv), 2)):
+        test = np.flatnonzero((fold == j) | (fold == k))
+        for at in range(len(fitted.strengths)):
+            said = fitted.predict(first + number, at, test)
+            found = score.parts(metric, y[test], said, (fold[test] == k).astype(np.int64), 2)
+            for without, inside in ((j, 1), (k, 0)):
+                top[at, without] += found[0][inside]
+                bottom[at, without] += found[1][inside]
     return score.ratio(top, bottom)
-
-
-def fit_predict(
-    probe: BaseEstimator, view: View, X: NDArray, y: NDArray, train: NDArray, test: NDArray, where: str
-) -> Prediction:
-    """Fit a clone in float64 and predict; what scikit-learn has to say becomes an error with a place."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ConvergenceWarning)
-        try:
-            fitted: Any = clone(probe).fit(X[train].astype(np.float64), y[train])
-        except AnalysisError as error:
-            error.where = f"{view.site}, {where}"
-            raise
-        except ConvergenceWarning as error:
-            raise AnalysisError(
-                "the probe did not converge",
-                where=f"{view.site}, {where}",
-                found=str(error).splitlines()[0],
-                remedy="raise its max_iter, standardise the features, or regularise more",
-            ) from error
-        except (ValueError, TypeError) as error:
-            raise AnalysisError(
-                f"{type(probe).__name__} could not be fitted", where=f"{view.site}, {where}", found=str(error)
-            ) from error
-    asked = X[test].astype(np.float64)
-    predicted = np.asarray(fitted.predict(asked)).reshape(len(asked), -1)[:, 0]
-    if len(view.classes) != 2:
-        return predicted, predicted.astype(float)
-    if hasattr(fitted, "decision_function"):
-        return predicted, fitted.decision_function(asked)
-    if hasattr(fitted, "predict_proba"):
-        return predicted, fitted.predict_proba(asked)[:, 1]
-    return predicted, np.zeros(len(asked))

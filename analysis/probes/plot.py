@@ -10,11 +10,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis.probes.results import Sweep
-from analysis.probes.table import ARMS, NAMES
+from analysis.probes.table import NAMES, arm_name
 from analysis.style import INK, PAPER, frame
 
-COLOURS = {"probe": "#0a6ebd", "shuffled": "#8c959f", "tfidf": "#bc4c00", "majority": "#6e7781"}
-DASHES = {"tfidf": (0, (6, 3)), "majority": (0, (1.5, 2))}
+COLOURS = {
+    "probe": "#0a6ebd",
+    "shuffled": "#8c959f",
+    "random": "#57606a",
+    "control": "#8250df",
+    "tfidf": "#bc4c00",
+    "tokens": "#9a6700",
+    "length": "#1a7f37",
+    "majority": "#6e7782",
+}
+DASHES = {"tfidf": (0, (6, 3)), "tokens": (0, (4, 2)), "length": (0, (2, 2)), "majority": (0, (1.5, 2))}
 
 
 def plot(sweep: Sweep, to: str | Path | Axes | None = None, *, metric: str | None = None) -> Figure:
@@ -41,17 +50,22 @@ def _draw(sweep: Sweep, axes: Axes, metric: str) -> None:
     for arm in reversed(sweep.arms):
         at, colour = data.sel(arm=arm), COLOURS[arm]
         middle, low, high = (at[name].values for name in ("pooled", "ci_low", "ci_high"))
+        if np.isnan(middle).all():
+            continue
         if arm in DASHES:
             axes.axhline(middle[0], color=colour, linewidth=1.3, linestyle=DASHES[arm])
-            if arm == "tfidf":
+            if arm == "tfidf" and np.isfinite(low[0]):
                 axes.axhspan(low[0], high[0], color=colour, alpha=0.08, linewidth=0)
         elif len(layers) == 1:
             axes.errorbar(layers, middle, [middle - low, high - middle], color=colour, marker="o", capsize=4)
         else:
             axes.fill_between(layers, low, high, color=colour, alpha=0.18, linewidth=0)
+            if arm == "probe":
+                for edge in ("band_low", "band_high"):
+                    axes.plot(layers, data[edge].values, color=colour, linewidth=0.8, linestyle=(0, (1, 2)))
             width, size = (2.0, 4.5) if arm == "probe" else (1.3, 2.5)
             axes.plot(layers, middle, color=colour, linewidth=width, marker="o", markersize=size)
-        ends.append((float(middle[-1]), ARMS[arm], colour))
+        ends.append((float(middle[-1]), arm_name(sweep, arm), colour))
     if best.layer is not None and len(layers) > 1 and metric == best.metric:
         top = float(data["pooled"].sel(arm="probe", layer=best.layer))
         axes.plot([best.layer], [top], marker="o", markersize=10, markerfacecolor="none", color=COLOURS["probe"])

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from flexcache.errors import AnalysisError, nearest
 
@@ -18,8 +21,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-FORMAT = "flexcache probe sweep 1"
-FILE = "sweep.json"
+    from analysis.probes.direction import Direction
+
+FORMAT = "flexcache probe sweep 2"
+FILE, WEIGHTS = "sweep.json", "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,12 @@ class Sweep:
     ``score``                             arm, layer, metric, fold  on each test fold
     ``mean, fold_low, fold_high``         arm, layer, metric        mean over folds, 95 % t interval
     ``pooled, ci_low, ci_high``           arm, layer, metric        over all samples, 95 % group bootstrap
+    ``band_low, band_high``               layer, metric             95 % for all layers at once
+    ``strength``                          layer, fold               chosen without that fold, where several were tried
+    ``final_strength``                    layer                     chosen by all folds, of the weights that are kept
+    ``selectivity``                       layer                     above the control task, by the first metric
+    ``codelength, compression``           layer                     bits by online coding; even code ÷ codelength
+    ``confusion``                         truth, said               of the nested predictions
     ``chosen_layer``                      fold                      chosen without that fold
     ``best_score``                        metric, fold              of the chosen layer
     ``best_mean, best_fold_low, …_high``  metric                    as above, layer choice included
@@ -72,6 +83,15 @@ class Sweep:
     """
 
     results: xr.Dataset
+    coef: NDArray[np.float64] | None = None
+    """Weights fitted to all samples, (n_layers, outputs, features); None for probes that are not linear."""
+    intercept: NDArray[np.float64] | None = None
+    """(n_layers, outputs)"""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers; −1 for a module path."""
+        return tuple(self.results["layer"].values.tolist())
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -113,6 +133,25 @@ class Sweep:
             raise AnalysisError(f"the sweep did not measure {name!r}", remedy=nearest(name, self.metrics))
         return name or self.metrics[0]
 
+    def to_direction(self, layer: int | None = None, output: int = 0) -> Direction:
+        """Return a layer's weights, fitted to all samples, as a direction in the units of the activations.
+
+        Parameters
+        ----------
+        layer
+            By default the best.
+        output
+            Which class, where there are more than two.
+
+        Raises
+        ------
+        AnalysisError
+            The probe is not linear, or has no such layer or class.
+        """
+        from analysis.probes.direction import of_sweep
+
+        return of_sweep(self, layer, output)
+
     def table(self) -> Table:
         """Return a `rich.table.Table` of the layers and baselines."""
         from analysis.probes.table import table
@@ -139,13 +178,21 @@ class Sweep:
         return plot(self, to, metric=metric)
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``sweep.json`` into *folder*, made if need be, and return its path; no bit is lost."""
+        """Write ``sweep.json``, and ``weights.safetensors`` of a linear probe, into *folder*, made if need be.
+
+        Returns the path of the former; no bit is lost.
+        """
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         data = self.results.to_dict()
         for name, variable in (data["coords"] | data["data_vars"]).items():
             variable["dtype"] = self.results[name].dtype.str
         path.write_text(json.dumps(_plain(data), indent=1, allow_nan=False) + "\n", "utf-8")
+        if self.coef is not None and self.intercept is not None:
+            tensors = {"coef": np.ascontiguousarray(self.coef), "intercept": np.ascontiguousarray(self.intercept)}
+            save_file(tensors, path.with_name(WEIGHTS), {"format": FORMAT})
+        else:
+            path.with_name(WEIGHTS).unlink(missing_ok=True)
         return path
 
     def __repr__(self) -> str:
@@ -185,7 +232,15 @@ def load(folder: str | Path) -> Sweep:
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise AnalysisError("the saved sweep cannot be read", where=str(path), found=str(error)) from error
-    return Sweep(xr.Dataset(variables["data_vars"], variables["coords"], attrs))
+    found = xr.Dataset(variables["data_vars"], variables["coords"], attrs)
+    weights = path.with_name(WEIGHTS)
+    if not weights.is_file():
+        return Sweep(found)
+    try:
+        tensors = load_file(weights)
+        return Sweep(found, tensors["coef"], tensors["intercept"])
+    except (SafetensorError, KeyError, OSError) as error:
+        raise AnalysisError("the saved weights cannot be read", where=str(weights), found=str(error)) from error
 
 
 def _array(variable: dict[str, Any], dims: dict[str, int]) -> np.ndarray:

@@ -1,43 +1,84 @@
-"""Metrics as ratios of sums over folds, with fold intervals and a group bootstrap.
+"""Metrics as ratios of sums over folds, with fold intervals, a group bootstrap and a band over layers.
 
 Each metric is a numerator and a denominator in every fold. A fold's value, their quotient, is what
 scikit-learn gives for that fold. The *pooled* value divides the sums over folds, so predictions of
 different folds are never ranked against each other.
 
-===========  ==================================  ==============================
-metric       numerator                           denominator
-===========  ==================================  ==============================
-accuracy     correct samples                     samples
-auroc        concordant pairs (a tie is a half)  pairs of a positive and a negative
-r2           SST − SSE                           SST, about the fold's own mean
-===========  ==================================  ==============================
+===========  ======================================  ==============================
+metric       numerator                               denominator
+===========  ======================================  ==============================
+accuracy     correct samples                         samples
+auroc        concordant pairs (a tie is a half)      pairs of a positive and a negative
+f1           F1 · samples                            samples
+log_loss     −log of the true class's probability    samples
+brier        squared errors of the probabilities     samples
+ece          gap of confidence and accuracy, 15 bins samples
+recall@1%    found positives, at 1 % of negatives    positives
+r2           SST − SSE                               SST, about the fold's own mean
+pearson      correlation · samples                   samples
+===========  ======================================  ==============================
+
+F1 is of the second of two classes, or the mean over more. The expected calibration error is that of Naeini et al.
+(2015), in bins of equal width of the likeliest class's probability. The recall is of the second class, where at most
+one negative in a hundred is above the threshold. Smaller is better for log_loss, brier and ece.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-Metric = Literal["accuracy", "auroc", "r2"]
+Metric = Literal["accuracy", "auroc", "f1", "log_loss", "brier", "ece", "recall@1%", "r2", "pearson"]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 CHUNK = 2**22  # float64 values of bootstrap weights in memory at once: 32 MiB
+BINS = 15
+LOWER = ("log_loss", "brier", "ece")
 
 
-def parts(
-    metric: Metric, y: NDArray, predicted: NDArray, decision: Floats, fold: Ints, cv: int
-) -> tuple[Floats, Floats]:
-    """Return numerator and denominator in each fold, ``(cv,)`` each.
+@dataclass(frozen=True)
+class Prediction:
+    """Out-of-fold predictions.
 
-    *predicted* are class codes or values, *decision* what ranks the second class above the first; both
-    ``(n_samples,)``.
+    Attributes
+    ----------
+    predicted : (n_samples,)
+        Codes of classes, or values.
+    decision : (n_samples,)
+        What ranks the second class above the first; the value itself in a regression.
+    probability : (n_samples, n_classes), or None
     """
-    found = [_weighted(metric, y[at], predicted[at], decision[at], np.ones((1, at.sum()))) for at in _masks(fold, cv)]
+
+    predicted: NDArray[Any]
+    decision: Floats
+    probability: Floats | None = None
+
+    def take(self, at: NDArray[Any]) -> Prediction:
+        """Return some of the samples, by mask or number."""
+        probability = None if self.probability is None else self.probability[at]
+        return Prediction(self.predicted[at], self.decision[at], probability)
+
+
+def metrics(task: str, classes: int, ranked: bool, probable: bool) -> tuple[Metric, ...]:
+    """Return the metrics of a target, by what a probe gives: decisions that rank, and probabilities."""
+    if task == "regression":
+        return ("r2", "pearson")
+    found: tuple[Metric, ...] = ("accuracy",)
+    found += ("auroc",) if classes == 2 and ranked else ()
+    found += ("f1",)
+    found += ("recall@1%",) if classes == 2 and ranked else ()
+    return found + (("log_loss", "brier", "ece") if probable else ())
+
+
+def parts(metric: Metric, y: NDArray, prediction: Prediction, fold: Ints, cv: int) -> tuple[Floats, Floats]:
+    """Return numerator and denominator in each fold, ``(cv,)`` each."""
+    found = [_weighted(metric, y[at], prediction.take(at), np.ones((1, at.sum()))) for at in _masks(fold, cv)]
     return np.array([top[0] for top, _ in found]), np.array([bottom[0] for _, bottom in found])
 
 
@@ -57,36 +98,45 @@ def fold_interval(values: Floats, level: float = 0.95) -> tuple[Floats, Floats]:
     return values.mean(-1) - half, values.mean(-1) + half
 
 
-def bootstrap(
-    metric: Metric,
-    y: NDArray,
-    predicted: NDArray,
-    decision: Floats,
-    fold: Ints,
-    group: Ints,
-    *,
-    resamples: int,
-    seed: int,
-    level: float = 0.95,
-) -> tuple[Floats, Floats]:
-    """Return the percentile interval of the pooled metric of each arm, ``(n_arms,)`` each.
+def replicates(
+    wanted: Sequence[Metric], y: NDArray, prediction: Prediction, fold: Ints, group: Ints, *, resamples: int, seed: int
+) -> Floats:
+    """Return the pooled metrics of resampled groups, ``(n_metrics, resamples)``.
 
-    *predicted* and *decision* are ``(n_arms, n_samples)``. Whole groups are drawn with replacement, the same
-    draws for every arm; the fitted probes stay as they are (cluster bootstrap: Davison & Hinkley 1997, 3.8).
+    Whole groups are drawn with replacement, the same draws for the same *seed*, so that predictions of different layers
+    may be compared draw by draw; the fitted probes stay as they are (cluster bootstrap: Davison & Hinkley 1997, 3.8).
     """
-    cv, values = int(fold.max()) + 1, np.full((len(predicted), resamples), np.nan)
-    masks, done = _masks(fold, cv), 0
+    cv, values, done = int(fold.max()) + 1, np.full((len(wanted), resamples), np.nan), 0
+    cases = [(at, y[at], prediction.take(at)) for at in _masks(fold, cv)]
     for weights in _resamples(int(group.max()) + 1, len(y), resamples, seed):
-        for arm in range(len(predicted)):
-            top, bottom = np.zeros(len(weights)), np.zeros(len(weights))
-            for at in masks:
-                drawn = weights[:, group[at]]
-                more = _weighted(metric, y[at], predicted[arm, at], decision[arm, at], drawn)
-                top, bottom = top + more[0], bottom + more[1]
-            values[arm, done : done + len(weights)] = ratio(top, bottom)
+        top, bottom = np.zeros((2, len(wanted), len(weights)))
+        for at, known, said in cases:
+            drawn = weights[:, group[at]]
+            for number, metric in enumerate(wanted):
+                more = _weighted(metric, known, said, drawn)
+                top[number] += more[0]
+                bottom[number] += more[1]
+        values[:, done : done + len(weights)] = ratio(top, bottom)
         done += len(weights)
-    low, high = np.nanpercentile(values, [50 * (1 - level), 50 * (1 + level)], axis=1)
+    return values
+
+
+def interval(values: Floats, level: float = 0.95) -> tuple[Floats, Floats]:
+    """Return the ends of the percentile interval over the last dim, the resamples."""
+    low, high = np.nanpercentile(values, [50 * (1 - level), 50 * (1 + level)], axis=-1)
     return low, high
+
+
+def band(pooled: Floats, values: Floats, level: float = 0.95) -> tuple[Floats, Floats]:
+    """Return a band that holds all layers' true scores at once, from ``(n_layers,)`` and ``(n_layers, resamples)``.
+
+    As wide at each layer as the *level* quantile of the largest deviation over layers, each divided by its standard
+    error (the max-t band of Montiel Olea & Plagborg-Møller 2019).
+    """
+    error = np.nanstd(values, axis=1, ddof=1)
+    away = np.abs(values - pooled[:, None]) / np.where(error > 0, error, np.inf)[:, None]
+    reach = np.nanquantile(np.nanmax(away, axis=0), level)
+    return pooled - reach * error, pooled + reach * error
 
 
 def _masks(fold: Ints, cv: int) -> list[NDArray[np.bool_]]:
@@ -103,16 +153,65 @@ def _resamples(n_groups: int, n_samples: int, resamples: int, seed: int) -> Iter
         yield np.bincount(drawn.ravel(), minlength=n * n_groups).reshape(n, n_groups).astype(float)
 
 
-def _weighted(
-    metric: Metric, y: NDArray, predicted: NDArray, decision: Floats, weights: Floats
-) -> tuple[Floats, Floats]:
+def _weighted(metric: Metric, y: NDArray, said: Prediction, weights: Floats) -> tuple[Floats, Floats]:
     """Return numerator and denominator of one fold under each row of weights ``(n, n_samples)``."""
     if metric == "accuracy":
-        return weights @ (y == predicted).astype(float), weights.sum(1)
+        return weights @ (y == said.predicted).astype(float), weights.sum(1)
+    if metric == "f1":
+        return _f1(y, said.predicted, weights) * weights.sum(1), weights.sum(1)
     if metric == "r2":
         # About the fold's mean as it was observed: a resample's own mean would bias every R² downwards.
         sst = weights @ (y - y.mean()) ** 2
-        return sst - weights @ (y - predicted) ** 2, sst
+        return sst - weights @ (y - said.predicted) ** 2, sst
+    if metric == "pearson":
+        return _pearson(y, said.predicted, weights) * weights.sum(1), weights.sum(1)
+    if metric == "auroc":
+        return _auroc(y, said.decision, weights)
+    if metric == "recall@1%":
+        return _recall(y, said.decision, weights)
+    assert said.probability is not None
+    return weights @ _calibration(metric, y, said.probability) if metric != "ece" else _ece(
+        y, said.probability, weights
+    ), weights.sum(1)
+
+
+def _calibration(metric: Metric, y: NDArray, probability: Floats) -> Floats:
+    """Return each sample's log-loss, or Brier score: of two classes the square, of more their sum over classes."""
+    if metric == "log_loss":
+        return np.asarray(-np.log(np.maximum(probability[np.arange(len(y)), y], np.finfo(np.float64).eps)))
+    if probability.shape[1] == 2:
+        return np.asarray((probability[:, 1] - y) ** 2)
+    return np.asarray(((probability - (y[:, None] == np.arange(probability.shape[1]))) ** 2).sum(1))
+
+
+def _ece(y: NDArray, probability: Floats, weights: Floats) -> Floats:
+    likeliest = probability.argmax(1)
+    confidence = probability.max(1)
+    place = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+    gap = (confidence - (likeliest == y))[:, None] * (place[:, None] == np.arange(BINS))
+    return np.asarray(np.abs(weights @ gap).sum(1))
+
+
+def _f1(y: NDArray, predicted: NDArray, weights: Floats) -> Floats:
+    classes = np.unique(np.concatenate([y, predicted]))
+    classes = classes[classes == 1] if len(classes) <= 2 and classes.max(initial=0) <= 1 else classes
+    if not len(classes):
+        return np.zeros(len(weights))
+    one = (y[:, None] == classes).astype(float)
+    other = (predicted[:, None] == classes).astype(float)
+    hit, size = weights @ (one * other), weights @ (one + other)
+    return np.asarray(np.divide(2 * hit, size, out=np.zeros_like(size), where=size > 0).mean(1))
+
+
+def _pearson(y: NDArray, predicted: NDArray, weights: Floats) -> Floats:
+    share = weights / np.maximum(weights.sum(1, keepdims=True), 1e-300)
+    one, two = y - (share @ y)[:, None], predicted - (share @ predicted)[:, None]
+    shared = (share * one * two).sum(1)
+    size = np.sqrt((share * one**2).sum(1) * (share * two**2).sum(1))
+    return np.asarray(np.divide(shared, size, out=np.zeros_like(shared), where=size > 0))
+
+
+def _auroc(y: NDArray, decision: Floats, weights: Floats) -> tuple[Floats, Floats]:
     _, tied = np.unique(decision, return_inverse=True)
     order = np.argsort(tied, kind="stable")
     tied, positive, weights = tied[order], y[order] == 1, weights[:, order]
@@ -124,3 +223,14 @@ def _weighted(
     )
     won = (weights[:, positive] * (below[:, left] + below[:, right])).sum(1) / 2
     return won, weights[:, positive].sum(1) * below[:, -1]
+
+
+def _recall(y: NDArray, decision: Floats, weights: Floats) -> tuple[Floats, Floats]:
+    _, tied = np.unique(-decision, return_inverse=True)
+    order = np.argsort(tied, kind="stable")
+    tied, positive, weights = tied[order], y[order] == 1, weights[:, order]
+    last = np.searchsorted(tied, tied, "right") - 1  # tied samples are above a threshold together
+    above = np.cumsum(weights * ~positive, axis=1)[:, last]
+    negatives = (weights * ~positive).sum(1)
+    allowed = above <= 0.01 * negatives[:, None]
+    return (weights * positive * allowed).sum(1), (weights * positive).sum(1)

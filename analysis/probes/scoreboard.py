@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
 from analysis.probes import score
-from analysis.probes.baselines import Prediction
+from analysis.probes.score import Prediction
 from analysis.view import View
 
 
 class Scoreboard:
-    """Scores of every arm and layer as they come in."""
+    """Scores of every arm and layer as they come in; of arms other than the probe, intervals of the first metric only.
+
+    Bootstrap replicates of the probe are kept, ``(n_layers, n_metrics, resamples)``, for the band over layers.
+    """
 
     def __init__(
         self,
@@ -31,28 +34,26 @@ class Scoreboard:
         shape = (len(self.arms), len(view.layers), len(metrics))
         self.by_fold = np.full((*shape, cv), np.nan)
         self.pooled, self.low, self.high = (np.full(shape, np.nan) for _ in range(3))
+        self.drawn = np.full((*shape[1:], resamples), np.nan)
 
-    def _score(self, y: NDArray, prediction: Prediction) -> Iterable[tuple[NDArray, float, float, float]]:
-        predicted, decision = prediction
-        for metric in self.metrics:
-            top, bottom = score.parts(metric, y, predicted, decision, self.fold, self.cv)
-            low, high = score.bootstrap(
-                metric, y, predicted[None], decision[None], self.fold, self.view.group,
-                resamples=self.resamples, seed=self.seed,
-            )  # fmt: skip
-            yield score.ratio(top, bottom), float(score.ratio(top.sum(), bottom.sum())), low[0], high[0]
-
-    def add(self, arm: str, layer: int | slice, y: NDArray, prediction: Prediction) -> None:
+    def add(self, arm: str, layer: int | slice, y: NDArray, said: Prediction) -> None:
         """Score an arm's out-of-fold predictions in one layer, given by its place, or in all of them."""
         at = self.arms.index(arm)
-        for m, (values, pooled, low, high) in enumerate(self._score(y, prediction)):
-            self.by_fold[at, layer, m] = values
-            self.pooled[at, layer, m], self.low[at, layer, m], self.high[at, layer, m] = pooled, low, high
+        self.by_fold[at, layer], self.pooled[at, layer] = self._values(y, said)
+        wanted = self._known(said) if arm == "probe" else self.metrics[:1]
+        drawn = self._draw(wanted, y, said)
+        places = [self.metrics.index(metric) for metric in wanted]
+        if arm == "probe":
+            self.drawn[layer, places] = drawn
+        self.low[at, layer, places], self.high[at, layer, places] = (
+            end if isinstance(layer, int) else end[:, None] for end in score.interval(drawn)
+        )
 
     def dataset(self) -> xr.Dataset:
         """Return what was added, by arm, layer, metric and fold."""
         dims = ("arm", "layer", "metric")
         low, high = score.fold_interval(self.by_fold)
+        ends = [score.band(self.pooled[0, :, m], self.drawn[:, m]) for m in range(len(self.metrics))]
         return xr.Dataset(
             {
                 "score": ((*dims, "fold"), self.by_fold),
@@ -62,6 +63,8 @@ class Scoreboard:
                 "pooled": (dims, self.pooled),
                 "ci_low": (dims, self.low),
                 "ci_high": (dims, self.high),
+                "band_low": (("layer", "metric"), np.stack([low for low, _ in ends], axis=1)),
+                "band_high": (("layer", "metric"), np.stack([high for _, high in ends], axis=1)),
             },
             {
                 "arm": self.arms,
@@ -72,10 +75,13 @@ class Scoreboard:
             },
         )
 
-    def nested(self, prediction: Prediction, chosen: NDArray) -> xr.Dataset:
+    def nested(self, said: Prediction, chosen: NDArray) -> xr.Dataset:
         """Return the scores of predictions whose layer, ``chosen[fold]`` by place, differs between folds."""
-        values, pooled, low, high = zip(*self._score(self.view.y, prediction))
-        by_fold = np.stack(values)
+        by_fold, pooled = self._values(self.view.y, said)
+        low, high = np.full((2, len(self.metrics)), np.nan)
+        known = self._known(said)
+        places = [self.metrics.index(metric) for metric in known]
+        low[places], high[places] = score.interval(self._draw(known, self.view.y, said))
         fold_low, fold_high = score.fold_interval(by_fold)
         layers = [-1 if layer is None else layer for layer in self.view.layers]
         return xr.Dataset(
@@ -85,8 +91,22 @@ class Scoreboard:
                 "best_mean": ("metric", by_fold.mean(-1)),
                 "best_fold_low": ("metric", fold_low),
                 "best_fold_high": ("metric", fold_high),
-                "best_pooled": ("metric", np.array(pooled)),
-                "best_ci_low": ("metric", np.array(low)),
-                "best_ci_high": ("metric", np.array(high)),
+                "best_pooled": ("metric", pooled),
+                "best_ci_low": ("metric", low),
+                "best_ci_high": ("metric", high),
             }
         )
+
+    def _known(self, said: Prediction) -> list[score.Metric]:
+        return [m for m in self.metrics if said.probability is not None or m not in score.LOWER]
+
+    def _values(self, y: NDArray, said: Prediction) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        by_fold, pooled = np.full((len(self.metrics), self.cv), np.nan), np.full(len(self.metrics), np.nan)
+        for metric in self._known(said):
+            top, bottom = score.parts(metric, y, said, self.fold, self.cv)
+            at = self.metrics.index(metric)
+            by_fold[at], pooled[at] = score.ratio(top, bottom), score.ratio(top.sum(), bottom.sum())
+        return by_fold, pooled
+
+    def _draw(self, wanted: Sequence[score.Metric], y: NDArray, said: Prediction) -> NDArray[np.float64]:
+        return score.replicates(wanted, y, said, self.fold, self.view.group, resamples=self.resamples, seed=self.seed)

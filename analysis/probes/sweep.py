@@ -1,30 +1,33 @@
-"""One probe on every captured layer, beside baselines, on the same folds."""
+"""Probes on every captured layer, beside baselines, on the same folds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
-import sklearn
+from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, is_classifier, is_regressor
 
 from analysis.probes import baselines as base
-from analysis.probes import crossfit, folds, score
-from analysis.probes.estimators import Logistic
+from analysis.probes.estimators import LinearProbe, Logistic, Ridge
+from analysis.probes.estimators.design import Design
 from analysis.probes.results import Sweep
-from analysis.probes.scoreboard import Scoreboard
+from analysis.probes.trial import Trial
 from analysis.progress import bar
+from analysis.targets import TokenTarget
 from analysis.view import Readable, Rows, Task, View, join
 from flexcache.errors import AnalysisError, nearest
 from flexcache.site import Layers
 
-Prediction = base.Prediction
+Target = str | TokenTarget
+SHARE = 0.5
+"""Of the machine's memory: how much one layer's samples may take before they are read in blocks at each pass."""
 
 
 def sweep(
     store: Readable,
-    target: str,
+    target: Target,
     site: str,
     probe: BaseEstimator | None = None,
     *,
@@ -37,6 +40,8 @@ def sweep(
     baselines: Sequence[str] = base.NAMES,
     select: Literal["inner", "none"] = "inner",
     resamples: int = 1000,
+    mdl: bool = True,
+    memory: int | None = None,
     progress: bool = True,
 ) -> Sweep:
     """Cross-validate a probe on every captured layer of a site.
@@ -45,39 +50,49 @@ def sweep(
     tested on, and stratified by class. Whatever is learnt from data, standardisation included, is learnt
     inside the fold.
 
-    Two kinds of interval are reported, both 95 %. ``fold_low, fold_high`` is mean ± t over the folds (see
+    Three kinds of interval are reported, all 95 %. ``fold_low, fold_high`` is mean ± t over the folds (see
     `score.fold_interval`). ``ci_low, ci_high``, the one that is plotted, is a bootstrap over whole groups of
-    the pooled out-of-fold predictions: what another draw of *documents* would give the same probes.
+    the pooled out-of-fold predictions: what another draw of *documents* would give the same probes. ``band_low,
+    band_high`` holds the scores of all layers at once (`score.band`).
 
-    The layer is chosen inside the folds (``select="inner"``): for each test fold, by cross-validation over
-    the other folds alone. `Sweep.best` is scored on the test fold by the layer chosen without it, so it may
+    Layer and strength are chosen inside the folds (``select="inner"``): for each test fold, by cross-validation over
+    the other folds alone. `Sweep.best` is scored on the test fold by what was chosen without it, so it may
     be quoted. This costs cv·(cv−1)/2 further fits a layer, each used twice: a probe trained without folds
-    *j* and *k* validates the choice for either.
+    *j* and *k* validates the choice for either. Linear probes of this package are fitted to all folds and
+    strengths side by side.
 
-    One layer's rows are in memory at a time (`View.bytes_per_layer`), plus one prediction per sample and
-    layer.
+    One layer's samples are in memory at a time (`View.bytes_per_layer`), plus one prediction per sample and
+    layer. Where that is more than *memory*, linear probes read them in blocks, as often as they need.
 
     Parameters
     ----------
     store
         What `flexcache.open` returned.
     target, site, groups, rows, layers, task
-        See `analysis.view.join`.
+        See `analysis.view.join`; a target of tokens is made by `analysis.targets`.
     probe
-        Any scikit-learn estimator, by default `Logistic`. Yours is given raw activations in float64: put a
-        `StandardScaler` before it in a pipeline. It is cloned for every fit, never changed.
+        Any scikit-learn estimator, by default `Logistic`, or `Ridge` for numbers, with ten strengths to choose from.
+        Yours is given raw activations in float64: put a `StandardScaler` before it in a pipeline. It is cloned for
+        every fit, never changed.
     cv
         Number of folds.
     seed
         Of folds, shuffles and bootstrap.
     baselines
-        ``"majority"``: the commonest training class (or mean). ``"shuffled"``: the same probe, fitted and
-        scored on labels moved to other documents, one shuffle, on every layer. ``"tfidf"``: words and pairs
-        of words, where texts are stored.
+        ``"majority"``: the commonest training class (or mean). ``"tfidf"``: words and pairs of words, where texts are
+        stored. ``"tokens"``: the bag of token ids. ``"length"``: the number of tokens. And on every layer:
+        ``"shuffled"``: the same probe, fitted and scored on labels moved to other documents, one shuffle;
+        ``"random"``: a probe of one random direction; ``"control"``: the same probe, on labels drawn for each kind of
+        token, whence ``selectivity`` (Hewitt & Liang 2019).
     select
         ``"none"`` leaves out the inner choice; `Sweep.best` then says that it was chosen on its own scores.
     resamples
         Bootstrap resamples.
+    mdl
+        Whether probes that give probabilities are measured by online coding as well: ``codelength`` in bits and
+        ``compression``, how many times shorter than an even code (Voita & Titov 2020).
+    memory
+        Bytes for the samples of one layer; by default half of the machine's.
     progress
         Show a bar while standard error is a terminal.
 
@@ -87,62 +102,104 @@ def sweep(
         A question that the data cannot answer (see `join` and `folds.assign`), a probe that does not fit the
         target, or one that did not converge, with its layer and fold.
     """
-    probe = Logistic() if probe is None else probe
+    found = sweeps(
+        store,
+        [target],
+        [site],
+        None if probe is None else {"probe": probe},
+        cv=cv,
+        groups=groups,
+        rows=rows,
+        layers=layers,
+        seed=seed,
+        task=task,
+        baselines=baselines,
+        select=select,
+        resamples=resamples,
+        mdl=mdl,
+        memory=memory,
+        progress=progress,
+    )
+    return next(iter(found.values()))
+
+
+def sweeps(
+    store: Readable,
+    targets: Sequence[Target],
+    sites: Sequence[str],
+    probes: Mapping[str, BaseEstimator] | None = None,
+    *,
+    cv: int = 5,
+    groups: str | None = "document",
+    rows: Rows | None = None,
+    layers: Layers = "all",
+    seed: int = 0,
+    task: Task | None = None,
+    baselines: Sequence[str] = base.NAMES,
+    select: Literal["inner", "none"] = "inner",
+    resamples: int = 1000,
+    mdl: bool = True,
+    memory: int | None = None,
+    progress: bool = True,
+) -> dict[tuple[str, str, str], Sweep]:
+    """Cross-validate several probes for several targets and sites; what needs the same samples shares their reading.
+
+    A column of lists of words, several labels a document, is a target for each word: whether the document has it.
+
+    Parameters
+    ----------
+    probes
+        By name.
+
+    Others are those of `sweep`.
+
+    Returns
+    -------
+    dict of Sweep
+        By (target, site, probe).
+    """
     for name in baselines:
         if name not in base.NAMES:
             raise AnalysisError(f"there is no baseline {name!r}", remedy=nearest(name, base.NAMES))
     if select not in ("inner", "none"):
         raise AnalysisError(f"select cannot be {select!r}", remedy=nearest(str(select), ("inner", "none")))
-    view = join(store, site, target, groups=groups, rows=rows, layers=layers, task=task)
-    _check_probe(probe, view)
-    fold = folds.assign(view, cv, seed)
-    notes = _notes(view)
-    metrics: tuple[score.Metric, ...] = ("r2",) if view.task == "regression" else ("accuracy",)
-    if len(view.classes) == 2 and any(hasattr(probe, name) for name in ("decision_function", "predict_proba")):
-        metrics += ("auroc",)
-    inner = select == "inner" and len(view.layers) > 1
-    if inner and not (cv > 2 if view.task == "regression" else folds.trainable(view.y, fold, cv, without=2)):
-        inner = False
-        notes.append("The layer was not chosen inside the folds: too few folds, or a class in fewer than three.")
-
-    fixed = {"majority": base.majority(view, fold, cv)} if "majority" in baselines else {}
-    if "tfidf" in baselines:
-        if view.texts is None:
-            notes.append("No TF-IDF baseline: the store kept no texts.")
-        else:
-            try:
-                fixed["tfidf"] = base.tfidf(view, fold, cv)
-            except AnalysisError as error:  # a baseline that fails should not cost the answer
-                notes.append(f"No TF-IDF baseline: {error.message}.")
-    moved = base.shuffle(view, fold, cv, seed) if "shuffled" in baselines else None
-    arms = ["probe", *(name for name in baselines if name in fixed or name == "shuffled")]
-
-    board = Scoreboard(view, fold, cv, arms, metrics, resamples, seed)
-    for arm, prediction in fixed.items():
-        board.add(arm, slice(None), view.y, prediction)
-    kept: list[Prediction] = []
-    choice = np.full((len(view.layers), cv), np.nan)
-    with BLAS.limit(limits=1, user_api="blas"):  # many small fits: threads would wait for each other
-        for at, layer in enumerate(_shown(view.layers, site, progress)):
-            X = view.read(layer)
-            kept.append(crossfit.outer(probe, view, X, view.y, fold, cv, layer))
-            board.add("probe", at, view.y, kept[-1])
-            if moved is not None:
-                board.add("shuffled", at, moved, crossfit.outer(probe, view, X, moved, fold, cv, layer))
-            if inner:
-                choice[at] = crossfit.inner(probe, view, X, fold, cv, metrics[0], layer)
-
-    data = board.dataset()
-    chosen = choice.argmax(0) if inner else np.full(cv, int(data["pooled"].values[0, :, 0].argmax()))
-    predicted, decision = (
-        np.stack([kept[at][part] for at in chosen])[fold, np.arange(view.n_samples)] for part in (0, 1)
-    )
-    data = data.merge(board.nested((predicted, decision), chosen))
-    data.attrs = _attrs(view, probe, cv, seed, resamples, inner, notes)
-    return Sweep(data)
+    trials: dict[tuple[str, str, str], Trial] = {}
+    for site in sites:
+        for target in targets:
+            view = join(store, site, target, groups=groups, rows=rows, layers=layers, task=task)
+            for name, probe in (probes or {"probe": _usual(view)}).items():
+                check_probe(probe, view)
+                trials[view.target, site, name] = Trial(
+                    view,
+                    probe,
+                    cv=cv,
+                    seed=seed,
+                    baselines=baselines,
+                    select=select,
+                    resamples=resamples,
+                    mdl=mdl,
+                )
+    shared: dict[Any, list[Trial]] = {}
+    for trial in trials.values():
+        shared.setdefault(_samples(trial.view), []).append(trial)
+    with bar(progress) as shown:
+        for group in shared.values():
+            view = group[0].view
+            task_of = shown.add_task(f"probing {view.site}, layer by layer", total=len(view.layers) * len(group))
+            for at, layer in enumerate(view.layers):
+                for trial, given in _given(group, layer, memory):
+                    trial.read(at, layer, given)
+                    shown.advance(task_of)
+    return {name: trial.sweep() for name, trial in trials.items()}
 
 
-def _check_probe(probe: BaseEstimator, view: View) -> None:
+def check_probe(probe: BaseEstimator, view: View) -> None:
+    """Refuse what is no probe, or not one for the view's target.
+
+    Raises
+    ------
+    AnalysisError
+    """
     if isinstance(probe, type) or not (
         hasattr(probe, "fit") and hasattr(probe, "predict") and hasattr(probe, "get_params")
     ):
@@ -159,54 +216,43 @@ def _check_probe(probe: BaseEstimator, view: View) -> None:
             found=f"a {view.task} target",
             remedy="use probes.Ridge(), or say task= in so many words",
         )
-
-
-def _notes(view: View) -> list[str]:
-    notes = []
-    if view.groups is None and view.rows == "all":
-        notes.append(
-            "Rows of one document are in training and test folds alike: the scores may measure how well a "
-            "document is recognised, not the target."
+    if getattr(probe, "pooled", False) != (view.rows == "tokens"):
+        raise AnalysisError(
+            f"{type(probe).__name__} cannot be fitted to rows={view.rows!r}",
+            expected='rows="tokens" for a probe that reads a document\'s tokens together, and for no other',
         )
-    if view.texts is not None:
-        owner: dict[str, int] = {}
-        first = np.unique(view.document, return_index=True)[1]
-        shared = sum(owner.setdefault(text, int(g)) != g for text, g in zip(view.texts, view.group[first]))
-        if shared:
-            notes.append(f"{shared} documents have the very text of one in another group, perhaps across folds.")
-    return notes
 
 
-def _attrs(
-    view: View, probe: BaseEstimator, cv: int, seed: int, resamples: int, inner: bool, notes: list[str]
-) -> dict[str, Any]:
-    with sklearn.config_context(print_changed_only=False):
-        shown = " ".join(repr(probe).split())
-    return {
-        "format": "flexcache probe sweep 1",
-        "site": view.site,
-        "target": view.target,
-        "task": view.task,
-        "classes": list(view.classes),
-        "class_samples": np.bincount(view.y).tolist() if view.classes else [],
-        "rows": view.rows,
-        "groups": view.groups,
-        "documents": view.n_documents,
-        "samples": view.n_samples,
-        "groups_found": view.n_groups,
-        "dropped": dict(view.dropped),
-        "probe": shown,
-        "cv": cv,
-        "splitter": type(folds.splitter(view, cv, seed)).__name__,
-        "seed": seed,
-        "resamples": resamples,
-        "layer_chosen": "inside the folds" if inner else "on these scores" if len(view.layers) > 1 else "given",
-        "bytes_per_layer": view.bytes_per_layer(),
-        "notes": notes,
-        "versions": {"scikit-learn": sklearn.__version__, "numpy": np.__version__},
-    }
+def _usual(view: View) -> LinearProbe:
+    return Logistic(Cs=10) if view.classes else Ridge(alphas=10)
 
 
-def _shown(layers: tuple[int | None, ...], site: str, progress: bool) -> Iterable[int | None]:
-    with bar(progress) as shown:
-        yield from shown.track(layers, description=f"probing {site}, layer by layer")
+def _samples(view: View) -> Any:
+    """Return what tells samples apart from those of another view."""
+    numbers = view.source if view.row is None else view.row
+    return view.site, view.layers, view.rows, numbers.tobytes()
+
+
+def _given(
+    group: Sequence[Trial], layer: int | None, memory: int | None
+) -> Iterator[tuple[Trial, Design | NDArray[Any]]]:
+    """Yield each trial with the samples of a layer: in memory, or, where they would not fit, to be read in blocks."""
+    view = group[0].view
+    budget = memory or int(SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if view.row is not None and view.bytes_per_layer() > budget:
+        stubborn = next((trial for trial in group if not isinstance(trial.probe, LinearProbe)), None)
+        if stubborn is not None:
+            raise AnalysisError(
+                f"{type(stubborn.probe).__name__} needs all samples in memory",
+                where=view.site,
+                expected=f"at most {budget / 2**30:.1f} GiB",
+                found=f"{view.n_samples:,} samples need {view.bytes_per_layer() / 2**30:.1f} GiB",
+                remedy='use a linear probe, which reads blocks; write rows="last"; or give more memory',
+            )
+        streamed = Design(lambda part: view.read_some(layer, part), (view.n_samples, view.features))
+        yield from ((trial, streamed) for trial in group)
+        return
+    X = view.read(layer)
+    design = Design(X) if X.dtype != object else None
+    for trial in group:
+        yield trial, design if design is not None and isinstance(trial.probe, LinearProbe) else X

@@ -5,16 +5,32 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
+from analysis.probes.baselines import WITHOUT_MODEL
 from analysis.probes.results import Sweep
 
-NAMES = {"accuracy": "accuracy", "auroc": "AUROC", "r2": "R²"}
+NAMES = {
+    "accuracy": "accuracy",
+    "auroc": "AUROC",
+    "f1": "F1",
+    "recall@1%": "recall at 1 % false positives",
+    "log_loss": "log-loss",
+    "brier": "Brier score",
+    "ece": "calibration error",
+    "r2": "R²",
+    "pearson": "correlation",
+}
 ARMS = {
     "probe": "probe",
     "majority": "majority class",
-    "shuffled": "shuffled labels",
     "tfidf": "TF-IDF of the text",
+    "tokens": "bag of tokens",
+    "length": "number of tokens",
+    "shuffled": "shuffled labels",
+    "random": "random direction",
+    "control": "control task",
 }
-BASELINES = {"majority": "majority", "tfidf": "TF-IDF"}
+SHOWN = 2
+"""Metrics of which a table has columns."""
 
 
 def table(sweep: Sweep) -> Table:
@@ -27,36 +43,42 @@ def table(sweep: Sweep) -> Table:
         title_justify="left",
     )
     found.add_column("layer", justify="right", no_wrap=True)
-    for metric in sweep.metrics:
+    for metric in sweep.metrics[:SHOWN]:
         found.add_column(Text(f"{NAMES[metric]}\n[bootstrap 95 %]"), justify="right", no_wrap=True)
         if metric == best.metric:
             found.add_column("over folds\n95 %", justify="right", no_wrap=True, style="dim")
-    if "shuffled" in sweep.arms:
-        found.add_column("shuffled\nlabels", justify="right", no_wrap=True, style="dim")
+    beside = [arm for arm in ("shuffled", "control") if arm in sweep.arms]
+    for name in beside:
+        found.add_column(ARMS[name].replace(" ", "\n"), justify="right", no_wrap=True, style="dim")
     for layer in data["layer"].values.tolist():
         cells = _cells(sweep, "probe", layer)
-        if "shuffled" in sweep.arms:
-            cells.append(number(float(data["pooled"].sel(arm="shuffled", layer=layer)[0])))
+        cells += [number(float(data["pooled"].sel(arm=arm, layer=layer)[0])) for arm in beside]
         is_best = layer == (-1 if best.layer is None else best.layer)
         found.add_row("–" if layer < 0 else str(layer), *cells, style="bold" if is_best else None)
     found.add_section()
     first = int(data["layer"].values[0])
     for arm in sweep.arms:
-        if arm not in ("probe", "shuffled"):
-            found.add_row(
-                "mean" if arm == "majority" and asked["task"] == "regression" else BASELINES[arm],
-                *_cells(sweep, arm, first),
-            )
+        if arm in WITHOUT_MODEL:
+            found.add_row(arm_name(sweep, arm), *_cells(sweep, arm, first))
     return found
 
 
+def arm_name(sweep: Sweep, arm: str) -> str:
+    """Return what an arm is called."""
+    return "mean of the target" if arm == "majority" and sweep.results.attrs["task"] == "regression" else ARMS[arm]
+
+
 def number(value: float) -> str:
-    """Return three digits as they are quoted: .882."""
+    """Return three digits as they are quoted: .882; a dash for what was not measured."""
+    if value != value:
+        return "–"
     return f"{value:.3f}".replace("0.", ".", 1).replace("-", "−") if abs(value) < 0.9995 else f"{value:.2f}"
 
 
 def interval(low: float, high: float) -> str:
-    """Return an interval in brackets."""
+    """Return an interval in brackets; nothing where there is none."""
+    if low != low:
+        return ""
     return f"[{number(low)}, {number(high)}]"
 
 
@@ -68,15 +90,25 @@ def caption(sweep: Sweep) -> str:
         text = f"{score}."
     elif best.nested:
         picks = ", ".join(map(str, best.chosen))
-        text = f"Best layer {best.layer}. With the layer chosen inside the folds ({picks}): {score}."
+        kept = asked_strength(sweep)
+        what = "layer and strength" if kept else "the layer"
+        text = f"Best layer {best.layer}{kept}. With {what} chosen inside the folds ({picks}): {score}."
     else:
         text = f"Best layer {best.layer}: {score}, chosen on these very scores and so too high."
     return " ".join([text, *asked["notes"]])
 
 
+def asked_strength(sweep: Sweep) -> str:
+    """Return the strength of the best layer's weights in words, where several were tried."""
+    if "final_strength" not in sweep.results:
+        return ""
+    layer = -1 if sweep.best.layer is None else sweep.best.layer
+    return f" at strength {float(sweep.results['final_strength'].sel(layer=layer)):.3g}"
+
+
 def _cells(sweep: Sweep, arm: str, layer: int) -> list[str]:
     cells = []
-    for metric in sweep.metrics:
+    for metric in sweep.metrics[:SHOWN]:
         values = sweep.results.sel(arm=arm, layer=layer, metric=metric)
         names = ("pooled", "ci_low", "ci_high", "mean", "fold_high")
         at = {name: float(values[name]) for name in names}

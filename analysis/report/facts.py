@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from analysis import probes
 from analysis.probes import Sweep
 from flexcache.store.display import layer_text, size, summary
 from flexcache.store.display import sites as site_lines
@@ -16,6 +17,8 @@ ROWS = {
     "last": "the last kept token",
     "first": "the first token",
     "mean": "the mean of its tokens",
+    "max": "the largest value of its tokens",
+    "tokens": "all tokens together",
     "all": "every token",
 }
 
@@ -35,7 +38,7 @@ def asked(sweep: Sweep) -> Lines:
     lines = [
         ("target", str(what["target"])),
         ("site", what["site"] + ("" if layers == (-1,) else f", layers {layer_text(layers)}")),
-        ("of each document", ROWS[what["rows"]]),
+        ("of each document", ROWS.get(what["rows"], f"the token at position {what['rows']}")),
         ("probe", what["probe"]),
         ("documents", f"{what['documents']:,}" + _dropped(what["dropped"])),
         ("samples", f"{what['samples']:,} in {what['groups_found']:,} groups"),
@@ -52,7 +55,7 @@ def snippet(sweep: Sweep, path: str) -> str:
     """Return Python that asks the same question again."""
     what = sweep.results.attrs
     name = what["probe"].split("(")[0]
-    ours = name in ("Logistic", "Ridge")
+    ours = name in probes.__all__
     options = {key: what[key] for key in ("cv", "groups", "rows", "seed", "task")}
     layers = [int(layer) for layer in sweep.results["layer"].values]
     if layers != [-1]:

@@ -10,7 +10,8 @@ from typing import Any
 from markupsafe import Markup
 
 from analysis.probes import Sweep
-from analysis.probes.table import ARMS, NAMES, caption, interval, number
+from analysis.probes.baselines import WITHOUT_MODEL
+from analysis.probes.table import NAMES, SHOWN, arm_name, caption, interval, number
 from analysis.report import chart, facts
 from analysis.report.template import write_page
 from flexcache.store.store import Store
@@ -61,8 +62,10 @@ def write(
         best_interval=interval(best.ci_low, best.ci_high),
         summary=caption(sweep).removesuffix(" ".join(what["notes"])).strip(),
         baselines=_baselines(sweep),
-        charts=[(NAMES[metric], Markup(chart.svg(sweep, metric))) for metric in sweep.metrics],
-        metrics=[NAMES[metric] for metric in sweep.metrics],
+        charts=[(NAMES[metric], Markup(chart.svg(sweep, metric))) for metric in sweep.metrics[:SHOWN]],
+        others=_others(sweep),
+        pictures=[(text, Markup(drawn)) for text, drawn in chart.pictures(sweep)],
+        metrics=[NAMES[metric] for metric in sweep.metrics[:SHOWN]],
         lines=_lines(sweep),
         shuffled="shuffled" in sweep.arms,
         tfidf="tfidf" in sweep.arms,
@@ -77,13 +80,21 @@ def write(
     )
 
 
-def _baselines(sweep: Sweep) -> list[dict[str, str]]:
-    """Return each baseline's name, score and interval; of shuffled labels, at the best layer."""
+def _baselines(sweep: Sweep) -> list[dict[str, Any]]:
+    """Return each baseline's name, score and interval; of those fitted to layers, at the best."""
     best, found = sweep.best, []
     for arm in sweep.arms[1:]:
         at = sweep.results.sel(arm=arm, metric=best.metric, layer=-1 if best.layer is None else best.layer)
         ends = interval(float(at["ci_low"]), float(at["ci_high"]))
-        found.append({"arm": arm, "name": _name(sweep, arm), "score": number(float(at["pooled"])), "interval": ends})
+        found.append(
+            {
+                "arm": arm,
+                "name": arm_name(sweep, arm),
+                "score": number(float(at["pooled"])),
+                "interval": ends,
+                "fixed": arm in WITHOUT_MODEL,
+            }
+        )
     return found
 
 
@@ -103,15 +114,15 @@ def _lines(sweep: Sweep) -> list[dict[str, Any]]:
         for layer in layers
     ]
     for arm in sweep.arms:
-        if arm not in ("probe", "shuffled"):
+        if arm in WITHOUT_MODEL:
             cells = _cells(sweep, arm, layers[0])
-            found.append({"name": _name(sweep, arm), "best": False, "cells": cells, "shuffled": ""})
+            found.append({"name": arm_name(sweep, arm), "best": False, "cells": cells, "shuffled": ""})
     return found
 
 
 def _cells(sweep: Sweep, arm: str, layer: int) -> list[tuple[str, str, str]]:
     cells = []
-    for metric in sweep.metrics:
+    for metric in sweep.metrics[:SHOWN]:
         at = sweep.results.sel(arm=arm, layer=layer, metric=metric)
         cells.append(
             (
@@ -123,5 +134,27 @@ def _cells(sweep: Sweep, arm: str, layer: int) -> list[tuple[str, str, str]]:
     return cells
 
 
-def _name(sweep: Sweep, arm: str) -> str:
-    return "mean of the target" if arm == "majority" and sweep.results.attrs["task"] == "regression" else ARMS[arm]
+def _others(sweep: Sweep) -> list[tuple[str, str, str]]:
+    """Return every metric of the nested predictions, and what else was measured at the best layer."""
+    data, best = sweep.results, sweep.best
+    found = [
+        (
+            NAMES[metric],
+            number(float(data["best_pooled"].sel(metric=metric))),
+            interval(float(data["best_ci_low"].sel(metric=metric)), float(data["best_ci_high"].sel(metric=metric))),
+        )
+        for metric in sweep.metrics
+    ]
+    layer = -1 if best.layer is None else best.layer
+    if "selectivity" in data:
+        found.append(("selectivity, at the best layer", number(float(data["selectivity"].sel(layer=layer))), ""))
+    if "compression" in data:
+        bits = float(data["codelength"].sel(layer=layer))
+        ratio = float(data["compression"].sel(layer=layer))
+        found.append(
+            ("online codelength, at the best layer", f"{bits:,.0f} bits", f"{ratio:.2f} times shorter than even")
+        )
+    if "final_strength" in data:
+        strength = float(data["final_strength"].sel(layer=layer))
+        found.append(("strength of the weights that are kept", f"{strength:.3g}", "chosen by all folds"))
+    return found

@@ -154,7 +154,7 @@ def test_ridge_on_numbers_is_a_regression(targets: int) -> None:
 @pytest.mark.parametrize("shrinkage", [0.0, 0.3])
 def test_lda_is_that_of_scikit_learn(classes: int, shrinkage: float) -> None:
     X, y = data(classes=classes)
-    X = np.delete(X, 0, 1)  # without the constant, which makes the covariance singular
+    X = X[:, 1:] / X[:, 1:].std(0)  # without the constant, which makes the covariance singular
     ours = probes.LDA(shrinkage).fit(X, y)
     theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage or None).fit(X, y)
     scale = np.abs(theirs.decision_function(X)).max()
@@ -168,6 +168,7 @@ def test_lda_is_that_of_scikit_learn(classes: int, shrinkage: float) -> None:
 @pytest.mark.parametrize("classes", [2, 3])
 def test_nearest_centroid_is_that_of_scikit_learn(classes: int) -> None:
     X, y = data(classes=classes)
+    X = X[:, 1:]
     assert (probes.NearestCentroid().fit(X, y).predict(X) == NearestCentroid().fit(X, y).predict(X)).all()
 
 
@@ -204,14 +205,14 @@ def test_a_perceptron_reads_what_no_line_can() -> None:
     y = np.where(X[:, 0] * X[:, 1] > 0, "same", "other")
     fitted = probes.MLP(32, learning_rate=1e-2, weight_decay=0.0).fit(X[:400], y[:400])
     assert fitted.score(X[400:], y[400:]) > 0.85
-    assert probes.Logistic().fit(X[:400], y[:400]).score(X[400:], y[400:]) < 0.6
+    assert probes.Logistic().fit(X[:400], y[:400]).score(X[400:], y[400:]) < 0.7
     again = clone(fitted).fit(X[:400], y[:400])
     np.testing.assert_array_equal(again.predict_proba(X), fitted.predict_proba(X))
 
 
 def test_attention_finds_the_token_that_tells() -> None:
     rng = np.random.default_rng(0)
-    lengths, y = rng.integers(3, 20, size=500), rng.integers(2, size=500)
+    lengths, y = rng.integers(20, 60, size=500), rng.integers(2, size=500)
     X = [rng.normal(size=(length, 8)) for length in lengths]
     for tokens, label in zip(X, y):
         at = rng.integers(len(tokens))

@@ -56,8 +56,8 @@ class MassMean(_OfMeans):
     """The difference of class means as a direction (Marks & Tegmark 2023, arXiv 2310.06824).
 
     With two classes the direction is exactly that of `NearestCentroid`; with more, each class is compared with the mean
-    of all class means. With *iid*, the direction is tilted by the inverse of the covariance within classes, as the paper
-    does for data like that which was fitted; it is then that of `LDA` without shares.
+    of all class means. With *iid*, the direction is tilted by the inverse of the covariance within classes, as the
+    paper does for data like that which was fitted; it is then that of `LDA` without shares.
 
     Parameters
     ----------
@@ -110,5 +110,6 @@ class LDA(LogOdds, _OfMeans):
     def _decide(self, means: Floats, share: Floats, within: Floats, strength: float) -> tuple[Floats, Floats]:
         matrix = (1 - strength) * within
         matrix.flat[:: len(matrix) + 1] += strength * np.trace(within) / len(within)
-        coef = lstsq(matrix, means.T, check_finite=False)[0].T if strength == 0 else np.linalg.solve(matrix, means.T).T
-        return coef, -np.einsum("kd,kd->k", coef, means) / 2 + np.log(share)
+        solve = np.linalg.solve if strength else lambda a, b: lstsq(a, b, check_finite=False)[0]
+        coef: Floats = np.asarray(solve(matrix, means.T).T, np.float64)
+        return coef, np.log(share) - np.einsum("kd,kd->k", coef, means) / 2

@@ -141,7 +141,8 @@ class LinearProbe(BaseEstimator):
 class LogOdds(LinearProbe):
     """A linear probe whose decisions are log-odds, so that it gives probabilities."""
 
-    def probabilities(self, decision: Floats) -> Floats:
+    @staticmethod
+    def probabilities(decision: Floats) -> Floats:
         """Return the probability of each class, (rows, classes), from decisions."""
         if decision.ndim == 2 and decision.shape[1] > 1:
             return np.asarray(softmax(decision, axis=1))

@@ -1,4 +1,4 @@
-"""Probes that are trained by gradient steps, in torch: a multilayer perceptron, and attention over a document's tokens."""
+"""Probes trained by gradient steps, in torch: a multilayer perceptron, and attention over a document's tokens."""
 
 from __future__ import annotations
 
@@ -85,10 +85,8 @@ class _Neural(ClassifierMixin, BaseEstimator):
     def _probabilities(self, inputs: Inputs) -> NDArray[np.float64]:
         import torch
 
-        found = []
         with torch.no_grad():
-            for part in inputs.parts(1024):
-                found.append(torch.softmax(self.network_(*inputs.take(part)).double(), -1))
+            found = [torch.softmax(self.network_(*inputs.take(part)).double(), -1) for part in inputs.parts(1024)]
         return torch.cat(found).numpy()
 
 
@@ -253,6 +251,6 @@ def _pooling(features: int, heads: int, classes: int) -> torch.nn.Module:
         def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             scores = self.query(tokens).masked_fill(~mask[..., None], float("-inf")).softmax(1)
             pooled = torch.einsum("bth,btf->bhf", scores, tokens)
-            return self.read(pooled.flatten(1))  # type: ignore[no-any-return]
+            return self.read(pooled.flatten(1))
 
     return Pooling()

@@ -131,11 +131,12 @@ class _Problems:
         self.penalty = self.ridge * self.scale**2
         self.w, self.b = np.zeros((features, count, classes)), np.zeros((count, classes))
         self.decision = np.zeros((rows, count, classes))
-        self.values, self.basis = design.principal
+        self.values, basis = design.principal
+        self.basis = basis.astype(np.float32)
         self._refresh(np.ones(count, bool))
 
     def coefficients(self) -> tuple[Floats, Floats]:
-        """Return coefficients and intercepts; of several classes, intercepts of mean 0, since only differences count."""
+        """Return coefficients and intercepts; of several classes, intercepts of mean 0: only differences count."""
         return self.w, self.b - self.b.mean(1, keepdims=True) if self.b.shape[1] > 1 else self.b
 
     def distance(self) -> Floats:
@@ -196,46 +197,69 @@ class _Problems:
         return np.asarray((self.member[:, at] * loss).sum(0) + (self.penalty[:, at] * w**2).sum((0, 2)) / 2)
 
     def _direction(self, at: NDArray[np.int64]) -> tuple[Floats, Floats]:
-        """Solve Newton's equations by preconditioned conjugate gradients, to a share that falls with the gradient."""
+        """Solve Newton's equations by preconditioned conjugate gradients, to a share that falls with the gradient.
+
+        Problems that are done go along until a quarter are, and are then put aside together.
+        """
         p, member, penalty = self.probability[:, at], self.member[:, at, None], self.penalty[:, at]
+        weight = member * p * (1 - p) if p.shape[2] == 1 else None
         curve = (member * p * (1 - p)).sum(0).mean(1)  # mean curvature of the loss, (problems,)
-        middle = 1 / np.maximum(curve, 1e-12)
-        levels = 1 / (self.values[:, None, None] * curve[:, None] + self.ridge[:, at])
+        middle = 1 / np.maximum(curve, 1e-12)[:, None]
+        levels = (1 / (self.values[:, None, None] * curve[:, None] + self.ridge[:, at])).astype(np.float32)
         r, r0 = -self.slope[:, at], -self.offset[at]
-        first = np.sqrt((r**2).sum((0, 2)) + (r0**2).sum(1))
+        first = _length(r, r0)
         wanted = np.minimum(0.1, np.sqrt(first)) * first
+        found, found0 = np.zeros_like(r), np.zeros_like(r0)
         x, x0 = np.zeros_like(r), np.zeros_like(r0)
-        z, z0 = self._turned(r, levels), r0 * middle[:, None]
+        z, z0 = self._turned(r, levels), r0 * middle
         d, d0 = z.copy(), z0.copy()
         rz = (r * z).sum((0, 2)) + (r0 * z0).sum(1)
         going = np.arange(len(at))
         for _ in range(CG):
-            q = self._product(d[:, going]) + d0[going]
-            q = _curved(p[:, going], q) * member[:, going]
-            h, h0 = self._transposed(q) + penalty[:, going] * d[:, going], q.sum(0)
-            bend = (d[:, going] * h).sum((0, 2)) + (d0[going] * h0).sum(1)
-            a = np.where(bend > 0, rz[going] / np.where(bend > 0, bend, 1.0), 0.0)
-            x[:, going] += a[None, :, None] * d[:, going]
-            x0[going] += a[:, None] * d0[going]
-            r[:, going] -= a[None, :, None] * h
-            r0[going] -= a[:, None] * h0
-            norm = np.sqrt((r[:, going] ** 2).sum((0, 2)) + (r0[going] ** 2).sum(1))
-            still = (norm > wanted[going]) & (a > 0)
-            going = going[still]
-            if not len(going):
-                break
-            z, z0 = self._turned(r[:, going], levels[:, going]), r0[going] * middle[going, None]
-            new = (r[:, going] * z).sum((0, 2)) + (r0[going] * z0).sum(1)
-            share = new / rz[going]
-            d[:, going] = z + share[None, :, None] * d[:, going]
-            d0[going] = z0 + share[:, None] * d0[going]
-            rz[going] = new
-        return x, x0
+            q = self._product(d) + d0
+            q = weight * q if weight is not None else member * p * (q - (p * q).sum(2, keepdims=True))
+            h, h0 = self._transposed(q), q.sum(0)
+            h += penalty * d
+            bend = (d * h).sum((0, 2)) + (d0 * h0).sum(1)
+            a = np.where(bend > 0, rz / np.where(bend > 0, bend, 1.0), 0.0)
+            x += a[:, None] * d
+            x0 += a[:, None] * d0
+            r -= a[:, None] * h
+            r0 -= a[:, None] * h0
+            still = (_length(r, r0) > wanted) & (a > 0)
+            if still.sum() <= 0.75 * len(going) or not still.any():
+                found[:, going], found0[going] = x, x0
+                if not still.any():
+                    break
+                going = going[still]
+                p, member, penalty, levels = p[:, still], member[:, still], penalty[:, still], levels[:, still]
+                weight = None if weight is None else weight[:, still]
+                x, r, d, h = x[:, still], r[:, still], d[:, still], h[:, still]
+                x0, r0, d0, middle, rz, wanted = (
+                    x0[still],
+                    r0[still],
+                    d0[still],
+                    middle[still],
+                    rz[still],
+                    wanted[still],
+                )
+            z, z0 = self._turned(r, levels), r0 * middle
+            new = (r * z).sum((0, 2)) + (r0 * z0).sum(1)
+            share = np.divide(new, rz, out=np.zeros_like(new), where=rz > 0)[:, None]
+            d *= share
+            d += z
+            d0 = z0 + share * d0
+            rz = new
+        else:
+            found[:, going], found0[going] = x, x0
+        return found, found0
 
-    def _turned(self, r: Floats, levels: Floats) -> Floats:
-        """Return what the preconditioner makes of residuals."""
-        inside = (self.basis.T @ r.reshape(len(r), -1)).reshape(r.shape) * levels
-        return (self.basis @ inside.reshape(len(r), -1)).reshape(r.shape)
+    def _turned(self, r: Floats, levels: NDArray[np.float32]) -> Floats:
+        """Return what the preconditioner makes of residuals; single precision does for it."""
+        scale = np.maximum(np.abs(r).max((0, 2)), np.finfo(np.float64).tiny)[:, None]
+        inside = (self.basis.T @ (r / scale).astype(np.float32).reshape(len(r), -1)).reshape(r.shape)
+        inside *= levels
+        return (self.basis @ inside.reshape(len(r), -1)).reshape(r.shape) * scale
 
     def _product(self, w: Floats) -> Floats:
         return self.design.product(w.reshape(len(w), -1)).reshape(-1, *w.shape[1:])
@@ -250,8 +274,5 @@ def _probability(decision: Floats) -> Floats:
     return np.asarray(softmax(decision, axis=2))
 
 
-def _curved(p: Floats, q: Floats) -> Floats:
-    """Return the product of each row's curvature of the loss with *q*."""
-    if p.shape[2] == 1:
-        return p * (1 - p) * q
-    return p * (q - (p * q).sum(2, keepdims=True))
+def _length(r: Floats, r0: Floats) -> Floats:
+    return np.asarray(np.sqrt(np.einsum("fpk,fpk->p", r, r) + (r0**2).sum(1)))

@@ -1,0 +1,67 @@
+"""Online coding: how many bits a probe needs to tell the labels, when each part is told by what came before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.view import View
+
+if TYPE_CHECKING:
+    from analysis.probes.crossfit import Fitted
+
+SHARES = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """Growing parts of the samples, whole groups in a drawn order.
+
+    Attributes
+    ----------
+    sets : (parts, n_samples)
+        Each is trained on to tell the next; the first is told evenly.
+    nexts : (parts, n_samples)
+    uniform : float
+        Bits that all labels take when every class is equally likely.
+    """
+
+    sets: NDArray[np.bool_]
+    nexts: NDArray[np.bool_]
+    y: NDArray[np.int64]
+    uniform: float
+
+    def bits(self, fitted: Fitted) -> float:
+        """Return the codelength of the labels, in bits, by probes that were fitted to `sets`.
+
+        Of several strengths that which tells them shortest, and the bits that say which it is.
+        """
+        count = len(fitted.strengths)
+        total = np.full(count, self.sets[0].sum() * np.log2(fitted.classes))
+        for number, following in enumerate(self.nexts):
+            at = np.flatnonzero(following)
+            for strength in range(count):
+                probability = fitted.predict(number, strength, at).probability
+                assert probability is not None
+                told = probability[np.arange(len(at)), self.y[at]]
+                total[strength] -= np.log2(np.maximum(told, np.finfo(np.float64).tiny)).sum()
+        return float(total.min() + np.log2(count))
+
+
+def prefixes(view: View, seed: int) -> Prefixes | None:
+    """Return the parts of Voita & Titov (2020, arXiv 2003.12298), from the first that holds every class; or None."""
+    order = np.random.default_rng(seed).permutation(view.n_groups)
+    rank = np.empty(view.n_groups, np.int64)
+    rank[order] = np.arange(view.n_groups)
+    place = rank[view.group]
+    ends = sorted({max(1, round(share * view.n_groups)) for share in SHARES})
+    sets = [place < end for end in ends]
+    whole = [held for held in sets if len(np.unique(view.y[held])) == len(view.classes)]
+    if len(whole) < 2:
+        return None
+    nexts = [later & ~held for held, later in pairwise(whole)]
+    return Prefixes(np.stack(whole[:-1]), np.stack(nexts), view.y, float(view.n_samples * np.log2(len(view.classes))))

@@ -1,0 +1,180 @@
+"""A direction that a probe found: scores activations, says where it is from, and is used to steer or erase."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from analysis.view import Readable
+from flexcache.errors import AnalysisError, nearest
+
+if TYPE_CHECKING:
+    from analysis.probes.results import Sweep
+
+FORMAT = "flexcache direction 1"
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A vector in the units of the activations of one site and layer, with what it was fitted to.
+
+    Attributes
+    ----------
+    vector : ndarray of float64, (features,)
+        The score of an activation *x* is ``x @ vector + bias``: of two classes, how much it speaks for the second.
+    bias : float
+    site : str
+    layer : int, or None
+    provenance : dict
+        Target, classes, probe, model and the like.
+    """
+
+    vector: NDArray[np.float64]
+    bias: float
+    site: str
+    layer: int | None
+    provenance: Mapping[str, Any]
+
+    @property
+    def unit(self) -> NDArray[np.float64]:
+        """The vector at length 1."""
+        return np.asarray(self.vector / np.linalg.norm(self.vector))
+
+    def score(self, activations: ArrayLike) -> NDArray[np.float64]:
+        """Return the scores of activations, (…, features) to (…)."""
+        return np.asarray(np.asarray(activations, np.float64) @ self.vector + self.bias)
+
+    def score_store(self, store: Readable, rows: Any = slice(None), block: int = 8192) -> NDArray[np.float64]:
+        """Return the score of rows of a store, by default all, (rows,); *block* of them are in memory at once.
+
+        Raises
+        ------
+        AnalysisError
+            The store was made by another model, or does not hold the site and layer.
+        """
+        self.check(store)
+        numbers = np.arange(int(getattr(store, "n_rows", 0)))[rows] if isinstance(rows, slice) else np.asarray(rows)
+        found = np.empty(len(numbers))
+        for first in range(0, len(numbers), block):
+            part = slice(first, first + block)
+            found[part] = self.score(store.read(self.site, layer=self.layer, rows=numbers[part]))
+        return found
+
+    def score_model(self, model: Any, tokenizer: Any, texts: Sequence[str]) -> list[NDArray[np.float64]]:
+        """Run a live model over texts, one by one, and return the score of each token of each: needs torch.
+
+        Raises
+        ------
+        SiteError
+            The model has no such site.
+        """
+        import torch
+
+        from flexcache import hooks
+        from flexcache.hooks.taps import Taps
+        from flexcache.model import evaluating
+        from flexcache.site import Site
+
+        taps = hooks.locate(model, Site.parse(self.site), "all" if self.layer is None else self.layer)
+        found: list[NDArray[np.float64]] = []
+
+        def keep(_: Any, values: torch.Tensor) -> None:
+            found.append(self.score(values[0].float().cpu().numpy().reshape(values.shape[1], -1)))
+
+        with torch.no_grad(), evaluating(model), Taps(model, taps, keep) as running:
+            for text in texts:
+                running.forward(**tokenizer(text, return_tensors="pt").to(next(model.parameters()).device))
+        return found
+
+    def check(self, store: Readable) -> None:
+        """Refuse a store whose activations are of another model.
+
+        Raises
+        ------
+        AnalysisError
+        """
+        if self.site not in store.sites:
+            raise AnalysisError(f"the store has no site {self.site!r}", remedy=nearest(self.site, tuple(store.sites)))
+        theirs = str(getattr(store, "provenance", {}).get("model", {}).get("weights_sample_xxh3_128", ""))
+        mine = str(self.provenance.get("weights", ""))
+        if mine and theirs and mine != theirs:
+            raise AnalysisError(
+                "the store was made by another model than the probe was fitted to",
+                expected=f"{self.provenance.get('model')} (weights {mine[:12]}…)",
+                found=f"weights {theirs[:12]}…",
+                remedy="fit the probe to a store of this model",
+            )
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file with the vector, the bias and, as its metadata, the rest; return its path."""
+        told = {"site": self.site, "layer": self.layer, "provenance": dict(self.provenance)}
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"vector": np.ascontiguousarray(self.vector), "bias": np.array([self.bias])}
+        save_file(tensors, target, {"format": FORMAT, "direction": json.dumps(told)})
+        return target
+
+    def __repr__(self) -> str:
+        place = self.site if self.layer is None else f"{self.site}, layer {self.layer}"
+        return f"<Direction of {self.provenance.get('target')} at {place}: {len(self.vector)} features>"
+
+
+def load_direction(path: str | Path) -> Direction:
+    """Read what `Direction.save` wrote.
+
+    Raises
+    ------
+    AnalysisError
+        It is no such file.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise AnalysisError(
+                    "the file holds no direction", where=str(path), expected=FORMAT, found=str(metadata.get("format"))
+                )
+            told = json.loads(metadata["direction"])
+            vector, bias = file.get_tensor("vector"), float(file.get_tensor("bias")[0])
+            return Direction(vector, bias, told["site"], told["layer"], told["provenance"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise AnalysisError("the direction cannot be read", where=str(path), found=str(error)) from error
+
+
+def of_sweep(sweep: Sweep, layer: int | None, output: int) -> Direction:
+    """Return a direction of a sweep; see `Sweep.to_direction`."""
+    asked = sweep.results.attrs
+    if sweep.coef is None or sweep.intercept is None:
+        raise AnalysisError(
+            "the probe has no direction",
+            found=asked["probe"],
+            remedy="use a linear probe: Logistic, Ridge, MassMean, LDA",
+        )
+    wanted = sweep.best.layer if layer is None else layer
+    number = -1 if wanted is None else wanted
+    if number not in sweep.layers:
+        raise AnalysisError(
+            f"layer {layer} was not probed", expected=f"one of {', '.join(map(str, sweep.layers))}", found=str(layer)
+        )
+    at = sweep.layers.index(number)
+    if not 0 <= output < sweep.coef.shape[1]:
+        raise AnalysisError("there is no such output", expected=f"0 to {sweep.coef.shape[1] - 1}", found=str(output))
+    told = {
+        key: asked[key]
+        for key in ("target", "task", "classes", "rows", "probe", "documents", "samples", "model", "weights")
+    }
+    return Direction(
+        sweep.coef[at, output].copy(),
+        float(sweep.intercept[at, output]),
+        asked["site"],
+        wanted,
+        {**told, "output": output},
+    )

@@ -1,0 +1,125 @@
+"""Pictures beside the layer curve: confusion, calibration, layer × position, transfer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from analysis.probes.results import Sweep
+from analysis.probes.table import NAMES
+from analysis.style import INK, PAPER, SOFT, frame
+from flexcache.errors import AnalysisError
+
+BLUE = "#0a6ebd"
+MOST = 24
+"""Cells up to which each has its number in it."""
+
+
+def confusion(sweep: Sweep, path: str | Path | None = None) -> Figure:
+    """Draw which classes are taken for which, as shares of the true class, from the nested predictions.
+
+    Raises
+    ------
+    AnalysisError
+        The target has no classes.
+    """
+    if "confusion" not in sweep.results:
+        raise AnalysisError("a regression has no confusion of classes")
+    table = sweep.results["confusion"]
+    counts = table.values.astype(float)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    names = [str(name)[:24] for name in table["truth"].values]
+    figure, axes = _new(max(4.5, 0.5 * len(names) + 2.5))
+    _map(axes, share, names, names, "said", "truth", (0.0, 1.0))
+    return _done(figure, axes, f"{sweep.results.attrs['target']}: shares of each true class", path)
+
+
+def calibration(sweep: Sweep, path: str | Path | None = None) -> Figure:
+    """Draw how often the likeliest class is right, against its probability, with how many samples are in each bin.
+
+    Raises
+    ------
+    AnalysisError
+        The probe gives no probabilities.
+    """
+    if "confidence" not in sweep.results:
+        raise AnalysisError("the probe gives no probabilities", remedy="use probes.Logistic or probes.LDA")
+    data = sweep.results
+    figure, axes = _new(5.0)
+    sizes = data["samples_in_bin"].values
+    x, y = data["confidence"].values, data["accuracy_in_bin"].values
+    axes.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=(0, (3, 3)))
+    full = sizes > 0
+    axes.plot(x[full], y[full], color=BLUE, linewidth=1.6)
+    axes.scatter(x[full], y[full], s=12 + 200 * sizes[full] / sizes.max(), color=BLUE, alpha=0.7)
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("probability of the likeliest class", color=INK)
+    axes.set_ylabel("share that is right", color=INK)
+    frame(axes)
+    return _done(figure, axes, f"{data.attrs['target']}: calibration, size by samples", path)
+
+
+def heat_map(found: xr.Dataset, path: str | Path | None = None) -> Figure:
+    """Draw layer × position, as `analysis.probes.by_position` returns it."""
+    metric = str(found.attrs["metric"])
+    figure, axes = _new(6.5)
+    values = found["pooled"].transpose("layer", "position").values
+    layers = [str(layer) for layer in found["layer"].values]
+    positions = [str(position) for position in found["position"].values]
+    _map(axes, values, layers, positions, "position", "layer", (np.nanmin(values), np.nanmax(values)))
+    axes.invert_yaxis()
+    return _done(figure, axes, f"{found.attrs['target']}: {NAMES[metric]}", path)
+
+
+def transfer_map(found: xr.Dataset, path: str | Path | None = None) -> Figure:
+    """Draw trained × tested, as `analysis.probes.transfer_matrix` returns it."""
+    figure, axes = _new(5.5)
+    rows, columns = ([str(name) for name in found[dim].values] for dim in ("trained", "tested"))
+    values = found["score"].values
+    _map(axes, values, rows, columns, "tested on", "trained on", (np.nanmin(values), np.nanmax(values)))
+    return _done(figure, axes, f"transfer: {NAMES[str(found.attrs['metric'])]}", path)
+
+
+def _new(width: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, 0.78 * width), layout="constrained", facecolor=PAPER)
+    return figure, figure.subplots()
+
+
+def _map(
+    axes: Axes, values: np.ndarray, rows: list[str], columns: list[str], x: str, y: str, ends: tuple[float, float]
+) -> None:
+    low, high = ends if ends[1] > ends[0] else (ends[0] - 0.5, ends[1] + 0.5)
+    shown = axes.imshow(values, cmap="Blues", vmin=low, vmax=high, aspect="auto")
+    for axis, names in ((axes.xaxis, columns), (axes.yaxis, rows)):
+        if len(names) <= MOST:
+            axis.set_ticks(range(len(names)), names)
+        else:
+            axis.set_major_locator(MaxNLocator(12, integer=True))
+    if values.size <= MOST**2 / 4:
+        for (i, j), value in np.ndenumerate(values):
+            dark = (value - low) / (high - low) > 0.6
+            text = "" if np.isnan(value) else f"{value:.2f}"
+            axes.text(j, i, text, ha="center", va="center", fontsize=9, color=PAPER if dark else INK)
+    figure = axes.figure
+    figure.colorbar(shown, ax=axes, shrink=0.8).outline.set_visible(False)
+    axes.set_xlabel(x, color=INK)
+    axes.set_ylabel(y, color=INK)
+    axes.tick_params(which="both", color=SOFT, labelcolor=SOFT)
+    axes.tick_params(axis="x", rotation=45 if max(map(len, columns)) > 3 and len(columns) > 3 else 0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _done(figure: Figure, axes: Axes, title: str, path: str | Path | None) -> Figure:
+    axes.set_title(title, loc="left", color=INK, fontsize=11, parse_math=False)
+    if path is not None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(target, dpi=160)
+    return figure

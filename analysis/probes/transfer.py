@@ -1,0 +1,204 @@
+"""Probes on other data: other stores, other layers, other labels, other positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator
+
+from analysis.probes import score
+from analysis.probes.estimators.linear import LogOdds, coded
+from analysis.probes.results import Sweep
+from analysis.probes.score import Prediction
+from analysis.probes.sweep import sweep as sweep_layers
+from analysis.targets import TokenTarget
+from analysis.view import Readable, Rows, View, join
+from flexcache.errors import AnalysisError
+
+
+def transfer(
+    sweep: Sweep,
+    store: Readable,
+    target: str | TokenTarget | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    across: bool = False,
+    groups: str | None = "document",
+    rows: Rows | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> xr.Dataset:
+    """Score a sweep's weights, fitted to all of its samples, on another store; nothing is fitted.
+
+    Parameters
+    ----------
+    sweep
+        Of a linear probe.
+    target
+        By default the sweep's. Of another one, classes are matched by name; with none in common, two are matched in
+        order.
+    layers
+        By default those of the sweep.
+    across
+        Whether weights of each layer are also tried on the activations of every other.
+    groups, rows
+        As for `analysis.view.join`; of *groups*, whole ones are drawn in the bootstrap.
+
+    Returns
+    -------
+    Dataset with dims (trained, tested, metric), or (layer, metric) where not *across*: ``score``, ``ci_low`` and
+    ``ci_high``
+
+    Raises
+    ------
+    AnalysisError
+        The probe is not linear, the store was made by another model, or it does not hold what is needed.
+    """
+    asked = sweep.results.attrs
+    chosen = [layer for layer in sweep.layers if layers is None or layer in layers]
+    directions = {layer: sweep.to_direction(None if layer < 0 else layer) for layer in chosen}
+    directions[chosen[0]].check(store)
+    wanted = asked["rows"] if rows is None else rows
+    view = join(
+        store,
+        asked["site"],
+        asked["target"] if target is None else target,
+        groups=groups,
+        rows=wanted,
+        layers="all" if chosen == [-1] else chosen,
+        task=asked["task"],
+    )
+    y, kept = _matched(view, asked["classes"])
+    probable = "log_loss" in sweep.metrics
+    metrics = score.metrics(view.task, len(asked["classes"]), True, probable)
+    found = np.full((len(chosen), len(chosen), len(metrics), 3), np.nan)
+    everything, group = np.zeros(int(kept.sum()), np.int64), np.unique(view.group[kept], return_inverse=True)[1]
+    for column, layer in enumerate(chosen):
+        X = view.read(None if layer < 0 else layer)[kept].astype(np.float64)
+        for row in range(len(chosen)) if across else [column]:
+            said = _said(sweep, sweep.layers.index(chosen[row]), X, probable)
+            drawn = score.replicates(metrics, y, said, everything, group, resamples=resamples, seed=seed)
+            low, high = score.interval(drawn)
+            for m, metric in enumerate(metrics):
+                top, bottom = score.parts(metric, y, said, everything, 1)
+                found[row, column, m] = score.ratio(top.sum(), bottom.sum()), low[m], high[m]
+    names = ("score", "ci_low", "ci_high")
+    attrs = {"target": view.target, "trained_on": asked["target"], "metric": metrics[0], "samples": int(kept.sum())}
+    if across:
+        return xr.Dataset(
+            {name: (("trained", "tested", "metric"), found[..., n]) for n, name in enumerate(names)},
+            {"trained": chosen, "tested": chosen, "metric": list(metrics)},
+            attrs,
+        )
+    own = found[np.arange(len(chosen)), np.arange(len(chosen))]
+    return xr.Dataset(
+        {name: (("layer", "metric"), own[..., n]) for n, name in enumerate(names)},
+        {"layer": chosen, "metric": list(metrics)},
+        attrs,
+    )
+
+
+def transfer_matrix(
+    sweeps: Mapping[str, Sweep], stores: Mapping[str, tuple[Readable, str]], layer: int | None = None, **options: Any
+) -> xr.Dataset:
+    """Score every sweep on every store and label, each by the weights of one layer.
+
+    Parameters
+    ----------
+    sweeps
+        By name.
+    stores
+        A store and a target, by name.
+    layer
+        By default each sweep's best.
+    options
+        Of `transfer`.
+
+    Returns
+    -------
+    Dataset with dims (trained, tested): ``score``, ``ci_low``, ``ci_high``, of the first metric
+    """
+    values = np.full((3, len(sweeps), len(stores)), np.nan)
+    metric = ""
+    for i, sweep in enumerate(sweeps.values()):
+        best = sweep.best.layer
+        at = layer if layer is not None else -1 if best is None else best
+        for j, (store, target) in enumerate(stores.values()):
+            found = transfer(sweep, store, target, layers=[at], **options).isel(layer=0, metric=0)
+            values[:, i, j] = [float(found[name]) for name in ("score", "ci_low", "ci_high")]
+            metric = str(found["metric"].values)
+    return xr.Dataset(
+        {name: (("trained", "tested"), values[n]) for n, name in enumerate(("score", "ci_low", "ci_high"))},
+        {"trained": list(sweeps), "tested": list(stores)},
+        {"metric": metric},
+    )
+
+
+def by_position(
+    store: Readable,
+    target: str,
+    site: str,
+    probe: BaseEstimator | None = None,
+    *,
+    positions: Sequence[int],
+    **options: Any,
+) -> xr.Dataset:
+    """Sweep the layers at each of several token positions: what can be read where.
+
+    Parameters
+    ----------
+    positions
+        Negative ones count from a document's end. Documents without the token are left out, so that positions may
+        differ in their documents; ``documents`` says how many there were.
+    options
+        Of `analysis.probes.sweep`.
+
+    Returns
+    -------
+    Dataset with dims (position, layer): ``pooled``, ``ci_low``, ``ci_high`` of the first metric; and ``documents``
+    (position)
+    """
+    found = [sweep_layers(store, target, site, probe, rows=int(position), **options) for position in positions]
+    names = ("pooled", "ci_low", "ci_high")
+    first = [sweep.results.sel(arm="probe").isel(metric=0) for sweep in found]
+    return xr.Dataset(
+        {name: (("position", "layer"), np.stack([data[name].values for data in first])) for name in names}
+        | {"documents": ("position", [sweep.results.attrs["documents"] for sweep in found])},
+        {"position": list(positions), "layer": list(found[0].layers)},
+        {"metric": found[0].metrics[0], "target": target, "site": site},
+    )
+
+
+def _matched(view: View, classes: Sequence[Any]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Return targets in the codes of other classes, and which samples have one."""
+    if view.task == "regression":
+        return view.y, np.ones(view.n_samples, bool)
+    place = {str(name): code for code, name in enumerate(classes)}
+    codes = np.array([place.get(str(name), -1) for name in view.classes])
+    if (codes < 0).all() and len(codes) == len(classes) == 2:
+        codes = np.arange(2)
+    if (codes < 0).all():
+        raise AnalysisError(
+            "the labels have no class in common",
+            expected=f"some of {', '.join(map(str, classes))}",
+            found=", ".join(map(str, view.classes)),
+        )
+    y = codes[view.y]
+    return y[y >= 0], y >= 0
+
+
+def _said(sweep: Sweep, at: int, X: NDArray[np.float64], probable: bool) -> Prediction:
+    assert sweep.coef is not None
+    assert sweep.intercept is not None
+    decision = X @ sweep.coef[at].T + sweep.intercept[at]
+    if sweep.results.attrs["task"] == "regression":
+        return Prediction(decision[:, 0], decision[:, 0])
+    codes = coded(decision)
+    probability = None
+    if probable:
+        probability = LogOdds.probabilities(decision)
+    return Prediction(codes, decision[:, 0] if decision.shape[1] == 1 else codes.astype(float), probability)

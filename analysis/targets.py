@@ -1,0 +1,108 @@
+"""Targets of single tokens, where a column of the documents says too little."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from flexcache.errors import AnalysisError, nearest
+
+COORDINATES = ("token_id", "position", "document")
+
+
+@dataclass(frozen=True)
+class TokenTarget:
+    """A target with a value for each row of a store; made by `coordinate`, `function` and `spans`.
+
+    Attributes
+    ----------
+    name
+        What it is called in results.
+    values
+        Of a store: one value a row, as an Arrow array; null for rows that have none.
+    """
+
+    name: str
+    values: Callable[[Any], pa.Array]
+
+
+def coordinate(name: str) -> TokenTarget:
+    """Return ``token_id``, ``position`` or ``document`` as the target of each token.
+
+    Raises
+    ------
+    AnalysisError
+        There is no such coordinate.
+    """
+    if name not in COORDINATES:
+        raise AnalysisError(f"tokens have no {name!r}", remedy=nearest(name, COORDINATES))
+    return TokenTarget(name, lambda store: pa.array(np.asarray(store.coordinates[name].values)))
+
+
+def function(name: str, of: Callable[[Mapping[str, NDArray[Any]]], Any]) -> TokenTarget:
+    """Return what a function says of the tokens.
+
+    Parameters
+    ----------
+    name
+        What it is called in results.
+    of
+        Takes the coordinates of all rows by name: token_id, position and document (line of the documents table), each
+        of shape (rows,). Returns a value for each row; None or NaN for rows to leave out.
+    """
+
+    def values(store: Any) -> pa.Array:
+        told = {key: np.asarray(store.coordinates[key].values) for key in COORDINATES}
+        found = of(told)
+        found = found if isinstance(found, pa.Array) else pa.array(found, from_pandas=True)
+        if len(found) != len(told["position"]):
+            raise AnalysisError(
+                "a function of tokens gave another number of values",
+                where=name,
+                expected=f"{len(told['position'])}, one a row",
+                found=str(len(found)),
+            )
+        return found
+
+    return TokenTarget(name, values)
+
+
+def spans(column: str, outside: str | None = None) -> TokenTarget:
+    """Return the labels of spans of tokens, from a column of the documents.
+
+    Parameters
+    ----------
+    column
+        A list for each document, of structs ``start``, ``end`` (token positions, the end excluded) and ``label``. Of
+        spans that overlap, the later one counts.
+    outside
+        The label of tokens in no span; by default they are left out.
+    """
+
+    def values(store: Any) -> pa.Array:
+        if column not in store.documents.column_names:
+            raise AnalysisError(
+                f"the documents have no column {column!r}", remedy=nearest(column, tuple(store.documents.column_names))
+            )
+        position = np.asarray(store.coordinates["position"].values)
+        labels = np.full(len(position), outside, object)
+        starts, counts = (store.documents[name].to_numpy().astype(np.int64) for name in ("row_start", "n_rows"))
+        for line, found in enumerate(store.documents[column].to_pylist()):
+            mine = slice(starts[line], starts[line] + counts[line])
+            for span in found or ():
+                if not isinstance(span, dict) or not {"start", "end", "label"} <= span.keys():
+                    raise AnalysisError(
+                        f"column {column!r} holds no spans",
+                        expected="lists of {start, end, label}",
+                        found=str(span)[:80],
+                    )
+                inside = (position[mine] >= span["start"]) & (position[mine] < span["end"])
+                labels[mine][inside] = span["label"]
+        return pa.array(labels.tolist())
+
+    return TokenTarget(column, values)
