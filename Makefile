@@ -32,6 +32,7 @@ bench: $(READY)  ## ratios against floors and peers, measured in this run
 	$(BIN)/python -m benchmarks.hooks
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.statistics
+	$(BIN)/python -m benchmarks.probes
 	$(BIN)/python -m benchmarks.replay
 	$(BIN)/python -m benchmarks.moving
 

@@ -1,4 +1,4 @@
-"""Targets of single tokens, where a column of the documents says too little."""
+"""Targets beside the plain columns of the documents: of single tokens, and of one label among several."""
 
 from __future__ import annotations
 
@@ -29,6 +29,52 @@ class TokenTarget:
 
     name: str
     values: Callable[[Any], pa.Array]
+
+
+@dataclass(frozen=True)
+class DocumentTarget:
+    """A target with a value for each document of a store; made by `labels`.
+
+    Attributes
+    ----------
+    name
+        What it is called in results.
+    values
+        Of a store: one value a document, as an Arrow array; null for documents that have none.
+    """
+
+    name: str
+    values: Callable[[Any], pa.Array]
+
+
+def read(store: Any, text: str) -> list[str | TokenTarget | DocumentTarget]:
+    """Return the targets that a text means for a store.
+
+    A column of the documents; of a column of lists of words, a target for each word; of a column of lists of
+    ``{start, end, label}``, the labels of tokens; or ``token_id``, ``position`` or ``document``.
+    """
+    table = store.documents
+    if text in table.column_names:
+        kind = table.schema.field(text).type
+        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            return [spans(text)] if pa.types.is_struct(kind.value_type) else [*labels(store, text)]
+        return [text]
+    return [coordinate(text)] if text in COORDINATES else [text]
+
+
+def labels(store: Any, column: str) -> list[DocumentTarget]:
+    """Return a target for each word in a column of lists of words: whether the document has it.
+
+    Documents with null in place of a list are left out.
+    """
+
+    def has(word: str) -> Callable[[Any], pa.Array]:
+        return lambda other: pa.array(
+            [None if found is None else word in found for found in other.documents[column].to_pylist()]
+        )
+
+    words = sorted({word for found in store.documents[column].to_pylist() for word in found or ()}, key=str)
+    return [DocumentTarget(f"{column}={word}", has(word)) for word in words]
 
 
 def coordinate(name: str) -> TokenTarget:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from analysis import columns
-from analysis.targets import TokenTarget
+from analysis.targets import DocumentTarget, TokenTarget
 from flexcache.errors import AnalysisError, nearest
 from flexcache.site import Layers, resolve_layers
 
@@ -190,7 +190,7 @@ class View:
 def join(
     store: Readable,
     site: str,
-    target: str | TokenTarget,
+    target: str | TokenTarget | DocumentTarget,
     *,
     groups: str | None = "document",
     rows: Rows | None = None,
@@ -236,8 +236,11 @@ def join(
     if by_token and rows in ("mean", "max", "tokens"):
         raise AnalysisError(f"a target of tokens cannot be read from the {rows} of a document", remedy='rows="all"')
     n_rows = table["n_rows"].to_numpy().astype(np.int64)
-    name = target.name if isinstance(target, TokenTarget) else target
-    values = None if isinstance(target, TokenTarget) else columns.column(table, target, "target")
+    name = target if isinstance(target, str) else target.name
+    if isinstance(target, str):
+        values = columns.column(table, target, "target")
+    else:
+        values = target.values(store) if isinstance(target, DocumentTarget) else None
     valid = np.ones(len(table), bool) if values is None else columns.valid(values)
     keys = None if groups in (None, "document") else columns.column(table, str(groups), "groups")
     grouped = np.ones(len(table), bool) if keys is None else columns.valid(keys)

@@ -22,7 +22,6 @@ app = typer.Typer(
 )
 console = Console()
 
-RowChoice = Literal["last", "first", "mean", "all"]
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML file; pipelines/configs has examples.")]
 StorePath = Annotated[Path, typer.Argument(help="A store, such as run.zarr.")]
 Changes = Annotated[
@@ -232,22 +231,63 @@ def import_(
 
 @app.command()
 def probe(
-    store: StorePath,
-    target: Annotated[str, typer.Option(help="Label column of the documents to predict.")],
-    site: Annotated[str, typer.Option(help="Site to probe.")] = "resid_post",
-    kind: Annotated[str, typer.Option("--probe", help="logistic or ridge.")] = "logistic",
+    places: Annotated[
+        list[str],
+        typer.Argument(metavar="STORE", help="A store; or: transfer FOLDER STORE, to try saved probes on another."),
+    ],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Columns of the documents to predict, by commas; or token_id, position. As saved, for transfer."
+        ),
+    ] = None,
+    site: Annotated[str, typer.Option(help="Sites to probe, by commas.")] = "resid_post",
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--probe", help="logistic, ridge, mass-mean, nearest-centroid, lda, inlp, mlp, attention; by commas."
+        ),
+    ] = "logistic",
     cv: Annotated[int, typer.Option(help="Folds.")] = 5,
     groups: Annotated[
         str, typer.Option(help="Label column whose values never straddle folds, or document.")
     ] = "document",
-    rows: Annotated[RowChoice | None, typer.Option(help="Which tokens of a document.")] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option(help="last, first, mean, max or all tokens of a document, tokens together, or a position."),
+    ] = None,
     layers: Annotated[str, typer.Option(help="all, a number, or a range such as 8:24.")] = "all",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for results, plot and report.")] = None,
+    seed: Annotated[int, typer.Option(help="Of folds, shuffles and bootstrap.", min=0)] = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for results, plots and report.")] = None,
+    quiet: Quiet = False,
 ) -> None:
-    """Train a probe on every captured layer, with baselines and grouped cross-validation."""
+    """Train probes on every captured layer, with baselines and nested, grouped cross-validation; or try saved ones."""
     from pipelines import probe as pipeline
 
-    pipeline.run(store, target, site=site, probe=kind, cv=cv, groups=groups, rows=rows, layers=layers, output=output)
+    if places[0] == "transfer" and len(places) == 3:
+        pipeline.run_transfer(places[1], places[2], target, groups=groups, output=output, console=console)
+        return
+    if len(places) != 1 or target is None:
+        raise ConfigError(
+            "a probe needs a store and a target",
+            expected="flexcache probe STORE --target COLUMN, or flexcache probe transfer FOLDER STORE",
+            found=" ".join(["flexcache probe", *places]) + ("" if target else ", without --target"),
+        )
+    position = rows is not None and rows.lstrip("-").isdigit()
+    pipeline.run(
+        places[0],
+        _split(target),
+        _split(site),
+        _split(kind),
+        cv=cv,
+        groups=groups,
+        rows=int(rows or 0) if position else rows,  # type: ignore[arg-type]
+        layers=layers,
+        seed=seed,
+        output=output,
+        console=console,
+        progress=not quiet,
+    )
 
 
 @app.command()

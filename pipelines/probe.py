@@ -1,31 +1,46 @@
-"""`flexcache probe`: a question to a store, answered with a table, files and a report."""
+"""`flexcache probe`: questions to a store, answered with tables, files and reports; and probes tried elsewhere."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.table import Table
 from sklearn.base import BaseEstimator
 
 import flexcache
-from analysis import probes, report
+from analysis import probes, report, targets
 from analysis.probes import Sweep
-from flexcache.errors import ConfigError, nearest
+from analysis.probes.results import FILE
+from analysis.probes.table import NAMES, interval, number
+from flexcache.errors import AnalysisError, ConfigError, nearest
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from analysis.view import Rows
     from flexcache.site import Layers
 
-PROBES: dict[str, type[BaseEstimator]] = {"logistic": probes.Logistic, "ridge": probes.Ridge}
+PROBES: dict[str, BaseEstimator] = {
+    "logistic": probes.Logistic(Cs=5),
+    "ridge": probes.Ridge(alphas=6),
+    "mass-mean": probes.MassMean(),
+    "nearest-centroid": probes.NearestCentroid(),
+    "lda": probes.LDA(shrinkages=4),
+    "inlp": probes.INLP(),
+    "mlp": probes.MLP(),
+    "attention": probes.AttentionPooled(),
+}
 
 
 def run(
     store_path: str | Path,
-    target: str,
-    site: str,
-    probe: str = "logistic",
+    target: str | Sequence[str],
+    site: str | Sequence[str],
+    probe: str | Sequence[str] = "logistic",
     cv: int = 5,
     groups: str | None = "document",
     rows: Rows | None = None,
@@ -33,19 +48,26 @@ def run(
     output: str | Path | None = None,
     seed: int = 0,
     console: Console | None = None,
+    progress: bool = True,
 ) -> Sweep:
-    """Probe a store, print the table, and write ``sweep.json``, ``plot.png`` and ``report.html``.
+    """Probe a store, print tables, and write ``sweep.json``, weights, pictures and ``report.html``.
 
     Parameters
     ----------
     store_path
         The folder of a store.
     target, site, cv, groups, rows, layers, seed
-        See `analysis.probes.sweep`; groups may also be ``"none"``.
+        See `analysis.probes.sweep`; groups may also be ``"none"``; a target is read by `analysis.targets.read`.
     probe
-        ``logistic`` or ``ridge``, with their default strength.
+        Names of `PROBES`; those with strengths choose from several.
     output
-        The folder of the results; by default ``probes/<site>-<target>`` in the current folder.
+        The folder of the results; by default ``probes/<site>-<target>`` in the current folder. Of several targets,
+        sites or probes, each has a folder in it.
+
+    Returns
+    -------
+    Sweep
+        The first.
 
     Raises
     ------
@@ -54,24 +76,111 @@ def run(
     AnalysisError, StoreError
         See `analysis.probes.sweep` and `flexcache.open`.
     """
-    if probe not in PROBES:
-        raise ConfigError(f"there is no probe {probe!r}", remedy=nearest(probe, tuple(PROBES)))
+    asked, sites, kinds = (([x] if isinstance(x, str) else list(x)) for x in (target, site, probe))
+    for name in kinds:
+        if name not in PROBES:
+            raise ConfigError(f"there is no probe {name!r}", remedy=nearest(name, tuple(PROBES)))
     console, groups = console or Console(), None if groups == "none" else groups
     store = flexcache.open(store_path)
-    sweep = probes.sweep(
-        store, target, site, PROBES[probe](), cv=cv, groups=groups, rows=rows, layers=layers, seed=seed
+    found = probes.sweeps(
+        store,
+        [one for text in asked for one in targets.read(store, text)],
+        sites,
+        {name: PROBES[name] for name in kinds},
+        cv=cv,
+        groups=groups,
+        rows=rows,
+        layers=layers,
+        seed=seed,
+        progress=progress,
     )
-    folder = Path(output) if output is not None else Path("probes") / f"{site}-{target}".replace("/", "-")
+    several = len(found) > 1
+    folder = _folder(output, "probes" if several else f"probes/{_safe(f'{sites[0]}-{asked[0]}')}")
+    for (what, where, kind), sweep in found.items():
+        command = ["flexcache", "probe", str(store_path), "--target", what, "--site", where, "--probe", kind]
+        command += ["--cv", str(cv)] + (["--seed", str(seed)] if seed else [])
+        command += ["--groups", groups or "none"] if groups != "document" else []
+        command += ["--rows", str(rows)] if rows is not None else []
+        command += ["--layers", str(layers)] if layers != "all" else []
+        into = folder / _safe(f"{where}-{what}-{kind}") if several else folder
+        _write(store, sweep, into, shlex.join(command), console)
+    return next(iter(found.values()))
+
+
+def run_transfer(
+    folder: str | Path,
+    store_path: str | Path,
+    target: str | None = None,
+    groups: str | None = "document",
+    output: str | Path | None = None,
+    console: Console | None = None,
+) -> xr.Dataset:
+    """Score saved probes on another store: a table, and ``transfer.json`` in *output*, by default beside the probes.
+
+    Raises
+    ------
+    AnalysisError
+        There is no saved sweep in *folder*; and see `analysis.probes.transfer`.
+    """
+    console = console or Console()
+    place = Path(folder)
+    if not (place / FILE).is_file() and (inside := sorted(place.glob(f"*/{FILE}"))):
+        raise AnalysisError(
+            "the folder holds several sweeps",
+            where=str(place),
+            found=", ".join(path.parent.name for path in inside[:6]),
+            remedy=f"give one of them, such as {inside[0].parent}",
+        )
+    sweep, store = probes.load(place), flexcache.open(store_path)
+    found = probes.transfer(sweep, store, target, groups=None if groups == "none" else groups)
+    best = sweep.best.layer
+    table = Table(
+        title=f"{sweep.results.attrs['target']} probes of {place.name}, tried on {found.attrs['samples']:,} samples of "
+        f"{Path(store_path).name} for {found.attrs['target']}",
+        title_justify="left",
+    )
+    table.add_column("layer", justify="right")
+    shown = [str(metric) for metric in found["metric"].values[:2]]
+    for metric in shown:
+        table.add_column(f"{NAMES[metric]}\n[bootstrap 95 %]", justify="right")
+    for layer in found["layer"].values.tolist():
+        cells = []
+        for metric in shown:
+            score, low, high = (
+                float(found[name].sel(layer=layer, metric=metric)) for name in ("score", "ci_low", "ci_high")
+            )
+            cells.append(f"{number(score)} {interval(low, high)}")
+        table.add_row("–" if layer < 0 else str(layer), *cells, style="bold" if layer in (best, -1) else None)
+    console.print(table)
+    if best is not None:
+        console.print(f"In bold the layer that was best on {sweep.results.attrs['target']} itself.", highlight=False)
+    path = (Path(output) if output is not None else place) / "transfer.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    probes.save_dataset(found, path)
+    console.print(f"numbers  {path}", markup=False, highlight=False, soft_wrap=True)
+    return found
+
+
+def _write(store: flexcache.Store, sweep: Sweep, folder: Path, command: str, console: Console) -> None:
     console.print(sweep.table())
     saved = sweep.save(folder)
     sweep.plot(folder / "plot.png")
-    command = ["flexcache", "probe", str(store_path), "--target", target, "--site", site, "--probe", probe]
-    command += ["--cv", str(cv)] + (["--seed", str(seed)] if seed else [])
-    command += ["--groups", groups or "none"] if groups != "document" else []
-    command += ["--rows", str(rows)] if rows else []
-    command += ["--layers", str(layers)] if layers != "all" else []
-    page = report.write(store, sweep, folder / "report.html", command=shlex.join(command))
+    files = [("plot", folder / "plot.png"), ("numbers", saved)]
+    if "confusion" in sweep.results:
+        probes.confusion(sweep, folder / "confusion.png")
+        files.append(("classes", folder / "confusion.png"))
+    if "confidence" in sweep.results:
+        probes.calibration(sweep, folder / "calibration.png")
+        files.append(("chances", folder / "calibration.png"))
+    files.insert(0, ("report", report.write(store, sweep, folder / "report.html", command=command)))
     console.print()
-    for what, path in (("report", page), ("plot", folder / "plot.png"), ("numbers", saved)):
+    for what, path in files:
         console.print(f"{what:<8} {path}", markup=False, highlight=False, soft_wrap=True)
-    return sweep
+
+
+def _folder(output: str | Path | None, usual: str) -> Path:
+    return Path(output) if output is not None else Path(usual)
+
+
+def _safe(name: str) -> str:
+    return name.replace("/", "-")

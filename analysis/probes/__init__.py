@@ -15,7 +15,7 @@ from analysis.probes.estimators import (
     Ridge,
 )
 from analysis.probes.pictures import calibration, confusion, heat_map, transfer_map
-from analysis.probes.results import Best, Sweep, load
+from analysis.probes.results import Best, Sweep, load, save_dataset
 from analysis.probes.sweep import sweep, sweeps
 from analysis.probes.transfer import by_position, transfer, transfer_matrix
 
@@ -38,6 +38,7 @@ __all__ = [
     "heat_map",
     "load",
     "load_direction",
+    "save_dataset",
     "sweep",
     "sweeps",
     "transfer",

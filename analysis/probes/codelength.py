@@ -38,18 +38,16 @@ class Prefixes:
     def bits(self, fitted: Fitted) -> float:
         """Return the codelength of the labels, in bits, by probes that were fitted to `sets`.
 
-        Of several strengths that which tells them shortest, and the bits that say which it is.
+        They are of one strength, that of the weights which are kept.
         """
-        count = len(fitted.strengths)
-        total = np.full(count, self.sets[0].sum() * np.log2(fitted.classes))
+        total = self.sets[0].sum() * np.log2(fitted.classes)
         for number, following in enumerate(self.nexts):
             at = np.flatnonzero(following)
-            for strength in range(count):
-                probability = fitted.predict(number, strength, at).probability
-                assert probability is not None
-                told = probability[np.arange(len(at)), self.y[at]]
-                total[strength] -= np.log2(np.maximum(told, np.finfo(np.float64).tiny)).sum()
-        return float(total.min() + np.log2(count))
+            probability = fitted.predict(number, 0, at).probability
+            assert probability is not None
+            told = probability[np.arange(len(at)), self.y[at]]
+            total -= np.log2(np.maximum(told, np.finfo(np.float64).tiny)).sum()
+        return float(total)
 
 
 def prefixes(view: View, seed: int) -> Prefixes | None:

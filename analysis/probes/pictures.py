@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.patches import Rectangle
 
 from analysis.probes.results import Sweep
 from analysis.probes.table import NAMES
@@ -73,8 +73,9 @@ def heat_map(found: xr.Dataset, path: str | Path | None = None) -> Figure:
     layers = [str(layer) for layer in found["layer"].values]
     positions = [str(position) for position in found["position"].values]
     _map(axes, values, layers, positions, "position", "layer", (np.nanmin(values), np.nanmax(values)))
-    axes.invert_yaxis()
-    return _done(figure, axes, f"{found.attrs['target']}: {NAMES[metric]}", path)
+    axes.invert_yaxis()  # the first layer below
+    ends = f"from {np.nanmin(values):.2f}, pale, to {np.nanmax(values):.2f}"
+    return _done(figure, axes, f"{found.attrs['target']}: {NAMES[metric]}, {ends}", path)
 
 
 def transfer_map(found: xr.Dataset, path: str | Path | None = None) -> Figure:
@@ -95,19 +96,18 @@ def _map(
     axes: Axes, values: np.ndarray, rows: list[str], columns: list[str], x: str, y: str, ends: tuple[float, float]
 ) -> None:
     low, high = ends if ends[1] > ends[0] else (ends[0] - 0.5, ends[1] + 0.5)
-    shown = axes.imshow(values, cmap="Blues", vmin=low, vmax=high, aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        if np.isnan(value):
+            continue
+        share = 0.03 + 0.77 * (value - low) / (high - low)
+        axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=BLUE, alpha=share, linewidth=0))
+        if values.size <= MOST**2 / 4:
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=9, color=INK)
+    axes.set_xlim(-0.5, values.shape[1] - 0.5)
+    axes.set_ylim(values.shape[0] - 0.5, -0.5)
     for axis, names in ((axes.xaxis, columns), (axes.yaxis, rows)):
-        if len(names) <= MOST:
-            axis.set_ticks(range(len(names)), names)
-        else:
-            axis.set_major_locator(MaxNLocator(12, integer=True))
-    if values.size <= MOST**2 / 4:
-        for (i, j), value in np.ndenumerate(values):
-            dark = (value - low) / (high - low) > 0.6
-            text = "" if np.isnan(value) else f"{value:.2f}"
-            axes.text(j, i, text, ha="center", va="center", fontsize=9, color=PAPER if dark else INK)
-    figure = axes.figure
-    figure.colorbar(shown, ax=axes, shrink=0.8).outline.set_visible(False)
+        step = -(-len(names) // MOST)
+        axis.set_ticks(range(0, len(names), step), names[::step])
     axes.set_xlabel(x, color=INK)
     axes.set_ylabel(y, color=INK)
     axes.tick_params(which="both", color=SOFT, labelcolor=SOFT)

@@ -184,10 +184,7 @@ class Sweep:
         """
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = self.results.to_dict()
-        for name, variable in (data["coords"] | data["data_vars"]).items():
-            variable["dtype"] = self.results[name].dtype.str
-        path.write_text(json.dumps(_plain(data), indent=1, allow_nan=False) + "\n", "utf-8")
+        save_dataset(self.results, path)
         if self.coef is not None and self.intercept is not None:
             tensors = {"coef": np.ascontiguousarray(self.coef), "intercept": np.ascontiguousarray(self.intercept)}
             save_file(tensors, path.with_name(WEIGHTS), {"format": FORMAT})
@@ -241,6 +238,14 @@ def load(folder: str | Path) -> Sweep:
         return Sweep(found, tensors["coef"], tensors["intercept"])
     except (SafetensorError, KeyError, OSError) as error:
         raise AnalysisError("the saved weights cannot be read", where=str(weights), found=str(error)) from error
+
+
+def save_dataset(found: xr.Dataset, path: str | Path) -> None:
+    """Write a dataset as JSON; no bit is lost."""
+    data = found.to_dict()
+    for name, variable in (data["coords"] | data["data_vars"]).items():
+        variable["dtype"] = found[name].dtype.str
+    Path(path).write_text(json.dumps(_plain(data), indent=1, allow_nan=False) + "\n", "utf-8")
 
 
 def _array(variable: dict[str, Any], dims: dict[str, int]) -> np.ndarray:

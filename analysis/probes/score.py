@@ -4,19 +4,19 @@ Each metric is a numerator and a denominator in every fold. A fold's value, thei
 scikit-learn gives for that fold. The *pooled* value divides the sums over folds, so predictions of
 different folds are never ranked against each other.
 
-===========  ======================================  ==============================
-metric       numerator                               denominator
-===========  ======================================  ==============================
-accuracy     correct samples                         samples
-auroc        concordant pairs (a tie is a half)      pairs of a positive and a negative
-f1           F1 · samples                            samples
-log_loss     −log of the true class's probability    samples
-brier        squared errors of the probabilities     samples
-ece          gap of confidence and accuracy, 15 bins samples
-recall@1%    found positives, at 1 % of negatives    positives
-r2           SST − SSE                               SST, about the fold's own mean
-pearson      correlation · samples                   samples
-===========  ======================================  ==============================
+===========  ==========================================  ==================================
+metric       numerator                                   denominator
+===========  ==========================================  ==================================
+accuracy     correct samples                             samples
+auroc        concordant pairs (a tie is a half)          pairs of a positive and a negative
+f1           F1 · samples                                samples
+log_loss     −log of the true class's probability        samples
+brier        squared errors of the probabilities         samples
+ece          gaps of confidence and accuracy in 15 bins  samples
+recall@1%    found positives, at 1 % of negatives        positives
+r2           SST − SSE                                   SST, about the fold's own mean
+pearson      correlation · samples                       samples
+===========  ==========================================  ==================================
 
 F1 is of the second of two classes, or the mean over more. The expected calibration error is that of Naeini et al.
 (2015), in bins of equal width of the likeliest class's probability. The recall is of the second class, where at most

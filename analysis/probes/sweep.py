@@ -15,12 +15,12 @@ from analysis.probes.estimators.design import Design
 from analysis.probes.results import Sweep
 from analysis.probes.trial import Trial
 from analysis.progress import bar
-from analysis.targets import TokenTarget
+from analysis.targets import DocumentTarget, TokenTarget
 from analysis.view import Readable, Rows, Task, View, join
 from flexcache.errors import AnalysisError, nearest
 from flexcache.site import Layers
 
-Target = str | TokenTarget
+Target = str | TokenTarget | DocumentTarget
 SHARE = 0.5
 """Of the machine's memory: how much one layer's samples may take before they are read in blocks at each pass."""
 
@@ -71,7 +71,7 @@ def sweep(
     target, site, groups, rows, layers, task
         See `analysis.view.join`; a target of tokens is made by `analysis.targets`.
     probe
-        Any scikit-learn estimator, by default `Logistic`, or `Ridge` for numbers, with ten strengths to choose from.
+        Any scikit-learn estimator, by default `Logistic`, or `Ridge` for numbers, with powers of ten to choose from.
         Yours is given raw activations in float64: put a `StandardScaler` before it in a pipeline. It is cloned for
         every fit, never changed.
     cv
@@ -144,7 +144,7 @@ def sweeps(
 ) -> dict[tuple[str, str, str], Sweep]:
     """Cross-validate several probes for several targets and sites; what needs the same samples shares their reading.
 
-    A column of lists of words, several labels a document, is a target for each word: whether the document has it.
+    Several labels a document, a column of lists of words, are a target for each word: `analysis.targets.labels`.
 
     Parameters
     ----------
@@ -224,7 +224,7 @@ def check_probe(probe: BaseEstimator, view: View) -> None:
 
 
 def _usual(view: View) -> LinearProbe:
-    return Logistic(Cs=10) if view.classes else Ridge(alphas=10)
+    return Logistic(Cs=5) if view.classes else Ridge(alphas=6)
 
 
 def _samples(view: View) -> Any:

@@ -29,6 +29,7 @@ ARMS = {
     "random": "random direction",
     "control": "control task",
 }
+SHORT = {"majority": "majority", "tfidf": "TF-IDF", "tokens": "tokens", "length": "length"}
 SHOWN = 2
 """Metrics of which a table has columns."""
 
@@ -44,8 +45,10 @@ def table(sweep: Sweep) -> Table:
     )
     found.add_column("layer", justify="right", no_wrap=True)
     for metric in sweep.metrics[:SHOWN]:
-        found.add_column(Text(f"{NAMES[metric]}\n[bootstrap 95 %]"), justify="right", no_wrap=True)
-        if metric == best.metric:
+        first = metric == best.metric
+        head = Text(f"{NAMES[metric]}\n[bootstrap 95 %]" if first else NAMES[metric])
+        found.add_column(head, justify="right", no_wrap=True)
+        if first:
             found.add_column("over folds\n95 %", justify="right", no_wrap=True, style="dim")
     beside = [arm for arm in ("shuffled", "control") if arm in sweep.arms]
     for name in beside:
@@ -56,10 +59,10 @@ def table(sweep: Sweep) -> Table:
         is_best = layer == (-1 if best.layer is None else best.layer)
         found.add_row("–" if layer < 0 else str(layer), *cells, style="bold" if is_best else None)
     found.add_section()
-    first = int(data["layer"].values[0])
+    at = int(data["layer"].values[0])
     for arm in sweep.arms:
         if arm in WITHOUT_MODEL:
-            found.add_row(arm_name(sweep, arm), *_cells(sweep, arm, first))
+            found.add_row(SHORT[arm], *_cells(sweep, arm, at))
     return found
 
 
@@ -112,7 +115,9 @@ def _cells(sweep: Sweep, arm: str, layer: int) -> list[str]:
         values = sweep.results.sel(arm=arm, layer=layer, metric=metric)
         names = ("pooled", "ci_low", "ci_high", "mean", "fold_high")
         at = {name: float(values[name]) for name in names}
-        cells.append(f"{number(at['pooled'])} {interval(at['ci_low'], at['ci_high'])}")
-        if metric == sweep.best.metric:
+        if metric != sweep.best.metric:
+            cells.append(number(at["pooled"]))
+        else:
+            cells.append(f"{number(at['pooled'])} {interval(at['ci_low'], at['ci_high'])}")
             cells.append(f"{number(at['mean'])} ± {number(at['fold_high'] - at['mean'])}")
     return cells

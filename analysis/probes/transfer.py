@@ -15,7 +15,7 @@ from analysis.probes.estimators.linear import LogOdds, coded
 from analysis.probes.results import Sweep
 from analysis.probes.score import Prediction
 from analysis.probes.sweep import sweep as sweep_layers
-from analysis.targets import TokenTarget
+from analysis.targets import DocumentTarget, TokenTarget
 from analysis.view import Readable, Rows, View, join
 from flexcache.errors import AnalysisError
 
@@ -23,7 +23,7 @@ from flexcache.errors import AnalysisError
 def transfer(
     sweep: Sweep,
     store: Readable,
-    target: str | TokenTarget | None = None,
+    target: str | TokenTarget | DocumentTarget | None = None,
     *,
     layers: Sequence[int] | None = None,
     across: bool = False,

@@ -100,13 +100,13 @@ class Trial:
             )
         strength = fitted.strengths[[self._final[at]]] if linear else None
         for arm, y in self.targets.items():
-            asked, probe = rows, self.probe
             if arm == "random":
-                asked, probe, strength = _line(rows, self.seed + at), _plain(view), None
-            known = Fitted(probe, view, asked, y, self._sets[0], f"{where}, {arm}", strength)
+                known = Fitted(_plain(view), view, _line(rows, self.seed + at), y, self._sets[0], f"{where}, {arm}")
+            else:
+                known = Fitted(self.probe, view, rows, y, self._sets[0], f"{where}, {arm}", strength)
             self.board.add(arm, at, y, crossfit.outer(known, self.fold, self.cv, np.zeros(self.cv, np.int64)))
         if self._prefixes is not None:
-            told = Fitted(self.probe, view, rows, view.y, self._prefixes.sets, f"{where}, codelength")
+            told = Fitted(self.probe, view, rows, view.y, self._prefixes.sets, f"{where}, codelength", strength)
             self._bits[at] = self._prefixes.bits(told)
 
     def sweep(self) -> Sweep:

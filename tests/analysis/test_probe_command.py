@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from analysis import probes
-from flexcache.errors import ConfigError
+from flexcache.errors import AnalysisError, ConfigError
 from pipelines import probe
 
 EVIL = r"<script>alert('label & co')</script> $\q$"
@@ -48,3 +48,40 @@ def test_the_command_line_in_the_report_is_quoted(real_store: Any, tmp_path: Any
     line = next(line for line in text.splitlines() if "flexcache probe" in line)
     words = shlex.split(line.removeprefix("<pre><code>").removesuffix("</code></pre>"))
     assert words[:6] == ["flexcache", "probe", str(real_store.path), "--target", EVIL, "--site"]
+
+
+def test_several_probes_have_a_folder_each_and_are_tried_elsewhere(real_store: Any, tmp_path: Any) -> None:
+    from pipelines.cli import main
+
+    out = str(tmp_path / "probes")
+    asked = ["probe", str(real_store.path), "--target", EVIL, "--probe", "ridge,mass-mean", "-o", out, "--quiet"]
+    main_exits(main, asked)
+    folders = sorted(path.name for path in (tmp_path / "probes").iterdir())
+    assert [name.rsplit("-", 1)[-1] for name in folders] == ["mean", "ridge"]
+    assert all((tmp_path / "probes" / name / "weights.safetensors").is_file() for name in folders)
+    main_exits(main, ["probe", "transfer", str(tmp_path / "probes" / folders[1]), str(real_store.path)])
+    saved = (tmp_path / "probes" / folders[1] / "transfer.json").read_text()
+    assert '"accuracy"' in saved
+    with pytest.raises(AnalysisError, match="holds several sweeps"):
+        probe.run_transfer(out, real_store.path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["x.zarr"], "without --target"), (["transfer", "x"], "probe transfer x"), (["a", "b"], "a b")],
+)
+def test_a_probe_without_what_it_needs_says_how_to_call_it(words: list[str], message: str, capsys: Any) -> None:
+    from pipelines.cli import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["probe", *words])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "flexcache probe STORE --target COLUMN" in said
+
+
+def main_exits(main: Any, words: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 0

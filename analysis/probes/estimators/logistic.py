@@ -13,7 +13,7 @@ from analysis.probes.estimators.linear import LogOdds, Solved
 from analysis.probes.estimators.newton import solve
 from flexcache.errors import AnalysisError
 
-WEAKEST, STRONGEST = -4.0, 1.0
+STRONGEST, WEAKEST = -4.0, 0.0
 """Powers of ten between which `Cs` lie where their number is given."""
 
 
@@ -31,7 +31,7 @@ class Logistic(ClassifierMixin, LogOdds):
         Inverse strength of the penalty. The default is strong, for hundreds of features that are correlated;
         scikit-learn's own is 1.
     Cs
-        Several, to choose from inside the folds: numbers, or how many from 10⁻⁴ to 10. *C* is then not used.
+        Several, to choose from inside the folds: numbers, or how many from 10⁻⁴ to 1. *C* is then not used.
     tol
         How far from the optimum the standardised coefficients may be, as a share of their length.
     max_iter
@@ -66,7 +66,7 @@ class Logistic(ClassifierMixin, LogOdds):
         if self.Cs is None:
             found = np.array([self.C], np.float64)
         elif isinstance(self.Cs, int):
-            found = np.logspace(WEAKEST, STRONGEST, self.Cs)
+            found = np.logspace(STRONGEST, WEAKEST, self.Cs)
         else:
             found = np.sort(np.asarray(self.Cs, np.float64).ravel())
         if not len(found) or not (found > 0).all():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -186,6 +186,9 @@ class AttentionPooled(_Neural):
 
     Others, and the attributes, are those of `MLP`.
     """
+
+    pooled: ClassVar[bool] = True
+    """It reads the tokens of a document together."""
 
     def __init__(
         self,

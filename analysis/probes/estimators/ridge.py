@@ -13,7 +13,7 @@ from analysis.probes.estimators.linear import LinearProbe, Solved
 from analysis.probes.estimators.moments import gather
 from flexcache.errors import AnalysisError
 
-WEAKEST, STRONGEST = 0.0, 5.0
+STRONGEST, WEAKEST = 5.0, 0.0
 """Powers of ten between which `alphas` lie where their number is given."""
 
 

@@ -1,0 +1,281 @@
+"""What a sweep measures beside its score, and what its probes are then used for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import flexcache
+from analysis import probes, targets
+from analysis.probes import baselines, codelength, folds
+from analysis.view import join
+from flexcache.errors import AnalysisError
+from tests.analysis.stores import value_store
+from tests.corpora import token_documents
+from tests.models import VOCABULARY, tiny
+
+QUICK: dict[str, Any] = {"resamples": 20, "progress": False}
+
+
+def told(path: Path, n: int = 80, seed: int = 0, shift: float = 2.0, **options: Any) -> flexcache.Store:
+    """Documents of one to six tokens; their label is written into layer 1 on."""
+    rng = np.random.default_rng(seed)
+    lengths = [int(k) for k in rng.integers(2, 7, n)]
+    label = rng.integers(2, size=n)
+    values = rng.normal(size=(3, sum(lengths), 6))
+    values[1:, :, 0] += shift * np.repeat(label, lengths)
+    labels = {"label": [["no", "yes"][v] for v in label], "grade": [float(v) for v in label * 2.0 + rng.normal(size=n)]}
+    return value_store(path, values, lengths, labels=labels, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> flexcache.Store:
+    return told(tmp_path_factory.mktemp("told") / "run.zarr")
+
+
+@pytest.fixture(scope="module")
+def sweep(store: flexcache.Store) -> probes.Sweep:
+    return probes.sweep(store, "label", "resid_post", probes.Logistic(Cs=4), **QUICK)
+
+
+def test_strengths_are_chosen_inside_the_folds(store: flexcache.Store) -> None:
+    Cs = [1e-3, 0.1, 10.0]
+    sweep = probes.sweep(store, "label", "resid_post", probes.Logistic(Cs=Cs), baselines=(), mdl=False, **QUICK)
+    view = join(store, "resid_post", "label")
+    fold = folds.assign(view, 5, 0)
+    for layer in range(3):
+        X = view.read(layer).astype(float)
+        for k in range(5):
+            inner = np.zeros(3)
+            for at, C in enumerate(Cs):
+                for j in set(range(5)) - {k}:
+                    train = (fold != k) & (fold != j)
+                    model = make_pipeline(StandardScaler(), LogisticRegression(C=C, tol=1e-10, max_iter=2000))
+                    inner[at] += (model.fit(X[train], view.y[train]).predict(X[fold == j]) == view.y[fold == j]).sum()
+            chosen = Cs[int(inner.argmax())]
+            assert float(sweep.results["strength"].sel(layer=layer, fold=k)) == chosen
+            model = make_pipeline(StandardScaler(), LogisticRegression(C=chosen, tol=1e-10, max_iter=2000))
+            expected = model.fit(X[fold != k], view.y[fold != k]).score(X[fold == k], view.y[fold == k])
+            got = sweep.results["score"].sel(arm="probe", layer=layer, fold=k, metric="accuracy")
+            assert float(got) == pytest.approx(expected)
+
+
+def test_reading_in_blocks_gives_the_same_sweep(store: flexcache.Store, sweep: probes.Sweep) -> None:
+    again = probes.sweep(store, "label", "resid_post", probes.Logistic(Cs=4), memory=1000, **QUICK)
+    assert again.coef is not None
+    assert sweep.coef is not None
+    np.testing.assert_allclose(again.coef, sweep.coef, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(again.results["pooled"], sweep.results["pooled"], atol=1e-6)
+    with pytest.raises(AnalysisError, match="needs all samples in memory"):
+        probes.sweep(store, "label", "resid_post", probes.MLP(epochs=1), memory=1000, **QUICK)
+
+
+@pytest.mark.parametrize(
+    "probe", [probes.MassMean(), probes.LDA(shrinkages=3), probes.MLP(8, epochs=3), probes.INLP(2)]
+)
+def test_every_kind_of_probe_has_a_sweep(store: flexcache.Store, probe: Any) -> None:
+    found = probes.sweep(store, "label", "resid_post", probe, **QUICK)
+    assert found.best.layer in (1, 2) or isinstance(probe, probes.MLP)
+    assert ("log_loss" in found.metrics) == hasattr(probe, "predict_proba")
+
+
+def test_attention_over_tokens_has_a_sweep(tmp_path: Path) -> None:
+    probe = probes.AttentionPooled(epochs=60, learning_rate=2e-2)
+    found = probes.sweep(
+        told(tmp_path / "run.zarr", 150, shift=4.0), "label", "resid_post", probe, rows="tokens", layers=1, **QUICK
+    )
+    assert found.best.score > 0.85
+    assert "random" not in found.arms
+
+
+def test_the_codelength_is_that_of_probes_fitted_one_after_the_other(store: flexcache.Store) -> None:
+    sweep = probes.sweep(store, "label", "resid_post", probes.Logistic(0.1), baselines=(), **QUICK)
+    view = join(store, "resid_post", "label")
+    parts = codelength.prefixes(view, 0)
+    assert parts is not None
+    assert (parts.sets.sum(1)[1:] == parts.sets.sum(1)[:-1] + parts.nexts.sum(1)[:-1]).all()
+    assert (parts.sets[-1] | parts.nexts[-1]).all()
+    X = view.read(2).astype(float)
+    bits = float(parts.sets[0].sum())
+    for held, following in zip(parts.sets, parts.nexts):
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, tol=1e-10, max_iter=2000))
+        chance = model.fit(X[held], view.y[held]).predict_proba(X[following])
+        bits -= np.log2(chance[np.arange(following.sum()), view.y[following]]).sum()
+    assert float(sweep.results["codelength"].sel(layer=2)) == pytest.approx(bits, rel=1e-5)
+    compression = sweep.results["compression"]
+    assert float(compression.sel(layer=2)) == pytest.approx(80 / bits, rel=1e-5)
+    assert float(compression.sel(layer=0)) < float(compression.sel(layer=2))
+
+
+def test_a_control_task_is_the_same_for_tokens_of_one_kind(store: flexcache.Store) -> None:
+    view = join(store, "resid_post", "label", rows="all")
+    fold = folds.assign(view, 5, 0)
+    drawn = baselines.control(view, fold, 5, 0)
+    token = np.asarray(store.coordinates["token_id"].values)[view.row]
+    assert all(len(set(drawn[token == kind])) == 1 for kind in set(token))
+    assert len(set(drawn)) == 2
+    with pytest.raises(AnalysisError, match="samples of one token each"):
+        baselines.control(join(store, "resid_post", "label", rows="mean"), fold, 5, 0)
+
+
+def test_tokens_known_by_heart_have_no_selectivity(tmp_path: Path) -> None:
+    """Activations that say which token it is, and nothing else: any labelling of tokens is as easy."""
+    rng = np.random.default_rng(0)
+    lengths = [12] * 60
+    tokens = rng.integers(0, 8, sum(lengths))
+    documents = [{"id": str(i), "tokens": tokens[12 * i : 12 * i + 12].tolist()} for i in range(60)]
+    with flexcache.record(
+        tmp_path / "run.zarr", documents, sites={"resid_post": (1, 8)}, model="x", dtype="float32"
+    ) as to:
+        for batch in to.batches():
+            ids = np.asarray(to.store.coordinates["token_id"].values)[batch.rows]
+            to.put("resid_post", np.eye(8)[ids] + 0.01 * rng.normal(size=(len(ids), 8)), rows=batch.rows, layer=0)
+    store = flexcache.open(tmp_path / "run.zarr")
+    even = targets.function("even", lambda told: told["token_id"] % 2 == 0)
+    found = probes.sweep(store, even, "resid_post", probes.Logistic(1.0), **QUICK)
+    assert float(found.results["pooled"].sel(arm="probe", metric="accuracy").squeeze()) > 0.99
+    assert abs(float(found.results["selectivity"].squeeze())) < 0.01
+
+
+def test_a_random_direction_and_length_tell_little(sweep: probes.Sweep) -> None:
+    pooled = sweep.results["pooled"].sel(metric="accuracy")
+    for arm in ("random", "length", "tokens", "shuffled"):
+        assert float(pooled.sel(arm=arm, layer=2)) < 0.75
+    assert float(pooled.sel(arm="probe", layer=1)) > 0.8
+
+
+def test_a_direction_is_the_probe_of_all_documents(store: flexcache.Store, sweep: probes.Sweep, tmp_path: Path) -> None:
+    view = join(store, "resid_post", "label")
+    direction = sweep.to_direction(2)
+    strength = float(sweep.results["final_strength"].sel(layer=2))
+    X = view.read(2).astype(float)
+    alone = probes.Logistic(strength).fit(X, np.array(view.classes)[view.y])
+    np.testing.assert_allclose(direction.score(X), alone.decision_function(X), atol=1e-5)
+    assert np.linalg.norm(direction.unit) == pytest.approx(1)
+    np.testing.assert_allclose(direction.score_store(store, view.row), direction.score(X))
+    assert len(direction.score_store(store, block=7)) == store.n_rows
+    saved = probes.load_direction(direction.save(tmp_path / "deep" / "d.safetensors"))
+    assert np.array_equal(saved.vector, direction.vector)
+    assert (saved.bias, saved.site, saved.layer, saved.provenance) == (
+        direction.bias,
+        "resid_post",
+        2,
+        direction.provenance,
+    )
+    with pytest.raises(AnalysisError, match="layer 9 was not probed"):
+        sweep.to_direction(9)
+    with pytest.raises(AnalysisError, match="cannot be read"):
+        probes.load_direction(tmp_path / "none.safetensors")
+    trees = probes.sweep(store, "label", "resid_post", probes.MLP(4, epochs=1), baselines=(), layers=1, **QUICK)
+    with pytest.raises(AnalysisError, match="has no direction"):
+        trees.to_direction()
+
+
+def test_weights_come_back_from_a_folder(sweep: probes.Sweep, tmp_path: Path) -> None:
+    sweep.save(tmp_path)
+    again = probes.load(tmp_path)
+    assert again.coef is not None
+    assert np.array_equal(again.coef, sweep.coef)
+    assert {path.name for path in tmp_path.iterdir()} == {"sweep.json", "weights.safetensors"}
+    (tmp_path / "weights.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(AnalysisError, match="weights cannot be read"):
+        probes.load(tmp_path)
+
+
+def test_transfer_scores_the_saved_weights_on_another_store(sweep: probes.Sweep, store: Any, tmp_path: Path) -> None:
+    other = told(tmp_path / "other.zarr", 60, seed=5)
+    found = probes.transfer(sweep, other, resamples=50)
+    view = join(other, "resid_post", "label")
+    assert sweep.coef is not None
+    assert sweep.intercept is not None
+    for layer in range(3):
+        said = view.read(layer).astype(float) @ sweep.coef[layer, 0] + sweep.intercept[layer, 0] > 0
+        assert float(found["score"].sel(layer=layer, metric="accuracy")) == (said == view.y).mean()
+    assert (found["ci_low"] <= found["score"]).all()
+    across = probes.transfer(sweep, other, across=True, resamples=20)
+    assert across["score"].sizes == {"trained": 3, "tested": 3, "metric": len(sweep.metrics)}
+    assert float(across["score"].sel(trained=1, tested=2, metric="accuracy")) > 0.7, "the label is in the same dim"
+    assert np.allclose(np.diag(across["score"].sel(metric="accuracy")), found["score"].sel(metric="accuracy"))
+    matrix = probes.transfer_matrix({"a": sweep}, {"own": (store, "label"), "other": (other, "label")}, resamples=20)
+    assert float(matrix["score"].sel(trained="a", tested="own")) >= 0.9
+    probes.transfer_map(matrix, tmp_path / "matrix.png")
+    with pytest.raises(AnalysisError, match="no class in common"):
+        probes.transfer(sweep, other, targets.coordinate("token_id"), rows="all", resamples=20)
+
+
+def test_probes_of_another_model_are_refused(tmp_path: Path) -> None:
+    documents = [dict(d, label=i % 2) for i, d in enumerate(token_documents([4] * 24, vocabulary=VOCABULARY))]
+    model = tiny("llama")
+    first = flexcache.capture(model, None, documents, tmp_path / "a.zarr", progress=False)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    second = flexcache.capture(model, None, documents, tmp_path / "b.zarr", progress=False)
+    sweep = probes.sweep(first, "label", "resid_post", probes.Ridge(), cv=3, layers=1, **QUICK)
+    assert len(probes.transfer(sweep, first, resamples=5)["layer"]) == 1
+    with pytest.raises(AnalysisError, match="another model"):
+        probes.transfer(sweep, second)
+
+
+def test_a_live_model_is_scored_as_its_store(tmp_path: Path) -> None:
+    documents = [dict(d, label=i % 2) for i, d in enumerate(token_documents([4, 7] * 12, vocabulary=VOCABULARY))]
+    model = tiny("llama")
+    store = flexcache.capture(model, None, documents, tmp_path / "a.zarr", progress=False)
+    direction = probes.sweep(store, "label", "resid_post", probes.Ridge(), cv=3, **QUICK).to_direction(2)
+
+    class Batch(dict[str, torch.Tensor]):
+        def to(self, _: Any) -> Batch:
+            return self
+
+    def tokenizer(text: str, return_tensors: str) -> Batch:
+        return Batch(input_ids=torch.tensor([documents[int(text)]["tokens"]]))
+
+    live = direction.score_model(model, tokenizer, ["3", "8"])
+    for number, scores in zip((3, 8), live):
+        rows = store.rows(document=documents[number]["id"])
+        np.testing.assert_allclose(scores, direction.score_store(store, rows), atol=1e-3)
+
+
+def test_positions_are_swept_one_by_one_and_drawn(store: flexcache.Store, tmp_path: Path) -> None:
+    found = probes.by_position(
+        store, "label", "resid_post", probes.Ridge(), positions=[0, 1, -1], baselines=("majority",), **QUICK
+    )
+    assert found["pooled"].sizes == {"position": 3, "layer": 3}
+    alone = probes.sweep(store, "label", "resid_post", probes.Ridge(), rows=1, **QUICK)
+    expected = alone.results["pooled"].sel(arm="probe", metric="accuracy").values
+    assert np.array_equal(found["pooled"].sel(position=1), expected)
+    probes.heat_map(found, tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 1000
+
+
+def test_confusion_and_calibration_are_those_of_the_nested_predictions(sweep: probes.Sweep, tmp_path: Path) -> None:
+    table = sweep.results["confusion"].values
+    assert table.sum() == 80
+    assert np.trace(table) / 80 == pytest.approx(sweep.best.score)
+    sizes = sweep.results["samples_in_bin"].values
+    assert sizes.sum() == 80
+    right = np.nansum(sweep.results["accuracy_in_bin"].values * sizes) / 80
+    assert right == pytest.approx(sweep.best.score)
+    probes.confusion(sweep, tmp_path / "c.png")
+    probes.calibration(sweep, tmp_path / "d.svg")
+    with pytest.raises(AnalysisError, match="no probabilities"):
+        probes.calibration(probes.Sweep(sweep.results.drop_vars("confidence")))
+
+
+def test_what_should_be_known_first_is_noted(tmp_path: Path) -> None:
+    few = told(tmp_path / "few.zarr", 12, shift=4.0)
+    notes = " ".join(probes.sweep(few, "label", "resid_post", probes.Ridge(), cv=2, **QUICK).results.attrs["notes"])
+    assert "Classes in fewer than 10 groups" in notes
+    wide = value_store(
+        tmp_path / "w.zarr", np.zeros((1, 40, 50)), [2] * 20, labels={"label": [i % 2 for i in range(20)]}
+    )
+    notes = " ".join(
+        probes.sweep(wide, "label", "resid_post", probes.MassMean(), cv=2, baselines=(), **QUICK).results.attrs["notes"]
+    )
+    assert "20 samples of 50 features" in notes
