@@ -123,7 +123,7 @@ def test_of_several_strengths_the_best_in_cross_validation_is_used() -> None:
     rng = np.random.default_rng(0)
     X = rng.normal(size=(120, 60))
     y = np.where(X[:, 0] + 2 * rng.normal(size=120) > 0, "a", "b")
-    for probe, grid in ((probes.Logistic(Cs=7), "C"), (probes.Ridge(alphas=7), "alpha")):
+    for probe, grid in ((probes.Logistic(Cs=np.logspace(-4, 2, 7)), "C"), (probes.Ridge(alphas=7), "alpha")):
         fitted = probe.fit(X, y)
         assert fitted.strength_ in fitted.strengths
         alone = type(probe)(fitted.strength_).fit(X, y)
