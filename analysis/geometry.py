@@ -11,10 +11,10 @@ import xarray as xr
 
 import flexcache
 from analysis.covariance import ROWS, Covariance
-from analysis.joined import rows_in
 from analysis.onepass import DocumentSample, State, read
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers
+from flexcache.store.joined import rows_in
 from flexcache.store.store import Store
 
 
@@ -133,7 +133,7 @@ def project(
 ) -> Store:
     """Write the principal components of every row as a small new store over the same documents.
 
-    Its site has the name, layers and tokens of the original one, and *components* features; `analysis.joined` finds
+    Its site has the name, layers and tokens of the original one, and *components* features; `flexcache.store.joined`
     the rows that belong together. Runs again where it was interrupted.
 
     Raises

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analysis.joined import matching_rows
 from analysis.onepass import DocumentSample, read
 from analysis.rows import Rows
 from analysis.view import choose_layers
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers
+from flexcache.store.joined import matching_rows
 from flexcache.store.store import Store
 
 ROWS = 1024

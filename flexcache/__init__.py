@@ -48,6 +48,7 @@ __all__ = [
     "recompute",
     "record",
     "repair",
+    "training",
     "verify",
 ]
 
@@ -67,6 +68,7 @@ _PLACES = {
     "recompute": "flexcache.recorder.recompute:recompute",
     "record": "flexcache.recorder.foreign:record",
     "repair": "flexcache.store.repair:repair",
+    "training": "flexcache.training",
     "verify": "flexcache.store.verify:verify",
 }
 
@@ -76,7 +78,8 @@ def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'flexcache' has no attribute {name!r}")
     module, _, attribute = _PLACES[name].partition(":")
-    return getattr(import_module(module), attribute)
+    found = import_module(module)
+    return getattr(found, attribute) if attribute else found
 
 
 def __dir__() -> list[str]:

@@ -12,8 +12,8 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 import flexcache
 from analysis import erasure, geometry
 from analysis.covariance import Covariance
-from analysis.joined import matching_rows, rows_in
 from flexcache.errors import AnalysisError
+from flexcache.store.joined import matching_rows, rows_in
 from tests.analysis.stores import value_store
 from tests.analysis.test_moments import LENGTHS, block, by_token
 

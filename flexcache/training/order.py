@@ -1,0 +1,90 @@
+"""The order of an epoch: which rows are read together, and in which order they are given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Order:
+    """Runs of consecutive rows in drawn order, dealt out to consumers, and mixed a pool at a time.
+
+    Everything is a function of the rows, the seed and the epoch; of the runs in drawn order, consumer *c* of *n* takes
+    every n-th. A *pool* is as many runs as fit into it; its rows are given in drawn order, `batch_size` at a time.
+    Batches go across pools: what is left of one begins the next batch.
+
+    Attributes
+    ----------
+    rows : ndarray of int64, sorted
+        The rows to give, each once an epoch.
+    unit_rows : int
+        Rows of a unit; no run straddles two.
+    run_rows, pool_rows : int
+        At most so many rows are read at a time, and mixed at a time.
+    batch_size : int
+    seed : int
+    """
+
+    rows: Ints
+    unit_rows: int
+    run_rows: int
+    pool_rows: int
+    batch_size: int
+    seed: int
+
+    @cached_property
+    def runs(self) -> Ints:
+        """First and last place in `rows` of each run, (runs, 2), the last excluded."""
+        piece = self.rows // self.unit_rows * self.unit_rows
+        piece = piece + (self.rows - piece) // self.run_rows * self.run_rows
+        cuts = np.flatnonzero(np.diff(piece)) + 1
+        ends = np.concatenate([[0], cuts, [len(self.rows)]]) if len(self.rows) else np.zeros(1, np.int64)
+        return np.stack([ends[:-1], ends[1:]], axis=1).astype(np.int64)
+
+    def of(self, epoch: int, consumer: int, consumers: int) -> Ints:
+        """Return the runs of a consumer in an epoch, as numbers of `runs`, in the order in which they are read."""
+        drawn = np.random.default_rng([self.seed, epoch]).permutation(len(self.runs))
+        return np.asarray(drawn[consumer::consumers])
+
+    def pools(self, epoch: int, consumer: int, consumers: int) -> list[Ints]:
+        """Return the runs of each pool."""
+        mine = self.of(epoch, consumer, consumers)
+        sizes = np.diff(self.runs[mine], axis=1)[:, 0]
+        cuts, filled = [], 0
+        for place, size in enumerate(sizes.tolist()):
+            if filled and filled + size > self.pool_rows:
+                cuts.append(place)
+                filled = 0
+            filled += size
+        return np.split(mine, cuts) if len(mine) else []
+
+    def mixed(self, epoch: int, consumer: int, pool: int, size: int) -> Ints:
+        """Return the drawn order of the rows of a pool."""
+        return np.random.default_rng([self.seed, epoch, consumer, pool, 1]).permutation(size)
+
+    def batches(self, epoch: int, consumer: int, consumers: int, drop_last: bool = False) -> int:
+        """Return how many batches a consumer gets in an epoch."""
+        mine = self.runs[self.of(epoch, consumer, consumers)]
+        count = int(np.diff(mine, axis=1).sum())
+        return count // self.batch_size if drop_last else -(-count // self.batch_size)
+
+
+def turns(totals: list[int], given: int) -> list[int]:
+    """Return how many batches each of several workers has given after *given* in all, when they take turns.
+
+    A worker that has no more is passed over, as torch's DataLoader does.
+    """
+    done = [0] * len(totals)
+    while given > 0 and (left := [worker for worker, total in enumerate(totals) if done[worker] < total]):
+        rounds = min(totals[worker] - done[worker] for worker in left)
+        rounds, rest = (rounds, 0) if given >= rounds * len(left) else divmod(given, len(left))
+        for turn, worker in enumerate(left):
+            done[worker] += rounds + (turn < rest)
+        given -= rounds * len(left) + rest
+    return done

@@ -1,0 +1,137 @@
+"""Pools of rows, read in runs by several threads, one pool ahead of what is being given."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexcache.errors import DamagedError
+from flexcache.store.store import Store
+from flexcache.training.order import Ints, Order
+
+
+@dataclass(frozen=True)
+class Source:
+    """One array and layer that rows are read from.
+
+    Attributes
+    ----------
+    store : Store
+    site : str
+    layer : int, or None
+    match : ndarray of int64, or None
+        The row of this store for each row of the stream, where they are others.
+    """
+
+    store: Store
+    site: str
+    layer: int | None
+    match: Ints | None = None
+
+    @property
+    def features(self) -> int:
+        """Length of a row."""
+        return self.store.arrays[self.site].features
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a stored row."""
+        return self.store.arrays[self.site].row_bytes
+
+    @property
+    def bits(self) -> np.dtype:
+        """The unsigned integers of the size of a stored value."""
+        return np.dtype(f"<u{self.store.reader(self.site).dtype.itemsize}")
+
+
+class Pools:
+    """Reads the pools of one consumer's epoch in order, each while the one before is given.
+
+    Parameters
+    ----------
+    sources
+        Each gives an array (rows of the pool, features) of the bits that are stored.
+    keep_cache
+        Whether pages that were read stay in the page cache; otherwise they are given up, so that an epoch larger than
+        memory does not displace everything else.
+    threads
+        How many runs are read at a time.
+    """
+
+    def __init__(self, order: Order, sources: Sequence[Source], keep_cache: bool, threads: int) -> None:
+        self.order, self.sources, self.keep_cache = order, sources, keep_cache
+        self._readers = ThreadPoolExecutor(threads, thread_name_prefix="flexcache-runs")
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="flexcache-pool")
+
+    def read(self, pools: Sequence[Ints]) -> Iterator[tuple[Ints, list[NDArray]]]:
+        """Yield the rows of each pool, and of each source their bits."""
+        pending: Future[tuple[Ints, list[NDArray]]] | None = None
+        for number in range(len(pools)):
+            current = pending or self._ahead.submit(self._pool, pools[number])
+            found = current.result()
+            pending = self._ahead.submit(self._pool, pools[number + 1]) if number + 1 < len(pools) else None
+            yield found
+
+    def close(self) -> None:
+        """End the threads."""
+        self._ahead.shutdown(cancel_futures=True)
+        self._readers.shutdown(cancel_futures=True)
+
+    def _pool(self, runs: Ints) -> tuple[Ints, list[NDArray]]:
+        places = self.order.runs[runs]
+        sizes = np.diff(places, axis=1)[:, 0]
+        starts = np.cumsum(sizes) - sizes
+        rows = np.concatenate([self.order.rows[low:high] for low, high in places])
+        arrays = [np.empty((len(rows), source.features), source.bits) for source in self.sources]
+        jobs = [
+            self._readers.submit(self._run, source, array[start : start + size], rows[start : start + size])
+            for source, array in zip(self.sources, arrays, strict=True)
+            for start, size in zip(starts.tolist(), sizes.tolist(), strict=True)
+        ]
+        for job in jobs:
+            job.result()
+        return rows, arrays
+
+    def _run(self, source: Source, out: NDArray, rows: Ints) -> None:
+        """Read the rows of a run, which are sorted; few that are not wanted between them are read along."""
+        wanted = rows if source.match is None else source.match[rows]
+        reader, first, last = source.store.reader(source.site), int(wanted[0]), int(wanted[-1]) + 1
+        near = bool((np.diff(wanted) > 0).all()) and last - first <= 2 * len(wanted) + 16
+        unit = first // source.store.shard_rows
+        if source.store.compressed or not near or (last - 1) // source.store.shard_rows != unit:
+            out[:] = reader.gather(source.layer, wanted, True).view(source.bits)
+            return
+        whole = last - first == len(wanted)
+        into = out if whole else np.empty((last - first, source.features), source.bits)
+        start = first - reader.layout.rows(unit).start
+        self._pread(reader.path(source.layer, unit), into, start * source.row_bytes)
+        if not whole:
+            out[:] = into[wanted - first]
+
+    def _pread(self, path: Path, into: NDArray, offset: int) -> None:
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise DamagedError(
+                "a shard of the store is missing", where=str(path), remedy="run flexcache verify"
+            ) from error
+        try:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
+            view, at = into.data.cast("B"), offset
+            while len(view):
+                count = os.preadv(handle, [view], at)
+                if not count:
+                    raise DamagedError(
+                        "a shard of the store ended early", where=str(path), remedy="run flexcache verify"
+                    )
+                view, at = view[count:], at + count
+            if not self.keep_cache:
+                os.posix_fadvise(handle, offset, at - offset, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)

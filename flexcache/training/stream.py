@@ -1,0 +1,412 @@
+"""The stream: a torch dataset of shuffled batches, and a loader that knows where it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from flexcache.errors import ConfigError, StoreError, UncommittedError
+from flexcache.parallel.launch import launch
+from flexcache.store.joined import matching_rows
+from flexcache.store.store import Store
+from flexcache.training.order import Ints, Order, turns
+from flexcache.training.pools import Pools, Source
+
+RUN_BYTES, POOL_BYTES, THREADS = 128 << 10, 256 << 20, 4
+SAMPLE = 64
+"""Runs that a normalisation is estimated from."""
+TOLD = ("token_id", "position", "document")
+Normalize = Literal["none", "center", "unit_norm", "standard"]
+Batch = torch.Tensor | dict[str, torch.Tensor]
+
+
+class Stream(IterableDataset[Batch]):
+    """Batches of a store's rows in shuffled order, each row once an epoch; made by `stream`.
+
+    Iterating gives one epoch, and the next iteration the next. In a `torch.utils.data.DataLoader` with
+    ``batch_size=None``, workers share the rows; so do the ranks of a data-parallel group. `loader` makes a DataLoader
+    that can be saved and resumed in the middle of an epoch; torchdata's ``StatefulDataLoader`` does it as well.
+
+    Attributes
+    ----------
+    order : Order
+    epoch : int
+        The one that the next iteration gives.
+    mean, scale : list of Tensor of float32, (features,)
+        What the values of each source are less by, and then multiplied with; empty where not normalised.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        order: Order,
+        *,
+        stacked: bool,
+        normalize: Normalize,
+        dtype: torch.dtype | None,
+        transform: Callable[[Batch], Batch] | None,
+        told: bool,
+        drop_last: bool,
+        pool_bytes: int,
+        keep_cache: bool,
+        threads: int,
+        rank: int,
+        ranks: int,
+    ) -> None:
+        super().__init__()
+        self.sources, self.order, self.epoch = dict(sources), order, 0
+        self.stacked, self.told, self.drop_last, self.transform = stacked, told, drop_last, transform
+        self.pool_bytes, self.keep_cache, self.threads = pool_bytes, keep_cache, threads
+        self.rank, self.ranks = rank, ranks
+        self.mean: list[torch.Tensor] = []
+        self.scale: list[torch.Tensor] = []
+        self.dtype = dtype
+        self._skip = 0  # batches of this process that the next iteration leaves out
+        self._of_rank = False  # whether they are of all workers of the rank, in turns
+        self._given = 0
+        if normalize != "none":
+            self._estimate(normalize)
+
+    def __len__(self) -> int:
+        """Batches that this rank gets in an epoch, with the workers that iterate now, or none."""
+        return sum(self._totals(self.epoch, self._workers()[1]))
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Bytes of a row of all sources, as they are stored."""
+        return sum(source.row_bytes for source in self.sources.values())
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker, workers = self._workers()
+        skip = self._skip
+        if self._of_rank:
+            totals = self._totals(self.epoch, workers)
+            done, then = turns(totals, skip), turns(totals, skip + 1)
+            following = next((n for n in range(workers) if then[n] > done[n]), 0)
+            worker = (worker + following) % workers  # a DataLoader begins with its first worker: whose turn it is
+            skip = done[worker]
+        consumer, consumers = self.rank * workers + worker, self.ranks * workers
+        epoch, self._skip, self._of_rank, self._given = self.epoch, 0, False, skip
+        pools = self.order.pools(epoch, consumer, consumers)
+        reader = Pools(self.order, list(self.sources.values()), self.keep_cache, self.threads)
+        try:
+            for batch in self._batches(reader, pools, epoch, consumer, skip):
+                self._given += 1
+                yield batch
+        finally:
+            reader.close()
+        self.epoch, self._given = epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where this process is: epoch and batches given, which torchdata asks each worker for."""
+        return {"epoch": self.epoch, "batches": self._given, "seed": self.order.seed, "of_rank": False}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict`, or that of a `Loader`, was taken.
+
+        Raises
+        ------
+        ConfigError
+            The state is of another seed.
+        """
+        if state["seed"] != self.order.seed:
+            raise ConfigError(
+                "the stream has another seed than the state", expected=str(self.order.seed), found=str(state["seed"])
+            )
+        self.epoch, self._skip, self._of_rank = int(state["epoch"]), int(state["batches"]), bool(state["of_rank"])
+        self._given = self._skip
+
+    def loader(self, num_workers: int = 0, **options: Any) -> Loader:
+        """Return a DataLoader over this stream whose position can be saved; *options* are a DataLoader's."""
+        return Loader(self, num_workers, **options)
+
+    # Private
+
+    def _batches(self, reader: Pools, pools: Sequence[Ints], epoch: int, consumer: int, skip: int) -> Iterator[Batch]:
+        size, left = self.order.batch_size, skip * self.order.batch_size
+        sizes = [int(np.diff(self.order.runs[pool], axis=1).sum()) for pool in pools]
+        first = 0
+        while first < len(pools) and left >= sizes[first]:
+            left -= sizes[first]
+            first += 1
+        rest: tuple[Ints, list[NDArray]] | None = None
+        for number, (rows, arrays) in enumerate(reader.read(pools[first:]), start=first):
+            mixed = self.order.mixed(epoch, consumer, number, len(rows))[left:]
+            left = 0
+            at = 0
+            if rest is not None:
+                at = size - len(rest[0])
+                taken = mixed[:at]
+                joined = [np.concatenate([old, new[taken]]) for old, new in zip(rest[1], arrays, strict=True)]
+                rest = (np.concatenate([rest[0], rows[taken]]), joined)
+                if len(rest[0]) < size:
+                    continue
+                yield self._made(*rest)
+                rest = None
+            while at + size <= len(mixed):
+                taken = mixed[at : at + size]
+                yield self._made(rows[taken], [array[taken] for array in arrays])
+                at += size
+            if at < len(mixed):
+                taken = mixed[at:]
+                rest = (rows[taken], [array[taken] for array in arrays])
+        if rest is not None and not self.drop_last:
+            yield self._made(*rest)
+
+    def _made(self, rows: Ints, arrays: Sequence[NDArray]) -> Batch:
+        tensors = [_tensor(array, source) for array, source in zip(arrays, self.sources.values(), strict=True)]
+        for number, tensor in enumerate(tensors):
+            if self.mean:
+                tensor = (tensor.float() - self.mean[number]) * self.scale[number]
+            tensors[number] = tensor if self.dtype is None else tensor.to(self.dtype)
+        named = dict(zip(self.sources, tensors, strict=True))
+        batch: Batch = torch.stack(tensors, 1) if self.stacked else tensors[0] if len(tensors) == 1 else named
+        if self.told:
+            store = next(iter(self.sources.values())).store
+            batch = batch if isinstance(batch, dict) else {"activations": batch}
+            batch["row"] = torch.from_numpy(rows)
+            for name in TOLD:
+                batch[name] = torch.from_numpy(np.asarray(store.coordinates[name].values)[rows].astype(np.int64))
+        return batch if self.transform is None else self.transform(batch)
+
+    def _workers(self) -> tuple[int, int]:
+        info = get_worker_info()
+        return (0, 1) if info is None else (info.id, info.num_workers)
+
+    def _totals(self, epoch: int, workers: int) -> list[int]:
+        consumers = self.ranks * workers
+        return [
+            self.order.batches(epoch, self.rank * workers + worker, consumers, self.drop_last)
+            for worker in range(workers)
+        ]
+
+    def _estimate(self, normalize: Normalize) -> None:
+        """Set mean and scale from some runs, the same whatever the seed."""
+        drawn = np.random.default_rng(0).permutation(len(self.order.runs))[:SAMPLE]
+        reader = Pools(self.order, list(self.sources.values()), True, self.threads)
+        try:
+            _, arrays = next(iter(reader.read([drawn])))
+        finally:
+            reader.close()
+        for array, source in zip(arrays, self.sources.values(), strict=True):
+            values = _tensor(array, source).double()
+            mean = torch.zeros(values.shape[1]) if normalize == "unit_norm" else values.mean(0)
+            away = values - mean
+            if normalize == "standard":
+                deviation = away.square().mean(0).sqrt()
+                scale = torch.where(deviation > 0, 1 / deviation, 1.0)
+            elif normalize == "unit_norm":
+                scale = (values.shape[1] / away.square().sum(1).mean()).sqrt().expand(values.shape[1])
+            else:
+                scale = torch.ones(values.shape[1])
+            self.mean.append(mean.float())
+            self.scale.append(scale.float())
+
+
+class Loader:
+    """A DataLoader over a `Stream` that counts the batches it has given, so that it can be saved at any of them."""
+
+    def __init__(self, stream: Stream, num_workers: int = 0, **options: Any) -> None:
+        self.stream = stream
+        self._loader = DataLoader(stream, batch_size=None, num_workers=num_workers, **options)
+        self._workers = max(1, num_workers)
+        self._start = 0
+        self._given = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        stream, epoch = self.stream, self.stream.epoch
+        stream._skip, stream._of_rank = self._start, True
+        self._given, self._start = self._start, 0
+        for batch in self._loader:
+            self._given += 1
+            yield batch
+        stream.epoch, self._given = epoch + 1, 0
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return sum(self.stream._totals(self.stream.epoch, self._workers))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the loader is: to be saved with the model."""
+        state = {"epoch": self.stream.epoch, "batches": self._given, "seed": self.stream.order.seed, "of_rank": True}
+        return state | {"workers": self._workers, "ranks": self.stream.ranks}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken, with as many workers and ranks.
+
+        Raises
+        ------
+        ConfigError
+            The state is of another seed, or other numbers of workers or ranks, which would give other batches.
+        """
+        for name, mine in (("workers", self._workers), ("ranks", self.stream.ranks)):
+            if state[name] != mine:
+                raise ConfigError(
+                    f"the state is of another number of {name}", expected=str(state[name]), found=str(mine)
+                )
+        self.stream.load_state_dict(state)
+        self._start = self._given = int(state["batches"])
+
+
+def stream(
+    store: Store | Mapping[str, Store],
+    site: str | Sequence[str],
+    layer: int | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    batch_size: int = 4096,
+    seed: int = 0,
+    rows: ArrayLike | None = None,
+    normalize: Normalize = "none",
+    dtype: torch.dtype | None = None,
+    transform: Callable[[Batch], Batch] | None = None,
+    return_tokens: bool = False,
+    drop_last: bool = False,
+    pool_bytes: int = POOL_BYTES,
+    run_bytes: int = RUN_BYTES,
+    keep_cache: bool | None = None,
+    threads: int = THREADS,
+    rank: int | None = None,
+    ranks: int | None = None,
+) -> Stream:
+    """Return the committed rows of a store as a stream of shuffled batches.
+
+    Rows are read in runs of *run_bytes*, in drawn order; a pool of them is mixed, and given batch by batch, while the
+    next is read. The order depends on the store's rows, *seed* and the epoch alone, and on how many ranks and workers
+    share them.
+
+    Parameters
+    ----------
+    store
+        Or several by name, over the same documents: rows are joined by document id and position, and those that not all
+        stores have are left out.
+    site, layer, layers
+        One site and layer give tensors (batch, features). *layers* give (batch, layers, features). Several sites, or
+        stores, give dicts of tensors by name.
+    batch_size
+        Rows; the last batch of an epoch may be smaller, unless *drop_last*.
+    rows
+        Row numbers, or a mask of all rows; by default every committed one.
+    normalize
+        ``"center"``: less the mean. ``"standard"``: and divided by each feature's deviation. ``"unit_norm"``: scaled so
+        that the mean squared norm is the number of features. Estimated from some runs; `Stream.mean` and `Stream.scale`
+        say what it is.
+    dtype
+        By default as stored, or float32 where normalised.
+    transform
+        Of each batch.
+    return_tokens
+        Give dicts with ``activations``, and each row's ``row``, ``token_id``, ``position`` and ``document`` as well.
+    pool_bytes
+        Memory for a pool; three are alive at times: the one that is given, the next, and one batch.
+    keep_cache
+        Whether pages that were read stay in the page cache; by default where all of them fit into a quarter of memory.
+    rank, ranks
+        Of a data-parallel group; by default those of the launcher, or of torch.distributed.
+
+    Raises
+    ------
+    SiteError
+        A site or layer that a store does not have.
+    UncommittedError
+        *rows* names rows that are not committed.
+    ConfigError, StoreError
+        Numbers that make no sense; stores without common rows.
+    """
+    stores: Mapping[str, Store] = {"": store} if isinstance(store, Store) else store  # a store is a mapping as well
+    if min(batch_size, pool_bytes, run_bytes, threads) < 1:
+        raise ConfigError("batch_size, pool_bytes, run_bytes and threads are at least 1")
+    if normalize not in ("none", "center", "unit_norm", "standard"):
+        raise ConfigError(f"there is no normalisation {normalize!r}", expected="none, center, unit_norm or standard")
+    first = next(iter(stores.values()))
+    chosen = _chosen(first, rows)
+    sources: dict[str, Source] = {}
+    sites = [site] if isinstance(site, str) else list(site)
+    for name, one in stores.items():
+        match = None
+        if one is not first:
+            match = _match(first, one)
+            chosen = chosen[match[chosen] >= 0]
+            there = np.isin(match[chosen] // one.shard_rows, one.committed_units)
+            chosen = chosen[there]
+        for at in sites:
+            for number in [layer] if layers is None else list(layers):
+                found = one._layer(one.reader(at).array, number)
+                parts = [name] * bool(name) + [at] * (len(sites) > 1 or not name)
+                parts += [str(found)] * (layers is not None)
+                sources[".".join(parts)] = Source(one, at, found, match)
+    if not len(chosen):
+        raise StoreError("there are no rows to stream", where=str(first.path))
+    width = sum(source.row_bytes for source in sources.values())
+    order = Order(
+        rows=chosen,
+        unit_rows=first.shard_rows,
+        run_rows=max(1, run_bytes // width),
+        pool_rows=max(1, pool_bytes // width),
+        batch_size=batch_size,
+        seed=seed,
+    )
+    if keep_cache is None:
+        keep_cache = len(chosen) * width < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
+    mine, all_of = _group(rank, ranks)
+    return Stream(
+        sources,
+        order,
+        stacked=layers is not None and len(sites) == 1 and len(stores) == 1,
+        normalize=normalize,
+        dtype=dtype,
+        transform=transform,
+        told=return_tokens,
+        drop_last=drop_last,
+        pool_bytes=pool_bytes,
+        keep_cache=keep_cache,
+        threads=threads,
+        rank=mine,
+        ranks=all_of,
+    )
+
+
+def _chosen(store: Store, rows: ArrayLike | None) -> Ints:
+    committed = store.committed_rows
+    if rows is None:
+        return committed
+    wanted = np.unique(store._row_numbers(rows))
+    missing = np.setdiff1d(wanted, committed)
+    if len(missing):
+        raise UncommittedError(
+            f"{len(missing)} of the rows are not committed, the first is row {missing[0]}",
+            where=str(store.path),
+            remedy="complete the capture, or leave rows out to stream what is there",
+        )
+    return wanted
+
+
+def _match(first: Store, other: Store) -> Ints:
+    """Return the row of *other* for each row of *first*, −1 where it has none."""
+    return matching_rows(other, first)
+
+
+def _group(rank: int | None, ranks: int | None) -> tuple[int, int]:
+    if (rank is None) != (ranks is None):
+        raise ConfigError("rank and ranks are given together")
+    if rank is not None and ranks is not None:
+        if not 0 <= rank < ranks:
+            raise ConfigError("rank is a number below ranks", expected=f"0 to {ranks - 1}", found=str(rank))
+        return rank, ranks
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    place = launch()
+    return place.rank, place.world
+
+
+def _tensor(bits: NDArray, source: Source) -> torch.Tensor:
+    """Return stored bits as a tensor of the stored dtype, without a copy."""
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    signed = bits.view(np.int16 if bits.dtype.itemsize == 2 else np.int32)
+    return torch.from_numpy(signed).view(dtype[source.store.arrays[source.site].dtype])

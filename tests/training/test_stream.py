@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import flexcache
+from flexcache import training
+from flexcache.errors import ConfigError, SiteError, StoreError, UncommittedError
+from tests.analysis.stores import value_store
+
+LENGTHS = [int(n) for n in np.random.default_rng(3).integers(5, 30, 40)]
+SMALL: dict[str, Any] = {"batch_size": 32, "run_bytes": 300, "pool_bytes": 6000}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> flexcache.Store:
+    values = np.random.default_rng(0).normal(size=(3, sum(LENGTHS), 6)) * [1, 2, 3, 4, 5, 6] + 7
+    return value_store(tmp_path_factory.mktemp("stream") / "run.zarr", values, LENGTHS, dtype="bfloat16")
+
+
+def rows_of(batches: list[Any]) -> list[int]:
+    return np.concatenate([batch["row"].numpy() for batch in batches]).tolist()
+
+
+def test_an_epoch_gives_each_row_once_with_its_values_and_tokens(store: flexcache.Store) -> None:
+    batches = list(training.stream(store, "resid_post", 1, return_tokens=True, **SMALL))
+    rows = rows_of(batches)
+    assert sorted(rows) == list(range(store.n_rows))
+    assert rows != sorted(rows)
+    assert {len(batch["row"]) for batch in batches[:-1]} == {32}
+    found = torch.cat([batch["activations"] for batch in batches])
+    assert found.dtype == torch.bfloat16
+    assert np.array_equal(found.float().numpy(), store.read("resid_post", 1, np.array(rows)))
+    for name in ("token_id", "position", "document"):
+        told = torch.cat([batch[name] for batch in batches]).numpy()
+        assert np.array_equal(told, np.asarray(store.coordinates[name].values)[rows])
+
+
+def test_plain_batches_are_tensors_and_the_next_epoch_has_another_order(store: flexcache.Store) -> None:
+    stream = training.stream(store, "resid_post", 2, dtype=torch.float32, **SMALL)
+    first, second = torch.cat(list(stream)), torch.cat(list(stream))
+    assert first.dtype == torch.float32
+    assert stream.epoch == 2
+    assert not torch.equal(first, second)
+    assert torch.equal(first.sort(0).values, second.sort(0).values)
+    again = training.stream(store, "resid_post", 2, dtype=torch.float32, **SMALL)
+    assert torch.equal(torch.cat(list(again)), first)
+
+
+def test_layers_and_sites_are_aligned_by_row(store: flexcache.Store) -> None:
+    batches = list(training.stream(store, "resid_post", layers=[0, 2], return_tokens=True, **SMALL))
+    rows = np.array(rows_of(batches))
+    found = torch.cat([batch["activations"] for batch in batches])
+    assert found.shape == (store.n_rows, 2, 6)
+    for place, layer in enumerate((0, 2)):
+        assert np.array_equal(found[:, place].float().numpy(), store.read("resid_post", layer, rows))
+
+
+def test_two_stores_are_joined_by_document_and_position(store: flexcache.Store, tmp_path: Path) -> None:
+    order = np.random.default_rng(1).permutation(len(LENGTHS))[:30]
+    ids = store.documents["id"].to_pylist()
+    tokens = {ids[d]: t for d, t in zip(store.tokens["document"].to_pylist(), store.tokens["tokens"].to_pylist())}
+    documents = [{"id": f"d{i}", "tokens": tokens[f"d{i}"]} for i in order]
+    rng = np.random.default_rng(5)
+    with flexcache.record(
+        tmp_path / "b.zarr", documents, sites={"resid_post": (3, 4)}, model="other", dtype="float32", batch_tokens=64
+    ) as to:
+        for batch in to.batches():
+            for layer in range(3):
+                to.put("resid_post", rng.normal(size=(len(batch.rows), 4)), rows=batch.rows, layer=layer)
+    other = flexcache.open(tmp_path / "b.zarr")
+    batches = list(training.stream({"a": store, "b": other}, "resid_post", 1, return_tokens=True, **SMALL))
+    rows = np.array(rows_of(batches))
+    assert len(rows) == other.n_rows
+    mine = torch.cat([batch["a"] for batch in batches]).float().numpy()
+    theirs = torch.cat([batch["b"] for batch in batches]).numpy()
+    assert np.array_equal(mine, store.read("resid_post", 1, rows))
+    for row, value in list(zip(rows, theirs))[::17]:
+        document = ids[int(store.coordinates["document"].values[row])]
+        position = int(store.coordinates["position"].values[row])
+        assert np.array_equal(other.read("resid_post", 1, other.rows(document=document, position=position))[0], value)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 7, 15])
+def test_an_epoch_goes_on_in_the_middle(store: flexcache.Store, stop: int) -> None:
+    whole = list(training.stream(store, "resid_post", 0, seed=4, **SMALL))
+    stream = training.stream(store, "resid_post", 0, seed=4, **SMALL)
+    iterator = iter(stream)
+    for _ in range(stop):
+        next(iterator)
+    state = stream.state_dict()
+    again = training.stream(store, "resid_post", 0, seed=4, **SMALL)
+    again.load_state_dict(state)
+    rest = list(again)
+    assert len(rest) == len(whole) - stop
+    assert all(torch.equal(a, b) for a, b in zip(rest, whole[stop:]))
+    with pytest.raises(ConfigError, match="another seed"):
+        training.stream(store, "resid_post", 0, seed=5, **SMALL).load_state_dict(state)
+
+
+def test_ranks_and_workers_share_the_rows_and_a_loader_goes_on(store: flexcache.Store) -> None:
+    seen: list[int] = []
+    for rank in range(2):
+        stream = training.stream(store, "resid_post", 0, return_tokens=True, rank=rank, ranks=2, **SMALL)
+        loader = stream.loader(num_workers=2)
+        whole = list(loader)
+        assert len(whole) == len(loader)
+        seen += rows_of(whole)
+        if rank == 0:
+            other = training.stream(store, "resid_post", 0, return_tokens=True, rank=0, ranks=2, **SMALL)
+            stopped = other.loader(num_workers=2)
+            for number, _ in enumerate(stopped):
+                if number == 2:
+                    break
+            state = stopped.state_dict()
+            assert state["batches"] == 3
+            later = training.stream(store, "resid_post", 0, return_tokens=True, rank=0, ranks=2, **SMALL)
+            resumed = later.loader(num_workers=2)
+            resumed.load_state_dict(state)
+            rest = list(resumed)
+            assert [batch["row"].tolist() for batch in rest] == [batch["row"].tolist() for batch in whole[3:]]
+            expected = len(resumed)
+            assert len(list(resumed)) == expected, "the next epoch is whole"
+            with pytest.raises(ConfigError, match="another number of workers"):
+                later.loader(num_workers=0).load_state_dict(state)
+    assert sorted(seen) == list(range(store.n_rows))
+
+
+def test_chosen_rows_alone_are_given(store: flexcache.Store) -> None:
+    mask = np.asarray(store.coordinates["position"].values) > 0
+    batches = list(training.stream(store, "resid_post", 0, rows=mask, return_tokens=True, **SMALL))
+    rows = np.array(rows_of(batches))
+    assert np.array_equal(np.sort(rows), np.flatnonzero(mask))
+    found = torch.cat([batch["activations"] for batch in batches]).float().numpy()
+    assert np.array_equal(found, store.read("resid_post", 0, rows))
+    few = training.stream(store, "resid_post", 0, rows=[3, 500, 9], return_tokens=True, **SMALL)
+    assert sorted(rows_of(list(few))) == [3, 9, 500]
+
+
+def test_a_compressed_store_streams_as_well(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(1, 120, 6))
+    store = value_store(tmp_path / "z.zarr", values, [12] * 10, compression="zstd")
+    batches = list(training.stream(store, "resid_post", return_tokens=True, **SMALL))
+    rows = np.array(rows_of(batches))
+    found = torch.cat([batch["activations"] for batch in batches]).numpy()
+    assert np.array_equal(found, store.read("resid_post", 0, rows))
+
+
+def test_values_are_normalised_as_asked(store: flexcache.Store) -> None:
+    whole = torch.from_numpy(store.read("resid_post", 0))
+    options = {**SMALL, "run_bytes": 10**6}  # every row is in the estimate
+    center, standard, unit = (
+        torch.cat(list(training.stream(store, "resid_post", 0, normalize=how, **options)))
+        for how in ("center", "standard", "unit_norm")
+    )
+    assert center.dtype == torch.float32
+    assert center.mean(0).abs().max() < 1e-4
+    assert torch.allclose(standard.std(0, correction=0), torch.ones(6), atol=1e-4)
+    assert float(unit.square().sum(1).mean()) == pytest.approx(6, rel=1e-4)
+    ratio = unit.sort(0).values / whole.sort(0).values
+    assert ratio.std() < 1e-4 * ratio.mean(), "one number for all"
+
+
+def test_a_transform_gets_each_batch(store: flexcache.Store) -> None:
+    sizes = list(training.stream(store, "resid_post", 0, transform=len, drop_last=True, **SMALL))  # type: ignore[arg-type]
+    assert sizes == [32] * (store.n_rows // 32)
+
+
+def test_rows_that_are_not_committed_are_left_out_or_refused(tmp_path: Path) -> None:
+    documents = [{"id": str(i), "tokens": [1] * 40} for i in range(40)]
+    with flexcache.record(
+        tmp_path / "half.zarr", documents, sites={"resid_post": (1, 4)}, model="x", dtype="float32", batch_tokens=64
+    ) as to:
+        for batch in to.batches():
+            if batch.unit > 1:
+                break
+            to.put("resid_post", np.ones((len(batch.rows), 4)), rows=batch.rows, layer=0)
+    store = flexcache.open(tmp_path / "half.zarr")
+    assert 0 < len(store.committed_rows) < store.n_rows
+    stream = training.stream(store, "resid_post", return_tokens=True, **SMALL)
+    assert sorted(rows_of(list(stream))) == store.committed_rows.tolist()
+    with pytest.raises(UncommittedError, match="not committed"):
+        training.stream(store, "resid_post", rows=[store.n_rows - 1])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"batch_size": 0}, ConfigError, "at least 1"),
+        ({"normalize": "unit"}, ConfigError, "no normalisation"),
+        ({"rank": 2, "ranks": 2}, ConfigError, "below ranks"),
+        ({"rank": 1}, ConfigError, "given together"),
+        ({"site": "resid_pots"}, SiteError, "did you mean resid_post"),
+        ({"layer": 9}, SiteError, "not captured"),
+        ({"rows": np.zeros(0, np.int64)}, StoreError, "no rows to stream"),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused(store: Any, options: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        training.stream(store, **{"site": "resid_post", "layer": 0, **options})
+
+
+def test_importing_flexcache_imports_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, flexcache; assert 'torch' not in sys.modules; flexcache.training; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
