@@ -35,6 +35,7 @@ bench: $(READY)  ## ratios against floors and peers, measured in this run
 	$(BIN)/python -m benchmarks.probes
 	$(BIN)/python -m benchmarks.replay
 	$(BIN)/python -m benchmarks.moving
+	$(BIN)/python -m benchmarks.stream
 
 docs: $(READY)  ## the documentation, into docs/_build
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

@@ -2,11 +2,11 @@
 
     python -m benchmarks.stream [--mebibytes 1024] [--rounds 3]
 
-One layer of bfloat16 rows of 2,048 features, cold: the page cache of the files is dropped before each variant. (1) Reading
-all shards front to back. (2) An epoch of the stream, in batches of 4,096 rows. (3) `np.memmap` of the rows as one file,
-a batch of permuted rows at a time, on a tenth of them. Then how well rows are mixed, against an exact shuffle: documents
-in a batch, and the variance of batch means of the first feature, whose value drifts along the store. And the memory that
-an epoch adds.
+One layer of bfloat16 rows of 2,048 features, cold: the page cache is dropped before each variant. (1) Reading all shards
+front to back. (2) An epoch of the stream, in batches of 4,096 rows. (3) `np.memmap` of the rows as one file, a batch of
+permuted rows at a time, on a tenth of them. Then how well rows are mixed, against an exact shuffle: documents in a batch,
+and the deviation of batch means of the first feature, whose value drifts along the store. And the memory that an epoch
+adds.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,15 +76,14 @@ def measure(store: flexcache.Store, folder: Path, rounds: int) -> None:
     count = flat.stat().st_size // (2 * FEATURES)
     tenth = count // 10 // BATCH * BATCH
 
-    def cold(run: Callable[[], None]) -> Callable[[], None]:
-        def dropped() -> None:
+    def cold(run: Callable[[], None]) -> Callable[[], float]:
+        def timed() -> float:
+            forget(folder)
+            began = time.perf_counter()
             run()
-            for path in (*shards, flat):
-                forget(path)
+            return time.perf_counter() - began
 
-        for path in (*shards, flat):
-            forget(path)
-        return dropped
+        return timed
 
     def raw() -> None:
         buffer = bytearray(4 << 20)
@@ -102,25 +102,15 @@ def measure(store: flexcache.Store, folder: Path, rounds: int) -> None:
         for first in range(0, tenth, BATCH):
             rows[order[first : first + BATCH]]
 
-    variants = {
-        "reading the bytes": cold(raw),
-        "an epoch of the stream": cold(epoch),
-        "np.memmap, a tenth": cold(mapped),
-    }
-    seconds = interleave(variants, rounds)
-    tenths = [10 * value * (count / 10 / tenth) for value in seconds["np.memmap, a tenth"]]
-    speed = [value**-1 for value in (ratio(seconds["an epoch of the stream"], seconds["reading the bytes"]),)][0]
-    rate = count / statistics.median(seconds["an epoch of the stream"])
+    bare, ours, other = "reading the bytes", "an epoch of the stream", "np.memmap, a tenth"
+    seconds = interleave({bare: cold(raw), ours: cold(epoch), other: cold(mapped)}, rounds)
+    whole = [value * count / tenth for value in seconds[other]]
     show(
         f"{count:,} rows of {FEATURES} bfloat16, cold, batches of {BATCH}",
         [
-            ("rows a second: the stream ÷ reading the bytes", f"{speed:.2f}", "≥ 0.6"),
-            (
-                "rows a second: the stream ÷ np.memmap, permuted",
-                f"{ratio(tenths, seconds['an epoch of the stream']):.1f}",
-                "",
-            ),
-            ("rows a second of the stream", f"{rate:,.0f}", ""),
+            ("rows a second: the stream ÷ reading the bytes", f"{ratio(seconds[bare], seconds[ours]):.2f}", "≥ 0.6"),
+            ("rows a second: the stream ÷ np.memmap, permuted", f"{ratio(whole, seconds[ours]):.1f}", ""),
+            ("rows a second of the stream", f"{count / statistics.median(seconds[ours]):,.0f}", ""),
         ],
     )
 

@@ -107,8 +107,9 @@ def test_ranks_and_workers_share_the_rows_and_a_loader_goes_on(store: flexcache.
     for rank in range(2):
         stream = training.stream(store, "resid_post", 0, return_tokens=True, rank=rank, ranks=2, **SMALL)
         loader = stream.loader(num_workers=2)
+        expected = len(loader)
         whole = list(loader)
-        assert len(whole) == len(loader)
+        assert len(whole) == expected
         seen += rows_of(whole)
         if rank == 0:
             other = training.stream(store, "resid_post", 0, return_tokens=True, rank=0, ranks=2, **SMALL)
