@@ -4,10 +4,10 @@
 
 One layer of bfloat16 rows of 2,048 features, cold: the page cache is dropped before each variant.
 
-(1) Reading all shards front to back. (2) An epoch of the stream, in batches of 4,096 rows. (3) `np.memmap` of the rows as
-one file, a batch of permuted rows at a time, on a tenth of them. Then how well rows are mixed, against an exact shuffle:
-documents in a batch, and the deviation of batch means of the first feature, whose value drifts along the store. And the
-memory that an epoch adds.
+(1) Reading all shards front to back. (2) An epoch of the stream, in batches of 4,096 rows. (3) `np.memmap` of the
+rows as one file, a batch of permuted rows at a time, on a tenth of them. Then how well rows are mixed, against an
+exact shuffle: documents in a batch, and the deviation of batch means of the first feature, whose value drifts
+along the store. And the memory that an epoch adds.
 """
 
 from __future__ import annotations

@@ -97,5 +97,5 @@ def test_random_labels_of_documents_are_at_chance_unless_rows_are_split(tmp_path
     split = probes.sweep(store, coin, "resid_post", probes.Logistic(1.0), groups=None, **asked)
     at = {"arm": "probe", "layer": 29, "metric": "accuracy"}
     assert float(grouped.results["ci_low"].sel(at)) < 0.5 < float(grouped.results["ci_high"].sel(at))
-    assert float(split.results["pooled"].sel(at)) > 0.8
+    assert float(split.results["ci_low"].sel(at)) > 0.6
     print(f"grouped {float(grouped.results['pooled'].sel(at)):.2f}, split {float(split.results['pooled'].sel(at)):.2f}")
