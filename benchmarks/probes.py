@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,23 +27,21 @@ from analysis.probes import folds
 from analysis.probes.estimators.design import Design
 from analysis.probes.estimators.linear import one_hot
 from analysis.view import join
+from benchmarks.memory import added
 from benchmarks.timing import interleave, ratio, show
 from flexcache.model import ModelSource
 from pipelines import assets, capture
 from pipelines.config import CaptureConfig, DocumentsSource
 
 CS, ALPHAS, CV = np.logspace(-4, 1, 10), np.logspace(5, 0, 10), 5
-MEMORY = """
-import resource, sys
-import flexcache
-from analysis import probes
-store = flexcache.open(sys.argv[1])
-store.documents, store.tokens, store.coordinates
-import sklearn.linear_model, scipy.special
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-probes.sweep(store, "label", "resid_post", probes.Logistic(Cs=10), progress=False)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+BEFORE = """
+    import flexcache
+    from analysis import probes
+    store = flexcache.open(sys.argv[1])
+    store.documents, store.tokens, store.coordinates
+    probes.sweep(store, "label", "resid_post", probes.Ridge(), layers=0, progress=False)  # loads libraries
 """
+RUN = 'probes.sweep(store, "label", "resid_post", probes.Logistic(Cs=10), progress=False)'
 
 
 def main() -> None:
@@ -117,9 +113,7 @@ def compare(store: flexcache.Store, count: int, rounds: int) -> None:
         float((np.linalg.norm((a - b) * s, axis=-1) / np.linalg.norm(b * s, axis=-1)).max())
         for a, b, s in zip(found["logistic"], found["sklearn logistic"], scale)
     )
-    peak = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(store.path)], capture_output=True, text=True, check=True
-    ).stdout
+    peak = added(BEFORE, RUN, str(store.path))
     show(
         f"{len(places)} layers × {len(CS)} strengths × {CV} folds, {view.n_samples} × {arrays[0].shape[1]}",
         [
@@ -133,7 +127,7 @@ def compare(store: flexcache.Store, count: int, rounds: int) -> None:
                 "≤ 1e-6",
             ),
             ("seconds of flexcache, logistic", f"{statistics.median(seconds['flexcache, logistic']):.1f}", ""),
-            ("peak memory that a whole nested sweep adds", f"{int(peak) / 1024:.0f} MiB", "a layer and its problems"),
+            ("peak memory that a whole nested sweep adds", f"{peak:.0f} MiB", "a layer and its problems"),
         ],
     )
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,28 +25,20 @@ from analysis import geometry, onepass
 from analysis.moments import Moments
 from analysis.onepass import DocumentSample
 from analysis.survey import PARTS, survey
+from benchmarks.memory import added
 from benchmarks.read import forget
 from benchmarks.timing import interleave, ratio, show
 from flexcache.store.reader import RowReader
 
-MEMORY = """
-import sys
-from pathlib import Path
-import flexcache
-from analysis import onepass
-from analysis.moments import Moments
-store = flexcache.open(sys.argv[1])
-store.documents, store.tokens
-store.read("resid_post", 0, slice(0, 8))
-onepass.read(store, "resid_post", {"moments": Moments()}, workers=2, progress=False)  # the libraries that this loads
-Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-
-def kibibytes(name):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
-
-before = kibibytes("VmRSS")
-onepass.read(store, "resid_post", {"moments": Moments()}, workers=2, progress=False)
-print(kibibytes("VmHWM") - before)
+BEFORE = """
+    import flexcache
+    from analysis import onepass
+    from analysis.moments import Moments
+    store = flexcache.open(sys.argv[1])
+    store.documents, store.tokens
+    store.read("resid_post", 0, slice(0, 8))
+    read = lambda: onepass.read(store, "resid_post", {"moments": Moments()}, workers=2, progress=False)
+    read()  # loads libraries
 """
 
 
@@ -190,12 +180,8 @@ def memory(folder: Path, mebibytes: int) -> None:
     lines = []
     for size in (mebibytes // 4, mebibytes):
         store = build(folder / f"memory-{size}.zarr", (size << 20) // 4096, 2048)
-        done = subprocess.run(
-            [sys.executable, "-c", MEMORY, str(store.path)], check=True, capture_output=True, text=True
-        )
-        lines.append(
-            (f"{size} MiB in {store.n_units} shards", f"{int(done.stdout) / 1024:.0f} MiB", "block + statistics")
-        )
+        adds = added(BEFORE, "read()", str(store.path))
+        lines.append((f"{size} MiB in {store.n_units} shards", f"{adds:.0f} MiB", "block + statistics"))
     show("peak memory that moments add, 2 threads", lines)
 
 

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,20 +22,20 @@ from pathlib import Path
 import numpy as np
 
 import flexcache
+from benchmarks.memory import added
 from benchmarks.read import forget
 from benchmarks.timing import interleave, ratio, show
 from flexcache import training
 
 FEATURES, LENGTH, BATCH = 2048, 512, 4096
-MEMORY = """
-import resource, sys
-import flexcache
-from flexcache import training
-stream = training.stream(flexcache.open(sys.argv[1]), "resid_post", 0, pool_bytes=int(sys.argv[2]))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for _ in stream:
-    pass
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+BEFORE = """
+    import flexcache
+    stream = flexcache.training.stream(flexcache.open(sys.argv[1]), "resid_post", 0, pool_bytes=int(sys.argv[2]))
+    next(iter(flexcache.training.stream(flexcache.open(sys.argv[1]), "resid_post", 0, rows=[0, 1])))  # loads libraries
+"""
+RUN = """
+    for _ in stream:
+        pass
 """
 
 
@@ -138,9 +136,8 @@ def quality(store: flexcache.Store) -> None:
 def memory(store: flexcache.Store) -> None:
     rows = []
     for pool in (64 << 20, 256 << 20):
-        command = [sys.executable, "-c", MEMORY, str(store.path), str(pool)]
-        added = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        rows.append((f"peak memory that an epoch adds, pool of {pool >> 20} MiB", f"{added / 1024:.0f} MiB", "3 pools"))
+        adds = added(BEFORE, RUN, str(store.path), str(pool))
+        rows.append((f"peak memory that an epoch adds, pool of {pool >> 20} MiB", f"{adds:.0f} MiB", "3 pools"))
     show("memory", rows)
 
 

@@ -14,6 +14,8 @@ from analysis.view import View
 if TYPE_CHECKING:
     from analysis.probes.crossfit import Fitted
 
+LEAST = 8
+"""Samples of each class from which on a probe tells the labels; before, they are told evenly."""
 SHARES = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)
 
 
@@ -51,14 +53,14 @@ class Prefixes:
 
 
 def prefixes(view: View, seed: int) -> Prefixes | None:
-    """Return the parts of Voita & Titov (2020, arXiv 2003.12298), from the first that holds every class; or None."""
+    """Return the parts of Voita & Titov (2020, arXiv 2003.12298), from the first with `LEAST` samples of every class on."""
     order = np.random.default_rng(seed).permutation(view.n_groups)
     rank = np.empty(view.n_groups, np.int64)
     rank[order] = np.arange(view.n_groups)
     place = rank[view.group]
     ends = sorted({max(1, round(share * view.n_groups)) for share in SHARES})
     sets = [place < end for end in ends]
-    whole = [held for held in sets if len(np.unique(view.y[held])) == len(view.classes)]
+    whole = [held for held in sets if np.bincount(view.y[held], minlength=len(view.classes)).min() >= LEAST]
     if len(whole) < 2:
         return None
     nexts = [later & ~held for held, later in pairwise(whole)]

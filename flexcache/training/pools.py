@@ -51,7 +51,7 @@ class Source:
 
 
 class Pools:
-    """Reads the pools of one consumer's epoch in order, each while the one before is given.
+    """Reads the pools of one consumer's epoch in order, each while the one before is given, into two buffers by turns.
 
     Parameters
     ----------
@@ -70,12 +70,18 @@ class Pools:
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="flexcache-pool")
 
     def read(self, pools: Sequence[Ints]) -> Iterator[tuple[Ints, list[NDArray]]]:
-        """Yield the rows of each pool, and of each source their bits."""
+        """Yield the rows of each pool, and of each source their bits, which are valid until the next is asked for."""
+        largest = max((self._size(pool) for pool in pools), default=0)
+        buffers = [
+            [np.empty((largest, source.features), source.bits) for source in self.sources]
+            for _ in range(min(2, len(pools)))
+        ]
         pending: Future[tuple[Ints, list[NDArray]]] | None = None
         for number in range(len(pools)):
-            current = pending or self._ahead.submit(self._pool, pools[number])
+            current = pending or self._ahead.submit(self._pool, pools[number], buffers[number % 2])
             found = current.result()
-            pending = self._ahead.submit(self._pool, pools[number + 1]) if number + 1 < len(pools) else None
+            if number + 1 < len(pools):
+                pending = self._ahead.submit(self._pool, pools[number + 1], buffers[(number + 1) % 2])
             yield found
 
     def close(self) -> None:
@@ -83,12 +89,15 @@ class Pools:
         self._ahead.shutdown(cancel_futures=True)
         self._readers.shutdown(cancel_futures=True)
 
-    def _pool(self, runs: Ints) -> tuple[Ints, list[NDArray]]:
+    def _size(self, runs: Ints) -> int:
+        return int(np.diff(self.order.runs[runs], axis=1).sum())
+
+    def _pool(self, runs: Ints, buffers: list[NDArray]) -> tuple[Ints, list[NDArray]]:
         places = self.order.runs[runs]
         sizes = np.diff(places, axis=1)[:, 0]
         starts = np.cumsum(sizes) - sizes
         rows = np.concatenate([self.order.rows[low:high] for low, high in places])
-        arrays = [np.empty((len(rows), source.features), source.bits) for source in self.sources]
+        arrays = [buffer[: len(rows)] for buffer in buffers]
         jobs = [
             self._readers.submit(self._run, source, array[start : start + size], rows[start : start + size])
             for source, array in zip(self.sources, arrays, strict=True)

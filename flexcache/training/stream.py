@@ -135,15 +135,16 @@ class Stream(IterableDataset[Batch]):
         while first < len(pools) and left >= sizes[first]:
             left -= sizes[first]
             first += 1
-        rest: tuple[Ints, list[NDArray]] | None = None
-        for number, (rows, arrays) in enumerate(reader.read(pools[first:]), start=first):
+        rest: tuple[Ints, list[torch.Tensor]] | None = None
+        for number, (rows, stored) in enumerate(reader.read(pools[first:]), start=first):
+            arrays = [_tensor(array, source) for array, source in zip(stored, self.sources.values(), strict=True)]
             mixed = self.order.mixed(epoch, consumer, number, len(rows))[left:]
             left = 0
             at = 0
             if rest is not None:
                 at = size - len(rest[0])
                 taken = mixed[:at]
-                joined = [np.concatenate([old, new[taken]]) for old, new in zip(rest[1], arrays, strict=True)]
+                joined = [torch.cat([old, _some(new, taken)]) for old, new in zip(rest[1], arrays, strict=True)]
                 rest = (np.concatenate([rest[0], rows[taken]]), joined)
                 if len(rest[0]) < size:
                     continue
@@ -151,16 +152,15 @@ class Stream(IterableDataset[Batch]):
                 rest = None
             while at + size <= len(mixed):
                 taken = mixed[at : at + size]
-                yield self._made(rows[taken], [array[taken] for array in arrays])
+                yield self._made(rows[taken], [_some(array, taken) for array in arrays])
                 at += size
             if at < len(mixed):
                 taken = mixed[at:]
-                rest = (rows[taken], [array[taken] for array in arrays])
+                rest = (rows[taken], [_some(array, taken) for array in arrays])
         if rest is not None and not self.drop_last:
             yield self._made(*rest)
 
-    def _made(self, rows: Ints, arrays: Sequence[NDArray]) -> Batch:
-        tensors = [_tensor(array, source) for array, source in zip(arrays, self.sources.values(), strict=True)]
+    def _made(self, rows: Ints, tensors: list[torch.Tensor]) -> Batch:
         for number, tensor in enumerate(tensors):
             if self.mean:
                 tensor = (tensor.float() - self.mean[number]) * self.scale[number]
@@ -403,6 +403,11 @@ def _group(rank: int | None, ranks: int | None) -> tuple[int, int]:
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     place = launch()
     return place.rank, place.world
+
+
+def _some(rows: torch.Tensor, chosen: Ints) -> torch.Tensor:
+    """Return a copy of some rows; torch copies them in several threads."""
+    return rows.index_select(0, torch.from_numpy(chosen))
 
 
 def _tensor(bits: NDArray, source: Source) -> torch.Tensor:
