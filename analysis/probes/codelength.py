@@ -53,7 +53,7 @@ class Prefixes:
 
 
 def prefixes(view: View, seed: int) -> Prefixes | None:
-    """Return the parts of Voita & Titov (2020, arXiv 2003.12298), from the first with `LEAST` samples of every class on."""
+    """Return the parts of Voita & Titov (2020, arXiv 2003.12298), from the first with `LEAST` of every class on."""
     order = np.random.default_rng(seed).permutation(view.n_groups)
     rank = np.empty(view.n_groups, np.int64)
     rank[order] = np.arange(view.n_groups)

@@ -106,8 +106,11 @@ class Trial:
                 known = Fitted(self.probe, view, rows, y, self._sets[0], f"{where}, {arm}", strength)
             self.board.add(arm, at, y, crossfit.outer(known, self.fold, self.cv, np.zeros(self.cv, np.int64)))
         if self._prefixes is not None:
-            told = Fitted(self.probe, view, rows, view.y, self._prefixes.sets, f"{where}, codelength", strength)
-            self._bits[at] = self._prefixes.bits(told)
+            try:
+                told = Fitted(self.probe, view, rows, view.y, self._prefixes.sets, f"{where}, codelength", strength)
+                self._bits[at] = self._prefixes.bits(told)
+            except AnalysisError as error:  # what is beside the score should not cost it
+                self.notes.append(f"No codelength of layer {layer}: {error.message}.")
 
     def sweep(self) -> Sweep:
         """Return what all layers gave."""

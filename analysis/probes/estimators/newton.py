@@ -202,7 +202,6 @@ class _Problems:
         Problems that are done go along until a quarter are, and are then put aside together.
         """
         p, member, penalty = self.probability[:, at], self.member[:, at, None], self.penalty[:, at]
-        scale = self.scale[:, at]
         weight = member * p * (1 - p) if p.shape[2] == 1 else None
         curve = (member * p * (1 - p)).sum(0).mean(1)  # mean curvature of the loss, (problems,)
         middle = 1 / np.maximum(curve, 1e-12)[:, None]
@@ -212,7 +211,7 @@ class _Problems:
         wanted = np.minimum(0.1, np.sqrt(first)) * first
         found, found0 = np.zeros_like(r), np.zeros_like(r0)
         x, x0 = np.zeros_like(r), np.zeros_like(r0)
-        z, z0 = self._turned(r, levels, scale), r0 * middle
+        z, z0 = self._turned(r, levels), r0 * middle
         d, d0 = z.copy(), z0.copy()
         rz = (r * z).sum((0, 2)) + (r0 * z0).sum(1)
         going = np.arange(len(at))
@@ -234,7 +233,6 @@ class _Problems:
                     break
                 going = going[still]
                 p, member, penalty, levels = p[:, still], member[:, still], penalty[:, still], levels[:, still]
-                scale = scale[:, still]
                 weight = None if weight is None else weight[:, still]
                 x, r, d, h = x[:, still], r[:, still], d[:, still], h[:, still]
                 x0, r0, d0, middle, rz, wanted = (
@@ -245,7 +243,7 @@ class _Problems:
                     rz[still],
                     wanted[still],
                 )
-            z, z0 = self._turned(r, levels, scale), r0 * middle
+            z, z0 = self._turned(r, levels), r0 * middle
             new = (r * z).sum((0, 2)) + (r0 * z0).sum(1)
             share = np.divide(new, rz, out=np.zeros_like(new), where=rz > 0)[:, None]
             d *= share
@@ -256,16 +254,12 @@ class _Problems:
             found[:, going], found0[going] = x, x0
         return found, found0
 
-    def _turned(self, r: Floats, levels: NDArray[np.float32], scale: Floats) -> Floats:
-        """Return what the preconditioner makes of residuals; single precision does for it.
-
-        It is that of standardised features, whose covariance hardly differs between training sets.
-        """
-        own = r / scale
-        size = np.maximum(np.abs(own).max((0, 2)), np.finfo(np.float64).tiny)[:, None]
-        inside = (self.basis.T @ (own / size).astype(np.float32).reshape(len(r), -1)).reshape(r.shape)
+    def _turned(self, r: Floats, levels: NDArray[np.float32]) -> Floats:
+        """Return what the preconditioner makes of residuals; single precision does for it."""
+        size = np.maximum(np.abs(r).max((0, 2)), np.finfo(np.float64).tiny)[:, None]
+        inside = (self.basis.T @ (r / size).astype(np.float32).reshape(len(r), -1)).reshape(r.shape)
         inside *= levels
-        return (self.basis @ inside.reshape(len(r), -1)).reshape(r.shape) * size / scale
+        return (self.basis @ inside.reshape(len(r), -1)).reshape(r.shape) * size
 
     def _product(self, w: Floats) -> Floats:
         return self.design.product(w.reshape(len(w), -1)).reshape(-1, *w.shape[1:])
