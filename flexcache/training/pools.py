@@ -62,20 +62,25 @@ class Pools:
         memory does not displace everything else.
     threads
         How many runs are read at a time.
+    buffers
+        Those of an earlier epoch, or none yet: fresh memory costs as much as reading does.
     """
 
-    def __init__(self, order: Order, sources: Sequence[Source], keep_cache: bool, threads: int) -> None:
-        self.order, self.sources, self.keep_cache = order, sources, keep_cache
+    def __init__(
+        self, order: Order, sources: Sequence[Source], keep_cache: bool, threads: int, buffers: list[list[NDArray]]
+    ) -> None:
+        self.order, self.sources, self.keep_cache, self.buffers = order, sources, keep_cache, buffers
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="flexcache-runs")
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="flexcache-pool")
 
     def read(self, pools: Sequence[Ints]) -> Iterator[tuple[Ints, list[NDArray]]]:
         """Yield the rows of each pool, and of each source their bits, which are valid until the next is asked for."""
-        largest = max((self._size(pool) for pool in pools), default=0)
-        buffers = [
-            [np.empty((largest, source.features), source.bits) for source in self.sources]
-            for _ in range(min(2, len(pools)))
-        ]
+        largest, buffers = max((self._size(pool) for pool in pools), default=0), self.buffers
+        if len(buffers) < min(2, len(pools)) or (buffers and len(buffers[0][0]) < largest):
+            buffers[:] = [
+                [np.empty((largest, source.features), source.bits) for source in self.sources]
+                for _ in range(min(2, len(pools)))
+            ]
         pending: Future[tuple[Ints, list[NDArray]]] | None = None
         for number in range(len(pools)):
             current = pending or self._ahead.submit(self._pool, pools[number], buffers[number % 2])

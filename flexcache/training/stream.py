@@ -70,6 +70,7 @@ class Stream(IterableDataset[Batch]):
         self._skip = 0  # batches of this process that the next iteration leaves out
         self._of_rank = False  # whether they are of all workers of the rank, in turns
         self._given = 0
+        self._buffers: list[list[NDArray]] = []
         if normalize != "none":
             self._estimate(normalize)
 
@@ -94,7 +95,7 @@ class Stream(IterableDataset[Batch]):
         consumer, consumers = self.rank * workers + worker, self.ranks * workers
         epoch, self._skip, self._of_rank, self._given = self.epoch, 0, False, skip
         pools = self.order.pools(epoch, consumer, consumers)
-        reader = Pools(self.order, list(self.sources.values()), self.keep_cache, self.threads)
+        reader = Pools(self.order, list(self.sources.values()), self.keep_cache, self.threads, self._buffers)
         try:
             for batch in self._batches(reader, pools, epoch, consumer, skip):
                 self._given += 1
@@ -102,6 +103,9 @@ class Stream(IterableDataset[Batch]):
         finally:
             reader.close()
         self.epoch, self._given = epoch + 1, 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_buffers": []}  # a worker process has its own
 
     def state_dict(self) -> dict[str, Any]:
         """Return where this process is: epoch and batches given, which torchdata asks each worker for."""
@@ -189,7 +193,7 @@ class Stream(IterableDataset[Batch]):
     def _estimate(self, normalize: Normalize) -> None:
         """Set mean and scale from some runs, the same whatever the seed."""
         drawn = np.random.default_rng(0).permutation(len(self.order.runs))[:SAMPLE]
-        reader = Pools(self.order, list(self.sources.values()), True, self.threads)
+        reader = Pools(self.order, list(self.sources.values()), True, self.threads, [])
         try:
             _, arrays = next(iter(reader.read([drawn])))
         finally:
