@@ -71,8 +71,8 @@ def _draw(sweep: Sweep, axes: Axes, metric: str) -> None:
         axes.plot([best.layer], [top], marker="o", markersize=10, markerfacecolor="none", color=COLOURS["probe"])
         axes.annotate(
             f"layer {best.layer}",
-            (best.layer, top),
-            (0, 11),
+            (best.layer, np.nanmax([top, float(data["band_high"].sel(layer=best.layer))])),
+            (0, 5),
             textcoords="offset points",
             ha="center",
             fontsize=9,

@@ -133,6 +133,8 @@ def band(pooled: Floats, values: Floats, level: float = 0.95) -> tuple[Floats, F
     As wide at each layer as the *level* quantile of the largest deviation over layers, each divided by its standard
     error (the max-t band of Montiel Olea & Plagborg-Møller 2019).
     """
+    if np.isnan(values).all():
+        return np.full_like(pooled, np.nan), np.full_like(pooled, np.nan)
     error = np.nanstd(values, axis=1, ddof=1)
     away = np.abs(values - pooled[:, None]) / np.where(error > 0, error, np.inf)[:, None]
     reach = np.nanquantile(np.nanmax(away, axis=0), level)

@@ -40,7 +40,7 @@ class Scoreboard:
         """Score an arm's out-of-fold predictions in one layer, given by its place, or in all of them."""
         at = self.arms.index(arm)
         self.by_fold[at, layer], self.pooled[at, layer] = self._values(y, said)
-        wanted = self._known(said) if arm == "probe" else self.metrics[:1]
+        wanted = self._drawn(said) if arm == "probe" else self.metrics[:1]
         drawn = self._draw(wanted, y, said)
         places = [self.metrics.index(metric) for metric in wanted]
         if arm == "probe":
@@ -79,7 +79,7 @@ class Scoreboard:
         """Return the scores of predictions whose layer, ``chosen[fold]`` by place, differs between folds."""
         by_fold, pooled = self._values(self.view.y, said)
         low, high = np.full((2, len(self.metrics)), np.nan)
-        known = self._known(said)
+        known = self._drawn(said)
         places = [self.metrics.index(metric) for metric in known]
         low[places], high[places] = score.interval(self._draw(known, self.view.y, said))
         fold_low, fold_high = score.fold_interval(by_fold)
@@ -99,6 +99,10 @@ class Scoreboard:
 
     def _known(self, said: Prediction) -> list[score.Metric]:
         return [m for m in self.metrics if said.probability is not None or m not in score.LOWER]
+
+    def _drawn(self, said: Prediction) -> list[score.Metric]:
+        """Return the metrics that have an interval: a calibration error is larger in every resample than in the sample."""
+        return [metric for metric in self._known(said) if metric != "ece"]
 
     def _values(self, y: NDArray, said: Prediction) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         by_fold, pooled = np.full((len(self.metrics), self.cv), np.nan), np.full(len(self.metrics), np.nan)
