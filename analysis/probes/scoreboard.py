@@ -101,7 +101,7 @@ class Scoreboard:
         return [m for m in self.metrics if said.probability is not None or m not in score.LOWER]
 
     def _drawn(self, said: Prediction) -> list[score.Metric]:
-        """Return the metrics that have an interval: a calibration error is larger in every resample than in the sample."""
+        """Return the metrics that have an interval: calibration errors are larger in resamples than in the sample."""
         return [metric for metric in self._known(said) if metric != "ece"]
 
     def _values(self, y: NDArray, said: Prediction) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
