@@ -14,12 +14,36 @@ Layers = Literal["all"] | int | str | Sequence[int]
 
 STANDARD: dict[str, str] = {
     "resid_pre": "the residual stream that enters a block",
+    "resid_mid": "the residual stream between a block's attention and its MLP; parallel blocks have none",
     "resid_post": "the residual stream that leaves a block",
     "attn_out": "what attention adds to the residual stream (after a post-norm, where there is one)",
     "mlp_out": "what the MLP adds to the residual stream (after a post-norm, where there is one)",
+    "mlp_pre": "what the MLP's non-linearity reads: its hidden neurons before it (of a gated MLP, the gate's)",
     "mlp_post": "what the MLP's down-projection reads: its hidden neurons after the non-linearity",
+    "q": "queries, as projected: before norm and rotary positions, head by head",
+    "k": "keys, as projected: before norm and rotary positions, head by head",
+    "v": "values, as projected, head by head",
+    "z": "what attention's output projection reads: the heads' results, head by head",
+    "router_logits": "what a mixture of experts scores its experts by, before the softmax",
 }
-FEATURE_DIM = {"mlp_post": "neuron"}
+ONCE: dict[str, str] = {
+    "embed": "what the embedding of the tokens gives",
+    "final_norm": "the residual stream after the last norm, which the head reads",
+}
+"""Sites that a model has once, not in every block."""
+
+INEFFECTIVE = ("resid_mid", "router_logits")
+"""Sites that can be read, while the model also goes on with a copy of its own: a change there would be half a change."""
+
+FEATURE_DIM = {
+    "mlp_pre": "neuron",
+    "mlp_post": "neuron",
+    "q": "query",
+    "k": "key",
+    "v": "value",
+    "z": "head",
+    "router_logits": "expert",
+}
 PATTERN = "pattern"
 """Attention probabilities, (sequences, heads, queries, keys): not a row a token, so only a transform can read them."""
 GRADIENT = ".grad"
@@ -29,7 +53,7 @@ GRADIENT = ".grad"
 class Site:
     """A place in a model: one of `STANDARD`, present in every block, or a module path or glob with a side.
 
-    `Site.parse("resid_post")` is a standard site; `Site.parse("model.layers.*.mlp.up_proj:input")` is what
+    `Site.parse("resid_post")` is a standard site, `Site.parse("embed")` one of `ONCE`; `Site.parse("model.layers.*.mlp.up_proj:input")` is what
     every module that the glob matches reads. A path without a side means the module's output. With ``.grad`` at the
     end, what is meant is the gradient of the capture's objective with respect to the activation there.
     """
@@ -54,7 +78,7 @@ class Site:
         if not name or (colon and side not in ("input", "output")):
             raise SiteError(
                 f"site {text!r} cannot be read",
-                expected=f"one of {', '.join(STANDARD)}, or a module path such as model.layers.3.mlp:input",
+                expected=f"one of {', '.join((*STANDARD, *ONCE))}, or a module path such as model.layers.3.mlp:input",
                 found=repr(text),
                 remedy="after the colon write input or output, or leave the colon out for the output",
             )
@@ -64,14 +88,14 @@ class Site:
                 expected=f"one of {', '.join(STANDARD)}, or a module path",
                 remedy='store a function of it: flexcache.Transform("my_name", "pattern", function=…)',
             )
-        if name in STANDARD and colon:
+        if (name in STANDARD or name in ONCE) and colon:
             raise SiteError(
                 f"site {name} has no side",
                 found=repr(text),
                 remedy=f"write {name}; a side belongs to a module path",
             )
-        if name not in STANDARD and re.fullmatch(r"[a-z]+_[a-z]+", name):
-            close = nearest(name, tuple(STANDARD))
+        if name not in STANDARD and name not in ONCE and re.fullmatch(r"[a-z]+_[a-z]+", name):
+            close = nearest(name, (*STANDARD, *ONCE))
             if close.startswith("did you mean"):
                 raise SiteError(f"there is no site {name!r}", remedy=close)
         return cls(name, "input" if side == "input" else "output", gradient)
@@ -94,7 +118,8 @@ class Site:
     @property
     def feature_dim(self) -> str:
         """The name of the array's last dim: ``hidden``, ``neuron``, or ``feature_<array>``."""
-        return FEATURE_DIM.get(self.name, "hidden") if self.standard else f"feature_{self.activation_array}"
+        named = self.standard or self.name in ONCE
+        return FEATURE_DIM.get(self.name, "hidden") if named else f"feature_{self.activation_array}"
 
     def __str__(self) -> str:
         plain = self.name if self.standard or self.side == "output" else f"{self.name}:{self.side}"

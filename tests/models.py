@@ -54,6 +54,84 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "phi3": ("Phi3ForCausalLM", {**_GROUPED, "max_position_embeddings": 128, "original_max_position_embeddings": 128}),
     "mixtral": ("MixtralForCausalLM", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "granite": ("GraniteForCausalLM", {**_GROUPED, "residual_multiplier": 0.22}),
+    "mistral": ("MistralForCausalLM", _GROUPED),
+    "qwen2": ("Qwen2ForCausalLM", _GROUPED),
+    "gemma": ("GemmaForCausalLM", _GROUPED),
+    "gemma2": ("Gemma2ForCausalLM", {**_GROUPED, "sliding_window": 8, "query_pre_attn_scalar": 16}),
+    "olmo": ("OlmoForCausalLM", _GROUPED),
+    "exaone4": ("Exaone4ForCausalLM", {**_GROUPED, "sliding_window": 8, "sliding_window_pattern": 2}),
+    "smollm3": ("SmolLM3ForCausalLM", _GROUPED),
+    "phi": ("PhiForCausalLM", _MLP),
+    "stablelm": ("StableLmForCausalLM", _GROUPED),
+    "stablelm_parallel": ("StableLmForCausalLM", {**_GROUPED, "use_parallel_residual": True}),
+    "starcoder2": ("Starcoder2ForCausalLM", {**_GROUPED, "sliding_window": 8}),
+    "gpt_bigcode": ("GPTBigCodeForCausalLM", {**_GPT2, "multi_query": True}),
+    "gpt_bigcode_heads": ("GPTBigCodeForCausalLM", {**_GPT2, "multi_query": False}),
+    "gpt_neo": (
+        "GPTNeoForCausalLM",
+        {
+            "hidden_size": HIDDEN, "num_layers": DEPTH, "num_heads": 4, "intermediate_size": NEURONS, "window_size": 8,
+            "max_position_embeddings": 128, "attention_types": [[["global", "local"], 2]],
+        },
+    ),
+    "codegen": ("CodeGenForCausalLM", {**_GPT2, "rotary_dim": 8}),
+    "mpt": (
+        "MptForCausalLM",
+        {"d_model": HIDDEN, "n_layers": DEPTH, "n_heads": 4, "max_seq_len": 128, "expansion_ratio": 2},
+    ),
+    "cohere": ("CohereForCausalLM", {**_GROUPED, "use_qk_norm": True}),
+    "cohere2": ("Cohere2ForCausalLM", {**_GROUPED, "sliding_window": 8, "sliding_window_pattern": 2}),
+    "nemotron": ("NemotronForCausalLM", _GROUPED),
+    "persimmon": ("PersimmonForCausalLM", {**_MLP, "hidden_act": "relu2"}),
+    "helium": ("HeliumForCausalLM", _GROUPED),
+    "biogpt": ("BioGptForCausalLM", _MLP),
+    "xglm": (
+        "XGLMForCausalLM",
+        {
+            "d_model": HIDDEN, "num_layers": DEPTH, "attention_heads": 4, "ffn_dim": NEURONS,
+            "max_position_embeddings": 128,
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    ),
+    "olmoe": ("OlmoeForCausalLM", {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        {
+            "intermediate_size": NEURONS, "moe_intermediate_size": 48, "n_routed_experts": 4, "num_experts_per_tok": 2,
+            "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": 24,
+            "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4,
+        },
+    ),
+    "qwen3_next": (
+        "Qwen3NextForCausalLM",
+        {
+            **_GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+            "shared_expert_intermediate_size": 48, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        },
+    ),
+    "mamba": ("MambaForCausalLM", {"state_size": 8}),
+    "mamba2": ("Mamba2ForCausalLM", {"state_size": 8, "num_heads": 8, "head_dim": 16, "n_groups": 2, "expand": 2}),
+    "jamba": (
+        "JambaForCausalLM",
+        {
+            **_GROUPED, "num_experts": 2, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
+            "use_mamba_kernels": False, "mamba_d_state": 8,
+        },
+    ),
+    "electra": ("ElectraForMaskedLM", {**_BERT, "embedding_size": HIDDEN}),
+    "xlm_roberta": ("XLMRobertaForMaskedLM", _BERT),
+    "deberta_v2": (
+        "DebertaV2ForMaskedLM",
+        {**_MLP, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
+    ),
     "bert": ("BertForMaskedLM", _BERT),
     "roberta": ("RobertaForMaskedLM", _BERT),
     "distilbert": ("DistilBertForMaskedLM", {"dim": HIDDEN, "hidden_dim": NEURONS, "n_layers": DEPTH, "n_heads": 4}),
@@ -70,7 +148,7 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, device: str = "cpu", *
     """
     name, sizes = FAMILIES[family]
     cls = getattr(hf, name)
-    own = family in ("gpt2", "gptj", "distilbert", "t5")
+    own = not {"n_layer", "n_layers", "num_layers", "d_model"}.isdisjoint(sizes)
     settings = {**({"vocab_size": VOCABULARY} if own else _SIZES), **_IDS, **sizes}
     if family == "modernbert":
         settings |= {"cls_token_id": 1, "sep_token_id": 2}

@@ -77,8 +77,7 @@ def editing(
         return whole.reshape(values.shape)
 
     def on_output(_: nn.Module, args: Any, output: Any) -> Any:
-        value = edited(tap.from_output(output))
-        return value if isinstance(output, torch.Tensor) else (value, *output[1:])
+        return tap.into_output(output, edited(tap.from_output(output)))
 
     def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value = edited(tap.from_input(args, kwargs))

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from torch import nn
 
+from flexcache.hooks.attention import APART, PLACES, find_projection
 from flexcache.hooks.names import inner
+from flexcache.hooks.slots import Slots
 from flexcache.site import PATTERN, Side
 
 ATTENTION = ("self_attn", "self_attention", "attention", "attn", "linear_attn")
 ATTENTION_OUT = ("o_proj", "out_proj", "c_proj", "dense", "Wo", "out_lin")
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 MLP_DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc_out", "fc2", "Wo", "lin2", "w2")
+ACTIVATION = ("act_fn", "act", "activation_fn", "activation", "gelu_impl")
+ROUTER = ("gate", "router")
 
 ATTENTION_POST_NORM = ("post_self_attn_layernorm", "post_attention_layernorm")
 MLP_POST_NORM = ("post_feedforward_layernorm", "post_mlp_layernorm")
@@ -23,6 +28,23 @@ NORM_PAIRS = (
     ("self_attn_layer_norm", "final_layer_norm"),
 )
 """Norms *on* the residual stream, after attention and after the MLP, of blocks that normalize last (BERT)."""
+
+MIDDLE_NORM = (
+    *("pre_feedforward_layernorm", "pre_mlp_layernorm", "ln_2", "norm_2", "mlp_norm", "ff_norm", "layernorm_after"),
+    *("post_attention_layernorm", "final_layer_norm"),
+)
+"""Norms that read the residual stream between attention and MLP, of blocks that normalize first."""
+
+FINAL_NORM = ("norm", "ln_f", "norm_f", "final_layer_norm", "final_layernorm", "final_norm", "layer_norm", "layernorm")
+"""Norms beside the blocks, after the last of them."""
+
+
+class Place(NamedTuple):
+    """Where a site is in a block: a relative path, ``""`` for the block itself, a side, and which of the features."""
+
+    path: str
+    side: Side
+    slots: Slots | None = None
 
 
 def part(block: nn.Module, path: str) -> nn.Module | None:
@@ -36,21 +58,22 @@ def part(block: nn.Module, path: str) -> nn.Module | None:
     return current
 
 
-def find_part(block: nn.Module, site: str) -> tuple[str, Side] | None:
-    """Return where a standard site is in *block*: a relative path, ``""`` for the block itself, and a side.
-
-    None where the block has no such site.
-    """
+def find_part(block: nn.Module, site: str) -> Place | None:
+    """Return where a standard site is in *block*; None where the block has no such site."""
     if site == "resid_pre":
-        return "", "input"
+        return Place("", "input")
     if site == "resid_post":
-        return "", "output"
-    if site == PATTERN:
-        found = next((path for path in ATTENTION if part(block, path) is not None), None)
-        return None if found is None else (found, "pattern")
-    side: Side = "input" if site == "mlp_post" else "output"
-    found = next((path for path in _candidates(block, site) if part(block, path) is not None), None)
-    return None if found is None else (found, side)
+        return Place("", "output")
+    if site in APART:
+        return _projection(block, site)
+    if site == "resid_mid":
+        return _middle(block)
+    candidates, side = _candidates(block, site), _SIDES.get(site, "output")
+    found = next((path for path in candidates if part(block, path) is not None), None)
+    return None if found is None else Place(found, side)
+
+
+_SIDES: dict[str, Side] = {"mlp_post": "input", "mlp_pre": "input", "z": "input", PATTERN: "pattern"}
 
 
 def _candidates(block: nn.Module, site: str) -> Iterator[str]:
@@ -59,15 +82,56 @@ def _candidates(block: nn.Module, site: str) -> Iterator[str]:
     A projection goes before the whole module, since some modules (Bloom) add the residual stream themselves.
     """
     post_norm = [name for name in MLP_POST_NORM if part(block, name) is not None]
-    if site == "attn_out":
-        # Llama's post_attention_layernorm is the norm before its MLP: without one after the MLP, it is no post-norm.
-        yield from ATTENTION_POST_NORM if post_norm else ()
-        yield "attention.output.dense"
-        yield from (f"{module}.{out}" for module in ATTENTION for out in ATTENTION_OUT)
+    bare = not any(part(block, module) is not None for module in MLP)  # BERT's and OPT's MLP lies in the block itself
+    if site == PATTERN:
         yield from ATTENTION
+    elif site in ("attn_out", "z"):
+        # Llama's post_attention_layernorm is the norm before its MLP: without one after the MLP, it is no post-norm.
+        yield from ATTENTION_POST_NORM if post_norm and site == "attn_out" else ()
+        yield "attention.output.dense"
+        yield from (f"{module}.{out}" for module in (*ATTENTION, "attn.attention") for out in ATTENTION_OUT)
+        yield from ATTENTION if site == "attn_out" else ()
+    elif site == "mlp_pre":
+        yield from (f"{module}.{activation}" for module in MLP for activation in ACTIVATION)
+        yield from ("intermediate.intermediate_act_fn", *ACTIVATION) if bare else ()
+    elif site == "router_logits":
+        yield from (f"{module}.{router}" for module in MLP for router in ROUTER)
     else:
         yield from post_norm if site == "mlp_out" else ()
         yield from (f"{module}.{down}" for module in MLP for down in MLP_DOWN)
-        if not any(part(block, module) is not None for module in MLP):
-            yield from ("output.dense", "fc2")  # BERT's and OPT's lie in the block itself
+        yield from ("output.dense", "fc2") if bare else ()
         yield from MLP if site == "mlp_out" else ()
+
+
+def _projection(block: nn.Module, site: str) -> Place | None:
+    for path in PLACES:
+        attention = part(block, path)
+        found = None if attention is None else find_projection(attention, site)
+        if found is not None:
+            return Place(f"{path}.{found[0]}", "output", found[1])
+    return None
+
+
+def _middle(block: nn.Module) -> Place | None:
+    """Return where the residual stream is between attention and MLP.
+
+    Where a block normalizes last, that is what its first norm gives, and where it normalizes only what it adds (OLMo 2),
+    what its MLP reads.
+    """
+    parallel = getattr(inner(block), "use_parallel_residual", False)
+    if parallel or find_part(block, "attn_out") is None or find_part(block, "mlp_out") is None:
+        return None
+    first = next((first for first, last in NORM_PAIRS if _normalizes_last(block, first, last)), None)
+    if first is not None:
+        return Place(first, "output")
+    pre_norm = [name for name in MIDDLE_NORM if part(block, name) is not None]
+    if any(part(block, name) is not None for name in MLP_POST_NORM) and pre_norm[:1] == ["post_attention_layernorm"]:
+        glm4 = part(block, "post_self_attn_layernorm") is not None
+        return Place("post_attention_layernorm", "input") if glm4 else Place("mlp", "input")
+    return Place(pre_norm[0], "input") if pre_norm else None
+
+
+def _normalizes_last(block: nn.Module, first: str, last: str) -> bool:
+    # Blocks of OPT say where their norms are; others with the same names (XGLM, BioGPT) normalize first.
+    says = getattr(inner(block), "do_layer_norm_before", first.startswith("self_attn"))
+    return not says and part(block, first) is not None and part(block, last) is not None

@@ -11,9 +11,12 @@ from torch import nn
 
 from flexcache.errors import SiteError
 from flexcache.hooks.aliases import NORM_PAIRS, part
+from flexcache.hooks.attention import APART
 from flexcache.hooks.blocks import find_blocks, is_elsewhere
+from flexcache.hooks.interventions import check_heads
 from flexcache.hooks.locate import locate
 from flexcache.hooks.measure import Example, Reader, input_device, read_example
+from flexcache.hooks.parts import PARTS, check_parts
 from flexcache.hooks.tap import Tap
 from flexcache.site import Site
 
@@ -24,7 +27,12 @@ ROUNDINGS = 4
 
 
 def check_identity(
-    model: nn.Module, taps: Sequence[Tap], *, example: Example | None = None, reader: Reader = read_example
+    model: nn.Module,
+    taps: Sequence[Tap],
+    *,
+    example: Example | None = None,
+    reader: Reader = read_example,
+    alone: bool = True,
 ) -> None:
     """Check the algebra that defines the standard sites among *taps*, by one forward of a small batch.
 
@@ -37,20 +45,29 @@ def check_identity(
     ``resid_post[l]`` equals ``resid_pre[l + 1]`` bit for bit. Models that scale what they add (Granite) are refused,
     since none of their modules gives what is added.
 
-    ``mlp_post`` and module paths have no algebra, so nothing is checked of them.
+    Sites inside a block are checked as `check_parts` and `check_heads` say; the latter only where *alone*, that is,
+    where this process has the whole model. ``mlp_post``, ``embed`` and module paths have no algebra of their own.
 
     Raises
     ------
     SiteError
         With the site, the layer, and the size of the misfit.
     """
+    if input_device(model).type == "meta" and any(tap.array in (*ALGEBRA, *PARTS, *APART) for tap in taps):
+        raise SiteError("sites cannot be checked on the meta device", remedy="load the model's weights first")
+    _check_stream(model, taps, example, reader)
+    check_parts(model, taps, example=example, reader=reader)
+    if alone:
+        check_heads(model, taps, example)
+
+
+def _check_stream(model: nn.Module, taps: Sequence[Tap], example: Example | None, reader: Reader) -> None:
+    """Check what a block adds to the residual stream, and that it goes from block to block as it is."""
     standard = [tap for tap in taps if tap.array in ALGEBRA and tap.layer is not None]
     layers = sorted({tap.layer for tap in standard if tap.layer is not None})
     summed = sorted({tap.layer for tap in standard if tap.layer is not None and tap.array in ALGEBRA[2:]})
     if not layers:
         return
-    if input_device(model).type == "meta":
-        raise SiteError("sites cannot be checked on the meta device", remedy="load the model's weights first")
     place = {(tap.array, tap.layer): tap for tap in standard}
     for site in ALGEBRA if summed else ALGEBRA[:2]:
         for tap in locate(model, Site(site), layers if site in ALGEBRA[:2] else summed):

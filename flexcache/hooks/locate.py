@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from flexcache.errors import SiteError, nearest
-from flexcache.hooks.aliases import MLP, find_part, part
+from flexcache.hooks.aliases import FINAL_NORM, MLP, find_part, part
 from flexcache.hooks.blocks import find_blocks, is_elsewhere
-from flexcache.hooks.names import inner, modules
+from flexcache.hooks.names import inner, modules, unwrap
 from flexcache.hooks.tap import Tap
-from flexcache.site import GRADIENT, PATTERN, STANDARD, Layers, Site, array_name, resolve_layers
+from flexcache.site import GRADIENT, ONCE, PATTERN, STANDARD, Layers, Site, array_name, resolve_layers
 
 
 def locate(model: nn.Module, site: Site, layers: Layers = "all", elsewhere: Collection[str] = ()) -> tuple[Tap, ...]:
@@ -38,6 +39,8 @@ def locate(model: nn.Module, site: Site, layers: Layers = "all", elsewhere: Coll
 def _locate(model: nn.Module, site: Site, layers: Layers, elsewhere: Collection[str]) -> tuple[Tap, ...]:
     if site.standard or site.side == PATTERN:
         return _in_blocks(model, site.name, layers)
+    if site.name in ONCE:
+        return (_once(model, site.name),)
     named = {**modules(model), **{name: nn.Identity() for name in elsewhere}}
     if not re.search(r"[*?\[]", site.name):
         return (_exact(site, named),)
@@ -63,10 +66,34 @@ def _in_blocks(model: nn.Module, site: str, layers: Layers) -> tuple[Tap, ...]:
         if place is None:
             missing.append(layer)
         else:
-            taps.append(Tap(site, layer, f"{path}.{layer}.{place[0]}".rstrip("."), place[1]))
+            module = f"{path}.{layer}.{place.path}".rstrip(".")
+            taps.append(Tap(site, layer, module, place.side, slots=place.slots))
     if missing:
         raise _missing(site, missing, path, blocks)
     return tuple(taps)
+
+
+def _once(model: nn.Module, site: str) -> Tap:
+    """Return the tap of the embedding or of the last norm: the one beside the blocks that comes after them."""
+    names = {id(module): name for name, module in modules(model).items()}
+    if site == "embed":
+        try:
+            found: Any = getattr(unwrap(model), "get_input_embeddings", lambda: None)()
+        except (AttributeError, NotImplementedError):
+            found = None
+        name = names.get(id(inner(found))) if isinstance(found, nn.Module) else None
+    else:
+        path, _ = find_blocks(model)
+        holder, _, own = path.rpartition(".")
+        beside = [child for child in modules(model)[holder]._modules if child != own]
+        name = next((f"{holder}.{child}".lstrip(".") for child in beside if child in FINAL_NORM), None)
+    if name is None:
+        raise SiteError(
+            f"the model has no {site}" + (" beside its blocks" if site == "final_norm" else ""),
+            where=type(unwrap(model)).__name__,
+            remedy="give the module path, as flexcache sites MODEL shows it",
+        )
+    return Tap(site, None, name)
 
 
 def _missing(site: str, layers: list[int], path: str, blocks: nn.ModuleList) -> SiteError:
@@ -74,8 +101,10 @@ def _missing(site: str, layers: list[int], path: str, blocks: nn.ModuleList) -> 
     has = [name for name in STANDARD if find_part(block, name)]
     others = [layer for layer, other in enumerate(blocks) if find_part(other, site)]
     remedy = f"ask for layers {others}" if others else "ask for one of those, or give a module path"
-    if site == "mlp_post" and _has_experts(block):
-        remedy = "its MLP is a mixture of experts, where no one down-projection reads every token; " + remedy
+    if site in ("mlp_pre", "mlp_post") and _has_experts(block):
+        remedy = "its MLP is a mixture of experts, where no one projection reads every token; " + remedy
+    if site == "resid_mid" and find_part(block, "attn_out") and find_part(block, "mlp_out"):
+        remedy = "its attention and its MLP may read the same residual stream, side by side; " + remedy
     return SiteError(
         f"the model has no {site} in layer {', '.join(map(str, layers))}",
         where=f"{path}.{layers[0]}, a {type(block).__name__} of {', '.join(n for n, _ in block.named_children())}",
@@ -92,7 +121,7 @@ def _has_experts(block: nn.Module) -> bool:
 def _exact(site: Site, named: dict[str, nn.Module]) -> Tap:
     if site.name not in named:
         raise SiteError(
-            f"the model has no module {site.name!r}", remedy=nearest(site.name, (*STANDARD, *runnable(named)))
+            f"the model has no module {site.name!r}", remedy=nearest(site.name, (*STANDARD, *ONCE, *runnable(named)))
         )
     if is_container(named[site.name]):
         raise SiteError(

@@ -21,7 +21,7 @@ from flexcache.hooks.tap import Tap
 from flexcache.parallel.assembly import ALIKE
 from flexcache.parallel.layout import explain
 from flexcache.parallel.twin import Extent, Probe, Shape, Twin
-from flexcache.site import STANDARD, Side, Site
+from flexcache.site import ONCE, STANDARD, Side, Site
 
 TIMES = " × "
 SIDES: tuple[Side, Side] = ("input", "output")
@@ -118,10 +118,12 @@ def standard_taps(model: nn.Module) -> tuple[Tap, ...]:
     except SiteError:
         return ()
     found: list[Tap] = []
-    for name in STANDARD:
-        for layer in range(depth):
-            with suppress(SiteError):
-                found.extend(locate(model, Site(name), layer))
+    for name, layer in ((name, layer) for name in STANDARD for layer in range(depth)):
+        with suppress(SiteError):
+            found.extend(locate(model, Site(name), layer))
+    for name in ONCE:
+        with suppress(SiteError):
+            found.extend(locate(model, Site(name)))
     return tuple(found)
 
 

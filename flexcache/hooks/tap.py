@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from flexcache.errors import SiteError
+from flexcache.hooks.slots import Slots
 from flexcache.site import Side
 
 
@@ -30,6 +31,8 @@ class Tap:
         A pattern is the second thing that an attention module returns: its probabilities.
     gradient : bool
         What is read is the gradient of an objective with respect to the activation.
+    slots : Slots or None
+        The part of the module's features that is meant; None for all.
     """
 
     array: str
@@ -37,10 +40,26 @@ class Tap:
     module: str
     side: Side = "output"
     gradient: bool = False
+    slots: Slots | None = None
 
     def __str__(self) -> str:
         place = f"{self.module}:{self.side}" + (".grad" if self.gradient else "")
         return place if self.layer is None else f"{self.array}[{self.layer}] ({place})"
+
+    @property
+    def whole(self) -> Tap:
+        """The tap of all features of the same side of the module."""
+        return replace(self, slots=None)
+
+    def part(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the part of a module's *features* that is meant: all of them, or a view of some.
+
+        Raises
+        ------
+        SiteError
+            The features are not those of the whole projection.
+        """
+        return features if self.slots is None else self.slots.take(features, str(self))
 
     def from_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
         """Return the activation in a module's arguments: the first positional one, or ``hidden_states``.
@@ -63,6 +82,20 @@ class Tap:
         """
         if self.side == "pattern":
             return self._pattern(output)
+        return self.part(self._first(output))
+
+    def into_output(self, output: Any, value: torch.Tensor) -> Any:
+        """Return a module's output with *value* where `from_output` reads.
+
+        Raises
+        ------
+        SiteError
+        """
+        if self.slots is not None:
+            value = self.slots.put(self._first(output), value, str(self))
+        return value if isinstance(output, torch.Tensor) else (value, *output[1:])
+
+    def _first(self, output: Any) -> torch.Tensor:
         if isinstance(output, Mapping):
             output = next(iter(output.values()), None)
         elif isinstance(output, tuple | list):

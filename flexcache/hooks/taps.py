@@ -157,9 +157,11 @@ class Taps:
         return result[0] if result else None
 
     def _register(self, module: nn.Module, tap: Tap) -> RemovableHandle:
+        # The gradient of a part is the part of a gradient: what is cut out for reading is not what the model uses.
+        reads = tap.whole if tap.gradient else tap
         if tap.side != "input":
             return module.register_forward_hook(
-                lambda _, args, output: self._take(tap, lambda: tap.from_output(output))
+                lambda _, args, output: self._take(tap, lambda: reads.from_output(output))
             )
         return module.register_forward_pre_hook(
             lambda _, args, kwargs: self._take(tap, lambda: tap.from_input(args, kwargs)),
@@ -197,7 +199,7 @@ class Taps:
             )
 
         def take(gradient: torch.Tensor) -> None:
-            self._gradients[tap] = gradient
+            self._gradients[tap] = tap.part(gradient)
 
         activation.register_hook(take)
 

@@ -158,7 +158,7 @@ def capture(
             vocabulary=vocabulary(model),
             notes={"user_hooks": hooks.user_hooks(model)},
         )
-        hooks.check_identity(model, reading.taps, reader=crew.read_example)
+        hooks.check_identity(model, reading.taps, reader=crew.read_example, alone=crew.alone)
         planning = bars.planning(None)
         amount = plan_store(path, source, planning, planning.wait)
         planning.done(amount is not None)

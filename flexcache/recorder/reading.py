@@ -15,7 +15,7 @@ from flexcache.hooks.measure import Reader, read_example
 from flexcache.recorder.batch import Batch
 from flexcache.recorder.objective import OBJECTIVE, NextTokenLoss, Objective, by_token, checked
 from flexcache.recorder.transform import Transform
-from flexcache.site import Site
+from flexcache.site import ONCE, Site
 from flexcache.spec import DTYPES, ArraySpec, Spec
 
 
@@ -143,7 +143,7 @@ def _feature_dim(text: str, transform: Transform | None) -> str:
     if transform is not None:
         return transform.feature_dim
     site = Site.parse(text)
-    return site.feature_dim if site.standard else ""
+    return site.feature_dim if site.standard or site.name in ONCE else ""
 
 
 def _own_dim(tap: hooks.Tap) -> str:
