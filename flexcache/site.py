@@ -33,7 +33,7 @@ ONCE: dict[str, str] = {
 """Sites that a model has once, not in every block."""
 
 INEFFECTIVE = ("resid_mid", "router_logits")
-"""Sites that can be read, while the model also goes on with a copy of its own: a change there would be half a change."""
+"""Sites to read: the model goes on with what it has beside them as well, so a change there is half a change."""
 
 FEATURE_DIM = {
     "mlp_pre": "neuron",
@@ -53,9 +53,10 @@ GRADIENT = ".grad"
 class Site:
     """A place in a model: one of `STANDARD`, present in every block, or a module path or glob with a side.
 
-    `Site.parse("resid_post")` is a standard site, `Site.parse("embed")` one of `ONCE`; `Site.parse("model.layers.*.mlp.up_proj:input")` is what
-    every module that the glob matches reads. A path without a side means the module's output. With ``.grad`` at the
-    end, what is meant is the gradient of the capture's objective with respect to the activation there.
+    `Site.parse("resid_post")` is a standard site, `Site.parse("embed")` one of `ONCE`;
+    `Site.parse("model.layers.*.mlp.up_proj:input")` is what every module that the glob matches reads. A path without a
+    side means the module's output. With ``.grad`` at the end, what is meant is the gradient of the capture's objective
+    with respect to the activation there.
     """
 
     name: str

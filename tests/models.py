@@ -70,8 +70,13 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "gpt_neo": (
         "GPTNeoForCausalLM",
         {
-            "hidden_size": HIDDEN, "num_layers": DEPTH, "num_heads": 4, "intermediate_size": NEURONS, "window_size": 8,
-            "max_position_embeddings": 128, "attention_types": [[["global", "local"], 2]],
+            "hidden_size": HIDDEN,
+            "num_layers": DEPTH,
+            "num_heads": 4,
+            "intermediate_size": NEURONS,
+            "window_size": 8,
+            "max_position_embeddings": 128,
+            "attention_types": [[["global", "local"], 2]],
         },
     ),
     "codegen": ("CodeGenForCausalLM", {**_GPT2, "rotary_dim": 8}),
@@ -88,7 +93,10 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "xglm": (
         "XGLMForCausalLM",
         {
-            "d_model": HIDDEN, "num_layers": DEPTH, "attention_heads": 4, "ffn_dim": NEURONS,
+            "d_model": HIDDEN,
+            "num_layers": DEPTH,
+            "attention_heads": 4,
+            "ffn_dim": NEURONS,
             "max_position_embeddings": 128,
         },
     ),
@@ -104,17 +112,33 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "deepseek_v3": (
         "DeepseekV3ForCausalLM",
         {
-            "intermediate_size": NEURONS, "moe_intermediate_size": 48, "n_routed_experts": 4, "num_experts_per_tok": 2,
-            "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": 24,
-            "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4,
+            "intermediate_size": NEURONS,
+            "moe_intermediate_size": 48,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 16,
+            "q_lora_rank": 24,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "num_key_value_heads": 4,
         },
     ),
     "qwen3_next": (
         "Qwen3NextForCausalLM",
         {
-            **_GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
-            "shared_expert_intermediate_size": 48, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
-            "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+            **_GROUPED,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "shared_expert_intermediate_size": 48,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
         },
     ),
     "mamba": ("MambaForCausalLM", {"state_size": 8}),
@@ -122,8 +146,13 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "jamba": (
         "JambaForCausalLM",
         {
-            **_GROUPED, "num_experts": 2, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
-            "use_mamba_kernels": False, "mamba_d_state": 8,
+            **_GROUPED,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "use_mamba_kernels": False,
+            "mamba_d_state": 8,
         },
     ),
     "electra": ("ElectraForMaskedLM", {**_BERT, "embedding_size": HIDDEN}),
@@ -137,6 +166,7 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "distilbert": ("DistilBertForMaskedLM", {"dim": HIDDEN, "hidden_dim": NEURONS, "n_layers": DEPTH, "n_heads": 4}),
     "modernbert": ("ModernBertForMaskedLM", {"intermediate_size": NEURONS, "local_attention": 8}),
     "albert": ("AlbertModel", {**_MLP, "embedding_size": 16}),
+    "t5_encoder": ("T5EncoderModel", {"d_model": HIDDEN, "d_kv": 16, "d_ff": NEURONS, "num_layers": DEPTH}),
     "t5": ("T5ForConditionalGeneration", {"d_model": HIDDEN, "d_kv": 16, "d_ff": NEURONS, "num_layers": DEPTH}),
 }
 
@@ -152,7 +182,7 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, device: str = "cpu", *
     settings = {**({"vocab_size": VOCABULARY} if own else _SIZES), **_IDS, **sizes}
     if family == "modernbert":
         settings |= {"cls_token_id": 1, "sep_token_id": 2}
-    if family == "t5":
+    if family.startswith("t5"):
         settings |= {"decoder_start_token_id": 0, "num_heads": 4}
     settings |= overrides
     attention = settings.pop("attn_implementation", None)

@@ -12,10 +12,10 @@ from flexcache.hooks.names import inner
 from flexcache.hooks.slots import Slots
 from flexcache.site import PATTERN, Side
 
-ATTENTION = ("self_attn", "self_attention", "attention", "attn", "linear_attn")
-ATTENTION_OUT = ("o_proj", "out_proj", "c_proj", "dense", "Wo", "out_lin")
-MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
-MLP_DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc_out", "fc2", "Wo", "lin2", "w2")
+ATTENTION = ("self_attn", "self_attention", "attention", "attn", "linear_attn", "layer.0.SelfAttention")
+ATTENTION_OUT = ("o_proj", "out_proj", "c_proj", "dense", "Wo", "out_lin", "o")
+MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "layer.1.DenseReluDense")
+MLP_DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc_out", "fc2", "Wo", "lin2", "w2", "wo")
 ACTIVATION = ("act_fn", "act", "activation_fn", "activation", "gelu_impl")
 ROUTER = ("gate", "router")
 
@@ -31,7 +31,7 @@ NORM_PAIRS = (
 
 MIDDLE_NORM = (
     *("pre_feedforward_layernorm", "pre_mlp_layernorm", "ln_2", "norm_2", "mlp_norm", "ff_norm", "layernorm_after"),
-    *("post_attention_layernorm", "final_layer_norm"),
+    *("post_attention_layernorm", "final_layer_norm", "layer.1.layer_norm"),
 )
 """Norms that read the residual stream between attention and MLP, of blocks that normalize first."""
 
@@ -115,8 +115,8 @@ def _projection(block: nn.Module, site: str) -> Place | None:
 def _middle(block: nn.Module) -> Place | None:
     """Return where the residual stream is between attention and MLP.
 
-    Where a block normalizes last, that is what its first norm gives, and where it normalizes only what it adds (OLMo 2),
-    what its MLP reads.
+    Where a block normalizes last, that is what its first norm gives, and where it normalizes only what it adds
+    (OLMo 2), what its MLP reads.
     """
     parallel = getattr(inner(block), "use_parallel_residual", False)
     if parallel or find_part(block, "attn_out") is None or find_part(block, "mlp_out") is None:

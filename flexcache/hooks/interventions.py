@@ -23,7 +23,9 @@ SHAPE = (2, 11)
 """Sequences and tokens of the example; the first sequence is changed, the second must stay as it was."""
 POSITION = 4
 """The token whose query, key or value is changed: neither the first nor the last."""
-ROUNDINGS = 16
+STRENGTHS = (64.0, 4096.0)
+"""Of the change, in units of the largest value, until it shows: a model may attend almost evenly."""
+ROUNDINGS = 2
 """Below as many eps of the largest value, two results are the same."""
 
 
@@ -34,7 +36,7 @@ def check_heads(model: nn.Module, taps: Sequence[Tap], example: Example | None =
 
     - a query of another value changes ``z`` at its own token and in its own head, and nowhere else;
     - a key changes ``z`` of other tokens as well, in the heads that share it, and not in proportion;
-    - a value does so in proportion: twice the change has twice the effect.
+    - a value does so in proportion: the opposite change has the opposite effect.
 
     So a fused projection that is split wrongly, or by the wrong heads, is found out, whatever norms, rotary positions,
     biases or gates the model has.
@@ -85,25 +87,43 @@ class _Trial:
         self.inputs = example_inputs(model, example, SHAPE)
         heads = find_heads(place.attention)
         if heads is None:
-            raise self._error("how many heads there are is not known", "num_heads of the attention or its configuration")
+            raise self._error(
+                "how many heads there are is not known", "num_heads of the attention or its configuration"
+            )
         self.heads: Heads = heads
 
     def check(self) -> None:
+        for strength in STRENGTHS:
+            if self._shows(strength):
+                return
+        raise self._error(
+            f"{self.place.tap.array} of layer {self.place.tap.layer} is not what its name promises",
+            f"a change of one head at one token to show in {self.place.z}",
+            "nothing",
+        )
+
+    def _shows(self, strength: float) -> bool:
+        """Whether a change shows at all; if it does, it must show as it should."""
         site = self.place.tap.array
-        before, once, twice = self._z(0), self._z(1), self._z(2)
-        scale = max(float(values.abs().max()) for values in (before, once, twice))
+        before, there, opposite = self._z(0), self._z(strength), self._z(-strength)
+        scale = max(float(values.abs().max()) for values in (before, there, opposite))
         bound = ROUNDINGS * torch.finfo(before.dtype).eps * scale
-        touched = self._touched(before, once, bound)
-        expected = "a change of one head at one token to show " + {
-            "q": "at that token and in that head only",
-            "k": "at other tokens too, in the heads that share the key, not in proportion",
-            "v": "at other tokens too, in the heads that share the value, in proportion",
-        }[site]
+        touched = self._touched(before, there, bound)
+        expected = (
+            "a change of one head at one token to show "
+            + {
+                "q": "at that token and in that head only",
+                "k": "at other tokens too, in the heads that share the key, not in proportion",
+                "v": "at other tokens too, in the heads that share the value, in proportion",
+            }[site]
+        )
         rows, positions, heads = (set(found.tolist()) for found in touched)
+        if not rows:
+            return False
         group = self.heads.queries // self._groups
         own = set(range(self.heads.queries - group, self.heads.queries))
         elsewhere = positions - {POSITION}
-        proportional = bool(((twice.double() - before) - 2 * (once.double() - before)).abs().max() <= 4 * bound)
+        proportional = bool((opposite.double() + there - 2 * before.double()).abs().max() <= 4 * bound)
         wrong = {
             "another sequence": rows != {0},
             "other heads": not self._mixes and not heads <= own,
@@ -113,8 +133,9 @@ class _Trial:
             "not in proportion": site == "v" and not proportional,
         }
         if any(wrong.values()):
-            found = "nothing" if not rows else ", ".join(name for name, is_so in wrong.items() if is_so)
+            found = ", ".join(name for name, is_so in wrong.items() if is_so)
             raise self._error(f"{site} of layer {self.place.tap.layer} is not what its name promises", expected, found)
+        return True
 
     @property
     def _groups(self) -> int:
@@ -137,7 +158,7 @@ class _Trial:
         change = (after - before).abs().unflatten(-1, (self.heads.queries, -1)).amax(-1)
         return (change > bound).nonzero(as_tuple=True)
 
-    def _z(self, strength: int) -> torch.Tensor:
+    def _z(self, strength: float) -> torch.Tensor:
         """Return z, shape (sequences, tokens, features), after a change of some strength."""
         read: list[torch.Tensor] = []
         with _changing(self.model, self.place.tap, lambda values: self._change(values, strength)):  # noqa: SIM117
@@ -149,7 +170,7 @@ class _Trial:
                     opened.forward(*(given if isinstance(given, tuple) else (given,)))
         return read[0].flatten(2)
 
-    def _change(self, values: torch.Tensor, strength: int) -> torch.Tensor:
+    def _change(self, values: torch.Tensor, strength: float) -> torch.Tensor:
         shaped = self.place.tap.shaped(values, SHAPE).clone()
         self._width = shaped.shape[-1]
         if shaped.shape[-1] % self._groups:

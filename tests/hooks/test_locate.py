@@ -59,7 +59,7 @@ def test_a_star_stops_at_dots_and_two_do_not(glob: str, expected: list[str]) -> 
         ("model.layers.*.mpl", "no module matches"),
         ("module.model.layers.0.mlp", "did you mean model.layers.0.mlp\\?"),
         ("model.layers", "only holds modules"),
-        ("q", "there are: resid_pre, resid_post"),
+        ("qq", "q"),
     ],
 )
 def test_an_unknown_name_gives_the_nearest_ones(text: str, message: str) -> None:
@@ -75,7 +75,9 @@ def test_a_layer_beyond_the_model_is_refused() -> None:
 def test_a_mixture_of_experts_has_no_mlp_post_and_says_so() -> None:
     with pytest.raises(SiteError, match="mixture of experts") as error:
         locate(tiny("mixtral"), Site("mlp_post"))
-    assert error.value.expected == "one of resid_pre, resid_post, attn_out, mlp_out"
+    assert (
+        error.value.expected == "one of resid_pre, resid_mid, resid_post, attn_out, mlp_out, q, k, v, z, router_logits"
+    )
 
 
 def test_where_only_some_layers_have_a_site_the_error_names_them() -> None:
@@ -119,9 +121,8 @@ def test_an_encoder_with_a_decoder_is_refused_and_its_encoder_is_not() -> None:
         locate(model, Site("resid_post"))
     encoder = model.get_encoder()
     assert find_blocks(encoder)[0] == "block"
-    with pytest.raises(SiteError, match="no attn_out") as error:
-        locate(encoder, Site("attn_out"))
-    assert error.value.expected == "one of resid_pre, resid_post"
+    with pytest.raises(SiteError, match="no router_logits"):
+        locate(encoder, Site("router_logits"))
 
 
 def test_blocks_that_stand_for_several_layers_are_refused() -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from flexcache.errors import SiteError
 from flexcache.hooks import Tap, Taps, check_identity, find_blocks, locate, measure
 from flexcache.site import Site
-from tests.hooks.oracle import BLOCKS, read
+from tests.hooks.oracle import BLOCKS, INNER, read
 from tests.models import DEPTH, HIDDEN, tiny, token_ids
 
+NO_FINAL_NORM = ("opt_post_norm", "bert", "roberta", "distilbert", "electra", "xlm_roberta", "deberta_v2")
+HIDDEN_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 MASK = torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [1] * 2 + [0] * 5])
 
 
-def located(model: torch.nn.Module, family: str) -> list[Tap]:
-    sites = ("resid_pre", "resid_post", *BLOCKS[family][1])
+def located(model: torch.nn.Module, family: str, inner: bool = False) -> list[Tap]:
+    sites = ("resid_pre", "resid_post", *BLOCKS[family][1], *(INNER[family] if inner else ()))
     return [tap for site in sites for tap in locate(model, Site(site))]
 
 
@@ -23,9 +28,11 @@ def located(model: torch.nn.Module, family: str) -> list[Tap]:
 def test_every_site_equals_a_plain_hook_bit_for_bit(family: str, dtype: torch.dtype) -> None:
     model = tiny(family, dtype)
     inputs = {"input_ids": token_ids(), "attention_mask": MASK}
-    expected = read(model, family, **inputs)
+    expected = read(model, family, inner=True, **inputs)
     found = {}
-    with Taps(model, located(model, family), lambda tap, t: found.update({(tap.array, tap.layer): t.clone()})) as taps:
+    with Taps(
+        model, located(model, family, inner=True), lambda tap, t: found.update({(tap.array, tap.layer): t.clone()})
+    ) as taps:
         taps.forward(**inputs)
     assert found.keys() == expected.keys()
     for key, tensor in found.items():
@@ -54,16 +61,19 @@ def test_resid_post_equals_the_hidden_states_of_transformers(family: str) -> Non
 @pytest.mark.parametrize("family", BLOCKS)
 def test_the_residual_identity_holds(family: str, dtype: torch.dtype) -> None:
     model = tiny(family, dtype)
-    check_identity(model, located(model, family))
+    check_identity(model, located(model, family, inner=True))
 
 
-@pytest.mark.parametrize("family", BLOCKS)
+NEEDS_WEIGHTS = ("biogpt",)  # its positions are counted by the values of the mask
+
+
+@pytest.mark.parametrize("family", [family for family in BLOCKS if family not in NEEDS_WEIGHTS])
 def test_a_model_without_weights_measures_the_same(family: str) -> None:
-    taps = located(tiny(family), family)
+    taps = located(tiny(family), family, inner=True)
     real = measure(tiny(family, torch.bfloat16), taps)
     assert measure(tiny(family, torch.bfloat16, device="meta"), taps) == real
     assert list(real) == taps
-    assert all(real[tap] == ((HIDDEN,), torch.bfloat16) for tap in taps if tap.array != "mlp_post")
+    assert all(real[tap] == ((HIDDEN,), torch.bfloat16) for tap in taps if tap.array in HIDDEN_SITES)
 
 
 @pytest.mark.parametrize("family", BLOCKS)
@@ -73,3 +83,19 @@ def test_blocks_are_where_a_person_finds_them(family: str) -> None:
     assert path == BLOCKS[family][0]
     assert blocks is model.get_submodule(path)
     assert len(blocks) == DEPTH
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+def test_the_embedding_and_the_last_norm_are_those_of_the_model(family: str) -> None:
+    model = tiny(family)
+    (embed,) = locate(model, Site("embed"))
+    assert model.get_submodule(embed.module) is model.get_input_embeddings()
+    path = BLOCKS[family][0]
+    if family in NO_FINAL_NORM:
+        with pytest.raises(SiteError, match="no final_norm"):
+            locate(model, Site("final_norm"))
+        return
+    (norm,) = locate(model, Site("final_norm"))
+    check_identity(model, [norm])
+    with pytest.raises(SiteError, match="final_norm is not what its name promises"):
+        check_identity(model, [replace(norm, module=f"{path}.1")])

@@ -12,7 +12,7 @@ from flexcache.hooks.locate import is_container
 from flexcache.hooks.names import modules
 from flexcache.hooks.survey import Held, Surveyed, compare, observe, standard_taps, survey
 from flexcache.parallel.twin import Extent
-from flexcache.site import STANDARD, Site
+from flexcache.site import ONCE, STANDARD, Site
 from tests.models import DEPTH, FAMILIES, tiny, token_ids
 
 PLACE: Any = ("model.layers.0.mlp", "output")
@@ -46,7 +46,7 @@ def by_hand(model: nn.Module, **inputs: torch.Tensor) -> dict[str, list[tuple[An
     return found
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("mixtral", "t5")])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("mixtral", "t5", "biogpt")])
 def test_a_survey_without_weights_says_what_hooks_read_from_a_real_batch(family: str) -> None:
     truth = by_hand(tiny(family), input_ids=token_ids(2, 9))
     found = {entry.path: entry for entry in survey(tiny(family, device="meta"))}
@@ -73,13 +73,16 @@ def test_shapes_are_symbols() -> None:
 def test_the_standard_sites_are_those_that_locate_finds(family: str) -> None:
     model = tiny(family, device="meta")
     found = [tap for entry in survey(model) for tap in entry.taps]
-    assert len(found) == len(STANDARD) * DEPTH
-    for name in STANDARD:
+    sites = {tap.array for tap in found}
+    assert {*STANDARD, *ONCE} - sites <= {"router_logits", "final_norm"}
+    assert len(found) == len(sites & STANDARD.keys()) * DEPTH + len(sites & ONCE.keys())
+    for name in sites:
         assert {tap for tap in found if tap.array == name} == set(locate(model, Site(name)))
 
 
 def test_a_site_that_no_layer_has_is_left_out() -> None:
-    assert {tap.array for tap in standard_taps(tiny("mixtral", device="meta"))} == set(STANDARD) - {"mlp_post"}
+    found = {tap.array for tap in standard_taps(tiny("mixtral", device="meta"))}
+    assert found == {*STANDARD, *ONCE} - {"mlp_pre", "mlp_post"}
 
 
 def test_a_site_that_some_layers_have_is_shown_there() -> None:
