@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from analysis.replay.hooking import Placed, Ran, editing, reading, tapping
-from analysis.replay.obstacles import admit, conditions, on_meta
+from analysis.replay.obstacles import admit, conditions, on_meta, refuse_half
 from analysis.replay.skip import Container, as_tensor, as_tuple, skipping, unambiguous, watching
 from analysis.replay.spot import Source, Spot
 from analysis.replay.spot import as_tensor as tensor_of
@@ -156,8 +156,10 @@ class Engine:
         Raises
         ------
         AnalysisError
-            The model fails when blocks are skipped.
+            The model fails when blocks are skipped; an edit is at a site that cannot be edited.
         """
+        for one in placed:
+            refuse_half(one.tap)
         copies = [start] if isinstance(start, Start) else list(start)
         starts = [copy.skipped for copy in copies for _ in range(batch.shape[0])]
         assert starts == sorted(starts), "copies are in the order of the blocks that they begin at"

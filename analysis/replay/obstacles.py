@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from flexcache.errors import AnalysisError, MismatchError, nearest
+from flexcache.hooks.tap import Tap
 from flexcache.model import describe_model
 from flexcache.recorder.fingerprint import fingerprint
+from flexcache.site import INEFFECTIVE
 from flexcache.store.store import Store
 
 NAMES = ("rows", "site", "units", "weights", "attention")
@@ -100,3 +102,19 @@ def _weights(known: dict[str, str], model: nn.Module) -> dict[str, str]:
 def on_meta(module: nn.Module) -> bool:
     """Whether a module has weights that were not loaded."""
     return any(parameter.device == torch.device("meta") for parameter in module.parameters())
+
+
+def refuse_half(tap: Tap) -> None:
+    """Refuse an edit at a site where the model goes on with what it has beside it as well.
+
+    Raises
+    ------
+    AnalysisError
+    """
+    if tap.array in INEFFECTIVE:
+        raise AnalysisError(
+            f"{tap.array} can be read and not edited",
+            where=str(tap),
+            expected="a site that everything after it goes through",
+            remedy="edit resid_pre, attn_out or mlp_out instead",
+        )

@@ -11,6 +11,7 @@ from flexcache.errors import SiteError
 from flexcache.hooks import Tap, Taps, check_identity, find_blocks, locate, measure
 from flexcache.site import Site
 from tests.hooks.oracle import BLOCKS, INNER, read
+from tests.hooks.sites_table import PAGE, with_table
 from tests.models import DEPTH, HIDDEN, tiny, token_ids
 
 NO_FINAL_NORM = ("opt_post_norm", "bert", "roberta", "distilbert", "electra", "xlm_roberta", "deberta_v2")
@@ -99,3 +100,8 @@ def test_the_embedding_and_the_last_norm_are_those_of_the_model(family: str) -> 
     check_identity(model, [norm])
     with pytest.raises(SiteError, match="final_norm is not what its name promises"):
         check_identity(model, [replace(norm, module=f"{path}.1")])
+
+
+def test_the_table_in_the_docs_is_what_the_models_say() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert with_table(page) == page, "run python -m tests.hooks.sites_table"
