@@ -243,11 +243,13 @@ def probe(
     ] = None,
     site: Annotated[str, typer.Option(help="Sites to probe, by commas.")] = "resid_post",
     kind: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--probe", help="logistic, ridge, mass-mean, nearest-centroid, lda, inlp, mlp, attention; by commas."
+            "--probe",
+            help="logistic, ridge, mass-mean, nearest-centroid, lda, inlp, mlp, attention; by commas. By default"
+            " logistic for classes, ridge for numbers.",
         ),
-    ] = "logistic",
+    ] = None,
     cv: Annotated[int, typer.Option(help="Folds.")] = 5,
     groups: Annotated[
         str, typer.Option(help="Label column whose values never straddle folds, or document.")
@@ -278,7 +280,7 @@ def probe(
         places[0],
         _split(target),
         _split(site),
-        _split(kind),
+        _split(kind) if kind else None,
         cv=cv,
         groups=groups,
         rows=int(rows or 0) if position else rows,  # type: ignore[arg-type]

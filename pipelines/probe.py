@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from sklearn.base import BaseEstimator
 
 import flexcache
@@ -40,7 +41,7 @@ def run(
     store_path: str | Path,
     target: str | Sequence[str],
     site: str | Sequence[str],
-    probe: str | Sequence[str] = "logistic",
+    probe: str | Sequence[str] | None = None,
     cv: int = 5,
     groups: str | None = "document",
     rows: Rows | None = None,
@@ -59,7 +60,7 @@ def run(
     target, site, cv, groups, rows, layers, seed
         See `analysis.probes.sweep`; groups may also be ``"none"``; a target is read by `analysis.targets.read`.
     probe
-        Names of `PROBES`; those with strengths choose from several.
+        Names of `PROBES`; those with strengths choose from several. By default logistic for classes, ridge for numbers.
     output
         The folder of the results; by default ``probes/<site>-<target>`` in the current folder. Of several targets,
         sites or probes, each has a folder in it.
@@ -76,7 +77,7 @@ def run(
     AnalysisError, StoreError
         See `analysis.probes.sweep` and `flexcache.open`.
     """
-    asked, sites, kinds = (([x] if isinstance(x, str) else list(x)) for x in (target, site, probe))
+    asked, sites, kinds = (([x] if isinstance(x, str) else list(x or ())) for x in (target, site, probe))
     for name in kinds:
         if name not in PROBES:
             raise ConfigError(f"there is no probe {name!r}", remedy=nearest(name, tuple(PROBES)))
@@ -86,7 +87,7 @@ def run(
         store,
         [one for text in asked for one in targets.read(store, text)],
         sites,
-        {name: PROBES[name] for name in kinds},
+        {name: PROBES[name] for name in kinds} or None,
         cv=cv,
         groups=groups,
         rows=rows,
@@ -97,7 +98,8 @@ def run(
     several = len(found) > 1
     folder = _folder(output, "probes" if several else f"probes/{_safe(f'{sites[0]}-{asked[0]}')}")
     for (what, where, kind), sweep in found.items():
-        command = ["flexcache", "probe", str(store_path), "--target", what, "--site", where, "--probe", kind]
+        command = ["flexcache", "probe", str(store_path), "--target", what, "--site", where]
+        command += ["--probe", kind] if kinds else []
         command += ["--cv", str(cv)] + (["--seed", str(seed)] if seed else [])
         command += ["--groups", groups or "none"] if groups != "document" else []
         command += ["--rows", str(rows)] if rows is not None else []
@@ -142,7 +144,7 @@ def run_transfer(
     table.add_column("layer", justify="right")
     shown = [str(metric) for metric in found["metric"].values[:2]]
     for metric in shown:
-        table.add_column(f"{NAMES[metric]}\n[bootstrap 95 %]", justify="right")
+        table.add_column(Text(f"{NAMES[metric]}\n[bootstrap 95 %]"), justify="right")
     for layer in found["layer"].values.tolist():
         cells = []
         for metric in shown:

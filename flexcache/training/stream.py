@@ -78,6 +78,10 @@ class Stream(IterableDataset[Batch]):
         """Batches that this rank gets in an epoch, with the workers that iterate now, or none."""
         return sum(self._totals(self.epoch, self._workers()[1]))
 
+    def __repr__(self) -> str:
+        rows, size = f"{len(self.order.rows):,} rows", f"batches of {self.order.batch_size}"
+        return f"<Stream of {', '.join(self.sources)}: {rows} in {size}; next epoch {self.epoch}>"
+
     @property
     def bytes_per_row(self) -> int:
         """Bytes of a row of all sources, as they are stored."""
