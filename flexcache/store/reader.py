@@ -46,10 +46,33 @@ class RowReader:
         self.dtype = DTYPES[array.dtype]
         self._bits = np.dtype(f"<u{self.dtype.itemsize}")
         self._require = require
-        self._zarr = zarr.open_array(root / array.name, mode="r") if compressed else None
+        self._zarr = self._foreign() if compressed else None
         self._maps: OrderedDict[Path, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
         self._local = threading.local()
+
+    def _foreign(self) -> zarr.Array:
+        """Open a compressed array by zarr-python."""
+        where = self.root / self.array.name
+        try:
+            found = zarr.open_array(where, mode="r")
+        except Exception as error:  # zarr and its codecs raise many kinds
+            raise DamagedError(
+                "an array of the store cannot be read",
+                where=str(where),
+                found=f"{type(error).__name__}: {error}",
+                remedy="run flexcache verify to see what else is damaged",
+            ) from error
+        shape = (self.layout.n_rows, self.array.features)
+        expected = shape if self.array.depth is None else (self.array.depth, *shape)
+        if found.shape != expected:
+            raise DamagedError(
+                "an array of the store is not as described",
+                where=str(where),
+                expected=str(expected),
+                found=str(found.shape),
+            )
+        return found
 
     def path(self, layer: int | None, shard: int) -> Path:
         """Return where a shard file is."""

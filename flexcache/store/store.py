@@ -18,6 +18,7 @@ from flexcache.errors import DamagedError, SiteError, StoreError, UncommittedErr
 from flexcache.plan import ranges
 from flexcache.spec import ArraySpec
 from flexcache.store import display, xarray_engine
+from flexcache.store.description import described
 from flexcache.store.ledger import Ledger
 from flexcache.store.reader import RowReader
 from flexcache.store.replayable import Replayable, replayable
@@ -32,6 +33,11 @@ class Store(Mapping[str, xr.DataArray]):
     in the ledger does not exist: reading it raises UncommittedError. A store may be open while others write to
     it; `refresh` looks for units committed since. Any number of threads may read.
 
+    Attributes
+    ----------
+    provenance : dict
+        Model, tokenizer, corpus and versions that the store was made with.
+
     Raises
     ------
     StoreError
@@ -40,23 +46,12 @@ class Store(Mapping[str, xr.DataArray]):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._content = read_attributes(self.path)
-        try:
-            self.arrays = {name: ArraySpec.from_json(a) for name, a in self._content["arrays"].items()}
-            if any(Path(name).name != name or a.name != name or name == ".." for name, a in self.arrays.items()):
-                raise ValueError("an array lies outside of the store")
-            self.spec: dict[str, Any] = dict(self._content["spec"])
-            self.plan: dict[str, Any] = dict(self._content["plan"])
-            self.n_rows = int(self.plan["rows"])
-            self.n_units = int(self.plan["units"])
-            self.shard_rows = int(self.plan["shard_rows"])
-            self.compressed = self.spec.get("compression", "none") != "none"
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DamagedError(
-                "the store's description is not complete",
-                where=str(self.path / "zarr.json"),
-                found=f"{type(error).__name__}: {error}",
-            ) from error
+        said = described(read_attributes(self.path), str(self.path / "zarr.json"))
+        self.arrays, self.spec, self.plan, self.provenance = said.arrays, said.spec, said.plan, said.provenance
+        self.n_rows = int(self.plan["rows"])
+        self.n_units = int(self.plan["units"])
+        self.shard_rows = int(self.plan["shard_rows"])
+        self.compressed = self.spec.get("compression", "none") != "none"
         self.ledger = Ledger(self.path)
         self._readers: dict[str, RowReader] = {}
         self.refresh()
@@ -71,11 +66,6 @@ class Store(Mapping[str, xr.DataArray]):
     def layers(self, site: str) -> tuple[int, ...]:
         """Return the captured layers of a site; none for a module path."""
         return self._array(site).layers or ()
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """Model, tokenizer, corpus and versions that the store was made with."""
-        return dict(self._content.get("provenance", {}))
 
     @cached_property
     def documents(self) -> pa.Table:
@@ -334,13 +324,20 @@ class Store(Mapping[str, xr.DataArray]):
 
     def _table(self, name: str) -> pa.Table:
         try:
-            return pq.read_table(self.path / name)
-        except (OSError, pa.ArrowException) as error:
+            table = pq.read_table(self.path / name)
+            missing = {"row_start", "n_rows"} - set(table.column_names)
+            if missing:
+                raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+            return table
+        except (OSError, pa.ArrowException, ValueError) as error:
             raise self._unreadable("table", name, error) from error
 
     def _coordinate(self, name: str) -> np.ndarray:
         try:
-            return np.asarray(zarr.open_array(self.path / name, mode="r")[:])
+            array = zarr.open_array(self.path / name, mode="r")
+            if array.shape != (self.n_rows,) or np.dtype(array.dtype) != np.dtype(COORDINATES[name]):
+                raise ValueError(f"it is {array.dtype} of shape {array.shape}")
+            return np.asarray(array[:])
         except Exception as error:  # zarr and its codecs raise many kinds
             raise self._unreadable("coordinate", name, error) from error
 
