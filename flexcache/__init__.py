@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flexcache.hooks import FlexModel, HookFunction
     from flexcache.model import ModelSource
     from flexcache.recorder.capture import capture
+    from flexcache.recorder.extend import extend
     from flexcache.recorder.foreign import record
     from flexcache.recorder.objective import LogitDifference, NextTokenLoss
     from flexcache.recorder.recompute import recompute
@@ -43,6 +44,7 @@ __all__ = [
     "Store",
     "Transform",
     "capture",
+    "extend",
     "open",
     "open_documents",
     "recompute",
@@ -63,6 +65,7 @@ _PLACES = {
     "Store": "flexcache.store.store:Store",
     "Transform": "flexcache.recorder.transform:Transform",
     "capture": "flexcache.recorder.capture:capture",
+    "extend": "flexcache.recorder.extend:extend",
     "open": "flexcache.store.store:Store",
     "open_documents": "flexcache.documents:open_documents",
     "recompute": "flexcache.recorder.recompute:recompute",

@@ -104,6 +104,9 @@ class Plan:
         Most tokens of a batch, padding included; a longer document is a batch of its own.
     seed : int
         Of the order of the batches inside each unit.
+    first_row, first_batch : int
+        Where the corpus comes after others: the row it begins with, and the number of its first batch in the unit of
+        that row.
     """
 
     lengths: np.ndarray
@@ -111,27 +114,29 @@ class Plan:
     shard_rows: int
     batch_tokens: int
     seed: int
+    first_row: int = 0
+    first_batch: int = 0
 
     @property
     def n_rows(self) -> int:
-        """Rows of the whole plan."""
-        return int(self._ends[-1]) if len(self.lengths) else 0
+        """The row after the last: rows of the whole plan, and of what came before."""
+        return int(self._ends[-1]) if len(self.lengths) else self.first_row
 
     @property
     def n_units(self) -> int:
-        """Units of the whole plan."""
+        """Units of the whole plan, and of what came before."""
         return -(-self.n_rows // self.shard_rows)
 
     @property
     def _ends(self) -> np.ndarray:
-        return np.cumsum(rows_kept(self.lengths, self.rows))
+        return self.first_row + np.cumsum(rows_kept(self.lengths, self.rows))
 
     def units(self) -> Iterator[UnitPlan]:
-        """Yield the units in order; memory is the columns of all documents and of one unit."""
+        """Yield the units in order, from that of the first row; memory is the columns of all documents and of one."""
         ends = self._ends
         starts = ends - rows_kept(self.lengths, self.rows)
-        for unit in range(self.n_units):
-            low, high = unit * self.shard_rows, (unit + 1) * self.shard_rows
+        for unit in range(self.first_row // self.shard_rows, self.n_units):
+            low, high = max(unit * self.shard_rows, self.first_row), (unit + 1) * self.shard_rows
             first = int(np.searchsorted(ends, low, side="right"))
             stop = int(np.searchsorted(starts, high, side="left"))
             yield self._unit(unit, first, starts[first:stop], ends[first:stop], low, high)
@@ -162,6 +167,8 @@ class Plan:
         kept_from = np.maximum(starts, low) - starts
         kept = np.minimum(ends, high) - np.maximum(starts, low)
         offset = lengths - 1 if self.rows == "last" else np.zeros_like(lengths)
+        if low == self.first_row:
+            batches = batches + self.first_batch
         n_rows = kept[lines].astype(np.int32)
         return UnitPlan(
             unit=unit,

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
-if TYPE_CHECKING:
-    from flexcache.documents import Documents
 from flexcache.errors import DocumentsError
 from flexcache.plan import ranges
 
 Tokenizer = Callable[..., Any]
 PART_BYTES = 64 << 20
+
+
+class Corpus(Protocol):
+    """Documents in batches: `flexcache.Documents`, or a part of them."""
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Yield the documents in corpus order, with columns ``id``, ``text`` or ``tokens``, and labels."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what identifies the corpus."""
 
 
 class Spool:
@@ -107,7 +115,7 @@ class Spool:
 
 
 def spool(
-    documents: Documents,
+    documents: Corpus,
     tokenizer: Tokenizer | None,
     folder: Path,
     *,
@@ -115,6 +123,7 @@ def spool(
     vocabulary: int | None = None,
     empty: Literal["error", "skip"] = "error",
     keep_text: bool = True,
+    first_index: int = 0,
     progress: Callable[[int, int], None] = lambda documents, tokens: None,
 ) -> Spool:
     """Tokenize a corpus once and write it into *folder*.
@@ -132,6 +141,8 @@ def spool(
         What to do with a document that has no token.
     keep_text
         Whether texts are kept, or replaced by ``text_xxh3_128``.
+    first_index
+        The ``source_index`` of the first document, where others came before.
     progress
         Called with the documents and tokens done so far.
 
@@ -141,7 +152,7 @@ def spool(
         No documents, an empty one, texts without a tokenizer or tokens with one, an unknown token id.
     """
     result = Spool(folder)
-    index = tokens_done = 0
+    index, tokens_done = first_index, 0
     for batch in documents.batches():
         source_index = np.arange(index, index + len(batch), dtype=np.int64)
         index += len(batch)
@@ -165,14 +176,14 @@ def spool(
         result.truncated += int(truncated.sum())
         result.append(_record(batch, tokens, source_index, keep_text))
         tokens_done += len(tokens.flatten())
-        progress(index, tokens_done)
+        progress(index - first_index, tokens_done)
     result.flush()
     if not len(result.lengths):
         raise DocumentsError(
             "there are no documents",
             where=str(documents.describe().get("files", "the corpus")),
             expected="at least one document with at least one token",
-            found=f"{index} documents, {result.skipped} of them empty",
+            found=f"{index - first_index} documents, {result.skipped} of them empty",
         )
     return result
 

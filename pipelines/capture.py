@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexcache.documents import Documents
 from flexcache.parallel.launch import launch
 from flexcache.store.store import Store
 from pipelines.config import CaptureConfig
 
 
-def run(config: CaptureConfig, *, allow_mixed: bool = False, progress: bool = True) -> Store:
-    """Capture, or go on with a capture, as the configuration says; beside any others that do the same."""
-    import torch
+@dataclass(frozen=True)
+class Loaded:
+    """What a configuration names, loaded: a model with its weights, its tokenizer, a corpus, functions."""
+
+    model: Any
+    tokenizer: Any
+    documents: Documents
+    functions: dict[str, Any]
+    info: dict[str, Any]
+
+
+def load(config: CaptureConfig, progress: bool) -> Loaded:
+    """Load what a capture needs; what can be wrong with the rest shows before a large model is loaded."""
     import transformers
 
-    import flexcache
     from flexcache.hooks.measure import input_device
     from flexcache.recorder.reading import locate
 
-    progress = progress and launch().rank == 0
     documents = config.documents.open()
     config.model.parallel.config()  # refuses a number of processes that does not fit, before anything is loaded
     if not progress:
@@ -33,19 +43,35 @@ def run(config: CaptureConfig, *, allow_mixed: bool = False, progress: bool = Tr
         "files": config.model.weights(),
     }
     model = config.load_model()
+    return Loaded(model, tokenizer, documents, config.functions(tokenizer, input_device(model)), info)
+
+
+def run(config: CaptureConfig, *, allow_mixed: bool = False, progress: bool = True) -> Store:
+    """Capture, or go on with a capture, as the configuration says; beside any others that do the same."""
+    import flexcache
+
+    progress = progress and launch().rank == 0
+    loaded = load(config, progress)
     store = flexcache.capture(
-        model,
-        tokenizer,
-        documents,
+        loaded.model,
+        loaded.tokenizer,
+        loaded.documents,
         config.store,
         **config.capture_options(),
-        **config.functions(tokenizer, input_device(model)),
+        **loaded.functions,
         buffer_bytes=config.buffer_mb << 20,
         allow_mixed=allow_mixed,
         patience=config.patience,
-        model_info=info,
+        model_info=loaded.info,
         progress=progress,
     )
-    if torch.distributed.is_initialized():  # by transformers, for a model on several processes
-        torch.distributed.destroy_process_group()
+    leave()
     return store
+
+
+def leave() -> None:
+    """Leave the process group that transformers made for a model on several processes."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -66,6 +66,30 @@ def capture(
 
 
 @app.command()
+def extend(
+    config: ConfigPath,
+    changes: Changes = None,
+    new_only: Annotated[
+        bool, typer.Option(help="Leave out documents whose ids the store has: for a corpus that has grown.")
+    ] = False,
+    discard: Annotated[bool, typer.Option(help="Drop an extension that has begun and is not finished.")] = False,
+    allow_mixed: Annotated[bool, typer.Option(help="On another device, version or thread count than before.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Add to a store the documents, layers or sites that a configuration names and the store lacks."""
+    from pipelines import extend as pipeline
+    from pipelines.config import read_config
+
+    settings = read_config(config, changes or ())
+    if discard:
+        pipeline.discard(settings.store, console)
+        return
+    store = pipeline.run(settings, new_only=new_only, allow_mixed=allow_mixed, progress=not quiet)
+    if launch().rank == 0:
+        console.print(repr(store), highlight=False, markup=False)
+
+
+@app.command()
 def info(store: StorePath) -> None:
     """What is in a store, how complete it is, how big, and what it was made with."""
     from pipelines import info as pipeline

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -12,26 +11,22 @@ import torch
 
 from flexcache import hooks
 from flexcache.documents import open_documents
-from flexcache.hooks.measure import input_device
 from flexcache.hooks.names import peel
-from flexcache.model import describe_model, describe_tokenizer, evaluating, longest_input, pad_id, vocabulary
+from flexcache.model import describe_model, describe_tokenizer, evaluating, longest_input, vocabulary
 from flexcache.parallel.stages import Stages
 from flexcache.plan import RowSelection
 from flexcache.recorder.crew import Crew
-from flexcache.recorder.cuda import pinned_slab
 from flexcache.recorder.fingerprint import fingerprint
 from flexcache.recorder.objective import OBJECTIVE, Objective, describe
 from flexcache.recorder.planning import Source, check_same, plan_store, stored_identity
-from flexcache.recorder.progress import CaptureProgress, time_table
+from flexcache.recorder.progress import CaptureProgress
 from flexcache.recorder.reading import locate, measure_arrays
 from flexcache.recorder.recorder import DEFAULT_BUFFER, Recorder
-from flexcache.recorder.running import run, try_largest
+from flexcache.recorder.running import allocation, complete
 from flexcache.recorder.transform import Transform
 from flexcache.site import Layers
 from flexcache.spec import SitesLike, Spec, parse_sites, validate
-from flexcache.store.display import size
 from flexcache.store.schema import read_attributes
-from flexcache.store.slabs import anonymous_slab
 from flexcache.store.store import Store
 from flexcache.store.worker import PATIENCE
 
@@ -166,26 +161,15 @@ def capture(
         check_same(stored, source.identity(), path)
         for name, text in amount.lines() if amount else ():
             bars.say(f"  {name}: {text}")
-        began = time.perf_counter()
         recorder = Recorder(
             path,
             fingerprint=fingerprint(model, crew.sizes.tp),
             buffer_bytes=buffer_bytes,
             allow_mixed=allow_mixed,
-            allocate=pinned_slab if input_device(model).type == "cuda" else anonymous_slab,
+            allocate=allocation(model),
             batch_tokens=batch_tokens,
             keys=crew.keys(reading.taps, [(OBJECTIVE, None)] if OBJECTIVE in stored["arrays"] else ()),
             patience=patience,
         )
-        if recorder.pending():
-            pad = pad_id(model, tokenizer)
-            try_largest(model, reading, recorder, pad, bars, crew)
-            run(model, reading, recorder, pad, bars, crew)
-            tally, seconds = recorder.tally, time.perf_counter() - began
-            bars.console.print(time_table(tally, seconds))
-            speed = f"{tally.tokens / seconds:,.0f} tokens/s, {size(tally.bytes / seconds)}/s"
-            done = f"{tally.rows:,} rows" + ("" if tally.rows == recorder.store.n_rows else " by this process")
-            bars.say(f"{done}, {size(tally.bytes)} in {seconds:.1f} s ({speed}) → {path}")
-        else:
-            bars.say(f"{path} is complete: nothing to do")
+        complete(model, tokenizer, reading, recorder, bars, crew)
     return Store(path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexcache.errors import MismatchError
+from flexcache.recorder.carried import CARRIED
 from flexcache.store.store import Store
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def check_alike(path: Path, earlier: dict[str, Any], now: dict[str, Any], who: s
     """
     different = [
         f"{name}: {earlier.get(name)} before, {now.get(name)} now"
-        for name in sorted({*earlier, *now})
+        for name in sorted({*earlier, *now} - {CARRIED})
         if earlier.get(name) != now.get(name)
     ]
     if different:

@@ -10,11 +10,14 @@ from flexcache.documents import open_documents
 from flexcache.errors import ConfigError
 from flexcache.model import describe_tokenizer
 from flexcache.plan import RowSelection
+from flexcache.recorder.extension import more_arrays, more_documents, opened
+from flexcache.recorder.fingerprint import check_fingerprint
 from flexcache.recorder.planning import Source, check_same, plan_store, stored_identity
 from flexcache.recorder.recorder import DEFAULT_BUFFER, Recorder
 from flexcache.site import STANDARD, Layers, Site, resolve_layers
 from flexcache.spec import ArraySpec, Spec, validate
 from flexcache.store.schema import read_attributes
+from flexcache.store.staging import united
 from flexcache.store.worker import PATIENCE
 
 
@@ -38,6 +41,8 @@ def record(
     buffer_bytes: int = DEFAULT_BUFFER,
     allow_mixed: bool = False,
     patience: float = PATIENCE,
+    extend: bool = False,
+    new_only: bool = False,
 ) -> Recorder:
     """Plan a store, or go on with one, and return its recorder; the forward is yours.
 
@@ -58,6 +63,11 @@ def record(
         Which layers of the stacked sites will be put.
     fingerprint
         What the bits of the forward depend on, such as versions and device.
+
+    extend, new_only
+        Add what a store that is there lacks of it: sites and layers, or documents, see `flexcache.extend`. The recorder
+        yields the batches of what is new, and takes its rows alone; once all are there, and the recorder is closed,
+        they are part of the store.
 
     Other parameters, and errors, are those of `flexcache.capture`.
     """
@@ -87,16 +97,39 @@ def record(
         model=model if isinstance(model, dict) else {"name": model, "class": model},
         tokenizer_identity=describe_tokenizer(tokenizer),
     )
+    options: dict[str, Any] = {
+        "fingerprint": fingerprint,
+        "buffer_bytes": buffer_bytes,
+        "allow_mixed": allow_mixed,
+        "batch_tokens": batch_tokens,
+        "patience": patience,
+    }
+    if extend and (path / "zarr.json").exists():
+        return _extension(path, source, new_only, options)
     plan_store(path, source)
     check_same(stored_identity(read_attributes(path)), source.identity(), path)
-    return Recorder(
-        path,
-        fingerprint=fingerprint,
-        buffer_bytes=buffer_bytes,
-        allow_mixed=allow_mixed,
-        batch_tokens=batch_tokens,
-        patience=patience,
-    )
+    return Recorder(path, **options)
+
+
+def _extension(path: Path, source: Source, new_only: bool, options: dict[str, Any]) -> Recorder:
+    store = opened(path)
+    stored, given = stored_identity(read_attributes(path)), source.identity()
+    sites = bool(united(store, source.arrays)[1])
+    for said in (stored, given):
+        said["documents"] = said["documents"] if sites else {}
+        said["arrays"] = {} if sites else said["arrays"]
+        said["spec"] = {name: value for name, value in said["spec"].items() if not (sites and name == "sites")}
+    check_same(stored, given, path)
+    check_fingerprint(store, options["fingerprint"] or {}, options["allow_mixed"])
+    if sites:
+        found = more_arrays(path, source.arrays, source.spec)
+    else:
+        found = more_documents(path, source.documents, source.tokenizer, new_only=new_only)
+    if found is None:
+        return Recorder(path, **options)
+    recorder = Recorder(found.growth.folder, **options, keys=found.keys, carried=found.carried)
+    recorder.on_complete = found.growth.settle
+    return recorder
 
 
 def _array(name: str, shape: tuple[int, int] | int, layers: Layers, dtype: str) -> ArraySpec:

@@ -61,7 +61,7 @@ class Source:
         return {
             "spec": self.spec.model_dump(mode="json"),
             "arrays": {array.name: array.to_json() for array in self.arrays},
-            "model": _content(self.model),
+            "model": model_content(self.model),
             "tokenizer": self.tokenizer_identity,
             "documents": self.documents.describe(),
         }
@@ -255,14 +255,14 @@ def stored_identity(attributes: dict[str, Any]) -> dict[str, Any]:
     return {
         "spec": attributes["spec"],
         "arrays": attributes["arrays"],
-        "model": _content(provenance["model"]),
+        "model": model_content(provenance["model"]),
         "tokenizer": provenance["tokenizer"],
         "documents": provenance["documents"],
     }
 
 
-def _content(model: dict[str, Any]) -> dict[str, Any]:
-    """Leave out where a model came from; its configuration and weights say what it is."""
+def model_content(model: dict[str, Any]) -> dict[str, Any]:
+    """Leave out of a model's provenance where it came from; its configuration and weights say what it is."""
     return {key: value for key, value in model.items() if key not in ("name", "revision", "files")}
 
 

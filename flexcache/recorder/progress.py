@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -56,6 +57,11 @@ class CaptureProgress:
     def capturing(self, recorder: Recorder) -> _Capturing:
         """Start the bar of the capture; the result is called after every batch."""
         return _Capturing(self._bars, recorder)
+
+    def placing(self) -> Callable[[int, int], None]:
+        """Return what shows how many files of an extension are in place, called with done and total."""
+        task = self._bars.add_task("putting in place (files)", total=None, rate="")
+        return lambda done, total: self._bars.update(task, completed=done, total=total)
 
     def say(self, text: str) -> None:
         """Print a line above the bars."""

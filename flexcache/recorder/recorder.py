@@ -14,6 +14,7 @@ import numpy as np
 
 from flexcache.errors import CaptureError, SiteError, nearest
 from flexcache.recorder.batch import Batch, BatchReader
+from flexcache.recorder.carried import Carried
 from flexcache.recorder.fingerprint import check_alike, check_fingerprint
 from flexcache.recorder.range_error import place, range_error
 from flexcache.recorder.rows import Unstorable, rows_of, stored
@@ -66,8 +67,17 @@ class Recorder:
         Most tokens of a forward, padding included, where it is to be less than the plan's; the ledger records it.
     keys
         The sites and layers that this process writes, where others of its group write the rest; all by default.
+    carried
+        The rows of a store that grows into this one.
     patience
         Seconds without a sign of life after which another process counts as gone.
+
+    Attributes
+    ----------
+    on_wait : callable
+        Called with the number of units that are left while other processes have all of them.
+    on_complete : callable
+        Called when it is closed and the store is complete.
 
     Raises
     ------
@@ -87,6 +97,7 @@ class Recorder:
         allocate: Callable[[int], Slab] = anonymous_slab,
         batch_tokens: int | None = None,
         keys: Sequence[Key] | None = None,
+        carried: Carried | None = None,
         patience: float = PATIENCE,
     ) -> None:
         self.store = Store(path)
@@ -95,16 +106,18 @@ class Recorder:
         planned = int(self.store.spec["batch_tokens"])
         self.batch_tokens = planned if batch_tokens is None else min(planned, batch_tokens)
         self.on_wait: Callable[[int], None] = lambda units: None
+        self.on_complete: Callable[[], None] = lambda: None
         self._allow_mixed = allow_mixed
         self._layouts = {
             name: ShardLayout(self.store.n_rows, self.store.shard_rows, array.row_bytes)
             for name, array in self.store.arrays.items()
         }
         everything = [(name, layer) for name, array in self.store.arrays.items() for layer in array.slices]
-        self._keys: list[Key] = everything if keys is None else list(keys)
+        self.keys: list[Key] = everything if keys is None else list(keys)
         self._batches = BatchReader(self.store.path, mean=self.store.spec.get("rows") == "mean")
         check_fingerprint(self.store, self.fingerprint, allow_mixed)
         self._pool = SlabPool(*self._slabs(buffer_bytes), allocate)
+        self._carried = carried
         self._patience = patience
         self._worker: Worker | None = None
         self._claims: Claims | None = None
@@ -136,6 +149,8 @@ class Recorder:
         self.tally.waiting = self._pool.waited
         with clear_errors(self.store.path):
             self.tally.write(self.store.path, error, direct)
+        if error is None and self.store.complete:
+            self.on_complete()
 
     def pending(self) -> list[int]:
         """Return the units that are not committed, in order."""
@@ -157,7 +172,7 @@ class Recorder:
     def written(self) -> int:
         """Bytes of rows that this process has put so far, those of units that it had to give up aside."""
         arrays = self.store.arrays
-        return (self.tally.rows + self._filled) * sum(arrays[name].row_bytes for name, _ in self._keys)
+        return (self.tally.rows + self._filled) * sum(arrays[name].row_bytes for name, _ in self.keys)
 
     @property
     def waited(self) -> float:
@@ -234,9 +249,10 @@ class Recorder:
     def begin(self, unit: int) -> list[Batch]:
         """Open the files of a unit, and return its batches under the budget of tokens."""
         self._open_for_units()
-        self._files = {key: self._open(key, unit) for key in self._keys}
+        self._files = {key: self._open(key, unit) for key in self.keys}
         self._unit, self._filled = unit, 0
-        return self._batches.unit(unit, self.batch_tokens)
+        batches = self._batches.unit(unit, self.batch_tokens)
+        return batches if self._carried is None else self._carry(self._carried, unit, batches)
 
     @contextmanager
     def filling(self, batch: Batch) -> Iterator[None]:
@@ -291,7 +307,7 @@ class Recorder:
             rows = self.unit_rows(unit)
             with clear_errors(self.store.path):
                 self.store.ledger.commit(
-                    UnitRecord(unit, (rows.start, rows.stop), self.batch_tokens, self.fingerprint, written)
+                    UnitRecord(unit, (rows.start, rows.stop), self.batch_tokens, self._conditions(unit), written)
                 )
             self.tally.units += 1
             self.tally.rows += len(rows)
@@ -373,6 +389,18 @@ class Recorder:
                 return int(name)
             claims.release(name)
         return None
+
+    def _carry(self, carried: Carried, unit: int, batches: list[Batch]) -> list[Batch]:
+        """Begin the files of a unit with the rows that are there, and return the batches of the others."""
+        for key, file in self._files.items():
+            for content, n_rows in carried.blocks(key, unit):
+                self._guard(file.append, content, [(0, n_rows * file.layout.row_bytes)])
+        self._filled = carried.rows(unit)
+        return [batch for batch in batches if batch.rows.start >= carried.stop]
+
+    def _conditions(self, unit: int) -> dict[str, Any]:
+        carried = self._carried
+        return self.fingerprint if carried is None else carried.fingerprint(unit, self.fingerprint, self.batch_tokens)
 
     def _start(self) -> None:
         with clear_errors(self.store.path):
@@ -477,7 +505,7 @@ class Recorder:
         )
 
     def _slabs(self, buffer_bytes: int) -> tuple[int, int]:
-        layouts, count = self._layouts.values(), max(1, len(self._keys))
+        layouts, count = self._layouts.values(), max(1, len(self.keys))
         if self.store.compressed:  # a slab is one inner chunk
             return size_slabs(count, buffer_bytes, exact=max(a.chunk_rows * a.row_bytes for a in layouts))
         return size_slabs(count, buffer_bytes, largest=max(a.file_bytes(0) for a in layouts))

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,18 +16,50 @@ from flexcache import hooks
 from flexcache.errors import CaptureError
 from flexcache.hooks.measure import input_device
 from flexcache.hooks.taps import activations_only
+from flexcache.model import pad_id
 from flexcache.parallel.fsdp import settle
 from flexcache.recorder.batch import Batch
 from flexcache.recorder.crew import DONE, IDLE, Crew
-from flexcache.recorder.cuda import CudaLane
+from flexcache.recorder.cuda import CudaLane, pinned_slab
 from flexcache.recorder.objective import OBJECTIVE, by_token, checked
-from flexcache.recorder.progress import CaptureProgress
+from flexcache.recorder.progress import CaptureProgress, time_table
 from flexcache.recorder.reading import Reading
 from flexcache.recorder.recorder import POLL, Recorder
 from flexcache.site import PATTERN
+from flexcache.store.display import size
+from flexcache.store.slabs import Slab, anonymous_slab
 
 Sink = Callable[[str, int | None, torch.Tensor], None]
 """Takes the name of an array, a layer, and values of shape (sequences, longest, features…)."""
+
+
+def complete(
+    model: torch.nn.Module, tokenizer: Any, reading: Reading, recorder: Recorder, bars: CaptureProgress, crew: Crew
+) -> None:
+    """Fill a recorder's pending units, after a try of the largest batch, and say what it took.
+
+    Raises
+    ------
+    CaptureError
+        See `run`.
+    """
+    store = recorder.store
+    if not recorder.pending():
+        bars.say(f"{store.path} is complete: nothing to do")
+        return
+    began, pad = time.perf_counter(), pad_id(model, tokenizer)
+    try_largest(model, reading, recorder, pad, bars, crew)
+    run(model, reading, recorder, pad, bars, crew)
+    tally, seconds = recorder.tally, time.perf_counter() - began
+    bars.console.print(time_table(tally, seconds))
+    speed = f"{tally.tokens / seconds:,.0f} tokens/s, {size(tally.bytes / seconds)}/s"
+    done = f"{tally.rows:,} rows" + ("" if tally.rows == store.n_rows else " by this process")
+    bars.say(f"{done}, {size(tally.bytes)} in {seconds:.1f} s ({speed}) → {store.path}")
+
+
+def allocation(model: torch.nn.Module) -> Callable[[int], Slab]:
+    """Return what makes the slabs for a model: pinned memory where it is on a GPU."""
+    return pinned_slab if input_device(model).type == "cuda" else anonymous_slab
 
 
 def run(
@@ -202,6 +235,17 @@ ONE_TOKEN = Batch(0, 0, range(1), np.zeros(1, np.int64), (np.zeros(1, np.int32),
 
 
 def _sink(recorder: Recorder, device: torch.device) -> Sink:
+    """Return what takes the values of a recorder's keys: of an objective alone there may be values beside them."""
+    into, keys = _into(recorder, device), set(recorder.keys)
+
+    def take(array: str, layer: int | None, values: torch.Tensor) -> None:
+        if array != OBJECTIVE or (OBJECTIVE, None) in keys:
+            into(array, layer, values)
+
+    return take
+
+
+def _into(recorder: Recorder, device: torch.device) -> Sink:
     if device.type != "cuda":
         return recorder.record
     lane = CudaLane(device)

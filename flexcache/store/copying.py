@@ -12,6 +12,7 @@ from flexcache.site import Layers
 from flexcache.spec import DTYPES, ArraySpec
 from flexcache.store.create import total_bytes
 from flexcache.store.derived import Derived, describe_origin, narrow_spec, prepare
+from flexcache.store.growing import check_settled
 from flexcache.store.selection import keys, select
 from flexcache.store.store import Store
 from flexcache.store.transfer import Progress, Transfer
@@ -70,6 +71,7 @@ def copy(
     _check_choice("compression", compression, CODECS)
     origin, path = Store(source), Path(target)
     check_apart(origin.path, path)
+    check_settled(origin.path)
     chosen = select(origin, sites, layers)
     arrays = [replace(array, dtype=dtype or array.dtype) for array in chosen]
     derived = Derived(

@@ -119,7 +119,7 @@ def create(
     group = zarr.create_group(zarr.storage.LocalStore(store), zarr_format=3)
     for array in arrays:
         _create_array(group, array, n_rows, plan.shard_rows, compression)
-    coordinates = {name: _create_coordinate(group, name, n_rows) for name in COORDINATES}
+    coordinates = {name: create_coordinate(group, name, n_rows) for name in COORDINATES}
     group.attrs.update(
         {
             ATTRIBUTE: {
@@ -188,8 +188,9 @@ def _create_array(group: zarr.Group, array: ArraySpec, n_rows: int, shard_rows: 
     )
 
 
-def _create_coordinate(group: zarr.Group, name: str, n_rows: int) -> zarr.Array:
-    chunk = min(COORDINATE_CHUNK, 1 << max(0, n_rows - 1).bit_length())
+def create_coordinate(group: zarr.Group, name: str, n_rows: int, chunk: int | None = None) -> zarr.Array:
+    """Add a coordinate of the rows to a group, in chunks of that many rows."""
+    chunk = chunk or min(COORDINATE_CHUNK, 1 << max(0, n_rows - 1).bit_length())
     return group.create_array(
         name,
         shape=(n_rows,),

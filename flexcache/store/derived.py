@@ -98,7 +98,8 @@ def prepare(path: Path, derived: Derived) -> Store:
                 time.sleep(POLL)
             elif not (path / "zarr.json").exists():
                 check_room(path, derived.needed)
-                _make(path, worker.folder / "store", derived)
+                make(path.name, worker.folder / "store", derived)
+                appear(worker.folder / "store", path)
     store = Store(path)
     check_begun_alike(store, derived)
     return store
@@ -256,7 +257,14 @@ def consolidate(store: zarr.storage.LocalStore) -> None:
         zarr.consolidate_metadata(store)
 
 
-def _make(path: Path, store: Path, derived: Derived) -> None:
+def make(name: str, store: Path, derived: Derived) -> None:
+    """Write what `derived` says, without activations, into the folder *store*, which must not exist.
+
+    Raises
+    ------
+    DamagedError
+        A table or coordinate of the origin is not as it was written.
+    """
     origin, content = derived.origin, derived.content()
     compression = str(derived.spec.get("compression", "none"))
     same_codec = compression == origin.spec.get("compression", "none")
@@ -280,12 +288,14 @@ def _make(path: Path, store: Path, derived: Derived) -> None:
         if name not in coordinates:
             copy_verified(origin.path / name, store / name, record)
     shards = ("bytes", size(content["plan"].get("bytes", 0)))
-    (store / "README.md").write_text(
-        card(path.name, derived.arrays, [*facts(origin), shards], content), encoding="utf-8"
-    )
+    (store / "README.md").write_text(card(name, derived.arrays, [*facts(origin), shards], content), encoding="utf-8")
     names = relative_files(store)
     (store / "ledger" / "0").mkdir(parents=True)
     write_plan_record(store, names)
+
+
+def appear(store: Path, path: Path) -> None:
+    """Flush a store that has been made, and rename it to its place."""
     fsync_tree(store)
     try:
         store.rename(path)

@@ -18,6 +18,7 @@ def summary(store: Store) -> dict[str, str]:
     plan = store.plan
     done = len(store.committed_units)
     state = "complete" if store.complete else f"{done} of {store.n_units} units committed"
+    state += _extension(store)
     return {
         "model": str(model.get("name", "unknown")),
         "rows": f"{store.n_rows:,} ({store.spec.get('rows', 'all')} tokens of {plan.get('documents', 0):,} documents)",
@@ -25,6 +26,17 @@ def summary(store: Store) -> dict[str, str]:
         "units": f"{store.n_units:,} of {store.shard_rows:,} rows",
         "size": f"{size(array_bytes(store))} {'before compression' if store.compressed else 'when complete'}",
     }
+
+
+def _extension(store: Store) -> str:
+    from flexcache.store.growing import Growth
+    from flexcache.store.store import Store
+
+    growth = Growth(store.path)
+    if not growth.begun:
+        return ""
+    staged = Store(growth.folder)
+    return f"; an extension has begun: {len(staged.committed_units)} of {staged.n_units} units"
 
 
 def sites(store: Store) -> list[tuple[str, str, str, str]]:

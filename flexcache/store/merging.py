@@ -12,6 +12,7 @@ from flexcache.spec import ArraySpec
 from flexcache.store.copying import check_apart
 from flexcache.store.create import total_bytes
 from flexcache.store.derived import Derived, describe_origin, differing_tables, prepare
+from flexcache.store.growing import check_settled
 from flexcache.store.reader import shard_name
 from flexcache.store.selection import Key
 from flexcache.store.store import Store
@@ -47,6 +48,7 @@ def merge(sources: Sequence[str | Path], target: str | Path, progress: Progress 
         raise ConfigError("a merge needs two stores or more", found=f"{len(stores)}")
     for store in stores:
         check_apart(store.path, path)
+        check_settled(store.path)
     for other in stores[1:]:
         _check_alike(stores[0], other)
     arrays, owners = _join(stores)

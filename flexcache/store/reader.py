@@ -65,7 +65,8 @@ class RowReader:
             ) from error
         shape = (self.layout.n_rows, self.array.features)
         expected = shape if self.array.depth is None else (self.array.depth, *shape)
-        if found.shape != expected:
+        longer = found.ndim == len(expected) and found.shape[-2] >= self.layout.n_rows  # it has grown meanwhile
+        if not longer or (*found.shape[:-2], found.shape[-1]) != (*expected[:-2], expected[-1]):
             raise DamagedError(
                 "an array of the store is not as described",
                 where=str(where),
@@ -185,7 +186,7 @@ class RowReader:
             found = path.stat().st_size
         except OSError:
             found = -1
-        if found != expected:
+        if found != expected and not self.layout.has_grown(shard, found):
             raise DamagedError(
                 "a shard of the store is " + ("missing" if found < 0 else "not as long as it was written"),
                 where=str(path),

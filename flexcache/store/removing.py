@@ -17,6 +17,7 @@ from flexcache.store.card import card
 from flexcache.store.claims import CLAIMS, Claims
 from flexcache.store.derived import facts, narrow_spec, plan_files, write_plan_record
 from flexcache.store.files import fsync_folder, write_durably, write_json
+from flexcache.store.growing import check_settled
 from flexcache.store.schema import ATTRIBUTE, read_attributes
 from flexcache.store.selection import Key, keys, select
 from flexcache.store.store import Store
@@ -79,10 +80,11 @@ class Removal:
         Raises
         ------
         StoreError
-            Another process fills the store.
+            Another process fills the store, or an extension of it has begun.
         CaptureError
             The disk refuses.
         """
+        check_settled(self.path, begun=True)
         try:
             worker = Worker(self.path)
             claims = Claims(worker)

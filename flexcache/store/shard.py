@@ -65,8 +65,17 @@ class ShardLayout:
 
     def file_bytes(self, shard: int) -> int:
         """Return the size of an uncompressed shard file."""
-        index = 16 * (self.shard_rows // self.chunk_rows) + 4
-        return self.row_span(shard) + self.padding(shard) + index
+        return self.row_span(shard) + self.padding(shard) + self._index_bytes
+
+    def has_grown(self, shard: int, size: int) -> bool:
+        """Whether a file of that many bytes is a partial shard to whose end rows were added, with those of this one."""
+        inner = self.chunk_rows * self.row_bytes
+        fuller = self.file_bytes(shard) < size <= self.shard_rows * self.row_bytes + self._index_bytes
+        return fuller and (size - self._index_bytes) % inner == 0
+
+    @property
+    def _index_bytes(self) -> int:
+        return 16 * (self.shard_rows // self.chunk_rows) + 4
 
 
 def index_bytes(lengths: list[int], n_chunks: int) -> bytes:

@@ -328,6 +328,9 @@ class Store(Mapping[str, xr.DataArray]):
             missing = {"row_start", "n_rows"} - set(table.column_names)
             if missing:
                 raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+            starts = table.column("row_start").to_numpy()
+            if len(starts) and starts[-1] >= self.n_rows:  # the store has grown since it was opened
+                table = table.slice(0, int(np.searchsorted(starts, self.n_rows)))
             return table
         except (OSError, pa.ArrowException, ValueError) as error:
             raise self._unreadable("table", name, error) from error
@@ -335,9 +338,10 @@ class Store(Mapping[str, xr.DataArray]):
     def _coordinate(self, name: str) -> np.ndarray:
         try:
             array = zarr.open_array(self.path / name, mode="r")
-            if array.shape != (self.n_rows,) or np.dtype(array.dtype) != np.dtype(COORDINATES[name]):
+            whole = array.ndim == 1 and array.shape[0] >= self.n_rows  # longer where the store has grown meanwhile
+            if not whole or np.dtype(array.dtype) != np.dtype(COORDINATES[name]):
                 raise ValueError(f"it is {array.dtype} of shape {array.shape}")
-            return np.asarray(array[:])
+            return np.asarray(array[: self.n_rows])
         except Exception as error:  # zarr and its codecs raise many kinds
             raise self._unreadable("coordinate", name, error) from error
 

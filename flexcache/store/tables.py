@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
 
+from flexcache.errors import DocumentsError
 from flexcache.plan import Plan, UnitPlan, ranges
 from flexcache.sequences import Spool
 from flexcache.store.schema import DOCUMENTS, SEQUENCES
@@ -16,12 +17,31 @@ from flexcache.store.schema import DOCUMENTS, SEQUENCES
 GROUP_TOKENS = 1 << 20
 
 
-def write_tables(store: Path, plan: Plan, corpus: Spool, coordinates: dict[str, zarr.Array]) -> None:
-    """Write ``documents.parquet``, ``sequences.parquet`` and the coordinate arrays; memory is about a unit."""
-    documents = _TableWriter(store / DOCUMENTS)
-    sequences = _TableWriter(store / SEQUENCES)
-    rows = {name: _RowWriter(array) for name, array in coordinates.items()}
-    n_documents = 0
+def write_tables(
+    store: Path,
+    plan: Plan,
+    corpus: Spool,
+    coordinates: dict[str, zarr.Array],
+    before: Path | None = None,
+    n_before: int = 0,
+) -> None:
+    """Write ``documents.parquet``, ``sequences.parquet`` and the coordinate arrays; memory is about a unit.
+
+    Parameters
+    ----------
+    before, n_before
+        A store whose *n_before* documents come first, where the plan is of documents that are added to it; the
+        coordinates of its rows are there already.
+
+    Raises
+    ------
+    DocumentsError
+        A label has a type that cannot be told from the one that it has in the store.
+    """
+    documents = _TableWriter(store / DOCUMENTS, None if before is None else before / DOCUMENTS)
+    sequences = _TableWriter(store / SEQUENCES, None if before is None else before / SEQUENCES)
+    rows = {name: _RowWriter(array, plan.first_row) for name, array in coordinates.items()}
+    n_documents = n_before
     for unit in plan.units():
         lowest = int(unit.documents.min())
         table = corpus.take(lowest, int(unit.documents.max()) + 1).take(pa.array(unit.documents - lowest))
@@ -79,25 +99,35 @@ def _coordinates(unit: UnitPlan, numbers: np.ndarray, tokens: pa.ListArray, plan
 
 
 class _TableWriter:
-    """A Parquet file whose row groups hold whole units, about a million tokens each."""
+    """A Parquet file whose row groups hold whole units, about a million tokens each; after those of another file."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, before: Path | None = None) -> None:
+        self._path, self._before = path, before
         self._writer: pq.ParquetWriter | None = None
         self._pending: list[pa.Table] = []
         self._weight = 0
 
     def write(self, table: pa.Table, weight: int) -> None:
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._path, table.schema, compression="zstd")
+            self._writer = self._open(table.schema)
         self._pending.append(table)
         self._weight += weight
         if self._weight >= GROUP_TOKENS:
             self._flush()
 
+    def _open(self, schema: pa.Schema) -> pq.ParquetWriter:
+        if self._before is None:
+            return pq.ParquetWriter(self._path, schema, compression="zstd")
+        with pq.ParquetFile(self._before) as file:
+            writer = pq.ParquetWriter(self._path, _joined(file.schema_arrow, schema), compression="zstd")
+            for number in range(file.num_row_groups):
+                table = _fitted(file.read_row_group(number), writer.schema)
+                writer.write_table(table, row_group_size=max(1, len(table)))
+        return writer
+
     def _flush(self) -> None:
         if self._pending and self._writer is not None:
-            table = pa.concat_tables(self._pending)
+            table = _fitted(pa.concat_tables(self._pending), self._writer.schema)
             self._writer.write_table(table, row_group_size=max(1, len(table)))
             self._pending.clear()
             self._weight = 0
@@ -108,20 +138,46 @@ class _TableWriter:
             self._writer.close()
 
 
+def _joined(before: pa.Schema, added: pa.Schema) -> pa.Schema:
+    """Return the columns of both, in types that hold the values of both."""
+    try:
+        return pa.unify_schemas([before.remove_metadata(), added.remove_metadata()], promote_options="permissive")
+    except pa.ArrowException as error:
+        apart = [name for name in added.names if name in before.names and added.field(name) != before.field(name)]
+        raise DocumentsError(
+            "a label of the new documents has another type than in the store",
+            where=", ".join(apart),
+            expected=", ".join(str(before.field(name).type) for name in apart),
+            found=", ".join(str(added.field(name).type) for name in apart),
+            remedy="write it in the type that the store has, or under another name",
+        ) from error
+
+
+def _fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return a table with the columns of a schema; those that it lacks are null."""
+    if table.schema == schema:
+        return table
+    columns = [
+        table.column(field.name) if field.name in table.column_names else pa.nulls(len(table), field.type)
+        for field in schema
+    ]
+    return pa.table(columns, names=schema.names).cast(schema)
+
+
 class _RowWriter:
     """A one-dimensional Zarr array that is written front to back, in whole chunks."""
 
-    def __init__(self, array: zarr.Array) -> None:
+    def __init__(self, array: zarr.Array, first_row: int = 0) -> None:
         self._array = array
         self._pending: list[np.ndarray] = []
         self._held = 0
-        self._done = 0
+        self._done = first_row
 
     def write(self, values: np.ndarray) -> None:
         self._pending.append(values)
         self._held += len(values)
         if self._held >= self._array.chunks[0]:
-            self._flush(self._held - self._held % self._array.chunks[0])
+            self._flush(self._held - (self._done + self._held) % self._array.chunks[0])
 
     def _flush(self, count: int) -> None:
         values = np.concatenate(self._pending) if self._pending else np.zeros(0, self._array.dtype)

@@ -10,7 +10,9 @@ from pathlib import Path
 from flexcache.errors import DamagedError
 from flexcache.store.claims import CLAIMS
 from flexcache.store.files import digest, relative_files
+from flexcache.store.growing import GROWING, staged_records
 from flexcache.store.ledger import FileRecord
+from flexcache.store.reader import shard_name
 from flexcache.store.schema import PLAN_RECORD
 from flexcache.store.store import Store
 from flexcache.store.worker import PARTIAL
@@ -72,11 +74,14 @@ def verify(path: str | Path, progress: Callable[[int, int], None] = lambda files
     findings: list[Finding] = []
     known: set[str] = set()
     files = size = 0
+    arriving = _arriving(store.path)
     for unit, name, record in _records(store, findings):
         if name in known:
             findings.append(Finding(name, unit, "is named by two records"))
         known.add(name)
         problem = _problem(store.path, name, record)
+        if problem and name in arriving and _problem(store.path, name, arriving[name]) is None:
+            problem = None
         if problem:
             findings.append(Finding(name, unit, problem))
         files += 1
@@ -91,7 +96,8 @@ def verify(path: str | Path, progress: Callable[[int, int], None] = lambda files
         if name not in known and not any(finding.unit == unit for finding in findings)
     ]
     findings += [Finding(name, unit, "is not named by its unit's record") for unit, name in missing]
-    for name in relative_files(store.path, skip=("ledger", "runs", PARTIAL, CLAIMS)):
+    begun |= set(arriving)
+    for name in relative_files(store.path, skip=("ledger", "runs", PARTIAL, CLAIMS, GROWING)):
         if name not in known and name not in begun:  # files of a unit whose process ended before its record
             findings.append(Finding(name, None, "is in no record: it is not part of the store", stray=True))
     return Verification(files, size, store.n_units, len(store.committed_units), tuple(findings))
@@ -114,9 +120,13 @@ def _records(store: Store, findings: list[Finding]) -> Iterator[tuple[int | None
             findings.append(Finding(f"ledger/0/{unit}.json", unit, f"cannot be read: {error.found}"))
 
 
-def _expected(store: Store, unit: int) -> Iterator[str]:
-    from flexcache.store.reader import shard_name
+def _arriving(path: Path) -> dict[str, FileRecord]:
+    """Return what files are to be, of an extension that is on its way to its place."""
+    files, units = staged_records(path)
+    return {**files, **{name: file for record in units.values() for name, file in record.files.items()}}
 
+
+def _expected(store: Store, unit: int) -> Iterator[str]:
     for name, array in store.arrays.items():
         for layer in array.slices:
             yield shard_name(name, layer, unit)

@@ -1,6 +1,6 @@
 """Makes the golden stores of the present schema: tiny stores of every kind, kept for every later version to read.
 
-    python -m tests.golden.make
+    python -m tests.golden.make [kind …]
 
 writes ``tests/golden/<schema>-<kind>.zarr``. Those of an older schema are never made again: they are what that version
 wrote. Values are a function of row, layer and feature, so that no copy of them is needed: see `value`.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "float16": {"sites": {"resid_post": (2, 4), "mlp_post": (2, 6)}, "dtype": "float16"},
     "zstd": {"sites": {"resid_post": (2, 4)}, "dtype": "bfloat16", "compression": "zstd"},
     "mean": {"sites": {"resid_post": (2, 4)}, "dtype": "float32", "rows": "mean"},
+    "extended": {"sites": {"resid_post": (3, 4)}, "layers": [0, 2], "dtype": "bfloat16"},
     "last": {"sites": {"resid_post": (2, 4)}, "dtype": "float32", "rows": "last"},
 }
 
@@ -45,19 +47,24 @@ def value(rows: np.ndarray, layer: int, features: int) -> np.ndarray:
 
 def make(kind: str, path: Path) -> None:
     settings = KINDS[kind]
-    with flexcache.record(path, DOCUMENTS, model="golden", batch_tokens=16, **settings) as recorder:
+    if kind != "extended":
+        fill(path, DOCUMENTS, **settings)
+        return
+    fill(path, DOCUMENTS[:7], **{**settings, "layers": [0]})
+    fill(path, DOCUMENTS[7:], **{**settings, "layers": [0]})
+    fill(path, DOCUMENTS[:7], **settings)
+
+
+def fill(path: Path, documents: list[dict[str, Any]], **settings: Any) -> None:
+    with flexcache.record(path, documents, model="golden", batch_tokens=16, extend=True, **settings) as recorder:
         for batch in recorder.batches():
-            rows = np.asarray(batch.rows)
-            for site, shape in settings["sites"].items():
-                if isinstance(shape, int):
-                    recorder.put(site, value(rows, 0, shape), rows=batch.rows)
-                    continue
-                for layer in settings.get("layers", range(shape[0])):
-                    recorder.put(site, value(rows, layer, shape[1]), rows=batch.rows, layer=layer)
+            for site, layer in recorder.keys:
+                rows = value(np.asarray(batch.rows), layer or 0, recorder.store.arrays[site].features)
+                recorder.put(site, rows, rows=batch.rows, layer=layer)
 
 
-def main() -> None:
-    for kind in KINDS:
+def main(*kinds: str) -> None:
+    for kind in kinds or KINDS:
         path = FOLDER / f"{SCHEMA}-{kind}.zarr"
         shutil.rmtree(path, ignore_errors=True)
         make(kind, path)
@@ -67,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -1,0 +1,126 @@
+"""The documents of a corpus that a store does not have yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from flexcache.errors import DocumentsError
+from flexcache.store.store import Store
+
+if TYPE_CHECKING:
+    from flexcache.documents import Documents
+
+
+class NothingNewError(Exception):
+    """Every document is in the store already."""
+
+
+class Added:
+    """A corpus without the documents whose ids a store has; read once, like `Documents`.
+
+    Memory is 16 bytes a document of the store, and its documents table.
+
+    Parameters
+    ----------
+    new_only
+        Leave known documents out; otherwise a corpus of known and new ones is refused.
+
+    Attributes
+    ----------
+    known, new : int
+        Documents so far.
+    """
+
+    def __init__(self, documents: Documents, store: Store, new_only: bool) -> None:
+        self._documents, self._store, self._new_only = documents, store, new_only
+        self.known = self.new = 0
+        self._ids = store.documents.column("id").combine_chunks()
+        hashes = _hashes(self._ids)
+        self._order = np.argsort(hashes, kind="stable")
+        self._hashes = hashes[self._order]
+
+    def describe(self) -> dict[str, Any]:
+        """Return what identifies the whole corpus."""
+        return self._documents.describe()
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Yield the new documents in corpus order.
+
+        Raises
+        ------
+        DocumentsError
+            Known documents and new ones are mixed, or a known id has other contents.
+        NothingNewError
+            At the end, where every document is known.
+        """
+        for batch in self._documents.batches():
+            places = self._places(batch.column("id"))
+            known, new = np.flatnonzero(places >= 0), np.flatnonzero(places < 0)
+            self._check_contents(batch.take(pa.array(known)), places[known])
+            self.known += len(known)
+            self.new += len(new)
+            if self.known and self.new and not self._new_only:
+                example = batch.column("id")[int(known[0])].as_py() if len(known) else self._ids[0].as_py()
+                raise DocumentsError(
+                    "some of the documents are in the store already, and some are not",
+                    where=str(self._store.path),
+                    expected="new documents only, by their ids",
+                    found=f"{self.known} known and {self.new} new ones so far; known is {example!r}",
+                    remedy="leave the known ones out by new_only=True (--new-only)",
+                )
+            if len(new):
+                yield batch.take(pa.array(new))
+        if self.known and not self.new:
+            raise NothingNewError
+
+    def _places(self, ids: pa.Array) -> np.ndarray:
+        """Return the line of the store's documents that each id has, -1 for none."""
+        hashes = _hashes(ids)
+        at = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
+        lines: np.ndarray = np.where(self._hashes[at] == hashes, self._order[at], -1)
+        return lines
+
+    def _check_contents(self, known: pa.RecordBatch, places: np.ndarray) -> None:
+        if not len(places):
+            return
+        for name, stored, given in zip(known.column("id"), *self._contents(known, places), strict=True):
+            if stored != given:
+                raise DocumentsError(
+                    f"document {name.as_py()!r} is in the store with other contents",
+                    where=str(self._store.path),
+                    expected=_short(stored),
+                    found=_short(given),
+                    remedy="ids must tell documents of the old and the new corpus apart: give the documents an id of"
+                    " their own (without one, it is the number of the document in its corpus)",
+                )
+
+    def _contents(self, known: pa.RecordBatch, places: np.ndarray) -> tuple[list[Any], list[Any]]:
+        documents = self._store.documents
+        if "text" in known.schema.names:
+            texts = known.column("text").to_pylist()
+            if "text" in documents.column_names:
+                return documents.column("text").take(pa.array(places)).to_pylist(), texts
+            if "text_xxh3_128" in documents.column_names:
+                hashes = [xxhash.xxh3_128_hexdigest(text.encode()) for text in texts]
+                return documents.column("text_xxh3_128").take(pa.array(places)).to_pylist(), hashes
+            return ["tokens"] * len(texts), ["a text"] * len(texts)
+        lines = np.searchsorted(self._store.tokens.column("document").to_numpy(), places)
+        stored = self._store.tokens.column("tokens").take(pa.array(lines)).to_pylist()
+        tokens = known.column("tokens").to_pylist()
+        limit = self._store.spec.get("max_length")
+        return stored, [given if limit is None else given[:limit] for given in tokens]
+
+
+def _hashes(ids: pa.Array) -> np.ndarray:
+    texts = ids.cast(pa.binary()).to_pylist()
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, texts), np.uint64, len(texts))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "…"

@@ -1,0 +1,244 @@
+"""Extending a store: more documents, more layers, another site, without touching what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexcache import hooks
+from flexcache.documents import Documents, open_documents
+from flexcache.errors import ConfigError, MismatchError
+from flexcache.hooks.names import peel
+from flexcache.model import describe_model, describe_tokenizer, evaluating, vocabulary
+from flexcache.parallel.stages import Stages
+from flexcache.recorder.crew import Crew
+from flexcache.recorder.extension import Extension, more_arrays, more_documents, opened
+from flexcache.recorder.fingerprint import check_fingerprint, fingerprint
+from flexcache.recorder.objective import OBJECTIVE, Objective, describe
+from flexcache.recorder.planning import check_same, model_content
+from flexcache.recorder.progress import CaptureProgress
+from flexcache.recorder.reading import Reading, locate, measure_arrays
+from flexcache.recorder.recorder import DEFAULT_BUFFER, Recorder
+from flexcache.recorder.running import allocation, complete
+from flexcache.recorder.transform import Transform
+from flexcache.site import Layers
+from flexcache.spec import SitesLike, Spec, parse_sites, validate
+from flexcache.store.staging import united
+from flexcache.store.store import Store
+from flexcache.store.worker import PATIENCE
+
+
+def extend(
+    model: Any,
+    tokenizer: Any,
+    path: str | Path,
+    documents: Any = None,
+    *,
+    sites: SitesLike | None = None,
+    layers: Layers = "all",
+    transforms: Sequence[Transform] = (),
+    objective: Objective | None = None,
+    new_only: bool = False,
+    batch_tokens: int | None = None,
+    buffer_bytes: int = DEFAULT_BUFFER,
+    allow_mixed: bool = False,
+    patience: float = PATIENCE,
+    model_info: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> Store:
+    """Add to a complete store: documents, at all of its sites; or sites and layers, on all of its documents.
+
+    What is new is staged inside the store and put in place once it is complete; until then, and at every moment after,
+    the store reads as before. The same call goes on where one stopped, and any number of processes may make it, as with
+    `flexcache.capture`. Old rows keep their numbers and bytes. Everything else is as in the store: model, tokenizer,
+    rows, dtype, maximum length, size of the units.
+
+        flexcache.extend(model, tokenizer, "run.zarr", more_documents)
+        flexcache.extend(model, tokenizer, "run.zarr", sites=["mlp_out"], layers="8:16")
+
+    Parameters
+    ----------
+    model, tokenizer
+        Those that the store was captured with; compared by configuration and weights.
+    documents
+        More documents. None, or the corpus with which the store was begun, where sites or layers are added.
+    sites, layers, transforms, objective
+        What is to be there, as for `flexcache.capture`; what is there already stays and is not computed again. With
+        new documents they may be left out, and cannot add anything; functions have to be given again.
+    new_only
+        Leave out documents whose ids the store has: for a corpus that has grown.
+    batch_tokens
+        At most what the store was planned with.
+
+    Other parameters are those of `flexcache.capture`.
+
+    Returns
+    -------
+    Store, complete
+
+    Raises
+    ------
+    StoreError
+        The path is no store, or not complete.
+    MismatchError
+        The model, the tokenizer, an array or the objective differ from those of the store, with what differs; or
+        another extension was begun.
+    DocumentsError
+        Known documents and new ones are mixed without *new_only*, or a known id has other contents.
+    ConfigError
+        Nothing is asked for, or new documents and new sites at a time.
+    SiteError, PlanError, CaptureError, RangeError
+        As for `flexcache.capture`. Nothing of the store is lost.
+    """
+    model = peel(model) if isinstance(model, torch.nn.Module) else Stages(model if isinstance(model, list) else [model])
+    path = Path(path)
+    corpus = None if documents is None else open_documents(documents)
+    store = opened(path)
+    check_model(store, describe_model(model) | (model_info or {}), tokenizer)
+    asked = _asked(store, sites, layers, transforms, objective)
+    if corpus is None and asked is None:
+        raise ConfigError(
+            "nothing is asked for that the store does not have",
+            where=str(path),
+            expected="documents that it does not have, or sites, layers or transforms",
+        )
+    with evaluating(model), CaptureProgress(progress) as bars, closing(Crew(model)) as crew:
+        spec = asked or Spec.model_validate(store.spec)
+        reading = locate(model, spec, transforms, objective, crew.elsewhere())
+        crew.check(reading)
+        arrays = measure_arrays(model, spec, reading, crew.read_example)
+        hooks.check_identity(model, reading.taps, reader=crew.read_example, alone=crew.alone)
+        now = fingerprint(model, crew.sizes.tp)
+        check_fingerprint(store, now, allow_mixed)
+        planning = bars.planning(None)
+        found: Extension | None
+        if corpus is None or united(store, arrays)[1]:
+            _check_known(store, corpus)
+            found = more_arrays(path, arrays, spec, planning.wait)
+        elif corpus.describe() == store.provenance.get("documents") and corpus.describe()["files"]:
+            found = None
+        else:
+            _check_whole(store, {array.name: array.to_json() for array in arrays})
+            found = more_documents(
+                path,
+                corpus,
+                tokenizer,
+                vocabulary=vocabulary(model),
+                new_only=new_only,
+                progress=planning,
+                on_wait=planning.wait,
+            )
+        planning.done(found is not None and found.carried is not None)
+        if found is None:
+            bars.say(f"{path} has all of it: nothing to do")
+            return Store(path)
+        wanted = set(found.keys)
+        reading = _narrowed(reading, wanted)
+        recorder = Recorder(
+            found.growth.folder,
+            fingerprint=now,
+            buffer_bytes=buffer_bytes,
+            allow_mixed=allow_mixed,
+            allocate=allocation(model),
+            batch_tokens=batch_tokens,
+            keys=crew.keys(reading.taps, [(OBJECTIVE, None)] if (OBJECTIVE, None) in wanted else ()),
+            carried=found.carried,
+            patience=patience,
+        )
+        complete(model, tokenizer, reading, recorder, bars, crew)
+        found.growth.settle(bars.placing())
+        bars.say(f"in place → {path}")
+    return Store(path)
+
+
+def check_model(store: Store, model: dict[str, Any], tokenizer: Any) -> None:
+    """Refuse a model or tokenizer that is not the one that a store was captured with.
+
+    Raises
+    ------
+    MismatchError
+    """
+    stored = store.provenance
+    given = model_content(model)
+    before = {name: value for name, value in model_content(stored.get("model", {})).items() if name in given}
+    check_same(
+        {"model": before, "tokenizer": stored.get("tokenizer")},
+        {"model": {name: given[name] for name in before}, "tokenizer": describe_tokenizer(tokenizer)},
+        store.path,
+    )
+
+
+def _asked(
+    store: Store,
+    sites: SitesLike | None,
+    layers: Layers,
+    transforms: Sequence[Transform],
+    objective: Objective | None,
+) -> Spec | None:
+    """Return the store's spec with the sites that are asked for, or None where none are."""
+    if sites is None and not transforms:
+        if layers == "all":
+            return None
+        sites = list(store.spec.get("sites", {}))
+    changes = {
+        "sites": parse_sites(() if sites is None else sites, layers, optional=bool(transforms)),
+        "transforms": {transform.name: transform.describe() for transform in transforms},
+        "objective": None if objective is None else describe(objective),
+    }
+    return validate(Spec, {**store.spec, **changes}, "extend")
+
+
+def _check_known(store: Store, corpus: Documents | None) -> None:
+    """Refuse new sites together with another corpus than that which the store was begun with."""
+    if corpus is not None and corpus.describe() != store.provenance.get("documents"):
+        raise ConfigError(
+            "documents and sites are to be added at a time",
+            where=str(store.path),
+            expected=f"the corpus of the store, {_corpus(store.provenance.get('documents', {}))}, or its sites",
+            found=_corpus(corpus.describe()),
+            remedy="add the sites first, on the documents that are there, then the documents",
+        )
+
+
+def _corpus(said: dict[str, Any]) -> str:
+    names = ", ".join(f"{file['name']} ({file['bytes']} bytes)" for file in said.get("files", [])[:4])
+    return f"{said.get('kind')} {names or said.get('count')}"
+
+
+def _check_whole(store: Store, given: dict[str, Any]) -> None:
+    """Refuse new documents at other sites than those of the store."""
+    stored = {name: array.to_json() for name, array in store.arrays.items()}
+    if given != stored:
+        different = [
+            f"{name}: {_layers(stored.get(name))} in the store, {_layers(given.get(name))} asked for"
+            for name in sorted({*stored, *given})
+            if stored.get(name) != given.get(name)
+        ]
+        raise MismatchError(
+            "new documents are captured at all sites and layers of the store, and at no others",
+            where=str(store.path),
+            found="\n    ".join(["", *different[:12]]),
+            remedy="add sites and layers on the documents that are there first, then the documents; where the store has"
+            " transforms, give their functions again",
+        )
+
+
+def _layers(array: dict[str, Any] | None) -> str:
+    if array is None:
+        return "nothing"
+    return f"{array['dtype']} rows of {array['features']}, layers {array['layers']}"
+
+
+def _narrowed(reading: Reading, wanted: set[tuple[str, int | None]]) -> Reading:
+    """Return a reading of the taps that fill wanted arrays and layers."""
+    sources = {
+        text: kept
+        for text, taps in reading.sources.items()
+        if (kept := tuple(tap for tap in taps if (tap.array, tap.layer) in wanted))
+    }
+    gradients = any(tap.gradient for taps in sources.values() for tap in taps)
+    return Reading(sources, reading.transforms, reading.objective if gradients else None)

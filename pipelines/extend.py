@@ -1,0 +1,69 @@
+"""flexcache extend: more documents, layers or sites, as a configuration says, in a store that is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from flexcache.errors import MismatchError
+from flexcache.parallel.launch import launch
+from flexcache.store.growing import Growth
+from flexcache.store.store import Store
+from pipelines.capture import leave, load
+from pipelines.config import CaptureConfig
+
+FIXED = ("rows", "dtype", "max_length", "seed", "compression", "keep_text", "empty_documents")
+
+
+def run(config: CaptureConfig, *, new_only: bool = False, allow_mixed: bool = False, progress: bool = True) -> Store:
+    """Add what the configuration names and the store lacks, or go on with that."""
+    import flexcache
+
+    _check_fixed(Store(config.store), config)
+    progress = progress and launch().rank == 0
+    loaded = load(config, progress)
+    options = config.capture_options()
+    named = config.sites is not None or config.transforms or config.layers != "all"
+    store = flexcache.extend(
+        loaded.model,
+        loaded.tokenizer,
+        config.store,
+        loaded.documents,
+        sites=options["sites"] if named else None,
+        layers=options["layers"],
+        **loaded.functions,
+        new_only=new_only,
+        batch_tokens=config.batch_tokens,
+        buffer_bytes=config.buffer_mb << 20,
+        allow_mixed=allow_mixed,
+        patience=config.patience,
+        model_info=loaded.info,
+        progress=progress,
+    )
+    leave()
+    return store
+
+
+def discard(path: Path, console: Console) -> None:
+    """Drop an extension that is not finished."""
+    store = Store(path)
+    dropped = Growth(path).discard()
+    console.print("the extension is dropped" if dropped else "no extension has begun")
+    console.print(repr(store), highlight=False, markup=False)
+
+
+def _check_fixed(store: Store, config: CaptureConfig) -> None:
+    """Refuse a configuration that says other things of the rows than the store."""
+    different = [
+        f"{name}: {store.spec.get(name)} in the store, {getattr(config, name)} in the configuration"
+        for name in FIXED
+        if name in config.model_fields_set and getattr(config, name) != store.spec.get(name)
+    ]
+    if different:
+        raise MismatchError(
+            "a store is extended under the options it was begun with",
+            where=str(store.path),
+            found="\n    ".join(["", *different]),
+            remedy="leave these keys out of the configuration, or make a new store",
+        )
