@@ -27,6 +27,7 @@ from flexcache.recorder.running import allocation, complete
 from flexcache.recorder.transform import Transform
 from flexcache.site import Layers
 from flexcache.spec import SitesLike, Spec, parse_sites, validate
+from flexcache.store.growing import Growth, SettledError
 from flexcache.store.staging import united
 from flexcache.store.store import Store
 from flexcache.store.worker import PATIENCE
@@ -115,42 +116,48 @@ def extend(
         now = fingerprint(model, crew.sizes.tp)
         check_fingerprint(store, now, allow_mixed)
         planning = bars.planning(None)
-        found: Extension | None
-        if corpus is None or united(store, arrays)[1]:
-            _check_known(store, corpus)
-            found = more_arrays(path, arrays, spec, planning.wait)
-        elif corpus.describe() == store.provenance.get("documents") and corpus.describe()["files"]:
-            found = None
-        else:
-            _check_whole(store, {array.name: array.to_json() for array in arrays})
-            found = more_documents(
-                path,
-                corpus,
-                tokenizer,
-                vocabulary=vocabulary(model),
-                new_only=new_only,
-                progress=planning,
-                on_wait=planning.wait,
-            )
-        planning.done(found is not None and found.carried is not None)
-        if found is None:
-            bars.say(f"{path} has all of it: nothing to do")
-            return Store(path)
-        wanted = set(found.keys)
-        reading = _narrowed(reading, wanted)
-        recorder = Recorder(
-            found.growth.folder,
-            fingerprint=now,
-            buffer_bytes=buffer_bytes,
-            allow_mixed=allow_mixed,
-            allocate=allocation(model),
-            batch_tokens=batch_tokens,
-            keys=crew.keys(reading.taps, [(OBJECTIVE, None)] if (OBJECTIVE, None) in wanted else ()),
-            carried=found.carried,
-            patience=patience,
-        )
-        complete(model, tokenizer, reading, recorder, bars, crew)
-        found.growth.settle(bars.placing())
+        try:
+            found: Extension | None
+            if corpus is None or united(store, arrays)[1]:
+                _check_known(store, corpus)
+                found = more_arrays(path, arrays, spec, planning.wait)
+            elif corpus.describe() == store.provenance.get("documents") and corpus.describe()["files"]:
+                found = None
+            else:
+                _check_whole(store, {array.name: array.to_json() for array in arrays})
+                found = more_documents(
+                    path,
+                    corpus,
+                    tokenizer,
+                    vocabulary=vocabulary(model),
+                    new_only=new_only,
+                    progress=planning,
+                    on_wait=planning.wait,
+                )
+            planning.done(found is not None and found.carried is not None)
+            if found is None:
+                bars.say(f"{path} has all of it: nothing to do")
+                return Store(path)
+            wanted = set(found.keys)
+            reading = _narrowed(reading, wanted)
+            with found.growth.watched():
+                recorder = Recorder(
+                    found.growth.folder,
+                    fingerprint=now,
+                    buffer_bytes=buffer_bytes,
+                    allow_mixed=allow_mixed,
+                    allocate=allocation(model),
+                    batch_tokens=batch_tokens,
+                    keys=crew.keys(reading.taps, [(OBJECTIVE, None)] if (OBJECTIVE, None) in wanted else ()),
+                    carried=found.carried,
+                    patience=patience,
+                )
+            if crew.alone:
+                recorder.on_start = found.growth.check_open
+            complete(model, tokenizer, reading, recorder, bars, crew)
+        except SettledError:
+            bars.say("other processes have completed it meanwhile")
+        Growth(path).settle(bars.placing())
         bars.say(f"in place → {path}")
     return Store(path)
 

@@ -161,6 +161,7 @@ def more_documents(
         return None
     growth.check_request(request)
     store = Store(path)
+    growth.check_open()
     every = [(name, layer) for name, array in store.arrays.items() for layer in array.slices]
     return Extension(growth, store, every, Carried(store))
 

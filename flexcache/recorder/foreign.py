@@ -128,7 +128,7 @@ def _extension(path: Path, source: Source, new_only: bool, options: dict[str, An
     if found is None:
         return Recorder(path, **options)
     recorder = Recorder(found.growth.folder, **options, keys=found.keys, carried=found.carried)
-    recorder.on_complete = found.growth.settle
+    recorder.on_start, recorder.on_complete = found.growth.check_open, found.growth.settle
     return recorder
 
 

@@ -76,6 +76,8 @@ class Recorder:
     ----------
     on_wait : callable
         Called with the number of units that are left while other processes have all of them.
+    on_start : callable
+        Called when other processes can see that this one is at work.
     on_complete : callable
         Called when it is closed and the store is complete.
 
@@ -107,6 +109,7 @@ class Recorder:
         self.batch_tokens = planned if batch_tokens is None else min(planned, batch_tokens)
         self.on_wait: Callable[[int], None] = lambda units: None
         self.on_complete: Callable[[], None] = lambda: None
+        self.on_start: Callable[[], None] = lambda: None
         self._allow_mixed = allow_mixed
         self._layouts = {
             name: ShardLayout(self.store.n_rows, self.store.shard_rows, array.row_bytes)
@@ -132,6 +135,7 @@ class Recorder:
     def __enter__(self) -> Self:
         self._start()
         try:
+            self.on_start()
             self._check_others()
         except BaseException:
             self._stop()

@@ -9,7 +9,6 @@ followed by any other.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import time
@@ -56,7 +55,7 @@ class Growth:
 
     @property
     def placing(self) -> bool:
-        """Whether what is staged is complete, and on its way to its place."""
+        """Whether what is staged is complete, and goes to its place."""
         return self.begun and (self.folder / PLACING).exists()
 
     def request(self) -> Any:
@@ -84,7 +83,8 @@ class Growth:
         ------
         MismatchError
         """
-        staged = self.request()
+        with self.watched():
+            staged = self.request()
         if staged != request:
             raise MismatchError(
                 "another extension of the store was begun, and is not finished",
@@ -93,6 +93,20 @@ class Growth:
                 found=str(request),
                 remedy="finish it by the command that began it, or drop it by flexcache extend --discard",
             )
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """While open, an error that comes of what is staged being put in place by others says so.
+
+        Raises
+        ------
+        SettledError
+        """
+        try:
+            yield
+        except StoreError as error:
+            self.check_open()
+            raise error
 
     def settle(self, progress: Progress = lambda done, total: None, on_wait: Callable[[], None] = lambda: None) -> None:
         """Put what is staged in place, or finish that; where several processes ask for it, one does it.
@@ -106,9 +120,25 @@ class Growth:
         """
         with clear_errors(self.path), self._alone(on_wait, lambda: not self.begun) as worker:
             if worker is not None:
-                self._wait_for_others(worker, on_wait)
+                self._check_complete()
+                if not self.placing:
+                    write_durably(self.folder / PLACING, b"")
+                self._wait_for_others(on_wait)
                 self._place(progress)
                 self._remove(worker)
+
+    def check_open(self) -> None:
+        """Refuse to fill what other processes have completed: to be called once a worker is at work in `folder`.
+
+        Whoever puts it in place says so first, and then waits for the workers that are there; so of the two, one sees
+        the other.
+
+        Raises
+        ------
+        SettledError
+        """
+        if not self.begun or self.placing:
+            raise SettledError("other processes have completed the extension", where=str(self.path))
 
     def discard(self) -> bool:
         """Drop what is staged, and return whether there was something.
@@ -129,9 +159,9 @@ class Growth:
             )
         with clear_errors(self.path), self._alone(lambda: None, lambda: not self.begun) as worker:
             if worker is not None:
-                inner = Worker(self.folder)
-                others = next(iter(Claims(inner).others()), None)
-                inner.close()
+                inside = Worker(self.folder)
+                others = next(iter(Claims(inside).others()), None)
+                inside.close()
                 if others:
                     raise StoreError(
                         "another process fills the extension",
@@ -146,17 +176,6 @@ class Growth:
 
     def _place(self, progress: Progress) -> None:
         staged, store = Store(self.folder), Store(self.path)
-        if not staged.complete:
-            raise StoreError(
-                "the extension is not complete",
-                where=str(self.path),
-                found=f"{len(staged.committed_units)} of {staged.n_units} units",
-                remedy="run flexcache extend with the configuration again",
-            )
-        if not store.complete:
-            raise incomplete(store)
-        if not self.placing:
-            write_durably(self.folder / PLACING, b"")
         changed = [pair for unit in range(staged.n_units) if (pair := self._record(staged.ledger, store.ledger, unit))]
         files = [name for record, names in changed for name in names] + self._plan_files()
         folders: dict[Path, None] = {}
@@ -233,14 +252,35 @@ class Growth:
             claims.close()
             worker.close()
 
-    def _wait_for_others(self, worker: Worker, on_wait: Callable[[], None]) -> None:
+    def _check_complete(self) -> None:
+        staged, store = Store(self.folder), Store(self.path)
+        if not staged.complete:
+            raise StoreError(
+                "the extension is not complete",
+                where=str(self.path),
+                found=f"{len(staged.committed_units)} of {staged.n_units} units",
+                remedy="run flexcache extend with the configuration again",
+            )
+        if not store.complete:
+            raise incomplete(store)
+
+    def _wait_for_others(self, on_wait: Callable[[], None]) -> None:
         """Return once no other process has the staged store open: those that have it, leave it as it is complete."""
-        inside = self.folder / PARTIAL
-        while any(not worker.gone(folder / ALIVE) for folder in inside.glob("*") if (folder / ALIVE).exists()):
-            on_wait()
-            time.sleep(POLL)
-        with contextlib.suppress(OSError):
-            shutil.rmtree(inside)
+        inside = Worker(self.folder)
+        try:
+            while any(not inside.gone(alive) for alive in self._alive(inside)):
+                on_wait()
+                time.sleep(POLL)
+        finally:
+            inside.close()
+
+    def _alive(self, own: Worker) -> list[Path]:
+        folders = (self.folder / PARTIAL).glob("*")
+        return [folder / ALIVE for folder in folders if folder != own.folder and (folder / ALIVE).exists()]
+
+
+class SettledError(StoreError):
+    """Other processes have completed an extension, so that there is nothing left to capture for it."""
 
 
 def incomplete(store: Store) -> StoreError:
