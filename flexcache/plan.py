@@ -28,7 +28,7 @@ def rows_kept(lengths: np.ndarray, rows: RowSelection) -> np.ndarray:
     return lengths.astype(np.int64) if rows == "all" else np.ones(len(lengths), dtype=np.int64)
 
 
-def unit_rows(kept: np.ndarray, tokens: int, widest_row: int, batch_tokens: int) -> int:
+def unit_rows(n_rows: int, longest: int, tokens: int, widest_row: int, batch_tokens: int) -> int:
     """Return R, the rows of a unit and of its shards: a power of two.
 
     The largest for which the widest shard has at most 256 MiB, there are at least 32 units, and a unit runs at
@@ -37,8 +37,8 @@ def unit_rows(kept: np.ndarray, tokens: int, widest_row: int, batch_tokens: int)
 
     Parameters
     ----------
-    kept
-        Rows that each document keeps, shape (documents,).
+    n_rows, longest
+        Rows of all documents together, and of the one that keeps most.
     tokens
         Tokens of all documents together.
     widest_row
@@ -46,11 +46,10 @@ def unit_rows(kept: np.ndarray, tokens: int, widest_row: int, batch_tokens: int)
     batch_tokens
         Most tokens of a batch.
     """
-    n_rows = int(kept.sum())
     rows_of_tokens = n_rows / max(1, tokens)
     most = min(SHARD_BYTES // widest_row, n_rows // UNITS_AT_LEAST, int(UNIT_TOKENS * rows_of_tokens))
     fill = min(n_rows, SHARD_BYTES // widest_row, int(BATCHES_AT_LEAST * batch_tokens * rows_of_tokens))
-    return max(_power_below(max(most, fill)), _power_above(LONGEST_DOCUMENTS * int(kept.max())))
+    return max(_power_below(max(most, fill)), _power_above(LONGEST_DOCUMENTS * longest))
 
 
 def _power_below(number: int) -> int:

@@ -48,6 +48,46 @@ def plan(config: ConfigPath, changes: Changes = None, quiet: Quiet = False) -> N
 
 
 @app.command()
+def estimate(
+    config: ConfigPath,
+    changes: Changes = None,
+    sample: Annotated[int, typer.Option(help="Documents to tokenize; the rest is extrapolated.", min=1)] = 2048,
+    seconds: Annotated[float, typer.Option(help="How long to try the model, after it is loaded.", min=0.1)] = 10.0,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(help="Of one process, padding included: the model is not loaded.", min=1e-9)
+    ] = None,
+    write_rate: Annotated[
+        float | None, typer.Option(help="Megabytes a second of the disk; measured by default.", min=1e-9)
+    ] = None,
+    processes: Annotated[int, typer.Option(help="Processes that will capture side by side.", min=1)] = 1,
+    price_hour: Annotated[float | None, typer.Option(help="Of one process for an hour.", min=0)] = None,
+    price_tb_month: Annotated[float | None, typer.Option(help="Of a terabyte kept for a month.", min=0)] = None,
+    seed: Annotated[int, typer.Option(help="Of the sample.", min=0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """What a capture would take in bytes, files, hours, memory and money, from a sample and a short try of the model."""
+    from pipelines import estimate as pipeline
+    from pipelines.config import read_config
+
+    terms = pipeline.Terms(
+        sample=sample,
+        seconds=seconds,
+        tokens_per_second=tokens_per_second,
+        write_rate=None if write_rate is None else write_rate * 1e6,
+        processes=processes,
+        price_hour=price_hour,
+        price_tb_month=price_tb_month,
+        seed=seed,
+    )
+    found = pipeline.run(read_config(config, changes or ()), terms, progress=not quiet)
+    if as_json:
+        console.print_json(data=found.to_json())
+    else:
+        console.print(found.table())
+
+
+@app.command()
 def capture(
     config: ConfigPath,
     changes: Changes = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -22,38 +23,49 @@ def run(config: CaptureConfig, console: Console, progress: bool = True) -> Estim
     PlanError
         The disk has no room for the store.
     """
-    from flexcache.model import describe_tokenizer, longest_input, vocabulary
     from flexcache.recorder.progress import CaptureProgress
-    from flexcache.recorder.reading import locate, measure_arrays
 
-    documents = config.documents.open()
-    model = config.model.skeleton()
-    tokenizer = config.load_tokenizer(documents)
-    spec = config.spec()
-    spec = spec.model_copy(update={"max_length": spec.max_length or longest_input(model, tokenizer)})
-    source = Source(
-        documents=documents,
-        tokenizer=tokenizer,
-        arrays=measure_arrays(model, spec, locate(model, spec, **config.functions(tokenizer))),
-        spec=spec,
-        model={"name": config.model.name},
-        tokenizer_identity=describe_tokenizer(tokenizer),
-        vocabulary=vocabulary(model),
-    )
+    source = source_of(config, config.model.skeleton())
     with CaptureProgress(progress) as bars:
-        amount = estimate(source, bars.planning(documents.count))
-    console.print(_table(config, source, amount))
+        amount = estimate(source, bars.planning(source.documents.count))
+    table = table_of("plan", config, source)
+    for name, value in amount.lines():
+        table.add_row(name, value)
+    table.add_row("free disk", size(shutil.disk_usage(place_of(config.store)).free))
+    console.print(table)
     check_room(config.store, amount.bytes)
     return amount
 
 
-def _table(config: CaptureConfig, source: Source, amount: Estimate) -> Table:
-    table = Table(title=f"plan of {config.store}", title_justify="left", show_header=False, box=None)
+def source_of(config: CaptureConfig, skeleton: Any) -> Source:
+    """Return what a configuration plans from, by a model without weights; no document is read."""
+    from flexcache.model import describe_tokenizer, longest_input, vocabulary
+    from flexcache.recorder.reading import locate, measure_arrays
+
+    documents = config.documents.open()
+    tokenizer = config.load_tokenizer(documents)
+    spec = config.spec()
+    spec = spec.model_copy(update={"max_length": spec.max_length or longest_input(skeleton, tokenizer)})
+    return Source(
+        documents=documents,
+        tokenizer=tokenizer,
+        arrays=measure_arrays(skeleton, spec, locate(skeleton, spec, **config.functions(tokenizer))),
+        spec=spec,
+        model={"name": config.model.name},
+        tokenizer_identity=describe_tokenizer(tokenizer),
+        vocabulary=vocabulary(skeleton),
+    )
+
+
+def table_of(kind: str, config: CaptureConfig, source: Source) -> Table:
+    """Return a table that says which arrays there will be."""
+    table = Table(title=f"{kind} of {config.store}", title_justify="left", show_header=False, box=None)
     for array in source.arrays:
         layers = "" if array.layers is None else f"{len(array.layers)} of {array.depth} layers, "
         table.add_row(array.name, f"{layers}{array.features} × {array.dtype}, {size(array.row_bytes)} a row")
-    for name, value in amount.lines():
-        table.add_row(name, value)
-    place = next(parent for parent in Path(config.store).absolute().parents if parent.exists())
-    table.add_row("free disk", size(shutil.disk_usage(place).free))
     return table
+
+
+def place_of(store: Path) -> Path:
+    """Return the folder, of those there are, that a store will be in."""
+    return next(parent for parent in store.absolute().parents if parent.exists())

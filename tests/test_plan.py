@@ -135,13 +135,11 @@ def test_ragged_texts_pad_little() -> None:
 
 
 def test_a_unit_has_the_rows_that_the_rules_allow() -> None:
-    kept = np.full(100_000, 500)
-    tokens = int(kept.sum())
-    assert unit_rows(kept, tokens, 4096 * 2, 4096) == 32768  # 256 MiB of the widest shard
-    assert unit_rows(kept, tokens, 64, 4096) == 1 << 20  # 2^20 tokens run
-    assert unit_rows(kept[:1000], 500_000, 64, 4096) == 16384  # four batches, more than a 32nd
-    long = np.array([10_000, *[1] * 100])
-    assert unit_rows(long, int(long.sum()), 64, 16) == 131072  # eight times the longest document wins
+    tokens = 100_000 * 500
+    assert unit_rows(tokens, 500, tokens, 4096 * 2, 4096) == 32768  # 256 MiB of the widest shard
+    assert unit_rows(tokens, 500, tokens, 64, 4096) == 1 << 20  # 2^20 tokens run
+    assert unit_rows(500_000, 500, 500_000, 64, 4096) == 16384  # four batches, more than a 32nd
+    assert unit_rows(10_100, 10_000, 10_100, 64, 16) == 131072  # eight times the longest document wins
 
 
 def test_a_billion_tokens_plan_without_python_objects_for_documents() -> None:

@@ -17,6 +17,7 @@ from flexcache.documents.records import (
     content_column,
     iterable_items,
 )
+from flexcache.documents.runs import near
 from flexcache.documents.sources import CsvSource, ParquetSource, Roles, Source, TableSource
 from flexcache.errors import DocumentsError, nearest
 
@@ -79,24 +80,33 @@ class Documents:
         for where, raw in self._source.read([*self._columns, *self._labels], self._rows):
             if not raw.num_rows:
                 continue
-            place = f"{where}, document" if where else "document"
-            *ids, content = raw.columns[: len(self._columns)]
-            numbers = pa.array(range(start, start + raw.num_rows), pa.int64()).cast(pa.string())
-            names = _ids(ids[0], place, start) if ids else numbers
-            values = (_text if self._content == "text" else _tokens)(content, place, start)
-            labels = [
-                _cast(
-                    array,
-                    self.schema.field(name).type,
-                    name,
-                    f"{place}s {start} to {start + raw.num_rows - 1}",
-                )
-                for name, array in zip(self._labels, raw.columns[len(self._columns) :])
-            ]
+            batch = self._checked(start, where, raw)
             if seen is not None:
-                seen.add(names, start)
+                seen.add(batch.column("id"), start)
             start += raw.num_rows
-            yield pa.RecordBatch.from_arrays([names, values, *labels], schema=self.schema)
+            yield batch
+
+    def runs(self, runs: Sequence[range]) -> Iterator[pa.RecordBatch]:
+        """Yield the documents of some ranges of corpus order, sorted and apart; see `batches`. Ids are not compared."""
+        for start, where, raw in near(self._source, [*self._columns, *self._labels], self._rows, runs):
+            yield self._checked(start, where, raw)
+
+    def _checked(self, start: int, where: str, raw: pa.RecordBatch) -> pa.RecordBatch:
+        place = f"{where}, document" if where else "document"
+        *ids, content = raw.columns[: len(self._columns)]
+        numbers = pa.array(range(start, start + raw.num_rows), pa.int64()).cast(pa.string())
+        names = _ids(ids[0], place, start) if ids else numbers
+        values = (_text if self._content == "text" else _tokens)(content, place, start)
+        labels = [
+            _cast(
+                array,
+                self.schema.field(name).type,
+                name,
+                f"{place}s {start} to {start + raw.num_rows - 1}",
+            )
+            for name, array in zip(self._labels, raw.columns[len(self._columns) :])
+        ]
+        return pa.RecordBatch.from_arrays([names, values, *labels], schema=self.schema)
 
     def describe(self) -> dict[str, Any]:
         """Return what identifies the corpus, as JSON-able values: kind, files and their bytes, columns, count.

@@ -6,7 +6,7 @@ yields record batches in corpus order (``read``). It keeps at most a few batches
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,6 +42,7 @@ class CorpusFile:
     name: str
 
 
+Near = tuple[int, str, pa.RecordBatch]  # index of the first document; where it is; the documents
 Item = tuple[str, Any]  # where a document is, for errors; the document
 
 
@@ -102,20 +103,49 @@ class ParquetSource:
         """Yield (where, batch); see `Source`. Pages are decoded when needed, however large a row group is."""
         for file in self.files:
             with self._open(file) as parquet:
-                there = [name for name in columns if name in parquet.schema_arrow.names]
-                batches = parquet.iter_batches(batch_size=rows, columns=there)
-                while True:
-                    try:
-                        batch = next(batches, None)
-                    except (pa.ArrowException, OSError) as error:
-                        raise unreadable(file, "Parquet", error) from error
-                    if batch is None:
-                        break
-                    arrays = [
-                        batch.column(name) if name in there else pa.nulls(batch.num_rows, self.schema.field(name).type)
-                        for name in columns
-                    ]
-                    yield file.name, pa.RecordBatch.from_arrays(arrays, columns)
+                for batch in self._batches(file, parquet, columns, rows):
+                    yield file.name, batch
+
+    def groups(self, columns: list[str], rows: int, runs: Sequence[range]) -> Iterator[Near]:
+        """Yield (index of the first document, where, batch) of the row groups that have documents of *runs*."""
+        first = 0
+        for file in self.files:
+            with self._open(file) as parquet:
+                for number in range(parquet.num_row_groups):
+                    held = range(first, first + parquet.metadata.row_group(number).num_rows)
+                    first = held.stop
+                    wanted = [run for run in runs if run.start < held.stop and held.start < run.stop]
+                    if not wanted:
+                        continue
+                    at = held.start
+                    for batch in self._batches(file, parquet, columns, rows, [number]):
+                        yield at, file.name, batch
+                        at += batch.num_rows
+                        if at >= wanted[-1].stop:
+                            break
+
+    def _batches(
+        self,
+        file: CorpusFile,
+        parquet: pq.ParquetFile,
+        columns: list[str],
+        rows: int,
+        groups: Sequence[int] | None = None,
+    ) -> Iterator[pa.RecordBatch]:
+        there = [name for name in columns if name in parquet.schema_arrow.names]
+        batches = parquet.iter_batches(batch_size=rows, columns=there, row_groups=groups)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (pa.ArrowException, OSError) as error:
+                raise unreadable(file, "Parquet", error) from error
+            if batch is None:
+                break
+            arrays = [
+                batch.column(name) if name in there else pa.nulls(batch.num_rows, self.schema.field(name).type)
+                for name in columns
+            ]
+            yield pa.RecordBatch.from_arrays(arrays, columns)
 
     @staticmethod
     def _open(file: CorpusFile) -> pq.ParquetFile:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 from flexcache.errors import MismatchError
 from flexcache.plan import Plan, rows_kept, unit_rows
 from flexcache.recorder.fingerprint import versions
-from flexcache.sequences import Spool, spool
+from flexcache.sequences import Corpus, Spool, spool
 from flexcache.spec import ArraySpec, Spec
 from flexcache.store.card import card
 from flexcache.store.create import check_names, check_place, check_room, create, planning, total_bytes
@@ -55,6 +55,11 @@ class Source:
     tokenizer_identity: dict[str, Any]
     vocabulary: int | None = None
     notes: dict[str, Any] | None = None
+
+    @property
+    def widest_row(self) -> int:
+        """Bytes of a row of the widest array."""
+        return max(array.row_bytes for array in self.arrays)
 
     def identity(self) -> dict[str, Any]:
         """Return what must agree between a store and a run that goes on with it."""
@@ -112,22 +117,10 @@ class Estimate:
 
 def make_plan(source: Source, folder: Path, progress: Progress) -> tuple[Plan, Spool, Estimate]:
     """Tokenize the documents into *folder* and cut them into units."""
-    spec = source.spec
     check_names(source.arrays)
-    corpus = spool(
-        source.documents,
-        source.tokenizer,
-        folder,
-        max_length=spec.max_length,
-        vocabulary=source.vocabulary,
-        empty=spec.empty_documents,
-        keep_text=spec.keep_text,
-        progress=progress,
-    )
-    lengths = corpus.lengths
-    widest = max(array.row_bytes for array in source.arrays)
-    shard_rows = unit_rows(rows_kept(lengths, spec.rows), int(lengths.sum(dtype=np.int64)), widest, spec.batch_tokens)
-    plan = Plan(lengths, spec.rows, shard_rows, spec.batch_tokens, spec.seed)
+    corpus = tokenized(source, source.documents, folder, progress)
+    plan = planned(source, corpus.lengths)
+    lengths, shard_rows = plan.lengths, plan.shard_rows
     run, padded = plan.tokens_run()
     n_arrays = sum(len(array.slices) for array in source.arrays)
     estimate = Estimate(
@@ -145,6 +138,31 @@ def make_plan(source: Source, folder: Path, progress: Progress) -> tuple[Plan, S
         skipped_documents=corpus.skipped,
     )
     return plan, corpus, estimate
+
+
+def tokenized(source: Source, documents: Corpus, folder: Path, progress: Progress) -> Spool:
+    """Tokenize the documents of a source, or a part of them, into *folder*."""
+    spec = source.spec
+    return spool(
+        documents,
+        source.tokenizer,
+        folder,
+        max_length=spec.max_length,
+        vocabulary=source.vocabulary,
+        empty=spec.empty_documents,
+        keep_text=spec.keep_text,
+        progress=progress,
+    )
+
+
+def planned(source: Source, lengths: np.ndarray, shard_rows: int | None = None) -> Plan:
+    """Cut documents of these lengths into units, of *shard_rows* where they are only a part of a corpus."""
+    spec = source.spec
+    kept = rows_kept(lengths, spec.rows)
+    if shard_rows is None:
+        tokens = int(lengths.sum(dtype=np.int64))
+        shard_rows = unit_rows(int(kept.sum()), int(kept.max()), tokens, source.widest_row, spec.batch_tokens)
+    return Plan(lengths, spec.rows, shard_rows, spec.batch_tokens, spec.seed)
 
 
 def estimate(source: Source, progress: Progress = lambda documents, tokens: None) -> Estimate:

@@ -58,6 +58,11 @@ class CaptureProgress:
         """Start the bar of the capture; the result is called after every batch."""
         return _Capturing(self._bars, recorder)
 
+    def trying(self, seconds: float) -> Callable[[float], None]:
+        """Return what shows how long a model has been tried, of some seconds."""
+        task = self._bars.add_task("trying the model (seconds)", total=round(seconds), rate="")
+        return lambda spent: self._bars.update(task, completed=min(round(spent), round(seconds)))
+
     def placing(self) -> Callable[[int, int], None]:
         """Return what shows how many files of an extension are in place, called with done and total."""
         task = self._bars.add_task("putting in place (files)", total=None, rate="")

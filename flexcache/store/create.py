@@ -188,9 +188,14 @@ def _create_array(group: zarr.Group, array: ArraySpec, n_rows: int, shard_rows: 
     )
 
 
+def coordinate_chunk(n_rows: int) -> int:
+    """Return the rows of a chunk of the coordinates."""
+    return min(COORDINATE_CHUNK, 1 << max(0, n_rows - 1).bit_length())
+
+
 def create_coordinate(group: zarr.Group, name: str, n_rows: int, chunk: int | None = None) -> zarr.Array:
     """Add a coordinate of the rows to a group, in chunks of that many rows."""
-    chunk = chunk or min(COORDINATE_CHUNK, 1 << max(0, n_rows - 1).bit_length())
+    chunk = chunk or coordinate_chunk(n_rows)
     return group.create_array(
         name,
         shape=(n_rows,),

@@ -44,6 +44,11 @@ class UnitRecord:
     files: dict[str, FileRecord]
 
 
+def record_json(record: UnitRecord) -> dict[str, Any]:
+    """Return a record as its file holds it."""
+    return {"schema": 1, **asdict(record)}
+
+
 class Ledger:
     """The records of one pass, one JSON file a unit; writing a record is what commits its unit.
 
@@ -70,7 +75,7 @@ class Ledger:
 
     def commit(self, record: UnitRecord) -> None:
         """Write a record, durably and in one step."""
-        write_json(self.path(record.unit), {"schema": 1, **asdict(record)})
+        write_json(self.path(record.unit), record_json(record))
 
     def take_back(self, unit: int) -> None:
         """Remove the record of a unit, durably: it counts as not committed from then on.

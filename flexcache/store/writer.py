@@ -49,7 +49,7 @@ class Writer:
         self.folder = worker.folder
         self.pool = pool
         _allow_open_files(OPEN_FILES)
-        self.direct = _direct_works(self.folder)
+        self.direct = direct_works(self.folder)
         self.busy = 0.0
         self.cpu = 0.0
         self.written = 0
@@ -231,7 +231,8 @@ def _allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _direct_works(folder: Path) -> bool:
+def direct_works(folder: Path) -> bool:
+    """Whether files in a folder can be written past the page cache (O_DIRECT)."""
     probe = folder / "probe"
     slab = np.frombuffer(memoryview(bytearray(2 * PAGE)), dtype=np.uint8)
     start = -slab.ctypes.data % PAGE

@@ -1,0 +1,147 @@
+"""What a capture would amount to, from a part of the corpus: the rest is extrapolated, with its error."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from flexcache.documents.runs import Part, spread
+from flexcache.errors import DocumentsError
+from flexcache.plan import Plan, rows_kept, unit_rows
+from flexcache.recorder.planning import Estimate, Progress, Source, planned, tokenized
+from flexcache.sequences import Spool
+from flexcache.store.create import check_names, create, total_bytes
+from flexcache.store.files import relative_files
+from flexcache.store.schema import COORDINATES, DOCUMENTS, SEQUENCES
+
+DOCUMENTS_TOKENIZED = 2048
+UNITS_SIMULATED = 4
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A capture in numbers, extrapolated from a sample of its documents.
+
+    Attributes
+    ----------
+    amount : Estimate
+        Of the whole corpus. Its longest document is the longest seen; a longer one may make units larger.
+    documents : int
+        Documents tokenized.
+    error : float
+        Two standard errors of the tokens, as a share of them; 0 where all documents were tokenized. From the spread
+        between the runs of the sample, so that a corpus whose documents change on the way through has a larger one.
+    table_bytes : int
+        Of documents.parquet, sequences.parquet and the coordinates.
+    plan : Path
+        The sample as a store without activations, whose batches can be run.
+    """
+
+    amount: Estimate
+    documents: int
+    error: float
+    table_bytes: int
+    plan: Path
+
+
+def sample(
+    source: Source,
+    folder: Path,
+    size: int = DOCUMENTS_TOKENIZED,
+    seed: int = 0,
+    progress: Progress = lambda documents, tokens: None,
+) -> Sampled:
+    """Tokenize about *size* documents of a source, and say what all of them would amount to.
+
+    Documents are taken as runs of neighbours, one at random in each of up to 64 equal parts of the corpus. How many
+    tokens are run again, and how many are padding, is simulated: units as large as those of the whole, of documents
+    drawn from the sample.
+
+    Raises
+    ------
+    DocumentsError
+        See `flexcache.sequences.spool`; or nothing says how many documents there are.
+    """
+    check_names(source.arrays)
+    count = source.documents.count
+    if count is None:
+        raise DocumentsError(
+            "how many documents there are is not known",
+            where=str(source.documents.describe()["kind"]),
+            expected="files, a table, or a list",
+        )
+    runs = spread(count, size, seed)
+    corpus = tokenized(source, Part(source.documents, runs), folder, progress)
+    read = sum(len(run) for run in runs)
+    amount = _extrapolated(source, corpus, count / read, seed)
+    plan = planned(source, corpus.lengths, amount.shard_rows)
+    path, place = folder / "sample.zarr", folder / "making"
+    place.mkdir()
+    content = {
+        "spec": source.spec.model_dump(mode="json"),
+        "provenance": {"model": source.model, "tokenizer": source.tokenizer_identity, "documents": {}},
+    }
+    summary = {**asdict(amount), "rows": plan.n_rows, "units": plan.n_units}
+    create(path, place, plan, corpus, source.arrays, summary, content, compression=source.spec.compression, card="")
+    return Sampled(
+        amount=amount,
+        documents=read,
+        error=0.0 if read == count else _error(corpus, runs, count),
+        table_bytes=_table_bytes(path, count / read),
+        plan=path,
+    )
+
+
+def _extrapolated(source: Source, corpus: Spool, scale: float, seed: int) -> Estimate:
+    lengths, spec = corpus.lengths, source.spec
+    kept = rows_kept(lengths, spec.rows)
+    tokens = round(int(lengths.sum(dtype=np.int64)) * scale)
+    n_rows = round(int(kept.sum()) * scale)
+    shard_rows = unit_rows(n_rows, int(kept.max()), tokens, source.widest_row, spec.batch_tokens)
+    several = lengths if scale == 1 else _drawn(lengths, kept, shard_rows, round(len(lengths) * scale), seed)
+    run, padded = planned(source, several, shard_rows).tokens_run()
+    share = tokens / int(several.sum(dtype=np.int64))
+    units = Plan(np.zeros(0, np.int32), spec.rows, shard_rows, spec.batch_tokens, spec.seed, n_rows).n_units
+    return Estimate(
+        rows=n_rows,
+        documents=round(len(lengths) * scale),
+        units=units,
+        shard_rows=shard_rows,
+        files=units * sum(len(array.slices) for array in source.arrays),
+        bytes=total_bytes(source.arrays, n_rows, shard_rows),
+        tokens=tokens,
+        tokens_run=round(run * share),
+        tokens_padded=round(padded * share),
+        longest_document=int(lengths.max()),
+        truncated_documents=round(corpus.truncated * scale),
+        skipped_documents=round(corpus.skipped * scale),
+    )
+
+
+def _drawn(lengths: np.ndarray, kept: np.ndarray, shard_rows: int, most: int, seed: int) -> np.ndarray:
+    """Return lengths of the sample, drawn with replacement, enough for a few units."""
+    count = min(most, int(UNITS_SIMULATED * shard_rows / kept.mean()) + 1)
+    return np.random.default_rng(seed).choice(lengths, count)
+
+
+def _error(corpus: Spool, runs: list[range], count: int) -> float:
+    """Return two standard errors of the mean tokens of a document, relative, by the means of runs of equal length."""
+    if len(runs) < 2:
+        return 1.0
+    length = len(runs[0])
+    order = corpus.take(0, len(corpus.lengths)).column("source_index").to_numpy()
+    tokens = np.bincount(order // length, weights=corpus.lengths, minlength=len(runs))
+    unseen = 1 - len(runs) * length / count
+    return float(2 * tokens.std(ddof=1) / tokens.mean() * np.sqrt(unseen / len(runs)))
+
+
+def _table_bytes(path: Path, scale: float) -> int:
+    """Return the bytes of the tables and coordinates of a store, *scale* times as large but for what describes them."""
+    parts = [name for name in relative_files(path) if name.split("/")[0] in (DOCUMENTS, SEQUENCES, *COORDINATES)]
+    whole = sum((path / name).stat().st_size for name in parts)
+    fixed = sum((path / name / "zarr.json").stat().st_size for name in COORDINATES)
+    fixed += sum(pq.read_metadata(path / name).serialized_size for name in (DOCUMENTS, SEQUENCES))
+    return fixed + round((whole - fixed) * scale)
