@@ -66,7 +66,7 @@ def estimate(
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """What a capture would take in bytes, files, hours, memory and money, from a sample and a short try of the model."""
+    """What a capture would take in bytes, files, hours, memory and money: from a sample, and a short try."""
     from pipelines import estimate as pipeline
     from pipelines.config import read_config
 

@@ -98,7 +98,7 @@ def test_the_model_is_tried_and_nothing_is_left(config: Path, capsys: pytest.Cap
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "table of files"])
 def test_a_sample_stands_for_the_whole(kind: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)
-    texts = [" ".join(["w5"] * int(n)) for n in rng.integers(1, 60, 20_000)]
+    texts = [" ".join(f"w{word}" for word in rng.integers(4, 250, n)) for n in rng.integers(1, 60, 20_000)]
     table = pa.table({"id": [f"d{i}" for i in range(len(texts))], "text": texts})
     if kind == "jsonl":
         Path("texts.jsonl").write_text("\n".join(json.dumps(row) for row in table.to_pylist()))
@@ -121,7 +121,7 @@ def test_a_sample_stands_for_the_whole(kind: str, config: Path, capsys: pytest.C
         assert found["plan"][name] == pytest.approx(whole["plan"][name], rel=1.5 * error), name
     assert found["plan"]["documents"] == whole["plan"]["documents"] == 20_000
     assert found["plan"]["shard_rows"] == whole["plan"]["shard_rows"]
-    assert found["bytes"]["tables"] == pytest.approx(whole["bytes"]["tables"], rel=0.35)
+    assert found["bytes"]["tables"] == pytest.approx(whole["bytes"]["tables"], rel=0.15)
     text = run(capsys, "estimate", config, "-q", *options, "--sample", 1000)
     assert "960 tokenized" in text
     assert "±" in text

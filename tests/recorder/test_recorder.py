@@ -332,7 +332,7 @@ def test_a_failing_disk_is_one_clear_error_and_the_rest_is_kept(
 def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = build_store(tmp_path / "whole.zarr", DOCUMENTS)
     real = os.pwrite
-    monkeypatch.setattr("flexcache.store.writer._direct_works", lambda folder: False)
+    monkeypatch.setattr("flexcache.store.writer.direct_works", lambda folder: False)
     monkeypatch.setattr("flexcache.store.writer.os.pwrite", lambda fd, data, at: real(fd, data[:777], at))
     short = build_store(tmp_path / "run.zarr", DOCUMENTS)
     assert shard_hashes(whole.path) == shard_hashes(short.path)
@@ -340,7 +340,7 @@ def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_disk_without_direct_writes_gets_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     direct = build_store(tmp_path / "direct.zarr", DOCUMENTS)
-    monkeypatch.setattr("flexcache.store.writer._direct_works", lambda folder: False)
+    monkeypatch.setattr("flexcache.store.writer.direct_works", lambda folder: False)
     buffered = build_store(tmp_path / "buffered.zarr", DOCUMENTS)
     assert shard_hashes(direct.path) == shard_hashes(buffered.path)
     runs = [json.loads(next((p / "runs").iterdir()).read_text()) for p in (direct.path, buffered.path)]
