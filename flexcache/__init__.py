@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from flexcache.documents import Documents, open_documents
     from flexcache.hooks import FlexModel, HookFunction
     from flexcache.model import ModelSource
+    from flexcache.options import Choice, Windows
     from flexcache.recorder.capture import capture
     from flexcache.recorder.extend import extend
     from flexcache.recorder.foreign import record
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Choice",
     "Documents",
     "FlexCacheError",
     "FlexModel",
@@ -43,6 +45,7 @@ __all__ = [
     "Recorder",
     "Store",
     "Transform",
+    "Windows",
     "capture",
     "extend",
     "open",
@@ -55,6 +58,7 @@ __all__ = [
 ]
 
 _PLACES = {
+    "Choice": "flexcache.options:Choice",
     "Documents": "flexcache.documents:Documents",
     "FlexModel": "flexcache.hooks:FlexModel",
     "HookFunction": "flexcache.hooks:HookFunction",
@@ -64,6 +68,7 @@ _PLACES = {
     "Recorder": "flexcache.recorder.recorder:Recorder",
     "Store": "flexcache.store.store:Store",
     "Transform": "flexcache.recorder.transform:Transform",
+    "Windows": "flexcache.options:Windows",
     "capture": "flexcache.recorder.capture:capture",
     "extend": "flexcache.recorder.extend:extend",
     "open": "flexcache.store.store:Store",

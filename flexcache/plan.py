@@ -1,46 +1,40 @@
-"""The plan: which documents form which units and batches, and which row is which token. Pure arithmetic.
+"""The plan: which sequences form which units and batches, and which row is which token. Pure arithmetic.
 
-Documents come in corpus order until a unit is full. Inside a unit they are ordered into batches of similar
+Sequences come in corpus order until a unit is full. Inside a unit they are ordered into batches of similar
 length, the batches are shuffled by a seed, and *then* rows are numbered, so that rows are in the order in which
-they are computed and shards only ever grow at the end. A document that straddles a unit boundary is run by both
+they are computed and shards only ever grow at the end. A sequence that straddles a unit boundary is run by both
 units, alone in a batch, so that both see the same bits; it is the last of the one and the first of the other.
+Sequences that share a document stay together, in order, so that its rows are consecutive.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
 
 import numpy as np
-
-RowSelection = Literal["all", "last", "first", "mean"]
 
 SHARD_BYTES = 256 << 20
 UNITS_AT_LEAST = 32
 UNIT_TOKENS = 1 << 20
-LONGEST_DOCUMENTS = 8
+LONGEST_SEQUENCES = 8
 BATCHES_AT_LEAST = 4
-
-
-def rows_kept(lengths: np.ndarray, rows: RowSelection) -> np.ndarray:
-    """Return how many rows each document of *lengths* tokens keeps, as int64."""
-    return lengths.astype(np.int64) if rows == "all" else np.ones(len(lengths), dtype=np.int64)
 
 
 def unit_rows(n_rows: int, longest: int, tokens: int, widest_row: int, batch_tokens: int) -> int:
     """Return R, the rows of a unit and of its shards: a power of two.
 
     The largest for which the widest shard has at most 256 MiB, there are at least 32 units, and a unit runs at
-    most 2²⁰ tokens; but at least eight times the rows of the longest document, and enough for four full batches,
+    most 2²⁰ tokens; but at least eight times the rows of the longest sequence, and enough for four full batches,
     without which batches would be part empty. The lower bounds win.
 
     Parameters
     ----------
     n_rows, longest
-        Rows of all documents together, and of the one that keeps most.
+        Rows of all sequences together, and of the one that keeps most.
     tokens
-        Tokens of all documents together.
+        Tokens of all sequences together.
     widest_row
         Bytes of a row of the widest array.
     batch_tokens
@@ -49,7 +43,7 @@ def unit_rows(n_rows: int, longest: int, tokens: int, widest_row: int, batch_tok
     rows_of_tokens = n_rows / max(1, tokens)
     most = min(SHARD_BYTES // widest_row, n_rows // UNITS_AT_LEAST, int(UNIT_TOKENS * rows_of_tokens))
     fill = min(n_rows, SHARD_BYTES // widest_row, int(BATCHES_AT_LEAST * batch_tokens * rows_of_tokens))
-    return max(_power_below(max(most, fill)), _power_above(LONGEST_DOCUMENTS * longest))
+    return max(_power_below(max(most, fill)), _power_above(LONGEST_SEQUENCES * longest))
 
 
 def _power_below(number: int) -> int:
@@ -62,26 +56,26 @@ def _power_above(number: int) -> int:
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """The forwards of one unit, a line for each document that runs in it, in row order.
+    """The forwards of one unit, a line for each sequence that runs in it, in row order.
 
     Attributes
     ----------
     unit : int
-    documents : ndarray of int64, shape (lines,)
-        Corpus index of each document (the n-th that was read and not skipped).
+    sequences : ndarray of int64, shape (lines,)
+        Number of each sequence in corpus order.
     batches : ndarray of int32, shape (lines,)
         Number of the batch within the unit; never decreasing.
-    keep_start, n_rows : ndarray of int32, shape (lines,)
-        Which of the document's tokens become rows of this unit: the slice from *keep_start*. A mean has one row.
+    skip, n_rows : ndarray of int32, shape (lines,)
+        Which of the sequence's rows are of this unit: *n_rows* of them, after *skip* that an earlier unit has.
     row_start : ndarray of int64, shape (lines,)
     begins : ndarray of bool, shape (lines,)
-        Whether the document's first row is in this unit; a straddling document begins in the earlier one.
+        Whether the sequence's first row is in this unit; a straddling one begins in the earlier one.
     """
 
     unit: int
-    documents: np.ndarray
+    sequences: np.ndarray
     batches: np.ndarray
-    keep_start: np.ndarray
+    skip: np.ndarray
     n_rows: np.ndarray
     row_start: np.ndarray
     begins: np.ndarray
@@ -89,32 +83,35 @@ class UnitPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A corpus cut into units.
+    """Sequences cut into units.
 
     Attributes
     ----------
-    lengths : ndarray of int32, shape (documents,)
-        Tokens of each document, in corpus order.
-    rows : str
-        Which tokens become rows.
+    lengths : ndarray of int32, shape (sequences,)
+        Tokens of each sequence, in corpus order.
+    kept : ndarray of int, shape (sequences,)
+        Rows of each, at least one.
     shard_rows : int
         Rows of a unit, R.
     batch_tokens : int
-        Most tokens of a batch, padding included; a longer document is a batch of its own.
+        Most tokens of a batch, padding included; a longer sequence is a batch of its own.
     seed : int
         Of the order of the batches inside each unit.
     first_row, first_batch : int
         Where the corpus comes after others: the row it begins with, and the number of its first batch in the unit of
         that row.
+    linked : ndarray of bool, shape (sequences,), or None
+        Whether a sequence goes on with the document that the one before it ends with.
     """
 
     lengths: np.ndarray
-    rows: RowSelection
+    kept: np.ndarray
     shard_rows: int
     batch_tokens: int
     seed: int
     first_row: int = 0
     first_batch: int = 0
+    linked: np.ndarray | None = None
 
     @property
     def n_rows(self) -> int:
@@ -128,12 +125,12 @@ class Plan:
 
     @property
     def _ends(self) -> np.ndarray:
-        return self.first_row + np.cumsum(rows_kept(self.lengths, self.rows))
+        return self.first_row + np.cumsum(self.kept, dtype=np.int64)
 
     def units(self) -> Iterator[UnitPlan]:
-        """Yield the units in order, from that of the first row; memory is the columns of all documents and of one."""
+        """Yield the units in order, from that of the first row; memory is the columns of all sequences and of one."""
         ends = self._ends
-        starts = ends - rows_kept(self.lengths, self.rows)
+        starts = ends - self.kept
         for unit in range(self.first_row // self.shard_rows, self.n_units):
             low, high = max(unit * self.shard_rows, self.first_row), (unit + 1) * self.shard_rows
             first = int(np.searchsorted(ends, low, side="right"))
@@ -144,74 +141,112 @@ class Plan:
         """Return the tokens of all forwards, without and with padding."""
         run = padded = 0
         for unit in self.units():
-            lengths = self.lengths[unit.documents]
+            lengths = self.lengths[unit.sequences]
             run += int(lengths.sum(dtype=np.int64))
             padded += padded_tokens(lengths, unit.batches)
         return run, padded
 
     def _unit(self, unit: int, first: int, starts: np.ndarray, ends: np.ndarray, low: int, high: int) -> UnitPlan:
-        lengths = self.lengths[first : first + len(starts)]
+        count = len(starts)
+        lengths = self.lengths[first : first + count]
         inward = int(starts[0] < low)
-        outward = int(ends[-1] > high and len(starts) > inward)
-        body = slice(inward, len(starts) - outward)
-        order, numbers = order_batches(lengths[body], self.batch_tokens, (self.seed, unit))
-        lines = np.concatenate([np.arange(inward), inward + order, np.arange(len(starts) - outward, len(starts))])
-        batches = np.concatenate(
-            [
-                np.zeros(inward, np.int32),
-                inward + numbers,
-                np.full(outward, inward + _count(numbers), np.int32),
-            ]
+        outward = int(ends[-1] > high and count > inward)
+        linked = None if self.linked is None else self.linked[first : first + count + 1]
+        head, tail = _shared(linked, count, inward, outward)
+        order, numbers = order_batches(
+            lengths[head:tail], self.batch_tokens, (self.seed, unit), None if linked is None else linked[head:tail]
         )
-        kept_from = np.maximum(starts, low) - starts
-        kept = np.minimum(ends, high) - np.maximum(starts, low)
-        offset = lengths - 1 if self.rows == "last" else np.zeros_like(lengths)
+        front, back = lengths[inward:head].tolist(), lengths[tail : count - outward].tolist()
+        lines = np.concatenate([np.arange(head), head + order, np.arange(tail, count)])
+        sizes = [
+            *[1] * inward,
+            *(stop - start for start, stop in parts(front, self.batch_tokens)),
+            *np.bincount(numbers).tolist(),
+            *(stop - start for start, stop in parts(back, self.batch_tokens)),
+            *[1] * outward,
+        ]
+        batches = np.repeat(np.arange(len(sizes)), sizes)
         if low == self.first_row:
             batches = batches + self.first_batch
-        n_rows = kept[lines].astype(np.int32)
+        n_rows = (np.minimum(ends, high) - np.maximum(starts, low))[lines].astype(np.int32)
         return UnitPlan(
             unit=unit,
-            documents=first + lines.astype(np.int64),
+            sequences=first + lines.astype(np.int64),
             batches=batches.astype(np.int32),
-            keep_start=(kept_from + offset)[lines].astype(np.int32),
+            skip=(np.maximum(starts, low) - starts)[lines].astype(np.int32),
             n_rows=n_rows,
             row_start=low + np.cumsum(n_rows, dtype=np.int64) - n_rows,
             begins=(starts >= low)[lines],
         )
 
 
-def _count(numbers: np.ndarray) -> int:
-    return int(numbers[-1]) + 1 if len(numbers) else 0
+def _shared(linked: np.ndarray | None, count: int, inward: int, outward: int) -> tuple[int, int]:
+    """Return where the sequences of a unit begin and end that share a document with no other unit: those may be ordered.
+
+    *linked* may have one entry more than the unit has sequences: whether the unit after it goes on with its last.
+    """
+    if linked is None:
+        return inward, count - outward
+    head = inward
+    while head < count - outward and linked[head]:
+        head += 1
+    tail = count - outward
+    if outward or (len(linked) > count and linked[count]):
+        tail = count - 1
+        while tail > head and linked[tail]:
+            tail -= 1
+    return head, max(head, tail)
 
 
-def order_batches(lengths: np.ndarray, batch_tokens: int, seed: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Order documents into batches of similar length, and the batches by a seed.
+def order_batches(
+    lengths: np.ndarray, batch_tokens: int, seed: tuple[int, ...], linked: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Order sequences into batches of similar length, and the batches by a seed.
 
-    A batch closes when another document would exceed the budget, or would be padded by more than an eighth
-    while the batch already holds a sixteenth of the budget. (On VADER's short texts: 6–8 % padding.)
+    A batch closes when another sequence would exceed the budget, or would be padded by more than an eighth
+    while the batch already holds a sixteenth of the budget. (On VADER's short texts: 6–8 % padding.) Sequences that
+    are linked stay together, in order; where they are more than a batch holds, in batches that follow each other.
 
     Returns
     -------
-    order, numbers : ndarray of int64, shape (documents,)
-        The documents in the order of the batches, and the number of each one's batch.
+    order, numbers : ndarray of int64, shape (sequences,)
+        The sequences in the order of the batches, and the number of each one's batch.
     """
     if not len(lengths):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    by_length = np.argsort(-lengths.astype(np.int64), kind="stable")
-    sorted_lengths = lengths[by_length].tolist()
-    cuts = [0]
-    widest = sorted_lengths[0]
-    for index, length in enumerate(sorted_lengths):
-        held = (index - cuts[-1]) * widest
-        if index > cuts[-1] and (
-            held + widest > batch_tokens or (8 * length < 7 * widest and 16 * held >= batch_tokens)
-        ):
+    firsts = np.arange(len(lengths)) if linked is None else np.flatnonzero(~linked)
+    widths = np.maximum.reduceat(lengths.astype(np.int64), firsts)
+    members = np.diff(np.append(firsts, len(lengths)))
+    by_length = np.argsort(-widths, kind="stable")
+    cuts, held = [0], 0
+    widest = int(widths[by_length[0]])
+    for index, (width, count) in enumerate(zip(widths[by_length].tolist(), members[by_length].tolist())):
+        full = held * widest
+        if held and (full + count * widest > batch_tokens or (8 * width < 7 * widest and 16 * full >= batch_tokens)):
             cuts.append(index)
-            widest = length
+            widest, held = width, 0
+        held += count
     groups = np.split(by_length, cuts[1:])
     shuffled = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
-    numbers = np.repeat(np.arange(len(shuffled)), [len(group) for group in shuffled])
-    return np.concatenate(shuffled), numbers
+    if linked is None:
+        return np.concatenate(shuffled), np.repeat(np.arange(len(shuffled)), [len(group) for group in shuffled])
+    lines = [ranges(firsts[group], members[group]) for group in shuffled]
+    sizes = [stop - start for group in lines for start, stop in parts(lengths[group].tolist(), batch_tokens)]
+    return np.concatenate(lines), np.repeat(np.arange(len(sizes)), sizes)
+
+
+def parts(lengths: list[int], budget: int | None) -> list[tuple[int, int]]:
+    """Return where consecutive sequences are parted, so that each part's number times its longest is in the budget."""
+    if budget is None or not lengths:
+        return [(0, len(lengths))] if lengths else []
+    cuts, widest = [0], 0
+    for line, length in enumerate(lengths):
+        wider = max(widest, length)
+        if line > cuts[-1] and (line + 1 - cuts[-1]) * wider > budget:
+            cuts.append(line)
+            wider = length
+        widest = wider
+    return list(pairwise([*cuts, len(lengths)]))
 
 
 def padded_tokens(lengths: np.ndarray, batches: np.ndarray) -> int:

@@ -8,10 +8,10 @@ from typing import Any, Literal, TypeVar
 
 import ml_dtypes
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from flexcache.errors import ConfigError, nearest
-from flexcache.plan import RowSelection
+from flexcache.options import SequenceOptions
 from flexcache.site import Layers, Site
 
 DTypeName = Literal["bfloat16", "float16", "float32"]
@@ -77,17 +77,13 @@ def _plain_layers(layers: Any) -> Any:
     return [int(layer) for layer in layers]
 
 
-class Spec(BaseModel):
+class Spec(SequenceOptions):
     """What determines the bytes of a store beside model, tokenizer and corpus. Stored in it and compared on resume."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     sites: dict[str, Any] = Field(description="layers by site, as `parse_sites` gives them")
     transforms: dict[str, dict[str, Any]] = Field({}, description="by name, as `Transform.describe` gives them")
     objective: dict[str, Any] | None = Field(None, description="as `objective.describe` gives it")
-    rows: RowSelection = Field("all", description="which tokens of a document become rows")
     dtype: DTypeName | Literal["auto"] = Field("auto", description="as stored; auto is as computed")
-    max_length: int | None = Field(None, ge=1, description="tokens of a document after which it is truncated")
     batch_tokens: int = Field(4096, ge=1, description="most tokens of a forward, padding included")
     seed: int = Field(0, ge=0, description="of the order of batches within a unit")
     compression: Literal["none", "zstd"] = "none"

@@ -28,6 +28,7 @@ def load(config: CaptureConfig, progress: bool) -> Loaded:
     import transformers
 
     from flexcache.hooks.measure import input_device
+    from flexcache.model import longest_input
     from flexcache.recorder.reading import locate
 
     documents = config.documents.open()
@@ -36,7 +37,9 @@ def load(config: CaptureConfig, progress: bool) -> Loaded:
         transformers.utils.logging.disable_progress_bar()
     tokenizer = config.load_tokenizer(documents)
     # A misspelt site or function shows before a large model is loaded.
-    locate(config.model.skeleton(), config.spec(), **config.functions(tokenizer))
+    skeleton, spec = config.model.skeleton(), config.spec()
+    locate(skeleton, spec, **config.functions(tokenizer))
+    spec.within(longest_input(skeleton, tokenizer)).check()
     info: dict[str, Any] = {
         "name": Path(config.model.name).name if Path(config.model.name).is_dir() else config.model.name,
         "revision": config.model.revision,

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from flexcache.documents import Documents, open_documents
 from flexcache.errors import ConfigError
 from flexcache.model import ModelSource
+from flexcache.options import Choice, Windows, parse_rows
 from flexcache.recorder.origin import load
 from flexcache.recorder.transform import Transform
 from flexcache.spec import Spec, parse_sites, validate
@@ -122,6 +123,13 @@ def model_or_name(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
+def _rows(value: Any) -> Any:
+    rules = parse_rows(value)["choice"]  # a mistake shows before anything is loaded
+    if rules is not None:
+        validate(Choice, rules, "rows")
+    return value
+
+
 def _documents(value: Any) -> Any:
     return {"path": value} if isinstance(value, str | list) else value
 
@@ -140,9 +148,13 @@ class CaptureConfig(BaseModel):
     objective: Annotated[ObjectiveSource, BeforeValidator(_objective)] = Field(
         ObjectiveSource(), description="what .grad sites are gradients of: next_token_loss, logit_difference, function"
     )
-    rows: Literal["all", "last", "first", "mean"] = "all"
+    rows: Annotated[Any, BeforeValidator(_rows)] = Field(
+        "all", description="all, last, first, mean, or rules; see `flexcache.Choice`"
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     max_length: int | None = Field(None, ge=1)
+    windows: Windows | None = Field(None, description="long documents in windows, in place of truncation")
+    token_labels: list[str] = Field([], description="label columns with an entry, or spans, for tokens")
     batch_tokens: int = Field(4096, ge=1)
     seed: int = Field(0, ge=0)
     compression: Literal["none", "zstd"] = "none"
@@ -156,8 +168,8 @@ class CaptureConfig(BaseModel):
 
     def capture_options(self) -> dict[str, Any]:
         """Return the options of `flexcache.capture` that the file sets and that need no model."""
-        names = ("sites", "layers", "rows", "dtype", "max_length", "batch_tokens", "seed", "compression")
-        options = {name: getattr(self, name) for name in (*names, "keep_text", "empty_documents")}
+        names = ("sites", "layers", "rows", "dtype", "max_length", "windows", "token_labels", "batch_tokens", "seed")
+        options = {name: getattr(self, name) for name in (*names, "compression", "keep_text", "empty_documents")}
         if self.sites is None:
             options["sites"] = [] if self.transforms else "resid_post"
         return options
@@ -186,7 +198,7 @@ class CaptureConfig(BaseModel):
         """Return the same as `capture_options`, as the store keeps it."""
         options = self.capture_options()
         sites = parse_sites(options.pop("sites"), options.pop("layers"), optional=bool(self.transforms))
-        return validate(Spec, {"sites": sites, **options}, str(self.store))
+        return validate(Spec, {"sites": sites, **options, **parse_rows(options["rows"])}, str(self.store))
 
 
 def read_config(path: Path, changes: Sequence[str] = ()) -> CaptureConfig:

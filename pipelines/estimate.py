@@ -76,7 +76,7 @@ class Forecast:
     @property
     def rows_error(self) -> float:
         """Two standard errors of rows and bytes, as a share of them."""
-        return self.sampled.error if self.source.spec.rows == "all" else 0.0
+        return self.sampled.error if self.source.spec.rows in ("all", "some") else 0.0
 
     @property
     def rate(self) -> float:

@@ -8,12 +8,16 @@ from rich.console import Console
 
 from flexcache.errors import MismatchError
 from flexcache.parallel.launch import launch
+from flexcache.spec import Spec
 from flexcache.store.growing import Growth
 from flexcache.store.store import Store
 from pipelines.capture import leave, load
 from pipelines.config import CaptureConfig
 
-FIXED = ("rows", "dtype", "max_length", "seed", "compression", "keep_text", "empty_documents")
+FIXED = (
+    *("rows", "choice", "dtype", "max_length", "windows", "token_labels", "seed", "compression"),
+    *("keep_text", "empty_documents"),
+)
 
 
 def run(config: CaptureConfig, *, new_only: bool = False, allow_mixed: bool = False, progress: bool = True) -> Store:
@@ -55,10 +59,13 @@ def discard(path: Path, console: Console) -> None:
 
 def _check_fixed(store: Store, config: CaptureConfig) -> None:
     """Refuse a configuration that says other things of the rows than the store."""
+    asked = config.spec().model_dump(mode="json")
+    given = {*config.model_fields_set, *(["choice"] if "rows" in config.model_fields_set else [])}
+    before = Spec.model_validate(store.spec).model_dump(mode="json")
     different = [
-        f"{name}: {store.spec.get(name)} in the store, {getattr(config, name)} in the configuration"
+        f"{name}: {before[name]} in the store, {asked[name]} in the configuration"
         for name in FIXED
-        if name in config.model_fields_set and getattr(config, name) != store.spec.get(name)
+        if name in given and asked[name] != before[name]
     ]
     if different:
         raise MismatchError(

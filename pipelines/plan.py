@@ -44,8 +44,8 @@ def source_of(config: CaptureConfig, skeleton: Any) -> Source:
 
     documents = config.documents.open()
     tokenizer = config.load_tokenizer(documents)
-    spec = config.spec()
-    spec = spec.model_copy(update={"max_length": spec.max_length or longest_input(skeleton, tokenizer)})
+    spec = config.spec().within(longest_input(skeleton, tokenizer))
+    spec.check()
     return Source(
         documents=documents,
         tokenizer=tokenizer,

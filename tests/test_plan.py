@@ -5,33 +5,40 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexcache.plan import Plan, order_batches, padded_tokens, ranges, rows_kept, unit_rows
+from flexcache.plan import Plan, order_batches, padded_tokens, ranges, unit_rows
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=200).map(lambda x: np.array(x, np.int32))
-ROWS = st.sampled_from(["all", "last", "first", "mean"])
 
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
-    lengths, rows = draw(LENGTHS), draw(ROWS)
-    least = 8 * int(rows_kept(lengths, rows).max())
-    shard_rows = 1 << (least - 1).bit_length() << draw(st.integers(0, 3))
-    return Plan(lengths, rows, shard_rows, draw(st.integers(1, 300)), draw(st.integers(0, 5)))
+    """Documents that keep all, one or some of their rows, alone or as several sequences that are linked."""
+    lengths, how = draw(LENGTHS), draw(st.sampled_from(["all", "one", "some"]))
+    kept = {"all": lengths, "one": np.ones_like(lengths), "some": 1 + lengths // 3}[how]
+    shard_rows = 1 << (8 * int(kept.max()) - 1).bit_length() << draw(st.integers(0, 3))
+    linked = None
+    if draw(st.booleans()):
+        linked = np.array(draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths))))
+        linked[0] = False
+    return Plan(lengths, kept, shard_rows, draw(st.integers(1, 300)), draw(st.integers(0, 5)), linked=linked)
 
 
 @given(plans())
 def test_every_kept_token_is_exactly_one_row(plan: Plan) -> None:
     seen: list[tuple[int, int]] = []
     for unit in plan.units():
-        for document, start, count in zip(unit.documents, unit.keep_start, unit.n_rows, strict=True):
-            seen += [(int(document), int(start) + i) for i in range(count)]
-    if plan.rows == "all":
-        expected = [(d, t) for d, n in enumerate(plan.lengths) for t in range(n)]
-    elif plan.rows == "last":
-        expected = [(d, n - 1) for d, n in enumerate(plan.lengths)]
-    else:
-        expected = [(d, 0) for d in range(len(plan.lengths))]
-    assert sorted(seen) == expected
+        for sequence, start, count in zip(unit.sequences, unit.skip, unit.n_rows, strict=True):
+            seen += [(int(sequence), int(start) + i) for i in range(count)]
+    assert sorted(seen) == [(s, t) for s, n in enumerate(plan.kept) for t in range(n)]
+
+
+@given(plans())
+def test_sequences_that_share_a_document_stay_together_in_order(plan: Plan) -> None:
+    linked = np.zeros(len(plan.lengths), bool) if plan.linked is None else plan.linked
+    order = [int(s) for unit in plan.units() for s, begins in zip(unit.sequences, unit.begins) if begins]
+    place = {sequence: at for at, sequence in enumerate(order)}
+    assert sorted(order) == list(range(len(plan.lengths)))
+    assert all(place[s] == place[s - 1] + 1 for s in np.flatnonzero(linked).tolist())
 
 
 @given(plans())
@@ -55,7 +62,7 @@ def test_a_straddling_document_runs_alone_in_both_units_and_keeps_consecutive_ro
     places: dict[int, list[tuple[int, int]]] = {}
     units = list(plan.units())
     for unit in units:
-        for line, document in enumerate(unit.documents.tolist()):
+        for line, document in enumerate(unit.sequences.tolist()):
             places.setdefault(document, []).append((unit.unit, line))
     for document, found in places.items():
         assert len(found) <= 2
@@ -78,7 +85,7 @@ def test_a_straddling_document_runs_alone_in_both_units_and_keeps_consecutive_ro
 def test_units_take_documents_in_corpus_order(plan: Plan) -> None:
     highest = -1
     for unit in plan.units():
-        new = unit.documents[unit.begins]
+        new = unit.sequences[unit.begins]
         if len(new):
             assert sorted(new.tolist()) == list(range(highest + 1, highest + 1 + len(new)))
             highest += len(new)
@@ -88,7 +95,7 @@ def test_units_take_documents_in_corpus_order(plan: Plan) -> None:
 @given(plans())
 def test_a_batch_exceeds_the_budget_only_when_it_is_one_document(plan: Plan) -> None:
     for unit in plan.units():
-        lengths = plan.lengths[unit.documents]
+        lengths = plan.lengths[unit.sequences]
         for batch in set(unit.batches.tolist()):
             members = lengths[unit.batches == batch]
             assert len(members) == 1 or len(members) * members.max() <= plan.batch_tokens
@@ -98,14 +105,13 @@ def test_a_batch_exceeds_the_budget_only_when_it_is_one_document(plan: Plan) -> 
 def test_tokens_run_count_padding_as_a_plain_loop_does(plan: Plan) -> None:
     run = padded = 0
     for unit in plan.units():
-        lengths = plan.lengths[unit.documents]
+        lengths = plan.lengths[unit.sequences]
         run += int(lengths.sum())
         for batch in set(unit.batches.tolist()):
             members = lengths[unit.batches == batch]
             padded += len(members) * int(members.max())
     assert plan.tokens_run() == (run, padded)
-    if plan.rows == "all":
-        assert padded >= run >= plan.n_rows
+    assert padded >= run >= plan.n_rows
 
 
 @given(LENGTHS, st.integers(1, 300))
@@ -129,7 +135,7 @@ def test_batches_are_not_sorted_by_length() -> None:
 
 def test_ragged_texts_pad_little() -> None:
     lengths = np.random.default_rng(0).lognormal(3, 0.6, size=20_000).astype(np.int32) + 1
-    plan = Plan(lengths, "all", 1 << 16, 4096, 0)
+    plan = Plan(lengths, lengths, 1 << 16, 4096, 0)
     run, padded = plan.tokens_run()
     assert padded / run < 1.06
 
@@ -144,7 +150,7 @@ def test_a_unit_has_the_rows_that_the_rules_allow() -> None:
 
 def test_a_billion_tokens_plan_without_python_objects_for_documents() -> None:
     lengths = np.full(2_000_000, 500, np.int32)
-    plan = Plan(lengths, "all", 1 << 20, 65536, 0)
+    plan = Plan(lengths, lengths, 1 << 20, 65536, 0)
     assert plan.n_rows == 10**9
     first = next(plan.units())
     assert int(first.n_rows.sum()) == 1 << 20

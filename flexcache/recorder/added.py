@@ -109,11 +109,24 @@ class Added:
                 hashes = [xxhash.xxh3_128_hexdigest(text.encode()) for text in texts]
                 return documents.column("text_xxh3_128").take(pa.array(places)).to_pylist(), hashes
             return ["tokens"] * len(texts), ["a text"] * len(texts)
+        if self._store.spec.get("windows") is not None:
+            return self._rows_of(places, known.column("tokens").to_pylist())
         lines = np.searchsorted(self._store.tokens.column("document").to_numpy(), places)
         stored = self._store.tokens.column("tokens").take(pa.array(lines)).to_pylist()
         tokens = known.column("tokens").to_pylist()
         limit = self._store.spec.get("max_length")
         return stored, [given if limit is None else given[:limit] for given in tokens]
+
+    def _rows_of(self, places: np.ndarray, given: list[list[int]]) -> tuple[list[Any], list[Any]]:
+        """Return the token of each stored row of known documents, and what is given there."""
+        token_id, position = (self._store.coordinates[name].values for name in ("token_id", "position"))
+        lengths = self._store.documents.column("n_tokens").to_pylist()
+        stored, now = [], []
+        for place, tokens in zip(places.tolist(), given, strict=True):
+            rows = self._store.rows(document=place)
+            stored.append([lengths[place], *token_id[rows].tolist()])
+            now.append([len(tokens), *(tokens[at] for at in position[rows].tolist() if at < len(tokens))])
+        return stored, now
 
 
 def _hashes(ids: pa.Array) -> np.ndarray:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flexcache.errors import DamagedError
+from flexcache.plan import parts
 from flexcache.store.schema import SEQUENCES
 
 
@@ -34,6 +35,8 @@ class Batch:
     keep : tuple of (start, stop)
         Which positions of each sequence are kept; for a mean, which positions are averaged into its one row.
     mean : bool
+    picked : tuple of ndarray of int32, or None
+        Where not all positions from the first to the last are kept: those that are, of each sequence.
     """
 
     unit: int
@@ -43,6 +46,7 @@ class Batch:
     tokens: tuple[np.ndarray, ...]
     keep: tuple[tuple[int, int], ...]
     mean: bool = False
+    picked: tuple[np.ndarray, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -72,6 +76,22 @@ class Batch:
         width = self.shape[1]
         return [(line * width + start, stop - start) for line, (start, stop) in enumerate(self.keep)]
 
+    @cached_property
+    def places(self) -> list[Any]:
+        """What to index the positions of each sequence with, to get those that are kept."""
+        if self.picked is not None:
+            return [places.astype(np.int64) for places in self.picked]
+        return [slice(start, stop) for start, stop in self.keep]
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows of each sequence."""
+        if self.mean:
+            return [1] * len(self.keep)
+        if self.picked is not None:
+            return [len(places) for places in self.picked]
+        return [stop - start for start, stop in self.keep]
+
     def kept(self, values: Any) -> np.ndarray:
         """Return the rows of padded activations, shape (sequences, longest, …), or of a list of one array a sequence.
 
@@ -81,7 +101,7 @@ class Batch:
         -------
         ndarray of shape (rows, …), in the order of `rows`
         """
-        pieces = [np.asarray(values[line])[start:stop] for line, (start, stop) in enumerate(self.keep)]
+        pieces = [np.asarray(values[line])[places] for line, places in enumerate(self.places)]
         if self.mean:
             return np.stack([piece.astype(np.float32).mean(axis=0) for piece in pieces])
         return np.concatenate(pieces)
@@ -92,10 +112,10 @@ def split(batch: Batch, batch_tokens: int) -> list[Batch]:
 
     Rows keep their order. A sequence that is longer than the budget is a batch of its own.
     """
-    parts = _parts([len(tokens) for tokens in batch.tokens], batch_tokens)
-    if len(parts) == 1:
+    cuts = parts([len(tokens) for tokens in batch.tokens], batch_tokens)
+    if len(cuts) == 1:
         return [batch]
-    counts = [1 if batch.mean else stop - start for start, stop in batch.keep]
+    counts = batch.counts
     ends = [batch.rows.start + sum(counts[:line]) for line in range(len(counts) + 1)]
     return [
         replace(
@@ -104,23 +124,10 @@ def split(batch: Batch, batch_tokens: int) -> list[Batch]:
             documents=batch.documents[start:stop],
             tokens=batch.tokens[start:stop],
             keep=batch.keep[start:stop],
+            picked=None if batch.picked is None else batch.picked[start:stop],
         )
-        for start, stop in parts
+        for start, stop in cuts
     ]
-
-
-def _parts(lengths: Sequence[int], budget: int | None) -> list[tuple[int, int]]:
-    """Return where consecutive sequences are parted, so that each part's number times its longest is in the budget."""
-    if budget is None:
-        return [(0, len(lengths))]
-    cuts, widest = [0], 0
-    for line, length in enumerate(lengths):
-        wider = max(widest, length)
-        if line > cuts[-1] and (line + 1 - cuts[-1]) * wider > budget:
-            cuts.append(line)
-            wider = length
-        widest = wider
-    return list(pairwise([*cuts, len(lengths)]))
 
 
 class BatchReader:
@@ -167,7 +174,7 @@ class BatchReader:
             units, batches = table.column("unit").to_numpy(), table.column("batch").to_numpy()
             cuts = np.flatnonzero((np.diff(units) != 0) | (np.diff(batches) != 0)) + 1
             for part in np.split(np.arange(len(table)), cuts):
-                for place, (start, stop) in enumerate(_parts(lengths[part].tolist(), batch_tokens)):
+                for place, (start, stop) in enumerate(parts(lengths[part].tolist(), batch_tokens)):
                     size = (stop - start) * int(lengths[part][start:stop].max())
                     if size > best[0]:
                         best = (size, int(units[part[0]]), int(batches[part[0]]), place)
@@ -186,11 +193,18 @@ class BatchReader:
         lists = table.column("tokens").combine_chunks()
         offsets, flat = lists.offsets.to_numpy(), lists.values.to_numpy(zero_copy_only=False)
         tokens = [flat[start:stop] for start, stop in pairwise(offsets)]
+        picked = None
+        if "keep" in table.column_names:
+            kept = table.column("keep").combine_chunks()
+            places = kept.values.to_numpy(zero_copy_only=False)
+            picked = [places[start:stop] for start, stop in pairwise(kept.offsets.to_numpy())]
         batches = []
         for lines in _runs(column["batch"]):
             first, last = lines[0], lines[-1]
             starts = column["keep_start"][lines]
             stops = [len(tokens[line]) for line in lines] if self._mean else starts + column["n_rows"][lines]
+            if picked is not None:
+                starts, stops = ([int(picked[line][end]) - end for line in lines] for end in (0, -1))
             batches.append(
                 Batch(
                     unit=unit,
@@ -203,6 +217,7 @@ class BatchReader:
                     tokens=tuple(tokens[line] for line in lines),
                     keep=tuple((int(a), int(b)) for a, b in zip(starts, stops, strict=True)),
                     mean=self._mean,
+                    picked=None if picked is None else tuple(picked[line] for line in lines),
                 )
             )
         return batches

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from flexcache import hooks
 from flexcache.documents import open_documents
 from flexcache.hooks.names import peel
 from flexcache.model import describe_model, describe_tokenizer, evaluating, longest_input, vocabulary
+from flexcache.options import Choice, Windows, parse_rows
 from flexcache.parallel.stages import Stages
-from flexcache.plan import RowSelection
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.fingerprint import fingerprint
 from flexcache.recorder.objective import OBJECTIVE, Objective, describe
@@ -41,9 +41,11 @@ def capture(
     layers: Layers = "all",
     transforms: Sequence[Transform] = (),
     objective: Objective | None = None,
-    rows: RowSelection = "all",
+    rows: str | Mapping[str, Any] | Choice = "all",
     dtype: str = "auto",
     max_length: int | None = None,
+    windows: Windows | Mapping[str, Any] | None = None,
+    token_labels: Sequence[str] = (),
     batch_tokens: int = 4096,
     seed: int = 0,
     compression: str = "none",
@@ -86,11 +88,18 @@ def capture(
         What gradients are of: `NextTokenLoss` by default, `LogitDifference`, or a function of the model's output and
         the `Batch`, see `flexcache.recorder.objective.Objective`. Its value is stored as ``objective``.
     rows
-        ``"all"`` tokens, the ``"last"`` or ``"first"`` of each document, or the ``"mean"`` over it.
+        ``"all"`` tokens, the ``"last"`` or ``"first"`` of each document, or the ``"mean"`` over it; or the rules of a
+        `Choice`, such as ``{"every": 4}``, with ``"take"`` for which of the chosen tokens: ``"all"`` by default.
     dtype
         As stored: bfloat16, float16 or float32; ``"auto"`` is as computed.
     max_length
         Tokens after which a document is truncated; by default what the model can read.
+    windows
+        `Windows`, such as ``{"length": 1024, "stride": 512}``: longer documents are cut into windows instead, and each
+        token's row is of the first window that has it.
+    token_labels
+        Columns of the documents with a label for each token, which go into the table of sequences; see
+        `flexcache.sequences.labels.aligned`.
     batch_tokens
         Most tokens of a forward, padding included. Going on with a store, it may be less than before; where a batch
         does not fit into the device's memory, it is halved.
@@ -128,9 +137,11 @@ def capture(
             "sites": parse_sites(sites, layers, optional=bool(transforms)),
             "transforms": {transform.name: transform.describe() for transform in transforms},
             "objective": None if objective is None else describe(objective),
-            "rows": rows,
+            **parse_rows(rows),
             "dtype": dtype,
             "max_length": max_length or longest_input(model, tokenizer),
+            "windows": windows,
+            "token_labels": tuple(token_labels),
             "batch_tokens": batch_tokens,
             "seed": seed,
             "compression": compression,
@@ -139,6 +150,7 @@ def capture(
         },
         "capture",
     )
+    spec.check()
     path = Path(path)
     with evaluating(model), CaptureProgress(progress) as bars, closing(Crew(model)) as crew:
         reading = locate(model, spec, transforms, objective, crew.elsewhere())

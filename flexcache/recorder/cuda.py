@@ -28,9 +28,9 @@ class CudaLane:
     def rows(self, batch: Batch, values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
         """Return the batch's rows as bytes in a tensor of their own on the device, and how many rows they are."""
         if batch.mean:
-            kept = torch.stack([values[i, a:b].float().mean(0) for i, (a, b) in enumerate(batch.keep)])
+            kept = torch.stack([values[i][places].float().mean(0) for i, places in enumerate(batch.places)])
         else:
-            kept = torch.cat([values[i, a:b] for i, (a, b) in enumerate(batch.keep)])
+            kept = torch.cat([values[i][places] for i, places in enumerate(batch.places)])
         content = kept.to(dtype).reshape(-1).view(torch.uint8)
         self._side.wait_stream(torch.cuda.current_stream(values.device))
         content.record_stream(self._side)

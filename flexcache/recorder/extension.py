@@ -145,7 +145,7 @@ def more_documents(
             Added(documents, store, new_only),
             tokenizer,
             folder.parent,
-            max_length=store.spec.get("max_length"),
+            Spec.model_validate(store.spec),
             vocabulary=vocabulary,
             empty=store.spec.get("empty_documents", "error"),
             keep_text=bool(store.spec.get("keep_text", True)),

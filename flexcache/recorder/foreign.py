@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flexcache.documents import open_documents
 from flexcache.errors import ConfigError
 from flexcache.model import describe_tokenizer
-from flexcache.plan import RowSelection
+from flexcache.options import Choice, Windows, parse_rows
 from flexcache.recorder.extension import more_arrays, more_documents, opened
 from flexcache.recorder.fingerprint import check_fingerprint
 from flexcache.recorder.planning import Source, check_same, plan_store, stored_identity
@@ -29,9 +29,11 @@ def record(
     model: str | dict[str, Any],
     tokenizer: Any = None,
     layers: Layers = "all",
-    rows: RowSelection = "all",
+    rows: str | Mapping[str, Any] | Choice = "all",
     dtype: str = "bfloat16",
     max_length: int | None = None,
+    windows: Windows | Mapping[str, Any] | None = None,
+    token_labels: Sequence[str] = (),
     batch_tokens: int = 4096,
     seed: int = 0,
     compression: str = "none",
@@ -75,9 +77,11 @@ def record(
         Spec,
         {
             "sites": dict.fromkeys(sites, layers),
-            "rows": rows,
+            **parse_rows(rows),
             "dtype": dtype,
             "max_length": max_length,
+            "windows": windows,
+            "token_labels": tuple(token_labels),
             "batch_tokens": batch_tokens,
             "seed": seed,
             "compression": compression,
@@ -86,6 +90,7 @@ def record(
         },
         "record",
     )
+    spec.check()
     if spec.dtype == "auto":
         raise ConfigError("dtype auto needs a model", remedy="name the dtype: bfloat16, float16 or float32")
     path = Path(path)

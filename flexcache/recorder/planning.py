@@ -15,7 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from flexcache.documents import Documents
 from flexcache.errors import MismatchError
-from flexcache.plan import Plan, rows_kept, unit_rows
+from flexcache.plan import Plan, unit_rows
 from flexcache.recorder.fingerprint import versions
 from flexcache.sequences import Corpus, Spool, spool
 from flexcache.spec import ArraySpec, Spec
@@ -78,16 +78,17 @@ class Estimate:
 
     Attributes
     ----------
-    rows, documents, units, shard_rows, files : int
+    rows, documents, sequences, units, shard_rows, files : int
     bytes : int
         Of all shard files, before compression.
     tokens, tokens_run, tokens_padded : int
         Of the documents; in all forwards; and with padding.
-    longest_document, truncated_documents, skipped_documents : int
+    longest_document, truncated_documents, skipped_documents, rowless_documents : int
     """
 
     rows: int
     documents: int
+    sequences: int
     units: int
     shard_rows: int
     files: int
@@ -98,6 +99,7 @@ class Estimate:
     longest_document: int
     truncated_documents: int
     skipped_documents: int
+    rowless_documents: int
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the estimate as names and values for people."""
@@ -105,8 +107,10 @@ class Estimate:
         tokens += f", padding {self.tokens_padded / max(1, self.tokens_run) - 1:.1%})"
         cut = f", {self.truncated_documents:,} truncated" if self.truncated_documents else ""
         cut += f", {self.skipped_documents:,} empty ones skipped" if self.skipped_documents else ""
+        cut += f", {self.rowless_documents:,} without rows left out" if self.rowless_documents else ""
+        sequences = f" in {self.sequences:,} sequences" if self.sequences != self.documents else ""
         return [
-            ("documents", f"{self.documents:,}{cut}; the longest has {self.longest_document:,} tokens"),
+            ("documents", f"{self.documents:,}{sequences}{cut}; the longest has {self.longest_document:,} tokens"),
             ("tokens", tokens),
             ("rows", f"{self.rows:,}"),
             ("units", f"{self.units:,} of {self.shard_rows:,} rows"),
@@ -119,13 +123,15 @@ def make_plan(source: Source, folder: Path, progress: Progress) -> tuple[Plan, S
     """Tokenize the documents into *folder* and cut them into units."""
     check_names(source.arrays)
     corpus = tokenized(source, source.documents, folder, progress)
-    plan = planned(source, corpus.lengths)
-    lengths, shard_rows = plan.lengths, plan.shard_rows
+    lengths, cuts = corpus.lengths, corpus.cuts
+    plan = planned(source, cuts.lengths, cuts.kept, linked=cuts.linked)
+    shard_rows = plan.shard_rows
     run, padded = plan.tokens_run()
     n_arrays = sum(len(array.slices) for array in source.arrays)
     estimate = Estimate(
         rows=plan.n_rows,
         documents=len(lengths),
+        sequences=len(cuts.lengths),
         units=plan.n_units,
         shard_rows=shard_rows,
         files=plan.n_units * n_arrays,
@@ -136,6 +142,7 @@ def make_plan(source: Source, folder: Path, progress: Progress) -> tuple[Plan, S
         longest_document=int(lengths.max()),
         truncated_documents=corpus.truncated,
         skipped_documents=corpus.skipped,
+        rowless_documents=corpus.rowless,
     )
     return plan, corpus, estimate
 
@@ -147,7 +154,7 @@ def tokenized(source: Source, documents: Corpus, folder: Path, progress: Progres
         documents,
         source.tokenizer,
         folder,
-        max_length=spec.max_length,
+        spec,
         vocabulary=source.vocabulary,
         empty=spec.empty_documents,
         keep_text=spec.keep_text,
@@ -155,14 +162,19 @@ def tokenized(source: Source, documents: Corpus, folder: Path, progress: Progres
     )
 
 
-def planned(source: Source, lengths: np.ndarray, shard_rows: int | None = None) -> Plan:
-    """Cut documents of these lengths into units, of *shard_rows* where they are only a part of a corpus."""
+def planned(
+    source: Source,
+    lengths: np.ndarray,
+    kept: np.ndarray,
+    shard_rows: int | None = None,
+    linked: np.ndarray | None = None,
+) -> Plan:
+    """Cut sequences of these lengths and rows into units, of *shard_rows* where they are only a part of a corpus."""
     spec = source.spec
-    kept = rows_kept(lengths, spec.rows)
     if shard_rows is None:
-        tokens = int(lengths.sum(dtype=np.int64))
-        shard_rows = unit_rows(int(kept.sum()), int(kept.max()), tokens, source.widest_row, spec.batch_tokens)
-    return Plan(lengths, spec.rows, shard_rows, spec.batch_tokens, spec.seed)
+        tokens, rows = (int(values.sum(dtype=np.int64)) for values in (lengths, kept))
+        shard_rows = unit_rows(rows, int(kept.max()), tokens, source.widest_row, spec.batch_tokens)
+    return Plan(lengths, kept, shard_rows, spec.batch_tokens, spec.seed, linked=linked)
 
 
 def estimate(source: Source, progress: Progress = lambda documents, tokens: None) -> Estimate:

@@ -56,14 +56,14 @@ def rows_of(batch: Batch, values: Any, dtype: np.dtype) -> tuple[np.ndarray, lis
     same = str(values.dtype).removeprefix("torch.") == dtype.name
     if batch.mean:
         content = stored(batch.kept(host(values) if is_torch(values) else values), dtype)
-    elif same:
+    elif same and batch.picked is None:
         content = stored(values, dtype)
         width = len(content) // (batch.shape[0] * batch.shape[1])
         return content, [(start * width, count * width) for start, count in batch.spans]
     elif is_torch(values):
         import torch
 
-        content = stored(torch.cat([values[line, a:b] for line, (a, b) in enumerate(batch.keep)]), dtype)
+        content = stored(torch.cat([values[line][places] for line, places in enumerate(batch.places)]), dtype)
     else:
         content = stored(batch.kept(values), dtype)
     return content, [(0, len(content))]

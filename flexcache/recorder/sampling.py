@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from flexcache.documents.runs import Part, spread
 from flexcache.errors import DocumentsError
-from flexcache.plan import Plan, rows_kept, unit_rows
+from flexcache.plan import Plan, unit_rows
 from flexcache.recorder.planning import Estimate, Progress, Source, planned, tokenized
 from flexcache.sequences import Spool
 from flexcache.store.create import check_names, create, total_bytes
@@ -77,7 +77,8 @@ def sample(
     corpus = tokenized(source, Part(source.documents, runs), folder, progress)
     read = sum(len(run) for run in runs)
     amount = _extrapolated(source, corpus, count / read, seed)
-    plan = planned(source, corpus.lengths, amount.shard_rows)
+    cuts = corpus.cuts
+    plan = planned(source, cuts.lengths, cuts.kept, amount.shard_rows, cuts.linked)
     path, place = folder / "sample.zarr", folder / "making"
     place.mkdir()
     content = {
@@ -96,35 +97,40 @@ def sample(
 
 
 def _extrapolated(source: Source, corpus: Spool, scale: float, seed: int) -> Estimate:
-    lengths, spec = corpus.lengths, source.spec
-    kept = rows_kept(lengths, spec.rows)
+    cuts, spec = corpus.cuts, source.spec
+    lengths, kept, linked = cuts.lengths, cuts.kept, cuts.linked
     tokens = round(int(lengths.sum(dtype=np.int64)) * scale)
     n_rows = round(int(kept.sum()) * scale)
     shard_rows = unit_rows(n_rows, int(kept.max()), tokens, source.widest_row, spec.batch_tokens)
-    several = lengths if scale == 1 else _drawn(lengths, kept, shard_rows, round(len(lengths) * scale), seed)
-    run, padded = planned(source, several, shard_rows).tokens_run()
-    share = tokens / int(several.sum(dtype=np.int64))
-    units = Plan(np.zeros(0, np.int32), spec.rows, shard_rows, spec.batch_tokens, spec.seed, n_rows).n_units
+    if scale != 1:
+        some = _drawn(kept, shard_rows, round(len(lengths) * scale), seed)
+        lengths, kept, linked = lengths[some], kept[some], None
+    run, padded = planned(source, lengths, kept, shard_rows, linked).tokens_run()
+    share = tokens / int(lengths.sum(dtype=np.int64))
+    none = np.zeros(0, np.int32)
+    units = Plan(none, none, shard_rows, spec.batch_tokens, spec.seed, n_rows).n_units
     return Estimate(
         rows=n_rows,
-        documents=round(len(lengths) * scale),
+        documents=round(len(corpus.lengths) * scale),
+        sequences=round(len(cuts.lengths) * scale),
         units=units,
         shard_rows=shard_rows,
         files=units * sum(len(array.slices) for array in source.arrays),
         bytes=total_bytes(source.arrays, n_rows, shard_rows),
-        tokens=tokens,
+        tokens=round(int(corpus.lengths.sum(dtype=np.int64)) * scale),
         tokens_run=round(run * share),
         tokens_padded=round(padded * share),
-        longest_document=int(lengths.max()),
+        longest_document=int(corpus.lengths.max()),
         truncated_documents=round(corpus.truncated * scale),
         skipped_documents=round(corpus.skipped * scale),
+        rowless_documents=round(corpus.rowless * scale),
     )
 
 
-def _drawn(lengths: np.ndarray, kept: np.ndarray, shard_rows: int, most: int, seed: int) -> np.ndarray:
-    """Return lengths of the sample, drawn with replacement, enough for a few units."""
+def _drawn(kept: np.ndarray, shard_rows: int, most: int, seed: int) -> np.ndarray:
+    """Return numbers of sequences of the sample, drawn with replacement, enough for a few units."""
     count = min(most, int(UNITS_SIMULATED * shard_rows / kept.mean()) + 1)
-    return np.random.default_rng(seed).choice(lengths, count)
+    return np.random.default_rng(seed).choice(len(kept), count)
 
 
 def _error(corpus: Spool, runs: list[range], count: int) -> float:

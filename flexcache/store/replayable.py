@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from flexcache.store.store import Store
 
@@ -38,6 +40,8 @@ def replayable(store: Store) -> Replayable:
     reasons = {}
     if store.spec.get("rows") != "all":
         reasons["rows"] = f"rows are the {store.spec.get('rows')} of each document, and a forward needs every token"
+    elif store.spec.get("windows") is not None and len(store.tokens) and _cut(store):
+        reasons["rows"] = "long documents were run in windows, and the rows of what windows share are of one alone"
     if not any(store.arrays[site].layers for site in RESIDUAL if site in store.arrays):
         reasons["site"] = f"no residual stream is stored: there are {', '.join(store.sites)}"
     if not len(store.committed_units):
@@ -45,3 +49,8 @@ def replayable(store: Store) -> Replayable:
     if not store.provenance.get("model", {}).get("weights_sample_xxh3_128"):
         reasons["weights"] = "nothing tells which weights filled it"
     return Replayable(reasons)
+
+
+def _cut(store: Store) -> bool:
+    """Whether a document was cut into several windows."""
+    return int(np.max(store.tokens.column("start").to_numpy())) > 0

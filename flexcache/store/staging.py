@@ -78,7 +78,10 @@ def plan_after(store: Store, corpus: Spool) -> Plan:
         with pq.ParquetFile(store.path / SEQUENCES) as file:
             last = file.read_row_group(file.num_row_groups - 1, columns=["batch"]).column("batch")
             batches = int(last[-1].as_py()) + 1
-    return Plan(corpus.lengths, spec["rows"], store.shard_rows, spec["batch_tokens"], spec["seed"], rows, batches)
+    cuts = corpus.cuts
+    return Plan(
+        cuts.lengths, cuts.kept, store.shard_rows, spec["batch_tokens"], spec["seed"], rows, batches, cuts.linked
+    )
 
 
 def stage_documents(store: Store, folder: Path, plan: Plan, corpus: Spool, entry: dict[str, Any]) -> None:
@@ -139,11 +142,13 @@ def _content(store: Store, plan: Plan, corpus: Spool, total: int, entry: dict[st
     run, padded = plan.tokens_run()
     added = {
         "documents": len(corpus.lengths),
+        **({"sequences": len(corpus.cuts.lengths)} if "sequences" in before else {}),
         "tokens": int(corpus.lengths.sum(dtype=np.int64)),
         "tokens_run": run,
         "tokens_padded": padded,
         "truncated_documents": corpus.truncated,
         "skipped_documents": corpus.skipped,
+        "rowless_documents": corpus.rowless,
     }
     numbers = {
         **before,

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import zarr
 
 from flexcache.errors import DocumentsError
-from flexcache.plan import Plan, UnitPlan, ranges
+from flexcache.plan import Plan
 from flexcache.sequences import Spool
 from flexcache.store.schema import DOCUMENTS, SEQUENCES
+from flexcache.store.unit_tables import UnitTables
 
 GROUP_TOKENS = 1 << 20
 
@@ -41,61 +42,19 @@ def write_tables(
     documents = _TableWriter(store / DOCUMENTS, None if before is None else before / DOCUMENTS)
     sequences = _TableWriter(store / SEQUENCES, None if before is None else before / SEQUENCES)
     rows = {name: _RowWriter(array, plan.first_row) for name, array in coordinates.items()}
+    numbers = np.full(len(corpus.lengths), -1, np.int64)
     n_documents = n_before
     for unit in plan.units():
-        lowest = int(unit.documents.min())
-        table = corpus.take(lowest, int(unit.documents.max()) + 1).take(pa.array(unit.documents - lowest))
-        tokens = table.column("tokens").combine_chunks()
-        lengths = np.diff(tokens.offsets.to_numpy())
-        numbers = n_documents - int(not unit.begins[0]) + np.arange(len(unit.documents))
-        sequences.write(_sequence_table(unit, numbers, tokens), int(lengths.sum()))
-        documents.write(_document_table(unit, table, lengths, plan), len(table))
-        for name, values in _coordinates(unit, numbers, tokens, plan).items():
+        tables = UnitTables(unit, corpus, numbers, n_documents)
+        sequences.write(tables.sequences(), int(plan.lengths[unit.sequences].sum(dtype=np.int64)))
+        documents.write(tables.documents(), len(tables.new))
+        for name, values in tables.coordinates().items():
             rows[name].write(values)
-        n_documents += int(unit.begins.sum())
+        n_documents += len(tables.new)
     documents.close()
     sequences.close()
     for writer in rows.values():
         writer.close()
-
-
-def _sequence_table(unit: UnitPlan, numbers: np.ndarray, tokens: pa.ListArray) -> pa.Table:
-    count = len(numbers)
-    return pa.table(
-        {
-            "document": pa.array(numbers, pa.int64()),
-            "unit": pa.array(np.full(count, unit.unit, np.int32)),
-            "batch": pa.array(unit.batches),
-            "start": pa.array(np.zeros(count, np.int32)),
-            "tokens": tokens,
-            "keep_start": pa.array(unit.keep_start),
-            "n_rows": pa.array(unit.n_rows),
-            "row_start": pa.array(unit.row_start),
-        }
-    )
-
-
-def _document_table(unit: UnitPlan, table: pa.Table, lengths: np.ndarray, plan: Plan) -> pa.Table:
-    total = lengths if plan.rows == "all" else np.ones_like(lengths)
-    table = table.drop_columns(["tokens"])
-    table = table.add_column(2, "n_tokens", pa.array(lengths, pa.int32()))
-    table = table.append_column("row_start", pa.array(unit.row_start))
-    table = table.append_column("n_rows", pa.array(total, pa.int64()))
-    return table.filter(pa.array(unit.begins))
-
-
-def _coordinates(unit: UnitPlan, numbers: np.ndarray, tokens: pa.ListArray, plan: Plan) -> dict[str, np.ndarray]:
-    document = np.repeat(numbers, unit.n_rows)
-    if plan.rows == "mean":
-        none = np.full(len(document), -1, np.int32)
-        return {"token_id": none, "position": none, "document": document}
-    offsets = tokens.offsets.to_numpy()[:-1]
-    flat = tokens.values.to_numpy(zero_copy_only=False)
-    return {
-        "token_id": flat[ranges(offsets + unit.keep_start, unit.n_rows)],
-        "position": ranges(unit.keep_start, unit.n_rows).astype(np.int32),
-        "document": document,
-    }
 
 
 class _TableWriter:

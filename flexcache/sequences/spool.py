@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -11,10 +12,15 @@ import pyarrow as pa
 import xxhash
 
 from flexcache.errors import DocumentsError
-from flexcache.plan import ranges
+from flexcache.options import SequenceOptions
+from flexcache.sequences.choice import chosen, first_or_last
+from flexcache.sequences.cuts import Cuts, Whole, Windowed
+from flexcache.sequences.encoding import Encoded, Tokenizer, encode
+from flexcache.sequences.labels import aligned
 
-Tokenizer = Callable[..., Any]
 PART_BYTES = 64 << 20
+KEPT = "kept"
+"""The column of a spool that has the places of the tokens that are rows, where not all are."""
 
 
 class Corpus(Protocol):
@@ -32,19 +38,25 @@ class Spool:
 
     Attributes
     ----------
+    options : SequenceOptions
     lengths : ndarray of int32, shape (documents,)
-    truncated, skipped : int
-        Documents that were cut to the maximum length, and empty ones that were left out.
+    rows : ndarray of int32, shape (documents,)
+        Rows of each document.
+    truncated, skipped, rowless : int
+        Documents that were cut to the maximum length; empty ones, and such without rows, that were left out.
     digest : str
         XXH3-128 of ids and tokens in order: what the corpus is, for this tokenizer.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, options: SequenceOptions | None = None) -> None:
         self.folder = folder
-        self.truncated = 0
-        self.skipped = 0
+        self.options = options or SequenceOptions()
+        self.truncated = self.skipped = self.rowless = 0
         self._hasher = xxhash.xxh3_128()
         self._lengths: list[np.ndarray] = []
+        self._rows: list[np.ndarray] = []
+        windows = self.options.windows
+        self._windowed = windows and Windowed(*windows.sizes(self.options.max_length))
         self._starts = [0]
         self._pending: list[pa.RecordBatch] = []
         self._schemas: list[pa.Schema] = []
@@ -57,6 +69,18 @@ class Spool:
         return self._lengths[0]
 
     @property
+    def rows(self) -> np.ndarray:
+        """Rows of each document, shape (documents,)."""
+        if len(self._rows) != 1:
+            self._rows = [np.concatenate([np.zeros(0, np.int32), *self._rows])]
+        return self._rows[0]
+
+    @cached_property
+    def cuts(self) -> Cuts:
+        """The sequences of all documents; to be asked for when all are there."""
+        return self._windowed or Whole(self.lengths, self.rows)
+
+    @property
     def digest(self) -> str:
         """Hex digest of ids and tokens in order."""
         return self._hasher.hexdigest()
@@ -66,11 +90,24 @@ class Spool:
         """The columns of `take`: those of all parts, in types that hold every part's values."""
         return pa.unify_schemas(self._schemas, promote_options="permissive")
 
-    def append(self, batch: pa.RecordBatch) -> None:
-        """Add documents with columns ``id`` and ``tokens`` (list of int32)."""
+    def append(self, batch: pa.RecordBatch, kept: np.ndarray | None = None) -> None:
+        """Add documents with columns ``id`` and ``tokens`` (list of int32).
+
+        Parameters
+        ----------
+        kept : ndarray of bool, shape (tokens,)
+            Which tokens are rows, or are averaged into one; None for all.
+        """
         tokens = batch.column("tokens")
         lengths = np.diff(tokens.offsets.to_numpy()).astype(np.int32)
+        rows = lengths
+        if kept is not None:
+            places, rows = _places(kept, lengths)
+            batch = batch.append_column(KEPT, places)
+        if self._windowed:
+            self._windowed.append(lengths, kept)
         self._lengths.append(lengths)
+        self._rows.append(np.ones_like(lengths) if self.options.rows == "mean" else rows)
         self._hasher.update("\0".join(batch.column("id").to_pylist()).encode())
         self._hasher.update(lengths.tobytes())
         self._hasher.update(np.ascontiguousarray(tokens.flatten().to_numpy(zero_copy_only=False)).tobytes())
@@ -118,8 +155,8 @@ def spool(
     documents: Corpus,
     tokenizer: Tokenizer | None,
     folder: Path,
+    options: SequenceOptions,
     *,
-    max_length: int | None = None,
     vocabulary: int | None = None,
     empty: Literal["error", "skip"] = "error",
     keep_text: bool = True,
@@ -133,8 +170,9 @@ def spool(
     tokenizer
         A Hugging Face tokenizer, or any callable from a list of texts to a list of token lists. None where the
         documents are tokens already.
-    max_length
-        Tokens after which a document is truncated; a Hugging Face tokenizer keeps its closing special tokens.
+    options
+        Which tokens are rows, and how long documents become sequences. A truncated text keeps the closing special
+        tokens of a Hugging Face tokenizer.
     vocabulary
         Number of token ids that the model knows; another id is refused here, before any forward.
     empty
@@ -149,16 +187,19 @@ def spool(
     Raises
     ------
     DocumentsError
-        No documents, an empty one, texts without a tokenizer or tokens with one, an unknown token id.
+        No documents, an empty one, texts without a tokenizer or tokens with one, an unknown token id; labels or spans
+        that do not fit their documents.
+    ConfigError
+        See `SequenceOptions.check`.
     """
-    result = Spool(folder)
+    options.check()
+    result = Spool(folder, options)
     index, tokens_done = first_index, 0
     for batch in documents.batches():
         source_index = np.arange(index, index + len(batch), dtype=np.int64)
         index += len(batch)
-        tokens, truncated = _tokens(batch, tokenizer, max_length)
-        lengths = np.diff(tokens.offsets.to_numpy())
-        if len(blank := np.flatnonzero(lengths == 0)):
+        encoded = encode(batch, tokenizer, options)
+        if len(blank := np.flatnonzero(encoded.lengths == 0)):
             if empty == "error":
                 raise DocumentsError(
                     f"document {batch.column('id')[int(blank[0])].as_py()!r} has no tokens",
@@ -166,71 +207,44 @@ def spool(
                     expected="at least one token",
                     remedy="remove it, or skip all such documents with empty_documents: skip",
                 )
-            keep = np.flatnonzero(lengths)
-            batch, tokens = batch.take(pa.array(keep)), tokens.take(pa.array(keep))
-            source_index, truncated = source_index[keep], truncated[keep]
             result.skipped += len(blank)
-        if not len(batch):
-            continue
-        _check_ids(batch, tokens, vocabulary)
-        result.truncated += int(truncated.sum())
-        result.append(_record(batch, tokens, source_index, keep_text))
-        tokens_done += len(tokens.flatten())
-        progress(index - first_index, tokens_done)
+        _check_ids(batch, encoded.tokens, vocabulary)
+        kept = first_or_last(chosen(batch, encoded, tokenizer, options), encoded.lengths, options.rows)
+        labels = {name: aligned(batch, encoded, name) for name in options.token_labels}
+        result.truncated += int(encoded.truncated.sum())
+        record = _record(batch, encoded, source_index, keep_text, labels)
+        some = encoded.lengths > 0
+        if kept is not None:
+            rowless = some & (np.add.reduceat(np.append(kept, 0), encoded.starts) == 0)
+            result.rowless += int(rowless.sum())
+            some &= ~rowless
+        if not some.all():
+            kept = None if kept is None else kept[np.repeat(some, encoded.lengths)]
+            record = record.take(pa.array(np.flatnonzero(some)))
+        if len(record):
+            result.append(record, kept)
+            tokens_done += int(encoded.lengths[some].sum())
+            progress(index - first_index, tokens_done)
     result.flush()
     if not len(result.lengths):
+        left_out = f", {result.skipped} of them empty" + (f", {result.rowless} without rows" if result.rowless else "")
         raise DocumentsError(
             "there are no documents",
             where=str(documents.describe().get("files", "the corpus")),
             expected="at least one document with at least one token",
-            found=f"{index - first_index} documents, {result.skipped} of them empty",
+            found=f"{index - first_index} documents{left_out}",
         )
     return result
 
 
-def _tokens(
-    batch: pa.RecordBatch, tokenizer: Tokenizer | None, max_length: int | None
-) -> tuple[pa.ListArray, np.ndarray]:
-    """Return the batch's tokens as a list<int32> array without nulls, and which documents were truncated."""
-    if "tokens" in batch.schema.names:
-        given = batch.column("tokens")
-        starts, lengths = given.offsets.to_numpy()[:-1], np.diff(given.offsets.to_numpy())
-        kept = lengths if max_length is None else np.minimum(lengths, max_length)
-        flat = given.values.to_numpy(zero_copy_only=False)[ranges(starts, kept)]
-        return _list_array(flat, kept), kept < lengths
-    if tokenizer is None:
-        raise DocumentsError(
-            "the documents are texts, but there is no tokenizer",
-            expected="a tokenizer, or documents with tokens",
-            remedy="pass the model's tokenizer; with tokenizer=None each document needs a list of tokens",
-        )
-    texts = batch.column("text").to_pylist()
-    lists = list(_encode(tokenizer, texts))
-    if len(lists) != len(texts):
-        raise DocumentsError(
-            "the tokenizer did not return one token list a text",
-            expected=f"{len(texts)} lists",
-            found=f"{len(lists)}",
-        )
-    truncated = np.array([max_length is not None and len(item) > max_length for item in lists], dtype=bool)
-    for place in np.flatnonzero(truncated):
-        lists[place] = _encode(tokenizer, [texts[place]], max_length)[0][:max_length]
-    flat = np.concatenate([np.zeros(0, np.int32), *(np.asarray(item, np.int32) for item in lists)])
-    return _list_array(flat, np.array([len(item) for item in lists])), truncated
-
-
-def _list_array(flat: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, pa.int32()))
-
-
-def _encode(tokenizer: Tokenizer, texts: list[str], max_length: int | None = None) -> Any:
-    if not hasattr(tokenizer, "convert_tokens_to_ids"):  # a plain callable
-        return tokenizer(texts)
-    options = {"truncation": True, "max_length": max_length} if max_length is not None else {}
-    return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options)[
-        "input_ids"
-    ]
+def _places(kept: np.ndarray, lengths: np.ndarray) -> tuple[pa.ListArray, np.ndarray]:
+    """Return the places of kept tokens in their documents as a list<int32> array, and their numbers."""
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    places = np.flatnonzero(kept)
+    document = np.searchsorted(starts, places, side="right") - 1
+    offsets = np.append(0, np.cumsum(np.bincount(document, minlength=len(lengths)))).astype(np.int32)
+    values = pa.array((places - starts[document]).astype(np.int32))
+    return pa.ListArray.from_arrays(pa.array(offsets), values), np.diff(offsets).astype(np.int32)
 
 
 def _check_ids(batch: pa.RecordBatch, tokens: pa.ListArray, vocabulary: int | None) -> None:
@@ -247,16 +261,22 @@ def _check_ids(batch: pa.RecordBatch, tokens: pa.ListArray, vocabulary: int | No
         )
 
 
-def _record(batch: pa.RecordBatch, tokens: pa.ListArray, source_index: np.ndarray, keep_text: bool) -> pa.RecordBatch:
+def _record(
+    batch: pa.RecordBatch,
+    encoded: Encoded,
+    source_index: np.ndarray,
+    keep_text: bool,
+    labels: dict[str, pa.ListArray],
+) -> pa.RecordBatch:
     columns: dict[str, Any] = {
         "id": batch.column("id"),
         "source_index": pa.array(source_index),
-        "tokens": tokens,
+        "tokens": encoded.tokens,
     }
     for name in batch.schema.names:
         if name == "text" and not keep_text:
             texts = batch.column("text").to_pylist()
             columns["text_xxh3_128"] = pa.array([xxhash.xxh3_128_hexdigest(text.encode()) for text in texts])
-        elif name not in columns:
+        elif name not in columns and name not in labels:
             columns[name] = batch.column(name)
-    return pa.RecordBatch.from_pydict(columns)
+    return pa.RecordBatch.from_pydict(columns | labels)

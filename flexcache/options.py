@@ -1,0 +1,135 @@
+"""How documents become sequences and rows: the options of it, as a configuration and a store have them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from flexcache.errors import ConfigError
+
+RowSelection = Literal["all", "last", "first", "mean", "some"]
+"""Which tokens are rows; ``some`` is those of a `Choice`."""
+WORDS = ("all", "last", "first", "mean")
+
+
+class Windows(BaseModel):
+    """Long documents cut into windows that overlap; the first window that sees a token keeps its row."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    length: int | None = Field(None, ge=1, description="tokens of a window; by default max_length")
+    stride: int | None = Field(
+        None, ge=1, description="tokens from one window's start to the next's; by default length"
+    )
+
+    def sizes(self, max_length: int | None) -> tuple[int, int]:
+        """Return length and stride in tokens.
+
+        Raises
+        ------
+        ConfigError
+            There is no length, it is more than the model reads, or the stride would leave tokens out.
+        """
+        length = self.length or max_length
+        if length is None:
+            raise ConfigError("windows need a length", remedy="say how many tokens: windows: {length: 1024}")
+        if max_length is not None and length > max_length:
+            raise ConfigError(
+                "a window is longer than a sequence may be",
+                expected=f"at most {max_length} tokens, by max_length or by what the model reads",
+                found=str(length),
+            )
+        stride = self.stride or length
+        if stride > length:
+            raise ConfigError(
+                "the stride of windows leaves tokens out", expected=f"at most the length, {length}", found=str(stride)
+            )
+        return length, stride
+
+
+class Choice(BaseModel):
+    """Rules that choose tokens; a token is chosen where all rules that are given choose it.
+
+    The rules are applied in the order of the fields: *every* counts the tokens that those before it left.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    specials: bool = Field(True, description="false drops the tokenizer's special tokens")
+    character_spans: str | None = Field(
+        None, description="a column of lists of {start, end}, in characters of the text"
+    )
+    token_spans: str | None = Field(None, description="a column of lists of {start, end}, in tokens of the document")
+    mask: str | None = Field(None, description="a column of lists of true and false, one for each token")
+    every: int | None = Field(None, ge=1, description="the first and every n-th after it")
+    fraction: float | None = Field(None, gt=0, le=1, description="each token with this probability")
+    seed: int = Field(0, ge=0, description="of the fraction; the draw is the document's own, by its id")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of the documents that the rules read."""
+        return tuple(name for name in (self.character_spans, self.token_spans, self.mask) if name)
+
+
+class SequenceOptions(BaseModel):
+    """What determines the sequences of a corpus and their rows, for a tokenizer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rows: RowSelection = Field("all", description="which tokens of a document become rows")
+    choice: Choice | None = Field(None, description="the tokens that rows are all, the last, the first or the mean of")
+    max_length: int | None = Field(None, ge=1, description="tokens of a document after which it is truncated")
+    windows: Windows | None = Field(None, description="long documents in windows, in place of truncation")
+    token_labels: tuple[str, ...] = Field((), description="columns with a label for each token")
+
+    def within(self, longest: int | None) -> Self:
+        """Return the options for a model that reads at most so many tokens, where max_length is not given."""
+        return self if self.max_length else self.model_copy(update={"max_length": longest})
+
+    def check(self) -> None:
+        """Refuse options that contradict each other.
+
+        Raises
+        ------
+        ConfigError
+        """
+        if self.windows is not None:
+            self.windows.sizes(self.max_length)
+            if self.rows == "mean":
+                raise ConfigError(
+                    "the mean of a document is taken of one sequence, and windows make several of it",
+                    remedy="leave windows out, or keep rows: all and take means afterwards",
+                )
+
+
+def parse_rows(rows: Any) -> dict[str, Any]:
+    """Return ``rows`` and ``choice`` of `SequenceOptions` from what a person writes.
+
+    A word, or the rules of a `Choice` as a mapping, with ``take`` for what is kept of the chosen tokens: all (the
+    default), the last, the first or the mean of each document.
+
+    Raises
+    ------
+    ConfigError
+        Another form. What is wrong inside of it, `flexcache.spec.validate` says.
+    """
+    if isinstance(rows, str):
+        if rows not in WORDS:
+            raise ConfigError(f"rows cannot be {rows!r}", expected=f"{', '.join(WORDS)}, or a mapping of rules")
+        return {"rows": rows, "choice": None}
+    if isinstance(rows, Choice):
+        return {"rows": "some", "choice": rows.model_dump()}
+    if not isinstance(rows, dict):
+        raise ConfigError(
+            "rows cannot be read",
+            expected=f"{', '.join(WORDS)}, or a mapping of rules such as {{every: 4}}",
+            found=repr(rows),
+        )
+    rules = {name: value for name, value in rows.items() if name != "take"}
+    take = rows.get("take", "all")
+    if take not in WORDS:
+        raise ConfigError(f"rows cannot take {take!r}", expected=", ".join(WORDS))
+    if not rules:
+        return {"rows": take, "choice": None}
+    return {"rows": "some" if take == "all" else take, "choice": rules}

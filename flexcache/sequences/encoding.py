@@ -1,0 +1,145 @@
+"""The tokens of documents, with where they are in the text and whether they were truncated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from flexcache.errors import ConfigError, DocumentsError
+from flexcache.options import SequenceOptions
+from flexcache.plan import ranges
+
+Tokenizer = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch of documents as tokens.
+
+    Attributes
+    ----------
+    tokens : list<int32> array, shape (documents,), without nulls
+    truncated : ndarray of bool, shape (documents,)
+    characters : ndarray of int64, shape (tokens, 2), or None
+        First character of each token in its text and the one after its last, 0 and 0 for a token that was added; None
+        where nothing asks for them, or the documents are tokens.
+    """
+
+    tokens: pa.ListArray
+    truncated: np.ndarray
+    characters: np.ndarray | None = None
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document: int64, shape (documents,)."""
+        return np.diff(self.tokens.offsets.to_numpy()).astype(np.int64)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Place of each document's first token among those of all: int64, shape (documents,)."""
+        return np.cumsum(self.lengths) - self.lengths
+
+    @cached_property
+    def flat(self) -> np.ndarray:
+        """The tokens of all documents, one after the other: int32."""
+        return np.asarray(self.tokens.flatten().to_numpy(zero_copy_only=False))
+
+    @cached_property
+    def document(self) -> np.ndarray:
+        """The document of each token: int64, shape (tokens,)."""
+        return np.repeat(np.arange(len(self.lengths)), self.lengths)
+
+
+def encode(batch: pa.RecordBatch, tokenizer: Tokenizer | None, options: SequenceOptions) -> Encoded:
+    """Return the tokens of a batch of documents, truncated where there are no windows.
+
+    Raises
+    ------
+    DocumentsError
+        Texts without a tokenizer; a tokenizer that does not return one list a text.
+    ConfigError
+        Places of tokens in the text are asked for, and the tokenizer does not know them.
+    """
+    limit = None if options.windows is not None else options.max_length
+    if "tokens" in batch.schema.names:
+        return _given(batch.column("tokens"), limit)
+    if tokenizer is None:
+        raise DocumentsError(
+            "the documents are texts, but there is no tokenizer",
+            expected="a tokenizer, or documents with tokens",
+            remedy="pass the model's tokenizer; with tokenizer=None each document needs a list of tokens",
+        )
+    texts = batch.column("text").to_pylist()
+    places = _needs_places(batch, tokenizer, options)
+    lists, offsets = _encode(tokenizer, texts, places)
+    if len(lists) != len(texts):
+        raise DocumentsError(
+            "the tokenizer did not return one token list a text",
+            expected=f"{len(texts)} lists",
+            found=f"{len(lists)}",
+        )
+    truncated = np.array([limit is not None and len(item) > limit for item in lists], dtype=bool)
+    for place in np.flatnonzero(truncated):
+        shorter, where = _encode(tokenizer, [texts[place]], places, limit)
+        lists[place] = shorter[0][:limit]
+        if places:
+            offsets[place] = where[0][:limit]
+    flat = np.concatenate([np.zeros(0, np.int32), *(np.asarray(item, np.int32) for item in lists)])
+    characters = np.concatenate([np.zeros((0, 2), np.int64), *map(_pairs, offsets)]) if places else None
+    return Encoded(list_array(flat, np.array([len(item) for item in lists], np.int64)), truncated, characters)
+
+
+def list_array(flat: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
+    """Return values, one document's after the other's, as a list<int32> array."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, pa.int32()))
+
+
+def is_spans(kind: pa.DataType) -> bool:
+    """Whether a column holds lists of ``{start, end, …}``."""
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+        return False
+    return {"start", "end"} <= {kind.value_type.field(i).name for i in range(kind.value_type.num_fields)}
+
+
+def _given(tokens: pa.ListArray, limit: int | None) -> Encoded:
+    starts, lengths = tokens.offsets.to_numpy()[:-1], np.diff(tokens.offsets.to_numpy())
+    kept = lengths if limit is None else np.minimum(lengths, limit)
+    flat = tokens.values.to_numpy(zero_copy_only=False)[ranges(starts, kept)]
+    return Encoded(list_array(flat, kept), kept < lengths)
+
+
+def _needs_places(batch: pa.RecordBatch, tokenizer: Tokenizer, options: SequenceOptions) -> bool:
+    labels = [name for name in options.token_labels if name in batch.schema.names]
+    by_spans = any(is_spans(batch.schema.field(name).type) for name in labels)
+    needed = by_spans or (options.choice is not None and options.choice.character_spans is not None)
+    if needed and not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(
+            "the tokenizer does not say where in the text its tokens are",
+            expected="a fast tokenizer of transformers, for spans of characters",
+            found=type(tokenizer).__name__,
+            remedy="give spans of tokens instead, with documents of tokens",
+        )
+    return needed
+
+
+def _pairs(offsets: Any) -> np.ndarray:
+    return np.asarray(offsets, np.int64).reshape(-1, 2)
+
+
+def _encode(
+    tokenizer: Tokenizer, texts: list[str], places: bool, max_length: int | None = None
+) -> tuple[list[Any], list[Any]]:
+    """Return the tokens of texts, and where in the text they are, if that is asked for."""
+    if not hasattr(tokenizer, "convert_tokens_to_ids"):  # a plain callable
+        return list(tokenizer(texts)), []
+    options: dict[str, Any] = {"truncation": True, "max_length": max_length} if max_length is not None else {}
+    if places:
+        options["return_offsets_mapping"] = True
+    found = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options)
+    return list(found["input_ids"]), list(found["offset_mapping"]) if places else []

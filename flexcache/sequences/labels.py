@@ -1,0 +1,46 @@
+"""Labels of single tokens, from columns of the documents."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from flexcache.errors import DocumentsError
+from flexcache.sequences.choice import column_type, list_lengths, spans
+from flexcache.sequences.encoding import Encoded, is_spans
+
+
+def aligned(batch: pa.RecordBatch, encoded: Encoded, column: str) -> pa.ListArray:
+    """Return the labels of a column as lists with an entry for each token of a document.
+
+    A column of lists of values has one for each token. One of lists of ``{start, end, label}`` has spans: of characters
+    where the documents are texts, of tokens where they are tokens; tokens in no span have null, and of spans that
+    overlap, the later one counts.
+
+    Raises
+    ------
+    DocumentsError
+        There is no such column, or it does not fit a document.
+    """
+    kind = column_type(batch, column)
+    offsets = pa.array(np.append(0, np.cumsum(encoded.lengths)).astype(np.int32))
+    if not is_spans(kind):
+        lengths = list_lengths(batch, encoded, column)
+        lists = batch.column(column)
+        values = lists.flatten()
+        if (lengths != encoded.lengths).any():  # truncated
+            begin = np.cumsum(lengths) - lengths
+            values = values.take(pa.array(np.arange(len(encoded.flat)) - (encoded.starts - begin)[encoded.document]))
+        return pa.ListArray.from_arrays(offsets, values)
+    fields = [kind.value_type.field(i) for i in range(kind.value_type.num_fields)]
+    label = next((field for field in fields if field.name == "label"), None)
+    if label is None:
+        raise DocumentsError(
+            f"the spans of column {column!r} have no label",
+            expected="lists of {start, end, label}",
+            found=", ".join(field.name for field in fields),
+        )
+    found = np.full(len(encoded.flat), None, object)
+    for places, span in spans(batch, encoded, column, characters="tokens" not in batch.schema.names):
+        found[places] = span["label"]
+    return pa.ListArray.from_arrays(offsets, pa.array(found.tolist(), label.type))
