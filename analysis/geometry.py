@@ -142,12 +142,13 @@ def project(
         *found* is not of this store's site, or the store does not keep every token.
     """
     site = str(found.attrs.get("site", ""))
-    if site not in store.sites or found.sizes["kept"] < components or store.spec.get("rows", "all") != "all":
+    rows = store.spec.get("rows", "all") if store.spec.get("windows") is None else "of windows"
+    if site not in store.sites or found.sizes["kept"] < components or rows != "all":
         raise AnalysisError(
             "the rows cannot be projected",
             where=str(store.path),
             expected=f"a result of pca over a site of the store, with at least {components} components, and rows: all",
-            found=f"site {site!r}, {found.sizes['kept']} components, rows: {store.spec.get('rows', 'all')}",
+            found=f"site {site!r}, {found.sizes['kept']} components, rows: {rows}",
         )
     layers = [int(layer) for layer in found["layer"].values]
     stacked = layers != [-1]

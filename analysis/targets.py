@@ -51,9 +51,12 @@ def read(store: Any, text: str) -> list[str | TokenTarget | DocumentTarget]:
     """Return the targets that a text means for a store.
 
     A column of the documents; of a column of lists of words, a target for each word; of a column of lists of
-    ``{start, end, label}``, the labels of tokens; or ``token_id``, ``position`` or ``document``.
+    ``{start, end, label}``, the labels of tokens; a label that the tokens were captured with; or ``token_id``,
+    ``position`` or ``document``.
     """
     table = store.documents
+    if text in store.token_labels:
+        return [TokenTarget(text, lambda other: other.token_label(text))]
     if text in table.column_names:
         kind = table.schema.field(text).type
         if pa.types.is_list(kind) or pa.types.is_large_list(kind):

@@ -329,14 +329,15 @@ def _choose_rows(store: Readable, rows: Rows | None) -> Rows:
         return rows
     if rows not in get_args(RowWord):
         raise AnalysisError(f"rows cannot be {rows!r}", remedy=nearest(str(rows), get_args(RowWord)))
-    if stored != "all" and rows not in (stored, "all"):
+    one = stored in ("last", "first", "mean")
+    if one and rows not in (stored, "all"):
         raise AnalysisError(
             f"the store does not hold the {rows} of each document",
             expected=f"rows={stored!r}, which is what was captured",
             found=f"rows={rows!r}",
             remedy=f'leave rows out, or capture again with rows: all or rows: "{rows}"',
         )
-    return stored if stored != "all" else rows  # type: ignore[return-value]
+    return stored if one else rows  # type: ignore[return-value]
 
 
 def choose_layers(store: Readable, site: str, layers: Layers) -> tuple[int | None, ...]:

@@ -116,16 +116,12 @@ def parse_rows(rows: Any) -> dict[str, Any]:
     """
     if isinstance(rows, str):
         if rows not in WORDS:
-            raise ConfigError(f"rows cannot be {rows!r}", expected=f"{', '.join(WORDS)}, or a mapping of rules")
+            raise _bad_rows(rows)
         return {"rows": rows, "choice": None}
     if isinstance(rows, Choice):
         return {"rows": "some", "choice": rows.model_dump()}
     if not isinstance(rows, dict):
-        raise ConfigError(
-            "rows cannot be read",
-            expected=f"{', '.join(WORDS)}, or a mapping of rules such as {{every: 4}}",
-            found=repr(rows),
-        )
+        raise _bad_rows(rows)
     rules = {name: value for name, value in rows.items() if name != "take"}
     take = rows.get("take", "all")
     if take not in WORDS:
@@ -133,3 +129,11 @@ def parse_rows(rows: Any) -> dict[str, Any]:
     if not rules:
         return {"rows": take, "choice": None}
     return {"rows": "some" if take == "all" else take, "choice": rules}
+
+
+def _bad_rows(rows: Any) -> ConfigError:
+    return ConfigError(
+        "key 'rows' has a value that cannot be used",
+        expected=f"{', '.join(WORDS)}, or a mapping of rules such as {{every: 4}}",
+        found=repr(rows),
+    )

@@ -181,7 +181,7 @@ class Plan:
 
 
 def _shared(linked: np.ndarray | None, count: int, inward: int, outward: int) -> tuple[int, int]:
-    """Return where the sequences of a unit begin and end that share a document with no other unit: those may be ordered.
+    """Return where those of a unit's sequences begin and end that share a document with no other unit.
 
     *linked* may have one entry more than the unit has sequences: whether the unit after it goes on with its last.
     """

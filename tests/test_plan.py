@@ -69,7 +69,7 @@ def test_a_straddling_document_runs_alone_in_both_units_and_keeps_consecutive_ro
         if len(found) == 2:
             (first, a), (second, b) = found
             assert second == first + 1
-            assert a == len(units[first].documents) - 1
+            assert a == len(units[first].sequences) - 1
             assert b == 0
             for number, line in found:
                 batch = units[number].batches

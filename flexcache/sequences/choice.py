@@ -172,7 +172,7 @@ def _rank(kept: np.ndarray, encoded: Encoded) -> np.ndarray:
 def _drawn(batch: pa.RecordBatch, encoded: Encoded, choice: Choice) -> np.ndarray:
     assert choice.fraction is not None
     draws = [
-        np.random.default_rng([choice.seed, xxhash.xxh3_64_intdigest(name)]).random(count)
+        np.random.default_rng([choice.seed, xxhash.xxh3_64_intdigest(name.encode())]).random(count)
         for name, count in zip(batch.column("id").to_pylist(), encoded.lengths.tolist())
     ]
     return np.concatenate([np.zeros(0), *draws]) < choice.fraction

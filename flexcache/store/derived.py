@@ -121,7 +121,7 @@ def check_begun_alike(store: Store, derived: Derived) -> None:
         raise MismatchError(
             "the target is a store already, and another one",
             where=str(store.path),
-            found="\n    ".join(["", *different[:12], *(["…"] if len(different) > 12 else [])]),
+            found="\n    ".join(["", *different[:16], *(["…"] if len(different) > 16 else [])]),
             remedy="give the same command to go on with it, or another target",
         )
 

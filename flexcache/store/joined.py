@@ -44,13 +44,12 @@ def matching_rows(store: Store, other: Store) -> np.ndarray:
         raise AnalysisError("a store has no documents", where=str(other.path))
     coordinates = {name: np.asarray(v.values) for name, v in other.coordinates.items()}
     of = document[coordinates["document"]]
-    start = store.documents["row_start"].to_numpy()[of].astype(np.int64)
-    count = store.documents["n_rows"].to_numpy()[of]
     own = {name: np.asarray(v.values) for name, v in store.coordinates.items()}
-    first = own["position"][np.minimum(start, store.n_rows - 1)]
-    offset = coordinates["position"] - first
-    inside = (of >= 0) & (offset >= 0) & (offset < count)
-    found = np.where(inside, start + offset, -1)
+    there = (own["document"] << 32) + own["position"]  # ascending, as rows are
+    wanted = (of << 32) + coordinates["position"]
+    at = np.minimum(np.searchsorted(there, wanted), len(there) - 1)
+    inside = (of >= 0) & (there[at] == wanted)
+    found = np.where(inside, at, -1)
     differs = inside & (own["token_id"][np.maximum(found, 0)] != coordinates["token_id"])
     if differs.any():
         row = int(np.flatnonzero(differs)[0])

@@ -19,6 +19,7 @@ from flexcache.plan import ranges
 from flexcache.spec import ArraySpec
 from flexcache.store import display, xarray_engine
 from flexcache.store.description import described
+from flexcache.store.labels import label_names, row_labels
 from flexcache.store.ledger import Ledger
 from flexcache.store.reader import RowReader
 from flexcache.store.replayable import Replayable, replayable
@@ -81,6 +82,21 @@ class Store(Mapping[str, xr.DataArray]):
     def coordinates(self) -> dict[str, xr.Variable]:
         """Token id, position and document of every row; -1 for token and position of a mean."""
         return {name: xr.Variable(("token",), self._coordinate(name)) for name in COORDINATES}
+
+    @property
+    def token_labels(self) -> tuple[str, ...]:
+        """The names of the labels that single tokens have, as `token_label` takes them."""
+        return label_names(self)
+
+    def token_label(self, name: str) -> pa.Array:
+        """Return the label of each row's token, null where it has none.
+
+        Raises
+        ------
+        StoreError
+            The tokens have no such label, or rows are means.
+        """
+        return row_labels(self, name)
 
     # How complete it is
 
