@@ -36,6 +36,7 @@ bench: $(READY)  ## ratios against floors and peers, measured in this run
 	$(BIN)/python -m benchmarks.replay
 	$(BIN)/python -m benchmarks.moving
 	$(BIN)/python -m benchmarks.stream
+	$(BIN)/python -m benchmarks.reliability
 
 docs: $(READY)  ## the documentation, into docs/_build
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import uuid
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +15,7 @@ import zarr
 
 import flexcache
 from flexcache.errors import AnalysisError
-from flexcache.store.files import digest
+from flexcache.store.files import digest, temporary_name
 from flexcache.store.store import Store
 
 FORMAT = "flexcache statistics 1"
@@ -48,7 +47,7 @@ def save(results: Mapping[str, xr.Dataset], path: str | Path, provenance: Mappin
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = temporary_name(path)
     try:
         group = zarr.create_group(zarr.storage.LocalStore(temporary), zarr_format=3)
         group.attrs[ATTRIBUTE] = {"format": FORMAT, "results": list(results), **_plain(provenance)}

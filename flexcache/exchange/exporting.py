@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +19,11 @@ from flexcache.site import Layers
 from flexcache.spec import DTYPES, ArraySpec
 from flexcache.store.create import check_room
 from flexcache.store.derived import copy_verified, ledger_digest, shared_files
-from flexcache.store.files import fsync_folder, write_json
+from flexcache.store.files import fsync_folder, is_temporary, temporaries, temporary_name, write_json
 from flexcache.store.schema import DOCUMENTS
 from flexcache.store.selection import Key, keys, select
 from flexcache.store.store import Store
-from flexcache.store.writer import disk_error
+from flexcache.store.writer import clear_errors
 
 FORMATS = ("safetensors", "npy", "parquet")
 MANIFEST = "export.json"
@@ -77,6 +77,8 @@ def export(
         The folder is taken by something else.
     PlanError
         The disk has no room.
+    CaptureError
+        The disk refuses.
     """
     if to not in FORMATS:
         raise ConfigError(f"there is no format {to!r}", remedy=nearest(to, FORMATS))
@@ -86,11 +88,12 @@ def export(
     arrays = select(origin, sites, layers)
     _check_committed(origin, rows)
     work = _Export(origin, folder, to, arrays, progress)
-    _begin(folder, work)
-    try:
-        return work.run()
-    except OSError as error:
-        raise disk_error(error, folder) from error
+    began = time.time()
+    with clear_errors(folder):
+        _begin(folder, work)
+        files = work.run()
+        _tidy(folder, began)
+    return files
 
 
 def label(key: Key) -> str:
@@ -206,7 +209,7 @@ def _begin(folder: Path, work: _Export) -> None:
                 remedy="choose another folder, or remove this one; a store that has grown is exported anew",
             )
         return
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and not all(is_temporary(path) for path in folder.iterdir()):
         raise StoreError(
             f"{folder} is not empty, and no export of a store",
             remedy="choose another folder, or remove it if it is not needed",
@@ -234,10 +237,17 @@ def _check_committed(store: Store, rows: str) -> None:
         )
 
 
+def _tidy(folder: Path, began: float) -> None:
+    """Remove what exports that were stopped left on its way; nobody has touched it since this one began."""
+    for path in temporaries(folder):
+        if path.stat().st_mtime < began:
+            path.unlink(missing_ok=True)
+
+
 @contextmanager
 def _put(path: Path) -> Iterator[Path]:
     """Give a temporary name whose file gets its own once it is whole and flushed."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = temporary_name(path)
     try:
         yield temporary
         with temporary.open("rb") as file:

@@ -26,6 +26,7 @@ from flexcache.store.files import digest, fsync_folder, fsync_tree, relative_fil
 from flexcache.store.ledger import FileRecord
 from flexcache.store.schema import ATTRIBUTE, PLAN_RECORD, read_attributes
 from flexcache.store.store import Store
+from flexcache.store.writer import clear_errors
 
 POLL = 0.1
 """Seconds between two looks for the store that another process makes."""
@@ -85,13 +86,15 @@ def prepare(path: Path, derived: Derived) -> Store:
         The disk has no room.
     DamagedError
         A table or coordinate of the origin is not as it was written.
+    CaptureError
+        The disk refuses.
     """
     check_place(path)
     if (path / "zarr.json").exists():
         store = Store(path)
         check_begun_alike(store, derived)
         return store
-    with planning(path) as (worker, claims):
+    with clear_errors(path), planning(path) as (worker, claims):
         while not (path / "zarr.json").exists():
             worker.sweep()
             if claims.take(["plan"]) is None:

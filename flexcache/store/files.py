@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import xxhash
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
 def fsync_folder(folder: Path) -> None:
@@ -23,7 +26,7 @@ def fsync_folder(folder: Path) -> None:
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write a file so that readers see the old content or the new, never a part, also after a power failure."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -34,6 +37,26 @@ def write_durably(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a name of its own beside *path*, for a file that is renamed to *path* once it is whole."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def is_temporary(name: str | Path) -> bool:
+    """Whether a file is on its way to its name, or was left by a process that ended on that way."""
+    return _TEMPORARY.fullmatch(PurePath(name).name) is not None
+
+
+def temporaries(root: Path) -> list[Path]:
+    """Return the files beside the metadata, tables and records of a store that are on their way to their names."""
+    return [
+        path
+        for pattern in (".*.tmp", "*/.*.tmp", "ledger/*/.*.tmp")
+        for path in root.glob(pattern)
+        if is_temporary(path)
+    ]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,8 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from flexcache.errors import DamagedError
-from flexcache.store.files import fsync_folder, write_json
+from flexcache.store.files import fsync_folder, json_bytes, write_json
+
+
+SEAL = "xxh3_128"
+"""In a record: the XXH3-128 of the rest of it. Records of the first stores have none."""
+
+_KEYS = {"schema", "unit", "rows", "batch_tokens", "fingerprint", "files", SEAL}
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,8 @@ class UnitRecord:
 
 def record_json(record: UnitRecord) -> dict[str, Any]:
     """Return a record as its file holds it."""
-    return {"schema": 1, **asdict(record)}
+    content = {"schema": 1, **asdict(record)}
+    return {**content, SEAL: _seal(content)}
 
 
 class Ledger:
@@ -98,6 +107,7 @@ class Ledger:
         path = self.path(unit)
         try:
             data = json.loads(path.read_bytes())
+            _check_seal(data)
             files = {name: FileRecord(int(f["size"]), str(f["xxh3_128"])) for name, f in data["files"].items()}
             start, stop = data["rows"]
             record = UnitRecord(
@@ -120,3 +130,15 @@ class Ledger:
 
     def __iter__(self) -> Iterator[UnitRecord]:
         return (self.read(unit) for unit in self.units())
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return str(xxhash.xxh3_128_hexdigest(json_bytes(content)))
+
+
+def _check_seal(data: dict[str, Any]) -> None:
+    if unknown := set(data) - _KEYS:
+        raise ValueError(f"it has {', '.join(sorted(unknown))}")
+    content = {name: value for name, value in data.items() if name != SEAL}
+    if SEAL in data and data[SEAL] != _seal(content):
+        raise ValueError("its checksum is not that of its content")

@@ -25,7 +25,7 @@ from flexcache.store.shard import ShardLayout
 from flexcache.store.shard_file import NonFinite, ShardFile
 from flexcache.store.slabs import SlabPool, size_slabs
 from flexcache.store.store import Store
-from flexcache.store.worker import Worker
+from flexcache.store.worker import PARTIAL, Worker
 from flexcache.store.writer import Writer, disk_error
 
 BUFFER = 64 << 20
@@ -83,7 +83,7 @@ class Transfer:
         """
         total = self._bytes(self.available())
         progress(total - self._bytes(self.pending()), total)
-        if not self.pending():
+        if not self.pending() and not (self.target.path / PARTIAL).exists():  # else something is to be swept
             return
         try:
             worker = Worker(self.target.path)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from flexcache.errors import DamagedError
 from flexcache.store.claims import CLAIMS
-from flexcache.store.files import digest, relative_files
+from flexcache.store.files import digest, is_temporary, relative_files
 from flexcache.store.growing import GROWING, staged_records
 from flexcache.store.ledger import FileRecord
 from flexcache.store.reader import shard_name
+from flexcache.store.removing import NOTE
 from flexcache.store.schema import PLAN_RECORD
 from flexcache.store.store import Store
 from flexcache.store.worker import PARTIAL
@@ -96,9 +97,11 @@ def verify(path: str | Path, progress: Callable[[int, int], None] = lambda files
         if name not in known and not any(finding.unit == unit for finding in findings)
     ]
     findings += [Finding(name, unit, "is not named by its unit's record") for unit, name in missing]
-    begun |= set(arriving)
+    begun |= set(arriving)  # and the files of a unit whose process ended before its record
     for name in relative_files(store.path, skip=("ledger", "runs", PARTIAL, CLAIMS, GROWING)):
-        if name not in known and name not in begun:  # files of a unit whose process ended before its record
+        if name == NOTE:
+            findings.append(Finding(name, None, "a removal has begun and not ended: flexcache rm finishes it"))
+        elif name not in known and name not in begun and not is_temporary(name):
             findings.append(Finding(name, None, "is in no record: it is not part of the store", stray=True))
     return Verification(files, size, store.n_units, len(store.committed_units), tuple(findings))
 
@@ -107,6 +110,8 @@ def _records(store: Store, findings: list[Finding]) -> Iterator[tuple[int | None
     try:
         plan = json.loads((store.path / PLAN_RECORD).read_bytes())
         listed = {str(name): FileRecord(int(f["size"]), str(f["xxh3_128"])) for name, f in plan["files"].items()}
+        if plan["schema"] != 1:
+            raise ValueError(f"schema {plan['schema']}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         findings.append(Finding(PLAN_RECORD, None, f"cannot be read: {type(error).__name__}: {error}"))
         listed = {}

@@ -13,7 +13,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from flexcache.store.files import json_bytes
+from flexcache.store.files import json_bytes, temporaries
 
 PARTIAL = ".partial"
 ALIVE = "alive"
@@ -67,13 +67,16 @@ class Worker:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop, and remove the folder with all that is in it."""
+        """Stop, and remove the folder with all that is in it; the last worker, what others left on its way as well."""
         self._stopped.set()
         self._thread.join()
+        left = temporaries(self.root)
         for _ in range(2):  # once more, should the disk have refused
             shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
-            self.folder.parent.rmdir()
+            self.folder.parent.rmdir()  # which only the last worker can: nobody is writing what was found before
+            for path in left:
+                path.unlink(missing_ok=True)
 
     @property
     def lost(self) -> bool:

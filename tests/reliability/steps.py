@@ -19,7 +19,7 @@ EVENTS = {
     "os.mkdir": "mkdir",
     "os.rmdir": "rmdir",
 }
-CALLS = ("pwrite", "fsync", "ftruncate")
+CALLS = ("pwrite", "fsync", "ftruncate", "copy_file_range")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
