@@ -13,7 +13,6 @@ import xxhash
 from flexcache.errors import DamagedError
 from flexcache.store.files import fsync_folder, json_bytes, write_json
 
-
 SEAL = "xxh3_128"
 """In a record: the XXH3-128 of the rest of it. Records of the first stores have none."""
 

@@ -1,0 +1,45 @@
+"""Every command that makes or changes a store, killed and refused at the steps that it takes on the file system."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+
+from tests.reliability.acts import ACTS, make_base
+from tests.reliability.steps import BROKEN, FULL, killed
+from tests.reliability.trial import Trial
+
+TRIES = 3
+"""Steps tried of each command by default, for each disturbance; the marker `slow` tries every one."""
+
+
+@pytest.fixture(scope="module")
+def base() -> Iterator[Path]:
+    """A store in memory where there is room for it: what is made of it is flushed hundreds of times."""
+    memory = Path("/dev/shm")
+    folder = Path(mkdtemp(dir=memory if os.access(memory, os.W_OK) else None))
+    yield make_base(folder / "base.zarr")
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("tries", [TRIES, pytest.param(10**6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", list(ACTS))
+def test_killed_or_refused_at_any_step_it_loses_nothing_and_the_same_command_ends_in_the_same_bytes(
+    name: str, tries: int, base: Path
+) -> None:
+    trial = Trial(name, base, base.with_name("work"))
+    count = min(tries, len(trial.steps))
+    for number in range(count):
+        at = round((number + 0.5) * len(trial.steps) / count)
+        for how in (killed, FULL, BROKEN):
+            result = trial.disturb(at, how)
+            place = f"{name}, step {at} of {len(trial.steps)}, {how}: {result}"
+            assert result.clear, place
+            assert not result.lost, place
+            assert result.outcome.killed or how is not killed or at >= len(trial.steps), place
+            assert not result.outcome.error or "run the same command again" in result.outcome.error, place
