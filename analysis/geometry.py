@@ -14,6 +14,7 @@ from analysis.covariance import ROWS, Covariance
 from analysis.onepass import DocumentSample, State, read
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers
+from flexcache.store.display import TABLE_COLUMNS
 from flexcache.store.joined import rows_in
 from flexcache.store.store import Store
 
@@ -178,6 +179,6 @@ def store_documents(store: Store) -> list[dict[str, Any]]:
     table = store.tokens.select(["document", "tokens"])
     for number, ids in zip(table["document"].to_pylist(), table["tokens"].to_pylist()):
         tokens.setdefault(number, ids)
-    inner = ("source_index", "n_tokens", "text", "text_xxh3_128", "row_start", "n_rows")
-    labels = store.documents.drop_columns([name for name in inner if name in store.documents.column_names])
+    inner = TABLE_COLUMNS - {"id"}
+    labels = store.documents.drop_columns([name for name in store.documents.column_names if name in inner])
     return [{**row, "tokens": tokens[number]} for number, row in enumerate(labels.to_pylist())]

@@ -23,6 +23,9 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 SAMPLED_VALUES = 64
 
 
+CHAT_TEMPLATE = "chat_template_xxh3_128"
+
+
 class Parallel(BaseModel):
     """Over how many processes transformers spreads one model; all those of a launcher are used, as copies of it."""
 
@@ -217,8 +220,11 @@ def sample_digest(model: torch.nn.Module) -> str:
     return hasher.hexdigest()
 
 
-def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
-    """Return what a tokenizer is: its class and a digest of its whole state."""
+def describe_tokenizer(tokenizer: Any, chat: bool = False) -> dict[str, Any]:
+    """Return what a tokenizer is: its class and a digest of its whole state; and one of its template, for chats."""
+    if chat:
+        template = str(getattr(tokenizer, "chat_template", None))
+        return {**describe_tokenizer(tokenizer), CHAT_TEMPLATE: xxhash.xxh3_128_hexdigest(template.encode())}
     if tokenizer is None:
         return {"class": None}
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -61,6 +61,8 @@ class Choice(BaseModel):
         None, description="a column of lists of {start, end}, in characters of the text"
     )
     token_spans: str | None = Field(None, description="a column of lists of {start, end}, in tokens of the document")
+    roles: tuple[str, ...] | None = Field(None, description="of a chat: tokens of the messages of these roles")
+    turns: tuple[int, ...] | None = Field(None, description="of a chat: those of these messages, negative from the end")
     mask: str | None = Field(None, description="a column of lists of true and false, one for each token")
     every: int | None = Field(None, ge=1, description="the first and every n-th after it")
     fraction: float | None = Field(None, gt=0, le=1, description="each token with this probability")

@@ -30,12 +30,19 @@ class DocumentsSource(BaseModel):
     id: str = "id"
     text: str = "text"
     tokens: str = "tokens"
+    messages: str = "messages"
     labels: list[str] | None = Field(None, description="label columns to keep; all where not given")
 
     def open(self) -> Documents:
         """Open the corpus."""
         return open_documents(
-            self.path, format=self.format, id=self.id, text=self.text, tokens=self.tokens, labels=self.labels
+            self.path,
+            format=self.format,
+            id=self.id,
+            text=self.text,
+            tokens=self.tokens,
+            messages=self.messages,
+            labels=self.labels,
         )
 
 

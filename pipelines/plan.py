@@ -52,7 +52,7 @@ def source_of(config: CaptureConfig, skeleton: Any) -> Source:
         arrays=measure_arrays(skeleton, spec, locate(skeleton, spec, **config.functions(tokenizer))),
         spec=spec,
         model={"name": config.model.name},
-        tokenizer_identity=describe_tokenizer(tokenizer),
+        tokenizer_identity=describe_tokenizer(tokenizer, "messages" in documents.schema.names),
         vocabulary=vocabulary(skeleton),
     )
 

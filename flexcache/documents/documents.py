@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from flexcache.documents.files import FORMATS, find_files, jsonl_items, text_items
 from flexcache.documents.ids import Ids
+from flexcache.documents.messages import MESSAGES, read_messages
 from flexcache.documents.records import (
     RecordSource,
     bad_id,
@@ -22,18 +23,18 @@ from flexcache.documents.sources import CsvSource, ParquetSource, Roles, Source,
 from flexcache.errors import DocumentsError, nearest
 
 RESERVED = (
-    *("id", "text", "tokens", "token_id", "position", "document"),
+    *("id", "text", "tokens", "messages_xxh3_128", "token_id", "position", "document"),
     *("source_index", "n_tokens", "row_start", "n_rows"),
 )
 MAX_TOKEN = 2**31 - 1
 
 
 class Documents:
-    """A corpus: documents in order, each with an id, a text or a list of tokens, and labels.
+    """A corpus: documents in order, each with an id, a text, tokens or chat messages, and labels.
 
-    Made by `open_documents`. ``schema`` is the Arrow schema of its batches: ``id`` (string), then ``text`` (string) or
-    ``tokens`` (list<int32>), then the labels with their own names and types. ``count`` is the number of documents, or
-    None for a generator.
+    Made by `open_documents`. ``schema`` is the Arrow schema of its batches: ``id`` (string), then ``text`` (string),
+    ``tokens`` (list<int32>) or ``messages`` (lists of role and content), then the labels with their own names and
+    types. ``count`` is the number of documents, or None for a generator.
     """
 
     def __init__(
@@ -52,10 +53,10 @@ class Documents:
         empty = not names and not source.count
         content = (roles.text or "tokens") if empty else content_column(names, roles, place)
         self._columns = [*([self._id] if self._id else []), content]
-        self._content = "text" if content == roles.text else "tokens"
+        self._content = roles.contents.get(content, "tokens")
         self._labels = [] if empty else _labels(names, self._columns, labels, place)
         kinds = [_plain(source.schema.field(name).type) for name in self._labels]
-        first = pa.string() if self._content == "text" else pa.list_(pa.int32())
+        first = {"text": pa.string(), "messages": MESSAGES}.get(self._content, pa.list_(pa.int32()))
         fields = [("id", pa.string()), (self._content, first), *zip(self._labels, kinds)]
         self.schema = pa.schema(fields)
 
@@ -96,7 +97,8 @@ class Documents:
         *ids, content = raw.columns[: len(self._columns)]
         numbers = pa.array(range(start, start + raw.num_rows), pa.int64()).cast(pa.string())
         names = _ids(ids[0], place, start) if ids else numbers
-        values = (_text if self._content == "text" else _tokens)(content, place, start)
+        read = {"text": _text, "tokens": _tokens, "messages": _messages}[self._content]
+        values = read(content, place, start)
         labels = [
             _cast(
                 array,
@@ -140,6 +142,7 @@ def open_documents(
     id: str = "id",
     text: str | None = "text",
     tokens: str | None = "tokens",
+    messages: str | None = "messages",
     labels: Sequence[str] | None = None,
     batch_rows: int = 1024,
     unique_ids: bool = True,
@@ -151,9 +154,10 @@ def open_documents(
     Table; an iterable of dicts, such as a list, a generator or a Hugging Face Dataset; or a `Documents`. Files of
     folders and globs are taken in the order of their names.
 
-    *id*, *text* and *tokens* name the columns; without an id column the id is the document's index. With labels=None
-    all other columns are labels. Parquet and tables are opened without reading them; JSON Lines, CSV, lists and
-    datasets are read once, which checks them and finds the types of their labels.
+    *id*, *text*, *tokens* and *messages* name the columns. Messages are looked for where there is neither of the other
+    two: lists of ``{"role", "content"}``, for the tokenizer's chat template. Without an id column the id is the
+    document's index. With labels=None all other columns are labels. Parquet and tables are opened without reading them;
+    JSON Lines, CSV, lists and datasets are read once, which checks them and finds the types of their labels.
 
     Raises
     ------
@@ -167,7 +171,7 @@ def open_documents(
         raise DocumentsError("a batch has documents", expected="batch_rows of at least 1", found=str(batch_rows))
     if format is not None and format not in FORMATS:
         raise DocumentsError(f"there is no format {format!r}", remedy=nearest(format, tuple(FORMATS)))
-    opened, roles = _source(source, format, Roles(id, text, tokens), batch_rows)
+    opened, roles = _source(source, format, Roles(id, text, tokens, messages), batch_rows)
     if isinstance(labels, str):
         labels = [labels]
     return Documents(opened, roles, labels, batch_rows=batch_rows, unique_ids=unique_ids)
@@ -197,7 +201,7 @@ def _files(paths: Sequence[str | os.PathLike], format: str | None, roles: Roles,
     if kind == "parquet":
         return ParquetSource(files), roles
     if kind == "csv":
-        return CsvSource(files, {roles.id, *(name for name in (roles.text, roles.tokens) if name)}), roles
+        return CsvSource(files, {roles.id, *roles.contents}), roles
     if kind == "jsonl":
         return RecordSource("jsonl", lambda: jsonl_items(files), roles, files=files, rows=rows), roles
     roles = Roles("id", "text", None)
@@ -279,6 +283,11 @@ def _text(array: pa.Array, place: str, start: int) -> pa.Array:
         )
     _refuse_null(array, "text", place, start)
     return _cast(array, pa.string(), "text", f"{place}s from {start}")
+
+
+def _messages(array: pa.Array, place: str, start: int) -> pa.Array:
+    chats = [read_messages(value, f"{place} {start + index}") for index, value in enumerate(array.to_pylist())]
+    return pa.array(chats, MESSAGES)
 
 
 def _tokens(array: pa.Array, place: str, start: int) -> pa.Array:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from flexcache.documents.messages import MESSAGES, read_messages
 from flexcache.documents.sources import CorpusFile, Item, Roles
 from flexcache.errors import DocumentsError, nearest
 
@@ -62,7 +63,7 @@ class RecordSource:
         items = self._items()
         if self._once:
             self._items = None
-        known = {*self.schema.names, self._roles.id, self._roles.text, self._roles.tokens}
+        known = {*self.schema.names, self._roles.id, *self._roles.contents}
         for chunk in _chunks(items, rows):
             where = [place for place, _ in chunk]
             records = [self._checked(*item) for item in chunk]
@@ -76,7 +77,7 @@ class RecordSource:
                     )
             arrays = [
                 _array(
-                    [self._value(record, name) for record in records],
+                    [self._value(record, name, place) for place, record in zip(where, records)],
                     None if name == self._roles.tokens else self.schema.field(name).type,
                     name,
                     where,
@@ -93,16 +94,18 @@ class RecordSource:
                 raise DocumentsError("a column's name is text", where=where[0], found=repr(name))
             if name == self._content or name == self._roles.id:
                 if name == self._content or self._has_id:
-                    types[name] = pa.list_(pa.int32()) if name == self._roles.tokens else pa.string()
-            elif name not in (
-                self._roles.text,
-                self._roles.tokens,
-            ):  # the other of the two is null throughout
-                values = _array([self._value(record, name) for record in records], None, name, where)
+                    kind = self._roles.contents.get(name, "text")
+                    types[name] = {"tokens": pa.list_(pa.int32()), "messages": MESSAGES}.get(kind, pa.string())
+            elif name not in (self._roles.text, self._roles.tokens):  # the other of the two is null throughout
+                values = _array(
+                    [self._value(record, name, place) for place, record in zip(where, records)], None, name, where
+                )
                 types[name] = _promoted(types.get(name, pa.null()), values.type, name, f"{where[0]} or later")
 
-    def _value(self, record: Mapping[str, Any], name: str) -> Any:
+    def _value(self, record: Mapping[str, Any], name: str, where: str) -> Any:
         value: Any = record.get(name)
+        if name == self._roles.messages and name == self._content:
+            return read_messages(value, where)
         if name == self._roles.id and not isinstance(value, str):
             return str(operator.index(value))
         return value.tolist() if hasattr(value, "tolist") else value
@@ -117,7 +120,7 @@ class RecordSource:
                 remedy="give dicts, or a pyarrow Table (of a DataFrame: pyarrow.Table.from_pandas(frame))",
             )
         roles = self._roles
-        present = [role for role in (roles.text, roles.tokens) if role and record.get(role) is not None]
+        present = roles.present([name for name, value in record.items() if value is not None])
         if len(present) != 1:
             raise content_error([str(name) for name in record], roles, where, both=len(present) == 2)
         content, has_id = present[0], record.get(roles.id) is not None
@@ -125,7 +128,7 @@ class RecordSource:
             self._content, self._has_id = content, has_id or roles.id != "id"
         if content != self._content:
             raise DocumentsError(
-                "documents of text and documents of tokens are mixed",
+                "documents of several kinds, texts, tokens or messages, are mixed",
                 where=where,
                 expected=f"{self._content}, as in the first document",
                 found=content,
@@ -148,14 +151,14 @@ class RecordSource:
 
 
 def content_column(names: list[str], roles: Roles, where: str | None) -> str:
-    """Return the one of the text and the tokens column that is among *names*.
+    """Return the one of the text, tokens and messages columns that is among *names*.
 
     Raises
     ------
     DocumentsError
-        Neither is, or both are.
+        None is, or text and tokens are.
     """
-    present = [role for role in (roles.text, roles.tokens) if role and role in names]
+    present = roles.present(names)
     if len(present) != 1:
         raise content_error(names, roles, where, both=len(present) == 2)
     return present[0]
@@ -163,7 +166,7 @@ def content_column(names: list[str], roles: Roles, where: str | None) -> str:
 
 def content_error(names: list[str], roles: Roles, where: str | None, *, both: bool) -> DocumentsError:
     """Return the error for a document, or a file, that has not exactly one of text and tokens."""
-    wanted = [role for role in (roles.text, roles.tokens) if role]
+    wanted = list(roles.contents)
     found, expected = ", ".join(names) or "nothing", " or ".join(wanted)
     if both:
         return DocumentsError(
@@ -180,14 +183,6 @@ def content_error(names: list[str], roles: Roles, where: str | None, *, both: bo
             expected=expected,
             found="null",
             remedy="leave it out",
-        )
-    if "messages" in names:
-        return DocumentsError(
-            "documents of chat messages cannot be read yet",
-            where=where,
-            expected=expected,
-            found=found,
-            remedy="apply the tokenizer's chat template first, and give the text",
         )
     remedy = f"name the column, as in text='body'; {nearest(wanted[0], names)}" if names and wanted else None
     return DocumentsError("no text and no tokens", where=where, expected=expected, found=found, remedy=remedy)

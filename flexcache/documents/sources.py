@@ -6,7 +6,7 @@ yields record batches in corpus order (``read``). It keeps at most a few batches
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,11 +27,23 @@ _BOOLEAN = r"^([tT]rue|[fF]alse)$"
 
 @dataclass(frozen=True)
 class Roles:
-    """The column names of a document's id, text and tokens in the source."""
+    """The column names of a document's id, text, tokens and messages in the source."""
 
     id: str
     text: str | None
     tokens: str | None
+    messages: str | None = None
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """The columns that a document may be in, by name, with what they hold."""
+        kinds = {"text": self.text, "tokens": self.tokens, "messages": self.messages}
+        return {column: kind for kind, column in kinds.items() if column}
+
+    def present(self, names: Collection[str]) -> list[str]:
+        """Return which of them are among *names*; messages count where there is neither text nor tokens."""
+        plain = [name for name in (self.text, self.tokens) if name and name in names]
+        return plain or [name for name in (self.messages,) if name and name in names]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import xxhash
 
 from flexcache.errors import DocumentsError
+from flexcache.sequences import messages_digests
 from flexcache.store.store import Store
 
 if TYPE_CHECKING:
@@ -109,6 +110,11 @@ class Added:
                 hashes = [xxhash.xxh3_128_hexdigest(text.encode()) for text in texts]
                 return documents.column("text_xxh3_128").take(pa.array(places)).to_pylist(), hashes
             return ["tokens"] * len(texts), ["a text"] * len(texts)
+        if "messages" in known.schema.names:
+            given = messages_digests(known.column("messages").to_pylist())
+            if "messages_xxh3_128" not in documents.column_names:
+                return ["no chat"] * len(given), ["a chat"] * len(given)
+            return documents.column("messages_xxh3_128").take(pa.array(places)).to_pylist(), given
         if self._store.spec.get("windows") is not None:
             return self._rows_of(places, known.column("tokens").to_pylist())
         lines = np.searchsorted(self._store.tokens.column("document").to_numpy(), places)

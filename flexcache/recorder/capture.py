@@ -155,13 +155,14 @@ def capture(
     with evaluating(model), CaptureProgress(progress) as bars, closing(Crew(model)) as crew:
         reading = locate(model, spec, transforms, objective, crew.elsewhere())
         crew.check(reading)
+        corpus = open_documents(documents)
         source = Source(
-            documents=open_documents(documents),
+            documents=corpus,
             tokenizer=tokenizer,
             arrays=measure_arrays(model, spec, reading, crew.read_example),
             spec=spec,
             model=describe_model(model) | (model_info or {}),
-            tokenizer_identity=describe_tokenizer(tokenizer),
+            tokenizer_identity=describe_tokenizer(tokenizer, "messages" in corpus.schema.names),
             vocabulary=vocabulary(model),
             notes={"user_hooks": hooks.user_hooks(model)},
         )

@@ -13,7 +13,7 @@ from flexcache import hooks
 from flexcache.documents import Documents, open_documents
 from flexcache.errors import ConfigError, MismatchError
 from flexcache.hooks.names import peel
-from flexcache.model import describe_model, describe_tokenizer, evaluating, vocabulary
+from flexcache.model import CHAT_TEMPLATE, describe_model, describe_tokenizer, evaluating, vocabulary
 from flexcache.parallel.stages import Stages
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.extension import Extension, more_arrays, more_documents, opened
@@ -171,10 +171,11 @@ def check_model(store: Store, model: dict[str, Any], tokenizer: Any) -> None:
     """
     stored = store.provenance
     given = model_content(model)
+    chat = CHAT_TEMPLATE in (stored.get("tokenizer") or {})
     before = {name: value for name, value in model_content(stored.get("model", {})).items() if name in given}
     check_same(
         {"model": before, "tokenizer": stored.get("tokenizer")},
-        {"model": {name: given[name] for name in before}, "tokenizer": describe_tokenizer(tokenizer)},
+        {"model": {name: given[name] for name in before}, "tokenizer": describe_tokenizer(tokenizer, chat)},
         store.path,
     )
 

@@ -94,13 +94,14 @@ def record(
     if spec.dtype == "auto":
         raise ConfigError("dtype auto needs a model", remedy="name the dtype: bfloat16, float16 or float32")
     path = Path(path)
+    corpus = open_documents(documents)
     source = Source(
-        documents=open_documents(documents),
+        documents=corpus,
         tokenizer=tokenizer,
         arrays=[_array(name, shape, layers, spec.dtype) for name, shape in sites.items()],
         spec=spec,
         model=model if isinstance(model, dict) else {"name": model, "class": model},
-        tokenizer_identity=describe_tokenizer(tokenizer),
+        tokenizer_identity=describe_tokenizer(tokenizer, "messages" in corpus.schema.names),
     )
     options: dict[str, Any] = {
         "fingerprint": fingerprint,

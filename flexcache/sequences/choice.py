@@ -35,6 +35,8 @@ def chosen(
         kept &= in_spans(batch, encoded, choice.character_spans, characters=True)
     if choice.token_spans is not None:
         kept &= in_spans(batch, encoded, choice.token_spans, characters=False)
+    if choice.roles is not None or choice.turns is not None:
+        kept &= _said(encoded, choice)
     if choice.mask is not None:
         kept &= _mask(batch, encoded, choice.mask)
     if choice.every is not None:
@@ -149,6 +151,30 @@ def list_lengths(batch: pa.RecordBatch, encoded: Encoded, column: str) -> np.nda
             remedy="give documents of tokens, or spans of characters ({start, end, label}) with texts",
         )
     return np.asarray(lengths)
+
+
+def _said(encoded: Encoded, choice: Choice) -> np.ndarray:
+    """Return which tokens are of messages of the chosen roles and turns."""
+    if encoded.chats is None or encoded.turn is None:
+        raise DocumentsError(
+            "roles or turns are to be rows, and the documents are no chats",
+            expected="documents with messages",
+            remedy="give messages, or choose tokens by spans or a mask",
+        )
+    wanted = []
+    for chat in encoded.chats:
+        turns = {turn % len(chat.roles) for turn in choice.turns or () if -len(chat.roles) <= turn < len(chat.roles)}
+        wanted.append(
+            [
+                (choice.roles is None or role in choice.roles) and (choice.turns is None or number in turns)
+                for number, role in enumerate(chat.roles)
+            ]
+        )
+    first = np.cumsum([0, *(len(chat.roles) for chat in encoded.chats)])[:-1]
+    of_message = np.array([value for chat in wanted for value in chat], bool)
+    said = encoded.turn >= 0
+    said[said] = of_message[first[encoded.document[said]] + encoded.turn[said]]
+    return said
 
 
 def _mask(batch: pa.RecordBatch, encoded: Encoded, column: str) -> np.ndarray:

@@ -13,6 +13,7 @@ import pyarrow as pa
 from flexcache.errors import ConfigError, DocumentsError
 from flexcache.options import SequenceOptions
 from flexcache.plan import ranges
+from flexcache.sequences.chat import Chat, check_template, generated, render, turns
 
 Tokenizer = Callable[..., Any]
 
@@ -28,11 +29,17 @@ class Encoded:
     characters : ndarray of int64, shape (tokens, 2), or None
         First character of each token in its text and the one after its last, 0 and 0 for a token that was added; None
         where nothing asks for them, or the documents are tokens.
+    chats : list of Chat, or None
+        Where the documents are messages.
+    turn : ndarray of int64, shape (tokens,), or None
+        Which of its chat's messages each token belongs to, -1 for none.
     """
 
     tokens: pa.ListArray
     truncated: np.ndarray
     characters: np.ndarray | None = None
+    chats: list[Chat] | None = None
+    turn: np.ndarray | None = None
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -70,10 +77,12 @@ def encode(batch: pa.RecordBatch, tokenizer: Tokenizer | None, options: Sequence
         return _given(batch.column("tokens"), limit)
     if tokenizer is None:
         raise DocumentsError(
-            "the documents are texts, but there is no tokenizer",
+            "the documents are texts or chats, but there is no tokenizer",
             expected="a tokenizer, or documents with tokens",
             remedy="pass the model's tokenizer; with tokenizer=None each document needs a list of tokens",
         )
+    if "messages" in batch.schema.names:
+        return _chats(batch, tokenizer, limit)
     texts = batch.column("text").to_pylist()
     places = _needs_places(batch, tokenizer, options)
     lists, offsets = _encode(tokenizer, texts, places)
@@ -92,6 +101,25 @@ def encode(batch: pa.RecordBatch, tokenizer: Tokenizer | None, options: Sequence
     flat = np.concatenate([np.zeros(0, np.int32), *(np.asarray(item, np.int32) for item in lists)])
     characters = np.concatenate([np.zeros((0, 2), np.int64), *map(_pairs, offsets)]) if places else None
     return Encoded(list_array(flat, np.array([len(item) for item in lists], np.int64)), truncated, characters)
+
+
+def _chats(batch: pa.RecordBatch, tokenizer: Any, limit: int | None) -> Encoded:
+    """Return the tokens of chats; the template has all special tokens, so the tokenizer adds none."""
+    check_template(tokenizer)
+    given = batch.column("messages").to_pylist()
+    chats = [render(tokenizer, messages, name) for messages, name in zip(given, batch.column("id").to_pylist())]
+    lists, offsets = _encode(tokenizer, [chat.text for chat in chats], True, special=False)
+    whole = np.array([len(tokens) for tokens in lists], np.int64)
+    kept = whole if limit is None else np.minimum(whole, limit)
+    places = [_pairs(found) for found in offsets]
+    turn = [
+        turns(chat, found, generated(tokenizer, messages, tokens))[:count]
+        for chat, found, messages, tokens, count in zip(chats, places, given, lists, kept.tolist())
+    ]
+    flat = np.concatenate([np.zeros(0, np.int32), *(np.array(t[:n], np.int32) for t, n in zip(lists, kept.tolist()))])
+    characters = np.concatenate([np.zeros((0, 2), np.int64), *(p[:n] for p, n in zip(places, kept.tolist()))])
+    turned = np.concatenate([np.zeros(0, np.int64), *turn])
+    return Encoded(list_array(flat, kept), kept < whole, characters, chats, turned)
 
 
 def list_array(flat: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
@@ -133,12 +161,14 @@ def _pairs(offsets: Any) -> np.ndarray:
 
 
 def _encode(
-    tokenizer: Tokenizer, texts: list[str], places: bool, max_length: int | None = None
+    tokenizer: Tokenizer, texts: list[str], places: bool, max_length: int | None = None, special: bool = True
 ) -> tuple[list[Any], list[Any]]:
     """Return the tokens of texts, and where in the text they are, if that is asked for."""
     if not hasattr(tokenizer, "convert_tokens_to_ids"):  # a plain callable
         return list(tokenizer(texts)), []
     options: dict[str, Any] = {"truncation": True, "max_length": max_length} if max_length is not None else {}
+    if not special:
+        options["add_special_tokens"] = False
     if places:
         options["return_offsets_mapping"] = True
     found = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options)

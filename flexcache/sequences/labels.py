@@ -1,4 +1,4 @@
-"""Labels of single tokens, from columns of the documents."""
+"""Labels of single tokens, from columns of the documents, and in chats who says them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,23 @@ import pyarrow as pa
 from flexcache.errors import DocumentsError
 from flexcache.sequences.choice import column_type, list_lengths, spans
 from flexcache.sequences.encoding import Encoded, is_spans
+
+CHAT = ("role", "turn")
+
+
+def said(encoded: Encoded) -> dict[str, pa.ListArray]:
+    """Return the role and the number of the message of each token of chats, null for those of the template."""
+    if encoded.chats is None or encoded.turn is None:
+        return {}
+    offsets = pa.array(np.append(0, np.cumsum(encoded.lengths)).astype(np.int32))
+    none = encoded.turn < 0
+    roles = [chat.roles for chat in encoded.chats]
+    names = [
+        None if turn < 0 else roles[document][turn]
+        for document, turn in zip(encoded.document.tolist(), encoded.turn.tolist())
+    ]
+    columns = (pa.array(names, pa.string()), pa.array(encoded.turn.astype(np.int32), mask=none))
+    return {name: pa.ListArray.from_arrays(offsets, values) for name, values in zip(CHAT, columns)}
 
 
 def aligned(batch: pa.RecordBatch, encoded: Encoded, column: str) -> pa.ListArray:

@@ -16,7 +16,7 @@ from flexcache.options import SequenceOptions
 from flexcache.sequences.choice import chosen, first_or_last
 from flexcache.sequences.cuts import Cuts, Whole, Windowed
 from flexcache.sequences.encoding import Encoded, Tokenizer, encode
-from flexcache.sequences.labels import aligned
+from flexcache.sequences.labels import aligned, said
 
 PART_BYTES = 64 << 20
 KEPT = "kept"
@@ -39,6 +39,8 @@ class Spool:
     Attributes
     ----------
     options : SequenceOptions
+    token_labels : tuple of str
+        The columns with an entry for each token.
     lengths : ndarray of int32, shape (documents,)
     rows : ndarray of int32, shape (documents,)
         Rows of each document.
@@ -52,6 +54,7 @@ class Spool:
         self.folder = folder
         self.options = options or SequenceOptions()
         self.truncated = self.skipped = self.rowless = 0
+        self.token_labels: tuple[str, ...] = ()
         self._hasher = xxhash.xxh3_128()
         self._lengths: list[np.ndarray] = []
         self._rows: list[np.ndarray] = []
@@ -210,7 +213,8 @@ def spool(
             result.skipped += len(blank)
         _check_ids(batch, encoded.tokens, vocabulary)
         kept = first_or_last(chosen(batch, encoded, tokenizer, options), encoded.lengths, options.rows)
-        labels = {name: aligned(batch, encoded, name) for name in options.token_labels}
+        labels = said(encoded) | {name: aligned(batch, encoded, name) for name in options.token_labels}
+        result.token_labels = tuple(labels)
         result.truncated += int(encoded.truncated.sum())
         record = _record(batch, encoded, source_index, keep_text, labels)
         some = encoded.lengths > 0
@@ -261,6 +265,22 @@ def _check_ids(batch: pa.RecordBatch, tokens: pa.ListArray, vocabulary: int | No
         )
 
 
+def _chat_columns(batch: pa.RecordBatch, encoded: Encoded, keep_text: bool) -> dict[str, pa.Array]:
+    """Return the text of chats, or its hash, and the hash of their messages."""
+    texts = [chat.text for chat in encoded.chats or ()]
+    text = {"text": texts} if keep_text else {"text_xxh3_128": [xxhash.xxh3_128_hexdigest(t.encode()) for t in texts]}
+    hashes = messages_digests(batch.column("messages").to_pylist())
+    return {name: pa.array(values) for name, values in {**text, "messages_xxh3_128": hashes}.items()}
+
+
+def messages_digests(chats: list[list[dict[str, str]]]) -> list[str]:
+    """Return the XXH3-128 of the messages of each chat."""
+    return [
+        xxhash.xxh3_128_hexdigest("\0".join(text for m in chat for text in (m["role"], m["content"])).encode())
+        for chat in chats
+    ]
+
+
 def _record(
     batch: pa.RecordBatch,
     encoded: Encoded,
@@ -277,6 +297,8 @@ def _record(
         if name == "text" and not keep_text:
             texts = batch.column("text").to_pylist()
             columns["text_xxh3_128"] = pa.array([xxhash.xxh3_128_hexdigest(text.encode()) for text in texts])
+        elif name == "messages":
+            columns |= _chat_columns(batch, encoded, keep_text)
         elif name not in columns and name not in labels:
             columns[name] = batch.column(name)
     return pa.RecordBatch.from_pydict(columns | labels)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flexcache.store.store import Store
 
-TABLE_COLUMNS = frozenset({"id", "source_index", "n_tokens", "text", "text_xxh3_128", "row_start", "n_rows"})
+TABLE_COLUMNS = frozenset(
+    {"id", "source_index", "n_tokens", "text", "text_xxh3_128", "messages_xxh3_128", "row_start", "n_rows"}
+)
 """The columns of the documents that are not labels."""
 
 

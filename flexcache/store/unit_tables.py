@@ -63,7 +63,7 @@ class UnitTables:
         }
         if self._options.choice is not None:
             columns["keep"] = self._keep()
-        for name in self._options.token_labels:
+        for name in self._corpus.token_labels:
             columns[name] = _lists(offsets, self._list(name).values.take(pa.array(origin, mask=origin < 0)))
         return pa.table(columns)
 
@@ -74,7 +74,7 @@ class UnitTables:
         at = first[1][np.searchsorted(first[0], self.new)]
         line = pieces.line[at]
         row_start = unit.row_start[line] - unit.skip[line] + self._before[at]
-        inner = ["tokens", *([KEPT] if KEPT in self._table.column_names else []), *self._options.token_labels]
+        inner = ["tokens", *([KEPT] if KEPT in self._table.column_names else []), *self._corpus.token_labels]
         table = self._table.drop_columns(inner).take(pa.array(self.new - self._lowest))
         table = table.add_column(2, "n_tokens", pa.array(self._corpus.lengths[self.new], pa.int32()))
         table = table.append_column("row_start", pa.array(row_start))

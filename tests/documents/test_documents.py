@@ -391,7 +391,7 @@ def test_empty_texts_and_empty_token_lists_are_left_to_the_tokenizer(tmp_path):
     [
         ([{"body": "x"}], {}, ["no text and no tokens", "body"]),
         ([{"texts": "x"}], {}, ["did you mean texts?"]),
-        ([{"messages": []}], {}, ["chat messages cannot be read yet", "chat template"]),
+        ([{"messages": []}], {}, ["messages that cannot be read", "role"]),
         ([{"text": "x", "tokens": [1]}], {}, ["both text and tokens", "document 0"]),
         ([{"text": "x"}, {"tokens": [1]}], {}, ["mixed", "document 1"]),
         ([{"text": "x"}, {"text": None}], {}, ["null", "document 1"]),

@@ -1,0 +1,48 @@
+"""Chat messages: who says what, in one form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from flexcache.errors import DocumentsError
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+KEYS = ("role", "content")
+
+
+def read_messages(value: Any, where: str) -> list[dict[str, str]]:
+    """Return the messages of one document.
+
+    Raises
+    ------
+    DocumentsError
+        It is no list of messages, or a message has more than a role and a text.
+    """
+    if not isinstance(value, list) or not value:
+        raise _bad(where, "no messages" if value in (None, []) else type(value).__name__)
+    return [_message(message, f"{where}, message {number}") for number, message in enumerate(value)]
+
+
+def _message(message: Any, where: str) -> dict[str, str]:
+    if not isinstance(message, Mapping):
+        raise _bad(where, type(message).__name__)
+    more = [str(name) for name, value in message.items() if name not in KEYS and value is not None]
+    if more:
+        raise _bad(where, f"{', '.join(more)} as well")
+    for name in KEYS:
+        if not isinstance(message.get(name), str):
+            raise _bad(where, f"{name}: {repr(message.get(name))[:60]}")
+    return {name: message[name] for name in KEYS}
+
+
+def _bad(where: str, found: str) -> DocumentsError:
+    return DocumentsError(
+        "messages that cannot be read",
+        where=where,
+        expected='a list of {"role": "user", "content": "…"}, both text, and nothing else',
+        found=found,
+        remedy="give tools, images and the like as text, or render the chat yourself and give the text",
+    )
