@@ -40,8 +40,10 @@ CHATS: list[dict[str, Any]] = [
     },
 ]
 ROLES = {
-    "a": ["", "", "system", "system", "system", "", "", "", "user", "", "", "", "assistant", "assistant", "assistant"]
-    + ["", "", "", "user", "", "", "", "assistant", "assistant", "assistant", ""],
+    "a": [
+        *("", "", "system", "system", "system", "", "", "", "user", "", "", "", "assistant", "assistant", "assistant"),
+        *("", "", "", "user", "", "", "", "assistant", "assistant", "assistant", ""),
+    ],
     "b": ["", "", "user", "", "", "", "assistant", ""],
 }
 
@@ -112,9 +114,8 @@ def test_rows_of_chosen_roles_and_turns(rows: Any, kept: dict[str, list[int]], c
 
 def test_generation_tags_add_what_ends_the_assistants_messages(tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.chat_template = TAGGED
-    store = build_store(tmp_path / "run.zarr", CHATS, tokenizer=tokenizer, rows={"roles": ["assistant"]})
+    store = build_store(tmp_path / "run.zarr", CHATS[:1], tokenizer=tokenizer, rows={"roles": ["assistant"]})
     assert positions(store, "a") == [12, 13, 14, 15, 22, 23, 24, 25]
-    assert positions(store, "b") == [6, 7]
     assert said(store, "turn", "a") == [2] * 4 + [4] * 4
 
 
