@@ -14,11 +14,12 @@ from flexcache.errors import ConfigError, nearest
 from flexcache.options import SequenceOptions
 from flexcache.site import Layers, Site
 
-DTypeName = Literal["bfloat16", "float16", "float32"]
+DTypeName = Literal["bfloat16", "float16", "float32", "int8"]
 DTYPES: dict[str, np.dtype] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
+    "int8": np.dtype(np.int8),
 }
 
 SitesLike = str | Sequence[str | Mapping[str, Any]] | Mapping[str, Layers]

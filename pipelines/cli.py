@@ -28,6 +28,7 @@ Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the file; may be repeated.")
 ]
 StoredDtype = Literal["bfloat16", "float16", "float32"]
+AnyDtype = Literal["bfloat16", "float16", "float32", "int8"]
 Codec = Literal["none", "zstd"]
 ImportFormat = Literal["safetensors", "pt", "saelens"]
 ExportFormat = Literal["safetensors", "npy", "parquet"]
@@ -197,7 +198,7 @@ def repair(
 def copy(
     source: StorePath,
     target: Annotated[Path, typer.Argument(help="Where the copy goes; one that was begun is gone on with.")],
-    dtype: Annotated[StoredDtype | None, typer.Option(help="Convert to this dtype.")] = None,
+    dtype: Annotated[AnyDtype | None, typer.Option(help="Convert to this dtype.")] = None,
     compression: Annotated[Codec | None, typer.Option(help="Convert to this codec.")] = None,
     sites: Sites = None,
     layers: LayerChoice = "all",
@@ -210,6 +211,20 @@ def copy(
         source, target, dtype=dtype, compression=compression, sites=sites, layers=layers, progress=not quiet
     )
     console.print(repr(store), highlight=False, markup=False)
+
+
+@app.command("bench-codec")
+def bench_codec(
+    store: StorePath,
+    sites: Sites = None,
+    layers: LayerChoice = "all",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A JSON file for all figures.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """What zstd, int8 and narrower dtypes would save, cost and lose on the activations of a store, by layer."""
+    from pipelines import bench_codec as pipeline
+
+    pipeline.run(store, console, sites=sites, layers=layers, output=output, progress=not quiet)
 
 
 @app.command()

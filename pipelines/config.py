@@ -158,7 +158,7 @@ class CaptureConfig(BaseModel):
     rows: Annotated[Any, BeforeValidator(_rows)] = Field(
         "all", description="all, last, first, mean, or rules; see `flexcache.Choice`"
     )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float16", "float32", "int8"] = "auto"
     max_length: int | None = Field(None, ge=1)
     windows: Windows | None = Field(None, description="long documents in windows, in place of truncation")
     token_labels: list[str] = Field([], description="label columns with an entry, or spans, for tokens")

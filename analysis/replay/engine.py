@@ -224,7 +224,8 @@ class Engine:
             if together
             else np.concatenate([np.arange(a, a + n) for a, n in zip(first, lengths, strict=True)])
         )
-        values = tensor_of(self.store.read(start.site, start.layer, rows, raw=True))
+        stored = self.store.arrays[start.site].dtype != "int8"
+        values = tensor_of(self.store.read(start.site, start.layer, rows, raw=stored))
         dtype = next(self.model.parameters()).dtype
         padded = torch.zeros((*batch.shape, values.shape[1]), dtype=dtype)
         padded[torch.from_numpy(batch.attention_mask()).bool()] = values.to(dtype)

@@ -34,7 +34,7 @@ class Source:
         return {str(name): line for line, name in enumerate(self.store.documents["id"].to_pylist())}
 
     def rows(self, site: str, layer: int | None, rows: NDArray[np.int64]) -> torch.Tensor:
-        """Return stored rows as they are stored, shape (rows, features).
+        """Return stored rows as they are stored, or as float32 where that is int8, shape (rows, features).
 
         Raises
         ------
@@ -48,7 +48,7 @@ class Source:
                 expected=f"one of {', '.join(self.store.sites)}",
                 remedy="capture this site as well, or edit at a site that was captured",
             )
-        return as_tensor(self.store.read(site, layer, rows, raw=True))
+        return as_tensor(self.store.read(site, layer, rows, raw=self.store.arrays[site].dtype != "int8"))
 
     def mean(self, site: str, layer: int | None, position: int | None) -> torch.Tensor:
         """Return the mean over all committed rows, or those of a position: float32, shape (features,)."""

@@ -20,6 +20,7 @@ from flexcache.spec import DTYPES, ArraySpec
 from flexcache.store.create import check_room
 from flexcache.store.derived import copy_verified, ledger_digest, shared_files
 from flexcache.store.files import fsync_folder, is_temporary, temporaries, temporary_name, write_json
+from flexcache.store.int8 import is_scale
 from flexcache.store.schema import DOCUMENTS
 from flexcache.store.selection import Key, keys, select
 from flexcache.store.store import Store
@@ -85,7 +86,7 @@ def export(
     if rows not in ("all", "committed"):
         raise ConfigError(f"rows {rows!r} cannot be exported", expected="all or committed")
     origin, folder = Store(store), Path(out)
-    arrays = select(origin, sites, layers)
+    arrays = [array for array in select(origin, sites, layers) if not is_scale(array.name, origin.arrays)]
     _check_committed(origin, rows)
     work = _Export(origin, folder, to, arrays, progress)
     began = time.time()
@@ -183,8 +184,9 @@ class _Export:
 
 
 def written(array: ArraySpec, to: str) -> np.dtype:
-    """Return the dtype in which an array is exported: its own, but float32 for bfloat16 where a format lacks that."""
-    return np.dtype(np.float32) if to != "safetensors" and array.dtype == "bfloat16" else DTYPES[array.dtype]
+    """Return the dtype in which an array is exported: its own; float32 for int8, and where a format has no bfloat16."""
+    lacking = array.dtype == "int8" or (to != "safetensors" and array.dtype == "bfloat16")
+    return np.dtype(np.float32) if lacking else DTYPES[array.dtype]
 
 
 def _begin(folder: Path, work: _Export) -> None:

@@ -16,6 +16,7 @@ from flexcache.recorder.planning import Source, check_same, plan_store, stored_i
 from flexcache.recorder.recorder import DEFAULT_BUFFER, Recorder
 from flexcache.site import STANDARD, Layers, Site, resolve_layers
 from flexcache.spec import ArraySpec, Spec, validate
+from flexcache.store.int8 import with_scales
 from flexcache.store.schema import read_attributes
 from flexcache.store.staging import united
 from flexcache.store.worker import PATIENCE
@@ -98,7 +99,7 @@ def record(
     source = Source(
         documents=corpus,
         tokenizer=tokenizer,
-        arrays=[_array(name, shape, layers, spec.dtype) for name, shape in sites.items()],
+        arrays=with_scales(_array(name, shape, layers, spec.dtype) for name, shape in sites.items()),
         spec=spec,
         model=model if isinstance(model, dict) else {"name": model, "class": model},
         tokenizer_identity=describe_tokenizer(tokenizer, "messages" in corpus.schema.names),

@@ -29,7 +29,9 @@ def range_error(store: Store, array: str, layer: int | None, row: int, feature: 
         where=f"document {documents.column('id')[line].as_py()!r}, "
         + (f"token {at}, " if at >= 0 else "")
         + f"row {row}, feature {feature}",
-        expected=f"a finite value of magnitude at most {float(ml_dtypes.finfo(DTYPES[dtype]).max):.6g}",
+        expected="a finite value"
+        if dtype == "int8"
+        else f"a finite value of magnitude at most {float(ml_dtypes.finfo(DTYPES[dtype]).max):.6g}",
         found=f"{value:.6g}",
         remedy="store this site as bfloat16 or float32"
         if finite

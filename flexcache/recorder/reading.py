@@ -17,6 +17,7 @@ from flexcache.recorder.objective import OBJECTIVE, NextTokenLoss, Objective, by
 from flexcache.recorder.transform import Transform
 from flexcache.site import ONCE, Site
 from flexcache.spec import DTYPES, ArraySpec, Spec
+from flexcache.store.int8 import with_scales
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def measure_arrays(
     if reading.objective is not None and _objective_by_token(model, reading.objective, reader):
         kind = hooks.Activation((1,), torch.float32)
         arrays.append(_array(OBJECTIVE, OBJECTIVE, None, None, kind, f"feature_{OBJECTIVE}", spec, "float32"))
-    return arrays
+    return with_scales(arrays)
 
 
 def _objective_by_token(model: torch.nn.Module, objective: Objective, reader: Reader) -> bool:

@@ -17,10 +17,11 @@ from flexcache.recorder.batch import Batch, BatchReader
 from flexcache.recorder.carried import Carried
 from flexcache.recorder.fingerprint import check_alike, check_fingerprint
 from flexcache.recorder.range_error import place, range_error
-from flexcache.recorder.rows import Unstorable, rows_of, stored
+from flexcache.recorder.rows import FLOAT32, Unstorable, as_int8, rows_of, stored
 from flexcache.recorder.tally import Tally
 from flexcache.spec import DTYPES
 from flexcache.store.claims import Claims
+from flexcache.store.int8 import is_scale, scale_name
 from flexcache.store.ledger import FileRecord, UnitRecord
 from flexcache.store.reader import shard_name
 from flexcache.store.shard import ShardLayout
@@ -116,7 +117,10 @@ class Recorder:
             for name, array in self.store.arrays.items()
         }
         everything = [(name, layer) for name, array in self.store.arrays.items() for layer in array.slices]
-        self.keys: list[Key] = everything if keys is None else list(keys)
+        arrays = self.store.arrays
+        self.keys: list[Key] = [k for k in (everything if keys is None else keys) if not is_scale(k[0], arrays)]
+        scales = [(scale_name(name), layer) for name, layer in self.keys if arrays[name].dtype == "int8"]
+        self._writes: list[Key] = self.keys + scales
         self._batches = BatchReader(self.store.path, mean=self.store.spec.get("rows") == "mean")
         check_fingerprint(self.store, self.fingerprint, allow_mixed)
         self._pool = SlabPool(*self._slabs(buffer_bytes), allocate)
@@ -176,7 +180,7 @@ class Recorder:
     def written(self) -> int:
         """Bytes of rows that this process has put so far, those of units that it had to give up aside."""
         arrays = self.store.arrays
-        return (self.tally.rows + self._filled) * sum(arrays[name].row_bytes for name, _ in self.keys)
+        return (self.tally.rows + self._filled) * sum(arrays[name].row_bytes for name, _ in self._writes)
 
     @property
     def waited(self) -> float:
@@ -253,7 +257,7 @@ class Recorder:
     def begin(self, unit: int) -> list[Batch]:
         """Open the files of a unit, and return its batches under the budget of tokens."""
         self._open_for_units()
-        self._files = {key: self._open(key, unit) for key in self.keys}
+        self._files = {key: self._open(key, unit) for key in self._writes}
         self._unit, self._filled = unit, 0
         batches = self._batches.unit(unit, self.batch_tokens)
         return batches if self._carried is None else self._carry(self._carried, unit, batches)
@@ -359,7 +363,7 @@ class Recorder:
         file = self._file(site, layer)
         first, count = _span(rows)
         self._check_rows(file, first, count, values.shape)
-        self._store(file, _one_span, values, file.dtype)
+        self._store(file, _one_span, values)
 
     def record(self, site: str, layer: int | None, values: Any) -> None:
         """Take padded activations of the current batch, shape (sequences, longest, …): its kept rows are copied."""
@@ -373,7 +377,7 @@ class Recorder:
                 expected=f"({batch.shape[0]}, {batch.shape[1]}, {features}) for (sequences, longest, features)",
                 found=str(shape),
             )
-        self._store(file, rows_of, batch, values, file.dtype)
+        self._store(file, rows_of, batch, values)
 
     def append(self, site: str, layer: int | None, content: Any, n_rows: int, copy: Copy) -> None:
         """Take rows that are bytes in the storage dtype already, by a copy of the caller's (from another device)."""
@@ -436,13 +440,24 @@ class Recorder:
 
     def _store(self, file: ShardFile, convert: Callable[..., Converted], *arguments: Any) -> None:
         began = time.perf_counter()
+        coarse = file.dtype == np.int8
         try:
-            content, spans = convert(*arguments)
+            content, spans = convert(*arguments, FLOAT32 if coarse else file.dtype)
+            parts = [(file, content, spans)] if not coarse else self._quantized(file, content, spans)
         except Unstorable as error:
             row = self._next_row(file) + error.row
             raise range_error(self.store, file.array, file.layer, row, error.feature, error.value) from None
-        self._guard(file.append, content, spans, copy_bytes)
+        for target, part, places in parts:
+            self._guard(target.append, part, places, copy_bytes)
         self.tally.copying += time.perf_counter() - began
+
+    def _quantized(
+        self, file: ShardFile, content: np.ndarray, spans: list[tuple[int, int]]
+    ) -> list[tuple[ShardFile, np.ndarray, list[tuple[int, int]]]]:
+        """Return float32 rows, given as bytes, for the file of int8 and that of its scales."""
+        scales = self._files[scale_name(file.array), file.layer]
+        values, scale = as_int8(np.concatenate([content[start : start + n] for start, n in spans]), file.layout)
+        return [(file, values, [(0, len(values))]), (scales, scale, [(0, len(scale))])]
 
     def _guard(self, call: Callable[..., None], *arguments: Any) -> None:
         try:
@@ -509,7 +524,7 @@ class Recorder:
         )
 
     def _slabs(self, buffer_bytes: int) -> tuple[int, int]:
-        layouts, count = self._layouts.values(), max(1, len(self.keys))
+        layouts, count = self._layouts.values(), max(1, len(self._writes))
         if self.store.compressed:  # a slab is one inner chunk
             return size_slabs(count, buffer_bytes, exact=max(a.chunk_rows * a.row_bytes for a in layouts))
         return size_slabs(count, buffer_bytes, largest=max(a.file_bytes(0) for a in layouts))

@@ -8,9 +8,14 @@ import numpy as np
 
 from flexcache.recorder.batch import Batch
 from flexcache.store.finite import first_nonfinite
+from flexcache.store.int8 import quantize
+from flexcache.store.shard import ShardLayout
 
 if TYPE_CHECKING:
     import torch
+
+
+FLOAT32 = np.dtype(np.float32)
 
 
 class Unstorable(Exception):  # noqa: N818 - it carries the place to the recorder, which raises the RangeError
@@ -86,6 +91,26 @@ def stored(rows: Any, dtype: np.dtype) -> np.ndarray:
         row, feature = divmod(at, max(1, given[0].size))
         raise Unstorable(row, feature, float(given.reshape(-1)[at]))
     return content
+
+
+def as_int8(content: np.ndarray, layout: ShardLayout) -> list[np.ndarray]:
+    """Return float32 rows, given as bytes, as the bytes of int8 rows and of their scales.
+
+    Parameters
+    ----------
+    layout
+        Of the int8 array: a row of it has as many bytes as the row has features.
+
+    Raises
+    ------
+    Unstorable
+        A value is not finite.
+    """
+    rows = content.view(np.float32).reshape(-1, layout.row_bytes)
+    at = first_nonfinite(content, FLOAT32)
+    if at is not None:
+        raise Unstorable(*divmod(at, rows.shape[1]), float(rows.reshape(-1)[at]))
+    return [part.reshape(-1).view(np.uint8) for part in quantize(rows)]
 
 
 def _cast(rows: Any, dtype: np.dtype) -> np.ndarray:

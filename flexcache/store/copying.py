@@ -13,6 +13,7 @@ from flexcache.spec import DTYPES, ArraySpec
 from flexcache.store.create import total_bytes
 from flexcache.store.derived import Derived, describe_origin, narrow_spec, prepare
 from flexcache.store.growing import check_settled
+from flexcache.store.int8 import is_scale, with_scales
 from flexcache.store.selection import keys, select
 from flexcache.store.store import Store
 from flexcache.store.transfer import Progress, Transfer
@@ -40,7 +41,8 @@ def copy(
     sites, layers
         What to take, see `flexcache.store.selection.select`; everything by default.
     dtype
-        ``bfloat16``, ``float16`` or ``float32``; as it is by default. A narrower dtype rounds to nearest, ties to even.
+        ``bfloat16``, ``float16``, ``float32`` or ``int8``; as it is by default. A narrower dtype rounds to nearest,
+        ties to even; of int8, see `flexcache.store.int8`.
     compression
         ``none`` or ``zstd``; as it is by default.
     progress
@@ -72,13 +74,13 @@ def copy(
     origin, path = Store(source), Path(target)
     check_apart(origin.path, path)
     check_settled(origin.path)
-    chosen = select(origin, sites, layers)
+    chosen = [array for array in select(origin, sites, layers) if not is_scale(array.name, origin.arrays)]
     arrays = [replace(array, dtype=dtype or array.dtype) for array in chosen]
     derived = Derived(
         origin,
-        arrays,
+        with_scales(arrays),
         spec={
-            **(narrow_spec(origin, chosen) if chosen != list(origin.arrays.values()) else origin.spec),
+            **(narrow_spec(origin, chosen) if with_scales(chosen) != list(origin.arrays.values()) else origin.spec),
             **({"dtype": dtype} if any(a.dtype != b.dtype for a, b in zip(arrays, chosen, strict=True)) else {}),
             "compression": compression or origin.spec.get("compression", "none"),
         },
@@ -87,7 +89,7 @@ def copy(
     )
     derived = replace(derived, needed=_needed(derived))
     store = prepare(path, derived)
-    Transfer(store, dict.fromkeys(keys(arrays), origin)).run(progress)
+    Transfer(store, dict.fromkeys(keys(derived.arrays), origin)).run(progress)
     return store
 
 
@@ -112,7 +114,7 @@ def _changes(origin: Store, arrays: list[ArraySpec], compression: str | None) ->
     """Return what a copy changes, array by array; empty for one that changes nothing."""
     kept = {array.name: array for array in arrays}
     found: dict[str, Any] = {}
-    if left_out := [name for name in origin.arrays if name not in kept]:
+    if left_out := [name for name in origin.sites if name not in kept]:
         found["sites_left_out"] = left_out
     for name, array in kept.items():
         before = origin.arrays[name]
@@ -130,7 +132,11 @@ def _needed(derived: Derived) -> int:
     """Return the bytes a copy will take, by the ledger where files stay as they are."""
     origin = derived.origin
     same = derived.spec["compression"] == origin.spec.get("compression", "none")
-    if same and origin.compressed and all(array.dtype == origin.arrays[array.name].dtype for array in derived.arrays):
+    if (
+        same
+        and origin.compressed
+        and all(array == replace(origin.arrays.get(array.name, array), layers=array.layers) for array in derived.arrays)
+    ):
         wanted = {(array.name, str(layer)) for array in derived.arrays for layer in array.slices}
         total = 0
         for record in origin.ledger:

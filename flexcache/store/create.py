@@ -176,7 +176,7 @@ def _create_array(group: zarr.Group, array: ArraySpec, n_rows: int, shard_rows: 
         shards=(*lead, shard_rows, array.features),
         chunks=(*lead, layout.chunk_rows, array.features),
         dtype=BFloat16() if array.dtype == "bfloat16" else DTYPES[array.dtype],
-        fill_value=float("nan"),
+        fill_value=0 if array.dtype == "int8" else float("nan"),
         compressors=ZstdCodec(level=1) if compression == "zstd" else None,
         filters=None,
         dimension_names=array.dims,

@@ -9,6 +9,7 @@ from typing import Any
 
 from flexcache.errors import DamagedError
 from flexcache.spec import DTYPES, ArraySpec
+from flexcache.store.int8 import scale_name, scales_of
 
 MOST_ROWS, MOST_UNITS, MOST_FEATURES, MOST_LAYERS = 2**48, 10**8, 2**24, 100_000
 
@@ -45,6 +46,9 @@ def described(content: Mapping[str, Any], where: str) -> Description:
         for name in ("model", "documents", "tokenizer"):
             if provenance.get(name) is not None:
                 _mapping(provenance, name)
+        for array in arrays.values():
+            scales = arrays.get(scale_name(array.name)) if array.dtype == "int8" else None
+            _agree(array.dtype != "int8" or scales == scales_of(array), f"int8 array {array.name} has no scales")
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
         raise DamagedError(
             "the store's description is not complete",

@@ -44,7 +44,8 @@ def _extension(store: Store) -> str:
 def sites(store: Store) -> list[tuple[str, str, str, str]]:
     """Return name, layers, shape and dtype of each site."""
     lines = []
-    for name, array in store.arrays.items():
+    for name in store.sites:
+        array = store.arrays[name]
         lead = f"{len(array.slices)} × " if array.layers is not None else ""
         lines.append((name, layer_text(array.layers), f"{lead}{store.n_rows} × {array.features}", array.dtype))
     return lines

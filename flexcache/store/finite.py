@@ -14,7 +14,7 @@ def first_nonfinite(content: np.ndarray, dtype: np.dtype) -> int | None:
     Read as an integer, a float whose exponent bits are all set is larger than every finite one of its sign, so
     the maxima of the bytes as signed and as unsigned integers tell whether there is one.
     """
-    if not len(content):
+    if not len(content) or dtype.kind == "i":
         return None
     width = dtype.itemsize
     infinity, sign = _INFINITY[dtype.name], 1 << (8 * width - 1)

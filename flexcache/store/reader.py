@@ -32,6 +32,8 @@ class RowReader:
     ----------
     require : callable
         Called with the units about to be read; raises where one is not committed.
+    scales
+        Reads the scales of int8 rows.
     """
 
     def __init__(
@@ -41,11 +43,13 @@ class RowReader:
         layout: ShardLayout,
         compressed: bool,
         require: Callable[[np.ndarray], None],
+        scales: RowReader | None = None,
     ) -> None:
         self.root, self.array, self.layout = root, array, layout
         self.dtype = DTYPES[array.dtype]
         self._bits = np.dtype(f"<u{self.dtype.itemsize}")
         self._require = require
+        self._scales = scales
         self._zarr = self._foreign() if compressed else None
         self._maps: OrderedDict[Path, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
@@ -81,6 +85,12 @@ class RowReader:
 
     def gather(self, layer: int | None, rows: np.ndarray, raw: bool) -> np.ndarray:
         """Return rows in the order asked for, shape (rows, features), as stored or as float32."""
+        found = self._gather(layer, rows, raw)
+        if self._scales is not None and not raw:
+            found *= self._scales.gather(layer, rows, raw=True)
+        return found
+
+    def _gather(self, layer: int | None, rows: np.ndarray, raw: bool) -> np.ndarray:
         out = np.empty((len(rows), self.array.features), self._bits if raw else np.float32)
         if len(rows):
             shards = rows // self.layout.shard_rows
@@ -107,6 +117,8 @@ class RowReader:
                 held = self.layout.rows(shard)
                 low, high = max(start, held.start), min(stop, held.stop)
                 self._scan_shard(layer, shard, low - held.start, out[low - start : high - start])
+        if self._scales is not None and not raw:
+            out *= self._scales.scan(layer, start, stop, raw=True)
         return out.view(self.dtype) if raw else out
 
     def close(self) -> None:

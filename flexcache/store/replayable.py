@@ -44,6 +44,9 @@ def replayable(store: Store) -> Replayable:
         reasons["rows"] = "long documents were run in windows, and the rows of what windows share are of one alone"
     if not any(store.arrays[site].layers for site in RESIDUAL if site in store.arrays):
         reasons["site"] = f"no residual stream is stored: there are {', '.join(store.sites)}"
+    coarse = [site for site in RESIDUAL if site in store.arrays and store.arrays[site].dtype == "int8"]
+    if coarse:
+        reasons["int8"] = f"{' and '.join(coarse)} is stored as int8, and its rows are not those of the model"
     if not len(store.committed_units):
         reasons["units"] = "no unit is committed"
     if not store.provenance.get("model", {}).get("weights_sample_xxh3_128"):

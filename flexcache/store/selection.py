@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from flexcache.errors import SiteError, nearest
 from flexcache.site import Layers, resolve_layers
 from flexcache.spec import ArraySpec
+from flexcache.store.int8 import scale_name
 from flexcache.store.store import Store
 
 Key = tuple[str, int | None]
@@ -48,6 +49,7 @@ def _arrays(store: Store, sites: Sequence[str] | None) -> list[ArraySpec]:
         if not found:
             raise SiteError(f"the store has no site {site!r}", where=str(store.path), remedy=nearest(site, store.sites))
         chosen.update(found)
+        chosen.update(scale_name(name) for name in found if store.arrays[name].dtype == "int8")
     if not chosen:
         raise SiteError("no site is given", where=str(store.path), expected=f"one of {', '.join(store.sites)}")
     return [array for array in store.arrays.values() if array.name in chosen]

@@ -19,6 +19,7 @@ from flexcache.plan import ranges
 from flexcache.spec import ArraySpec
 from flexcache.store import display, xarray_engine
 from flexcache.store.description import described
+from flexcache.store.int8 import is_scale, scale_name
 from flexcache.store.labels import label_names, row_labels
 from flexcache.store.ledger import Ledger
 from flexcache.store.reader import RowReader
@@ -62,7 +63,7 @@ class Store(Mapping[str, xr.DataArray]):
     @property
     def sites(self) -> tuple[str, ...]:
         """Names of the arrays, as `store[name]` takes them."""
-        return tuple(self.arrays)
+        return tuple(name for name in self.arrays if not is_scale(name, self.arrays))
 
     def layers(self, site: str) -> tuple[int, ...]:
         """Return the captured layers of a site; none for a module path."""
@@ -134,7 +135,10 @@ class Store(Mapping[str, xr.DataArray]):
         return xarray_engine.data_array(self, site, raw=False, rows=None)
 
     def raw(self, site: str) -> xr.DataArray:
-        """Return a site lazily in its stored dtype; numpy's reductions on bfloat16 fail or are wrong."""
+        """Return a site lazily in its stored dtype; numpy's reductions on bfloat16 fail or are wrong.
+
+        Of an int8 site, these are whole numbers, to be multiplied by their row's scale: ``raw(site + ".scale")``.
+        """
         return xarray_engine.data_array(self, site, raw=True, rows=None)
 
     def dataset(self, *, committed: bool = False) -> xr.Dataset:
@@ -247,19 +251,20 @@ class Store(Mapping[str, xr.DataArray]):
         if site not in self._readers:
             array = self._array(site)
             layout = ShardLayout(self.n_rows, self.shard_rows, array.row_bytes)
-            self._readers[site] = RowReader(self.path, array, layout, self.compressed, self._require)
+            scales = self.reader(scale_name(site)) if array.dtype == "int8" else None
+            self._readers[site] = RowReader(self.path, array, layout, self.compressed, self._require, scales)
         return self._readers[site]
 
     # Mapping and display
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.arrays)
+        return iter(self.sites)
 
     def __len__(self) -> int:
-        return len(self.arrays)
+        return len(self.sites)
 
     def __contains__(self, site: object) -> bool:
-        return site in self.arrays
+        return site in self.sites
 
     def __repr__(self) -> str:
         return display.text(self)

@@ -13,11 +13,12 @@ import numpy as np
 
 from flexcache.errors import DamagedError
 from flexcache.recorder.range_error import range_error
-from flexcache.recorder.rows import Unstorable, stored
+from flexcache.recorder.rows import FLOAT32, Unstorable, as_int8, stored
 from flexcache.spec import DTYPES
 from flexcache.store.claims import Claims
 from flexcache.store.derived import POLL, copy_verified
 from flexcache.store.files import digest, fsync_folder
+from flexcache.store.int8 import SCALE, is_scale, scale_name
 from flexcache.store.ledger import FileRecord, UnitRecord
 from flexcache.store.reader import shard_name
 from flexcache.store.selection import Key
@@ -54,6 +55,8 @@ class Transfer:
             name: ShardLayout(target.n_rows, target.shard_rows, array.row_bytes)
             for name, array in target.arrays.items()
         }
+        self._scales = {key: source for key, source in self.sources.items() if self._made(key)}
+        self.sources = {key: source for key, source in self.sources.items() if key not in self._scales}
         self._unit_bytes = sum(target.arrays[name].row_bytes for name, _ in self.sources)
 
     def available(self) -> list[int]:
@@ -129,7 +132,7 @@ class Transfer:
             else:
                 assert writer is not None
                 _check(source.path / name, record)
-                shards.append(self._converted(key, unit, source, writer))
+                shards += self._converted(key, unit, source, writer)
         files = _settle(self.target.path, copied)
         if writer is not None:
             try:
@@ -146,27 +149,43 @@ class Transfer:
                 (rows.start, rows.stop),
                 min(record.batch_tokens for record in every),
                 self._fingerprint([record.fingerprint for record in every]),
-                {shard_name(*key, unit): files[shard_name(*key, unit)] for key in self.sources},
+                {name: files[name] for key in (*self.sources, *self._scales) if (name := shard_name(*key, unit))},
             )
         )
 
-    def _converted(self, key: Key, unit: int, source: Store, writer: Writer) -> ShardFile:
+    def _shard(self, key: Key, unit: int, writer: Writer) -> ShardFile:
         name, layer = key
-        dtype, layout = DTYPES[self.target.arrays[name].dtype], self._layouts[name]
-        file = ShardFile(
-            writer, shard_name(name, layer, unit), layout, unit, dtype, name, layer, self.target.compressed
+        dtype, compressed = DTYPES[self.target.arrays[name].dtype], self.target.compressed
+        return ShardFile(
+            writer, shard_name(name, layer, unit), self._layouts[name], unit, dtype, name, layer, compressed
         )
+
+    def _converted(self, key: Key, unit: int, source: Store, writer: Writer) -> list[ShardFile]:
+        """Return the shard of converted rows, and of their scales where there are any."""
+        name, layer = key
+        file, layout = self._shard(key, unit, writer), self._layouts[name]
+        shards = [file]
+        if file.dtype == np.int8:
+            shards.append(self._shard((scale_name(name), layer), unit, writer))
         reader, rows = source.reader(name), layout.rows(unit)
         step = max(1, BLOCK // max(layout.row_bytes, reader.array.row_bytes) // layout.chunk_rows) * layout.chunk_rows
         for start in range(rows.start, rows.stop, step):
-            values = reader.scan(layer, start, min(start + step, rows.stop), raw=True)
+            values = reader.scan(layer, start, min(start + step, rows.stop), raw=reader.dtype != np.int8)
             try:
-                content = stored(values, dtype)
+                parts = [stored(values, file.dtype)] if len(shards) == 1 else as_int8(stored(values, FLOAT32), layout)
             except Unstorable as error:
                 raise range_error(self.target, name, layer, start + error.row, error.feature, error.value) from None
-            file.append(content, [(0, len(content))])
-        file.finish()
-        return file
+            for shard, content in zip(shards, parts, strict=True):
+                shard.append(content, [(0, len(content))])
+        for shard in shards:
+            shard.finish()
+        return shards
+
+    def _made(self, key: Key) -> bool:
+        """Whether an array is of the scales that come of rows that are converted to int8."""
+        name, layer = key
+        owner = (name.removesuffix(SCALE), layer)
+        return is_scale(name, self.target.arrays) and not self._same(owner)
 
     def _same(self, key: Key) -> bool:
         source, name = self.sources[key], key[0]
@@ -186,10 +205,11 @@ class Transfer:
 
     def _slabs(self, converted: list[Key]) -> tuple[int, int]:
         layouts = [self._layouts[name] for name, _ in converted]
+        several = 1 + bool(self._scales)  # files that are open at a time
         if self.target.compressed:  # a slab is one inner chunk
             exact = max(layout.chunk_rows * layout.row_bytes for layout in layouts)
-            return size_slabs(1, max(BUFFER, 4 * exact), exact=exact)
-        return size_slabs(1, BUFFER, largest=max(layout.file_bytes(0) for layout in layouts))
+            return size_slabs(several, max(BUFFER, 4 * exact), exact=exact)
+        return size_slabs(several, BUFFER, largest=max(layout.file_bytes(0) for layout in layouts))
 
     def _bytes(self, units: list[int]) -> int:
         rows = np.asarray(units, dtype=np.int64) * self.target.shard_rows

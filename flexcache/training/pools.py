@@ -46,8 +46,13 @@ class Source:
 
     @property
     def bits(self) -> np.dtype:
-        """The unsigned integers of the size of a stored value."""
-        return np.dtype(f"<u{self.store.reader(self.site).dtype.itemsize}")
+        """The unsigned integers of the size of a value as it is given: as stored, but float32 for int8."""
+        return np.dtype(f"<u{4 if self.scaled else self.store.reader(self.site).dtype.itemsize}")
+
+    @property
+    def scaled(self) -> bool:
+        """Whether rows are int8, to be multiplied by their scale."""
+        return self.store.arrays[self.site].dtype == "int8"
 
 
 class Pools:
@@ -118,8 +123,9 @@ class Pools:
         reader, first, last = source.store.reader(source.site), int(wanted[0]), int(wanted[-1]) + 1
         near = bool((np.diff(wanted) > 0).all()) and last - first <= 2 * len(wanted) + 16
         unit = first // source.store.shard_rows
-        if source.store.compressed or not near or (last - 1) // source.store.shard_rows != unit:
-            out[:] = reader.gather(source.layer, wanted, True).view(source.bits)
+        elsewhere = not near or (last - 1) // source.store.shard_rows != unit
+        if source.store.compressed or source.scaled or elsewhere:
+            out[:] = reader.gather(source.layer, wanted, not source.scaled).view(source.bits)
             return
         whole = last - first == len(wanted)
         into = out if whole else np.empty((last - first, source.features), source.bits)

@@ -422,4 +422,4 @@ def _tensor(bits: NDArray, source: Source) -> torch.Tensor:
     """Return stored bits as a tensor of the stored dtype, without a copy."""
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     signed = bits.view(np.int16 if bits.dtype.itemsize == 2 else np.int32)
-    return torch.from_numpy(signed).view(dtype[source.store.arrays[source.site].dtype])
+    return torch.from_numpy(signed).view(dtype["float32" if source.scaled else source.store.arrays[source.site].dtype])

@@ -316,7 +316,7 @@ def test_a_target_that_is_something_else_is_refused(source: flexcache.Store, tmp
         ({"layers": [0, 1]}, SiteError, "layer 1 of resid_post is not in the store"),
         ({"layers": "1:3"}, SiteError, "is not in the store"),
         ({"layers": 9}, SiteError, "no layer 9"),
-        ({"dtype": "int8"}, ConfigError, "no dtype 'int8'"),
+        ({"dtype": "int4"}, ConfigError, "no dtype 'int4'"),
         ({"compression": "gzip"}, ConfigError, "no compression 'gzip'"),
     ],
     ids=str,

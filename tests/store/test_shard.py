@@ -63,7 +63,7 @@ def test_values_that_are_not_finite_are_found_as_numpy_finds_them(name: str, dat
     assert first_nonfinite(bits.view(np.uint8), dtype) == (int(bad[0]) if len(bad) else None)
 
 
-@pytest.mark.parametrize("name", list(DTYPES))
+@pytest.mark.parametrize("name", [name for name in DTYPES if name != "int8"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_one_value_that_is_not_finite_is_found_among_many(name: str, value: float) -> None:
     values = np.linspace(-1e4, 1e4, 5000).astype(DTYPES[name])

@@ -1,0 +1,66 @@
+"""What codecs cost and lose, on stores whose loss is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import flexcache
+from analysis.codecs import compare
+from flexcache.errors import UncommittedError
+from flexcache.store.copying import copy
+from tests.corpora import build_store, open_recorder, token_documents
+from tests.pipelines.test_cli import run
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> flexcache.Store:
+    return build_store(tmp_path_factory.mktemp("codecs") / "run.zarr", dtype="float32")
+
+
+def test_loss_and_size_are_those_of_a_copy(store: flexcache.Store, tmp_path: Path) -> None:
+    trials = {trial.codec: trial for trial in compare(store, sample_bytes=1 << 30, rounds=1, progress=False)}
+    assert next(iter(trials)) == "float32"
+    assert trials["float32"].size == trials["float32"].write == trials["float32"].read == 1
+    for codec in ("float32", "float32 + zstd"):
+        assert trials[codec].mean == 0
+    assert trials["float32 + zstd"].size < 1
+    assert trials["bfloat16"].size == trials["float16"].size == 0.5
+    wide, narrow = 24 * 2 + 6, 24 * 2 + 6 + 4 * 3  # of three layers: bytes of int8, and of the scales
+    assert trials["int8"].size == pytest.approx(narrow / (4 * wide), rel=0.01)
+    for codec, dtype in (("bfloat16", "bfloat16"), ("float16", "float16"), ("int8", "int8"), ("int8 + zstd", "int8")):
+        other = copy(store.path, tmp_path / f"{codec}.zarr", dtype=dtype)
+        for loss in trials[codec].losses:
+            exact, found = store.read(loss.site, loss.layer), other.read(loss.site, loss.layer)
+            apart = np.linalg.norm(exact - found, axis=1) / np.linalg.norm(exact, axis=1)
+            assert loss.largest <= apart.max() * 1.001, "of a sample, which is one unit"
+            assert loss.mean == pytest.approx(apart.mean(), rel=0.3)
+            assert loss.cosine <= 1
+    assert trials["int8"].worst.mean > trials["bfloat16"].worst.mean > trials["float16"].worst.mean
+
+
+def test_overflow_is_told(tmp_path: Path) -> None:
+    with open_recorder(tmp_path / "run.zarr", token_documents([5] * 20), sites={"x": 4}, dtype="bfloat16") as recorder:
+        for batch in recorder.batches():
+            recorder.put("x", np.full((len(batch.rows), 4), 1e6, np.float32), rows=batch.rows)
+    trials = {trial.codec: trial for trial in compare(flexcache.open(tmp_path / "run.zarr"), rounds=1, progress=False)}
+    assert trials["float16"].mean == float("inf")
+    assert trials["int8"].mean < 1e-6
+    assert "float32" not in trials
+
+
+def test_nothing_to_encode(tmp_path: Path) -> None:
+    open_recorder(tmp_path / "run.zarr", token_documents([5] * 20))
+    with pytest.raises(UncommittedError):
+        compare(flexcache.open(tmp_path / "run.zarr"))
+
+
+def test_the_command(store: flexcache.Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "bench-codec", store.path, "--layers", "3", "-o", tmp_path / "out.json", "-q")
+    assert "int8 by layer" in text
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert {loss["layer"] for loss in found[0]["losses"]} == {3, None}
+    assert "did you mean resid_post" in run(capsys, "bench-codec", store.path, "--site", "resid_pots", status=1)
