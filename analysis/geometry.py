@@ -143,7 +143,9 @@ def project(
         *found* is not of this store's site, or the store does not keep every token.
     """
     site = str(found.attrs.get("site", ""))
-    rows = store.spec.get("rows", "all") if store.spec.get("windows") is None else "of windows"
+    rows = store.spec.get("rows", "all")
+    if store.spec.get("windows") is not None or store.spec.get("packing") is not None:
+        rows = "of parts of documents"
     if site not in store.sites or found.sizes["kept"] < components or rows != "all":
         raise AnalysisError(
             "the rows cannot be projected",

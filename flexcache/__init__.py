@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from flexcache.documents import Documents, open_documents
     from flexcache.hooks import FlexModel, HookFunction
     from flexcache.model import ModelSource
-    from flexcache.options import Choice, Windows
+    from flexcache.options import Choice, Packing, Windows
     from flexcache.recorder.capture import capture
     from flexcache.recorder.extend import extend
     from flexcache.recorder.foreign import record
@@ -42,6 +42,7 @@ __all__ = [
     "LogitDifference",
     "ModelSource",
     "NextTokenLoss",
+    "Packing",
     "Recorder",
     "Store",
     "Transform",
@@ -65,6 +66,7 @@ _PLACES = {
     "LogitDifference": "flexcache.recorder.objective:LogitDifference",
     "ModelSource": "flexcache.model:ModelSource",
     "NextTokenLoss": "flexcache.recorder.objective:NextTokenLoss",
+    "Packing": "flexcache.options:Packing",
     "Recorder": "flexcache.recorder.recorder:Recorder",
     "Store": "flexcache.store.store:Store",
     "Transform": "flexcache.recorder.transform:Transform",

@@ -34,18 +34,38 @@ class Windows(BaseModel):
         length = self.length or max_length
         if length is None:
             raise ConfigError("windows need a length", remedy="say how many tokens: windows: {length: 1024}")
-        if max_length is not None and length > max_length:
-            raise ConfigError(
-                "a window is longer than a sequence may be",
-                expected=f"at most {max_length} tokens, by max_length or by what the model reads",
-                found=str(length),
-            )
+        length = _within(length, max_length)
         stride = self.stride or length
         if stride > length:
             raise ConfigError(
                 "the stride of windows leaves tokens out", expected=f"at most the length, {length}", found=str(stride)
             )
         return length, stride
+
+
+class Packing(BaseModel):
+    """Documents one after the other in sequences of one length, as models are pretrained."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    length: int | None = Field(None, ge=4, description="tokens of a sequence; by default max_length")
+    separator: int | Literal["eos", "bos"] | None = Field("eos", description="between two documents; an id, or null")
+    bos: int | Literal["auto", "bos"] | None = Field(
+        "auto", description="in front of each sequence; auto where the tokenizer puts one in front of texts"
+    )
+
+    def size(self, max_length: int | None) -> int:
+        """Return the length in tokens.
+
+        Raises
+        ------
+        ConfigError
+            There is none, or it is more than the model reads.
+        """
+        length = self.length or max_length
+        if length is None:
+            raise ConfigError("packing needs a length", remedy="say how many tokens: packing: {length: 1024}")
+        return _within(length, max_length)
 
 
 class Choice(BaseModel):
@@ -83,7 +103,13 @@ class SequenceOptions(BaseModel):
     choice: Choice | None = Field(None, description="the tokens that rows are all, the last, the first or the mean of")
     max_length: int | None = Field(None, ge=1, description="tokens of a document after which it is truncated")
     windows: Windows | None = Field(None, description="long documents in windows, in place of truncation")
+    packing: Packing | None = Field(None, description="documents one after the other in sequences of one length")
     token_labels: tuple[str, ...] = Field((), description="columns with a label for each token")
+
+    @property
+    def whole(self) -> bool:
+        """Whether each document is one sequence, truncated where it is too long."""
+        return self.windows is None and self.packing is None
 
     def within(self, longest: int | None) -> Self:
         """Return the options for a model that reads at most so many tokens, where max_length is not given."""
@@ -96,6 +122,15 @@ class SequenceOptions(BaseModel):
         ------
         ConfigError
         """
+        if self.packing is not None:
+            self.packing.size(self.max_length)
+            if self.windows is not None or self.rows != "all":
+                raise ConfigError(
+                    "packed documents have no windows, and all of their tokens are rows",
+                    expected="packing with rows: all, and without windows",
+                    found=f"rows: {self.rows}" if self.windows is None else "windows",
+                    remedy="choose rows when they are read, or leave packing out",
+                )
         if self.windows is not None:
             self.windows.sizes(self.max_length)
             if self.rows == "mean":
@@ -139,3 +174,13 @@ def _bad_rows(rows: Any) -> ConfigError:
         expected=f"{', '.join(WORDS)}, or a mapping of rules such as {{every: 4}}",
         found=repr(rows),
     )
+
+
+def _within(length: int, max_length: int | None) -> int:
+    if max_length is not None and length > max_length:
+        raise ConfigError(
+            "sequences are to be longer than they may be",
+            expected=f"at most {max_length} tokens, by max_length or by what the model reads",
+            found=str(length),
+        )
+    return length

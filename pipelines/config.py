@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from flexcache.documents import Documents, open_documents
 from flexcache.errors import ConfigError
 from flexcache.model import ModelSource
-from flexcache.options import Choice, Windows, parse_rows
+from flexcache.options import Choice, Packing, Windows, parse_rows
 from flexcache.recorder.origin import load
 from flexcache.recorder.transform import Transform
 from flexcache.spec import Spec, parse_sites, validate
@@ -161,6 +161,7 @@ class CaptureConfig(BaseModel):
     dtype: Literal["auto", "bfloat16", "float16", "float32", "int8"] = "auto"
     max_length: int | None = Field(None, ge=1)
     windows: Windows | None = Field(None, description="long documents in windows, in place of truncation")
+    packing: Packing | None = Field(None, description="documents one after the other in sequences of one length")
     token_labels: list[str] = Field([], description="label columns with an entry, or spans, for tokens")
     batch_tokens: int = Field(4096, ge=1)
     seed: int = Field(0, ge=0)
@@ -175,8 +176,11 @@ class CaptureConfig(BaseModel):
 
     def capture_options(self) -> dict[str, Any]:
         """Return the options of `flexcache.capture` that the file sets and that need no model."""
-        names = ("sites", "layers", "rows", "dtype", "max_length", "windows", "token_labels", "batch_tokens", "seed")
-        options = {name: getattr(self, name) for name in (*names, "compression", "keep_text", "empty_documents")}
+        names = ("sites", "layers", "rows", "dtype", "max_length", "windows", "packing", "token_labels")
+        options = {
+            name: getattr(self, name)
+            for name in (*names, "batch_tokens", "seed", "compression", "keep_text", "empty_documents")
+        }
         if self.sites is None:
             options["sites"] = [] if self.transforms else "resid_post"
         return options

@@ -15,7 +15,7 @@ from pipelines.capture import leave, load
 from pipelines.config import CaptureConfig
 
 FIXED = (
-    *("rows", "choice", "dtype", "max_length", "windows", "token_labels", "seed", "compression"),
+    *("rows", "choice", "dtype", "max_length", "windows", "packing", "token_labels", "seed", "compression"),
     *("keep_text", "empty_documents"),
 )
 

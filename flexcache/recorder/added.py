@@ -11,6 +11,7 @@ import xxhash
 
 from flexcache.errors import DocumentsError
 from flexcache.sequences import messages_digests
+from flexcache.spec import Spec
 from flexcache.store.store import Store
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class Added:
             if "messages_xxh3_128" not in documents.column_names:
                 return ["no chat"] * len(given), ["a chat"] * len(given)
             return documents.column("messages_xxh3_128").take(pa.array(places)).to_pylist(), given
-        if self._store.spec.get("windows") is not None:
+        if not Spec.model_validate(self._store.spec).whole:
             return self._rows_of(places, known.column("tokens").to_pylist())
         lines = np.searchsorted(self._store.tokens.column("document").to_numpy(), places)
         stored = self._store.tokens.column("tokens").take(pa.array(lines)).to_pylist()

@@ -13,7 +13,7 @@ from flexcache import hooks
 from flexcache.documents import open_documents
 from flexcache.hooks.names import peel
 from flexcache.model import describe_model, describe_tokenizer, evaluating, longest_input, vocabulary
-from flexcache.options import Choice, Windows, parse_rows
+from flexcache.options import Choice, Packing, Windows, parse_rows
 from flexcache.parallel.stages import Stages
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.fingerprint import fingerprint
@@ -45,6 +45,7 @@ def capture(
     dtype: str = "auto",
     max_length: int | None = None,
     windows: Windows | Mapping[str, Any] | None = None,
+    packing: Packing | Mapping[str, Any] | None = None,
     token_labels: Sequence[str] = (),
     batch_tokens: int = 4096,
     seed: int = 0,
@@ -97,6 +98,8 @@ def capture(
     windows
         `Windows`, such as ``{"length": 1024, "stride": 512}``: longer documents are cut into windows instead, and each
         token's row is of the first window that has it.
+    packing
+        `Packing`, such as ``{"length": 1024}``: documents follow each other in sequences of that length.
     token_labels
         Columns of the documents with a label for each token, which go into the table of sequences; see
         `flexcache.sequences.labels.aligned`.
@@ -141,6 +144,7 @@ def capture(
             "dtype": dtype,
             "max_length": max_length or longest_input(model, tokenizer),
             "windows": windows,
+            "packing": packing,
             "token_labels": tuple(token_labels),
             "batch_tokens": batch_tokens,
             "seed": seed,

@@ -9,7 +9,7 @@ from typing import Any
 from flexcache.documents import open_documents
 from flexcache.errors import ConfigError
 from flexcache.model import describe_tokenizer
-from flexcache.options import Choice, Windows, parse_rows
+from flexcache.options import Choice, Packing, Windows, parse_rows
 from flexcache.recorder.extension import more_arrays, more_documents, opened
 from flexcache.recorder.fingerprint import check_fingerprint
 from flexcache.recorder.planning import Source, check_same, plan_store, stored_identity
@@ -34,6 +34,7 @@ def record(
     dtype: str = "bfloat16",
     max_length: int | None = None,
     windows: Windows | Mapping[str, Any] | None = None,
+    packing: Packing | Mapping[str, Any] | None = None,
     token_labels: Sequence[str] = (),
     batch_tokens: int = 4096,
     seed: int = 0,
@@ -82,6 +83,7 @@ def record(
             "dtype": dtype,
             "max_length": max_length,
             "windows": windows,
+            "packing": packing,
             "token_labels": tuple(token_labels),
             "batch_tokens": batch_tokens,
             "seed": seed,

@@ -63,7 +63,7 @@ class Encoded:
 
 
 def encode(batch: pa.RecordBatch, tokenizer: Tokenizer | None, options: SequenceOptions) -> Encoded:
-    """Return the tokens of a batch of documents, truncated where there are no windows.
+    """Return the tokens of a batch of documents, truncated where each is a sequence; without special tokens to be packed.
 
     Raises
     ------
@@ -72,7 +72,7 @@ def encode(batch: pa.RecordBatch, tokenizer: Tokenizer | None, options: Sequence
     ConfigError
         Places of tokens in the text are asked for, and the tokenizer does not know them.
     """
-    limit = None if options.windows is not None else options.max_length
+    limit = options.max_length if options.whole else None
     if "tokens" in batch.schema.names:
         return _given(batch.column("tokens"), limit)
     if tokenizer is None:
@@ -85,7 +85,7 @@ def encode(batch: pa.RecordBatch, tokenizer: Tokenizer | None, options: Sequence
         return _chats(batch, tokenizer, limit)
     texts = batch.column("text").to_pylist()
     places = _needs_places(batch, tokenizer, options)
-    lists, offsets = _encode(tokenizer, texts, places)
+    lists, offsets = _encode(tokenizer, texts, places, special=options.packing is None)
     if len(lists) != len(texts):
         raise DocumentsError(
             "the tokenizer did not return one token list a text",

@@ -17,6 +17,7 @@ from flexcache.sequences.choice import chosen, first_or_last
 from flexcache.sequences.cuts import Cuts, Whole, Windowed
 from flexcache.sequences.encoding import Encoded, Tokenizer, encode
 from flexcache.sequences.labels import aligned, said
+from flexcache.sequences.packed import Marks, Packed, marks
 
 PART_BYTES = 64 << 20
 KEPT = "kept"
@@ -39,6 +40,8 @@ class Spool:
     Attributes
     ----------
     options : SequenceOptions
+    marks : Marks
+        What is between packed documents.
     token_labels : tuple of str
         The columns with an entry for each token.
     lengths : ndarray of int32, shape (documents,)
@@ -50,9 +53,10 @@ class Spool:
         XXH3-128 of ids and tokens in order: what the corpus is, for this tokenizer.
     """
 
-    def __init__(self, folder: Path, options: SequenceOptions | None = None) -> None:
+    def __init__(self, folder: Path, options: SequenceOptions | None = None, marks: Marks | None = None) -> None:
         self.folder = folder
         self.options = options or SequenceOptions()
+        self.marks = marks or Marks()
         self.truncated = self.skipped = self.rowless = 0
         self.token_labels: tuple[str, ...] = ()
         self._hasher = xxhash.xxh3_128()
@@ -81,6 +85,8 @@ class Spool:
     @cached_property
     def cuts(self) -> Cuts:
         """The sequences of all documents; to be asked for when all are there."""
+        if self.options.packing is not None:
+            return Packed(self.lengths, self.options.packing.size(self.options.max_length), self.marks)
         return self._windowed or Whole(self.lengths, self.rows)
 
     @property
@@ -196,7 +202,7 @@ def spool(
         See `SequenceOptions.check`.
     """
     options.check()
-    result = Spool(folder, options)
+    result = Spool(folder, options, None if options.packing is None else marks(options.packing, tokenizer))
     index, tokens_done = first_index, 0
     for batch in documents.batches():
         source_index = np.arange(index, index + len(batch), dtype=np.int64)

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from flexcache.store.store import Store
 
 OWN = ("document", "unit", "batch", "start", "tokens", "keep_start", "n_rows", "row_start", "keep")
+PACKED = ("documents", "starts", "places")
 """The columns of the sequences that are not labels."""
 
 
 def label_names(store: Store) -> tuple[str, ...]:
     """Return the names of the columns with a label for each token."""
-    return tuple(name for name in store.tokens.column_names if name not in OWN)
+    return tuple(name for name in store.tokens.column_names if name not in (*OWN, *PACKED))
 
 
 def row_labels(store: Store, name: str) -> pa.Array:

@@ -42,6 +42,8 @@ def replayable(store: Store) -> Replayable:
         reasons["rows"] = f"rows are the {store.spec.get('rows')} of each document, and a forward needs every token"
     elif store.spec.get("windows") is not None and len(store.tokens) and _cut(store):
         reasons["rows"] = "long documents were run in windows, and the rows of what windows share are of one alone"
+    elif store.spec.get("packing") is not None:
+        reasons["rows"] = "documents were packed into sequences, and a replay runs each by itself"
     if not any(store.arrays[site].layers for site in RESIDUAL if site in store.arrays):
         reasons["site"] = f"no residual stream is stored: there are {', '.join(store.sites)}"
     coarse = [site for site in RESIDUAL if site in store.arrays and store.arrays[site].dtype == "int8"]

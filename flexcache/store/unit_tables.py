@@ -8,6 +8,9 @@ import pyarrow as pa
 from flexcache.plan import UnitPlan, ranges
 from flexcache.sequences import KEPT, Spool
 
+PIECES = {"documents": pa.int64(), "starts": pa.int32(), "places": pa.int32()}
+"""Of packed documents: which are in a sequence, from which token on, and from which place."""
+
 
 class UnitTables:
     """What is known of the rows of one unit.
@@ -56,13 +59,17 @@ class UnitTables:
             "unit": pa.array(np.full(len(lengths), unit.unit, np.int32)),
             "batch": pa.array(unit.batches),
             "start": pa.array(pieces.start[self._first].astype(np.int32)),
-            "tokens": _lists(offsets, pa.array(self._flat[origin], pa.int32())),
+            "tokens": _lists(offsets, pa.array(self._tokens(origin, offsets), pa.int32())),
             "keep_start": pa.array(self._keep_start()),
             "n_rows": pa.array(unit.n_rows),
             "row_start": pa.array(unit.row_start),
         }
-        if self._options.choice is not None:
+        if self._options.choice is not None or self._options.packing is not None:
             columns["keep"] = self._keep()
+        if self._options.packing is not None:
+            pieces_of = np.append(self._first, len(pieces.line))
+            parts = {"documents": self._numbers[pieces.document], "starts": pieces.start, "places": pieces.offset}
+            columns |= {name: _lists(pieces_of, pa.array(values, PIECES[name])) for name, values in parts.items()}
         for name in self._corpus.token_labels:
             columns[name] = _lists(offsets, self._list(name).values.take(pa.array(origin, mask=origin < 0)))
         return pa.table(columns)
@@ -88,6 +95,15 @@ class UnitTables:
             return {"token_id": none, "position": none, "document": document}
         token_id = self._flat[self._begin[self._of][self._piece] + self._position]
         return {"token_id": token_id, "position": self._position.astype(np.int32), "document": document}
+
+    def _tokens(self, origin: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        """Return the tokens of the sequences, with those between and in front of packed documents."""
+        tokens, marks = self._flat[origin], self._corpus.marks
+        if marks.separator is not None:
+            tokens[origin < 0] = marks.separator
+        if marks.bos is not None:
+            tokens[offsets[:-1]] = marks.bos
+        return tokens
 
     @property
     def _of(self) -> np.ndarray:

@@ -133,7 +133,7 @@ def test_more_documents_come_in_windows_too(tmp_path: Path) -> None:
     [
         ({"windows": {}, "max_length": None}, "windows need a length"),
         ({"windows": {"length": 12, "stride": 13}}, "leaves tokens out"),
-        ({"windows": {"length": 200}, "max_length": 100}, "longer than a sequence may be"),
+        ({"windows": {"length": 200}, "max_length": 100}, "longer than they may be"),
         ({"windows": {"lenght": 200}}, "did you mean length"),
         ({"windows": {"length": 12}, "rows": "mean"}, "mean of a document"),
     ],

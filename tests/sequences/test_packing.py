@@ -1,0 +1,141 @@
+"""Documents one after the other in sequences of one length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import flexcache
+from flexcache.errors import ConfigError, DocumentsError
+from flexcache.recorder.batch import BatchReader
+from flexcache.sequences.packed import Marks, Packed
+from tests.corpora import build_store, lengths, token_documents
+from tests.models import VOCABULARY, tiny
+
+DOCUMENTS = token_documents([37, 1, 8, 16, *lengths(40, longest=30)], vocabulary=VOCABULARY)
+PACKING = {"length": 16, "separator": 2, "bos": 1}
+QUIET = {"progress": False, "batch_tokens": 64}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def contexts(documents: list[list[Any]], length: int, separator: Any, bos: Any) -> list[list[Any]]:
+    """Sequences by plain concatenation."""
+    run: list[Any] = []
+    for number, tokens in enumerate(documents):
+        run += ([separator] if number and separator is not None else []) + tokens
+    front = [] if bos is None else [bos]
+    room = length - len(front)
+    return [front + run[at : at + room] for at in range(0, len(run), room)]
+
+
+@given(
+    st.lists(st.integers(1, 25), min_size=1, max_size=12),
+    st.integers(4, 12),
+    st.sampled_from([None, "sep"]),
+    st.sampled_from([None, "bos"]),
+)
+def test_sequences_are_those_of_plain_concatenation(sizes: list[int], length: int, separator: Any, bos: Any) -> None:
+    cuts = Packed(np.array(sizes), length, Marks(1 if separator else None, 1 if bos else None))
+    expected = contexts([[(d, t) for t in range(n)] for d, n in enumerate(sizes)], length, separator, bos)
+    pieces = cuts.pieces(np.arange(len(cuts.lengths)))
+    assert cuts.lengths.tolist() == [len(sequence) for sequence in expected]
+    found: list[list[Any]] = [[separator] * len(sequence) for sequence in expected]
+    for line, document, start, count, place in zip(
+        *(getattr(pieces, n).tolist() for n in ("line", "document", "start", "length", "offset"))
+    ):
+        found[line][place : place + count] = [(document, start + i) for i in range(count)]
+    for sequence in found:
+        sequence[0] = bos or sequence[0]
+    assert found == expected
+    assert cuts.kept.tolist() == [sum(isinstance(t, tuple) for t in sequence) for sequence in expected]
+    owners = [[t[0] for t in sequence if isinstance(t, tuple)] for sequence in expected]
+    assert cuts.linked.tolist() == [i > 0 and owners[i][0] == owners[i - 1][-1] for i in range(len(owners))]
+
+
+def test_rows_are_what_the_model_gives_on_each_sequence(tmp_path: Path) -> None:
+    model = tiny("llama")
+    documents = [{**item, "at": list(range(len(item["tokens"])))} for item in DOCUMENTS]
+    store = flexcache.capture(
+        model, None, documents, tmp_path / "run.zarr", layers=[1], packing=PACKING, token_labels=["at"], **QUIET
+    )
+    expected = contexts([item["tokens"] for item in DOCUMENTS], 16, 2, 1)
+    assert store.n_units > 1
+    batches = [batch for unit in range(store.n_units) for batch in BatchReader(store.path, mean=False).unit(unit)]
+    found = [tokens.tolist() for batch in batches for tokens in batch.tokens]
+    once = [tokens for i, tokens in enumerate(found) if not i or tokens != found[i - 1]]  # of those that two units run
+    assert once == expected
+    assert store.documents["id"].to_pylist() == [item["id"] for item in DOCUMENTS]
+    assert store.documents["n_rows"].to_pylist() == [len(item["tokens"]) for item in DOCUMENTS]
+    with torch.no_grad():
+        states = [model(torch.tensor([s]), output_hidden_states=True).hidden_states[2][0] for s in expected]
+    ids = contexts([[(d["id"], i) for i in range(len(d["tokens"]))] for d in DOCUMENTS], 16, None, None)
+    owners = contexts([[(d["id"], i) for i in range(len(d["tokens"]))] for d in DOCUMENTS], 16, "sep", "bos")
+    assert sum(map(len, ids)) == store.n_rows
+    rows = [state for line, owner in zip(states, owners) for state, who in zip(line, owner) if isinstance(who, tuple)]
+    assert np.allclose(store.read("resid_post", 1), torch.stack(rows).numpy(), atol=2e-5)
+    for item in DOCUMENTS:
+        held = store.rows(document=item["id"])
+        assert store.coordinates["token_id"].values[held].tolist() == item["tokens"]
+        assert store.coordinates["position"].values[held].tolist() == list(range(len(item["tokens"])))
+    assert store.token_label("at").to_pylist() == store.coordinates["position"].values.tolist()
+    assert store.token_labels == ("at",)
+    assert "packed" in str(store.replayable)
+    assert all(item.equal for item in flexcache.recompute(model, store.path, units=100))
+    lines = store.tokens.select(["documents", "starts", "places", "tokens"]).to_pylist()
+    names = store.documents["id"].to_pylist()
+    tokens = {item["id"]: item["tokens"] for item in DOCUMENTS}
+    for line in lines:
+        for document, start, place in zip(line["documents"], line["starts"], line["places"]):
+            assert line["tokens"][place] == tokens[names[document]][start]
+
+
+def test_more_documents_begin_a_sequence_of_their_own(tmp_path: Path) -> None:
+    model, path = tiny("llama"), tmp_path / "run.zarr"
+    flexcache.capture(model, None, DOCUMENTS, path, layers=[1], packing=PACKING, **QUIET)
+    with pytest.raises(DocumentsError, match="other contents"):
+        flexcache.extend(model, None, path, [{**DOCUMENTS[0], "tokens": [5] * 37}], progress=False)
+    new = [{**item, "id": f"new-{item['id']}"} for item in DOCUMENTS]
+    store = flexcache.extend(model, None, path, [*DOCUMENTS, *new], new_only=True, progress=False)
+    assert store.documents["id"].to_pylist() == [item["id"] for item in [*DOCUMENTS, *new]]
+    with torch.no_grad():
+        first = model(torch.tensor([[1, *new[0]["tokens"][:15]]]), output_hidden_states=True).hidden_states[2][0, 1:]
+    assert np.allclose(store.read("resid_post", 1, store.rows(document="new-doc-0")[:15]), first.numpy(), atol=2e-5)
+    assert flexcache.verify(path).sound
+
+
+def test_the_tokenizer_says_which_tokens_are_between(tokenizer: Any, tmp_path: Path) -> None:
+    texts = [{"id": "a", "text": "the quick brown fox jumps"}, {"id": "b", "text": "over the lazy dog"}]
+    store = build_store(tmp_path / "run.zarr", texts, tokenizer=tokenizer, packing={"length": 8})
+    assert store.tokens["tokens"].to_pylist() == [[1, 4, 5, 6, 7, 8, 2, 9], [1, 4, 10, 11]]
+    assert store.tokens["keep"].to_pylist() == [[1, 2, 3, 4, 5, 7], [1, 2, 3]]
+    none = build_store(
+        tmp_path / "none.zarr", texts, tokenizer=tokenizer, packing={"length": 8, "separator": None, "bos": None}
+    )
+    assert none.tokens["tokens"].to_pylist() == [[4, 5, 6, 7, 8, 9, 4, 10], [11]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"packing": {}}, "packing needs a length"),
+        ({"packing": {"length": 100}, "max_length": 50}, "longer than they may be"),
+        ({"packing": {"length": 16}}, "eos token, which is not known"),
+        ({"packing": {"length": 16, "separator": 2}, "rows": "last"}, "all of their tokens are rows"),
+        ({"packing": PACKING, "windows": {"length": 8}}, "no windows"),
+        ({"packing": {"lenght": 16}}, "did you mean length"),
+    ],
+)
+def test_packing_that_cannot_be(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_store(tmp_path / "run.zarr", DOCUMENTS, **options)
+    assert not (tmp_path / "run.zarr").exists()
