@@ -63,7 +63,7 @@ class Encoded:
 
 
 def encode(batch: pa.RecordBatch, tokenizer: Tokenizer | None, options: SequenceOptions) -> Encoded:
-    """Return the tokens of a batch of documents: truncated where each is a sequence, without special tokens to be packed.
+    """Return the tokens of documents: truncated where each is a sequence, without special tokens where they are packed.
 
     Raises
     ------
