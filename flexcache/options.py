@@ -103,6 +103,7 @@ class SequenceOptions(BaseModel):
     choice: Choice | None = Field(None, description="the tokens that rows are all, the last, the first or the mean of")
     max_length: int | None = Field(None, ge=1, description="tokens of a document after which it is truncated")
     windows: Windows | None = Field(None, description="long documents in windows, in place of truncation")
+    max_tokens: int | None = Field(None, ge=1, description="of all documents: the one that reaches it is the last")
     packing: Packing | None = Field(None, description="documents one after the other in sequences of one length")
     token_labels: tuple[str, ...] = Field((), description="columns with a label for each token")
 

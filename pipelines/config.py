@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from flexcache.documents import Documents, open_documents
+from flexcache.documents.huggingface import load_dataset
 from flexcache.errors import ConfigError
 from flexcache.model import ModelSource
 from flexcache.options import Choice, Packing, Windows, parse_rows
@@ -25,7 +26,12 @@ class DocumentsSource(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: str | list[str] = Field(description="Parquet, JSONL, CSV, a folder of .txt, a glob, or several")
+    path: str | list[str] | None = Field(None, description="Parquet, JSONL, CSV, a folder of .txt, a glob, or several")
+    dataset: str | None = Field(None, description="in place of a path: a dataset of the hub, or a folder of one")
+    config: str | None = Field(None, description="of the dataset")
+    split: str = Field("train", description="of the dataset")
+    revision: str | None = Field(None, description="of the dataset")
+    streaming: bool = Field(False, description="read the dataset as it comes, without loading it to the disk first")
     format: Literal["parquet", "jsonl", "csv", "txt"] | None = None
     id: str = "id"
     text: str = "text"
@@ -33,10 +39,22 @@ class DocumentsSource(BaseModel):
     messages: str = "messages"
     labels: list[str] | None = Field(None, description="label columns to keep; all where not given")
 
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.path is None) == (self.dataset is None):
+            raise ConfigError(
+                "key 'documents' must say one place", expected="path or dataset", found=str(self.path or "neither")
+            )
+        return self
+
     def open(self) -> Documents:
         """Open the corpus."""
+        source: Any = self.path
+        if self.dataset is not None:
+            options = {name: getattr(self, name) for name in ("config", "split", "revision", "streaming")}
+            source = load_dataset(self.dataset, **options)
         return open_documents(
-            self.path,
+            source,
             format=self.format,
             id=self.id,
             text=self.text,
@@ -160,6 +178,7 @@ class CaptureConfig(BaseModel):
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32", "int8"] = "auto"
     max_length: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, description="of all documents: the one that reaches it is the last")
     windows: Windows | None = Field(None, description="long documents in windows, in place of truncation")
     packing: Packing | None = Field(None, description="documents one after the other in sequences of one length")
     token_labels: list[str] = Field([], description="label columns with an entry, or spans, for tokens")
@@ -176,7 +195,7 @@ class CaptureConfig(BaseModel):
 
     def capture_options(self) -> dict[str, Any]:
         """Return the options of `flexcache.capture` that the file sets and that need no model."""
-        names = ("sites", "layers", "rows", "dtype", "max_length", "windows", "packing", "token_labels")
+        names = ("sites", "layers", "rows", "dtype", "max_length", "max_tokens", "windows", "packing", "token_labels")
         options = {
             name: getattr(self, name)
             for name in (*names, "batch_tokens", "seed", "compression", "keep_text", "empty_documents")

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flexcache.documents.files import FORMATS, find_files, jsonl_items, text_items
+from flexcache.documents.huggingface import DatasetSource, is_dataset
 from flexcache.documents.ids import Ids
 from flexcache.documents.messages import MESSAGES, read_messages
 from flexcache.documents.records import (
@@ -120,6 +121,7 @@ class Documents:
             "files": [{"name": file.name, "bytes": file.path.stat().st_size} for file in self._source.files],
             "columns": {field.name: str(field.type) for field in self.schema},
             "count": self.count,
+            **({"dataset": self._source.about} if isinstance(self._source, DatasetSource) else {}),
         }
 
     def __len__(self) -> int:
@@ -151,8 +153,9 @@ def open_documents(
 
     *source* is a path or a list of paths to Parquet, JSON Lines or CSV files (the latter two also compressed:
     .gz, .zst, .bz2), a folder of such files, a glob, a folder of .txt files (the id is the relative path); a pyarrow
-    Table; an iterable of dicts, such as a list, a generator or a Hugging Face Dataset; or a `Documents`. Files of
-    folders and globs are taken in the order of their names.
+    Table; a Hugging Face Dataset or IterableDataset; what `flexcache.documents.huggingface.load_dataset` returns; an
+    iterable of dicts, such as a list or a generator; or a `Documents`. Files of folders and globs are taken in the order
+    of their names.
 
     *id*, *text*, *tokens* and *messages* name the columns. Messages are looked for where there is neither of the other
     two: lists of ``{"role", "content"}``, for the tokenizer's chat template. Without an id column the id is the
@@ -182,6 +185,8 @@ def _source(source: Any, format: str | None, roles: Roles, rows: int) -> tuple[S
         source = pa.Table.from_batches([source])
     if isinstance(source, pa.Table):
         return TableSource(source), roles
+    if isinstance(source, DatasetSource) or is_dataset(source):
+        return source if isinstance(source, DatasetSource) else DatasetSource(source), roles
     paths = [source] if isinstance(source, str | os.PathLike) else source
     if isinstance(paths, list | tuple) and paths and all(isinstance(path, str | os.PathLike) for path in paths):
         return _files(paths, format, roles, rows)

@@ -44,6 +44,7 @@ def capture(
     rows: str | Mapping[str, Any] | Choice = "all",
     dtype: str = "auto",
     max_length: int | None = None,
+    max_tokens: int | None = None,
     windows: Windows | Mapping[str, Any] | None = None,
     packing: Packing | Mapping[str, Any] | None = None,
     token_labels: Sequence[str] = (),
@@ -95,6 +96,8 @@ def capture(
         As stored: bfloat16, float16 or float32; ``"auto"`` is as computed.
     max_length
         Tokens after which a document is truncated; by default what the model can read.
+    max_tokens
+        Tokens of all documents together: the document that reaches them is the last one that is read.
     windows
         `Windows`, such as ``{"length": 1024, "stride": 512}``: longer documents are cut into windows instead, and each
         token's row is of the first window that has it.
@@ -143,6 +146,7 @@ def capture(
             **parse_rows(rows),
             "dtype": dtype,
             "max_length": max_length or longest_input(model, tokenizer),
+            "max_tokens": max_tokens,
             "windows": windows,
             "packing": packing,
             "token_labels": tuple(token_labels),

@@ -145,7 +145,7 @@ def more_documents(
             Added(documents, store, new_only),
             tokenizer,
             folder.parent,
-            Spec.model_validate(store.spec),
+            Spec.model_validate(store.spec).model_copy(update={"max_tokens": None}),
             vocabulary=vocabulary,
             empty=store.spec.get("empty_documents", "error"),
             keep_text=bool(store.spec.get("keep_text", True)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -74,9 +74,13 @@ def sample(
             expected="files, a table, or a list",
         )
     runs = spread(count, size, seed)
-    corpus = tokenized(source, Part(source.documents, runs), folder, progress)
+    most = source.spec.max_tokens
+    unbounded = replace(source, spec=source.spec.model_copy(update={"max_tokens": None}))
+    corpus = tokenized(unbounded, Part(source.documents, runs), folder, progress)
     read = sum(len(run) for run in runs)
-    amount = _extrapolated(source, corpus, count / read, seed)
+    tokens = int(corpus.lengths.sum(dtype=np.int64)) * count / read
+    scale = count / read * (1 if most is None else min(1.0, most / tokens))
+    amount = _extrapolated(source, corpus, scale, seed)
     cuts = corpus.cuts
     plan = planned(source, cuts.lengths, cuts.kept, amount.shard_rows, cuts.linked)
     path, place = folder / "sample.zarr", folder / "making"
@@ -91,7 +95,7 @@ def sample(
         amount=amount,
         documents=read,
         error=0.0 if read == count else _error(corpus, runs, count),
-        table_bytes=_table_bytes(path, count / read),
+        table_bytes=_table_bytes(path, scale),
         plan=path,
     )
 

@@ -221,9 +221,12 @@ def spool(
         kept = first_or_last(chosen(batch, encoded, tokenizer, options), encoded.lengths, options.rows)
         labels = said(encoded) | {name: aligned(batch, encoded, name) for name in options.token_labels}
         result.token_labels = tuple(labels)
-        result.truncated += int(encoded.truncated.sum())
         record = _record(batch, encoded, source_index, keep_text, labels)
         some = encoded.lengths > 0
+        if options.max_tokens is not None:
+            some &= encoded.starts < options.max_tokens - tokens_done
+        result.truncated += int(encoded.truncated[some].sum())
+        tokens_read = int(encoded.lengths[some].sum())
         if kept is not None:
             rowless = some & (np.add.reduceat(np.append(kept, 0), encoded.starts) == 0)
             result.rowless += int(rowless.sum())
@@ -231,10 +234,12 @@ def spool(
         if not some.all():
             kept = None if kept is None else kept[np.repeat(some, encoded.lengths)]
             record = record.take(pa.array(np.flatnonzero(some)))
+        tokens_done += tokens_read
         if len(record):
             result.append(record, kept)
-            tokens_done += int(encoded.lengths[some].sum())
             progress(index - first_index, tokens_done)
+        if options.max_tokens is not None and tokens_done >= options.max_tokens:
+            break
     result.flush()
     if not len(result.lengths):
         left_out = f", {result.skipped} of them empty" + (f", {result.rowless} without rows" if result.rowless else "")
