@@ -154,8 +154,8 @@ def open_documents(
     *source* is a path or a list of paths to Parquet, JSON Lines or CSV files (the latter two also compressed:
     .gz, .zst, .bz2), a folder of such files, a glob, a folder of .txt files (the id is the relative path); a pyarrow
     Table; a Hugging Face Dataset or IterableDataset; what `flexcache.documents.huggingface.load_dataset` returns; an
-    iterable of dicts, such as a list or a generator; or a `Documents`. Files of folders and globs are taken in the order
-    of their names.
+    iterable of dicts, such as a list or a generator; or a `Documents`. Files of folders and globs are taken in the
+    order of their names.
 
     *id*, *text*, *tokens* and *messages* name the columns. Messages are looked for where there is neither of the other
     two: lists of ``{"role", "content"}``, for the tokenizer's chat template. Without an id column the id is the
