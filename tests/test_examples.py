@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -64,3 +65,15 @@ def test_tensor_parallel_equals_the_whole_model(processes: int) -> None:
     assert max(differences) < 1e-5
     assert "neurons (2, 12, 128)" in out
     assert "rank 1: keeps None" in out
+
+
+def test_a_sparse_autoencoder_is_trained_judged_and_shown(tmp_path: Path) -> None:
+    out = run("sae.py", "--steps", "120", "--batch", "512", "--k", "8", "--output", str(tmp_path))
+    ((first, last),) = re.findall(r"while training: ([\d.]+) … ([\d.]+)", out)
+    assert float(last) < 0.75 * float(first)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["variance unexplained"] < 0.7, "on documents that were not trained on"
+    assert report["active latents a row"] <= 8
+    assert abs(report["loss, autoencoder"] - report["loss, model"]) < 0.1
+    assert (tmp_path / "latents.html").read_text().count("<h2>latent") == 30
+    assert len(json.loads((tmp_path / "curve.json").read_text())) == 120

@@ -25,11 +25,26 @@ FLOAT32_INSIDE = ("mamba", "mamba2")
 """Their residual stream is float32 in a bfloat16 model, and is rounded where it is stored."""
 UNSTEADY = ("qwen3_moe",)
 """Its experts round in the last bit by how memory is aligned."""
+QUICK = ("llama", "gpt2", "gpt_neox", "gemma3", "bert", "mixtral")
+"""Families that are tried in bfloat16 by default; the others with ``-m slow``."""
 Captured = Callable[..., Any]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", REPLAYED)
+KINDS = [
+    *(pytest.param(family, torch.float32, id=f"{family}-float32") for family in REPLAYED),
+    *(
+        pytest.param(
+            family,
+            torch.bfloat16,
+            id=f"{family}-bfloat16",
+            marks=() if family in (*QUICK, *FLOAT32_INSIDE) else pytest.mark.slow,
+        )
+        for family in REPLAYED
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "dtype"), KINDS)
 def test_a_replay_that_changes_nothing_is_the_forward_bit_for_bit(
     family: str, dtype: torch.dtype, captured: Captured
 ) -> None:
