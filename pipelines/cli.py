@@ -228,6 +228,22 @@ def bench_codec(
 
 
 @app.command()
+def preshuffle(
+    source: StorePath,
+    target: Annotated[Path, typer.Argument(help="The new store; one that was begun is gone on with.")],
+    sites: Sites = None,
+    layers: LayerChoice = "all",
+    seed: Annotated[int, typer.Option(help="Of the order.", min=0)] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Write the rows of a store in random order into another, for training that reads front to back."""
+    from pipelines import preshuffle as pipeline
+
+    store = pipeline.run(source, target, sites=sites, layers=layers, seed=seed, progress=not quiet)
+    console.print(repr(store), highlight=False, markup=False)
+
+
+@app.command()
 def merge(
     sources: Annotated[list[Path], typer.Argument(help="Two stores or more, over the same plan.")],
     target: Annotated[Path, typer.Option("--output", "-o", help="The new store; one that was begun is gone on with.")],

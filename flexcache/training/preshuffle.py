@@ -1,0 +1,147 @@
+"""A store whose rows are in random order: an exact shuffle of all tokens, made once, to be read front to back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from flexcache.errors import ConfigError, StoreError
+from flexcache.recorder.foreign import record
+from flexcache.site import Layers
+from flexcache.spec import ArraySpec
+from flexcache.store.copying import check_apart
+from flexcache.store.derived import describe_origin, ledger_digest
+from flexcache.store.int8 import is_scale
+from flexcache.store.selection import select
+from flexcache.store.store import Store
+
+BLOCK_ROWS = 1024
+"""Rows of a document of the result, which has no meaning."""
+BLOCK_BYTES = 64 << 20
+SOURCE_ROW = "source_row"
+
+Progress = Callable[[int, int], None]
+
+
+def preshuffle(
+    source: str | Path,
+    target: str | Path,
+    *,
+    sites: Sequence[str] | None = None,
+    layers: Layers = "all",
+    seed: int = 0,
+    progress: Progress = lambda done, total: None,
+) -> Store:
+    """Write the rows of a complete store in random order into another; the same call goes on where one stopped.
+
+    Any order of all rows is as likely as any other, and the same for all sites and layers. The result is a store like
+    any other (verified, copied, read by `flexcache.training.stream` or front to back); its documents are blocks of
+    rows without meaning, and the label ``source_row`` of its tokens says where each row was:
+    ``store.token_label("source_row")``. Several processes may make it together.
+
+    Rows are gathered in pieces of about 64 MB, each read in file order, so every piece goes once through the source:
+    on a disk much larger than memory that is slow for small pieces, and done once. Memory is about 20 bytes a row for
+    the order and its map, and the piece.
+
+    Parameters
+    ----------
+    sites, layers
+        What to take, see `flexcache.store.selection.select`. All of it must have one dtype, and sites with layers the
+        same layers.
+    seed
+        Of the order.
+    progress
+        Called with the rows that are there, and that there will be.
+
+    Returns
+    -------
+    The target, complete.
+
+    Raises
+    ------
+    StoreError
+        The source is not complete; one of the two is inside the other.
+    ConfigError
+        The sites have different dtypes or layers.
+    MismatchError
+        The target is another store.
+    CaptureError
+        The disk refused a write.
+    """
+    store = Store(source)
+    check_apart(store.path, Path(target))
+    if not store.complete:
+        raise StoreError(
+            "the store is not complete, and its rows cannot be put in an order yet",
+            where=str(store.path),
+            found=f"{len(store.committed_units)} of {store.n_units} units committed",
+            remedy="finish the capture first",
+        )
+    arrays = [array for array in select(store, sites, layers) if not is_scale(array.name, store.arrays)]
+    dtype, chosen = _alike(arrays)
+    order = np.random.default_rng(seed).permutation(store.n_rows)
+    width = sum(len(array.slices) * array.row_bytes for array in arrays)
+    model = store.provenance.get("model", {})
+    with record(
+        target,
+        _blocks(store, order),
+        sites={a.name: a.features if a.depth is None else (a.depth, a.features) for a in arrays},
+        layers=chosen,
+        model={
+            "name": str(model.get("name", "unknown")),
+            "class": "preshuffled",
+            "preshuffled": {**describe_origin(store), "seed": seed, "model": model},
+        },
+        dtype=dtype,
+        token_labels=[SOURCE_ROW],
+        batch_tokens=BLOCK_ROWS * max(1, BLOCK_BYTES // (width * BLOCK_ROWS)),
+        compression=str(store.spec.get("compression", "none")),
+        fingerprint={"preshuffled": ledger_digest(store)},
+    ) as recorder:
+        starts = recorder.store.documents.column("source_index").to_numpy() * BLOCK_ROWS
+        position, document = (np.asarray(recorder.store.coordinates[name].values) for name in ("position", "document"))
+        progress(recorder.done, store.n_rows)
+        for batch in recorder.batches():
+            span = slice(batch.rows.start, batch.rows.stop)
+            rows = order[starts[document[span]] + position[span]]
+            forward = np.argsort(rows)  # the order in the files
+            for name, layer in recorder.keys:
+                values = _gathered(store, name, layer, rows, forward)
+                recorder.put(name, values, rows=batch.rows, layer=layer)
+            progress(recorder.done + len(batch.rows), store.n_rows)
+    return Store(target)
+
+
+def _alike(arrays: Sequence[ArraySpec]) -> tuple[str, Layers]:
+    """Return the one dtype of arrays, and the layers of those that have any."""
+    dtypes = {array.dtype for array in arrays}
+    layers = {array.layers for array in arrays if array.layers is not None}
+    if len(dtypes) > 1 or len(layers) > 1:
+        raise ConfigError(
+            "sites that are shuffled together must have one dtype and the same layers",
+            found="; ".join(f"{array.name}: {array.dtype}, layers {array.layers}" for array in arrays),
+            remedy="choose sites or layers, or shuffle them one after the other with the same seed: the order is equal",
+        )
+    return dtypes.pop(), list(layers.pop()) if layers else "all"
+
+
+def _blocks(store: Store, order: np.ndarray) -> pa.Table:
+    """Return documents of consecutive rows of the order, with their tokens and the rows that they were."""
+    token_id = np.maximum(np.asarray(store.coordinates["token_id"].values)[order], 0)  # a mean has none
+    offsets = pa.array(np.minimum(np.arange(0, len(order) + BLOCK_ROWS, BLOCK_ROWS), len(order)).astype(np.int32))
+    lists: dict[str, Any] = {
+        "tokens": pa.ListArray.from_arrays(offsets, pa.array(token_id.astype(np.int32))),
+        SOURCE_ROW: pa.ListArray.from_arrays(offsets, pa.array(order.astype(np.int64))),
+    }
+    return pa.table({"id": [f"block-{number}" for number in range(len(offsets) - 1)], **lists})
+
+
+def _gathered(store: Store, name: str, layer: int | None, rows: np.ndarray, forward: np.ndarray) -> np.ndarray:
+    found = store.read(name, layer, rows[forward], raw=store.arrays[name].dtype != "int8")
+    values = np.empty_like(found)
+    values[forward] = found
+    return values
