@@ -412,9 +412,13 @@ class Recorder:
 
     def _start(self) -> None:
         with clear_errors(self.store.path):
-            self._worker = Worker(self.store.path, self.fingerprint, self._patience)
-            self._writer = Writer(self._worker, self._pool)
-        self._claims = Claims(self._worker)
+            worker = Worker(self.store.path, self.fingerprint, self._patience)
+            try:
+                self._writer = Writer(worker, self._pool)
+            except BaseException:
+                worker.close()
+                raise
+        self._worker, self._claims = worker, Claims(worker)
 
     def _check_others(self) -> None:
         if not self._allow_mixed:

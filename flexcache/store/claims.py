@@ -74,9 +74,13 @@ class Claims:
                 self._path(str(name), number).unlink(missing_ok=True)
 
     def close(self, finished: bool = False) -> None:
-        """Give all claims up; where nothing is left to claim, the folder as well."""
+        """Give all claims up; where nothing is left to claim, the folder as well.
+
+        A claim that the disk does not let go of is one of a worker that has closed, which others see.
+        """
         for name in list(self._held):
-            self.release(name)
+            with contextlib.suppress(OSError):
+                self.release(name)
         if finished:
             shutil.rmtree(self.folder, ignore_errors=True)
         else:

@@ -59,10 +59,14 @@ class Worker:
             except FileNotFoundError:  # another worker removed the folder above in between, as its last one
                 if not left:
                     raise
-        (fresh / ALIVE).write_bytes(
-            json_bytes({**_identity(os.getpid()), "id": self.id, "conditions": self.conditions})
-        )
-        fresh.rename(self.folder)
+        try:
+            (fresh / ALIVE).write_bytes(
+                json_bytes({**_identity(os.getpid()), "id": self.id, "conditions": self.conditions})
+            )
+            fresh.rename(self.folder)
+        except OSError:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
         self._thread = threading.Thread(target=self._beat, name="flexcache-heartbeat", daemon=True)
         self._thread.start()
 

@@ -15,7 +15,7 @@ from tempfile import TemporaryFile
 from flexcache.errors import FlexCacheError
 from tests.reliability.steps import Steps, counted
 
-LONGEST = 120.0
+LONGEST = 60.0
 """Seconds after which a process that was forked counts as hanging."""
 
 

@@ -43,3 +43,14 @@ def test_killed_or_refused_at_any_step_it_loses_nothing_and_the_same_command_end
             assert not result.lost, place
             assert result.outcome.killed or how is not killed or at >= len(trial.steps), place
             assert not result.outcome.error or "run the same command again" in result.outcome.error, place
+
+
+@pytest.mark.parametrize("name", ["capture", "copy"])
+def test_a_process_that_may_remove_nothing_does_not_wait_for_itself(name: str, base: Path) -> None:
+    """It goes on after the error: what it could not give up must not look like the claim of another that is alive."""
+    trial = Trial(name, base, base.with_name("work"))
+    for at, step in enumerate(trial.steps):
+        if step == "remove":
+            result = trial.disturb(at, BROKEN)
+            assert result.clear, result
+            assert not result.lost, result
