@@ -74,7 +74,7 @@ def disturb(base: Path, kills: int, faults: int, dice: random.Random) -> list[Ro
 def corrupt(base: Path, count: int, dice: random.Random) -> list[Row]:
     """Damage one file of a store at a time, and see that it is named, and mended where a capture can."""
     whole, path = content(base), base.with_name("damaged.zarr")
-    names = relative_files(base, skip=("runs",))
+    names, units = relative_files(base, skip=("runs",)), flexcache.open(base).n_units
     found: Counter[str] = Counter()
     for _ in range(count):
         shutil.copytree(base, path)
@@ -89,7 +89,11 @@ def corrupt(base: Path, count: int, dice: random.Random) -> list[Row]:
         found["unit" if unit else "plan"] += 1
         try:
             done = flexcache.repair(path)
-            found["named"] += bool(done.units) if unit else name in {finding.file for finding in done.beyond}
+            found["named"] += (
+                len(flexcache.open(path).committed_units) < units
+                if unit
+                else name in {finding.file for finding in done.beyond}
+            )
             if unit:
                 fill(path, OLD)
                 found["mended"] += content(path) == whole and flexcache.verify(path).sound

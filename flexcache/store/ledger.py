@@ -105,8 +105,9 @@ class Ledger:
         """
         path = self.path(unit)
         try:
-            data = json.loads(path.read_bytes())
-            _check_seal(data)
+            written = path.read_bytes()
+            data = json.loads(written)
+            _check_seal(data, written)
             files = {name: FileRecord(int(f["size"]), str(f["xxh3_128"])) for name, f in data["files"].items()}
             start, stop = data["rows"]
             record = UnitRecord(
@@ -135,9 +136,11 @@ def _seal(content: dict[str, Any]) -> str:
     return str(xxhash.xxh3_128_hexdigest(json_bytes(content)))
 
 
-def _check_seal(data: dict[str, Any]) -> None:
+def _check_seal(data: dict[str, Any], written: bytes) -> None:
     if unknown := set(data) - _KEYS:
         raise ValueError(f"it has {', '.join(sorted(unknown))}")
+    if SEAL not in data:
+        return
     content = {name: value for name, value in data.items() if name != SEAL}
-    if SEAL in data and data[SEAL] != _seal(content):
-        raise ValueError("its checksum is not that of its content")
+    if data[SEAL] != _seal(content) or written != json_bytes(data):
+        raise ValueError("it has other bytes than were written (checksum)")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flexcache.errors import DamagedError
 from flexcache.store.claims import CLAIMS
-from flexcache.store.files import digest, is_temporary, relative_files
+from flexcache.store.files import digest, is_temporary, json_bytes, relative_files
 from flexcache.store.growing import GROWING, staged_records
 from flexcache.store.ledger import FileRecord
 from flexcache.store.reader import shard_name
@@ -108,10 +108,11 @@ def verify(path: str | Path, progress: Callable[[int, int], None] = lambda files
 
 def _records(store: Store, findings: list[Finding]) -> Iterator[tuple[int | None, str, FileRecord]]:
     try:
-        plan = json.loads((store.path / PLAN_RECORD).read_bytes())
+        written = (store.path / PLAN_RECORD).read_bytes()
+        plan = json.loads(written)
         listed = {str(name): FileRecord(int(f["size"]), str(f["xxh3_128"])) for name, f in plan["files"].items()}
-        if plan["schema"] != 1:
-            raise ValueError(f"schema {plan['schema']}")
+        if plan["schema"] != 1 or written != json_bytes(plan):
+            raise ValueError("it has other bytes than were written")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         findings.append(Finding(PLAN_RECORD, None, f"cannot be read: {type(error).__name__}: {error}"))
         listed = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,7 +11,9 @@ from tempfile import mkdtemp
 
 import pytest
 
+from flexcache.errors import FlexCacheError
 from tests.reliability.acts import ACTS, make_base
+from tests.reliability.forked import fork
 from tests.reliability.steps import BROKEN, FULL, killed
 from tests.reliability.trial import Trial
 
@@ -47,10 +50,19 @@ def test_killed_or_refused_at_any_step_it_loses_nothing_and_the_same_command_end
 
 @pytest.mark.parametrize("name", ["capture", "copy"])
 def test_a_process_that_may_remove_nothing_does_not_wait_for_itself(name: str, base: Path) -> None:
-    """It goes on after the error: what it could not give up must not look like the claim of another that is alive."""
-    trial = Trial(name, base, base.with_name("work"))
-    for at, step in enumerate(trial.steps):
+    """What it could not give up must not look like the claim of another that is alive, should it do the same anew."""
+    folder, act = base.with_name("work"), ACTS[name]
+    for at, step in enumerate(Trial(name, base, folder).steps):
         if step == "remove":
-            result = trial.disturb(at, BROKEN)
-            assert result.clear, result
-            assert not result.lost, result
+            folder.mkdir()
+            act.prepare(base, folder)
+
+            def twice() -> None:
+                with contextlib.suppress(FlexCacheError):
+                    act.run(folder)
+                shutil.rmtree(folder / act.target, ignore_errors=True)
+                act.run(folder)
+
+            outcome = fork(twice, folder, at, BROKEN)
+            assert not outcome.error + outcome.failure, outcome
+            shutil.rmtree(folder)
