@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from flexcache.documents import Documents, open_documents
     from flexcache.hooks import FlexModel, HookFunction
     from flexcache.model import ModelSource
-    from flexcache.options import Choice, Packing, Windows
+    from flexcache.options import Choice, Generation, Packing, Windows
     from flexcache.recorder.capture import capture
     from flexcache.recorder.extend import extend
     from flexcache.recorder.foreign import record
+    from flexcache.recorder.generation import generate
     from flexcache.recorder.objective import LogitDifference, NextTokenLoss
     from flexcache.recorder.recompute import recompute
     from flexcache.recorder.recorder import Recorder
@@ -38,6 +39,7 @@ __all__ = [
     "Documents",
     "FlexCacheError",
     "FlexModel",
+    "Generation",
     "HookFunction",
     "LogitDifference",
     "ModelSource",
@@ -49,6 +51,7 @@ __all__ = [
     "Windows",
     "capture",
     "extend",
+    "generate",
     "open",
     "open_documents",
     "recompute",
@@ -62,6 +65,7 @@ _PLACES = {
     "Choice": "flexcache.options:Choice",
     "Documents": "flexcache.documents:Documents",
     "FlexModel": "flexcache.hooks:FlexModel",
+    "Generation": "flexcache.options:Generation",
     "HookFunction": "flexcache.hooks:HookFunction",
     "LogitDifference": "flexcache.recorder.objective:LogitDifference",
     "ModelSource": "flexcache.model:ModelSource",
@@ -73,6 +77,7 @@ _PLACES = {
     "Windows": "flexcache.options:Windows",
     "capture": "flexcache.recorder.capture:capture",
     "extend": "flexcache.recorder.extend:extend",
+    "generate": "flexcache.recorder.generation:generate",
     "open": "flexcache.store.store:Store",
     "open_documents": "flexcache.documents:open_documents",
     "recompute": "flexcache.recorder.recompute:recompute",

@@ -94,6 +94,19 @@ class Choice(BaseModel):
         return tuple(name for name in (self.character_spans, self.token_spans, self.mask) if name)
 
 
+class Generation(BaseModel):
+    """Completions that a model makes of the documents before it is captured on both."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_new_tokens: int = Field(ge=1)
+    temperature: float = Field(0.0, ge=0, description="0 takes the most likely token")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0)
+    batch: int = Field(16, ge=1, description="prompts at a time")
+
+
 class SequenceOptions(BaseModel):
     """What determines the sequences of a corpus and their rows, for a tokenizer."""
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from flexcache.documents import Documents
+from flexcache.errors import ConfigError
+from flexcache.options import Generation
 from flexcache.parallel.launch import launch
 from flexcache.store.store import Store
 from pipelines.config import CaptureConfig
@@ -46,6 +48,8 @@ def load(config: CaptureConfig, progress: bool) -> Loaded:
         "files": config.model.weights(),
     }
     model = config.load_model()
+    if config.generate is not None:
+        documents = _completions(config, config.generate, model, tokenizer, documents, progress)
     return Loaded(model, tokenizer, documents, config.functions(tokenizer, input_device(model)), info)
 
 
@@ -70,6 +74,24 @@ def run(config: CaptureConfig, *, allow_mixed: bool = False, progress: bool = Tr
     )
     leave()
     return store
+
+
+def _completions(
+    config: CaptureConfig, generation: Generation, model: Any, tokenizer: Any, documents: Documents, progress: bool
+) -> Documents:
+    """Return prompts with completions, which are made where they are not there yet."""
+    from flexcache.recorder.generation import Completions, generate
+    from flexcache.recorder.progress import CaptureProgress
+
+    if launch().world > 1 and not Completions(config.completions).complete:
+        raise ConfigError(
+            "completions are made by one process",
+            where=str(config.completions),
+            found=f"{launch().world} processes",
+            remedy="run the capture in one process until it plans, then in as many as you like",
+        )
+    with CaptureProgress(progress) as bars:
+        return generate(model, tokenizer, documents, config.completions, generation, bars.generating(documents.count))
 
 
 def leave() -> None:

@@ -14,7 +14,7 @@ from flexcache.documents import Documents, open_documents
 from flexcache.documents.huggingface import load_dataset
 from flexcache.errors import ConfigError
 from flexcache.model import ModelSource
-from flexcache.options import Choice, Packing, Windows, parse_rows
+from flexcache.options import Choice, Generation, Packing, Windows, parse_rows
 from flexcache.recorder.origin import load
 from flexcache.recorder.transform import Transform
 from flexcache.spec import Spec, parse_sites, validate
@@ -166,6 +166,7 @@ class CaptureConfig(BaseModel):
 
     model: Annotated[ModelSource, BeforeValidator(model_or_name)]
     documents: Annotated[DocumentsSource, BeforeValidator(_documents)]
+    generate: Generation | None = Field(None, description="complete the documents first, and capture both")
     store: Path = Field(description="the store to make or to go on with, such as run.zarr")
     sites: Any = Field(None, description="a site, a list, or a mapping from site to layers")
     layers: Any = "all"
@@ -212,9 +213,28 @@ class CaptureConfig(BaseModel):
             torch.set_num_threads(self.threads)
         return self.model.load()
 
+    @property
+    def completions(self) -> Path:
+        """The folder of what `generate` makes, beside the store."""
+        return self.store.with_name(f"{self.store.name}.completions")
+
+    def open_documents(self) -> Documents:
+        """Open the corpus: with `generate`, the completions, once they are made.
+
+        Raises
+        ------
+        DocumentsError
+        """
+        if self.generate is None:
+            return self.documents.open()
+        from flexcache.recorder.generation import Completions
+
+        return Completions(self.completions).open()
+
     def load_tokenizer(self, documents: Documents) -> Any:
         """Return the model's tokenizer, or None where the documents have tokens already."""
-        return None if "tokens" in documents.schema.names else self.model.tokenizer()
+        plain = "tokens" in documents.schema.names and self.generate is None
+        return None if plain else self.model.tokenizer()
 
     def functions(self, tokenizer: Any, device: Any = None) -> dict[str, Any]:
         """Return the options of `flexcache.capture` that are functions."""

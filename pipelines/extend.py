@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flexcache.errors import MismatchError
+from flexcache.errors import ConfigError, MismatchError
 from flexcache.parallel.launch import launch
 from flexcache.spec import Spec
 from flexcache.store.growing import Growth
@@ -24,6 +24,12 @@ def run(config: CaptureConfig, *, new_only: bool = False, allow_mixed: bool = Fa
     """Add what the configuration names and the store lacks, or go on with that."""
     import flexcache
 
+    if config.generate is not None:
+        raise ConfigError(
+            "a store is not extended by completions yet to be made",
+            where="generate",
+            remedy="make them by flexcache.generate, or by a capture into another store, and give their files as documents",
+        )
     _check_fixed(Store(config.store), config)
     progress = progress and launch().rank == 0
     loaded = load(config, progress)

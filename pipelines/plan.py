@@ -42,7 +42,7 @@ def source_of(config: CaptureConfig, skeleton: Any) -> Source:
     from flexcache.model import describe_tokenizer, longest_input, vocabulary
     from flexcache.recorder.reading import locate, measure_arrays
 
-    documents = config.documents.open()
+    documents = config.open_documents()
     tokenizer = config.load_tokenizer(documents)
     spec = config.spec().within(longest_input(skeleton, tokenizer))
     spec.check()

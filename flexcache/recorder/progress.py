@@ -54,6 +54,10 @@ class CaptureProgress:
         """Start the bar of the tokenizer; the result is called with documents and tokens done."""
         return _Planning(self._bars, total)
 
+    def generating(self, total: int | None) -> _Planning:
+        """Start the bar of completions; the result is called with documents and new tokens done."""
+        return _Planning(self._bars, total, "generating (documents)")
+
     def capturing(self, recorder: Recorder) -> _Capturing:
         """Start the bar of the capture; the result is called after every batch."""
         return _Capturing(self._bars, recorder)
@@ -74,10 +78,10 @@ class CaptureProgress:
 
 
 class _Planning:
-    def __init__(self, bars: Progress, total: int | None) -> None:
+    def __init__(self, bars: Progress, total: int | None, what: str = "planning (documents)") -> None:
         self._bars = bars
         self._began = time.perf_counter()
-        self._task = bars.add_task("planning (documents)", total=total, rate="")
+        self._task = bars.add_task(what, total=total, rate="")
 
     def __call__(self, documents: int, tokens: int) -> None:
         seconds = max(1e-6, time.perf_counter() - self._began)
