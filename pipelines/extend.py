@@ -28,7 +28,7 @@ def run(config: CaptureConfig, *, new_only: bool = False, allow_mixed: bool = Fa
         raise ConfigError(
             "a store is not extended by completions yet to be made",
             where="generate",
-            remedy="make them by flexcache.generate, or by a capture into another store, and give their files as documents",
+            remedy="make them by flexcache.generate, or by a capture of their own, and give their files as documents",
         )
     _check_fixed(Store(config.store), config)
     progress = progress and launch().rank == 0

@@ -184,7 +184,7 @@ class _Writer:
             ]
             prompts = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
         else:
-            prompts = self._tokenizer(part.column("text").to_pylist())["input_ids"]
+            prompts = self._open_ended(self._tokenizer(part.column("text").to_pylist())["input_ids"])
         room = None if self._most is None else self._most - self._generation.max_new_tokens
         for name, prompt in zip(part.column("id").to_pylist(), prompts):
             if not prompt or (room is not None and len(prompt) > room):
@@ -196,6 +196,12 @@ class _Writer:
                     remedy="shorten the prompt, or max_new_tokens",
                 )
         return [list(prompt) for prompt in prompts]
+
+    def _open_ended(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Return prompts without the token that ends a text, where the tokenizer adds one."""
+        end, added = self._tokenizer.eos_token_id, self._tokenizer("")["input_ids"]
+        closed = len(added) > 0 and added[-1] == end and (len(added) > 1 or end != self._tokenizer.bos_token_id)
+        return [prompt[:-1] for prompt in prompts] if closed else prompts
 
     def _complete(self, prompts: list[list[int]]) -> list[list[int]]:
         from transformers import GenerationConfig

@@ -196,3 +196,18 @@ def test_a_tokenizer_without_a_template_and_roles_without_chats(tokenizer: Any, 
         build_store(tmp_path / "run.zarr", CHATS, tokenizer=tokenizer)
     with pytest.raises(DocumentsError, match="no chats"):
         build_store(tmp_path / "run.zarr", rows={"roles": ["user"]})
+
+
+def test_a_chat_is_completed_by_the_assistants_next_message(chatty: Any, tmp_path: Path) -> None:
+    chatty.chat_template = PLAIN + "{% if add_generation_prompt %}{{ '<s>assistant' }}{% endif %}"
+    options = flexcache.Generation(max_new_tokens=3)
+    texts = [{"id": "t", "text": "the fox"}]
+    chats = [{"id": "c", "messages": CHATS[1]["messages"][:1]}]
+    made = {}
+    for name, prompts in (("chat", chats), ("text", texts)):
+        documents = flexcache.generate(tiny("llama"), chatty, prompts, tmp_path / name, options)
+        [row] = [row for batch in documents.batches() for row in batch.to_pylist()]
+        made[name] = row["tokens"][: row["prompt_tokens"]]
+        assert row["completion"] == chatty.decode(row["tokens"][row["prompt_tokens"] :], skip_special_tokens=True)
+    assert made["chat"] == chatty("<s>user fox</s><s>assistant", add_special_tokens=False)["input_ids"]
+    assert made["text"] == [1, *chatty("the fox", add_special_tokens=False)["input_ids"]]  # open at its end
