@@ -78,7 +78,8 @@ STEPS: dict[str, tuple[str, str]] = {
     ),
     "claim and commit a unit": (
         "from flexcache.recorder.recorder import Recorder\nimport numpy as np\n"
-        "values = np.zeros((65536, 16), np.float32)\nrecorder = Recorder(path, buffer_bytes=8 << 20)\nrecorder.__enter__()\nlast = recorder.claim()",
+        "values = np.zeros((65536, 16), np.float32)\n"
+        "recorder = Recorder(path, buffer_bytes=8 << 20)\nrecorder.__enter__()\nlast = recorder.claim()",
         "unit = last\nfor batch in recorder.begin(unit):\n"
         "    with recorder.filling(batch):\n"
         "        recorder.put('resid_post', values[: len(batch.rows)], rows=batch.rows, layer=0)\n"

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -81,6 +82,22 @@ class UnitPlan:
     begins: np.ndarray
 
 
+class Largest(NamedTuple):
+    """The batch of most tokens, padding included: its unit, its number there, and those tokens."""
+
+    unit: int
+    batch: int
+    tokens: int
+
+
+class Forwards(NamedTuple):
+    """Tokens of all forwards of a plan, without and with padding; and the largest of them."""
+
+    run: int
+    padded: int
+    largest: Largest
+
+
 @dataclass(frozen=True)
 class Plan:
     """Sequences cut into units.
@@ -137,14 +154,19 @@ class Plan:
             stop = int(np.searchsorted(starts, high, side="left"))
             yield self._unit(unit, first, starts[first:stop], ends[first:stop], low, high)
 
-    def tokens_run(self) -> tuple[int, int]:
-        """Return the tokens of all forwards, without and with padding."""
+    def forwards(self) -> Forwards:
+        """Return what the forwards of all units amount to."""
         run = padded = 0
+        largest = Largest(0, 0, 0)
         for unit in self.units():
             lengths = self.lengths[unit.sequences]
+            sizes = padded_sizes(lengths, unit.batches)
             run += int(lengths.sum(dtype=np.int64))
-            padded += padded_tokens(lengths, unit.batches)
-        return run, padded
+            padded += int(sizes.sum())
+            place = int(sizes.argmax())
+            if sizes[place] > largest.tokens:
+                largest = Largest(unit.unit, int(unit.batches[0]) + place, int(sizes[place]))
+        return Forwards(run, padded, largest)
 
     def _unit(self, unit: int, first: int, starts: np.ndarray, ends: np.ndarray, low: int, high: int) -> UnitPlan:
         count = len(starts)
@@ -249,14 +271,13 @@ def parts(lengths: list[int], budget: int | None) -> list[tuple[int, int]]:
     return list(pairwise([*cuts, len(lengths)]))
 
 
-def padded_tokens(lengths: np.ndarray, batches: np.ndarray) -> int:
-    """Return the tokens that batches run, padding included; *batches* numbers each document's batch, sorted."""
+def padded_sizes(lengths: np.ndarray, batches: np.ndarray) -> np.ndarray:
+    """Return the tokens that each batch runs, padding included; *batches* numbers each document's batch, sorted."""
     if not len(lengths):
-        return 0
+        return np.zeros(0, np.int64)
     begins = np.flatnonzero(np.diff(batches, prepend=-1))
     widest = np.maximum.reduceat(lengths.astype(np.int64), begins)
-    sizes = np.diff(np.append(begins, len(lengths)))
-    return int((widest * sizes).sum())
+    return widest * np.diff(np.append(begins, len(lengths)))
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

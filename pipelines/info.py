@@ -29,8 +29,9 @@ def run(path: Path, console: Console) -> None:
     console.print(table)
 
     documents = Table("column", "type", "for example", title="documents", title_justify="left", box=None)
-    for field in store.documents.schema:
-        first = str(store.documents.column(field.name)[0].as_py()) if len(store.documents) else ""
+    head = store.head()
+    for field in head.schema:
+        first = str(head.column(field.name)[0].as_py()) if len(head) else ""
         documents.add_row(escape(field.name), str(field.type), escape(first if len(first) < 60 else first[:57] + "…"))
     console.print(documents)
 

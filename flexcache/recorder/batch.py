@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flexcache.errors import DamagedError
-from flexcache.plan import parts
+from flexcache.plan import Largest, parts
 from flexcache.store.schema import SEQUENCES
 
 
@@ -165,8 +165,15 @@ class BatchReader:
         ]
         return self._batches(unit, pa.concat_tables(tables).combine_chunks())
 
-    def largest(self, batch_tokens: int | None = None) -> Batch:
-        """Return the batch of most tokens, padding included, of the whole plan under a budget."""
+    def largest(self, batch_tokens: int | None = None, known: Largest | None = None) -> Batch:
+        """Return the batch of most tokens, padding included, of the whole plan under a budget; reads all of its tokens.
+
+        Where that budget is the plan's own, and the plan has noted its largest batch, only the unit of it is read.
+        """
+        if batch_tokens is None and known is not None:
+            found = [batch for batch in self.unit(known.unit) if batch.index == known.batch]
+            if found and found[0].shape[0] * found[0].shape[1] == known.tokens:
+                return found[0]
         best = (-1, 0, 0, 0)
         for number in range(len(self._spans)):
             table = self._file.read_row_group(number, columns=["unit", "batch", "tokens"])

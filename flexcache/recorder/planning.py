@@ -15,7 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from flexcache.documents import Documents
 from flexcache.errors import MismatchError
-from flexcache.plan import Plan, unit_rows
+from flexcache.plan import Largest, Plan, unit_rows
 from flexcache.recorder.fingerprint import versions
 from flexcache.sequences import Corpus, Spool, spool
 from flexcache.spec import ArraySpec, Spec
@@ -84,6 +84,8 @@ class Estimate:
     tokens, tokens_run, tokens_padded : int
         Of the documents; in all forwards; and with padding.
     longest_document, truncated_documents, skipped_documents, rowless_documents : int
+    largest_batch : Largest
+        The forward of most tokens: unit, batch, tokens with padding.
     """
 
     rows: int
@@ -100,6 +102,7 @@ class Estimate:
     truncated_documents: int
     skipped_documents: int
     rowless_documents: int
+    largest_batch: Largest
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the estimate as names and values for people."""
@@ -126,7 +129,7 @@ def make_plan(source: Source, folder: Path, progress: Progress) -> tuple[Plan, S
     lengths, cuts = corpus.lengths, corpus.cuts
     plan = planned(source, cuts.lengths, cuts.kept, linked=cuts.linked)
     shard_rows = plan.shard_rows
-    run, padded = plan.tokens_run()
+    run, padded, largest = plan.forwards()
     n_arrays = sum(len(array.slices) for array in source.arrays)
     estimate = Estimate(
         rows=plan.n_rows,
@@ -143,6 +146,7 @@ def make_plan(source: Source, folder: Path, progress: Progress) -> tuple[Plan, S
         truncated_documents=corpus.truncated,
         skipped_documents=corpus.skipped,
         rowless_documents=corpus.rowless,
+        largest_batch=largest,
     )
     return plan, corpus, estimate
 

@@ -23,7 +23,7 @@ def range_error(store: Store, array: str, layer: int | None, row: int, feature: 
     line = int(np.searchsorted(documents.column("row_start").to_numpy(), row, side="right")) - 1
     dtype = store.arrays[array].dtype
     finite = math.isfinite(value)
-    at = int(store.coordinates["position"].values[row])
+    at = int(store.coordinates["position"][row].values)
     return RangeError(
         f"{place(array, layer)} has a value that {'overflows ' + dtype if finite else 'is not finite'}",
         where=f"document {documents.column('id')[line].as_py()!r}, "

@@ -17,10 +17,12 @@ from flexcache.recorder.batch import Batch, BatchReader
 from flexcache.recorder.carried import Carried
 from flexcache.recorder.fingerprint import check_alike, check_fingerprint
 from flexcache.recorder.range_error import place, range_error
+from flexcache.recorder.remaining import Remaining
 from flexcache.recorder.rows import FLOAT32, Unstorable, as_int8, rows_of, stored
 from flexcache.recorder.tally import Tally
 from flexcache.spec import DTYPES
 from flexcache.store.claims import Claims
+from flexcache.store.description import largest_batch
 from flexcache.store.int8 import is_scale, scale_name
 from flexcache.store.ledger import FileRecord, UnitRecord
 from flexcache.store.reader import shard_name
@@ -105,6 +107,7 @@ class Recorder:
     ) -> None:
         self.store = Store(path)
         self.fingerprint = {} if fingerprint is None else fingerprint
+        self._remaining = Remaining(self.store)
         self.tally = Tally()
         planned = int(self.store.spec["batch_tokens"])
         self.batch_tokens = planned if batch_tokens is None else min(planned, batch_tokens)
@@ -161,9 +164,12 @@ class Recorder:
             self.on_complete()
 
     def pending(self) -> list[int]:
-        """Return the units that are not committed, in order."""
-        self.store.refresh()
-        return sorted(set(range(self.store.n_units)) - set(self.store.committed_units.tolist()))
+        """Return the units that are not committed, in order.
+
+        Where the ledger is so long that listing it takes time, what others committed in the last seconds may be among
+        them, unless few are left.
+        """
+        return self._remaining.units()
 
     def unit_rows(self, unit: int) -> range:
         """Return the rows of a unit."""
@@ -173,8 +179,7 @@ class Recorder:
     @property
     def done(self) -> int:
         """Rows that are committed, by whomever, as far as this process has seen; and those of its own unit so far."""
-        starts = self.store.committed_units * self.store.shard_rows
-        return int(np.minimum(self.store.shard_rows, self.store.n_rows - starts).sum()) + self._filled
+        return self._remaining.rows_done + self._filled
 
     @property
     def written(self) -> int:
@@ -203,7 +208,8 @@ class Recorder:
 
     def largest(self) -> Batch:
         """Return the largest batch of the plan, to try a forward before anything is written."""
-        return self._batches.largest(self.batch_tokens)
+        smaller = self.batch_tokens < int(self.store.spec["batch_tokens"])
+        return self._batches.largest(self.batch_tokens if smaller else None, largest_batch(self.store.plan))
 
     def batches(self) -> Iterator[Batch]:
         """Yield the batches of all pending units; each must be `put` for every site and layer before the next.
@@ -310,7 +316,8 @@ class Recorder:
         if written is None:
             return False
         began = time.perf_counter()
-        check_fingerprint(self.store, self.fingerprint, self._allow_mixed)
+        if self._remaining.look():
+            check_fingerprint(self.store, self.fingerprint, self._allow_mixed)
         if not self.store.ledger.has(unit):
             rows = self.unit_rows(unit)
             with clear_errors(self.store.path):
@@ -322,7 +329,7 @@ class Recorder:
             self.tally.bytes += sum(file.size for file in written.values())
         with clear_errors(self.store.path):
             claims.release(unit)
-        self.store.refresh()
+        self._remaining.mark(unit)
         self._unit, self._filled = None, 0
         self.tally.committing += time.perf_counter() - began
         return True
@@ -330,7 +337,7 @@ class Recorder:
     def leave(self) -> None:
         """Close a unit whose record another process of the group writes."""
         self._unit, self._filled = None, 0
-        self.store.refresh()
+        self._remaining.look()
 
     def abandon(self) -> None:
         """Give up the unit that was begun: nothing of it is kept, and anyone may claim it."""
@@ -392,8 +399,9 @@ class Recorder:
             self._start()
         worker, claims, _ = self._open_for_units()
         worker.sweep()
-        while (name := claims.take(self.pending())) is not None:
-            if not self.store.ledger.has(int(name)):
+        self._remaining.look()
+        while (name := claims.take(self._remaining)) is not None:
+            if not self._remaining.has(int(name)):
                 return int(name)
             claims.release(name)
         return None

@@ -109,7 +109,7 @@ def _extrapolated(source: Source, corpus: Spool, scale: float, seed: int) -> Est
     if scale != 1:
         some = _drawn(kept, shard_rows, round(len(lengths) * scale), seed)
         lengths, kept, linked = lengths[some], kept[some], None
-    run, padded = planned(source, lengths, kept, shard_rows, linked).tokens_run()
+    run, padded, largest = planned(source, lengths, kept, shard_rows, linked).forwards()
     share = tokens / int(lengths.sum(dtype=np.int64))
     none = np.zeros(0, np.int32)
     units = Plan(none, none, shard_rows, spec.batch_tokens, spec.seed, n_rows).n_units
@@ -128,6 +128,7 @@ def _extrapolated(source: Source, corpus: Spool, scale: float, seed: int) -> Est
         truncated_documents=round(corpus.truncated * scale),
         skipped_documents=round(corpus.skipped * scale),
         rowless_documents=round(corpus.rowless * scale),
+        largest_batch=largest,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from flexcache.errors import DamagedError
+from flexcache.plan import Largest
 from flexcache.spec import DTYPES, ArraySpec
 from flexcache.store.int8 import scale_name, scales_of
 
@@ -77,6 +78,14 @@ def _array(name: str, data: Any) -> ArraySpec:
     whole = isinstance(layers, list) and all(type(layer) is int and 0 <= layer < depth for layer in layers)
     _agree(whole and layers == sorted(set(layers)), f"layers of {name} are {str(layers)[:80]}")
     return ArraySpec.from_json(data)
+
+
+def largest_batch(plan: Mapping[str, Any]) -> Largest | None:
+    """Return the largest batch of a plan, or None where an earlier version, which did not note it, made the store."""
+    found = plan.get("largest_batch")
+    if not isinstance(found, list) or len(found) != 3 or any(type(value) is not int or value < 0 for value in found):
+        return None
+    return Largest(*found)
 
 
 def _mapping(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:

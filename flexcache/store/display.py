@@ -88,7 +88,7 @@ def text(store: Store) -> str:
     lines += [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
-    labels = [name for name in store.documents.column_names if name not in TABLE_COLUMNS]
+    labels = [name for name in store.head(0).column_names if name not in TABLE_COLUMNS]
     if labels:
         lines.append(f"  labels: {', '.join(labels)}")
     return "\n".join(lines)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +20,8 @@ SEAL = "xxh3_128"
 """In a record: the XXH3-128 of the rest of it. Records of the first stores have none."""
 
 _KEYS = {"schema", "unit", "rows", "batch_tokens", "fingerprint", "files", SEAL}
+
+_RECORD = re.compile(r"([0-9]+)\.json")
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,9 @@ class Ledger:
 
     def units(self) -> list[int]:
         """Return the committed units, sorted, from the file names alone."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdecimal())
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.folder) as entries:
+            return sorted(int(match[1]) for entry in entries if (match := _RECORD.fullmatch(entry.name)))
+        return []
 
     def has(self, unit: int) -> bool:
         """Whether a unit is committed."""

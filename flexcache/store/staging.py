@@ -18,6 +18,7 @@ from flexcache.spec import ArraySpec
 from flexcache.store.card import card
 from flexcache.store.create import check_names, check_room, create_arrays, create_coordinate, total_bytes
 from flexcache.store.derived import Derived, consolidate, copy_verified, make, shared_files, write_plan_record
+from flexcache.store.description import largest_batch
 from flexcache.store.display import size
 from flexcache.store.files import relative_files
 from flexcache.store.growing import link_records
@@ -139,7 +140,8 @@ def _content(store: Store, plan: Plan, corpus: Spool, total: int, entry: dict[st
     """Return the attributes that the store will have."""
     given = read_attributes(store.path)
     before = given["plan"]
-    run, padded = plan.tokens_run()
+    run, padded, largest = plan.forwards()
+    known = largest_batch(before)
     added = {
         "documents": len(corpus.lengths),
         **({"sequences": len(corpus.cuts.lengths)} if "sequences" in before else {}),
@@ -157,6 +159,7 @@ def _content(store: Store, plan: Plan, corpus: Spool, total: int, entry: dict[st
         "units": plan.n_units,
         "files": plan.n_units * sum(len(array.slices) for array in store.arrays.values()),
         "bytes": total,
+        "largest_batch": known and max(known, largest, key=lambda batch: batch.tokens),
         "longest_document": max(int(before.get("longest_document", 0)), int(corpus.lengths.max())),
         "corpus_xxh3_128": xxhash.xxh3_128_hexdigest(f"{before.get('corpus_xxh3_128')} {corpus.digest}".encode()),
     }

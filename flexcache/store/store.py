@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xarray as xr
-import zarr
 
-from flexcache.errors import DamagedError, SiteError, StoreError, UncommittedError, nearest
+from flexcache.errors import SiteError, StoreError, UncommittedError, nearest
 from flexcache.plan import ranges
 from flexcache.spec import ArraySpec
 from flexcache.store import display, xarray_engine
+from flexcache.store.coordinates import coordinate_variable, unreadable
 from flexcache.store.description import described
 from flexcache.store.int8 import is_scale, scale_name
 from flexcache.store.labels import label_names, row_labels
@@ -39,6 +39,8 @@ class Store(Mapping[str, xr.DataArray]):
     ----------
     provenance : dict
         Model, tokenizer, corpus and versions that the store was made with.
+    committed : ndarray of bool, shape (units,)
+        Which units were committed when last looked; see `refresh`.
 
     Raises
     ------
@@ -74,6 +76,15 @@ class Store(Mapping[str, xr.DataArray]):
         """The documents in row order: id, source_index, n_tokens, text, labels, row_start, n_rows."""
         return self._table(DOCUMENTS)
 
+    def head(self, count: int = 1) -> pa.Table:
+        """Return the first *count* documents; reads no others."""
+        try:
+            with pq.ParquetFile(self.path / DOCUMENTS) as file:
+                batches = [next(file.iter_batches(batch_size=count))] if file.metadata.num_rows and count else []
+                return pa.Table.from_batches(batches, file.schema_arrow)
+        except (OSError, pa.ArrowException) as error:
+            raise unreadable("table", self.path / DOCUMENTS, error) from error
+
     @cached_property
     def tokens(self) -> pa.Table:
         """The sequences in row order, with their token ids: document, unit, batch, start, tokens, keep_start, …"""
@@ -81,8 +92,11 @@ class Store(Mapping[str, xr.DataArray]):
 
     @cached_property
     def coordinates(self) -> dict[str, xr.Variable]:
-        """Token id, position and document of every row; -1 for token and position of a mean."""
-        return {name: xr.Variable(("token",), self._coordinate(name)) for name in COORDINATES}
+        """Token id, position and document of every row, read when used; -1 for token and position of a mean."""
+        return {
+            name: coordinate_variable(self.path / name, np.dtype(dtype), self.n_rows)
+            for name, dtype in COORDINATES.items()
+        }
 
     @property
     def token_labels(self) -> tuple[str, ...]:
@@ -106,17 +120,17 @@ class Store(Mapping[str, xr.DataArray]):
         committed = np.zeros(self.n_units, dtype=bool)
         units = np.array([unit for unit in self.ledger.units() if unit < self.n_units], dtype=np.int64)
         committed[units] = True
-        self._committed = committed
+        self.committed = committed
 
     @property
     def complete(self) -> bool:
         """Whether every unit is committed."""
-        return bool(self._committed.all())
+        return bool(self.committed.all())
 
     @property
     def committed_units(self) -> np.ndarray:
         """Numbers of the committed units."""
-        return np.flatnonzero(self._committed)
+        return np.flatnonzero(self.committed)
 
     @property
     def committed_rows(self) -> np.ndarray:
@@ -230,13 +244,13 @@ class Store(Mapping[str, xr.DataArray]):
             Documents that keep no such position give no row.
         """
         chosen = self._documents(document)
-        starts = self.documents.column("row_start").to_numpy()[chosen]
-        counts = self.documents.column("n_rows").to_numpy()[chosen]
+        starts = self._extents.column("row_start").to_numpy()[chosen]
+        counts = self._extents.column("n_rows").to_numpy()[chosen]
         found = ranges(starts, counts)
         if position is None:
             return found
-        lengths = np.repeat(self.documents.column("n_tokens").to_numpy()[chosen].astype(np.int64), counts)
-        at = np.asarray(self.coordinates["position"].values)[found]
+        lengths = np.repeat(self._extents.column("n_tokens").to_numpy()[chosen].astype(np.int64), counts)
+        at = np.asarray(self.coordinates["position"][found].values)
         if isinstance(position, slice):
             if position.step not in (None, 1):
                 raise ValueError("a slice of positions has no step")
@@ -315,24 +329,25 @@ class Store(Mapping[str, xr.DataArray]):
 
     def _documents(self, document: Any) -> np.ndarray:
         if document is None:
-            return np.arange(len(self.documents))
+            return np.arange(len(self._extents))
         asked = [document] if isinstance(document, str) or not isinstance(document, Iterable) else list(document)
         if asked and all(isinstance(item, str) for item in asked):
-            found = pc.index_in(pa.array(asked), value_set=self.documents.column("id").combine_chunks())
+            found = pc.index_in(pa.array(asked), value_set=self._extents.column("id").combine_chunks())
             if found.null_count:
                 missing = asked[found.to_pylist().index(None)]
                 raise StoreError(f"the store has no document {missing!r}", where=str(self.path))
             return found.to_numpy(zero_copy_only=False).astype(np.int64)
         numbers = np.array([int(item) for item in asked], dtype=np.int64)
-        if len(numbers) and not (-len(self.documents) <= numbers.min() and numbers.max() < len(self.documents)):
-            raise StoreError(f"documents are numbered 0 to {len(self.documents) - 1}", found=str(document))
-        return numbers % max(1, len(self.documents))
+        count = len(self._extents)
+        if len(numbers) and not (-count <= numbers.min() and numbers.max() < count):
+            raise StoreError(f"documents are numbered 0 to {count - 1}", found=str(document))
+        return numbers % max(1, count)
 
     def _require(self, units: np.ndarray) -> None:
-        if self._committed[units].all():
+        if self.committed[units].all():
             return
         self.refresh()
-        missing = units[~self._committed[units]]
+        missing = units[~self.committed[units]]
         if len(missing):
             raise UncommittedError(
                 f"{len(missing)} of the units to be read are not committed, the first is unit {missing[0]}",
@@ -343,9 +358,14 @@ class Store(Mapping[str, xr.DataArray]):
                 " (store.dataset(committed=True))",
             )
 
-    def _table(self, name: str) -> pa.Table:
+    @cached_property
+    def _extents(self) -> pa.Table:
+        """The documents without texts and labels."""
+        return self._table(DOCUMENTS, ["id", "n_tokens", "row_start", "n_rows"])
+
+    def _table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         try:
-            table = pq.read_table(self.path / name)
+            table = pq.read_table(self.path / name, columns=columns)
             missing = {"row_start", "n_rows"} - set(table.column_names)
             if missing:
                 raise ValueError(f"it has no column {', '.join(sorted(missing))}")
@@ -354,22 +374,4 @@ class Store(Mapping[str, xr.DataArray]):
                 table = table.slice(0, int(np.searchsorted(starts, self.n_rows)))
             return table
         except (OSError, pa.ArrowException, ValueError) as error:
-            raise self._unreadable("table", name, error) from error
-
-    def _coordinate(self, name: str) -> np.ndarray:
-        try:
-            array = zarr.open_array(self.path / name, mode="r")
-            whole = array.ndim == 1 and array.shape[0] >= self.n_rows  # longer where the store has grown meanwhile
-            if not whole or np.dtype(array.dtype) != np.dtype(COORDINATES[name]):
-                raise ValueError(f"it is {array.dtype} of shape {array.shape}")
-            return np.asarray(array[: self.n_rows])
-        except Exception as error:  # zarr and its codecs raise many kinds
-            raise self._unreadable("coordinate", name, error) from error
-
-    def _unreadable(self, kind: str, name: str, error: Exception) -> DamagedError:
-        return DamagedError(
-            f"a {kind} of the store cannot be read",
-            where=str(self.path / name),
-            found=f"{type(error).__name__}: {error}",
-            remedy="run flexcache verify to see what else is damaged",
-        )
+            raise unreadable("table", self.path / name, error) from error

@@ -381,11 +381,10 @@ def stream(
 
 
 def _chosen(store: Store, rows: ArrayLike | None) -> Ints:
-    committed = store.committed_rows
     if rows is None:
-        return committed
+        return store.committed_rows
     wanted = np.unique(store._row_numbers(rows))
-    missing = np.setdiff1d(wanted, committed)
+    missing = wanted[~store.committed[wanted // store.shard_rows]]
     if len(missing):
         raise UncommittedError(
             f"{len(missing)} of the rows are not committed, the first is row {missing[0]}",
