@@ -23,6 +23,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ import flexcache
 from benchmarks.timing import console, show
 from flexcache.spec import ArraySpec
 from flexcache.store.create import create_arrays, create_coordinate
+from flexcache.store.ledger import Ledger
 from flexcache.store.schema import ATTRIBUTE, COORDINATES
 
 UNIT = 65_536
@@ -242,19 +244,16 @@ def documents_table(start: int, stop: int) -> pa.Table:
 
 def link_records(path: Path, units: int) -> None:
     """Commit every unit: the first ones by recorders, the last by a record of its own, the others by links to it."""
-    folder = path / "ledger" / "0"
+    ledger = Ledger(path)
     for unit in (0, 1, 2, 3):
         commit(path, unit)
-    record = json.loads((folder / "0.json").read_bytes())
+    record = ledger.read(0)
     for first in range(REAL_UNITS, units, LINKS):
-        here = range(first, min(first + LINKS, units))
-        original = folder / f"{here[0]}.json"
-        original.write_text(json.dumps(record | {"unit": here[0]}))
-        for unit in here[1:]:
-            os.link(original, folder / f"{unit}.json")
-    last = folder / f"{units - 1}.json"
-    last.unlink()
-    last.write_text(json.dumps(record | {"unit": units - 1}))
+        ledger.commit(replace(record, unit=first))
+        for unit in range(first + 1, min(first + LINKS, units)):
+            os.link(ledger.path(first), ledger.path(unit))
+    ledger.path(units - 1).unlink()
+    ledger.commit(replace(record, unit=units - 1))
 
 
 def commit(path: Path, unit: int) -> None:
