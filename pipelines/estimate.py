@@ -226,6 +226,8 @@ def run(config: CaptureConfig, terms: Terms, progress: bool = True) -> Forecast:
     CaptureError, RangeError
         The try failed as the capture would.
     """
+    import transformers
+
     from flexcache.recorder.progress import CaptureProgress
 
     spread = config.model.parallel
@@ -239,6 +241,8 @@ def run(config: CaptureConfig, terms: Terms, progress: bool = True) -> Forecast:
     tensors = [*skeleton.parameters(), *skeleton.buffers()]
     with tempfile.TemporaryDirectory(prefix="flexcache-estimate-") as folder, CaptureProgress(progress) as bars:
         sampled = sample(source, Path(folder), terms.sample, terms.seed, bars.planning(None))
+        if not progress:
+            transformers.utils.logging.disable_progress_bar()
         trial = _try(config, terms, source, sampled, bars) if terms.tokens_per_second is None else None
     amount = sampled.amount
     return Forecast(
