@@ -72,6 +72,9 @@ class ModelSource(BaseModel):
     name: str = Field(description="a local folder, or a name on the hub")
     revision: str | None = None
     loader: Literal["auto", "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"] = "auto"
+    side: Literal["encoder"] | None = Field(
+        None, description="of a model with an encoder and a decoder: the one that is run; the decoder cannot be yet"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
     device: str = "auto"
@@ -95,7 +98,7 @@ class ModelSource(BaseModel):
         if distributed is not None:
             options["distributed_config"] = distributed
         with _translated(self.name):
-            model = self._auto_class().from_pretrained(self.name, **options)
+            model = self._one_side(self._auto_class().from_pretrained(self.name, **options))
         return (model if distributed is not None else model.to(self._device())).eval()
 
     def skeleton(self) -> torch.nn.Module:
@@ -107,7 +110,26 @@ class ModelSource(BaseModel):
             options: dict[str, Any] = {} if self.dtype == "auto" else {"dtype": getattr(torch, self.dtype)}
             if self.attention:
                 options["attn_implementation"] = self.attention
-            return self._auto_class().from_config(copy.deepcopy(config), **options).eval()
+            return self._one_side(self._auto_class().from_config(copy.deepcopy(config), **options)).eval()
+
+    def _one_side(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Return the encoder of a model, where that is asked for.
+
+        Raises
+        ------
+        ConfigError
+            The model has no encoder of its own.
+        """
+        if self.side is None:
+            return model
+        if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ConfigError(
+                f"model {self.name} has no encoder beside a decoder",
+                found=type(model).__name__,
+                remedy="leave side out of the configuration",
+            )
+        encoder: torch.nn.Module = model.get_encoder()  # type: ignore[operator]
+        return encoder
 
     def tokenizer(self) -> Any:
         """Return the model's tokenizer."""

@@ -92,7 +92,8 @@ def check_single_stack(model: nn.Module) -> None:
             "the model has an encoder and a decoder",
             where=type(root).__name__,
             expected="one stack of blocks over one sequence of tokens",
-            remedy="capture its encoder alone: pass model.get_encoder() as the model",
+            remedy="capture its encoder alone: pass model.get_encoder() as the model (side: encoder in a"
+            " configuration)",
         )
 
 
