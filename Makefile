@@ -36,6 +36,7 @@ bench: $(READY)  ## ratios against floors and peers, measured in this run
 	$(BIN)/python -m benchmarks.replay
 	$(BIN)/python -m benchmarks.moving
 	$(BIN)/python -m benchmarks.stream
+	$(BIN)/python -m benchmarks.growth --plan 1e8 --stand-in 1e10 --rows 0
 	$(BIN)/python -m benchmarks.reliability
 
 docs: $(READY)  ## the documentation, into docs/_build
