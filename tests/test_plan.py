@@ -34,6 +34,20 @@ def test_every_kept_token_is_exactly_one_row(plan: Plan) -> None:
 
 @given(plans())
 def test_sequences_that_share_a_document_stay_together_in_order(plan: Plan) -> None:
+    check_together(plan)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.95, 1.0])
+def test_sequences_stay_together_across_many_units(share: float) -> None:
+    rng = np.random.default_rng(0)
+    lengths, linked = rng.integers(1, 9, 2000).astype(np.int32), rng.random(2000) < share
+    linked[0] = False
+    plan = Plan(lengths, lengths, 64, 32, 0, linked=linked)
+    assert plan.n_units > 100
+    check_together(plan)
+
+
+def check_together(plan: Plan) -> None:
     linked = np.zeros(len(plan.lengths), bool) if plan.linked is None else plan.linked
     order = [int(s) for unit in plan.units() for s, begins in zip(unit.sequences, unit.begins) if begins]
     place = {sequence: at for at, sequence in enumerate(order)}

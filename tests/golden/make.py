@@ -26,6 +26,7 @@ DOCUMENTS: list[dict[str, Any]] = [
         "tokens": [(3 * i + j) % 97 for j in range(2 + i % 5)],
         "label": ["no", "yes"][i % 2],
         "grade": i / 4,
+        "kinds": ["odd" if j % 2 else "even" for j in range(2 + i % 5)],
     }
     for i in range(12)
 ]
@@ -36,6 +37,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "zstd": {"sites": {"resid_post": (2, 4)}, "dtype": "bfloat16", "compression": "zstd"},
     "mean": {"sites": {"resid_post": (2, 4)}, "dtype": "float32", "rows": "mean"},
     "extended": {"sites": {"resid_post": (3, 4)}, "layers": [0, 2], "dtype": "bfloat16"},
+    "windows": {"sites": {"resid_post": (2, 4)}, "dtype": "float32", "windows": {"length": 4, "stride": 2}},
+    "packed": {"sites": {"resid_post": (2, 4)}, "dtype": "float32", "packing": {"length": 7, "separator": 96, "bos": 95}},
+    "chosen": {"sites": {"resid_post": (2, 4)}, "dtype": "float32", "rows": {"every": 2}, "token_labels": ["kinds"]},
     "last": {"sites": {"resid_post": (2, 4)}, "dtype": "float32", "rows": "last"},
 }
 
