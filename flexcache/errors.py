@@ -13,7 +13,8 @@
     │   ├── VersionError     a store written by a newer version
     │   ├── MismatchError    a store that was made from something else
     │   ├── UncommittedError rows that have not been captured yet
-    │   └── DamagedError     bytes that are missing or changed
+    │   ├── DamagedError     bytes that are missing or changed
+    │   └── UnreachableError object storage that does not answer, or denies access
     └── AnalysisError        a question that the data cannot answer
 
 Each says where, what was expected, what was found, and what to do.
@@ -115,6 +116,10 @@ class UncommittedError(StoreError):
 
 class DamagedError(StoreError):
     """Bytes of a store that are missing or changed."""
+
+
+class UnreachableError(StoreError):
+    """Object storage that does not answer, or denies access."""
 
 
 class AnalysisError(FlexCacheError):

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from flexcache.errors import ConfigError, FlexCacheError
 from flexcache.parallel.launch import launch
+from flexcache.store.place import place
 
 app = typer.Typer(
     help="Cache transformer activations once, and study them without the model.",
@@ -23,7 +24,9 @@ app = typer.Typer(
 console = Console()
 
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML file; pipelines/configs has examples.")]
-StorePath = Annotated[Path, typer.Argument(help="A store, such as run.zarr.")]
+StorePath = Annotated[
+    Any, typer.Argument(parser=place, metavar="STORE", help="A store, such as run.zarr or s3://bucket/run.zarr.")
+]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the file; may be repeated.")
 ]
@@ -197,7 +200,9 @@ def repair(
 @app.command()
 def copy(
     source: StorePath,
-    target: Annotated[Path, typer.Argument(help="Where the copy goes; one that was begun is gone on with.")],
+    target: Annotated[
+        Any, typer.Argument(parser=place, metavar="TARGET", help="Where it goes; one that was begun is gone on with.")
+    ],
     dtype: Annotated[AnyDtype | None, typer.Option(help="Convert to this dtype.")] = None,
     compression: Annotated[Codec | None, typer.Option(help="Convert to this codec.")] = None,
     sites: Sites = None,
@@ -245,8 +250,12 @@ def preshuffle(
 
 @app.command()
 def merge(
-    sources: Annotated[list[Path], typer.Argument(help="Two stores or more, over the same plan.")],
-    target: Annotated[Path, typer.Option("--output", "-o", help="The new store; one that was begun is gone on with.")],
+    sources: Annotated[
+        list[Any], typer.Argument(parser=place, metavar="STORES", help="Two stores or more, over the same plan.")
+    ],
+    target: Annotated[
+        Any, typer.Option("--output", "-o", parser=place, help="The new store; one that was begun is gone on with.")
+    ],
     quiet: Quiet = False,
 ) -> None:
     """Join stores that hold different sites or layers of one model over the same documents and units."""

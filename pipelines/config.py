@@ -18,6 +18,8 @@ from flexcache.options import Choice, Generation, Packing, Windows, parse_rows
 from flexcache.recorder.origin import load
 from flexcache.recorder.transform import Transform
 from flexcache.spec import Spec, parse_sites, validate
+from flexcache.store.place import Place, place
+from flexcache.store.remote.path import RemotePath
 from flexcache.store.worker import PATIENCE
 
 
@@ -159,6 +161,12 @@ def _documents(value: Any) -> Any:
     return {"path": value} if isinstance(value, str | list) else value
 
 
+def _store(value: Any) -> Place:
+    if not isinstance(value, str | Path | RemotePath) or not str(value):
+        raise ValueError("a path or a URL is expected")
+    return place(value)
+
+
 class CaptureConfig(BaseModel):
     """What `flexcache capture` reads. Paths are relative to the folder in which the command runs."""
 
@@ -167,7 +175,9 @@ class CaptureConfig(BaseModel):
     model: Annotated[ModelSource, BeforeValidator(model_or_name)]
     documents: Annotated[DocumentsSource, BeforeValidator(_documents)]
     generate: Generation | None = Field(None, description="complete the documents first, and capture both")
-    store: Path = Field(description="the store to make or to go on with, such as run.zarr")
+    store: Annotated[Any, BeforeValidator(_store)] = Field(
+        description="the store to make or to go on with, such as run.zarr or s3://bucket/run.zarr"
+    )
     sites: Any = Field(None, description="a site, a list, or a mapping from site to layers")
     layers: Any = "all"
     transforms: list[TransformSource] = Field([], description="functions of activations whose results are stored")

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from flexcache.store.display import sites, size, summary
-from flexcache.store.files import relative_files
+from flexcache.store.files import file_sizes
+from flexcache.store.place import Place
 from flexcache.store.store import Store
 
 
-def run(path: Path, console: Console) -> None:
+def run(path: Place, console: Console) -> None:
     """Print a store."""
     store = Store(path)
-    on_disk = sum((path / name).stat().st_size for name in relative_files(path))
+    on_disk = sum(file_sizes(path).values())
     facts = Table(title=f"[bold]{escape(str(path))}[/]", title_justify="left", show_header=False, box=None)
     for name, value in {**summary(store), "on disk": size(on_disk)}.items():
         facts.add_row(name, escape(value))
@@ -39,7 +39,8 @@ def run(path: Path, console: Console) -> None:
     for name, value in store.provenance.items():
         origin.add_row(escape(name), escape(json.dumps(value, ensure_ascii=False) if value else "–"))
     console.print(origin)
-    for run_path in sorted((path / "runs").glob("*.json")):
+    logs: list[Place] = [*(path / "runs").glob("*.json")]
+    for run_path in sorted(logs, key=str):
         try:
             content = json.loads(run_path.read_bytes())
             tokens, seconds = int(content["tokens"]), float(content["seconds"])

@@ -12,6 +12,7 @@ from rich.table import Table
 from flexcache.recorder.planning import Estimate, Source, estimate
 from flexcache.store.create import check_room
 from flexcache.store.display import size
+from flexcache.store.place import Place, local
 from pipelines.config import CaptureConfig
 
 
@@ -31,7 +32,8 @@ def run(config: CaptureConfig, console: Console, progress: bool = True) -> Estim
     table = table_of("plan", config, source)
     for name, value in amount.lines():
         table.add_row(name, value)
-    table.add_row("free disk", size(shutil.disk_usage(place_of(config.store)).free))
+    if isinstance(config.store, Path):
+        table.add_row("free disk", size(shutil.disk_usage(place_of(config.store)).free))
     console.print(table)
     check_room(config.store, amount.bytes)
     return amount
@@ -66,6 +68,13 @@ def table_of(kind: str, config: CaptureConfig, source: Source) -> Table:
     return table
 
 
-def place_of(store: Path) -> Path:
-    """Return the folder, of those there are, that a store will be in."""
-    return next(parent for parent in store.absolute().parents if parent.exists())
+def place_of(store: Place) -> Path:
+    """Return the folder, of those there are, that a store will be in.
+
+    Raises
+    ------
+    StoreError
+        It is to be on object storage.
+    """
+    path = local(store, "measuring a disk", remedy="give a path instead: what is not of the disk is the same")
+    return next(parent for parent in path.absolute().parents if parent.exists())

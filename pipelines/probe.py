@@ -18,6 +18,7 @@ from analysis.probes import Sweep
 from analysis.probes.results import FILE
 from analysis.probes.table import NAMES, interval, number
 from flexcache.errors import AnalysisError, ConfigError, nearest
+from flexcache.store import place as places
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -138,7 +139,7 @@ def run_transfer(
     best = sweep.best.layer
     table = Table(
         title=f"{sweep.results.attrs['target']} probes of {place.name}, tried on {found.attrs['samples']:,} samples of "
-        f"{Path(store_path).name} for {found.attrs['target']}",
+        f"{places.place(store_path).name} for {found.attrs['target']}",
         title_justify="left",
     )
     table.add_column("layer", justify="right")

@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -20,6 +19,7 @@ from analysis.onepass.statistic import State, Statistic
 from analysis.view import choose_layers
 from flexcache.errors import AnalysisError, nearest
 from flexcache.site import Layers
+from flexcache.store.place import Place, place, zarr_source
 from flexcache.store.store import Store
 
 BLOCK_BYTES = 8 << 20  # of values as float64
@@ -190,7 +190,9 @@ def unit_coordinates(path: str, stamp: tuple[int, int], start: int, stop: int) -
 
     *stamp* tells a store from another one that took its place.
     """
-    return {name: np.asarray(zarr.open_array(f"{path}/{name}", mode="r")[start:stop]) for name in COORDINATES}
+    return {
+        name: np.asarray(zarr.open_array(zarr_source(place(path) / name), mode="r")[start:stop]) for name in COORDINATES
+    }
 
 
 @lru_cache(maxsize=8)
@@ -198,8 +200,9 @@ def _open(path: str, stamp: tuple[int, int]) -> Store:
     return Store(path)
 
 
-def _stamp(path: str | Path) -> tuple[int, int]:
-    status = os.stat(Path(path) / "zarr.json")
+def _stamp(path: str | Place) -> tuple[int, int]:
+    metadata = place(path) / "zarr.json"
+    status = metadata.stat()
     return status.st_ino, status.st_mtime_ns
 
 

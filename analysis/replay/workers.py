@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from multiprocessing import get_context
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from flexcache.errors import AnalysisError
+from flexcache.store.place import Place
 
 if TYPE_CHECKING:
     from analysis.replay.engine import Engine
@@ -24,7 +24,7 @@ Loader = Callable[[], nn.Module]
 
 
 def elsewhere(
-    store: Path,
+    store: Place,
     load: Loader,
     question: Question,
     batches: list[Batch],

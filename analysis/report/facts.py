@@ -9,6 +9,7 @@ from analysis import probes
 from analysis.probes import Sweep
 from flexcache.store.display import layer_text, size, summary
 from flexcache.store.display import sites as site_lines
+from flexcache.store.place import Place
 from flexcache.store.store import Store
 
 Lines = list[tuple[str, str]]
@@ -78,7 +79,8 @@ def _dropped(dropped: dict[str, int]) -> str:
 
 def _speed(store: Store) -> Lines:
     tokens = seconds = 0.0
-    for path in sorted((store.path / "runs").glob("*.json")):
+    logs: list[Place] = [*(store.path / "runs").glob("*.json")]
+    for path in sorted(logs, key=str):
         try:
             run: dict[str, Any] = json.loads(path.read_text("utf-8"))
             tokens, seconds = tokens + float(run["tokens"]), seconds + float(run["seconds"])

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from flexcache.errors import DamagedError
 from flexcache.plan import Largest, parts
+from flexcache.store.place import Place
 from flexcache.store.schema import SEQUENCES
+from flexcache.store.tables import open_table
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,11 @@ def split(batch: Batch, batch_tokens: int) -> list[Batch]:
 class BatchReader:
     """Reads the planned batches of any unit from a store's sequence table; memory is a few units."""
 
-    def __init__(self, root: Path, mean: bool) -> None:
+    def __init__(self, root: Place, mean: bool) -> None:
         self._path = root / SEQUENCES
         self._mean = mean
         try:
-            self._file = pq.ParquetFile(self._path)
+            self._file = open_table(self._path)
             column = self._file.schema_arrow.get_field_index("unit")
             # pyarrow's column numbers count leaves: `unit` comes before the only nested column, so it is its own.
             groups = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from flexcache.recorder.running import allocation, complete
 from flexcache.recorder.transform import Transform
 from flexcache.site import Layers
 from flexcache.spec import SitesLike, Spec, parse_sites, validate
+from flexcache.store.place import Place, place
 from flexcache.store.schema import read_attributes
 from flexcache.store.store import Store
 from flexcache.store.worker import PATIENCE
@@ -35,7 +35,7 @@ def capture(
     model: Any,
     tokenizer: Any,
     documents: Any,
-    path: str | Path,
+    path: str | Place,
     *,
     sites: SitesLike | None = None,
     layers: Layers = "all",
@@ -159,7 +159,7 @@ def capture(
         "capture",
     )
     spec.check()
-    path = Path(path)
+    path = place(path)
     with evaluating(model), CaptureProgress(progress) as bars, closing(Crew(model)) as crew:
         reading = locate(model, spec, transforms, objective, crew.elsewhere())
         crew.check(reading)

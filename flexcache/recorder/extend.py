@@ -28,6 +28,7 @@ from flexcache.recorder.transform import Transform
 from flexcache.site import Layers
 from flexcache.spec import SitesLike, Spec, parse_sites, validate
 from flexcache.store.growing import Growth, SettledError
+from flexcache.store.place import local
 from flexcache.store.staging import united
 from flexcache.store.store import Store
 from flexcache.store.worker import PATIENCE
@@ -96,9 +97,9 @@ def extend(
         As for `flexcache.capture`. Nothing of the store is lost.
     """
     model = peel(model) if isinstance(model, torch.nn.Module) else Stages(model if isinstance(model, list) else [model])
-    path = Path(path)
+    root = local(path, "flexcache extend")
     corpus = None if documents is None else open_documents(documents)
-    store = opened(path)
+    store = opened(root)
     check_model(store, describe_model(model) | (model_info or {}), tokenizer)
     asked = _asked(store, sites, layers, transforms, objective)
     if corpus is None and asked is None:
@@ -120,13 +121,13 @@ def extend(
             found: Extension | None
             if corpus is None or united(store, arrays)[1]:
                 _check_known(store, corpus)
-                found = more_arrays(path, arrays, spec, planning.wait)
+                found = more_arrays(root, arrays, spec, planning.wait)
             elif corpus.describe() == store.provenance.get("documents") and corpus.describe()["files"]:
                 found = None
             else:
                 _check_whole(store, {array.name: array.to_json() for array in arrays})
                 found = more_documents(
-                    path,
+                    root,
                     corpus,
                     tokenizer,
                     vocabulary=vocabulary(model),
@@ -157,7 +158,7 @@ def extend(
             complete(model, tokenizer, reading, recorder, bars, crew)
         except SettledError:
             bars.say("other processes have completed it meanwhile")
-        Growth(path).settle(bars.placing())
+        Growth(root).settle(bars.placing())
         bars.say(f"in place → {path}")
     return Store(path)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexcache.errors import MismatchError
 from flexcache.recorder.carried import CARRIED
+from flexcache.store.place import Place
 from flexcache.store.store import Store
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def check_fingerprint(store: Store, now: dict[str, Any], allow_mixed: bool) -> N
         check_alike(store.path, store.ledger.read(units[-1]).fingerprint, now, "the store was begun")
 
 
-def check_alike(path: Path, earlier: dict[str, Any], now: dict[str, Any], who: str) -> None:
+def check_alike(path: Place, earlier: dict[str, Any], now: dict[str, Any], who: str) -> None:
     """Refuse two fingerprints in one store.
 
     Raises

@@ -17,13 +17,14 @@ from flexcache.recorder.recorder import DEFAULT_BUFFER, Recorder
 from flexcache.site import STANDARD, Layers, Site, resolve_layers
 from flexcache.spec import ArraySpec, Spec, validate
 from flexcache.store.int8 import with_scales
+from flexcache.store.place import Place, local, place
 from flexcache.store.schema import read_attributes
 from flexcache.store.staging import united
 from flexcache.store.worker import PATIENCE
 
 
 def record(
-    path: str | Path,
+    path: str | Place,
     documents: Any,
     *,
     sites: Mapping[str, tuple[int, int] | int],
@@ -98,7 +99,7 @@ def record(
     spec.check()
     if spec.dtype == "auto":
         raise ConfigError("dtype auto needs a model", remedy="name the dtype: bfloat16, float16 or float32")
-    path = Path(path)
+    path = place(path)
     corpus = open_documents(documents)
     source = Source(
         documents=corpus,
@@ -116,7 +117,7 @@ def record(
         "patience": patience,
     }
     if extend and (path / "zarr.json").exists():
-        return _extension(path, source, new_only, options)
+        return _extension(local(path, "extending"), source, new_only, options)
     plan_store(path, source)
     check_same(stored_identity(read_attributes(path)), source.identity(), path)
     return Recorder(path, **options)

@@ -22,6 +22,7 @@ from flexcache.spec import ArraySpec, Spec
 from flexcache.store.card import card
 from flexcache.store.create import check_names, check_place, check_room, create, planning, total_bytes
 from flexcache.store.display import size
+from flexcache.store.place import Place
 from flexcache.store.writer import clear_errors
 
 Progress = Callable[[int, int], None]
@@ -188,7 +189,7 @@ def estimate(source: Source, progress: Progress = lambda documents, tokens: None
 
 
 def plan_store(
-    path: Path,
+    path: Place,
     source: Source,
     progress: Progress = lambda documents, tokens: None,
     on_wait: Callable[[], None] = lambda: None,
@@ -220,7 +221,7 @@ def plan_store(
         return _plan_alone(path, source, progress, on_wait)
 
 
-def _plan_alone(path: Path, source: Source, progress: Progress, on_wait: Callable[[], None]) -> Estimate | None:
+def _plan_alone(path: Place, source: Source, progress: Progress, on_wait: Callable[[], None]) -> Estimate | None:
     with planning(path) as (worker, claims):
         while not (path / "zarr.json").exists():
             worker.sweep()
@@ -232,7 +233,7 @@ def _plan_alone(path: Path, source: Source, progress: Progress, on_wait: Callabl
     return None
 
 
-def _plan(path: Path, folder: Path, source: Source, progress: Progress) -> Estimate:
+def _plan(path: Place, folder: Path, source: Source, progress: Progress) -> Estimate:
     plan, corpus, amount = make_plan(source, folder, progress)
     check_room(path, amount.bytes)
     content = {
@@ -253,7 +254,7 @@ def _plan(path: Path, folder: Path, source: Source, progress: Progress) -> Estim
     return amount
 
 
-def check_same(stored: dict[str, Any], given: dict[str, Any], path: Path) -> None:
+def check_same(stored: dict[str, Any], given: dict[str, Any], path: Place) -> None:
     """Refuse to go on with a store that was planned from something else.
 
     Raises

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,17 +20,18 @@ from flexcache.recorder.remaining import Remaining
 from flexcache.recorder.rows import FLOAT32, Unstorable, as_int8, rows_of, stored
 from flexcache.recorder.tally import Tally
 from flexcache.spec import DTYPES
-from flexcache.store.claims import Claims
 from flexcache.store.description import largest_batch
+from flexcache.store.filling import AnyClaims, AnyWorker, claims_of, slabs_for, start_work, writer_of
 from flexcache.store.int8 import is_scale, scale_name
 from flexcache.store.ledger import FileRecord, UnitRecord
+from flexcache.store.place import Place
 from flexcache.store.reader import shard_name
 from flexcache.store.shard import ShardLayout
 from flexcache.store.shard_file import Copy, NonFinite, ShardFile, copy_bytes
-from flexcache.store.slabs import Slab, SlabPool, anonymous_slab, size_slabs
+from flexcache.store.slabs import Slab, SlabPool, anonymous_slab
 from flexcache.store.store import Store
-from flexcache.store.worker import PATIENCE, Worker
-from flexcache.store.writer import Writer, clear_errors
+from flexcache.store.worker import PATIENCE
+from flexcache.store.writer import WriterThread, clear_errors
 
 DEFAULT_BUFFER = 256 << 20
 POLL = 0.2
@@ -94,7 +94,7 @@ class Recorder:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Place,
         *,
         fingerprint: dict[str, Any] | None = None,
         buffer_bytes: int = DEFAULT_BUFFER,
@@ -129,9 +129,9 @@ class Recorder:
         self._pool = SlabPool(*self._slabs(buffer_bytes), allocate)
         self._carried = carried
         self._patience = patience
-        self._worker: Worker | None = None
-        self._claims: Claims | None = None
-        self._writer: Writer | None = None
+        self._worker: AnyWorker | None = None
+        self._claims: AnyClaims | None = None
+        self._writer: WriterThread | None = None
         self._files: dict[Key, ShardFile] = {}
         self._unit: int | None = None
         self._batch: Batch | None = None
@@ -420,13 +420,13 @@ class Recorder:
 
     def _start(self) -> None:
         with clear_errors(self.store.path):
-            worker = Worker(self.store.path, self.fingerprint, self._patience)
+            worker = start_work(self.store.path, self.fingerprint, self._patience)
             try:
-                self._writer = Writer(worker, self._pool)
+                self._writer = writer_of(worker, self._pool)
             except BaseException:
                 worker.close()
                 raise
-        self._worker, self._claims = worker, Claims(worker)
+        self._worker, self._claims = worker, claims_of(worker)
 
     def _check_others(self) -> None:
         if not self._allow_mixed:
@@ -445,7 +445,7 @@ class Recorder:
         finally:
             worker.close()
 
-    def _open_for_units(self) -> tuple[Worker, Claims, Writer]:
+    def _open_for_units(self) -> tuple[AnyWorker, AnyClaims, WriterThread]:
         if self._worker is None or self._claims is None or self._writer is None:
             raise CaptureError("the recorder is not open", remedy="use it as: with Recorder(path) as recorder: …")
         return self._worker, self._claims, self._writer
@@ -537,9 +537,8 @@ class Recorder:
 
     def _slabs(self, buffer_bytes: int) -> tuple[int, int]:
         layouts, count = self._layouts.values(), max(1, len(self._writes))
-        if self.store.compressed:  # a slab is one inner chunk
-            return size_slabs(count, buffer_bytes, exact=max(a.chunk_rows * a.row_bytes for a in layouts))
-        return size_slabs(count, buffer_bytes, largest=max(a.file_bytes(0) for a in layouts))
+        chunk = max(a.chunk_rows * a.row_bytes for a in layouts) if self.store.compressed else None
+        return slabs_for(self.store.path, count, buffer_bytes, max(a.file_bytes(0) for a in layouts), chunk)
 
 
 def _one_span(values: Any, dtype: np.dtype) -> Converted:

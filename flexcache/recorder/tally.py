@@ -7,9 +7,10 @@ import socket
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 
+from flexcache.errors import UnreachableError
 from flexcache.store.files import write_json
+from flexcache.store.place import Place
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Tally:
     claiming: float = 0.0
     committing: float = 0.0
 
-    def write(self, root: Path, error: BaseException | None, direct: bool) -> None:
+    def write(self, root: Place, error: BaseException | None, direct: bool) -> None:
         """Write the run log of a store; it is not part of the content, and a failed run keeps its own error."""
         seconds = time.perf_counter() - self.began
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
@@ -46,6 +47,6 @@ class Tally:
                     **figures,
                 },
             )
-        except OSError:
+        except (OSError, UnreachableError):
             if error is None:
                 raise

@@ -14,7 +14,7 @@ from typing import Any
 from flexcache.store.worker import Worker, describe
 
 CLAIMS = ".claims"
-_NAME = re.compile(r"([a-z0-9]+)\.(\d+)")
+CLAIM_NAME = re.compile(r"([a-z0-9]+)\.(\d+)")
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 
 
@@ -99,7 +99,7 @@ class Claims:
         found: dict[str, int] = {}
         with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
             for entry in entries:
-                if match := _NAME.fullmatch(entry.name):
+                if match := CLAIM_NAME.fullmatch(entry.name):
                     found[match[1]] = max(found.get(match[1], -1), int(match[2]))
         return found
 

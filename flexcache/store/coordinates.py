@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,8 @@ import zarr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from flexcache.errors import DamagedError
+from flexcache.errors import DamagedError, StoreError, UnreachableError
+from flexcache.store.place import Place, zarr_source
 
 DENSE = 4
 """Where at least every fourth row of a span is asked for, all of the span is read."""
@@ -26,10 +26,10 @@ class CoordinateArray(BackendArray):
         It is not of its type, shorter than the rows, or cannot be read.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype, n_rows: int) -> None:
+    def __init__(self, path: Place, dtype: np.dtype, n_rows: int) -> None:
         self.path, self.dtype, self.shape = path, dtype, (n_rows,)
         try:
-            self._zarr = zarr.open_array(path, mode="r")
+            self._zarr = zarr.open_array(zarr_source(path), mode="r")
             whole = self._zarr.ndim == 1 and self._zarr.shape[0] >= n_rows  # longer where the store has grown meanwhile
             if not whole or np.dtype(self._zarr.dtype) != dtype:
                 raise ValueError(f"it is {self._zarr.dtype} of shape {self._zarr.shape}")
@@ -64,14 +64,16 @@ class CoordinateArray(BackendArray):
             raise unreadable("coordinate", self.path, error) from error
 
 
-def coordinate_variable(path: Path, dtype: np.dtype, n_rows: int) -> xr.Variable:
+def coordinate_variable(path: Place, dtype: np.dtype, n_rows: int) -> xr.Variable:
     """Return a coordinate of *n_rows* rows, kept in memory once all of it was read; a part of it is read by itself."""
     lazy = indexing.LazilyIndexedArray(CoordinateArray(path, dtype, n_rows))
     return xr.Variable(("token",), indexing.MemoryCachedArray(lazy))
 
 
-def unreadable(kind: str, path: Path, error: Exception) -> DamagedError:
+def unreadable(kind: str, path: Place, error: Exception) -> StoreError:
     """Return the error for a table or coordinate of a store that its reader refused."""
+    if isinstance(error, UnreachableError):
+        return error
     return DamagedError(
         f"a {kind} of the store cannot be read",
         where=str(path),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from flexcache.errors import ConfigError, StoreError
@@ -14,6 +13,7 @@ from flexcache.store.create import total_bytes
 from flexcache.store.derived import Derived, describe_origin, narrow_spec, prepare
 from flexcache.store.growing import check_settled
 from flexcache.store.int8 import is_scale, with_scales
+from flexcache.store.place import Place, place
 from flexcache.store.selection import keys, select
 from flexcache.store.store import Store
 from flexcache.store.transfer import Progress, Transfer
@@ -22,8 +22,8 @@ CODECS = ("none", "zstd")
 
 
 def copy(
-    source: str | Path,
-    target: str | Path,
+    source: str | Place,
+    target: str | Place,
     *,
     sites: Sequence[str] | None = None,
     layers: Layers = "all",
@@ -71,7 +71,7 @@ def copy(
     """
     _check_choice("dtype", dtype, tuple(DTYPES))
     _check_choice("compression", compression, CODECS)
-    origin, path = Store(source), Path(target)
+    origin, path = Store(source), place(target)
     check_apart(origin.path, path)
     check_settled(origin.path)
     chosen = [array for array in select(origin, sites, layers) if not is_scale(array.name, origin.arrays)]
@@ -93,10 +93,10 @@ def copy(
     return store
 
 
-def check_apart(source: Path, target: Path) -> None:
+def check_apart(source: Place, target: Place) -> None:
     """Refuse a target that is the source, or inside of it, or around it."""
-    one, other = source.resolve(), target.resolve()
-    if one == other or one in other.parents or other in one.parents:
+    one, other = (f"{path.resolve()}/" for path in (source, target))
+    if one.startswith(other) or other.startswith(one):
         raise StoreError(
             "source and target are the same place, or one is inside the other",
             where=str(target),

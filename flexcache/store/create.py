@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +19,57 @@ from flexcache.plan import Plan
 from flexcache.sequences import Spool
 from flexcache.spec import DTYPES, ArraySpec
 from flexcache.store.bfloat16 import BFloat16
-from flexcache.store.claims import Claims
 from flexcache.store.files import digest, fsync_folder, fsync_tree, relative_files, write_json
-from flexcache.store.schema import ATTRIBUTE, COORDINATES, PLAN_RECORD, RESERVED, SCHEMA
+from flexcache.store.filling import AnyClaims, AnyWorker, claims_of, start_work
+from flexcache.store.place import Place
+from flexcache.store.remote.path import RemotePath
+from flexcache.store.remote.upload import PART_BYTES, begin_upload
+from flexcache.store.schema import ATTRIBUTE, COORDINATES, DOCUMENTS, PLAN_RECORD, RESERVED, SCHEMA, SEQUENCES
 from flexcache.store.shard import ShardLayout
 from flexcache.store.tables import write_tables
-from flexcache.store.worker import Worker
 
 COORDINATE_CHUNK = 1 << 20
+BESIDE = (DOCUMENTS, SEQUENCES, "README.md", "ledger")
+"""What there is beside arrays in a store that has just been made."""
 
 
-def check_place(path: Path) -> None:
+def check_place(path: Place) -> None:
     """Refuse a place that is taken by something other than a store.
 
     Raises
     ------
     StoreError
     """
+    if (path / "zarr.json").exists():
+        return
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
-    if taken and not (path / "zarr.json").exists():
+    if taken and not (isinstance(path, RemotePath) and _begun(path)):
         raise StoreError(
             f"{path} exists and is not a store",
             remedy="choose another path, or remove it if it is not needed",
         )
 
 
+def _begun(path: RemotePath) -> bool:
+    """Whether what is there was sent by a process that ended before the store appeared."""
+    return all(name.split("/")[0] in {*COORDINATES, *BESIDE} or name.endswith("/zarr.json") for name in path.sizes())
+
+
 @contextmanager
-def planning(path: Path) -> Iterator[tuple[Worker, Claims]]:
+def planning(path: Place) -> Iterator[tuple[AnyWorker, AnyClaims]]:
     """Give a place beside *path* where one process at a time can be the one that makes the store."""
     path.parent.mkdir(parents=True, exist_ok=True)
     root = path.with_name(f".{path.name}.planning")
-    worker = Worker(root)
-    claims = Claims(worker)
+    worker = start_work(root)
+    claims = claims_of(worker)
     try:
         yield worker, claims
     finally:
         claims.close()
         worker.close()
-        with contextlib.suppress(OSError):
-            root.rmdir()
+        if isinstance(root, Path):
+            with contextlib.suppress(OSError):
+                root.rmdir()
 
 
 def total_bytes(arrays: list[ArraySpec], n_rows: int, shard_rows: int) -> int:
@@ -69,7 +82,7 @@ def total_bytes(arrays: list[ArraySpec], n_rows: int, shard_rows: int) -> int:
     return total
 
 
-def check_room(path: Path, needed: int) -> None:
+def check_room(path: Place, needed: int) -> None:
     """Refuse a plan that the disk cannot hold.
 
     Raises
@@ -77,6 +90,8 @@ def check_room(path: Path, needed: int) -> None:
     PlanError
         Fewer bytes are free than the store needs.
     """
+    if isinstance(path, RemotePath):
+        return
     place = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
     free = shutil.disk_usage(place).free
     if needed > free:
@@ -90,7 +105,7 @@ def check_room(path: Path, needed: int) -> None:
 
 
 def create(
-    path: Path,
+    path: Place,
     folder: Path,
     plan: Plan,
     corpus: Spool,
@@ -146,6 +161,14 @@ def create(
             },
         },
     )
+    appear(store, path)
+
+
+def appear(store: Path, path: Place) -> None:
+    """Put a store that has been made in a folder at its place, in one step: a rename, or the last object, zarr.json."""
+    if isinstance(path, RemotePath):
+        _send(store, path)
+        return
     fsync_tree(store)
     try:
         store.rename(path)
@@ -153,6 +176,20 @@ def create(
         if not (path / "zarr.json").exists():  # else another process, which took this one for gone, was faster
             raise
     fsync_folder(path.parent)
+
+
+def _send(store: Path, path: RemotePath) -> None:
+    if (path / "zarr.json").exists():  # another process, which took this one for gone, was faster
+        return
+    last = (PLAN_RECORD, "zarr.json")
+    for name in [name for name in relative_files(store) if name not in last]:
+        upload = begin_upload(path / name)
+        with (store / name).open("rb") as file:
+            for number, part in enumerate(iter(partial(file.read, PART_BYTES), b"")):
+                upload.put(number, part)
+        upload.complete()
+    (path / PLAN_RECORD).write_bytes((store / PLAN_RECORD).read_bytes())
+    (path / "zarr.json").create((store / "zarr.json").read_bytes())
 
 
 def check_names(arrays: list[ArraySpec]) -> None:

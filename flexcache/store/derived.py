@@ -20,10 +20,12 @@ from flexcache.errors import DamagedError, MismatchError
 from flexcache.site import STANDARD
 from flexcache.spec import ArraySpec
 from flexcache.store.card import card
-from flexcache.store.create import check_place, check_room, create_arrays, planning, total_bytes
+from flexcache.store.create import appear, check_place, check_room, create_arrays, planning, total_bytes
 from flexcache.store.display import size
-from flexcache.store.files import digest, fsync_folder, fsync_tree, relative_files, write_json
+from flexcache.store.files import digest, relative_files, write_json
 from flexcache.store.ledger import FileRecord
+from flexcache.store.place import Place
+from flexcache.store.remote.path import RemotePath
 from flexcache.store.schema import ATTRIBUTE, PLAN_RECORD, read_attributes
 from flexcache.store.store import Store
 from flexcache.store.writer import clear_errors
@@ -73,7 +75,7 @@ class Derived:
         }
 
 
-def prepare(path: Path, derived: Derived) -> Store:
+def prepare(path: Place, derived: Derived) -> Store:
     """Make the store, without activations, at *path* in one step, or return the one there that was begun alike.
 
     Raises
@@ -216,7 +218,7 @@ def facts(store: Store) -> list[tuple[str, str]]:
     ]
 
 
-def copy_verified(source: Path, target: Path, record: FileRecord) -> None:
+def copy_verified(source: Place, target: Path, record: FileRecord) -> None:
     """Copy a file within the kernel, by reference where the file system can, and check the bytes of the copy.
 
     Raises
@@ -297,18 +299,11 @@ def make(name: str, store: Path, derived: Derived) -> None:
     write_plan_record(store, names)
 
 
-def appear(store: Path, path: Path) -> None:
-    """Flush a store that has been made, and rename it to its place."""
-    fsync_tree(store)
-    try:
-        store.rename(path)
-    except OSError:
-        if not (path / "zarr.json").exists():  # else another process was faster
-            raise
-    fsync_folder(path.parent)
-
-
-def _clone(source: Path, target: Path) -> None:
+def _clone(source: Place, target: Path) -> None:
+    if isinstance(source, RemotePath):
+        with target.open("wb") as write:
+            write.writelines(source.blocks())
+        return
     with source.open("rb") as read, target.open("wb") as write:
         left = os.fstat(read.fileno()).st_size
         try:

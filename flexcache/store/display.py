@@ -32,8 +32,11 @@ def summary(store: Store) -> dict[str, str]:
 
 def _extension(store: Store) -> str:
     from flexcache.store.growing import Growth
+    from flexcache.store.remote.path import RemotePath
     from flexcache.store.store import Store
 
+    if isinstance(store.path, RemotePath):  # it does not grow there
+        return ""
     growth = Growth(store.path)
     if not growth.begun:
         return ""

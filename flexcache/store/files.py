@@ -12,11 +12,16 @@ from typing import Any
 
 import xxhash
 
+from flexcache.store.place import Place
+from flexcache.store.remote.path import RemotePath
+
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
-def fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Place) -> None:
     """Flush a folder's entries, so that a rename or a new file in it outlives a power failure."""
+    if isinstance(folder, RemotePath):  # what was put there outlives it already
+        return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -24,8 +29,11 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_durably(path: Path, content: bytes) -> None:
+def write_durably(path: Place, content: bytes) -> None:
     """Write a file so that readers see the old content or the new, never a part, also after a power failure."""
+    if isinstance(path, RemotePath):
+        path.write_bytes(content)
+        return
     temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
@@ -59,7 +67,7 @@ def temporaries(root: Path) -> list[Path]:
     ]
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Place, value: Any) -> None:
     """Write a value as JSON, durably; equal values give equal bytes."""
     write_durably(path, json_bytes(value))
 
@@ -69,15 +77,19 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def digest(path: Path) -> str:
-    """Return the XXH3-128 of a file's bytes as 32 hex digits; memory is one mebibyte."""
+def digest(path: Place) -> str:
+    """Return the XXH3-128 of a file's bytes as 32 hex digits; memory is one mebibyte, or 32 on object storage."""
     hasher = xxhash.xxh3_128()
-    for block in _blocks(path):
+    for block in blocks(path):
         hasher.update(block)
     return hasher.hexdigest()
 
 
-def _blocks(path: Path, size: int = 1 << 20) -> Iterator[memoryview]:
+def blocks(path: Place, size: int = 1 << 20) -> Iterator[memoryview]:
+    """Yield the bytes of a file in order; a block is valid until the next one is asked for."""
+    if isinstance(path, RemotePath):
+        yield from (memoryview(block) for block in path.blocks())
+        return
     buffer = bytearray(size)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -93,9 +105,18 @@ def fsync_tree(root: Path) -> None:
         fsync_folder(Path(folder))
 
 
-def relative_files(root: Path, skip: Iterable[str] = ()) -> list[str]:
+def file_sizes(root: Place) -> dict[str, int]:
+    """Return the bytes of every file below *root*, by relative POSIX path."""
+    if isinstance(root, RemotePath):
+        return root.sizes()
+    return {name: (root / name).stat().st_size for name in relative_files(root)}
+
+
+def relative_files(root: Place, skip: Iterable[str] = ()) -> list[str]:
     """Return the files below *root* as sorted relative POSIX paths, without the top-level names in *skip*."""
     left_out = set(skip)
+    if isinstance(root, RemotePath):
+        return sorted(name for name in root.sizes() if name.partition("/")[0] not in left_out)
     found = []
     for folder, folders, names in os.walk(root):
         if Path(folder) == root:

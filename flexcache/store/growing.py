@@ -19,9 +19,12 @@ from typing import Any
 
 from flexcache.errors import DamagedError, MismatchError, StoreError
 from flexcache.store.claims import Claims
-from flexcache.store.derived import appear, plan_files
+from flexcache.store.create import appear
+from flexcache.store.derived import plan_files
 from flexcache.store.files import fsync_folder, write_durably
 from flexcache.store.ledger import FileRecord, Ledger, UnitRecord
+from flexcache.store.place import Place, local, place
+from flexcache.store.remote.path import RemotePath
 from flexcache.store.schema import COORDINATES, DOCUMENTS, PLAN_RECORD, SEQUENCES, read_attributes
 from flexcache.store.store import Store
 from flexcache.store.worker import ALIVE, PARTIAL, Worker
@@ -44,8 +47,8 @@ class Growth:
         The store, and the staged one inside it.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Place) -> None:
+        self.path = local(path, "flexcache extend")
         self.folder = self.path / GROWING
 
     @property
@@ -293,13 +296,15 @@ def incomplete(store: Store) -> StoreError:
     )
 
 
-def check_settled(path: str | Path, begun: bool = False) -> None:
+def check_settled(path: str | Place, begun: bool = False) -> None:
     """Refuse a store in which an extension is on its way to its place, or, with *begun*, has begun at all.
 
     Raises
     ------
     StoreError
     """
+    if isinstance(place(path), RemotePath):  # it does not grow there
+        return
     growth = Growth(path)
     if growth.placing or (begun and growth.begun):
         raise StoreError(
@@ -310,9 +315,9 @@ def check_settled(path: str | Path, begun: bool = False) -> None:
         )
 
 
-def staged_records(path: Path) -> tuple[dict[str, FileRecord], dict[int, UnitRecord]]:
+def staged_records(path: Place) -> tuple[dict[str, FileRecord], dict[int, UnitRecord]]:
     """Return what the files of an extension on its way to its place are to be, by name and by unit; else nothing."""
-    if not Growth(path).placing:
+    if isinstance(path, RemotePath) or not Growth(path).placing:
         return {}, {}
     ledger = Ledger(path / GROWING)
     return plan_files(Store(path / GROWING)), {unit: ledger.read(unit) for unit in ledger.units()}
@@ -322,6 +327,6 @@ def link_records(source: Ledger, target: Ledger, units: range) -> None:
     """Give a ledger that is being made the records of units of another."""
     for unit in units:
         try:
-            os.link(source.path(unit), target.path(unit))
+            os.link(str(source.path(unit)), str(target.path(unit)))
         except OSError:
-            shutil.copyfile(source.path(unit), target.path(unit))
+            shutil.copyfile(str(source.path(unit)), str(target.path(unit)))

@@ -8,13 +8,14 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from flexcache.errors import DamagedError
 from flexcache.store.files import fsync_folder, json_bytes, write_json
+from flexcache.store.place import Place
+from flexcache.store.remote.path import RemotePath
 
 SEAL = "xxh3_128"
 """In a record: the XXH3-128 of the rest of it. Records of the first stores have none."""
@@ -69,18 +70,16 @@ class Ledger:
     while others write.
     """
 
-    def __init__(self, root: Path, pass_name: str = "0") -> None:
+    def __init__(self, root: Place, pass_name: str = "0") -> None:
         self.folder = root / "ledger" / pass_name
 
-    def path(self, unit: int) -> Path:
+    def path(self, unit: int) -> Place:
         """Return where the record of a unit is or will be."""
         return self.folder / f"{unit}.json"
 
     def units(self) -> list[int]:
         """Return the committed units, sorted, from the file names alone."""
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.folder) as entries:
-            return sorted(int(match[1]) for entry in entries if (match := _RECORD.fullmatch(entry.name)))
-        return []
+        return sorted(int(match[1]) for name in self._names() if (match := _RECORD.fullmatch(name)))
 
     def has(self, unit: int) -> bool:
         """Whether a unit is committed."""
@@ -132,6 +131,13 @@ class Ledger:
                 remedy="delete this record and run the same capture again: it recomputes this unit alone",
             ) from error
         return record
+
+    def _names(self) -> list[str]:
+        if isinstance(self.folder, RemotePath):
+            return [path.name for path in self.folder.iterdir()]
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.folder) as entries:
+            return [entry.name for entry in entries]
+        return []
 
     def __iter__(self) -> Iterator[UnitRecord]:
         return (self.read(unit) for unit in self.units())

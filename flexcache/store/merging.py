@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from flexcache.errors import ConfigError, MismatchError
@@ -13,6 +12,7 @@ from flexcache.store.copying import check_apart
 from flexcache.store.create import total_bytes
 from flexcache.store.derived import Derived, describe_origin, differing_tables, prepare
 from flexcache.store.growing import check_settled
+from flexcache.store.place import Place, place
 from flexcache.store.reader import shard_name
 from flexcache.store.selection import Key
 from flexcache.store.store import Store
@@ -22,7 +22,7 @@ _ANYWHERE = ("name", "revision", "files")
 """What provenance says of where a model came from, not of what it is."""
 
 
-def merge(sources: Sequence[str | Path], target: str | Path, progress: Progress = lambda done, total: None) -> Store:
+def merge(sources: Sequence[str | Place], target: str | Place, progress: Progress = lambda done, total: None) -> Store:
     """Join stores that were captured from one model over the same plan; the same call goes on where one stopped.
 
     Arrays of one site with different layers become one array. A site and layer that two stores have must be the same
@@ -43,7 +43,7 @@ def merge(sources: Sequence[str | Path], target: str | Path, progress: Progress 
     DamagedError
         A file of a source is not as it was written.
     """
-    stores, path = [Store(source) for source in sources], Path(target)
+    stores, path = [Store(source) for source in sources], place(target)
     if len(stores) < 2:
         raise ConfigError("a merge needs two stores or more", found=f"{len(stores)}")
     for store in stores:

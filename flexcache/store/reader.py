@@ -7,13 +7,13 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import zarr
 
 from flexcache.errors import DamagedError
 from flexcache.spec import DTYPES, ArraySpec
+from flexcache.store.place import Place, zarr_source
 from flexcache.store.shard import ShardLayout
 
 OPEN_SHARDS = 256
@@ -38,7 +38,7 @@ class RowReader:
 
     def __init__(
         self,
-        root: Path,
+        root: Place,
         array: ArraySpec,
         layout: ShardLayout,
         compressed: bool,
@@ -51,7 +51,7 @@ class RowReader:
         self._require = require
         self._scales = scales
         self._zarr = self._foreign() if compressed else None
-        self._maps: OrderedDict[Path, np.ndarray] = OrderedDict()
+        self._maps: OrderedDict[Place, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
         self._local = threading.local()
 
@@ -59,7 +59,7 @@ class RowReader:
         """Open a compressed array by zarr-python."""
         where = self.root / self.array.name
         try:
-            found = zarr.open_array(where, mode="r")
+            found = zarr.open_array(zarr_source(where), mode="r")
         except Exception as error:  # zarr and its codecs raise many kinds
             raise DamagedError(
                 "an array of the store cannot be read",
@@ -79,7 +79,7 @@ class RowReader:
             )
         return found
 
-    def path(self, layer: int | None, shard: int) -> Path:
+    def path(self, layer: int | None, shard: int) -> Place:
         """Return where a shard file is."""
         return self.root / shard_name(self.array.name, layer, shard)
 
@@ -133,7 +133,7 @@ class RowReader:
         if self._zarr is not None:
             selection = (rows,) if layer is None else (layer, rows)
             values = np.asarray(self._zarr.oindex[(*selection, slice(None))]).view(self._bits)
-            _convert(values, out, places, self.dtype)
+            convert(values, out, places, self.dtype)
             return
         mapped = self._map(layer, shard)
         if isinstance(places, slice):
@@ -146,27 +146,27 @@ class RowReader:
             chosen = local[start : start + step]
             piece = self._buffer(len(chosen))
             np.take(mapped, chosen, axis=0, out=piece, mode="clip")
-            _convert(piece, out, places[start : start + step], self.dtype)
+            convert(piece, out, places[start : start + step], self.dtype)
 
     def _scan_shard(self, layer: int | None, shard: int, first: int, out: np.ndarray) -> None:
         if self._zarr is not None:
             start = shard * self.layout.shard_rows + first
             selection = slice(start, start + len(out))
             values = self._zarr[selection] if layer is None else self._zarr[layer, selection]
-            _convert(np.asarray(values).view(self._bits), out, slice(None), self.dtype)
+            convert(np.asarray(values).view(self._bits), out, slice(None), self.dtype)
             return
         path = self.path(layer, shard)
         self._check_size(path, shard)
         step = max(1, SCAN_BYTES // self.layout.row_bytes)
         raw = out.dtype == self._bits
-        with path.open("rb", buffering=0) as file:
+        with open(str(path), "rb", buffering=0) as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
             for begin in range(0, len(out), step):
                 part = out[begin : begin + step]
                 piece = part if raw else self._buffer(len(part))
                 _read_into(file.fileno(), piece, (first + begin) * self.layout.row_bytes, path)
                 if not raw:
-                    _convert(piece, part, slice(None), self.dtype)
+                    convert(piece, part, slice(None), self.dtype)
 
     def _buffer(self, rows: int) -> np.ndarray:
         held: np.ndarray | None = getattr(self._local, "buffer", None)
@@ -192,7 +192,7 @@ class RowReader:
                 self._maps.popitem(last=False)
         return rows
 
-    def _check_size(self, path: Path, shard: int) -> None:
+    def _check_size(self, path: Place, shard: int) -> None:
         expected = self.layout.file_bytes(shard)
         try:
             found = path.stat().st_size
@@ -214,7 +214,7 @@ def shard_name(array: str, layer: int | None, shard: int) -> str:
     return f"{array}/c/{shard}/0" if layer is None else f"{array}/c/{layer}/{shard}/0"
 
 
-def _read_into(handle: int, target: np.ndarray, offset: int, path: Path) -> None:
+def _read_into(handle: int, target: np.ndarray, offset: int, path: Place) -> None:
     view = target.data.cast("B")
     while len(view):
         count = os.preadv(handle, [view], offset)
@@ -224,7 +224,7 @@ def _read_into(handle: int, target: np.ndarray, offset: int, path: Path) -> None
         offset += count
 
 
-def _convert(bits: np.ndarray, out: np.ndarray, places: slice | np.ndarray, dtype: np.dtype) -> None:
+def convert(bits: np.ndarray, out: np.ndarray, places: slice | np.ndarray, dtype: np.dtype) -> None:
     """Put stored values, given as unsigned integers, into *out*: as they are, or widened to float32 exactly."""
     if out.dtype == bits.dtype:
         out[places] = bits

@@ -18,6 +18,7 @@ from flexcache.store.claims import CLAIMS, Claims
 from flexcache.store.derived import facts, narrow_spec, plan_files, write_plan_record
 from flexcache.store.files import fsync_folder, write_durably, write_json
 from flexcache.store.growing import check_settled
+from flexcache.store.place import local
 from flexcache.store.schema import ATTRIBUTE, read_attributes
 from flexcache.store.selection import Key, keys, select
 from flexcache.store.store import Store
@@ -58,7 +59,7 @@ class Removal:
     """
 
     def __init__(self, path: str | Path, sites: Sequence[str] | None = None, layers: Layers = "all") -> None:
-        self.path = Path(path)
+        self.path = local(path, "flexcache rm")
         store = Store(self.path)
         self.unfinished = (self.path / NOTE).exists()
         self.gone: list[Key] = self._noted() if self.unfinished else keys(select(store, sites, layers))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from flexcache.errors import StoreError
 from flexcache.store.ledger import Ledger
+from flexcache.store.place import Place, place
 from flexcache.store.verify import Finding, Verification, verify
 
 
@@ -30,7 +30,7 @@ class Repair:
     beyond: tuple[Finding, ...]
 
 
-def repair(path: str | Path, progress: Callable[[int, int], None] = lambda files, size: None) -> Repair:
+def repair(path: str | Place, progress: Callable[[int, int], None] = lambda files, size: None) -> Repair:
     """Verify a store, and take back every unit of which a file or the record is damaged.
 
     Only ledger records of damaged units are removed. Their files are replaced when the unit is computed again, by the
@@ -48,7 +48,7 @@ def repair(path: str | Path, progress: Callable[[int, int], None] = lambda files
     """
     found = verify(path, progress)
     units = tuple(sorted({finding.unit for finding in found.findings if finding.unit is not None}))
-    ledger = Ledger(Path(path))
+    ledger = Ledger(place(path))
     try:
         for unit in units:
             ledger.take_back(unit)

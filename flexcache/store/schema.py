@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from flexcache.errors import DamagedError, StoreError, VersionError
+from flexcache.store.place import Place
 
 SCHEMA = 1
 ATTRIBUTE = "flexcache"
@@ -17,7 +17,7 @@ RESERVED = frozenset({"ledger", "runs", "layer", "token", *COORDINATES})
 PLAN_RECORD = "ledger/plan.json"
 
 
-def read_attributes(path: Path) -> dict[str, Any]:
+def read_attributes(path: Place) -> dict[str, Any]:
     """Return the attributes of a store, from its ``zarr.json``.
 
     Raises

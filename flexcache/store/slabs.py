@@ -92,7 +92,9 @@ class SlabPool:
         self._free.put(slab)
 
 
-def size_slabs(files: int, buffer_bytes: int, *, largest: int = 0, exact: int | None = None) -> tuple[int, int]:
+def size_slabs(
+    files: int, buffer_bytes: int, *, largest: int = 0, exact: int | None = None, beside: int = 0
+) -> tuple[int, int]:
     """Return the bytes of a slab and their number, for *files* that fill one each while others are being written.
 
     Parameters
@@ -101,6 +103,8 @@ def size_slabs(files: int, buffer_bytes: int, *, largest: int = 0, exact: int | 
         Bytes of the largest file; a slab need not be larger.
     exact
         Bytes that a slab must hold, where it cannot be chosen.
+    beside
+        Bytes of the buffer that are not for slabs.
 
     Raises
     ------
@@ -113,11 +117,11 @@ def size_slabs(files: int, buffer_bytes: int, *, largest: int = 0, exact: int | 
         size = min(LARGEST_SLAB, max(SMALLEST_SLAB, 1 << (largest - 1).bit_length()))
         while size > SMALLEST_SLAB and 2 * files * size > buffer_bytes:
             size //= 2
-    if buffer_bytes // size < files + 2:
+    if (buffer_bytes - beside) // size < files + 2:
         raise CaptureError(
             "the buffer is too small for so many sites and layers",
-            expected=f"at least {(files + 2) * size / 1e6:.0f} MB for {files} open shards",
+            expected=f"at least {((files + 2) * size + beside) / 1e6:.0f} MB for {files} open shards",
             found=f"{buffer_bytes / 1e6:.0f} MB",
             remedy="raise buffer_bytes (buffer_mb), or capture fewer layers",
         )
-    return size, buffer_bytes // size
+    return size, (buffer_bytes - beside) // size

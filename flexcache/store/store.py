@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import xarray as xr
 
 from flexcache.errors import SiteError, StoreError, UncommittedError, nearest
@@ -22,10 +20,13 @@ from flexcache.store.description import described
 from flexcache.store.int8 import is_scale, scale_name
 from flexcache.store.labels import label_names, row_labels
 from flexcache.store.ledger import Ledger
+from flexcache.store.place import Place, place
 from flexcache.store.reader import RowReader
+from flexcache.store.remote.rows import reader_class
 from flexcache.store.replayable import Replayable, replayable
 from flexcache.store.schema import COORDINATES, DOCUMENTS, SEQUENCES, read_attributes
 from flexcache.store.shard import ShardLayout
+from flexcache.store.tables import open_table, read_table
 
 
 class Store(Mapping[str, xr.DataArray]):
@@ -48,8 +49,8 @@ class Store(Mapping[str, xr.DataArray]):
         The path is no store; VersionError, DamagedError where that is known better.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Place) -> None:
+        self.path = place(path)
         said = described(read_attributes(self.path), str(self.path / "zarr.json"))
         self.arrays, self.spec, self.plan, self.provenance = said.arrays, said.spec, said.plan, said.provenance
         self.n_rows = int(self.plan["rows"])
@@ -79,7 +80,7 @@ class Store(Mapping[str, xr.DataArray]):
     def head(self, count: int = 1) -> pa.Table:
         """Return the first *count* documents; reads no others."""
         try:
-            with pq.ParquetFile(self.path / DOCUMENTS) as file:
+            with open_table(self.path / DOCUMENTS) as file:
                 batches = [next(file.iter_batches(batch_size=count))] if file.metadata.num_rows and count else []
                 return pa.Table.from_batches(batches, file.schema_arrow)
         except (OSError, pa.ArrowException) as error:
@@ -266,7 +267,9 @@ class Store(Mapping[str, xr.DataArray]):
             array = self._array(site)
             layout = ShardLayout(self.n_rows, self.shard_rows, array.row_bytes)
             scales = self.reader(scale_name(site)) if array.dtype == "int8" else None
-            self._readers[site] = RowReader(self.path, array, layout, self.compressed, self._require, scales)
+            self._readers[site] = reader_class(self.path)(
+                self.path, array, layout, self.compressed, self._require, scales
+            )
         return self._readers[site]
 
     # Mapping and display
@@ -365,7 +368,7 @@ class Store(Mapping[str, xr.DataArray]):
 
     def _table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         try:
-            table = pq.read_table(self.path / name, columns=columns)
+            table = read_table(self.path / name, columns=columns)
             missing = {"row_start", "n_rows"} - set(table.column_names)
             if missing:
                 raise ValueError(f"it has no column {', '.join(sorted(missing))}")

@@ -12,6 +12,7 @@ import zarr
 from flexcache.errors import DocumentsError
 from flexcache.plan import Plan
 from flexcache.sequences import Spool
+from flexcache.store.place import Place
 from flexcache.store.schema import DOCUMENTS, SEQUENCES
 from flexcache.store.unit_tables import UnitTables
 
@@ -23,7 +24,7 @@ def write_tables(
     plan: Plan,
     corpus: Spool,
     coordinates: dict[str, zarr.Array],
-    before: Path | None = None,
+    before: Place | None = None,
     n_before: int = 0,
 ) -> None:
     """Write ``documents.parquet``, ``sequences.parquet`` and the coordinate arrays; memory is about a unit.
@@ -57,10 +58,20 @@ def write_tables(
         writer.close()
 
 
+def open_table(path: Place) -> pq.ParquetFile:
+    """Open a Parquet file, wherever it is; on object storage a row group is a few requests."""
+    return pq.ParquetFile(path if isinstance(path, Path) else path.open())
+
+
+def read_table(path: Place, columns: list[str] | None = None) -> pa.Table:
+    """Read a Parquet file, whole or some columns of it."""
+    return pq.read_table(path if isinstance(path, Path) else path.open(), columns=columns)
+
+
 class _TableWriter:
     """A Parquet file whose row groups hold whole units, about a million tokens each; after those of another file."""
 
-    def __init__(self, path: Path, before: Path | None = None) -> None:
+    def __init__(self, path: Path, before: Place | None = None) -> None:
         self._path, self._before = path, before
         self._writer: pq.ParquetWriter | None = None
         self._pending: list[pa.Table] = []
@@ -77,7 +88,7 @@ class _TableWriter:
     def _open(self, schema: pa.Schema) -> pq.ParquetWriter:
         if self._before is None:
             return pq.ParquetWriter(self._path, schema, compression="zstd")
-        with pq.ParquetFile(self._before) as file:
+        with open_table(self._before) as file:
             writer = pq.ParquetWriter(self._path, _joined(file.schema_arrow, schema), compression="zstd")
             for number in range(file.num_row_groups):
                 table = _fitted(file.read_row_group(number), writer.schema)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
-import uuid
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -15,19 +13,21 @@ from flexcache.errors import DamagedError
 from flexcache.recorder.range_error import range_error
 from flexcache.recorder.rows import FLOAT32, Unstorable, as_int8, stored
 from flexcache.spec import DTYPES
-from flexcache.store.claims import Claims
-from flexcache.store.derived import POLL, copy_verified
-from flexcache.store.files import digest, fsync_folder
+from flexcache.store.arrivals import Arrivals, arrivals_of
+from flexcache.store.derived import POLL
+from flexcache.store.files import digest
+from flexcache.store.filling import AnyWorker, claims_of, slabs_for, start_work, writer_of
 from flexcache.store.int8 import SCALE, is_scale, scale_name
 from flexcache.store.ledger import FileRecord, UnitRecord
+from flexcache.store.place import Place
 from flexcache.store.reader import shard_name
 from flexcache.store.selection import Key
 from flexcache.store.shard import ShardLayout
 from flexcache.store.shard_file import NonFinite, ShardFile
-from flexcache.store.slabs import SlabPool, size_slabs
+from flexcache.store.slabs import SlabPool
 from flexcache.store.store import Store
-from flexcache.store.worker import PARTIAL, Worker
-from flexcache.store.writer import Writer, disk_error
+from flexcache.store.worker import PARTIAL
+from flexcache.store.writer import WriterThread, disk_error
 
 BUFFER = 64 << 20
 BLOCK = 4 << 20
@@ -89,13 +89,13 @@ class Transfer:
         if not self.pending() and not (self.target.path / PARTIAL).exists():  # else something is to be swept
             return
         try:
-            worker = Worker(self.target.path)
+            worker = start_work(self.target.path)
         except OSError as error:
             raise disk_error(error, self.target.path) from error
-        claims, writer = Claims(worker), None
+        claims, writer = claims_of(worker), None
         try:
             if converted := [key for key in self.sources if not self._same(key)]:
-                writer = Writer(worker, SlabPool(*self._slabs(converted)))
+                writer = writer_of(worker, SlabPool(*self._slabs(converted)))
             while left := self.pending():
                 worker.sweep()
                 name = claims.take(left)
@@ -118,22 +118,23 @@ class Transfer:
 
     # Private
 
-    def _bring(self, unit: int, worker: Worker, writer: Writer | None) -> None:
+    def _bring(self, unit: int, worker: AnyWorker, writer: WriterThread | None) -> None:
+        with closing(arrivals_of(worker)) as arrivals:
+            self._commit(unit, arrivals, writer)
+
+    def _commit(self, unit: int, arrivals: Arrivals, writer: WriterThread | None) -> None:
         records = {id(store): store.ledger.read(unit) for store in self._stores}
-        copied: dict[str, tuple[Path, FileRecord]] = {}
         shards: list[ShardFile] = []
         for key, source in self.sources.items():
             name = shard_name(*key, unit)
             record = records[id(source)].files[name]
             if self._same(key):
-                temporary = worker.folder / uuid.uuid4().hex
-                copy_verified(source.path / name, temporary, record)
-                copied[name] = temporary, record
+                arrivals.take(source.path / name, name, record)
             else:
                 assert writer is not None
                 _check(source.path / name, record)
                 shards += self._converted(key, unit, source, writer)
-        files = _settle(self.target.path, copied)
+        files = arrivals.settle()
         if writer is not None:
             try:
                 files |= writer.place(shards)
@@ -153,14 +154,14 @@ class Transfer:
             )
         )
 
-    def _shard(self, key: Key, unit: int, writer: Writer) -> ShardFile:
+    def _shard(self, key: Key, unit: int, writer: WriterThread) -> ShardFile:
         name, layer = key
         dtype, compressed = DTYPES[self.target.arrays[name].dtype], self.target.compressed
         return ShardFile(
             writer, shard_name(name, layer, unit), self._layouts[name], unit, dtype, name, layer, compressed
         )
 
-    def _converted(self, key: Key, unit: int, source: Store, writer: Writer) -> list[ShardFile]:
+    def _converted(self, key: Key, unit: int, source: Store, writer: WriterThread) -> list[ShardFile]:
         """Return the shard of converted rows, and of their scales where there are any."""
         name, layer = key
         file, layout = self._shard(key, unit, writer), self._layouts[name]
@@ -206,17 +207,16 @@ class Transfer:
     def _slabs(self, converted: list[Key]) -> tuple[int, int]:
         layouts = [self._layouts[name] for name, _ in converted]
         several = 1 + bool(self._scales)  # files that are open at a time
-        if self.target.compressed:  # a slab is one inner chunk
-            exact = max(layout.chunk_rows * layout.row_bytes for layout in layouts)
-            return size_slabs(several, max(BUFFER, 4 * exact), exact=exact)
-        return size_slabs(several, BUFFER, largest=max(layout.file_bytes(0) for layout in layouts))
+        chunk = max(layout.chunk_rows * layout.row_bytes for layout in layouts) if self.target.compressed else None
+        largest = max(layout.file_bytes(0) for layout in layouts)
+        return slabs_for(self.target.path, several, max(BUFFER, 4 * (chunk or 0)), largest, chunk)
 
     def _bytes(self, units: list[int]) -> int:
         rows = np.asarray(units, dtype=np.int64) * self.target.shard_rows
         return int(np.minimum(self.target.shard_rows, self.target.n_rows - rows).sum()) * self._unit_bytes
 
 
-def _check(path: Path, record: FileRecord) -> None:
+def _check(path: Place, record: FileRecord) -> None:
     if path.is_file() and path.stat().st_size == record.size and digest(path) == record.xxh3_128:
         return
     raise DamagedError(
@@ -225,19 +225,3 @@ def _check(path: Path, record: FileRecord) -> None:
         expected=f"{record.size} bytes with XXH3-128 {record.xxh3_128}",
         remedy="run flexcache verify to see what else is damaged; a damaged unit can be recomputed by the capture",
     )
-
-
-def _settle(root: Path, copied: Mapping[str, tuple[Path, FileRecord]]) -> dict[str, FileRecord]:
-    """Flush files, rename them to their places, and flush the folders."""
-    for temporary, _ in copied.values():
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-    folders: dict[Path, None] = {}
-    for name, (temporary, _) in copied.items():
-        place = root / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary.replace(place)
-        folders.update(dict.fromkeys(parent for parent in place.parents if root in parent.parents))
-    for folder in folders:
-        fsync_folder(folder)
-    return {name: record for name, (_, record) in copied.items()}

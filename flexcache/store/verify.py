@@ -12,7 +12,9 @@ from flexcache.store.claims import CLAIMS
 from flexcache.store.files import digest, is_temporary, json_bytes, relative_files
 from flexcache.store.growing import GROWING, staged_records
 from flexcache.store.ledger import FileRecord
+from flexcache.store.place import Place
 from flexcache.store.reader import shard_name
+from flexcache.store.remote.path import RemotePath
 from flexcache.store.removing import NOTE
 from flexcache.store.schema import PLAN_RECORD
 from flexcache.store.store import Store
@@ -58,7 +60,7 @@ class Verification:
         return not self.findings
 
 
-def verify(path: str | Path, progress: Callable[[int, int], None] = lambda files, size: None) -> Verification:
+def verify(path: str | Place, progress: Callable[[int, int], None] = lambda files, size: None) -> Verification:
     """Read every file of a store and compare it with the ledger; memory is one mebibyte.
 
     Parameters
@@ -126,7 +128,7 @@ def _records(store: Store, findings: list[Finding]) -> Iterator[tuple[int | None
             findings.append(Finding(f"ledger/0/{unit}.json", unit, f"cannot be read: {error.found}"))
 
 
-def _arriving(path: Path) -> dict[str, FileRecord]:
+def _arriving(path: Place) -> dict[str, FileRecord]:
     """Return what files are to be, of an extension that is on its way to its place."""
     files, units = staged_records(path)
     return {**files, **{name: file for record in units.values() for name, file in record.files.items()}}
@@ -138,9 +140,13 @@ def _expected(store: Store, unit: int) -> Iterator[str]:
             yield shard_name(name, layer, unit)
 
 
-def _problem(root: Path, name: str, record: FileRecord) -> str | None:
+def _inside(root: Place, path: Place) -> bool:
+    return isinstance(path, RemotePath) or path.resolve().is_relative_to(Path(str(root)).resolve())
+
+
+def _problem(root: Place, name: str, record: FileRecord) -> str | None:
     path = root / name
-    if ".." in Path(name).parts or Path(name).is_absolute() or not path.resolve().is_relative_to(root.resolve()):
+    if ".." in Path(name).parts or Path(name).is_absolute() or not _inside(root, path):
         return "leads out of the store"
     try:
         found = path.stat().st_size

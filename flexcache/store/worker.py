@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from flexcache.store.files import json_bytes, temporaries
+from flexcache.store.remote.path import RemotePath
 
 PARTIAL = ".partial"
 ALIVE = "alive"
 PATIENCE = 120.0
 """Seconds after which a worker that has not touched its file counts as gone, wherever it runs."""
 
-_BEATS = 6
+BEATS = 6
+"""Signs of life within the patience."""
 _NEW = ".new"
 
 
@@ -61,7 +63,7 @@ class Worker:
                     raise
         try:
             (fresh / ALIVE).write_bytes(
-                json_bytes({**_identity(os.getpid()), "id": self.id, "conditions": self.conditions})
+                json_bytes({**identity(os.getpid()), "id": self.id, "conditions": self.conditions})
             )
             fresh.rename(self.folder)
         except OSError:
@@ -99,7 +101,7 @@ class Worker:
         except OSError:
             self._seen.pop(path, None)
             return False
-        if _ended(content) or self._left(content):
+        if ended(content) or self._left(content):
             return True
         now = time.monotonic()
         before, since = self._seen.setdefault(path, (changed, now))
@@ -124,13 +126,13 @@ class Worker:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _beat(self) -> None:
-        while not self._stopped.wait(self._patience / _BEATS):
+        while not self._stopped.wait(self._patience / BEATS):
             for path in (self.alive, *list(self.touches)):
                 with contextlib.suppress(OSError):
                     os.utime(path)
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Path | RemotePath) -> dict[str, Any]:
     """Return what a worker says of itself in its `alive` file: host, pid, conditions; nothing if it cannot be read."""
     try:
         found = json.loads(path.read_bytes())
@@ -139,11 +141,12 @@ def describe(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _identity(pid: int) -> dict[str, Any]:
+def identity(pid: int) -> dict[str, Any]:
+    """Return what tells a process from all others: host, boot, pid and when it was started."""
     return {"host": socket.gethostname(), "machine": _machine(), "pid": pid, "started": _started(pid)}
 
 
-def _ended(content: bytes) -> bool:
+def ended(content: bytes) -> bool:
     """Whether the process was on this machine and is no more; False where that cannot be told."""
     try:
         told = json.loads(content)

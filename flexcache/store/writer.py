@@ -13,6 +13,7 @@ import resource
 import shutil
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from flexcache.errors import CaptureError
+from flexcache.errors import CaptureError, FlexCacheError
 from flexcache.store.files import fsync_folder
 from flexcache.store.ledger import FileRecord
+from flexcache.store.place import Place
+from flexcache.store.remote.path import RemotePath
+from flexcache.store.remote.retry import unreachable
 from flexcache.store.shard import index_bytes
 from flexcache.store.shard_file import ShardFile, check_finite
 from flexcache.store.slabs import PAGE, Slab, SlabPool
@@ -31,31 +35,30 @@ from flexcache.store.worker import Worker
 OPEN_FILES = 8192
 
 
-class Writer:
-    """One thread that writes slabs in the order in which they were filled, into the folder of its worker.
+class WriterThread(ABC):
+    """One thread that takes slabs in the order in which they were filled, and jobs between them.
 
     Attributes
     ----------
     busy : float
         Seconds the thread has worked.
     written : int
-        Bytes handed to the file system.
+        Bytes handed on.
     direct : bool
         Whether files bypass the page cache (O_DIRECT), which costs 3–4 times less CPU where it is possible.
     """
 
-    def __init__(self, worker: Worker, pool: SlabPool) -> None:
-        self.root = worker.root
-        self.folder = worker.folder
+    root: Place
+    folder: Path
+    direct: bool
+
+    def __init__(self, pool: SlabPool) -> None:
         self.pool = pool
-        _allow_open_files(OPEN_FILES)
-        self.direct = direct_works(self.folder)
         self.busy = 0.0
         self.cpu = 0.0
         self.written = 0
         self._failure: BaseException | None = None
         self._jobs: queue.SimpleQueue[tuple[Callable[..., None], tuple] | None] = queue.SimpleQueue()
-        self._open: set[ShardFile] = set()
         self._thread = threading.Thread(target=self._run, name="flexcache-writer", daemon=True)
         self._thread.start()
 
@@ -88,12 +91,9 @@ class Writer:
         self.check()
 
     def stop(self) -> None:
-        """End the thread and close its files; what is in the worker's folder is for the worker to remove."""
+        """End the thread."""
         self._jobs.put(None)
         self._thread.join()
-        for file in self._open:
-            os.close(file.handle)
-        self._open.clear()
 
     def place(self, files: Sequence[ShardFile]) -> dict[str, FileRecord]:
         """Wait for a unit's files to be written, put them in place, and return what the ledger says of each.
@@ -109,15 +109,78 @@ class Writer:
         self.drain()
         return {file.name: FileRecord(file.size, file.hasher.hexdigest()) for file in files}
 
+    def fail(self, error: BaseException) -> None:
+        """Let no further job run, and raise *error* where the next one is queued or waited for."""
+        self._failure = disk_error(error, self.root) if isinstance(error, OSError) else error
+
+    @abstractmethod
+    def write(self, file: ShardFile, slab: Slab) -> None:
+        """Check, hash and write one slab of a file, and give the slab back."""
+
+    @abstractmethod
+    def close(self, file: ShardFile) -> None:
+        """Complete a file."""
+
+    @abstractmethod
+    def put_in_place(self, files: Sequence[ShardFile]) -> None:
+        """Make a unit's files appear in their places."""
+
+    @abstractmethod
+    def discard(self, files: Sequence[ShardFile]) -> None:
+        """Remove files that are given up."""
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            function, arguments = job
+            if self._failure is not None:
+                continue
+            began, cpu = time.perf_counter(), time.thread_time()
+            try:
+                function(*arguments)
+            except BaseException as error:
+                self.fail(error)
+            self.busy += time.perf_counter() - began
+            self.cpu += time.thread_time() - cpu
+
+
+def checked(file: ShardFile, slab: Slab) -> np.ndarray:
+    """Return the content of a slab, complete, and finite where it is rows.
+
+    Raises
+    ------
+    NonFinite
+    """
+    slab.settle()
+    content = slab.array[: slab.filled]
+    rows = content[: max(0, file.layout.row_span(file.shard) - file.checked)]
+    check_finite(file, rows)
+    file.checked += len(rows)
+    return content
+
+
+class Writer(WriterThread):
+    """A thread that writes slabs into files in the folder of its worker."""
+
+    def __init__(self, worker: Worker, pool: SlabPool) -> None:
+        self.root: Path = worker.root
+        self.folder = worker.folder
+        _allow_open_files(OPEN_FILES)
+        self.direct = direct_works(self.folder)
+        self._open: set[ShardFile] = set()
+        super().__init__(pool)
+
+    def stop(self) -> None:
+        """End the thread and close its files; what is in the worker's folder is for the worker to remove."""
+        super().stop()
+        for file in self._open:
+            os.close(file.handle)
+        self._open.clear()
+
     # Jobs, which run in the thread.
 
     def write(self, file: ShardFile, slab: Slab) -> None:
         """Check, hash and write one slab."""
-        slab.settle()
-        content = slab.array[: slab.filled]
-        rows = content[: max(0, file.layout.row_span(file.shard) - file.checked)]
-        check_finite(file, rows)
-        file.checked += len(rows)
+        content = checked(file, slab)
         if file.handle < 0:
             file.handle = self._create(file)
             self._open.add(file)
@@ -183,24 +246,9 @@ class Writer:
             offset += count
             self.written += count
 
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            function, arguments = job
-            if self._failure is not None:
-                continue
-            began, cpu = time.perf_counter(), time.thread_time()
-            try:
-                function(*arguments)
-            except OSError as error:
-                self._failure = disk_error(error, self.root)
-            except BaseException as error:
-                self._failure = error
-            self.busy += time.perf_counter() - began
-            self.cpu += time.thread_time() - cpu
-
 
 @contextmanager
-def clear_errors(root: Path) -> Iterator[None]:
+def clear_errors(root: Place) -> Iterator[None]:
     """Turn errors of the operating system into that which a user sees."""
     try:
         yield
@@ -208,8 +256,10 @@ def clear_errors(root: Path) -> Iterator[None]:
         raise disk_error(error, root) from error
 
 
-def disk_error(error: OSError, root: Path) -> CaptureError:
-    """Return the error that a user sees for one of the operating system's."""
+def disk_error(error: OSError, root: Place) -> FlexCacheError:
+    """Return the error that a user sees for one of the operating system's, or of object storage."""
+    if isinstance(root, RemotePath):
+        return unreachable(str(root), error)
     root = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     failure = CaptureError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,7 +86,7 @@ class FlexCacheEngine(BackendEntrypoint):
         """Open a store as one dataset."""
         from flexcache.store.store import Store
 
-        dataset = Store(Path(os.fspath(filename_or_obj))).dataset()
+        dataset = Store(os.fspath(filename_or_obj)).dataset()
         dropped = [drop_variables] if isinstance(drop_variables, str) else list(drop_variables or ())
         return dataset.drop_vars(dropped, errors="ignore")
 

@@ -123,14 +123,15 @@ class Pools:
         reader, first, last = source.store.reader(source.site), int(wanted[0]), int(wanted[-1]) + 1
         near = bool((np.diff(wanted) > 0).all()) and last - first <= 2 * len(wanted) + 16
         unit = first // source.store.shard_rows
+        path = reader.path(source.layer, unit)
         elsewhere = not near or (last - 1) // source.store.shard_rows != unit
-        if source.store.compressed or source.scaled or elsewhere:
+        if source.store.compressed or source.scaled or elsewhere or not isinstance(path, Path):
             out[:] = reader.gather(source.layer, wanted, not source.scaled).view(source.bits)
             return
         whole = last - first == len(wanted)
         into = out if whole else np.empty((last - first, source.features), source.bits)
         start = first - reader.layout.rows(unit).start
-        self._pread(reader.path(source.layer, unit), into, start * source.row_bytes)
+        self._pread(path, into, start * source.row_bytes)
         if not whole:
             out[:] = into[wanted - first]
 

@@ -1,0 +1,81 @@
+"""An S3 server on loopback, and memory, as places for stores."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+import pytest
+
+BUCKET = "bucket"
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    """The address of a server that speaks S3's protocol."""
+    server = pytest.importorskip("moto.server")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    running = server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    yield f"http://{host}:{port}"
+    running.stop()
+
+
+def environment(address: str) -> dict[str, str]:
+    return {
+        "AWS_ENDPOINT_URL": address,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
+_clients: list[Any] = []  # kept: what is collected with a connection still open is a warning
+
+
+def connect(address: str) -> Any:
+    """A client of this server, made anew: clients remember their address."""
+    from flexcache.store.remote import path
+
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    path._filesystem.cache_clear()
+    _clients.append(path.filesystem("s3"))
+    return _clients[-1]
+
+
+@pytest.fixture(scope="session")
+def s3(server: str) -> Iterator[Any]:
+    """A client of the server, with a bucket."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(server).items():
+            patch.setenv(name, value)
+        client = connect(server)
+        client.mkdir(BUCKET)
+        yield client
+
+
+def _fresh(kind: str, request: pytest.FixtureRequest) -> str:
+    number = next(_numbers)
+    if kind == "memory":
+        return f"memory://place-{number}"
+    request.getfixturevalue("s3")
+    return f"s3://{BUCKET}/place-{number}"
+
+
+@pytest.fixture(params=["memory", pytest.param("s3", marks=pytest.mark.slow)])
+def base(request: pytest.FixtureRequest) -> str:
+    """A place where there is nothing yet, in memory; on S3 as well where the slow tests run."""
+    return _fresh(request.param, request)
+
+
+@pytest.fixture(params=["memory", "s3"])
+def everywhere(request: pytest.FixtureRequest) -> str:
+    """A place where there is nothing yet, on each kind of storage."""
+    return _fresh(request.param, request)

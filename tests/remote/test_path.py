@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import pickle
+import threading
+from typing import Any
+
+import pytest
+
+from flexcache.errors import UnreachableError
+from flexcache.store.place import place
+from flexcache.store.remote import retry
+from flexcache.store.remote.path import PIECE_BYTES, PIECES, RemotePath
+from flexcache.store.remote.upload import abort_uploads, begin_upload
+from flexcache.store.remote.worker import RemoteClaims, RemoteWorker
+
+
+def test_names_are_those_of_paths() -> None:
+    path = RemotePath("memory://bucket/run.zarr/")
+    assert str(path) == "memory://bucket/run.zarr"
+    assert (path.name, path.stem, path.suffix) == ("run.zarr", "run", ".zarr")
+    assert path / "ledger" / "0.json" == RemotePath("memory://bucket/run.zarr/ledger/0.json")
+    assert path.with_name("b") == path.parent / "b"
+    assert (path / "x").is_relative_to(path)
+    assert not RemotePath("memory://bucket/run.zarr2").is_relative_to(path)
+    assert str(RemotePath("memory://run.zarr").with_name("b")) == "memory://b"
+    assert pickle.loads(pickle.dumps(path)) == path
+    assert {path: 1}[RemotePath("memory://bucket/run.zarr")] == 1
+
+
+def test_objects_are_put_read_listed_and_removed(everywhere: str) -> None:
+    root = place(everywhere)
+    assert isinstance(root, RemotePath)
+    assert not root.exists()
+    for name in ("a.json", "b/c.json", "b/d/e"):
+        (root / name).write_bytes(name.encode() * 3)
+    assert root.sizes() == {"a.json": 18, "b/c.json": 24, "b/d/e": 15}
+    assert sorted(path.name for path in root.iterdir()) == ["a.json", "b"]
+    assert [path.name for path in root.glob("*.json")] == ["a.json"]
+    assert (root / "b").exists()
+    assert not (root / "b").is_file()
+    assert (root / "a.json").read_text() == "a.json" * 3
+    assert (root / "a.json").read_spans([(1, 4), (16, 18)]) == [b".js", b"on"]
+    assert (root / "a.json").stat().st_size == 18
+    with pytest.raises(FileNotFoundError):
+        (root / "none").read_bytes()
+    with pytest.raises(FileNotFoundError):
+        (root / "none").stat()
+    (root / "none").unlink(missing_ok=True)
+    (root / "b").remove_all()
+    assert list(root.sizes()) == ["a.json"]
+
+
+def test_a_replaced_object_has_another_status(everywhere: str) -> None:
+    path = place(everywhere) / "zarr.json"
+    assert isinstance(path, RemotePath)
+    path.write_bytes(b"one")
+    before = path.stat()
+    assert path.stat() == before
+    path.write_bytes(b"two")
+    assert path.stat() != before
+
+
+def test_a_file_seeks_and_long_objects_come_in_order(everywhere: str) -> None:
+    path = place(everywhere) / "long"
+    content = bytes(range(256)) * ((PIECES + 1) * PIECE_BYTES // 256) + b"end"
+    upload = begin_upload(path)  # type: ignore[arg-type]
+    for number, start in enumerate(range(0, len(content), 7 << 20)):
+        upload.put(number, content[start : start + (7 << 20)])
+    assert not path.is_file() or str(path).startswith("memory")
+    upload.complete()
+    assert b"".join(path.blocks()) == content  # type: ignore[union-attr]
+    with path.open() as file:
+        file.seek(-3, 2)
+        assert file.read() == b"end"
+        file.seek(1000)
+        assert file.read(5000) == content[1000:6000]
+
+
+def test_an_upload_that_is_aborted_never_appears(s3: Any) -> None:
+    root = RemotePath("s3://bucket/aborted")
+    upload = begin_upload(root / "one")
+    upload.put(0, b"x" * (5 << 20))
+    upload.abort()
+    assert not (root / "one").exists()
+    begin_upload(root / "two").put(0, bytes(5 << 20))  # and left, as by a process that is killed
+    begin_upload(RemotePath("s3://bucket/aborted-not") / "three").put(0, bytes(5 << 20))
+    assert abort_uploads(root) == 1
+    assert abort_uploads(root) == 0
+    assert abort_uploads(RemotePath("s3://bucket/aborted-not")) == 1
+
+
+def test_of_many_that_create_at_once_one_does(s3: Any) -> None:
+    path, found = RemotePath("s3://bucket/created/once"), []
+    barrier = threading.Barrier(8)
+
+    def run(number: int) -> None:
+        barrier.wait()
+        found.append(path.create(f"by {number}".encode()))
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(found) == 1
+    assert not path.create(b"later")
+
+
+def test_a_claim_is_one_workers_until_it_ends(everywhere: str) -> None:
+    root = place(everywhere)
+    assert isinstance(root, RemotePath)
+    first, second = RemoteWorker(root, {"threads": 3}), RemoteWorker(root)
+    claims, others = RemoteClaims(first), RemoteClaims(second)
+    assert claims.take([0, 1]) == "0"
+    assert others.take([0, 1]) == "1"
+    assert others.take([0, 1]) is None
+    assert [told["conditions"] for told in others.others()] == [{"threads": 3}]
+    assert claims.holds(0)
+    first.alive.unlink()  # as others do with a worker that they take for gone
+    assert first.lost
+    assert others.take([0]) == "0"
+    assert not claims.holds(0)
+    assert others.holds(0)
+    first.close()
+    others.close(finished=True)
+    second.close()
+    assert root.sizes() == {}
+
+
+def test_a_worker_that_stands_still_is_gone_after_a_while(everywhere: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = place(everywhere)
+    assert isinstance(root, RemotePath)
+    sleeping, watcher = RemoteWorker(root), RemoteWorker(root, patience=100)
+    assert RemoteClaims(sleeping).take([5]) == "5"
+    claims, now = RemoteClaims(watcher), 1000.0
+    monkeypatch.setattr("flexcache.store.remote.worker.time.monotonic", lambda: now)
+    assert claims.take([5]) is None
+    now += 99
+    assert claims.take([5]) is None
+    sleeping._write()  # a sign of life
+    assert claims.take([5]) is None
+    now += 99
+    assert claims.take([5]) is None
+    now += 2
+    assert claims.take([5]) == "5"
+    watcher.sweep()
+    assert sleeping.lost
+    sleeping.close()
+    watcher.close()
+
+
+def test_what_fails_for_a_while_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(retry.time, "sleep", waits.append)
+    asked = []
+
+    def request() -> str:
+        asked.append(1)
+        if len(asked) < 4:
+            raise ConnectionResetError("by peer")
+        return "answer"
+
+    assert retry.attempt("s3://bucket/x", request) == "answer"
+    assert len(waits) == 3
+    assert all(0.1 * 2**number <= wait <= 0.2 * 2**number for number, wait in enumerate(waits))
+
+
+def test_what_goes_on_failing_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(retry.time, "sleep", waits.append)
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    with pytest.raises(UnreachableError, match="run the same command again"):
+        retry.attempt("s3://bucket/x", lambda: fail(TimeoutError("no answer")))
+    assert len(waits) == retry.ATTEMPTS - 1
+    waits.clear()
+    with pytest.raises(UnreachableError, match="denies access"):
+        retry.attempt("s3://bucket/x", lambda: fail(PermissionError("403")))
+    assert not waits
+    with pytest.raises(FileNotFoundError):
+        retry.attempt("s3://bucket/x", lambda: fail(FileNotFoundError()))
