@@ -148,7 +148,7 @@ def planned(place: Path, tokens: int) -> dict[str, list[float]]:
     corpus, store = place / "corpus.parquet", place / "planned.zarr"
     write_corpus(corpus, tokens)
     run = (
-        "flexcache.record(path, str(Path(path).parent / 'corpus.parquet'), sites={'resid_post': (1, 2048)},"
+        "flexcache.record(path, str(Path(path).parent / 'corpus.parquet'), sites={'resid_post': (1, 16)},"
         " model='stand-in', batch_tokens=16384)"
     )
     found = {"plan": measured(store, "", run)}
