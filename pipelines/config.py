@@ -18,7 +18,7 @@ from flexcache.options import Choice, Generation, Packing, Windows, parse_rows
 from flexcache.recorder.origin import load
 from flexcache.recorder.transform import Transform
 from flexcache.spec import Spec, parse_sites, validate
-from flexcache.store.place import Place, place
+from flexcache.store.place import Place, local, place
 from flexcache.store.remote.path import RemotePath
 from flexcache.store.worker import PATIENCE
 
@@ -226,7 +226,8 @@ class CaptureConfig(BaseModel):
     @property
     def completions(self) -> Path:
         """The folder of what `generate` makes, beside the store."""
-        return self.store.with_name(f"{self.store.name}.completions")
+        store = local(self.store, "generate", remedy="generate beside a store in a folder, and copy that")
+        return store.with_name(f"{store.name}.completions")
 
     def open_documents(self) -> Documents:
         """Open the corpus: with `generate`, the completions, once they are made.

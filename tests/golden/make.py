@@ -38,7 +38,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "mean": {"sites": {"resid_post": (2, 4)}, "dtype": "float32", "rows": "mean"},
     "extended": {"sites": {"resid_post": (3, 4)}, "layers": [0, 2], "dtype": "bfloat16"},
     "windows": {"sites": {"resid_post": (2, 4)}, "dtype": "float32", "windows": {"length": 4, "stride": 2}},
-    "packed": {"sites": {"resid_post": (2, 4)}, "dtype": "float32", "packing": {"length": 7, "separator": 96, "bos": 95}},
+    "packed": {
+        "sites": {"resid_post": (2, 4)},
+        "dtype": "float32",
+        "packing": {"length": 7, "separator": 96, "bos": 95},
+    },
     "chosen": {"sites": {"resid_post": (2, 4)}, "dtype": "float32", "rows": {"every": 2}, "token_labels": ["kinds"]},
     "last": {"sites": {"resid_post": (2, 4)}, "dtype": "float32", "rows": "last"},
 }

@@ -129,3 +129,19 @@ def test_a_storage_that_is_gone_is_one_clear_error_and_the_same_call_goes_on(
     assert not begun.complete
     assert build_store(target, DOCUMENTS, patience=1.0).complete  # the worker could not say that it has ended
     assert flexcache.verify(target).sound
+
+
+def test_reading_from_a_storage_that_is_gone_is_one_clear_error(
+    s3: Any, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = build_store("s3://bucket/silent/run.zarr", token_documents(lengths(30)))
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.001)
+    proxy = DroppingProxy(server, 1, after=0)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+    connect(proxy.address).retries = 1
+    for read in (lambda: store.read("model.embed"), lambda: store.tokens, lambda: store.ledger.read(0)):
+        with pytest.raises(UnreachableError, match="does not answer"):
+            read()
+    proxy.close()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    connect(server)

@@ -76,6 +76,22 @@ def test_a_file_seeks_and_long_objects_come_in_order(everywhere: str) -> None:
         assert file.read(5000) == content[1000:6000]
 
 
+def test_an_answer_that_is_cut_short_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = RemotePath("memory://cut/object")
+    path.write_bytes(bytes(range(100)))
+    whole, asked = path.fs.cat_ranges, []
+
+    def cut(*arguments: Any, **options: Any) -> list[bytes]:
+        asked.append(1)
+        found = whole(*arguments, **options)
+        return [part[:-1] for part in found] if len(asked) < 3 else found
+
+    monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(type(path.fs), "cat_ranges", lambda fs, *arguments, **options: cut(*arguments, **options))
+    assert path.read_spans([(10, 20), (90, 100)]) == [bytes(range(10, 20)), bytes(range(90, 100))]
+    assert len(asked) == 3
+
+
 def test_an_upload_that_is_aborted_never_appears(s3: Any) -> None:
     root = RemotePath("s3://bucket/aborted")
     upload = begin_upload(root / "one")
