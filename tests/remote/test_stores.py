@@ -23,6 +23,7 @@ from flexcache.store.remote.rows import GAP_BYTES
 from flexcache.store.remote.upload import PART_BYTES
 from pipelines.cli import app
 from tests.corpora import build_store, lengths, open_recorder, put_batch, token_documents
+from tests.models import tiny
 from tests.recorder.test_recorder import shard_hashes
 
 CODECS = pytest.mark.parametrize("compression", ["none", "zstd"])
@@ -301,3 +302,14 @@ def test_commands_take_urls(base: str, source: flexcache.Store, tmp_path: Path) 
     assert "every checksum agrees" in verified.output
     assert runner.invoke(app, ["copy", f"{base}/run.zarr", str(tmp_path / "back.zarr"), "-q"]).exit_code == 0
     assert shard_hashes(tmp_path / "back.zarr") == shard_hashes(Path(str(source.path)))
+
+
+def test_a_capture_there_is_one_in_a_folder(everywhere: str, tmp_path: Path) -> None:
+    model, documents = tiny("llama"), token_documents(lengths(60), vocabulary=90)
+    options: dict[str, Any] = {"sites": ["resid_post", "mlp_post"], "progress": False}
+    here = flexcache.capture(model, None, documents, tmp_path / "run.zarr", **options)
+    there = flexcache.capture(model, None, documents, f"{everywhere}/run.zarr", **options)
+    assert there.complete
+    assert records(there) == records(here)
+    again = flexcache.capture(model, None, documents, f"{everywhere}/run.zarr", **options)
+    assert records(again) == records(here)
