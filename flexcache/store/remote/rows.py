@@ -14,11 +14,14 @@ from flexcache.store.remote.path import PIECE_BYTES, PIECES, Span
 GAP_BYTES = 128 << 10
 """Rows no farther apart than this are fetched by one request, with what is between them."""
 
+RUNS = 64
+"""Requests for scattered rows that are under way at once."""
+
 
 class RangeReader(RowReader):
     """Reads rows of one array by requests for ranges of its shards; any number of threads may use one reader.
 
-    At most eight ranges of 4 MiB are held at a time. The length of a shard is asked for once.
+    At most 32 MiB are held at a time beside the result. The length of a shard is asked for once.
     """
 
     def _gather_shard(
@@ -33,7 +36,7 @@ class RangeReader(RowReader):
         target = np.arange(places.start, places.stop) if isinstance(places, slice) else places
         order = np.argsort(back, kind="stable")  # places of `out` in the order of the rows that go there
         ends = np.searchsorted(back[order], np.arange(len(wanted) + 1))
-        for group in _batches(_runs(wanted, width)):
+        for group in _batches(_runs(wanted, width), wanted, width):
             spans = [(int(wanted[low]) * width, (int(wanted[high - 1]) + 1) * width) for low, high in group]
             for (low, high), (start, _), part in zip(group, spans, self._fetch(layer, shard, spans), strict=True):
                 held = np.frombuffer(part, self._bits).reshape(-1, self.array.features)
@@ -80,14 +83,17 @@ def _runs(rows: np.ndarray, width: int) -> Iterator[tuple[int, int]]:
             low = high
 
 
-def _batches(runs: Iterator[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """Yield as many runs as are fetched at once."""
+def _batches(runs: Iterator[tuple[int, int]], rows: np.ndarray, width: int) -> Iterator[list[tuple[int, int]]]:
+    """Yield as many runs as are fetched at once: 64, or fewer that have 32 MiB together."""
     group: list[tuple[int, int]] = []
-    for run in runs:
-        group.append(run)
-        if len(group) == 8 * PIECES:
+    held = 0
+    for low, high in runs:
+        count = int(rows[high - 1] - rows[low] + 1) * width
+        if group and (len(group) == RUNS or held + count > PIECES * PIECE_BYTES):
             yield group
-            group = []
+            group, held = [], 0
+        group.append((low, high))
+        held += count
     if group:
         yield group
 
