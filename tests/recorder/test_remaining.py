@@ -144,5 +144,5 @@ def test_what_a_store_shows_needs_no_table_of_documents(tmp_path: Path, monkeypa
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("the table was read")
 
-    monkeypatch.setattr("flexcache.store.store.pq.read_table", refuse)
+    monkeypatch.setattr("flexcache.store.store.read_table", refuse)
     assert "labels: label, score" in repr(flexcache.open(store.path))
