@@ -58,12 +58,15 @@ def is_temporary(name: str | Path) -> bool:
 
 
 def temporaries(root: Path) -> list[Path]:
-    """Return the files beside the metadata, tables and records of a store that are on their way to their names."""
+    """Return the files beside the metadata, tables and records of a store that are on their way to their names.
+
+    Not those of run logs, which processes write when they are no worker any more.
+    """
     return [
         path
         for pattern in (".*.tmp", "*/.*.tmp", "ledger/*/.*.tmp")
         for path in root.glob(pattern)
-        if is_temporary(path)
+        if is_temporary(path) and path.parent.name != "runs"
     ]
 
 

@@ -65,8 +65,7 @@ def quantize(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     scales = np.abs(rows).max(axis=1, keepdims=True) / np.float32(LEVELS)
     scales = np.minimum(scales, LARGEST)
-    # Of a row whose largest value is hardly more than the smallest float, the scale is 0: it is stored as zeros.
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > np.finfo(np.float32).tiny)
-    scaled = rows * inverse
+    scaled = np.divide(rows, scales, out=np.zeros_like(rows), where=scales > 0)
     np.rint(scaled, out=scaled)
-    return scaled.astype(np.int8), np.where(inverse > 0, scales, 0).astype(np.float32)
+    np.clip(scaled, -LEVELS, LEVELS, out=scaled)  # a scale among the smallest floats is itself rounded
+    return scaled.astype(np.int8), scales
