@@ -11,6 +11,7 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from flexcache.errors import DamagedError, StoreError, UnreachableError
+from flexcache.store.inside import check_tree_inside
 from flexcache.store.place import Place, zarr_source
 
 DENSE = 4
@@ -28,6 +29,7 @@ class CoordinateArray(BackendArray):
 
     def __init__(self, path: Place, dtype: np.dtype, n_rows: int) -> None:
         self.path, self.dtype, self.shape = path, dtype, (n_rows,)
+        check_tree_inside(path.parent, path)
         try:
             self._zarr = zarr.open_array(zarr_source(path), mode="r")
             whole = self._zarr.ndim == 1 and self._zarr.shape[0] >= n_rows  # longer where the store has grown meanwhile

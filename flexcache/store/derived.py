@@ -23,6 +23,7 @@ from flexcache.store.card import card
 from flexcache.store.create import appear, check_place, check_room, create_arrays, planning, total_bytes
 from flexcache.store.display import size
 from flexcache.store.files import digest, relative_files, write_json
+from flexcache.store.inside import MOST_JSON, check_inside
 from flexcache.store.ledger import FileRecord
 from flexcache.store.place import Place
 from flexcache.store.remote.path import RemotePath
@@ -140,6 +141,7 @@ def plan_files(store: Store) -> dict[str, FileRecord]:
         It cannot be read.
     """
     path = store.path / PLAN_RECORD
+    check_inside(store.path, path, MOST_JSON)
     try:
         files = json.loads(path.read_bytes())["files"]
         return {str(name): FileRecord(int(f["size"]), str(f["xxh3_128"])) for name, f in files.items()}
@@ -281,6 +283,8 @@ def make(name: str, store: Path, derived: Derived) -> None:
             kept[f"{array.name}/zarr.json"] = given[f"{array.name}/zarr.json"]
         else:
             new.append(array)
+    for file in kept:
+        check_inside(origin.path, origin.path / file)
     group = zarr.create_group(zarr.storage.LocalStore(store), zarr_format=3)
     attributes = json.loads((origin.path / "zarr.json").read_bytes())["attributes"]
     group.attrs.update({**attributes, ATTRIBUTE: content})

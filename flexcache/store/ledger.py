@@ -14,6 +14,7 @@ import xxhash
 
 from flexcache.errors import DamagedError
 from flexcache.store.files import fsync_folder, json_bytes, write_json
+from flexcache.store.inside import MOST_JSON, check_inside
 from flexcache.store.place import Place
 from flexcache.store.remote.path import RemotePath
 
@@ -71,6 +72,7 @@ class Ledger:
     """
 
     def __init__(self, root: Place, pass_name: str = "0") -> None:
+        self.root = root
         self.folder = root / "ledger" / pass_name
 
     def path(self, unit: int) -> Place:
@@ -108,6 +110,7 @@ class Ledger:
             The record cannot be read or is not of this form.
         """
         path = self.path(unit)
+        check_inside(self.root, path, MOST_JSON)
         try:
             written = path.read_bytes()
             data = json.loads(written)

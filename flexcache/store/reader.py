@@ -13,6 +13,7 @@ import zarr
 
 from flexcache.errors import DamagedError
 from flexcache.spec import DTYPES, ArraySpec
+from flexcache.store.inside import MOST_JSON, check_inside
 from flexcache.store.place import Place, zarr_source
 from flexcache.store.shard import ShardLayout
 
@@ -58,6 +59,7 @@ class RowReader:
     def _foreign(self) -> zarr.Array:
         """Open a compressed array by zarr-python."""
         where = self.root / self.array.name
+        check_inside(self.root, where / "zarr.json", MOST_JSON)
         try:
             found = zarr.open_array(zarr_source(where), mode="r")
         except Exception as error:  # zarr and its codecs raise many kinds
@@ -131,6 +133,7 @@ class RowReader:
     ) -> None:
         local = rows - shard * self.layout.shard_rows
         if self._zarr is not None:
+            check_inside(self.root, self.path(layer, shard))
             selection = (rows,) if layer is None else (layer, rows)
             values = np.asarray(self._zarr.oindex[(*selection, slice(None))]).view(self._bits)
             convert(values, out, places, self.dtype)
@@ -150,6 +153,7 @@ class RowReader:
 
     def _scan_shard(self, layer: int | None, shard: int, first: int, out: np.ndarray) -> None:
         if self._zarr is not None:
+            check_inside(self.root, self.path(layer, shard))
             start = shard * self.layout.shard_rows + first
             selection = slice(start, start + len(out))
             values = self._zarr[selection] if layer is None else self._zarr[layer, selection]
@@ -193,6 +197,7 @@ class RowReader:
         return rows
 
     def _check_size(self, path: Place, shard: int) -> None:
+        check_inside(self.root, path)
         expected = self.layout.file_bytes(shard)
         try:
             found = path.stat().st_size

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from flexcache.errors import DamagedError, StoreError, VersionError
+from flexcache.store.inside import MOST_JSON, check_inside
 from flexcache.store.place import Place
 
 SCHEMA = 1
@@ -37,6 +38,7 @@ def read_attributes(path: Place) -> dict[str, Any]:
             found="no such folder" if not path.exists() else "a folder or file without zarr.json",
             remedy="check the path; flexcache capture makes a store",
         )
+    check_inside(path, metadata, MOST_JSON)
     try:
         attributes = json.loads(metadata.read_bytes())["attributes"]
         content = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import xarray as xr
 
 from flexcache.errors import SiteError, StoreError, UncommittedError, nearest
@@ -17,9 +19,11 @@ from flexcache.spec import ArraySpec
 from flexcache.store import display, xarray_engine
 from flexcache.store.coordinates import coordinate_variable, unreadable
 from flexcache.store.description import described
+from flexcache.store.inside import check_inside
 from flexcache.store.int8 import is_scale, scale_name
 from flexcache.store.labels import label_names, row_labels
 from flexcache.store.ledger import Ledger
+from flexcache.store.lines import check_lines
 from flexcache.store.place import Place, place
 from flexcache.store.reader import RowReader
 from flexcache.store.remote.rows import reader_class
@@ -367,14 +371,18 @@ class Store(Mapping[str, xr.DataArray]):
         return self._table(DOCUMENTS, ["id", "n_tokens", "row_start", "n_rows"])
 
     def _table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        check_inside(self.path, self.path / name)
         try:
-            table = read_table(self.path / name, columns=columns)
-            missing = {"row_start", "n_rows"} - set(table.column_names)
-            if missing:
-                raise ValueError(f"it has no column {', '.join(sorted(missing))}")
-            starts = table.column("row_start").to_numpy()
-            if len(starts) and starts[-1] >= self.n_rows:  # the store has grown since it was opened
-                table = table.slice(0, int(np.searchsorted(starts, self.n_rows)))
-            return table
-        except (OSError, pa.ArrowException, ValueError) as error:
+            self._check_length(name)
+            return check_lines(name, read_table(self.path / name, columns=columns), self.n_rows)
+        except (OSError, pa.ArrowException, ValueError, MemoryError) as error:
             raise unreadable("table", self.path / name, error) from error
+
+    def _check_length(self, name: str) -> None:
+        """Refuse a table with more lines than rows, which could not be of this plan, before it is read."""
+        if not isinstance(self.path, Path):
+            return
+        with pq.ParquetFile(self.path / name) as file:
+            lines = file.metadata.num_rows
+        if lines > self.n_rows and lines > int(read_attributes(self.path)["plan"]["rows"]):  # it has grown meanwhile
+            raise ValueError(f"it has {lines} lines for {self.n_rows} rows")

@@ -17,6 +17,7 @@ from flexcache.store.arrivals import Arrivals, arrivals_of
 from flexcache.store.derived import POLL
 from flexcache.store.files import digest
 from flexcache.store.filling import AnyWorker, claims_of, slabs_for, start_work, writer_of
+from flexcache.store.inside import check_inside
 from flexcache.store.int8 import SCALE, is_scale, scale_name
 from flexcache.store.ledger import FileRecord, UnitRecord
 from flexcache.store.place import Place
@@ -127,6 +128,7 @@ class Transfer:
         shards: list[ShardFile] = []
         for key, source in self.sources.items():
             name = shard_name(*key, unit)
+            check_inside(source.path, source.path / name)
             record = records[id(source)].files[name]
             if self._same(key):
                 arrivals.take(source.path / name, name, record)

@@ -11,6 +11,7 @@ from flexcache.errors import DamagedError
 from flexcache.store.claims import CLAIMS
 from flexcache.store.files import digest, is_temporary, json_bytes, relative_files
 from flexcache.store.growing import GROWING, staged_records
+from flexcache.store.inside import MOST_JSON, check_inside
 from flexcache.store.ledger import FileRecord
 from flexcache.store.place import Place
 from flexcache.store.reader import shard_name
@@ -110,12 +111,13 @@ def verify(path: str | Place, progress: Callable[[int, int], None] = lambda file
 
 def _records(store: Store, findings: list[Finding]) -> Iterator[tuple[int | None, str, FileRecord]]:
     try:
+        check_inside(store.path, store.path / PLAN_RECORD, MOST_JSON)
         written = (store.path / PLAN_RECORD).read_bytes()
         plan = json.loads(written)
         listed = {str(name): FileRecord(int(f["size"]), str(f["xxh3_128"])) for name, f in plan["files"].items()}
         if plan["schema"] != 1 or written != json_bytes(plan):
             raise ValueError("it has other bytes than were written")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (DamagedError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         findings.append(Finding(PLAN_RECORD, None, f"cannot be read: {type(error).__name__}: {error}"))
         listed = {}
     for name, record in listed.items():
@@ -125,7 +127,7 @@ def _records(store: Store, findings: list[Finding]) -> Iterator[tuple[int | None
             for name, record in store.ledger.read(unit).files.items():
                 yield unit, name, record
         except DamagedError as error:
-            findings.append(Finding(f"ledger/0/{unit}.json", unit, f"cannot be read: {error.found}"))
+            findings.append(Finding(f"ledger/0/{unit}.json", unit, f"cannot be read: {error.found or error.message}"))
 
 
 def _arriving(path: Place) -> dict[str, FileRecord]:
@@ -148,6 +150,10 @@ def _problem(root: Place, name: str, record: FileRecord) -> str | None:
     path = root / name
     if ".." in Path(name).parts or Path(name).is_absolute() or not _inside(root, path):
         return "leads out of the store"
+    try:
+        check_inside(root, path)
+    except DamagedError as error:
+        return error.message.removeprefix("a file of the store ")
     try:
         found = path.stat().st_size
     except OSError:
