@@ -182,7 +182,9 @@ def launch(processes: int, *arguments: object) -> str:
     return launched.stderr
 
 
-@pytest.mark.parametrize(("processes", "sizes"), [(2, "{tensor: 2}"), (2, "{fsdp: 2}")])
+@pytest.mark.parametrize(
+    ("processes", "sizes"), [(2, "{tensor: 2}"), pytest.param(2, "{fsdp: 2}", marks=pytest.mark.slow)]
+)
 def test_a_model_on_several_processes_fills_a_store(
     processes: int, sizes: str, config: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

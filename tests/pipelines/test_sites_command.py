@@ -145,6 +145,7 @@ def test_two_processes_show_how_they_share_each_activation(tmp_path: Path) -> No
     assert text.count("on 2 processes") == 1  # one rank prints
 
 
+@pytest.mark.slow
 def test_experts_that_are_not_explained_are_said_so_in_the_table(tmp_path: Path) -> None:
     tiny("mixtral").save_pretrained(tmp_path)
     done = launched(tmp_path, "--json", "--match", "model.layers.1.mlp**")

@@ -268,6 +268,7 @@ flexcache.capture(tiny("llama"), None, documents, sys.argv[1], progress=False, b
 """
 
 
+@pytest.mark.slow  # tests/reliability kills at every step
 def test_resume_after_a_kill_writes_the_same_bytes_and_recomputes_no_committed_unit(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", CAPTURE]

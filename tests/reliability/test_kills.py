@@ -127,7 +127,9 @@ def test_fifty_kills_and_joins_among_three_processes_lose_and_change_nothing(
     pytest.fail("captures ended before the kills were done")
 
 
-@pytest.mark.parametrize("processes", [2, 3, 4])
+@pytest.mark.parametrize(
+    "processes", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_so_many_processes_give_the_bytes_of_one(processes: int, undisturbed: flexcache.Store, tmp_path: Path) -> None:
     path, log = tmp_path / "run.zarr", tmp_path / "log"
     nursery = Nursery(path, log)

@@ -20,7 +20,7 @@ from tests.reliability.nursery import DOCUMENTS, OPTIONS
 from tests.reliability.steps import BROKEN, FULL, Steps, counted
 from tests.reliability.test_kills import Nursery
 
-KILLS, FAULTS = 24, 40
+KILLS, FAULTS = 16, 24
 """Steps tried by default, spread over all of them; the marker `slow` tries every one."""
 FORGIVEN = ("mkdir", "rmdir", "remove", "open")
 """Steps that may fail without harm: folders that are there, cleaning up, the trial whether writes can be direct."""

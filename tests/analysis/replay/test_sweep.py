@@ -141,7 +141,7 @@ def test_several_edits_in_one_forward_are_the_same_and_the_error_is_measured(mad
     assert "5 edits went through each forward" in many.results.attrs["notes"][-1]
 
 
-@pytest.mark.parametrize("family", REPLAYED[::2])
+@pytest.mark.parametrize("family", [*REPLAYED[::6], *(pytest.param(f, marks=pytest.mark.slow) for f in REPLAYED[2::4])])
 def test_edits_of_different_layers_in_one_forward_are_the_same(family: str, captured: Captured) -> None:
     """Lines of one forward begin at blocks of their own; some numbers of lines divide the 6 tokens of a sequence."""
     store, model = captured(family, documents=DOCUMENTS, batch_tokens=18)
