@@ -19,9 +19,10 @@ from flexcache.plan import Plan
 from flexcache.sequences import Spool
 from flexcache.spec import DTYPES, ArraySpec
 from flexcache.store.bfloat16 import BFloat16
-from flexcache.store.files import digest, fsync_folder, fsync_tree, relative_files, write_json
+from flexcache.store.files import fsync_folder, fsync_tree, relative_files
 from flexcache.store.filling import AnyClaims, AnyWorker, claims_of, start_work
 from flexcache.store.place import Place
+from flexcache.store.plan_record import write_plan_record
 from flexcache.store.remote.path import RemotePath
 from flexcache.store.remote.upload import PART_BYTES, begin_upload
 from flexcache.store.schema import ATTRIBUTE, COORDINATES, DOCUMENTS, PLAN_RECORD, RESERVED, SCHEMA, SEQUENCES
@@ -152,15 +153,7 @@ def create(
     (store / "README.md").write_text(card, encoding="utf-8")
     files = relative_files(store)
     (store / "ledger" / "0").mkdir(parents=True)
-    write_json(
-        store / PLAN_RECORD,
-        {
-            "schema": 1,
-            "files": {
-                name: {"size": (store / name).stat().st_size, "xxh3_128": digest(store / name)} for name in files
-            },
-        },
-    )
+    write_plan_record(store, files)
     appear(store, path)
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from flexcache.spec import ArraySpec
 from flexcache.store.card import card
 from flexcache.store.create import appear, check_place, check_room, create_arrays, planning, total_bytes
 from flexcache.store.display import size
-from flexcache.store.files import digest, relative_files, write_json
-from flexcache.store.inside import MOST_JSON, check_inside
+from flexcache.store.files import digest, relative_files
+from flexcache.store.inside import check_inside
 from flexcache.store.ledger import FileRecord
 from flexcache.store.place import Place
+from flexcache.store.plan_record import read_plan_record, write_plan_record
 from flexcache.store.remote.path import RemotePath
 from flexcache.store.schema import ATTRIBUTE, PLAN_RECORD, read_attributes
 from flexcache.store.store import Store
@@ -140,15 +141,12 @@ def plan_files(store: Store) -> dict[str, FileRecord]:
     DamagedError
         It cannot be read.
     """
-    path = store.path / PLAN_RECORD
-    check_inside(store.path, path, MOST_JSON)
     try:
-        files = json.loads(path.read_bytes())["files"]
-        return {str(name): FileRecord(int(f["size"]), str(f["xxh3_128"])) for name, f in files.items()}
+        return read_plan_record(store.path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(
             "the record of the plan cannot be read",
-            where=str(path),
+            where=str(store.path / PLAN_RECORD),
             found=f"{type(error).__name__}: {error}",
             remedy="run flexcache verify to see what else is damaged",
         ) from error
@@ -249,12 +247,6 @@ def copy_verified(source: Place, target: Path, record: FileRecord) -> None:
         if at_fault == source
         else "the copy went wrong on its way: check the disk of the target, then run the same command again",
     )
-
-
-def write_plan_record(store: Path, names: Iterable[str]) -> None:
-    """Write ``ledger/plan.json`` for files that are there."""
-    files = {name: {"size": (store / name).stat().st_size, "xxh3_128": digest(store / name)} for name in names}
-    write_json(store / PLAN_RECORD, {"schema": 1, "files": files})
 
 
 def consolidate(store: zarr.storage.LocalStore) -> None:

@@ -10,18 +10,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import xxhash
-
 from flexcache.errors import DamagedError
-from flexcache.store.files import fsync_folder, json_bytes, write_json
+from flexcache.store.files import fsync_folder, write_json
 from flexcache.store.inside import MOST_JSON, check_inside
 from flexcache.store.place import Place
 from flexcache.store.remote.path import RemotePath
+from flexcache.store.seal import check_seal, sealed
 
-SEAL = "xxh3_128"
-"""In a record: the XXH3-128 of the rest of it. Records of the first stores have none."""
-
-_KEYS = {"schema", "unit", "rows", "batch_tokens", "fingerprint", "files", SEAL}
+_KEYS = {"schema", "unit", "rows", "batch_tokens", "fingerprint", "files"}
 
 _RECORD = re.compile(r"([0-9]+)\.json")
 
@@ -61,7 +57,7 @@ class UnitRecord:
 def record_json(record: UnitRecord) -> dict[str, Any]:
     """Return a record as its file holds it."""
     content = {"schema": 1, **asdict(record)}
-    return {**content, SEAL: _seal(content)}
+    return sealed(content)
 
 
 class Ledger:
@@ -114,7 +110,7 @@ class Ledger:
         try:
             written = path.read_bytes()
             data = json.loads(written)
-            _check_seal(data, written)
+            check_seal(data, written, _KEYS)
             files = {name: FileRecord(int(f["size"]), str(f["xxh3_128"])) for name, f in data["files"].items()}
             start, stop = data["rows"]
             record = UnitRecord(
@@ -144,17 +140,3 @@ class Ledger:
 
     def __iter__(self) -> Iterator[UnitRecord]:
         return (self.read(unit) for unit in self.units())
-
-
-def _seal(content: dict[str, Any]) -> str:
-    return str(xxhash.xxh3_128_hexdigest(json_bytes(content)))
-
-
-def _check_seal(data: dict[str, Any], written: bytes) -> None:
-    if unknown := set(data) - _KEYS:
-        raise ValueError(f"it has {', '.join(sorted(unknown))}")
-    if SEAL not in data:
-        return
-    content = {name: value for name, value in data.items() if name != SEAL}
-    if data[SEAL] != _seal(content) or written != json_bytes(data):
-        raise ValueError("it has other bytes than were written (checksum)")

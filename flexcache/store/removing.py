@@ -15,10 +15,11 @@ from flexcache.site import Layers
 from flexcache.spec import ArraySpec
 from flexcache.store.card import card
 from flexcache.store.claims import CLAIMS, Claims
-from flexcache.store.derived import facts, narrow_spec, plan_files, write_plan_record
+from flexcache.store.derived import facts, narrow_spec, plan_files
 from flexcache.store.files import fsync_folder, write_durably, write_json
 from flexcache.store.growing import check_settled
 from flexcache.store.place import local
+from flexcache.store.plan_record import write_plan_record
 from flexcache.store.schema import ATTRIBUTE, read_attributes
 from flexcache.store.selection import Key, keys, select
 from flexcache.store.store import Store

@@ -17,12 +17,13 @@ from flexcache.sequences import Spool
 from flexcache.spec import ArraySpec
 from flexcache.store.card import card
 from flexcache.store.create import check_names, check_room, create_arrays, create_coordinate, total_bytes
-from flexcache.store.derived import Derived, consolidate, copy_verified, make, shared_files, write_plan_record
+from flexcache.store.derived import Derived, consolidate, copy_verified, make, shared_files
 from flexcache.store.description import largest_batch
 from flexcache.store.display import size
 from flexcache.store.files import relative_files
 from flexcache.store.growing import link_records
 from flexcache.store.ledger import Ledger
+from flexcache.store.plan_record import write_plan_record
 from flexcache.store.schema import ATTRIBUTE, COORDINATES, SEQUENCES, read_attributes
 from flexcache.store.selection import Key
 from flexcache.store.store import Store

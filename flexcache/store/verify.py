@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from flexcache.errors import DamagedError
 from flexcache.store.claims import CLAIMS
-from flexcache.store.files import digest, is_temporary, json_bytes, relative_files
+from flexcache.store.files import digest, is_temporary, relative_files
 from flexcache.store.growing import GROWING, staged_records
-from flexcache.store.inside import MOST_JSON, check_inside
+from flexcache.store.inside import check_inside
 from flexcache.store.ledger import FileRecord
 from flexcache.store.place import Place
+from flexcache.store.plan_record import read_plan_record
 from flexcache.store.reader import shard_name
 from flexcache.store.remote.path import RemotePath
 from flexcache.store.removing import NOTE
@@ -111,12 +111,7 @@ def verify(path: str | Place, progress: Callable[[int, int], None] = lambda file
 
 def _records(store: Store, findings: list[Finding]) -> Iterator[tuple[int | None, str, FileRecord]]:
     try:
-        check_inside(store.path, store.path / PLAN_RECORD, MOST_JSON)
-        written = (store.path / PLAN_RECORD).read_bytes()
-        plan = json.loads(written)
-        listed = {str(name): FileRecord(int(f["size"]), str(f["xxh3_128"])) for name, f in plan["files"].items()}
-        if plan["schema"] != 1 or written != json_bytes(plan):
-            raise ValueError("it has other bytes than were written")
+        listed = read_plan_record(store.path)
     except (DamagedError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         findings.append(Finding(PLAN_RECORD, None, f"cannot be read: {type(error).__name__}: {error}"))
         listed = {}

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flexcache
-import flexcache.store.derived as derived
 import flexcache.store.files as files
+import flexcache.store.plan_record as plan_record
 import flexcache.store.removing as removing
 from flexcache.errors import DamagedError, SiteError, StoreError
 from flexcache.store.claims import Claims
@@ -132,7 +132,7 @@ def test_a_kill_at_any_step_leaves_a_store_that_reads_and_the_same_call_finishes
         with pytest.MonkeyPatch.context() as patch:
             for module in (files, removing):
                 patch.setattr(module, "write_durably", dying(files.write_durably))
-            patch.setattr(derived, "write_json", dying(files.write_json))
+            patch.setattr(plan_record, "write_json", dying(files.write_json))
             patch.setattr(Path, "unlink", dying(Path.unlink))
             patch.setattr(removing.shutil, "rmtree", dying(shutil.rmtree))
             with contextlib.suppress(Killed, SiteError):  # SiteError where an earlier turn has finished
