@@ -182,6 +182,7 @@ def launch(processes: int, *arguments: object) -> str:
     return launched.stderr
 
 
+@pytest.mark.slow  # tests/distributed captures such models in one launch
 @pytest.mark.parametrize(
     ("processes", "sizes"), [(2, "{tensor: 2}"), pytest.param(2, "{fsdp: 2}", marks=pytest.mark.slow)]
 )

@@ -155,6 +155,7 @@ def test_experts_that_are_not_explained_are_said_so_in_the_table(tmp_path: Path)
     assert records["model.layers.1.mlp"]["output_on_ranks"] == "replicated"
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_sharded_is_refused(tmp_path: Path) -> None:
     tiny("gpt2").save_pretrained(tmp_path)
     done = launched(tmp_path)
