@@ -93,7 +93,8 @@ def capture(
         ``"all"`` tokens, the ``"last"`` or ``"first"`` of each document, or the ``"mean"`` over it; or the rules of a
         `Choice`, such as ``{"every": 4}``, with ``"take"`` for which of the chosen tokens: ``"all"`` by default.
     dtype
-        As stored: bfloat16, float16 or float32; ``"auto"`` is as computed.
+        As stored: bfloat16, float16, float32, or int8 with a scale a row (`flexcache.store.int8`); ``"auto"`` is as
+        computed.
     max_length
         Tokens after which a document is truncated; by default what the model can read.
     max_tokens

@@ -18,8 +18,9 @@ from flexcache.parallel.distribution import Distribution
 from flexcache.parallel.peers import collect, tell
 from flexcache.recorder.gathering import Gathering
 from flexcache.recorder.reading import Reading
-from flexcache.recorder.recorder import Key, Recorder
+from flexcache.recorder.recorder import Recorder
 from flexcache.store.ledger import FileRecord
+from flexcache.store.selection import Key
 
 IDLE, DONE = -1, -2
 PAUSE = 0.2

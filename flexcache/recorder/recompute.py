@@ -19,7 +19,7 @@ from flexcache.recorder.fingerprint import fingerprint
 from flexcache.recorder.objective import Objective
 from flexcache.recorder.planning import check_same
 from flexcache.recorder.reading import locate
-from flexcache.recorder.rows import FLOAT32, as_int8, rows_of
+from flexcache.recorder.rows import rows_of
 from flexcache.recorder.running import forwards
 from flexcache.recorder.transform import Transform
 from flexcache.spec import DTYPES, Spec
@@ -103,9 +103,8 @@ def recompute(
 
     def compare(name: str, layer: int | None, values: torch.Tensor) -> None:
         batch, dtype = batches[0], DTYPES[store.arrays[name].dtype]
-        content, spans = rows_of(batch, values, FLOAT32 if dtype == np.int8 else dtype)
-        content = np.concatenate([content[start : start + count] for start, count in spans])
-        found = (as_int8(content, store.reader(name).layout)[0] if dtype == np.int8 else content).view(dtype)
+        (content, spans), *_ = rows_of(batch, values, dtype)
+        found = np.concatenate([content[start : start + count] for start, count in spans]).view(dtype)
         held = store.read(name, layer, slice(batch.rows.start, batch.rows.stop), raw=True).reshape(-1)
         same = found.tobytes() == held.tobytes()
         apart = 0.0 if same else float(np.abs(found.astype(np.float64) - held.astype(np.float64)).max())

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -154,18 +155,20 @@ def _forgetting(store: Store, model: torch.nn.Module, now: list[Batch]) -> Sink:
             return
         dtype = DTYPES[store.arrays[array].dtype]
         copy: Copy = copy_bytes
+        pieces: list[tuple[Any, list[tuple[int, int]]]]
         try:
-            if lane is None:
-                content, spans = rows_of(now[0], values, dtype)
+            if lane is None or dtype == np.int8:
+                pieces = [*rows_of(now[0], values, dtype)]
             else:
-                content, _ = lane.rows(now[0], values, getattr(torch, dtype.name))  # type: ignore[assignment]
-                spans, copy = [(0, len(content))], lane.copy
+                content, _ = lane.rows(now[0], values, getattr(torch, dtype.name))
+                pieces, copy = [(content, [(0, len(content))])], lane.copy
         except Unstorable as error:
             row = now[0].rows.start + error.row
             raise range_error(store, array, layer, row, error.feature, error.value) from None
-        for start, count in spans:
-            for at in range(start, start + count, LARGEST_SLAB):
-                copy(slab, 0, content, at, min(LARGEST_SLAB, start + count - at))
+        for content, spans in pieces:
+            for start, count in spans:
+                for at in range(start, start + count, LARGEST_SLAB):
+                    copy(slab, 0, content, at, min(LARGEST_SLAB, start + count - at))
         slab.fences.clear()  # nothing waits for bytes that nobody reads
 
     return take

@@ -11,7 +11,7 @@ import numpy as np
 
 from flexcache.errors import DamagedError
 from flexcache.recorder.range_error import range_error
-from flexcache.recorder.rows import FLOAT32, Unstorable, as_int8, stored
+from flexcache.recorder.rows import Unstorable, stored
 from flexcache.spec import DTYPES
 from flexcache.store.arrivals import Arrivals, arrivals_of
 from flexcache.store.derived import POLL
@@ -175,11 +175,11 @@ class Transfer:
         for start in range(rows.start, rows.stop, step):
             values = reader.scan(layer, start, min(start + step, rows.stop), raw=reader.dtype != np.int8)
             try:
-                parts = [stored(values, file.dtype)] if len(shards) == 1 else as_int8(stored(values, FLOAT32), layout)
+                pieces = stored(values, file.dtype)
             except Unstorable as error:
                 raise range_error(self.target, name, layer, start + error.row, error.feature, error.value) from None
-            for shard, content in zip(shards, parts, strict=True):
-                shard.append(content, [(0, len(content))])
+            for shard, (content, spans) in zip(shards, pieces, strict=True):
+                shard.append(content, spans)
         for shard in shards:
             shard.finish()
         return shards
