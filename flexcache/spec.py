@@ -137,6 +137,10 @@ class ArraySpec:
         """Names of the array's dims."""
         return ("token", self.feature_dim) if self.layers is None else ("layer", "token", self.feature_dim)
 
+    def __str__(self) -> str:
+        depth = "" if self.depth is None else f"{self.depth} layers of "
+        return f"{depth}{self.features} {self.feature_dim} in {self.dtype}, site {self.site}"
+
     def to_json(self) -> dict[str, Any]:
         """Return the array as plain values."""
         return {**asdict(self), "layers": None if self.layers is None else list(self.layers)}

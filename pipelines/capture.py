@@ -16,13 +16,13 @@ from pipelines.config import CaptureConfig
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a configuration names, loaded: a model with its weights, its tokenizer, a corpus, functions."""
+    """What a configuration names, loaded: a model with its weights, its tokenizer, a corpus, functions; and options."""
 
     model: Any
     tokenizer: Any
     documents: Documents
     functions: dict[str, Any]
-    info: dict[str, Any]
+    options: dict[str, Any]
 
 
 def load(config: CaptureConfig, progress: bool) -> Loaded:
@@ -50,7 +50,8 @@ def load(config: CaptureConfig, progress: bool) -> Loaded:
     model = config.load_model()
     if config.generate is not None:
         documents = _completions(config, config.generate, model, tokenizer, documents, progress)
-    return Loaded(model, tokenizer, documents, config.functions(tokenizer, input_device(model)), info)
+    options = {"buffer_bytes": config.buffer_mb << 20, "patience": config.patience, "model_info": info}
+    return Loaded(model, tokenizer, documents, config.functions(tokenizer, input_device(model)), options)
 
 
 def run(config: CaptureConfig, *, allow_mixed: bool = False, progress: bool = True) -> Store:
@@ -66,10 +67,8 @@ def run(config: CaptureConfig, *, allow_mixed: bool = False, progress: bool = Tr
         config.store,
         **config.capture_options(),
         **loaded.functions,
-        buffer_bytes=config.buffer_mb << 20,
+        **loaded.options,
         allow_mixed=allow_mixed,
-        patience=config.patience,
-        model_info=loaded.info,
         progress=progress,
     )
     leave()

@@ -44,11 +44,9 @@ def run(config: CaptureConfig, *, new_only: bool = False, allow_mixed: bool = Fa
         layers=options["layers"],
         **loaded.functions,
         new_only=new_only,
+        **loaded.options,
         batch_tokens=config.batch_tokens,
-        buffer_bytes=config.buffer_mb << 20,
         allow_mixed=allow_mixed,
-        patience=config.patience,
-        model_info=loaded.info,
         progress=progress,
     )
     leave()

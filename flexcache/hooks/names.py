@@ -39,6 +39,13 @@ def peel(model: nn.Module) -> nn.Module:
     return model
 
 
+def whole(model: Any) -> nn.Module:
+    """Return a model as it runs over batches: what is inside of wrappers, or the stages of a pipeline as one module."""
+    if isinstance(model, nn.Module):
+        return peel(model)
+    return Stages(model if isinstance(model, list) else [model])
+
+
 def _shards_weights(engine: nn.Module) -> bool:
     stage = getattr(engine, "zero_optimization_stage", None)
     return stage is not None and stage() >= 3

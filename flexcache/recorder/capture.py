@@ -6,14 +6,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
-import torch
-
 from flexcache import hooks
 from flexcache.documents import open_documents
-from flexcache.hooks.names import peel
+from flexcache.hooks.names import whole
 from flexcache.model import describe_model, describe_tokenizer, evaluating, longest_input, vocabulary
 from flexcache.options import Choice, Packing, Windows, parse_rows
-from flexcache.parallel.stages import Stages
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.fingerprint import fingerprint
 from flexcache.recorder.objective import OBJECTIVE, Objective, describe
@@ -136,7 +133,7 @@ def capture(
     CaptureError
         The disk refused a write. Committed units are kept.
     """
-    model = peel(model) if isinstance(model, torch.nn.Module) else Stages(model if isinstance(model, list) else [model])
+    model = whole(model)
     sites = (() if transforms else "resid_post") if sites is None else sites
     spec = validate(
         Spec,

@@ -7,14 +7,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flexcache import hooks
 from flexcache.documents import Documents, open_documents
 from flexcache.errors import ConfigError, MismatchError
-from flexcache.hooks.names import peel
+from flexcache.hooks.names import whole
 from flexcache.model import CHAT_TEMPLATE, describe_model, describe_tokenizer, evaluating, vocabulary
-from flexcache.parallel.stages import Stages
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.extension import Extension, more_arrays, more_documents, opened
 from flexcache.recorder.fingerprint import check_fingerprint, fingerprint
@@ -96,7 +93,7 @@ def extend(
     SiteError, PlanError, CaptureError, RangeError
         As for `flexcache.capture`. Nothing of the store is lost.
     """
-    model = peel(model) if isinstance(model, torch.nn.Module) else Stages(model if isinstance(model, list) else [model])
+    model = whole(model)
     root = local(path, "flexcache extend")
     corpus = None if documents is None else open_documents(documents)
     store = opened(root)

@@ -174,14 +174,9 @@ def _check_forms(store: Store, arrays: list[ArraySpec]) -> None:
             raise MismatchError(
                 f"array {array.name} of the store has another form",
                 where=str(store.path),
-                expected=_form(before),
-                found=_form(array),
+                expected=str(before),
+                found=str(array),
             )
-
-
-def _form(array: ArraySpec) -> str:
-    depth = "" if array.depth is None else f"{array.depth} layers of "
-    return f"{depth}{array.features} {array.feature_dim} in {array.dtype}, site {array.site}"
 
 
 def _spec_with(store: Store, asked: Spec, arrays: list[ArraySpec]) -> dict[str, Any]:

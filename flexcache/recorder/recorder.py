@@ -15,8 +15,9 @@ from flexcache.recorder.fingerprint import check_alike, check_fingerprint
 from flexcache.recorder.intake import Intake
 from flexcache.recorder.remaining import Remaining
 from flexcache.recorder.tally import Tally
+from flexcache.store.claims import Claiming
 from flexcache.store.description import largest_batch
-from flexcache.store.filling import AnyClaims, AnyWorker, claims_of, start_work, writer_of
+from flexcache.store.filling import AnyWorker, claims_of, start_work, writer_of
 from flexcache.store.ledger import FileRecord, UnitRecord
 from flexcache.store.place import Place
 from flexcache.store.selection import Key
@@ -112,7 +113,7 @@ class Recorder:
         self._carried = carried
         self._patience = patience
         self._worker: AnyWorker | None = None
-        self._claims: AnyClaims | None = None
+        self._claims: Claiming | None = None
         self._writer: WriterThread | None = None
         self._unit: int | None = None
         self._filled = 0
@@ -398,7 +399,7 @@ class Recorder:
         finally:
             worker.close()
 
-    def _open_for_units(self) -> tuple[AnyWorker, AnyClaims, WriterThread]:
+    def _open_for_units(self) -> tuple[AnyWorker, Claiming, WriterThread]:
         if self._worker is None or self._claims is None or self._writer is None:
             raise CaptureError("the recorder is not open", remedy="use it as: with Recorder(path) as recorder: …")
         return self._worker, self._claims, self._writer

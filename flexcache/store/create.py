@@ -19,8 +19,9 @@ from flexcache.plan import Plan
 from flexcache.sequences import Spool
 from flexcache.spec import DTYPES, ArraySpec
 from flexcache.store.bfloat16 import BFloat16
+from flexcache.store.claims import Claiming
 from flexcache.store.files import fsync_folder, fsync_tree, relative_files
-from flexcache.store.filling import AnyClaims, AnyWorker, claims_of, start_work
+from flexcache.store.filling import AnyWorker, claims_of, start_work
 from flexcache.store.place import Place
 from flexcache.store.plan_record import write_plan_record
 from flexcache.store.remote.path import RemotePath
@@ -57,7 +58,7 @@ def _begun(path: RemotePath) -> bool:
 
 
 @contextmanager
-def planning(path: Place) -> Iterator[tuple[AnyWorker, AnyClaims]]:
+def planning(path: Place) -> Iterator[tuple[AnyWorker, Claiming]]:
     """Give a place beside *path* where one process at a time can be the one that makes the store."""
     path.parent.mkdir(parents=True, exist_ok=True)
     root = path.with_name(f".{path.name}.planning")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flexcache.store.claims import Claims
+from flexcache.store.claims import Claiming, Claims
 from flexcache.store.place import Place
 from flexcache.store.remote.path import RemotePath
 from flexcache.store.remote.upload import PART_BYTES
@@ -15,7 +15,6 @@ from flexcache.store.worker import PATIENCE, Worker
 from flexcache.store.writer import Writer, WriterThread
 
 AnyWorker = Worker | RemoteWorker
-AnyClaims = Claims | RemoteClaims
 
 
 def start_work(root: Place, conditions: dict[str, Any] | None = None, patience: float = PATIENCE) -> AnyWorker:
@@ -24,7 +23,7 @@ def start_work(root: Place, conditions: dict[str, Any] | None = None, patience: 
     return kind(root, conditions, patience)  # type: ignore[arg-type]
 
 
-def claims_of(worker: AnyWorker) -> AnyClaims:
+def claims_of(worker: AnyWorker) -> Claiming:
     """Return the claims of a worker, none so far."""
     return RemoteClaims(worker) if isinstance(worker, RemoteWorker) else Claims(worker)
 

@@ -81,7 +81,7 @@ def _check_alike(one: Store, other: Store) -> None:
     for name in set(one.arrays) & set(other.arrays):
         first, second = (replace(store.arrays[name], layers=None) for store in (one, other))
         if first != second:
-            different.append(f"array {name}: {_form(first)} and {_form(second)}")
+            different.append(f"array {name}: {first} and {second}")
         elif not different:
             different += _differing_files(one, other, name)
     _refuse(one, other, different)
@@ -140,11 +140,6 @@ def _spec(stores: list[Store], arrays: list[ArraySpec]) -> dict[str, Any]:
         if values:
             spec[name] = values[0] if name == "objective" or all(v == values[0] for v in values) else "auto"
     return spec
-
-
-def _form(array: ArraySpec) -> str:
-    depth = "" if array.depth is None else f"{array.depth} layers of "
-    return f"{depth}{array.features} {array.feature_dim} in {array.dtype}, site {array.site}"
 
 
 def _short(value: Any) -> str:

@@ -10,16 +10,16 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from flexcache.errors import UnreachableError
-from flexcache.store.claims import CLAIM_NAME, CLAIMS
+from flexcache.store.claims import Claiming
 from flexcache.store.files import json_bytes
 from flexcache.store.remote.path import RemotePath
 from flexcache.store.remote.upload import abort_uploads
-from flexcache.store.worker import ALIVE, BEATS, PARTIAL, PATIENCE, describe, ended, identity
+from flexcache.store.worker import ALIVE, BEATS, PARTIAL, PATIENCE, ended, identity
 
 
 class RemoteWorker:
@@ -114,64 +114,27 @@ class RemoteWorker:
                     self._write()
 
 
-class RemoteClaims:
-    """A worker's claims on the units of a store, as `flexcache.store.claims.Claims`; a claim is an object.
+class RemoteClaims(Claiming):
+    """Claims of a store on object storage; each is an object.
 
     Where the storage cannot let one of many create an object, two workers may compute the same unit. They commit the
     same bytes, so that work is lost and nothing else.
     """
 
-    def __init__(self, worker: RemoteWorker) -> None:
-        self.worker = worker
-        self.folder = worker.root / CLAIMS
-        self._held: dict[str, int] = {}
+    refused = UnreachableError
+    worker: RemoteWorker
+    folder: RemotePath
 
-    def take(self, names: Iterable[str | int]) -> str | None:
-        """Claim the first of *names* that is free or whose worker is gone, and return it; None where none is."""
-        newest = self._newest()
-        for name in map(str, names):
-            generation = newest.get(name)
-            if generation is not None and not self.worker.gone(self._path(name, generation)):
-                continue
-            number = 0 if generation is None else generation + 1
-            if self._path(name, number).create(self.worker.tells()):
-                self._held[name] = number
-                return name
-        return None
+    def _names(self) -> Iterator[str]:
+        return (path.name for path in self.folder.iterdir())
 
-    def holds(self, name: str | int) -> bool:
-        """Whether a claim is this worker's still, and nobody has taken it over."""
-        held = self._held.get(str(name))
-        return held is not None and self._newest().get(str(name)) == held
+    def _create(self, path: RemotePath) -> bool:
+        return path.create(self.worker.tells())
 
-    def release(self, name: str | int) -> None:
-        """Give a claim up, with those that it took over."""
-        number = self._held.pop(str(name), None)
-        for generation in range(0 if number is None else number + 1):
-            self._path(str(name), generation).unlink(missing_ok=True)
+    def _remove(self, path: RemotePath) -> None:
+        path.unlink(missing_ok=True)
 
-    def close(self, finished: bool = False) -> None:
-        """Give all claims up; where nothing is left to claim, remove what killed processes have left."""
-        for name in list(self._held):
-            with contextlib.suppress(UnreachableError):
-                self.release(name)
+    def _tidy(self, finished: bool) -> None:
         if finished and not any(True for _ in self.others()):
             self.folder.remove_all()
             abort_uploads(self.worker.root)
-
-    def others(self) -> Iterator[dict[str, Any]]:
-        """Yield what the workers of other live claims say of themselves."""
-        for name, generation in self._newest().items():
-            path = self._path(name, generation)
-            if self._held.get(name) != generation and not self.worker.gone(path) and (told := describe(path)):
-                yield told
-
-    def _newest(self) -> dict[str, int]:
-        found: dict[str, int] = {}
-        for path in self.folder.iterdir():
-            if match := CLAIM_NAME.fullmatch(path.name):
-                found[match[1]] = max(found.get(match[1], -1), int(match[2]))
-        return found
-
-    def _path(self, name: str, generation: int) -> RemotePath:
-        return self.folder / f"{name}.{generation}"
