@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -168,10 +168,10 @@ class Engine:
         container = self._contained(copies[-1]) if starts[-1] else as_tensor
         if starts[0] < starts[-1]:
             starts += [starts[-1]] * (unambiguous(lines, longest) - lines)
-        ids, mask = (
-            _repeated(torch.from_numpy(values), len(starts)).to(device)
-            for values in (batch.input_ids(self._pad), batch.attention_mask())
-        )
+        inputs = {
+            name: _repeated(torch.from_numpy(values), len(starts)).to(device)
+            for name, values in batch.inputs(self._pad).items()
+        }
         ran = Ran(torch.empty(0), {})
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
@@ -191,10 +191,10 @@ class Engine:
             if starts[-1]:
                 residual = self._residuals(batch, copies, len(starts), device)
                 stack.enter_context(skipping(self.model, starts, residual, container))
-                output = self._guarded(ids, mask, starts)
+                output = self._guarded(inputs, starts)
             else:
                 with watching(self.model) as found:
-                    output = self._call(ids, mask)
+                    output = self._call(inputs)
                 self._container = self._container or found[0]
         ran.logits = _logits(output)[:lines]
         return ran
@@ -254,12 +254,12 @@ class Engine:
         where = (placed.tap.array, placed.tap.layer, module)
         return Spot(self.source, *where, lines, documents, positions, placed.seed, ran.left_out)
 
-    def _call(self, ids: torch.Tensor, mask: torch.Tensor) -> Any:
-        return self.model(input_ids=ids, attention_mask=mask, **self._defaults)
+    def _call(self, inputs: Mapping[str, torch.Tensor]) -> Any:
+        return self.model(**inputs, **self._defaults)
 
-    def _guarded(self, ids: torch.Tensor, mask: torch.Tensor, starts: Sequence[int]) -> Any:
+    def _guarded(self, inputs: Mapping[str, torch.Tensor], starts: Sequence[int]) -> Any:
         try:
-            return self._call(ids, mask)
+            return self._call(inputs)
         except (FlexCacheError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a model's own code raises where a block's work is missing
@@ -292,7 +292,7 @@ class Engine:
                     watching(self.model) as found,
                     skipping(self.model, [start.skipped], given, container),
                 ):
-                    self._call(ids, torch.ones_like(ids))
+                    self._call({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
             except Exception:  # the other one, then
                 continue
             if type(found[-1](given)) is type(container(given)):

@@ -70,6 +70,23 @@ class Batch:
         lengths = np.array([len(sequence) for sequence in self.tokens])
         return (np.arange(self.shape[1]) < lengths[:, None]).astype(np.int64)
 
+    def inputs(self, pad: int = 0, width: int | None = None) -> dict[str, np.ndarray]:
+        """Return what a forward of the batch takes, by keyword: token ids and their mask, right-padded.
+
+        Parameters
+        ----------
+        pad
+            The token id for padding.
+        width
+            Tokens to pad to; by default those of the longest sequence.
+        """
+        arrays = {"input_ids": self.input_ids(pad), "attention_mask": self.attention_mask()}
+        more = 0 if width is None else width - self.shape[1]
+        if not more:
+            return arrays
+        by = {"input_ids": pad, "attention_mask": 0}
+        return {name: np.pad(array, ((0, 0), (0, more)), constant_values=by[name]) for name, array in arrays.items()}
+
     @cached_property
     def spans(self) -> list[tuple[int, int]]:
         """First row and number of rows of each run of kept rows in padded activations of (sequences × longest) rows."""

@@ -204,12 +204,8 @@ def forwards(
     def forward(batch: Batch | None) -> None:
         now[:] = [] if batch is None else [batch]
         batch = ONE_TOKEN if batch is None else batch
-        ids, mask = batch.input_ids(pad), batch.attention_mask()
-        if gathering is not None and (more := gathering.width(ids.shape[1]) - ids.shape[1]):
-            ids, mask = (
-                np.pad(values, ((0, 0), (0, more)), constant_values=by) for values, by in ((ids, pad), (mask, 0))
-            )
-        inputs = {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": torch.from_numpy(mask).to(device)}
+        width = None if gathering is None else gathering.width(batch.shape[1])
+        inputs = {name: torch.from_numpy(values).to(device) for name, values in batch.inputs(pad, width).items()}
         if gathering is not None:
             inputs |= gathering.inputs(inputs["input_ids"])
             inputs = inputs if gathering.masked else {k: v for k, v in inputs.items() if k != "attention_mask"}

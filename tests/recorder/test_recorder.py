@@ -53,6 +53,9 @@ def test_batches_cover_every_row_once_in_order(tmp_path: Path) -> None:
             assert ids.shape == mask.shape == batch.shape
             assert (ids[mask == 0] == 9).all()
             assert mask.sum() == batch.n_tokens
+            wider = batch.inputs(9, batch.shape[1] + 2)
+            assert np.array_equal(wider["input_ids"], np.pad(ids, ((0, 0), (0, 2)), constant_values=9))
+            assert np.array_equal(wider["attention_mask"], np.pad(mask, ((0, 0), (0, 2))))
             assert sum(stop - start for start, stop in batch.keep) == len(batch.rows)
             put_batch(recorder, batch)
     assert at == recorder.store.n_rows
