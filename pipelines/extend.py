@@ -44,6 +44,7 @@ def run(config: CaptureConfig, *, new_only: bool = False, allow_mixed: bool = Fa
         layers=options["layers"],
         **loaded.functions,
         new_only=new_only,
+        max_tokens=config.max_tokens,
         **loaded.options,
         batch_tokens=config.batch_tokens,
         allow_mixed=allow_mixed,

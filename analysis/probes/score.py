@@ -137,7 +137,8 @@ def band(pooled: Floats, values: Floats, level: float = 0.95) -> tuple[Floats, F
         return np.full_like(pooled, np.nan), np.full_like(pooled, np.nan)
     error = np.nanstd(values, axis=1, ddof=1)
     away = np.abs(values - pooled[:, None]) / np.where(error > 0, error, np.inf)[:, None]
-    reach = np.nanquantile(np.nanmax(away, axis=0), level)
+    away = away[:, ~np.isnan(away).all(axis=0)]  # a resample may have one class alone, and no score at any layer
+    reach = np.quantile(np.nanmax(away, axis=0), level)
     return pooled - reach * error, pooled + reach * error
 
 

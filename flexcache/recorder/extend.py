@@ -13,7 +13,7 @@ from flexcache.errors import ConfigError, MismatchError
 from flexcache.hooks.names import whole
 from flexcache.model import CHAT_TEMPLATE, describe_model, describe_tokenizer, evaluating, vocabulary
 from flexcache.recorder.crew import Crew
-from flexcache.recorder.extension import Extension, more_arrays, more_documents, opened
+from flexcache.recorder.extension import Extension, check_equal, more_arrays, more_documents, opened, tokens_of
 from flexcache.recorder.fingerprint import check_fingerprint, fingerprint
 from flexcache.recorder.objective import OBJECTIVE, Objective, describe
 from flexcache.recorder.planning import check_same, model_content
@@ -23,7 +23,7 @@ from flexcache.recorder.recorder import DEFAULT_BUFFER, Recorder
 from flexcache.recorder.running import allocation, complete
 from flexcache.recorder.transform import Transform
 from flexcache.site import Layers
-from flexcache.spec import SitesLike, Spec, parse_sites, validate
+from flexcache.spec import ArraySpec, SitesLike, Spec, parse_sites, validate
 from flexcache.store.growing import Growth, SettledError
 from flexcache.store.place import local
 from flexcache.store.staging import united
@@ -42,6 +42,7 @@ def extend(
     transforms: Sequence[Transform] = (),
     objective: Objective | None = None,
     new_only: bool = False,
+    max_tokens: int | None = None,
     batch_tokens: int | None = None,
     buffer_bytes: int = DEFAULT_BUFFER,
     allow_mixed: bool = False,
@@ -70,6 +71,9 @@ def extend(
         new documents they may be left out, and cannot add anything; functions have to be given again.
     new_only
         Leave out documents whose ids the store has: for a corpus that has grown.
+    max_tokens
+        Tokens of all documents of the store together, old and new: the document that reaches them is the last. The
+        corpus that a smaller number ended goes on where it ended, also without *new_only*.
     batch_tokens
         At most what the store was planned with.
 
@@ -106,11 +110,17 @@ def extend(
             expected="documents that it does not have, or sites, layers or transforms",
         )
     with evaluating(model), CaptureProgress(progress) as bars, closing(Crew(model)) as crew:
-        spec = asked or Spec.model_validate(store.spec)
-        reading = locate(model, spec, transforms, objective, crew.elsewhere())
-        crew.check(reading)
-        arrays = measure_arrays(model, spec, reading, crew.read_example)
-        hooks.check_identity(model, reading.taps, reader=crew.read_example, alone=crew.alone)
+
+        def read(spec: Spec) -> tuple[Reading, list[ArraySpec]]:
+            reading = locate(model, spec, transforms, objective, crew.elsewhere())
+            crew.check(reading)
+            arrays = measure_arrays(model, spec, reading, crew.read_example)
+            hooks.check_identity(model, reading.taps, reader=crew.read_example, alone=crew.alone)
+            return reading, arrays
+
+        everything = Spec.model_validate(store.spec)
+        spec = asked or everything
+        reading, arrays = read(spec)
         now = fingerprint(model, crew.sizes.tp)
         check_fingerprint(store, now, allow_mixed)
         planning = bars.planning(None)
@@ -119,22 +129,26 @@ def extend(
             if corpus is None or united(store, arrays)[1]:
                 _check_known(store, corpus)
                 found = more_arrays(root, arrays, spec, planning.wait)
-            elif corpus.describe() == store.provenance.get("documents") and corpus.describe()["files"]:
+            elif (same := _same_files(store, corpus)) and everything.max_tokens is None:
                 found = None
             else:
+                if asked is not None:  # what the store has stays, whether it is named or not
+                    reading, arrays = read(everything)
                 _check_whole(store, {array.name: array.to_json() for array in arrays})
+                _check_objective(store, reading, objective)
                 found = more_documents(
                     root,
                     corpus,
                     tokenizer,
                     vocabulary=vocabulary(model),
-                    new_only=new_only,
+                    new_only=new_only or same,
+                    max_tokens=max_tokens,
                     progress=planning,
                     on_wait=planning.wait,
                 )
             planning.done(found is not None and found.carried is not None)
             if found is None:
-                bars.say(f"{path} has all of it: nothing to do")
+                bars.say(f"{path} has {_enough(store, corpus, max_tokens) or 'all of it'}: nothing to do")
                 return Store(path)
             wanted = set(found.keys)
             reading = _narrowed(reading, wanted)
@@ -152,7 +166,7 @@ def extend(
                 )
             if crew.alone:
                 recorder.on_start = found.growth.check_open
-            complete(model, tokenizer, reading, recorder, bars, crew)
+            complete(model, tokenizer, reading, recorder, bars, crew, path)
         except SettledError:
             bars.say("other processes have completed it meanwhile")
         Growth(root).settle(bars.placing())
@@ -196,6 +210,30 @@ def _asked(
         "objective": None if objective is None else describe(objective),
     }
     return validate(Spec, {**store.spec, **changes}, "extend")
+
+
+def _same_files(store: Store, corpus: Documents) -> bool:
+    """Whether a corpus is that of files which the store was begun with."""
+    said = corpus.describe()
+    return bool(said["files"]) and said == store.provenance.get("documents")
+
+
+def _enough(store: Store, corpus: Documents | None, max_tokens: int | None) -> str | None:
+    """Say why documents are not asked for, where the store has as many tokens as it may."""
+    if corpus is None or max_tokens is None or (tokens := tokens_of(store)) < max_tokens:
+        return None
+    return f"{tokens:,} tokens of documents, and max_tokens is {max_tokens:,}"
+
+
+def _check_objective(store: Store, reading: Reading, objective: Objective | None) -> None:
+    """Refuse to store gradients of another objective beside those of the store."""
+    if reading.objective is not None:
+        check_equal(
+            store,
+            "the objective",
+            store.spec.get("objective"),
+            None if objective is None else describe(objective),
+        )
 
 
 def _check_known(store: Store, corpus: Documents | None) -> None:

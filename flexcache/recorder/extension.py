@@ -116,6 +116,7 @@ def more_documents(
     *,
     vocabulary: int | None = None,
     new_only: bool = False,
+    max_tokens: int | None = None,
     progress: Progress = lambda documents, tokens: None,
     on_wait: Callable[[], None] = lambda: None,
 ) -> Extension | None:
@@ -125,6 +126,8 @@ def more_documents(
     ----------
     new_only
         Leave out documents whose ids the store has.
+    max_tokens
+        Tokens of all documents together, old and new: the document that reaches them is the last.
 
     Raises
     ------
@@ -138,14 +141,19 @@ def more_documents(
     growth = Growth(path)
     opened(path)
     request = {"documents": documents.describe(), "new_only": new_only}
+    if max_tokens is not None:
+        request["max_tokens"] = max_tokens
 
     def make(folder: Path) -> None:
         store = Store(path)
+        left = None if max_tokens is None else max_tokens - tokens_of(store)
+        if left is not None and left <= 0:
+            raise NothingNewError
         corpus = spool(
             Added(documents, store, new_only),
             tokenizer,
             folder.parent,
-            Spec.model_validate(store.spec).model_copy(update={"max_tokens": None}),
+            Spec.model_validate(store.spec).model_copy(update={"max_tokens": left}),
             vocabulary=vocabulary,
             empty=store.spec.get("empty_documents", "error"),
             keep_text=bool(store.spec.get("keep_text", True)),
@@ -164,6 +172,11 @@ def more_documents(
     growth.check_open()
     every = [(name, layer) for name, array in store.arrays.items() for layer in array.slices]
     return Extension(growth, store, every, Carried(store))
+
+
+def tokens_of(store: Store) -> int:
+    """Return how many tokens the documents of a store have together, also those that are not rows."""
+    return int(pc.sum(store.documents.column("n_tokens")).as_py())
 
 
 def _check_forms(store: Store, arrays: list[ArraySpec]) -> None:
@@ -192,13 +205,13 @@ def _spec_with(store: Store, asked: Spec, arrays: list[ArraySpec]) -> dict[str, 
         if before is None:
             transforms[name] = said
             continue
-        _check_equal(store, f"transform {name}", _but_layers(before), _but_layers(said))
+        check_equal(store, f"transform {name}", _but_layers(before), _but_layers(said))
         array = by_name.get(name)
         transforms[name] = {**said, "layers": _layers(before.get("layers"), said.get("layers"), array)}
     objective = store.spec.get("objective")
     gradients = any(array.site.endswith(".grad") for array in store.arrays.values())
     if gradients and any(site.endswith(".grad") for site in asked.sites):
-        _check_equal(store, "the objective", objective, asked.objective)
+        check_equal(store, "the objective", objective, asked.objective)
     return {
         **store.spec,
         "sites": sites,
@@ -218,7 +231,13 @@ def _but_layers(said: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in said.items() if key != "layers"}
 
 
-def _check_equal(store: Store, what: str, before: Any, now: Any) -> None:
+def check_equal(store: Store, what: str, before: Any, now: Any) -> None:
+    """Refuse what is another one than in the store.
+
+    Raises
+    ------
+    MismatchError
+    """
     if before != now:
         raise MismatchError(
             f"{what} is another one than in the store", where=str(store.path), expected=str(before), found=str(now)

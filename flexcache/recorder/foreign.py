@@ -130,13 +130,15 @@ def _extension(path: Path, source: Source, new_only: bool, options: dict[str, An
     for said in (stored, given):
         said["documents"] = said["documents"] if sites else {}
         said["arrays"] = {} if sites else said["arrays"]
-        said["spec"] = {name: value for name, value in said["spec"].items() if not (sites and name == "sites")}
+        free = "sites" if sites else "max_tokens"
+        said["spec"] = {name: value for name, value in said["spec"].items() if name != free}
     check_same(stored, given, path)
     check_fingerprint(store, options["fingerprint"] or {}, options["allow_mixed"])
     if sites:
         found = more_arrays(path, source.arrays, source.spec)
     else:
-        found = more_documents(path, source.documents, source.tokenizer, new_only=new_only)
+        most = source.spec.max_tokens
+        found = more_documents(path, source.documents, source.tokenizer, new_only=new_only, max_tokens=most)
     if found is None:
         return Recorder(path, **options)
     recorder = Recorder(found.growth.folder, **options, keys=found.keys, carried=found.carried)

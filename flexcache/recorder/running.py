@@ -34,18 +34,26 @@ Sink = Callable[[str, int | None, torch.Tensor], None]
 
 
 def complete(
-    model: torch.nn.Module, tokenizer: Any, reading: Reading, recorder: Recorder, bars: CaptureProgress, crew: Crew
+    model: torch.nn.Module,
+    tokenizer: Any,
+    reading: Reading,
+    recorder: Recorder,
+    bars: CaptureProgress,
+    crew: Crew,
+    name: Any = None,
 ) -> None:
     """Fill a recorder's pending units, after a try of the largest batch, and say what it took.
+
+    *name* is the store's for people, where the recorder fills a part of it that is not in place yet.
 
     Raises
     ------
     CaptureError
         See `run`.
     """
-    store = recorder.store
+    store, name = recorder.store, recorder.store.path if name is None else name
     if not recorder.pending():
-        bars.say(f"{store.path} is complete: nothing to do")
+        bars.say(f"{name} is complete: nothing to do")
         return
     began, pad = time.perf_counter(), pad_id(model, tokenizer)
     try_largest(model, reading, recorder, pad, bars, crew)
@@ -54,7 +62,7 @@ def complete(
     bars.console.print(time_table(tally, seconds))
     speed = f"{tally.tokens / seconds:,.0f} tokens/s, {size(tally.bytes / seconds)}/s"
     done = f"{tally.rows:,} rows" + ("" if tally.rows == store.n_rows else " by this process")
-    bars.say(f"{done}, {size(tally.bytes)} in {seconds:.1f} s ({speed}) → {store.path}")
+    bars.say(f"{done}, {size(tally.bytes)} in {seconds:.1f} s ({speed}) → {name}")
 
 
 def allocation(model: torch.nn.Module) -> Callable[[int], Slab]:

@@ -325,7 +325,7 @@ def stream(
     UncommittedError
         *rows* names rows that are not committed.
     ConfigError, StoreError
-        Numbers that make no sense; stores without common rows.
+        Numbers that make no sense; stores without common rows; *drop_last* where no rank has a whole batch.
     """
     stores: Mapping[str, Store] = {"": store} if isinstance(store, Store) else store  # a store is a mapping as well
     if min(batch_size, pool_bytes, run_bytes, threads) < 1:
@@ -351,6 +351,15 @@ def stream(
                 sources[".".join(parts)] = Source(one, at, found, match)
     if not len(chosen):
         raise StoreError("there are no rows to stream", where=str(first.path))
+    mine, all_of = _group(rank, ranks)
+    if drop_last and len(chosen) < batch_size * all_of:  # else a loop over epochs waits for a batch for ever
+        raise ConfigError(
+            "an epoch has no whole batch, and others are dropped",
+            where=str(first.path),
+            expected=f"at least {batch_size * all_of:,} rows: batches of {batch_size:,} on {all_of} ranks",
+            found=f"{len(chosen):,}",
+            remedy="lower batch_size, or keep the last batch: drop_last=False",
+        )
     width = sum(source.row_bytes for source in sources.values())
     order = Order(
         rows=chosen,
@@ -362,7 +371,6 @@ def stream(
     )
     if keep_cache is None:
         keep_cache = len(chosen) * width < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
-    mine, all_of = _group(rank, ranks)
     return Stream(
         sources,
         order,

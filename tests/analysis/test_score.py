@@ -148,3 +148,9 @@ def test_nothing_to_measure_is_nan() -> None:
     said = score.Prediction(np.ones(4), np.arange(4.0))
     top, bottom = score.parts("auroc", np.ones(4, int), said, np.array([0, 0, 1, 1]), 2)
     assert np.isnan(score.ratio(top, bottom)).all()
+
+
+def test_resamples_without_a_score_are_left_out_of_the_band() -> None:
+    pooled, drawn = np.array([0.5, 0.7]), np.random.default_rng(0).normal(0.6, 0.1, (2, 400))
+    some = np.concatenate([drawn, np.full((2, 30), np.nan)], axis=1)
+    assert np.allclose(score.band(pooled, some), score.band(pooled, drawn))

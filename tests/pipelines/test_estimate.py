@@ -95,6 +95,16 @@ def test_the_model_is_tried_and_nothing_is_left(config: Path, capsys: pytest.Cap
     assert "peak of the try" in text
 
 
+def test_int8_is_tried_and_planned_as_it_is_captured(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = told(capsys, config, "--seconds", 0.1, "--set", "dtype=int8")
+    assert found["trial"]["batches"] >= 4
+    run(capsys, "capture", config, "-q", "--set", "dtype=int8")
+    store = flexcache.open("run.zarr")
+    shards = [path for path in store.path.glob("*/c/**/0") if path.is_file() and path.parts[1] in store.arrays]
+    assert found["bytes"]["shards"] == sum(path.stat().st_size for path in shards)
+    assert {array.dtype for array in store.arrays.values()} == {"int8", "float32"}, "values, and a scale for each row"
+
+
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "table of files"])
 def test_a_sample_stands_for_the_whole(kind: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 import flexcache
 from flexcache.errors import ConfigError, MismatchError
+from flexcache.recorder.objective import LogitDifference
 from tests.corpora import lengths, token_documents
 from tests.models import VOCABULARY, tiny
 from tests.recorder.test_recorder import shard_hashes
@@ -74,6 +76,54 @@ def test_gradients_and_transforms_as_of_one_capture(model: torch.nn.Module, tmp_
         flexcache.extend(model, None, path, NEW, **QUIET)
     flexcache.extend(model, None, path, NEW, transforms=[double], sites=asked["sites"], **QUIET)
     check_recomputed(model, path, transforms=[double])
+
+
+def test_max_tokens_counts_old_and_new_documents(model: torch.nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "run.zarr"
+    old = capture(model, path, layers=[1]).n_rows
+    sizes = [len(document["tokens"]) for document in NEW]
+    for count in (7, 12):
+        most = old + sum(sizes[:count])
+        given = {"max_tokens": most, "new_only": count > 7}
+        store = flexcache.extend(model, None, path, NEW, **given, **QUIET)
+        assert set(store.documents.column("id").to_pylist()) == {document["id"] for document in OLD + NEW[:count]}
+        assert store.n_rows == most
+        assert flexcache.extend(model, None, path, NEW, **given, **QUIET).n_rows == most
+    assert store.provenance["history"][-1]["extended_by"]["max_tokens"] == most
+    check_recomputed(model, path)
+
+
+def test_files_that_max_tokens_ended_go_on(model: torch.nn.Module, tmp_path: Path) -> None:
+    corpus, path = tmp_path / "corpus.jsonl", tmp_path / "run.zarr"
+    corpus.write_text("\n".join(json.dumps(document) for document in OLD))
+    first = flexcache.capture(model, None, corpus, path, layers=[1], max_tokens=100, **QUIET)
+    assert flexcache.extend(model, None, path, corpus, max_tokens=100, **QUIET).n_rows == first.n_rows
+    assert 300 <= flexcache.extend(model, None, path, corpus, max_tokens=300, **QUIET).n_rows < 330
+    store = flexcache.extend(model, None, path, corpus, **QUIET)
+    assert sorted(store.documents.column("id").to_pylist()) == sorted(document["id"] for document in OLD)
+
+
+def test_new_documents_at_all_sites_under_a_configuration_that_names_some(
+    model: torch.nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.zarr"
+    capture(model, path, sites=["resid_post", "mlp_out"], layers=[1])
+    store = flexcache.extend(model, None, path, NEW, sites=["resid_post"], layers=[1])
+    assert store.sites == ("resid_post", "mlp_out")
+    assert len(store.documents) == 110
+    check_recomputed(model, path)
+    told = "".join(capsys.readouterr()).replace("\n", "")
+    assert f"→ {path}" in told
+    assert ".growing" not in told, "where an extension is made is not where the user finds it"
+
+
+def test_gradients_of_another_objective_are_not_added(model: torch.nn.Module, tmp_path: Path) -> None:
+    path, objective = tmp_path / "run.zarr", LogitDifference(5, 6)
+    capture(model, path, sites=["resid_post.grad"], layers=[1], objective=objective)
+    with pytest.raises(MismatchError, match="the objective is another one"):
+        flexcache.extend(model, None, path, NEW, **QUIET)
+    flexcache.extend(model, None, path, NEW, objective=objective, **QUIET)
+    check_recomputed(model, path, objective=objective)
 
 
 def test_a_damaged_unit_of_a_grown_store_is_repaired(model: torch.nn.Module, tmp_path: Path) -> None:

@@ -211,3 +211,11 @@ def test_importing_flexcache_imports_no_torch() -> None:
 
     code = "import sys, flexcache; assert 'torch' not in sys.modules; flexcache.training; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_epoch_without_a_whole_batch_is_refused(store: flexcache.Store) -> None:
+    few = np.arange(255)
+    with pytest.raises(ConfigError, match=r"no whole batch[\s\S]*batches of 256 on 1 ranks[\s\S]*found: 255"):
+        training.stream(store, "resid_post", 0, batch_size=256, rows=few, drop_last=True)
+    assert [len(b) for b in training.stream(store, "resid_post", 0, batch_size=256, rows=few)] == [255]
+    assert len(list(training.stream(store, "resid_post", 0, batch_size=255, rows=few, drop_last=True))) == 1
