@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.markup import escape
 
@@ -33,6 +34,7 @@ def run(documents: int, output: Path, console: Console) -> None:
     )
     store = capture.run(config)
     console.print(repr(store), highlight=False, markup=False)
+    _leave_named(output, model, texts, config)
 
     console.rule("3 of 3: probe every layer", align="left")
     folder = output / "probes"
@@ -46,8 +48,19 @@ def run(documents: int, output: Path, console: Console) -> None:
             f"""{seconds:.0f} s in all. Where to look next:
   {folder / "report.html"}    the curve, its baselines, and how they were made
   {store_path}    the store, {weight}: flexcache info {store_path}
+  {output / "smollm2.yaml"}    its configuration, such as for flexcache extend; {output / "model"} is the model
   python -c 'import flexcache; print(flexcache.open("{store_path}")["{SITE}"])'"""
         ),
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _leave_named(output: Path, model: Path, texts: Path, config: CaptureConfig) -> None:
+    """Leave links to the model and the texts, and the configuration, under names that the documentation can use."""
+    for name, target in (("model", model), ("texts.parquet", texts)):
+        link = output / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+    settings = config.model_dump(mode="json", exclude_defaults=True)
+    (output / "smollm2.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
