@@ -249,6 +249,9 @@ def describe_tokenizer(tokenizer: Any, chat: bool = False) -> dict[str, Any]:
         return {**describe_tokenizer(tokenizer), CHAT_TEMPLATE: xxhash.xxh3_128_hexdigest(template.encode())}
     if tokenizer is None:
         return {"class": None}
+    if hasattr(tokenizer, "tokens_of"):  # flexcache.images.input.ImageInput
+        described: dict[str, Any] = tokenizer.describe()
+        return described
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         # padding and truncation are settings of the last call, not of the tokenizer

@@ -129,6 +129,30 @@ class SequenceOptions(BaseModel):
         """Return the options for a model that reads at most so many tokens, where max_length is not given."""
         return self if self.max_length else self.model_copy(update={"max_length": longest})
 
+    def check_images(self) -> None:
+        """Refuse options that images have no sense for: they are one sequence each, of a number of tokens of its own.
+
+        Raises
+        ------
+        ConfigError
+        """
+        choice = self.choice
+        asked = {
+            "windows": self.windows is not None,
+            "packing": self.packing is not None,
+            "max_length": self.max_length is not None,
+            "rows by roles or turns": choice is not None and (choice.roles is not None or choice.turns is not None),
+            "rows by character_spans": choice is not None and choice.character_spans is not None,
+        }
+        wrong = [name for name, given in asked.items() if given]
+        if wrong:
+            raise ConfigError(
+                f"{' and '.join(wrong)} {'are' if len(wrong) > 1 else 'is'} for texts, and the documents are images",
+                expected="each image as one sequence of all its tokens; rows by specials, token_spans, mask, every or"
+                " fraction",
+                remedy="leave it out",
+            )
+
     def check(self) -> None:
         """Refuse options that contradict each other.
 

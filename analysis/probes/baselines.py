@@ -70,6 +70,8 @@ def tokens(view: View, fold: NDArray[np.int64], cv: int) -> Prediction:
     table: Any = getattr(view.store, "tokens", None)
     if table is None:
         raise AnalysisError("the store tells no tokens")
+    if getattr(view.store, "images", False):
+        raise AnalysisError("the tokens of images have no ids")
     owner = np.asarray(table["document"])
     lists = table["tokens"].combine_chunks()
     counts = np.diff(lists.offsets.to_numpy())

@@ -16,6 +16,7 @@ from analysis.replay.donors import Patch, donor_lines
 from analysis.replay.engine import Engine
 from analysis.replay.hooking import Placed, Ran
 from analysis.replay.identity import compare, refuse_misfit
+from analysis.replay.obstacles import refuse_images
 from analysis.replay.spot import Source
 from flexcache.errors import AnalysisError
 from flexcache.recorder.batch import Batch
@@ -119,6 +120,8 @@ def verify(
     AnalysisError, MismatchError
         See `analysis.replay.sweep`.
     """
+    if objective is None:
+        refuse_images(store)
     engine, objective = Engine(store, model, accept), objective or NextTokenLoss()
     order = np.argsort(-np.abs(attributed.values), axis=None, kind="stable")[:top]
     rows, tokens = np.unravel_index(order, attributed.shape)

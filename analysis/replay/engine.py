@@ -24,8 +24,10 @@ from flexcache.hooks.measure import input_device
 from flexcache.hooks.names import modules, peel
 from flexcache.hooks.tap import Tap
 from flexcache.hooks.taps import accepts, eager
-from flexcache.model import evaluating, pad_id
+from flexcache.images.input import stored_input
+from flexcache.model import evaluating
 from flexcache.recorder.batch import Batch, BatchReader
+from flexcache.recorder.imaging import padding, tensors
 from flexcache.site import Site
 from flexcache.store.store import Store
 
@@ -42,8 +44,14 @@ class Start:
 class Engine:
     """Runs a model over a store's batches as the capture did, or only what comes after a stored residual stream.
 
-    Masks, positions and everything else are the model's own: the model is called as always, with token ids, and blocks
-    that are skipped return what is stored. The model is left as it was.
+    Masks, positions and everything else are the model's own: the model is called as always, with token ids, or with the
+    pixels of the images that the store keeps, and blocks that are skipped return what is stored. The model is left as
+    it was.
+
+    Parameters
+    ----------
+    processor
+        Of images: the image processor of the capture, where the store cannot say it because it was a function.
 
     Raises
     ------
@@ -51,7 +59,7 @@ class Engine:
         The store cannot be replayed with this model, see `analysis.replay.obstacles`.
     """
 
-    def __init__(self, store: Store, model: nn.Module, accept: Collection[str] = ()) -> None:
+    def __init__(self, store: Store, model: nn.Module, accept: Collection[str] = (), processor: Any = None) -> None:
         self.notes = admit(store, model, accept)
         self.store, self.model = store, peel(model)
         self.source = Source(store)
@@ -59,7 +67,7 @@ class Engine:
         path, blocks = hooks.find_blocks(self.model)
         self._blocks = [f"{path}.{number}" for number in range(len(blocks))]
         self.depth = len(blocks)
-        self._pad = pad_id(self.model, None)
+        self._pad = padding(self.model, stored_input(store, self.model, processor) if store.images else None)
         self._taps: dict[tuple[str, int | None], Tap] = {}
         self._conditions: dict[str, list[str]] = {}
         self._container: Container | None = None
@@ -169,8 +177,8 @@ class Engine:
         if starts[0] < starts[-1]:
             starts += [starts[-1]] * (unambiguous(lines, longest) - lines)
         inputs = {
-            name: _repeated(torch.from_numpy(values), len(starts)).to(device)
-            for name, values in batch.inputs(self._pad).items()
+            name: _repeated(values, len(starts))
+            for name, values in tensors(self.model, batch.inputs(self._pad)).items()
         }
         ran = Ran(torch.empty(0), {})
         with ExitStack() as stack:
@@ -275,7 +283,7 @@ class Engine:
         if self._container is None:
             blocks = hooks.find_blocks(self.model)[1]
             if not any(on_meta(block) for block in blocks):
-                self.run(ONE)
+                self.run(ONE if isinstance(self._pad, int) else next(self.batches()))
             elif start.skipped < len(blocks):
                 self._container = self._tried(start)
         return self._container or as_tensor
@@ -283,8 +291,11 @@ class Engine:
     def _tried(self, start: Start) -> Container:
         device = input_device(self.model)
         stored = self.store.arrays[start.site]
-        given = torch.zeros((1, 2, stored.features), dtype=next(self.model.parameters()).dtype, device=device)
         ids = torch.ones((1, 2), dtype=torch.int64, device=device)
+        inputs, length = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 2
+        if not isinstance(self._pad, int):
+            inputs, length = self._pad.example(self.model)(1, 0), self._pad.patches.tokens
+        given = torch.zeros((1, length, stored.features), dtype=next(self.model.parameters()).dtype, device=device)
         for container in (as_tensor, as_tuple):
             try:
                 with (
@@ -292,7 +303,7 @@ class Engine:
                     watching(self.model) as found,
                     skipping(self.model, [start.skipped], given, container),
                 ):
-                    self._call({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+                    self._call(inputs)
             except Exception:  # the other one, then
                 continue
             if type(found[-1](given)) is type(container(given)):
@@ -305,7 +316,7 @@ ONE = Batch(0, 0, range(2), np.zeros(1, np.int64), (np.ones(2, np.int32),), ((0,
 
 def _repeated(values: torch.Tensor, lines: int) -> torch.Tensor:
     """Return sequences over and over, *lines* in all."""
-    return values.repeat(-(-lines // len(values)), 1)[:lines]
+    return values.repeat(-(-lines // len(values)), *[1] * (values.ndim - 1))[:lines]
 
 
 def _logits(output: Any) -> torch.Tensor:

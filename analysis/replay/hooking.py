@@ -43,7 +43,8 @@ class Ran:
     Attributes
     ----------
     logits : Tensor, shape (lines, read, vocabulary)
-        At the positions that were asked for; of a model without logits its first output, (lines, longest, features).
+        At the positions that were asked for; of a model without logits its first output, (lines, longest, features). Of
+        one that classifies whole sequences or images, shape (lines, classes).
     residuals : mapping from (site, layer) to Tensor of shape (lines, longest, features)
     left_out : set of int
         Lines in which an edit could not be made.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ def identity_error(
     *,
     documents: Collection[str] | None = None,
     accept: Collection[str] = (),
+    processor: Any = None,
 ) -> float:
     """Return the largest difference between logits of whole forwards and of those that go on from the store.
 
@@ -51,6 +53,8 @@ def identity_error(
         Ids; by default all that are committed.
     accept
         Obstacles to ignore, by name: ``"weights"``, ``"attention"``.
+    processor
+        As for `Engine`.
 
     Raises
     ------
@@ -59,7 +63,7 @@ def identity_error(
     AnalysisError
         The residual stream is not stored there, or the model fails when blocks are skipped.
     """
-    engine = Engine(store, model, accept)
+    engine = Engine(store, model, accept, processor)
     start = engine.start_at(site, layer % engine.depth)
     chosen = None if documents is None else [engine.source.numbers[name] for name in documents]
     worst = Misfit(0.0, 0.0)
@@ -76,6 +80,8 @@ def misfit(engine: Engine, batch: Batch, start: Start, logits: torch.Tensor) -> 
 def compare(mine: torch.Tensor, logits: torch.Tensor, batch: Batch, read: np.ndarray | None = None) -> Misfit:
     """Return how far logits are from others, padding aside."""
     real = torch.from_numpy(batch.attention_mask() if read is None else np.ones(read.shape)).bool()
+    if mine.ndim == 2:  # scores of whole sequences, such as classes of images
+        mine, logits, real = mine[:, None], logits[:, None], torch.ones((len(mine), 1), dtype=torch.bool)
     largest, square, spread = 0.0, 0.0, 0.0
     for line in range(len(mine)):  # a sequence at a time: logits are large
         ours, theirs = (values[line][real[line].to(values.device)].float() for values in (mine, logits))

@@ -99,6 +99,22 @@ def _weights(known: dict[str, str], model: nn.Module) -> dict[str, str]:
     return {}
 
 
+def refuse_images(store: Store) -> None:
+    """Refuse a question about next tokens, where the documents are images.
+
+    Raises
+    ------
+    AnalysisError
+    """
+    if store.images:
+        raise AnalysisError(
+            "edits are judged by the logits of next tokens, and the documents are images",
+            where=str(store.path),
+            expected="a store of texts or tokens",
+            remedy="run edits by analysis.replay.Engine, or attribution with an objective of your own",
+        )
+
+
 def on_meta(module: nn.Module) -> bool:
     """Whether a module has weights that were not loaded."""
     return any(parameter.device == torch.device("meta") for parameter in module.parameters())

@@ -18,6 +18,7 @@ from analysis.replay.edit import Alternatives, Edit, alternatives, labels
 from analysis.replay.engine import Engine
 from analysis.replay.grid import Grid, grid
 from analysis.replay.metrics import Metric, Outcome
+from analysis.replay.obstacles import refuse_images
 from analysis.replay.question import BASELINES, Answers, Part, Question, answer, merge_misfits
 from analysis.replay.results import FORMAT, Sweep
 from analysis.replay.workers import Loader, elsewhere
@@ -90,9 +91,10 @@ def sweep(
     MismatchError
         The store cannot be replayed with this model, or *folder* holds parts of another sweep.
     AnalysisError
-        The identity check fails; an edit or metric cannot be used.
+        The identity check fails; an edit or metric cannot be used; the documents are images.
     """
     loaded = model if isinstance(model, nn.Module) else model()
+    refuse_images(store)
     engine = Engine(store, loaded, accept)
     question = ask(engine, at or grid(), edit, metrics, baselines, answers, documents, readout, copies, seed)
     batches = list(engine.batches(question.documents))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
-from flexcache.documents.files import FORMATS, find_files, jsonl_items, text_items
+from flexcache.documents.files import FORMATS, find_files, image_items, jsonl_items, text_items
 from flexcache.documents.huggingface import DatasetSource, is_dataset
 from flexcache.documents.ids import Ids
 from flexcache.documents.messages import MESSAGES, read_messages
@@ -22,20 +25,28 @@ from flexcache.documents.records import (
 from flexcache.documents.runs import near
 from flexcache.documents.sources import CsvSource, ParquetSource, Roles, Source, TableSource
 from flexcache.errors import DocumentsError, nearest
+from flexcache.images.encoded import AT_A_TIME, encode
 
 RESERVED = (
-    *("id", "text", "tokens", "messages_xxh3_128", "token_id", "position", "document"),
+    *("id", "text", "tokens", "messages_xxh3_128", "image_xxh3_128", "token_id", "position", "document"),
     *("source_index", "n_tokens", "row_start", "n_rows"),
 )
 MAX_TOKEN = 2**31 - 1
+CONTENTS: dict[str, pa.DataType] = {
+    "text": pa.string(),
+    "tokens": pa.list_(pa.int32()),
+    "messages": MESSAGES,
+    "image": pa.large_binary(),
+}
+"""What a document may be, and its type in the batches."""
 
 
 class Documents:
     """A corpus: documents in order, each with an id, a text, tokens or chat messages, and labels.
 
     Made by `open_documents`. ``schema`` is the Arrow schema of its batches: ``id`` (string), then ``text`` (string),
-    ``tokens`` (list<int32>) or ``messages`` (lists of role and content), then the labels with their own names and
-    types. ``count`` is the number of documents, or None for a generator.
+    ``tokens`` (list<int32>), ``messages`` (lists of role and content) or ``image`` (large_binary: the encoded image),
+    then the labels with their own names and types. ``count`` is the number of documents, or None for a generator.
     """
 
     def __init__(
@@ -56,8 +67,11 @@ class Documents:
         self._columns = [*([self._id] if self._id else []), content]
         self._content = roles.contents.get(content, "tokens")
         self._labels = [] if empty else _labels(names, self._columns, labels, place)
+        if self._content == "image":
+            self._rows = min(batch_rows, AT_A_TIME)
+            _refuse_second_image(self._labels, place)
         kinds = [_plain(source.schema.field(name).type) for name in self._labels]
-        first = {"text": pa.string(), "messages": MESSAGES}.get(self._content, pa.list_(pa.int32()))
+        first = CONTENTS[self._content]
         fields = [("id", pa.string()), (self._content, first), *zip(self._labels, kinds)]
         self.schema = pa.schema(fields)
 
@@ -74,8 +88,8 @@ class Documents:
         Raises
         ------
         DocumentsError
-            A document that cannot be used: null text, tokens that are not whole numbers from 0 to 2³¹ − 1, an id that
-            occurred before; or a generator that was read already.
+            A document that cannot be used: null text, tokens that are not whole numbers from 0 to 2³¹ − 1, an image
+            whose file cannot be read, an id that occurred before; or a generator that was read already.
         """
         seen = Ids() if self._unique else None
         start = 0
@@ -98,8 +112,11 @@ class Documents:
         *ids, content = raw.columns[: len(self._columns)]
         numbers = pa.array(range(start, start + raw.num_rows), pa.int64()).cast(pa.string())
         names = _ids(ids[0], place, start) if ids else numbers
-        read = {"text": _text, "tokens": _tokens, "messages": _messages}[self._content]
-        values = read(content, place, start)
+        if self._content == "image":
+            values = _images(content, names, f"{where}, " if where else "", self._source.folder(where))
+        else:
+            read = {"text": _text, "tokens": _tokens, "messages": _messages}[self._content]
+            values = read(content, place, start)
         labels = [
             _cast(
                 array,
@@ -118,7 +135,7 @@ class Documents:
         """
         return {
             "kind": self._source.kind,
-            "files": [{"name": file.name, "bytes": file.path.stat().st_size} for file in self._source.files],
+            "files": _described(self._source),
             "columns": {field.name: str(field.type) for field in self.schema},
             "count": self.count,
             **({"dataset": self._source.about} if isinstance(self._source, DatasetSource) else {}),
@@ -145,28 +162,32 @@ def open_documents(
     text: str | None = "text",
     tokens: str | None = "tokens",
     messages: str | None = "messages",
+    image: str | None = "image",
     labels: Sequence[str] | None = None,
     batch_rows: int = 1024,
     unique_ids: bool = True,
 ) -> Documents:
     """Open a corpus.
 
-    *source* is a path or a list of paths to Parquet, JSON Lines or CSV files (the latter two also compressed:
-    .gz, .zst, .bz2), a folder of such files, a glob, a folder of .txt files (the id is the relative path); a pyarrow
-    Table; a Hugging Face Dataset or IterableDataset; what `flexcache.documents.huggingface.load_dataset` returns; an
-    iterable of dicts, such as a list or a generator; or a `Documents`. Files of folders and globs are taken in the
-    order of their names.
+    *source* is a path or a list of paths to Parquet, JSON Lines or CSV files (the latter two also compressed: .gz,
+    .zst, .bz2), a folder of such files, a glob, a folder of .txt files or of images (the id is the relative path; of
+    images, ``folder`` is a label); a pyarrow Table; a Hugging Face Dataset or IterableDataset; what
+    `flexcache.documents.huggingface.load_dataset` returns; an iterable of dicts, such as a list or a generator; or a
+    `Documents`. Files of folders and globs are taken in the order of their names.
 
-    *id*, *text*, *tokens* and *messages* name the columns. Messages are looked for where there is neither of the other
-    two: lists of ``{"role", "content"}``, for the tokenizer's chat template. Without an id column the id is the
-    document's index. With labels=None all other columns are labels. Parquet and tables are opened without reading them;
-    JSON Lines, CSV, lists and datasets are read once, which checks them and finds the types of their labels.
+    *id*, *text*, *tokens*, *messages* and *image* name the columns. Messages are looked for where there is neither of
+    the first two: lists of ``{"role", "content"}``, for the tokenizer's chat template. Images where there is none of
+    these: what `flexcache.images.encode` takes; a path is relative to the file that names it. Without an id column the
+    id is the document's index. With labels=None all other columns are labels. Parquet and tables are opened without
+    reading them; JSON Lines, CSV, lists and datasets are read once, which checks them and finds the types of their
+    labels.
 
     Raises
     ------
     DocumentsError
-        No such file, an unknown format, no text or tokens column or both, an unknown label, a label with a reserved
-        name, broken JSON or UTF-8, an item that is not a dict, documents of text and of tokens mixed.
+        No such file, an unknown format, no column of text, tokens or images or both of the first, an unknown label, a
+        label with a reserved name, broken JSON or UTF-8, an item that is not a dict, documents of text and of tokens
+        mixed.
     """
     if isinstance(source, Documents):
         return source
@@ -174,7 +195,7 @@ def open_documents(
         raise DocumentsError("a batch has documents", expected="batch_rows of at least 1", found=str(batch_rows))
     if format is not None and format not in FORMATS:
         raise DocumentsError(f"there is no format {format!r}", remedy=nearest(format, tuple(FORMATS)))
-    opened, roles = _source(source, format, Roles(id, text, tokens, messages), batch_rows)
+    opened, roles = _source(source, format, Roles(id, text, tokens, messages, image), batch_rows)
     if isinstance(labels, str):
         labels = [labels]
     return Documents(opened, roles, labels, batch_rows=batch_rows, unique_ids=unique_ids)
@@ -209,6 +230,9 @@ def _files(paths: Sequence[str | os.PathLike], format: str | None, roles: Roles,
         return CsvSource(files, {roles.id, *roles.contents}), roles
     if kind == "jsonl":
         return RecordSource("jsonl", lambda: jsonl_items(files), roles, files=files, rows=rows), roles
+    if kind == "image":
+        roles = Roles("id", None, None, None, "image")
+        return RecordSource("image", lambda: image_items(files), roles, files=files, rows=rows), roles
     roles = Roles("id", "text", None)
     return RecordSource("txt", lambda: text_items(files), roles, files=files, rows=rows), roles
 
@@ -234,6 +258,24 @@ def _labels(names: list[str], used: list[str], wanted: Sequence[str] | None, whe
     if len(set(chosen)) < len(chosen):
         raise DocumentsError("a label is named twice", found=", ".join(chosen))
     return chosen
+
+
+def _refuse_second_image(labels: Sequence[str], where: str | None) -> None:
+    if "image" in labels:
+        raise DocumentsError(
+            "a label cannot be called 'image' where the documents are images of another column",
+            where=where,
+            remedy="rename the column, or leave it out of labels=[…]",
+        )
+
+
+def _described(source: Source) -> list[dict[str, Any]]:
+    """Return the files of a corpus; the images of a folder, which may be millions, as one."""
+    files = [{"name": file.name, "bytes": file.path.stat().st_size} for file in source.files]
+    if source.kind != "image":
+        return files
+    digest = xxhash.xxh3_128_hexdigest(json.dumps(files).encode())
+    return [{"name": "*", "bytes": sum(f["bytes"] for f in files), "files": len(files), "xxh3_128": digest}]
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
@@ -293,6 +335,14 @@ def _text(array: pa.Array, place: str, start: int) -> pa.Array:
 def _messages(array: pa.Array, place: str, start: int) -> pa.Array:
     chats = [read_messages(value, f"{place} {start + index}") for index, value in enumerate(array.to_pylist())]
     return pa.array(chats, MESSAGES)
+
+
+def _images(array: pa.Array, names: pa.Array, place: str, folder: Path | None) -> pa.Array:
+    found = [
+        encode(value, f"{place}document {name!r}", folder)
+        for name, value in zip(names.to_pylist(), array.to_pylist(), strict=True)
+    ]
+    return pa.array(found, pa.large_binary())
 
 
 def _tokens(array: pa.Array, place: str, start: int) -> pa.Array:

@@ -6,7 +6,7 @@ import glob
 import json
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 
@@ -18,6 +18,7 @@ FORMATS = {
     "jsonl": (".jsonl", ".ndjson", ".json"),
     "csv": (".csv",),
     "txt": (".txt",),
+    "image": (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
 }
 COMPRESSED = (".gz", ".zst", ".bz2")  # of jsonl and csv
 
@@ -25,8 +26,9 @@ COMPRESSED = (".gz", ".zst", ".bz2")  # of jsonl and csv
 def find_files(paths: Sequence[str | os.PathLike], format: str | None) -> tuple[str, list[CorpusFile]]:
     """Return the format and the files that *paths* mean, with names relative to the folder that holds them all.
 
-    A folder means the files below it that have the suffix of a format, hidden ones left out; a glob means its
-    matches. Both are in the order of their names; a list of paths keeps its order.
+    A folder means the files below it that have the suffix of a format, hidden ones left out; images only where there is
+    nothing else, so that a table of paths may lie beside them. A glob means its matches. Both are in the order of their
+    names; a list of paths keeps its order.
 
     Raises
     ------
@@ -73,7 +75,7 @@ def format_of(path: Path) -> str | None:
     compressed = path.suffix.lower() in COMPRESSED
     suffix = (path.with_suffix("") if compressed else path).suffix.lower()
     kind = next((kind for kind, suffixes in FORMATS.items() if suffix in suffixes), None)
-    return None if compressed and kind in ("parquet", "txt") else kind
+    return None if compressed and kind in ("parquet", "txt", "image") else kind
 
 
 def _matches(path: Path, format: str | None) -> list[Path]:
@@ -82,7 +84,9 @@ def _matches(path: Path, format: str | None) -> list[Path]:
             (file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path))),
             key=lambda file: file.relative_to(path).as_posix(),
         )
-        return [file for file in below if (format_of(file) == format if format else format_of(file))]
+        kinds = {file: kind for file in below if (kind := format_of(file)) and kind == (format or kind)}
+        pictures = format == "image" or set(kinds.values()) == {"image"}
+        return [file for file, kind in kinds.items() if pictures or kind != "image"]
     if path.exists():
         return [path]
     if glob.has_magic(str(path)):
@@ -146,6 +150,16 @@ def text_items(files: list[CorpusFile]) -> Iterator[Item]:
             raise _not_utf8(file.name, error) from error
         except OSError as error:
             raise unreadable(file, "text", error) from error
+
+
+def image_items(files: list[CorpusFile]) -> Iterator[Item]:
+    """Yield one document for each image file: its name relative to the corpus is the id, that of its folder a label."""
+    for file in files:
+        folder = PurePosixPath(file.name).parent
+        yield (
+            file.name,
+            {"id": file.name, "image": file.path.absolute(), "folder": "" if folder.name == "" else str(folder)},
+        )
 
 
 def _lines(file: CorpusFile) -> Iterator[bytes]:

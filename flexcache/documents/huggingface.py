@@ -7,11 +7,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from flexcache.documents.sources import CorpusFile
+from flexcache.documents.sources import CorpusFile, OfFiles
 from flexcache.errors import ConfigError, DocumentsError
 
 
-class DatasetSource:
+class DatasetSource(OfFiles):
     """A ``datasets.Dataset`` or ``IterableDataset``, read in Arrow batches, a few at a time.
 
     Parameters

@@ -10,13 +10,14 @@ from typing import Any
 import pyarrow as pa
 
 from flexcache.documents.messages import MESSAGES, read_messages
-from flexcache.documents.sources import CorpusFile, Item, Roles
+from flexcache.documents.sources import CorpusFile, Item, OfFiles, Roles
 from flexcache.errors import DocumentsError, nearest
+from flexcache.images.encoded import encode, memory
 
 CHUNK_BYTES = 32 << 20  # a chunk of dicts ends here even if it has fewer documents than a batch
 
 
-class RecordSource:
+class RecordSource(OfFiles):
     """Dicts, one for each document.
 
     *items* starts a pass over them. They are read once when opened, to check them and to find types: a label that is
@@ -95,7 +96,7 @@ class RecordSource:
             if name == self._content or name == self._roles.id:
                 if name == self._content or self._has_id:
                     kind = self._roles.contents.get(name, "text")
-                    types[name] = {"tokens": pa.list_(pa.int32()), "messages": MESSAGES}.get(kind, pa.string())
+                    types[name] = _TYPES.get(kind, pa.string())
             elif name not in (self._roles.text, self._roles.tokens):  # the other of the two is null throughout
                 values = _array(
                     [self._value(record, name, place) for place, record in zip(where, records)], None, name, where
@@ -106,6 +107,9 @@ class RecordSource:
         value: Any = record.get(name)
         if name == self._roles.messages and name == self._content:
             return read_messages(value, where)
+        if name == self._roles.image and name == self._content:
+            named = f"{where}, id {record[self._roles.id]!r}" if self._has_id else where
+            return encode(value, named, self.folder(where))
         if name == self._roles.id and not isinstance(value, str):
             return str(operator.index(value))
         return value.tolist() if hasattr(value, "tolist") else value
@@ -128,7 +132,7 @@ class RecordSource:
             self._content, self._has_id = content, has_id or roles.id != "id"
         if content != self._content:
             raise DocumentsError(
-                "documents of several kinds, texts, tokens or messages, are mixed",
+                "documents of several kinds, texts, tokens, messages or images, are mixed",
                 where=where,
                 expected=f"{self._content}, as in the first document",
                 found=content,
@@ -151,7 +155,7 @@ class RecordSource:
 
 
 def content_column(names: list[str], roles: Roles, where: str | None) -> str:
-    """Return the one of the text, tokens and messages columns that is among *names*.
+    """Return the one of the text, tokens, messages and image columns that is among *names*.
 
     Raises
     ------
@@ -210,7 +214,7 @@ def _chunks(items: Iterable[Item], rows: int) -> Iterator[list[Item]]:
     for item in items:
         chunk.append(item)
         if isinstance(item[1], Mapping):
-            size += sum(len(value) for value in item[1].values() if isinstance(value, str | list))
+            size += sum(len(v) if isinstance(v, str | list) else memory(v) for v in item[1].values())
         if len(chunk) == rows or size > CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
@@ -218,6 +222,7 @@ def _chunks(items: Iterable[Item], rows: int) -> Iterator[list[Item]]:
         yield chunk
 
 
+_TYPES = {"tokens": pa.list_(pa.int32()), "messages": MESSAGES, "image": pa.large_binary()}
 _NOT_ARROW = (pa.ArrowException, UnicodeError, OverflowError, TypeError, ValueError)
 
 

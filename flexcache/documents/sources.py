@@ -27,23 +27,24 @@ _BOOLEAN = r"^([tT]rue|[fF]alse)$"
 
 @dataclass(frozen=True)
 class Roles:
-    """The column names of a document's id, text, tokens and messages in the source."""
+    """The column names of a document's id, text, tokens, messages and image in the source."""
 
     id: str
     text: str | None
     tokens: str | None
     messages: str | None = None
+    image: str | None = None
 
     @property
     def contents(self) -> dict[str, str]:
         """The columns that a document may be in, by name, with what they hold."""
-        kinds = {"text": self.text, "tokens": self.tokens, "messages": self.messages}
+        kinds = {"text": self.text, "tokens": self.tokens, "messages": self.messages, "image": self.image}
         return {column: kind for kind, column in kinds.items() if column}
 
     def present(self, names: Collection[str]) -> list[str]:
-        """Return which of them are among *names*; messages count where there is neither text nor tokens."""
+        """Return which are among *names*; messages count where there is neither text nor tokens, and then images."""
         plain = [name for name in (self.text, self.tokens) if name and name in names]
-        return plain or [name for name in (self.messages,) if name and name in names]
+        return plain or [name for name in (self.messages, self.image) if name and name in names][:1]
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,23 @@ class Source(Protocol):
         """Yield (where, batch) in corpus order, at most *rows* documents at a time, with *columns*."""
         ...
 
+    def folder(self, where: str) -> Path | None:
+        """Return the folder that paths of the documents there are relative to."""
+        ...
 
-class TableSource:
+
+class OfFiles:
+    """What all sources know of their files."""
+
+    files: list[CorpusFile]
+
+    def folder(self, where: str) -> Path | None:
+        """Return the folder of the file that *where* names, which paths in it are relative to; None where none is."""
+        named = [file for file in self.files if where == file.name or where.startswith(f"{file.name}, ")]
+        return max(named, key=lambda file: len(file.name)).path.parent if named else None
+
+
+class TableSource(OfFiles):
     """An Arrow table in memory."""
 
     kind = "table"
@@ -90,7 +106,7 @@ class TableSource:
             yield "the table", batch
 
 
-class ParquetSource:
+class ParquetSource(OfFiles):
     """Parquet files with compatible columns; a label that a file lacks is null there."""
 
     kind = "parquet"
@@ -167,7 +183,7 @@ class ParquetSource:
             raise unreadable(file, "Parquet", error) from error
 
 
-class CsvSource:
+class CsvSource(OfFiles):
     """CSV files with a header and the same columns; read once when opened, for their types.
 
     Columns named in *as_text* stay as written. Of the others, one of whole numbers, of fractions, or of ``true`` and

@@ -13,14 +13,19 @@ from flexcache.hooks.slots import Slots
 from flexcache.site import PATTERN, Side
 
 ATTENTION = ("self_attn", "self_attention", "attention", "attn", "linear_attn", "layer.0.SelfAttention")
-ATTENTION_OUT = ("o_proj", "out_proj", "c_proj", "dense", "Wo", "out_lin", "o")
+ATTENTION_OUT = (
+    *("o_proj", "out_proj", "c_proj", "dense", "Wo", "out_lin", "o"),
+    *("projection", "projection_layer"),  # of vision transformers: BLIP, InternVL
+)
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "layer.1.DenseReluDense")
-MLP_DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc_out", "fc2", "Wo", "lin2", "w2", "wo")
+MLP_DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc_out", "fc2", "Wo", "lin2", "w2", "wo", "weights_out")
 ACTIVATION = ("act_fn", "act", "activation_fn", "activation", "gelu_impl")
 ROUTER = ("gate", "router")
 
 ATTENTION_POST_NORM = ("post_self_attn_layernorm", "post_attention_layernorm")
 MLP_POST_NORM = ("post_feedforward_layernorm", "post_mlp_layernorm")
+ATTENTION_SCALE, MLP_SCALE = "layer_scale1", "layer_scale2"
+"""What DINOv2 and DINOv3 scale the results of attention and MLP by, feature by feature, before they are added."""
 
 NORM_PAIRS = (
     ("attention.output.LayerNorm", "output.LayerNorm"),
@@ -31,11 +36,14 @@ NORM_PAIRS = (
 
 MIDDLE_NORM = (
     *("pre_feedforward_layernorm", "pre_mlp_layernorm", "ln_2", "norm_2", "mlp_norm", "ff_norm", "layernorm_after"),
-    *("post_attention_layernorm", "final_layer_norm", "layer.1.layer_norm"),
+    *("post_attention_layernorm", "final_layer_norm", "layer.1.layer_norm", "layer_norm2", "norm2", "rms_norm2"),
 )
 """Norms that read the residual stream between attention and MLP, of blocks that normalize first."""
 
-FINAL_NORM = ("norm", "ln_f", "norm_f", "final_layer_norm", "final_layernorm", "final_norm", "layer_norm", "layernorm")
+FINAL_NORM = (
+    *("norm", "ln_f", "norm_f", "final_layer_norm", "final_layernorm", "final_norm", "layer_norm", "layernorm"),
+    *("post_layernorm", "rms_norm"),  # of vision transformers; CLIP's reads the class token alone, and is refused
+)
 """Norms beside the blocks, after the last of them."""
 
 
@@ -88,6 +96,7 @@ def _candidates(block: nn.Module, site: str) -> Iterator[str]:
     elif site in ("attn_out", "z"):
         # Llama's post_attention_layernorm is the norm before its MLP: without one after the MLP, it is no post-norm.
         yield from ATTENTION_POST_NORM if post_norm and site == "attn_out" else ()
+        yield from (ATTENTION_SCALE,) if site == "attn_out" else ()
         yield "attention.output.dense"
         yield from (f"{module}.{out}" for module in (*ATTENTION, "attn.attention") for out in ATTENTION_OUT)
         yield from ATTENTION if site == "attn_out" else ()
@@ -97,7 +106,7 @@ def _candidates(block: nn.Module, site: str) -> Iterator[str]:
     elif site == "router_logits":
         yield from (f"{module}.{router}" for module in MLP for router in ROUTER)
     else:
-        yield from post_norm if site == "mlp_out" else ()
+        yield from (*post_norm, MLP_SCALE) if site == "mlp_out" else ()
         yield from (f"{module}.{down}" for module in MLP for down in MLP_DOWN)
         yield from ("output.dense", "fc2") if bare else ()
         yield from MLP if site == "mlp_out" else ()

@@ -16,13 +16,13 @@ from flexcache.hooks.locate import locate
 from flexcache.hooks.measure import Example, example_inputs
 from flexcache.hooks.names import modules
 from flexcache.hooks.tap import Tap
-from flexcache.hooks.taps import Taps
+from flexcache.hooks.taps import Taps, batch_shape
 from flexcache.site import Site
 
 SHAPE = (2, 11)
 """Sequences and tokens of the example; the first sequence is changed, the second must stay as it was."""
 POSITION = 4
-"""The token whose query, key or value is changed: neither the first nor the last."""
+"""The token whose query, key or value is changed: neither the first nor the last, of six or more."""
 STRENGTHS = (64.0, 4096.0)
 """Of the change, in units of the largest value, until it shows: a model may attend almost evenly."""
 ROUNDINGS = 4
@@ -92,6 +92,9 @@ class _Trial:
     def __init__(self, model: nn.Module, place: _Place, example: Example | None) -> None:
         self.model, self.place = model, place
         self.inputs = example_inputs(model, example, SHAPE)
+        args = () if isinstance(self.inputs, Mapping) else self.inputs
+        args = args if isinstance(args, tuple) else (args,)
+        self.shape = batch_shape(model, args, self.inputs if isinstance(self.inputs, Mapping) else {})
         heads = find_heads(place.attention)
         if heads is None:
             raise self._error(
@@ -173,7 +176,7 @@ class _Trial:
         return read[0].flatten(2)
 
     def _change(self, values: torch.Tensor, strength: float) -> torch.Tensor:
-        shaped = self.place.tap.shaped(values, SHAPE).clone()
+        shaped = self.place.tap.shaped(values, self.shape).clone()
         self._width = shaped.shape[-1]
         if shaped.shape[-1] % self._groups:
             raise self._error(

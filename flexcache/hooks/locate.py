@@ -14,6 +14,7 @@ from flexcache.hooks.aliases import FINAL_NORM, MLP, find_part, part
 from flexcache.hooks.blocks import find_blocks, is_elsewhere
 from flexcache.hooks.names import inner, modules, unwrap
 from flexcache.hooks.tap import Tap
+from flexcache.hooks.vision import reads_images
 from flexcache.site import GRADIENT, ONCE, PATTERN, STANDARD, Layers, Site, array_name, resolve_layers
 
 
@@ -82,11 +83,13 @@ def _once(model: nn.Module, site: str) -> Tap:
         except (AttributeError, NotImplementedError):
             found = None
         name = names.get(id(inner(found))) if isinstance(found, nn.Module) else None
+        if reads_images(model):  # that is of patches alone; around it, special tokens and positions are added
+            name = next((path for path in names.values() if path.rpartition(".")[2] == "embeddings"), name)
     else:
         path, _ = find_blocks(model)
-        holder, _, own = path.rpartition(".")
-        beside = [child for child in modules(model)[holder]._modules if child != own]
-        name = next((f"{holder}.{child}".lstrip(".") for child in beside if child in FINAL_NORM), None)
+        name = _norm_beside(model, path)
+        if name is None and reads_images(model) and "." in path:  # of an encoder that is all blocks
+            name = _norm_beside(model, path.rpartition(".")[0])
     if name is None:
         raise SiteError(
             f"the model has no {site}" + (" beside its blocks" if site == "final_norm" else ""),
@@ -94,6 +97,13 @@ def _once(model: nn.Module, site: str) -> Tap:
             remedy="give the module path, as flexcache sites MODEL shows it",
         )
     return Tap(site, None, name)
+
+
+def _norm_beside(model: nn.Module, path: str) -> str | None:
+    """Return the path of the last norm beside a module; None where there is none."""
+    holder, _, own = path.rpartition(".")
+    beside = [child for child in modules(model)[holder]._modules if child != own]
+    return next((f"{holder}.{child}".lstrip(".") for child in beside if child in FINAL_NORM), None)
 
 
 def _missing(site: str, layers: list[int], path: str, blocks: nn.ModuleList) -> SiteError:

@@ -14,6 +14,7 @@ from flexcache.hooks.blocks import check_single_stack
 from flexcache.hooks.names import text_config, unwrap
 from flexcache.hooks.tap import Tap
 from flexcache.hooks.taps import Sink, Taps, accepts
+from flexcache.hooks.vision import default_pixels, example_pixels, reads_images
 from flexcache.parallel.twin import without_values
 
 EXAMPLE_SHAPE = (3, 11)
@@ -95,8 +96,12 @@ def measure(
 
 
 def example_inputs(model: nn.Module, example: Example | None = None, shape: tuple[int, int] = EXAMPLE_SHAPE) -> Any:
-    """Return the inputs of a small example of (sequences, tokens)."""
-    return _token_ids(model, shape) if example is None else example(*shape)
+    """Return the inputs of a small example of (sequences, tokens); of images, which have tokens of their own number."""
+    if example is not None:
+        return example(*shape)
+    if reads_images(model):
+        return example_pixels(model, shape[0], default_pixels(model), input_device(model))
+    return _token_ids(model, shape)
 
 
 def run_example(model: nn.Module, taps: Sequence[Tap], sink: Sink, example: Example | None = None) -> tuple[Any, Any]:

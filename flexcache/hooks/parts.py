@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from flexcache.errors import SiteError
-from flexcache.hooks.aliases import NORM_PAIRS, part
+from flexcache.hooks.aliases import ATTENTION_SCALE, NORM_PAIRS, part
 from flexcache.hooks.blocks import find_blocks, is_elsewhere
 from flexcache.hooks.locate import locate
 from flexcache.hooks.measure import Example, Reader, read_example
@@ -134,9 +134,10 @@ def _checks(model: nn.Module, tap: Tap) -> Iterator[_Check]:
     elif tap.array == "z":
         projected, added = replace(tap, side="output"), at("attn_out")
         before = replace(added, side="input")  # of a post-norm
-        ways = [("sum", (added,)), *([("sum", (before,))] if "norm" in added.module.rpartition(".")[2] else [])]
+        name = added.module.rpartition(".")[2]
+        ways = [("sum", (added,)), *([("sum", (before,))] if "norm" in name or name == ATTENTION_SCALE else [])]
         if added != replace(projected, array="attn_out"):
-            yield _Check(projected, "attn_out, or what its post-norm reads", ways)
+            yield _Check(projected, "attn_out, or what its post-norm or layer scale reads", ways)
     elif tap.array == "router_logits":
         yield _Router(tap, modules(model)[tap.module])
 

@@ -18,6 +18,7 @@ from flexcache.hooks.locate import is_container, locate
 from flexcache.hooks.measure import EXAMPLE_SHAPE, Example, run_example
 from flexcache.hooks.names import modules, text_config, unwrap
 from flexcache.hooks.tap import Tap
+from flexcache.hooks.vision import default_pixels, example_pixels, reads_images
 from flexcache.parallel.assembly import ALIKE
 from flexcache.parallel.layout import explain
 from flexcache.parallel.twin import Extent, Probe, Shape, Twin
@@ -73,7 +74,8 @@ def survey(model: nn.Module, *, example: Example | None = None) -> tuple[Surveye
     Parameters
     ----------
     example
-        For models that do not take ``input_ids``: a function of (sequences, tokens) that makes their inputs.
+        For models that take neither ``input_ids`` nor ``pixel_values``: a function of (sequences, tokens) that makes
+        their inputs.
 
     Raises
     ------
@@ -308,6 +310,8 @@ def _inputs(model: nn.Module, example: Example | None) -> tuple[tuple[Any, ...],
     if example is not None:
         made = example(*EXAMPLE_SHAPE)
         return ((), dict(made)) if isinstance(made, Mapping) else (made if isinstance(made, tuple) else (made,), {})
+    if reads_images(model):
+        return (), example_pixels(model, EXAMPLE_SHAPE[0], default_pixels(model), torch.device("meta"))
     ids = torch.empty(EXAMPLE_SHAPE, dtype=torch.int64, device="meta")
     two = getattr(text_config(model), "is_encoder_decoder", False)
     return (), {"input_ids": ids} | ({"decoder_input_ids": ids} if two else {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from flexcache.errors import SiteError
 from flexcache.hooks.names import modules, unwrap
 from flexcache.hooks.tap import Tap
+from flexcache.hooks.vision import PIXELS, image_tokens
 
 Sink = Callable[[Tap, torch.Tensor], None]
 
@@ -113,7 +114,7 @@ class Taps:
         SiteError
             The objective does not depend on an activation, or is not finite; else as of `forward`.
         """
-        batch = _batch_shape(args, inputs)
+        batch = batch_shape(self._model, args, inputs)
         try:
             with torch.enable_grad():
                 value = objective(self._run(args, inputs))
@@ -138,7 +139,7 @@ class Taps:
     def _run(self, args: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
         if len(self._handles) != len(self._taps):
             raise SiteError("the taps are not open", remedy="use them as: with Taps(model, taps, sink) as taps: …")
-        self._batch = _batch_shape(args, inputs)
+        self._batch = batch_shape(self._model, args, inputs)
         self._pending = set(self._taps)
         try:
             with eager(self._model), self._stopping() as result:
@@ -262,7 +263,17 @@ def activations_only(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _batch_shape(args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[int, int]:
+def batch_shape(model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> tuple[int, int]:
+    """Return how many sequences the inputs of a model are, and the tokens of the longest.
+
+    Raises
+    ------
+    SiteError
+        They do not tell.
+    """
+    pixels = inputs.get(PIXELS)
+    if isinstance(pixels, torch.Tensor) and pixels.ndim == 4 and "input_ids" not in inputs:
+        return pixels.shape[0], image_tokens(model, pixels)
     candidates = (inputs.get("input_ids"), inputs.get("inputs_embeds"), *args, *inputs.values())
     for value in candidates:
         if isinstance(value, torch.Tensor) and value.ndim >= 2:

@@ -10,7 +10,8 @@ import pyarrow as pa
 import xxhash
 
 from flexcache.errors import DocumentsError
-from flexcache.sequences import messages_digests
+from flexcache.images.encoded import IMAGE, IMAGE_DIGEST
+from flexcache.sequences import image_digests, messages_digests
 from flexcache.spec import Spec
 from flexcache.store.store import Store
 
@@ -116,6 +117,11 @@ class Added:
             if "messages_xxh3_128" not in documents.column_names:
                 return ["no chat"] * len(given), ["a chat"] * len(given)
             return documents.column("messages_xxh3_128").take(pa.array(places)).to_pylist(), given
+        if IMAGE in known.schema.names:
+            given = image_digests(known.column(IMAGE))
+            if IMAGE_DIGEST not in documents.column_names:
+                return ["no image"] * len(given), ["an image"] * len(given)
+            return documents.column(IMAGE_DIGEST).take(pa.array(places)).to_pylist(), given
         if not Spec.model_validate(self._store.spec).whole:
             return self._rows_of(places, known.column("tokens").to_pylist())
         lines = np.searchsorted(self._store.tokens.column("document").to_numpy(), places)

@@ -6,16 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from flexcache.errors import DamagedError
+from flexcache.images.encoded import IMAGE
 from flexcache.plan import Largest, parts
 from flexcache.store.place import Place
 from flexcache.store.schema import SEQUENCES
 from flexcache.store.tables import open_table
+
+if TYPE_CHECKING:
+    from flexcache.recorder.imaging import Padding
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Batch:
     mean : bool
     picked : tuple of ndarray of int32, or None
         Where not all positions from the first to the last are kept: those that are, of each sequence.
+    images : tuple of bytes, or None
+        Where sequences are images: each, as it is encoded. Their token ids are -1.
     """
 
     unit: int
@@ -47,6 +53,7 @@ class Batch:
     keep: tuple[tuple[int, int], ...]
     mean: bool = False
     picked: tuple[np.ndarray, ...] | None = None
+    images: tuple[bytes, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,16 +77,20 @@ class Batch:
         lengths = np.array([len(sequence) for sequence in self.tokens])
         return (np.arange(self.shape[1]) < lengths[:, None]).astype(np.int64)
 
-    def inputs(self, pad: int = 0, width: int | None = None) -> dict[str, np.ndarray]:
-        """Return what a forward of the batch takes, by keyword: token ids and their mask, right-padded.
+    def inputs(self, pad: Padding = 0, width: int | None = None) -> dict[str, np.ndarray]:
+        """Return what a forward of the batch takes, by keyword: token ids and their mask, right-padded; or pixels.
 
         Parameters
         ----------
         pad
-            The token id for padding.
+            The token id for padding; of images, the `ImageInput` that makes pixels of them.
         width
             Tokens to pad to; by default those of the longest sequence.
         """
+        if self.images is not None:
+            assert not isinstance(pad, int)
+            return pad.inputs(self.images, [f"document {number} of the store" for number in self.documents.tolist()])
+        assert isinstance(pad, int)
         arrays = {"input_ids": self.input_ids(pad), "attention_mask": self.attention_mask()}
         more = 0 if width is None else width - self.shape[1]
         if not more:
@@ -142,6 +153,7 @@ def split(batch: Batch, batch_tokens: int) -> list[Batch]:
             tokens=batch.tokens[start:stop],
             keep=batch.keep[start:stop],
             picked=None if batch.picked is None else batch.picked[start:stop],
+            images=None if batch.images is None else batch.images[start:stop],
         )
         for start, stop in cuts
     ]
@@ -222,6 +234,7 @@ class BatchReader:
             kept = table.column("keep").combine_chunks()
             places = kept.values.to_numpy(zero_copy_only=False)
             picked = [places[start:stop] for start, stop in pairwise(kept.offsets.to_numpy())]
+        images = table.column(IMAGE) if IMAGE in table.column_names and _encoded(table) else None
         batches = []
         for lines in _runs(column["batch"]):
             first, last = lines[0], lines[-1]
@@ -242,9 +255,15 @@ class BatchReader:
                     keep=tuple((int(a), int(b)) for a, b in zip(starts, stops, strict=True)),
                     mean=self._mean,
                     picked=None if picked is None else tuple(picked[line] for line in lines),
+                    images=None if images is None else tuple(images[int(line)].as_py() for line in lines),
                 )
             )
         return batches
+
+
+def _encoded(table: pa.Table) -> bool:
+    """Whether the column of images has them: a label of single tokens may have the same name."""
+    return bool(pa.types.is_large_binary(table.schema.field(IMAGE).type))
 
 
 def _runs(numbers: np.ndarray) -> Sequence[np.ndarray]:

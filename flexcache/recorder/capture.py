@@ -9,10 +9,13 @@ from typing import Any
 from flexcache import hooks
 from flexcache.documents import open_documents
 from flexcache.hooks.names import whole
+from flexcache.hooks.vision import reads_images
+from flexcache.images.input import reader_of
 from flexcache.model import describe_model, describe_tokenizer, evaluating, longest_input, vocabulary
 from flexcache.options import Choice, Packing, Windows, parse_rows
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.fingerprint import fingerprint
+from flexcache.recorder.imaging import check_images, described_patches
 from flexcache.recorder.objective import OBJECTIVE, Objective, describe
 from flexcache.recorder.planning import Source, check_same, plan_store, stored_identity
 from flexcache.recorder.progress import CaptureProgress
@@ -69,12 +72,13 @@ def capture(
     Parameters
     ----------
     model
-        Any transformers model with token ids as input, on any device. In a pipeline of torch, this process's
-        `PipelineStage`, or a list of them; see `flexcache.parallel.stages`.
+        Any transformers model with token ids as input, or a vision transformer (blocks that read one token a patch), on
+        any device. In a pipeline of torch, this process's `PipelineStage`, or a list of them; see
+        `flexcache.parallel.stages`.
     tokenizer
-        The model's tokenizer; None where documents have ``tokens``.
+        The model's tokenizer; None where documents have ``tokens``. Of a vision transformer, its image processor.
     documents
-        Dicts ``{"id", "text" | "tokens", any labels}``, or a path; see `flexcache.open_documents`.
+        Dicts ``{"id", "text" | "tokens" | "image", any labels}``, or a path; see `flexcache.open_documents`.
     path
         The store. Where one made from the same arguments exists, its missing units are captured.
     sites, layers
@@ -143,7 +147,7 @@ def capture(
             "objective": None if objective is None else describe(objective),
             **parse_rows(rows),
             "dtype": dtype,
-            "max_length": max_length or longest_input(model, tokenizer),
+            "max_length": max_length if reads_images(model) else max_length or longest_input(model, tokenizer),
             "max_tokens": max_tokens,
             "windows": windows,
             "packing": packing,
@@ -162,17 +166,19 @@ def capture(
         reading = locate(model, spec, transforms, objective, crew.elsewhere())
         crew.check(reading)
         corpus = open_documents(documents)
+        tokenizer = reader_of(model, tokenizer, corpus.schema.names)
+        example = check_images(model, spec, reading, tokenizer, crew)
         source = Source(
             documents=corpus,
             tokenizer=tokenizer,
-            arrays=measure_arrays(model, spec, reading, crew.read_example),
+            arrays=measure_arrays(model, spec, reading, crew.read_example, example),
             spec=spec,
             model=describe_model(model) | (model_info or {}),
             tokenizer_identity=describe_tokenizer(tokenizer, "messages" in corpus.schema.names),
             vocabulary=vocabulary(model),
-            notes={"user_hooks": hooks.user_hooks(model)},
+            notes={"user_hooks": hooks.user_hooks(model)} | described_patches(tokenizer),
         )
-        hooks.check_identity(model, reading.taps, reader=crew.read_example, alone=crew.alone)
+        hooks.check_identity(model, reading.taps, example=example, reader=crew.read_example, alone=crew.alone)
         planning = bars.planning(None)
         amount = plan_store(path, source, planning, planning.wait)
         planning.done(amount is not None)

@@ -11,10 +11,12 @@ from flexcache import hooks
 from flexcache.documents import Documents, open_documents
 from flexcache.errors import ConfigError, MismatchError
 from flexcache.hooks.names import whole
+from flexcache.images.input import stored_input
 from flexcache.model import CHAT_TEMPLATE, describe_model, describe_tokenizer, evaluating, vocabulary
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.extension import Extension, check_equal, more_arrays, more_documents, opened, tokens_of
 from flexcache.recorder.fingerprint import check_fingerprint, fingerprint
+from flexcache.recorder.imaging import check_images
 from flexcache.recorder.objective import OBJECTIVE, Objective, describe
 from flexcache.recorder.planning import check_same, model_content
 from flexcache.recorder.progress import CaptureProgress
@@ -63,7 +65,8 @@ def extend(
     Parameters
     ----------
     model, tokenizer
-        Those that the store was captured with; compared by configuration and weights.
+        Those that the store was captured with; compared by configuration and weights. Of images, the image processor,
+        or None for what the store says of it.
     documents
         More documents. None, or the corpus with which the store was begun, where sites or layers are added.
     sites, layers, transforms, objective
@@ -101,6 +104,8 @@ def extend(
     root = local(path, "flexcache extend")
     corpus = None if documents is None else open_documents(documents)
     store = opened(root)
+    if store.images:
+        tokenizer = stored_input(store, model, tokenizer)
     check_model(store, describe_model(model) | (model_info or {}), tokenizer)
     asked = _asked(store, sites, layers, transforms, objective)
     if corpus is None and asked is None:
@@ -114,8 +119,9 @@ def extend(
         def read(spec: Spec) -> tuple[Reading, list[ArraySpec]]:
             reading = locate(model, spec, transforms, objective, crew.elsewhere())
             crew.check(reading)
-            arrays = measure_arrays(model, spec, reading, crew.read_example)
-            hooks.check_identity(model, reading.taps, reader=crew.read_example, alone=crew.alone)
+            example = check_images(model, spec, reading, tokenizer, crew)
+            arrays = measure_arrays(model, spec, reading, crew.read_example, example)
+            hooks.check_identity(model, reading.taps, example=example, reader=crew.read_example, alone=crew.alone)
             return reading, arrays
 
         everything = Spec.model_validate(store.spec)

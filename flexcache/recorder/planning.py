@@ -128,7 +128,7 @@ def make_plan(source: Source, folder: Path, progress: Progress) -> tuple[Plan, S
     check_names(source.arrays)
     corpus = tokenized(source, source.documents, folder, progress)
     lengths, cuts = corpus.lengths, corpus.cuts
-    plan = planned(source, cuts.lengths, cuts.kept, linked=cuts.linked)
+    plan = planned(source, cuts.lengths, cuts.kept, linked=cuts.linked, image_bytes=corpus.image_bytes)
     shard_rows = plan.shard_rows
     run, padded, largest = plan.forwards()
     n_arrays = sum(len(array.slices) for array in source.arrays)
@@ -173,12 +173,17 @@ def planned(
     kept: np.ndarray,
     shard_rows: int | None = None,
     linked: np.ndarray | None = None,
+    image_bytes: int = 0,
 ) -> Plan:
-    """Cut sequences of these lengths and rows into units, of *shard_rows* where they are only a part of a corpus."""
+    """Cut sequences of these lengths and rows into units, of *shard_rows* where they are only a part of a corpus.
+
+    Of images, a unit's *image_bytes* are bounded like the bytes of a shard, since they are read together.
+    """
     spec = source.spec
     if shard_rows is None:
         tokens, rows = (int(values.sum(dtype=np.int64)) for values in (lengths, kept))
-        shard_rows = unit_rows(rows, int(kept.max()), tokens, source.widest_row, spec.batch_tokens)
+        widest = max(source.widest_row, image_bytes // max(1, rows))
+        shard_rows = unit_rows(rows, int(kept.max()), tokens, widest, spec.batch_tokens)
     return Plan(lengths, kept, shard_rows, spec.batch_tokens, spec.seed, linked=linked)
 
 

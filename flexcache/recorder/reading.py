@@ -11,7 +11,8 @@ import torch
 
 from flexcache import hooks
 from flexcache.errors import CaptureError, ConfigError
-from flexcache.hooks.measure import Reader, read_example
+from flexcache.hooks.measure import Example, Reader, read_example
+from flexcache.hooks.taps import batch_shape
 from flexcache.recorder.batch import Batch
 from flexcache.recorder.objective import OBJECTIVE, NextTokenLoss, Objective, by_token, checked
 from flexcache.recorder.transform import Transform
@@ -82,7 +83,11 @@ def locate(
 
 
 def measure_arrays(
-    model: torch.nn.Module, spec: Spec, reading: Reading, reader: Reader = read_example
+    model: torch.nn.Module,
+    spec: Spec,
+    reading: Reading,
+    reader: Reader = read_example,
+    example: Example | None = None,
 ) -> list[ArraySpec]:
     """Return the arrays of a store: names, widths and dtypes, by one small forward.
 
@@ -100,10 +105,12 @@ def measure_arrays(
             return values
         if values.device.type == "meta":
             values = torch.zeros(values.shape, dtype=values.dtype)
-        return transform(values, _example(inputs))
+        return transform(values, _example(model, inputs))
 
     plain = {tap: replace(tap, gradient=False) for tap in reading.taps}
-    measured = hooks.measure(model, tuple(dict.fromkeys(plain.values())), through=through, reader=reader)
+    measured = hooks.measure(
+        model, tuple(dict.fromkeys(plain.values())), example=example, through=through, reader=reader
+    )
     arrays: list[ArraySpec] = []
     for text, taps in reading.sources.items():
         kinds = {tap: measured[plain[tap]] for tap in taps}
@@ -115,26 +122,27 @@ def measure_arrays(
             arrays.append(_array(taps[0].array, site, layers, depth, kinds[taps[0]], dim, spec))
         else:
             arrays += [_array(tap.array, site, None, None, kinds[tap], dim or _own_dim(tap), spec) for tap in taps]
-    if reading.objective is not None and _objective_by_token(model, reading.objective, reader):
+    if reading.objective is not None and _objective_by_token(model, reading.objective, reader, example):
         kind = hooks.Activation((1,), torch.float32)
         arrays.append(_array(OBJECTIVE, OBJECTIVE, None, None, kind, f"feature_{OBJECTIVE}", spec, "float32"))
     return with_scales(arrays)
 
 
-def _objective_by_token(model: torch.nn.Module, objective: Objective, reader: Reader) -> bool:
-    inputs, _, output = reader(model, (), None)
-    batch = _example(inputs)
+def _objective_by_token(model: torch.nn.Module, objective: Objective, reader: Reader, example: Example | None) -> bool:
+    inputs, _, output = reader(model, (), example)
+    batch = _example(model, inputs)
     try:
         return by_token(checked(objective(output, batch), batch), batch) is not None
     except Exception:
-        if inputs["input_ids"].device.type == "meta":  # no values to compute with: only the plan is asked for
+        if next(iter(inputs.values())).device.type == "meta":  # no values to compute with: only the plan is asked for
             return True
         raise
 
 
-def _example(inputs: Any) -> Batch:
-    shape = tuple(inputs["input_ids"].shape)
-    ids = inputs["input_ids"].cpu() if inputs["input_ids"].device.type != "meta" else torch.ones(shape)
+def _example(model: torch.nn.Module, inputs: Any) -> Batch:
+    given = inputs.get("input_ids")
+    shape = batch_shape(model, (), inputs)
+    ids = torch.full(shape, -1) if given is None else torch.ones(shape) if given.device.type == "meta" else given.cpu()
     tokens = tuple(line.int().numpy() for line in ids)
     documents = torch.arange(shape[0]).numpy()
     return Batch(0, 0, range(math.prod(shape)), documents, tokens, ((0, shape[1]),) * shape[0])

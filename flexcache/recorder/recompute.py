@@ -12,10 +12,12 @@ import torch
 
 from flexcache.errors import StoreError
 from flexcache.hooks.names import peel
-from flexcache.model import describe_model, evaluating, pad_id
+from flexcache.images.input import stored_input
+from flexcache.model import describe_model, evaluating
 from flexcache.recorder.batch import Batch, BatchReader
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.fingerprint import fingerprint
+from flexcache.recorder.imaging import padding
 from flexcache.recorder.objective import Objective
 from flexcache.recorder.planning import check_same
 from flexcache.recorder.reading import locate
@@ -71,7 +73,7 @@ def recompute(
     units
         How many, drawn at random with *seed*.
     tokenizer
-        For the id of padding, as in the capture.
+        For the id of padding, as in the capture. Of images, the image processor, or None for what the store says of it.
     transforms, objective
         The functions that the store was captured with.
     progress
@@ -96,6 +98,8 @@ def recompute(
         {"model": {part: given[part] for part in parts}},
         store.path,
     )
+    if store.images:
+        tokenizer = stored_input(store, model, tokenizer)
     reading = locate(model, Spec.model_validate(store.spec), transforms, objective)
     now = fingerprint(model)
     worst: dict[tuple[int, str, int | None], tuple[bool, float, float]] = {}
@@ -115,7 +119,7 @@ def recompute(
     reader = BatchReader(store.path, mean=store.spec.get("rows") == "mean")
     crew = Crew(model)
     conditions = {}
-    with evaluating(model), forwards(model, reading, pad_id(model, tokenizer), compare, crew) as forward:
+    with evaluating(model), forwards(model, reading, padding(model, tokenizer), compare, crew) as forward:
         for unit in chosen:
             record = store.ledger.read(unit)
             conditions[unit] = record.fingerprint == now

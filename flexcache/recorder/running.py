@@ -16,11 +16,11 @@ from flexcache import hooks
 from flexcache.errors import CaptureError
 from flexcache.hooks.measure import input_device
 from flexcache.hooks.taps import activations_only
-from flexcache.model import pad_id
 from flexcache.parallel.fsdp import settle
 from flexcache.recorder.batch import Batch
 from flexcache.recorder.crew import DONE, IDLE, Crew
 from flexcache.recorder.cuda import CudaLane, pinned_slab
+from flexcache.recorder.imaging import Padding, padding, tensors
 from flexcache.recorder.objective import OBJECTIVE, by_token, checked
 from flexcache.recorder.progress import CaptureProgress, time_table
 from flexcache.recorder.reading import Reading
@@ -55,7 +55,7 @@ def complete(
     if not recorder.pending():
         bars.say(f"{name} is complete: nothing to do")
         return
-    began, pad = time.perf_counter(), pad_id(model, tokenizer)
+    began, pad = time.perf_counter(), padding(model, tokenizer)
     try_largest(model, reading, recorder, pad, bars, crew)
     run(model, reading, recorder, pad, bars, crew)
     tally, seconds = recorder.tally, time.perf_counter() - began
@@ -74,7 +74,7 @@ def run(
     model: torch.nn.Module,
     reading: Reading,
     recorder: Recorder,
-    pad: int,
+    pad: Padding,
     bars: CaptureProgress | None = None,
     crew: Crew | None = None,
 ) -> None:
@@ -128,7 +128,7 @@ def try_largest(
     model: torch.nn.Module,
     reading: Reading,
     recorder: Recorder,
-    pad: int,
+    pad: Padding,
     bars: CaptureProgress | None = None,
     crew: Crew | None = None,
 ) -> None:
@@ -183,7 +183,7 @@ def smaller_batches(recorder: Recorder, found: str, bars: CaptureProgress | None
 
 @contextmanager
 def forwards(
-    model: torch.nn.Module, reading: Reading, pad: int, sink: Sink, crew: Crew
+    model: torch.nn.Module, reading: Reading, pad: Padding, sink: Sink, crew: Crew
 ) -> Iterator[Callable[[Batch | None], None]]:
     """Give a function that runs the model over a batch, right-padded, and feeds what is read of it to *sink*.
 
@@ -191,7 +191,7 @@ def forwards(
     for others who share the weights. The forward stops after the last site; with an objective it runs to the end, and
     back.
     """
-    device, objective, gathering = input_device(model), reading.objective, crew.gathering
+    objective, gathering = reading.objective, crew.gathering
     numbers = {tap: number for number, tap in enumerate(reading.taps)}
     now: list[Batch] = []
 
@@ -213,7 +213,7 @@ def forwards(
         now[:] = [] if batch is None else [batch]
         batch = ONE_TOKEN if batch is None else batch
         width = None if gathering is None else gathering.width(batch.shape[1])
-        inputs = {name: torch.from_numpy(values).to(device) for name, values in batch.inputs(pad, width).items()}
+        inputs = tensors(model, batch.inputs(pad, width))
         if gathering is not None:
             inputs |= gathering.inputs(inputs["input_ids"])
             inputs = inputs if gathering.masked else {k: v for k, v in inputs.items() if k != "attention_mask"}

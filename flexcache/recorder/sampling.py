@@ -105,7 +105,8 @@ def _extrapolated(source: Source, corpus: Spool, scale: float, seed: int) -> Est
     lengths, kept, linked = cuts.lengths, cuts.kept, cuts.linked
     tokens = round(int(lengths.sum(dtype=np.int64)) * scale)
     n_rows = round(int(kept.sum()) * scale)
-    shard_rows = unit_rows(n_rows, int(kept.max()), tokens, source.widest_row, spec.batch_tokens)
+    widest = max(source.widest_row, corpus.image_bytes // max(1, int(kept.sum())))
+    shard_rows = unit_rows(n_rows, int(kept.max()), tokens, widest, spec.batch_tokens)
     if scale != 1:
         some = _drawn(kept, shard_rows, round(len(lengths) * scale), seed)
         lengths, kept, linked = lengths[some], kept[some], None

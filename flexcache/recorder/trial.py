@@ -21,6 +21,7 @@ from flexcache.model import evaluating
 from flexcache.recorder.batch import Batch, BatchReader
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.cuda import CudaLane
+from flexcache.recorder.imaging import Padding
 from flexcache.recorder.range_error import range_error
 from flexcache.recorder.reading import Reading
 from flexcache.recorder.rows import Unstorable, rows_of
@@ -65,7 +66,7 @@ def try_batches(
     model: torch.nn.Module,
     reading: Reading,
     plan: Path,
-    pad: int,
+    pad: Padding,
     *,
     seconds: float = 10.0,
     seed: int = 0,
@@ -93,7 +94,8 @@ def try_batches(
     sink = _forgetting(store, model, now)
     measured: list[tuple[int, float]] = []
     with evaluating(model), closing(Crew(model)) as crew, forwards(model, reading, pad, sink, crew) as forward:
-        hooks.check_identity(model, reading.taps, reader=crew.read_example, alone=crew.alone)
+        example = None if isinstance(pad, int) else pad.example(model)
+        hooks.check_identity(model, reading.taps, example=example, reader=crew.read_example, alone=crew.alone)
         largest = reader.largest()
         spent = 0.0
         for batch in _endless(reader, store.n_units, largest, seed):

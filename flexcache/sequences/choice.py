@@ -29,7 +29,9 @@ def chosen(
     if choice is None:
         return None
     kept = np.ones(len(encoded.flat), bool)
-    if not choice.specials:
+    if not choice.specials and "image" in batch.schema.names:
+        kept &= np.tile(_patches(tokenizer), len(encoded.lengths))
+    elif not choice.specials:
         kept &= ~np.isin(encoded.flat, _specials(tokenizer))
     if choice.character_spans is not None:
         kept &= in_spans(batch, encoded, choice.character_spans, characters=True)
@@ -81,8 +83,9 @@ def spans(batch: pa.RecordBatch, encoded: Encoded, column: str, *, characters: b
     if not is_spans(kind):
         raise DocumentsError(f"column {column!r} holds no spans", expected="lists of {start, end}", found=str(kind))
     if characters and encoded.characters is None:
+        are = "images" if "image" in batch.schema.names else "tokens"
         raise DocumentsError(
-            f"column {column!r} is to hold spans of characters, and the documents are tokens",
+            f"column {column!r} is to hold spans of characters, and the documents are {are}",
             expected="documents of texts, or spans of tokens",
         )
     result = []
@@ -116,7 +119,7 @@ def column_type(batch: pa.RecordBatch, column: str) -> pa.DataType:
         There is none.
     """
     if column not in batch.schema.names:
-        labels = tuple(name for name in batch.schema.names if name not in ("id", "text", "tokens"))
+        labels = tuple(name for name in batch.schema.names if name not in ("id", "text", "tokens", "image"))
         raise DocumentsError(
             f"the documents have no column {column!r}",
             found=", ".join(labels) or "no columns beside their content",
@@ -202,6 +205,11 @@ def _drawn(batch: pa.RecordBatch, encoded: Encoded, choice: Choice) -> np.ndarra
         for name, count in zip(batch.column("id").to_pylist(), encoded.lengths.tolist())
     ]
     return np.concatenate([np.zeros(0), *draws]) < choice.fraction
+
+
+def _patches(reader: Any) -> np.ndarray:
+    """Return which tokens of an image are patches: bool, shape (tokens,)."""
+    return np.asarray(reader.patches.place(np.arange(reader.patches.tokens))[0] >= 0)
 
 
 def _specials(tokenizer: Tokenizer | None) -> list[int]:

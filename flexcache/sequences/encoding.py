@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from flexcache.errors import ConfigError, DocumentsError
+from flexcache.images.encoded import decode
 from flexcache.options import SequenceOptions
 from flexcache.plan import ranges
 from flexcache.sequences.chat import Chat, check_template, generated, render, turns
@@ -63,7 +64,7 @@ class Encoded:
 
 
 def encode(batch: pa.RecordBatch, tokenizer: Tokenizer | None, options: SequenceOptions) -> Encoded:
-    """Return the tokens of documents: truncated where each is a sequence, without special tokens where they are packed.
+    """Return the tokens of documents, truncated where each is a sequence, without special ones where packed.
 
     Raises
     ------
@@ -73,6 +74,8 @@ def encode(batch: pa.RecordBatch, tokenizer: Tokenizer | None, options: Sequence
         Places of tokens in the text are asked for, and the tokenizer does not know them.
     """
     limit = options.max_length if options.whole else None
+    if "image" in batch.schema.names:
+        return _seen(batch, tokenizer)
     if "tokens" in batch.schema.names:
         return _given(batch.column("tokens"), limit)
     if tokenizer is None:
@@ -101,6 +104,21 @@ def encode(batch: pa.RecordBatch, tokenizer: Tokenizer | None, options: Sequence
     flat = np.concatenate([np.zeros(0, np.int32), *(np.asarray(item, np.int32) for item in lists)])
     characters = np.concatenate([np.zeros((0, 2), np.int64), *map(_pairs, offsets)]) if places else None
     return Encoded(list_array(flat, np.array([len(item) for item in lists], np.int64)), truncated, characters)
+
+
+def _seen(batch: pa.RecordBatch, reader: Any) -> Encoded:
+    """Return the tokens of images, which have no ids; each image is decoded, so that a damaged one shows now."""
+    if not hasattr(reader, "tokens_of"):
+        raise DocumentsError(
+            "the documents are images, and nothing says what a model makes of them",
+            expected="flexcache.capture with a vision transformer and its image processor",
+            found=type(reader).__name__,
+            remedy="capture them; a forward of your own takes documents of texts or tokens",
+        )
+    for name, image in zip(batch.column("id").to_pylist(), batch.column("image")):
+        decode(image.as_py(), f"document {name!r}")
+    lengths = np.full(len(batch), reader.patches.tokens, np.int64)
+    return Encoded(list_array(reader.tokens_of(len(batch)), lengths), np.zeros(len(batch), bool))
 
 
 def _chats(batch: pa.RecordBatch, tokenizer: Any, limit: int | None) -> Encoded:

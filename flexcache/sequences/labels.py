@@ -31,8 +31,8 @@ def aligned(batch: pa.RecordBatch, encoded: Encoded, column: str) -> pa.ListArra
     """Return the labels of a column as lists with an entry for each token of a document.
 
     A column of lists of values has one for each token. One of lists of ``{start, end, label}`` has spans: of characters
-    where the documents are texts, of tokens where they are tokens; tokens in no span have null, and of spans that
-    overlap, the later one counts.
+    where the documents are texts, of tokens where they are tokens or images; tokens in no span have null, and of spans
+    that overlap, the later one counts.
 
     Raises
     ------
@@ -58,6 +58,8 @@ def aligned(batch: pa.RecordBatch, encoded: Encoded, column: str) -> pa.ListArra
             found=", ".join(field.name for field in fields),
         )
     found = np.full(len(encoded.flat), None, object)
-    for places, span in spans(batch, encoded, column, characters="tokens" not in batch.schema.names):
+    for places, span in spans(
+        batch, encoded, column, characters="text" in batch.schema.names or "messages" in batch.schema.names
+    ):
         found[places] = span["label"]
     return pa.ListArray.from_arrays(offsets, pa.array(found.tolist(), label.type))

@@ -12,6 +12,7 @@ import pyarrow as pa
 import xxhash
 
 from flexcache.errors import DocumentsError
+from flexcache.images.encoded import IMAGE, IMAGE_DIGEST
 from flexcache.options import SequenceOptions
 from flexcache.sequences.choice import chosen, first_or_last
 from flexcache.sequences.cuts import Cuts, Whole, Windowed
@@ -28,7 +29,7 @@ class Corpus(Protocol):
     """Documents in batches: `flexcache.Documents`, or a part of them."""
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """Yield the documents in corpus order, with columns ``id``, ``text`` or ``tokens``, and labels."""
+        """Yield the documents in corpus order, with columns ``id``, ``text``, ``tokens`` or ``image``, and labels."""
 
     def describe(self) -> dict[str, Any]:
         """Return what identifies the corpus."""
@@ -49,8 +50,10 @@ class Spool:
         Rows of each document.
     truncated, skipped, rowless : int
         Documents that were cut to the maximum length; empty ones, and such without rows, that were left out.
+    image_bytes : int
+        Of all encoded images; 0 where the documents are others.
     digest : str
-        XXH3-128 of ids and tokens in order: what the corpus is, for this tokenizer.
+        XXH3-128 of ids and tokens in order, and of images: what the corpus is, for this tokenizer.
     """
 
     def __init__(self, folder: Path, options: SequenceOptions | None = None, marks: Marks | None = None) -> None:
@@ -58,6 +61,7 @@ class Spool:
         self.options = options or SequenceOptions()
         self.marks = marks or Marks()
         self.truncated = self.skipped = self.rowless = 0
+        self.image_bytes = 0
         self.token_labels: tuple[str, ...] = ()
         self._hasher = xxhash.xxh3_128()
         self._lengths: list[np.ndarray] = []
@@ -100,7 +104,7 @@ class Spool:
         return pa.unify_schemas(self._schemas, promote_options="permissive")
 
     def append(self, batch: pa.RecordBatch, kept: np.ndarray | None = None) -> None:
-        """Add documents with columns ``id`` and ``tokens`` (list of int32).
+        """Add documents with columns ``id`` and ``tokens`` (list of int32), of images also ``image`` and its digest.
 
         Parameters
         ----------
@@ -120,6 +124,9 @@ class Spool:
         self._hasher.update("\0".join(batch.column("id").to_pylist()).encode())
         self._hasher.update(lengths.tobytes())
         self._hasher.update(np.ascontiguousarray(tokens.flatten().to_numpy(zero_copy_only=False)).tobytes())
+        if IMAGE in batch.schema.names:
+            self._hasher.update("\0".join(batch.column(IMAGE_DIGEST).to_pylist()).encode())
+            self.image_bytes += batch.column(IMAGE).nbytes
         self._pending.append(batch)
         if sum(part.nbytes for part in self._pending) > PART_BYTES:
             self.flush()
@@ -217,7 +224,8 @@ def spool(
                     remedy="remove it, or skip all such documents with empty_documents: skip",
                 )
             result.skipped += len(blank)
-        _check_ids(batch, encoded.tokens, vocabulary)
+        if IMAGE not in batch.schema.names:  # whose tokens have no ids
+            _check_ids(batch, encoded.tokens, vocabulary)
         kept = first_or_last(chosen(batch, encoded, tokenizer, options), encoded.lengths, options.rows)
         labels = said(encoded) | {name: aligned(batch, encoded, name) for name in options.token_labels}
         result.token_labels = tuple(labels)
@@ -292,6 +300,11 @@ def messages_digests(chats: list[list[dict[str, str]]]) -> list[str]:
     ]
 
 
+def image_digests(images: pa.Array) -> list[str]:
+    """Return the XXH3-128 of each encoded image."""
+    return [xxhash.xxh3_128_hexdigest(image.as_buffer()) for image in images]
+
+
 def _record(
     batch: pa.RecordBatch,
     encoded: Encoded,
@@ -308,6 +321,8 @@ def _record(
         if name == "text" and not keep_text:
             texts = batch.column("text").to_pylist()
             columns["text_xxh3_128"] = pa.array([xxhash.xxh3_128_hexdigest(text.encode()) for text in texts])
+        elif name == IMAGE:
+            columns |= {IMAGE: batch.column(IMAGE), IMAGE_DIGEST: pa.array(image_digests(batch.column(IMAGE)))}
         elif name == "messages":
             columns |= _chat_columns(batch, encoded, keep_text)
         elif name not in columns and name not in labels:

@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from flexcache.store.store import Store
 
 TABLE_COLUMNS = frozenset(
-    {"id", "source_index", "n_tokens", "text", "text_xxh3_128", "messages_xxh3_128", "row_start", "n_rows"}
+    {"id", "source_index", "n_tokens", "text", "text_xxh3_128", "messages_xxh3_128"}
+    | {"image_xxh3_128", "row_start", "n_rows"}
 )
 """The columns of the documents that are not labels."""
 

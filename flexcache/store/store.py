@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 import xarray as xr
 
 from flexcache.errors import SiteError, StoreError, UncommittedError, nearest
+from flexcache.images.encoded import IMAGE
+from flexcache.images.patches import Patches
 from flexcache.plan import ranges
 from flexcache.spec import ArraySpec
 from flexcache.store import display, xarray_engine
@@ -24,6 +26,7 @@ from flexcache.store.int8 import is_scale, scale_name
 from flexcache.store.labels import label_names, row_labels
 from flexcache.store.ledger import Ledger
 from flexcache.store.lines import check_lines
+from flexcache.store.pictures import image_of, patches_of
 from flexcache.store.place import Place, place
 from flexcache.store.reader import RowReader
 from flexcache.store.remote.rows import reader_class
@@ -92,8 +95,40 @@ class Store(Mapping[str, xr.DataArray]):
 
     @cached_property
     def tokens(self) -> pa.Table:
-        """The sequences in row order, with their token ids: document, unit, batch, start, tokens, keep_start, …"""
-        return self._table(SEQUENCES)
+        """The sequences in row order, with their token ids: document, unit, batch, start, tokens, keep_start, ….
+
+        Those of images are without them, see `image`.
+        """
+        if not self.images:
+            return self._table(SEQUENCES)
+        with open_table(self.path / SEQUENCES) as file:
+            return self._table(SEQUENCES, [name for name in file.schema_arrow.names if name != IMAGE])
+
+    @property
+    def images(self) -> bool:
+        """Whether the documents are images; see `patches` and `image`."""
+        return "patches" in self.provenance
+
+    @cached_property
+    def patches(self) -> Patches:
+        """Which token of an image is which patch, where the documents are images.
+
+        Raises
+        ------
+        StoreError
+            They are not.
+        """
+        return patches_of(self)
+
+    def image(self, document: Any) -> bytes:
+        """Return the encoded image of a document, by id or number, as it was found; `flexcache.images.decode` opens it.
+
+        Raises
+        ------
+        StoreError
+            The documents are no images.
+        """
+        return image_of(self, document)
 
     @cached_property
     def coordinates(self) -> dict[str, xr.Variable]:

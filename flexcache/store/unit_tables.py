@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
+from flexcache.images.encoded import IMAGE
 from flexcache.plan import UnitPlan, ranges
 from flexcache.sequences import KEPT, Spool
 
@@ -70,6 +71,8 @@ class UnitTables:
             pieces_of = np.append(self._first, len(pieces.line))
             parts = {"documents": self._numbers[pieces.document], "starts": pieces.start, "places": pieces.offset}
             columns |= {name: _lists(pieces_of, pa.array(values, PIECES[name])) for name, values in parts.items()}
+        if IMAGE in self._table.column_names:  # each image is one sequence
+            columns[IMAGE] = self._table.column(IMAGE).take(pa.array(self._of[self._first]))
         for name in self._corpus.token_labels:
             columns[name] = _lists(offsets, self._list(name).values.take(pa.array(origin, mask=origin < 0)))
         return pa.table(columns)
@@ -81,7 +84,8 @@ class UnitTables:
         at = first[1][np.searchsorted(first[0], self.new)]
         line = pieces.line[at]
         row_start = unit.row_start[line] - unit.skip[line] + self._before[at]
-        inner = ["tokens", *([KEPT] if KEPT in self._table.column_names else []), *self._corpus.token_labels]
+        own = [name for name in (KEPT, IMAGE) if name in self._table.column_names]
+        inner = ["tokens", *own, *self._corpus.token_labels]
         table = self._table.drop_columns(inner).take(pa.array(self.new - self._lowest))
         table = table.add_column(2, "n_tokens", pa.array(self._corpus.lengths[self.new], pa.int32()))
         table = table.append_column("row_start", pa.array(row_start))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -245,7 +246,14 @@ def read(
     model: nn.Module, family: str, inner: bool = False, **inputs: torch.Tensor
 ) -> dict[tuple[str, int], torch.Tensor]:
     """Return clones of all standard sites in one plain forward, by site and layer, in the shapes that modules give."""
-    path, sites = BLOCKS[family]
+    cache = {"use_cache": False} if hasattr(model, "lm_head") else {}
+    return read_at(model, *BLOCKS[family], INNER[family] if inner else {}, **inputs, **cache)
+
+
+def read_at(
+    model: nn.Module, path: str, sites: dict[str, str], inner: dict[str, tuple], **inputs: Any
+) -> dict[tuple[str, int], torch.Tensor]:
+    """Return clones of sites of the blocks at a path, in one plain forward: see `BLOCKS` and `INNER`."""
     found: dict[tuple[str, int], torch.Tensor] = {}
     handles = []
 
@@ -264,7 +272,7 @@ def read(
     for layer, block in enumerate(model.get_submodule(path)):
         handles.append(block.register_forward_pre_hook(before(("resid_pre", layer)), with_kwargs=True))
         handles.append(block.register_forward_hook(after(("resid_post", layer))))
-        for site, (name, side, *cut) in INNER[family].items() if inner else ():
+        for site, (name, side, *cut) in inner.items():
             module, key = block.get_submodule(name), (site, layer)
             if side == "input":
                 handles.append(module.register_forward_pre_hook(before(key), with_kwargs=True))
@@ -277,7 +285,7 @@ def read(
             else:
                 handles.append(module.register_forward_hook(after(key)))
     with torch.no_grad():
-        model(**inputs, **({"use_cache": False} if hasattr(model, "lm_head") else {}))
+        model(**inputs)
     for handle in handles:
         handle.remove()
     return found

@@ -1,0 +1,98 @@
+"""Which token of an image is which patch: special tokens by name, and a grid of patches, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Patches:
+    """The tokens of an image, in the order in which a vision transformer has them.
+
+    A token's position is its place in the sequence. The patch in row *r* and column *c* has the position
+    ``first + r * columns + c``; rows count from the top, columns from the left, of the image as the model reads it,
+    after resizing and cropping.
+
+    Attributes
+    ----------
+    before, after : tuple of str
+        Names of the special tokens in front of the patches and behind them: ``cls``, ``distillation``, ``register_0``,
+        ….
+    rows, columns : int
+        Of the grid of patches.
+
+    >>> patches = Patches(("cls",), 2, 3)
+    >>> patches.tokens, patches.position(1, 0), patches.place([0, 4])[0].tolist()
+    (7, 4, [-1, 1])
+    """
+
+    before: tuple[str, ...]
+    rows: int
+    columns: int
+    after: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image."""
+        return self.first + self.rows * self.columns + len(self.after)
+
+    @property
+    def first(self) -> int:
+        """Position of the first patch: how many special tokens come before it."""
+        return len(self.before)
+
+    @property
+    def specials(self) -> dict[str, int]:
+        """The special tokens by name, with their positions."""
+        behind = self.first + self.rows * self.columns
+        return dict(zip((*self.before, *self.after), (*range(self.first), *range(behind, self.tokens)), strict=True))
+
+    def position(self, row: int, column: int) -> int:
+        """Return the position of the patch in a row and column.
+
+        Raises
+        ------
+        IndexError
+            The grid has no such patch.
+        """
+        if not (0 <= row < self.rows and 0 <= column < self.columns):
+            raise IndexError(f"no patch in row {row}, column {column}: the grid has {self.rows} × {self.columns}")
+        return self.first + row * self.columns + column
+
+    def place(self, positions: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Return row and column of the patches at *positions*, -1 for special tokens: int64, of their shape."""
+        offset = np.asarray(positions, np.int64) - self.first
+        special = (offset < 0) | (offset >= self.rows * self.columns)
+        row, column = np.divmod(offset, self.columns)
+        return np.where(special, -1, row), np.where(special, -1, column)
+
+    def map(self, values: Any) -> np.ndarray:
+        """Return values of one image's tokens, shape (tokens, …), as a picture of its patches: (rows, columns, …).
+
+        Special tokens are left out. Values of the patches alone, shape (rows · columns, …), are taken as well.
+
+        Raises
+        ------
+        ValueError
+            They are as many as neither.
+        """
+        array, count = np.asarray(values), self.rows * self.columns
+        if len(array) not in (count, self.tokens):
+            raise ValueError(f"{self.tokens} tokens or {count} patches make an image, and these are {len(array)}")
+        patches = array if len(array) == count else array[self.first : self.first + count]
+        return patches.reshape(self.rows, self.columns, *array.shape[1:])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the layout as plain values."""
+        return {**asdict(self), "before": list(self.before), "after": list(self.after)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Patches:
+        """Read what `to_json` wrote."""
+        return cls(
+            tuple(map(str, data["before"])), int(data["rows"]), int(data["columns"]), tuple(map(str, data["after"]))
+        )

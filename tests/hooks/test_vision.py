@@ -1,0 +1,205 @@
+"""Sites of vision transformers against plain PyTorch hooks, and which token of an image is which patch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers as hf
+
+from flexcache.errors import SiteError
+from flexcache.hooks import Tap, Taps, check_identity, locate, measure
+from flexcache.hooks.survey import survey
+from flexcache.hooks.vision import default_pixels, image_tokens, token_layout
+from flexcache.site import Site
+from tests.hooks.oracle import read_at
+from tests.vision import DEPTH, GRID, HIDDEN, SIDE, SPECIALS, VISION, noise, tiny_vision
+
+VIT = {"attn_out": "attention.o_proj", "mlp_out": "mlp.fc2", "mlp_post": "mlp.fc2"}
+DINO = {"attn_out": "layer_scale1", "mlp_out": "layer_scale2", "mlp_post": "mlp.fc2"}
+CLIP = {"attn_out": "self_attn.out_proj", "mlp_out": "mlp.fc2", "mlp_post": "mlp.fc2"}
+BLOCKS: dict[str, tuple[str, dict[str, str]]] = {
+    **dict.fromkeys(("vit", "deit", "vit_msn", "ijepa"), ("layers", VIT)),
+    **dict.fromkeys(("dinov2", "dinov2_registers"), ("encoder.layer", DINO)),
+    **dict.fromkeys(("clip_vision", "siglip_vision"), ("encoder.layers", CLIP)),
+    "beit": ("layers", {"mlp_post": "mlp.fc2"}),
+    "dinov2_swiglu": ("encoder.layer", {**DINO, "mlp_post": "mlp.down_proj"}),
+    "dinov3": ("model.layer", {**DINO, "mlp_post": "mlp.down_proj"}),
+    "yolos": (
+        "encoder.layer",
+        {"attn_out": "attention.output.dense", "mlp_out": "output.dense", "mlp_post": "output.dense"},
+    ),
+    "aimv2_vision": (
+        "encoder.layers",
+        {"attn_out": "attention.out_proj", "mlp_out": "ffn", "mlp_post": "ffn.down_proj"},
+    ),
+    "data2vec_vision": ("encoder.layer", {"mlp_post": "output.dense"}),
+}
+QKV = {name: (f"attention.{name}_proj", "output") for name in "qkv"}
+VIT_INNER = {
+    **QKV,
+    "z": ("attention.o_proj", "input"),
+    "resid_mid": ("layernorm_after", "input"),
+    "mlp_pre": ("mlp.fc1", "output"),
+}
+DINO_INNER = {**VIT_INNER, "resid_mid": ("norm2", "input")}
+CLIP_INNER = {
+    **{name: (f"self_attn.{name}_proj", "output") for name in "qkv"},
+    "z": ("self_attn.out_proj", "input"),
+    "resid_mid": ("layer_norm2", "input"),
+    "mlp_pre": ("mlp.fc1", "output"),
+}
+DATA2VEC = {
+    **{n: (f"attention.attention.{w}", "output") for n, w in zip("qkv", ("query", "key", "value"))},
+    "z": ("attention.output.dense", "input"),
+    "mlp_pre": ("intermediate.dense", "output"),
+}
+INNER: dict[str, dict[str, tuple]] = {
+    **dict.fromkeys(("vit", "deit", "vit_msn", "ijepa"), VIT_INNER),
+    **dict.fromkeys(("dinov2", "dinov2_registers"), DINO_INNER),
+    **dict.fromkeys(("clip_vision", "siglip_vision"), CLIP_INNER),
+    "beit": {name: place for name, place in VIT_INNER.items() if name != "resid_mid"},
+    "dinov2_swiglu": {**DINO_INNER, "mlp_pre": ("mlp.gate_proj", "output")},
+    "dinov3": {**DINO_INNER, "mlp_pre": ("mlp.up_proj", "output")},
+    "aimv2_vision": {
+        **QKV,
+        "z": ("attention.out_proj", "input"),
+        "resid_mid": ("rms_norm2", "input"),
+        "mlp_pre": ("ffn.gate_proj", "output"),
+    },
+    "data2vec_vision": DATA2VEC,
+    "yolos": {**DATA2VEC, "resid_mid": ("layernorm_after", "input")},
+}
+FINAL_NORM = dict.fromkeys(VISION, "layernorm") | {
+    "dinov3": "norm",
+    "siglip_vision": "post_layernorm",
+    "aimv2_vision": "rms_norm",
+}
+EMBEDDINGS = "embeddings"
+OFTEN = ("vit", "deit", "dinov2_registers", "clip_vision", "siglip_vision")
+FAMILIES = [family if family in OFTEN else pytest.param(family, marks=pytest.mark.slow) for family in VISION]
+"""Those that are run by default, and the others."""
+HALF = pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.slow)
+
+
+def located(model: torch.nn.Module, family: str) -> list[Tap]:
+    sites = ("resid_pre", "resid_post", *BLOCKS[family][1], *INNER[family])
+    return [tap for site in sites for tap in locate(model, Site(site))]
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, id="float32"), HALF])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_site_equals_a_plain_hook_and_the_residual_identity_holds(family: str, dtype: torch.dtype) -> None:
+    model = tiny_vision(family, dtype)
+    expected = read_at(model, *BLOCKS[family], INNER[family], pixel_values=noise(dtype=dtype))
+    found = {}
+    taps = located(model, family)
+    with Taps(model, taps, lambda tap, t: found.update({(tap.array, tap.layer): t.clone()})) as opened:
+        opened.forward(pixel_values=noise(dtype=dtype))
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        assert tensor.shape[:2] == (2, len(SPECIALS[family]) + GRID**2 + 5 * (family == "yolos"))
+        assert torch.equal(tensor.flatten(), expected[key].flatten()), key
+    check_identity(model, taps)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_embedding_and_the_last_norm_are_those_of_the_model(family: str) -> None:
+    model = tiny_vision(family)
+    (embed,) = locate(model, Site("embed"))
+    assert embed.module == EMBEDDINGS
+    if family == "clip_vision":  # whose last norm reads the class token alone
+        with pytest.raises(SiteError, match="not one per token"):
+            check_identity(model, locate(model, Site("final_norm")))
+    else:
+        (norm,) = locate(model, Site("final_norm"))
+        assert norm.module == FINAL_NORM[family]
+        check_identity(model, [norm])
+        with pytest.raises(SiteError, match="final_norm is not what its name promises"):
+            check_identity(model, [replace(norm, module=f"{BLOCKS[family][0]}.1")])
+    assert measure(model, [embed]) == {embed: ((HIDDEN,), torch.float32)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_without_weights_measures_and_surveys_the_same(family: str) -> None:
+    model, empty = tiny_vision(family), tiny_vision(family, device="meta")
+    taps = located(model, family)
+    assert measure(empty, taps) == measure(model, taps)
+    pixels = (3, SIDE, SIDE)
+    first = token_layout(model, pixels, torch.device("cpu"))
+    if family != "yolos":  # whose detection tokens come last, as only values can tell
+        assert token_layout(empty, pixels, torch.device("meta")) == first
+    tokens = str(first.tokens)
+    block = next(entry for entry in survey(empty) if entry.path == f"{BLOCKS[family][0]}.0")
+    assert block.shape("output") == f"batch × {tokens} × {HIDDEN}"
+    assert {"resid_pre", "resid_post"} <= {tap.array for tap in block.taps}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_is_the_patch_that_the_layout_says(family: str) -> None:
+    model = tiny_vision(family)
+    patches = token_layout(model, default_pixels(model), torch.device("cpu"))
+    assert patches.before == SPECIALS[family]
+    assert (patches.rows, patches.columns) == (GRID, GRID)
+    assert patches.after == (tuple(f"detection_{i}" for i in range(5)) if family == "yolos" else ())
+    plain = noise(1)
+    changed = plain.clone()
+    changed[:, :, 8:16, 16:24] += 1  # the second row, the third column
+    embedded = []
+    with Taps(model, locate(model, Site("resid_pre"), 0), lambda _, t: embedded.append(t.clone())) as taps:
+        taps.forward(pixel_values=plain)
+        taps.forward(pixel_values=changed)
+    (touched,) = (embedded[0] != embedded[1]).any(-1)[0].nonzero().flatten().tolist()
+    assert touched == patches.position(1, 2)
+
+
+@pytest.mark.parametrize("family", ["beit", pytest.param("data2vec_vision", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("site", ["attn_out", "mlp_out", "resid_mid"])
+def test_a_scale_that_no_module_has_is_refused(family: str, site: str) -> None:
+    model = tiny_vision(family)
+    with pytest.raises(SiteError, match="adds something else|not what its name promises"):
+        check_identity(model, locate(model, Site(site)))
+
+
+def test_a_layer_scale_passed_over_is_found_out() -> None:
+    model = tiny_vision("dinov2")
+    taps = [
+        replace(tap, module=f"encoder.layer.{tap.layer}.attention.o_proj") for tap in locate(model, Site("attn_out"))
+    ]
+    with pytest.raises(SiteError, match="adds something else"):
+        check_identity(model, taps)
+
+
+def test_the_forward_stops_after_the_last_site() -> None:
+    model, ran = tiny_vision("vit"), []
+    for number, block in enumerate(model.layers):
+        block.register_forward_hook(lambda *_, number=number: ran.append(number))
+    pixels = noise()
+    image_tokens(model, pixels)
+    assert ran == []
+    with Taps(model, locate(model, Site("resid_post"), 0), lambda *_: None) as taps:
+        taps.forward(pixel_values=pixels)
+    assert ran == [0]
+    assert len(model.layers) == DEPTH
+
+
+SMALL = {"hidden_size": 48, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 48}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("Swin", {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 2}, "do not keep one token"),
+        pytest.param("Pvt", {"image_size": 32}, "do not read one vector", marks=pytest.mark.slow),
+        ("ViTMAE", {**SMALL, "mask_ratio": 0.5}, "not the patches of an image"),
+        ("ViTMAE", {**SMALL, "mask_ratio": 0.0}, "not the same in every forward"),
+        ("VitDet", SMALL, "do not read one vector"),
+        ("Siglip2Vision", SMALL, "cannot run on an image"),
+    ],
+)
+def test_what_has_no_row_for_each_patch_is_refused(name: str, settings: dict, message: str) -> None:
+    cls = getattr(hf, f"{name}Model")
+    model = cls._from_config(cls.config_class(**{"image_size": 32, "patch_size": 4, **settings}))
+    with pytest.raises(SiteError, match=message):
+        token_layout(model.eval(), (3, 32, 32), torch.device("cpu"))
