@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from flexcache.errors import ConfigError
 
@@ -53,6 +53,15 @@ class Packing(BaseModel):
     bos: int | Literal["auto", "bos"] | None = Field(
         "auto", description="in front of each sequence; auto where the tokenizer puts one in front of texts"
     )
+    isolate: bool = Field(
+        False, description="attention stays within a document, whose positions begin anew: block-diagonal"
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what stores did not know of when they were made without it."""
+        said: dict[str, Any] = handler(self)
+        return {name: value for name, value in said.items() if name != "isolate" or value}
 
     def size(self, max_length: int | None) -> int:
         """Return the length in tokens.
@@ -125,6 +134,11 @@ class SequenceOptions(BaseModel):
         """Whether each document is one sequence, truncated where it is too long."""
         return self.windows is None and self.packing is None
 
+    @property
+    def isolated(self) -> bool:
+        """Whether documents share sequences and do not see each other."""
+        return self.packing is not None and self.packing.isolate
+
     def within(self, longest: int | None) -> Self:
         """Return the options for a model that reads at most so many tokens, where max_length is not given."""
         return self if self.max_length else self.model_copy(update={"max_length": longest})
@@ -162,6 +176,13 @@ class SequenceOptions(BaseModel):
         """
         if self.packing is not None:
             self.packing.size(self.max_length)
+            if self.packing.isolate and self.packing.separator not in ("eos", None):
+                raise ConfigError(
+                    "isolated documents have no separator, since nothing would see it",
+                    expected="packing without separator",
+                    found=str(self.packing.separator),
+                    remedy="leave it out; the opening token, bos, is then in front of each document",
+                )
             if self.windows is not None or self.rows != "all":
                 raise ConfigError(
                     "packed documents have no windows, and all of their tokens are rows",

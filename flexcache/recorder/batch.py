@@ -15,7 +15,7 @@ from flexcache.errors import DamagedError
 from flexcache.images.encoded import IMAGE
 from flexcache.plan import Largest, parts
 from flexcache.store.place import Place
-from flexcache.store.schema import SEQUENCES
+from flexcache.store.schema import BEGINS, SEQUENCES
 from flexcache.store.tables import open_table
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ class Batch:
         Where not all positions from the first to the last are kept: those that are, of each sequence.
     images : tuple of bytes, or None
         Where sequences are images: each, as it is encoded. Their token ids are -1.
+    begins : tuple of ndarray of int32, or None
+        Where a sequence holds documents that do not see each other: the places at which each of them begins, 0 first.
     """
 
     unit: int
@@ -54,6 +56,7 @@ class Batch:
     mean: bool = False
     picked: tuple[np.ndarray, ...] | None = None
     images: tuple[bytes, ...] | None = None
+    begins: tuple[np.ndarray, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -77,8 +80,20 @@ class Batch:
         lengths = np.array([len(sequence) for sequence in self.tokens])
         return (np.arange(self.shape[1]) < lengths[:, None]).astype(np.int64)
 
+    def position_ids(self) -> np.ndarray:
+        """Return the place of each token in its document or sequence, 0 for padding: int64, (sequences, longest)."""
+        found = np.zeros(self.shape, np.int64)
+        for number, (line, tokens) in enumerate(zip(found, self.tokens, strict=True)):
+            begins = np.zeros(1, np.int64) if self.begins is None else self.begins[number].astype(np.int64)
+            counts = np.diff(np.append(begins, len(tokens)))
+            line[: len(tokens)] = np.arange(len(tokens)) - np.repeat(begins, counts)
+        return found
+
     def inputs(self, pad: Padding = 0, width: int | None = None) -> dict[str, np.ndarray]:
         """Return what a forward of the batch takes, by keyword: token ids and their mask, right-padded; or pixels.
+
+        Where documents of a sequence do not see each other, it is token ids and positions that begin anew, and no mask:
+        transformers makes the mask of packed sequences of them.
 
         Parameters
         ----------
@@ -91,11 +106,15 @@ class Batch:
             assert not isinstance(pad, int)
             return pad.inputs(self.images, [f"document {number} of the store" for number in self.documents.tolist()])
         assert isinstance(pad, int)
-        arrays = {"input_ids": self.input_ids(pad), "attention_mask": self.attention_mask()}
+        arrays = {"input_ids": self.input_ids(pad)}
+        if self.begins is None:
+            arrays["attention_mask"] = self.attention_mask()
+        else:
+            arrays["position_ids"] = self.position_ids()
         more = 0 if width is None else width - self.shape[1]
         if not more:
             return arrays
-        by = {"input_ids": pad, "attention_mask": 0}
+        by = {"input_ids": pad, "attention_mask": 0, "position_ids": 0}
         return {name: np.pad(array, ((0, 0), (0, more)), constant_values=by[name]) for name, array in arrays.items()}
 
     @cached_property
@@ -154,6 +173,7 @@ def split(batch: Batch, batch_tokens: int) -> list[Batch]:
             keep=batch.keep[start:stop],
             picked=None if batch.picked is None else batch.picked[start:stop],
             images=None if batch.images is None else batch.images[start:stop],
+            begins=None if batch.begins is None else batch.begins[start:stop],
         )
         for start, stop in cuts
     ]
@@ -229,11 +249,7 @@ class BatchReader:
         lists = table.column("tokens").combine_chunks()
         offsets, flat = lists.offsets.to_numpy(), lists.values.to_numpy(zero_copy_only=False)
         tokens = [flat[start:stop] for start, stop in pairwise(offsets)]
-        picked = None
-        if "keep" in table.column_names:
-            kept = table.column("keep").combine_chunks()
-            places = kept.values.to_numpy(zero_copy_only=False)
-            picked = [places[start:stop] for start, stop in pairwise(kept.offsets.to_numpy())]
+        picked, begins = (_lists(table, name) for name in ("keep", BEGINS))
         images = table.column(IMAGE) if IMAGE in table.column_names and _encoded(table) else None
         batches = []
         for lines in _runs(column["batch"]):
@@ -256,6 +272,7 @@ class BatchReader:
                     mean=self._mean,
                     picked=None if picked is None else tuple(picked[line] for line in lines),
                     images=None if images is None else tuple(images[int(line)].as_py() for line in lines),
+                    begins=None if begins is None else tuple(begins[line] for line in lines),
                 )
             )
         return batches
@@ -264,6 +281,15 @@ class BatchReader:
 def _encoded(table: pa.Table) -> bool:
     """Whether the column of images has them: a label of single tokens may have the same name."""
     return bool(pa.types.is_large_binary(table.schema.field(IMAGE).type))
+
+
+def _lists(table: pa.Table, name: str) -> list[np.ndarray] | None:
+    """Return a column of lists by line, None where there is none."""
+    if name not in table.column_names:
+        return None
+    column = table.column(name).combine_chunks()
+    values = column.values.to_numpy(zero_copy_only=False)
+    return [values[start:stop] for start, stop in pairwise(column.offsets.to_numpy())]
 
 
 def _runs(numbers: np.ndarray) -> Sequence[np.ndarray]:

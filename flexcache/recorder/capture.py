@@ -11,11 +11,12 @@ from flexcache.documents import open_documents
 from flexcache.hooks.names import whole
 from flexcache.hooks.vision import reads_images
 from flexcache.images.input import reader_of
-from flexcache.model import describe_model, describe_tokenizer, evaluating, longest_input, vocabulary
+from flexcache.model import describe_model, describe_tokenizer, evaluating, longest_input, pad_id, vocabulary
 from flexcache.options import Choice, Packing, Windows, parse_rows
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.fingerprint import fingerprint
 from flexcache.recorder.imaging import check_images, described_patches
+from flexcache.recorder.isolation import check_isolation
 from flexcache.recorder.objective import OBJECTIVE, Objective, describe
 from flexcache.recorder.planning import Source, check_same, plan_store, stored_identity
 from flexcache.recorder.progress import CaptureProgress
@@ -104,7 +105,8 @@ def capture(
         `Windows`, such as ``{"length": 1024, "stride": 512}``: longer documents are cut into windows instead, and each
         token's row is of the first window that has it.
     packing
-        `Packing`, such as ``{"length": 1024}``: documents follow each other in sequences of that length.
+        `Packing`, such as ``{"length": 1024}``: documents follow each other in sequences of that length; with
+        ``"isolate": True`` as if each were alone.
     token_labels
         Columns of the documents with a label for each token, which go into the table of sequences; see
         `flexcache.sequences.labels.aligned`.
@@ -179,6 +181,8 @@ def capture(
             notes={"user_hooks": hooks.user_hooks(model)} | described_patches(tokenizer),
         )
         hooks.check_identity(model, reading.taps, example=example, reader=crew.read_example, alone=crew.alone)
+        if spec.isolated:
+            check_isolation(model, reading, pad_id(model, tokenizer), crew)
         planning = bars.planning(None)
         amount = plan_store(path, source, planning, planning.wait)
         planning.done(amount is not None)

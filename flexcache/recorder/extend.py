@@ -12,11 +12,12 @@ from flexcache.documents import Documents, open_documents
 from flexcache.errors import ConfigError, MismatchError
 from flexcache.hooks.names import whole
 from flexcache.images.input import stored_input
-from flexcache.model import CHAT_TEMPLATE, describe_model, describe_tokenizer, evaluating, vocabulary
+from flexcache.model import CHAT_TEMPLATE, describe_model, describe_tokenizer, evaluating, pad_id, vocabulary
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.extension import Extension, check_equal, more_arrays, more_documents, opened, tokens_of
 from flexcache.recorder.fingerprint import check_fingerprint, fingerprint
 from flexcache.recorder.imaging import check_images
+from flexcache.recorder.isolation import check_isolation
 from flexcache.recorder.objective import OBJECTIVE, Objective, describe
 from flexcache.recorder.planning import check_same, model_content
 from flexcache.recorder.progress import CaptureProgress
@@ -122,6 +123,8 @@ def extend(
             example = check_images(model, spec, reading, tokenizer, crew)
             arrays = measure_arrays(model, spec, reading, crew.read_example, example)
             hooks.check_identity(model, reading.taps, example=example, reader=crew.read_example, alone=crew.alone)
+            if spec.isolated:
+                check_isolation(model, reading, pad_id(model, tokenizer), crew)
             return reading, arrays
 
         everything = Spec.model_validate(store.spec)

@@ -32,12 +32,17 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class NextTokenLoss:
-    """The cross-entropy of what each token predicts of the next, in nats, in float32; 0 at the last of a sequence."""
+    """The cross-entropy of what each token predicts of the next, in nats, in float32; 0 at the last of a sequence.
+
+    Where documents of a sequence do not see each other, it is 0 at the last of each.
+    """
 
     def __call__(self, output: Any, batch: Batch) -> torch.Tensor:
         """Return losses of shape (sequences, longest)."""
         logits = logits_of(output)
         labels = torch.from_numpy(batch.input_ids(IGNORED)).to(logits.device)
+        for line, begins in zip(labels, batch.begins or (), strict=False):
+            line[torch.from_numpy(begins.astype("int64"))] = IGNORED
         mask = torch.from_numpy(batch.attention_mask()).to(logits.device)
         following = torch.where(mask[:, 1:].bool(), labels[:, 1:], IGNORED)
         losses = torch.nn.functional.cross_entropy(

@@ -6,7 +6,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from flexcache.recorder.batch import Batch, BatchReader
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.cuda import CudaLane
 from flexcache.recorder.imaging import Padding
+from flexcache.recorder.isolation import check_isolation
 from flexcache.recorder.range_error import range_error
 from flexcache.recorder.reading import Reading
 from flexcache.recorder.rows import Unstorable, rows_of
 from flexcache.recorder.running import Sink, allocation, forwards
-from flexcache.spec import DTYPES
+from flexcache.spec import DTYPES, Spec
 from flexcache.store.shard_file import Copy, copy_bytes
 from flexcache.store.slabs import LARGEST_SLAB
 from flexcache.store.store import Store
@@ -93,9 +94,12 @@ def try_batches(
     now: list[Batch] = []
     sink = _forgetting(store, model, now)
     measured: list[tuple[int, float]] = []
-    with evaluating(model), closing(Crew(model)) as crew, forwards(model, reading, pad, sink, crew) as forward:
+    with evaluating(model), closing(Crew(model)) as crew, ExitStack() as stack:
         example = None if isinstance(pad, int) else pad.example(model)
         hooks.check_identity(model, reading.taps, example=example, reader=crew.read_example, alone=crew.alone)
+        if Spec.model_validate(store.spec).isolated:
+            check_isolation(model, reading, pad, crew)
+        forward = stack.enter_context(forwards(model, reading, pad, sink, crew))
         largest = reader.largest()
         spent = 0.0
         for batch in _endless(reader, store.n_units, largest, seed):

@@ -18,7 +18,7 @@ from flexcache.sequences.choice import chosen, first_or_last
 from flexcache.sequences.cuts import Cuts, Whole, Windowed
 from flexcache.sequences.encoding import Encoded, Tokenizer, encode
 from flexcache.sequences.labels import aligned, said
-from flexcache.sequences.packed import Marks, Packed, marks
+from flexcache.sequences.packed import Isolated, Marks, Packed, marks
 
 PART_BYTES = 64 << 20
 KEPT = "kept"
@@ -90,7 +90,8 @@ class Spool:
     def cuts(self) -> Cuts:
         """The sequences of all documents; to be asked for when all are there."""
         if self.options.packing is not None:
-            return Packed(self.lengths, self.options.packing.size(self.options.max_length), self.marks)
+            kind = Isolated if self.options.packing.isolate else Packed
+            return kind(self.lengths, self.options.packing.size(self.options.max_length), self.marks)
         return self._windowed or Whole(self.lengths, self.rows)
 
     @property

@@ -9,12 +9,13 @@ import pyarrow as pa
 
 from flexcache.errors import StoreError, nearest
 from flexcache.plan import ranges
+from flexcache.store.schema import BEGINS
 
 if TYPE_CHECKING:
     from flexcache.store.store import Store
 
 OWN = ("document", "unit", "batch", "start", "tokens", "keep_start", "n_rows", "row_start", "keep")
-PACKED = ("documents", "starts", "places")
+PACKED = ("documents", "starts", "places", BEGINS)
 """The columns of the sequences that are not labels."""
 
 

@@ -13,6 +13,8 @@ SCHEMA = 1
 ATTRIBUTE = "flexcache"
 DOCUMENTS = "documents.parquet"
 SEQUENCES = "sequences.parquet"
+BEGINS = "begins"
+"""The column of the sequences with the places at which attention and positions begin anew."""
 COORDINATES = {"token_id": "int32", "position": "int32", "document": "int64"}
 RESERVED = frozenset({"ledger", "runs", "layer", "token", *COORDINATES})
 PLAN_RECORD = "ledger/plan.json"

@@ -8,6 +8,7 @@ import pyarrow as pa
 from flexcache.images.encoded import IMAGE
 from flexcache.plan import UnitPlan, ranges
 from flexcache.sequences import KEPT, Spool
+from flexcache.store.schema import BEGINS
 
 PIECES = {"documents": pa.int64(), "starts": pa.int32(), "places": pa.int32()}
 """Of packed documents: which are in a sequence, from which token on, and from which place."""
@@ -71,6 +72,9 @@ class UnitTables:
             pieces_of = np.append(self._first, len(pieces.line))
             parts = {"documents": self._numbers[pieces.document], "starts": pieces.start, "places": pieces.offset}
             columns |= {name: _lists(pieces_of, pa.array(values, PIECES[name])) for name, values in parts.items()}
+            if self._options.packing.isolate:
+                begins = pieces.offset - int(self._corpus.marks.bos is not None)
+                columns[BEGINS] = _lists(pieces_of, pa.array(begins, pa.int32()))
         if IMAGE in self._table.column_names:  # each image is one sequence
             columns[IMAGE] = self._table.column(IMAGE).take(pa.array(self._of[self._first]))
         for name in self._corpus.token_labels:
@@ -102,11 +106,11 @@ class UnitTables:
 
     def _tokens(self, origin: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         """Return the tokens of the sequences, with those between and in front of packed documents."""
-        tokens, marks = self._flat[origin], self._corpus.marks
+        tokens, marks, packing = self._flat[origin], self._corpus.marks, self._options.packing
         if marks.separator is not None:
             tokens[origin < 0] = marks.separator
         if marks.bos is not None:
-            tokens[offsets[:-1]] = marks.bos
+            tokens[origin < 0 if packing is not None and packing.isolate else offsets[:-1]] = marks.bos
         return tokens
 
     @property

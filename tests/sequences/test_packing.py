@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,15 @@ from hypothesis import strategies as st
 
 import flexcache
 from flexcache.errors import ConfigError, DocumentsError
-from flexcache.recorder.batch import BatchReader
-from flexcache.sequences.packed import Marks, Packed
+from flexcache.model import evaluating
+from flexcache.recorder.batch import Batch, BatchReader, split
+from flexcache.recorder.crew import Crew
+from flexcache.recorder.isolation import check_isolation
+from flexcache.recorder.reading import locate
+from flexcache.sequences.packed import Isolated, Marks, Packed
+from flexcache.spec import Spec
 from tests.corpora import build_store, lengths, token_documents
-from tests.models import VOCABULARY, tiny
+from tests.models import FAMILIES, VOCABULARY, tiny
 
 DOCUMENTS = token_documents([37, 1, 8, 16, *lengths(40, longest=30)], vocabulary=VOCABULARY)
 PACKING = {"length": 16, "separator": 2, "bos": 1}
@@ -124,6 +130,135 @@ def test_the_tokenizer_says_which_tokens_are_between(tokenizer: Any, tmp_path: P
     assert none.tokens["tokens"].to_pylist() == [[4, 5, 6, 7, 8, 9, 4, 10], [11]]
 
 
+def isolated(sizes: list[int], length: int, opening: int) -> list[list[tuple[int, int, int]]]:
+    """Pieces (document, start, tokens) of each sequence: whole documents as long as they fit, one by one."""
+    room, found, used = length - opening, [], length
+    for document, size in enumerate(sizes):
+        for start in range(0, size, room):
+            count = min(room, size - start)
+            if used + count + opening > length:
+                found.append([])
+                used = 0
+            found[-1].append((document, start, count))
+            used += count + opening
+    return found
+
+
+@given(st.lists(st.integers(1, 25), min_size=1, max_size=12), st.integers(4, 12), st.sampled_from([None, 1]))
+def test_isolated_documents_are_whole_where_they_fit(sizes: list[int], length: int, bos: Any) -> None:
+    cuts, opening = Isolated(np.array(sizes), length, Marks(None, bos)), int(bos is not None)
+    pieces = cuts.pieces(np.arange(len(cuts.lengths)))
+    found: list[list[tuple[int, int, int]]] = [[] for _ in cuts.lengths]
+    used = [0] * len(cuts.lengths)
+    for line, document, start, count, place in zip(
+        *(getattr(pieces, n).tolist() for n in ("line", "document", "start", "length", "offset"))
+    ):
+        assert place == used[line] + opening
+        found[line].append((document, start, count))
+        used[line] = place + count
+    assert found == isolated(sizes, length, opening)
+    assert cuts.lengths.tolist() == used
+    assert cuts.kept.tolist() == [sum(piece[2] for piece in line) for line in found]
+    assert cuts.linked.tolist() == [line[0][1] > 0 for line in found]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_rows_of_isolated_documents_are_those_of_documents_alone(family: str, tmp_path: Path) -> None:
+    model, path = tiny(family), tmp_path / "run.zarr"
+    packing = {"length": 24, "bos": 1, "isolate": True}
+    sites = ["resid_post", "resid_post.grad"]
+    store = flexcache.capture(model, None, DOCUMENTS, path, sites=sites, layers=[0, 3], packing=packing, **QUIET)
+    assert store.n_units > 1
+    assert max(len(line) for line in store.tokens["documents"].to_pylist()) > 2, "documents share sequences"
+    alone = [
+        {"id": f"{item['id']}+{start}", "tokens": [1, *item["tokens"][start : start + 23]]}
+        for item in DOCUMENTS
+        for start in range(0, len(item["tokens"]), 23)
+    ]
+    single = flexcache.capture(model, None, alone, tmp_path / "alone.zarr", sites=sites, layers=[0, 3], **QUIET)
+    for item in DOCUMENTS:
+        mine, tokens = store.rows(document=item["id"]), item["tokens"]
+        pieces = [single.rows(document=f"{item['id']}+{start}")[1:] for start in range(0, len(tokens), 23)]
+        for site in sites:
+            for layer in (0, 3):
+                expected = single.read(site, layer, np.concatenate(pieces))
+                assert np.allclose(store.read(site, layer, mine), expected, atol=2e-5, rtol=1e-4), (site, layer)
+        assert store.coordinates["token_id"].values[mine].tolist() == tokens
+        assert store.coordinates["position"].values[mine].tolist() == list(range(len(tokens)))
+    assert all(item.equal for item in flexcache.recompute(model, path, units=100))
+    assert "packed" in str(store.replayable)
+    assert store.token_labels == ()
+
+
+def test_isolated_documents_added_to_a_store(tmp_path: Path) -> None:
+    model, path = tiny("llama"), tmp_path / "run.zarr"
+    packing = {"length": 24, "bos": None, "isolate": True}
+    flexcache.capture(model, None, DOCUMENTS, path, layers=[1], packing=packing, **QUIET)
+    new = [{**item, "id": f"new-{item['id']}"} for item in DOCUMENTS]
+    store = flexcache.extend(model, None, path, new, progress=False)
+    for item in DOCUMENTS:
+        first, second = (store.read("resid_post", 1, store.rows(document=f"{n}{item['id']}")) for n in ("", "new-"))
+        assert np.allclose(first, second, atol=2e-5)
+    assert all(item.equal for item in flexcache.recompute(model, path, units=100))
+
+
+@pytest.mark.parametrize(
+    ("family", "found"),
+    [("opt", "changes with the document in front of it"), ("bloom", "no position_ids"), ("bert", "changes with")],
+)
+def test_a_model_that_does_not_keep_documents_apart_is_refused(family: str, found: str, tmp_path: Path) -> None:
+    packing = {"length": 24, "bos": 1, "isolate": True}
+    with pytest.raises(ConfigError, match=f"keep packed documents apart[\\s\\S]*{found}"):
+        flexcache.capture(tiny(family), None, DOCUMENTS, tmp_path / "run.zarr", packing=packing, **QUIET)
+    assert not (tmp_path / "run.zarr").exists()
+
+
+APART = {
+    *(
+        "llama",
+        "gpt2",
+        "gpt_neox",
+        "gpt_neox_sequential",
+        "gptj",
+        "qwen3",
+        "gemma3",
+        "olmo2",
+        "glm4",
+        "phi3",
+        "mixtral",
+    ),
+    *("granite", "mistral", "qwen2", "gemma", "gemma2", "olmo", "exaone4", "smollm3", "phi", "stablelm"),
+    *("stablelm_parallel", "starcoder2", "gpt_bigcode", "gpt_bigcode_heads", "gpt_neo", "codegen", "cohere", "cohere2"),
+    *("nemotron", "persimmon", "helium", "qwen3_moe", "olmoe", "deepseek_v3"),
+}
+"""Families that keep packed documents apart, as docs/configuration.md says."""
+OTHERS = {"albert", "t5", "t5_encoder"}
+"""Families without one stack of blocks of their own, or with relative positions that are an encoder's."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - OTHERS))
+def test_which_families_keep_documents_apart(family: str, dtype: torch.dtype) -> None:
+    model = tiny(family, dtype)
+    spec = Spec.model_validate({"sites": {"resid_post": "all"}})
+    shown = nullcontext() if family in APART else pytest.raises(ConfigError, match="keep packed documents apart")
+    with evaluating(model), closing(Crew(model)) as crew, shown:
+        check_isolation(model, locate(model, spec), 0, crew)
+
+
+def test_what_a_forward_of_isolated_documents_takes() -> None:
+    tokens = (np.arange(5, 12, dtype=np.int32), np.arange(3, dtype=np.int32))
+    begins = (np.array([0, 3, 4]), np.array([0]))
+    batch = Batch(0, 0, range(10), np.arange(2), tokens, ((0, 7), (0, 3)), begins=begins)
+    given = batch.inputs(pad=9, width=8)
+    assert given["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 9], [0, 1, 2, 9, 9, 9, 9, 9]]
+    assert given["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 2, 0], [0, 1, 2, 0, 0, 0, 0, 0]]
+    assert set(given) == {"input_ids", "position_ids"}
+    second = split(batch, 7)[1]
+    assert second.inputs()["position_ids"].tolist() == [[0, 1, 2]]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -133,6 +268,7 @@ def test_the_tokenizer_says_which_tokens_are_between(tokenizer: Any, tmp_path: P
         ({"packing": {"length": 16, "separator": 2}, "rows": "last"}, "all of their tokens are rows"),
         ({"packing": PACKING, "windows": {"length": 8}}, "no windows"),
         ({"packing": {"lenght": 16}}, "did you mean length"),
+        ({"packing": {"length": 16, "isolate": True, "separator": 2}}, "nothing would see it"),
     ],
 )
 def test_packing_that_cannot_be(options: dict[str, Any], message: str, tmp_path: Path) -> None:
