@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 SAMPLED_VALUES = 64
+VISION_PARTS = ("vision_model", "vision_tower", "vision_encoder", "visual")
+"""Under which models that see and read have the part that sees."""
 
 
 CHAT_TEMPLATE = "chat_template_xxh3_128"
@@ -72,8 +74,10 @@ class ModelSource(BaseModel):
     name: str = Field(description="a local folder, or a name on the hub")
     revision: str | None = None
     loader: Literal["auto", "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"] = "auto"
-    side: Literal["encoder"] | None = Field(
-        None, description="of a model with an encoder and a decoder: the one that is run; the decoder cannot be yet"
+    side: Literal["encoder", "vision"] | None = Field(
+        None,
+        description="the part that is run: of a model with an encoder and a decoder, the encoder; of one that sees and"
+        " reads (CLIP), the part that sees",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
@@ -113,15 +117,17 @@ class ModelSource(BaseModel):
             return self._one_side(self._auto_class().from_config(copy.deepcopy(config), **options)).eval()
 
     def _one_side(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Return the encoder of a model, where that is asked for.
+        """Return the encoder of a model, or the part that sees, where that is asked for.
 
         Raises
         ------
         ConfigError
-            The model has no encoder of its own.
+            The model has no such part.
         """
         if self.side is None:
             return model
+        if self.side == "vision":
+            return self._seeing(model)
         if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise ConfigError(
                 f"model {self.name} has no encoder beside a decoder",
@@ -130,6 +136,40 @@ class ModelSource(BaseModel):
             )
         encoder: torch.nn.Module = model.get_encoder()  # type: ignore[operator]
         return encoder
+
+    def _seeing(self, model: torch.nn.Module) -> torch.nn.Module:
+        holders = (model, getattr(model, "base_model", model))
+        found = [getattr(holder, name) for name in VISION_PARTS for holder in holders if hasattr(holder, name)]
+        if not found:
+            raise ConfigError(
+                f"model {self.name} has no part that sees",
+                found=type(model).__name__,
+                remedy="leave side out: a vision transformer is captured as it is",
+            )
+        part: torch.nn.Module = found[0]
+        return part
+
+    def processor(self) -> Any:
+        """Return the model's image processor: the one that works with Pillow and numpy, the same on every machine.
+
+        Raises
+        ------
+        ConfigError
+            The checkpoint has none.
+        """
+        import transformers
+
+        modern = int(transformers.__version__.partition(".")[0]) >= 5
+        kind: dict[str, Any] = {"backend": "pil"} if modern else {"use_fast": False}
+        try:
+            return transformers.AutoImageProcessor.from_pretrained(self.name, **self._where(), **kind)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ConfigError(
+                f"the image processor of {self.name} cannot be loaded",
+                expected="preprocessor_config.json beside the weights, of a processor that works with Pillow",
+                found=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}",
+                remedy="copy that file from the checkpoint, or save one: processor.save_pretrained(folder)",
+            ) from error
 
     def tokenizer(self) -> Any:
         """Return the model's tokenizer."""
@@ -265,7 +305,11 @@ def describe_tokenizer(tokenizer: Any, chat: bool = False) -> dict[str, Any]:
 
 
 def longest_input(model: torch.nn.Module, tokenizer: Any) -> int | None:
-    """Return how many tokens the model can read at once, or None where nothing says so."""
+    """Return how many tokens the model can read at once, or None where nothing says so, as of images."""
+    from flexcache.hooks.vision import reads_images
+
+    if reads_images(model):
+        return None
     config = getattr(model, "config", None)
     limits = [getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
     known = [int(limit) for limit in limits if isinstance(limit, int) and 0 < limit < 10**9]

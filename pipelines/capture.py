@@ -30,7 +30,9 @@ def load(config: CaptureConfig, progress: bool) -> Loaded:
     import transformers
 
     from flexcache.hooks.measure import input_device
+    from flexcache.images.input import reader_of
     from flexcache.model import longest_input
+    from flexcache.recorder.imaging import check_images
     from flexcache.recorder.reading import locate
 
     documents = config.documents.open()
@@ -40,7 +42,9 @@ def load(config: CaptureConfig, progress: bool) -> Loaded:
     tokenizer = config.load_tokenizer(documents)
     # A misspelt site or function shows before a large model is loaded.
     skeleton, spec = config.model.skeleton(), config.spec()
-    locate(skeleton, spec, **config.functions(tokenizer))
+    reading = locate(skeleton, spec, **config.functions(tokenizer))
+    if config.generate is None:
+        check_images(skeleton, spec, reading, reader_of(skeleton, tokenizer, documents.schema.names))
     spec.within(longest_input(skeleton, tokenizer)).check()
     info: dict[str, Any] = {
         "name": Path(config.model.name).name if Path(config.model.name).is_dir() else config.model.name,

@@ -28,17 +28,20 @@ class DocumentsSource(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: str | list[str] | None = Field(None, description="Parquet, JSONL, CSV, a folder of .txt, a glob, or several")
+    path: str | list[str] | None = Field(
+        None, description="Parquet, JSONL, CSV, a folder of .txt or of images, a glob, or several"
+    )
     dataset: str | None = Field(None, description="in place of a path: a dataset of the hub, or a folder of one")
     config: str | None = Field(None, description="of the dataset")
     split: str = Field("train", description="of the dataset")
     revision: str | None = Field(None, description="of the dataset")
     streaming: bool = Field(False, description="read the dataset as it comes, without loading it to the disk first")
-    format: Literal["parquet", "jsonl", "csv", "txt"] | None = None
+    format: Literal["parquet", "jsonl", "csv", "txt", "image"] | None = None
     id: str = "id"
     text: str = "text"
     tokens: str = "tokens"
     messages: str = "messages"
+    image: str = Field("image", description="encoded images, or paths relative to the file that names them")
     labels: list[str] | None = Field(None, description="label columns to keep; all where not given")
 
     @model_validator(mode="after")
@@ -62,6 +65,7 @@ class DocumentsSource(BaseModel):
             text=self.text,
             tokens=self.tokens,
             messages=self.messages,
+            image=self.image,
             labels=self.labels,
         )
 
@@ -243,7 +247,9 @@ class CaptureConfig(BaseModel):
         return Completions(self.completions).open()
 
     def load_tokenizer(self, documents: Documents) -> Any:
-        """Return the model's tokenizer, or None where the documents have tokens already."""
+        """Return the model's tokenizer, of images its processor, or None where the documents have tokens already."""
+        if "image" in documents.schema.names:
+            return self.model.processor()
         plain = "tokens" in documents.schema.names and self.generate is None
         return None if plain else self.model.tokenizer()
 

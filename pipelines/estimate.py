@@ -259,14 +259,14 @@ def run(config: CaptureConfig, terms: Terms, progress: bool = True) -> Forecast:
 
 def _try(config: CaptureConfig, terms: Terms, source: Source, sampled: Sampled, bars: CaptureProgress) -> Trial:
     from flexcache.hooks.measure import input_device
-    from flexcache.model import pad_id
+    from flexcache.recorder.imaging import padding
     from flexcache.recorder.reading import locate
     from flexcache.recorder.trial import try_batches
 
     model = config.load_model()
     functions = config.functions(source.tokenizer, input_device(model))
     reading = locate(model, source.spec, **functions)
-    pad = pad_id(model, source.tokenizer)
+    pad = padding(model, source.tokenizer)
     advance = bars.trying(terms.seconds)
     return try_batches(model, reading, sampled.plan, pad, seconds=terms.seconds, seed=terms.seed, progress=advance)
 

@@ -41,17 +41,21 @@ def run(config: CaptureConfig, console: Console, progress: bool = True) -> Estim
 
 def source_of(config: CaptureConfig, skeleton: Any) -> Source:
     """Return what a configuration plans from, by a model without weights; no document is read."""
+    from flexcache.images.input import reader_of
     from flexcache.model import describe_tokenizer, longest_input, vocabulary
+    from flexcache.recorder.imaging import check_images
     from flexcache.recorder.reading import locate, measure_arrays
 
     documents = config.open_documents()
-    tokenizer = config.load_tokenizer(documents)
+    tokenizer = reader_of(skeleton, config.load_tokenizer(documents), documents.schema.names)
     spec = config.spec().within(longest_input(skeleton, tokenizer))
     spec.check()
+    reading = locate(skeleton, spec, **config.functions(tokenizer))
+    example = check_images(skeleton, spec, reading, tokenizer)
     return Source(
         documents=documents,
         tokenizer=tokenizer,
-        arrays=measure_arrays(skeleton, spec, locate(skeleton, spec, **config.functions(tokenizer))),
+        arrays=measure_arrays(skeleton, spec, reading, example=example),
         spec=spec,
         model={"name": config.model.name},
         tokenizer_identity=describe_tokenizer(tokenizer, "messages" in documents.schema.names),

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -46,6 +46,7 @@ def run(
     console: Console,
     *,
     revision: str | None = None,
+    side: Literal["encoder", "vision"] | None = None,
     match: str | None = None,
     every: bool = False,
     as_json: bool = False,
@@ -56,6 +57,8 @@ def run(
 
     Parameters
     ----------
+    side
+        The part of a model of several, as in a configuration.
     match
         A glob over paths, as in a site.
     every
@@ -71,7 +74,7 @@ def run(
         Nothing matches, or the model does not run on a small example.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    source = ModelSource(name=name, revision=revision)
+    source = ModelSource(name=name, revision=revision, side=side)
     try:
         model = source.skeleton()
         found = chosen(_survey(model), match)

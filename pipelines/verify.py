@@ -42,7 +42,8 @@ def again(path: Path, config: CaptureConfig, units: int, console: Console, progr
     from flexcache.hooks.measure import input_device
     from flexcache.recorder.recompute import recompute
 
-    model, tokenizer = config.load_model(), config.load_tokenizer(config.documents.open())
+    pictures = Store(path).images  # which the store keeps, with their processor: the files may be gone
+    model, tokenizer = config.load_model(), None if pictures else config.load_tokenizer(config.documents.open())
     with Progress(*Progress.get_default_columns(), console=Console(stderr=True), disable=not progress) as bars:
         task = bars.add_task("computing again (rows)", total=None)
         found = recompute(

@@ -180,9 +180,9 @@ def content_error(names: list[str], roles: Roles, where: str | None, *, both: bo
             found=found,
             remedy="say which to leave: text=None or tokens=None, and labels=[…] for the labels to keep",
         )
-    if any(role in names for role in wanted):
+    if null := [role for role in wanted if role in names]:
         return DocumentsError(
-            "a document without text: it is null",
+            f"a document without {' or '.join(null)}: it is null",
             where=where,
             expected=expected,
             found="null",

@@ -9,7 +9,6 @@ from typing import Any
 from flexcache import hooks
 from flexcache.documents import open_documents
 from flexcache.hooks.names import whole
-from flexcache.hooks.vision import reads_images
 from flexcache.images.input import reader_of
 from flexcache.model import describe_model, describe_tokenizer, evaluating, longest_input, pad_id, vocabulary
 from flexcache.options import Choice, Packing, Windows, parse_rows
@@ -149,7 +148,7 @@ def capture(
             "objective": None if objective is None else describe(objective),
             **parse_rows(rows),
             "dtype": dtype,
-            "max_length": max_length if reads_images(model) else max_length or longest_input(model, tokenizer),
+            "max_length": max_length or longest_input(model, tokenizer),
             "max_tokens": max_tokens,
             "windows": windows,
             "packing": packing,

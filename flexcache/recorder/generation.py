@@ -92,7 +92,7 @@ def generate(
     ConfigError
         The model cannot generate.
     DocumentsError
-        A prompt is empty, or leaves no room for the completion; a label has the name of one of these columns.
+        A prompt is empty, an image, or leaves no room for the completion; a label has the name of one of these columns.
     MismatchError
         The folder holds completions of something else.
     """
@@ -104,6 +104,8 @@ def generate(
             remedy="load it with loader: AutoModelForCausalLM",
         )
     corpus = open_documents(documents)
+    if "image" in corpus.schema.names:
+        raise DocumentsError("images cannot be completed", expected="documents of texts, messages or tokens")
     if taken := [name for name in corpus.labels if name in OWN]:
         raise DocumentsError(f"a label cannot be called {taken[0]!r} here", remedy="rename the column")
     completions = Completions(Path(folder))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,16 +12,23 @@ from flexcache.errors import SiteError
 from flexcache.hooks import Tap, check_identity, find_blocks, locate
 from flexcache.site import ONCE, STANDARD, Site
 from tests.models import FAMILIES, tiny
+from tests.vision import VISION, tiny_vision
 
 PAGE = Path(__file__).parents[2] / "docs" / "sites.md"
 BEGIN, END = "<!-- families -->\n", "<!-- end of families -->\n"
 SITES = (*STANDARD, *ONCE)
+BEGIN_VISION, END_VISION = "<!-- vision -->\n", "<!-- end of vision -->\n"
 UNCHECKED = ("mlp_post", "embed")
 REASONS = {
     "granite": "`attn_out`, `mlp_out`, `resid_mid`: the model scales what it adds, and no module gives that",
     "albert": "no site in a block: one block is run for all layers",
     "t5": "two residual streams: pass `model.get_encoder()`, which is the line above",
     "jamba": "`mlp_out` for all layers: those of state space have no `attn_out` to be checked with",
+}
+VISION_REASONS = {
+    "beit, data2vec_vision": "`attn_out`, `mlp_out`, `resid_mid`: each block scales what it adds by parameters of its"
+    " own, and no module gives that",
+    "clip_vision": "its last norm reads the class token alone, so there is no `final_norm` of every token",
 }
 
 
@@ -51,30 +58,39 @@ def holds(model: torch.nn.Module, taps: Sequence[Tap]) -> bool:
     return True
 
 
-def line(family: str) -> str:
+def line(family: str, kind: str, model: torch.nn.Module) -> str:
     """Return a family's line of the table; all its sites are checked together, and one by one where that fails."""
-    model = tiny(family)
     found = {site: cell(model, site) for site in SITES}
     together = holds(model, [tap for _, taps in found.values() for tap in taps])
     said = []
     for site, (text, taps) in found.items():
         right = together or not taps or holds(model, taps)
         said.append(("found" if text == "✓" else text) if right and site in UNCHECKED else text if right else "refused")
-    return f"| {family} | {FAMILIES[family][0]} | {' | '.join(said)} |"
+    return f"| {family} | {kind} | {' | '.join(said)} |"
 
 
-def table() -> str:
-    """Return the table and, below it, the reasons for what is refused."""
+def table(
+    families: Mapping[str, tuple[str, object]], make: Callable[[str], torch.nn.Module], reasons: Mapping[str, str]
+) -> str:
+    """Return the table of some families and, below it, the reasons for what is refused."""
     head = f"| family | class | {' | '.join(f'`{site}`' for site in SITES)} |"
-    lines = [head, "|" + "---|" * (len(SITES) + 2), *(line(family) for family in FAMILIES), ""]
-    return "\n".join([*lines, *(f"- {family}: {reason}." for family, reason in REASONS.items())]) + "\n"
+    lines = [head, "|" + "---|" * (len(SITES) + 2)]
+    lines += [line(family, kind, make(family)) for family, (kind, _) in families.items()]
+    return "\n".join([*lines, "", *(f"- {family}: {reason}." for family, reason in reasons.items())]) + "\n"
 
 
 def with_table(page: str) -> str:
-    """Return the page with the table as it is now."""
+    """Return the page with the table of text models as it is now."""
     before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
+    return f"{before}{BEGIN}\n{table(FAMILIES, tiny, REASONS)}\n{END}{rest.partition(END)[2]}"
+
+
+def with_vision(page: str) -> str:
+    """Return the page with the table of vision transformers as it is now."""
+    before, _, rest = page.partition(BEGIN_VISION)
+    made = table(VISION, tiny_vision, VISION_REASONS)
+    return f"{before}{BEGIN_VISION}\n{made}\n{END_VISION}{rest.partition(END_VISION)[2]}"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(with_vision(with_table(PAGE.read_text(encoding="utf-8"))), encoding="utf-8")

@@ -14,6 +14,7 @@ from flexcache.hooks.survey import survey
 from flexcache.hooks.vision import default_pixels, image_tokens, token_layout
 from flexcache.site import Site
 from tests.hooks.oracle import read_at
+from tests.hooks.sites_table import PAGE, with_vision
 from tests.vision import DEPTH, GRID, HIDDEN, SIDE, SPECIALS, VISION, noise, tiny_vision
 
 VIT = {"attn_out": "attention.o_proj", "mlp_out": "mlp.fc2", "mlp_post": "mlp.fc2"}
@@ -182,6 +183,12 @@ def test_the_forward_stops_after_the_last_site() -> None:
         taps.forward(pixel_values=pixels)
     assert ran == [0]
     assert len(model.layers) == DEPTH
+
+
+@pytest.mark.slow
+def test_the_table_in_the_docs_is_what_the_models_say() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert with_vision(page) == page, "run python -m tests.hooks.sites_table"
 
 
 SMALL = {"hidden_size": 48, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 48}

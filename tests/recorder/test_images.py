@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from PIL import Image
 
 import flexcache
@@ -21,6 +23,7 @@ from tests.recorder.test_recorder import shard_hashes
 from tests.vision import DEPTH, GRID, image_documents, processor, tiny_vision
 
 DOCUMENTS = image_documents(24)
+PAGE = Path(__file__).parents[2] / "docs" / "images.md"
 QUIET: dict[str, Any] = {"progress": False, "batch_tokens": 48}
 
 
@@ -177,6 +180,21 @@ def test_probes_labels_of_patches_and_statistics_work_as_on_texts(tmp_path: Path
     assert np.allclose(mean.values, store["resid_post"].values.mean(axis=1), atol=1e-5)
     sweep = probes.sweep(store, target="bright", site="resid_post", probe=probes.Ridge(), groups="document")
     assert sweep.results.sizes["layer"] == DEPTH
+
+
+def test_the_page_on_images_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hf.AutoModel, "from_pretrained", lambda name: tiny_vision("dinov2_registers"))
+    monkeypatch.setattr(hf.AutoImageProcessor, "from_pretrained", lambda name, backend: processor())
+    (tmp_path / "pictures").mkdir()
+    for document in DOCUMENTS:
+        Image.fromarray(document["image"]).save(tmp_path / "pictures" / f"{document['id']}.png")
+    names: dict[str, Any] = {}
+    for code in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        exec(compile(code, str(PAGE), "exec"), names)
+    assert (tmp_path / "norms.png").stat().st_size > 0
+    assert names["sweep"].best.score > 0.9  # positions are added to the stream
+    assert names["sweep"].results.sizes["layer"] == DEPTH
 
 
 def test_gradients_of_an_objective_of_ones_own(tmp_path: Path) -> None:
