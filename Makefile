@@ -4,6 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCUMENTS ?= 1000
+PYTHON312 ?= python3.12
+BENCH := .venv-bench
+ANNBATCH := .venv-annbatch
+BENCHMARKS ?=
 
 .PHONY: demo test lint bench docs clean
 .DEFAULT_GOAL := test
@@ -26,22 +30,23 @@ lint: $(READY)  ## format, lint, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(READY)  ## ratios against floors and peers, measured in this run
-	$(BIN)/python -m benchmarks.capture
-	$(BIN)/python -m benchmarks.read
-	$(BIN)/python -m benchmarks.hooks
-	$(BIN)/python -m benchmarks.scaling
-	$(BIN)/python -m benchmarks.statistics
-	$(BIN)/python -m benchmarks.probes
-	$(BIN)/python -m benchmarks.replay
-	$(BIN)/python -m benchmarks.moving
-	$(BIN)/python -m benchmarks.stream
-	$(BIN)/python -m benchmarks.growth --plan 1e8 --stand-in 1e10 --rows 0
-	$(BIN)/python -m benchmarks.reliability
+$(BENCH)/.ready: pyproject.toml constraints.txt benchmarks/peers/requirements.txt
+	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BENCH)/bin/python -m pip install --quiet --constraint constraints.txt --requirement benchmarks/peers/requirements.txt
+	touch $@
+
+$(ANNBATCH)/.ready:
+	if command -v $(PYTHON312) && $(PYTHON312) -m venv $(ANNBATCH); then $(ANNBATCH)/bin/python -m pip install --quiet annbatch zarrs && touch $@; \
+	else rm -rf $(ANNBATCH); echo 'annbatch is left out: it needs Python 3.12 (make PYTHON312=…)'; fi
+
+bench: $(BENCH)/.ready $(ANNBATCH)/.ready  ## ratios against floors and peers, measured in this run, into docs/benchmarks.md
+	$(BENCH)/bin/python -m pipelines.assets
+	HF_HUB_OFFLINE=1 $(BENCH)/bin/python -m benchmarks $(BENCHMARKS)
 
 docs: $(READY)  ## the documentation, into docs/_build
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build
 
 clean:
-	rm -rf $(VENV) docs/_build demo
+	rm -rf $(VENV) $(BENCH) $(ANNBATCH) docs/_build demo

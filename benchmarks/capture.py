@@ -1,11 +1,12 @@
-"""Capture of SmolLM2-135M (bf16, CPU) over ragged labelled texts, beside its floor and what people do now.
+"""Capture of SmolLM2-135M on a CPU over ragged labelled texts, beside its floor and what people do now.
 
     python -m benchmarks.capture [--documents 300] [--rounds 5]
 
 (a) the bare forward over the plan's batches, without lm_head; (b) FlexCache, all 30 layers, with fsync and hash;
-(c) FlexCache, one layer; (d) hooks that clone, and torch.save; (e) output_hidden_states and torch.save. (d) and (e)
-save one file a batch, with padding, as scripts do, and fsync it. The floor of (b) is the larger of (a) and of writing
-the same bytes with O_DIRECT and one fsync.
+(c) FlexCache, one layer; (d) hooks that clone, and torch.save; (e) output_hidden_states and torch.save; (f) nnsight and
+safetensors; (g) TransformerLens' run_with_cache and torch.save; (h) FlexModel 0.1 and torch.save. (d) to (h) save one
+file a batch, with padding, as scripts do, and fsync it; (f) to (h) are left out where they are not installed. The floor
+of (b) is the larger of (a) and of writing the same bytes with O_DIRECT and one fsync.
 """
 
 from __future__ import annotations
@@ -19,24 +20,34 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 
+from benchmarks.model import DTYPE, smollm2
+from benchmarks.peers import hooking
 from benchmarks.timing import console, interleave, ratio, show
 from flexcache.documents import open_documents
-from flexcache.model import ModelSource, describe_model, describe_tokenizer
+from flexcache.model import describe_model, describe_tokenizer
 from flexcache.recorder.batch import Batch, BatchReader
 from flexcache.recorder.fingerprint import fingerprint
 from flexcache.recorder.planning import Source, plan_store
 from flexcache.recorder.reading import Reading, locate, measure_arrays
-from flexcache.recorder.recorder import Recorder
+from flexcache.recorder.recorder import DEFAULT_BUFFER, Recorder
 from flexcache.recorder.running import run
 from flexcache.spec import Spec
 from pipelines import assets
 
 ONE_LAYER = 14
+PEERS = {
+    "nnsight + safetensors": hooking.nnsight,
+    "TransformerLens + torch.save": hooking.transformer_lens,
+    "FlexModel 0.1 + torch.save": hooking.flex_model,
+}
 
 
 class Bench:
@@ -44,8 +55,9 @@ class Bench:
 
     def __init__(self, folder: Path, documents: int) -> None:
         self.folder = folder
-        source = ModelSource(name=str(assets.smollm2()), dtype="bfloat16", device="cpu")
-        self.model, tokenizer = source.load(), source.tokenizer()
+        source = smollm2()
+        self.source, self.model, self.tokenizer = source, source.load(), source.tokenizer()
+        tokenizer = self.tokenizer
         self.corpus = open_documents(assets.vader_sample(documents))
         self.reading: dict[str, Reading] = {}
         for name, layers in (("all", "all"), ("one", [ONE_LAYER])):
@@ -63,7 +75,7 @@ class Bench:
             self.amount = plan_store(folder / f"{name}.planned", plan)
         reader = BatchReader(folder / "all.planned", mean=False)
         self.batches = [batch for unit in range(self.amount.units) for batch in reader.unit(unit)]
-        self.bytes = self.amount.rows * 30 * 576 * 2
+        self.bytes = self.amount.rows * 30 * 576 * (2 if DTYPE == "bfloat16" else 4)
         self.depth = len(self.reading["all"].taps)
         self.result = folder / "result"
 
@@ -87,16 +99,41 @@ class Bench:
     def hooks_and_save(self) -> None:
         self._fresh()
         for number, batch in enumerate(self.batches):
-            seen: dict[str, torch.Tensor] = {}
-            handles = [
-                block.register_forward_hook(lambda _m, _i, out, k=k, seen=seen: seen.update({str(k): out.clone()}))
-                for k, block in enumerate(self.model.model.layers)
-            ]
-            with torch.no_grad():
-                self.model.model(**self.inputs(batch), use_cache=False)
-            for handle in handles:
-                handle.remove()
-            self._save(seen, number)
+            self._save(self.hooked(batch), number)
+
+    def hooked(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return a copy of every block's output."""
+        seen: dict[str, torch.Tensor] = {}
+        handles = [
+            block.register_forward_hook(lambda _m, _i, out, k=k: seen.update({str(k): out.clone()}))
+            for k, block in enumerate(self.model.model.layers)
+        ]
+        with torch.no_grad():
+            self.model.model(**self.inputs(batch), use_cache=False)
+        for handle in handles:
+            handle.remove()
+        return seen
+
+    def peers(self) -> tuple[dict[str, Callable[[], None]], dict[str, float]]:
+        """Return the peers that are installed, and how far what each gives is from what hooks of torch give."""
+        variants, away = {}, {}
+        for name, make in PEERS.items():
+            try:
+                run = make(self.source.load(), self.tokenizer)
+            except ImportError:
+                continue
+            given, expected = run(self.inputs(self.batches[0])).values(), self.hooked(self.batches[0]).values()
+            mask = torch.from_numpy(self.batches[0].attention_mask()).bool()
+            away[name] = max(
+                float((a[mask].float() - b[mask].float()).abs().max()) for a, b in zip(given, expected, strict=True)
+            )
+            variants[name] = partial(self.run_and_save, run, name)
+        return variants, away
+
+    def run_and_save(self, run: hooking.Run, name: str) -> None:
+        self._fresh()
+        for number, batch in enumerate(self.batches):
+            self._save(run(self.inputs(batch)), number, "safetensors" in name)
 
     def hidden_states_and_save(self) -> None:
         self._fresh()
@@ -119,9 +156,12 @@ class Bench:
         shutil.rmtree(self.result, ignore_errors=True)
         self.result.mkdir()
 
-    def _save(self, tensors: dict[str, torch.Tensor], number: int) -> None:
+    def _save(self, tensors: dict[str, torch.Tensor], number: int, safe: bool = False) -> None:
         path = self.result / f"{number}.pt"
-        torch.save(tensors, path)
+        if safe:
+            safetensors.torch.save_file(tensors, path)
+        else:
+            torch.save(tensors, path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
@@ -143,9 +183,9 @@ def main() -> None:
             return
         compare(bench, options.rounds)
     peaks = {name: peak(name, options.documents) for name in ("bare", "all")}
-    console.print(
-        f"peak RSS: bare forward {peaks['bare'] / 1e6:.0f} MB, with capture {peaks['all'] / 1e6:.0f} MB: "
-        f"+{(peaks['all'] - peaks['bare']) / 1e6:.0f} MB (buffer bound 268 MB)"
+    more = f"{(peaks['all'] - peaks['bare']) / 2**20:.0f} MiB"
+    show(
+        "memory", [("peak of capture above that of the bare forward", more, f"the buffer, {DEFAULT_BUFFER >> 20} MiB")]
     )
 
 
@@ -154,13 +194,18 @@ def compare(bench: Bench, rounds: int) -> None:
         f"{bench.amount.tokens:,} tokens in {len(bench.batches)} batches, {bench.bytes / 1e6:.0f} MB, "
         f"{torch.get_num_threads()} threads"
     )
+    peers, away = bench.peers()
+    peers = {
+        "hooks + torch.save": bench.hooks_and_save,
+        "output_hidden_states + torch.save": bench.hidden_states_and_save,
+        **peers,
+    }
     seconds = interleave(
         {
             "bare": bench.bare,
             "flexcache, all layers": lambda: bench.flexcache("all"),
             "flexcache, one layer": lambda: bench.flexcache("one"),
-            "hooks + torch.save": bench.hooks_and_save,
-            "output_hidden_states + torch.save": bench.hidden_states_and_save,
+            **peers,
             "disk": bench.disk,
         },
         rounds,
@@ -168,7 +213,7 @@ def compare(bench: Bench, rounds: int) -> None:
     floor = [max(a, b) for a, b in zip(seconds["bare"], seconds["disk"], strict=True)]
     share = (ONE_LAYER + 1) / bench.depth
     show(
-        "capture, SmolLM2-135M bf16 on CPU (medians of ratios, round by round)",
+        f"capture, SmolLM2-135M {DTYPE} on CPU (medians of ratios, round by round)",
         [
             ("all layers ÷ floor", f"{ratio(seconds['flexcache, all layers'], floor):.3f}", "≤ 1.06"),
             (
@@ -176,12 +221,8 @@ def compare(bench: Bench, rounds: int) -> None:
                 f"{ratio(seconds['flexcache, one layer'], seconds['bare']):.3f}",
                 f"≤ {share + 0.05:.2f}",
             ),
-            ("hooks + torch.save ÷ floor", f"{ratio(seconds['hooks + torch.save'], floor):.3f}", "a peer"),
-            (
-                "output_hidden_states + torch.save ÷ floor",
-                f"{ratio(seconds['output_hidden_states + torch.save'], floor):.3f}",
-                "a peer",
-            ),
+            *((f"{name} ÷ floor", f"{ratio(seconds[name], floor):.3f}", "a peer") for name in peers),
+            *((f"{name}: away from hooks of torch by", f"{far:.3g}", "0") for name, far in away.items()),
             ("disk alone ÷ bare forward", f"{ratio(seconds['disk'], seconds['bare']):.3f}", ""),
             ("bare forward", f"{statistics.median(seconds['bare']):.2f} s", ""),
         ],

@@ -28,8 +28,8 @@ from analysis.probes.estimators.design import Design
 from analysis.probes.estimators.linear import one_hot
 from analysis.view import join
 from benchmarks.memory import added
+from benchmarks.model import smollm2
 from benchmarks.timing import interleave, ratio, show
-from flexcache.model import ModelSource
 from pipelines import assets, capture
 from pipelines.config import CaptureConfig, DocumentsSource
 
@@ -58,7 +58,7 @@ def main() -> None:
 def build(path: Path, documents: int) -> flexcache.Store:
     """Return a store of the input of block 0 and the output of each, at the last token."""
     config = CaptureConfig(
-        model=ModelSource(name=str(assets.smollm2()), dtype="bfloat16"),
+        model=smollm2(),
         documents=DocumentsSource(path=str(assets.vader_sample(documents))),
         sites={"resid_pre": [0], "resid_post": "all"},
         rows="last",

@@ -2,12 +2,12 @@
 
     python -m benchmarks.replay [--documents 100] [--rounds 5] [--only skip|grid]
 
-(1) Forwards without lm_head over the capture's batches, in bfloat16: whole, and going on after block k. The floor is
-the share of the blocks that run. (2) A grid of 30 layers × 10 positions, one prompt patched with another's residual
-stream, in float32, the logit difference of each cell: FlexCache from its store, 110 cells side by side and one by one;
-TransformerLens' `get_act_patch_resid_pre`; nnsight, ten and a hundred invokes a trace. Peers that
-are not installed are left out: they are no dependency (pip install transformer-lens nnsight). The store and the peers'
-caches are made before.
+(1) Forwards without lm_head over the capture's batches, in bfloat16 where that is quick, else in float32: whole, and
+going on after block k. The floor is the share of the blocks that run. (2) A grid of 30 layers × 10 positions, one
+prompt patched with another's residual stream, in float32, the logit difference of each cell: FlexCache from its
+store, 110 cells side by side and one by one; TransformerLens' `get_act_patch_resid_pre`; nnsight, ten and a hundred
+invokes a trace. Peers that are not installed are left out: they are no dependency (pip install transformer-lens
+nnsight). The store and the peers' caches are made before.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 import flexcache
 from analysis import replay
 from analysis.replay import Engine
+from benchmarks.model import DTYPE, smollm2
 from benchmarks.timing import interleave, ratio, show
 from flexcache.model import ModelSource
 from pipelines import assets
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def skip(folder: Path, documents: int, rounds: int) -> None:
-    source = ModelSource(name=str(assets.smollm2()), dtype="bfloat16", device="cpu")
+    source = smollm2()
     model, path = source.load(), folder / "skip.zarr"
     store = flexcache.capture(
         model, source.tokenizer(), str(assets.vader_sample(documents)), path, layers=list(AFTER), progress=False
@@ -77,13 +78,13 @@ def skip(folder: Path, documents: int, rounds: int) -> None:
         for k in AFTER
     ]
     show(
-        f"replay, bf16, {len(batches)} batches, {torch.get_num_threads()} threads (medians of ratios, round by round)",
+        f"replay, {DTYPE}, {len(batches)} batches, {torch.get_num_threads()} threads",
         [*rows, ("whole forward without lm_head", f"{statistics.median(seconds['whole']):.2f} s", "")],
     )
 
 
 def grid(folder: Path, rounds: int) -> None:
-    source = ModelSource(name=str(assets.smollm2()), dtype="float32", device="cpu")
+    source = smollm2("float32")
     model, tokenizer = source.load(), source.tokenizer()
     texts = {"clean": "The film was great, so I felt very", "corrupted": "The film was awful, so I felt very"}
     tokens = {name: tokenizer(text)["input_ids"] for name, text in texts.items()}

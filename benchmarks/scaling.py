@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling [--documents 1000] [--rounds 3]
 
-SmolLM2-135M (bf16, CPU) over ragged labelled texts, all 30 layers, with fsync and hash. Processes have loaded the
+SmolLM2-135M on a CPU over ragged labelled texts, all 30 layers, with fsync and hash. Processes have loaded the
 model and wait for a signal; the clock runs from the signal until the last of them returns from the complete store. The
 plan is made beforehand, with units small enough that the last one does not decide the figure.
 """
@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.model import DTYPE, smollm2
 from benchmarks.timing import console, interleave, ratio, show
 from flexcache.documents import open_documents
-from flexcache.model import ModelSource, describe_model, describe_tokenizer
+from flexcache.model import describe_model, describe_tokenizer
 from flexcache.recorder.fingerprint import fingerprint
 from flexcache.recorder.planning import Source, plan_store
 from flexcache.recorder.reading import Reading, locate, measure_arrays
@@ -36,7 +37,7 @@ from pipelines import assets
 
 def prepared() -> tuple[torch.nn.Module, Any, Spec, Reading]:
     torch.set_num_threads(1)
-    source = ModelSource(name=str(assets.smollm2()), dtype="bfloat16", device="cpu")
+    source = smollm2()
     model = source.load()
     spec = Spec.model_validate({"sites": {"resid_post": "all"}, "batch_tokens": 1024})
     return model, source.tokenizer(), spec, locate(model, spec)
@@ -135,7 +136,7 @@ def compare(folder: Path, documents: int, rounds: int) -> None:
     unit = statistics.median(seconds["one process"]) / amount.units
     units = ", ".join("+".join(str(int(tally["units"])) for tally in tallies) for tallies in told[2])
     show(
-        "two data-parallel processes, SmolLM2-135M bf16 on CPU (medians of ratios, round by round)",
+        f"two data-parallel processes, SmolLM2-135M {DTYPE} on CPU (medians of ratios, round by round)",
         [
             ("two processes ÷ one", f"{ratio(seconds['two processes'], seconds['one process']):.3f}", "≤ 0.55"),
             ("claim of a unit ÷ the unit", f"{claiming / unit:.4f} ({claiming * 1e3:.1f} ms)", ""),

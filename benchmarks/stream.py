@@ -1,25 +1,35 @@
-"""The training stream beside reading the same bytes, and beside a permutation of a memory map.
+"""The training stream beside reading the same bytes, a permutation of a memory map, and the loaders of other tools.
 
     python -m benchmarks.stream [--mebibytes 1024] [--rounds 3]
 
 One layer of bfloat16 rows of 2,048 features, cold: the page cache is dropped before each variant.
 
 (1) Reading all shards front to back. (2) An epoch of the stream, in batches of 4,096 rows. (3) `np.memmap` of the
-rows as one file, a batch of permuted rows at a time, on a tenth of them. Then how well rows are mixed, against an
-exact shuffle: documents in a batch, and the deviation of batch means of the first feature, whose value drifts
-along the store. And the memory that an epoch adds.
+rows as one file, a batch of permuted rows at a time, on a tenth of them. (4) annbatch's loader, shuffled, over the same
+shard files (hard links below the metadata of an array of two dimensions), by zarr-python and by zarrs; it needs
+Python 3.12, of an environment of its own. (5) SAELens' ActivationsStore over its own files of the same rows, in
+float32, since it cannot hold bfloat16. Peers that are not installed are left out.
+
+Then how well rows are mixed, against an exact shuffle: documents in a batch, and the deviation of batch means of the
+first feature, whose value drifts along the store. And the memory that an epoch adds.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import flexcache
 from benchmarks.memory import added
@@ -28,6 +38,8 @@ from benchmarks.timing import interleave, ratio, show
 from flexcache import training
 
 FEATURES, LENGTH, BATCH = 2048, 512, 4096
+PEERS = Path(__file__).parent / "peers"
+ANNBATCH = Path(sys.prefix).parent / ".venv-annbatch" / "bin" / "python"
 BEFORE = """
     import flexcache
     stream = flexcache.training.stream(flexcache.open(sys.argv[1]), "resid_post", 0, pool_bytes=int(sys.argv[2]))
@@ -75,15 +87,6 @@ def measure(store: flexcache.Store, folder: Path, rounds: int) -> None:
     count = flat.stat().st_size // (2 * FEATURES)
     tenth = count // 10 // BATCH * BATCH
 
-    def cold(run: Callable[[], None]) -> Callable[[], float]:
-        def timed() -> float:
-            forget(folder)
-            began = time.perf_counter()
-            run()
-            return time.perf_counter() - began
-
-        return timed
-
     def raw() -> None:
         buffer = bytearray(4 << 20)
         for path in shards:
@@ -103,17 +106,119 @@ def measure(store: flexcache.Store, folder: Path, rounds: int) -> None:
         for first in range(0, tenth, BATCH):
             rows[order[first : first + BATCH]]
 
-    bare, ours, other = "reading the bytes", "an epoch of the stream", "np.memmap, a tenth"
-    seconds = interleave({bare: cold(raw), ours: cold(epoch), other: cold(mapped)}, rounds)
-    whole = [value * count / tenth for value in seconds[other]]
+    bare, ours = "reading the bytes", "an epoch of the stream"
+    runs: dict[str, tuple[Callable[[], float | None], int]] = {
+        bare: (raw, count),
+        ours: (epoch, count),
+        "np.memmap, permuted": (mapped, tenth),
+    }
+    targets = {}
+    with contextlib.ExitStack() as stack:
+        for pipeline in ("", "zarrs"):
+            if (peer := annbatch(store, folder, pipeline, stack)) is not None:
+                runs[peer[0]] = peer[1], count
+                targets[peer[0]] = "" if pipeline else "≥ 3"
+        if (activations := saelens(store, folder)) is not None:
+            runs["SAELens ActivationsStore, float32"] = activations
+        seconds = interleave({name: cold(folder, run) for name, (run, _) in runs.items()}, rounds)
+    spent = {name: [value * count / part for value in seconds[name]] for name, (_, part) in runs.items()}
+    peers = [name for name in runs if name not in (bare, ours)]
     show(
-        f"{count:,} rows of {FEATURES} bfloat16, cold, batches of {BATCH}",
+        f"{count:,} rows of {FEATURES} bfloat16, cold, batches of {BATCH}; rows a second",
         [
-            ("rows a second: the stream ÷ reading the bytes", f"{ratio(seconds[bare], seconds[ours]):.2f}", "≥ 0.6"),
-            ("rows a second: the stream ÷ np.memmap, permuted", f"{ratio(whole, seconds[ours]):.1f}", ""),
-            ("rows a second of the stream", f"{count / statistics.median(seconds[ours]):,.0f}", ""),
+            ("the stream ÷ reading the bytes", f"{ratio(spent[bare], spent[ours]):.2f}", "≥ 0.6"),
+            *(
+                (f"the stream ÷ {name}", f"{ratio(spent[name], spent[ours]):.1f}", targets.get(name, ""))
+                for name in peers
+            ),
+            ("the stream", f"{count / statistics.median(seconds[ours]):,.0f}", ""),
         ],
     )
+
+
+def cold(folder: Path, run: Callable[[], float | None]) -> Callable[[], float]:
+    """Return what runs after the page cache is dropped, and tells its seconds: those it returns, or those it took."""
+
+    def timed() -> float:
+        forget(folder)
+        began = time.perf_counter()
+        return run() or time.perf_counter() - began
+
+    return timed
+
+
+def annbatch(
+    store: flexcache.Store, folder: Path, pipeline: str, stack: contextlib.ExitStack
+) -> tuple[str, Callable[[], float]] | None:
+    """Return annbatch over the store's own shard files, which are linked below an array of two dimensions."""
+    if not ANNBATCH.exists():
+        return None
+    array = flattened(store, folder / "flat.zarr")
+    command = [
+        str(ANNBATCH),
+        str(PEERS / "annbatch_epochs.py"),
+        str(array),
+        str(BATCH),
+        *([pipeline] if pipeline else []),
+    ]
+    process = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    assert process.stdin is not None
+    assert process.stdout is not None
+    stack.callback(process.stdin.close)
+    ask, answers = process.stdin, process.stdout
+    version = answers.readline().strip()
+
+    def epoch() -> float:
+        ask.write("epoch\n")
+        ask.flush()
+        return float(answers.readline())
+
+    return f"annbatch {version}, {f'by {pipeline}' if pipeline else 'as it comes'}", epoch
+
+
+def flattened(store: flexcache.Store, path: Path) -> Path:
+    """Return a Zarr array (token, hidden) of the bits of layer 0, whose shards are the store's files."""
+    source = store.path / "resid_post"
+    metadata = json.loads((source / "zarr.json").read_text())
+    inner = metadata["codecs"][0]["configuration"]
+    metadata |= {"shape": metadata["shape"][1:], "data_type": "uint16", "fill_value": 0, "attributes": {}}
+    metadata["chunk_grid"]["configuration"]["chunk_shape"] = metadata["chunk_grid"]["configuration"]["chunk_shape"][1:]
+    inner["chunk_shape"] = inner["chunk_shape"][1:]
+    del metadata["dimension_names"]
+    for shard in (source / "c" / "0").iterdir():
+        (path / "c" / shard.name).mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            (path / "c" / shard.name / "0").hardlink_to(shard / "0")
+    (path / "zarr.json").write_text(json.dumps(metadata))
+    return path
+
+
+def saelens(store: flexcache.Store, folder: Path) -> tuple[Callable[[], None], int] | None:
+    """Return SAELens over files of its own, of an eighth of the rows, and how many those are."""
+    try:
+        import datasets
+        from sae_lens.training.activations_store import ActivationsStore
+    except ImportError:
+        return None
+    path, eighth = folder / "saelens", store.n_rows // 8 // LENGTH * LENGTH
+    features = datasets.Features({"hook": datasets.Array2D((LENGTH, FEATURES), "float32")})
+
+    rows = store.read("resid_post", 0, slice(0, eighth)).reshape(-1, LENGTH, FEATURES)
+    with contextlib.redirect_stderr(io.StringIO()):
+        datasets.Dataset.from_dict({"hook": rows}, features=features).save_to_disk(str(path))
+
+    def epoch() -> None:
+        loader = ActivationsStore(
+            cached_activations_path=str(path), dtype="float32", hook_name="hook", context_size=LENGTH, d_in=FEATURES,
+            n_batches_in_buffer=32, total_training_tokens=eighth, store_batch_size_prompts=8,
+            train_batch_size_tokens=BATCH, seqpos_slice=(None,), device=torch.device("cpu"), prepend_bos=False,
+            hook_head_index=None, dataset=None, streaming=False, model=None, normalize_activations="none",
+            model_kwargs=None, autocast_lm=False, dataset_trust_remote_code=None,
+        )  # fmt: skip
+        for _ in range(eighth // BATCH):
+            next(loader)
+
+    return epoch, eighth
 
 
 def quality(store: flexcache.Store) -> None:

@@ -5,11 +5,21 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 console = Console()
+shown: list[Shown] = []
+"""What this process has shown, for the scoreboard."""
+
+
+class Shown(NamedTuple):
+    """A table of what was measured: rows of what, measured, target."""
+
+    title: str
+    rows: list[tuple[str, str, str]]
 
 
 def interleave(
@@ -34,7 +44,8 @@ def ratio(above: list[float], below: list[float]) -> float:
 
 
 def show(title: str, rows: list[tuple[str, str, str]]) -> None:
-    """Print what was measured beside its target."""
+    """Print what was measured beside its target, and note it in `shown`."""
+    shown.append(Shown(title, rows))
     table = Table("what", "measured", "target", title=title, title_justify="left")
     for row in rows:
         table.add_row(*row)

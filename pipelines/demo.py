@@ -9,7 +9,7 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from flexcache.model import ModelSource
+from flexcache.model import ModelSource, native_bfloat16
 from flexcache.store.display import size
 from flexcache.store.files import relative_files
 from pipelines import assets, capture, probe
@@ -27,10 +27,11 @@ def run(documents: int, output: Path, console: Console) -> None:
     console.rule("2 of 3: capture", align="left")
     store_path = output / "smollm2.zarr"
     config = CaptureConfig(
-        model=ModelSource(name=str(model), dtype="bfloat16"),
+        model=ModelSource(name=str(model), dtype="bfloat16" if native_bfloat16() else "float32"),
         documents=DocumentsSource(path=str(texts)),
         store=store_path,
         sites={SITE: "all"},
+        dtype="bfloat16",
     )
     store = capture.run(config)
     console.print(repr(store), highlight=False, markup=False)

@@ -16,6 +16,7 @@ from flexcache import hooks
 from flexcache.errors import CaptureError
 from flexcache.hooks.measure import input_device
 from flexcache.hooks.taps import activations_only
+from flexcache.model import native_bfloat16
 from flexcache.parallel.fsdp import settle
 from flexcache.recorder.batch import Batch
 from flexcache.recorder.crew import DONE, IDLE, Crew
@@ -28,6 +29,11 @@ from flexcache.recorder.recorder import POLL, Recorder
 from flexcache.site import PATTERN
 from flexcache.store.display import size
 from flexcache.store.slabs import Slab, anonymous_slab
+
+SLOW = (
+    "this processor has no instructions for bfloat16: a forward may take 40 times as long as in float32. "
+    "Load the model in float32; dtype: bfloat16 still stores two bytes a value"
+)
 
 Sink = Callable[[str, int | None, torch.Tensor], None]
 """Takes the name of an array, a layer, and values of shape (sequences, longest, features…)."""
@@ -55,6 +61,8 @@ def complete(
     if not recorder.pending():
         bars.say(f"{name} is complete: nothing to do")
         return
+    if in_bfloat16(model) and not native_bfloat16():
+        bars.say(SLOW)
     began, pad = time.perf_counter(), padding(model, tokenizer)
     try_largest(model, reading, recorder, pad, bars, crew)
     run(model, reading, recorder, pad, bars, crew)
@@ -63,6 +71,12 @@ def complete(
     speed = f"{tally.tokens / seconds:,.0f} tokens/s, {size(tally.bytes / seconds)}/s"
     done = f"{tally.rows:,} rows" + ("" if tally.rows == store.n_rows else " by this process")
     bars.say(f"{done}, {size(tally.bytes)} in {seconds:.1f} s ({speed}) → {name}")
+
+
+def in_bfloat16(model: torch.nn.Module) -> bool:
+    """Return whether a model computes in bfloat16 on a processor."""
+    first = next(model.parameters(), None)
+    return first is not None and first.dtype == torch.bfloat16 and input_device(model).type == "cpu"
 
 
 def allocation(model: torch.nn.Module) -> Callable[[int], Slab]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import flexcache
 from pipelines.cli import main
@@ -67,6 +68,18 @@ def test_capture_info_verify_from_the_command_line(config: Path, capsys: pytest.
         assert part in text
     assert "every checksum agrees" in run(capsys, "verify", "run.zarr")
     assert "nothing to do" in run(capsys, "capture", config)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_slow_bfloat16_is_said(
+    config: Path, native: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexcache.recorder.running.native_bfloat16", lambda: native)
+    assert "no instructions for bfloat16" not in run(capsys, "capture", config)  # a model in float32
+    half = yaml.safe_load(config.read_text())
+    half |= {"model": {"name": half["model"], "dtype": "bfloat16"}, "store": "half.zarr"}
+    Path("half.yaml").write_text(yaml.safe_dump(half))
+    assert ("no instructions for bfloat16" in run(capsys, "capture", "half.yaml")) == (not native)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +261,7 @@ def test_ledger_records_are_plain_json(config: Path, capsys: pytest.CaptureFixtu
 
 FUNCTIONS = """
 import torch
+import yaml
 
 torch.manual_seed(0)
 project = torch.nn.Linear(64, 5)
