@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flexcache.errors import ConfigError
 from flexcache.parallel.launch import launch
@@ -73,11 +73,13 @@ class ModelSource(BaseModel):
 
     name: str = Field(description="a local folder, or a name on the hub")
     revision: str | None = None
-    loader: Literal["auto", "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"] = "auto"
-    side: Literal["encoder", "vision"] | None = Field(
+    loader: Literal["auto", "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"] = (
+        "auto"
+    )
+    side: Literal["encoder", "decoder", "vision"] | None = Field(
         None,
-        description="the part that is run: of a model with an encoder and a decoder, the encoder; of one that sees and"
-        " reads (CLIP), the part that sees",
+        description="the part that is meant: of a model with an encoder and a decoder, one of them; of one that sees"
+        " and reads (CLIP), the part that sees",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
@@ -85,6 +87,18 @@ class ModelSource(BaseModel):
     parallel: Parallel = Parallel()
     gguf_file: str | None = None
     trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _on_one_process(self) -> Self:
+        if self.side == "decoder" and self.parallel != Parallel():
+            raise ConfigError(
+                "a decoder is captured beside its encoder by processes that each have the whole model",
+                where="model.parallel",
+                expected="no parallel with side: decoder",
+                found=f"tensor {self.parallel.tensor} · fsdp {self.parallel.fsdp} · pipeline {self.parallel.pipeline}",
+                remedy="leave parallel out; several processes may fill one store side by side",
+            )
+        return self
 
     def config(self) -> Any:
         """Return the model's configuration; no weights are read."""
@@ -119,6 +133,8 @@ class ModelSource(BaseModel):
     def _one_side(self, model: torch.nn.Module) -> torch.nn.Module:
         """Return the encoder of a model, or the part that sees, where that is asked for.
 
+        For the decoder it is the whole, in which that is read.
+
         Raises
         ------
         ConfigError
@@ -134,6 +150,8 @@ class ModelSource(BaseModel):
                 found=type(model).__name__,
                 remedy="leave side out of the configuration",
             )
+        if self.side == "decoder":
+            return model
         encoder: torch.nn.Module = model.get_encoder()  # type: ignore[operator]
         return encoder
 
@@ -200,6 +218,8 @@ class ModelSource(BaseModel):
 
         if self.loader != "auto":
             return getattr(transformers, self.loader)
+        if self.side == "decoder":
+            return transformers.AutoModelForSeq2SeqLM
         architectures = getattr(self.config(), "architectures", None) or []
         causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures) or self.gguf_file
         return transformers.AutoModelForCausalLM if causal else transformers.AutoModel
@@ -347,9 +367,21 @@ def native_bfloat16() -> bool:
 
 def vocabulary(model: torch.nn.Module) -> int | None:
     """Return how many token ids the model's embedding has, or None where it has none that says so."""
-    getter = getattr(model, "get_input_embeddings", None)
+    from flexcache.hooks.sides import embedding
+
+    count = getattr(embedding(model), "num_embeddings", None)
+    return None if count is None else int(count)
+
+
+def encoder_vocabulary(model: torch.nn.Module) -> int | None:
+    """Return how many token ids the encoder of a model knows beside its decoder, or None where nothing says so."""
+    from flexcache.hooks.names import unwrap
+    from flexcache.hooks.sides import two_sided
+
+    if not two_sided(model):
+        return None
     try:
-        return int(getter().num_embeddings) if getter else None
+        return int(unwrap(model).get_encoder().get_input_embeddings().num_embeddings)  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
 

@@ -116,6 +116,21 @@ class Generation(BaseModel):
     batch: int = Field(16, ge=1, description="prompts at a time")
 
 
+Teaching = Literal["shifted", "as_given"]
+"""How a decoder reads a target: one place later, behind the token that it begins with; or exactly as it is given."""
+
+
+class DecoderInputs(BaseModel):
+    """What the decoder of a model with an encoder reads of a document's target."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    inputs: Teaching = "shifted"
+    start: int | Literal["last"] | None = Field(
+        None, description="what comes before a shifted target: a token id, or its own last token, as in mBART"
+    )
+
+
 class SequenceOptions(BaseModel):
     """What determines the sequences of a corpus and their rows, for a tokenizer."""
 
@@ -128,6 +143,13 @@ class SequenceOptions(BaseModel):
     max_tokens: int | None = Field(None, ge=1, description="of all documents: the one that reaches it is the last")
     packing: Packing | None = Field(None, description="documents one after the other in sequences of one length")
     token_labels: tuple[str, ...] = Field((), description="columns with a label for each token")
+    decoder: DecoderInputs | None = Field(None, description="of a model with an encoder and a decoder: what is read")
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what only models with an encoder and a decoder have, so that others say what they always did."""
+        said: dict[str, Any] = plain(self)
+        return said if self.decoder is not None else {k: v for k, v in said.items() if k != "decoder"}
 
     @property
     def whole(self) -> bool:
@@ -174,6 +196,8 @@ class SequenceOptions(BaseModel):
         ------
         ConfigError
         """
+        if self.decoder is not None:
+            self._check_two_sided()
         if self.packing is not None:
             self.packing.size(self.max_length)
             if self.packing.isolate and self.packing.separator not in ("eos", None):
@@ -197,6 +221,20 @@ class SequenceOptions(BaseModel):
                     "the mean of a document is taken of one sequence, and windows make several of it",
                     remedy="leave windows out, or keep rows: all and take means afterwards",
                 )
+
+    def _check_two_sided(self) -> None:
+        if not self.whole:
+            raise ConfigError(
+                "a document with a target is one sequence: a decoder attends to all that its encoder reads",
+                expected="neither windows nor packing",
+                found="windows" if self.windows is not None else "packing",
+                remedy="leave it out; longer sides are truncated to max_length",
+            )
+        if "context" in self.token_labels:
+            raise ConfigError(
+                "token labels cannot be called 'context': sequences.parquet has what the encoder reads under that name",
+                remedy="rename the column",
+            )
 
 
 def parse_rows(rows: Any) -> dict[str, Any]:

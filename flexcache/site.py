@@ -14,9 +14,11 @@ Layers = Literal["all"] | int | str | Sequence[int]
 
 STANDARD: dict[str, str] = {
     "resid_pre": "the residual stream that enters a block",
-    "resid_mid": "the residual stream between a block's attention and its MLP; parallel blocks have none",
+    "resid_mid": "the residual stream after a block's attention, before its MLP, or its cross-attention where there is"
+    " one; parallel blocks have none",
     "resid_post": "the residual stream that leaves a block",
     "attn_out": "what attention adds to the residual stream (after a post-norm, where there is one)",
+    "cross_attn_out": "what attention to an encoder's states adds to the residual stream, in a decoder that has one",
     "mlp_out": "what the MLP adds to the residual stream (after a post-norm, where there is one)",
     "mlp_pre": "what the MLP's non-linearity reads: its hidden neurons before it (of a gated MLP, the gate's)",
     "mlp_post": "what the MLP's down-projection reads: its hidden neurons after the non-linearity",

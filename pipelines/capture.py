@@ -41,7 +41,8 @@ def load(config: CaptureConfig, progress: bool) -> Loaded:
         transformers.utils.logging.disable_progress_bar()
     tokenizer = config.load_tokenizer(documents)
     # A misspelt site or function shows before a large model is loaded.
-    skeleton, spec = config.model.skeleton(), config.spec()
+    skeleton = config.skeleton()
+    spec = config.spec(skeleton)
     reading = locate(skeleton, spec, **config.functions(tokenizer))
     if config.generate is None:
         check_images(skeleton, spec, reading, reader_of(skeleton, tokenizer, documents.schema.names))

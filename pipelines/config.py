@@ -14,7 +14,7 @@ from flexcache.documents import Documents, open_documents
 from flexcache.documents.huggingface import load_dataset
 from flexcache.errors import ConfigError
 from flexcache.model import ModelSource
-from flexcache.options import Choice, Generation, Packing, Windows, parse_rows
+from flexcache.options import Choice, Generation, Packing, Teaching, Windows, parse_rows
 from flexcache.recorder.origin import load
 from flexcache.recorder.transform import Transform
 from flexcache.spec import Spec, parse_sites, validate
@@ -197,6 +197,7 @@ class CaptureConfig(BaseModel):
     windows: Windows | None = Field(None, description="long documents in windows, in place of truncation")
     packing: Packing | None = Field(None, description="documents one after the other in sequences of one length")
     token_labels: list[str] = Field([], description="label columns with an entry, or spans, for tokens")
+    decoder_inputs: Teaching = Field("shifted", description="with side: decoder, how it reads targets: or as_given")
     batch_tokens: int = Field(4096, ge=1)
     seed: int = Field(0, ge=0)
     compression: Literal["none", "zstd"] = "none"
@@ -208,16 +209,55 @@ class CaptureConfig(BaseModel):
     )
     threads: int | None = Field(None, ge=1, description="intra-op threads of torch on a CPU")
 
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if self.generate is not None and self.model.side == "decoder":
+            raise ConfigError(
+                "generate completes documents, and has no targets for a decoder beside its encoder",
+                expected="documents with a target, without generate",
+                remedy="make targets with the model's own generate(), and give them as target_tokens with"
+                " decoder_inputs: as_given",
+            )
+        return self
+
     def capture_options(self) -> dict[str, Any]:
         """Return the options of `flexcache.capture` that the file sets and that need no model."""
         names = ("sites", "layers", "rows", "dtype", "max_length", "max_tokens", "windows", "packing", "token_labels")
         options = {
             name: getattr(self, name)
-            for name in (*names, "batch_tokens", "seed", "compression", "keep_text", "empty_documents")
+            for name in (
+                *names,
+                "decoder_inputs",
+                "batch_tokens",
+                "seed",
+                "compression",
+                "keep_text",
+                "empty_documents",
+            )
         }
         if self.sites is None:
             options["sites"] = [] if self.transforms else "resid_post"
         return options
+
+    def skeleton(self) -> Any:
+        """Return the model without weights.
+
+        Raises
+        ------
+        ConfigError
+            It has an encoder and a decoder, and the file does not say which is meant.
+        """
+        from flexcache.hooks.sides import two_sided
+
+        skeleton = self.model.skeleton()
+        if self.model.side is None and two_sided(skeleton):
+            raise ConfigError(
+                "the model has an encoder and a decoder",
+                where=f"model.name: {self.model.name}",
+                expected="model.side: encoder, or decoder for documents with a target",
+                remedy=f"write model: {{name: {self.model.name}, side: encoder}}",
+            )
+        return skeleton
 
     def load_model(self) -> Any:
         """Return the model with its weights; torch uses as many threads as the file says from then on."""
@@ -251,6 +291,8 @@ class CaptureConfig(BaseModel):
         if "image" in documents.schema.names:
             return self.model.processor()
         plain = "tokens" in documents.schema.names and self.generate is None
+        if self.model.side == "decoder":
+            plain = plain and "target_tokens" in documents.schema.names
         return None if plain else self.model.tokenizer()
 
     def functions(self, tokenizer: Any, device: Any = None) -> dict[str, Any]:
@@ -261,9 +303,13 @@ class CaptureConfig(BaseModel):
             "objective": None if nothing else self.objective.load(tokenizer),
         }
 
-    def spec(self) -> Spec:
-        """Return the same as `capture_options`, as the store keeps it."""
+    def spec(self, skeleton: Any = None) -> Spec:
+        """Return the same as `capture_options`, as the store keeps it; what a decoder reads is said with a model."""
+        from flexcache.recorder.targets import decoder_inputs
+
         options = self.capture_options()
+        teaching = options.pop("decoder_inputs")
+        options["decoder"] = None if skeleton is None else decoder_inputs(skeleton, teaching)
         sites = parse_sites(options.pop("sites"), options.pop("layers"), optional=bool(self.transforms))
         return validate(Spec, {"sites": sites, **options, **parse_rows(options["rows"])}, str(self.store))
 

@@ -236,7 +236,7 @@ def run(config: CaptureConfig, terms: Terms, progress: bool = True) -> Forecast:
             "a model that is spread over several processes is not tried",
             expected="--tokens-per-second, as a short capture of it shows",
         )
-    skeleton = config.model.skeleton()
+    skeleton = config.skeleton()
     source = source_of(config, skeleton)
     tensors = [*skeleton.parameters(), *skeleton.buffers()]
     with tempfile.TemporaryDirectory(prefix="flexcache-estimate-") as folder, CaptureProgress(progress) as bars:

@@ -72,6 +72,11 @@ def _check_fixed(store: Store, config: CaptureConfig) -> None:
         for name in FIXED
         if name in given and asked[name] != before[name]
     ]
+    reads = store.spec.get("decoder") or {"inputs": config.decoder_inputs}
+    if "decoder_inputs" in given and reads["inputs"] != config.decoder_inputs:
+        different.append(
+            f"decoder_inputs: {reads['inputs']} in the store, {config.decoder_inputs} in the configuration"
+        )
     if different:
         raise MismatchError(
             "a store is extended under the options it was begun with",

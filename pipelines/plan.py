@@ -26,7 +26,7 @@ def run(config: CaptureConfig, console: Console, progress: bool = True) -> Estim
     """
     from flexcache.recorder.progress import CaptureProgress
 
-    source = source_of(config, config.model.skeleton())
+    source = source_of(config, config.skeleton())
     with CaptureProgress(progress) as bars:
         amount = estimate(source, bars.planning(source.documents.count))
     table = table_of("plan", config, source)
@@ -42,13 +42,13 @@ def run(config: CaptureConfig, console: Console, progress: bool = True) -> Estim
 def source_of(config: CaptureConfig, skeleton: Any) -> Source:
     """Return what a configuration plans from, by a model without weights; no document is read."""
     from flexcache.images.input import reader_of
-    from flexcache.model import describe_tokenizer, longest_input, vocabulary
+    from flexcache.model import describe_tokenizer, encoder_vocabulary, longest_input, vocabulary
     from flexcache.recorder.imaging import check_images
     from flexcache.recorder.reading import locate, measure_arrays
 
     documents = config.open_documents()
     tokenizer = reader_of(skeleton, config.load_tokenizer(documents), documents.schema.names)
-    spec = config.spec().within(longest_input(skeleton, tokenizer))
+    spec = config.spec(skeleton).within(longest_input(skeleton, tokenizer))
     spec.check()
     reading = locate(skeleton, spec, **config.functions(tokenizer))
     example = check_images(skeleton, spec, reading, tokenizer)
@@ -60,6 +60,7 @@ def source_of(config: CaptureConfig, skeleton: Any) -> Source:
         model={"name": config.model.name},
         tokenizer_identity=describe_tokenizer(tokenizer, "messages" in documents.schema.names),
         vocabulary=vocabulary(skeleton),
+        encoder_vocabulary=encoder_vocabulary(skeleton),
     )
 
 

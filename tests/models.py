@@ -167,8 +167,38 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "modernbert": ("ModernBertForMaskedLM", {"intermediate_size": NEURONS, "local_attention": 8}),
     "albert": ("AlbertModel", {**_MLP, "embedding_size": 16}),
     "t5_encoder": ("T5EncoderModel", {"d_model": HIDDEN, "d_kv": 16, "d_ff": NEURONS, "num_layers": DEPTH}),
-    "t5": ("T5ForConditionalGeneration", {"d_model": HIDDEN, "d_kv": 16, "d_ff": NEURONS, "num_layers": DEPTH}),
 }
+
+_BOTH_T5 = {
+    "d_model": HIDDEN,
+    "d_kv": 16,
+    "d_ff": NEURONS,
+    "num_layers": 2,
+    "num_decoder_layers": DEPTH,
+    "num_heads": 4,
+}
+_BOTH_BART = {
+    "d_model": HIDDEN,
+    "encoder_layers": 2,
+    "decoder_layers": DEPTH,
+    "decoder_start_token_id": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": NEURONS,
+    "decoder_ffn_dim": NEURONS,
+}
+TWO_SIDED: dict[str, tuple[str, dict[str, object]]] = {
+    "t5": ("T5ForConditionalGeneration", _BOTH_T5),
+    "mt5": ("MT5ForConditionalGeneration", _BOTH_T5),
+    "umt5": ("UMT5ForConditionalGeneration", _BOTH_T5),
+    "longt5": ("LongT5ForConditionalGeneration", _BOTH_T5),
+    "bart": ("BartForConditionalGeneration", _BOTH_BART),
+    "mbart": ("MBartForConditionalGeneration", _BOTH_BART),
+    "pegasus": ("PegasusForConditionalGeneration", _BOTH_BART),
+    "marian": ("MarianMTModel", _BOTH_BART),
+    "m2m_100": ("M2M100ForConditionalGeneration", _BOTH_BART),
+}
+"""Models with an encoder, of 2 blocks, and a decoder."""
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32, device: str = "cpu", **overrides: object) -> nn.Module:
@@ -176,13 +206,13 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, device: str = "cpu", *
 
     Norms and biases are perturbed as well, so that leaving one out changes the numbers.
     """
-    name, sizes = FAMILIES[family]
+    name, sizes = (FAMILIES | TWO_SIDED)[family]
     cls = getattr(hf, name)
     own = not {"n_layer", "n_layers", "num_layers", "d_model"}.isdisjoint(sizes)
     settings = {**({"vocab_size": VOCABULARY} if own else _SIZES), **_IDS, **sizes}
     if family == "modernbert":
         settings |= {"cls_token_id": 1, "sep_token_id": 2}
-    if family.startswith("t5"):
+    if "t5" in family:
         settings |= {"decoder_start_token_id": 0, "num_heads": 4}
     settings |= overrides
     attention = settings.pop("attn_implementation", None)

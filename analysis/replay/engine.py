@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from flexcache import hooks
 from flexcache.errors import AnalysisError, FlexCacheError
 from flexcache.hooks.measure import input_device
 from flexcache.hooks.names import modules, peel
+from flexcache.hooks.sides import encoded, two_sided
 from flexcache.hooks.tap import Tap
 from flexcache.hooks.taps import accepts, eager
 from flexcache.images.input import stored_input
@@ -71,6 +72,7 @@ class Engine:
         self._taps: dict[tuple[str, int | None], Tap] = {}
         self._conditions: dict[str, list[str]] = {}
         self._container: Container | None = None
+        self._one = replace(ONE, context=ONE.tokens) if two_sided(self.model) else ONE
         self._reader = BatchReader(store.path, mean=False)
         self._defaults = {"use_cache": False} if accepts(self.model, "use_cache") else {}
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
@@ -263,7 +265,7 @@ class Engine:
         return Spot(self.source, *where, lines, documents, positions, placed.seed, ran.left_out)
 
     def _call(self, inputs: Mapping[str, torch.Tensor]) -> Any:
-        return self.model(**inputs, **self._defaults)
+        return self.model(**encoded(self.model, inputs), **self._defaults)
 
     def _guarded(self, inputs: Mapping[str, torch.Tensor], starts: Sequence[int]) -> Any:
         try:
@@ -283,7 +285,7 @@ class Engine:
         if self._container is None:
             blocks = hooks.find_blocks(self.model)[1]
             if not any(on_meta(block) for block in blocks):
-                self.run(ONE if isinstance(self._pad, int) else next(self.batches()))
+                self.run(self._one if isinstance(self._pad, int) else next(self.batches()))
             elif start.skipped < len(blocks):
                 self._container = self._tried(start)
         return self._container or as_tensor
@@ -291,9 +293,10 @@ class Engine:
     def _tried(self, start: Start) -> Container:
         device = input_device(self.model)
         stored = self.store.arrays[start.site]
-        ids = torch.ones((1, 2), dtype=torch.int64, device=device)
-        inputs, length = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 2
-        if not isinstance(self._pad, int):
+        if isinstance(self._pad, int):
+            arrays, length = self._one.inputs(self._pad), 2
+            inputs = {name: torch.from_numpy(values).to(device) for name, values in arrays.items()}
+        else:
             inputs, length = self._pad.example(self.model)(1, 0), self._pad.patches.tokens
         given = torch.zeros((1, length, stored.features), dtype=next(self.model.parameters()).dtype, device=device)
         for container in (as_tensor, as_tuple):

@@ -13,11 +13,12 @@ from flexcache.hooks.slots import Slots
 from flexcache.site import PATTERN, Side
 
 ATTENTION = ("self_attn", "self_attention", "attention", "attn", "linear_attn", "layer.0.SelfAttention")
+CROSS_ATTENTION = ("encoder_attn", "crossattention", "layer.1.EncDecAttention")
 ATTENTION_OUT = (
     *("o_proj", "out_proj", "c_proj", "dense", "Wo", "out_lin", "o"),
     *("projection", "projection_layer"),  # of vision transformers: BLIP, InternVL
 )
-MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "layer.1.DenseReluDense")
+MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "layer.1.DenseReluDense", "layer.2.DenseReluDense")
 MLP_DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc_out", "fc2", "Wo", "lin2", "w2", "wo", "weights_out")
 ACTIVATION = ("act_fn", "act", "activation_fn", "activation", "gelu_impl")
 ROUTER = ("gate", "router")
@@ -33,6 +34,13 @@ NORM_PAIRS = (
     ("self_attn_layer_norm", "final_layer_norm"),
 )
 """Norms *on* the residual stream, after attention and after the MLP, of blocks that normalize last (BERT)."""
+CROSS_NORMS = {
+    "attention.output.LayerNorm": "crossattention.output.LayerNorm",
+    "self_attn_layer_norm": "encoder_attn_layer_norm",
+}
+"""The norm after cross-attention, by that after attention."""
+NORMALIZE_LAST = ("Bart", "PLBart", "Mvp", "Marian", "BlenderbotSmall", "LED")
+"""Families of blocks that do so under names under which others (mBART, Pegasus, XGLM) normalize first."""
 
 MIDDLE_NORM = (
     *("pre_feedforward_layernorm", "pre_mlp_layernorm", "ln_2", "norm_2", "mlp_norm", "ff_norm", "layernorm_after"),
@@ -66,8 +74,11 @@ def part(block: nn.Module, path: str) -> nn.Module | None:
     return current
 
 
-def find_part(block: nn.Module, site: str) -> Place | None:
-    """Return where a standard site is in *block*; None where the block has no such site."""
+def find_part(block: nn.Module, site: str, crossed: bool = False) -> Place | None:
+    """Return where a standard site is in *block*; None where the block has no such site.
+
+    *crossed* says that an encoder's states are given to it: a block may have cross-attention, and not run it.
+    """
     if site == "resid_pre":
         return Place("", "input")
     if site == "resid_post":
@@ -75,7 +86,9 @@ def find_part(block: nn.Module, site: str) -> Place | None:
     if site in APART:
         return _projection(block, site)
     if site == "resid_mid":
-        return _middle(block)
+        return _middle(block, crossed)
+    if site == "cross_attn_out" and not crossed:
+        return None
     candidates, side = _candidates(block, site), _SIDES.get(site, "output")
     found = next((path for path in candidates if part(block, path) is not None), None)
     return None if found is None else Place(found, side)
@@ -100,6 +113,9 @@ def _candidates(block: nn.Module, site: str) -> Iterator[str]:
         yield "attention.output.dense"
         yield from (f"{module}.{out}" for module in (*ATTENTION, "attn.attention") for out in ATTENTION_OUT)
         yield from ATTENTION if site == "attn_out" else ()
+    elif site == "cross_attn_out":
+        yield "crossattention.output.dense"
+        yield from (f"{module}.{out}" for module in CROSS_ATTENTION for out in ATTENTION_OUT)
     elif site == "mlp_pre":
         yield from (f"{module}.{activation}" for module in MLP for activation in ACTIVATION)
         yield from ("intermediate.intermediate_act_fn", *ACTIVATION) if bare else ()
@@ -121,8 +137,8 @@ def _projection(block: nn.Module, site: str) -> Place | None:
     return None
 
 
-def _middle(block: nn.Module) -> Place | None:
-    """Return where the residual stream is between attention and MLP.
+def _middle(block: nn.Module, crossed: bool) -> Place | None:
+    """Return where the residual stream is between attention and MLP, or cross-attention where that comes next.
 
     Where a block normalizes last, that is what its first norm gives, and where it normalizes only what it adds
     (OLMo 2), what its MLP reads.
@@ -133,7 +149,8 @@ def _middle(block: nn.Module) -> Place | None:
     first = next((first for first, last in NORM_PAIRS if _normalizes_last(block, first, last)), None)
     if first is not None:
         return Place(first, "output")
-    pre_norm = [name for name in MIDDLE_NORM if part(block, name) is not None]
+    crossing = ("encoder_attn_layer_norm", "ln_cross_attn") if crossed else ()
+    pre_norm = [name for name in (*crossing, *MIDDLE_NORM) if part(block, name) is not None]
     if any(part(block, name) is not None for name in MLP_POST_NORM) and pre_norm[:1] == ["post_attention_layernorm"]:
         glm4 = part(block, "post_self_attn_layernorm") is not None
         return Place("post_attention_layernorm", "input") if glm4 else Place("mlp", "input")
@@ -141,6 +158,8 @@ def _middle(block: nn.Module) -> Place | None:
 
 
 def _normalizes_last(block: nn.Module, first: str, last: str) -> bool:
-    # Blocks of OPT say where their norms are; others with the same names (XGLM, BioGPT) normalize first.
-    says = getattr(inner(block), "do_layer_norm_before", first.startswith("self_attn"))
+    # Blocks of OPT say where their norms are; of others with the same names, some (XGLM, BioGPT) normalize first.
+    kind = type(inner(block)).__name__
+    first_by_name = first.startswith("self_attn") and not kind.startswith(NORMALIZE_LAST)
+    says = getattr(inner(block), "do_layer_norm_before", first_by_name)
     return not says and part(block, first) is not None and part(block, last) is not None

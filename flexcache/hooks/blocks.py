@@ -6,9 +6,11 @@ from torch import nn
 
 from flexcache.errors import SiteError
 from flexcache.hooks.names import inner, modules, text_config, unwrap
+from flexcache.hooks.sides import decoder, two_sided
 from flexcache.parallel.stages import Stages
 
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+DECODER_DEPTHS = ("num_decoder_layers", "decoder_layers")
 """What configurations call the number of blocks."""
 
 NOT_OWNED = "PipelineIdentityLayer"
@@ -19,8 +21,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return the path and the list of the model's blocks.
 
     They are the first ModuleList, in module order, of as many modules with parts of their own as the configuration
-    has layers. Hybrid models mix block classes in it. Of a model that sees and reads, the language part is meant.
-    A model without a configuration: its longest ModuleList of modules of one class.
+    has layers. Hybrid models mix block classes in it. Of a model that sees and reads, the language part is meant, of
+    one with an encoder and a decoder the decoder. A model without a configuration: its longest ModuleList of modules
+    of one class.
 
     Returns
     -------
@@ -31,14 +34,18 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises
     ------
     SiteError
-        There is no such list, the model has an encoder and a decoder, or one block is run several times.
+        There is no such list, or one block is run several times.
     """
     if isinstance(model, Stages):
         return model.path, model.blocks
-    check_single_stack(model)
-    named = modules(model)
-    lists = {name: module for name, module in named.items() if isinstance(module, nn.ModuleList) and len(module)}
-    depth = _depth(model)
+    named, sided = modules(model), two_sided(model)
+    within = next(name for name, module in named.items() if module is decoder(model)) + "." if sided else ""
+    lists = {
+        name: module
+        for name, module in named.items()
+        if isinstance(module, nn.ModuleList) and len(module) and name.startswith(within)
+    }
+    depth = _depth(decoder(model), DECODER_DEPTHS + DEPTHS) if sided else _depth(model, DEPTHS)
     if depth is None:
         alike = [name for name, items in lists.items() if len({type(inner(item)) for item in items}) == 1]
         path = max(alike, key=lambda name: len(lists[name]), default=None)
@@ -49,7 +56,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             if len(items) == depth
             and all(is_elsewhere(item) or any(True for _ in inner(item).children()) for item in items)
         ]
-        path = next((name for name in fits if _reads_text(name, named, model)), next(iter(fits), None))
+        said = (name for name in fits if not sided and _reads_text(name, named, model))
+        path = next(said, next(iter(fits), None))
     if path is None:
         seen = [f"{name} ({len(items)} of {type(inner(items[0])).__name__})" for name, items in lists.items()]
         raise SiteError(
@@ -77,29 +85,9 @@ def is_elsewhere(block: nn.Module) -> bool:
     return type(block).__name__ == NOT_OWNED
 
 
-def check_single_stack(model: nn.Module) -> None:
-    """Refuse models with an encoder and a decoder, which have two residual streams over two token sequences.
-
-    Raises
-    ------
-    SiteError
-    """
-    root = unwrap(model)
-    if not getattr(getattr(root, "config", None), "is_encoder_decoder", False):
-        return
-    if any(name.rpartition(".")[2] == "decoder" for name, _ in root.named_modules()):
-        raise SiteError(
-            "the model has an encoder and a decoder",
-            where=type(root).__name__,
-            expected="one stack of blocks over one sequence of tokens",
-            remedy="capture its encoder alone: pass model.get_encoder() as the model (side: encoder in a"
-            " configuration)",
-        )
-
-
-def _depth(model: nn.Module) -> int | None:
+def _depth(model: nn.Module, names: tuple[str, ...]) -> int | None:
     config = text_config(model)
-    found = (getattr(config, name, None) for name in DEPTHS)
+    found = (getattr(config, name, None) for name in names)
     return next((depth for depth in found if isinstance(depth, int)), None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,17 +11,19 @@ import torch
 from torch import nn
 
 from flexcache.errors import SiteError
-from flexcache.hooks.aliases import NORM_PAIRS, part
+from flexcache.hooks.aliases import CROSS_NORMS, NORM_PAIRS, part
 from flexcache.hooks.attention import APART
 from flexcache.hooks.blocks import find_blocks, is_elsewhere
 from flexcache.hooks.interventions import check_heads
 from flexcache.hooks.locate import locate
 from flexcache.hooks.measure import Example, Reader, input_device, read_example
 from flexcache.hooks.parts import PARTS, check_parts
+from flexcache.hooks.sides import two_sided
 from flexcache.hooks.tap import Tap
-from flexcache.site import Site
+from flexcache.site import Side, Site
 
 ALGEBRA = ("resid_pre", "resid_post", "attn_out", "mlp_out")
+CROSS = "cross_attn_out"
 
 ROUNDINGS = 4
 """The bound, in units of eps · (sum of magnitudes). Two additions, each rounded to half an eps, need one."""
@@ -40,10 +43,11 @@ def check_identity(
 
         resid_post[l] = resid_pre[l] + attn_out[l] + mlp_out[l]      to 4 · eps(dtype) · (sum of magnitudes)
 
-    and likewise with the block's own norms between the sums where it normalizes last, as BERT does. A term that is
-    too small to make a difference proves nothing, and is refused. Where neighbouring layers are tapped,
-    ``resid_post[l]`` equals ``resid_pre[l + 1]`` bit for bit. Models that scale what they add (Granite) are refused,
-    since none of their modules gives what is added.
+    with ``cross_attn_out[l]`` between the two in a decoder that attends to an encoder's states; and likewise with the
+    block's own norms between the sums where it normalizes last, as BERT does. A term that is too small to make a
+    difference proves nothing, and is refused. Where neighbouring layers are tapped, ``resid_post[l]`` equals
+    ``resid_pre[l + 1]`` bit for bit. Models that scale what they add (Granite) are refused, since none of their modules
+    gives what is added.
 
     Sites inside a block are checked as `check_parts` and `check_heads` say; the latter only where *alone*, that is,
     where this process has the whole model. ``mlp_post``, ``embed`` and module paths have no algebra of their own.
@@ -53,7 +57,7 @@ def check_identity(
     SiteError
         With the site, the layer, and the size of the misfit.
     """
-    if input_device(model).type == "meta" and any(tap.array in (*ALGEBRA, *PARTS, *APART) for tap in taps):
+    if input_device(model).type == "meta" and any(tap.array in (*ALGEBRA, CROSS, *PARTS, *APART) for tap in taps):
         raise SiteError("sites cannot be checked on the meta device", remedy="load the model's weights first")
     _check_stream(model, taps, example, reader)
     check_parts(model, taps, example=example, reader=reader)
@@ -63,17 +67,20 @@ def check_identity(
 
 def _check_stream(model: nn.Module, taps: Sequence[Tap], example: Example | None, reader: Reader) -> None:
     """Check what a block adds to the residual stream, and that it goes from block to block as it is."""
-    standard = [tap for tap in taps if tap.array in ALGEBRA and tap.layer is not None]
+    standard = [tap for tap in taps if tap.array in (*ALGEBRA, CROSS) and tap.layer is not None]
     layers = sorted({tap.layer for tap in standard if tap.layer is not None})
-    summed = sorted({tap.layer for tap in standard if tap.layer is not None and tap.array in ALGEBRA[2:]})
+    summed = sorted({tap.layer for tap in standard if tap.layer is not None and tap.array in (*ALGEBRA[2:], CROSS)})
     if not layers:
         return
     place = {(tap.array, tap.layer): tap for tap in standard}
     for site in ALGEBRA if summed else ALGEBRA[:2]:
         for tap in locate(model, Site(site), layers if site in ALGEBRA[:2] else summed):
             place.setdefault((site, tap.layer), tap)
+    for layer in summed:
+        with suppress(SiteError):  # most blocks have none
+            place.setdefault((CROSS, layer), locate(model, Site(CROSS), layer)[0])
     norms = _norm_taps(model, summed)
-    asked = [*place.values(), *(tap for four in norms.values() for tap in four)]
+    asked = [*place.values(), *(tap for ends in norms.values() for tap in ends)]
     values = reader(model, tuple(dict.fromkeys(asked)), example).values
     read = {tap: value.to(torch.promote_types(value.dtype, torch.float32)) for tap, value in values.items()}
     epsilons = [torch.finfo(value.dtype).eps for value in values.values()]
@@ -82,7 +89,8 @@ def _check_stream(model: nn.Module, taps: Sequence[Tap], example: Example | None
         if following is not None and not _same(read[post], read[following]):
             raise _broken_stream(layer, post, following)
     for layer in summed:
-        parts = _Parts(*(place[site, layer] for site in ALGEBRA))
+        pre, post, attn, mlp = (place[site, layer] for site in ALGEBRA)
+        parts = _Parts(pre, post, attn, mlp, place.get((CROSS, layer)))
         _check_shapes(parts, read)
         for sum_ in _sums(parts, norms.get(layer), read, max(epsilons)):
             _check(sum_, layer, model.training)
@@ -93,6 +101,12 @@ class _Parts(NamedTuple):
     post: Tap
     attn: Tap
     mlp: Tap
+    cross: Tap | None
+
+    @property
+    def added(self) -> tuple[Tap, ...]:
+        """What a block adds, in order."""
+        return (self.attn, self.mlp) if self.cross is None else (self.attn, self.cross, self.mlp)
 
 
 @dataclass(frozen=True)
@@ -114,15 +128,18 @@ class _Sum:
 
 
 def _sums(parts: _Parts, norms: tuple[Tap, ...] | None, read: dict[Tap, torch.Tensor], eps: float) -> tuple[_Sum, ...]:
-    """Return the block's one sum, or where that fails and a norm comes last, the two sums that its norms read."""
-    pre, post, attn, mlp = (read[tap] for tap in parts)
-    whole = _Sum(post, (pre, attn, mlp), (parts.attn, parts.mlp), eps)
+    """Return the block's one sum, or where that fails and a norm comes last, the sums that its norms read."""
+    post, added = read[parts.post], parts.added
+    whole = _Sum(post, (read[parts.pre], *(read[tap] for tap in added)), added, eps)
     if norms is None or whole.misfit()[1] <= 1:
         return (whole,)
-    first_in, first_out, last_in, last_out = (read[tap] for tap in norms)
-    if not torch.equal(last_out, post):
+    given, made = [read[tap] for tap in norms[::2]], [read[tap] for tap in norms[1::2]]
+    if not torch.equal(made[-1], post):
         return (whole,)
-    return _Sum(first_in, (pre, attn), (parts.attn,), eps), _Sum(last_in, (first_out, mlp), (parts.mlp,), eps)
+    streams = (read[parts.pre], *made)
+    return tuple(
+        _Sum(total, (stream, read[tap]), (tap,), eps) for total, stream, tap in zip(given, streams, added, strict=False)
+    )
 
 
 def _check(sum_: _Sum, layer: int, training: bool) -> None:
@@ -133,7 +150,7 @@ def _check(sum_: _Sum, layer: int, training: bool) -> None:
         raise SiteError(
             f"{sites} of layer {layer}: the block adds something else to the residual stream",
             where=where,
-            expected="resid_post = resid_pre + attn_out + mlp_out, to rounding",
+            expected=f"resid_post = resid_pre + {' + '.join(tap.array for tap in sum_.added)}, to rounding",
             found=f"a misfit of up to {difference:.3g}, {ratio:.3g} times the bound",
             remedy=("call model.eval() first, since dropout may be on; or " if training else "")
             + "the model scales or norms what it adds, or adds more than these: give a module path as site instead,"
@@ -151,7 +168,7 @@ def _check(sum_: _Sum, layer: int, training: bool) -> None:
 
 def _check_shapes(parts: _Parts, read: dict[Tap, torch.Tensor]) -> None:
     expected = tuple(read[parts.pre].shape)
-    for tap in parts:
+    for tap in (parts.pre, parts.post, *parts.added):
         if tuple(read[tap].shape) != expected:
             raise SiteError(
                 f"{tap} is no part of the residual stream",
@@ -161,22 +178,20 @@ def _check_shapes(parts: _Parts, read: dict[Tap, torch.Tensor]) -> None:
             )
 
 
-def _norm_taps(model: nn.Module, layers: list[int]) -> dict[int, tuple[Tap, Tap, Tap, Tap]]:
-    """Return, for blocks that may normalize last, input and output of the norm after attention and of the last one."""
+def _norm_taps(model: nn.Module, layers: list[int]) -> dict[int, tuple[Tap, ...]]:
+    """Return, for blocks that may normalize last, input and output of the norm after each that adds something."""
     path, blocks = find_blocks(model)
-    found: dict[int, tuple[Tap, Tap, Tap, Tap]] = {}
+    found: dict[int, tuple[Tap, ...]] = {}
+    crossed = two_sided(model)
     here = next((block for block in blocks if not is_elsewhere(block)), blocks[0])
     for layer in layers:
         block = here if is_elsewhere(blocks[layer]) else blocks[layer]
         for pair in NORM_PAIRS:
             if all(part(block, name) is not None for name in pair):
-                first, last = (f"{path}.{layer}.{name}" for name in pair)
-                found[layer] = (
-                    Tap("norm", layer, first, "input"),
-                    Tap("norm", layer, first, "output"),
-                    Tap("norm", layer, last, "input"),
-                    Tap("norm", layer, last, "output"),
-                )
+                between = CROSS_NORMS.get(pair[0]) if crossed else None
+                names = [pair[0], *([between] if between and part(block, between) is not None else []), pair[1]]
+                sides: tuple[Side, Side] = ("input", "output")
+                found[layer] = tuple(Tap("norm", layer, f"{path}.{layer}.{n}", s) for n in names for s in sides)
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -13,6 +12,7 @@ from flexcache.errors import SiteError, nearest
 from flexcache.hooks.aliases import FINAL_NORM, MLP, find_part, part
 from flexcache.hooks.blocks import find_blocks, is_elsewhere
 from flexcache.hooks.names import inner, modules, unwrap
+from flexcache.hooks.sides import embedding, two_sided
 from flexcache.hooks.tap import Tap
 from flexcache.hooks.vision import reads_images
 from flexcache.site import GRADIENT, ONCE, PATTERN, STANDARD, Layers, Site, array_name, resolve_layers
@@ -60,17 +60,17 @@ def _locate(model: nn.Module, site: Site, layers: Layers, elsewhere: Collection[
 
 def _in_blocks(model: nn.Module, site: str, layers: Layers) -> tuple[Tap, ...]:
     path, blocks = find_blocks(model)
-    taps, missing = [], []
+    taps, missing, crossed = [], [], two_sided(model)
     here = next((block for block in blocks if not is_elsewhere(block)), blocks[0])
     for layer in resolve_layers(layers, len(blocks)):
-        place = find_part(here if is_elsewhere(blocks[layer]) else blocks[layer], site)
+        place = find_part(here if is_elsewhere(blocks[layer]) else blocks[layer], site, crossed)
         if place is None:
             missing.append(layer)
         else:
             module = f"{path}.{layer}.{place.path}".rstrip(".")
             taps.append(Tap(site, layer, module, place.side, slots=place.slots))
     if missing:
-        raise _missing(site, missing, path, blocks)
+        raise _missing(site, missing, path, blocks, crossed)
     return tuple(taps)
 
 
@@ -78,11 +78,8 @@ def _once(model: nn.Module, site: str) -> Tap:
     """Return the tap of the embedding or of the last norm: the one beside the blocks that comes after them."""
     names = {id(module): name for name, module in modules(model).items()}
     if site == "embed":
-        try:
-            found: Any = getattr(unwrap(model), "get_input_embeddings", lambda: None)()
-        except (AttributeError, NotImplementedError):
-            found = None
-        name = names.get(id(inner(found))) if isinstance(found, nn.Module) else None
+        found = embedding(model)
+        name = None if found is None else names.get(id(inner(found)))
         if reads_images(model):  # that is of patches alone; around it, special tokens and positions are added
             name = next((path for path in names.values() if path.rpartition(".")[2] == "embeddings"), name)
     else:
@@ -106,10 +103,10 @@ def _norm_beside(model: nn.Module, path: str) -> str | None:
     return next((f"{holder}.{child}".lstrip(".") for child in beside if child in FINAL_NORM), None)
 
 
-def _missing(site: str, layers: list[int], path: str, blocks: nn.ModuleList) -> SiteError:
+def _missing(site: str, layers: list[int], path: str, blocks: nn.ModuleList, crossed: bool) -> SiteError:
     block = inner(blocks[layers[0]])
-    has = [name for name in STANDARD if find_part(block, name)]
-    others = [layer for layer, other in enumerate(blocks) if find_part(other, site)]
+    has = [name for name in STANDARD if find_part(block, name, crossed)]
+    others = [layer for layer, other in enumerate(blocks) if find_part(other, site, crossed)]
     remedy = f"ask for layers {others}" if others else "ask for one of those, or give a module path"
     if site in ("mlp_pre", "mlp_post") and _has_experts(block):
         remedy = "its MLP is a mixture of experts, where no one projection reads every token; " + remedy

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from flexcache.errors import FlexCacheError, SiteError
-from flexcache.hooks.blocks import check_single_stack
 from flexcache.hooks.names import text_config, unwrap
+from flexcache.hooks.sides import example_of_both, two_sided
 from flexcache.hooks.tap import Tap
 from flexcache.hooks.taps import Sink, Taps, accepts
 from flexcache.hooks.vision import default_pixels, example_pixels, reads_images
@@ -146,7 +146,10 @@ def _token_ids(model: nn.Module, shape: tuple[int, int]) -> dict[str, Any]:
 
     It looks into a mask and into positions, and without a cache into those that it makes itself, for packed sequences.
     """
-    check_single_stack(model)
+    device = input_device(model)
+    cached = {"use_cache": True} if device.type == "meta" and accepts(model, "use_cache") else {}
+    if two_sided(model):
+        return {name: ids.to(device) for name, ids in example_of_both(model, shape).items()} | cached
     config = text_config(model)
     vocabulary = getattr(config, "vocab_size", None)
     if not isinstance(vocabulary, int):
@@ -160,8 +163,6 @@ def _token_ids(model: nn.Module, shape: tuple[int, int]) -> dict[str, Any]:
     plain = next((token for token in range(vocabulary) if token not in special), 0)
     for token in special:  # padding shifts RoBERTa's positions, an image token asks for an image
         ids[ids == token] = plain
-    device = input_device(model)
-    cached = {"use_cache": True} if device.type == "meta" and accepts(model, "use_cache") else {}
     return {"input_ids": ids.to(device), **cached}
 
 

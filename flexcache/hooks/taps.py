@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from flexcache.errors import SiteError
 from flexcache.hooks.names import modules, unwrap
+from flexcache.hooks.sides import TARGET, embedding, encoded
 from flexcache.hooks.tap import Tap
 from flexcache.hooks.vision import PIXELS, image_tokens
 
@@ -85,6 +86,7 @@ class Taps:
     def forward(self, *args: Any, **inputs: Any) -> Any:
         """Run the model once, without gradients and without a KV cache where it has one.
 
+        Given ``decoder_input_ids``, the encoder runs before, untapped, and the tokens are those that the decoder reads.
         A compiled model runs uncompiled: hooks that are registered after compilation would never fire.
 
         Returns
@@ -139,6 +141,8 @@ class Taps:
     def _run(self, args: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
         if len(self._handles) != len(self._taps):
             raise SiteError("the taps are not open", remedy="use them as: with Taps(model, taps, sink) as taps: …")
+        with eager(self._model):
+            inputs = encoded(self._model, inputs)
         self._batch = batch_shape(self._model, args, inputs)
         self._pending = set(self._taps)
         try:
@@ -240,19 +244,15 @@ def activations_only(model: nn.Module) -> Iterator[None]:
     SiteError
         The model does not say which of its modules embeds the tokens.
     """
-    getter = getattr(unwrap(model), "get_input_embeddings", None)
-    try:
-        embedding = getter() if getter else None
-    except (AttributeError, NotImplementedError):
-        embedding = None
-    if not isinstance(embedding, nn.Module):
+    found = embedding(model)
+    if found is None:
         raise SiteError(
             "the model does not say which module embeds its tokens, where gradients begin",
             where=type(unwrap(model)).__name__,
             expected="a method get_input_embeddings()",
         )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    handle = embedding.register_forward_hook(lambda _, args, output: output.requires_grad_())
+    handle = found.register_forward_hook(lambda _, args, output: output.requires_grad_())
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
@@ -274,7 +274,7 @@ def batch_shape(model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, An
     pixels = inputs.get(PIXELS)
     if isinstance(pixels, torch.Tensor) and pixels.ndim == 4 and "input_ids" not in inputs:
         return pixels.shape[0], image_tokens(model, pixels)
-    candidates = (inputs.get("input_ids"), inputs.get("inputs_embeds"), *args, *inputs.values())
+    candidates = (inputs.get(TARGET), inputs.get("input_ids"), inputs.get("inputs_embeds"), *args, *inputs.values())
     for value in candidates:
         if isinstance(value, torch.Tensor) and value.ndim >= 2:
             return value.shape[0], value.shape[1]

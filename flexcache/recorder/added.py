@@ -11,8 +11,12 @@ import xxhash
 
 from flexcache.errors import DocumentsError
 from flexcache.images.encoded import IMAGE, IMAGE_DIGEST
+from flexcache.options import SequenceOptions
 from flexcache.sequences import image_digests, messages_digests
+from flexcache.sequences.encoding import encode
+from flexcache.sequences.targets import TARGET, parted, shifted
 from flexcache.spec import Spec
+from flexcache.store.schema import CONTEXT
 from flexcache.store.store import Store
 
 if TYPE_CHECKING:
@@ -103,14 +107,35 @@ class Added:
                 )
 
     def _contents(self, known: pa.RecordBatch, places: np.ndarray) -> tuple[list[Any], list[Any]]:
+        """Return what is stored of known documents, and what is given; of two sides, of both."""
+        inputs = Spec.model_validate(self._store.spec).decoder
+        if inputs is None:
+            return self._one_side(known, places, "tokens")
+        given, target = parted(known)
+        ours, theirs = self._one_side(given, places, CONTEXT)
+        if "tokens" in target.schema.names:
+            read = shifted(encode(target, None, SequenceOptions(max_length=self._limit)), inputs).tokens
+            target = target.set_column(target.schema.get_field_index("tokens"), "tokens", read)
+        held, read_now = self._one_side(target, places, "tokens", TARGET)
+        return list(zip(ours, held, strict=True)), list(zip(theirs, read_now, strict=True))
+
+    @property
+    def _limit(self) -> int | None:
+        limit: int | None = self._store.spec.get("max_length")
+        return limit
+
+    def _one_side(
+        self, known: pa.RecordBatch, places: np.ndarray, tokens_name: str, text_name: str = "text"
+    ) -> tuple[list[Any], list[Any]]:
+        """Return what is stored and what is given, by the names that the store has for tokens and text."""
         documents = self._store.documents
         if "text" in known.schema.names:
             texts = known.column("text").to_pylist()
-            if "text" in documents.column_names:
-                return documents.column("text").take(pa.array(places)).to_pylist(), texts
-            if "text_xxh3_128" in documents.column_names:
+            if text_name in documents.column_names:
+                return documents.column(text_name).take(pa.array(places)).to_pylist(), texts
+            if (hashed := f"{text_name}_xxh3_128") in documents.column_names:
                 hashes = [xxhash.xxh3_128_hexdigest(text.encode()) for text in texts]
-                return documents.column("text_xxh3_128").take(pa.array(places)).to_pylist(), hashes
+                return documents.column(hashed).take(pa.array(places)).to_pylist(), hashes
             return ["tokens"] * len(texts), ["a text"] * len(texts)
         if "messages" in known.schema.names:
             given = messages_digests(known.column("messages").to_pylist())
@@ -125,10 +150,9 @@ class Added:
         if not Spec.model_validate(self._store.spec).whole:
             return self._rows_of(places, known.column("tokens").to_pylist())
         lines = np.searchsorted(self._store.tokens.column("document").to_numpy(), places)
-        stored = self._store.tokens.column("tokens").take(pa.array(lines)).to_pylist()
+        stored = self._store.tokens.column(tokens_name).take(pa.array(lines)).to_pylist()
         tokens = known.column("tokens").to_pylist()
-        limit = self._store.spec.get("max_length")
-        return stored, [given if limit is None else given[:limit] for given in tokens]
+        return stored, [given[: self._limit] for given in tokens]
 
     def _rows_of(self, places: np.ndarray, given: list[list[int]]) -> tuple[list[Any], list[Any]]:
         """Return the token of each stored row of known documents, and what is given there."""

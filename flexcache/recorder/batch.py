@@ -15,7 +15,7 @@ from flexcache.errors import DamagedError
 from flexcache.images.encoded import IMAGE
 from flexcache.plan import Largest, parts
 from flexcache.store.place import Place
-from flexcache.store.schema import BEGINS, SEQUENCES
+from flexcache.store.schema import BEGINS, CONTEXT, SEQUENCES, read_attributes
 from flexcache.store.tables import open_table
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class Batch:
         Where sequences are images: each, as it is encoded. Their token ids are -1.
     begins : tuple of ndarray of int32, or None
         Where a sequence holds documents that do not see each other: the places at which each of them begins, 0 first.
+    context : tuple of ndarray of int32, or None
+        Of a model with an encoder and a decoder: what its encoder reads of each sequence; `tokens` are the decoder's.
     """
 
     unit: int
@@ -57,6 +59,18 @@ class Batch:
     picked: tuple[np.ndarray, ...] | None = None
     images: tuple[bytes, ...] | None = None
     begins: tuple[np.ndarray, ...] | None = None
+    context: tuple[np.ndarray, ...] | None = None
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Sequences and the length of the longest, on either side: what a budget of tokens bounds the product of."""
+        return len(self.tokens), max(self.extents)
+
+    @property
+    def extents(self) -> list[int]:
+        """Tokens of each sequence, on its longer side."""
+        own = [len(sequence) for sequence in self.tokens]
+        return own if self.context is None else [max(n, len(line)) for n, line in zip(own, self.context, strict=True)]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,15 +84,11 @@ class Batch:
 
     def input_ids(self, pad: int = 0) -> np.ndarray:
         """Return the token ids right-padded with *pad*: int64, shape (sequences, longest)."""
-        padded = np.full(self.shape, pad, dtype=np.int64)
-        for line, sequence in zip(padded, self.tokens, strict=True):
-            line[: len(sequence)] = sequence
-        return padded
+        return _padded(self.tokens, pad)[0]
 
     def attention_mask(self) -> np.ndarray:
         """Return 1 for tokens and 0 for padding: int64, shape (sequences, longest)."""
-        lengths = np.array([len(sequence) for sequence in self.tokens])
-        return (np.arange(self.shape[1]) < lengths[:, None]).astype(np.int64)
+        return _padded(self.tokens, 0)[1]
 
     def position_ids(self) -> np.ndarray:
         """Return the place of each token in its document or sequence, 0 for padding: int64, (sequences, longest)."""
@@ -95,6 +105,9 @@ class Batch:
         Where documents of a sequence do not see each other, it is token ids and positions that begin anew, and no mask:
         transformers makes the mask of packed sequences of them.
 
+        With a context, ``input_ids`` and ``attention_mask`` are of that, and ``decoder_input_ids`` and
+        ``decoder_attention_mask`` of the tokens.
+
         Parameters
         ----------
         pad
@@ -106,6 +119,14 @@ class Batch:
             assert not isinstance(pad, int)
             return pad.inputs(self.images, [f"document {number} of the store" for number in self.documents.tolist()])
         assert isinstance(pad, int)
+        if self.context is not None:
+            sides = zip(("", "decoder_"), (self.context, self.tokens), strict=True)
+            both = {side: _padded(sequences, pad) for side, sequences in sides}
+            return {
+                f"{side}{name}": array
+                for side, found in both.items()
+                for name, array in zip(("input_ids", "attention_mask"), found, strict=True)
+            }
         arrays = {"input_ids": self.input_ids(pad)}
         if self.begins is None:
             arrays["attention_mask"] = self.attention_mask()
@@ -154,12 +175,21 @@ class Batch:
         return np.concatenate(pieces)
 
 
+def _padded(sequences: Sequence[np.ndarray], pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return sequences right-padded with *pad*, and 1 where they are and 0 where padding is: int64."""
+    lengths = np.array([len(sequence) for sequence in sequences])
+    padded = np.full((len(sequences), lengths.max()), pad, dtype=np.int64)
+    for line, sequence in zip(padded, sequences, strict=True):
+        line[: len(sequence)] = sequence
+    return padded, (np.arange(padded.shape[1]) < lengths[:, None]).astype(np.int64)
+
+
 def split(batch: Batch, batch_tokens: int) -> list[Batch]:
     """Return a batch as batches of consecutive sequences within a budget of tokens, padding included.
 
     Rows keep their order. A sequence that is longer than the budget is a batch of its own.
     """
-    cuts = parts([len(tokens) for tokens in batch.tokens], batch_tokens)
+    cuts = parts(batch.extents, batch_tokens)
     if len(cuts) == 1:
         return [batch]
     counts = batch.counts
@@ -174,6 +204,7 @@ def split(batch: Batch, batch_tokens: int) -> list[Batch]:
             picked=None if batch.picked is None else batch.picked[start:stop],
             images=None if batch.images is None else batch.images[start:stop],
             begins=None if batch.begins is None else batch.begins[start:stop],
+            context=None if batch.context is None else batch.context[start:stop],
         )
         for start, stop in cuts
     ]
@@ -185,6 +216,7 @@ class BatchReader:
     def __init__(self, root: Place, mean: bool) -> None:
         self._path = root / SEQUENCES
         self._mean = mean
+        self._two_sided = bool(read_attributes(root)["spec"].get("decoder"))
         try:
             self._file = open_table(self._path)
             column = self._file.schema_arrow.get_field_index("unit")
@@ -221,12 +253,14 @@ class BatchReader:
         """
         if batch_tokens is None and known is not None:
             found = [batch for batch in self.unit(known.unit) if batch.index == known.batch]
-            if found and found[0].shape[0] * found[0].shape[1] == known.tokens:
+            if found and found[0].extent[0] * found[0].extent[1] == known.tokens:
                 return found[0]
         best = (-1, 0, 0, 0)
         for number in range(len(self._spans)):
-            table = self._file.read_row_group(number, columns=["unit", "batch", "tokens"])
-            lengths = pa.compute.list_value_length(table.column("tokens")).to_numpy()
+            there = [CONTEXT] if self._two_sided else []
+            table = self._file.read_row_group(number, columns=["unit", "batch", "tokens", *there])
+            sides = [pa.compute.list_value_length(table.column(name)).to_numpy() for name in ("tokens", *there)]
+            lengths = np.max(sides, axis=0)
             units, batches = table.column("unit").to_numpy(), table.column("batch").to_numpy()
             cuts = np.flatnonzero((np.diff(units) != 0) | (np.diff(batches) != 0)) + 1
             for part in np.split(np.arange(len(table)), cuts):
@@ -246,11 +280,10 @@ class BatchReader:
         column = {
             name: table.column(name).to_numpy() for name in ("document", "batch", "keep_start", "n_rows", "row_start")
         }
-        lists = table.column("tokens").combine_chunks()
-        offsets, flat = lists.offsets.to_numpy(), lists.values.to_numpy(zero_copy_only=False)
-        tokens = [flat[start:stop] for start, stop in pairwise(offsets)]
-        picked, begins = (_lists(table, name) for name in ("keep", BEGINS))
+        tokens, picked, begins = (_lists(table, name) for name in ("tokens", "keep", BEGINS))
+        assert tokens is not None
         images = table.column(IMAGE) if IMAGE in table.column_names and _encoded(table) else None
+        context = _lists(table, CONTEXT) if self._two_sided else None
         batches = []
         for lines in _runs(column["batch"]):
             first, last = lines[0], lines[-1]
@@ -273,6 +306,7 @@ class BatchReader:
                     picked=None if picked is None else tuple(picked[line] for line in lines),
                     images=None if images is None else tuple(images[int(line)].as_py() for line in lines),
                     begins=None if begins is None else tuple(begins[line] for line in lines),
+                    context=None if context is None else tuple(context[line] for line in lines),
                 )
             )
         return batches

@@ -10,8 +10,16 @@ from flexcache import hooks
 from flexcache.documents import open_documents
 from flexcache.hooks.names import whole
 from flexcache.images.input import reader_of
-from flexcache.model import describe_model, describe_tokenizer, evaluating, longest_input, pad_id, vocabulary
-from flexcache.options import Choice, Packing, Windows, parse_rows
+from flexcache.model import (
+    describe_model,
+    describe_tokenizer,
+    encoder_vocabulary,
+    evaluating,
+    longest_input,
+    pad_id,
+    vocabulary,
+)
+from flexcache.options import Choice, Packing, Teaching, Windows, parse_rows
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.fingerprint import fingerprint
 from flexcache.recorder.imaging import check_images, described_patches
@@ -22,6 +30,7 @@ from flexcache.recorder.progress import CaptureProgress
 from flexcache.recorder.reading import locate, measure_arrays
 from flexcache.recorder.recorder import DEFAULT_BUFFER, Recorder
 from flexcache.recorder.running import allocation, complete
+from flexcache.recorder.targets import decoder_inputs as read_by_decoder
 from flexcache.recorder.transform import Transform
 from flexcache.site import Layers
 from flexcache.spec import SitesLike, Spec, parse_sites, validate
@@ -48,6 +57,7 @@ def capture(
     windows: Windows | Mapping[str, Any] | None = None,
     packing: Packing | Mapping[str, Any] | None = None,
     token_labels: Sequence[str] = (),
+    decoder_inputs: Teaching = "shifted",
     batch_tokens: int = 4096,
     seed: int = 0,
     compression: str = "none",
@@ -73,12 +83,15 @@ def capture(
     ----------
     model
         Any transformers model with token ids as input, or a vision transformer (blocks that read one token a patch), on
-        any device. In a pipeline of torch, this process's `PipelineStage`, or a list of them; see
-        `flexcache.parallel.stages`.
+        any device. Of a model with an encoder and a decoder, rows are the decoder's, of documents with a ``target``;
+        for the encoder's, pass ``model.get_encoder()``. In a pipeline of torch, this process's `PipelineStage`, or a
+        list of them; see `flexcache.parallel.stages`.
     tokenizer
         The model's tokenizer; None where documents have ``tokens``. Of a vision transformer, its image processor.
     documents
-        Dicts ``{"id", "text" | "tokens" | "image", any labels}``, or a path; see `flexcache.open_documents`.
+        Dicts ``{"id", "text" | "tokens" | "image", any labels}``, or a path; see `flexcache.open_documents`. For an
+        encoder and a decoder, text or tokens are what the encoder reads, and ``target`` or ``target_tokens`` what the
+        decoder does.
     path
         The store. Where one made from the same arguments exists, its missing units are captured.
     sites, layers
@@ -109,9 +122,12 @@ def capture(
     token_labels
         Columns of the documents with a label for each token, which go into the table of sequences; see
         `flexcache.sequences.labels.aligned`.
+    decoder_inputs
+        Of a model with an encoder and a decoder: ``"shifted"``, targets as the model makes decoder inputs of labels,
+        one place later behind the token to begin with; or ``"as_given"``.
     batch_tokens
-        Most tokens of a forward, padding included. Going on with a store, it may be less than before; where a batch
-        does not fit into the device's memory, it is halved.
+        Most tokens of a forward, padding included; of an encoder and a decoder, of either. Going on with a store, it
+        may be less than before; where a batch does not fit into the device's memory, it is halved.
     buffer_bytes
         Bound on the memory for rows on their way to the disk.
     allow_mixed
@@ -153,6 +169,7 @@ def capture(
             "windows": windows,
             "packing": packing,
             "token_labels": tuple(token_labels),
+            "decoder": read_by_decoder(model, decoder_inputs),
             "batch_tokens": batch_tokens,
             "seed": seed,
             "compression": compression,
@@ -177,6 +194,7 @@ def capture(
             model=describe_model(model) | (model_info or {}),
             tokenizer_identity=describe_tokenizer(tokenizer, "messages" in corpus.schema.names),
             vocabulary=vocabulary(model),
+            encoder_vocabulary=encoder_vocabulary(model),
             notes={"user_hooks": hooks.user_hooks(model)} | described_patches(tokenizer),
         )
         hooks.check_identity(model, reading.taps, example=example, reader=crew.read_example, alone=crew.alone)

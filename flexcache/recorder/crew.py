@@ -13,6 +13,7 @@ from torch import nn
 
 from flexcache.errors import CaptureError, ConfigError, FlexCacheError
 from flexcache.hooks.measure import Read, read_example
+from flexcache.hooks.sides import two_sided
 from flexcache.hooks.tap import Tap
 from flexcache.parallel.distribution import Distribution
 from flexcache.parallel.peers import collect, tell
@@ -48,6 +49,7 @@ class Crew:
         self.in_step = mesh.sizes.dp > 1
         self.gathering = None if self._distribution.alone else Gathering(model, self._distribution)
         self.sizes = mesh.sizes
+        self._two_sided = two_sided(model)
 
     @property
     def alone(self) -> bool:
@@ -83,8 +85,15 @@ class Crew:
         Raises
         ------
         ConfigError
-            Gradients under transformers' pipeline: what it sends between stages is outside of autograd.
+            Gradients under transformers' pipeline: what it sends between stages is outside of autograd. A decoder
+            beside its encoder.
         """
+        if self._two_sided and not self.alone:
+            raise ConfigError(
+                "a decoder is captured beside its encoder by processes that each have the whole model",
+                found=f"tensor parallel {self.sizes.tp}, data parallel {self.sizes.dp}, {self.sizes.pp} stages",
+                remedy="load the whole model in each process; several may fill one store side by side",
+            )
         if self.sizes.pp > 1 and reading.objective is not None:
             raise ConfigError(
                 "gradients cannot be captured through a pipeline",

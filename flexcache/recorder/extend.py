@@ -12,7 +12,15 @@ from flexcache.documents import Documents, open_documents
 from flexcache.errors import ConfigError, MismatchError
 from flexcache.hooks.names import whole
 from flexcache.images.input import stored_input
-from flexcache.model import CHAT_TEMPLATE, describe_model, describe_tokenizer, evaluating, pad_id, vocabulary
+from flexcache.model import (
+    CHAT_TEMPLATE,
+    describe_model,
+    describe_tokenizer,
+    encoder_vocabulary,
+    evaluating,
+    pad_id,
+    vocabulary,
+)
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.extension import Extension, check_equal, more_arrays, more_documents, opened, tokens_of
 from flexcache.recorder.fingerprint import check_fingerprint, fingerprint
@@ -150,6 +158,7 @@ def extend(
                     corpus,
                     tokenizer,
                     vocabulary=vocabulary(model),
+                    encoder_vocabulary=encoder_vocabulary(model),
                     new_only=new_only or same,
                     max_tokens=max_tokens,
                     progress=planning,

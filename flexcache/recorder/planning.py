@@ -42,8 +42,8 @@ class Source:
     spec : Spec
     model, tokenizer_identity : dict
         As provenance records them.
-    vocabulary : int or None
-        Number of token ids that the model knows.
+    vocabulary, encoder_vocabulary : int or None
+        Number of token ids that the model knows, and that its encoder does beside a decoder.
     notes : dict
         Further provenance, such as hooks that a live model carried.
     """
@@ -55,6 +55,7 @@ class Source:
     model: dict[str, Any]
     tokenizer_identity: dict[str, Any]
     vocabulary: int | None = None
+    encoder_vocabulary: int | None = None
     notes: dict[str, Any] | None = None
 
     @property
@@ -83,7 +84,8 @@ class Estimate:
     bytes : int
         Of all shard files, before compression.
     tokens, tokens_run, tokens_padded : int
-        Of the documents; in all forwards; and with padding.
+        Of the documents; in all forwards; and with padding. Of an encoder and a decoder, documents have the tokens that
+        the decoder reads, and forwards count those of each sequence's longer side.
     longest_document, truncated_documents, skipped_documents, rowless_documents : int
     largest_batch : Largest
         The forward of most tokens: unit, batch, tokens with padding.
@@ -128,7 +130,7 @@ def make_plan(source: Source, folder: Path, progress: Progress) -> tuple[Plan, S
     check_names(source.arrays)
     corpus = tokenized(source, source.documents, folder, progress)
     lengths, cuts = corpus.lengths, corpus.cuts
-    plan = planned(source, cuts.lengths, cuts.kept, linked=cuts.linked, image_bytes=corpus.image_bytes)
+    plan = planned(source, corpus.extents, cuts.kept, linked=cuts.linked, image_bytes=corpus.image_bytes)
     shard_rows = plan.shard_rows
     run, padded, largest = plan.forwards()
     n_arrays = sum(len(array.slices) for array in source.arrays)
@@ -161,6 +163,7 @@ def tokenized(source: Source, documents: Corpus, folder: Path, progress: Progres
         folder,
         spec,
         vocabulary=source.vocabulary,
+        encoder_vocabulary=source.encoder_vocabulary,
         empty=spec.empty_documents,
         keep_text=spec.keep_text,
         progress=progress,

@@ -12,6 +12,7 @@ import torch
 from flexcache import hooks
 from flexcache.errors import CaptureError, ConfigError
 from flexcache.hooks.measure import Example, Reader, read_example
+from flexcache.hooks.sides import TARGET
 from flexcache.hooks.taps import batch_shape
 from flexcache.recorder.batch import Batch
 from flexcache.recorder.objective import OBJECTIVE, NextTokenLoss, Objective, by_token, checked
@@ -140,7 +141,7 @@ def _objective_by_token(model: torch.nn.Module, objective: Objective, reader: Re
 
 
 def _example(model: torch.nn.Module, inputs: Any) -> Batch:
-    given = inputs.get("input_ids")
+    given = inputs.get(TARGET, inputs.get("input_ids"))
     shape = batch_shape(model, (), inputs)
     ids = torch.full(shape, -1) if given is None else torch.ones(shape) if given.device.type == "meta" else given.cpu()
     tokens = tuple(line.int().numpy() for line in ids)

@@ -171,7 +171,7 @@ def smaller_batches(recorder: Recorder, found: str, bars: CaptureProgress | None
     CaptureError
         The largest batch is one sequence already, or others are in the middle of the same forward.
     """
-    sequences, longest = recorder.largest().shape
+    sequences, longest = recorder.largest().extent
     if sequences == 1:
         raise CaptureError(
             "one sequence alone does not fit into the device's memory",

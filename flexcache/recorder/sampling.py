@@ -82,7 +82,7 @@ def sample(
     scale = count / read * (1 if most is None else min(1.0, most / tokens))
     amount = _extrapolated(source, corpus, scale, seed)
     cuts = corpus.cuts
-    plan = planned(source, cuts.lengths, cuts.kept, amount.shard_rows, cuts.linked)
+    plan = planned(source, corpus.extents, cuts.kept, amount.shard_rows, cuts.linked)
     path, place = folder / "sample.zarr", folder / "making"
     place.mkdir()
     content = {
@@ -102,7 +102,7 @@ def sample(
 
 def _extrapolated(source: Source, corpus: Spool, scale: float, seed: int) -> Estimate:
     cuts, spec = corpus.cuts, source.spec
-    lengths, kept, linked = cuts.lengths, cuts.kept, cuts.linked
+    lengths, kept, linked = corpus.extents, cuts.kept, cuts.linked
     tokens = round(int(lengths.sum(dtype=np.int64)) * scale)
     n_rows = round(int(kept.sum()) * scale)
     widest = max(source.widest_row, corpus.image_bytes // max(1, int(kept.sum())))

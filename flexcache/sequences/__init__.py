@@ -2,9 +2,11 @@
 
 from flexcache.sequences.encoding import Tokenizer
 from flexcache.sequences.spool import KEPT, Corpus, Spool, image_digests, messages_digests, spool
+from flexcache.sequences.targets import SPOOLED
 
 __all__ = [
     "KEPT",
+    "SPOOLED",
     "Corpus",
     "Spool",
     "Tokenizer",

@@ -19,6 +19,16 @@ from flexcache.sequences.cuts import Cuts, Whole, Windowed
 from flexcache.sequences.encoding import Encoded, Tokenizer, encode
 from flexcache.sequences.labels import aligned, said
 from flexcache.sequences.packed import Isolated, Marks, Packed, marks
+from flexcache.sequences.targets import (
+    SPOOLED,
+    TARGET,
+    TARGET_TOKENS,
+    parted,
+    shifted,
+    shifted_choice,
+    shifted_labels,
+    target_tokenizer,
+)
 
 PART_BYTES = 64 << 20
 KEPT = "kept"
@@ -66,6 +76,7 @@ class Spool:
         self._hasher = xxhash.xxh3_128()
         self._lengths: list[np.ndarray] = []
         self._rows: list[np.ndarray] = []
+        self._longer: list[np.ndarray] = []
         windows = self.options.windows
         self._windowed = windows and Windowed(*windows.sizes(self.options.max_length))
         self._starts = [0]
@@ -95,6 +106,11 @@ class Spool:
         return self._windowed or Whole(self.lengths, self.rows)
 
     @property
+    def extents(self) -> np.ndarray:
+        """Tokens of each sequence, of an encoder's and a decoder's those of the longer side: int32."""
+        return self.cuts.lengths if self.options.decoder is None else np.concatenate(self._longer)
+
+    @property
     def digest(self) -> str:
         """Hex digest of ids and tokens in order."""
         return self._hasher.hexdigest()
@@ -105,7 +121,9 @@ class Spool:
         return pa.unify_schemas(self._schemas, promote_options="permissive")
 
     def append(self, batch: pa.RecordBatch, kept: np.ndarray | None = None) -> None:
-        """Add documents with columns ``id`` and ``tokens`` (list of int32), of images also ``image`` and its digest.
+        """Add documents with columns ``id`` and ``tokens`` (list of int32), maybe with what an encoder reads.
+
+        Of images, also ``image`` and its digest.
 
         Parameters
         ----------
@@ -128,6 +146,12 @@ class Spool:
         if IMAGE in batch.schema.names:
             self._hasher.update("\0".join(batch.column(IMAGE_DIGEST).to_pylist()).encode())
             self.image_bytes += batch.column(IMAGE).nbytes
+        if SPOOLED in batch.schema.names:
+            given = batch.column(SPOOLED)
+            read = np.diff(given.offsets.to_numpy()).astype(np.int32)
+            self._longer.append(np.maximum(lengths, read))
+            self._hasher.update(read.tobytes())
+            self._hasher.update(np.ascontiguousarray(given.flatten().to_numpy(zero_copy_only=False)).tobytes())
         self._pending.append(batch)
         if sum(part.nbytes for part in self._pending) > PART_BYTES:
             self.flush()
@@ -175,6 +199,7 @@ def spool(
     options: SequenceOptions,
     *,
     vocabulary: int | None = None,
+    encoder_vocabulary: int | None = None,
     empty: Literal["error", "skip"] = "error",
     keep_text: bool = True,
     first_index: int = 0,
@@ -190,8 +215,9 @@ def spool(
     options
         Which tokens are rows, and how long documents become sequences. A truncated text keeps the closing special
         tokens of a Hugging Face tokenizer.
-    vocabulary
-        Number of token ids that the model knows; another id is refused here, before any forward.
+    vocabulary, encoder_vocabulary
+        Number of token ids that the model knows, and that its encoder does beside a decoder; another id is refused
+        here, before any forward.
     empty
         What to do with a document that has no token.
     keep_text
@@ -204,8 +230,8 @@ def spool(
     Raises
     ------
     DocumentsError
-        No documents, an empty one, texts without a tokenizer or tokens with one, an unknown token id; labels or spans
-        that do not fit their documents.
+        No documents, an empty one, one without the target that a decoder needs, texts without a tokenizer or tokens
+        with one, an unknown token id; labels or spans that do not fit their documents.
     ConfigError
         See `SequenceOptions.check`.
     """
@@ -215,11 +241,18 @@ def spool(
     for batch in documents.batches():
         source_index = np.arange(index, index + len(batch), dtype=np.int64)
         index += len(batch)
-        encoded = encode(batch, tokenizer, options)
-        if len(blank := np.flatnonzero(encoded.lengths == 0)):
+        content, reads, context = batch, tokenizer, None
+        if options.decoder is not None:
+            given, content = parted(batch)
+            context, reads = encode(given, tokenizer, options), target_tokenizer(tokenizer)
+            _check_ids(batch, context.tokens, encoder_vocabulary)
+        encoded = encode(content, reads, options)
+        shortest = encoded.lengths if context is None else np.minimum(encoded.lengths, context.lengths)
+        if len(blank := np.flatnonzero(shortest == 0)):
             if empty == "error":
                 raise DocumentsError(
-                    f"document {batch.column('id')[int(blank[0])].as_py()!r} has no tokens",
+                    f"document {batch.column('id')[int(blank[0])].as_py()!r} has no tokens"
+                    + ("" if context is None else ", or no tokens in its target"),
                     where=f"document {source_index[blank[0]]} of the corpus, counted from 0",
                     expected="at least one token",
                     remedy="remove it, or skip all such documents with empty_documents: skip",
@@ -227,14 +260,20 @@ def spool(
             result.skipped += len(blank)
         if IMAGE not in batch.schema.names:  # whose tokens have no ids
             _check_ids(batch, encoded.tokens, vocabulary)
-        kept = first_or_last(chosen(batch, encoded, tokenizer, options), encoded.lengths, options.rows)
-        labels = said(encoded) | {name: aligned(batch, encoded, name) for name in options.token_labels}
+        kept = chosen(content, encoded, tokenizer, options)
+        labels = said(encoded) | {name: aligned(content, encoded, name) for name in options.token_labels}
+        if options.decoder is not None:  # a row goes by the token of the target that is read there
+            kept = shifted_choice(kept, encoded, options.decoder)
+            labels = {name: shifted_labels(values, encoded, options.decoder) for name, values in labels.items()}
+            encoded = shifted(encoded, options.decoder)
+        kept = first_or_last(kept, encoded.lengths, options.rows)
         result.token_labels = tuple(labels)
-        record = _record(batch, encoded, source_index, keep_text, labels)
-        some = encoded.lengths > 0
+        record = _record(batch, encoded, source_index, keep_text, labels, context)
+        some = shortest > 0
         if options.max_tokens is not None:
             some &= encoded.starts < options.max_tokens - tokens_done
-        result.truncated += int(encoded.truncated[some].sum())
+        cut = encoded.truncated if context is None else encoded.truncated | context.truncated
+        result.truncated += int(cut[some].sum())
         tokens_read = int(encoded.lengths[some].sum())
         if kept is not None:
             rowless = some & (np.add.reduceat(np.append(kept, 0), encoded.starts) == 0)
@@ -312,16 +351,22 @@ def _record(
     source_index: np.ndarray,
     keep_text: bool,
     labels: dict[str, pa.ListArray],
+    context: Encoded | None,
 ) -> pa.RecordBatch:
     columns: dict[str, Any] = {
         "id": batch.column("id"),
         "source_index": pa.array(source_index),
         "tokens": encoded.tokens,
     }
+    if context is not None:
+        columns[SPOOLED] = context.tokens
+    texts = ("text",) if context is None else ("text", TARGET)
     for name in batch.schema.names:
-        if name == "text" and not keep_text:
-            texts = batch.column("text").to_pylist()
-            columns["text_xxh3_128"] = pa.array([xxhash.xxh3_128_hexdigest(text.encode()) for text in texts])
+        if name == TARGET_TOKENS and context is not None:  # as tokens
+            continue
+        if name in texts and not keep_text:
+            written = batch.column(name).to_pylist()
+            columns[f"{name}_xxh3_128"] = pa.array([xxhash.xxh3_128_hexdigest(text.encode()) for text in written])
         elif name == IMAGE:
             columns |= {IMAGE: batch.column(IMAGE), IMAGE_DIGEST: pa.array(image_digests(batch.column(IMAGE)))}
         elif name == "messages":

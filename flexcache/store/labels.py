@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from flexcache.errors import StoreError, nearest
 from flexcache.plan import ranges
-from flexcache.store.schema import BEGINS
+from flexcache.store.schema import BEGINS, CONTEXT
 
 if TYPE_CHECKING:
     from flexcache.store.store import Store
@@ -21,7 +21,8 @@ PACKED = ("documents", "starts", "places", BEGINS)
 
 def label_names(store: Store) -> tuple[str, ...]:
     """Return the names of the columns with a label for each token."""
-    return tuple(name for name in store.tokens.column_names if name not in (*OWN, *PACKED))
+    own = (*OWN, *PACKED, *([CONTEXT] if store.spec.get("decoder") else []))
+    return tuple(name for name in store.tokens.column_names if name not in own)
 
 
 def row_labels(store: Store, name: str) -> pa.Array:

@@ -15,6 +15,8 @@ DOCUMENTS = "documents.parquet"
 SEQUENCES = "sequences.parquet"
 BEGINS = "begins"
 """The column of the sequences with the places at which attention and positions begin anew."""
+CONTEXT = "context"
+"""The column of sequences.parquet that has what an encoder reads, where rows are of the decoder beside it."""
 COORDINATES = {"token_id": "int32", "position": "int32", "document": "int64"}
 RESERVED = frozenset({"ledger", "runs", "layer", "token", *COORDINATES})
 PLAN_RECORD = "ledger/plan.json"

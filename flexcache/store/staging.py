@@ -82,7 +82,7 @@ def plan_after(store: Store, corpus: Spool) -> Plan:
             batches = int(last[-1].as_py()) + 1
     cuts = corpus.cuts
     return Plan(
-        cuts.lengths, cuts.kept, store.shard_rows, spec["batch_tokens"], spec["seed"], rows, batches, cuts.linked
+        corpus.extents, cuts.kept, store.shard_rows, spec["batch_tokens"], spec["seed"], rows, batches, cuts.linked
     )
 
 

@@ -7,8 +7,8 @@ import pyarrow as pa
 
 from flexcache.images.encoded import IMAGE
 from flexcache.plan import UnitPlan, ranges
-from flexcache.sequences import KEPT, Spool
-from flexcache.store.schema import BEGINS
+from flexcache.sequences import KEPT, SPOOLED, Spool
+from flexcache.store.schema import BEGINS, CONTEXT
 
 PIECES = {"documents": pa.int64(), "starts": pa.int32(), "places": pa.int32()}
 """Of packed documents: which are in a sequence, from which token on, and from which place."""
@@ -77,6 +77,8 @@ class UnitTables:
                 columns[BEGINS] = _lists(pieces_of, pa.array(begins, pa.int32()))
         if IMAGE in self._table.column_names:  # each image is one sequence
             columns[IMAGE] = self._table.column(IMAGE).take(pa.array(self._of[self._first]))
+        if self._options.decoder is not None:  # each document is a sequence
+            columns[CONTEXT] = self._list(SPOOLED).take(pa.array(self._of))
         for name in self._corpus.token_labels:
             columns[name] = _lists(offsets, self._list(name).values.take(pa.array(origin, mask=origin < 0)))
         return pa.table(columns)
@@ -88,8 +90,8 @@ class UnitTables:
         at = first[1][np.searchsorted(first[0], self.new)]
         line = pieces.line[at]
         row_start = unit.row_start[line] - unit.skip[line] + self._before[at]
-        own = [name for name in (KEPT, IMAGE) if name in self._table.column_names]
-        inner = ["tokens", *own, *self._corpus.token_labels]
+        inner = [name for name in ("tokens", KEPT, IMAGE, SPOOLED) if name in self._table.column_names]
+        inner += self._corpus.token_labels
         table = self._table.drop_columns(inner).take(pa.array(self.new - self._lowest))
         table = table.add_column(2, "n_tokens", pa.array(self._corpus.lengths[self.new], pa.int32()))
         table = table.append_column("row_start", pa.array(row_start))

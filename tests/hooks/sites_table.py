@@ -11,18 +11,18 @@ import torch
 from flexcache.errors import SiteError
 from flexcache.hooks import Tap, check_identity, find_blocks, locate
 from flexcache.site import ONCE, STANDARD, Site
-from tests.models import FAMILIES, tiny
+from tests.models import FAMILIES, TWO_SIDED, tiny
 from tests.vision import VISION, tiny_vision
 
 PAGE = Path(__file__).parents[2] / "docs" / "sites.md"
 BEGIN, END = "<!-- families -->\n", "<!-- end of families -->\n"
 SITES = (*STANDARD, *ONCE)
 BEGIN_VISION, END_VISION = "<!-- vision -->\n", "<!-- end of vision -->\n"
+CROSS = "cross_attn_out"
 UNCHECKED = ("mlp_post", "embed")
 REASONS = {
     "granite": "`attn_out`, `mlp_out`, `resid_mid`: the model scales what it adds, and no module gives that",
     "albert": "no site in a block: one block is run for all layers",
-    "t5": "two residual streams: pass `model.get_encoder()`, which is the line above",
     "jamba": "`mlp_out` for all layers: those of state space have no `attn_out` to be checked with",
 }
 VISION_REASONS = {
@@ -58,9 +58,9 @@ def holds(model: torch.nn.Module, taps: Sequence[Tap]) -> bool:
     return True
 
 
-def line(family: str, kind: str, model: torch.nn.Module) -> str:
+def line(family: str, kind: str, model: torch.nn.Module, sites: Sequence[str]) -> str:
     """Return a family's line of the table; all its sites are checked together, and one by one where that fails."""
-    found = {site: cell(model, site) for site in SITES}
+    found = {site: cell(model, site) for site in sites}
     together = holds(model, [tap for _, taps in found.values() for tap in taps])
     said = []
     for site, (text, taps) in found.items():
@@ -70,19 +70,24 @@ def line(family: str, kind: str, model: torch.nn.Module) -> str:
 
 
 def table(
-    families: Mapping[str, tuple[str, object]], make: Callable[[str], torch.nn.Module], reasons: Mapping[str, str]
+    families: Mapping[str, tuple[str, object]],
+    make: Callable[[str], torch.nn.Module],
+    reasons: Mapping[str, str],
+    sites: Sequence[str] = tuple(site for site in SITES if site != CROSS),
 ) -> str:
     """Return the table of some families and, below it, the reasons for what is refused."""
-    head = f"| family | class | {' | '.join(f'`{site}`' for site in SITES)} |"
-    lines = [head, "|" + "---|" * (len(SITES) + 2)]
-    lines += [line(family, kind, make(family)) for family, (kind, _) in families.items()]
+    head = f"| family | class | {' | '.join(f'`{site}`' for site in sites)} |"
+    lines = [head, "|" + "---|" * (len(sites) + 2)]
+    lines += [line(family, kind, make(family), sites) for family, (kind, _) in families.items()]
     return "\n".join([*lines, "", *(f"- {family}: {reason}." for family, reason in reasons.items())]) + "\n"
 
 
 def with_table(page: str) -> str:
     """Return the page with the table of text models as it is now."""
     before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n{table(FAMILIES, tiny, REASONS)}\n{END}{rest.partition(END)[2]}"
+    sided = table(TWO_SIDED, tiny, {}, SITES).rstrip()
+    made = f"{table(FAMILIES, tiny, REASONS)}\nDecoders beside an encoder:\n\n{sided}\n"
+    return f"{before}{BEGIN}\n{made}\n{END}{rest.partition(END)[2]}"
 
 
 def with_vision(page: str) -> str:

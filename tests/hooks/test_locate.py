@@ -115,10 +115,9 @@ def test_a_module_with_two_names_is_found_by_either() -> None:
     assert paths(model, "model.layers.[03].mlp") == ["model.layers.0.mlp", "model.layers.3.mlp"]
 
 
-def test_an_encoder_with_a_decoder_is_refused_and_its_encoder_is_not() -> None:
+def test_of_an_encoder_with_a_decoder_the_decoder_is_meant() -> None:
     model = tiny("t5")
-    with pytest.raises(SiteError, match="an encoder and a decoder"):
-        locate(model, Site("resid_post"))
+    assert {tap.module for tap in locate(model, Site("resid_post"))} == {f"decoder.block.{n}" for n in range(4)}
     encoder = model.get_encoder()
     assert find_blocks(encoder)[0] == "block"
     with pytest.raises(SiteError, match="no router_logits"):

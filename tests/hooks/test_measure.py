@@ -61,10 +61,14 @@ def test_a_model_of_another_kind_is_measured_with_an_example() -> None:
     assert "RuntimeError" in str(error.value.found)
 
 
-def test_an_encoder_with_a_decoder_is_refused_before_it_runs() -> None:
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [("encoder.block.0", "did not run"), ("decoder.block.0.layer.1.EncDecAttention.k", "not one per token")],
+)
+def test_what_has_the_tokens_of_an_encoder_is_refused_beside_a_decoder(path: str, why: str) -> None:
     model = tiny("t5")
-    with pytest.raises(SiteError, match="an encoder and a decoder"):
-        measure(model, locate(model, Site.parse("shared")))
+    with pytest.raises(SiteError, match=why):
+        measure(model, locate(model, Site.parse(path)))
 
 
 def test_the_example_has_no_special_tokens() -> None:
