@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from flexcache.documents import Documents
-from flexcache.errors import ConfigError
 from flexcache.options import Generation
 from flexcache.parallel.launch import launch
 from flexcache.store.store import Store
@@ -84,18 +83,12 @@ def _completions(
     config: CaptureConfig, generation: Generation, model: Any, tokenizer: Any, documents: Documents, progress: bool
 ) -> Documents:
     """Return prompts with completions, which are made where they are not there yet."""
-    from flexcache.recorder.generation import Completions, generate
+    from flexcache.recorder.generation import generate
     from flexcache.recorder.progress import CaptureProgress
 
-    if launch().world > 1 and not Completions(config.completions).complete:
-        raise ConfigError(
-            "completions are made by one process",
-            where=str(config.completions),
-            found=f"{launch().world} processes",
-            remedy="run the capture in one process until it plans, then in as many as you like",
-        )
     with CaptureProgress(progress) as bars:
-        return generate(model, tokenizer, documents, config.completions, generation, bars.generating(documents.count))
+        advance = bars.generating(documents.count)
+        return generate(model, tokenizer, documents, config.completions, generation, advance, config.patience)
 
 
 def leave() -> None:

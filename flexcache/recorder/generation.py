@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +22,13 @@ from flexcache.errors import ConfigError, DocumentsError
 from flexcache.hooks.measure import input_device
 from flexcache.model import describe_model, describe_tokenizer, evaluating, longest_input, pad_id
 from flexcache.options import Generation
+from flexcache.recorder.crew import Crew
 from flexcache.recorder.planning import check_same, model_content
+from flexcache.recorder.recorder import POLL
 from flexcache.sequences.chat import check_template
+from flexcache.store.claims import Claims
 from flexcache.store.files import write_durably, write_json
+from flexcache.store.worker import PATIENCE, Worker
 
 PART = 64
 """Documents of a file of completions: what is made, and resumed, as a whole."""
@@ -56,9 +62,18 @@ class Completions:
         """
         if not self.complete:
             raise DocumentsError(
-                "the completions are not made yet", where=str(self.folder), remedy="run the capture, in one process"
+                "the completions are not made yet", where=str(self.folder), remedy="run the capture, which makes them"
             )
         return open_documents(str(self.folder / "part-*.parquet"))
+
+    def part(self, number: int) -> Path:
+        """Return the file of a part."""
+        return self.folder / f"part-{number:06d}.parquet"
+
+    def new_tokens(self, number: int) -> int:
+        """Return how many tokens the completions of a part have."""
+        spans = pq.read_table(self.part(number), columns=["generated"]).column("generated").to_pylist()
+        return sum(span["end"] - span["start"] for [span] in spans)
 
 
 def generate(
@@ -68,18 +83,23 @@ def generate(
     folder: str | Path,
     generation: Generation,
     progress: Callable[[int, int], None] = lambda documents, tokens: None,
+    patience: float = PATIENCE,
 ) -> Documents:
     """Let a model complete documents, and return prompts with completions as documents of tokens.
 
     They are written to *folder*, 64 documents a file; the same call goes on behind the files that are there, to the
-    same result, on the same machine. Documents of messages are prompts for the assistant's next one.
+    same result, on the same machine. Any number of processes may make the call at once: each makes files that nobody
+    has claimed, takes over those of who is gone, and returns when all are there; the files are those that one process
+    makes. Documents of messages are prompts for the assistant's next one.
 
     Parameters
     ----------
     model, tokenizer
         A causal language model of transformers. The tokenizer may be None for documents of tokens.
     progress
-        Called with the documents and new tokens done so far, those of earlier runs included.
+        Called with the documents and new tokens done so far, those of earlier runs and of other processes included.
+    patience
+        Seconds without a sign of life after which a process on another machine counts as gone.
 
     Returns
     -------
@@ -90,7 +110,7 @@ def generate(
     Raises
     ------
     ConfigError
-        The model cannot generate.
+        The model cannot generate, or is spread over several processes.
     DocumentsError
         A prompt is empty, an image, or leaves no room for the completion; a label has the name of one of these columns.
     MismatchError
@@ -110,24 +130,78 @@ def generate(
         raise DocumentsError(f"a label cannot be called {taken[0]!r} here", remedy="rename the column")
     completions = Completions(Path(folder))
     completions.folder.mkdir(parents=True, exist_ok=True)
-    _check_request(completions.folder / REQUEST, model, tokenizer, corpus, generation)
+    asked = _request(model, tokenizer, corpus, generation)
     if completions.complete:
+        check_same(json.loads((completions.folder / REQUEST).read_bytes()), asked, completions.folder)
         return completions.open()
+    with closing(Crew(model)) as crew:
+        if not crew.alone:
+            raise ConfigError(
+                "completions are made by models that one process holds",
+                found=f"{type(model).__name__}, over several processes",
+                remedy="make the completions first, without model.parallel, then capture them",
+            )
     writer = _Writer(model, tokenizer, generation)
     done = new = 0
-    with evaluating(model):
-        for number, part in enumerate(_parts(corpus)):
-            path = completions.folder / f"part-{number:06d}.parquet"
-            if not path.exists():
-                sink = pa.BufferOutputStream()
-                pq.write_table(writer.table(part, number), sink, compression="zstd")
-                write_durably(path, sink.getvalue().to_pybytes())
-            done += len(part)
-            spans = pq.read_table(path, columns=["generated"]).column("generated").to_pylist()
-            new += sum(span["end"] - span["start"] for [span] in spans)
-            progress(done, new)
-    write_durably(completions.folder / COMPLETE, str(done).encode())
+    with evaluating(model), _claiming(completions, patience) as claims:
+        _agree(completions.folder / REQUEST, asked, claims)
+        left: dict[int, pa.Table] = {}  # others are at work on those, a part each
+        for number, part in _then_none(enumerate(_parts(corpus))):
+            left |= {} if part is None else {number: part}
+            while left:
+                for made in [at for at, prompts in left.items() if _made(writer, completions, claims, at, prompts)]:
+                    done += len(left.pop(made))
+                    new += completions.new_tokens(made)
+                    progress(done, new)
+                if part is not None or not left:
+                    break
+                time.sleep(POLL)
+        write_durably(completions.folder / COMPLETE, str(done).encode())
     return completions.open()
+
+
+@contextmanager
+def _claiming(completions: Completions, patience: float) -> Iterator[Claims]:
+    """Give what claims parts for this process, and give all of them up in the end."""
+    worker = Worker(completions.folder, patience=patience)
+    claims = Claims(worker)
+    try:
+        yield claims
+    finally:
+        claims.close(completions.complete)
+        worker.close()
+
+
+def _agree(path: Path, asked: dict[str, Any], claims: Claims) -> None:
+    """Write what is asked for, where no process has, and refuse anything else."""
+    while not path.exists():
+        if claims.take([REQUEST]) is None:
+            time.sleep(POLL)
+            continue
+        if not path.exists():
+            write_json(path, asked)
+        claims.release(REQUEST)
+    check_same(json.loads(path.read_bytes()), asked, path.parent)
+
+
+def _made(writer: _Writer, completions: Completions, claims: Claims, number: int, prompts: pa.Table) -> bool:
+    """Make a part that is not there and that nobody is at work on; return whether it is there."""
+    path = completions.part(number)
+    if path.exists():
+        return True
+    if claims.take([number]) is None:
+        return False
+    if not path.exists():
+        sink = pa.BufferOutputStream()
+        pq.write_table(writer.table(prompts, number), sink, compression="zstd")
+        write_durably(path, sink.getvalue().to_pybytes())
+    claims.release(number)
+    return True
+
+
+def _then_none(parts: Iterable[tuple[int, pa.Table]]) -> Iterator[tuple[int, pa.Table | None]]:
+    yield from parts
+    yield -1, None
 
 
 class _Writer:
@@ -245,15 +319,13 @@ def _parts(corpus: Documents) -> Iterator[pa.Table]:
         yield pa.concat_tables(held)
 
 
-def _check_request(path: Path, model: Any, tokenizer: Any, corpus: Documents, generation: Generation) -> None:
+def _request(model: Any, tokenizer: Any, corpus: Documents, generation: Generation) -> dict[str, Any]:
+    """Return what the completions depend on."""
     request = {
         "generate": generation.model_dump(mode="json"),
         "model": model_content(describe_model(model)),
         "tokenizer": describe_tokenizer(tokenizer, "messages" in corpus.schema.names),
         "documents": corpus.describe(),
     }
-    request = json.loads(json.dumps(request))
-    if path.exists():
-        check_same(json.loads(path.read_bytes()), request, path.parent)
-    else:
-        write_json(path, request)
+    found: dict[str, Any] = json.loads(json.dumps(request))
+    return found

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,8 @@ from analysis.replay.identity import identity_error
 from flexcache.errors import ConfigError, DocumentsError, MismatchError
 from flexcache.options import Generation
 from flexcache.recorder import generation as generation_module
+from flexcache.store.claims import Claims
+from flexcache.store.worker import Worker
 from tests.corpora import lengths, token_documents
 from tests.models import VOCABULARY, tiny
 from tests.pipelines.conftest import checkpoint, config, corpus  # noqa: F401
@@ -96,6 +102,59 @@ def test_what_was_stopped_goes_on_to_the_same_completions(model: Any, tmp_path: 
     assert [row["tokens"] for row in other] != [row["tokens"] for row in table(whole)]
     with pytest.raises(MismatchError, match=r"generate\.temperature"):
         flexcache.generate(model, None, PROMPTS, tmp_path / "two", GREEDY)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_part_that_another_process_makes_is_waited_for(model: Any, tmp_path: Path) -> None:
+    flexcache.generate(model, None, PROMPTS, tmp_path / "whole", DRAWN)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    other = Worker(shared)
+    claims = Claims(other)
+    assert claims.take([1]) == "1"
+    told: list[int] = []
+
+    def finish(documents: int, tokens: int) -> None:
+        told.append(documents)
+        if documents == 5:  # parts 0 and 2, of four documents and of one
+            assert not (shared / "part-000001.parquet").exists()
+            shutil.copy(tmp_path / "whole" / "part-000001.parquet", shared)
+            claims.release(1)
+
+    flexcache.generate(model, None, PROMPTS, shared, DRAWN, finish)
+    claims.close()
+    other.close()
+    assert told == [4, 5, 9]
+    assert contents(shared) == contents(tmp_path / "whole")
+    assert not [path for path in shared.iterdir() if path.is_dir()], "nothing of the processes is left"
+
+
+def test_a_part_of_a_process_that_is_gone_is_taken_over(model: Any, tmp_path: Path) -> None:
+    flexcache.generate(model, None, PROMPTS, tmp_path / "whole", DRAWN)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    other = Worker(shared)
+    Claims(other).take([1])
+    other.close()  # with its claim left behind, as a kill does
+    flexcache.generate(model, None, PROMPTS, shared, DRAWN)
+    assert contents(shared) == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_completions_of_one(config: Path) -> None:  # noqa: F811
+    options = ["--set", "generate={max_new_tokens: 3, temperature: 1.0, batch: 4}"]
+    command = [sys.executable, "-m", "pipelines", "capture", str(config), "-q", *options]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    started = [subprocess.Popen([*command, "--set", "store=two.zarr"], env=environment) for _ in range(2)]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    assert subprocess.run([*command, "--set", "store=one.zarr"], env=environment, timeout=300).returncode == 0
+    assert contents(Path("two.zarr.completions")) == contents(Path("one.zarr.completions"))
+    one, two = flexcache.open("one.zarr"), flexcache.open("two.zarr")
+    assert two.complete
+    assert one.documents.equals(two.documents)
 
 
 def test_prompt_and_completion_are_captured_and_replay(model: Any, tmp_path: Path) -> None:
