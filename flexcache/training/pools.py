@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +17,9 @@ from numpy.typing import NDArray
 from flexcache.errors import DamagedError
 from flexcache.store.store import Store
 from flexcache.training.order import Ints, Order
+
+ALIGNED = 4096
+"""Bytes that a read past the page cache begins and ends at multiples of."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,9 @@ class Pools:
     sources
         Each gives an array (rows of the pool, features) of the bits that are stored.
     keep_cache
-        Whether pages that were read stay in the page cache; otherwise they are given up, so that an epoch larger than
-        memory does not displace everything else.
+        Whether pages that are read stay in the page cache; otherwise files are read past it (O_DIRECT), so that an
+        epoch larger than memory displaces nothing. Where a file system refuses that, pages are given up behind the
+        reader.
     threads
         How many runs are read at a time.
     buffers
@@ -75,6 +82,7 @@ class Pools:
         self, order: Order, sources: Sequence[Source], keep_cache: bool, threads: int, buffers: list[list[NDArray]]
     ) -> None:
         self.order, self.sources, self.keep_cache, self.buffers = order, sources, keep_cache, buffers
+        self._direct, self._held = not keep_cache and hasattr(os, "O_DIRECT"), threading.local()
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="flexcache-runs")
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="flexcache-pool")
 
@@ -136,23 +144,57 @@ class Pools:
             out[:] = into[wanted - first]
 
     def _pread(self, path: Path, into: NDArray, offset: int) -> None:
+        view = into.data.cast("B")
         try:
-            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if self._direct:
+                try:
+                    found = self._past_cache(path, view, offset)
+                except OSError as error:
+                    if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                        raise
+                    self._direct = False
+            if not self._direct:
+                found = self._through_cache(path, view, offset)
         except FileNotFoundError as error:
             raise DamagedError(
                 "a shard of the store is missing", where=str(path), remedy="run flexcache verify"
             ) from error
+        if not found:
+            raise DamagedError("a shard of the store ended early", where=str(path), remedy="run flexcache verify")
+
+    def _through_cache(self, path: Path, view: memoryview, offset: int) -> bool:
+        """Read bytes of a file into *view*; return whether there were enough."""
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
-            view, at = into.data.cast("B"), offset
-            while len(view):
-                count = os.preadv(handle, [view], at)
-                if not count:
-                    raise DamagedError(
-                        "a shard of the store ended early", where=str(path), remedy="run flexcache verify"
-                    )
-                view, at = view[count:], at + count
+            count = _fill(handle, view, offset, len(view))
             if not self.keep_cache:
-                os.posix_fadvise(handle, offset, at - offset, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(handle, offset, count, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(handle)
+        return count >= len(view)
+
+    def _past_cache(self, path: Path, view: memoryview, offset: int) -> bool:
+        """Do the same by way of memory of this thread that is aligned, as reads past the page cache have to be."""
+        skip = offset % ALIGNED
+        room = -(-(skip + len(view)) // ALIGNED) * ALIGNED
+        held = getattr(self._held, "memory", None)
+        if held is None or len(held) < room:
+            held = self._held.memory = mmap.mmap(-1, room)
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        try:
+            count = _fill(handle, memoryview(held)[:room], offset - skip, skip + len(view))
+        finally:
+            os.close(handle)
+        if count < skip + len(view):
+            return False
+        view[:] = memoryview(held)[skip : skip + len(view)]
+        return True
+
+
+def _fill(handle: int, view: memoryview, offset: int, wanted: int) -> int:
+    """Read into *view* until *wanted* bytes are there, or the file ends; return how many are."""
+    at = 0
+    while at < wanted and (count := os.preadv(handle, [view[at:]], offset + at)):
+        at += count
+    return at

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 
 import flexcache
 from flexcache import training
-from flexcache.errors import ConfigError, SiteError, StoreError, UncommittedError
+from flexcache.errors import ConfigError, DamagedError, SiteError, StoreError, UncommittedError
 from tests.analysis.stores import value_store
 
 LENGTHS = [int(n) for n in np.random.default_rng(3).integers(5, 30, 40)]
@@ -83,6 +85,54 @@ def test_two_stores_are_joined_by_document_and_position(store: flexcache.Store, 
         document = ids[int(store.coordinates["document"].values[row])]
         position = int(store.coordinates["position"].values[row])
         assert np.array_equal(other.read("resid_post", 1, other.rows(document=document, position=position))[0], value)
+
+
+@pytest.mark.parametrize("refuses", ["nothing", "opening", "reading"])
+def test_without_the_page_cache_it_gives_the_same(
+    store: flexcache.Store, refuses: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of 12 bytes, so that runs begin and end anywhere; and file systems that know no O_DIRECT."""
+    through = list(training.stream(store, "resid_post", 1, keep_cache=True, **SMALL))
+    opening, reading, direct, tried = os.open, os.preadv, set(), 0
+
+    def opened(path: Any, flags: int, *more: Any, **options: Any) -> int:
+        nonlocal tried
+        tried += bool(flags & os.O_DIRECT)
+        if flags & os.O_DIRECT and refuses == "opening":
+            raise OSError(errno.EINVAL, "Invalid argument")
+        handle = opening(path, flags, *more, **options)
+        if flags & os.O_DIRECT:
+            direct.add(handle)
+        else:
+            direct.discard(handle)
+        return handle
+
+    def read(handle: int, buffers: Any, offset: int, *more: Any) -> int:
+        if handle in direct:
+            if refuses == "reading":
+                raise OSError(errno.EINVAL, "Invalid argument")
+            assert offset % 4096 == 0
+        return reading(handle, buffers, offset, *more)
+
+    monkeypatch.setattr("os.open", opened)
+    monkeypatch.setattr("os.preadv", read)
+    past = list(training.stream(store, "resid_post", 1, keep_cache=False, threads=1, **SMALL))
+    assert all(torch.equal(a, b) for a, b in zip(past, through, strict=True))
+    assert tried > 1 if refuses == "nothing" else tried == 1
+
+
+@pytest.mark.parametrize("keep_cache", [False, True])
+@pytest.mark.parametrize("damage", ["ended early", "missing"])
+def test_a_shard_that_is_damaged_is_named(tmp_path: Path, keep_cache: bool, damage: str) -> None:
+    values = np.random.default_rng(0).normal(size=(1, 60, 6))
+    store = value_store(tmp_path / "run.zarr", values, [20] * 3, dtype="bfloat16")
+    shard = store.path / "resid_post" / "c" / "0" / "0" / "0"
+    if damage == "missing":
+        shard.unlink()
+    else:
+        os.truncate(shard, 100)
+    with pytest.raises(DamagedError, match=f"{damage}(.|\n)*{shard}"):
+        list(training.stream(store, "resid_post", 0, keep_cache=keep_cache, **SMALL))
 
 
 @pytest.mark.parametrize("stop", [0, 1, 7, 15])
