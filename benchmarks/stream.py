@@ -5,10 +5,11 @@
 One layer of bfloat16 rows of 2,048 features, cold: the page cache is dropped before each variant.
 
 (1) Reading all shards front to back. (2) An epoch of the stream, in batches of 4,096 rows, past the page cache, as it
-reads epochs that are large beside memory, and through it. (3) `np.memmap` of the rows as one file, a batch of permuted
-rows at a time, on a tenth of them. (4) annbatch's loader, shuffled, over the same shard files (hard links below the
-metadata of an array of two dimensions), by zarr-python and by zarrs; it needs Python 3.12, of an environment of its own. (5) SAELens' ActivationsStore over its own files of the same rows, in
-float32, since it cannot hold bfloat16. Peers that are not installed are left out.
+reads epochs that are large beside memory, and through it. (3) `np.memmap` of the rows as one file, a batch of
+permuted rows at a time, on a tenth of them. (4) annbatch's loader, shuffled, over the same shard files (hard links
+below the metadata of an array of two dimensions), by zarr-python and by zarrs; it needs Python 3.12, of an
+environment of its own. (5) SAELens' ActivationsStore over its own files of the same rows, in float32, since it cannot
+hold bfloat16. Peers that are not installed are left out.
 
 Then how well rows are mixed, against an exact shuffle: documents in a batch, and the deviation of batch means of the
 first feature, whose value drifts along the store. And the memory that an epoch adds.
