@@ -181,7 +181,7 @@ def main() -> None:
             store, model, layer = tiny(Path(folder))
         else:
             store = flexcache.open(options.store)
-            model = flexcache.ModelSource(name=options.model, dtype="bfloat16").load()
+            model = flexcache.ModelSource(name=options.model).load()
             layer = store.layers("resid_post")[-1] if options.layer is None else options.layer
         run(store, model, layer, options)
 

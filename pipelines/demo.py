@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -58,10 +59,17 @@ def run(documents: int, output: Path, console: Console) -> None:
 
 
 def _leave_named(output: Path, model: Path, texts: Path, config: CaptureConfig) -> None:
-    """Leave links to the model and the texts, and the configuration, under names that the documentation can use."""
-    for name, target in (("model", model), ("texts.parquet", texts)):
-        link = output / name
+    """Leave the model, the texts and the configuration under names that the documentation can use.
+
+    The model is a folder of links, with a configuration that states the dtype in which the demo computed.
+    """
+    folder = output / "model"
+    folder.mkdir(exist_ok=True)
+    links = {folder / path.name: path for path in model.iterdir() if path.name != "config.json"}
+    for link, target in (links | {output / "texts.parquet": texts}).items():
         link.unlink(missing_ok=True)
         link.symlink_to(target)
+    stated = json.loads((model / "config.json").read_bytes()) | {"dtype": config.model.dtype}
+    (folder / "config.json").write_text(json.dumps(stated, indent=2), encoding="utf-8")
     settings = config.model_dump(mode="json", exclude_defaults=True)
     (output / "smollm2.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")

@@ -96,10 +96,12 @@ def texts(count: int, path: Path) -> None:
 
 @pytest.fixture
 def after_demo(request: pytest.FixtureRequest, shown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which a demo has run, over the texts of the given name."""
+    """The folder in which a demo has run, over the texts of the given name, and with fast bfloat16 or without."""
+    films, fast = request.param
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "native_bfloat16", lambda: fast)
     monkeypatch.setattr(assets, "smollm2", lambda: shown / "fetched")
-    monkeypatch.setattr(assets, "vader_sample", lambda n, split=request.param: shown / f"{split}.parquet")
+    monkeypatch.setattr(assets, "vader_sample", lambda n, split=films: shown / f"{split}.parquet")
     monkeypatch.setattr(demo.probe, "run", lambda *_, **__: None)
     demo.run(60, Path("demo"), Console(quiet=True))
     monkeypatch.undo()
@@ -125,7 +127,7 @@ def run(page: str, **names: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after_demo", ["films"], indirect=True)
+@pytest.mark.parametrize("after_demo", [("films", True)], indirect=True)
 @pytest.mark.usefixtures("after_demo")
 def test_the_page_on_statistics_runs() -> None:
     run("docs/statistics.md")
@@ -133,7 +135,7 @@ def test_the_page_on_statistics_runs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after_demo", ["films"], indirect=True)
+@pytest.mark.parametrize("after_demo", [("films", True)], indirect=True)
 @pytest.mark.usefixtures("after_demo")
 def test_the_page_on_probes_runs() -> None:
     names = run("docs/probes.md")
@@ -143,7 +145,7 @@ def test_the_page_on_probes_runs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after_demo", ["films"], indirect=True)
+@pytest.mark.parametrize("after_demo", [("films", True)], indirect=True)
 @pytest.mark.usefixtures("after_demo")
 def test_the_page_on_replay_runs() -> None:
     names = run("docs/replay.md")
@@ -152,7 +154,7 @@ def test_the_page_on_replay_runs() -> None:
     assert Path("replayed/report.html").exists()
 
 
-@pytest.mark.parametrize("after_demo", ["many"], indirect=True)
+@pytest.mark.parametrize("after_demo", [("many", True)], indirect=True)
 def test_the_page_on_the_training_stream_runs(after_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
 
@@ -180,7 +182,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, path: str, **attributes: Any) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after_demo", ["films"], indirect=True)
+@pytest.mark.parametrize("after_demo", [("films", False)], indirect=True)
 @pytest.mark.usefixtures("after_demo")
 def test_the_page_on_growing_runs() -> None:
     import flexcache
@@ -193,7 +195,7 @@ def test_the_page_on_growing_runs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after_demo", ["many"], indirect=True)
+@pytest.mark.parametrize("after_demo", [("many", True)], indirect=True)
 def test_the_page_on_autoencoders_runs(after_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import runpy
 
