@@ -252,12 +252,16 @@ def _example(
     stop = start + int(store.documents["n_rows"][owner].as_py())
     rows = np.arange(max(start, row - context), min(stop, row + context + 1))
     values = along(store.read(site, layer, rows).astype(np.float64), direction)[:, 0]
-    ids = store.coordinates["token_id"].values[rows]
+    ids, positions = (store.coordinates[name].values[rows].tolist() for name in ("token_id", "position"))
+    if store.images and min(positions) >= 0:  # not of means
+        texts = tuple(f" {store.patches.name(position)}" for position in positions)
+    else:
+        texts = tuple(words.text(token) if token >= 0 else "(mean)" for token in ids)
     return Example(
         document=str(store.documents["id"][owner].as_py()),
         position=int(store.coordinates["position"].values[row]),
         value=value,
-        tokens=tuple(words.text(int(token)) if token >= 0 else "(mean)" for token in ids),
+        tokens=texts,
         values=tuple(values.tolist()),
         place=row - int(rows[0]),
     )

@@ -136,6 +136,10 @@ def _key(store: Store, name: str, positions: Sequence[int] | None, token_types: 
         if not len(edges) or (np.diff(edges) <= 0).any() or edges[0] < 0:
             raise AnalysisError("positions are not ascending", expected="first positions of buckets", found=str(edges))
         return Key("position", "position", edges.astype(np.int64), edges=edges.astype(np.int64))
+    if name == "token_id" and getattr(store, "images", False):
+        raise AnalysisError(
+            "the tokens of images have no ids", remedy="group by position, or a column of the documents"
+        )
     if name == "token_id":
         highest = 0
         for tokens in store.tokens["tokens"].chunks:

@@ -70,6 +70,17 @@ class Patches:
         row, column = np.divmod(offset, self.columns)
         return np.where(special, -1, row), np.where(special, -1, column)
 
+    def name(self, position: int) -> str:
+        """Return what is at a position: the name of a special token, or row and column of a patch, as ``"2,3"``.
+
+        >>> Patches(("cls",), 2, 3).name(5)
+        '1,1'
+        """
+        row, column = (int(part) for part in self.place(position))
+        if row >= 0:
+            return f"{row},{column}"
+        return next((name for name, place in self.specials.items() if place == position), f"#{position}")
+
     def map(self, values: Any) -> np.ndarray:
         """Return values of one image's tokens, shape (tokens, …), as a picture of its patches: (rows, columns, …).
 

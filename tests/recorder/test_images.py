@@ -14,8 +14,8 @@ import transformers as hf
 from PIL import Image
 
 import flexcache
-from analysis import moments, probes
-from flexcache.errors import ConfigError, DocumentsError, MismatchError, SiteError, StoreError
+from analysis import examples, moments, probes
+from flexcache.errors import AnalysisError, ConfigError, DocumentsError, MismatchError, SiteError, StoreError
 from flexcache.images import decode
 from flexcache.recorder.batch import BatchReader
 from tests.models import tiny
@@ -176,10 +176,26 @@ def test_probes_labels_of_patches_and_statistics_work_as_on_texts(tmp_path: Path
     upper = np.array([value == "upper" for value in store.token_label("half").to_pylist()])
     assert (upper <= (row <= 1)).all()
     assert upper.sum() == 24 * 5
+    with pytest.raises(AnalysisError, match="tokens of images have no ids"):
+        moments.compute(store, "resid_post", by=["token_id"])
     mean = moments.compute(store, "resid_post", by=["layer"])["mean"]
     assert np.allclose(mean.values, store["resid_post"].values.mean(axis=1), atol=1e-5)
+    (example, *_) = examples.top(store, "resid_post", 1, 5)
+    assert example.tokens[example.place].strip() == store.patches.name(example.position)
+    assert {" cls", " 0,0"} <= set(example.tokens) or example.position > 5
     sweep = probes.sweep(store, target="bright", site="resid_post", probe=probes.Ridge(), groups="document")
     assert sweep.results.sizes["layer"] == DEPTH
+
+
+def test_units_are_small_where_pictures_are_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexcache.plan.SHARD_BYTES", 60_000)
+    options = {**QUIET, "batch_tokens": 480, "layers": [0]}
+    small = [{"image": np.full((4, 4, 3), number, np.uint8)} for number in range(60)]
+    rows = [
+        flexcache.capture(tiny_vision("vit"), processor(), documents, tmp_path / name, **options).shard_rows
+        for name, documents in (("large.zarr", image_documents(60)), ("small.zarr", small))
+    ]
+    assert rows == [128, 256]
 
 
 def test_the_page_on_images_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
