@@ -188,7 +188,7 @@ def test_probes_labels_of_patches_and_statistics_work_as_on_texts(tmp_path: Path
 
 
 def test_units_are_small_where_pictures_are_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexcache.plan.SHARD_BYTES", 60_000)
+    monkeypatch.setattr("flexcache.plan.SHARD_BYTES", 50_000)
     options = {**QUIET, "batch_tokens": 480, "layers": [0]}
     small = [{"image": np.full((4, 4, 3), number, np.uint8)} for number in range(60)]
     rows = [
