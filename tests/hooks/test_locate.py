@@ -116,7 +116,7 @@ def test_a_module_with_two_names_is_found_by_either() -> None:
 
 
 def test_of_an_encoder_with_a_decoder_the_decoder_is_meant() -> None:
-    model = tiny("t5")
+    model = tiny("t5", num_layers=4)  # as many blocks on either side
     assert {tap.module for tap in locate(model, Site("resid_post"))} == {f"decoder.block.{n}" for n in range(4)}
     encoder = model.get_encoder()
     assert find_blocks(encoder)[0] == "block"

@@ -197,8 +197,10 @@ def test_documents_without_target_and_what_cannot_go_with_one_are_refused(tmp_pa
 
 
 def test_a_label_that_is_called_target_stays_one_where_there_is_no_decoder(tmp_path: Path) -> None:
-    texts = [{"id": "a", "tokens": [5, 6, 7], "target": "x", "context": "y"}]
-    store = flexcache.capture(tiny("llama"), None, texts, tmp_path / "run.zarr", layers=[0], progress=False)
-    assert "context" not in store.tokens.column_names
+    texts = [{"id": "a", "tokens": [5, 6, 7], "target": "x", "context": ["u", "v", "w"]}]
+    options: dict[str, Any] = {"token_labels": ["context"], "layers": [0], "progress": False}
+    store = flexcache.capture(tiny("llama"), None, texts, tmp_path / "run.zarr", **options)
     assert "decoder" not in store.spec
+    assert store.token_label("context").to_pylist() == ["u", "v", "w"]
+    assert batches(store)[0].context is None
     assert store.documents["target"].to_pylist() == ["x"]
