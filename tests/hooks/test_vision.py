@@ -78,7 +78,7 @@ FINAL_NORM = dict.fromkeys(VISION, "layernorm") | {
     "aimv2_vision": "rms_norm",
 }
 EMBEDDINGS = "embeddings"
-OFTEN = ("vit", "deit", "dinov2_registers", "clip_vision", "siglip_vision")
+OFTEN = ("vit", "dinov2_registers", "clip_vision")
 FAMILIES = [family if family in OFTEN else pytest.param(family, marks=pytest.mark.slow) for family in VISION]
 """Those that are run by default, and the others."""
 HALF = pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.slow)

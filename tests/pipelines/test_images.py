@@ -58,6 +58,7 @@ def test_estimate_and_sites(config: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "resid_post" in text
 
 
+@pytest.mark.slow
 def test_the_part_of_clip_that_sees(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seeing = tiny_vision("clip_vision").config
     words = hf.CLIPTextConfig(

@@ -151,6 +151,7 @@ def test_more_pictures_come_behind_those_of_a_store(tmp_path: Path) -> None:
         flexcache.extend(model, processor(image_mean=[0.1] * 3), store.path, DOCUMENTS[12:], progress=False)
 
 
+@pytest.mark.slow
 def test_a_function_is_an_image_processor_as_well(tmp_path: Path) -> None:
     model = tiny_vision("vit")
     store = flexcache.capture(model, by_hand, DOCUMENTS[:4], tmp_path / "hand.zarr", layers=[0], **QUIET)
@@ -198,6 +199,7 @@ def test_units_are_small_where_pictures_are_large(tmp_path: Path, monkeypatch: p
     assert rows == [128, 256]
 
 
+@pytest.mark.slow
 def test_the_page_on_images_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hf.AutoModel, "from_pretrained", lambda name: tiny_vision("dinov2_registers"))
