@@ -147,6 +147,13 @@ def test_damaged_bytes_are_refused(content: bytes) -> None:
     assert error.value.where == "document 'x'"
 
 
+def test_a_file_of_sixteen_bits_is_refused() -> None:
+    sink = io.BytesIO()
+    Image.new("I;16", (4, 4)).save(sink, "PNG")
+    with pytest.raises(DocumentsError, match="more than eight bits"):
+        decode(sink.getvalue(), "document 'deep'")
+
+
 def test_texts_with_pictures_beside_them_stay_texts() -> None:
     table = pa.table({"text": ["a", "b"], "image": FILES[:2]})
     assert open_documents(table).schema.names == ["id", "text", "image"]
