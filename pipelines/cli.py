@@ -33,7 +33,7 @@ Changes = Annotated[
 StoredDtype = Literal["bfloat16", "float16", "float32"]
 AnyDtype = Literal["bfloat16", "float16", "float32", "int8"]
 Codec = Literal["none", "zstd"]
-Side = Literal["encoder", "vision"]
+Side = Literal["encoder", "decoder", "vision"]
 ImportFormat = Literal["safetensors", "pt", "saelens"]
 ExportFormat = Literal["safetensors", "npy", "parquet"]
 Sites = Annotated[
@@ -148,7 +148,9 @@ def sites(
     match: Annotated[str | None, typer.Option(help="Only modules whose path this glob matches.")] = None,
     every: Annotated[bool, typer.Option("--all", help="A line for every module, repeated blocks too.")] = False,
     revision: Annotated[str | None, typer.Option(help="Of a model on the hub.")] = None,
-    side: Annotated[Side | None, typer.Option(help="The part of a model of several: encoder or vision.")] = None,
+    side: Annotated[
+        Side | None, typer.Option(help="The part of a model of several: encoder, decoder or vision.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON, an object for every module.")] = False,
 ) -> None:
     """What can be read in a model: modules, shapes and sites, without weights; under torchrun, how they are sharded."""

@@ -46,7 +46,7 @@ def run(
     console: Console,
     *,
     revision: str | None = None,
-    side: Literal["encoder", "vision"] | None = None,
+    side: Literal["encoder", "decoder", "vision"] | None = None,
     match: str | None = None,
     every: bool = False,
     as_json: bool = False,

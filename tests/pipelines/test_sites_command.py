@@ -104,10 +104,10 @@ def test_a_model_that_reads_no_token_ids_is_refused_with_the_way_in_python(
     import transformers
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    transformers.ViTConfig(**sizes, architectures=["ViTModel"]).save_pretrained(tmp_path)
+    transformers.Wav2Vec2Config(**sizes, architectures=["Wav2Vec2Model"]).save_pretrained(tmp_path)
     text = run(capsys, "sites", tmp_path, status=1)
     assert text.startswith("error: the model cannot be surveyed")
-    assert "ViTModel" in text
+    assert "Wav2Vec2Model" in text
     assert "in Python" in text
 
 
