@@ -38,12 +38,12 @@ class Benchmark:
 
 
 BOARD = [
-    Benchmark("capture", "Capture"),
-    Benchmark("runners", "Capture beside the runners of other tools"),
+    Benchmark("capture", "Capture", "--documents 120 --rounds 5"),
+    Benchmark("runners", "Capture beside the runners of other tools", "--contexts 64 --documents 120"),
     Benchmark("scaling", "Capture by two processes"),
     Benchmark("hooks", "Hooks, in memory"),
     Benchmark("read", "Reading"),
-    Benchmark("stream", "Training stream"),
+    Benchmark("stream", "Training stream", "--rounds 5"),
     Benchmark("statistics", "Statistics"),
     Benchmark("probes", "Probes"),
     Benchmark("replay", "Replay"),

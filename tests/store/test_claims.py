@@ -191,7 +191,8 @@ class Machine(RuleBasedStateMachine):
             return
         name = self.claims[who].take(n for n in range(3) if str(n) not in self.committed)
         if name is not None:
-            assert name not in self.begun[who]
+            # one that slept may have lost a claim that it still works on, and take it again from who fell asleep since
+            assert name not in self.begun[who] or who in self.slept
             awake = [w for w in range(3) if w != who and w not in self.asleep and w not in self.slept]
             assert not any(name in self.begun[w] for w in awake), "taken from one that was never asleep"
             self.begun[who].add(name)
