@@ -215,6 +215,7 @@ def test_a_model_on_several_processes_fills_a_store(
     assert "does not fit the 1 process of" in run(capsys, "capture", config, "-q", "--set", model, status=2)
 
 
+@pytest.mark.slow
 def test_two_processes_of_torchrun_fill_one_store_with_the_same_bytes(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

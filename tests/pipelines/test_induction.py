@@ -196,6 +196,7 @@ def test_the_picture_may_be_svg(store: Store, tmp_path: Path) -> None:
     assert "<svg" in path.read_text()
 
 
+@pytest.mark.slow
 def test_the_command_trains_a_model_whose_second_layer_copies(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

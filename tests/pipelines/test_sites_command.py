@@ -128,6 +128,7 @@ def test_a_glob_that_matches_the_empty_path_leaves_the_model_itself_out() -> Non
         chosen(found, "nothing")
 
 
+@pytest.mark.slow
 def test_two_processes_show_how_they_share_each_activation(tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path)
     done = launched(tmp_path)
