@@ -103,9 +103,10 @@ def one_layer(folder: Path, contexts: int, rounds: int) -> None:
 
 
 def in_order(path: Path) -> np.ndarray:
-    """Return the rows of a store in the order of its documents and their positions."""
+    """Return the rows of a store in the order of the corpus and of positions."""
     store = flexcache.open(path)
-    return np.lexsort((store.coordinates["position"], store.coordinates["document"]))
+    places = store.documents["source_index"].to_numpy()[store.coordinates["document"]]
+    return np.lexsort((store.coordinates["position"], places))
 
 
 def saved(folder: Path) -> np.ndarray:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ from flexcache.training.order import Ints, Order
 
 ALIGNED = 4096
 """Bytes that a read past the page cache begins and ends at multiples of."""
+TOGETHER = 8
+"""Runs that a thread takes at a time."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Pools:
     ) -> None:
         self.order, self.sources, self.keep_cache, self.buffers = order, sources, keep_cache, buffers
         self._direct, self._held = not keep_cache and hasattr(os, "O_DIRECT"), threading.local()
+        self._paths: dict[tuple[int, int], Any] = {}
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="flexcache-runs")
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="flexcache-pool")
 
@@ -91,7 +95,7 @@ class Pools:
         largest, buffers = max((self._size(pool) for pool in pools), default=0), self.buffers
         if len(buffers) < min(2, len(pools)) or (buffers and len(buffers[0][0]) < largest):
             buffers[:] = [
-                [np.empty((largest, source.features), source.bits) for source in self.sources]
+                [_aligned((largest, source.features), source.bits) for source in self.sources]
                 for _ in range(min(2, len(pools)))
             ]
         pending: Future[tuple[Ints, list[NDArray]]] | None = None
@@ -116,22 +120,27 @@ class Pools:
         starts = np.cumsum(sizes) - sizes
         rows = np.concatenate([self.order.rows[low:high] for low, high in places])
         arrays = [buffer[: len(rows)] for buffer in buffers]
+        spans = [slice(start, start + size) for start, size in zip(starts.tolist(), sizes.tolist(), strict=True)]
         jobs = [
-            self._readers.submit(self._run, source, array[start : start + size], rows[start : start + size])
+            self._readers.submit(self._runs, source, array, rows, spans[first : first + TOGETHER])
             for source, array in zip(self.sources, arrays, strict=True)
-            for start, size in zip(starts.tolist(), sizes.tolist(), strict=True)
+            for first in range(0, len(spans), TOGETHER)
         ]
         for job in jobs:
             job.result()
         return rows, arrays
 
+    def _runs(self, source: Source, out: NDArray, rows: Ints, spans: Sequence[slice]) -> None:
+        for span in spans:
+            self._run(source, out[span], rows[span])
+
     def _run(self, source: Source, out: NDArray, rows: Ints) -> None:
         """Read the rows of a run, which are sorted; few that are not wanted between them are read along."""
         wanted = rows if source.match is None else source.match[rows]
         reader, first, last = source.store.reader(source.site), int(wanted[0]), int(wanted[-1]) + 1
-        near = bool((np.diff(wanted) > 0).all()) and last - first <= 2 * len(wanted) + 16
+        near = last - first <= 2 * len(wanted) + 16 and (source.match is None or bool((np.diff(wanted) > 0).all()))
         unit = first // source.store.shard_rows
-        path = reader.path(source.layer, unit)
+        path = self._path(source, unit)
         elsewhere = not near or (last - 1) // source.store.shard_rows != unit
         if source.store.compressed or source.scaled or elsewhere or not isinstance(path, Path):
             out[:] = reader.gather(source.layer, wanted, not source.scaled).view(source.bits)
@@ -142,6 +151,12 @@ class Pools:
         self._pread(path, into, start * source.row_bytes)
         if not whole:
             out[:] = into[wanted - first]
+
+    def _path(self, source: Source, unit: int) -> Any:
+        found = self._paths.get((id(source), unit))
+        if found is None:
+            found = self._paths[id(source), unit] = source.store.reader(source.site).path(source.layer, unit)
+        return found
 
     def _pread(self, path: Path, into: NDArray, offset: int) -> None:
         view = into.data.cast("B")
@@ -175,21 +190,37 @@ class Pools:
         return count >= len(view)
 
     def _past_cache(self, path: Path, view: memoryview, offset: int) -> bool:
-        """Do the same by way of memory of this thread that is aligned, as reads past the page cache have to be."""
+        """Do the same by way of memory of this thread that is aligned, as reads past the page cache have to be.
+
+        Rows that are aligned themselves are read to where they belong.
+        """
+        address = np.frombuffer(view, np.uint8).ctypes.data
         skip = offset % ALIGNED
         room = -(-(skip + len(view)) // ALIGNED) * ALIGNED
-        held = getattr(self._held, "memory", None)
-        if held is None or len(held) < room:
-            held = self._held.memory = mmap.mmap(-1, room)
+        into = view
+        if skip or address % ALIGNED or room != len(view):
+            held = getattr(self._held, "memory", None)
+            if held is None or len(held) < room:
+                held = self._held.memory = mmap.mmap(-1, room)
+            into = memoryview(held)[:room]
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
         try:
-            count = _fill(handle, memoryview(held)[:room], offset - skip, skip + len(view))
+            count = _fill(handle, into, offset - skip, skip + len(view))
         finally:
             os.close(handle)
         if count < skip + len(view):
             return False
-        view[:] = memoryview(held)[skip : skip + len(view)]
+        if into is not view:
+            view[:] = into[skip : skip + len(view)]
         return True
+
+
+def _aligned(shape: tuple[int, int], dtype: np.dtype) -> NDArray:
+    """Return fresh memory that begins where a read past the page cache may."""
+    size = shape[0] * shape[1] * dtype.itemsize
+    memory = np.empty(size + ALIGNED, np.uint8)
+    skip = -memory.ctypes.data % ALIGNED
+    return memory[skip : skip + size].view(dtype).reshape(shape)
 
 
 def _fill(handle: int, view: memoryview, offset: int, wanted: int) -> int:

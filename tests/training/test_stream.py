@@ -121,6 +121,18 @@ def test_without_the_page_cache_it_gives_the_same(
     assert tried > 1 if refuses == "nothing" else tried == 1
 
 
+def test_rows_that_are_aligned_go_where_they_belong(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(2, 300, 2048)).astype(np.float32)
+    store = value_store(tmp_path / "run.zarr", values, [50] * 6, dtype="bfloat16")
+    options: dict[str, Any] = {"batch_size": 16, "run_bytes": 5 << 12, "pool_bytes": 40 << 12, "return_tokens": True}
+    past = list(training.stream(store, "resid_post", layers=[0, 1], keep_cache=False, **options))
+    rows = np.array(rows_of(past))
+    assert sorted(rows.tolist()) == list(range(300))
+    found = torch.cat([batch["activations"] for batch in past]).float().numpy()
+    for layer in (0, 1):
+        assert np.array_equal(found[:, layer], store.read("resid_post", layer, rows))
+
+
 @pytest.mark.parametrize("keep_cache", [False, True])
 @pytest.mark.parametrize("damage", ["ended early", "missing"])
 def test_a_shard_that_is_damaged_is_named(tmp_path: Path, keep_cache: bool, damage: str) -> None:
