@@ -40,6 +40,13 @@ from flexcache import training
 
 FEATURES, LENGTH, BATCH = 2048, 512, 4096
 PEERS = Path(__file__).parent / "peers"
+RUN, RUNS = 32, 2048
+"""Rows of a run of the stream, and runs of its pool."""
+ANNBATCHES: dict[str, tuple[str, ...]] = {
+    "as it comes": (),
+    "by zarrs": ("zarrs",),
+    "by zarrs, mixing as the stream does": ("zarrs", str(RUN), str(RUNS)),
+}
 ANNBATCH = Path(sys.prefix).parent / ".venv-annbatch" / "bin" / "python"
 BEFORE = """
     import flexcache
@@ -119,10 +126,10 @@ def measure(store: flexcache.Store, folder: Path, rounds: int) -> None:
     }
     targets = {}
     with contextlib.ExitStack() as stack:
-        for pipeline in ("", "zarrs"):
-            if (peer := annbatch(store, folder, pipeline, stack)) is not None:
+        for how, arguments in ANNBATCHES.items():
+            if (peer := annbatch(store, folder, how, arguments, stack)) is not None:
                 runs[peer[0]] = peer[1], count
-                targets[peer[0]] = "" if pipeline else "≥ 3"
+                targets[peer[0]] = "≥ 3" if arguments == () else ""
         if (activations := saelens(store, folder)) is not None:
             runs["SAELens ActivationsStore, float32"] = activations
         seconds = interleave({name: cold(folder, run) for name, (run, _) in runs.items()}, rounds)
@@ -154,7 +161,7 @@ def cold(folder: Path, run: Callable[[], float | None]) -> Callable[[], float]:
 
 
 def annbatch(
-    store: flexcache.Store, folder: Path, pipeline: str, stack: contextlib.ExitStack
+    store: flexcache.Store, folder: Path, how: str, arguments: tuple[str, ...], stack: contextlib.ExitStack
 ) -> tuple[str, Callable[[], float]] | None:
     """Return annbatch over the store's own shard files, which are linked below an array of two dimensions."""
     if not ANNBATCH.exists():
@@ -165,7 +172,7 @@ def annbatch(
         str(PEERS / "annbatch_epochs.py"),
         str(array),
         str(BATCH),
-        *([pipeline] if pipeline else []),
+        *arguments,
     ]
     process = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
     assert process.stdin is not None
@@ -179,7 +186,7 @@ def annbatch(
         ask.flush()
         return float(answers.readline())
 
-    return f"annbatch {version}, {f'by {pipeline}' if pipeline else 'as it comes'}", epoch
+    return f"annbatch {version}, {how}", epoch
 
 
 def flattened(store: flexcache.Store, path: Path) -> Path:
