@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import runpy
 import subprocess
 import sys
@@ -56,10 +55,10 @@ def measured(benchmark: board.Benchmark) -> dict | None:
     with tempfile.TemporaryDirectory() as folder:
         into = Path(folder) / "shown.json"
         command = [sys.executable, "-m", "benchmarks", benchmark.name, "--into", str(into)]
-        began, load = time.perf_counter(), os.getloadavg()[0]
+        began = time.perf_counter()
         if subprocess.run([*command, *benchmark.arguments.split()], check=False).returncode:
             return None
-        return board.noted(benchmark, json.loads(into.read_text()), time.perf_counter() - began, load)
+        return board.noted(benchmark, json.loads(into.read_text()), time.perf_counter() - began)
 
 
 def alone(name: str, into: Path, arguments: list[str]) -> int:

@@ -53,7 +53,7 @@ BOARD = [
 ]
 
 Results = dict[str, Any]
-"""``{"machine", "versions", "benchmarks": {name: {"command", "date", "seconds", "load", "tables"}}}``"""
+"""``{"machine", "versions", "benchmarks": {name: {"command", "date", "seconds", "machine", "tables"}}}``"""
 
 
 def read() -> Results:
@@ -67,13 +67,12 @@ def write(results: Results) -> None:
     PAGE.write_text(page(results, REMARKS.read_text()))
 
 
-def noted(benchmark: Benchmark, tables: list[Any], seconds: float, load: float) -> dict[str, Any]:
+def noted(benchmark: Benchmark, tables: list[Any], seconds: float) -> dict[str, Any]:
     """Return what is kept of one run."""
     return {
         "command": benchmark.command,
         "date": datetime.now(UTC).date().isoformat(),
         "seconds": round(seconds),
-        "load": round(load, 1),
         "machine": machine(),
         "tables": tables,
     }
@@ -143,9 +142,8 @@ def page(results: Results, remarks: str) -> str:
 
 
 def _ran(run: dict[str, Any]) -> str:
-    busy = f" while {run['load']} processes wanted its cores" if run["load"] > 1 else ""
     minutes = max(1, round(run["seconds"] / 60))
-    return f"`{run['command']}`, {run['date']}, {minutes} minutes{busy}, on {run['machine']}."
+    return f"`{run['command']}`, {run['date']}, {minutes} minutes, on {run['machine']}."
 
 
 def _targets(results: Results) -> str:

@@ -40,7 +40,7 @@ from flexcache import training
 
 FEATURES, LENGTH, BATCH = 2048, 512, 4096
 PEERS = Path(__file__).parent / "peers"
-RUN, RUNS = 32, 2048
+RUN, RUNS = 64, 1024
 """Rows of a run of the stream, and runs of its pool."""
 ANNBATCHES: dict[str, tuple[str, ...]] = {
     "as it comes": (),

@@ -18,7 +18,7 @@ from flexcache.store.store import Store
 from flexcache.training.order import Ints, Order, turns
 from flexcache.training.pools import Pools, Source
 
-RUN_BYTES, POOL_BYTES, THREADS = 128 << 10, 256 << 20, 8
+RUN_BYTES, POOL_BYTES, THREADS = 256 << 10, 256 << 20, 8
 SAMPLE = 64
 """Runs that a normalisation is estimated from."""
 TOLD = ("token_id", "position", "document")
