@@ -1,6 +1,6 @@
 """What grows with a store, and how fast: planning, opening, the ledger, a claim and a commit, first reads, memory.
 
-    python -m benchmarks.growth [--plan 1e9] [--stand-in 1e11] [--rows 1e7] [--json growth.json]
+    python -m benchmarks.growth [--plan 1e9] [--stand-in 1e11] [--rows 1e7] [--features 512]
 
 (1) Plans of 10⁷ tokens and more, made by the planner itself, of documents of about 2,048 tokens that are all the same
 token, so that little is on the disk. (2) Stand-ins for complete stores of 10⁷ tokens and more: description, ledger,
@@ -25,7 +25,6 @@ import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -98,22 +97,17 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=float, default=1e7, help="of the store on the disk; 0 to leave it out")
     parser.add_argument("--steps", default="", help="only these steps, by commas")
-    parser.add_argument("--json", type=Path, default=None, help="where to write the figures")
+    parser.add_argument("--features", type=int, default=512, help="of the store on the disk")
     options = parser.parse_args()
-    figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as folder:
         place = Path(folder)
         if options.plan:
-            figures["plan"] = {f"{size:.0e}": planned(place, size) for size in sizes(options.plan)}
-            tabulate("planning", figures["plan"])
+            tabulate("planning", {f"{size:.0e}": planned(place, size) for size in sizes(options.plan)})
         if options.stand_in:
             chosen = [name for name in STEPS if not options.steps or name in options.steps.split(",")]
-            figures["stand-in"] = {f"{size:.0e}": opened(place, size, chosen) for size in sizes(options.stand_in)}
-            tabulate("stand-ins", figures["stand-in"])
+            tabulate("stand-ins", {f"{size:.0e}": opened(place, size, chosen) for size in sizes(options.stand_in)})
         if options.rows:
-            figures["on disk"] = on_disk(place, int(options.rows))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+            on_disk(place, int(options.rows), options.features)
 
 
 def sizes(largest: float) -> list[int]:
@@ -269,7 +263,7 @@ def commit(path: Path, unit: int) -> None:
 # On the disk
 
 
-def on_disk(place: Path, rows: int, features: int = 512) -> dict[str, float]:
+def on_disk(place: Path, rows: int, features: int) -> None:
     """Write a store of so many rows by units, and read it; say whether late units cost more than early ones."""
     documents = pa.table(
         {
@@ -313,8 +307,9 @@ def on_disk(place: Path, rows: int, features: int = 512) -> dict[str, float]:
     for name, step in STEPS.items():
         if name != "claim and commit a unit":
             figures[f"{name}, s"], figures[f"{name}, MiB"] = measured(store.path, *step)
-    show("a store on the disk", [(name, f"{value:,.3f}", "") for name, value in figures.items()])
-    return figures
+    show(
+        f"a store of {features} features on the disk", [(name, f"{value:,.3f}", "") for name, value in figures.items()]
+    )
 
 
 if __name__ == "__main__":
