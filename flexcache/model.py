@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
-SAMPLED_VALUES = 64
 VISION_PARTS = ("vision_model", "vision_tower", "vision_encoder", "visual")
 """Under which models that see and read have the part that sees."""
 
@@ -244,62 +243,6 @@ def _translated(name: str) -> Iterator[None]:
             remedy="check the name, the revision and the folder; without a network only local folders and cached"
             " models can be loaded",
         ) from error
-
-
-def describe_model(model: torch.nn.Module) -> dict[str, Any]:
-    """Return what a live model is: its class, configuration and a digest of a sample of its weights.
-
-    The digest takes name, shape, dtype and up to 64 evenly spaced values of each parameter and buffer, so that
-    it costs milliseconds at any size; training or another checkpoint changes it. However the model is distributed,
-    the answer is the same, but for a digest of None where one rank cannot put the weights together (FSDP1, ZeRO-3,
-    pipelines). Collective where weights are DTensors.
-    """
-    from flexcache.hooks.names import unwrap
-
-    digest = None if _out_of_reach(model) else sample_digest(unwrap(model))
-    model = unwrap(model)
-    config: Any = getattr(model, "config", None)
-    settings = config.to_dict() if hasattr(config, "to_dict") else {}
-    for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "distributed_config"):
-        settings.pop(volatile, None)
-    text = json.dumps(settings, sort_keys=True, default=str)
-    kind = next(cls for cls in type(model).__mro__ if not cls.__name__.startswith("FSDP"))
-    return {
-        "name": getattr(config, "_name_or_path", "") or kind.__name__,
-        "class": kind.__name__,
-        "config_xxh3_128": xxhash.xxh3_128_hexdigest(text.encode()),
-        "weights_sample_xxh3_128": digest,
-    }
-
-
-def _out_of_reach(model: torch.nn.Module) -> bool:
-    """Whether a rank cannot put the model's weights together: FSDP1, a pipeline, ZeRO-3."""
-    apart = ("FullyShardedDataParallel", "PipelineIdentityLayer", "Stages")
-    return any(type(module).__name__ in apart for module in model.modules()) or any(
-        hasattr(parameter, "ds_id") for parameter in model.parameters()
-    )
-
-
-def sample_digest(model: torch.nn.Module) -> str:
-    """Return the XXH3-128 of a sample of the model's weights, see `describe_model`."""
-    import torch
-
-    from flexcache.hooks.names import WRAPPERS
-
-    hasher = xxhash.xxh3_128()
-    for path, tensor in model.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        name = ".".join(part for part in path.split(".") if part not in WRAPPERS)
-        hasher.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        whole = tensor.detach()
-        whole = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
-        if whole.device.type == "meta" or type(whole.data) is not torch.Tensor or not whole.numel():
-            continue
-        flat = whole.reshape(-1)
-        picked = flat[:: max(1, flat.numel() // SAMPLED_VALUES)][:SAMPLED_VALUES]
-        hasher.update(picked.to("cpu", torch.float64 if picked.is_floating_point() else None).numpy().tobytes())
-    return hasher.hexdigest()
 
 
 def describe_tokenizer(tokenizer: Any, chat: bool = False) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from safetensors.numpy import save_file
 
 from analysis.view import Readable
 from flexcache.errors import AnalysisError, nearest
+from flexcache.identity import differences, known, model_record
+from flexcache.identity.record import SAMPLE
 
 if TYPE_CHECKING:
     from analysis.probes.results import Sweep
@@ -95,21 +97,17 @@ class Direction:
         return found
 
     def check(self, store: Readable) -> None:
-        """Refuse a store whose activations are of another model.
-
-        Raises
-        ------
-        AnalysisError
-        """
+        """Raise AnalysisError if the activations of a store are of a model that computes something else."""
         if self.site not in store.sites:
             raise AnalysisError(f"the store has no site {self.site!r}", remedy=nearest(self.site, tuple(store.sites)))
-        theirs = str(getattr(store, "provenance", {}).get("model", {}).get("weights_sample_xxh3_128", ""))
-        mine = str(self.provenance.get("weights", ""))
-        if mine and theirs and mine != theirs:
+        theirs = model_record(getattr(store, "provenance", {}))
+        mine = self.provenance.get("model_record") or {SAMPLE: self.provenance.get("weights")}
+        found = differences(mine, {name: theirs[name] for name in mine if name in theirs})
+        if known(mine) and known(theirs) and found:
             raise AnalysisError(
                 "the store was made by another model than the probe was fitted to",
-                expected=f"{self.provenance.get('model')} (weights {mine[:12]}…)",
-                found=f"weights {theirs[:12]}…",
+                expected=str(self.provenance.get("model")),
+                found="\n    ".join(["", *found]),
                 remedy="fit the probe to a store of this model",
             )
 
@@ -169,7 +167,11 @@ def of_sweep(sweep: Sweep, layer: int | None, output: int) -> Direction:
         raise AnalysisError("there is no such output", expected=f"0 to {sweep.coef.shape[1] - 1}", found=str(output))
     told = {
         key: asked[key]
-        for key in ("target", "task", "classes", "rows", "probe", "documents", "samples", "model", "weights")
+        for key in (
+            *("target", "task", "classes", "rows", "probe", "documents", "samples", "model", "weights"),
+            "model_record",
+        )
+        if key in asked
     }
     return Direction(
         sweep.coef[at, output].copy(),

@@ -22,6 +22,8 @@ from analysis.probes.score import Prediction
 from analysis.probes.scoreboard import Scoreboard
 from analysis.view import View
 from flexcache.errors import AnalysisError
+from flexcache.identity import comparable, model_record
+from flexcache.identity.record import SAMPLE
 
 FEW = 10
 """Groups of a class below which its scores are said to be of little weight."""
@@ -197,6 +199,7 @@ class Trial:
         with sklearn.config_context(print_changed_only=False):
             shown = " ".join(repr(self.probe).split())
         provenance: Any = getattr(view.store, "provenance", {})
+        record = model_record(provenance)
         return {
             "format": FORMAT,
             "site": view.site,
@@ -218,7 +221,8 @@ class Trial:
             "layer_chosen": self._how_chosen(),
             "bytes_per_layer": view.bytes_per_layer(),
             "model": str(provenance.get("model", {}).get("name", "")),
-            "weights": str(provenance.get("model", {}).get("weights_sample_xxh3_128", "")),
+            "weights": str(record.get(SAMPLE) or ""),
+            "model_record": comparable(record),
             "notes": self.notes,
             "versions": {"scikit-learn": sklearn.__version__, "numpy": np.__version__},
         }

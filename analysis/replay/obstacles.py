@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from flexcache.errors import AnalysisError, MismatchError, nearest
 from flexcache.hooks.tap import Tap
-from flexcache.model import describe_model
+from flexcache.identity import comparable, differences, known, model_record
+from flexcache.identity.describe import describe_model
 from flexcache.recorder.fingerprint import fingerprint
 from flexcache.site import INEFFECTIVE
 from flexcache.store.store import Store
 
-NAMES = ("rows", "site", "units", "weights", "attention")
+NAMES = ("rows", "site", "units", "weights", "behavior", "attention")
 REFUSED = ("rows", "site", "units")
 """Without these there is nothing to go on from."""
 EXACT_ASIDE = ("flexcache-activations", "attention", "compute_dtype")
 
 
 def obstacles(store: Store, model: nn.Module) -> dict[str, str]:
-    """Return what stands in the way of a replay, by short name: that of the store, other weights, other attention.
+    """Return what stands in the way of a replay, by short name.
 
-    Of a model whose skipped blocks were not loaded, the weights are those of its checkpoint, see
-    `analysis.replay.load_rest`.
+    ``weights`` stands for another class, configuration or weights than those of the capture; ``behavior`` for a model
+    with the same weights that computes something else on a small fixed input, for example since a hook steers it, an
+    adapter is off or an activation function was replaced; ``attention`` for another attention kernel. A model whose
+    skipped blocks were not loaded is compared by the files of its checkpoint, see `analysis.replay.load_rest`.
     """
     found = dict(store.replayable.reasons)
-    known = store.provenance.get("model", {})
     if "weights" not in found:
-        found |= _weights(known, model)
+        found |= _model(model_record(store.provenance), model)
     attention = {record.fingerprint.get("attention") for record in store.ledger}
     now = fingerprint(model)["attention"]
     if attention and attention != {now}:
@@ -89,14 +92,20 @@ def conditions(store: Store, model: nn.Module, dtype: str) -> list[str]:
     return notes
 
 
-def _weights(known: dict[str, str], model: nn.Module) -> dict[str, str]:
+def _model(before: Mapping[str, Any], model: nn.Module) -> dict[str, str]:
     files = getattr(model, "replayed_checkpoint", None)
     if files is not None:
-        return {} if files == known.get("files") else {"weights": "the checkpoint's files are not those of the capture"}
-    now = describe_model(model)
-    if now["weights_sample_xxh3_128"] != known.get("weights_sample_xxh3_128"):
-        return {"weights": f"the weights are not those of the capture, by a {known.get('class')}"}
-    return {}
+        same = files == before.get("files")
+        return {} if same else {"weights": "the checkpoint's files are not those of the capture"}
+    if not known(before):
+        return {}
+    given = describe_model(model, fingerprint(model))
+    found = differences(comparable(before), given)
+    if not found:
+        return {}
+    held = any(line.startswith(("weights", "class", "config")) for line in found)
+    kind = f"the model is not that of the capture, a {before.get('class')}: "
+    return {"weights" if held else "behavior": kind + "; ".join(found)}
 
 
 def refuse_images(store: Store) -> None:

@@ -21,7 +21,14 @@ def user_hooks(model: nn.Module) -> list[str]:
     Such a model may compute something other than its weights say. The hooks of open `Taps` only read, and do not
     count; the root is named ``"(model)"``.
     """
-    return [name or "(model)" for name, module in modules(model).items() if any(map(_of_user, _changes(module)))]
+    return list(dict.fromkeys(name or "(model)" for name, _ in user_changes(model)))
+
+
+def user_changes(model: nn.Module) -> list[tuple[str, Any]]:
+    """Return the path of each module, and each forward hook or replaced ``forward`` that no library put there."""
+    return [
+        (name, change) for name, module in modules(model).items() for change in _changes(module) if _of_user(change)
+    ]
 
 
 def _changes(module: nn.Module) -> list[Any]:

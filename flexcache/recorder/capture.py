@@ -9,9 +9,9 @@ from typing import Any
 from flexcache import hooks
 from flexcache.documents import open_documents
 from flexcache.hooks.names import whole
+from flexcache.identity import model_key
 from flexcache.images.input import reader_of
 from flexcache.model import (
-    describe_model,
     describe_tokenizer,
     encoder_vocabulary,
     evaluating,
@@ -21,7 +21,7 @@ from flexcache.model import (
 )
 from flexcache.options import Choice, Packing, Teaching, Windows, parse_rows
 from flexcache.recorder.crew import Crew
-from flexcache.recorder.fingerprint import fingerprint
+from flexcache.recorder.fingerprint import fingerprint, model_notices
 from flexcache.recorder.imaging import check_images, described_patches
 from flexcache.recorder.isolation import check_isolation
 from flexcache.recorder.objective import OBJECTIVE, Objective, describe
@@ -65,6 +65,7 @@ def capture(
     empty_documents: str = "error",
     buffer_bytes: int = DEFAULT_BUFFER,
     allow_mixed: bool = False,
+    allow_changed_model: bool = False,
     patience: float = PATIENCE,
     model_info: dict[str, Any] | None = None,
     progress: bool = True,
@@ -132,6 +133,8 @@ def capture(
         Bound on the memory for rows on their way to the disk.
     allow_mixed
         Go on with a store that was begun on another device, version or thread count.
+    allow_changed_model
+        Resume a store that was begun by a model which computes something else; the ledger says which units had which.
     patience
         Seconds without a sign of life after which a process on another machine counts as gone.
     model_info
@@ -150,7 +153,8 @@ def capture(
     RangeError
         A value is not finite or does not fit *dtype*. Committed units are kept.
     MismatchError
-        The store at *path* was made from something else.
+        The store at *path* was made from something else: documents, options, or a model that computes something
+        else, by any of its values or by what it gives on a small fixed input; see docs/reliability.md.
     CaptureError
         The disk refused a write. Committed units are kept.
     """
@@ -191,7 +195,7 @@ def capture(
             tokenizer=tokenizer,
             arrays=measure_arrays(model, spec, reading, crew.read_example, example),
             spec=spec,
-            model=describe_model(model) | (model_info or {}),
+            model=crew.describe_model(model, example) | (model_info or {}),
             tokenizer_identity=describe_tokenizer(tokenizer, "messages" in corpus.schema.names),
             vocabulary=vocabulary(model),
             encoder_vocabulary=encoder_vocabulary(model),
@@ -204,14 +208,16 @@ def capture(
         amount = plan_store(path, source, planning, planning.wait)
         planning.done(amount is not None)
         stored = stored_identity(read_attributes(path))
-        check_same(stored, source.identity(), path)
+        changed = check_same(stored, source.identity(), path, allow_changed_model=allow_changed_model)
+        for line in model_notices(stored["model"], source.model, changed):
+            bars.say(line)
         for name, text in amount.lines() if amount else ():
             bars.say(f"  {name}: {text}")
         recorder = Recorder(
             path,
-            fingerprint=fingerprint(model, crew.sizes.tp),
+            fingerprint=fingerprint(model, crew.sizes.tp) | ({"model": model_key(source.model)} if changed else {}),
             buffer_bytes=buffer_bytes,
-            allow_mixed=allow_mixed,
+            allow_mixed=allow_mixed or bool(changed),
             allocate=allocation(model),
             batch_tokens=batch_tokens,
             keys=crew.keys(reading.taps, [(OBJECTIVE, None)] if OBJECTIVE in stored["arrays"] else ()),

@@ -15,8 +15,10 @@ from flexcache.errors import CaptureError, ConfigError, FlexCacheError
 from flexcache.hooks.measure import Read, read_example
 from flexcache.hooks.sides import two_sided
 from flexcache.hooks.tap import Tap
+from flexcache.identity.describe import describe_model
 from flexcache.parallel.distribution import Distribution
 from flexcache.parallel.peers import collect, tell
+from flexcache.recorder.fingerprint import fingerprint
 from flexcache.recorder.gathering import Gathering
 from flexcache.recorder.reading import Reading
 from flexcache.recorder.recorder import Recorder
@@ -69,6 +71,13 @@ class Crew:
         """Read whole activations of a small example, on every rank."""
         read = read_example if self.gathering is None else self.gathering.read_example
         return read(model, taps, example)
+
+    def describe_model(self, model: nn.Module, example: Any = None) -> dict[str, Any]:
+        """Return a record of what the model computes; collective, see `flexcache.identity.describe.describe_model`."""
+        ranks = len(self._distribution.mesh.ranks)
+        conditions = fingerprint(model, self.sizes.tp) | ({"processes": ranks} if ranks > 1 else {})
+        reader, gathered = self.read_example, self._distribution.gathered
+        return describe_model(model, conditions, reader=reader, gathered=gathered, example=example)
 
     def keys(self, taps: Sequence[Tap], extra: Sequence[Key] = ()) -> list[Key]:
         """Return the sites and layers that this process writes; *extra* ones are the leader's."""

@@ -11,10 +11,10 @@ from flexcache import hooks
 from flexcache.documents import Documents, open_documents
 from flexcache.errors import ConfigError, MismatchError
 from flexcache.hooks.names import whole
+from flexcache.identity import comparable, model_key
 from flexcache.images.input import stored_input
 from flexcache.model import (
     CHAT_TEMPLATE,
-    describe_model,
     describe_tokenizer,
     encoder_vocabulary,
     evaluating,
@@ -23,11 +23,11 @@ from flexcache.model import (
 )
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.extension import Extension, check_equal, more_arrays, more_documents, opened, tokens_of
-from flexcache.recorder.fingerprint import check_fingerprint, fingerprint
+from flexcache.recorder.fingerprint import check_fingerprint, fingerprint, model_notices
 from flexcache.recorder.imaging import check_images
 from flexcache.recorder.isolation import check_isolation
 from flexcache.recorder.objective import OBJECTIVE, Objective, describe
-from flexcache.recorder.planning import check_same, model_content
+from flexcache.recorder.planning import check_same
 from flexcache.recorder.progress import CaptureProgress
 from flexcache.recorder.reading import Reading, locate, measure_arrays
 from flexcache.recorder.recorder import DEFAULT_BUFFER, Recorder
@@ -57,6 +57,7 @@ def extend(
     batch_tokens: int | None = None,
     buffer_bytes: int = DEFAULT_BUFFER,
     allow_mixed: bool = False,
+    allow_changed_model: bool = False,
     patience: float = PATIENCE,
     model_info: dict[str, Any] | None = None,
     progress: bool = True,
@@ -115,7 +116,6 @@ def extend(
     store = opened(root)
     if store.images:
         tokenizer = stored_input(store, model, tokenizer)
-    check_model(store, describe_model(model) | (model_info or {}), tokenizer)
     asked = _asked(store, sites, layers, transforms, objective)
     if corpus is None and asked is None:
         raise ConfigError(
@@ -124,6 +124,11 @@ def extend(
             expected="documents that it does not have, or sites, layers or transforms",
         )
     with evaluating(model), CaptureProgress(progress) as bars, closing(Crew(model)) as crew:
+        example = tokenizer.example(model) if store.images else None
+        described = crew.describe_model(model, example)
+        changed = check_source(store, described, tokenizer, allow_changed_model)
+        for line in model_notices(store.provenance.get("model", {}), described, changed):
+            bars.say(line)
 
         def read(spec: Spec) -> tuple[Reading, list[ArraySpec]]:
             reading = locate(model, spec, transforms, objective, crew.elsewhere())
@@ -138,7 +143,8 @@ def extend(
         everything = Spec.model_validate(store.spec)
         spec = asked or everything
         reading, arrays = read(spec)
-        now = fingerprint(model, crew.sizes.tp)
+        now = fingerprint(model, crew.sizes.tp) | ({"model": model_key(described)} if changed else {})
+        allow_mixed = allow_mixed or bool(changed)
         check_fingerprint(store, now, allow_mixed)
         planning = bars.planning(None)
         try:
@@ -192,21 +198,21 @@ def extend(
     return Store(path)
 
 
-def check_model(store: Store, model: dict[str, Any], tokenizer: Any) -> None:
-    """Refuse a model or tokenizer that is not the one that a store was captured with.
+def check_source(store: Store, model: dict[str, Any], tokenizer: Any, allow_changed_model: bool = False) -> list[str]:
+    """Return what differs between the model of a store and the one at hand, if that is allowed.
 
     Raises
     ------
     MismatchError
+        The model or the tokenizer is not the one that the store was captured with.
     """
     stored = store.provenance
-    given = model_content(model)
     chat = CHAT_TEMPLATE in (stored.get("tokenizer") or {})
-    before = {name: value for name, value in model_content(stored.get("model", {})).items() if name in given}
-    check_same(
-        {"model": before, "tokenizer": stored.get("tokenizer")},
-        {"model": {name: given[name] for name in before}, "tokenizer": describe_tokenizer(tokenizer, chat)},
+    return check_same(
+        {"model": comparable(stored.get("model", {})), "tokenizer": stored.get("tokenizer")},
+        {"model": model, "tokenizer": describe_tokenizer(tokenizer, chat)},
         store.path,
+        allow_changed_model=allow_changed_model,
     )
 
 

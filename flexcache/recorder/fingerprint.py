@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from flexcache.errors import MismatchError
+from flexcache.identity.record import IDENTITY, structural
 from flexcache.recorder.carried import CARRIED
 from flexcache.store.place import Place
 from flexcache.store.store import Store
@@ -50,6 +51,15 @@ def fingerprint(model: torch.nn.Module, tensor: int = 1) -> dict[str, Any]:
         "matmul_precision": torch.get_float32_matmul_precision(),
         **({"tensor_parallel": tensor} if tensor > 1 else {}),
     }
+
+
+def model_notices(before: dict[str, Any], now: dict[str, Any], accepted: list[str]) -> list[str]:
+    """Return what to say of the model at hand, where it may continue a store that was begun by another one."""
+    if accepted:
+        return ["the model is not the one of the store, as was allowed; the ledger says so:", *accepted]
+    if IDENTITY not in before:
+        return ["the store was begun by an earlier version: its model was compared by a sample of the weights only"]
+    return [f"{line}; outputs on the fixed input are equal" for line in structural(before[IDENTITY], now[IDENTITY])]
 
 
 def check_fingerprint(store: Store, now: dict[str, Any], allow_mixed: bool) -> None:

@@ -15,7 +15,7 @@ from flexcache.hooks.blocks import NOT_OWNED, find_blocks
 from flexcache.hooks.measure import EXAMPLE_SHAPE, Read, example_inputs
 from flexcache.hooks.names import modules, unwrap
 from flexcache.hooks.tap import Tap
-from flexcache.hooks.taps import Taps, accepts
+from flexcache.hooks.taps import Taps, accepts, batch_shape
 from flexcache.parallel.assembly import Key
 from flexcache.parallel.distribution import Distribution, Piece
 from flexcache.parallel.layout import Layout, localize
@@ -108,6 +108,7 @@ class Gathering:
         inputs = example_inputs(model, example, shape)
         if isinstance(inputs, Mapping):
             inputs = {**inputs, **self.inputs(inputs["input_ids"])}
+            shape = batch_shape(model, (), inputs)
         raw: dict[Tap, torch.Tensor] = {}
         known: dict[Tap, Any] = {}
 

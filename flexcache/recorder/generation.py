@@ -20,10 +20,13 @@ import xxhash
 from flexcache.documents import Documents, open_documents
 from flexcache.errors import ConfigError, DocumentsError
 from flexcache.hooks.measure import input_device
-from flexcache.model import describe_model, describe_tokenizer, evaluating, longest_input, pad_id
+from flexcache.identity import for_store
+from flexcache.identity.describe import describe_model
+from flexcache.model import describe_tokenizer, evaluating, longest_input, pad_id
 from flexcache.options import Generation
 from flexcache.recorder.crew import Crew
-from flexcache.recorder.planning import check_same, model_content
+from flexcache.recorder.fingerprint import fingerprint
+from flexcache.recorder.planning import check_same
 from flexcache.recorder.recorder import POLL
 from flexcache.sequences.chat import check_template
 from flexcache.store.claims import Claims
@@ -323,7 +326,7 @@ def _request(model: Any, tokenizer: Any, corpus: Documents, generation: Generati
     """Return what the completions depend on."""
     request = {
         "generate": generation.model_dump(mode="json"),
-        "model": model_content(describe_model(model)),
+        "model": for_store(describe_model(model, fingerprint(model))),
         "tokenizer": describe_tokenizer(tokenizer, "messages" in corpus.schema.names),
         "documents": corpus.describe(),
     }

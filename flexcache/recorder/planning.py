@@ -15,6 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from flexcache.documents import Documents
 from flexcache.errors import MismatchError
+from flexcache.identity import check_model, differences, for_store
 from flexcache.plan import Largest, Plan, unit_rows
 from flexcache.recorder.fingerprint import versions
 from flexcache.sequences import Corpus, Spool, spool
@@ -68,7 +69,7 @@ class Source:
         return {
             "spec": self.spec.model_dump(mode="json"),
             "arrays": {array.name: array.to_json() for array in self.arrays},
-            "model": model_content(self.model),
+            "model": self.model,
             "tokenizer": self.tokenizer_identity,
             "documents": self.documents.describe(),
         }
@@ -247,7 +248,7 @@ def _plan(path: Place, folder: Path, source: Source, progress: Progress) -> Esti
     content = {
         "spec": source.spec.model_dump(mode="json"),
         "provenance": {
-            "model": source.model,
+            "model": for_store(source.model),
             "tokenizer": source.tokenizer_identity,
             "documents": source.documents.describe(),
             "versions": versions(),
@@ -262,34 +263,35 @@ def _plan(path: Place, folder: Path, source: Source, progress: Progress) -> Esti
     return amount
 
 
-def check_same(stored: dict[str, Any], given: dict[str, Any], path: Place) -> None:
-    """Refuse to go on with a store that was planned from something else.
+def check_same(
+    stored: dict[str, Any], given: dict[str, Any], path: Place, *, allow_changed_model: bool = False
+) -> list[str]:
+    """Return what differs between the model of a store and the one at hand, if that is allowed.
 
     Raises
     ------
     MismatchError
-        With every value that differs.
+        With every value that differs: of models, if *allow_changed_model* is False, and of anything else.
     """
-    before, now = _flat(stored), _flat(given)
+    stored_model, model = (part.get("model") or {} for part in (stored, given))
+    before, now = (_flat({key: part for key, part in held.items() if key != "model"}) for held in (stored, given))
     budget = "spec.batch_tokens"
     if now.get(budget, 0) < before.get(budget, 0):
         now[budget] = before[budget]  # smaller forwards of the same plan
-    sample = "model.weights_sample_xxh3_128"
-    if before.get(sample) is None or now.get(sample) is None:  # a rank could not put the weights together
-        before.pop(sample, None)
-        now.pop(sample, None)
     different = [
         f"{name}: {before.get(name, 'nothing')} in the store, {now.get(name, 'nothing')} now"
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name)
     ]
     if different:
+        different += differences(stored_model, model)
         raise MismatchError(
             "the store was made from something else",
             where=str(path),
             found="\n    ".join(["", *different[:12], *(["…"] if len(different) > 12 else [])]),
             remedy="give the same configuration to go on with it, or another path for a new store",
         )
+    return check_model(stored_model, model, str(path), allow=allow_changed_model)
 
 
 def stored_identity(attributes: dict[str, Any]) -> dict[str, Any]:
@@ -298,15 +300,10 @@ def stored_identity(attributes: dict[str, Any]) -> dict[str, Any]:
     return {
         "spec": attributes["spec"],
         "arrays": attributes["arrays"],
-        "model": model_content(provenance["model"]),
+        "model": provenance["model"],
         "tokenizer": provenance["tokenizer"],
         "documents": provenance["documents"],
     }
-
-
-def model_content(model: dict[str, Any]) -> dict[str, Any]:
-    """Leave out of a model's provenance where it came from; its configuration and weights say what it is."""
-    return {key: value for key, value in model.items() if key not in ("name", "revision", "files")}
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

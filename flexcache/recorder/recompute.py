@@ -12,14 +12,14 @@ import torch
 
 from flexcache.errors import StoreError
 from flexcache.hooks.names import peel
+from flexcache.identity import check_model, comparable
 from flexcache.images.input import stored_input
-from flexcache.model import describe_model, evaluating
+from flexcache.model import evaluating
 from flexcache.recorder.batch import Batch, BatchReader
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.fingerprint import fingerprint
 from flexcache.recorder.imaging import padding
 from flexcache.recorder.objective import Objective
-from flexcache.recorder.planning import check_same
 from flexcache.recorder.reading import locate
 from flexcache.recorder.rows import rows_of
 from flexcache.recorder.running import forwards
@@ -91,15 +91,13 @@ def recompute(
     if not len(committed):
         raise StoreError("no unit is committed, so there is nothing to compare", where=str(path))
     chosen = np.sort(np.random.default_rng(seed).choice(committed, min(units, len(committed)), replace=False)).tolist()
-    parts = ("class", "config_xxh3_128", "weights_sample_xxh3_128")
-    stored, given = store.provenance["model"], describe_model(model)
-    check_same(
-        {"model": {part: stored.get(part) for part in parts}},
-        {"model": {part: given[part] for part in parts}},
-        store.path,
-    )
+    example = None
     if store.images:
         tokenizer = stored_input(store, model, tokenizer)
+        example = tokenizer.example(model)
+    crew = Crew(model)
+    given = crew.describe_model(model, example)
+    check_model(comparable(store.provenance["model"]), given, str(path))
     reading = locate(model, Spec.model_validate(store.spec), transforms, objective)
     now = fingerprint(model)
     worst: dict[tuple[int, str, int | None], tuple[bool, float, float]] = {}
@@ -117,7 +115,6 @@ def recompute(
         worst[batch.unit, name, layer] = equal and same, max(largest, apart), scale
 
     reader = BatchReader(store.path, mean=store.spec.get("rows") == "mean")
-    crew = Crew(model)
     conditions = {}
     with evaluating(model), forwards(model, reading, padding(model, tokenizer), compare, crew) as forward:
         for unit in chosen:

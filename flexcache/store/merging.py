@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from flexcache.errors import ConfigError, MismatchError
+from flexcache.identity import differences
 from flexcache.spec import ArraySpec
 from flexcache.store.copying import check_apart
 from flexcache.store.create import total_bytes
@@ -17,9 +18,6 @@ from flexcache.store.reader import shard_name
 from flexcache.store.selection import Key
 from flexcache.store.store import Store
 from flexcache.store.transfer import Progress, Transfer
-
-_ANYWHERE = ("name", "revision", "files")
-"""What provenance says of where a model came from, not of what it is."""
 
 
 def merge(sources: Sequence[str | Place], target: str | Place, progress: Progress = lambda done, total: None) -> Store:
@@ -61,13 +59,8 @@ def merge(sources: Sequence[str | Place], target: str | Place, progress: Progres
 
 
 def _check_alike(one: Store, other: Store) -> None:
-    def model(store: Store) -> dict[str, Any]:
-        return {k: v for k, v in store.provenance.get("model", {}).items() if k not in _ANYWHERE}
-
     numbers = ("rows", "units", "shard_rows", "corpus_xxh3_128")
     pairs = [(f"plan.{name}", one.plan.get(name), other.plan.get(name)) for name in numbers]
-    names = sorted({*model(one), *model(other)})
-    pairs += [(f"model.{name}", model(one).get(name), model(other).get(name)) for name in names]
     pairs += [(name, one.provenance.get(name), other.provenance.get(name)) for name in ("tokenizer",)]
     asked = sorted({*one.spec, *other.spec} - {"sites", "transforms", "objective", "dtype"})
     pairs += [(f"spec.{name}", one.spec.get(name), other.spec.get(name)) for name in asked]
@@ -77,6 +70,7 @@ def _check_alike(one: Store, other: Store) -> None:
     transforms = [store.spec.get("transforms", {}) for store in (one, other)]
     pairs += [(f"transform {name}", *(t[name] for t in transforms)) for name in transforms[0] if name in transforms[1]]
     different = [f"{name}: {_short(a)} and {_short(b)}" for name, a, b in pairs if a != b]
+    different += [f"model.{line}" for line in differences(*(s.provenance.get("model", {}) for s in (one, other)))]
     different += differing_tables(one, other)
     for name in set(one.arrays) & set(other.arrays):
         first, second = (replace(store.arrays[name], layers=None) for store in (one, other))

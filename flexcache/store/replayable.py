@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flexcache.identity import known, model_record
+
 if TYPE_CHECKING:
     from flexcache.store.store import Store
 
@@ -51,7 +53,7 @@ def replayable(store: Store) -> Replayable:
         reasons["int8"] = f"{' and '.join(coarse)} is stored as int8, and its rows are not those of the model"
     if not len(store.committed_units):
         reasons["units"] = "no unit is committed"
-    if not store.provenance.get("model", {}).get("weights_sample_xxh3_128"):
+    if not known(model_record(store.provenance)):
         reasons["weights"] = "nothing tells which weights filled it"
     return Replayable(reasons)
 

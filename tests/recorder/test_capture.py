@@ -122,7 +122,7 @@ def test_later_blocks_and_the_lm_head_never_run(tmp_path: Path) -> None:
     for name in ("model.layers.2", "lm_head"):
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
     store = flexcache.capture(model, None, DOCUMENTS, tmp_path / "run.zarr", layers=[1], **QUIET)
-    assert ran.count("model.layers.2") == ran.count("lm_head") == 2  # the two small forwards that check the sites
+    assert ran.count("model.layers.2") == ran.count("lm_head") == 3  # two small forwards check the sites, one the model
     assert len(set(store.tokens.column("batch").to_pylist())) > 2
     assert store.provenance["user_hooks"] == ["model.layers.2", "lm_head"]
 
@@ -136,7 +136,7 @@ def test_running_again_does_nothing_and_another_model_is_refused(tmp_path: Path)
     other = tiny("llama")
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight.add_(1e-3)
-    with pytest.raises(MismatchError, match="weights_sample"):
+    with pytest.raises(MismatchError, match="weights: 1 of 39 tensors differ"):
         flexcache.capture(other, None, DOCUMENTS, path, **QUIET)
     with pytest.raises(MismatchError, match="spec.rows: all in the store, last now"):
         flexcache.capture(tiny("llama"), None, DOCUMENTS, path, rows="last", **QUIET)
@@ -216,7 +216,7 @@ def limit_memory(model: torch.nn.Module, tokens: int, after: int = 0) -> list[to
     return seen
 
 
-@pytest.mark.parametrize("after", [2, 14])
+@pytest.mark.parametrize("after", [3, 15])
 def test_out_of_memory_goes_on_with_smaller_batches_that_the_ledger_records(after: int, tmp_path: Path) -> None:
     """Before the first unit, in the trial of the largest batch, or in the middle of a unit."""
     model = tiny("llama")
@@ -224,7 +224,7 @@ def test_out_of_memory_goes_on_with_smaller_batches_that_the_ledger_records(afte
     store = flexcache.capture(model, None, DOCUMENTS, tmp_path / "run.zarr", **QUIET)
     budgets = [store.ledger.read(unit).batch_tokens for unit in range(store.n_units)]
     assert budgets[-1] <= 70
-    assert (budgets[0] == 128) == (after > 2)
+    assert (budgets[0] == 128) == (after > 3)
     assert sorted(budgets, reverse=True) == budgets
     whole = flexcache.capture(tiny("llama"), None, DOCUMENTS, tmp_path / "whole.zarr", **QUIET)
     for layer in range(DEPTH):
@@ -234,7 +234,7 @@ def test_out_of_memory_goes_on_with_smaller_batches_that_the_ledger_records(afte
 
 def test_a_sequence_that_does_not_fit_alone_is_named(tmp_path: Path) -> None:
     model = tiny("llama")
-    limit_memory(model, 20, after=2)
+    limit_memory(model, 20, after=3)
     with pytest.raises(CaptureError, match="one sequence alone does not fit") as caught:
         flexcache.capture(model, None, DOCUMENTS, tmp_path / "run.zarr", **QUIET)
     assert "lower max_length" in str(caught.value)

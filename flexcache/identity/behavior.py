@@ -1,0 +1,128 @@
+"""What a model computes on a small fixed input, kept as a digest of its bits and as a sketch of its values."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import nn
+
+from flexcache.errors import SiteError
+from flexcache.hooks.blocks import find_blocks
+from flexcache.hooks.measure import Example, Reader, example_inputs, input_device, read_example
+from flexcache.hooks.tap import Tap
+
+SHAPE = (2, 24)
+"""Sequences and tokens of the input: a length that 2, 3, 4, 6, 8, 12 and 24 shards of tokens divide."""
+GROUPS = 12
+"""Groups of consecutive tokens that a sketch tells apart."""
+OUTPUT = "(output)"
+
+
+def behavior(
+    model: nn.Module,
+    conditions: Mapping[str, Any],
+    reader: Reader = read_example,
+    example: Example | None = None,
+) -> dict[str, Any] | None:
+    """Run a model on a small fixed input and return a record of what every block and the head computed.
+
+    Parameters
+    ----------
+    conditions
+        What the bits of a forward depend on: two records under equal ones are compared bit for bit.
+    reader
+        How the forward is run and read; collective for a model on several processes.
+    example
+        Makes the input; by default token ids, or pixels for a model that reads images.
+
+    Returns
+    -------
+    dict, a few kB
+        ``inputs``: a digest of the input; ``conditions``; ``dtype``; ``names`` of the modules; ``bits``: a digest of
+        each output, XXH3-64; ``sketches``: base64 of float32, shape (names, 12, 2): of each group of tokens a random
+        projection of the output, and its norm. None for a model that cannot run, since some of its weights were not
+        loaded.
+    """
+    if any(parameter.device.type == "meta" for parameter in model.parameters()) and not _offloads(model):
+        return None
+    inputs = example_inputs(model, example, SHAPE)
+    taps = _taps(model)
+    runs = 1 if input_device(model).type == "cpu" else 2  # a device may add in another order each time
+    found = [_read(model, taps, reader, inputs) for _ in range(runs)]
+    names = list(found[0])
+    bits = [_bits(found[0][name]) for name in names]
+    sketches = np.stack([sketch(found[0][name].float().cpu().numpy()) for name in names])
+    return {
+        "inputs": _bits(*_tensors(inputs)),
+        "conditions": dict(conditions),
+        "repeatable": all(_bits(again[name]) == bit for again in found[1:] for name, bit in zip(names, bits)),
+        "dtype": str(found[0][names[0]].dtype).removeprefix("torch."),
+        "names": names,
+        "bits": bits,
+        "sketches": base64.b64encode(sketches.astype("<f4").tobytes()).decode(),
+    }
+
+
+def sketch(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return a projection on random signs, and the norm, of each of 12 groups of rows: (rows…, features) to (12, 2).
+
+    The difference of two projections is about the norm of the difference of what they are of (Achlioptas 2003,
+    database-friendly random projections).
+    """
+    rows = values.reshape(-1, values.shape[-1]) if values.ndim > 1 else values.reshape(-1, 1)
+    found = np.zeros((GROUPS, 2))
+    for number, group in enumerate(np.array_split(rows.astype(np.float64), GROUPS)):
+        flat = group.reshape(-1)
+        drawn = np.random.Philox(key=number).random_raw(-(-flat.size // 64)).astype("<u8")
+        signs = np.unpackbits(drawn.view(np.uint8), count=flat.size, bitorder="little") * 2.0 - 1.0
+        found[number] = flat @ signs, np.linalg.norm(flat)
+    return found
+
+
+def _taps(model: nn.Module) -> tuple[Tap, ...]:
+    """Return the outputs of all blocks; none where the model has no blocks that can be found."""
+    try:
+        path, blocks = find_blocks(model)
+    except SiteError:
+        return ()
+    return tuple(Tap("block", layer, f"{path}.{layer}") for layer in range(len(blocks)))
+
+
+def _read(model: nn.Module, taps: tuple[Tap, ...], reader: Reader, inputs: Any) -> dict[str, torch.Tensor]:
+    read = reader(model, taps, lambda sequences, tokens: inputs)
+    found = {tap.module: read.values[tap] for tap in taps}
+    output = _output(read.output)
+    return found if output is None else {**found, OUTPUT: output}
+
+
+def _output(output: Any) -> torch.Tensor | None:
+    """Return the logits of a model's output, or its first tensor of floating-point numbers."""
+    if isinstance(output, torch.Tensor):
+        return None if hasattr(output, "full_tensor") else output.detach()
+    if isinstance(output, Mapping):
+        output = [output.get("logits"), *output.values()]
+    values = output if isinstance(output, list | tuple) else ()
+    tensors = [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    return _output(tensors[0]) if tensors else None
+
+
+def _tensors(inputs: Any) -> list[torch.Tensor]:
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else [inputs]
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def _bits(*tensors: torch.Tensor) -> str:
+    hasher = xxhash.xxh3_64()
+    for tensor in tensors:
+        hasher.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+    return hasher.hexdigest()
+
+
+def _offloads(model: nn.Module) -> bool:
+    return any(hasattr(module, "_hf_hook") for module in model.modules())

@@ -1,0 +1,209 @@
+"""The record of a model in a store, and what differs between two of them; needs no torch."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from flexcache.errors import MismatchError
+
+Record = Mapping[str, Any]
+
+IDENTITY, NAMES, SAMPLE = "identity", "names", "weights_sample_xxh3_128"
+WHEREABOUTS = ("name", "revision", "files", IDENTITY, SAMPLE)
+"""Where a model came from, and what is compared with more care than for equality."""
+
+TOLERANCES = {"bfloat16": 6e-2, "float16": 2e-2, "float32": 1e-3, "float64": 1e-6}
+"""Relative to the norm of a group of tokens: how far two forwards under other conditions may be apart."""
+
+SHOWN = 6
+
+
+def for_store(model: Record) -> dict[str, Any]:
+    """Return the record of a live model as a store keeps it: without the names of its tensors."""
+    identity = model.get(IDENTITY)
+    if not isinstance(identity, Mapping):
+        return dict(model)
+    return {**model, IDENTITY: {key: value for key, value in identity.items() if key != NAMES}}
+
+
+def comparable(model: Record) -> dict[str, Any]:
+    """Return the part of a record by which models are compared: not where the model came from."""
+    return {
+        key: value for key, value in for_store(model).items() if key in ("class", "config_xxh3_128", SAMPLE, IDENTITY)
+    }
+
+
+def model_record(provenance: Record) -> Record:
+    """Return the record of the model whose activations a store holds, also if they were put into another order."""
+    model = _mapping(provenance.get("model"))
+    return _mapping(_mapping(model.get("preshuffled")).get("model")) or model
+
+
+def known(model: Record) -> bool:
+    """Return True if a record says which weights a model had."""
+    return bool(model.get(SAMPLE) or model.get(IDENTITY))
+
+
+def model_key(model: Record) -> str:
+    """Return a short digest of what a model is, for the ledger."""
+    identity = model.get(IDENTITY) or {}
+    parts = [model.get("class"), model.get("config_xxh3_128"), model.get(SAMPLE), identity.get("weights")]
+    parts += [identity.get("structure", {}).get("adapters"), (identity.get("behavior") or {}).get("bits")]
+    return xxhash.xxh3_64_hexdigest(repr(parts).encode())
+
+
+def differences(before: Record, now: Record) -> list[str]:
+    """Return what differs between the models of two records, in words; empty where they compute the same.
+
+    Two models are the same if their classes, configurations and weights are equal, and if their outputs on the fixed
+    input are: bit for bit under equal conditions, and else within `TOLERANCES`. Then neither hooks nor names of
+    modules matter. Records of earlier versions are compared by a sample of the weights.
+    """
+    found = [
+        f"{name}: {before.get(name, 'nothing')} before, {now.get(name, 'nothing')} now"
+        for name in sorted({*before, *now} - {*WHEREABOUTS})
+        if before.get(name) != now.get(name)
+    ]
+    one, other = before.get(IDENTITY), now.get(IDENTITY)
+    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
+        samples = before.get(SAMPLE), now.get(SAMPLE)
+        if None not in samples and samples[0] != samples[1]:
+            found.append("weights: a sample of their values differs")
+        return found
+    found += _weights(one, other)
+    found += _computed(one, other)
+    found += _behavior(one.get("behavior"), other.get("behavior"))
+    return [*structural(one, other), *found] if found else []
+
+
+def structural(one: Record, other: Record) -> list[str]:
+    """Return what differs between the structures of two identities, in words."""
+    before, now = (_mapping(identity.get("structure")) for identity in (one, other))
+    found = [
+        f"adapter {name}: {held[0]} before, {held[1]} now" for name, held in _pairs(before, now, "adapters", "none")
+    ]
+    if before.get("quantization") != now.get("quantization"):
+        found.append(f"quantization: {before.get('quantization')} before, {now.get('quantization')} now")
+    if before.get("hooks") != now.get("hooks"):
+        hooks = [", ".join(map(str, held.get("hooks") or [])) or "none" for held in (before, now)]
+        found.append(f"hooks: {hooks[0]} before, {hooks[1]} now")
+    found += _some(
+        [f"modules: {held[0]} × {name} before, {held[1]} now" for name, held in _pairs(before, now, "modules", 0)]
+    )
+    settings = _pairs(before, now, "settings", {})
+    found += _some(
+        [f"{name}: {_values(held[0])} before, {_values(held[1])} now" for name, held in settings if all(held)]
+    )
+    return found
+
+
+def check_model(before: Record, now: Record, where: str, *, allow: bool = False) -> list[str]:
+    """Return what differs between the model of a store and the one at hand, if that is allowed.
+
+    Raises
+    ------
+    MismatchError
+        Something differs, and *allow* is False.
+    """
+    found = differences(before, now)
+    if found and not allow:
+        raise MismatchError(
+            "the model computes something else than the one that the store was made from",
+            where=where,
+            expected=str(before.get("name") or before.get("class") or "the model of the store"),
+            found="\n    ".join(["", *found]),
+            remedy="load the model as it was, or choose another path for a new store; allow_changed_model=True"
+            " (--allow-changed-model) continues all the same, and the ledger records it",
+        )
+    return found
+
+
+def _weights(one: Record, other: Record) -> list[str]:
+    before, now = one.get("weights"), other.get("weights")
+    if before == now or before is None or now is None:
+        return []
+    if one.get("tensors") != other.get("tensors"):
+        return [f"weights: {one.get('tensors')} tensors before, {other.get('tensors')} now, or of other names"]
+    names: Sequence[str] = other.get(NAMES) or []
+    marks = [str(identity.get("marks", "")) for identity in (one, other)]
+    changed = [name for at, name in enumerate(names) if marks[0][8 * at :][:8] != marks[1][8 * at :][:8]]
+    listed = ", ".join(changed[:SHOWN]) + (", …" if len(changed) > SHOWN else "")
+    return [f"weights: {len(changed)} of {len(names)} tensors differ: {listed}" if changed else "weights: they differ"]
+
+
+def _computed(one: Record, other: Record) -> list[str]:
+    """Compare tensors that a model computes on loading, which may change bits with the device; not those that grew."""
+    behaviors = [_mapping(identity.get("behavior")) for identity in (one, other)]
+    if behaviors[0].get("conditions") != behaviors[1].get("conditions"):
+        return []
+    before, now = (_mapping(identity.get("computed")) for identity in (one, other))
+    changed = []
+    for name in sorted({*before} & {*now}):
+        held, given = set(before[name]), set(now[name])
+        shapes = [{text.rpartition(" ")[0] for text in found} for found in (held, given)]
+        if held != given and shapes[0] == shapes[1]:
+            changed.append(name)
+    return [f"buffers: {', '.join(changed[:SHOWN])} differ"] if changed else []
+
+
+def _behavior(one: Record | None, other: Record | None) -> list[str]:
+    if not one or not other or one.get("inputs") != other.get("inputs"):
+        return []
+    before, now = ({name: at for at, name in enumerate(record["names"])} for record in (one, other))
+    common = [name for name in before if name in now]
+    if not common:
+        return []
+    apart = _distances(one, other, common, before, now)
+    exact = one.get("conditions") == other.get("conditions") and one.get("repeatable") and other.get("repeatable")
+    if exact:
+        wrong = [name for name in common if one["bits"][before[name]] != other["bits"][now[name]]]
+        rule = "bit for bit, under the same conditions"
+    else:
+        tolerance = max(TOLERANCES.get(str(record.get("dtype")), 1e-3) for record in (one, other))
+        wrong = [name for name, distance in zip(common, apart) if not distance <= tolerance]
+        rule = f"to {tolerance:g} of their norm, under other conditions"
+    if not wrong:
+        return []
+    largest = max(distance for name, distance in zip(common, apart) if name in wrong)
+    return [
+        f"outputs on a fixed input, expected to be equal {rule}: {wrong[0]} is the first of {len(wrong)} of"
+        f" {len(common)} that differ, by up to {largest:.2g} of the norm"
+    ]
+
+
+def _distances(one: Record, other: Record, names: list[str], before: Mapping, now: Mapping) -> list[float]:
+    """Return the largest difference of the sketches of each output, relative to the norm of a group of tokens."""
+    a, b = (_sketches(record)[[at[name] for name in names]] for record, at in ((one, before), (other, now)))
+    scale = np.maximum(a[..., 1:], b[..., 1:])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        relative = np.where(a == b, 0.0, np.abs(a - b) / np.where(scale > 0, scale, 1.0))
+    return [float(value) for value in np.nan_to_num(relative, nan=np.inf).max(axis=(1, 2))]
+
+
+def _sketches(record: Record) -> NDArray[np.float64]:
+    content = np.frombuffer(base64.b64decode(record["sketches"]), "<f4")
+    return content.reshape(len(record["names"]), -1, 2).astype(np.float64)
+
+
+def _pairs(before: Record, now: Record, key: str, default: Any) -> list[tuple[str, tuple[Any, Any]]]:
+    held, given = _mapping(before.get(key)), _mapping(now.get(key))
+    pairs = ((name, (held.get(name, default), given.get(name, default))) for name in sorted({*held, *given}))
+    return [(name, pair) for name, pair in pairs if pair[0] != pair[1]]
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _values(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{value} in {count}" for value, count in counts.items())
+
+
+def _some(lines: list[str]) -> list[str]:
+    return [*lines[:SHOWN], *([f"… and {len(lines) - SHOWN} more of the kind"] if len(lines) > SHOWN else [])]
