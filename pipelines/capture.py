@@ -58,7 +58,9 @@ def load(config: CaptureConfig, progress: bool) -> Loaded:
     return Loaded(model, tokenizer, documents, config.functions(tokenizer, input_device(model)), options)
 
 
-def run(config: CaptureConfig, *, allow_mixed: bool = False, progress: bool = True) -> Store:
+def run(
+    config: CaptureConfig, *, allow_mixed: bool = False, allow_changed_model: bool = False, progress: bool = True
+) -> Store:
     """Capture, or go on with a capture, as the configuration says; beside any others that do the same."""
     import flexcache
 
@@ -73,6 +75,7 @@ def run(config: CaptureConfig, *, allow_mixed: bool = False, progress: bool = Tr
         **loaded.functions,
         **loaded.options,
         allow_mixed=allow_mixed,
+        allow_changed_model=allow_changed_model,
         progress=progress,
     )
     leave()

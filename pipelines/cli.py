@@ -99,13 +99,21 @@ def capture(
     allow_mixed: Annotated[
         bool, typer.Option(help="Go on with a store that was begun on another device, version or thread count.")
     ] = False,
+    allow_changed_model: Annotated[
+        bool, typer.Option(help="Resume a store that was begun by a model that computes something else.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Run a model over documents and store its activations; run it again to go on where it stopped."""
     from pipelines import capture as pipeline
     from pipelines.config import read_config
 
-    store = pipeline.run(read_config(config, changes or ()), allow_mixed=allow_mixed, progress=not quiet)
+    store = pipeline.run(
+        read_config(config, changes or ()),
+        allow_mixed=allow_mixed,
+        allow_changed_model=allow_changed_model,
+        progress=not quiet,
+    )
     if launch().rank == 0:
         console.print(repr(store), highlight=False, markup=False)
 
@@ -119,6 +127,9 @@ def extend(
     ] = False,
     discard: Annotated[bool, typer.Option(help="Drop an extension that has begun and is not finished.")] = False,
     allow_mixed: Annotated[bool, typer.Option(help="On another device, version or thread count than before.")] = False,
+    allow_changed_model: Annotated[
+        bool, typer.Option(help="With a model that computes something else than the one of the store.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Add to a store the documents, layers or sites that a configuration names and the store lacks."""
@@ -129,7 +140,13 @@ def extend(
     if discard:
         pipeline.discard(settings.store, console)
         return
-    store = pipeline.run(settings, new_only=new_only, allow_mixed=allow_mixed, progress=not quiet)
+    store = pipeline.run(
+        settings,
+        new_only=new_only,
+        allow_mixed=allow_mixed,
+        allow_changed_model=allow_changed_model,
+        progress=not quiet,
+    )
     if launch().rank == 0:
         console.print(repr(store), highlight=False, markup=False)
 

@@ -20,7 +20,14 @@ FIXED = (
 )
 
 
-def run(config: CaptureConfig, *, new_only: bool = False, allow_mixed: bool = False, progress: bool = True) -> Store:
+def run(
+    config: CaptureConfig,
+    *,
+    new_only: bool = False,
+    allow_mixed: bool = False,
+    allow_changed_model: bool = False,
+    progress: bool = True,
+) -> Store:
     """Add what the configuration names and the store lacks, or go on with that."""
     import flexcache
 
@@ -48,6 +55,7 @@ def run(config: CaptureConfig, *, new_only: bool = False, allow_mixed: bool = Fa
         **loaded.options,
         batch_tokens=config.batch_tokens,
         allow_mixed=allow_mixed,
+        allow_changed_model=allow_changed_model,
         progress=progress,
     )
     leave()

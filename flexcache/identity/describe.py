@@ -13,13 +13,19 @@ from torch import nn
 from flexcache.hooks.measure import Example, Reader, read_example
 from flexcache.hooks.names import WRAPPERS, unwrap
 from flexcache.identity.behavior import behavior
-from flexcache.identity.record import IDENTITY, NAMES, SAMPLE
+from flexcache.identity.record import CONFIG, CONFIG_DIGEST, IDENTITY, NAMES, SAMPLE
 from flexcache.identity.structure import structure
 from flexcache.identity.weights import TensorDigests, combine, digest_tensors
 from flexcache.model import evaluating
 
 SAMPLED_VALUES = 64
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "distributed_config")
+"""Settings that say where a model came from or how it is run."""
+WITHOUT_EFFECT = (
+    *("architectures", "use_cache", "output_attentions", "output_hidden_states", "return_dict"),
+    *("id2label", "label2id", "quantization_config"),
+)
+"""Settings that change no activation, or are recorded elsewhere."""
 
 Gathered = Callable[[Any], list[Any]]
 """Returns what each rank gives; collective."""
@@ -66,7 +72,8 @@ def describe_model(
     root = unwrap(model)
     config: Any = getattr(root, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
-    text = json.dumps({k: v for k, v in settings.items() if k not in VOLATILE}, sort_keys=True, default=str)
+    settings = {key: value for key, value in settings.items() if key not in VOLATILE}
+    text = json.dumps(settings, sort_keys=True, default=str)
     kind = next(cls for cls in type(root).__mro__ if not cls.__name__.startswith("FSDP"))
     with evaluating(model), torch.no_grad():
         # first the forward: some models compute their rotary frequencies anew for the length of what they read
@@ -78,9 +85,10 @@ def describe_model(
     return {
         "name": getattr(config, "_name_or_path", "") or kind.__name__,
         "class": kind.__name__,
-        "config_xxh3_128": xxhash.xxh3_128_hexdigest(text.encode()),
+        CONFIG_DIGEST: xxhash.xxh3_128_hexdigest(text.encode()),
         SAMPLE: None if _out_of_reach(model) else sample_digest(root),
         IDENTITY: {
+            CONFIG: {key: value for key, value in json.loads(text).items() if key not in WITHOUT_EFFECT},
             "weights": combine(weights),
             "tensors": f"{len(weights)} ({xxhash.xxh3_64_hexdigest(repr(sorted(weights)).encode())})",
             "marks": "".join(xxhash.xxh3_64_hexdigest(weights[name].encode())[:8] for name in sorted(weights)),

@@ -14,9 +14,10 @@ from flexcache.errors import MismatchError
 
 Record = Mapping[str, Any]
 
-IDENTITY, NAMES, SAMPLE = "identity", "names", "weights_sample_xxh3_128"
-WHEREABOUTS = ("name", "revision", "files", IDENTITY, SAMPLE)
-"""Where a model came from, and what is compared with more care than for equality."""
+IDENTITY, CONFIG, NAMES = "identity", "config", "names"
+SAMPLE, CONFIG_DIGEST = "weights_sample_xxh3_128", "config_xxh3_128"
+APART = ("name", "revision", "files", IDENTITY, SAMPLE, CONFIG_DIGEST)
+"""Keys of a record that say where a model came from, or that are not compared for equality alone."""
 
 TOLERANCES = {"bfloat16": 6e-2, "float16": 2e-2, "float32": 1e-3, "float64": 1e-6}
 """Relative to the norm of a group of tokens: how far two forwards under other conditions may be apart."""
@@ -34,9 +35,7 @@ def for_store(model: Record) -> dict[str, Any]:
 
 def comparable(model: Record) -> dict[str, Any]:
     """Return the part of a record by which models are compared: not where the model came from."""
-    return {
-        key: value for key, value in for_store(model).items() if key in ("class", "config_xxh3_128", SAMPLE, IDENTITY)
-    }
+    return {key: value for key, value in for_store(model).items() if key in ("class", CONFIG_DIGEST, SAMPLE, IDENTITY)}
 
 
 def model_record(provenance: Record) -> Record:
@@ -53,7 +52,7 @@ def known(model: Record) -> bool:
 def model_key(model: Record) -> str:
     """Return a short digest of what a model is, for the ledger."""
     identity = model.get(IDENTITY) or {}
-    parts = [model.get("class"), model.get("config_xxh3_128"), model.get(SAMPLE), identity.get("weights")]
+    parts = [model.get("class"), model.get(CONFIG_DIGEST), model.get(SAMPLE), identity.get("weights")]
     parts += [identity.get("structure", {}).get("adapters"), (identity.get("behavior") or {}).get("bits")]
     return xxhash.xxh3_64_hexdigest(repr(parts).encode())
 
@@ -67,15 +66,19 @@ def differences(before: Record, now: Record) -> list[str]:
     """
     found = [
         f"{name}: {before.get(name, 'nothing')} before, {now.get(name, 'nothing')} now"
-        for name in sorted({*before, *now} - {*WHEREABOUTS})
+        for name in sorted({*before, *now} - {*APART})
         if before.get(name) != now.get(name)
     ]
     one, other = before.get(IDENTITY), now.get(IDENTITY)
     if not isinstance(one, Mapping) or not isinstance(other, Mapping):
+        if before.get(CONFIG_DIGEST) != now.get(CONFIG_DIGEST):
+            found.append("config: a digest of it differs")
         samples = before.get(SAMPLE), now.get(SAMPLE)
         if None not in samples and samples[0] != samples[1]:
             found.append("weights: a sample of their values differs")
         return found
+    config = _pairs(_flat(one), _flat(other), CONFIG, "nothing")
+    found += _some([f"config.{name}: {held[0]} before, {held[1]} now" for name, held in config])
     found += _weights(one, other)
     found += _computed(one, other)
     found += _behavior(one.get("behavior"), other.get("behavior"))
@@ -195,6 +198,21 @@ def _pairs(before: Record, now: Record, key: str, default: Any) -> list[tuple[st
     held, given = _mapping(before.get(key)), _mapping(now.get(key))
     pairs = ((name, (held.get(name, default), given.get(name, default))) for name in sorted({*held, *given}))
     return [(name, pair) for name, pair in pairs if pair[0] != pair[1]]
+
+
+def _flat(identity: Record) -> dict[str, dict[str, Any]]:
+    """Return the configuration of an identity with dotted names."""
+    found: dict[str, Any] = {}
+
+    def add(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping) and value:
+            for key, part in value.items():
+                add(f"{prefix}.{key}".lstrip("."), part)
+        else:
+            found[prefix] = value
+
+    add("", identity.get(CONFIG))
+    return {CONFIG: found}
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

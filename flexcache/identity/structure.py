@@ -56,7 +56,7 @@ def _kind(module: nn.Module) -> str:
 
 def _settings(module: nn.Module) -> Iterator[tuple[str, str]]:
     for key, value in vars(module).items():
-        if key.startswith("_") or key == "training":
+        if key.startswith("_") or key in ("training", "name_or_path"):
             continue
         if isinstance(value, bool | int | float | str):
             yield key, str(value)

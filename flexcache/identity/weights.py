@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -120,9 +121,10 @@ def _update_tensor(hasher: Any, tensor: torch.Tensor) -> None:
     elif tensor.device.type != "meta" and tensor.numel():
         content = tensor.as_subclass(torch.Tensor).resolve_conj().resolve_neg().contiguous()
         flat = content.reshape(-1).view(torch.uint8)
-        step = flat.numel() if flat.device.type == "cpu" else CHUNK
-        for part in flat.split(step):
-            hasher.update(part.cpu().numpy().data)
+        for part in flat.split(CHUNK):
+            there = part.cpu()
+            # not by numpy: what it has seen can never be resized, and FSDP frees parameters by resizing them
+            hasher.update((ctypes.c_char * there.numel()).from_address(there.data_ptr()))
 
 
 def _scales(tensor: torch.Tensor) -> list[Any]:

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import flexcache
 from flexcache.errors import CaptureError, ConfigError, LayoutError
+from flexcache.identity import comparable, differences
 from tests.corpora import lengths, token_documents
 from tests.distributed.checks.data import zero_engines
 from tests.distributed.checks.pipeline import halves
@@ -69,8 +70,9 @@ def compare(model: Any, plain: nn.Module, exact: bool, **options: Any) -> None:
                     error = np.abs(found - expected).max() / np.abs(expected).max()
                     assert error <= TOLERANCE, f"{name} {layer}: off by {error:.3g} of its largest value"
             assert {p.name for p in together.path.iterdir()} == {p.name for p in alone.path.iterdir()}
-            model_of = [store.provenance["model"]["weights_sample_xxh3_128"] for store in (together, alone)]
-            assert model_of[0] in (None, model_of[1])
+            found = differences(*(comparable(store.provenance["model"]) for store in (alone, together)))
+            assert not [line for line in found if line.startswith(("weights", "buffers", "outputs"))], found
+            assert all(store.provenance["model"]["identity"]["weights"] for store in (together, alone))
     parts = (
         [model] if isinstance(model, nn.Module) else [s.submod for s in (model if isinstance(model, list) else [model])]
     )
