@@ -1,8 +1,9 @@
 """Metrics as ratios of sums over folds, with fold intervals, a group bootstrap and a band over layers.
 
-Each metric is a numerator and a denominator in every fold. A fold's value, their quotient, is what
-scikit-learn gives for that fold. The *pooled* value divides the sums over folds, so predictions of
-different folds are never ranked against each other.
+Each metric is a numerator and a denominator in every fold, and the *pooled* value divides their sums. A fold's
+value, their quotient, is what scikit-learn gives for that fold; predictions of different folds are not ranked
+against each other. Two metrics need more samples than a fold has, and are taken of all held-out samples together
+(`analysis.probes.pooled`): for ece and recall@1%, a fold's value is the mean share of its samples in the pooled one.
 
 ===========  ==========================================  ==================================
 metric       numerator                                   denominator
@@ -12,15 +13,17 @@ auroc        concordant pairs (a tie is a half)          pairs of a positive and
 f1           F1 · samples                                samples
 log_loss     −log of the true class's probability        samples
 brier        squared errors of the probabilities         samples
-ece          gaps of confidence and accuracy in 15 bins  samples
-recall@1%    found positives, at 1 % of negatives        positives
+ece          shares in the gaps of 15 bins               samples
+recall@1%    positives above the threshold               positives
 r2           SST − SSE                                   SST, about the fold's own mean
 pearson      correlation · samples                       samples
 ===========  ==========================================  ==================================
 
-F1 is of the second of two classes, or the mean over more. The expected calibration error is that of Naeini et al.
-(2015), in bins of equal width of the likeliest class's probability. The recall is of the second class, where at most
-one negative in a hundred is above the threshold. Smaller is better for log_loss, brier and ece.
+F1 is of the second of two classes, or the mean over more. The expected calibration error is that of Guo et al. (2017,
+arXiv 1706.04599): the absolute gap between mean confidence and accuracy in 15 bins of equal width of the likeliest
+class's probability, weighted by their samples. The recall is of the second class, above the threshold that at most one
+negative in a hundred reaches, with decisions of folds brought to one scale. Smaller is better for log_loss, brier and
+ece.
 """
 
 from __future__ import annotations
@@ -33,13 +36,16 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
+from analysis.probes import pooled
+
 Metric = Literal["accuracy", "auroc", "f1", "log_loss", "brier", "ece", "recall@1%", "r2", "pearson"]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 CHUNK = 2**22  # float64 values of bootstrap weights in memory at once: 32 MiB
-BINS = 15
+BINS = pooled.BINS
 LOWER = ("log_loss", "brier", "ece")
+POOLED = ("ece", "recall@1%")
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,14 @@ def metrics(task: str, classes: int, ranked: bool, probable: bool) -> tuple[Metr
     return found + (("log_loss", "brier", "ece") if probable else ())
 
 
-def parts(metric: Metric, y: NDArray, prediction: Prediction, fold: Ints, cv: int) -> tuple[Floats, Floats]:
-    """Return numerator and denominator in each fold, ``(cv,)`` each."""
+def parts(
+    metric: Metric, y: NDArray, prediction: Prediction, fold: Ints, cv: int, group: Ints | None = None
+) -> tuple[Floats, Floats]:
+    """Return numerator and denominator in each fold, ``(cv,)`` each; samples are independent without a *group*."""
+    if metric in POOLED:
+        shares, counted = _shares(metric, y, prediction, fold, np.arange(len(y)) if group is None else group)
+        top, bottom = (np.bincount(fold, values, cv).astype(np.float64) for values in (shares, counted))
+        return top, bottom
     found = [_weighted(metric, y[at], prediction.take(at), np.ones((1, at.sum()))) for at in _masks(fold, cv)]
     return np.array([top[0] for top, _ in found]), np.array([bottom[0] for _, bottom in found])
 
@@ -101,23 +113,30 @@ def fold_interval(values: Floats, level: float = 0.95) -> tuple[Floats, Floats]:
 def replicates(
     wanted: Sequence[Metric], y: NDArray, prediction: Prediction, fold: Ints, group: Ints, *, resamples: int, seed: int
 ) -> Floats:
-    """Return the pooled metrics of resampled groups, ``(n_metrics, resamples)``.
+    """Return replicates of the pooled metrics, ``(n_metrics, resamples)``, whose percentiles are an interval.
 
     Whole groups are drawn with replacement, the same draws for the same *seed*, so that predictions of different layers
     may be compared draw by draw; the fitted probes stay as they are (cluster bootstrap: Davison & Hinkley 1997, 3.8).
+    For recall@1% groups have exponential weights instead, and ece is freed of the noise that resampling adds, see
+    `analysis.probes.pooled`.
     """
-    cv, values, done = int(fold.max()) + 1, np.full((len(wanted), resamples), np.nan), 0
-    cases = [(at, y[at], prediction.take(at)) for at in _masks(fold, cv)]
-    for weights in _resamples(int(group.max()) + 1, len(y), resamples, seed):
+    values = np.full((len(wanted), resamples), np.nan)
+    for number, metric in enumerate(wanted):
+        if metric == "ece":
+            values[number] = _ece_replicates(y, prediction, group, resamples, seed)
+        elif metric == "recall@1%":
+            values[number] = _recall_replicates(y, prediction, fold, group, resamples, seed)
+    drawable = [number for number, metric in enumerate(wanted) if metric not in POOLED]
+    cases = [(at, y[at], prediction.take(at)) for at in _masks(fold, int(fold.max()) + 1)]
+    for part, weights in _resamples(int(group.max()) + 1, len(y), resamples, seed):
         top, bottom = np.zeros((2, len(wanted), len(weights)))
         for at, known, said in cases:
             drawn = weights[:, group[at]]
-            for number, metric in enumerate(wanted):
-                more = _weighted(metric, known, said, drawn)
+            for number in drawable:
+                more = _weighted(wanted[number], known, said, drawn)
                 top[number] += more[0]
                 bottom[number] += more[1]
-        values[:, done : done + len(weights)] = ratio(top, bottom)
-        done += len(weights)
+        values[drawable, part] = ratio(top, bottom)[drawable]
     return values
 
 
@@ -146,14 +165,48 @@ def _masks(fold: Ints, cv: int) -> list[NDArray[np.bool_]]:
     return [fold == number for number in range(cv)]
 
 
-def _resamples(n_groups: int, n_samples: int, resamples: int, seed: int) -> Iterator[Floats]:
-    """Yield how often each group was drawn, ``(≤ resamples, n_groups)``."""
+def _resamples(
+    n_groups: int, n_samples: int, resamples: int, seed: int, smooth: bool = False
+) -> Iterator[tuple[slice, Floats]]:
+    """Yield which resamples, and how often each group was drawn, ``(≤ resamples, n_groups)``; or smooth weights."""
     rng = np.random.default_rng(seed)
     size = max(1, CHUNK // max(n_groups, n_samples))
     for low in range(0, resamples, size):
         n = min(size, resamples - low)
-        drawn = rng.integers(n_groups, size=(n, n_groups)) + n_groups * np.arange(n)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=n * n_groups).reshape(n, n_groups).astype(float)
+        if smooth:
+            weights = rng.standard_exponential((n, n_groups))
+        else:
+            drawn = rng.integers(n_groups, size=(n, n_groups)) + n_groups * np.arange(n)[:, None]
+            weights = np.bincount(drawn.ravel(), minlength=n * n_groups).reshape(n, n_groups).astype(float)
+        yield slice(low, low + n), weights
+
+
+def _shares(metric: Metric, y: NDArray, said: Prediction, fold: Ints, group: Ints) -> tuple[Floats, Floats]:
+    """Return what each sample adds to the numerator and to the denominator of a metric of all samples."""
+    if metric == "ece":
+        assert said.probability is not None
+        return pooled.calibration_shares(y, said.probability), np.ones(len(y))
+    standard = pooled.standardised(y, said.decision, fold, group)
+    counted = (y == 1) & ~np.isnan(standard)
+    return pooled.found_positives(y, standard).astype(float), counted.astype(float)
+
+
+def _ece_replicates(y: NDArray, said: Prediction, group: Ints, resamples: int, seed: int) -> Floats:
+    assert said.probability is not None
+    gaps, size = pooled.bin_gaps(y, said.probability), np.bincount(group)
+    by_group = np.zeros((len(size), gaps.shape[1]))
+    np.add.at(by_group, group, gaps)
+    drawn = np.empty((resamples, gaps.shape[1]))
+    for part, weights in _resamples(len(size), len(y), resamples, seed):
+        drawn[part] = weights @ by_group / (weights @ size)[:, None]
+    return pooled.calibration_replicates(gaps.mean(0), drawn)
+
+
+def _recall_replicates(y: NDArray, said: Prediction, fold: Ints, group: Ints, resamples: int, seed: int) -> Floats:
+    standard, values = pooled.standardised(y, said.decision, fold, group), np.empty(resamples)
+    for part, weights in _resamples(int(group.max()) + 1, len(y), resamples, seed, smooth=True):
+        values[part] = pooled.recall_replicates(y, standard, weights[:, group])
+    return values
 
 
 def _weighted(metric: Metric, y: NDArray, said: Prediction, weights: Floats) -> tuple[Floats, Floats]:
@@ -170,12 +223,8 @@ def _weighted(metric: Metric, y: NDArray, said: Prediction, weights: Floats) -> 
         return _pearson(y, said.predicted, weights) * weights.sum(1), weights.sum(1)
     if metric == "auroc":
         return _auroc(y, said.decision, weights)
-    if metric == "recall@1%":
-        return _recall(y, said.decision, weights)
     assert said.probability is not None
-    return weights @ _calibration(metric, y, said.probability) if metric != "ece" else _ece(
-        y, said.probability, weights
-    ), weights.sum(1)
+    return weights @ _calibration(metric, y, said.probability), weights.sum(1)
 
 
 def _calibration(metric: Metric, y: NDArray, probability: Floats) -> Floats:
@@ -185,14 +234,6 @@ def _calibration(metric: Metric, y: NDArray, probability: Floats) -> Floats:
     if probability.shape[1] == 2:
         return np.asarray((probability[:, 1] - y) ** 2)
     return np.asarray(((probability - (y[:, None] == np.arange(probability.shape[1]))) ** 2).sum(1))
-
-
-def _ece(y: NDArray, probability: Floats, weights: Floats) -> Floats:
-    likeliest = probability.argmax(1)
-    confidence = probability.max(1)
-    place = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
-    gap = (confidence - (likeliest == y))[:, None] * (place[:, None] == np.arange(BINS))
-    return np.asarray(np.abs(weights @ gap).sum(1))
 
 
 def _f1(y: NDArray, predicted: NDArray, weights: Floats) -> Floats:
@@ -226,14 +267,3 @@ def _auroc(y: NDArray, decision: Floats, weights: Floats) -> tuple[Floats, Float
     )
     won = (weights[:, positive] * (below[:, left] + below[:, right])).sum(1) / 2
     return won, weights[:, positive].sum(1) * below[:, -1]
-
-
-def _recall(y: NDArray, decision: Floats, weights: Floats) -> tuple[Floats, Floats]:
-    _, tied = np.unique(-decision, return_inverse=True)
-    order = np.argsort(tied, kind="stable")
-    tied, positive, weights = tied[order], y[order] == 1, weights[:, order]
-    last = np.searchsorted(tied, tied, "right") - 1  # tied samples are above a threshold together
-    above = np.cumsum(weights * ~positive, axis=1)[:, last]
-    negatives = (weights * ~positive).sum(1)
-    allowed = above <= 0.01 * negatives[:, None]
-    return (weights * positive * allowed).sum(1), (weights * positive).sum(1)

@@ -40,7 +40,7 @@ class Scoreboard:
         """Score an arm's out-of-fold predictions in one layer, given by its place, or in all of them."""
         at = self.arms.index(arm)
         self.by_fold[at, layer], self.pooled[at, layer] = self._values(y, said)
-        wanted = self._drawn(said) if arm == "probe" else self.metrics[:1]
+        wanted = self._known(said) if arm == "probe" else self.metrics[:1]
         drawn = self._draw(wanted, y, said)
         places = [self.metrics.index(metric) for metric in wanted]
         if arm == "probe":
@@ -79,7 +79,7 @@ class Scoreboard:
         """Return the scores of predictions whose layer, ``chosen[fold]`` by place, differs between folds."""
         by_fold, pooled = self._values(self.view.y, said)
         low, high = np.full((2, len(self.metrics)), np.nan)
-        known = self._drawn(said)
+        known = self._known(said)
         places = [self.metrics.index(metric) for metric in known]
         low[places], high[places] = score.interval(self._draw(known, self.view.y, said))
         fold_low, fold_high = score.fold_interval(by_fold)
@@ -100,14 +100,10 @@ class Scoreboard:
     def _known(self, said: Prediction) -> list[score.Metric]:
         return [m for m in self.metrics if said.probability is not None or m not in score.LOWER]
 
-    def _drawn(self, said: Prediction) -> list[score.Metric]:
-        """Return the metrics that have an interval: calibration errors are larger in resamples than in the sample."""
-        return [metric for metric in self._known(said) if metric != "ece"]
-
     def _values(self, y: NDArray, said: Prediction) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         by_fold, pooled = np.full((len(self.metrics), self.cv), np.nan), np.full(len(self.metrics), np.nan)
         for metric in self._known(said):
-            top, bottom = score.parts(metric, y, said, self.fold, self.cv)
+            top, bottom = score.parts(metric, y, said, self.fold, self.cv, self.view.group)
             at = self.metrics.index(metric)
             by_fold[at], pooled[at] = score.ratio(top, bottom), score.ratio(top.sum(), bottom.sum())
         return by_fold, pooled

@@ -84,7 +84,7 @@ def transfer(
             drawn = score.replicates(metrics, y, said, everything, group, resamples=resamples, seed=seed)
             low, high = score.interval(drawn)
             for m, metric in enumerate(metrics):
-                top, bottom = score.parts(metric, y, said, everything, 1)
+                top, bottom = score.parts(metric, y, said, everything, 1, group)
                 found[row, column, m] = score.ratio(top.sum(), bottom.sum()), low[m], high[m]
     names = ("score", "ci_low", "ci_high")
     attrs = {"target": view.target, "trained_on": asked["target"], "metric": metrics[0], "samples": int(kept.sum())}

@@ -4,8 +4,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 from scipy.stats import t as student
-from sklearn.metrics import accuracy_score, brier_score_loss, f1_score, log_loss, r2_score, roc_auc_score
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import accuracy_score, brier_score_loss, f1_score, log_loss, r2_score, roc_auc_score, roc_curve
 
 from analysis.probes import score
 
@@ -69,6 +71,22 @@ def test_the_calibration_error_is_the_gap_bin_by_bin() -> None:
     assert float(top[0] / bottom[0]) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("folds", [1, 3, 10])
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_calibration_error_is_binned_once_over_all_folds(folds: int, classes: int) -> None:
+    rng = np.random.default_rng(classes)
+    raw, y = rng.normal(size=(200, classes)) * 2, rng.integers(classes, size=200)
+    probability = np.exp(raw) / np.exp(raw).sum(1, keepdims=True)
+    said = score.Prediction(raw.argmax(1), raw[:, 1], probability)
+    top, bottom = score.parts("ece", y, said, rng.permutation(200) % folds, folds)
+    sure, right = probability.max(1), probability.argmax(1) == y
+    accuracy, confidence = calibration_curve(right, sure, n_bins=15)
+    size = np.histogram(sure, np.linspace(0, 1, 16))[0]
+    expected = np.abs(accuracy - confidence) @ size[size > 0] / 200
+    assert top.sum() / bottom.sum() == pytest.approx(expected, rel=1e-12)
+    assert (len(top), bottom.sum()) == (folds, 200)
+
+
 def test_recall_at_one_percent_is_where_one_negative_in_a_hundred_is_found() -> None:
     decision = np.concatenate([np.arange(300.0), [298.5, 297.5, 296.5, 100.2]])
     y = np.concatenate([np.zeros(300, int), np.ones(4, int)])
@@ -77,6 +95,92 @@ def test_recall_at_one_percent_is_where_one_negative_in_a_hundred_is_found() -> 
     assert (top[0], bottom[0]) == (3, 4), "three negatives are allowed, 299, 298 and 297; 296.5 is above the fourth"
     tied = score.Prediction(said.predicted, np.where(decision > 290, 290.0, decision))
     assert score.parts("recall@1%", y, tied, np.zeros(304, int), 1)[0][0] == 0, "ties are found together"
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 6])
+def test_recall_of_one_fold_is_on_scikit_learns_roc_curve(decimals: int) -> None:
+    rng = np.random.default_rng(decimals)
+    y = (rng.random(700) < 0.4).astype(int)
+    decision = np.round(rng.normal(size=700) + 2.5 * y, decimals)
+    rate, found, _ = roc_curve(y, decision, drop_intermediate=False)
+    top, bottom = score.parts("recall@1%", y, score.Prediction(y, decision), np.zeros(700, int), 1)
+    assert top[0] / bottom[0] == found[rate <= 0.01].max()
+
+
+def test_the_threshold_of_recall_is_of_all_folds_and_free_of_their_scales() -> None:
+    rng = np.random.default_rng(0)
+    y, fold = (rng.random(1000) < 0.4).astype(int), np.arange(1000) % 5
+    decision = rng.normal(size=1000) + 2 * y
+    for k in range(5):  # equal location and scale, so that the pooled negatives may be ranked as they are
+        negatives = decision[(fold == k) & (y == 0)]
+        decision[fold == k] = (decision[fold == k] - negatives.mean()) / negatives.std()
+    rate, found, _ = roc_curve(y, decision, drop_intermediate=False)
+    for scaled, close in ((decision, 0), (decision * (1 + fold) - 30.0 * fold, 0.01), (decision * 10.0**fold, 0.01)):
+        said = score.Prediction(y, scaled)
+        top, bottom = score.parts("recall@1%", y, said, fold, 5)
+        assert top.sum() / bottom.sum() == pytest.approx(found[rate <= 0.01].max(), abs=close)
+        np.testing.assert_array_equal(bottom, np.bincount(fold, y))
+
+
+def test_folds_that_differ_by_chance_alone_are_ranked_as_they_are() -> None:
+    rng = np.random.default_rng(1)
+    group = np.arange(1200) // 20
+    y, fold = (np.arange(60) // 5 % 2)[group], group % 5
+    decision = rng.normal(size=60)[group] + rng.normal(size=1200) + 3 * y
+    rate, found, _ = roc_curve(y, decision, drop_intermediate=False)
+    top, bottom = score.parts("recall@1%", y, score.Prediction(y, decision), fold, 5, group)
+    assert top.sum() / bottom.sum() == pytest.approx(found[rate <= 0.01].max(), abs=0.05)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -1e6])
+def test_decisions_that_are_all_equal_find_no_positive(value: float) -> None:
+    y, fold = np.arange(40) % 2, np.arange(40) // 2 % 4
+    said = score.Prediction(y, np.full(40, value))
+    assert not score.parts("recall@1%", y, said, fold, 4, fold)[0].any()
+    drawn = score.replicates(["recall@1%"], y, said, fold, fold, resamples=20, seed=0)
+    np.testing.assert_allclose(drawn, 0.01)
+
+
+def test_a_fold_without_negatives_has_no_recall() -> None:
+    y, fold = np.array([0, 0, 1, 1, 1, 1]), np.array([0, 0, 0, 0, 1, 1])
+    said = score.Prediction(y, np.array([0.0, 1, 2, 0.5, 3, 3]))
+    top, bottom = score.parts("recall@1%", y, said, fold, 2)
+    assert (top.tolist(), bottom.tolist()) == ([1, 0], [2, 0])
+    nothing = score.parts("recall@1%", np.ones(6, int), said, fold, 2)
+    assert np.isnan(score.ratio(*nothing)).all()
+    assert np.isnan(score.replicates(["recall@1%"], np.ones(6, int), said, fold, fold, resamples=5, seed=0)).all()
+
+
+@pytest.mark.parametrize(
+    ("n", "share", "apart", "size", "sharper"),
+    [(600, 0.45, 1.8, 1, 1.0), (200, 0.5, 1.8, 1, 1.0), (600, 0.1, 3.0, 1, 2.0), (1200, 0.45, 1.2, 4, 2.0)],
+    ids=["many", "few", "rare", "groups"],
+)
+def test_intervals_of_pooled_metrics_hold_the_truth(
+    n: int, share: float, apart: float, size: int, sharper: float
+) -> None:
+    def sample(n: int) -> tuple[np.ndarray, score.Prediction, np.ndarray]:
+        group = np.arange(n) // size
+        y = (rng.random(n // size) < share).astype(int)[group]
+        same = rng.normal(size=n // size)[group]
+        decision = (same + rng.normal(size=n)) / 2**0.5 + apart * y if size > 1 else same + apart * y
+        chance = 1 / (1 + np.exp(-sharper * (apart * decision - apart**2 / 2 + np.log(share / (1 - share)))))
+        return y, score.Prediction((chance > 0.5).astype(int), decision, np.stack([1 - chance, chance], 1)), group
+
+    rng, inside = np.random.default_rng(0), []
+    y, said, group = sample(200_000)
+    error = score.parts("ece", y, said, np.zeros(len(y), int), 1)[0].sum() / len(y)
+    truth = np.array([1 - norm.cdf(norm.ppf(0.99) - apart), error])
+    for seed in range(80):
+        y, said, group = sample(n)
+        fold = group % 5
+        drawn = score.replicates(["recall@1%", "ece"], y, said, fold, group, resamples=200, seed=seed)
+        low, high = score.interval(drawn)
+        inside.append((low <= truth) & (truth <= high))
+        both = [score.parts(metric, y, said, fold, 5) for metric in ("recall@1%", "ece")]
+        estimate = np.array([top.sum() / bottom.sum() for top, bottom in both])
+        assert low[1] <= estimate[1] <= high[1]
+    assert (np.mean(inside, axis=0) >= 0.9).all()
 
 
 def test_the_band_over_layers_holds_all_of_them_at_once() -> None:
@@ -95,7 +199,7 @@ def test_the_band_over_layers_holds_all_of_them_at_once() -> None:
 
 @pytest.mark.parametrize("metric", ["accuracy", "auroc"])
 def test_the_bootstrap_is_scoring_the_drawn_groups_themselves(metric: score.Metric) -> None:
-    draws, values = np.concatenate(list(score._resamples(20, N, 50, seed=1))), []
+    draws, values = np.concatenate([weights for _, weights in score._resamples(20, N, 50, seed=1)]), []
     for drawn in draws.astype(int):
         at = np.repeat(np.arange(N), drawn[GROUP])
         top = bottom = 0.0

@@ -69,6 +69,11 @@ def test_grouped_multinomial_scores_on_every_row_equal_scikit_learn(make_store: 
             expected = accuracy_score(y[test], reference().fit(X[train], y[train]).predict(X[test]))
             assert found["score"].sel(arm="probe", layer=layer, metric="accuracy", fold=k) == expected
     assert found["metric"].values.tolist() == ["accuracy", "f1", "log_loss", "brier", "ece"]
+    error = found.sel(arm="probe", metric="ece")
+    assert (error["ci_low"] <= error["pooled"]).all()
+    assert (error["pooled"] <= error["ci_high"]).all()
+    samples = found["fold_samples"] / found["fold_samples"].sum()
+    np.testing.assert_allclose((error["score"] * samples).sum("fold"), error["pooled"])
 
 
 def test_a_regression_equals_scikit_learn(make_store: Any) -> None:
