@@ -225,10 +225,11 @@ def _loss(name: str, layer: int | None, exact: Floats, back: Floats) -> Loss:
     spread = float(np.median(magnitude.max(axis=1) / np.maximum(np.median(magnitude, axis=1), 1e-30)))
     if not np.isfinite(back).all():
         return Loss(name, layer, float("inf"), float("inf"), 0.0, spread)
-    norm = np.linalg.norm(exact, axis=1)
+    wide = exact.astype(np.float64)
+    norm = np.linalg.norm(wide, axis=1)
     other = np.linalg.norm(back.astype(np.float64), axis=1)
-    apart = np.linalg.norm(exact.astype(np.float64) - back, axis=1) / np.maximum(norm, 1e-30)
-    cosine = (exact.astype(np.float64) * back).sum(axis=1) / np.maximum(norm * other, 1e-30)
+    apart = np.linalg.norm(wide - back, axis=1) / np.maximum(norm, 1e-30)
+    cosine = (wide * back).sum(axis=1) / np.maximum(norm * other, 1e-30)
     return Loss(name, layer, float(apart.mean()), float(apart.max()), float(cosine.min()), spread)
 
 

@@ -135,7 +135,10 @@ class Head:
             ) from error
 
     def log_probabilities(self, residual: np.ndarray) -> torch.Tensor:
-        """Return log-probabilities, float32, (rows, vocabulary), of residuals of shape (rows, hidden)."""
+        """Return log-probabilities, float64, (rows, vocabulary), of residuals of shape (rows, hidden).
+
+        Logits are float32, as a model computes them.
+        """
         import torch
         from torch.nn import functional
 
@@ -150,7 +153,7 @@ class Head:
                 logits *= self.scale
             if self.softcap:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
-            return torch.log_softmax(logits, dim=-1)
+            return torch.log_softmax(logits, dim=-1, dtype=torch.float64)
 
 
 def compute(
@@ -227,31 +230,34 @@ def of_rows(store: Store, head: Head, values: Mapping[int, np.ndarray], rows: np
     """Return the lens of some rows of several layers.
 
     ``kl`` (layer, row): KL of the final prediction from the layer's, in nats, Σ p_last (log p_last − log p_layer); 0 at
-    the last layer. ``entropy`` (layer, row), in nats. ``rank`` (layer, row): how many tokens are more probable than
-    the document's next one; ``log_probability`` (layer, row) of it; NaN and -1 at the end of a document. ``agrees``
-    (layer, row): the most probable token is that of the last layer. Over rows, with the first token left out:
-    ``kl_mean``, ``entropy_mean``, ``agreement``, ``rank_median``, ``loss`` (layer).
+    the last layer, and never negative. ``entropy`` (layer, row), in nats. ``rank`` (layer, row): how many tokens are
+    more probable than the document's next one; ``log_probability`` (layer, row) of it; NaN and -1 at the end of a
+    document. ``agrees`` (layer, row): the most probable token is that of the last layer. Over rows, with the first
+    token left out: ``kl_mean``, ``entropy_mean``, ``agreement``, ``rank_median``, ``loss`` (layer). Logits are float32;
+    what follows from them is computed in float64.
     """
     import torch
+
+    from analysis.divergence import entropy, kl_divergence
 
     layers = sorted(values)
     target, position = next_tokens(store, rows)
     shape = (len(layers), len(rows))
     data = {name: np.full(shape, np.nan) for name in ("kl", "entropy", "log_probability")}
     rank, agrees = np.full(shape, -1, np.int64), np.zeros(shape, bool)
-    step = max(1, LOGIT_BYTES // (4 * len(head.weight)))
+    step = max(1, LOGIT_BYTES // (8 * len(head.weight)))
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         final = head.log_probabilities(values[layers[-1]][part])
         with torch.inference_mode():
-            share, best = final.exp(), final.argmax(1)
+            best = final.argmax(1)
             known = torch.from_numpy(np.flatnonzero(target[part] >= 0))
             wanted = torch.from_numpy(target[part])[known].long()
             at = known.numpy() + start
             for i, layer in enumerate(layers):
                 guess = final if layer == layers[-1] else head.log_probabilities(values[layer][part])
-                data["kl"][i, part] = (share * (final - guess)).sum(1, dtype=torch.float64)
-                data["entropy"][i, part] = -(guess.exp() * guess).sum(1, dtype=torch.float64)
+                data["kl"][i, part] = kl_divergence(final, guess)
+                data["entropy"][i, part] = entropy(guess)
                 agrees[i, part] = guess.argmax(1) == best
                 own = guess[known, wanted]
                 data["log_probability"][i, at] = own

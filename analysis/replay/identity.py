@@ -87,8 +87,8 @@ def compare(mine: torch.Tensor, logits: torch.Tensor, batch: Batch, read: np.nda
         ours, theirs = (values[line][real[line].to(values.device)].float() for values in (mine, logits))
         difference = ours - theirs
         largest = max(largest, float(difference.abs().max()))
-        square += float(difference.square().sum())
-        spread += float((theirs - theirs.mean(-1, keepdim=True)).square().sum())
+        square += float(difference.square().sum(dtype=torch.float64))
+        spread += float((theirs - theirs.mean(-1, keepdim=True)).square().sum(dtype=torch.float64))
     return Misfit(largest, (square / spread) ** 0.5 if spread else float(largest > 0))
 
 

@@ -1,4 +1,4 @@
-"""What an edit changed: metrics of each document, from the logits with it and without."""
+"""What an edit changed: metrics of each document, from the logits with it and without, computed in float64."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from analysis.divergence import kl_divergence, log_softmax, row_blocks
 from flexcache.errors import AnalysisError, nearest
 
 
@@ -67,9 +68,12 @@ class Metric:
 
 
 def kl(outcome: Outcome) -> float:
-    """Return the mean over tokens of KL(before ‖ after) of the next-token distributions, in nats."""
-    before, after = outcome.base.log_softmax(-1), outcome.logits.log_softmax(-1)
-    return float((before.exp() * (before - after)).sum(-1).mean())
+    """Return the mean over tokens of KL(before ‖ after) of the next-token distributions, in nats, never negative."""
+    total = sum(
+        float(kl_divergence(log_softmax(outcome.base[rows]), log_softmax(outcome.logits[rows])).sum())
+        for rows in row_blocks(*outcome.base.shape)
+    )
+    return total / len(outcome.base) if len(outcome.base) else float("nan")
 
 
 def loss(outcome: Outcome) -> float:
@@ -94,7 +98,7 @@ def logit_diff_change(outcome: Outcome) -> float:
 
 def prob(outcome: Outcome) -> float:
     """Return the probability of the answer at the last token, with the edit."""
-    return float(outcome.logits[-1].softmax(-1)[outcome.answer[0]]) if outcome.answer else float("nan")
+    return float(log_softmax(outcome.logits[-1])[outcome.answer[0]].exp()) if outcome.answer else float("nan")
 
 
 def rank(outcome: Outcome) -> float:
@@ -106,7 +110,7 @@ def rank(outcome: Outcome) -> float:
 
 def flips(outcome: Outcome) -> float:
     """Return the share of tokens at which the likeliest next token is another one."""
-    return float((outcome.logits.argmax(-1) != outcome.base.argmax(-1)).float().mean())
+    return float((outcome.logits.argmax(-1) != outcome.base.argmax(-1)).double().mean())
 
 
 def recovered(outcome: Outcome) -> float:
@@ -124,8 +128,8 @@ def recovered(outcome: Outcome) -> float:
 def cosine(outcome: Outcome) -> float:
     """Return the mean over tokens of the cosine between the last block's outputs with the edit and without."""
     ((key, after),) = ((key, value) for key, value in outcome.residuals.items() if key[0] == "resid_post")
-    before = outcome.base_residuals[key]
-    return float(torch.nn.functional.cosine_similarity(after[outcome.positions], before[outcome.positions]).mean())
+    before = outcome.base_residuals[key][outcome.positions].double()
+    return float(torch.nn.functional.cosine_similarity(after[outcome.positions].double(), before).mean())
 
 
 def projection(name: str, vector: Any, site: str = "resid_post", layer: int = -1, bias: float = 0.0) -> Metric:
@@ -136,11 +140,11 @@ def projection(name: str, vector: Any, site: str = "resid_post", layer: int = -1
     vector, bias
         The probe's, for activations as they are: shape (features,).
     """
-    weights = torch.as_tensor(np.asarray(vector, np.float64)).float()
+    weights = torch.as_tensor(np.asarray(vector, np.float64))
 
     def score(outcome: Outcome) -> float:
         found = next(value for key, value in outcome.residuals.items() if key[0] == site)
-        return float(found[outcome.positions[-1]] @ weights.to(found.device)) + bias
+        return float(found[outcome.positions[-1]].double() @ weights.to(found.device)) + bias
 
     return Metric(name, score, ((site, layer),))
 
@@ -196,8 +200,13 @@ def _loss(outcome: Outcome, logits: torch.Tensor) -> float:
     if not inside.any():
         return float("nan")
     labels = torch.from_numpy(outcome.tokens[outcome.positions[inside] + 1].astype(np.int64)).to(logits.device)
-    return float(torch.nn.functional.cross_entropy(logits[torch.from_numpy(inside).to(logits.device)], labels))
+    places = torch.from_numpy(np.flatnonzero(inside)).to(logits.device)
+    total = sum(
+        float(torch.nn.functional.nll_loss(log_softmax(logits[places[rows]]), labels[rows], reduction="sum"))
+        for rows in row_blocks(len(places), logits.shape[-1])
+    )
+    return total / len(places)
 
 
 def _difference(outcome: Outcome, logits: torch.Tensor) -> float:
-    return float(logits[outcome.answer[0]] - logits[outcome.answer[1]]) if outcome.answer else float("nan")
+    return float(logits[outcome.answer[0]]) - float(logits[outcome.answer[1]]) if outcome.answer else float("nan")

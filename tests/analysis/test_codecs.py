@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import flexcache
+from analysis import codecs
 from analysis.codecs import compare
 from flexcache.errors import UncommittedError
 from flexcache.store.copying import copy
@@ -64,3 +65,8 @@ def test_the_command(store: flexcache.Store, tmp_path: Path, capsys: pytest.Capt
     found = json.loads((tmp_path / "out.json").read_text())
     assert {loss["layer"] for loss in found[0]["losses"]} == {3, None}
     assert "did you mean resid_post" in run(capsys, "bench-codec", store.path, "--site", "resid_pots", status=1)
+
+
+def test_a_cosine_of_equal_rows_is_one_in_double() -> None:
+    rows = np.random.default_rng(0).normal(50, 1, (64, 4096)).astype(np.float32)
+    assert codecs._loss("float32", 0, rows, rows).cosine == pytest.approx(1, abs=1e-14)
