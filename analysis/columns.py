@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,12 @@ _KINDS = (
     pa.types.is_integer,
     pa.types.is_floating,
 )
+LABELS = (*_KINDS, pa.types.is_temporal, pa.types.is_decimal)
+"""Kinds of columns whose values may be compared."""
 
 
-def column(table: pa.Table, name: str, role: str) -> pa.Array:
-    """Return a column of text, numbers or booleans; *role* is what it is for, said in errors."""
+def column(table: pa.Table, name: str, role: str, kinds: Sequence[Callable[[pa.DataType], bool]] = _KINDS) -> pa.Array:
+    """Return a column of text, numbers or booleans, or of other *kinds*; *role* is what it is for, said in errors."""
     if name not in table.column_names:
         raise AnalysisError(
             f"the documents have no column {name!r} ({role})",
@@ -31,10 +34,10 @@ def column(table: pa.Table, name: str, role: str) -> pa.Array:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     kind = column.type
-    if not any(test(kind) for test in _KINDS):
+    if not any(test(kind) for test in kinds):
         raise AnalysisError(
             f"column {name!r} cannot be a {role}",
-            expected="text, numbers or booleans, one a document",
+            expected=f"text, numbers{', dates' if kinds is LABELS else ''} or booleans, one a document",
             found=str(kind),
         )
     return column
@@ -47,7 +50,19 @@ def valid(column: pa.Array) -> NDArray[np.bool_]:
 
 def codes(column: pa.Array) -> NDArray[np.int64]:
     """Return a number for each value, equal values alike, from 0 without gaps."""
+    if pa.types.is_floating(column.type):
+        column = pc.add(column.cast(pa.float64()), 0.0)  # -0.0 and 0.0 are one value
     return np.asarray(column.dictionary_encode().indices).astype(np.int64)
+
+
+def label_codes(column: pa.Array) -> NDArray[np.int64]:
+    """Return a number for each value, equal values alike, and −1 where there is none: null, NaN or an empty text."""
+    known = valid(column)
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        known &= np.asarray(pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(column), ""), False))
+    found = np.full(len(column), -1, np.int64)
+    found[known] = codes(column.filter(pa.array(known)))
+    return found
 
 
 def target(column: pa.Array, name: str, task: str) -> tuple[NDArray[Any], tuple[Any, ...]]:

@@ -68,7 +68,7 @@ def read(store: Any, text: str) -> list[str | TokenTarget | DocumentTarget]:
 def labels(store: Any, column: str) -> list[DocumentTarget]:
     """Return a target for each word in a column of lists of words: whether the document has it.
 
-    Documents with null in place of a list are left out.
+    Documents with null in place of a list are left out; null and NaN within a list are no word.
     """
 
     def has(word: str) -> Callable[[Any], pa.Array]:
@@ -76,7 +76,8 @@ def labels(store: Any, column: str) -> list[DocumentTarget]:
             [None if found is None else word in found for found in other.documents[column].to_pylist()]
         )
 
-    words = sorted({word for found in store.documents[column].to_pylist() for word in found or ()}, key=str)
+    listed = {word for found in store.documents[column].to_pylist() for word in found or ()}
+    words = sorted((word for word in listed if word is not None and word == word), key=str)  # NaN is not itself
     return [DocumentTarget(f"{column}={word}", has(word)) for word in words]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from analysis import columns
 from analysis.replay.edit import Edit
 from analysis.replay.edits import Numbers, orthonormal, random_basis
 from analysis.replay.spot import Spot
@@ -150,14 +151,22 @@ def same_length(store: Store, seed: int = 0, differing: str | None = None) -> di
     Parameters
     ----------
     differing
-        A column of the documents in which the donor must differ, such as a label.
+        A column of the documents in which the donor must differ, such as a label. Documents without a value there
+        (null, NaN or an empty text) have no donor and are none.
+
+    Raises
+    ------
+    AnalysisError
+        The documents have no such column, or it holds no text, numbers, booleans or dates.
     """
     table, rng = store.documents, np.random.default_rng(seed)
     ids, lengths = table["id"].to_pylist(), table["n_tokens"].to_numpy()
-    labels = np.asarray(table[differing].to_pylist() if differing else np.arange(len(ids)))
+    labels = np.arange(len(ids))
+    if differing is not None:
+        labels = columns.label_codes(columns.column(table, differing, "label", columns.LABELS))
     found = {}
-    for line, name in enumerate(ids):
-        others = np.flatnonzero((lengths == lengths[line]) & (labels != labels[line]))
+    for line in np.flatnonzero(labels >= 0).tolist():
+        others = np.flatnonzero((lengths == lengths[line]) & (labels >= 0) & (labels != labels[line]))
         if len(others):
-            found[name] = ids[int(rng.choice(others))]
+            found[ids[line]] = ids[int(rng.choice(others))]
     return found

@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from analysis import columns
 from analysis.replay.inference import group_bootstrap, sign_flip
 from flexcache.errors import AnalysisError, nearest
 
@@ -63,7 +64,8 @@ class Sweep:
         Parameters
         ----------
         groups
-            ``"document"``, or a column of *store*'s documents whose equal values are drawn, and flipped, together.
+            ``"document"``, or a column of *store*'s documents whose equal values are drawn, and flipped, together. A
+            document without a value there is a group of its own.
 
         Returns
         -------
@@ -74,7 +76,7 @@ class Sweep:
         Raises
         ------
         AnalysisError
-            There is no such column, or no store to take it from.
+            There is no such column, or no store to take it from, or the store lacks a document of the sweep.
         """
         values = self.results["value"].transpose("document", ...)
         group = _groups(values["document"].values, store, groups)
@@ -171,5 +173,15 @@ def _groups(documents: np.ndarray, store: Store | None, groups: str) -> np.ndarr
             expected="a column of the store's documents, and the store" if store is None else "a column",
             remedy="give store= as well" if store is None else nearest(groups, tuple(store.documents.column_names)),
         )
-    by_id = dict(zip(store.documents["id"].to_pylist(), store.documents[groups].to_pylist()))
-    return np.unique([str(by_id[name]) for name in documents], return_inverse=True)[1]
+    codes = columns.label_codes(columns.column(store.documents, groups, "groups", columns.LABELS))
+    codes = np.where(codes < 0, len(codes) + np.arange(len(codes)), codes)
+    of = dict(zip(store.documents["id"].to_pylist(), codes.tolist()))
+    missing = [name for name in documents if name not in of]
+    if missing:
+        raise AnalysisError(
+            "the store does not have the documents of the sweep",
+            where=str(store.path),
+            found=f"{len(missing)} of {len(documents)} missing, such as {missing[0]!r}",
+            remedy="give the store that was replayed",
+        )
+    return np.unique([of[name] for name in documents], return_inverse=True)[1]

@@ -81,6 +81,17 @@ def test_several_labels_are_a_target_each(token_store: Any) -> None:
     assert alone.results.equals(sweeps["tags=red", "resid_post", "ridge"].results)
 
 
+@pytest.mark.parametrize(("words", "missing"), [(["red", "blue"], None), ([1.0, 2.0], float("nan"))])
+def test_a_missing_word_in_a_list_is_no_target(array_store: Any, words: list[Any], missing: Any) -> None:
+    lists = [words, [words[0], missing], [missing], None]
+    store = array_store(np.zeros((1, 4, 2)), [1] * 4, tags=lists)
+    found = targets.labels(store, "tags")
+    assert [target.name for target in found] == [f"tags={word}" for word in sorted(words)]
+    assert [target.values(store).to_pylist() for target in found] == [
+        [None if held is None else word in held for held in lists] for word in sorted(words)
+    ]
+
+
 @pytest.mark.parametrize("position", [0, 4, -1, -5])
 def test_a_position_is_the_row_of_that_token(token_store: Any, position: int) -> None:
     even = targets.labels(token_store, "tags")[0]

@@ -54,6 +54,13 @@ def test_documents_without_target_group_or_rows_are_left_out_and_counted(array_s
     np.testing.assert_array_equal(found.read(1), values[1][[0, 3, 4]])
 
 
+def test_groups_of_numbers_leave_nan_out_and_know_one_zero(array_store: Any) -> None:
+    store = array_store(np.zeros((1, 5, 2)), [1] * 5, label=list("abbab"), by=[0.0, -0.0, float("nan"), 1.0, 1.0])
+    found = join(store, "resid_post", "label", groups="by")
+    assert found.dropped == {"no group": 1}
+    assert found.group.tolist() == [0, 0, 1, 1]
+
+
 def test_nan_in_a_numeric_target_is_no_target(array_store: Any) -> None:
     found = join(array_store(np.zeros((1, 3, 2)), [1, 1, 1], y=[0.5, float("nan"), 2.0]), "resid_post", "y")
     assert found.task == "regression"

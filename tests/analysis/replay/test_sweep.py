@@ -3,9 +3,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from scipy.special import log_softmax
@@ -318,6 +320,13 @@ def test_effects_have_intervals_and_tests_against_their_controls(made: Any) -> N
     assert float(by_label["ci_low"].sel(arm="edit").squeeze()) >= values.min()
     with pytest.raises(AnalysisError, match="cannot be grouped"):
         r.effect(store, groups="lable")
+    labels: list[float | None] = [float("nan"), None] * 4 + [None]
+    ids = [document["id"] for document in DOCUMENTS]
+    unlabelled: Any = SimpleNamespace(documents=pa.table({"id": ids, "who": labels}), path=store.path)
+    alone = r.effect(unlabelled, groups="who")
+    assert alone["ci_low"].equals(effect["ci_low"]), "documents without a group do not belong together"
+    with pytest.raises(AnalysisError, match="does not have the documents"):
+        r.effect(SimpleNamespace(documents=unlabelled.documents[:4], path=store.path), groups="who")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
