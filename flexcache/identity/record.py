@@ -24,6 +24,11 @@ TOLERANCES = {"bfloat16": 6e-2, "float16": 2e-2, "float32": 1e-3, "float64": 1e-
 
 SHOWN = 6
 
+CHANGED_MODEL = (
+    "load the model as it was, or choose another path for a new store; allow_changed_model=True"
+    " (--allow-changed-model) continues all the same, and the ledger records it"
+)
+
 
 def for_store(model: Record) -> dict[str, Any]:
     """Return the record of a live model as a store keeps it: without the names of its tensors."""
@@ -121,8 +126,7 @@ def check_model(before: Record, now: Record, where: str, *, allow: bool = False)
             where=where,
             expected=str(before.get("name") or before.get("class") or "the model of the store"),
             found="\n    ".join(["", *found]),
-            remedy="load the model as it was, or choose another path for a new store; allow_changed_model=True"
-            " (--allow-changed-model) continues all the same, and the ledger records it",
+            remedy=CHANGED_MODEL,
         )
     return found
 

@@ -22,12 +22,13 @@ from flexcache.model import (
 from flexcache.options import Choice, Packing, Teaching, Windows, parse_rows
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.fingerprint import fingerprint, model_notices
-from flexcache.recorder.imaging import check_images, described_patches
+from flexcache.recorder.imaging import check_images, described_patches, padding
 from flexcache.recorder.isolation import check_isolation
 from flexcache.recorder.objective import OBJECTIVE, Objective, describe
 from flexcache.recorder.planning import Source, check_same, plan_store, stored_identity
 from flexcache.recorder.progress import CaptureProgress
 from flexcache.recorder.reading import locate, measure_arrays
+from flexcache.recorder.recompute import check_rows
 from flexcache.recorder.recorder import DEFAULT_BUFFER, Recorder
 from flexcache.recorder.running import allocation, complete
 from flexcache.recorder.targets import decoder_inputs as read_by_decoder
@@ -209,13 +210,15 @@ def capture(
         planning.done(amount is not None)
         stored = stored_identity(read_attributes(path))
         changed = check_same(stored, source.identity(), path, allow_changed_model=allow_changed_model)
-        for line in model_notices(stored["model"], source.model, changed):
+        notices = model_notices(stored["model"], source.model, changed)
+        for line in notices:
             bars.say(line)
         for name, text in amount.lines() if amount else ():
             bars.say(f"  {name}: {text}")
+        now = fingerprint(model, crew.sizes.tp) | ({"model": model_key(source.model)} if changed else {})
         recorder = Recorder(
             path,
-            fingerprint=fingerprint(model, crew.sizes.tp) | ({"model": model_key(source.model)} if changed else {}),
+            fingerprint=now,
             buffer_bytes=buffer_bytes,
             allow_mixed=allow_mixed or bool(changed),
             allocate=allocation(model),
@@ -223,5 +226,7 @@ def capture(
             keys=crew.keys(reading.taps, [(OBJECTIVE, None)] if OBJECTIVE in stored["arrays"] else ()),
             patience=patience,
         )
+        if not changed and (notices or recorder.pending()):
+            check_rows(model, recorder.store, reading, padding(model, tokenizer), crew, now)
         complete(model, tokenizer, reading, recorder, bars, crew)
     return Store(path)

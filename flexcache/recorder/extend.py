@@ -24,12 +24,13 @@ from flexcache.model import (
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.extension import Extension, check_equal, more_arrays, more_documents, opened, tokens_of
 from flexcache.recorder.fingerprint import check_fingerprint, fingerprint, model_notices
-from flexcache.recorder.imaging import check_images
+from flexcache.recorder.imaging import check_images, padding
 from flexcache.recorder.isolation import check_isolation
 from flexcache.recorder.objective import OBJECTIVE, Objective, describe
 from flexcache.recorder.planning import check_same
 from flexcache.recorder.progress import CaptureProgress
 from flexcache.recorder.reading import Reading, locate, measure_arrays
+from flexcache.recorder.recompute import check_rows
 from flexcache.recorder.recorder import DEFAULT_BUFFER, Recorder
 from flexcache.recorder.running import allocation, complete
 from flexcache.recorder.transform import Transform
@@ -127,7 +128,8 @@ def extend(
         example = tokenizer.example(model) if store.images else None
         described = crew.describe_model(model, example)
         changed = check_source(store, described, tokenizer, allow_changed_model)
-        for line in model_notices(store.provenance.get("model", {}), described, changed):
+        notices = model_notices(store.provenance.get("model", {}), described, changed)
+        for line in notices:
             bars.say(line)
 
         def read(spec: Spec) -> tuple[Reading, list[ArraySpec]]:
@@ -146,6 +148,11 @@ def extend(
         now = fingerprint(model, crew.sizes.tp) | ({"model": model_key(described)} if changed else {})
         allow_mixed = allow_mixed or bool(changed)
         check_fingerprint(store, now, allow_mixed)
+        stored_sites = {site: held for site, held in everything.sites.items() if not site.endswith(".grad")}
+        if stored_sites and notices and not changed:
+            plain = everything.model_copy(update={"sites": stored_sites, "transforms": {}, "objective": None})
+            known = locate(model, plain, (), None, crew.elsewhere())
+            check_rows(model, store, known, padding(model, tokenizer), crew, now)
         planning = bars.planning(None)
         try:
             found: Extension | None

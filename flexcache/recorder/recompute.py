@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,22 +10,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from flexcache.errors import StoreError
+from flexcache.errors import DamagedError, MismatchError, StoreError
+from flexcache.hooks.measure import input_device
 from flexcache.hooks.names import peel
 from flexcache.identity import check_model, comparable
+from flexcache.identity.record import CHANGED_MODEL, TOLERANCES
 from flexcache.images.input import stored_input
 from flexcache.model import evaluating
 from flexcache.recorder.batch import Batch, BatchReader
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.fingerprint import fingerprint
-from flexcache.recorder.imaging import padding
+from flexcache.recorder.imaging import Padding, padding
 from flexcache.recorder.objective import Objective
-from flexcache.recorder.reading import locate
+from flexcache.recorder.reading import Reading, locate
 from flexcache.recorder.rows import rows_of
 from flexcache.recorder.running import forwards
 from flexcache.recorder.transform import Transform
 from flexcache.spec import DTYPES, Spec
 from flexcache.store.store import Store
+
+UNITS_LOOKED_AT = 4
 
 
 @dataclass(frozen=True)
@@ -100,11 +104,76 @@ def recompute(
     check_model(comparable(store.provenance["model"]), given, str(path))
     reading = locate(model, Spec.model_validate(store.spec), transforms, objective)
     now = fingerprint(model)
+    reader = BatchReader(store.path, mean=store.spec.get("rows") == "mean")
+    conditions = {}
+
+    def batches() -> Iterator[Batch]:
+        for unit in chosen:
+            record = store.ledger.read(unit)
+            conditions[unit] = record.fingerprint == now
+            for batch in reader.unit(unit, record.batch_tokens):
+                yield batch
+                progress(len(batch.rows))
+
+    worst = _compare(model, store, reading, padding(model, tokenizer), crew, batches())
+    crew.close()
+    return [
+        Recomputed(unit, name, layer, equal, difference, conditions[unit])
+        for (unit, name, layer), (equal, difference) in worst.items()
+    ]
+
+
+def check_rows(
+    model: torch.nn.Module, store: Store, reading: Reading, pad: Padding, crew: Crew, now: dict[str, Any]
+) -> None:
+    """Run one committed batch again, of the longest sequences, and compare its rows with what is stored.
+
+    This sees what a small fixed input cannot: hooks that act on later tokens, or on certain ones. Nothing is done
+    where no unit was computed under the conditions *now*, or where the model is on several processes.
+
+    Raises
+    ------
+    MismatchError
+        A row is another one: bit for bit on a CPU, to the tolerances of `flexcache.identity` elsewhere.
+    """
+    records = [store.ledger.read(unit) for unit in store.committed_units[:UNITS_LOOKED_AT].tolist()]
+    alike = [(record.unit, record.batch_tokens) for record in records if record.fingerprint == now]
+    if not alike or not crew.alone:
+        return
+    reader = BatchReader(store.path, mean=store.spec.get("rows") == "mean")
+    batches = (batch for unit, budget in alike for batch in reader.unit(unit, budget))
+    longest = max(batches, key=lambda batch: batch.shape[1])
+    try:
+        found = _compare(model, store, reading, pad, crew, [longest])
+    except (DamagedError, torch.OutOfMemoryError):  # `verify` names the one, and batches that fit are found later
+        return
+    exact = input_device(model).type == "cpu"
+    wrong = {
+        (name, layer): difference
+        for (_, name, layer), (equal, difference) in found.items()
+        if not (equal if exact else difference <= TOLERANCES[now["compute_dtype"]])
+    }
+    if wrong:
+        (name, layer), difference = max(wrong.items(), key=lambda item: item[1])
+        raise MismatchError(
+            "the model computes something else than the one that the store was made from",
+            where=str(store.path),
+            expected=f"the stored rows {longest.rows.start} to {longest.rows.stop - 1}, under the same conditions",
+            found=f"{len(wrong)} of its arrays and layers differ, {name} of layer {layer} by {difference:.2g} of its"
+            " largest value",
+            remedy=f"{CHANGED_MODEL}; flexcache verify tells if the store is damaged",
+        )
+
+
+def _compare(
+    model: torch.nn.Module, store: Store, reading: Reading, pad: Padding, crew: Crew, batches: Iterable[Batch]
+) -> dict[tuple[int, str, int | None], tuple[bool, float]]:
+    """Return, by unit, array and layer, if rows are equal, and their difference relative to the largest value."""
     worst: dict[tuple[int, str, int | None], tuple[bool, float, float]] = {}
-    batches: list[Batch] = []
+    current: list[Batch] = []
 
     def compare(name: str, layer: int | None, values: torch.Tensor) -> None:
-        batch, dtype = batches[0], DTYPES[store.arrays[name].dtype]
+        batch, dtype = current[0], DTYPES[store.arrays[name].dtype]
         (content, spans), *_ = rows_of(batch, values, dtype)
         found = np.concatenate([content[start : start + count] for start, count in spans]).view(dtype)
         held = store.read(name, layer, slice(batch.rows.start, batch.rows.stop), raw=True).reshape(-1)
@@ -114,18 +183,8 @@ def recompute(
         scale = max(scale, float(np.abs(held.astype(np.float32)).max()))
         worst[batch.unit, name, layer] = equal and same, max(largest, apart), scale
 
-    reader = BatchReader(store.path, mean=store.spec.get("rows") == "mean")
-    conditions = {}
-    with evaluating(model), forwards(model, reading, padding(model, tokenizer), compare, crew) as forward:
-        for unit in chosen:
-            record = store.ledger.read(unit)
-            conditions[unit] = record.fingerprint == now
-            for batch in reader.unit(unit, record.batch_tokens):
-                batches[:] = [batch]
-                forward(batch)
-                progress(len(batch.rows))
-    crew.close()
-    return [
-        Recomputed(unit, name, layer, equal, largest / max(scale, 1e-30), conditions[unit])
-        for (unit, name, layer), (equal, largest, scale) in worst.items()
-    ]
+    with evaluating(model), forwards(model, reading, pad, compare, crew) as forward:
+        for batch in batches:
+            current[:] = [batch]
+            forward(batch)
+    return {key: (equal, largest / max(scale, 1e-30)) for key, (equal, largest, scale) in worst.items()}

@@ -89,6 +89,10 @@ def steer(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
     return output + 0.1
 
 
+def steer_late(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    return torch.cat([output[:, :26], output[:, 26:] + 0.1], dim=1)
+
+
 def watch(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
     output.mean()
 
@@ -108,45 +112,145 @@ def attribute(path: str, name: str, value: Any) -> Change:
 NAN = float("nan")
 ROWS = [
     # the values of the model
-    Row("one value of a weight", "weights: 1 of 39", weight("model.layers.3.mlp.up_proj.weight", lambda w: w[5, 7].mul_(3))),
-    Row("a head zeroed in `o_proj`", "o_proj.weight", weight("model.layers.0.self_attn.o_proj.weight", lambda w: w[:, 16:32].zero_())),
-    Row("the embedding of a token that occurs nowhere", "embed_tokens.weight", weight("model.embed_tokens.weight", lambda w: w[VOCABULARY - 1].add_(1))),
-    Row("a weight of the head, which no capture runs", "lm_head.weight", weight("lm_head.weight", lambda w: w[3, 3].add_(1))),
+    Row(
+        "one value of a weight",
+        "weights: 1 of 39",
+        weight("model.layers.3.mlp.up_proj.weight", lambda w: w[5, 7].mul_(3)),
+    ),
+    Row(
+        "a head zeroed in `o_proj`",
+        "o_proj.weight",
+        weight("model.layers.0.self_attn.o_proj.weight", lambda w: w[:, 16:32].zero_()),
+    ),
+    Row(
+        "the embedding of a token that occurs nowhere",
+        "embed_tokens.weight",
+        weight("model.embed_tokens.weight", lambda w: w[VOCABULARY - 1].add_(1)),
+    ),
+    Row(
+        "a weight of the head, which no capture runs",
+        "lm_head.weight",
+        weight("lm_head.weight", lambda w: w[3, 3].add_(1)),
+    ),
     Row("the dtype of the weights", "weights: ", lambda model: model.half()),
-    Row("rotary frequencies, a buffer that no checkpoint holds", "buffers: model.rotary_emb.inv_freq", lambda model: model.model.rotary_emb.inv_freq.mul_(1.01)),
+    Row(
+        "rotary frequencies, a buffer that no checkpoint holds",
+        "buffers: model.rotary_emb.inv_freq",
+        lambda model: model.model.rotary_emb.inv_freq.mul_(1.01),
+    ),
     Row("weights quantized", "modules: ", make=plain, again=quantized),
-    Row("a value of packed quantized weights", "_packed_params", make=quantized, again=partial(quantized, weight("model.layers.1.mlp.up_proj.weight", lambda w: w[0, 0].mul_(9)))),
+    Row(
+        "a value of packed quantized weights",
+        "_packed_params",
+        make=quantized,
+        again=partial(quantized, weight("model.layers.1.mlp.up_proj.weight", lambda w: w[0, 0].mul_(9))),
+    ),
     # adapters
-    Row("another adapter active", "adapter other: inactive, .* active", lambda model: model.set_adapter("other"), adapted),
-    Row("the adapter off", "adapter default: active, .* inactive", lambda model: model.base_model.disable_adapter_layers(), adapted),
+    Row(
+        "another adapter active",
+        "adapter other: inactive, .* active",
+        lambda model: model.set_adapter("other"),
+        adapted,
+    ),
+    Row(
+        "the adapter off",
+        "adapter default: active, .* inactive",
+        lambda model: model.base_model.disable_adapter_layers(),
+        adapted,
+    ),
     Row("the scale of the adapter", "adapter default: active, scale 2, .* scale 4", scaled, adapted),
-    Row("the adapter merged into the weights", "adapter default: active, .* merged", lambda model: model.merge_adapter(["default"]), adapted),
-    Row("an adapter added to the model", "class: LlamaForCausalLM before, PeftModelForCausalLM now", make=plain, again=adapted),
-    Row("one value of the adapter", "lora_A.default.weight", weight("base_model.model.model.layers.2.self_attn.q_proj.lora_A.default.weight", lambda w: w[0, 0].add_(1)), adapted),
+    Row(
+        "the adapter merged into the weights",
+        "adapter default: active, .* merged",
+        lambda model: model.merge_adapter(["default"]),
+        adapted,
+    ),
+    Row(
+        "an adapter added to the model",
+        "class: LlamaForCausalLM before, PeftModelForCausalLM now",
+        make=plain,
+        again=adapted,
+    ),
+    Row(
+        "one value of the adapter",
+        "lora_A.default.weight",
+        weight("base_model.model.model.layers.2.self_attn.q_proj.lora_A.default.weight", lambda w: w[0, 0].add_(1)),
+        adapted,
+    ),
     # what it computes with its values
-    Row("a hook that changes an output", "hooks: none before, model.layers.1: .*steer now", lambda model: model.model.layers[1].register_forward_hook(steer) and None),
-    Row("a hook that changes an input", "hooks: none before, model.norm: .*shift now", lambda model: model.model.norm.register_forward_pre_hook(shift) and None),
-    Row("`forward` of a module replaced", "hooks: none before, model.layers.2.mlp: .*<lambda> now", lambda model: attribute("model.layers.2.mlp", "forward", lambda x: x)(model)),
+    Row(
+        "a hook that changes an output",
+        "hooks: none before, model.layers.1: .*steer now",
+        lambda model: model.model.layers[1].register_forward_hook(steer) and None,
+    ),
+    Row(
+        "a hook that changes an input",
+        "hooks: none before, model.norm: .*shift now",
+        lambda model: model.model.norm.register_forward_pre_hook(shift) and None,
+    ),
+    Row(
+        "a hook that changes later tokens alone",
+        "resid_post of layer",
+        lambda model: model.model.layers[1].register_forward_hook(steer_late) and None,
+    ),
+    Row(
+        "`forward` of a module replaced",
+        "hooks: none before, model.layers.2.mlp: .*<lambda> now",
+        lambda model: attribute("model.layers.2.mlp", "forward", lambda x: x)(model),
+    ),
     Row("`forward` of a class replaced", "outputs on a fixed input.* model.layers.0 is the first", class_patched),
-    Row("an activation function", "modules: 0 × torch.GELU", attribute("model.layers.3.mlp", "act_fn", nn.GELU(approximate="tanh"))),
-    Row("a setting of a module", "LlamaAttention.scaling: 0.25 in 4 before, 0.2 in 1, 0.25 in 3 now", attribute("model.layers.0.self_attn", "scaling", 0.2)),
-    Row("the configuration, with equal weights", "config.sliding_window", lambda model: setattr(model.config, "sliding_window", 4)),
-    Row("a module replaced by one that computes the same", SAME, lambda model: setattr(model.model.layers[1].mlp, "act_fn", nn.SiLU())),
+    Row(
+        "an activation function",
+        "modules: 0 × torch.GELU",
+        attribute("model.layers.3.mlp", "act_fn", nn.GELU(approximate="tanh")),
+    ),
+    Row(
+        "a setting of a module",
+        "LlamaAttention.scaling: 0.25 in 4 before, 0.2 in 1, 0.25 in 3 now",
+        attribute("model.layers.0.self_attn", "scaling", 0.2),
+    ),
+    Row(
+        "the configuration, with equal weights",
+        "config.sliding_window",
+        lambda model: setattr(model.config, "sliding_window", 4),
+    ),
+    Row(
+        "a module replaced by one that computes the same",
+        SAME,
+        lambda model: setattr(model.model.layers[1].mlp, "act_fn", nn.SiLU()),
+    ),
     Row("a hook that only reads", SAME, lambda model: model.model.layers[1].register_forward_hook(watch) and None),
     Row("training mode, and gradients off", SAME, lambda model: model.train().requires_grad_(False) and None),
-    Row("the model compiled, or wrapped in DataParallel", SAME, lambda model: nn.DataParallel(torch.compile(model, backend="aot_eager"))),
+    Row(
+        "the model compiled, or wrapped in DataParallel",
+        SAME,
+        lambda model: nn.DataParallel(torch.compile(model, backend="aot_eager")),
+    ),
     Row("the model saved and loaded again", SAME, lambda model: model, again=None),
     # conditions
-    Row("the attention kernel", "attention: sdpa before, eager now", lambda model: model.set_attn_implementation("eager")),
+    Row(
+        "the attention kernel",
+        "attention: sdpa before, eager now",
+        lambda model: model.set_attn_implementation("eager"),
+    ),
     Row("the number of threads", "threads: 1 before, 2 now", lambda model: torch.set_num_threads(2)),
-    Row("the number of threads, and `allow_mixed`", SAME, lambda model: torch.set_num_threads(2), options={"allow_mixed": True}),
+    Row(
+        "the number of threads, and `allow_mixed`",
+        SAME,
+        lambda model: torch.set_num_threads(2),
+        options={"allow_mixed": True},
+    ),
     Row("the working directory", SAME, lambda model: os.chdir("/")),
     # documents
     Row("the text of a document", "documents", documents=[{**DOCUMENTS[0], "tokens": [9, 9]}, *DOCUMENTS[1:]]),
     Row("a label of a document", "documents", documents=[{**DOCUMENTS[0], "label": "other"}, *DOCUMENTS[1:]]),
     Row("the order of documents", "documents", documents=another_order(DOCUMENTS)),
-    Row("one document more", "documents", documents=[*DOCUMENTS, {"id": "new", "tokens": [5], "label": "odd", "score": 1.0}]),
-    Row("documents as a generator of the same", SAME, documents=lambda: (dict(document) for document in DOCUMENTS)),
+    Row(
+        "one document more",
+        "documents",
+        documents=[*DOCUMENTS, {"id": "new", "tokens": [5], "label": "odd", "score": 1.0}],
+    ),
+    Row("a list of documents given as a generator", "documents.count", documents=lambda: (dict(d) for d in DOCUMENTS)),
     # options
     Row("sites", "arrays.mlp_out", options={"sites": ["mlp_out"]}),
     Row("layers", "spec.sites.resid_post", options={"layers": [1]}),
@@ -157,7 +261,7 @@ ROWS = [
     Row("compression", "spec.compression", options={"compression": "zstd"}),
     Row("larger batches", "spec.batch_tokens: 128 in the store, 256 now", options={"batch_tokens": 256}),
     Row("a smaller write buffer", SAME, options={"buffer_bytes": 64 << 20}),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
