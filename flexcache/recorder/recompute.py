@@ -142,7 +142,7 @@ def check_rows(
         return
     reader = BatchReader(store.path, mean=store.spec.get("rows") == "mean")
     batches = (batch for unit, budget in alike for batch in reader.unit(unit, budget))
-    longest = max(batches, key=lambda batch: batch.shape[1])
+    longest = max(batches, key=lambda batch: max(end for _, end in batch.keep))
     try:
         found = _compare(model, store, reading, pad, crew, [longest])
     except (DamagedError, torch.OutOfMemoryError):  # `verify` names the one, and batches that fit are found later
