@@ -49,6 +49,7 @@ BOARD = [
     Benchmark("replay", "Replay"),
     Benchmark("moving", "Copy and export"),
     Benchmark("reliability", "Reliability"),
+    Benchmark("identity", "Knowing a model"),
     Benchmark("growth", "Growth", "--plan 1e8 --stand-in 1e10 --rows 0"),
 ]
 

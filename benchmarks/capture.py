@@ -32,7 +32,8 @@ from benchmarks.model import DTYPE, smollm2
 from benchmarks.peers import hooking
 from benchmarks.timing import console, interleave, ratio, show
 from flexcache.documents import open_documents
-from flexcache.model import describe_model, describe_tokenizer
+from flexcache.identity.describe import describe_model
+from flexcache.model import describe_tokenizer
 from flexcache.recorder.batch import Batch, BatchReader
 from flexcache.recorder.fingerprint import fingerprint
 from flexcache.recorder.planning import Source, plan_store

@@ -25,7 +25,8 @@ import torch
 from benchmarks.model import DTYPE, smollm2
 from benchmarks.timing import console, interleave, ratio, show
 from flexcache.documents import open_documents
-from flexcache.model import describe_model, describe_tokenizer
+from flexcache.identity.describe import describe_model
+from flexcache.model import describe_tokenizer
 from flexcache.recorder.fingerprint import fingerprint
 from flexcache.recorder.planning import Source, plan_store
 from flexcache.recorder.reading import Reading, locate, measure_arrays
