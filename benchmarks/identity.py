@@ -2,8 +2,8 @@
 
     python -m benchmarks.identity [--rounds 5]
 
-Of SmolLM2-135M in float32, and of a model of random weights with the sizes of Llama 3.2 1B in float32. The floor is reading
-the same bytes once (their sum as integers); "before" is a digest of 64 values a tensor, as earlier versions took it.
+Models: SmolLM2-135M, and random weights with the sizes of Llama 3.2 1B, both in float32. The floor is reading the same bytes
+once (their sum as integers); "before" is a digest of 64 values a tensor, as earlier versions took it.
 """
 
 from __future__ import annotations
