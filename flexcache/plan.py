@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import NamedTuple
+from itertools import pairwise, repeat
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,27 @@ UNITS_AT_LEAST = 32
 UNIT_TOKENS = 1 << 20
 LONGEST_SEQUENCES = 8
 BATCHES_AT_LEAST = 4
+
+Batching = Literal["padded", "equal_lengths", "single"]
+"""Which sequences share a batch: those of similar length, padded; those of equal length; none."""
+
+
+def batch_groups(batching: Batching, sides: np.ndarray) -> np.ndarray | None:
+    """Return a group number for each sequence, where only sequences of one group may share a batch; None for any.
+
+    Parameters
+    ----------
+    sides : ndarray of int, shape (sequences, sides)
+        Tokens of each sequence; of a model with an encoder and a decoder, of either side.
+
+    >>> batch_groups("equal_lengths", np.array([[5], [3], [5]])).tolist()
+    [1, 0, 1]
+    """
+    if batching == "padded":
+        return None
+    if batching == "single":
+        return np.arange(len(sides))
+    return np.unique(sides, axis=0, return_inverse=True)[1].reshape(-1)
 
 
 def unit_rows(n_rows: int, longest: int, tokens: int, widest_row: int, batch_tokens: int) -> int:
@@ -119,6 +140,8 @@ class Plan:
         that row.
     linked : ndarray of bool, shape (sequences,), or None
         Whether a sequence goes on with the document that the one before it ends with.
+    groups : ndarray of int, shape (sequences,), or None
+        Only sequences of one group share a batch, see `batch_groups`; None where any may.
     """
 
     lengths: np.ndarray
@@ -129,6 +152,7 @@ class Plan:
     first_row: int = 0
     first_batch: int = 0
     linked: np.ndarray | None = None
+    groups: np.ndarray | None = None
 
     @property
     def n_rows(self) -> int:
@@ -174,17 +198,22 @@ class Plan:
         inward = int(starts[0] < low)
         outward = int(ends[-1] > high and count > inward)
         linked = None if self.linked is None else self.linked[first : first + count + 1]
+        groups = None if self.groups is None else self.groups[first : first + count]
         head, tail = _shared(linked, count, inward, outward)
         order, numbers = order_batches(
-            lengths[head:tail], self.batch_tokens, (self.seed, unit), None if linked is None else linked[head:tail]
+            lengths[head:tail],
+            self.batch_tokens,
+            (self.seed, unit),
+            None if linked is None else linked[head:tail],
+            None if groups is None else groups[head:tail],
         )
-        front, back = lengths[inward:head].tolist(), lengths[tail : count - outward].tolist()
+        front, back = slice(inward, head), slice(tail, count - outward)
         lines = np.concatenate([np.arange(head), head + order, np.arange(tail, count)])
         sizes = [
             *[1] * inward,
-            *(stop - start for start, stop in parts(front, self.batch_tokens)),
+            *_part_sizes(lengths, self.batch_tokens, groups, front),
             *np.bincount(numbers).tolist(),
-            *(stop - start for start, stop in parts(back, self.batch_tokens)),
+            *_part_sizes(lengths, self.batch_tokens, groups, back),
             *[1] * outward,
         ]
         batches = np.repeat(np.arange(len(sizes)), sizes)
@@ -221,13 +250,18 @@ def _shared(linked: np.ndarray | None, count: int, inward: int, outward: int) ->
 
 
 def order_batches(
-    lengths: np.ndarray, batch_tokens: int, seed: tuple[int, ...], linked: np.ndarray | None = None
+    lengths: np.ndarray,
+    batch_tokens: int,
+    seed: tuple[int, ...],
+    linked: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Order sequences into batches of similar length, and the batches by a seed.
 
     A batch closes when another sequence would exceed the budget, or would be padded by more than an eighth
     while the batch already holds a sixteenth of the budget. (On VADER's short texts: 6–8 % padding.) Sequences that
     are linked stay together, in order; where they are more than a batch holds, in batches that follow each other.
+    Sequences of different *groups* are never in one batch.
 
     Returns
     -------
@@ -239,32 +273,45 @@ def order_batches(
     firsts = np.arange(len(lengths)) if linked is None else np.flatnonzero(~linked)
     widths = np.maximum.reduceat(lengths.astype(np.int64), firsts)
     members = np.diff(np.append(firsts, len(lengths)))
-    by_length = np.argsort(-widths, kind="stable")
+    leading = None if groups is None else groups[firsts]
+    by_length = np.argsort(-widths, kind="stable") if leading is None else np.lexsort((leading, -widths))
+    kinds = repeat(0) if leading is None else leading[by_length].tolist()
     cuts, held = [0], 0
-    widest = int(widths[by_length[0]])
-    for index, (width, count) in enumerate(zip(widths[by_length].tolist(), members[by_length].tolist())):
+    widest, last = int(widths[by_length[0]]), None
+    for index, (width, count, kind) in enumerate(zip(widths[by_length].tolist(), members[by_length].tolist(), kinds)):
         full = held * widest
-        if held and (full + count * widest > batch_tokens or (8 * width < 7 * widest and 16 * full >= batch_tokens)):
+        loose = 8 * width < 7 * widest and 16 * full >= batch_tokens
+        if held and (kind != last or full + count * widest > batch_tokens or loose):
             cuts.append(index)
             widest, held = width, 0
+        last = kind
         held += count
-    groups = np.split(by_length, cuts[1:])
-    shuffled = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    batches = np.split(by_length, cuts[1:])
+    shuffled = [batches[i] for i in np.random.default_rng(seed).permutation(len(batches))]
     if linked is None:
-        return np.concatenate(shuffled), np.repeat(np.arange(len(shuffled)), [len(group) for group in shuffled])
-    lines = [ranges(firsts[group], members[group]) for group in shuffled]
-    sizes = [stop - start for group in lines for start, stop in parts(lengths[group].tolist(), batch_tokens)]
+        return np.concatenate(shuffled), np.repeat(np.arange(len(shuffled)), [len(batch) for batch in shuffled])
+    lines = [ranges(firsts[batch], members[batch]) for batch in shuffled]
+    sizes = [size for batch in lines for size in _part_sizes(lengths, batch_tokens, groups, batch)]
     return np.concatenate(lines), np.repeat(np.arange(len(sizes)), sizes)
 
 
-def parts(lengths: list[int], budget: int | None) -> list[tuple[int, int]]:
-    """Return where consecutive sequences are parted, so that each part's number times its longest is in the budget."""
+def _part_sizes(lengths: np.ndarray, budget: int, groups: np.ndarray | None, chosen: np.ndarray | slice) -> list[int]:
+    numbers = None if groups is None else groups[chosen].tolist()
+    return [stop - start for start, stop in parts(lengths[chosen].tolist(), budget, numbers)]
+
+
+def parts(lengths: list[int], budget: int | None, groups: list[int] | None = None) -> list[tuple[int, int]]:
+    """Split consecutive sequences so that the number of each part times its longest is within *budget*.
+
+    Sequences of different *groups* are never in one part.
+    """
     if budget is None or not lengths:
         return [(0, len(lengths))] if lengths else []
     cuts, widest = [0], 0
     for line, length in enumerate(lengths):
         wider = max(widest, length)
-        if line > cuts[-1] and (line + 1 - cuts[-1]) * wider > budget:
+        other = groups is not None and groups[line] != groups[line - 1]
+        if line > cuts[-1] and (other or (line + 1 - cuts[-1]) * wider > budget):
             cuts.append(line)
             wider = length
         widest = wider

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from pipelines.plan import place_of, source_of, table_of
 
 if TYPE_CHECKING:
     from flexcache.recorder.progress import CaptureProgress
+    from flexcache.recorder.reading import Reading
     from flexcache.recorder.trial import Trial
 
 
@@ -240,10 +242,12 @@ def run(config: CaptureConfig, terms: Terms, progress: bool = True) -> Forecast:
     source = source_of(config, skeleton)
     tensors = [*skeleton.parameters(), *skeleton.buffers()]
     with tempfile.TemporaryDirectory(prefix="flexcache-estimate-") as folder, CaptureProgress(progress) as bars:
-        sampled = sample(source, Path(folder), terms.sample, terms.seed, bars.planning(None))
         if not progress:
             transformers.utils.logging.disable_progress_bar()
-        trial = _try(config, terms, source, sampled, bars) if terms.tokens_per_second is None else None
+        model = config.load_model() if terms.tokens_per_second is None else None
+        source = source if model is None else _batched(model, config, source)
+        sampled = sample(source, Path(folder), terms.sample, terms.seed, bars.planning(None))
+        trial = None if model is None else _try(model, config, terms, source, sampled, bars)
     amount = sampled.amount
     return Forecast(
         config=config,
@@ -257,16 +261,33 @@ def run(config: CaptureConfig, terms: Terms, progress: bool = True) -> Forecast:
     )
 
 
-def _try(config: CaptureConfig, terms: Terms, source: Source, sampled: Sampled, bars: CaptureProgress) -> Trial:
-    from flexcache.hooks.measure import input_device
+def _batched(model: Any, config: CaptureConfig, source: Source) -> Source:
+    """Return the source with the batches that a capture would plan for the model."""
+    from flexcache.model import evaluating
+    from flexcache.recorder.crew import Crew
     from flexcache.recorder.imaging import padding
+    from flexcache.recorder.padding import find_batching
+
+    with evaluating(model), closing(Crew(model)) as crew:
+        pad = padding(model, source.tokenizer)
+        verdict = find_batching(model, _reading(model, config, source), pad, source.spec, crew)
+    return replace(source, batching=verdict.batching)
+
+
+def _reading(model: Any, config: CaptureConfig, source: Source) -> Reading:
+    from flexcache.hooks.measure import input_device
     from flexcache.recorder.reading import locate
+
+    return locate(model, source.spec, **config.functions(source.tokenizer, input_device(model)))
+
+
+def _try(
+    model: Any, config: CaptureConfig, terms: Terms, source: Source, sampled: Sampled, bars: CaptureProgress
+) -> Trial:
+    from flexcache.recorder.imaging import padding
     from flexcache.recorder.trial import try_batches
 
-    model = config.load_model()
-    functions = config.functions(source.tokenizer, input_device(model))
-    reading = locate(model, source.spec, **functions)
-    pad = padding(model, source.tokenizer)
+    reading, pad = _reading(model, config, source), padding(model, source.tokenizer)
     advance = bars.trying(terms.seconds)
     return try_batches(model, reading, sampled.plan, pad, seconds=terms.seconds, seed=terms.seed, progress=advance)
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexcache.plan import Plan, order_batches, padded_sizes, ranges, unit_rows
+from flexcache.plan import Plan, batch_groups, order_batches, padded_sizes, ranges, unit_rows
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=200).map(lambda x: np.array(x, np.int32))
 
@@ -20,7 +20,10 @@ def plans(draw: st.DrawFn) -> Plan:
     if draw(st.booleans()):
         linked = np.array(draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths))))
         linked[0] = False
-    return Plan(lengths, kept, shard_rows, draw(st.integers(1, 300)), draw(st.integers(0, 5)), linked=linked)
+    batching = draw(st.sampled_from(["padded", "equal_lengths", "single"]))
+    groups = batch_groups(batching, np.stack([lengths, np.arange(len(lengths)) % 2], axis=1))
+    budget, seed = draw(st.integers(1, 300)), draw(st.integers(0, 5))
+    return Plan(lengths, kept, shard_rows, budget, seed, linked=linked, groups=groups)
 
 
 @given(plans())
@@ -113,6 +116,24 @@ def test_a_batch_exceeds_the_budget_only_when_it_is_one_document(plan: Plan) -> 
         for batch in set(unit.batches.tolist()):
             members = lengths[unit.batches == batch]
             assert len(members) == 1 or len(members) * members.max() <= plan.batch_tokens
+
+
+@given(plans())
+def test_a_batch_holds_sequences_of_one_group(plan: Plan) -> None:
+    for unit in plan.units():
+        for batch in set(unit.batches.tolist()):
+            members = unit.sequences[unit.batches == batch]
+            assert plan.groups is None or len(set(plan.groups[members].tolist())) == 1
+
+
+def test_batches_of_equal_lengths_are_full() -> None:
+    lengths = np.random.default_rng(0).integers(1, 9, 1000).astype(np.int32)
+    groups = batch_groups("equal_lengths", lengths[:, None])
+    plan = Plan(lengths, lengths, 1 << 13, 100, 0, groups=groups)
+    (unit,) = plan.units()
+    full = sum(-(-int((lengths == n).sum()) // (100 // n)) for n in range(1, 9))
+    assert len(set(unit.batches.tolist())) == full
+    assert plan.forwards().run == plan.forwards().padded == lengths.sum()
 
 
 @given(plans())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 from flexcache import hooks
@@ -25,6 +26,7 @@ from flexcache.recorder.fingerprint import fingerprint, model_notices
 from flexcache.recorder.imaging import check_images, described_patches, padding
 from flexcache.recorder.isolation import check_isolation
 from flexcache.recorder.objective import OBJECTIVE, Objective, describe
+from flexcache.recorder.padding import check_batching, find_batching, notice, recorded
 from flexcache.recorder.planning import Source, check_same, plan_store, stored_identity
 from flexcache.recorder.progress import CaptureProgress
 from flexcache.recorder.reading import locate, measure_arrays
@@ -35,6 +37,7 @@ from flexcache.recorder.targets import decoder_inputs as read_by_decoder
 from flexcache.recorder.transform import Transform
 from flexcache.site import Layers
 from flexcache.spec import SitesLike, Spec, parse_sites, validate
+from flexcache.store.description import stored_batching
 from flexcache.store.place import Place, place
 from flexcache.store.schema import read_attributes
 from flexcache.store.store import Store
@@ -205,6 +208,11 @@ def capture(
         hooks.check_identity(model, reading.taps, example=example, reader=crew.read_example, alone=crew.alone)
         if spec.isolated:
             check_isolation(model, reading, pad_id(model, tokenizer), crew)
+        known = crew.alone and recorded(path)
+        verdict = None if known else find_batching(model, reading, padding(model, tokenizer), spec, crew)
+        if verdict is not None:
+            notes = {**(source.notes or {}), **verdict.describe()}
+            source = replace(source, batching=verdict.batching, notes=notes)
         planning = bars.planning(None)
         amount = plan_store(path, source, planning, planning.wait)
         planning.done(amount is not None)
@@ -228,5 +236,9 @@ def capture(
         )
         if not changed and (notices or recorder.pending()):
             check_rows(model, recorder.store, reading, padding(model, tokenizer), crew, now)
+        if verdict is not None and stored_batching(recorder.store.provenance) is None and recorder.pending():
+            check_batching(recorder.store, verdict)
+        if said := notice(recorder.store):
+            bars.say(said)
         complete(model, tokenizer, reading, recorder, bars, crew)
     return Store(path)

@@ -110,6 +110,10 @@ class Crew:
                 remedy="use tensor parallel or FSDP instead, or leave the .grad sites out",
             )
 
+    def gathered(self, value: Any) -> list[Any]:
+        """Return what each process of the model gives. Collective."""
+        return self._distribution.gathered(value)
+
     # Units
 
     def claim(self, recorder: Recorder) -> int:

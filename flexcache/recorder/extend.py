@@ -27,6 +27,7 @@ from flexcache.recorder.fingerprint import check_fingerprint, fingerprint, model
 from flexcache.recorder.imaging import check_images, padding
 from flexcache.recorder.isolation import check_isolation
 from flexcache.recorder.objective import OBJECTIVE, Objective, describe
+from flexcache.recorder.padding import check_batching, find_batching
 from flexcache.recorder.planning import check_same
 from flexcache.recorder.progress import CaptureProgress
 from flexcache.recorder.reading import Reading, locate, measure_arrays
@@ -36,6 +37,7 @@ from flexcache.recorder.running import allocation, complete
 from flexcache.recorder.transform import Transform
 from flexcache.site import Layers
 from flexcache.spec import ArraySpec, SitesLike, Spec, parse_sites, validate
+from flexcache.store.description import stored_batching
 from flexcache.store.growing import Growth, SettledError
 from flexcache.store.place import local
 from flexcache.store.staging import united
@@ -140,6 +142,8 @@ def extend(
             hooks.check_identity(model, reading.taps, example=example, reader=crew.read_example, alone=crew.alone)
             if spec.isolated:
                 check_isolation(model, reading, pad_id(model, tokenizer), crew)
+            if united(store, arrays)[1] or stored_batching(store.provenance) is None:
+                check_batching(store, find_batching(model, reading, padding(model, tokenizer), spec, crew))
             return reading, arrays
 
         everything = Spec.model_validate(store.spec)

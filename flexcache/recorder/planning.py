@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from flexcache.documents import Documents
 from flexcache.errors import MismatchError
 from flexcache.identity import check_model, differences, for_store
-from flexcache.plan import Largest, Plan, unit_rows
+from flexcache.plan import Batching, Largest, Plan, batch_groups, unit_rows
 from flexcache.recorder.fingerprint import versions
 from flexcache.sequences import Corpus, Spool, spool
 from flexcache.spec import ArraySpec, Spec
@@ -47,6 +47,8 @@ class Source:
         Number of token ids that the model knows, and that its encoder does beside a decoder.
     notes : dict
         Further provenance, such as hooks that a live model carried.
+    batching : Batching
+        Which sequences may share a batch.
     """
 
     documents: Documents
@@ -58,6 +60,7 @@ class Source:
     vocabulary: int | None = None
     encoder_vocabulary: int | None = None
     notes: dict[str, Any] | None = None
+    batching: Batching = "padded"
 
     @property
     def widest_row(self) -> int:
@@ -131,7 +134,7 @@ def make_plan(source: Source, folder: Path, progress: Progress) -> tuple[Plan, S
     check_names(source.arrays)
     corpus = tokenized(source, source.documents, folder, progress)
     lengths, cuts = corpus.lengths, corpus.cuts
-    plan = planned(source, corpus.extents, cuts.kept, linked=cuts.linked, image_bytes=corpus.image_bytes)
+    plan = planned(source, corpus.sides, cuts.kept, linked=cuts.linked, image_bytes=corpus.image_bytes)
     shard_rows = plan.shard_rows
     run, padded, largest = plan.forwards()
     n_arrays = sum(len(array.slices) for array in source.arrays)
@@ -173,22 +176,23 @@ def tokenized(source: Source, documents: Corpus, folder: Path, progress: Progres
 
 def planned(
     source: Source,
-    lengths: np.ndarray,
+    sides: np.ndarray,
     kept: np.ndarray,
     shard_rows: int | None = None,
     linked: np.ndarray | None = None,
     image_bytes: int = 0,
 ) -> Plan:
-    """Cut sequences of these lengths and rows into units, of *shard_rows* where they are only a part of a corpus.
+    """Cut sequences of these sides and rows into units, of *shard_rows* where they are only a part of a corpus.
 
     Of images, a unit's *image_bytes* are bounded like the bytes of a shard, since they are read together.
     """
-    spec = source.spec
+    spec, lengths = source.spec, sides.max(axis=1)
     if shard_rows is None:
         tokens, rows = (int(values.sum(dtype=np.int64)) for values in (lengths, kept))
         widest = max(source.widest_row, image_bytes // max(1, rows))
         shard_rows = unit_rows(rows, int(kept.max()), tokens, widest, spec.batch_tokens)
-    return Plan(lengths, kept, shard_rows, spec.batch_tokens, spec.seed, linked=linked)
+    groups = batch_groups(source.batching, sides)
+    return Plan(lengths, kept, shard_rows, spec.batch_tokens, spec.seed, linked=linked, groups=groups)
 
 
 def estimate(source: Source, progress: Progress = lambda documents, tokens: None) -> Estimate:

@@ -35,6 +35,9 @@ SLOW = (
     "Load the model in float32; dtype: bfloat16 still stores two bytes a value"
 )
 
+FAILURES = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError)
+"""What the code of a model raises on inputs that it cannot run."""
+
 Sink = Callable[[str, int | None, torch.Tensor], None]
 """Takes the name of an array, a layer, and values of shape (sequences, longest, features…)."""
 
@@ -100,8 +103,8 @@ def run(
     Raises
     ------
     CaptureError
-        One sequence alone does not fit, or the disk refuses. Where a model is on several processes, a batch that does
-        not fit.
+        One sequence alone does not fit, a forward fails, or the disk refuses. Where a model is on several processes, a
+        batch that does not fit.
     """
     crew = crew or Crew(model)
     with forwards(model, reading, pad, _sink(recorder, input_device(model)), crew) as forward, recorder:
@@ -122,6 +125,8 @@ def run(
                         forward(batch)
                 except torch.OutOfMemoryError as error:
                     full = str(error)
+                except FAILURES as error:
+                    raise _failed(recorder, batch, error) from error
                 if full:  # not above: the error holds the tensors of the forward
                     recorder.abandon()
                     smaller_batches(recorder, full, bars, crew)
@@ -160,7 +165,20 @@ def try_largest(
                 return forward(recorder.largest())
             except torch.OutOfMemoryError as error:
                 full = str(error)
+            except FAILURES as error:
+                raise _failed(recorder, recorder.largest(), error) from error
             smaller_batches(recorder, full, bars, crew)
+
+
+def _failed(recorder: Recorder, batch: Batch, error: Exception) -> CaptureError:
+    sequences, longest = batch.extent
+    return CaptureError(
+        "a forward fails: the model, a hook on it, a transform or the objective",
+        where=f"{recorder.store.path}, unit {batch.unit}, batch {batch.index}",
+        expected=f"a forward of {sequences} × {longest} tokens",
+        found=f"{type(error).__name__}: {error}",
+        remedy="a new store with documents that the model can run; units that are committed are kept",
+    )
 
 
 def smaller_batches(recorder: Recorder, found: str, bars: CaptureProgress | None, crew: Crew) -> None:

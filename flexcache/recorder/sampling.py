@@ -82,7 +82,7 @@ def sample(
     scale = count / read * (1 if most is None else min(1.0, most / tokens))
     amount = _extrapolated(source, corpus, scale, seed)
     cuts = corpus.cuts
-    plan = planned(source, corpus.extents, cuts.kept, amount.shard_rows, cuts.linked)
+    plan = planned(source, corpus.sides, cuts.kept, amount.shard_rows, cuts.linked)
     path, place = folder / "sample.zarr", folder / "making"
     place.mkdir()
     content = {
@@ -102,15 +102,16 @@ def sample(
 
 def _extrapolated(source: Source, corpus: Spool, scale: float, seed: int) -> Estimate:
     cuts, spec = corpus.cuts, source.spec
-    lengths, kept, linked = corpus.extents, cuts.kept, cuts.linked
+    sides, kept, linked = corpus.sides, cuts.kept, cuts.linked
+    lengths = sides.max(axis=1)
     tokens = round(int(lengths.sum(dtype=np.int64)) * scale)
     n_rows = round(int(kept.sum()) * scale)
     widest = max(source.widest_row, corpus.image_bytes // max(1, int(kept.sum())))
     shard_rows = unit_rows(n_rows, int(kept.max()), tokens, widest, spec.batch_tokens)
     if scale != 1:
         some = _drawn(kept, shard_rows, round(len(lengths) * scale), seed)
-        lengths, kept, linked = lengths[some], kept[some], None
-    run, padded, largest = planned(source, lengths, kept, shard_rows, linked).forwards()
+        lengths, sides, kept, linked = lengths[some], sides[some], kept[some], None
+    run, padded, largest = planned(source, sides, kept, shard_rows, linked).forwards()
     share = tokens / int(lengths.sum(dtype=np.int64))
     none = np.zeros(0, np.int32)
     units = Plan(none, none, shard_rows, spec.batch_tokens, spec.seed, n_rows).n_units

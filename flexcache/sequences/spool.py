@@ -76,7 +76,7 @@ class Spool:
         self._hasher = xxhash.xxh3_128()
         self._lengths: list[np.ndarray] = []
         self._rows: list[np.ndarray] = []
-        self._longer: list[np.ndarray] = []
+        self._encoder_lengths: list[np.ndarray] = []
         windows = self.options.windows
         self._windowed = windows and Windowed(*windows.sizes(self.options.max_length))
         self._starts = [0]
@@ -108,7 +108,14 @@ class Spool:
     @property
     def extents(self) -> np.ndarray:
         """Tokens of each sequence, of an encoder's and a decoder's those of the longer side: int32."""
-        return self.cuts.lengths if self.options.decoder is None else np.concatenate(self._longer)
+        return self.cuts.lengths if self.options.decoder is None else self.sides.max(axis=1)
+
+    @property
+    def sides(self) -> np.ndarray:
+        """Tokens of each sequence: int32, shape (sequences, 1); with an encoder, shape (sequences, 2), its own last."""
+        return np.stack(
+            [self.cuts.lengths, *([np.concatenate(self._encoder_lengths)] if self._encoder_lengths else [])], axis=1
+        )
 
     @property
     def digest(self) -> str:
@@ -149,7 +156,7 @@ class Spool:
         if SPOOLED in batch.schema.names:
             given = batch.column(SPOOLED)
             read = np.diff(given.offsets.to_numpy()).astype(np.int32)
-            self._longer.append(np.maximum(lengths, read))
+            self._encoder_lengths.append(read)
             self._hasher.update(read.tobytes())
             self._hasher.update(np.ascontiguousarray(given.flatten().to_numpy(zero_copy_only=False)).tobytes())
         self._pending.append(batch)

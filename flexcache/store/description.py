@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, get_args
 
 from flexcache.errors import DamagedError
-from flexcache.plan import Largest
+from flexcache.plan import Batching, Largest
 from flexcache.spec import DTYPES, ArraySpec
 from flexcache.store.int8 import scale_name, scales_of
 
@@ -47,6 +47,7 @@ def described(content: Mapping[str, Any], where: str) -> Description:
         for name in ("model", "documents", "tokenizer"):
             if provenance.get(name) is not None:
                 _mapping(provenance, name)
+        stored_batching(provenance)
         for array in arrays.values():
             scales = arrays.get(scale_name(array.name)) if array.dtype == "int8" else None
             _agree(array.dtype != "int8" or scales == scales_of(array), f"int8 array {array.name} has no scales")
@@ -86,6 +87,22 @@ def largest_batch(plan: Mapping[str, Any]) -> Largest | None:
     if not isinstance(found, list) or len(found) != 3 or any(type(value) is not int or value < 0 for value in found):
         return None
     return Largest(*found)
+
+
+def stored_batching(provenance: Mapping[str, Any]) -> Batching | None:
+    """Return which sequences share a batch, as found by forwards of the model; None where a store does not record it.
+
+    Raises
+    ------
+    ValueError
+        The record is none of `Batching`.
+    """
+    if provenance.get("batching") is None:
+        return None
+    said = str(_mapping(provenance, "batching").get("batches"))
+    found: Batching | None = next((kind for kind in get_args(Batching) if kind == said), None)
+    _agree(found is not None, f"batching is {said[:40]}")
+    return found
 
 
 def _mapping(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import xxhash
 import zarr
 
-from flexcache.plan import Plan
+from flexcache.plan import Plan, batch_groups
 from flexcache.sequences import Spool
 from flexcache.spec import ArraySpec
 from flexcache.store.card import card
 from flexcache.store.create import check_names, check_room, create_arrays, create_coordinate, total_bytes
 from flexcache.store.derived import Derived, consolidate, copy_verified, make, shared_files
-from flexcache.store.description import largest_batch
+from flexcache.store.description import largest_batch, stored_batching
 from flexcache.store.display import size
 from flexcache.store.files import relative_files
 from flexcache.store.growing import link_records
@@ -82,7 +82,15 @@ def plan_after(store: Store, corpus: Spool) -> Plan:
             batches = int(last[-1].as_py()) + 1
     cuts = corpus.cuts
     return Plan(
-        corpus.extents, cuts.kept, store.shard_rows, spec["batch_tokens"], spec["seed"], rows, batches, cuts.linked
+        corpus.extents,
+        cuts.kept,
+        store.shard_rows,
+        spec["batch_tokens"],
+        spec["seed"],
+        rows,
+        batches,
+        cuts.linked,
+        batch_groups(stored_batching(store.provenance) or "padded", corpus.sides),
     )
 
 

@@ -95,6 +95,25 @@ def test_the_model_is_tried_and_nothing_is_left(config: Path, capsys: pytest.Cap
     assert "peak of the try" in text
 
 
+def test_batches_of_equal_lengths_are_planned_as_they_are_captured(
+    config: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import FNetConfig, FNetModel
+
+    shutil.copytree(checkpoint, "fnet")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
+    FNetModel(FNetConfig(vocab_size=257, pad_token_id=0, **sizes)).save_pretrained("fnet")
+    capsys.readouterr()
+    text = config.read_text().replace(str(checkpoint), "fnet").replace("  mlp_post: [0, -1]\n", "")
+    config.write_text(text)
+    found = told(capsys, config, "--seconds", 0.1)
+    assert found["plan"]["tokens_padded"] == found["plan"]["tokens_run"]
+    run(capsys, "capture", config)
+    store = flexcache.open("run.zarr")
+    assert {name: store.plan[name] for name in found["plan"]} == found["plan"]
+    assert store.provenance["batching"]["batches"] == "equal_lengths"
+
+
 def test_int8_is_tried_and_planned_as_it_is_captured(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = told(capsys, config, "--seconds", 0.1, "--set", "dtype=int8")
     assert found["trial"]["batches"] >= 4

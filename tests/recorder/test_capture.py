@@ -216,7 +216,7 @@ def limit_memory(model: torch.nn.Module, tokens: int, after: int = 0) -> list[to
     return seen
 
 
-@pytest.mark.parametrize("after", [3, 15])
+@pytest.mark.parametrize("after", [3, 18])
 def test_out_of_memory_goes_on_with_smaller_batches_that_the_ledger_records(after: int, tmp_path: Path) -> None:
     """Before the first unit, in the trial of the largest batch, or in the middle of a unit."""
     model = tiny("llama")
