@@ -208,8 +208,8 @@ def capture(
         hooks.check_identity(model, reading.taps, example=example, reader=crew.read_example, alone=crew.alone)
         if spec.isolated:
             check_isolation(model, reading, pad_id(model, tokenizer), crew)
-        known = crew.alone and recorded(path)
-        verdict = None if known else find_batching(model, reading, padding(model, tokenizer), spec, crew)
+        pad = padding(model, tokenizer)
+        verdict = None if crew.alone and recorded(path) else find_batching(model, reading, pad, spec, crew)
         if verdict is not None:
             notes = {**(source.notes or {}), **verdict.describe()}
             source = replace(source, batching=verdict.batching, notes=notes)
@@ -235,9 +235,9 @@ def capture(
             patience=patience,
         )
         if not changed and (notices or recorder.pending()):
-            check_rows(model, recorder.store, reading, padding(model, tokenizer), crew, now)
-        if verdict is not None and stored_batching(recorder.store.provenance) is None and recorder.pending():
-            check_batching(recorder.store, verdict)
+            check_rows(model, recorder.store, reading, pad, crew, now)
+        if (changed or stored_batching(recorder.store.provenance) is None) and recorder.pending():
+            check_batching(recorder.store, verdict or find_batching(model, reading, pad, spec, crew))
         if said := notice(recorder.store):
             bars.say(said)
         complete(model, tokenizer, reading, recorder, bars, crew)
