@@ -133,6 +133,8 @@ def capture(
     batch_tokens
         Most tokens of a forward, padding included; of an encoder and a decoder, of either. Going on with a store, it
         may be less than before; where a batch does not fit into the device's memory, it is halved.
+        Documents of similar length share a batch, padded. Small forwards show first that padding reaches nothing that
+        is read; where it does, batches hold sequences of one length only, or one sequence.
     buffer_bytes
         Bound on the memory for rows on their way to the disk.
     allow_mixed
