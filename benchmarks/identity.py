@@ -2,8 +2,8 @@
 
     python -m benchmarks.identity [--rounds 5]
 
-Models: SmolLM2-135M, and random weights with the sizes of Llama 3.2 1B, both in float32. The floor is reading the same bytes
-once (their sum as integers); "before" is a digest of 64 values a tensor, as earlier versions took it.
+Models: SmolLM2-135M, and random weights with the sizes of Llama 3.2 1B, both in float32. The floor is reading the same
+bytes once (their sum as integers); "before" is a digest of 64 values a tensor, as earlier versions took it.
 """
 
 from __future__ import annotations
