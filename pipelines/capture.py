@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexcache.documents import Documents
+from flexcache.documents import Documents, open_documents
 from flexcache.options import Generation
 from flexcache.parallel.launch import launch
 from flexcache.store.store import Store
@@ -29,6 +29,7 @@ def load(config: CaptureConfig, progress: bool) -> Loaded:
     import transformers
 
     from flexcache.hooks.measure import input_device
+    from flexcache.hooks.vision import reads_images
     from flexcache.images.input import reader_of
     from flexcache.model import longest_input
     from flexcache.recorder.imaging import check_images
@@ -38,13 +39,14 @@ def load(config: CaptureConfig, progress: bool) -> Loaded:
     config.model.parallel.config()  # refuses a number of processes that does not fit, before anything is loaded
     if not progress:
         transformers.utils.logging.disable_progress_bar()
-    tokenizer = config.load_tokenizer(documents)
     # A misspelt site or function shows before a large model is loaded.
     skeleton = config.skeleton()
+    documents = open_documents(documents, images_first=reads_images(skeleton))
+    tokenizer = config.load_tokenizer(documents)
     spec = config.spec(skeleton)
     reading = locate(skeleton, spec, **config.functions(tokenizer))
     if config.generate is None:
-        check_images(skeleton, spec, reading, reader_of(skeleton, tokenizer, documents.schema.names))
+        check_images(skeleton, spec, reading, reader_of(skeleton, tokenizer, documents.content))
     spec.within(longest_input(skeleton, tokenizer)).check()
     info: dict[str, Any] = {
         "name": Path(config.model.name).name if Path(config.model.name).is_dir() else config.model.name,

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from flexcache.documents import Documents, open_documents
 from flexcache.documents.huggingface import load_dataset
+from flexcache.documents.sources import CSV_NULLS
 from flexcache.errors import ConfigError
 from flexcache.model import ModelSource
 from flexcache.options import Choice, Generation, Packing, Teaching, Windows, parse_rows
@@ -38,11 +39,14 @@ class DocumentsSource(BaseModel):
     streaming: bool = Field(False, description="read the dataset as it comes, without loading it to the disk first")
     format: Literal["parquet", "jsonl", "csv", "txt", "image"] | None = None
     id: str = "id"
-    text: str = "text"
-    tokens: str = "tokens"
-    messages: str = "messages"
-    image: str = Field("image", description="encoded images, or paths relative to the file that names them")
+    text: str | None = Field("text", description="the column of texts; null for one that is not to be read")
+    tokens: str | None = Field("tokens", description="of token ids, or null")
+    messages: str | None = Field("messages", description="of chats, or null")
+    image: str | None = Field(
+        "image", description="of encoded images, or paths relative to the file that names them; or null"
+    )
     labels: list[str] | None = Field(None, description="label columns to keep; all where not given")
+    csv_nulls: list[str] = Field(list(CSV_NULLS), description="fields of CSV files that are null in labels")
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -67,6 +71,7 @@ class DocumentsSource(BaseModel):
             messages=self.messages,
             image=self.image,
             labels=self.labels,
+            csv_nulls=self.csv_nulls,
         )
 
 
@@ -288,11 +293,11 @@ class CaptureConfig(BaseModel):
 
     def load_tokenizer(self, documents: Documents) -> Any:
         """Return the model's tokenizer, of images its processor, or None where the documents have tokens already."""
-        if "image" in documents.schema.names:
+        if documents.content == "image":
             return self.model.processor()
-        plain = "tokens" in documents.schema.names and self.generate is None
+        plain = documents.content == "tokens" and self.generate is None
         if self.model.side == "decoder":
-            plain = plain and "target_tokens" in documents.schema.names
+            plain = plain and "target_tokens" in documents.labels
         return None if plain else self.model.tokenizer()
 
     def functions(self, tokenizer: Any, device: Any = None) -> dict[str, Any]:

@@ -41,13 +41,15 @@ def run(config: CaptureConfig, console: Console, progress: bool = True) -> Estim
 
 def source_of(config: CaptureConfig, skeleton: Any) -> Source:
     """Return what a configuration plans from, by a model without weights; no document is read."""
+    from flexcache.documents import open_documents
+    from flexcache.hooks.vision import reads_images
     from flexcache.images.input import reader_of
     from flexcache.model import describe_tokenizer, encoder_vocabulary, longest_input, vocabulary
     from flexcache.recorder.imaging import check_images
     from flexcache.recorder.reading import locate, measure_arrays
 
-    documents = config.open_documents()
-    tokenizer = reader_of(skeleton, config.load_tokenizer(documents), documents.schema.names)
+    documents = open_documents(config.open_documents(), images_first=reads_images(skeleton))
+    tokenizer = reader_of(skeleton, config.load_tokenizer(documents), documents.content)
     spec = config.spec(skeleton).within(longest_input(skeleton, tokenizer))
     spec.check()
     reading = locate(skeleton, spec, **config.functions(tokenizer))
@@ -58,7 +60,7 @@ def source_of(config: CaptureConfig, skeleton: Any) -> Source:
         arrays=measure_arrays(skeleton, spec, reading, example=example),
         spec=spec,
         model={"name": config.model.name},
-        tokenizer_identity=describe_tokenizer(tokenizer, "messages" in documents.schema.names),
+        tokenizer_identity=describe_tokenizer(tokenizer, documents.content == "messages"),
         vocabulary=vocabulary(skeleton),
         encoder_vocabulary=encoder_vocabulary(skeleton),
     )

@@ -10,7 +10,8 @@ from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 
-from flexcache.documents.sources import CorpusFile, Item, unreadable
+from flexcache.documents.json_array import array_items, is_array
+from flexcache.documents.sources import CorpusFile, Item, not_utf8, unreadable
 from flexcache.errors import DocumentsError, nearest
 
 FORMATS = {
@@ -72,10 +73,13 @@ def find_files(paths: Sequence[str | os.PathLike], format: str | None) -> tuple[
 
 def format_of(path: Path) -> str | None:
     """Return the format that a file's suffixes tell, or None."""
-    compressed = path.suffix.lower() in COMPRESSED
-    suffix = (path.with_suffix("") if compressed else path).suffix.lower()
-    kind = next((kind for kind, suffixes in FORMATS.items() if suffix in suffixes), None)
-    return None if compressed and kind in ("parquet", "txt", "image") else kind
+    kind = next((kind for kind, suffixes in FORMATS.items() if _suffix(path) in suffixes), None)
+    return None if path.suffix.lower() in COMPRESSED and kind in ("parquet", "txt", "image") else kind
+
+
+def _suffix(path: Path) -> str:
+    """Return the suffix of a file, of a compressed one that before the last."""
+    return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower()
 
 
 def _matches(path: Path, format: str | None) -> list[Path]:
@@ -119,8 +123,14 @@ def _listing(path: Path) -> str | None:
 
 
 def jsonl_items(files: list[CorpusFile]) -> Iterator[Item]:
-    """Yield the objects of JSON Lines files, compressed or not; blank lines are skipped."""
+    """Yield the objects of JSON Lines files, compressed or not; blank lines are skipped.
+
+    A file that ends in .json may hold one JSON array of objects instead.
+    """
     for file in files:
+        if _suffix(file.path) == ".json" and is_array(next(_blocks(file), b"")):
+            yield from array_items(file.name, _blocks(file))
+            continue
         for number, line in enumerate(_lines(file), start=1):
             if not line.strip():
                 continue
@@ -128,7 +138,7 @@ def jsonl_items(files: list[CorpusFile]) -> Iterator[Item]:
             try:
                 record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
-                raise _not_utf8(where, error) from error
+                raise not_utf8(where, error) from error
             except (ValueError, RecursionError) as error:
                 array = line.lstrip()[:1] == b"["
                 raise DocumentsError(
@@ -136,7 +146,9 @@ def jsonl_items(files: list[CorpusFile]) -> Iterator[Item]:
                     where=where,
                     expected="one JSON object on each line",
                     found="the start of a JSON array" if array else f"{error}: {line[:60]!r}",
-                    remedy="write JSON Lines: one document on each line" if array else "mend or remove the line",
+                    remedy="write JSON Lines: one document on each line; or call a file of one array .json"
+                    if array
+                    else "mend or remove the line",
                 ) from error
             yield where, record
 
@@ -147,7 +159,7 @@ def text_items(files: list[CorpusFile]) -> Iterator[Item]:
         try:
             yield file.name, {"id": file.name, "text": file.path.read_bytes().decode("utf-8-sig")}
         except UnicodeDecodeError as error:
-            raise _not_utf8(file.name, error) from error
+            raise not_utf8(file.name, error) from error
         except OSError as error:
             raise unreadable(file, "text", error) from error
 
@@ -164,25 +176,21 @@ def image_items(files: list[CorpusFile]) -> Iterator[Item]:
 
 def _lines(file: CorpusFile) -> Iterator[bytes]:
     rest: list[bytes] = []
-    try:
-        with pa.input_stream(str(file.path), compression="detect") as stream:
-            while block := stream.read(1 << 20):
-                *lines, last = block.split(b"\n")
-                if lines:
-                    yield b"".join([*rest, lines[0]])
-                    yield from lines[1:]
-                    rest = []
-                rest.append(last)
-    except (pa.ArrowException, OSError) as error:
-        raise unreadable(file, "JSON Lines", error) from error
+    for block in _blocks(file):
+        *lines, last = block.split(b"\n")
+        if lines:
+            yield b"".join([*rest, lines[0]])
+            yield from lines[1:]
+            rest = []
+        rest.append(last)
     yield b"".join(rest)
 
 
-def _not_utf8(where: str, error: UnicodeDecodeError) -> DocumentsError:
-    return DocumentsError(
-        "text that is not UTF-8",
-        where=where,
-        expected="UTF-8",
-        found=f"byte 0x{error.object[error.start]:02x} at offset {error.start}",
-        remedy="convert the file, as with iconv -f latin1 -t utf-8",
-    )
+def _blocks(file: CorpusFile) -> Iterator[bytes]:
+    """Yield the bytes of a file, compressed or not, a MiB at a time."""
+    try:
+        with pa.input_stream(str(file.path), compression="detect") as stream:
+            while block := stream.read(1 << 20):
+                yield block
+    except (pa.ArrowException, OSError) as error:
+        raise unreadable(file, "JSON Lines", error) from error

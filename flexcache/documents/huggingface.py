@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from flexcache.documents.arrow_types import has_null_type, stored_array, stored_type
 from flexcache.documents.sources import CorpusFile, OfFiles
 from flexcache.errors import ConfigError, DocumentsError
 
@@ -14,47 +18,160 @@ from flexcache.errors import ConfigError, DocumentsError
 class DatasetSource(OfFiles):
     """A ``datasets.Dataset`` or ``IterableDataset``, read in Arrow batches, a few at a time.
 
+    A column of class labels, such as ``label``, keeps its numbers, and ``label_name`` has their names.
+
     Parameters
     ----------
     about
         What identifies it: name, configuration, split, revision. Of one that was made in this process, nothing does.
+    rows
+        Documents of a stream that are read for the types of columns that its features leave open.
+
+    Raises
+    ------
+    DocumentsError
+        It has several splits, or cannot be read.
     """
 
     kind = "dataset"
 
-    def __init__(self, dataset: Any, about: dict[str, Any] | None = None) -> None:
+    def __init__(self, dataset: Any, about: dict[str, Any] | None = None, rows: int = 1024) -> None:
+        check_one_split(dataset)
         self._dataset, self.about = dataset, about or {}
         self.count: int | None = len(dataset) if hasattr(dataset, "__len__") else None
         self.files: list[CorpusFile] = []
-        if self.count is not None:
-            self.schema = dataset.features.arrow_schema.remove_metadata()
-            return
-        first = next(self._tables(dataset, 1), None)
-        self.schema = pa.schema([]) if first is None else first.schema.remove_metadata()
+        self._features: dict[str, Any] = dict(dataset.features or {})
+        self._data = self._schema(rows)
+        columns: list[tuple[str, pa.DataType]] = []
+        self._names: dict[str, tuple[str, list[str]]] = {}
+        for field in self._data:
+            columns.append((field.name, field.type))
+            names = class_names(self._features.get(field.name))
+            if names is not None and (added := f"{field.name}_name") not in self._data.names:
+                self._names[added] = field.name, names
+                columns.append((added, _named(pa.nulls(0, field.type), names).type))
+        self.schema = pa.schema(columns)
+
+    @property
+    def described(self) -> pa.Schema:
+        """The columns of the dataset, without the names of its classes."""
+        return self._data
 
     def read(self, columns: list[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
         """Yield (where, batch); see `flexcache.documents.sources.Source`."""
-        for table in self._tables(self._dataset.select_columns(columns), rows):
-            for batch in table.select(columns).combine_chunks().to_batches():
-                yield self.about.get("name", "the dataset"), batch
+        needed = list(dict.fromkeys(self._names[name][0] if name in self._names else name for name in columns))
+        dataset = self._dataset.select_columns(needed) if self._features else self._dataset
+        for table in self._tables(dataset, rows, needed):
+            missing = [name for name in needed if name not in table.column_names]
+            for name in missing:
+                table = table.append_column(name, pa.nulls(len(table), stored_type(self.schema.field(name).type)))
+            for batch in table.combine_chunks().to_batches():
+                arrays = [
+                    _named(batch.column(self._names[name][0]), self._names[name][1])
+                    if name in self._names
+                    else batch.column(name)
+                    for name in columns
+                ]
+                yield self.about.get("name", "the dataset"), pa.RecordBatch.from_arrays(arrays, columns)
 
-    def _tables(self, dataset: Any, rows: int) -> Iterator[pa.Table]:
+    def _schema(self, rows: int) -> pa.Schema:
+        stated = self._dataset.features.arrow_schema.remove_metadata() if self._features else pa.schema([])
+        if self.count is not None:
+            return stated
+        first = next(self._tables(self._dataset, rows), None)
+        if first is None:
+            return stated
+        types = {field.name: field.type for field in first.schema}
+        for field in stated:  # a label may be null in all of the first documents
+            if has_null_type(types.get(field.name, pa.null())):
+                types[field.name] = field.type
+        return pa.schema(list(types.items()))
+
+    def _tables(self, dataset: Any, rows: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Yield up to *rows* documents at a time, with those of *columns* that they have.
+
+        The library refuses a batch of a stream in which a value is null in one document and not in another. Such
+        documents are read one at a time, and put together here.
+        """
+        done = 0
         tables = iter(dataset.with_format("arrow").iter(batch_size=rows))
         while True:
             try:
                 table = next(tables, None)
+            except pa.ArrowException:
+                break
             except Exception as error:  # the library and its file systems raise many kinds
-                raise DocumentsError(
-                    "the dataset cannot be read", where=self.about.get("name"), found=_first_line(error)
-                ) from error
+                raise self._unreadable(error) from error
+            if table is None:
+                return
+            done += len(table)
+            yield _with(table, columns)
+        singles = iter((dataset.skip(done) if done else dataset).with_format("arrow").iter(batch_size=1))
+        while True:
+            try:
+                held = [_with(table, columns) for table in itertools.islice(singles, rows)]
+                table = pa.concat_tables(held, promote_options="permissive") if held else None
+            except Exception as error:
+                raise self._unreadable(error) from error
             if table is None:
                 return
             yield table
 
+    def _unreadable(self, error: Exception) -> DocumentsError:
+        return DocumentsError(
+            "the dataset cannot be read",
+            where=self.about.get("name"),
+            found=_first_line(error),
+            remedy="check that it can be iterated; of a generator, state its features=datasets.Features(…)",
+        )
+
+
+def _with(table: pa.Table, columns: Sequence[str] | None) -> pa.Table:
+    return table if columns is None else table.select([name for name in columns if name in table.column_names])
+
 
 def is_dataset(source: Any) -> bool:
-    """Whether *source* is one of the library's datasets, without importing it."""
+    """Return True if *source* is one of the library's datasets, or several splits of one, without importing it."""
     return type(source).__module__.partition(".")[0] == "datasets" and hasattr(source, "select_columns")
+
+
+def check_one_split(source: Any) -> None:
+    """Raise DocumentsError if *source* holds several datasets by name, as splits of one."""
+    if isinstance(source, Mapping) and source and all(map(is_dataset, source.values())):
+        names = list(map(str, source))
+        raise DocumentsError(
+            "a dataset of several splits, and one is needed",
+            expected="one of its splits",
+            found=", ".join(names),
+            remedy=f"give one, as in documents[{names[0]!r}] or load_dataset(…, split={names[0]!r})",
+        )
+
+
+def class_names(feature: Any) -> list[str] | None:
+    """Return the names of the classes that a feature, or the elements of a list of it, has; None where it has none."""
+    while True:
+        if isinstance(feature, list) and feature:
+            feature = feature[0]
+        elif getattr(feature, "feature", None) is not None:
+            feature = feature.feature
+        else:
+            break
+    names = getattr(feature, "names", None)
+    return list(map(str, names)) if type(feature).__name__ == "ClassLabel" and names else None
+
+
+def _named(numbers: pa.Array, names: list[str]) -> pa.Array:
+    """Return the names of class numbers, null for a number that has none, such as -1; of lists, lists of names."""
+    numbers = stored_array(numbers)
+    if pa.types.is_integer(numbers.type):
+        known = pc.and_(pc.greater_equal(numbers, 0), pc.less(numbers, len(names)))
+        places = pc.if_else(known, numbers.cast(pa.int64()), pa.scalar(None, pa.int64()))
+        return pa.array(names, pa.string()).take(places)
+    if pa.types.is_null(numbers.type):
+        return pa.nulls(len(numbers), pa.string())
+    lengths = pc.fill_null(pc.list_value_length(numbers), 0).to_numpy()
+    offsets = pa.array(np.append(0, np.cumsum(lengths)).astype(np.int32))
+    return pa.ListArray.from_arrays(offsets, _named(numbers.flatten(), names), mask=numbers.is_null())
 
 
 def load_dataset(
@@ -105,4 +222,5 @@ def load_dataset(
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

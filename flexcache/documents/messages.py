@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,19 +15,31 @@ KEYS = ("role", "content")
 
 
 def read_messages(value: Any, where: str) -> list[dict[str, str]]:
-    """Return the messages of one document.
+    """Return the messages of one document: a list of them, or the JSON text of one.
 
     Raises
     ------
     DocumentsError
         It is no list of messages, or a message has more than a role and a text.
     """
+    if isinstance(value, str):
+        value = _parsed(value, where)
+    value = value.tolist() if hasattr(value, "tolist") else list(value) if isinstance(value, tuple) else value
     if not isinstance(value, list) or not value:
         raise _bad(where, "no messages" if value in (None, []) else type(value).__name__)
     return [_message(message, f"{where}, message {number}") for number, message in enumerate(value)]
 
 
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _bad(where, f"a str that is not JSON: {text[:60]!r}") from error
+
+
 def _message(message: Any, where: str) -> dict[str, str]:
+    if isinstance(message, list) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in message):
+        message = dict(message)  # a map of Arrow
     if not isinstance(message, Mapping):
         raise _bad(where, type(message).__name__)
     more = [str(name) for name, value in message.items() if name not in KEYS and value is not None]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
+from flexcache.documents.arrow_types import has_null_type, united
 from flexcache.documents.messages import MESSAGES, read_messages
-from flexcache.documents.sources import CorpusFile, Item, OfFiles, Roles
-from flexcache.errors import DocumentsError, nearest
+from flexcache.documents.roles import Roles, content_error
+from flexcache.documents.sources import CorpusFile, Item, OfFiles
+from flexcache.errors import DocumentsError
 from flexcache.images.encoded import encode, memory
 
 CHUNK_BYTES = 32 << 20  # a chunk of dicts ends here even if it has fewer documents than a batch
@@ -22,7 +25,8 @@ class RecordSource(OfFiles):
 
     *items* starts a pass over them. They are read once when opened, to check them and to find types: a label that is
     a whole number in one place and a fraction in another is a fraction everywhere. With *once*, *items* is called
-    only once, and the first *rows* documents decide the columns and their types.
+    only once, and the first *rows* documents decide the columns and their types. Columns that are neither the input
+    nor among *labels*, where those are given, are not looked at.
     """
 
     def __init__(
@@ -34,13 +38,14 @@ class RecordSource(OfFiles):
         files: list[CorpusFile] | None = None,
         once: bool = False,
         rows: int = 1024,
+        labels: Sequence[str] | None = None,
     ) -> None:
-        self.kind, self.files, self._roles = kind, files or [], roles
+        self.kind, self.files, self._roles, self._labels = kind, files or [], roles, labels
         self.count: int | None = None
-        self._content: str | None = None  # the one of text and tokens that the first document has
+        self._content: str | None = None  # the column of the input that the first document has
         self._has_id = False
         self._items: Callable[[], Iterable[Item]] | None = items
-        self._once = once
+        self._once, self._rows = once, rows
         types: dict[str, pa.DataType] = {}
         if once:
             stream = iter(items())
@@ -54,13 +59,19 @@ class RecordSource(OfFiles):
                 self.count += len(chunk)
         self.schema = pa.schema(list(types.items()))
 
+    def again(self, roles: Roles) -> RecordSource:
+        """Return the same documents with other roles of their columns; of a generator, this one cannot be read then."""
+        if self._items is None:
+            raise _read_already()
+        items, rows = self._items, self._rows
+        if self._once:
+            self._items = None
+        return RecordSource(self.kind, items, roles, files=self.files, once=self._once, rows=rows, labels=self._labels)
+
     def read(self, columns: list[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
         """Yield (where, batch); see `flexcache.documents.sources.Source`."""
         if self._items is None:
-            raise DocumentsError(
-                "the documents come from a generator, which was read already",
-                remedy="give a list, a file, or an object that starts anew with each iteration",
-            )
+            raise _read_already()
         items = self._items()
         if self._once:
             self._items = None
@@ -69,7 +80,7 @@ class RecordSource(OfFiles):
             where = [place for place, _ in chunk]
             records = [self._checked(*item) for item in chunk]
             for place, record in zip(where, records):
-                if not known.issuperset(record):
+                if self._labels is None and not known.issuperset(record):
                     raise DocumentsError(
                         f"column {next(name for name in record if name not in known)!r} was not there at first",
                         where=place,
@@ -79,7 +90,7 @@ class RecordSource(OfFiles):
             arrays = [
                 _array(
                     [self._value(record, name, place) for place, record in zip(where, records)],
-                    None if name == self._roles.tokens else self.schema.field(name).type,
+                    self._type(name),
                     name,
                     where,
                 )
@@ -97,11 +108,21 @@ class RecordSource(OfFiles):
                 if name == self._content or self._has_id:
                     kind = self._roles.contents.get(name, "text")
                     types[name] = _TYPES.get(kind, pa.string())
-            elif name not in (self._roles.text, self._roles.tokens):  # the other of the two is null throughout
+            elif self._labels is not None and name not in self._labels:
+                types[name] = pa.null()
+            elif name not in (self._roles.text, self._roles.tokens) or any(
+                record.get(name) is not None for record in records
+            ):  # the other of the two is left out where it is null throughout
                 values = _array(
                     [self._value(record, name, place) for place, record in zip(where, records)], None, name, where
                 )
                 types[name] = _promoted(types.get(name, pa.null()), values.type, name, f"{where[0]} or later")
+
+    def _type(self, name: str) -> pa.DataType | None:
+        """Return the type of a column, or None where the values of a batch decide it: tokens, late labels."""
+        kind = self.schema.field(name).type
+        tokens = name == self._content and name == self._roles.tokens
+        return None if tokens or (self._once and has_null_type(kind)) else kind
 
     def _value(self, record: Mapping[str, Any], name: str, where: str) -> Any:
         value: Any = record.get(name)
@@ -112,7 +133,7 @@ class RecordSource(OfFiles):
             return encode(value, named, self.folder(where))
         if name == self._roles.id and not isinstance(value, str):
             return str(operator.index(value))
-        return value.tolist() if hasattr(value, "tolist") else value
+        return _plain(value)
 
     def _checked(self, where: str, record: Any) -> Mapping[str, Any]:
         if not isinstance(record, Mapping):
@@ -121,7 +142,9 @@ class RecordSource(OfFiles):
                 where=where,
                 expected='a dict such as {"id": "a", "text": "…"}',
                 found=type(record).__name__,
-                remedy="give dicts, or a pyarrow Table (of a DataFrame: pyarrow.Table.from_pandas(frame))",
+                remedy="write JSON Lines, an object on each line; or one array of objects, in a file that ends in .json"
+                if self.kind == "jsonl"
+                else "give dicts, a DataFrame or a pyarrow Table",
             )
         roles = self._roles
         present = roles.present([name for name, value in record.items() if value is not None])
@@ -154,42 +177,11 @@ class RecordSource(OfFiles):
         return record
 
 
-def content_column(names: list[str], roles: Roles, where: str | None) -> str:
-    """Return the one of the text, tokens, messages and image columns that is among *names*.
-
-    Raises
-    ------
-    DocumentsError
-        None is, or text and tokens are.
-    """
-    present = roles.present(names)
-    if len(present) != 1:
-        raise content_error(names, roles, where, both=len(present) == 2)
-    return present[0]
-
-
-def content_error(names: list[str], roles: Roles, where: str | None, *, both: bool) -> DocumentsError:
-    """Return the error for a document, or a file, that has not exactly one of text and tokens."""
-    wanted = list(roles.contents)
-    found, expected = ", ".join(names) or "nothing", " or ".join(wanted)
-    if both:
-        return DocumentsError(
-            "both text and tokens are there",
-            where=where,
-            expected=expected,
-            found=found,
-            remedy="say which to leave: text=None or tokens=None, and labels=[…] for the labels to keep",
-        )
-    if null := [role for role in wanted if role in names]:
-        return DocumentsError(
-            f"a document without {' or '.join(null)}: it is null",
-            where=where,
-            expected=expected,
-            found="null",
-            remedy="leave it out",
-        )
-    remedy = f"name the column, as in text='body'; {nearest(wanted[0], names)}" if names and wanted else None
-    return DocumentsError("no text and no tokens", where=where, expected=expected, found=found, remedy=remedy)
+def _read_already() -> DocumentsError:
+    return DocumentsError(
+        "the documents come from a generator, which was read already",
+        remedy="give a list, a file, or an object that starts anew with each iteration",
+    )
 
 
 def bad_id(found: str, where: str | None) -> DocumentsError:
@@ -242,9 +234,15 @@ def _array(values: list[Any], kind: pa.DataType | None, name: str, where: list[s
                     where=place,
                     expected="text that can be written as UTF-8" if broken else str(kind or "a type that Arrow knows"),
                     found=f"{type(value).__name__} {repr(value)[:60]}",
+                    remedy=None if broken else "give it as text, or leave the column out of labels=[…]",
                 ) from reason
             so_far = _promoted(so_far, found, name, place)
-        raise DocumentsError(f"column {name!r} has mixed types", where=where[0], found=str(error)) from error
+        raise DocumentsError(
+            f"column {name!r} has mixed types",
+            where=where[0],
+            found=str(error).splitlines()[0],
+            remedy="write it in one type throughout, or leave the column out of labels=[…]",
+        ) from error
 
 
 def _safe(values: list[Any], kind: pa.DataType | None) -> pa.Array:
@@ -254,16 +252,26 @@ def _safe(values: list[Any], kind: pa.DataType | None) -> pa.Array:
 
 def _promoted(one: pa.DataType, two: pa.DataType, name: str, where: str) -> pa.DataType:
     try:
-        schemas = [pa.schema([(name, kind)]) for kind in (one, two)]
-        return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+        return united(one, two)
     except pa.ArrowException as error:
         raise DocumentsError(
             f"column {name!r} changes its type",
             where=where,
             expected=str(one),
             found=str(two),
-            remedy="write it in one type throughout",
+            remedy="write it in one type throughout, or leave the column out of labels=[…]",
         ) from error
+
+
+def _plain(value: Any) -> Any:
+    """Return what NumPy and pandas have for a value as Python has it, or as Arrow takes it."""
+    if type(value).__name__ in ("NAType", "NaTType"):  # of pandas
+        return None
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    dates = getattr(getattr(value, "dtype", None), "kind", "") in ("M", "m")
+    if dates and plain is not None and not isinstance(plain, list) and np.isnat(value):
+        return None
+    return value if dates and "[ns]" in str(value.dtype) else plain  # of which Python would make whole numbers
 
 
 def _is_whole(value: Any) -> bool:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from flexcache.documents.sources import Near, ParquetSource, Source
+from flexcache.documents.parquet_files import ParquetSource
+from flexcache.documents.sources import Near, Source
 
 if TYPE_CHECKING:
     from flexcache.documents.documents import Documents

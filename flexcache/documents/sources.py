@@ -1,4 +1,4 @@
-"""Where documents come from: Arrow tables, Parquet and CSV files; `flexcache.documents.records` has those of dicts.
+"""Where documents come from: Arrow tables and CSV files, and what all sources have in common.
 
 A source knows its columns (``schema``), its number of documents where it can be known (``count``), its files, and
 yields record batches in corpus order (``read``). It keeps at most a few batches in memory.
@@ -6,7 +6,7 @@ yields record batches in corpus order (``read``). It keeps at most a few batches
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pcsv
-import pyarrow.parquet as pq
 
+from flexcache.documents.roles import Roles
 from flexcache.errors import DocumentsError
 
 BLOCK_BYTES = 8 << 20  # of a CSV file
@@ -23,28 +23,8 @@ _CSV = pcsv.ParseOptions(newlines_in_values=True)
 _WHOLE = r"^-?(0|[1-9][0-9]*)$"
 _FRACTION = r"^([-+]?(0|[1-9][0-9]{0,14})?(\.[0-9]*)?([eE][-+]?[0-9]+)?|[-+]?inf|[nN]a[nN])$"
 _BOOLEAN = r"^([tT]rue|[fF]alse)$"
-
-
-@dataclass(frozen=True)
-class Roles:
-    """The column names of a document's id, text, tokens, messages and image in the source."""
-
-    id: str
-    text: str | None
-    tokens: str | None
-    messages: str | None = None
-    image: str | None = None
-
-    @property
-    def contents(self) -> dict[str, str]:
-        """The columns that a document may be in, by name, with what they hold."""
-        kinds = {"text": self.text, "tokens": self.tokens, "messages": self.messages, "image": self.image}
-        return {column: kind for kind, column in kinds.items() if column}
-
-    def present(self, names: Collection[str]) -> list[str]:
-        """Return which are among *names*; messages count where there is neither text nor tokens, and then images."""
-        plain = [name for name in (self.text, self.tokens) if name and name in names]
-        return plain or [name for name in (self.messages, self.image) if name and name in names][:1]
+CSV_NULLS = ("", "NA")
+"""Fields of CSV files that are null in labels."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +47,11 @@ class Source(Protocol):
     files: list[CorpusFile]
 
     @property
+    def described(self) -> pa.Schema:
+        """The columns that identify the corpus: those of the data, in the types that every version told of them."""
+        ...
+
+    @property
     def count(self) -> int | None:
         """The number of documents, where it is known without reading them."""
         ...
@@ -83,12 +68,46 @@ class Source(Protocol):
 class OfFiles:
     """What all sources know of their files."""
 
+    schema: pa.Schema
     files: list[CorpusFile]
+
+    @property
+    def described(self) -> pa.Schema:
+        """See `Source`."""
+        return self.schema
 
     def folder(self, where: str) -> Path | None:
         """Return the folder of the file that *where* names, which paths in it are relative to; None where none is."""
         named = [file for file in self.files if where == file.name or where.startswith(f"{file.name}, ")]
         return max(named, key=lambda file: len(file.name)).path.parent if named else None
+
+
+def as_table(source: Any) -> pa.Table | None:
+    """Return what a DataFrame, a RecordBatch or a reader of these holds, or None if *source* is nothing of Arrow.
+
+    Of a DataFrame of pandas, an index is a column if it has a name.
+
+    Raises
+    ------
+    DocumentsError
+        A column has values of several types.
+    """
+    try:
+        if type(source).__module__.partition(".")[0] == "pandas" and hasattr(source, "columns"):
+            return pa.Table.from_pandas(source, preserve_index=None not in source.index.names).replace_schema_metadata()
+        if isinstance(source, pa.Table):
+            return source
+        if isinstance(source, pa.RecordBatch):
+            return pa.Table.from_batches([source])
+        return pa.table(source) if hasattr(source, "__arrow_c_stream__") else None
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise DocumentsError(
+            "a table that cannot be read",
+            where=type(source).__name__,
+            expected="columns of one type each",
+            found="; ".join(map(str, error.args)).splitlines()[0],
+            remedy="convert the column, or leave it out",
+        ) from error
 
 
 class TableSource(OfFiles):
@@ -106,95 +125,21 @@ class TableSource(OfFiles):
             yield "the table", batch
 
 
-class ParquetSource(OfFiles):
-    """Parquet files with compatible columns; a label that a file lacks is null there."""
-
-    kind = "parquet"
-
-    def __init__(self, files: list[CorpusFile]) -> None:
-        self.files, self.count, schemas = files, 0, []
-        for file in files:
-            with self._open(file) as parquet:
-                schemas.append(parquet.schema_arrow.remove_metadata())
-                self.count += parquet.metadata.num_rows
-        try:
-            self.schema = pa.unify_schemas(schemas, promote_options="permissive")
-        except pa.ArrowException as error:
-            raise DocumentsError(
-                "the Parquet files have columns of the same name and different types",
-                where=", ".join(file.name for file in files[:5]),
-                found=str(error),
-                remedy="write them with one schema, or open them one at a time",
-            ) from error
-
-    def read(self, columns: list[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
-        """Yield (where, batch); see `Source`. Pages are decoded when needed, however large a row group is."""
-        for file in self.files:
-            with self._open(file) as parquet:
-                for batch in self._batches(file, parquet, columns, rows):
-                    yield file.name, batch
-
-    def groups(self, columns: list[str], rows: int, runs: Sequence[range]) -> Iterator[Near]:
-        """Yield (index of the first document, where, batch) of the row groups that have documents of *runs*."""
-        first = 0
-        for file in self.files:
-            with self._open(file) as parquet:
-                for number in range(parquet.num_row_groups):
-                    held = range(first, first + parquet.metadata.row_group(number).num_rows)
-                    first = held.stop
-                    wanted = [run for run in runs if run.start < held.stop and held.start < run.stop]
-                    if not wanted:
-                        continue
-                    at = held.start
-                    for batch in self._batches(file, parquet, columns, rows, [number]):
-                        yield at, file.name, batch
-                        at += batch.num_rows
-                        if at >= wanted[-1].stop:
-                            break
-
-    def _batches(
-        self,
-        file: CorpusFile,
-        parquet: pq.ParquetFile,
-        columns: list[str],
-        rows: int,
-        groups: Sequence[int] | None = None,
-    ) -> Iterator[pa.RecordBatch]:
-        there = [name for name in columns if name in parquet.schema_arrow.names]
-        batches = parquet.iter_batches(batch_size=rows, columns=there, row_groups=groups)
-        while True:
-            try:
-                batch = next(batches, None)
-            except (pa.ArrowException, OSError) as error:
-                raise unreadable(file, "Parquet", error) from error
-            if batch is None:
-                break
-            arrays = [
-                batch.column(name) if name in there else pa.nulls(batch.num_rows, self.schema.field(name).type)
-                for name in columns
-            ]
-            yield pa.RecordBatch.from_arrays(arrays, columns)
-
-    @staticmethod
-    def _open(file: CorpusFile) -> pq.ParquetFile:
-        try:
-            return pq.ParquetFile(file.path, pre_buffer=False, buffer_size=1 << 20)
-        except (pa.ArrowException, OSError) as error:
-            raise unreadable(file, "Parquet", error) from error
-
-
 class CsvSource(OfFiles):
     """CSV files with a header and the same columns; read once when opened, for their types.
 
-    Columns named in *as_text* stay as written. Of the others, one of whole numbers, of fractions, or of ``true`` and
-    ``false`` throughout gets that type, with null for an empty field. A number with leading zeros, or with more
-    digits than its type holds, is a code, and its column stays text.
+    The id, the input and the column of images stay as written. In the others, a field that is among *nulls* is null,
+    and so is an empty one in a column that is not text. A column of whole numbers, of fractions, or of ``true`` and
+    ``false`` throughout gets that type. A number with leading zeros, or with more digits than its type holds, is a
+    code, and its column stays text.
     """
 
     kind = "csv"
 
-    def __init__(self, files: list[CorpusFile], as_text: set[str]) -> None:
+    def __init__(self, files: list[CorpusFile], roles: Roles, nulls: Sequence[str] = CSV_NULLS) -> None:
         self.files, self.count, self._block = files, 0, BLOCK_BYTES
+        self.nulls = tuple(nulls)
+        self._as_text: set[str] = set()
         names: list[str] = []
         types: dict[str, _CsvType] = {}
         for file in files:
@@ -212,23 +157,30 @@ class CsvSource(OfFiles):
                             found=", ".join(header),
                             remedy="write them with one header, or open them one at a time",
                         )
+                    self._as_text = {name for name in (roles.id, roles.image) if name} | set(roles.present(names))
                     for batch in self._strings(file, header):
                         self.count += batch.num_rows
-                        for name in set(header) - as_text:
-                            types.setdefault(name, _CsvType()).see(batch.column(name))
+                        for name in set(header) - self._as_text:
+                            types.setdefault(name, _CsvType(self.nulls)).see(batch.column(name))
                     break
                 except (pa.ArrowException, OSError) as error:
                     if "straddl" not in str(error) or self._block >= 1 << 30:
                         raise unreadable(file, "CSV", error) from error
                     self._block *= 4  # a row is longer than a block
         self.schema = pa.schema([(name, types[name].type if name in types else pa.string()) for name in names])
+        self._described = pa.schema([(name, types[name].strict if name in types else pa.string()) for name in names])
+
+    @property
+    def described(self) -> pa.Schema:
+        """The types where an empty field alone is null, as in stores that were made before "NA" was."""
+        return self._described
 
     def read(self, columns: list[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
         """Yield (where, batch); see `Source`."""
         for file in self.files:
             try:
                 for batch in self._strings(file, self.schema.names):
-                    arrays = [_typed(batch.column(name), self.schema.field(name).type) for name in columns]
+                    arrays = [self._typed(batch.column(name), name) for name in columns]
                     whole = pa.RecordBatch.from_arrays(arrays, columns)
                     for start in range(0, whole.num_rows, rows):
                         yield file.name, whole.slice(start, rows)
@@ -247,19 +199,30 @@ class CsvSource(OfFiles):
         with pcsv.open_csv(file.path, self._options(), _CSV, convert) as reader:
             yield from reader
 
+    def _typed(self, fields: pa.Array, name: str) -> pa.Array:
+        kind = self.schema.field(name).type
+        if name in self._as_text:
+            return fields
+        nulls = self.nulls if kind == pa.string() else ("", *self.nulls)
+        null = pc.is_in(fields, pa.array(nulls, pa.string()))
+        return pc.if_else(null, pa.scalar(None, pa.string()), fields).cast(kind)
+
     def _options(self) -> pcsv.ReadOptions:
         return pcsv.ReadOptions(use_threads=False, block_size=self._block)
 
 
 class _CsvType:
-    """What the fields of a CSV column can be read as, narrowed batch by batch."""
+    """The types that the fields of a CSV column can be read as, narrowed batch by batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, nulls: Sequence[str]) -> None:
+        self._nulls = pa.array(sorted({"", *nulls}), pa.string())
         self._left = {pa.int64(): _WHOLE, pa.float64(): _FRACTION, pa.bool_(): _BOOLEAN}
-        self._seen = False
+        self._seen = self._marked = False
 
     def see(self, fields: pa.Array) -> None:
-        filled = fields.filter(pc.not_equal(fields, ""))
+        null = pc.is_in(fields, self._nulls)
+        self._marked |= pc.any(pc.not_equal(fields.filter(null), "")).as_py() or False
+        filled = fields.filter(pc.invert(null))
         if not len(filled):
             return
         self._seen = True
@@ -276,11 +239,10 @@ class _CsvType:
     def type(self) -> pa.DataType:
         return next(iter(self._left)) if self._seen and self._left else pa.string()
 
-
-def _typed(fields: pa.Array, kind: pa.DataType) -> pa.Array:
-    if kind == pa.string():
-        return fields
-    return pc.if_else(pc.equal(fields, ""), pa.scalar(None, pa.string()), fields).cast(kind)
+    @property
+    def strict(self) -> pa.DataType:
+        """The type where an empty field alone is null: text, if another one is."""
+        return pa.string() if self._marked else self.type
 
 
 def unreadable(file: CorpusFile, kind: str, error: Exception) -> DocumentsError:
@@ -290,4 +252,15 @@ def unreadable(file: CorpusFile, kind: str, error: Exception) -> DocumentsError:
         where=file.name,
         found=str(error).splitlines()[0] if str(error) else type(error).__name__,
         remedy="check that the file is whole, and that it is what its name says",
+    )
+
+
+def not_utf8(where: str, error: UnicodeDecodeError) -> DocumentsError:
+    """Return the error for text whose bytes are not UTF-8."""
+    return DocumentsError(
+        "text that is not UTF-8",
+        where=where,
+        expected="UTF-8",
+        found=f"byte 0x{error.object[error.start]:02x} at offset {error.start}",
+        remedy="convert the file, as with iconv -f latin1 -t utf-8",
     )

@@ -122,21 +122,21 @@ def image_input(model: torch.nn.Module, processor: Any) -> ImageInput:
     return ImageInput(made, pixels, patches, compute_dtype(model))
 
 
-def reader_of(model: torch.nn.Module, tokenizer: Any, content: Sequence[str]) -> Any:
-    """Return what turns documents with these columns into what a model reads: the tokenizer, or an `ImageInput`.
+def reader_of(model: torch.nn.Module, tokenizer: Any, content: str) -> Any:
+    """Return what turns documents of this `Documents.content` into what a model reads: the tokenizer or `ImageInput`.
 
     Raises
     ------
     ConfigError
         The documents are images, and the model reads text, or the other way round.
     """
-    images = "image" in content
+    images = content == "image"
     if images != reads_images(model):
         reads, are = ("images", "not") if reads_images(model) else ("text", "images")
         raise ConfigError(
             f"the model reads {reads}, and the documents are {are}",
             where=type(model).__name__,
-            found=", ".join(content),
+            found=content,
             remedy="give documents with an image each"
             if reads == "images"
             else "take a vision transformer, or of a"

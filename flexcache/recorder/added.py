@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from flexcache.documents.columns import content_of
 from flexcache.errors import DocumentsError
 from flexcache.images.encoded import IMAGE, IMAGE_DIGEST
 from flexcache.options import SequenceOptions
@@ -113,9 +114,9 @@ class Added:
             return self._one_side(known, places, "tokens")
         given, target = parted(known)
         ours, theirs = self._one_side(given, places, CONTEXT)
-        if "tokens" in target.schema.names:
+        if content_of(target) == "tokens":
             read = shifted(encode(target, None, SequenceOptions(max_length=self._limit)), inputs).tokens
-            target = target.set_column(target.schema.get_field_index("tokens"), "tokens", read)
+            target = target.set_column(1, "tokens", read)
         held, read_now = self._one_side(target, places, "tokens", TARGET)
         return list(zip(ours, held, strict=True)), list(zip(theirs, read_now, strict=True))
 
@@ -128,30 +129,30 @@ class Added:
         self, known: pa.RecordBatch, places: np.ndarray, tokens_name: str, text_name: str = "text"
     ) -> tuple[list[Any], list[Any]]:
         """Return what is stored and what is given, by the names that the store has for tokens and text."""
-        documents = self._store.documents
-        if "text" in known.schema.names:
-            texts = known.column("text").to_pylist()
+        documents, content = self._store.documents, content_of(known)
+        if content == "text":
+            texts = known.column(1).to_pylist()
             if text_name in documents.column_names:
                 return documents.column(text_name).take(pa.array(places)).to_pylist(), texts
             if (hashed := f"{text_name}_xxh3_128") in documents.column_names:
                 hashes = [xxhash.xxh3_128_hexdigest(text.encode()) for text in texts]
                 return documents.column(hashed).take(pa.array(places)).to_pylist(), hashes
             return ["tokens"] * len(texts), ["a text"] * len(texts)
-        if "messages" in known.schema.names:
-            given = messages_digests(known.column("messages").to_pylist())
+        if content == "messages":
+            given = messages_digests(known.column(1).to_pylist())
             if "messages_xxh3_128" not in documents.column_names:
                 return ["no chat"] * len(given), ["a chat"] * len(given)
             return documents.column("messages_xxh3_128").take(pa.array(places)).to_pylist(), given
-        if IMAGE in known.schema.names:
-            given = image_digests(known.column(IMAGE))
+        if content == IMAGE:
+            given = image_digests(known.column(1))
             if IMAGE_DIGEST not in documents.column_names:
                 return ["no image"] * len(given), ["an image"] * len(given)
             return documents.column(IMAGE_DIGEST).take(pa.array(places)).to_pylist(), given
         if not Spec.model_validate(self._store.spec).whole:
-            return self._rows_of(places, known.column("tokens").to_pylist())
+            return self._rows_of(places, known.column(1).to_pylist())
         lines = np.searchsorted(self._store.tokens.column("document").to_numpy(), places)
         stored = self._store.tokens.column(tokens_name).take(pa.array(lines)).to_pylist()
-        tokens = known.column("tokens").to_pylist()
+        tokens = known.column(1).to_pylist()
         return stored, [given[: self._limit] for given in tokens]
 
     def _rows_of(self, places: np.ndarray, given: list[list[int]]) -> tuple[list[Any], list[Any]]:

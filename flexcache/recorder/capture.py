@@ -10,6 +10,7 @@ from typing import Any
 from flexcache import hooks
 from flexcache.documents import open_documents
 from flexcache.hooks.names import whole
+from flexcache.hooks.vision import reads_images
 from flexcache.identity import model_key
 from flexcache.images.input import reader_of
 from flexcache.model import (
@@ -193,8 +194,8 @@ def capture(
     with evaluating(model), CaptureProgress(progress) as bars, closing(Crew(model)) as crew:
         reading = locate(model, spec, transforms, objective, crew.elsewhere())
         crew.check(reading)
-        corpus = open_documents(documents)
-        tokenizer = reader_of(model, tokenizer, corpus.schema.names)
+        corpus = open_documents(documents, images_first=reads_images(model))
+        tokenizer = reader_of(model, tokenizer, corpus.content)
         example = check_images(model, spec, reading, tokenizer, crew)
         source = Source(
             documents=corpus,
@@ -202,7 +203,7 @@ def capture(
             arrays=measure_arrays(model, spec, reading, crew.read_example, example),
             spec=spec,
             model=crew.describe_model(model, example) | (model_info or {}),
-            tokenizer_identity=describe_tokenizer(tokenizer, "messages" in corpus.schema.names),
+            tokenizer_identity=describe_tokenizer(tokenizer, corpus.content == "messages"),
             vocabulary=vocabulary(model),
             encoder_vocabulary=encoder_vocabulary(model),
             notes={"user_hooks": hooks.user_hooks(model)} | described_patches(tokenizer),

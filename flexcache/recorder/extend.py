@@ -115,8 +115,8 @@ def extend(
     """
     model = whole(model)
     root = local(path, "flexcache extend")
-    corpus = None if documents is None else open_documents(documents)
     store = opened(root)
+    corpus = None if documents is None else open_documents(documents, images_first=bool(store.images))
     if store.images:
         tokenizer = stored_input(store, model, tokenizer)
     asked = _asked(store, sites, layers, transforms, objective)

@@ -107,7 +107,7 @@ def record(
         arrays=with_scales(_array(name, shape, layers, spec.dtype) for name, shape in sites.items()),
         spec=spec,
         model=model if isinstance(model, dict) else {"name": model, "class": model},
-        tokenizer_identity=describe_tokenizer(tokenizer, "messages" in corpus.schema.names),
+        tokenizer_identity=describe_tokenizer(tokenizer, corpus.content == "messages"),
     )
     options: dict[str, Any] = {
         "fingerprint": fingerprint,

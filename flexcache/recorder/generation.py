@@ -67,7 +67,7 @@ class Completions:
             raise DocumentsError(
                 "the completions are not made yet", where=str(self.folder), remedy="run the capture, which makes them"
             )
-        return open_documents(str(self.folder / "part-*.parquet"))
+        return open_documents(str(self.folder / "part-*.parquet"), text=None)
 
     def part(self, number: int) -> Path:
         """Return the file of a part."""
@@ -127,7 +127,7 @@ def generate(
             remedy="load it with loader: AutoModelForCausalLM",
         )
     corpus = open_documents(documents)
-    if "image" in corpus.schema.names:
+    if corpus.content == "image":
         raise DocumentsError("images cannot be completed", expected="documents of texts, messages or tokens")
     if taken := [name for name in corpus.labels if name in OWN]:
         raise DocumentsError(f"a label cannot be called {taken[0]!r} here", remedy="rename the column")
@@ -236,7 +236,7 @@ class _Writer:
         if self._tokenizer is not None:
             columns["prompt"] = pa.array([self._text(prompt) for prompt in prompts])
             columns["completion"] = pa.array([self._text(made[line]) for line in range(len(prompts))])
-        labels = [name for name in part.column_names if name not in ("id", "text", "tokens", "messages")]
+        labels = part.column_names[2:]
         return pa.table(columns | {name: part.column(name) for name in labels})
 
     @cached_property
@@ -248,22 +248,22 @@ class _Writer:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _prompts(self, part: pa.Table) -> list[list[int]]:
-        names = part.column_names
-        if "tokens" in names:
-            prompts = part.column("tokens").to_pylist()
+        content = part.column_names[1]
+        if content == "tokens":
+            prompts = part.column(1).to_pylist()
         elif self._tokenizer is None:
             raise DocumentsError(
                 "the prompts are texts, but there is no tokenizer", remedy="pass the model's tokenizer"
             )
-        elif "messages" in names:
+        elif content == "messages":
             check_template(self._tokenizer)
-            chats = part.column("messages").to_pylist()
+            chats = part.column(1).to_pylist()
             rendered = [
                 self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats
             ]
             prompts = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
         else:
-            prompts = self._open_ended(self._tokenizer(part.column("text").to_pylist())["input_ids"])
+            prompts = self._open_ended(self._tokenizer(part.column(1).to_pylist())["input_ids"])
         room = None if self._most is None else self._most - self._generation.max_new_tokens
         for name, prompt in zip(part.column("id").to_pylist(), prompts):
             if not prompt or (room is not None and len(prompt) > room):
@@ -315,11 +315,11 @@ def _parts(corpus: Documents) -> Iterator[pa.Table]:
     for batch in corpus.batches():
         held.append(pa.Table.from_batches([batch]))
         while sum(map(len, held)) >= PART:
-            table = pa.concat_tables(held)
+            table = pa.concat_tables(held, promote_options="permissive")
             yield table.slice(0, PART)
             held = [table.slice(PART)]
     if sum(map(len, held)):
-        yield pa.concat_tables(held)
+        yield pa.concat_tables(held, promote_options="permissive")
 
 
 def _request(model: Any, tokenizer: Any, corpus: Documents, generation: Generation) -> dict[str, Any]:
@@ -327,7 +327,7 @@ def _request(model: Any, tokenizer: Any, corpus: Documents, generation: Generati
     request = {
         "generate": generation.model_dump(mode="json"),
         "model": for_store(describe_model(model, fingerprint(model))),
-        "tokenizer": describe_tokenizer(tokenizer, "messages" in corpus.schema.names),
+        "tokenizer": describe_tokenizer(tokenizer, corpus.content == "messages"),
         "documents": corpus.describe(),
     }
     found: dict[str, Any] = json.loads(json.dumps(request))

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from flexcache.documents.columns import content_of
 from flexcache.errors import ConfigError, DocumentsError, nearest
 from flexcache.options import Choice, SequenceOptions
 from flexcache.sequences.encoding import Encoded, Tokenizer, is_spans
@@ -29,7 +30,7 @@ def chosen(
     if choice is None:
         return None
     kept = np.ones(len(encoded.flat), bool)
-    if not choice.specials and "image" in batch.schema.names:
+    if not choice.specials and content_of(batch) == "image":
         kept &= np.tile(_patches(tokenizer), len(encoded.lengths))
     elif not choice.specials:
         kept &= ~np.isin(encoded.flat, _specials(tokenizer))
@@ -83,7 +84,7 @@ def spans(batch: pa.RecordBatch, encoded: Encoded, column: str, *, characters: b
     if not is_spans(kind):
         raise DocumentsError(f"column {column!r} holds no spans", expected="lists of {start, end}", found=str(kind))
     if characters and encoded.characters is None:
-        are = "images" if "image" in batch.schema.names else "tokens"
+        are = "images" if content_of(batch) == "image" else "tokens"
         raise DocumentsError(
             f"column {column!r} is to hold spans of characters, and the documents are {are}",
             expected="documents of texts, or spans of tokens",
@@ -118,8 +119,8 @@ def column_type(batch: pa.RecordBatch, column: str) -> pa.DataType:
     DocumentsError
         There is none.
     """
-    if column not in batch.schema.names:
-        labels = tuple(name for name in batch.schema.names if name not in ("id", "text", "tokens", "image"))
+    if column not in batch.schema.names[2:]:
+        labels = tuple(batch.schema.names[2:])
         raise DocumentsError(
             f"the documents have no column {column!r}",
             found=", ".join(labels) or "no columns beside their content",
@@ -142,7 +143,7 @@ def list_lengths(batch: pa.RecordBatch, encoded: Encoded, column: str) -> np.nda
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         raise DocumentsError(f"column {column!r} holds no lists", expected="a list, one entry a token", found=str(kind))
     lengths = array.value_lengths().fill_null(-1).to_numpy()
-    cut = encoded.truncated & ("tokens" in batch.schema.names)
+    cut = encoded.truncated & (content_of(batch) == "tokens")
     wrong = np.flatnonzero((lengths != encoded.lengths) & ~(cut & (lengths > encoded.lengths)))
     if len(wrong):
         line = int(wrong[0])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from flexcache.documents.columns import content_of
 from flexcache.errors import ConfigError, DocumentsError
 from flexcache.images.encoded import decode
 from flexcache.options import SequenceOptions
@@ -74,19 +75,20 @@ def encode(batch: pa.RecordBatch, tokenizer: Tokenizer | None, options: Sequence
         Places of tokens in the text are asked for, and the tokenizer does not know them.
     """
     limit = options.max_length if options.whole else None
-    if "image" in batch.schema.names:
+    content = content_of(batch)
+    if content == "image":
         return _seen(batch, tokenizer)
-    if "tokens" in batch.schema.names:
-        return _given(batch.column("tokens"), limit)
+    if content == "tokens":
+        return _given(batch.column(1), limit)
     if tokenizer is None:
         raise DocumentsError(
             "the documents are texts or chats, but there is no tokenizer",
             expected="a tokenizer, or documents with tokens",
             remedy="pass the model's tokenizer; with tokenizer=None each document needs a list of tokens",
         )
-    if "messages" in batch.schema.names:
+    if content == "messages":
         return _chats(batch, tokenizer, limit)
-    texts = batch.column("text").to_pylist()
+    texts = batch.column(1).to_pylist()
     places = _needs_places(batch, tokenizer, options)
     lists, offsets = _encode(tokenizer, texts, places, special=options.packing is None)
     if len(lists) != len(texts):
@@ -115,7 +117,7 @@ def _seen(batch: pa.RecordBatch, reader: Any) -> Encoded:
             found=type(reader).__name__,
             remedy="capture them; a forward of your own takes documents of texts or tokens",
         )
-    for name, image in zip(batch.column("id").to_pylist(), batch.column("image")):
+    for name, image in zip(batch.column("id").to_pylist(), batch.column(1)):
         decode(image.as_py(), f"document {name!r}")
     lengths = np.full(len(batch), reader.patches.tokens, np.int64)
     return Encoded(list_array(reader.tokens_of(len(batch)), lengths), np.zeros(len(batch), bool))
@@ -124,7 +126,7 @@ def _seen(batch: pa.RecordBatch, reader: Any) -> Encoded:
 def _chats(batch: pa.RecordBatch, tokenizer: Any, limit: int | None) -> Encoded:
     """Return the tokens of chats; the template has all special tokens, so the tokenizer adds none."""
     check_template(tokenizer)
-    given = batch.column("messages").to_pylist()
+    given = batch.column(1).to_pylist()
     chats = [render(tokenizer, messages, name) for messages, name in zip(given, batch.column("id").to_pylist())]
     lists, offsets = _encode(tokenizer, [chat.text for chat in chats], True, special=False)
     whole = np.array([len(tokens) for tokens in lists], np.int64)

@@ -5,11 +5,35 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
+from flexcache.documents.columns import content_of
 from flexcache.errors import DocumentsError
+from flexcache.options import SequenceOptions
 from flexcache.sequences.choice import column_type, list_lengths, spans
 from flexcache.sequences.encoding import Encoded, is_spans
 
 CHAT = ("role", "turn")
+SEQUENCE_COLUMNS = (
+    *("document", "unit", "batch", "start", "tokens", "keep_start", "n_rows", "row_start", "keep"),
+    *("documents", "starts", "places", "begins", "context", "image"),
+)
+"""The columns of the table of sequences that are no labels."""
+
+
+def check_names(batch: pa.RecordBatch, options: SequenceOptions, keep_text: bool) -> None:
+    """Raise DocumentsError if a label of documents or of tokens has the name of a column that the store makes."""
+    labels = batch.schema.names[2:]
+    made = {*CHAT} if content_of(batch) == "messages" else set()
+    if not keep_text:
+        made |= {"text_xxh3_128"} if content_of(batch) in ("text", "messages") or "text" in labels else set()
+        made |= {"target_xxh3_128"} if options.decoder is not None else set()
+    taken = [name for name in labels if name in made]
+    taken += [name for name in options.token_labels if name in SEQUENCE_COLUMNS]
+    if taken:
+        raise DocumentsError(
+            f"a label cannot be called {taken[0]!r} here: the store makes a column of that name",
+            found=", ".join(labels),
+            remedy=f"rename the column, or choose the labels to keep: labels={[n for n in labels if n not in taken]}",
+        )
 
 
 def said(encoded: Encoded) -> dict[str, pa.ListArray]:
@@ -58,8 +82,6 @@ def aligned(batch: pa.RecordBatch, encoded: Encoded, column: str) -> pa.ListArra
             found=", ".join(field.name for field in fields),
         )
     found = np.full(len(encoded.flat), None, object)
-    for places, span in spans(
-        batch, encoded, column, characters="text" in batch.schema.names or "messages" in batch.schema.names
-    ):
+    for places, span in spans(batch, encoded, column, characters=content_of(batch) in ("text", "messages")):
         found[places] = span["label"]
     return pa.ListArray.from_arrays(offsets, pa.array(found.tolist(), label.type))

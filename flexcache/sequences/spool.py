@@ -11,13 +11,14 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from flexcache.documents.columns import content_of
 from flexcache.errors import DocumentsError
 from flexcache.images.encoded import IMAGE, IMAGE_DIGEST
 from flexcache.options import SequenceOptions
 from flexcache.sequences.choice import chosen, first_or_last
 from flexcache.sequences.cuts import Cuts, Whole, Windowed
 from flexcache.sequences.encoding import Encoded, Tokenizer, encode
-from flexcache.sequences.labels import aligned, said
+from flexcache.sequences.labels import aligned, check_names, said
 from flexcache.sequences.packed import Isolated, Marks, Packed, marks
 from flexcache.sequences.targets import (
     SPOOLED,
@@ -31,7 +32,7 @@ from flexcache.sequences.targets import (
 )
 
 PART_BYTES = 64 << 20
-KEPT = "kept"
+KEPT = "places of kept tokens"
 """The column of a spool that has the places of the tokens that are rows, where not all are."""
 
 
@@ -150,7 +151,7 @@ class Spool:
         self._hasher.update("\0".join(batch.column("id").to_pylist()).encode())
         self._hasher.update(lengths.tobytes())
         self._hasher.update(np.ascontiguousarray(tokens.flatten().to_numpy(zero_copy_only=False)).tobytes())
-        if IMAGE in batch.schema.names:
+        if IMAGE_DIGEST in batch.schema.names:
             self._hasher.update("\0".join(batch.column(IMAGE_DIGEST).to_pylist()).encode())
             self.image_bytes += batch.column(IMAGE).nbytes
         if SPOOLED in batch.schema.names:
@@ -246,6 +247,8 @@ def spool(
     result = Spool(folder, options, None if options.packing is None else marks(options.packing, tokenizer))
     index, tokens_done = first_index, 0
     for batch in documents.batches():
+        if index == first_index:
+            check_names(batch, options, keep_text)
         source_index = np.arange(index, index + len(batch), dtype=np.int64)
         index += len(batch)
         content, reads, context = batch, tokenizer, None
@@ -265,7 +268,7 @@ def spool(
                     remedy="remove it, or skip all such documents with empty_documents: skip",
                 )
             result.skipped += len(blank)
-        if IMAGE not in batch.schema.names:  # whose tokens have no ids
+        if content_of(batch) != IMAGE:  # whose tokens have no ids
             _check_ids(batch, encoded.tokens, vocabulary)
         kept = chosen(content, encoded, tokenizer, options)
         labels = said(encoded) | {name: aligned(content, encoded, name) for name in options.token_labels}
@@ -335,7 +338,7 @@ def _chat_columns(batch: pa.RecordBatch, encoded: Encoded, keep_text: bool) -> d
     """Return the text of chats, or its hash, and the hash of their messages."""
     texts = [chat.text for chat in encoded.chats or ()]
     text = {"text": texts} if keep_text else {"text_xxh3_128": [xxhash.xxh3_128_hexdigest(t.encode()) for t in texts]}
-    hashes = messages_digests(batch.column("messages").to_pylist())
+    hashes = messages_digests(batch.column(1).to_pylist())
     return {name: pa.array(values) for name, values in {**text, "messages_xxh3_128": hashes}.items()}
 
 
@@ -350,6 +353,12 @@ def messages_digests(chats: list[list[dict[str, str]]]) -> list[str]:
 def image_digests(images: pa.Array) -> list[str]:
     """Return the XXH3-128 of each encoded image."""
     return [xxhash.xxh3_128_hexdigest(image.as_buffer()) for image in images]
+
+
+def _hashed(texts: pa.Array) -> pa.Array:
+    """Return the XXH3-128 of each text, null for a label that is."""
+    written = texts.to_pylist()
+    return pa.array([None if t is None else xxhash.xxh3_128_hexdigest(t.encode()) for t in written], pa.string())
 
 
 def _record(
@@ -368,15 +377,15 @@ def _record(
     if context is not None:
         columns[SPOOLED] = context.tokens
     texts = ("text",) if context is None else ("text", TARGET)
+    content = content_of(batch)
     for name in batch.schema.names:
         if name == TARGET_TOKENS and context is not None:  # as tokens
             continue
-        if name in texts and not keep_text:
-            written = batch.column(name).to_pylist()
-            columns[f"{name}_xxh3_128"] = pa.array([xxhash.xxh3_128_hexdigest(text.encode()) for text in written])
-        elif name == IMAGE:
+        if name in texts and not keep_text and pa.types.is_string(batch.schema.field(name).type):
+            columns[f"{name}_xxh3_128"] = _hashed(batch.column(name))
+        elif name == content == IMAGE:
             columns |= {IMAGE: batch.column(IMAGE), IMAGE_DIGEST: pa.array(image_digests(batch.column(IMAGE)))}
-        elif name == "messages":
+        elif name == content == "messages":
             columns |= _chat_columns(batch, encoded, keep_text)
         elif name not in columns and name not in labels:
             columns[name] = batch.column(name)

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from flexcache.documents.columns import content_of
 from flexcache.errors import DocumentsError
 from flexcache.options import DecoderInputs
 from flexcache.sequences.encoding import Encoded, Tokenizer, list_array
@@ -48,7 +49,7 @@ def parted(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.RecordBatch]:
         A document has no target, or one that is neither text nor tokens; the documents are chats.
     """
     names = batch.schema.names
-    content = next((name for name in ("text", "tokens", "messages") if name in names), "image")
+    content = content_of(batch)
     if content not in ("text", "tokens"):
         raise DocumentsError(
             f"a decoder cannot read a target beside {'a chat' if content == 'messages' else 'an image'}",
@@ -69,9 +70,9 @@ def parted(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.RecordBatch]:
             " model.get_encoder() as the model (side: encoder in a configuration)",
         )
     given = _checked(batch, there[0])
-    labels = [name for name in names if name not in ("id", content, there[0])]
+    labels = [name for name in names[2:] if name != there[0]]
     side = "text" if there[0] == TARGET else "tokens"
-    return batch.select(["id", content]), pa.RecordBatch.from_arrays(
+    return batch.select([0, 1]), pa.RecordBatch.from_arrays(
         [batch.column("id"), given, *(batch.column(name) for name in labels)], ["id", side, *labels]
     )
 

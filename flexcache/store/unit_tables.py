@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from flexcache.images.encoded import IMAGE
+from flexcache.images.encoded import IMAGE, IMAGE_DIGEST
 from flexcache.plan import UnitPlan, ranges
 from flexcache.sequences import KEPT, SPOOLED, Spool
 from flexcache.store.schema import BEGINS, CONTEXT
@@ -75,7 +75,7 @@ class UnitTables:
             if self._options.packing.isolate:
                 begins = pieces.offset - int(self._corpus.marks.bos is not None)
                 columns[BEGINS] = _lists(pieces_of, pa.array(begins, pa.int32()))
-        if IMAGE in self._table.column_names:  # each image is one sequence
+        if self._of_images:  # each image is one sequence
             columns[IMAGE] = self._table.column(IMAGE).take(pa.array(self._of[self._first]))
         if self._options.decoder is not None:  # each document is a sequence
             columns[CONTEXT] = self._list(SPOOLED).take(pa.array(self._of))
@@ -90,7 +90,8 @@ class UnitTables:
         at = first[1][np.searchsorted(first[0], self.new)]
         line = pieces.line[at]
         row_start = unit.row_start[line] - unit.skip[line] + self._before[at]
-        inner = [name for name in ("tokens", KEPT, IMAGE, SPOOLED) if name in self._table.column_names]
+        images = [IMAGE] if self._of_images else []  # a label may have the same name
+        inner = [name for name in ("tokens", KEPT, SPOOLED, *images) if name in self._table.column_names]
         inner += self._corpus.token_labels
         table = self._table.drop_columns(inner).take(pa.array(self.new - self._lowest))
         table = table.add_column(2, "n_tokens", pa.array(self._corpus.lengths[self.new], pa.int32()))
@@ -114,6 +115,10 @@ class UnitTables:
         if marks.bos is not None:
             tokens[origin < 0 if packing is not None and packing.isolate else offsets[:-1]] = marks.bos
         return tokens
+
+    @property
+    def _of_images(self) -> bool:
+        return IMAGE_DIGEST in self._table.column_names
 
     @property
     def _of(self) -> np.ndarray:

@@ -229,13 +229,17 @@ def test_parquet_files_with_other_column_orders_and_widths_are_unified(tmp_path)
         (["1", "2.5", "1e3"], [1.0, 2.5, 1000.0]),
         (["true", "", "false"], [True, None, False]),
         (["007", "8", "9"], ["007", "8", "9"]),
-        (["1", "x", ""], ["1", "x", ""]),
+        (["1", "x", ""], ["1", "x", None]),
         (["12345678901234567890", "1", "2"], ["12345678901234567890", "1", "2"]),
-        (["", "", ""], ["", "", ""]),
-        (["2020-01-01", "2020-01-02", ""], ["2020-01-01", "2020-01-02", ""]),
+        (["", "", ""], [None, None, None]),
+        (["2020-01-01", "2020-01-02", ""], ["2020-01-01", "2020-01-02", None]),
+        (["1", "NA", ""], [1, None, None]),
+        (["1.5", "NA", "nan"], [1.5, None, pytest.approx(float("nan"), nan_ok=True)]),
+        (["true", "NA", "false"], [True, None, False]),
+        (["NA", "x", '"NA"'], [None, "x", None]),
     ],
 )
-def test_csv_labels_get_a_type_only_where_every_field_has_it(tmp_path, fields, values):
+def test_csv_labels_get_a_type_only_where_every_filled_field_has_it(tmp_path, fields, values):
     lines = "".join(f"{index},{field}\n" for index, field in enumerate(fields))
     (tmp_path / "a.csv").write_text("text,label\n" + lines)
     got = rows(tmp_path / "a.csv")
@@ -465,7 +469,7 @@ def _broken(tmp_path: Path, name: str, content: bytes) -> Path:
         ("a.jsonl", b'{"text": "x"}\n\n{"text": "y"\n', ["not JSON", "a.jsonl, line 3"]),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xe4"}\n', ["not UTF-8", "a.jsonl, line 2", "0xe4"]),
         ("a.jsonl", b'[{"text": "x"}]\n', ["not a dict", "a.jsonl, line 1", "list"]),
-        ("a.json", b'[\n{"text": "x"}\n]\n', ["JSON array", "JSON Lines"]),
+        ("a.jsonl", b'[\n{"text": "x"}\n]\n', ["JSON array", "JSON Lines"]),
         ("a.jsonl", b'{"text": "x"}\n"y"\n', ["not a dict", "a.jsonl, line 2", "str"]),
         ("a.jsonl", b'{"text": "x"}\n{"text": null}\n', ["null", "a.jsonl, line 2"]),
         ("a.jsonl.gz", b"not gzip", ["JSON Lines file that cannot be read", "a.jsonl.gz"]),

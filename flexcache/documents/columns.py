@@ -1,0 +1,224 @@
+"""The columns of documents in the types that a store keeps, checked: ids, the input, labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from flexcache.documents.arrow_types import can_be_stored, has_null_type, stored_array, united
+from flexcache.documents.messages import MESSAGES, read_messages
+from flexcache.documents.records import bad_id
+from flexcache.errors import DocumentsError
+from flexcache.images.encoded import encode
+
+MAX_TOKEN = 2**31 - 1
+CONTENTS: dict[str, pa.DataType] = {
+    "text": pa.string(),
+    "tokens": pa.list_(pa.int32()),
+    "messages": MESSAGES,
+    "image": pa.large_binary(),
+}
+"""The inputs that a document may have, and their types in the batches."""
+
+
+def content_of(batch: pa.RecordBatch) -> str:
+    """Return the input of documents, ``text``, ``tokens``, ``messages`` or ``image``: the name of the second column.
+
+    A label may have one of these names too, so the names alone do not say what the input is.
+    """
+    return str(batch.schema.names[1])
+
+
+def plain_column(array: pa.Array, name: str, where: str) -> pa.Array:
+    """Return a column in its `stored_type`.
+
+    Raises
+    ------
+    DocumentsError
+        Its values are damaged: text that is not UTF-8, for example.
+    """
+    try:
+        array.validate(full=True)
+        return stored_array(array)
+    except pa.ArrowException as error:
+        raise DocumentsError(
+            f"column {name!r} has values that cannot be read",
+            where=where,
+            found=str(error).splitlines()[0],
+            remedy="write the column anew; text must be UTF-8",
+        ) from error
+
+
+def check_label_type(name: str, kind: pa.DataType, labels: Sequence[str], where: str | None) -> None:
+    """Raise DocumentsError if a store cannot keep labels of a type."""
+    if not can_be_stored(kind):
+        raise DocumentsError(
+            f"column {name!r} has a type that a store cannot keep",
+            where=where,
+            expected="text, bytes, numbers, dates, times, or lists, structs or maps of these",
+            found=str(kind),
+            remedy=f"write it in another type, or leave it out: labels={[other for other in labels if other != name]}",
+        )
+
+
+def check_content_type(content: str, kind: pa.DataType, where: str) -> None:
+    """Raise DocumentsError if the input of documents cannot be read from a column of this type.
+
+    Messages and images are checked value by value.
+    """
+    if content in ("text", "tokens"):
+        read_content(content, pa.nulls(0, kind), where, 0)
+
+
+def check_id_type(kind: pa.DataType, where: str) -> None:
+    """Raise DocumentsError if the values of a type cannot be ids."""
+    whole = pa.types.is_integer(kind) or (pa.types.is_decimal(kind) and kind.scale == 0)
+    if not (whole or _is_text(kind) or _is_uuid(kind) or pa.types.is_null(kind)):
+        raise bad_id(str(kind), where)
+
+
+def cast_column(array: pa.Array, kind: pa.DataType, name: str, where: str) -> pa.Array:
+    """Return a column in another type.
+
+    Raises
+    ------
+    DocumentsError
+        A value does not fit.
+    """
+    try:
+        return array if array.type == kind else array.cast(kind)
+    except pa.ArrowException as error:
+        raise DocumentsError(
+            f"column {name!r} has values that do not fit its type",
+            where=where,
+            expected=str(kind),
+            found=str(error).splitlines()[0],
+            remedy="write it in one type throughout, or leave it out of labels=[…]",
+        ) from error
+
+
+def filled_type(kind: pa.DataType, found: pa.DataType) -> pa.DataType:
+    """Return *kind* with the types that are unknown in it, as all values were null so far, taken from *found*."""
+    if not has_null_type(kind):
+        return kind
+    try:
+        return united(kind, found)
+    except pa.ArrowException:
+        return kind
+
+
+def read_ids(array: pa.Array, place: str, start: int) -> pa.Array:
+    """Return ids as text.
+
+    Raises
+    ------
+    DocumentsError
+        They are neither text nor whole numbers, or one is null.
+    """
+    check_id_type(array.type, f"{place}s from {start}")
+    _refuse_null(array, "id", place, start)
+    if _is_uuid(array.type):
+        return pa.array(map(str, array.to_pylist()), pa.string())
+    return cast_column(array, pa.string(), "id", f"{place}s from {start}")
+
+
+def read_content(content: str, array: pa.Array, place: str, start: int) -> pa.Array:
+    """Return texts, tokens or messages in the type of `CONTENTS`.
+
+    Raises
+    ------
+    DocumentsError
+        A value is null, or none of these.
+    """
+    return {"text": _text, "tokens": _tokens, "messages": _messages}[content](array, place, start)
+
+
+def read_images(array: pa.Array, names: pa.Array, place: str, folder: Path | None) -> pa.Array:
+    """Return images as encoded bytes; paths are relative to *folder*."""
+    found = [
+        encode(value, f"{place}document {name!r}", folder)
+        for name, value in zip(names.to_pylist(), array.to_pylist(), strict=True)
+    ]
+    return pa.array(found, pa.large_binary())
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_uuid(kind: pa.DataType) -> bool:
+    return getattr(kind, "extension_name", None) == "arrow.uuid"
+
+
+def _refuse_null(array: pa.Array, what: str, place: str, start: int) -> None:
+    if array.null_count:
+        index = start + pc.index(array.is_null(), True).as_py()
+        raise DocumentsError(
+            f"a document without {what}: it is null",
+            where=f"{place} {index}",
+            expected=what,
+            found="null",
+            remedy="leave the document out, or complete it",
+        )
+
+
+def _text(array: pa.Array, place: str, start: int) -> pa.Array:
+    array = _storage(array)
+    if not (_is_text(array.type) or pa.types.is_null(array.type)):
+        raise DocumentsError(
+            "a text column that does not hold text",
+            where=f"{place}s from {start}",
+            expected="string",
+            found=str(array.type),
+            remedy="name the column that holds the text, as in text='body'",
+        )
+    _refuse_null(array, "text", place, start)
+    return cast_column(array, pa.string(), "text", f"{place}s from {start}")
+
+
+def _messages(array: pa.Array, place: str, start: int) -> pa.Array:
+    chats = [read_messages(value, f"{place} {start + index}") for index, value in enumerate(array.to_pylist())]
+    return pa.array(chats, MESSAGES)
+
+
+def _tokens(array: pa.Array, place: str, start: int) -> pa.Array:
+    array = _storage(array)
+    kind: Any = array.type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    expected = f"lists of whole numbers from 0 to {MAX_TOKEN}"
+    fits = is_list and (pa.types.is_integer(kind.value_type) or pa.types.is_null(kind.value_type))
+    if not fits and not pa.types.is_null(kind):
+        words = is_list and _is_text(kind.value_type)
+        raise DocumentsError(
+            "a tokens column that does not hold whole numbers",
+            where=f"{place}s from {start}",
+            expected=expected,
+            found=str(kind),
+            remedy="words are no token ids: give the text that they are of, or tokenize them"
+            if words
+            else "give token ids as lists of integers, in Parquet, JSON Lines, a table or dicts",
+        )
+    _refuse_null(array, "tokens", place, start)
+    flat = pc.list_flatten(array) if fits else pa.nulls(0, pa.int32())
+    if len(flat):
+        wrong = pc.fill_null(pc.or_(pc.less(flat, 0), pc.greater(flat, MAX_TOKEN)), True)
+        if pc.any(wrong).as_py():
+            at = pc.index(wrong, True).as_py()
+            index = start + pc.list_parent_indices(array)[at].as_py()
+            raise DocumentsError(
+                "a token that is none",
+                where=f"{place} {index}",
+                expected=expected,
+                found=str(flat[at].as_py()),
+                remedy="give the ids of the model's tokenizer",
+            )
+    return cast_column(array, pa.list_(pa.int32()), "tokens", f"{place}s from {start}")
+
+
+def _storage(array: pa.Array) -> pa.Array:
+    """Return what an extension type is made of: the text of JSON, the numbers of a tensor."""
+    return array.storage if isinstance(array.type, pa.BaseExtensionType) else array

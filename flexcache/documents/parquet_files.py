@@ -1,0 +1,100 @@
+"""Documents of Parquet files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flexcache.documents.arrow_types import stored_type
+from flexcache.documents.sources import CorpusFile, Near, OfFiles, unreadable
+from flexcache.errors import DocumentsError
+
+
+class ParquetSource(OfFiles):
+    """Parquet files with compatible columns; a label that a file lacks is null there."""
+
+    kind = "parquet"
+
+    def __init__(self, files: list[CorpusFile]) -> None:
+        self.files, self.count, schemas = files, 0, []
+        for file in files:
+            with self._open(file) as parquet:
+                schemas.append(parquet.schema_arrow.remove_metadata())
+                self.count += parquet.metadata.num_rows
+        try:
+            self.schema = _unified(schemas)
+        except pa.ArrowException as error:
+            raise DocumentsError(
+                "the Parquet files have columns of the same name and different types",
+                where=", ".join(file.name for file in files[:5]),
+                found=str(error),
+                remedy="write them with one schema, or open them one at a time",
+            ) from error
+
+    def read(self, columns: list[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
+        """Yield (where, batch); see `Source`. Pages are decoded when needed, however large a row group is."""
+        for file in self.files:
+            with self._open(file) as parquet:
+                for batch in self._batches(file, parquet, columns, rows):
+                    yield file.name, batch
+
+    def groups(self, columns: list[str], rows: int, runs: Sequence[range]) -> Iterator[Near]:
+        """Yield (index of the first document, where, batch) of the row groups that have documents of *runs*."""
+        first = 0
+        for file in self.files:
+            with self._open(file) as parquet:
+                for number in range(parquet.num_row_groups):
+                    held = range(first, first + parquet.metadata.row_group(number).num_rows)
+                    first = held.stop
+                    wanted = [run for run in runs if run.start < held.stop and held.start < run.stop]
+                    if not wanted:
+                        continue
+                    at = held.start
+                    for batch in self._batches(file, parquet, columns, rows, [number]):
+                        yield at, file.name, batch
+                        at += batch.num_rows
+                        if at >= wanted[-1].stop:
+                            break
+
+    def _batches(
+        self,
+        file: CorpusFile,
+        parquet: pq.ParquetFile,
+        columns: list[str],
+        rows: int,
+        groups: Sequence[int] | None = None,
+    ) -> Iterator[pa.RecordBatch]:
+        there = [name for name in columns if name in parquet.schema_arrow.names]
+        batches = parquet.iter_batches(batch_size=rows, columns=there, row_groups=groups)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (pa.ArrowException, OSError) as error:
+                raise unreadable(file, "Parquet", error) from error
+            if batch is None:
+                break
+            arrays = [
+                batch.column(name)
+                if name in there
+                else pa.nulls(batch.num_rows, stored_type(self.schema.field(name).type))
+                for name in columns
+            ]
+            yield pa.RecordBatch.from_arrays(arrays, columns)
+
+    @staticmethod
+    def _open(file: CorpusFile) -> pq.ParquetFile:
+        try:
+            return pq.ParquetFile(file.path, pre_buffer=False, buffer_size=1 << 20)
+        except (pa.ArrowException, OSError) as error:
+            raise unreadable(file, "Parquet", error) from error
+
+
+def _unified(schemas: list[pa.Schema]) -> pa.Schema:
+    """Return the columns of all, in types that hold the values of all."""
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive")
+    except pa.ArrowException:
+        plain = [pa.schema([(field.name, stored_type(field.type)) for field in schema]) for schema in schemas]
+        return pa.unify_schemas(plain, promote_options="permissive")
