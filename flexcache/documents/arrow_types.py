@@ -115,6 +115,8 @@ def united(one: pa.DataType, two: pa.DataType) -> pa.DataType:
     pyarrow.ArrowException
         There is none.
     """
+    if {one, two} == {pa.int64(), pa.uint64()}:  # whole numbers that are seen so far, and one above 2⁶³ − 1
+        return pa.uint64()
     schemas = [pa.schema([("values", kind)]) for kind in (one, two)]
     return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
 

@@ -61,7 +61,8 @@ def check_label_type(name: str, kind: pa.DataType, labels: Sequence[str], where:
             where=where,
             expected="text, bytes, numbers, dates, times, or lists, structs or maps of these",
             found=str(kind),
-            remedy=f"write it in another type, or leave it out: labels={[other for other in labels if other != name]}",
+            remedy="write it in another type, or leave it out: flexcache.open_documents(…, labels="
+            f"{[other for other in labels if other != name]})",
         )
 
 
@@ -97,7 +98,7 @@ def cast_column(array: pa.Array, kind: pa.DataType, name: str, where: str) -> pa
             where=where,
             expected=str(kind),
             found=str(error).splitlines()[0],
-            remedy="write it in one type throughout, or leave it out of labels=[…]",
+            remedy="write it in one type throughout, or leave it out by flexcache.open_documents(…, labels=[…])",
         ) from error
 
 
@@ -162,7 +163,8 @@ def _refuse_null(array: pa.Array, what: str, place: str, start: int) -> None:
             where=f"{place} {index}",
             expected=what,
             found="null",
-            remedy="leave the document out, or complete it",
+            remedy="leave the document out, or complete it"
+            + ("" if what == "id" else f"; where another column is the input, pass {what}=None"),
         )
 
 
@@ -205,7 +207,8 @@ def _tokens(array: pa.Array, place: str, start: int) -> pa.Array:
     _refuse_null(array, "tokens", place, start)
     flat = pc.list_flatten(array) if fits else pa.nulls(0, pa.int32())
     if len(flat):
-        wrong = pc.fill_null(pc.or_(pc.less(flat, 0), pc.greater(flat, MAX_TOKEN)), True)
+        most = pa.scalar(MAX_TOKEN, pa.uint64() if pa.types.is_uint64(flat.type) else pa.int64())
+        wrong = pc.fill_null(pc.or_(pc.less(flat, pa.scalar(0, flat.type)), pc.greater(flat, most)), True)
         if pc.any(wrong).as_py():
             at = pc.index(wrong, True).as_py()
             index = start + pc.list_parent_indices(array)[at].as_py()

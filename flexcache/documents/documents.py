@@ -42,7 +42,8 @@ class Documents:
 
     Made by `open_documents`. ``schema`` is the Arrow schema of its batches: ``id`` (string), then ``text`` (string),
     ``tokens`` (list<int32>), ``messages`` (lists of role and content) or ``image`` (large_binary: the encoded image),
-    then the labels with their own names and types. ``count`` is the number of documents, or None for a generator.
+    then the labels with their own names and types. ``content`` is the name of the second column, the input of the
+    model. ``count`` is the number of documents, or None for a generator.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Documents:
         names = source.schema.names
         if len(set(names)) < len(names):
             raise DocumentsError("two columns have the same name", found=", ".join(names))
+        names = roles.filled(source.schema)
         place = source.files[0].name if source.files else None
         if roles.id != "id" and names and roles.id not in names:
             raise DocumentsError(f"there is no id column {roles.id!r}", where=place, remedy=nearest(roles.id, names))
@@ -150,7 +152,11 @@ class Documents:
         Files have their names relative to the corpus, so that a corpus may be moved.
         """
         told = self._source.described
-        labels = [told.field(name) for name in self._labels if name in told.names]
+        labels = [
+            told.field(name) if name in told.names else self._source.schema.field(name)
+            for name in self._labels
+            if name in told.names or self._wanted is not None
+        ]
         nulls = self._source.nulls if isinstance(self._source, CsvSource) else CSV_NULLS
         return {
             "kind": self._source.kind,

@@ -137,13 +137,13 @@ def is_dataset(source: Any) -> bool:
 
 def check_one_split(source: Any) -> None:
     """Raise DocumentsError if *source* holds several datasets by name, as splits of one."""
-    if isinstance(source, Mapping) and source and all(map(is_dataset, source.values())):
+    if isinstance(source, Mapping) and (is_dataset(source) or any(map(is_dataset, source.values()))):
         names = list(map(str, source))
         raise DocumentsError(
             "a dataset of several splits, and one is needed",
             expected="one of its splits",
-            found=", ".join(names),
-            remedy=f"give one, as in documents[{names[0]!r}] or load_dataset(…, split={names[0]!r})",
+            found=", ".join(names) or "no split",
+            remedy=f"give one, as in documents[{names[0]!r}] or load_dataset(…, split={names[0]!r})" if names else None,
         )
 
 

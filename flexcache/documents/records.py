@@ -234,19 +234,24 @@ def _array(values: list[Any], kind: pa.DataType | None, name: str, where: list[s
                     where=place,
                     expected="text that can be written as UTF-8" if broken else str(kind or "a type that Arrow knows"),
                     found=f"{type(value).__name__} {repr(value)[:60]}",
-                    remedy=None if broken else "give it as text, or leave the column out of labels=[…]",
+                    remedy=None
+                    if broken
+                    else "give it as text, or leave it out by flexcache.open_documents(…, labels=[…])",
                 ) from reason
             so_far = _promoted(so_far, found, name, place)
         raise DocumentsError(
             f"column {name!r} has mixed types",
             where=where[0],
             found=str(error).splitlines()[0],
-            remedy="write it in one type throughout, or leave the column out of labels=[…]",
+            remedy="write it in one type throughout, or leave it out by flexcache.open_documents(…, labels=[…])",
         ) from error
 
 
 def _safe(values: list[Any], kind: pa.DataType | None) -> pa.Array:
-    array = pa.array(values)  # given a type, it would cut 1.5 to an integer without a word
+    try:
+        array = pa.array(values)  # given a type, it would cut 1.5 to an integer without a word
+    except OverflowError:
+        array = pa.array(values, pa.uint64())
     return array if kind is None or array.type == kind else array.cast(kind)
 
 
@@ -259,7 +264,7 @@ def _promoted(one: pa.DataType, two: pa.DataType, name: str, where: str) -> pa.D
             where=where,
             expected=str(one),
             found=str(two),
-            remedy="write it in one type throughout, or leave the column out of labels=[…]",
+            remedy="write it in one type throughout, or leave it out by flexcache.open_documents(…, labels=[…])",
         ) from error
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from flexcache.errors import DocumentsError, nearest
 
 RESERVED = (
@@ -52,6 +54,12 @@ class Roles:
         plain = [column for column, kind in there.items() if kind in ("text", "tokens")]
         return plain or list(there)[:1]
 
+    def filled(self, schema: pa.Schema) -> list[str]:
+        """Return the columns, without one of texts or tokens that is null throughout, if there is another input."""
+        null = [field.name for field in schema if pa.types.is_null(field.type)]
+        left = [name for name in schema.names if name not in null or name not in (self.text, self.tokens)]
+        return left if self.present(left) else list(schema.names)
+
 
 def content_column(names: list[str], roles: Roles, where: str | None) -> str:
     """Return the column that is the input of documents with these columns; see `Roles.present`.
@@ -78,8 +86,8 @@ def content_error(names: list[str], roles: Roles, where: str | None, *, both: bo
             where=where,
             expected=expected,
             found=found,
-            remedy=f"to read the text, pass tokens=None and labels={keep}, as no label can be called 'tokens'; to read"
-            " the tokens, pass text=None",
+            remedy=f"to read the text, give flexcache.open_documents(…, tokens=None, labels={keep}), as no label can be"
+            " called 'tokens'; to read the tokens, text=None",
         )
     if null := [role for role in wanted if role in names]:
         return DocumentsError(
@@ -113,14 +121,14 @@ def label_columns(
     reserved = {*RESERVED} - ({"text"} if content in ("tokens", "image") else set())
     keep = [other for other in others if other not in reserved]
     for name in chosen:
-        if name in reserved and name in others and name in (roles.text, roles.tokens):
+        if name in reserved and name in others and name in (roles.text, roles.tokens) and content in ("text", "tokens"):
             raise content_error(list(names), roles, where, both=True)
         if name in reserved:
             raise DocumentsError(
                 f"a label cannot be called {name!r}: the store has a column of that name",
                 where=where,
                 found=", ".join(names),
-                remedy=f"rename the column, or choose the labels to keep, as in labels={keep}",
+                remedy=f"rename the column, or choose the labels: flexcache.open_documents(…, labels={keep})",
             )
         if name not in others:
             raise DocumentsError(
@@ -132,7 +140,7 @@ def label_columns(
             raise DocumentsError(
                 "a label cannot be called 'image' where the documents are images of another column",
                 where=where,
-                remedy="rename the column, or leave it out of labels=[…]",
+                remedy="rename the column, or leave it out by flexcache.open_documents(…, labels=[…])",
             )
     if len(set(chosen)) < len(chosen):
         raise DocumentsError("a label is named twice", found=", ".join(chosen))

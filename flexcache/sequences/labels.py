@@ -19,10 +19,10 @@ SEQUENCE_COLUMNS = (
 """The columns of the table of sequences that are no labels."""
 
 
-def check_names(batch: pa.RecordBatch, options: SequenceOptions, keep_text: bool) -> None:
-    """Raise DocumentsError if a label of documents or of tokens has the name of a column that the store makes."""
+def check_names(batch: pa.RecordBatch, options: SequenceOptions, keep_text: bool, own: tuple[str, ...]) -> None:
+    """Raise DocumentsError if a label of documents or of tokens has the name of a column that is made, as *own* are."""
     labels = batch.schema.names[2:]
-    made = {*CHAT} if content_of(batch) == "messages" else set()
+    made = {*own, *(CHAT if content_of(batch) == "messages" else ())}
     if not keep_text:
         made |= {"text_xxh3_128"} if content_of(batch) in ("text", "messages") or "text" in labels else set()
         made |= {"target_xxh3_128"} if options.decoder is not None else set()
@@ -32,7 +32,8 @@ def check_names(batch: pa.RecordBatch, options: SequenceOptions, keep_text: bool
         raise DocumentsError(
             f"a label cannot be called {taken[0]!r} here: the store makes a column of that name",
             found=", ".join(labels),
-            remedy=f"rename the column, or choose the labels to keep: labels={[n for n in labels if n not in taken]}",
+            remedy="rename the column, or choose the labels: flexcache.open_documents(…, labels="
+            f"{[name for name in labels if name not in taken]})",
         )
 
 

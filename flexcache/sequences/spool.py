@@ -248,7 +248,7 @@ def spool(
     index, tokens_done = first_index, 0
     for batch in documents.batches():
         if index == first_index:
-            check_names(batch, options, keep_text)
+            check_names(batch, options, keep_text, (KEPT, SPOOLED))
         source_index = np.arange(index, index + len(batch), dtype=np.int64)
         index += len(batch)
         content, reads, context = batch, tokenizer, None

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
 
+from flexcache.documents.arrow_types import stored_array, stored_type
 from flexcache.errors import DocumentsError
 from flexcache.plan import Plan
 from flexcache.sequences import Spool
@@ -92,16 +93,25 @@ class _TableWriter:
         if self._before is None:
             return pq.ParquetWriter(self._path, schema, compression="zstd")
         with open_table(self._before) as file:
-            writer = pq.ParquetWriter(self._path, _joined(file.schema_arrow, schema), compression="zstd")
+            held = pa.schema([field.with_type(stored_type(field.type)) for field in file.schema_arrow])
+            writer = pq.ParquetWriter(self._path, _joined(held, schema), compression="zstd")
             for number in range(file.num_row_groups):
-                table = _fitted(file.read_row_group(number), writer.schema)
+                table = _fitted(_stored(file.read_row_group(number)), writer.schema)
                 writer.write_table(table, row_group_size=max(1, len(table)))
         return writer
 
     def _flush(self) -> None:
         if self._pending and self._writer is not None:
             table = _fitted(pa.concat_tables(self._pending), self._writer.schema)
-            self._writer.write_table(table, row_group_size=max(1, len(table)))
+            try:
+                self._writer.write_table(table, row_group_size=max(1, len(table)))
+            except pa.ArrowException as error:
+                raise DocumentsError(
+                    "a label has a value that Parquet cannot hold",
+                    where=", ".join(table.column_names),
+                    found=str(error).splitlines()[0],
+                    remedy="write it in another type, or leave it out by flexcache.open_documents(…, labels=[…])",
+                ) from error
             self._pending.clear()
             self._weight = 0
 
@@ -124,6 +134,14 @@ def _joined(before: pa.Schema, added: pa.Schema) -> pa.Schema:
             found=", ".join(str(added.field(name).type) for name in apart),
             remedy="write it in the type that the store has, or under another name",
         ) from error
+
+
+def _stored(table: pa.Table) -> pa.Table:
+    """Return a table with its columns in the types that a store keeps; older versions kept some others."""
+    chunks = [[stored_array(chunk) for chunk in column.chunks] for column in table.columns]
+    types = [stored_type(field.type) for field in table.schema]
+    columns = [pa.chunked_array(parts, kind) for parts, kind in zip(chunks, types, strict=True)]
+    return pa.table(columns, names=table.column_names)
 
 
 def _fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
