@@ -121,5 +121,27 @@ def united(one: pa.DataType, two: pa.DataType) -> pa.DataType:
     return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
 
 
+def label_cast(array: pa.Array, kind: pa.DataType) -> pa.Array:
+    """Return labels in another type; numbers do not become text, nor truth values numbers, as they would by a cast.
+
+    Raises
+    ------
+    pyarrow.ArrowException
+        A value does not fit.
+    """
+    if array.type == kind:
+        return array
+    for is_kind in (pa.types.is_boolean, is_text):
+        other = pa.types.is_null(array.type) or isinstance(kind, pa.BaseExtensionType)
+        if is_kind(array.type) != is_kind(kind) and not other:
+            raise pa.ArrowTypeError(f"{array.type} values")
+    return array.cast(kind)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Return True if the values of a stored type are text."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
 def _stored_values(kind: pa.DataType) -> pa.Field:
     return kind.value_field.with_type(stored_type(kind.value_type))

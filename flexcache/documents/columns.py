@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flexcache.documents.arrow_types import can_be_stored, has_null_type, stored_array, united
+from flexcache.documents.arrow_types import can_be_stored, has_null_type, is_text, label_cast, stored_array, united
 from flexcache.documents.messages import MESSAGES, read_messages
 from flexcache.documents.records import bad_id
 from flexcache.errors import DocumentsError
@@ -78,12 +78,12 @@ def check_content_type(content: str, kind: pa.DataType, where: str) -> None:
 def check_id_type(kind: pa.DataType, where: str) -> None:
     """Raise DocumentsError if the values of a type cannot be ids."""
     whole = pa.types.is_integer(kind) or (pa.types.is_decimal(kind) and kind.scale == 0)
-    if not (whole or _is_text(kind) or _is_uuid(kind) or pa.types.is_null(kind)):
+    if not (whole or is_text(kind) or _is_uuid(kind) or pa.types.is_null(kind)):
         raise bad_id(str(kind), where)
 
 
-def cast_column(array: pa.Array, kind: pa.DataType, name: str, where: str) -> pa.Array:
-    """Return a column in another type.
+def label_column(array: pa.Array, kind: pa.DataType, name: str, where: str) -> pa.Array:
+    """Return labels in another type.
 
     Raises
     ------
@@ -91,7 +91,7 @@ def cast_column(array: pa.Array, kind: pa.DataType, name: str, where: str) -> pa
         A value does not fit.
     """
     try:
-        return array if array.type == kind else array.cast(kind)
+        return label_cast(array, kind)
     except pa.ArrowException as error:
         raise DocumentsError(
             f"column {name!r} has values that do not fit its type",
@@ -124,7 +124,7 @@ def read_ids(array: pa.Array, place: str, start: int) -> pa.Array:
     _refuse_null(array, "id", place, start)
     if _is_uuid(array.type):
         return pa.array(map(str, array.to_pylist()), pa.string())
-    return cast_column(array, pa.string(), "id", f"{place}s from {start}")
+    return array.cast(pa.string())
 
 
 def read_content(content: str, array: pa.Array, place: str, start: int) -> pa.Array:
@@ -147,10 +147,6 @@ def read_images(array: pa.Array, names: pa.Array, place: str, folder: Path | Non
     return pa.array(found, pa.large_binary())
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
 def _is_uuid(kind: pa.DataType) -> bool:
     return getattr(kind, "extension_name", None) == "arrow.uuid"
 
@@ -170,7 +166,7 @@ def _refuse_null(array: pa.Array, what: str, place: str, start: int) -> None:
 
 def _text(array: pa.Array, place: str, start: int) -> pa.Array:
     array = _storage(array)
-    if not (_is_text(array.type) or pa.types.is_null(array.type)):
+    if not (is_text(array.type) or pa.types.is_null(array.type)):
         raise DocumentsError(
             "a text column that does not hold text",
             where=f"{place}s from {start}",
@@ -179,7 +175,7 @@ def _text(array: pa.Array, place: str, start: int) -> pa.Array:
             remedy="name the column that holds the text, as in text='body'",
         )
     _refuse_null(array, "text", place, start)
-    return cast_column(array, pa.string(), "text", f"{place}s from {start}")
+    return array.cast(pa.string())
 
 
 def _messages(array: pa.Array, place: str, start: int) -> pa.Array:
@@ -194,7 +190,7 @@ def _tokens(array: pa.Array, place: str, start: int) -> pa.Array:
     expected = f"lists of whole numbers from 0 to {MAX_TOKEN}"
     fits = is_list and (pa.types.is_integer(kind.value_type) or pa.types.is_null(kind.value_type))
     if not fits and not pa.types.is_null(kind):
-        words = is_list and _is_text(kind.value_type)
+        words = is_list and is_text(kind.value_type)
         raise DocumentsError(
             "a tokens column that does not hold whole numbers",
             where=f"{place}s from {start}",
@@ -219,7 +215,7 @@ def _tokens(array: pa.Array, place: str, start: int) -> pa.Array:
                 found=str(flat[at].as_py()),
                 remedy="give the ids of the model's tokenizer",
             )
-    return cast_column(array, pa.list_(pa.int32()), "tokens", f"{place}s from {start}")
+    return array.cast(pa.list_(pa.int32()))
 
 
 def _storage(array: pa.Array) -> pa.Array:

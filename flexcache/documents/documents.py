@@ -15,11 +15,11 @@ import xxhash
 from flexcache.documents.arrow_types import has_null_type, stored_type
 from flexcache.documents.columns import (
     CONTENTS,
-    cast_column,
     check_content_type,
     check_id_type,
     check_label_type,
     filled_type,
+    label_column,
     plain_column,
     read_content,
     read_ids,
@@ -142,7 +142,7 @@ class Documents:
             kind = late.get(name, self.schema.field(name).type)
             if has_null_type(kind):
                 kind = late[name] = filled_type(kind, array.type)
-            columns.append(cast_column(array, kind, name, span))
+            columns.append(label_column(array, kind, name, span))
             fields.append(pa.field(name, kind))
         return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
 

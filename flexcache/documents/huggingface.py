@@ -61,7 +61,16 @@ class DatasetSource(OfFiles):
         """Yield (where, batch); see `flexcache.documents.sources.Source`."""
         needed = list(dict.fromkeys(self._names[name][0] if name in self._names else name for name in columns))
         dataset = self._dataset.select_columns(needed) if self._features else self._dataset
-        for table in self._tables(dataset, rows, needed):
+        whole = not self._features and set(columns).issuperset(self.schema.names)
+        for table in self._tables(dataset, rows, None if whole else needed):
+            if whole and (late := [name for name in table.column_names if name not in needed]):
+                raise DocumentsError(
+                    f"column {late[0]!r} was not there at first",
+                    where=self.about.get("name", "the dataset"),
+                    expected=", ".join(needed),
+                    remedy="state the features of the dataset, or choose the labels:"
+                    " flexcache.open_documents(…, labels=[…])",
+                )
             missing = [name for name in needed if name not in table.column_names]
             for name in missing:
                 table = table.append_column(name, pa.nulls(len(table), stored_type(self.schema.field(name).type)))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from flexcache.documents.arrow_types import has_null_type, united
+from flexcache.documents.arrow_types import has_null_type, label_cast, united
 from flexcache.documents.messages import MESSAGES, read_messages
 from flexcache.documents.roles import Roles, content_error
 from flexcache.documents.sources import CorpusFile, Item, OfFiles
@@ -252,7 +252,7 @@ def _safe(values: list[Any], kind: pa.DataType | None) -> pa.Array:
         array = pa.array(values)  # given a type, it would cut 1.5 to an integer without a word
     except OverflowError:
         array = pa.array(values, pa.uint64())
-    return array if kind is None or array.type == kind else array.cast(kind)
+    return array if kind is None else label_cast(array, kind)
 
 
 def _promoted(one: pa.DataType, two: pa.DataType, name: str, where: str) -> pa.DataType:
@@ -274,7 +274,7 @@ def _plain(value: Any) -> Any:
         return None
     plain = value.tolist() if hasattr(value, "tolist") else value
     dates = getattr(getattr(value, "dtype", None), "kind", "") in ("M", "m")
-    if dates and plain is not None and not isinstance(plain, list) and np.isnat(value):
+    if dates and not isinstance(plain, list) and np.isnat(value):
         return None
     return value if dates and "[ns]" in str(value.dtype) else plain  # of which Python would make whole numbers
 

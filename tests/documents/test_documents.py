@@ -520,3 +520,95 @@ def test_csv_files_with_other_columns_are_refused(tmp_path):
     message = refusal(tmp_path)
     assert "different columns" in message
     assert "b.csv" in message
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_file_may_be_one_array(tmp_path, indent, encoding):
+    (tmp_path / "a.json").write_text(json.dumps(RECORDS, indent=indent, ensure_ascii=False), encoding=encoding)
+    documents = open_documents(tmp_path / "a.json")
+    assert documents.schema == SCHEMA
+    assert table(documents).to_pylist() == RECORDS
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(json.dumps(RECORDS[:1]).encode()))
+    assert rows(tmp_path / "b.json.gz") == RECORDS[:1]
+
+
+def test_a_json_array_is_read_across_the_blocks_of_its_file(tmp_path):
+    records = [{"id": str(n), "text": "é[{" * (n % 40), "n": 10 ** (n % 9)} for n in range(40_000)]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    assert path.stat().st_size > 2 << 20
+    assert rows(path) == records
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        (b'[{"text": "x"}', "element 1"),
+        (b'[{"text": "x"},]', "element 1"),
+        (b'[{"text": "x"} {"text": "y"}]', "element 1"),
+        (b'[{"text": "x"}] more', "after its array"),
+        (b"[", "element 0"),
+    ],
+)
+def test_a_json_array_that_is_broken_is_refused_with_the_place(tmp_path, content, where):
+    message = refusal(_broken(tmp_path, "a.json", content))
+    assert "JSON array" in message
+    assert f"a.json, {where}" in message
+
+
+def test_null_fields_of_csv_are_a_choice_and_part_of_what_identifies_the_corpus(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("id,text,n,code\nNA,NA,1,x\nb,y,NA,NA\nc,z,,\n")
+    first, *others = rows(path)
+    assert first == {"id": "NA", "text": "NA", "n": 1, "code": "x"}
+    assert [(row["n"], row["code"]) for row in others] == [(None, None), (None, None)]
+    kept = rows(path, csv_nulls=())
+    assert [(row["n"], row["code"]) for row in kept] == [("1", "x"), ("NA", "NA"), ("", "")]
+    described = open_documents(path).describe()
+    # as versions before described it, so that their stores resume
+    assert described["columns"] == {"id": "string", "text": "string", "n": "string", "code": "string"}
+    assert described != open_documents(path, csv_nulls=()).describe()
+
+
+def test_a_label_that_is_null_at_first_gets_its_type_where_it_has_a_value():
+    records = [{"text": "a", "x": None, "y": {"k": None}}] * 5 + [{"text": "b", "x": "q", "y": {"k": 3}}]
+    documents = open_documents(iter(records), batch_rows=2)
+    batches = list(documents.batches())
+    assert [batch["x"].to_pylist() for batch in batches] == [[None, None], [None, None], [None, "q"]]
+    assert batches[-1]["y"].to_pylist()[-1] == {"k": 3}
+    late = open_documents(iter([*records, {"text": "c", "x": 5, "y": None}]), batch_rows=2)
+    with pytest.raises(DocumentsError, match=r"'x' has values that do not fit(.|\n)*documents 6 to 6(.|\n)*string"):
+        list(late.batches())
+    with pytest.raises(DocumentsError, match="'x' holds a value that does not fit"):
+        rows(iter([{"text": "a", "x": "q"}, {"text": "b", "x": 5}]), batch_rows=1)
+
+
+def test_whole_numbers_up_to_64_bits_are_labels(tmp_path):
+    values = [1, 2, 2**64 - 1]
+    for batch_rows in (1, 3):
+        assert [row["n"] for row in rows([{"text": "x", "n": n} for n in values], batch_rows=batch_rows)] == values
+    assert "give it as text" in refusal([{"text": "x", "n": 2**64}])
+
+
+def test_values_of_numpy_and_pandas_keep_what_they_are():
+    pandas = pytest.importorskip("pandas")
+    for value, expected in [
+        (np.datetime64("2020-01-02", "D"), "date32[day]"),
+        (np.datetime64("2020-01-02", "ns"), "timestamp[ns]"),
+        (np.timedelta64(5, "ns"), "duration[ns]"),
+        (pandas.Timestamp("2020-01-02"), "timestamp[us]"),
+        (np.float32(1.5), "double"),
+        (np.bool_(True), "bool"),
+    ]:
+        nulls = [pandas.NA, pandas.NaT, np.datetime64("NaT", "ns"), None]
+        documents = open_documents([{"text": "x", "n": each} for each in (value, *nulls)])
+        assert str(documents.schema.field("n").type) == expected
+        assert [row["n"] is None for row in table(documents).to_pylist()] == [False, True, True, True, True]
+
+
+def test_names_with_dots_and_spaces_and_no_letters_are_labels(tmp_path):
+    records = [{"id": "a", "text": "x", "a.b": 1, "a": {"b": 2}, "c d": 3, "": 4, "é/ü": 5}]
+    for source in (records, write(records, tmp_path / "a.parquet"), write(records, tmp_path / "a.jsonl")):
+        assert rows(source) == records
+        assert rows(source, labels=["a.b"]) == [{"id": "a", "text": "x", "a.b": 1}]

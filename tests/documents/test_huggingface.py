@@ -129,3 +129,102 @@ def test_mistakes_say_what_is_there(folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(ConfigError, match=r"flexcache-activations\[datasets\]"):
         load_dataset(str(folder))
+
+
+@pytest.mark.parametrize("named", [datasets.DatasetDict, datasets.IterableDatasetDict, dict])
+def test_several_splits_are_refused_by_name(named: Any) -> None:
+    one = datasets.Dataset.from_list(TEXTS)
+    splits = {"train": one, "test": one}
+    if named is datasets.IterableDatasetDict:
+        splits = {name: split.to_iterable_dataset() for name, split in splits.items()}
+    with pytest.raises(DocumentsError, match=r"several splits(.|\n)*train, test(.|\n)*documents\['train'\]"):
+        open_documents(named(splits))
+
+
+def test_a_name_without_a_split_is_refused_with_the_splits(folder: Path) -> None:
+    with pytest.raises(DocumentsError, match="several splits"):
+        load_dataset(str(folder), split=None)  # type: ignore[arg-type]
+
+
+LABELS: dict[str, tuple[Any, Any]] = {
+    "text": ("x", datasets.Value("string")),
+    "number": (3, datasets.Value("int64")),
+    "struct": ({"k": [1]}, {"k": datasets.List(datasets.Value("int64"))}),
+}
+
+
+def _streams(records: list[dict[str, Any]], feature: Any, folder: Path) -> dict[str, Any]:
+    path = folder / "stream.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    stated = datasets.Features({"text": datasets.Value("string"), "label": feature})
+    read = datasets.load_dataset("json", data_files=str(path), split="train", streaming=True)
+    stream = datasets.IterableDataset.from_generator
+    return {
+        "a generator": stream(lambda: iter(records)),
+        "a generator with features": stream(lambda: iter(records), features=stated),
+        "JSON Lines": read,
+        "JSON Lines, mapped": read.map(lambda record: {"text": record["text"]}),
+    }
+
+
+@pytest.mark.parametrize("batch_rows", [2, 1024])
+@pytest.mark.parametrize("kind", LABELS)
+def test_streams_whose_first_labels_are_null(kind: str, batch_rows: int, tmp_path: Path) -> None:
+    label, feature = LABELS[kind]
+    records = [{"text": f"t{n}", "label": None if n != 5 else label} for n in range(7)]
+    for name, stream in _streams(records, feature, tmp_path).items():
+        store = build_store(
+            tmp_path / f"{name}.zarr",
+            open_documents(stream, batch_rows=batch_rows),
+            tokenizer=lambda texts: [[len(text)] for text in texts],
+        )
+        found = {line["text"]: line["label"] for line in store.documents.to_pylist()}
+        assert found == {record["text"]: record["label"] for record in records}, name
+
+
+def test_a_stream_may_leave_out_keys_if_its_first_documents_have_them() -> None:
+    stream = datasets.IterableDataset.from_generator(lambda: iter([{"text": "a"}, {"text": "b", "label": 1}]))
+    (batch,) = open_documents(stream).batches()
+    assert batch["label"].to_pylist() == [None, 1]
+    with pytest.raises(DocumentsError, match="'label' was not there at first"):
+        list(open_documents(stream, batch_rows=1).batches())
+    assert len(list(open_documents(stream, batch_rows=1, labels=[]).batches())) == 2
+
+
+def test_a_stream_whose_labels_change_their_type_is_refused() -> None:
+    records = [{"text": "a", "label": None}] * 3 + [{"text": "b", "label": "x"}, {"text": "c", "label": 5}]
+    stream = datasets.IterableDataset.from_generator(lambda: iter(records))
+    with pytest.raises(DocumentsError, match="incompatible types"):
+        open_documents(stream)
+    with pytest.raises(DocumentsError, match=r"'label' has values that do not fit(.|\n)*string"):
+        list(open_documents(stream, batch_rows=1).batches())
+
+
+@pytest.mark.parametrize("kind", ["in memory", "streamed", "of a generator"])
+def test_class_labels_keep_their_numbers_and_their_names(kind: str, tmp_path: Path) -> None:
+    classes, tags = datasets.ClassLabel(names=["no", "yes"]), datasets.ClassLabel(names=["O", "B"])
+    features = datasets.Features(
+        {"tokens": datasets.List(datasets.Value("int32")), "label": classes, "tags": datasets.List(tags)}
+    )
+    records = [
+        {"tokens": [5, 6], "label": None, "tags": [0, 1]},
+        {"tokens": [7], "label": 1, "tags": []},
+        {"tokens": [8], "label": -1, "tags": None},
+    ]
+    made = datasets.Dataset.from_list(records, features=features)
+    source = {
+        "in memory": made,
+        "streamed": made.to_iterable_dataset(),
+        "of a generator": datasets.IterableDataset.from_generator(lambda: iter(records), features=features),
+    }[kind]
+    documents = open_documents(source)
+    assert documents.labels == ("label", "label_name", "tags", "tags_name")
+    found = sorted(build_store(tmp_path / "run.zarr", documents).documents.to_pylist(), key=lambda line: line["id"])
+    assert [line["label"] for line in found] == [None, 1, -1]
+    assert [line["label_name"] for line in found] == [None, "yes", None]
+    assert [line["tags_name"] for line in found] == [["O", "B"], [], None]
+    # as versions without names described it, so that their stores resume
+    assert set(documents.describe()["columns"]) == {"id", "tokens", "label", "tags"}
+    assert open_documents(source, labels=["label_name"]).labels == ("label_name",)
+    own = made.map(lambda record: {"label_name": "own"})
+    assert open_documents(own, labels=["label_name"]).batches().__next__()["label_name"].to_pylist() == ["own"] * 3
