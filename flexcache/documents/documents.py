@@ -262,7 +262,7 @@ def _source(
     if isinstance(source, DatasetSource):
         return source, roles
     if is_dataset(source):
-        return DatasetSource(source, rows=rows), roles
+        return DatasetSource(source, rows=rows, labels=labels), roles
     if (table := as_table(source)) is not None:
         return TableSource(table), roles
     paths = [source] if isinstance(source, str | os.PathLike) else source

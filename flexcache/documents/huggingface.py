@@ -26,6 +26,8 @@ class DatasetSource(OfFiles):
         What identifies it: name, configuration, split, revision. Of one that was made in this process, nothing does.
     rows
         Documents of a stream that are read for the types of columns that its features leave open.
+    labels
+        Those that are kept, or None for all columns, so that one that comes late is refused.
 
     Raises
     ------
@@ -35,8 +37,15 @@ class DatasetSource(OfFiles):
 
     kind = "dataset"
 
-    def __init__(self, dataset: Any, about: dict[str, Any] | None = None, rows: int = 1024) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        about: dict[str, Any] | None = None,
+        rows: int = 1024,
+        labels: Sequence[str] | None = None,
+    ) -> None:
         check_one_split(dataset)
+        self._all = labels is None
         self._dataset, self.about = dataset, about or {}
         self.count: int | None = len(dataset) if hasattr(dataset, "__len__") else None
         self.files: list[CorpusFile] = []
@@ -61,7 +70,7 @@ class DatasetSource(OfFiles):
         """Yield (where, batch); see `flexcache.documents.sources.Source`."""
         needed = list(dict.fromkeys(self._names[name][0] if name in self._names else name for name in columns))
         dataset = self._dataset.select_columns(needed) if self._features else self._dataset
-        whole = not self._features and set(columns).issuperset(self.schema.names)
+        whole = self._all and not self._features and set(columns).issuperset(self.schema.names)
         for table in self._tables(dataset, rows, None if whole else needed):
             if whole and (late := [name for name in table.column_names if name not in needed]):
                 raise DocumentsError(

@@ -95,7 +95,8 @@ def capture(
     tokenizer
         The model's tokenizer; None where documents have ``tokens``. Of a vision transformer, its image processor.
     documents
-        Dicts ``{"id", "text" | "tokens" | "image", any labels}``, or a path; see `flexcache.open_documents`. For an
+        Dicts ``{"id", "text" | "tokens" | "messages" | "image", any labels}``, a path, a table or a dataset; see
+        `flexcache.open_documents`. A vision transformer reads the image of documents that have more than one. For an
         encoder and a decoder, text or tokens are what the encoder reads, and ``target`` or ``target_tokens`` what the
         decoder does.
     path
