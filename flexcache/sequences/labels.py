@@ -14,9 +14,9 @@ from flexcache.sequences.encoding import Encoded, is_spans
 CHAT = ("role", "turn")
 SEQUENCE_COLUMNS = (
     *("document", "unit", "batch", "start", "tokens", "keep_start", "n_rows", "row_start", "keep"),
-    *("documents", "starts", "places", "begins", "context", "image"),
+    *("documents", "starts", "places", "begins"),
 )
-"""The columns of the table of sequences that are no labels."""
+"""The columns of the table of sequences that are never labels."""
 
 
 def check_names(batch: pa.RecordBatch, options: SequenceOptions, keep_text: bool, own: tuple[str, ...]) -> None:
@@ -27,7 +27,10 @@ def check_names(batch: pa.RecordBatch, options: SequenceOptions, keep_text: bool
         made |= {"text_xxh3_128"} if content_of(batch) in ("text", "messages") or "text" in labels else set()
         made |= {"target_xxh3_128"} if options.decoder is not None else set()
     taken = [name for name in labels if name in made]
-    taken += [name for name in options.token_labels if name in SEQUENCE_COLUMNS]
+    columns = {*SEQUENCE_COLUMNS}
+    columns |= {"image"} if content_of(batch) == "image" else set()
+    columns |= {"context"} if options.decoder is not None else set()
+    taken += [name for name in options.token_labels if name in columns]
     if taken:
         raise DocumentsError(
             f"a label cannot be called {taken[0]!r} here: the store makes a column of that name",

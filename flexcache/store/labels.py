@@ -9,19 +9,16 @@ import pyarrow as pa
 
 from flexcache.errors import StoreError, nearest
 from flexcache.plan import ranges
-from flexcache.store.schema import BEGINS, CONTEXT
+from flexcache.sequences.labels import SEQUENCE_COLUMNS
+from flexcache.store.schema import CONTEXT
 
 if TYPE_CHECKING:
     from flexcache.store.store import Store
 
-OWN = ("document", "unit", "batch", "start", "tokens", "keep_start", "n_rows", "row_start", "keep")
-PACKED = ("documents", "starts", "places", BEGINS)
-"""The columns of the sequences that are not labels."""
-
 
 def label_names(store: Store) -> tuple[str, ...]:
     """Return the names of the columns with a label for each token."""
-    own = (*OWN, *PACKED, *([CONTEXT] if store.spec.get("decoder") else []))
+    own = (*SEQUENCE_COLUMNS, *([CONTEXT] if store.spec.get("decoder") else []))
     return tuple(name for name in store.tokens.column_names if name not in own)
 
 

@@ -147,6 +147,13 @@ def test_a_label_with_the_name_of_a_column_that_is_made_is_refused(
     assert not (tmp_path / "run.zarr").exists()
 
 
+def test_names_of_sequence_columns_are_labels_of_tokens_where_the_store_does_not_make_them(tmp_path: Path) -> None:
+    record = {"tokens": [5, 6], "context": ["u", "v"], "image": [1, 2]}
+    store = build_store(tmp_path / "run.zarr", [record], token_labels=["context", "image"])
+    assert store.token_label("context").to_pylist() == ["u", "v"]
+    assert store.token_label("image").to_pylist() == [1, 2]
+
+
 def test_a_column_that_cannot_be_a_label_can_be_left_out() -> None:
     records = [{"text": "a", "image": object(), "n": 1}]
     with pytest.raises(DocumentsError, match="'image'.*") as caught:
