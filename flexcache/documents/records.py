@@ -214,6 +214,7 @@ def _chunks(items: Iterable[Item], rows: int) -> Iterator[list[Item]]:
         yield chunk
 
 
+_PYTHON = {str, int, float, bool, bytes, list, dict, type(None)}
 _TYPES = {"tokens": pa.list_(pa.int32()), "messages": MESSAGES, "image": pa.large_binary()}
 _NOT_ARROW = (pa.ArrowException, UnicodeError, OverflowError, TypeError, ValueError)
 
@@ -270,6 +271,8 @@ def _promoted(one: pa.DataType, two: pa.DataType, name: str, where: str) -> pa.D
 
 def _plain(value: Any) -> Any:
     """Return what NumPy and pandas have for a value as Python has it, or as Arrow takes it."""
+    if type(value) in _PYTHON:
+        return value
     if type(value).__name__ in ("NAType", "NaTType"):  # of pandas
         return None
     plain = value.tolist() if hasattr(value, "tolist") else value

@@ -16,6 +16,7 @@ import pytest
 import flexcache
 from flexcache.documents import open_documents
 from flexcache.errors import ConfigError, DocumentsError
+from pipelines.config import DocumentsSource
 from tests.corpora import build_store
 from tests.models import tiny
 from tests.vision import arrays, processor, tiny_vision
@@ -160,3 +161,15 @@ def test_a_column_that_cannot_be_a_label_can_be_left_out() -> None:
         open_documents(records)
     assert "labels=[…]" in str(caught.value)
     assert open_documents(records, labels=["n"]).labels == ("n",)
+
+
+def test_a_configuration_says_null_for_a_column_that_is_not_the_input(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "A", "tokens": [5], "n": "NA"}))
+    path = str(tmp_path / "a.jsonl")
+    assert DocumentsSource(path=path, text=None).open().content == "tokens"
+    documents = DocumentsSource(path=path, tokens=None, labels=["n"]).open()
+    assert (documents.content, documents.labels) == ("text", ("n",))
+    (tmp_path / "a.csv").write_text("text,n\nA,NA\n")
+    for nulls, kept in (({}, None), ({"csv_nulls": []}, "NA")):
+        (batch,) = DocumentsSource(path=str(tmp_path / "a.csv"), **nulls).open().batches()
+        assert batch["n"].to_pylist() == [kept]
