@@ -201,7 +201,8 @@ def _tokens(array: pa.Array, place: str, start: int) -> pa.Array:
             else "give token ids as lists of integers, in Parquet, JSON Lines, a table or dicts",
         )
     _refuse_null(array, "tokens", place, start)
-    flat = pc.list_flatten(array) if fits else pa.nulls(0, pa.int32())
+    flat = pc.list_flatten(array) if fits else pa.nulls(0)
+    flat = flat.cast(pa.int64()) if pa.types.is_null(flat.type) else flat
     if len(flat):
         most = pa.scalar(MAX_TOKEN, pa.uint64() if pa.types.is_uint64(flat.type) else pa.int64())
         wrong = pc.fill_null(pc.or_(pc.less(flat, pa.scalar(0, flat.type)), pc.greater(flat, most)), True)

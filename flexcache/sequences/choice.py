@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from flexcache.documents.columns import content_of
@@ -140,9 +141,9 @@ def list_lengths(batch: pa.RecordBatch, encoded: Encoded, column: str) -> np.nda
     """
     array = batch.column(column)
     kind = column_type(batch, column)
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
         raise DocumentsError(f"column {column!r} holds no lists", expected="a list, one entry a token", found=str(kind))
-    lengths = array.value_lengths().fill_null(-1).to_numpy()
+    lengths = pc.fill_null(pc.list_value_length(array), -1).to_numpy()
     cut = encoded.truncated & (content_of(batch) == "tokens")
     wrong = np.flatnonzero((lengths != encoded.lengths) & ~(cut & (lengths > encoded.lengths)))
     if len(wrong):

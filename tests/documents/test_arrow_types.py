@@ -147,6 +147,14 @@ def test_tokens_of_every_list_type(kind: pa.DataType) -> None:
     assert batch["tokens"].to_pylist() == [[1, 2], [3, 4]]
 
 
+@pytest.mark.parametrize("kind", [pa.list_(VIEW, 2), pa.list_view(VIEW), pa.large_list(DICTIONARY)])
+def test_labels_of_tokens_of_every_list_type(kind: pa.DataType, tmp_path: Path) -> None:
+    table = pa.table({"tokens": [[5, 6], [7, 8]], "tag": pa.array([["u", "v"], ["w", None]], kind)})
+    store = build_store(tmp_path / "run.zarr", table, token_labels=["tag"])
+    found = dict(zip(store.coordinates["token_id"].values.tolist(), store.token_label("tag").to_pylist()))
+    assert found == {5: "u", 6: "v", 7: "w", 8: None}
+
+
 @pytest.mark.parametrize("column", ["id", "text", "x"])
 def test_text_that_is_not_utf_8_is_refused(column: str) -> None:
     offsets, content = pa.py_buffer(np.array([0, 1], np.int32)), pa.py_buffer(b"\xff")

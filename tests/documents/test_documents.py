@@ -414,6 +414,7 @@ def test_empty_texts_and_empty_token_lists_are_left_to_the_tokenizer(tmp_path):
         ([{"tokens": [1.5]}], {}, ["whole numbers", "double"]),
         ([{"tokens": [True]}], {}, ["whole numbers", "bool"]),
         ([{"tokens": [1, None]}], {}, ["a token that is none", "None"]),
+        ([{"tokens": [None]}], {}, ["a token that is none", "None"]),
         ([{"tokens": "abc"}], {}, ["whole numbers", "string"]),
         ([{"text": "x", "a": 1}, {"text": "x", "a": "y"}], {}, ["'a'", "document 1"]),
         ([{"text": "x", "a": object()}], {}, ["'a'", "document 0", "object"]),
