@@ -23,8 +23,8 @@ REPLAYED = [
 ]
 FLOAT32_INSIDE = ("mamba", "mamba2")
 """Their residual stream is float32 in a bfloat16 model, and is rounded where it is stored."""
-UNSTEADY = ("qwen3_moe",)
-"""Its experts round in the last bit by how memory is aligned."""
+UNSTEADY = ("qwen3_moe", "olmoe", "jamba")
+"""Their experts round in the last bit by how memory is aligned: which of them do depends on the processor."""
 QUICK = ("llama", "gpt2", "gpt_neox", "gemma3", "bert", "mixtral")
 """Families that are tried in bfloat16 by default; the others with ``-m slow``."""
 Captured = Callable[..., Any]
@@ -70,6 +70,7 @@ def test_skipped_blocks_do_not_run(captured: Captured) -> None:
             module.register_forward_hook(lambda _, args, output, name=name: calls.append(name))
     engine = Engine(store, model)
     batch = next(engine.batches())
+    calls.clear()  # of the small forward that shows that the model is the same
     engine.run(batch)
     whole = len([name for name in calls if ".layers." in name])
     calls.clear()
@@ -179,7 +180,7 @@ def test_a_store_of_other_weights_is_refused_or_accepted_by_name(captured: Captu
         model.lm_head.weight[0, 0] += 1
     with pytest.raises(MismatchError, match="cannot be replayed") as error:
         Engine(store, model)
-    assert "weights are not those" in str(error.value)
+    assert "weights: " in str(error.value)
     assert "Accepted" in Engine(store, model, accept=["weights"]).notes[0]
     assert replay.identity_error(store, model, accept=["weights"]) == 0.0
 
