@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 import ml_dtypes
 import numpy as np
-from zarr.dtype import DataTypeValidationError, Float16, data_type_registry
+from zarr.dtype import Float16, data_type_registry
 
 BFLOAT16: np.dtype = np.dtype(ml_dtypes.bfloat16)
 
@@ -34,12 +34,10 @@ class BFloat16(Float16):
 
         Raises
         ------
-        zarr.dtype.DataTypeValidationError
-            *dtype* is not ``ml_dtypes.bfloat16``.
+        zarr.errors.DataTypeValidationError
+            *dtype* is not ``ml_dtypes.bfloat16``. (zarr-python before 3.2 has the class in ``zarr.dtype``.)
         """
-        if dtype == BFLOAT16:
-            return cls()
-        raise DataTypeValidationError(f"Invalid data type: {dtype}. Expected bfloat16")
+        return cls() if dtype == BFLOAT16 else super().from_native_dtype(dtype)
 
     def to_native_dtype(self) -> Any:
         """Return ``ml_dtypes.bfloat16`` as a numpy dtype; ml_dtypes has no other byte order than the machine's."""
