@@ -52,18 +52,12 @@ class FlexCacheError(Exception):
         return "\n".join([self.message, *(f"  {name}: {text}" for name, text in parts.items() if text)])
 
     def __reduce__(self) -> tuple:
-        return _rebuild, (type(self), self.message, self.where, self.expected, self.found, self.remedy)
+        return _rebuild, (type(self), self.args), dict(vars(self))
 
 
-def _rebuild(
-    cls: type[FlexCacheError],
-    message: str,
-    where: str | None,
-    expected: str | None,
-    found: str | None,
-    remedy: str | None,
-) -> FlexCacheError:
-    return cls(message, where=where, expected=expected, found=found, remedy=remedy)
+def _rebuild(cls: type[FlexCacheError], arguments: tuple[object, ...]) -> FlexCacheError:
+    """Return an error without calling its constructor; pickle then sets its attributes."""
+    return cls.__new__(cls, *arguments)
 
 
 class ConfigError(FlexCacheError):
