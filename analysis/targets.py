@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -15,8 +16,22 @@ from flexcache.errors import AnalysisError, nearest
 COORDINATES = ("token_id", "position", "document")
 
 
+class _Target:
+    """Base of the two kinds of target; it pickles with its function, which may be a lambda or a closure."""
+
+    name: str
+    values: Callable[[Any], pa.Array]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (type(self), self.name, cloudpickle.dumps(self.values))
+
+
+def _unpickled(kind: Callable[[str, Any], Any], name: str, values: bytes) -> Any:
+    return kind(name, cloudpickle.loads(values))
+
+
 @dataclass(frozen=True)
-class TokenTarget:
+class TokenTarget(_Target):
     """A target with a value for each row of a store; made by `coordinate`, `function` and `spans`.
 
     Attributes
@@ -32,7 +47,7 @@ class TokenTarget:
 
 
 @dataclass(frozen=True)
-class DocumentTarget:
+class DocumentTarget(_Target):
     """A target with a value for each document of a store; made by `labels`.
 
     Attributes

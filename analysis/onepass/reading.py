@@ -19,7 +19,8 @@ from analysis.onepass.statistic import State, Statistic
 from analysis.view import choose_layers
 from flexcache.errors import AnalysisError, nearest
 from flexcache.site import Layers
-from flexcache.store.place import Place, place, zarr_source
+from flexcache.store.place import zarr_source
+from flexcache.store.reference import StoreReference
 from flexcache.store.store import Store
 
 BLOCK_BYTES = 8 << 20  # of values as float64
@@ -108,7 +109,7 @@ def read(
     features = store.arrays[site].features
     _check_memory(statistics, features, len(chosen), len(units), place.workers)
     run = uuid.uuid4().hex[:12]  # so that runs on one cluster do not meet
-    job = Job(str(store.path.absolute()), site, dict(statistics))
+    job = Job(store, site, dict(statistics))
     graph: dict[Any, Any] = {f"job-{run}": job}
     roots = []
     for layer in chosen:
@@ -125,16 +126,16 @@ def read(
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What every task needs to know; the store by its path, so that it means the same in another process."""
+    """What every task needs to know."""
 
-    path: str
+    store: Store
     site: str
     statistics: dict[str, Statistic]
 
 
 def read_shard(job: Job, layer: int | None, unit: int) -> States:
     """Return the states of the rows of one shard."""
-    store = _open(job.path, _stamp(job.path))
+    store = job.store
     features = store.arrays[job.site].features
     states = {name: statistic.zero(features) for name, statistic in job.statistics.items()}
     for block in blocks(store, job.site, layer, unit, list(job.statistics.values())):
@@ -159,7 +160,7 @@ def blocks(
     """Yield the rows of a shard in order, a block at a time; only those of sampled documents where all sample."""
     reader = store.reader(site)
     held = reader.layout.rows(unit)
-    about = unit_coordinates(str(store.path), _stamp(store.path), held.start, held.stop)
+    about = unit_coordinates(store.reference, held.start, held.stop)
     step = max(1, BLOCK_BYTES // (8 * reader.array.features))
     samples = [statistic.sample for statistic in statistics or ()]
     wanted: np.ndarray | None = None
@@ -185,25 +186,12 @@ def blocks(
 
 
 @lru_cache(maxsize=8)
-def unit_coordinates(path: str, stamp: tuple[int, int], start: int, stop: int) -> dict[str, np.ndarray]:
-    """Return position, token id and document of the rows of a unit; the layers of a unit share them.
-
-    *stamp* tells a store from another one that took its place.
-    """
+def unit_coordinates(reference: StoreReference, start: int, stop: int) -> dict[str, np.ndarray]:
+    """Return position, token id and document of the rows of a unit; the layers of a unit share them."""
     return {
-        name: np.asarray(zarr.open_array(zarr_source(place(path) / name), mode="r")[start:stop]) for name in COORDINATES
+        name: np.asarray(zarr.open_array(zarr_source(reference.path / name), mode="r")[start:stop])
+        for name in COORDINATES
     }
-
-
-@lru_cache(maxsize=8)
-def _open(path: str, stamp: tuple[int, int]) -> Store:
-    return Store(path)
-
-
-def _stamp(path: str | Place) -> tuple[int, int]:
-    metadata = place(path) / "zarr.json"
-    status = metadata.stat()
-    return status.st_ino, status.st_mtime_ns
 
 
 def _tree(graph: dict[Any, Any], keys: list[Any], run: str) -> Any:

@@ -6,15 +6,18 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import zarr
 
 from flexcache.errors import DamagedError
 from flexcache.spec import DTYPES, ArraySpec
+from flexcache.store.committed import CommittedUnits, shared_units
 from flexcache.store.inside import MOST_JSON, check_inside
 from flexcache.store.place import Place, zarr_source
+from flexcache.store.reference import StoreReference
 from flexcache.store.shard import ShardLayout
 
 OPEN_SHARDS = 256
@@ -25,39 +28,57 @@ GATHER_BYTES = 256 << 10
 class RowReader:
     """Reads rows of one array of a store. Any number of threads may use one reader.
 
+    It pickles as the location of its store and the description of its array. The unpickled readers of an array are one
+    object in each process, which opens files when it first reads.
+
     Gathers go through memory maps of the shard files, at most 256 of them open. Contiguous scans read the files
     in large pieces instead, since a Dask worker counts mapped pages as its own memory. Compressed arrays are
     read through zarr-python.
 
     Parameters
     ----------
-    require : callable
-        Called with the units about to be read; raises where one is not committed.
+    reference
+        The store.
+    units
+        Which of its units may be read.
     scales
         Reads the scales of int8 rows.
     """
 
     def __init__(
         self,
-        root: Place,
+        reference: StoreReference,
         array: ArraySpec,
-        layout: ShardLayout,
         compressed: bool,
-        require: Callable[[np.ndarray], None],
+        units: CommittedUnits,
         scales: RowReader | None = None,
     ) -> None:
-        self.root, self.array, self.layout = root, array, layout
+        self.reference, self.root, self.array = reference, reference.path, array
+        self.layout = ShardLayout(reference.n_rows, reference.shard_rows, array.row_bytes)
+        self.compressed = compressed
         self.dtype = DTYPES[array.dtype]
         self._bits = np.dtype(f"<u{self.dtype.itemsize}")
-        self._require = require
+        self._units = units
         self._scales = scales
-        self._zarr = self._foreign() if compressed else None
         self._maps: OrderedDict[Place, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
         self._local = threading.local()
 
-    def _foreign(self) -> zarr.Array:
-        """Open a compressed array by zarr-python."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        scales = None if self._scales is None else self._scales.array
+        return shared_reader, (type(self), self.reference, self.array, self.compressed, scales)
+
+    @cached_property
+    def foreign(self) -> zarr.Array | None:
+        """The array as zarr-python opens it, where it is compressed.
+
+        Raises
+        ------
+        DamagedError
+            It cannot be read, or is not as the store describes it.
+        """
+        if not self.compressed:
+            return None
         where = self.root / self.array.name
         check_inside(self.root, where / "zarr.json", MOST_JSON)
         try:
@@ -101,7 +122,7 @@ class RowReader:
                 order = np.argsort(shards, kind="stable")
                 shards = shards[order]
             cuts = np.flatnonzero(np.diff(shards)) + 1
-            self._require(np.unique(shards))
+            self._units.require(np.unique(shards))
             for start, stop in zip([0, *cuts.tolist()], [*cuts.tolist(), len(rows)], strict=True):
                 places: slice | np.ndarray = slice(start, stop) if order is None else order[start:stop]
                 self._gather_shard(layer, int(shards[start]), rows[places], out, places)
@@ -114,7 +135,7 @@ class RowReader:
         out = np.empty(shape, dtype) if out is None else out[: shape[0]].view(dtype)
         if len(out):
             first, last = start // self.layout.shard_rows, (stop - 1) // self.layout.shard_rows
-            self._require(np.arange(first, last + 1))
+            self._units.require(np.arange(first, last + 1))
             for shard in range(first, last + 1):
                 held = self.layout.rows(shard)
                 low, high = max(start, held.start), min(stop, held.stop)
@@ -132,10 +153,10 @@ class RowReader:
         self, layer: int | None, shard: int, rows: np.ndarray, out: np.ndarray, places: slice | np.ndarray
     ) -> None:
         local = rows - shard * self.layout.shard_rows
-        if self._zarr is not None:
+        if self.foreign is not None:
             check_inside(self.root, self.path(layer, shard))
             selection = (rows,) if layer is None else (layer, rows)
-            values = np.asarray(self._zarr.oindex[(*selection, slice(None))]).view(self._bits)
+            values = np.asarray(self.foreign.oindex[(*selection, slice(None))]).view(self._bits)
             convert(values, out, places, self.dtype)
             return
         mapped = self._map(layer, shard)
@@ -152,11 +173,11 @@ class RowReader:
             convert(piece, out, places[start : start + step], self.dtype)
 
     def _scan_shard(self, layer: int | None, shard: int, first: int, out: np.ndarray) -> None:
-        if self._zarr is not None:
+        if self.foreign is not None:
             check_inside(self.root, self.path(layer, shard))
             start = shard * self.layout.shard_rows + first
             selection = slice(start, start + len(out))
-            values = self._zarr[selection] if layer is None else self._zarr[layer, selection]
+            values = self.foreign[selection] if layer is None else self.foreign[layer, selection]
             convert(np.asarray(values).view(self._bits), out, slice(None), self.dtype)
             return
         path = self.path(layer, shard)
@@ -212,6 +233,16 @@ class RowReader:
                 remedy="run flexcache verify to see what else is damaged; to recompute the unit, delete its record"
                 f" ledger/0/{shard}.json and run the same capture again",
             )
+
+
+@lru_cache(maxsize=64)
+def shared_reader(
+    kind: Any, reference: StoreReference, array: ArraySpec, compressed: bool, scales: ArraySpec | None
+) -> RowReader:
+    """Return the reader of an array of an unpickled store, one object for all tasks of a process."""
+    of_scales = None if scales is None else shared_reader(kind, reference, scales, compressed, None)
+    reader: RowReader = kind(reference, array, compressed, shared_units(reference), of_scales)
+    return reader
 
 
 def shard_name(array: str, layer: int | None, shard: int) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,26 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xarray as xr
 
-from flexcache.errors import SiteError, StoreError, UncommittedError, nearest
+from flexcache.errors import SiteError, StoreError, nearest
 from flexcache.images.encoded import IMAGE
 from flexcache.images.patches import Patches
 from flexcache.plan import ranges
 from flexcache.spec import ArraySpec
 from flexcache.store import display, xarray_engine
+from flexcache.store.committed import CommittedUnits, shared_units
 from flexcache.store.coordinates import coordinate_variable, unreadable
-from flexcache.store.description import described
+from flexcache.store.description import Description, described
 from flexcache.store.inside import check_inside
 from flexcache.store.int8 import is_scale, scale_name
 from flexcache.store.labels import label_names, row_labels
-from flexcache.store.ledger import Ledger
 from flexcache.store.lines import check_lines
 from flexcache.store.pictures import image_of, patches_of
 from flexcache.store.place import Place, place
 from flexcache.store.reader import RowReader
+from flexcache.store.reference import StoreReference, refer
 from flexcache.store.remote.rows import reader_class
 from flexcache.store.replayable import Replayable, replayable
 from flexcache.store.schema import COORDINATES, DOCUMENTS, SEQUENCES, read_attributes
-from flexcache.store.shard import ShardLayout
 from flexcache.store.tables import open_table, read_table
 
 
@@ -43,13 +44,14 @@ class Store(Mapping[str, xr.DataArray]):
     in the ledger does not exist: reading it raises UncommittedError. A store may be open while others write to
     it; `refresh` looks for units committed since. Any number of threads may read.
 
+    Stores, and the arrays made from them, pickle as a location and a description, without files or tables. An unpickled
+    store has the rows and sites of the original, even if the store on disk was extended meanwhile, and at least the
+    units that were committed. It opens files when it first reads them, once in each process.
+
     Attributes
     ----------
     provenance : dict
         Model, tokenizer, corpus and versions that the store was made with.
-    committed : ndarray of bool, shape (units,)
-        Which units were committed when last looked; see `refresh`.
-
     Raises
     ------
     StoreError
@@ -57,16 +59,29 @@ class Store(Mapping[str, xr.DataArray]):
     """
 
     def __init__(self, path: str | Place) -> None:
-        self.path = place(path)
-        said = described(read_attributes(self.path), str(self.path / "zarr.json"))
+        found = place(path)
+        said = described(read_attributes(found), str(found / "zarr.json"))
+        self._open(found, said, CommittedUnits(found, int(said.plan["units"])))
+        self.refresh()
+
+    def _open(self, path: Place, said: Description, units: CommittedUnits) -> None:
+        self.path, self._units = path, units
         self.arrays, self.spec, self.plan, self.provenance = said.arrays, said.spec, said.plan, said.provenance
         self.n_rows = int(self.plan["rows"])
         self.n_units = int(self.plan["units"])
         self.shard_rows = int(self.plan["shard_rows"])
         self.compressed = self.spec.get("compression", "none") != "none"
-        self.ledger = Ledger(self.path)
+        self.ledger = units.ledger
         self._readers: dict[str, RowReader] = {}
-        self.refresh()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        said = Description(self.arrays, self.spec, self.plan, self.provenance)
+        return shared_store, (type(self), self.reference, pickle.dumps(said))
+
+    @cached_property
+    def reference(self) -> StoreReference:
+        """Where the store is, and what tells it from another one at the same path."""
+        return refer(self.path, self.provenance, self.plan, self.committed)
 
     # What is in it
 
@@ -133,10 +148,7 @@ class Store(Mapping[str, xr.DataArray]):
     @cached_property
     def coordinates(self) -> dict[str, xr.Variable]:
         """Token id, position and document of every row, read when used; -1 for token and position of a mean."""
-        return {
-            name: coordinate_variable(self.path / name, np.dtype(dtype), self.n_rows)
-            for name, dtype in COORDINATES.items()
-        }
+        return {name: coordinate_variable(self.reference, name, np.dtype(dtype)) for name, dtype in COORDINATES.items()}
 
     @property
     def token_labels(self) -> tuple[str, ...]:
@@ -157,10 +169,12 @@ class Store(Mapping[str, xr.DataArray]):
 
     def refresh(self) -> None:
         """Look for units that were committed since the store was opened."""
-        committed = np.zeros(self.n_units, dtype=bool)
-        units = np.array([unit for unit in self.ledger.units() if unit < self.n_units], dtype=np.int64)
-        committed[units] = True
-        self.committed = committed
+        self._units.refresh()
+
+    @property
+    def committed(self) -> np.ndarray:
+        """Which units were committed when last looked, bool of shape (units,); see `refresh`."""
+        return self._units.mask
 
     @property
     def complete(self) -> bool:
@@ -304,11 +318,11 @@ class Store(Mapping[str, xr.DataArray]):
         """Return the row reader of a site, one per store."""
         if site not in self._readers:
             array = self._array(site)
-            layout = ShardLayout(self.n_rows, self.shard_rows, array.row_bytes)
             scales = self.reader(scale_name(site)) if array.dtype == "int8" else None
-            self._readers[site] = reader_class(self.path)(
-                self.path, array, layout, self.compressed, self._require, scales
-            )
+            kind = reader_class(self.path)
+            reader = kind(self.reference, array, self.compressed, self._units, scales)
+            _ = reader.foreign  # an array that zarr-python cannot open is an error now
+            self._readers[site] = reader
         return self._readers[site]
 
     # Mapping and display
@@ -385,21 +399,6 @@ class Store(Mapping[str, xr.DataArray]):
             raise StoreError(f"documents are numbered 0 to {count - 1}", found=str(document))
         return numbers % max(1, count)
 
-    def _require(self, units: np.ndarray) -> None:
-        if self.committed[units].all():
-            return
-        self.refresh()
-        missing = units[~self.committed[units]]
-        if len(missing):
-            raise UncommittedError(
-                f"{len(missing)} of the units to be read are not committed, the first is unit {missing[0]}",
-                where=str(self.path),
-                expected="committed units",
-                found=f"{len(self.committed_units)} of {self.n_units} units are committed",
-                remedy="run the same capture again to complete the store, or read store.committed_rows only"
-                " (store.dataset(committed=True))",
-            )
-
     @cached_property
     def _extents(self) -> pa.Table:
         """The documents without texts and labels."""
@@ -421,3 +420,12 @@ class Store(Mapping[str, xr.DataArray]):
             lines = file.metadata.num_rows
         if lines > self.n_rows and lines > int(read_attributes(self.path)["plan"]["rows"]):  # it has grown meanwhile
             raise ValueError(f"it has {lines} lines for {self.n_rows} rows")
+
+
+@lru_cache(maxsize=8)
+def shared_store(kind: type[Store], reference: StoreReference, said: bytes) -> Store:
+    """Return the unpickled store, one object for all tasks of a process. Nothing is read yet."""
+    store = kind.__new__(kind)
+    store._open(reference.path, pickle.loads(said), shared_units(reference))
+    store.__dict__["reference"] = reference
+    return store

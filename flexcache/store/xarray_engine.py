@@ -32,6 +32,9 @@ class SiteArray(BackendArray):
         self.shape = (*((len(array.slices),) if self.stacked else ()), reader.layout.n_rows, array.features)
         self.dtype = reader.dtype if raw else np.dtype(np.float32)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SiteArray, (self.reader, self.raw)
+
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
         return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import cloudpickle
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
@@ -109,7 +110,12 @@ class Stream(IterableDataset[Batch]):
         self.epoch, self._given = epoch + 1, 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_buffers": []}  # a worker process has its own
+        transform = None if self.transform is None else cloudpickle.dumps(self.transform)  # a lambda as well
+        return {**self.__dict__, "_buffers": [], "transform": transform}  # a worker process has its own buffers
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.transform = None if state["transform"] is None else cloudpickle.loads(state["transform"])
 
     def state_dict(self) -> dict[str, Any]:
         """Return where this process is: epoch and batches given, which torchdata asks each worker for."""

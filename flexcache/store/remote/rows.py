@@ -27,7 +27,7 @@ class RangeReader(RowReader):
     def _gather_shard(
         self, layer: int | None, shard: int, rows: np.ndarray, out: np.ndarray, places: slice | np.ndarray
     ) -> None:
-        if self._zarr is not None:
+        if self.foreign is not None:
             super()._gather_shard(layer, shard, rows, out, places)
             return
         self._check_once(layer, shard)
@@ -44,7 +44,7 @@ class RangeReader(RowReader):
                 convert(held[wanted[back[chosen]] - start // width], out, target[chosen], self.dtype)
 
     def _scan_shard(self, layer: int | None, shard: int, first: int, out: np.ndarray) -> None:
-        if self._zarr is not None:
+        if self.foreign is not None:
             super()._scan_shard(layer, shard, first, out)
             return
         self._check_once(layer, shard)
