@@ -5,11 +5,19 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCUMENTS ?= 1000
 PYTHON312 ?= python3.12
+# Python 3.13 on the PATH, or among the versions of pyenv; nothing where there is none.
+PYTHON313 ?= $(firstword $(shell PYENV_VERSION=3.13 python3.13 -c 'import ensurepip, sys; print(sys.executable)' 2>/dev/null) \
+	$(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.13*/bin/python3.13))
 BENCH := .venv-bench
 ANNBATCH := .venv-annbatch
+READING := .venv-reading
+# What needs no torch: stores filled by numpy, read, analysed, and sent to Dask workers.
+READING_TESTS := tests/golden tests/analysis/test_dask.py \
+	$(foreach name,pickling zarr shard,tests/store/test_$(name).py) \
+	$(foreach name,moments quantiles geometry outliers similarity view probe_targets,tests/analysis/test_$(name).py)
 BENCHMARKS ?=
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test test-reading lint bench docs clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt
@@ -23,6 +31,22 @@ demo: $(READY)  ## fetch a model and texts, capture every layer, probe every lay
 
 test: $(READY)  ## the test suite
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+$(READING)/.ready: pyproject.toml
+	rm -rf $(READING)
+	$(PYTHON313) -m venv $(READING)
+	$(READING)/bin/python -m pip install --quiet --editable '.[cluster]' 'pytest>=8' 'pytest-xdist>=3.6' 'hypothesis>=6.100'
+	touch $@
+
+ifneq ($(PYTHON313),)
+test-reading: $(READING)/.ready  ## reading, analysis and Dask on Python 3.13 with the newest zarr, without torch
+	$(READING)/bin/python -c 'import zarr, sys; print("Python", sys.version.split()[0], "zarr", zarr.__version__)'
+	$(READING)/bin/python -W error -c 'import flexcache, analysis.moments, analysis.probes, pipelines.cli'
+	$(READING)/bin/python -m pytest -n 2 $(READING_TESTS)
+else
+test-reading:
+	@echo 'test-reading is left out: there is no Python 3.13 (make PYTHON313=…)'
+endif
 
 lint: $(READY)  ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .
@@ -49,4 +73,4 @@ docs: $(READY)  ## the documentation, into docs/_build
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build
 
 clean:
-	rm -rf $(VENV) $(BENCH) $(ANNBATCH) docs/_build demo
+	rm -rf $(VENV) $(BENCH) $(ANNBATCH) $(READING) docs/_build demo
