@@ -25,6 +25,7 @@ from flexcache.documents.columns import (
     read_ids,
     read_images,
 )
+from flexcache.documents.digest import DIGEST, digest_files, update_batch
 from flexcache.documents.files import FORMATS, find_files, image_items, jsonl_items, text_items
 from flexcache.documents.huggingface import DatasetSource, check_one_split, is_dataset
 from flexcache.documents.ids import Ids
@@ -52,6 +53,8 @@ class Documents:
         self._source, self._roles, self._wanted = source, roles, labels
         self._rows, self._asked_rows = batch_rows, batch_rows
         self.count = source.count
+        self._digest: str | None = None
+        self._begun, self._is_records = False, isinstance(source, RecordSource)
         names = source.schema.names
         if len(set(names)) < len(names):
             raise DocumentsError("two columns have the same name", found=", ".join(names))
@@ -109,6 +112,7 @@ class Documents:
         """
         seen = Ids() if self._unique else None
         start, late = 0, dict[str, pa.DataType]()
+        self._begun, hasher = True, None if self._source.files else xxhash.xxh3_128()
         for where, raw in self._source.read([*self._columns, *self._labels], self._rows):
             if not raw.num_rows:
                 continue
@@ -116,7 +120,29 @@ class Documents:
             if seen is not None:
                 seen.add(batch.column("id"), start)
             start += raw.num_rows
+            if hasher is not None:
+                update_batch(hasher, batch)
             yield batch
+        if hasher is not None:
+            self._digest = hasher.hexdigest()
+
+    def digest(self, *, read: bool = False) -> str | None:
+        """Return the XXH3-128 of what the documents hold, or None where it is not known.
+
+        Files are hashed as they are, all bytes of them up to 1 GiB together and as large a sample of more; other
+        documents by ids, inputs and labels. A generator has a digest once it was read to its end.
+
+        Parameters
+        ----------
+        read
+            Read a generator that was not read before, for its digest alone.
+        """
+        if self._digest is None and self._source.files:
+            self._digest = digest_files(self._source.files)
+        if self._digest is None and (self.count is not None or (read and not self._begun and self._is_records)):
+            for _ in self.batches():
+                pass
+        return self._digest
 
     def runs(self, runs: Sequence[range]) -> Iterator[pa.RecordBatch]:
         """Yield the documents of some ranges of corpus order, sorted and apart; see `batches`. Ids are not compared."""
@@ -146,11 +172,12 @@ class Documents:
             fields.append(pa.field(name, kind))
         return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
 
-    def describe(self) -> dict[str, Any]:
-        """Return what identifies the corpus, as JSON-able values: kind, files and their bytes, columns, count.
+    def describe(self, *, read: bool = False) -> dict[str, Any]:
+        """Return what identifies the corpus, as JSON-able values: kind, files, columns, count, and a digest.
 
-        Files have their names relative to the corpus, so that a corpus may be moved.
+        Files have their names relative to the corpus, so that a corpus may be moved; *read* is that of `digest`.
         """
+        digest = self.digest(read=read)
         told = self._source.described
         labels = [
             told.field(name) if name in told.names else self._source.schema.field(name)
@@ -169,6 +196,7 @@ class Documents:
                 },
             },
             "count": self.count,
+            **({} if digest is None else {DIGEST: digest}),
             **({} if set(nulls) == set(CSV_NULLS) else {"csv_nulls": sorted(nulls)}),
             **({"dataset": self._source.about} if isinstance(self._source, DatasetSource) else {}),
         }

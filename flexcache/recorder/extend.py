@@ -9,6 +9,7 @@ from typing import Any
 
 from flexcache import hooks
 from flexcache.documents import Documents, open_documents
+from flexcache.documents.digest import same_corpus
 from flexcache.errors import ConfigError, MismatchError
 from flexcache.hooks.names import whole
 from flexcache.identity import comparable, model_key
@@ -250,7 +251,7 @@ def _asked(
 def _same_files(store: Store, corpus: Documents) -> bool:
     """Whether a corpus is that of files which the store was begun with."""
     said = corpus.describe()
-    return bool(said["files"]) and said == store.provenance.get("documents")
+    return bool(said["files"]) and same_corpus(store.provenance.get("documents") or {}, said)
 
 
 def _enough(store: Store, corpus: Documents | None, max_tokens: int | None) -> str | None:
@@ -273,7 +274,7 @@ def _check_objective(store: Store, reading: Reading, objective: Objective | None
 
 def _check_known(store: Store, corpus: Documents | None) -> None:
     """Refuse new sites together with another corpus than that which the store was begun with."""
-    if corpus is not None and corpus.describe() != store.provenance.get("documents"):
+    if corpus is not None and not same_corpus(store.provenance.get("documents") or {}, corpus.describe()):
         raise ConfigError(
             "documents and sites are to be added at a time",
             where=str(store.path),

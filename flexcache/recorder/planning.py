@@ -14,6 +14,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from flexcache.documents import Documents
+from flexcache.documents.digest import DIGEST
 from flexcache.errors import MismatchError
 from flexcache.identity import check_model, differences, for_store
 from flexcache.plan import Batching, Largest, Plan, batch_groups, unit_rows
@@ -27,6 +28,7 @@ from flexcache.store.place import Place
 from flexcache.store.writer import clear_errors
 
 Progress = Callable[[int, int], None]
+DOCUMENTS_DIGEST = f"documents.{DIGEST}"
 POLL = 0.1
 """Seconds between two looks for the plan that another process makes."""
 
@@ -74,7 +76,7 @@ class Source:
             "arrays": {array.name: array.to_json() for array in self.arrays},
             "model": self.model,
             "tokenizer": self.tokenizer_identity,
-            "documents": self.documents.describe(),
+            "documents": self.documents.describe(read=True),
         }
 
 
@@ -280,6 +282,9 @@ def check_same(
     stored_model, model = (part.get("model") or {} for part in (stored, given))
     before, now = (_flat({key: part for key, part in held.items() if key != "model"}) for held in (stored, given))
     budget = "spec.batch_tokens"
+    if None in (before.get(DOCUMENTS_DIGEST), now.get(DOCUMENTS_DIGEST)):  # of an earlier version, or of a generator
+        before.pop(DOCUMENTS_DIGEST, None)
+        now.pop(DOCUMENTS_DIGEST, None)
     if now.get(budget, 0) < before.get(budget, 0):
         now[budget] = before[budget]  # smaller forwards of the same plan
     different = [
