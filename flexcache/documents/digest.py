@@ -60,7 +60,9 @@ def _update(hasher: Any, array: pa.Array) -> None:
         for number, part in enumerate(held.flatten()):
             hasher.update(f"{kind.field(number).name}:".encode())
             _update(hasher, part)
-    elif pa.types.is_map(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    elif pa.types.is_fixed_size_list(kind):
+        _update(hasher, held.flatten())
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
         hasher.update(np.asarray(pc.list_value_length(held)).astype("<i8").tobytes())
         _update(hasher, held.flatten())
     elif pa.types.is_string(kind) or pa.types.is_binary(kind):
@@ -69,8 +71,12 @@ def _update(hasher: Any, array: pa.Array) -> None:
         _update_bytes(hasher, held, np.int64)
     elif pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
         hasher.update(np.ascontiguousarray(held.to_numpy(zero_copy_only=False)).tobytes())
-    else:
-        _update(hasher, held.cast(pa.string()))
+    elif isinstance(kind, pa.BaseExtensionType):
+        _update(hasher, held.storage)
+    elif pa.types.is_temporal(kind) and not pa.types.is_interval(kind):
+        _update(hasher, held.view(pa.int64() if kind.bit_width == 64 else pa.int32()))
+    else:  # decimals, bytes of a fixed size, maps
+        _update(hasher, pa.array([str(value) for value in held.to_pylist()], pa.string()))
 
 
 def _update_bytes(hasher: Any, array: pa.Array, offset: type[np.integer]) -> None:
