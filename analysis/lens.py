@@ -17,6 +17,7 @@ import xarray as xr
 from analysis.onepass import DocumentSample, read
 from analysis.rows import Rows
 from flexcache.errors import AnalysisError
+from flexcache.paths import local_path
 from flexcache.site import Layers
 from flexcache.store.store import Store
 
@@ -98,7 +99,7 @@ class Head:
         from safetensors import safe_open
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        folder = Path(folder)
+        folder = local_path(folder)
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             files = _weight_files(folder)
@@ -206,7 +207,7 @@ def chosen_head(store: Store, head: Head | str | Path | None, site: str) -> Head
     if store.spec.get("rows", "all") == "mean":
         raise AnalysisError("means of documents predict no token", where=str(store.path), expected="rows of tokens")
     if not isinstance(head, Head):
-        place = Path(str(head or store.provenance.get("model", {}).get("name", "")))
+        place = local_path(head or store.provenance.get("model", {}).get("name") or ".")
         if not place.is_dir():
             raise AnalysisError(
                 "the model's final norm and unembedding are needed",

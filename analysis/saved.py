@@ -15,6 +15,7 @@ import zarr
 
 import flexcache
 from flexcache.errors import AnalysisError
+from flexcache.paths import local_path
 from flexcache.store.files import digest, temporary_name
 from flexcache.store.store import Store
 
@@ -45,7 +46,7 @@ def save(results: Mapping[str, xr.Dataset], path: str | Path, provenance: Mappin
     Numbers and booleans are arrays with dimension names, which any Zarr reader opens; coordinates of text are lists
     in the attributes, since Zarr v3 has no settled data type for them.
     """
-    path = Path(path)
+    path = local_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
@@ -73,7 +74,7 @@ def load(path: str | Path) -> tuple[dict[str, xr.Dataset], dict[str, Any]]:
     AnalysisError
         There are no results, or another version wrote them.
     """
-    path = Path(path)
+    path = local_path(path)
     try:
         group = zarr.open_group(path, mode="r")
         provenance: Any = dict(group.attrs)[ATTRIBUTE]
@@ -100,7 +101,7 @@ def load(path: str | Path) -> tuple[dict[str, xr.Dataset], dict[str, Any]]:
 def reusable(path: str | Path, provenance: Mapping[str, Any]) -> bool:
     """Return whether there are results at *path* of the same store, rows, questions and versions."""
     try:
-        found = dict(zarr.open_group(path, mode="r").attrs)[ATTRIBUTE]
+        found = dict(zarr.open_group(local_path(path), mode="r").attrs)[ATTRIBUTE]
     except Exception:  # whatever is there is not it
         return False
     return isinstance(found, dict) and all(found.get(key) == value for key, value in _plain(provenance).items())

@@ -21,6 +21,7 @@ from analysis.quantiles import Histogram
 from analysis.rows import Rows
 from analysis.tokens import TokenTypes
 from flexcache.errors import AnalysisError, nearest
+from flexcache.paths import local_path
 from flexcache.site import Layers
 from flexcache.store.store import Store
 
@@ -69,7 +70,7 @@ class Survey:
 
 def place(folder: str | Path, site: str) -> Path:
     """Return where the results of a site are below a folder."""
-    return Path(folder) / f"{site}{SUFFIX}"
+    return local_path(folder) / f"{site}{SUFFIX}"
 
 
 def load(folder: str | Path, site: str) -> Survey:

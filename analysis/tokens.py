@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def vocabulary(store: Store | None = None, tokenizer: Any = None) -> Vocabulary 
             return None
     elif isinstance(tokenizer, str | Path):
         try:
-            tokenizer = _load(str(tokenizer))
+            tokenizer = _load(os.path.expanduser(tokenizer))
         except Exception as error:  # transformers and its backends raise many kinds
             raise AnalysisError(
                 "the tokenizer cannot be loaded",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from flexcache.errors import ConfigError
 from flexcache.parallel.launch import launch
@@ -25,6 +26,11 @@ VISION_PARTS = ("vision_model", "vision_tower", "vision_encoder", "visual")
 
 
 CHAT_TEMPLATE = "chat_template_xxh3_128"
+
+
+def _expanded(name: Any) -> Any:
+    """Return a model's name as text; ``~`` is the home folder."""
+    return os.path.expanduser(name) if isinstance(name, str | os.PathLike) else name
 
 
 class Parallel(BaseModel):
@@ -70,7 +76,7 @@ class ModelSource(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    name: str = Field(description="a local folder, or a name on the hub")
+    name: Annotated[str, BeforeValidator(_expanded)] = Field(description="a local folder, or a name on the hub")
     revision: str | None = None
     loader: Literal["auto", "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"] = (
         "auto"

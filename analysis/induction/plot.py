@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from analysis.induction.scores import LOSS, SCORES
 from analysis.probes.plot import COLOURS
 from analysis.style import INK, PAPER, SOFT, frame
+from flexcache.paths import local_path
 
 TITLES = {"induction": "induction score", "previous_token": "previous-token score"}
 
@@ -33,7 +34,8 @@ def plot(scores: xr.Dataset, loss: xr.DataArray, chance: float, path: str | Path
         _heads(axes[name], scores[name], TITLES[name])
     _loss(axes[LOSS], loss, chance)
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        path = local_path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160)
     return figure
 

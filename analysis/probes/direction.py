@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from analysis.view import Readable
 from flexcache.errors import AnalysisError, nearest
 from flexcache.identity import differences, known, model_record
 from flexcache.identity.record import SAMPLE
+from flexcache.paths import local_path
+from flexcache.store.files import write_durably
 
 if TYPE_CHECKING:
     from analysis.probes.results import Sweep
@@ -114,10 +116,10 @@ class Direction:
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with the vector, the bias and, as its metadata, the rest; return its path."""
         told = {"site": self.site, "layer": self.layer, "provenance": dict(self.provenance)}
-        target = Path(path)
+        target = local_path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"vector": np.ascontiguousarray(self.vector), "bias": np.array([self.bias])}
-        save_file(tensors, target, {"format": FORMAT, "direction": json.dumps(told)})
+        write_durably(target, save(tensors, {"format": FORMAT, "direction": json.dumps(told)}))
         return target
 
     def __repr__(self) -> str:
@@ -134,7 +136,7 @@ def load_direction(path: str | Path) -> Direction:
         It is no such file.
     """
     try:
-        with safe_open(path, "np") as file:
+        with safe_open(local_path(path), "np") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise AnalysisError(

@@ -14,6 +14,7 @@ from analysis.probes.results import Sweep
 from analysis.probes.table import NAMES
 from analysis.style import INK, PAPER, SOFT, frame
 from flexcache.errors import AnalysisError
+from flexcache.paths import local_path
 
 BLUE = "#0a6ebd"
 MOST = 24
@@ -119,7 +120,7 @@ def _map(
 def _done(figure: Figure, axes: Axes, title: str, path: str | Path | None) -> Figure:
     axes.set_title(title, loc="left", color=INK, fontsize=11, parse_math=False)
     if path is not None:
-        target = Path(path)
+        target = local_path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(target, dpi=160)
     return figure

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from analysis.probes.results import Sweep
 from analysis.probes.table import NAMES, arm_name
 from analysis.style import INK, PAPER, frame
+from flexcache.paths import local_path
 
 COLOURS = {
     "probe": "#0a6ebd",
@@ -37,7 +38,7 @@ def plot(sweep: Sweep, to: str | Path | Axes | None = None, *, metric: str | Non
     figure = Figure(figsize=(8, 4.4), layout="constrained", facecolor=PAPER)
     _draw(sweep, figure.subplots(), metric)
     if to is not None:
-        path = Path(to)
+        path = local_path(to)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160)
     return figure

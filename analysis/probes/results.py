@@ -12,9 +12,11 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from flexcache.errors import AnalysisError, nearest
+from flexcache.paths import local_path
+from flexcache.store.files import write_durably
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -182,12 +184,12 @@ class Sweep:
 
         Returns the path of the former; no bit is lost.
         """
-        path = Path(folder) / FILE
+        path = local_path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         save_dataset(self.results, path)
         if self.coef is not None and self.intercept is not None:
             tensors = {"coef": np.ascontiguousarray(self.coef), "intercept": np.ascontiguousarray(self.intercept)}
-            save_file(tensors, path.with_name(WEIGHTS), {"format": FORMAT})
+            write_durably(path.with_name(WEIGHTS), save(tensors, {"format": FORMAT}))
         else:
             path.with_name(WEIGHTS).unlink(missing_ok=True)
         return path
@@ -208,7 +210,7 @@ def load(folder: str | Path) -> Sweep:
     AnalysisError
         There is no sweep in the folder, or it was written by another version.
     """
-    path = Path(folder) / FILE
+    path = local_path(folder) / FILE
     try:
         data = json.loads(path.read_text("utf-8"))
         dims, attrs = data["dims"], data["attrs"]
@@ -245,7 +247,7 @@ def save_dataset(found: xr.Dataset, path: str | Path) -> None:
     data = found.to_dict()
     for name, variable in (data["coords"] | data["data_vars"]).items():
         variable["dtype"] = found[name].dtype.str
-    Path(path).write_text(json.dumps(_plain(data), indent=1, allow_nan=False) + "\n", "utf-8")
+    local_path(path).write_text(json.dumps(_plain(data), indent=1, allow_nan=False) + "\n", "utf-8")
 
 
 def _array(variable: dict[str, Any], dims: dict[str, int]) -> np.ndarray:

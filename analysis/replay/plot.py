@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.replay.results import Sweep
 from analysis.style import INK, PAPER, SOFT, frame
+from flexcache.paths import local_path
 
 CURVES = ("#0a6ebd", "#bc4c00", "#1a7f37", "#8250df", "#9a6700", "#cf222e")
 STYLES = {"edit": "-", "identity": (0, (1, 2)), "random_direction": (0, (6, 3)), "norm_matched": (0, (3, 2, 1, 2))}
@@ -194,6 +195,7 @@ def _name(metric: str) -> str:
 
 def _written(figure: Figure, path: str | Path | None) -> Figure:
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        path = local_path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160)
     return figure

@@ -13,6 +13,7 @@ from torch import nn
 from flexcache.errors import ConfigError
 from flexcache.hooks.blocks import find_blocks
 from flexcache.model import ModelSource
+from flexcache.paths import local_path
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -28,7 +29,7 @@ def load_rest(source: ModelSource, after: int) -> nn.Module:
     ConfigError
         The checkpoint is not a folder of safetensors whose tensors are named as in the model.
     """
-    folder = Path(source.name)
+    folder = local_path(source.name)
     model = source.skeleton()
     path, blocks = find_blocks(model)
     if not 0 <= after < len(blocks):

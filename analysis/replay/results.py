@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from analysis import columns
 from analysis.replay.inference import group_bootstrap, sign_flip
 from flexcache.errors import AnalysisError, nearest
+from flexcache.paths import local_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -130,7 +131,7 @@ class Sweep:
 
     def save(self, folder: str | Path) -> Path:
         """Write ``results.zarr`` into *folder*, made if need be, and return its path; any Zarr reader opens it."""
-        path = Path(folder) / FILE
+        path = local_path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         self.results.to_zarr(path, mode="w", zarr_format=3, consolidated=False)
         return path
@@ -149,7 +150,7 @@ def load(folder: str | Path) -> Sweep:
     AnalysisError
         There is no sweep in the folder, or it was written by another version.
     """
-    path = Path(folder) / FILE
+    path = local_path(folder) / FILE
     if not (path / "zarr.json").is_file():
         raise AnalysisError("there is no saved sweep", where=str(path), remedy="give the folder of Sweep.save")
     data = xr.open_zarr(path, consolidated=False, chunks=None).load()

@@ -23,6 +23,7 @@ from analysis.replay.question import BASELINES, Answers, Part, Question, answer,
 from analysis.replay.results import FORMAT, Sweep
 from analysis.replay.workers import Loader, elsewhere
 from flexcache.errors import AnalysisError, MismatchError, StoreError, nearest
+from flexcache.paths import local_path
 from flexcache.recorder.batch import Batch
 from flexcache.store.files import write_json
 from flexcache.store.store import Store
@@ -100,7 +101,7 @@ def sweep(
     batches = list(engine.batches(question.documents))
     if not batches:
         raise AnalysisError("no document can be replayed", found="none of those asked about is committed")
-    kept = None if folder is None else _folder(Path(folder), question)
+    kept = None if folder is None else _folder(local_path(folder), question)
     done = {} if kept is None else _done(kept, question)
     left = [batch for batch in batches if _name(batch) not in done]
     with bar(progress) as shown:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,7 +25,7 @@ from flexcache.documents.columns import (
     read_images,
 )
 from flexcache.documents.digest import DIGEST, digest_files, update_batch
-from flexcache.documents.files import FORMATS, find_files, image_items, jsonl_items, text_items
+from flexcache.documents.files import FORMATS, FileName, find_files, image_items, jsonl_items, text_items
 from flexcache.documents.huggingface import DatasetSource, check_one_split, is_dataset
 from flexcache.documents.ids import Ids
 from flexcache.documents.parquet_files import ParquetSource
@@ -293,8 +292,8 @@ def _source(
         return DatasetSource(source, rows=rows, labels=labels), roles
     if (table := as_table(source)) is not None:
         return TableSource(table), roles
-    paths = [source] if isinstance(source, str | os.PathLike) else source
-    if isinstance(paths, list | tuple) and paths and all(isinstance(path, str | os.PathLike) for path in paths):
+    paths = [source] if isinstance(source, FileName) else source
+    if isinstance(paths, list | tuple) and paths and all(isinstance(path, FileName) for path in paths):
         kind, files = find_files(paths, format)
         if kind == "parquet":
             return ParquetSource(files), roles
@@ -311,11 +310,19 @@ def _source(
             "that is no corpus",
             expected="a path, a DataFrame, a pyarrow Table, a dataset, or an iterable of dicts",
             found=type(source).__name__,
-            remedy="of a dict of columns, give pyarrow.table(columns)" if isinstance(source, Mapping) else None,
+            remedy=_remedy(source, roles),
         )
     once = isinstance(source, Iterator)
     items = partial(iterable_items, source)
     return RecordSource("iterable", items, roles, once=once, rows=rows, labels=labels), roles
+
+
+def _remedy(source: Any, roles: Roles) -> str | None:
+    """Return what to give in place of a mapping: of one document, a list; of columns, a table."""
+    if not isinstance(source, Mapping):
+        return None
+    one = any(isinstance(source.get(name), str) for name in (roles.id, roles.text) if name)
+    return "of one document, give a list: [document]" if one else "of a dict of columns, give pyarrow.table(columns)"
 
 
 def _described(source: Source) -> list[dict[str, Any]]:

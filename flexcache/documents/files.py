@@ -13,7 +13,9 @@ import pyarrow as pa
 from flexcache.documents.json_array import array_items, is_array
 from flexcache.documents.sources import CorpusFile, Item, not_utf8, unreadable
 from flexcache.errors import DocumentsError, nearest
+from flexcache.paths import local_path
 
+FileName = str | bytes | os.PathLike
 FORMATS = {
     "parquet": (".parquet", ".pq"),
     "jsonl": (".jsonl", ".ndjson", ".json"),
@@ -24,7 +26,7 @@ FORMATS = {
 COMPRESSED = (".gz", ".zst", ".bz2")  # of jsonl and csv
 
 
-def find_files(paths: Sequence[str | os.PathLike], format: str | None) -> tuple[str, list[CorpusFile]]:
+def find_files(paths: Sequence[FileName], format: str | None) -> tuple[str, list[CorpusFile]]:
     """Return the format and the files that *paths* mean, with names relative to the folder that holds them all.
 
     A folder means the files below it that have the suffix of a format, hidden ones left out; images only where there is
@@ -38,15 +40,16 @@ def find_files(paths: Sequence[str | os.PathLike], format: str | None) -> tuple[
     """
     found: dict[Path, str] = {}
     for given in paths:
-        matches = _matches(Path(given).expanduser(), format)
+        where = local_path(given, DocumentsError, "give the path of a file; to give texts, give dicts")
+        matches = _matches(where, os.fsdecode(given), format)
         for path in matches:
             found.setdefault(path, format or format_of(path) or "")
         if not matches:
             raise DocumentsError(
                 "no file there has documents",
-                where=str(given),
+                where=os.fsdecode(given),
                 expected=f"files that end in {_suffixes(format)}, possibly compressed",
-                found=_listing(Path(given)),
+                found=_listing(where),
                 remedy="name the files themselves, with format=… where the suffix does not tell it",
             )
     unknown = [path for path, kind in found.items() if not kind]
@@ -62,7 +65,7 @@ def find_files(paths: Sequence[str | os.PathLike], format: str | None) -> tuple[
     if len(kinds) > 1:
         raise DocumentsError(
             "the files have several formats",
-            where=", ".join(map(str, paths)),
+            where=", ".join(map(os.fsdecode, paths)),
             expected="one format",
             found=", ".join(kinds),
             remedy=f"say which to read, as in format={kinds[0]!r}, or give a glob",
@@ -82,7 +85,7 @@ def _suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower()
 
 
-def _matches(path: Path, format: str | None) -> list[Path]:
+def _matches(path: Path, given: str, format: str | None) -> list[Path]:
     if path.is_dir():
         below = sorted(
             (file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path))),
@@ -93,8 +96,10 @@ def _matches(path: Path, format: str | None) -> list[Path]:
         return [file for file, kind in kinds.items() if pictures or kind != "image"]
     if path.exists():
         return [path]
-    if glob.has_magic(str(path)):
-        return [match for match in map(Path, sorted(glob.glob(str(path), recursive=True))) if match.is_file()]
+    if glob.has_magic(given):  # in what is given, not in the name of the current folder
+        pattern = str(path) if "://" in given else os.path.expanduser(given)
+        matches = map(local_path, sorted(glob.glob(pattern, recursive=True)))
+        return [match for match in matches if match.is_file()]
     names = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
     remedy = nearest(path.name, names) if names and path.suffix else "check the path; to give texts, give dicts"
     raise DocumentsError("there is no such file", where=str(path), remedy=remedy)
@@ -104,8 +109,8 @@ def _hidden(relative: Path) -> bool:
     return any(part.startswith(".") for part in relative.parts)
 
 
-def _base(paths: Sequence[str | os.PathLike], found: list[Path]) -> Path:
-    given = Path(paths[0]).expanduser()
+def _base(paths: Sequence[FileName], found: list[Path]) -> Path:
+    given = local_path(paths[0])
     if len(paths) == 1 and given.is_dir():
         return given
     return Path(os.path.commonpath([path.parent.absolute() for path in found]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -227,7 +228,9 @@ def load_dataset(
             remedy="pip install flexcache-activations[datasets]",
         ) from error
     try:
-        found = datasets.load_dataset(name, config, split=split, revision=revision, streaming=streaming)
+        found = datasets.load_dataset(
+            os.path.expanduser(name), config, split=split, revision=revision, streaming=streaming
+        )
     except Exception as error:  # the library raises many kinds
         raise DocumentsError(
             f"dataset {name!r} cannot be opened",

@@ -15,6 +15,7 @@ import numpy as np
 from flexcache.errors import ConfigError, DamagedError, MismatchError, PlanError, StoreError, UncommittedError, nearest
 from flexcache.exchange import table
 from flexcache.exchange.safetensors import head
+from flexcache.paths import local_path
 from flexcache.site import Layers
 from flexcache.spec import DTYPES, ArraySpec
 from flexcache.store.create import check_room
@@ -85,7 +86,7 @@ def export(
         raise ConfigError(f"there is no format {to!r}", remedy=nearest(to, FORMATS))
     if rows not in ("all", "committed"):
         raise ConfigError(f"rows {rows!r} cannot be exported", expected="all or committed")
-    origin, folder = Store(store), Path(out)
+    origin, folder = Store(store), local_path(out)
     arrays = [array for array in select(origin, sites, layers) if not is_scale(array.name, origin.arrays)]
     _check_committed(origin, rows)
     work = _Export(origin, folder, to, arrays, progress)

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from flexcache.errors import ConfigError, DamagedError, MismatchError, SiteError, nearest
 from flexcache.exchange.pieces import ENDINGS, Piece, Stack, find_pieces, read_pieces
+from flexcache.paths import local_path
 from flexcache.plan import ranges
 from flexcache.recorder.foreign import record
 from flexcache.site import STANDARD
@@ -93,7 +94,7 @@ def import_folder(
     """
     if kind not in ENDINGS:
         raise ConfigError(f"activations cannot be imported from {kind!r}", remedy=nearest(kind, tuple(ENDINGS)))
-    place = Path(folder)
+    place = local_path(folder)
     pieces = find_pieces(place, kind)
     names = token_ids if token_ids is not None else "token_ids" if kind == "saelens" else None
     found = _layers([piece for piece in pieces if not _is_called(piece, names)], site, _compiled(layer_pattern))
@@ -217,7 +218,7 @@ def _token_ids(folder: Path, pieces: list[Piece], names: str | None, shape: _Sha
     if names is None:
         return np.zeros(shape.tokens, np.int32)
     inside = [piece for piece in pieces if _is_called(piece, names)]
-    path = next((path for path in (folder / names, Path(names)) if path.is_file()), None)
+    path = next((path for path in (folder / names, local_path(names)) if path.is_file()), None)
     if path is not None and not inside:
         inside = read_pieces(path, path.name)
     if not inside and not needed:
@@ -237,7 +238,7 @@ def _token_ids(folder: Path, pieces: list[Piece], names: str | None, shape: _Sha
 
 def _documents(shape: _Shape, path: str | Path | None, tokens: np.ndarray) -> tuple[pa.Table, np.ndarray]:
     """Return the documents that have tokens, and where the tokens of each begin."""
-    table = None if path is None else _table(Path(path))
+    table = None if path is None else _table(local_path(path))
     if shape.lengths is not None:
         lengths = shape.lengths
     elif table is not None and "n_rows" in table.column_names:

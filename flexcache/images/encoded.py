@@ -46,7 +46,7 @@ def encode(value: Any, where: str, folder: Path | None = None) -> bytes:
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value)
     if isinstance(value, str | os.PathLike):
-        return _file(Path(value).expanduser(), where, folder)
+        return _file(Path(os.path.expanduser(value)), where, folder)
     if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
         given = value.get("bytes")
         return encode(value.get("path") if given is None else given, where, folder)
@@ -122,12 +122,12 @@ def _file(path: Path, where: str, folder: Path | None) -> bytes:
     place = path if folder is None else folder / path
     try:
         return place.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise DocumentsError(
             "the file of an image cannot be read",
             where=where,
             expected="a path relative to the file that names it" if folder else "a path to an image",
-            found=f"{path}: {error.strerror or type(error).__name__}",
+            found=f"{path}: {getattr(error, 'strerror', None) or error}",
             remedy="check the path, or leave the document out",
         ) from error
 

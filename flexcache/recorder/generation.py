@@ -24,6 +24,7 @@ from flexcache.identity import for_store
 from flexcache.identity.describe import describe_model
 from flexcache.model import describe_tokenizer, evaluating, longest_input, pad_id
 from flexcache.options import Generation
+from flexcache.paths import local_path
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.fingerprint import fingerprint
 from flexcache.recorder.planning import check_same
@@ -131,7 +132,7 @@ def generate(
         raise DocumentsError("images cannot be completed", expected="documents of texts, messages or tokens")
     if taken := [name for name in corpus.labels if name in OWN]:
         raise DocumentsError(f"a label cannot be called {taken[0]!r} here", remedy="rename the column")
-    completions = Completions(Path(folder))
+    completions = Completions(local_path(folder))
     completions.folder.mkdir(parents=True, exist_ok=True)
     asked = _request(model, tokenizer, corpus, generation)
     if completions.complete:

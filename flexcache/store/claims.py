@@ -153,7 +153,7 @@ class Claims(Claiming):
     def _write(self, path: Path) -> bool:
         """Create a claim of its own where the file system has no hard links."""
         try:
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             return False
         with os.fdopen(handle, "wb") as file:

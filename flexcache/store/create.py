@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from typing import Any
 import zarr
 from zarr.codecs import ZstdCodec
 
-from flexcache.errors import PlanError, StoreError
+from flexcache.errors import ConfigError, PlanError, StoreError
+from flexcache.paths import check_writable
 from flexcache.plan import Plan
 from flexcache.sequences import Spool
 from flexcache.spec import DTYPES, ArraySpec
@@ -22,7 +24,7 @@ from flexcache.store.bfloat16 import BFloat16
 from flexcache.store.claims import Claiming
 from flexcache.store.files import fsync_folder, fsync_tree, relative_files
 from flexcache.store.filling import AnyWorker, claims_of, start_work
-from flexcache.store.place import Place
+from flexcache.store.place import Place, beyond_links
 from flexcache.store.plan_record import write_plan_record
 from flexcache.store.remote.path import RemotePath
 from flexcache.store.remote.upload import PART_BYTES, begin_upload
@@ -31,25 +33,57 @@ from flexcache.store.shard import ShardLayout
 from flexcache.store.tables import write_tables
 
 COORDINATE_CHUNK = 1 << 20
+NAME_BYTES = 255
+"""Of the longest name of a file, on common file systems."""
 BESIDE = (DOCUMENTS, SEQUENCES, "README.md", "ledger")
 """What there is beside arrays in a store that has just been made."""
 
 
 def check_place(path: Place) -> None:
-    """Refuse a place that is taken by something other than a store.
+    """Raise StoreError if no store can be made at *path*, and none is there.
 
     Raises
     ------
     StoreError
+        Something else is there, the name is too long, or nothing can be written there.
     """
     if (path / "zarr.json").exists():
         return
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
-    if taken and not (isinstance(path, RemotePath) and _begun(path)):
+    if isinstance(path, RemotePath):
+        taken = taken and not _begun(path)
+    if taken and not (path / "zarr.json").exists():  # which another process may have made meanwhile
         raise StoreError(
             f"{path} exists and is not a store",
             remedy="choose another path, or remove it if it is not needed",
         )
+    if isinstance(path, RemotePath) or taken:
+        return
+    path = path.resolve()
+    planned = _planning(path)
+    if len(os.fsencode(planned.name)) > NAME_BYTES:
+        raise StoreError(
+            "the name of the store is too long",
+            where=str(path),
+            expected=f"at most {NAME_BYTES - len(planned.name) + len(path.name)} bytes",
+            found=f"{len(os.fsencode(path.name))} bytes",
+            remedy="choose a shorter name",
+        )
+    try:
+        check_writable(path.parent)
+    except ConfigError as error:
+        raise StoreError(
+            "a store cannot be made there",
+            where=str(path),
+            expected=error.expected,
+            found=error.found,
+            remedy="choose another path",
+        ) from None
+
+
+def _planning(path: Place) -> Place:
+    """Return the folder beside a place in which its store is planned."""
+    return path.with_name(f".{path.name}.planning")
 
 
 def _begun(path: RemotePath) -> bool:
@@ -60,8 +94,9 @@ def _begun(path: RemotePath) -> bool:
 @contextmanager
 def planning(path: Place) -> Iterator[tuple[AnyWorker, Claiming]]:
     """Give a place beside *path* where one process at a time can be the one that makes the store."""
+    path = beyond_links(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    root = path.with_name(f".{path.name}.planning")
+    root = _planning(path)
     worker = start_work(root)
     claims = claims_of(worker)
     try:
@@ -164,6 +199,7 @@ def appear(store: Path, path: Place) -> None:
         _send(store, path)
         return
     fsync_tree(store)
+    path = path.resolve()
     try:
         store.rename(path)
     except OSError:

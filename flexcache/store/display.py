@@ -5,6 +5,8 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
+from flexcache.paths import shown
+
 if TYPE_CHECKING:
     from flexcache.store.store import Store
 
@@ -85,7 +87,7 @@ def size(count: float) -> str:
 def text(store: Store) -> str:
     """Return the store as lines of text."""
     facts = summary(store)
-    lines = [f"<flexcache.Store {store.path}>"]
+    lines = [f"<flexcache.Store {shown(store.path)}>"]
     lines += [f"  {name + ':':<7} {value}" for name, value in facts.items()]
     rows = [("site", "layers", "shape", "dtype"), *sites(store)]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
@@ -110,6 +112,6 @@ def html(store: Store) -> str:
         for row in sites(store)
     )
     return (
-        f"<div><strong>flexcache.Store</strong> <code>{escape(str(store.path))}</code>"
+        f"<div><strong>flexcache.Store</strong> <code>{escape(shown(store.path))}</code>"
         f"<table>{facts}</table><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flexcache.errors import StoreError
+from flexcache.paths import FILE_URLS, local_path
 from flexcache.store.remote.path import RemotePath
 from flexcache.store.remote.zarr_store import ObjectStore
 
@@ -14,23 +15,33 @@ Place = Path | RemotePath
 COPY = "copy the store to a disk with flexcache copy, do it there, and copy the result back"
 
 
-def place(path: str | Place) -> Place:
-    """Return a path or URL as the place that it means: ``file://`` and paths without a kind are folders.
+def place(path: Any) -> Place:
+    """Return a path, URL or opened store as its place; folders are absolute, see `flexcache.paths.local_path`.
 
     Raises
     ------
     ConfigError
-        Nothing that is installed can open this kind of URL.
+        It is no path, no file can have that name, or nothing that is installed can open this kind of URL.
+
+    >>> place("file:///data/run.zarr/")
+    PosixPath('/data/run.zarr')
     """
-    if isinstance(path, Path | RemotePath):
+    opened = getattr(path, "path", None)  # of a Store
+    if isinstance(opened, Path | RemotePath):
+        return opened
+    if isinstance(path, RemotePath):
         return path
-    kind, found, rest = path.partition("://")
-    if not found:
-        return Path(path)
-    return Path(rest) if kind in ("file", "local") else RemotePath(path)
+    if isinstance(path, str) and path.partition("://")[1] and path.partition("://")[0] not in FILE_URLS:
+        return RemotePath(path)
+    return local_path(path)
 
 
-def local(path: str | Place, what: str, remedy: str = COPY) -> Path:
+def beyond_links(path: Place) -> Place:
+    """Return where a new store is made: the target, if the path is a link, to an empty folder or to nothing yet."""
+    return path.resolve() if isinstance(path, Path) and path.is_symlink() else path
+
+
+def local(path: Any, what: str, remedy: str = COPY) -> Path:
     """Return a place that must be a folder, for *what* only file systems can do.
 
     Raises

@@ -236,7 +236,7 @@ class Writer(WriterThread):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         if self.direct and file.codec is None:
             flags |= os.O_DIRECT
-        return os.open(file.temporary, flags, 0o644)
+        return os.open(file.temporary, flags, 0o666)
 
     def _write_all(self, file: ShardFile, content: np.ndarray, offset: int) -> None:
         view = content.data
@@ -287,7 +287,7 @@ def direct_works(folder: Path) -> bool:
     slab = np.frombuffer(memoryview(bytearray(2 * PAGE)), dtype=np.uint8)
     start = -slab.ctypes.data % PAGE
     try:
-        handle = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o644)
+        handle = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o666)
     except (OSError, AttributeError):
         probe.unlink(missing_ok=True)
         return False

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from flexcache.errors import ConfigError, StoreError
+from flexcache.paths import local_path
 from flexcache.recorder.foreign import record
 from flexcache.site import Layers
 from flexcache.spec import ArraySpec
@@ -73,7 +74,7 @@ def preshuffle(
         The disk refused a write.
     """
     store = Store(source)
-    check_apart(store.path, Path(target))
+    check_apart(store.path, local_path(target))
     if not store.complete:
         raise StoreError(
             "the store is not complete, and its rows cannot be put in an order yet",
