@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from analysis import columns
 from analysis.targets import DocumentTarget, TokenTarget
 from flexcache.errors import AnalysisError, nearest
-from flexcache.site import Layers, resolve_layers
+from flexcache.site import Layers, plain_layers, resolve_layers
 
 RowWord = Literal["last", "first", "mean", "max", "all", "tokens"]
 Rows = RowWord | int
@@ -348,7 +348,7 @@ def choose_layers(store: Readable, site: str, layers: Layers) -> tuple[int | Non
     AnalysisError
         A layer was not captured, or the site has none.
     """
-    captured = tuple(store.layers(site))
+    captured, layers = tuple(store.layers(site)), plain_layers(layers)
     if not captured:
         if layers != "all":
             raise AnalysisError(f"{site} is a module and has no layers", remedy='leave layers out, or write "all"')

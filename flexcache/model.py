@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from flexcache.errors import ConfigError
 from flexcache.parallel.launch import launch
+from flexcache.spec import AnyDType
 from flexcache.store.files import digest
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ class ModelSource(BaseModel):
         description="the part that is meant: of a model with an encoder and a decoder, one of them; of one that sees"
         " and reads (CLIP), the part that sees",
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], AnyDType] = "auto"
     attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
     device: str = "auto"
     parallel: Parallel = Parallel()
@@ -238,11 +240,41 @@ class ModelSource(BaseModel):
         return f"cuda:{launch().local_rank % count}" if count else "cpu"
 
 
+def _cached(name: str, file: str) -> Path | None:
+    """Return a file of a model on the hub that was loaded before, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(name, file)
+    except ValueError:  # not a name on the hub
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _refuse_adapter(name: str, folder: Path) -> None:
+    """Raise ConfigError if a folder holds an adapter of PEFT, which is no model without its base."""
+    try:
+        said = json.loads((folder / "adapter_config.json").read_bytes())
+    except (OSError, ValueError):
+        return
+    base = said.get("base_model_name_or_path") if isinstance(said, dict) else None
+    raise ConfigError(
+        f"model {name} is a PEFT adapter of base model {base or 'unknown'}",
+        where=str(folder / "adapter_config.json"),
+        expected="the folder or the name of a whole model",
+        remedy="merge the adapter into its base with merge_and_unload() of peft, and save that; or load it in Python"
+        " with peft, and call flexcache.capture with the model",
+    )
+
+
 @contextmanager
 def _translated(name: str) -> Iterator[None]:
+    _refuse_adapter(name, Path(name))
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if (cached := _cached(name, "adapter_config.json")) is not None:
+            _refuse_adapter(name, cached.parent)
         raise ConfigError(
             f"model {name} cannot be loaded",
             found=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
@@ -282,11 +314,48 @@ def longest_input(model: torch.nn.Module, tokenizer: Any) -> int | None:
     config = getattr(model, "config", None)
     limits = [getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
     known = [int(limit) for limit in limits if isinstance(limit, int) and 0 < limit < 10**9]
-    for name, module in model.named_modules():
-        padding = getattr(module, "padding_idx", None)
-        if name.endswith("position_embeddings") and padding is not None:  # RoBERTa counts positions from there
-            known.append(int(module.num_embeddings) - int(padding) - 1)
+    known += [limit for limit in positions(model) if limit is not None]
     return min(known, default=None)
+
+
+POSITIONS = re.compile(r"(wpe|position_embeddings?|embed_positions?|positions_embed|pos_embed|pos_encoding)")
+"""Names of modules and buffers that hold a row for each position."""
+OTHER_INPUTS = ("vision", "visual", "image", "audio")
+
+
+def positions(model: torch.nn.Module) -> tuple[int | None, int | None]:
+    """Return how many positions a model has a table for, and its encoder beside a decoder; None without such a table.
+
+    Rotary positions, relative ones and ALiBi are computed for any length, whatever the configuration says; only MPT's
+    biases are made for a fixed one.
+    """
+    from flexcache.hooks.names import unwrap
+    from flexcache.hooks.sides import two_sided
+    from flexcache.hooks.vision import reads_images
+
+    root: Any = unwrap(model)
+    if reads_images(root):
+        return None, None
+    if two_sided(root) and hasattr(root, "get_encoder") and hasattr(root, "get_decoder"):
+        return _table_of(root.get_decoder()), _table_of(root.get_encoder())
+    return _table_of(root), None
+
+
+def _table_of(part: torch.nn.Module) -> int | None:
+    config: Any = getattr(part, "config", None)
+    found = [int(config.max_seq_len)] if getattr(config, "model_type", None) == "mpt" else []
+    for path, module in part.named_modules():
+        if any(word in path for word in OTHER_INPUTS) or not POSITIONS.fullmatch(path.rpartition(".")[2]):
+            continue
+        count, padding = getattr(module, "num_embeddings", None), getattr(module, "padding_idx", None)
+        if count is not None and path.endswith("position_embeddings") and padding is not None:
+            found.append(int(count) - int(padding) - 1)  # RoBERTa counts positions from there
+        elif count is not None:
+            found.append(int(count) - int(getattr(module, "offset", 0)))
+    for path, buffer in part.named_buffers():
+        if POSITIONS.fullmatch(path.rpartition(".")[2]) and buffer.ndim > 1:
+            found.append(int(buffer.shape[-2]))
+    return min(found, default=None)
 
 
 @contextmanager

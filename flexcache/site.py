@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from operator import index
+from typing import Any, Literal
 
 from flexcache.errors import ConfigError, SiteError, nearest
 
@@ -134,43 +135,69 @@ def array_name(module: str, side: Side) -> str:
     return module if side == "output" else f"{module}.input"
 
 
+def plain_layers(layers: Any) -> int | str | list[int]:
+    """Return layers as a store keeps them: ``"all"``, a slice as text, a number, or a list of numbers.
+
+    >>> plain_layers("0,8"), plain_layers("3"), plain_layers(range(2)), plain_layers("8:24")
+    ([0, 8], 3, [0, 1], '8:24')
+
+    Raises
+    ------
+    ConfigError
+        Something else, such as text that is no slice, or None.
+    """
+    if isinstance(layers, str):
+        text = "".join(layers.split())
+        if text == "all" or re.fullmatch(r"(-?\d+)?:(-?\d+)?(:-?\d+)?", text):
+            return text
+        if re.fullmatch(r"-?\d+(,-?\d+)*,?", text):
+            numbers = [int(part) for part in text.split(",") if part]
+            return numbers if "," in text else numbers[0]
+    else:
+        try:
+            one = isinstance(layers, bool) or hasattr(layers, "__index__")
+            numbers = [index(layer) for layer in ([layers] if one else layers)]
+            if not any(isinstance(layer, bool) for layer in ([layers] if one else layers)):
+                return numbers[0] if one else numbers
+        except TypeError:
+            pass
+    raise ConfigError(
+        f"layers {layers!r} cannot be read", expected="all, a number, a list of numbers, or text such as 0,8 or 8:24"
+    )
+
+
 def resolve_layers(layers: Layers, depth: int) -> tuple[int, ...]:
     """Return the sorted layer numbers that *layers* means in a model of *depth* blocks.
 
-    ``"all"``; one number; a list; a slice as text, ``"8:24"`` or ``"::4"``. Negative numbers count from the
-    end, as in Python.
+    ``"all"``; one number; a list; as text also numbers with commas between, ``"0,8"``, or a slice, ``"8:24"`` or
+    ``"::4"``. Negative numbers count from the end, as in Python.
 
-    >>> resolve_layers("all", 3), resolve_layers([0, -1], 12), resolve_layers("2:8:3", 12)
-    ((0, 1, 2), (0, 11), (2, 5))
+    >>> resolve_layers("all", 3), resolve_layers([0, -1], 12), resolve_layers("2:8:3", 12), resolve_layers("0, 8", 12)
+    ((0, 1, 2), (0, 11), (2, 5), (0, 8))
 
     Raises
     ------
     SiteError
         A layer that the model does not have, or none at all.
     ConfigError
-        Text that is no slice.
+        See `plain_layers`.
     """
-    if isinstance(layers, bool):
-        raise ConfigError("layers cannot be true or false", expected="all, a number, a list, or 8:24")
+    layers = plain_layers(layers)
     if isinstance(layers, str):
         if layers == "all":
             return tuple(range(depth))
-        if re.fullmatch(r"-?\d+", layers):
-            return resolve_layers(int(layers), depth)
-        if not re.fullmatch(r"(-?\d+)?:(-?\d+)?(:-?\d+)?", layers):
-            raise ConfigError(f"layers {layers!r} cannot be read", expected="all, a number, a list, or 8:24")
         parts = [int(part) if part else None for part in layers.split(":")]
         if parts[2:] == [0]:
             raise ConfigError(f"layers {layers!r} has a step of 0", expected="a step other than 0")
         found = tuple(sorted(range(depth)[slice(*parts)]))
     else:
-        asked = (layers,) if isinstance(layers, int) else tuple(layers)
+        asked = [layers] if isinstance(layers, int) else layers
         bad = [layer for layer in asked if not -depth <= layer < depth]
         if bad:
             raise SiteError(
                 f"the model has no layer {', '.join(map(str, bad))}",
                 expected=f"layers from 0 to {depth - 1}, or from -{depth} to -1 counted from the end",
-                found=str(list(asked)),
+                found=str(asked),
             )
         found = tuple(sorted({layer % depth for layer in asked}))
     if not found:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import ml_dtypes
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from flexcache.errors import ConfigError, nearest
 from flexcache.options import SequenceOptions
-from flexcache.site import Layers, Site
+from flexcache.site import Layers, Site, plain_layers
 
 DTypeName = Literal["bfloat16", "float16", "float32", "int8"]
 DTYPES: dict[str, np.dtype] = {
@@ -66,16 +66,34 @@ def parse_sites(sites: Any, layers: Any = "all", optional: bool = False) -> dict
         site = Site.parse(text)
         if str(site) in result:
             raise ConfigError(f"site {site} is given twice", remedy="write all its layers in one place")
-        result[str(site)] = _plain_layers(asked) if site.standard else "all"
+        plain = plain_layers(asked)
+        kept = asked.strip() if isinstance(asked, str) and isinstance(plain, int) else plain  # as stores always had it
+        result[str(site)] = kept if site.standard else "all"
     if not result and not optional:
         raise ConfigError("no site is given", expected=form, remedy="for example sites: [resid_post]")
     return result
 
 
-def _plain_layers(layers: Any) -> Any:
-    if isinstance(layers, str | int):
-        return layers
-    return [int(layer) for layer in layers]
+def dtype_name(dtype: Any) -> Any:
+    """Return a dtype's name: of torch, numpy or ml_dtypes, or as text with or without ``torch.``.
+
+    Anything else is returned as it is, for whoever checks it.
+
+    >>> dtype_name("torch.bfloat16"), dtype_name(np.float32), dtype_name(np.dtype("float16")), dtype_name("auto")
+    ('bfloat16', 'float32', 'float16', 'auto')
+    """
+    if isinstance(dtype, str):
+        return dtype.strip().removeprefix("torch.")
+    if isinstance(dtype, type | np.dtype) and dtype is not type(None):
+        try:
+            return np.dtype(dtype).name
+        except TypeError:
+            return dtype
+    text = str(dtype)  # a dtype of torch, which is not imported here
+    return text.removeprefix("torch.") if text.startswith("torch.") else dtype
+
+
+AnyDType = BeforeValidator(dtype_name)
 
 
 class Spec(SequenceOptions):
@@ -84,7 +102,9 @@ class Spec(SequenceOptions):
     sites: dict[str, Any] = Field(description="layers by site, as `parse_sites` gives them")
     transforms: dict[str, dict[str, Any]] = Field({}, description="by name, as `Transform.describe` gives them")
     objective: dict[str, Any] | None = Field(None, description="as `objective.describe` gives it")
-    dtype: DTypeName | Literal["auto"] = Field("auto", description="as stored; auto is as computed")
+    dtype: Annotated[DTypeName | Literal["auto"], AnyDType] = Field(
+        "auto", description="as stored; auto is as computed"
+    )
     batch_tokens: int = Field(4096, ge=1, description="most tokens of a forward, padding included")
     seed: int = Field(0, ge=0, description="of the order of batches within a unit")
     compression: Literal["none", "zstd"] = "none"
@@ -164,7 +184,7 @@ def validate(model: type[Model], data: Mapping[str, Any], where: str) -> Model:
         The first thing that is wrong: an unknown key with the nearest known one, a missing key, a bad value.
     """
     try:
-        return model.model_validate(data)
+        return model.model_validate(_without_numpy(data))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = ".".join(str(part) for part in first["loc"])
@@ -182,6 +202,15 @@ def validate(model: type[Model], data: Mapping[str, Any], where: str) -> Model:
             expected=first["msg"].removeprefix("Input should be "),
             found=repr(first["input"]),
         ) from None
+
+
+def _without_numpy(value: Any) -> Any:
+    """Return plain values in place of numpy's numbers and arrays, and of sets."""
+    if isinstance(value, Mapping):
+        return {key: _without_numpy(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_without_numpy, value)) if type(value) in (list, tuple) else value
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
 def _model_at(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel] | None:

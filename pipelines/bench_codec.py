@@ -11,7 +11,6 @@ from rich.table import Table
 
 from analysis.codecs import Trial, compare
 from flexcache.store.store import Store
-from pipelines.bars import read_layers
 
 
 def run(
@@ -24,7 +23,7 @@ def run(
     progress: bool = True,
 ) -> list[Trial]:
     """Compare, print two tables, and write everything as JSON where *output* says so."""
-    trials = compare(Store(path), sites or None, read_layers(layers), progress=progress)
+    trials = compare(Store(path), sites or None, layers, progress=progress)
     console.print(costs(trials))
     console.print(losses(next(trial for trial in trials if trial.codec == "int8")))
     if output is not None:

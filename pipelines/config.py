@@ -18,7 +18,7 @@ from flexcache.model import ModelSource
 from flexcache.options import Choice, Generation, Packing, Teaching, Windows, parse_rows
 from flexcache.recorder.origin import load
 from flexcache.recorder.transform import Transform
-from flexcache.spec import Spec, parse_sites, validate
+from flexcache.spec import AnyDType, Spec, parse_sites, validate
 from flexcache.store.place import Place, local, place
 from flexcache.store.remote.path import RemotePath
 from flexcache.store.worker import PATIENCE
@@ -112,6 +112,7 @@ class ObjectiveSource(BaseModel):
         ConfigError
             A text is not one token, or not exactly one of the keys is set.
         """
+        from flexcache.arguments import one_token
         from flexcache.recorder.objective import LogitDifference
 
         if (self.function is None) == (self.logit_difference is None):
@@ -129,25 +130,6 @@ def imported(path: str, where: str) -> Any:
     if folder not in sys.path:  # as `python -m` would have it
         sys.path.insert(0, folder)
     return load(path, where)
-
-
-def one_token(value: int | str, tokenizer: Any) -> int:
-    """Return the id of a token given by id, or by a text that is one token.
-
-    Raises
-    ------
-    ConfigError
-    """
-    if isinstance(value, int):
-        return value
-    ids = [] if tokenizer is None else tokenizer(value, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        raise ConfigError(
-            f"{value!r} in logit_difference is not one token",
-            found="no tokenizer" if tokenizer is None else f"{len(ids)} tokens {ids}",
-            remedy="give a text that is one token, often with a space before it, or a token id",
-        )
-    return int(ids[0])
 
 
 def _objective(value: Any) -> Any:
@@ -196,7 +178,7 @@ class CaptureConfig(BaseModel):
     rows: Annotated[Any, BeforeValidator(_rows)] = Field(
         "all", description="all, last, first, mean, or rules; see `flexcache.Choice`"
     )
-    dtype: Literal["auto", "bfloat16", "float16", "float32", "int8"] = "auto"
+    dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32", "int8"], AnyDType] = "auto"
     max_length: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1, description="of all documents: the one that reaches it is the last")
     windows: Windows | None = Field(None, description="long documents in windows, in place of truncation")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flexcache.store.copying import copy
 from flexcache.store.store import Store
-from pipelines.bars import bytes_bar, read_layers
+from pipelines.bars import bytes_bar
 
 
 def run(
@@ -26,7 +26,7 @@ def run(
             source,
             target,
             sites=sites or None,
-            layers=read_layers(layers),
+            layers=layers,
             dtype=dtype,
             compression=compression,
             progress=bar,

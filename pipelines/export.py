@@ -9,7 +9,7 @@ from rich.console import Console
 
 from flexcache.exchange.exporting import export
 from flexcache.store.display import size
-from pipelines.bars import bytes_bar, read_layers
+from pipelines.bars import bytes_bar
 
 
 def run(
@@ -25,7 +25,7 @@ def run(
 ) -> list[Path]:
     """Export a store and say what was written; see `flexcache.exchange.exporting.export`."""
     with bytes_bar("exporting", progress) as bar:
-        files = export(store, out, to, sites=sites or None, layers=read_layers(layers), rows=rows, progress=bar)
+        files = export(store, out, to, sites=sites or None, layers=layers, rows=rows, progress=bar)
     total = size(sum(path.stat().st_size for path in files))
     console.print(f"{len(files)} files, {total}, in {out}", highlight=False, markup=False)
     return files

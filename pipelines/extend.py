@@ -45,8 +45,8 @@ def run(
     store = flexcache.extend(
         loaded.model,
         loaded.tokenizer,
-        config.store,
         loaded.documents,
+        config.store,
         sites=options["sites"] if named else None,
         layers=options["layers"],
         **loaded.functions,

@@ -44,7 +44,7 @@ def source_of(config: CaptureConfig, skeleton: Any) -> Source:
     from flexcache.documents import open_documents
     from flexcache.hooks.vision import reads_images
     from flexcache.images.input import reader_of
-    from flexcache.model import describe_tokenizer, encoder_vocabulary, longest_input, vocabulary
+    from flexcache.model import describe_tokenizer, encoder_vocabulary, longest_input, positions, vocabulary
     from flexcache.recorder.imaging import check_images
     from flexcache.recorder.reading import locate, measure_arrays
 
@@ -63,6 +63,7 @@ def source_of(config: CaptureConfig, skeleton: Any) -> Source:
         tokenizer_identity=describe_tokenizer(tokenizer, documents.content == "messages"),
         vocabulary=vocabulary(skeleton),
         encoder_vocabulary=encoder_vocabulary(skeleton),
+        positions=positions(skeleton),
     )
 
 

@@ -10,7 +10,6 @@ from rich.progress import Progress
 
 from flexcache.store.store import Store
 from flexcache.training.preshuffle import preshuffle
-from pipelines.bars import read_layers
 
 
 def run(
@@ -29,4 +28,4 @@ def run(
         def show(done: int, total: int) -> None:
             bars.update(task, completed=done, total=total)
 
-        return preshuffle(source, target, sites=sites or None, layers=read_layers(layers), seed=seed, progress=show)
+        return preshuffle(source, target, sites=sites or None, layers=layers, seed=seed, progress=show)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from flexcache.errors import ConfigError, nearest
 from flexcache.model import ModelSource
 from flexcache.spec import validate
-from pipelines.config import imported, model_or_name, one_token, read_yaml
+from pipelines.config import imported, model_or_name, read_yaml
 
 if TYPE_CHECKING:
     from analysis.replay import Edit, Grid
@@ -199,4 +199,6 @@ def read_answers(given: Any, tokenizer: Any) -> Any:
         return {str(name): read_answers(pair, tokenizer) for name, pair in given.items()}
     if not isinstance(given, list) or len(given) != 2:
         raise ConfigError("answers cannot be read", expected="two tokens, or a pair by document id", found=repr(given))
+    from flexcache.arguments import one_token
+
     return tuple(one_token(value, tokenizer) for value in given)

@@ -11,14 +11,14 @@ from rich.markup import escape
 
 from flexcache.store.display import layer_text, size
 from flexcache.store.removing import Removal
-from pipelines.bars import bytes_bar, read_layers
+from pipelines.bars import bytes_bar
 
 
 def run(
     path: Path, sites: Sequence[str], console: Console, *, layers: str = "all", yes: bool = False, progress: bool = True
 ) -> int:
     """Remove, once it is confirmed; return the bytes freed."""
-    removal = Removal(path, sites, read_layers(layers))
+    removal = Removal(path, sites, layers)
     found: dict[str, list[int]] = {}
     for name, layer in removal.gone:
         found.setdefault(name, []).extend([] if layer is None else [layer])

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexcache.errors import AnalysisError
-from flexcache.site import Layers, resolve_layers
+from flexcache.site import Layers, plain_layers, resolve_layers
 from flexcache.store.store import Store
 
 WORDS = ("last", "first", "all", "each")
@@ -62,7 +62,7 @@ def grid(
     site
         One of `flexcache.site.STANDARD`, or a module path.
     layers
-        ``"all"`` that the store allows, a number, a list, or a slice as text.
+        ``"all"`` that the store allows, a number, a list, or text such as ``"0,8"`` or ``"8:24"``.
     positions
         ``"last"`` or ``"first"`` token of each document, ``"all"`` of them at once, ``"each"`` position one by one; a
         number, negative from the document's end; a list of these, one by one; or names for positions that differ by
@@ -88,7 +88,7 @@ def grid(
             found[str(place)] = place if isinstance(place, str) else int(place)
     if not found:
         raise AnalysisError("no position is given", remedy='write positions="last"')
-    return Grid(site, layers, found)
+    return Grid(site, plain_layers(layers), found)
 
 
 def chosen(place: Place, lengths: NDArray[np.int64], ids: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
 from flexcache import hooks
+from flexcache.arguments import model_of, objective_of, tokenizer_of
 from flexcache.documents import open_documents
-from flexcache.hooks.names import whole
 from flexcache.hooks.vision import reads_images
 from flexcache.identity import model_key
 from flexcache.images.input import reader_of
@@ -19,6 +20,7 @@ from flexcache.model import (
     evaluating,
     longest_input,
     pad_id,
+    positions,
     vocabulary,
 )
 from flexcache.options import Choice, Packing, Teaching, Windows, parse_rows
@@ -38,6 +40,7 @@ from flexcache.recorder.targets import decoder_inputs as read_by_decoder
 from flexcache.recorder.transform import Transform
 from flexcache.site import Layers
 from flexcache.spec import SitesLike, Spec, parse_sites, validate
+from flexcache.store.create import check_place
 from flexcache.store.description import stored_batching
 from flexcache.store.place import Place, place
 from flexcache.store.schema import read_attributes
@@ -49,14 +52,14 @@ def capture(
     model: Any,
     tokenizer: Any,
     documents: Any,
-    path: str | Place,
+    path: str | os.PathLike | Place,
     *,
     sites: SitesLike | None = None,
     layers: Layers = "all",
     transforms: Sequence[Transform] = (),
     objective: Objective | None = None,
     rows: str | Mapping[str, Any] | Choice = "all",
-    dtype: str = "auto",
+    dtype: Any = "auto",
     max_length: int | None = None,
     max_tokens: int | None = None,
     windows: Windows | Mapping[str, Any] | None = None,
@@ -91,9 +94,11 @@ def capture(
         Any transformers model with token ids as input, or a vision transformer (blocks that read one token a patch), on
         any device. Of a model with an encoder and a decoder, rows are the decoder's, of documents with a ``target``;
         for the encoder's, pass ``model.get_encoder()``. In a pipeline of torch, this process's `PipelineStage`, or a
-        list of them; see `flexcache.parallel.stages`.
+        list of them; see `flexcache.parallel.stages`. A folder or a name on the hub is loaded, see
+        `flexcache.ModelSource`.
     tokenizer
-        The model's tokenizer; None where documents have ``tokens``. Of a vision transformer, its image processor.
+        The model's tokenizer; None where documents have ``tokens``. Of a vision transformer, its image processor. A
+        folder or a name is loaded, too.
     documents
         Dicts ``{"id", "text" | "tokens" | "messages" | "image", any labels}``, a path, a table or a dataset; see
         `flexcache.open_documents`. A vision transformer reads the image of documents that have more than one. For an
@@ -108,16 +113,18 @@ def capture(
     transforms
         Functions of activations whose results are stored.
     objective
-        What gradients are of: `NextTokenLoss` by default, `LogitDifference`, or a function of the model's output and
-        the `Batch`, see `flexcache.recorder.objective.Objective`. Its value is stored as ``objective``.
+        What gradients are of: `NextTokenLoss` by default, `LogitDifference` of two token ids or texts, or a function of
+        the model's output and the `Batch`, see `flexcache.recorder.objective.Objective`. Its value is stored as
+        ``objective``.
     rows
         ``"all"`` tokens, the ``"last"`` or ``"first"`` of each document, or the ``"mean"`` over it; or the rules of a
         `Choice`, such as ``{"every": 4}``, with ``"take"`` for which of the chosen tokens: ``"all"`` by default.
     dtype
-        As stored: bfloat16, float16, float32, or int8 with a scale a row (`flexcache.store.int8`); ``"auto"`` is as
-        computed.
+        As stored: bfloat16, float16, float32, or int8 with a scale a row (`flexcache.store.int8`), as a name or a dtype
+        of torch or numpy; ``"auto"`` is as computed.
     max_length
-        Tokens after which a document is truncated; by default what the model can read.
+        Tokens after which a document is truncated; by default what the model can read. A longer document than the model
+        has positions for is refused before anything is planned.
     max_tokens
         Tokens of all documents together: the document that reaches them is the last one that is read.
     windows
@@ -166,7 +173,11 @@ def capture(
     CaptureError
         The disk refused a write. Committed units are kept.
     """
-    model = whole(model)
+    path = place(path)
+    check_place(path)
+    model = model_of(model)
+    tokenizer = tokenizer_of(tokenizer, model)
+    objective = objective_of(objective, tokenizer)
     sites = (() if transforms else "resid_post") if sites is None else sites
     spec = validate(
         Spec,
@@ -176,7 +187,7 @@ def capture(
             "objective": None if objective is None else describe(objective),
             **parse_rows(rows),
             "dtype": dtype,
-            "max_length": max_length or longest_input(model, tokenizer),
+            "max_length": longest_input(model, tokenizer) if max_length is None else max_length,
             "max_tokens": max_tokens,
             "windows": windows,
             "packing": packing,
@@ -191,7 +202,6 @@ def capture(
         "capture",
     )
     spec.check()
-    path = place(path)
     with evaluating(model), CaptureProgress(progress) as bars, closing(Crew(model)) as crew:
         reading = locate(model, spec, transforms, objective, crew.elsewhere())
         crew.check(reading)
@@ -207,6 +217,7 @@ def capture(
             tokenizer_identity=describe_tokenizer(tokenizer, corpus.content == "messages"),
             vocabulary=vocabulary(model),
             encoder_vocabulary=encoder_vocabulary(model),
+            positions=positions(model),
             notes={"user_hooks": hooks.user_hooks(model)} | described_patches(tokenizer),
         )
         hooks.check_identity(model, reading.taps, example=example, reader=crew.read_example, alone=crew.alone)

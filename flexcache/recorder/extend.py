@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 from flexcache import hooks
+from flexcache.arguments import model_of, objective_of, tokenizer_of
 from flexcache.documents import Documents, open_documents
 from flexcache.documents.digest import same_corpus
 from flexcache.errors import ConfigError, MismatchError
-from flexcache.hooks.names import whole
 from flexcache.identity import comparable, model_key
 from flexcache.images.input import stored_input
 from flexcache.model import (
@@ -20,14 +20,17 @@ from flexcache.model import (
     encoder_vocabulary,
     evaluating,
     pad_id,
+    positions,
     vocabulary,
 )
+from flexcache.paths import shown
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.extension import Extension, check_equal, more_arrays, more_documents, opened, tokens_of
 from flexcache.recorder.fingerprint import check_fingerprint, fingerprint, model_notices
 from flexcache.recorder.imaging import check_images, padding
 from flexcache.recorder.isolation import check_isolation
 from flexcache.recorder.objective import OBJECTIVE, Objective, describe
+from flexcache.recorder.order import either_order
 from flexcache.recorder.padding import check_batching, find_batching
 from flexcache.recorder.planning import check_same
 from flexcache.recorder.progress import CaptureProgress
@@ -40,17 +43,18 @@ from flexcache.site import Layers
 from flexcache.spec import ArraySpec, SitesLike, Spec, parse_sites, validate
 from flexcache.store.description import stored_batching
 from flexcache.store.growing import Growth, SettledError
-from flexcache.store.place import local
+from flexcache.store.place import Place, local
 from flexcache.store.staging import united
 from flexcache.store.store import Store
 from flexcache.store.worker import PATIENCE
 
 
+@either_order
 def extend(
     model: Any,
     tokenizer: Any,
-    path: str | Path,
     documents: Any = None,
+    path: str | os.PathLike | Place | None = None,
     *,
     sites: SitesLike | None = None,
     layers: Layers = "all",
@@ -73,8 +77,8 @@ def extend(
     `flexcache.capture`. Old rows keep their numbers and bytes. Everything else is as in the store: model, tokenizer,
     rows, dtype, maximum length, size of the units.
 
-        flexcache.extend(model, tokenizer, "run.zarr", more_documents)
-        flexcache.extend(model, tokenizer, "run.zarr", sites=["mlp_out"], layers="8:16")
+        flexcache.extend(model, tokenizer, more_documents, "run.zarr")
+        flexcache.extend(model, tokenizer, path="run.zarr", sites=["mlp_out"], layers="8:16")
 
     Parameters
     ----------
@@ -83,6 +87,8 @@ def extend(
         or None for what the store says of it.
     documents
         More documents. None, or the corpus with which the store was begun, where sites or layers are added.
+    path
+        The store. It may also come before the documents: what is a store is the path.
     sites, layers, transforms, objective
         What is to be there, as for `flexcache.capture`; what is there already stays and is not computed again. With
         new documents they may be left out, and cannot add anything; functions have to be given again.
@@ -114,17 +120,19 @@ def extend(
     SiteError, PlanError, CaptureError, RangeError
         As for `flexcache.capture`. Nothing of the store is lost.
     """
-    model = whole(model)
     root = local(path, "flexcache extend")
     store = opened(root)
     corpus = None if documents is None else open_documents(documents, images_first=bool(store.images))
+    model = model_of(model)
+    tokenizer = tokenizer_of(tokenizer, model)
+    objective = objective_of(objective, tokenizer)
     if store.images:
         tokenizer = stored_input(store, model, tokenizer)
     asked = _asked(store, sites, layers, transforms, objective)
     if corpus is None and asked is None:
         raise ConfigError(
             "nothing is asked for that the store does not have",
-            where=str(path),
+            where=str(root),
             expected="documents that it does not have, or sites, layers or transforms",
         )
     with evaluating(model), CaptureProgress(progress) as bars, closing(Crew(model)) as crew:
@@ -177,6 +185,7 @@ def extend(
                     tokenizer,
                     vocabulary=vocabulary(model),
                     encoder_vocabulary=encoder_vocabulary(model),
+                    positions=positions(model),
                     new_only=new_only or same,
                     max_tokens=max_tokens,
                     progress=planning,
@@ -184,8 +193,8 @@ def extend(
                 )
             planning.done(found is not None and found.carried is not None)
             if found is None:
-                bars.say(f"{path} has {_enough(store, corpus, max_tokens) or 'all of it'}: nothing to do")
-                return Store(path)
+                bars.say(f"{shown(root)} has {_enough(store, corpus, max_tokens) or 'all of it'}: nothing to do")
+                return Store(root)
             wanted = set(found.keys)
             reading = _narrowed(reading, wanted)
             with found.growth.watched():
@@ -202,12 +211,12 @@ def extend(
                 )
             if crew.alone:
                 recorder.on_start = found.growth.check_open
-            complete(model, tokenizer, reading, recorder, bars, crew, path)
+            complete(model, tokenizer, reading, recorder, bars, crew, root)
         except SettledError:
             bars.say("other processes have completed it meanwhile")
         Growth(root).settle(bars.placing())
-        bars.say(f"in place → {path}")
-    return Store(path)
+        bars.say(f"in place → {shown(root)}")
+    return Store(root)
 
 
 def check_source(store: Store, model: dict[str, Any], tokenizer: Any, allow_changed_model: bool = False) -> list[str]:

@@ -13,7 +13,7 @@ from flexcache.errors import MismatchError
 from flexcache.recorder.added import Added, NothingNewError
 from flexcache.recorder.carried import Carried
 from flexcache.recorder.fingerprint import versions
-from flexcache.sequences import spool
+from flexcache.sequences import Positions, spool
 from flexcache.site import resolve_layers
 from flexcache.spec import ArraySpec, Spec
 from flexcache.store.growing import Growth, incomplete
@@ -116,6 +116,7 @@ def more_documents(
     *,
     vocabulary: int | None = None,
     encoder_vocabulary: int | None = None,
+    positions: Positions = (None, None),
     new_only: bool = False,
     max_tokens: int | None = None,
     progress: Progress = lambda documents, tokens: None,
@@ -157,6 +158,7 @@ def more_documents(
             Spec.model_validate(store.spec).model_copy(update={"max_tokens": left}),
             vocabulary=vocabulary,
             encoder_vocabulary=encoder_vocabulary,
+            positions=positions,
             empty=store.spec.get("empty_documents", "error"),
             keep_text=bool(store.spec.get("keep_text", True)),
             first_index=int(pc.max(store.documents.column("source_index")).as_py()) + 1,

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import torch
 import xxhash
 
+from flexcache.arguments import model_of, tokenizer_of
 from flexcache.documents import Documents, open_documents
 from flexcache.errors import ConfigError, DocumentsError
 from flexcache.hooks.measure import input_device
@@ -120,6 +121,8 @@ def generate(
     MismatchError
         The folder holds completions of something else.
     """
+    model = model_of(model)
+    tokenizer = tokenizer_of(tokenizer, model)
     if not hasattr(model, "generate") or not getattr(model, "can_generate", lambda: False)():
         raise ConfigError(
             "the model cannot generate",

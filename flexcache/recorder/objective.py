@@ -59,15 +59,27 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """The logit of one token less that of another, after each sequence's last token, in float32."""
+    """The logit of one token less that of another, after each sequence's last token, in float32.
 
-    token: int
-    other: int
+    Tokens are ids, or texts of one token each, which `flexcache.capture` looks up in its tokenizer.
+
+    >>> LogitDifference(" Paris", " Rome")
+    LogitDifference(token=' Paris', other=' Rome')
+    """
+
+    token: int | str
+    other: int | str
 
     def __call__(self, output: Any, batch: Batch) -> torch.Tensor:
         """Return differences of shape (sequences,)."""
         logits = logits_of(output)
         last = torch.tensor([len(tokens) - 1 for tokens in batch.tokens], device=logits.device)
+        if isinstance(self.token, str) or isinstance(self.other, str):
+            raise CaptureError(
+                "tokens given as text have no ids here",
+                found=repr(self),
+                remedy="pass the objective to flexcache.capture with a tokenizer, or give token ids",
+            )
         ends = logits[torch.arange(len(last), device=logits.device), last].float()
         return ends[:, self.token] - ends[:, self.other]
 

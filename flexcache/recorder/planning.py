@@ -19,7 +19,7 @@ from flexcache.errors import MismatchError
 from flexcache.identity import check_model, differences, for_store
 from flexcache.plan import Batching, Largest, Plan, batch_groups, unit_rows
 from flexcache.recorder.fingerprint import versions
-from flexcache.sequences import Corpus, Spool, spool
+from flexcache.sequences import Corpus, Positions, Spool, spool
 from flexcache.spec import ArraySpec, Spec
 from flexcache.store.card import card
 from flexcache.store.create import check_names, check_place, check_room, create, planning, total_bytes
@@ -47,6 +47,8 @@ class Source:
         As provenance records them.
     vocabulary, encoder_vocabulary : int or None
         Number of token ids that the model knows, and that its encoder does beside a decoder.
+    positions : pair of int or None
+        As `flexcache.model.positions` returns them.
     notes : dict
         Further provenance, such as hooks that a live model carried.
     batching : Batching
@@ -61,6 +63,7 @@ class Source:
     tokenizer_identity: dict[str, Any]
     vocabulary: int | None = None
     encoder_vocabulary: int | None = None
+    positions: Positions = (None, None)
     notes: dict[str, Any] | None = None
     batching: Batching = "padded"
 
@@ -170,6 +173,7 @@ def tokenized(source: Source, documents: Corpus, folder: Path, progress: Progres
         spec,
         vocabulary=source.vocabulary,
         encoder_vocabulary=source.encoder_vocabulary,
+        positions=source.positions,
         empty=spec.empty_documents,
         keep_text=spec.keep_text,
         progress=progress,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from flexcache.arguments import model_of, objective_of, tokenizer_of
 from flexcache.errors import DamagedError, MismatchError, StoreError
 from flexcache.hooks.names import peel
 from flexcache.identity import check_model, comparable
@@ -90,7 +91,9 @@ def recompute(
     MismatchError
         The model is not the one that the store was captured from.
     """
-    store, model = Store(path), peel(model)
+    store, model = Store(path), peel(model_of(model))
+    tokenizer = tokenizer_of(tokenizer, model)
+    objective = objective_of(objective, tokenizer)
     committed = store.committed_units
     if not len(committed):
         raise StoreError("no unit is committed, so there is nothing to compare", where=str(path))

@@ -19,6 +19,7 @@ from flexcache.sequences.choice import chosen, first_or_last
 from flexcache.sequences.cuts import Cuts, Whole, Windowed
 from flexcache.sequences.encoding import Encoded, Tokenizer, encode
 from flexcache.sequences.labels import aligned, check_names, said
+from flexcache.sequences.lengths import Positions, check_lengths, check_sequences, within_sequences
 from flexcache.sequences.packed import Isolated, Marks, Packed, marks
 from flexcache.sequences.targets import (
     SPOOLED,
@@ -208,6 +209,7 @@ def spool(
     *,
     vocabulary: int | None = None,
     encoder_vocabulary: int | None = None,
+    positions: Positions = (None, None),
     empty: Literal["error", "skip"] = "error",
     keep_text: bool = True,
     first_index: int = 0,
@@ -226,6 +228,9 @@ def spool(
     vocabulary, encoder_vocabulary
         Number of token ids that the model knows, and that its encoder does beside a decoder; another id is refused
         here, before any forward.
+    positions
+        Most tokens of a sequence that the model has positions for, and of one that its encoder has beside a decoder;
+        None where it reads any length.
     empty
         What to do with a document that has no token.
     keep_text
@@ -239,11 +244,12 @@ def spool(
     ------
     DocumentsError
         No documents, an empty one, one without the target that a decoder needs, texts without a tokenizer or tokens
-        with one, an unknown token id; labels or spans that do not fit their documents.
+        with one, an unknown token id, more tokens than positions; labels or spans that do not fit their documents.
     ConfigError
         See `SequenceOptions.check`.
     """
     options.check()
+    check_sequences(options, positions[0])
     result = Spool(folder, options, None if options.packing is None else marks(options.packing, tokenizer))
     index, tokens_done = first_index, 0
     for batch in documents.batches():
@@ -256,6 +262,7 @@ def spool(
             given, content = parted(batch)
             context, reads = encode(given, tokenizer, options), target_tokenizer(tokenizer)
             _check_ids(batch, context.tokens, encoder_vocabulary)
+            check_lengths(batch, context.lengths, positions[1])
         encoded = encode(content, reads, options)
         shortest = encoded.lengths if context is None else np.minimum(encoded.lengths, context.lengths)
         if len(blank := np.flatnonzero(shortest == 0)):
@@ -270,6 +277,7 @@ def spool(
             result.skipped += len(blank)
         if content_of(batch) != IMAGE:  # whose tokens have no ids
             _check_ids(batch, encoded.tokens, vocabulary)
+            check_lengths(batch, within_sequences(encoded.lengths, options), positions[0])
         kept = chosen(content, encoded, tokenizer, options)
         labels = said(encoded) | {name: aligned(content, encoded, name) for name in options.token_labels}
         if options.decoder is not None:  # a row goes by the token of the target that is read there

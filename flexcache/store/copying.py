@@ -8,7 +8,7 @@ from typing import Any
 
 from flexcache.errors import ConfigError, StoreError
 from flexcache.site import Layers
-from flexcache.spec import DTYPES, ArraySpec
+from flexcache.spec import DTYPES, ArraySpec, dtype_name
 from flexcache.store.create import total_bytes
 from flexcache.store.derived import Derived, describe_origin, narrow_spec, prepare
 from flexcache.store.growing import check_settled
@@ -27,7 +27,7 @@ def copy(
     *,
     sites: Sequence[str] | None = None,
     layers: Layers = "all",
-    dtype: str | None = None,
+    dtype: Any = None,
     compression: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Store:
@@ -69,6 +69,7 @@ def copy(
     PlanError
         The disk has no room for the target.
     """
+    dtype = dtype_name(dtype)
     _check_choice("dtype", dtype, tuple(DTYPES))
     _check_choice("compression", compression, CODECS)
     origin, path = Store(source), place(target)

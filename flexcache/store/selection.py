@@ -7,7 +7,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from flexcache.errors import SiteError, nearest
-from flexcache.site import Layers, resolve_layers
+from flexcache.site import Layers, plain_layers, resolve_layers
 from flexcache.spec import ArraySpec
 from flexcache.store.int8 import scale_name
 from flexcache.store.store import Store
@@ -16,7 +16,7 @@ Key = tuple[str, int | None]
 """An array and a layer of it; None for an array that has no layers."""
 
 
-def select(store: Store, sites: Sequence[str] | None = None, layers: Layers = "all") -> list[ArraySpec]:
+def select(store: Store, sites: str | Sequence[str] | None = None, layers: Layers = "all") -> list[ArraySpec]:
     """Return arrays of a store, each with the layers that are meant.
 
     Parameters
@@ -32,7 +32,8 @@ def select(store: Store, sites: Sequence[str] | None = None, layers: Layers = "a
     SiteError
         A site or layer is not in the store, or nothing is left.
     """
-    return [_narrow(store, array, layers) for array in _arrays(store, sites)]
+    asked = plain_layers(layers)
+    return [_narrow(store, array, asked) for array in _arrays(store, [sites] if isinstance(sites, str) else sites)]
 
 
 def keys(arrays: Sequence[ArraySpec]) -> list[Key]:

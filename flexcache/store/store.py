@@ -18,6 +18,7 @@ from flexcache.errors import SiteError, StoreError, nearest
 from flexcache.images.encoded import IMAGE
 from flexcache.images.patches import Patches
 from flexcache.plan import ranges
+from flexcache.site import plain_layers
 from flexcache.spec import ArraySpec
 from flexcache.store import display, xarray_engine
 from flexcache.store.committed import CommittedUnits, shared_units
@@ -359,7 +360,10 @@ class Store(Mapping[str, xr.DataArray]):
             return None
         if layer is None and len(array.layers) == 1:
             return array.layers[0]
-        number = None if layer is None else int(layer) + (array.depth if layer < 0 else 0)
+        asked = None if layer is None else plain_layers(layer)
+        if not isinstance(asked, int | None):
+            raise SiteError(f"layer {layer!r} is not one layer", expected="a number", remedy="read layers one by one")
+        number = None if asked is None else asked + (array.depth if asked < 0 else 0)
         if number not in array.layers:
             raise SiteError(
                 f"layer {layer} of {array.name} was not captured",

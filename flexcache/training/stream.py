@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from flexcache.errors import ConfigError, StoreError, UncommittedError
 from flexcache.parallel.launch import launch
+from flexcache.site import Layers, plain_layers
 from flexcache.store.joined import matching_rows
+from flexcache.store.selection import select
 from flexcache.store.store import Store
 from flexcache.training.order import Ints, Order, turns
 from flexcache.training.pools import Pools, Source
@@ -273,7 +275,7 @@ def stream(
     site: str | Sequence[str],
     layer: int | None = None,
     *,
-    layers: Sequence[int] | None = None,
+    layers: Layers | None = None,
     batch_size: int = 4096,
     seed: int = 0,
     rows: ArrayLike | None = None,
@@ -301,8 +303,9 @@ def stream(
         Or several by name, over the same documents: rows are joined by document id and position, and those that not all
         stores have are left out.
     site, layer, layers
-        One site and layer give tensors (batch, features). *layers* give (batch, layers, features). Several sites, or
-        stores, give dicts of tensors by name.
+        One site and layer give tensors (batch, features). *layers* give (batch, layers, features): numbers in any
+        order, or text such as ``"all"``, ``"0,8"`` or ``"8:24"``. Several sites, or stores, give dicts of tensors by
+        name.
     batch_size
         Rows; the last batch of an epoch may be smaller, unless *drop_last*.
     rows
@@ -350,7 +353,7 @@ def stream(
             there = np.isin(match[chosen] // one.shard_rows, one.committed_units)
             chosen = chosen[there]
         for at in sites:
-            for number in [layer] if layers is None else list(layers):
+            for number in [layer] if layers is None else _numbers(one, at, layers):
                 found = one._layer(one.reader(at).array, number)
                 parts = [name] * bool(name) + [at] * (len(sites) > 1 or not name)
                 parts += [str(found)] * (layers is not None)
@@ -392,6 +395,14 @@ def stream(
         rank=mine,
         ranks=all_of,
     )
+
+
+def _numbers(store: Store, site: str, layers: Layers) -> list[int | None]:
+    """Return the layers of a site that are asked for, in the order in which they are asked for."""
+    asked = plain_layers(layers)
+    if isinstance(asked, str):  # those of a range that the store has
+        return [layer for array in select(store, site, asked) if array.name == site for layer in array.slices]
+    return list(asked) if isinstance(asked, list) else [asked]
 
 
 def _chosen(store: Store, rows: ArrayLike | None) -> Ints:
