@@ -15,6 +15,7 @@ import numpy as np
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
+from analysis.opened import opens_store
 from analysis.progress import bar
 from flexcache.errors import UncommittedError
 from flexcache.store.int8 import quantize
@@ -114,6 +115,7 @@ def codecs(stored: np.dtype) -> list[Codec]:
     return [*plain, _packed(plain[0]), *narrower, coarse, _packed(coarse)]
 
 
+@opens_store
 def compare(
     store: Store,
     sites: Sequence[str] | None = None,

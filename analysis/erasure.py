@@ -10,6 +10,7 @@ import xarray as xr
 
 from analysis.covariance import Covariance
 from analysis.onepass import DocumentSample, State, grouping, read
+from analysis.opened import opens_store
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers
 from flexcache.store.store import Store
@@ -57,6 +58,7 @@ class LEACE(Covariance):
         )
 
 
+@opens_store
 def leace(
     store: Store,
     site: str,

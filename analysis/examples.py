@@ -12,6 +12,7 @@ import xarray as xr
 from numpy.typing import ArrayLike
 
 from analysis.onepass import Block, State, Statistic, read
+from analysis.opened import opens_store
 from analysis.tokens import Vocabulary, vocabulary
 from flexcache.errors import AnalysisError
 from flexcache.store.store import Store
@@ -103,6 +104,7 @@ class Example:
         return f"{self.value:9.3f}  {before}[[{self.tokens[self.place]}]]{after}".replace("\n", "⏎")
 
 
+@opens_store
 def top(
     store: Store,
     site: str,
@@ -152,6 +154,7 @@ def top(
     )[0]
 
 
+@opens_store
 def shown(
     store: Store,
     site: str,

@@ -12,6 +12,7 @@ import xarray as xr
 import flexcache
 from analysis.covariance import ROWS, Covariance
 from analysis.onepass import DocumentSample, State, read
+from analysis.opened import opens_store
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers
 from flexcache.store.display import TABLE_COLUMNS
@@ -61,6 +62,7 @@ class PCA(Covariance):
         )
 
 
+@opens_store
 def pca(
     store: Store,
     site: str,
@@ -129,6 +131,7 @@ def whitened(
     return turned if kind == "pca" else turned @ directions
 
 
+@opens_store
 def project(
     store: Store, found: xr.Dataset, path: str | Path, *, components: int = 16, dtype: str = "float32"
 ) -> Store:

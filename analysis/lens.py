@@ -15,6 +15,7 @@ import numpy as np
 import xarray as xr
 
 from analysis.onepass import DocumentSample, read
+from analysis.opened import opens_store
 from analysis.rows import Rows
 from flexcache.errors import AnalysisError
 from flexcache.paths import local_path
@@ -157,6 +158,7 @@ class Head:
             return torch.log_softmax(logits, dim=-1, dtype=torch.float64)
 
 
+@opens_store
 def compute(
     store: Store,
     head: Head | str | Path | None = None,

@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 
 from analysis.onepass import Block, Grouping, State, Statistic, grouping, read
+from analysis.opened import opens_store
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers
 from flexcache.store.store import Store
@@ -139,6 +140,7 @@ class Moments(Statistic):
         return state
 
 
+@opens_store
 def compute(
     store: Store,
     site: str,

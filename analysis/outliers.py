@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from analysis.onepass import Block, State, Statistic, read
+from analysis.opened import opens_store
 from analysis.quantiles import Histogram
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers
@@ -123,6 +124,7 @@ class Extremes(Statistic):
         state["row"][part] = np.take_along_axis(rows, order, 0)
 
 
+@opens_store
 def compute(
     store: Store, site: str, *, largest: int = 4, active: float = 0.01, layers: Layers = "all", **where: Any
 ) -> xr.Dataset:

@@ -11,6 +11,7 @@ import xarray as xr
 
 from analysis.onepass import Block, DocumentSample, State, Statistic, read
 from analysis.onepass.block import widen
+from analysis.opened import opens_store
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers
 from flexcache.store.store import Store
@@ -143,6 +144,7 @@ class Histogram(Statistic):
         return np.where(bits < 0, half - 1 - magnitude, half + magnitude)
 
 
+@opens_store
 def compute(
     store: Store,
     site: str,

@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from analysis.onepass import DocumentSample, read
+from analysis.opened import opens_store
 from analysis.rows import Rows
 from analysis.view import choose_layers
 from flexcache.errors import AnalysisError
@@ -20,6 +21,7 @@ ROWS = 1024
 MEASURES = ("cka", "cca", "cosine")
 
 
+@opens_store
 def compute(
     store: Store,
     sites: str | Sequence[str],
@@ -61,6 +63,7 @@ def compute(
     return between(matrices, permutations=permutations, seed=seed)
 
 
+@opens_store
 def stores(
     store: Store,
     other: Store,

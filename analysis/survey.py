@@ -16,12 +16,14 @@ from analysis.examples import TopRows
 from analysis.geometry import PCA
 from analysis.moments import Moments
 from analysis.onepass import DocumentSample, Statistic, grouping, read
+from analysis.opened import opens_store
 from analysis.outliers import Extremes, judged
 from analysis.quantiles import Histogram
+from analysis.rescue import rescued
 from analysis.rows import Rows
 from analysis.tokens import TokenTypes
 from flexcache.errors import AnalysisError, nearest
-from flexcache.paths import local_path
+from flexcache.paths import local_path, output_folder
 from flexcache.site import Layers
 from flexcache.store.store import Store
 
@@ -85,6 +87,7 @@ def load(folder: str | Path, site: str) -> Survey:
     return Survey(site, results, provenance, reused=True)
 
 
+@opens_store
 def survey(
     store: Store,
     site: str = "resid_post",
@@ -125,9 +128,14 @@ def survey(
 
     Raises
     ------
+    ConfigError
+        Nothing can be written to *folder*.
     AnalysisError
         An unknown part; and see `analysis.onepass.read`.
+    OutputError
+        The results cannot be kept in *folder*; the error says where they are.
     """
+    folder = None if folder is None else output_folder(folder)
     parts = _parts(only, head)
     statistics = _statistics(store, site, parts, by, rows, similarity_rows, seed, token_types)
     asked = {name: statistic.describe() for name, statistic in statistics.items()}
@@ -166,7 +174,7 @@ def survey(
             results["lens"] = lens.of_rows(store, head, values, kept[found.layers[0]]["row"])
     answer = Survey(site, results, provenance)
     if folder is not None:
-        answer.save(folder)
+        rescued(answer.save, folder)
     return answer
 
 

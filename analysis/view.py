@@ -12,6 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from analysis import columns
+from analysis.opened import opens_store
 from analysis.targets import DocumentTarget, TokenTarget
 from flexcache.errors import AnalysisError, nearest
 from flexcache.site import Layers, plain_layers, resolve_layers
@@ -187,6 +188,7 @@ class View:
         return f"document {table['id'][row].as_py()!r}" if "id" in table.column_names else f"document {row}"
 
 
+@opens_store
 def join(
     store: Readable,
     site: str,

@@ -96,6 +96,8 @@ def tokenizer_of(tokenizer: Any, model: nn.Module) -> Any:
     if tokenizer is None or images:
         return tokenizer
     name = getattr(tokenizer, "__name__", type(tokenizer).__name__)
+    if isinstance(tokenizer, nn.Module):
+        raise _no_tokenizer("a model", name, "the order is model, tokenizer, documents, path")
     if isinstance(tokenizer, type):
         raise _no_tokenizer("a class", name, f"make one of it: {name}.from_pretrained(name)")
     if hasattr(tokenizer, "tokenizer") and hasattr(tokenizer, "save_pretrained"):  # a processor, or a pipeline

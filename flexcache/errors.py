@@ -15,6 +15,7 @@
     │   ├── UncommittedError rows that have not been captured yet
     │   ├── DamagedError     bytes that are missing or changed
     │   └── UnreachableError object storage that does not answer, or denies access
+    ├── OutputError          results that cannot be written where they should go
     └── AnalysisError        a question that the data cannot answer
 
 Each says where, what was expected, what was found, and what to do.
@@ -114,6 +115,10 @@ class DamagedError(StoreError):
 
 class UnreachableError(StoreError):
     """Object storage that does not answer, or denies access."""
+
+
+class OutputError(FlexCacheError):
+    """Results that cannot be written where they should go; the remedy says where they are instead."""
 
 
 class AnalysisError(FlexCacheError):

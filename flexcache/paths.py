@@ -12,7 +12,7 @@ from typing import Any
 from flexcache.errors import ConfigError, FlexCacheError
 
 FILE_URLS = ("file", "local")
-_URL_AS_PATH = re.compile(r"(s3a?|gs|gcs|az|abfss?|https?|hf|memory|file|local):")
+_URL_AS_PATH = re.compile(r"(s3a?|gs|gcs|az|abfss?|https?|hf|memory|file|local):/(?!/)")
 _REASONS = {
     errno.ENAMETOOLONG: "a name in it, or the whole, is longer than the file system allows",
     errno.ELOOP: "its links lead in a circle",
@@ -59,8 +59,8 @@ def local_path(path: Any, kind: type[FlexCacheError] = ConfigError, remedy: str 
         text = rest.removeprefix("localhost")
     elif separator and _SCHEME.fullmatch(scheme):
         raise wrong("it is a URL, and this is about the file system", advice="give the path of a file or folder")
-    elif isinstance(path, os.PathLike) and _URL_AS_PATH.fullmatch(Path(text).parts[0] if text.strip(".") else ""):
-        raise wrong("pathlib.Path takes a slash out of a URL", advice="give the URL as text")
+    elif _URL_AS_PATH.match(text):
+        raise wrong("a URL has two slashes, of which pathlib.Path takes one away", advice="give the URL as text")
     if not text.strip():
         raise wrong("it is empty")
     if "\0" in text or "\n" in text:

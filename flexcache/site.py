@@ -155,10 +155,10 @@ def plain_layers(layers: Any) -> int | str | list[int]:
             return numbers if "," in text else numbers[0]
     else:
         try:
-            one = isinstance(layers, bool) or hasattr(layers, "__index__")
-            numbers = [index(layer) for layer in ([layers] if one else layers)]
-            if not any(isinstance(layer, bool) for layer in ([layers] if one else layers)):
-                return numbers[0] if one else numbers
+            one = hasattr(layers, "__index__") and getattr(layers, "ndim", 0) == 0  # an array has it, too
+            asked = [layers] if one else list(layers)
+            if not any(isinstance(layer, bool) for layer in asked):
+                return index(layers) if one else [index(layer) for layer in asked]
         except TypeError:
             pass
     raise ConfigError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import ml_dtypes
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from flexcache.errors import ConfigError, nearest
 from flexcache.options import SequenceOptions
@@ -102,9 +102,7 @@ class Spec(SequenceOptions):
     sites: dict[str, Any] = Field(description="layers by site, as `parse_sites` gives them")
     transforms: dict[str, dict[str, Any]] = Field({}, description="by name, as `Transform.describe` gives them")
     objective: dict[str, Any] | None = Field(None, description="as `objective.describe` gives it")
-    dtype: Annotated[DTypeName | Literal["auto"], AnyDType] = Field(
-        "auto", description="as stored; auto is as computed"
-    )
+    dtype: Annotated[Literal[DTypeName, "auto"], AnyDType] = Field("auto", description="as stored; auto is as computed")
     batch_tokens: int = Field(4096, ge=1, description="most tokens of a forward, padding included")
     seed: int = Field(0, ge=0, description="of the order of batches within a unit")
     compression: Literal["none", "zstd"] = "none"
@@ -173,6 +171,7 @@ class ArraySpec:
 
 
 Model = TypeVar("Model", bound=BaseModel)
+T = TypeVar("T")
 
 
 def validate(model: type[Model], data: Mapping[str, Any], where: str) -> Model:
@@ -222,3 +221,39 @@ def _model_at(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseM
         options = [field.annotation, *getattr(field.annotation, "__args__", ())]
         current = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), current)
     return current if isinstance(current, type) and issubclass(current, BaseModel) else None
+
+
+class Running(BaseModel):
+    """Options of how a capture runs, which do not change what is stored."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    buffer_bytes: int = Field(ge=1)
+    patience: float = Field(gt=0)
+    model_info: dict[str, Any] | None
+
+
+def check_running(buffer_bytes: Any, patience: Any, model_info: Any, where: str) -> None:
+    """Raise ConfigError if one of the options cannot be used."""
+    options = {"buffer_bytes": buffer_bytes, "patience": patience, "model_info": model_info}
+    validate(Running, options, where)
+
+
+def listed(given: Any, kind: type[T], name: str) -> tuple[T, ...]:
+    """Return one item or several of a kind as a tuple; None is none.
+
+    Raises
+    ------
+    ConfigError
+        Something of another kind is among them.
+    """
+    if given is None or isinstance(given, kind):
+        return () if given is None else (given,)
+    items = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes) else (given,)
+    if wrong := [item for item in items if not isinstance(item, kind)]:
+        raise ConfigError(
+            f"{name} cannot be read",
+            expected=f"a list of {kind.__name__}",
+            found=f"{type(wrong[0]).__name__} {wrong[0]!r}",
+        )
+    return items

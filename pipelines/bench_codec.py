@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.codecs import Trial, compare
+from analysis.rescue import rescued
+from flexcache.paths import output_file, shown
 from flexcache.store.store import Store
 
 
@@ -23,12 +25,14 @@ def run(
     progress: bool = True,
 ) -> list[Trial]:
     """Compare, print two tables, and write everything as JSON where *output* says so."""
+    place = None if output is None else output_file(output)
     trials = compare(Store(path), sites or None, layers, progress=progress)
     console.print(costs(trials))
     console.print(losses(next(trial for trial in trials if trial.codec == "int8")))
-    if output is not None:
-        output.write_text(json.dumps([trial.to_json() for trial in trials], indent=1))
-        console.print(f"→ {output}", highlight=False)
+    if place is not None:
+        text = json.dumps([trial.to_json() for trial in trials], indent=1)
+        rescued(lambda folder: (folder / place.name).write_text(text), place.parent)
+        console.print(f"→ {shown(place)}", highlight=False, markup=False)
     return trials
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from flexcache.documents import Documents, open_documents
 from flexcache.options import Generation
 from flexcache.parallel.launch import launch
+from flexcache.store.create import check_place
 from flexcache.store.store import Store
 from pipelines.config import CaptureConfig
 
@@ -35,6 +36,7 @@ def load(config: CaptureConfig, progress: bool) -> Loaded:
     from flexcache.recorder.imaging import check_images
     from flexcache.recorder.reading import locate
 
+    check_place(config.store)
     documents = config.documents.open()
     config.model.parallel.config()  # refuses a number of processes that does not fit, before anything is loaded
     if not progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +14,7 @@ from rich.markup import escape
 from flexcache.errors import ConfigError, FlexCacheError
 from flexcache.parallel.launch import launch
 from flexcache.store.place import place
+from pipelines.plain import make_encodable
 
 app = typer.Typer(
     help="Cache transformer activations once, and study them without the model.",
@@ -541,9 +543,21 @@ def _split(text: str) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run a command; user mistakes end in one message and a status of 1, or 2 for a wrong configuration."""
+    make_encodable(sys.stdout, sys.stderr)
     errors = Console(stderr=True)
     try:
-        return app(arguments, prog_name="flexcache")
+        try:
+            return app(arguments, prog_name="flexcache")
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # who reads the output has enough
+        _give_up_output()
+        sys.exit(1)
+    except OSError as error:  # such as an output or a standard output that cannot be written
+        said = f"{error.strerror or type(error).__name__}" + (f": {error.filename}" if error.filename else "")
+        errors.print(f"[bold red]error:[/] {escape(said)}", highlight=False, soft_wrap=True)
+        _give_up_output()
+        sys.exit(1)
     except FlexCacheError as error:
         first, _, rest = str(error).partition("\n")
         errors.print(f"[bold red]error:[/] {escape(first)}", highlight=False, soft_wrap=True)
@@ -553,3 +567,9 @@ def main(arguments: list[str] | None = None) -> Any:
     except KeyboardInterrupt:
         errors.print("stopped: committed units are kept; the same command goes on after them", highlight=False)
         sys.exit(130)
+
+
+def _give_up_output() -> None:
+    """Lead the standard output nowhere: what is still buffered would fail again at exit."""
+    if sys.__stdout__ is not None and sys.stdout is sys.__stdout__:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())

@@ -16,6 +16,7 @@ from flexcache.documents.sources import CSV_NULLS
 from flexcache.errors import ConfigError
 from flexcache.model import ModelSource
 from flexcache.options import Choice, Generation, Packing, Teaching, Windows, parse_rows
+from flexcache.paths import local_path
 from flexcache.recorder.origin import load
 from flexcache.recorder.transform import Transform
 from flexcache.spec import AnyDType, Spec, parse_sites, validate
@@ -320,7 +321,7 @@ def read_yaml(path: Path, changes: Sequence[str], line: str) -> dict[str, Any]:
     ConfigError
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.safe_load(local_path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"configuration {path} cannot be read", found=error.strerror, remedy="check the path"

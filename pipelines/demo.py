@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from flexcache.model import ModelSource, native_bfloat16
+from flexcache.paths import output_folder, shown
 from flexcache.store.display import size
 from flexcache.store.files import relative_files
 from pipelines import assets, capture, probe
@@ -21,7 +22,7 @@ SITE = "resid_post"
 
 def run(documents: int, output: Path, console: Console) -> None:
     """Fetch model and texts once, capture every layer, probe every layer for sentiment, write a report."""
-    began = time.perf_counter()
+    began, output = time.perf_counter(), output_folder(output)
     console.rule("1 of 3: model and texts", align="left")
     model, texts = assets.smollm2(), assets.vader_sample(documents)
 
@@ -45,13 +46,14 @@ def run(documents: int, output: Path, console: Console) -> None:
     seconds = time.perf_counter() - began
     weight = size(sum((store_path / name).stat().st_size for name in relative_files(store_path)))
     console.rule("done", align="left")
+    here = {name: shown(output / name) for name in ("probes/report.html", "smollm2.zarr", "smollm2.yaml", "model")}
     console.print(
         escape(
             f"""{seconds:.0f} s in all. Where to look next:
-  {folder / "report.html"}    the curve, its baselines, and how they were made
-  {store_path}    the store, {weight}: flexcache info {store_path}
-  {output / "smollm2.yaml"}    its configuration, such as for flexcache extend; {output / "model"} is the model
-  python -c 'import flexcache; print(flexcache.open("{store_path}")["{SITE}"])'"""
+  {here["probes/report.html"]}    the curve, its baselines, and how they were made
+  {here["smollm2.zarr"]}    the store, {weight}: flexcache info {here["smollm2.zarr"]}
+  {here["smollm2.yaml"]}    its configuration, such as for flexcache extend; {here["model"]} is the model
+  python -c 'import flexcache; print(flexcache.open("{here["smollm2.zarr"]}")["{SITE}"])'"""
         ),
         highlight=False,
         soft_wrap=True,
@@ -71,5 +73,5 @@ def _leave_named(output: Path, model: Path, texts: Path, config: CaptureConfig) 
         link.symlink_to(target)
     stated = json.loads((model / "config.json").read_bytes()) | {"dtype": config.model.dtype}
     (folder / "config.json").write_text(json.dumps(stated, indent=2), encoding="utf-8")
-    settings = config.model_dump(mode="json", exclude_defaults=True)
+    settings = config.model_dump(mode="json", exclude_defaults=True) | {"store": shown(config.store)}
     (output / "smollm2.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")

@@ -16,8 +16,10 @@ from rich.table import Table
 
 import flexcache
 from analysis.induction import plot, scores, transforms
+from analysis.rescue import rescued
 from flexcache import Transform
 from flexcache.errors import MismatchError
+from flexcache.paths import output_folder, shown
 from pipelines.induction_model import STEPS, AttentionOnly, repeated, train
 
 SEQUENCES, HALF = 64, 24
@@ -44,6 +46,7 @@ def run(output: Path, console: Console, seed: int = 0, steps: int = STEPS, progr
     MismatchError
         *output* has a store of a model that was trained otherwise.
     """
+    output = output_folder(output)
     began, path, training = time.perf_counter(), output / "induction.zarr", {"seed": seed, "steps": steps}
     refuse_another(path, training)
     console.rule("1 of 3: train", align="left")
@@ -60,14 +63,19 @@ def run(output: Path, console: Console, seed: int = 0, steps: int = STEPS, progr
     console.rule("3 of 3: scores, from the store alone", align="left")
     store = flexcache.open(path)
     heads, loss = scores.head_scores(store), scores.loss_by_position(store)
-    table, picture = scores.save(heads, output / "scores.csv"), output / "induction.png"
-    plot.plot(heads, loss, math.log(model.config.vocab_size), picture)
     console.print(head_table(heads))
     console.print(
         "loss in nats: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.mean_losses(loss).items())
     )
+
+    def write(folder: Path) -> tuple[Path, Path]:
+        table, picture = scores.save(heads, folder / "scores.csv"), folder / "induction.png"
+        plot.plot(heads, loss, math.log(model.config.vocab_size), picture)
+        return table, picture
+
+    table, picture = rescued(write, output)
     for what, place in (("picture", picture), ("numbers", table), ("store", path)):
-        console.print(escape(f"{what:<8} {place}"), highlight=False, soft_wrap=True)
+        console.print(escape(f"{what:<8} {shown(place)}"), highlight=False, soft_wrap=True)
     return heads
 
 

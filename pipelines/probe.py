@@ -17,8 +17,9 @@ from analysis import probes, report, targets
 from analysis.probes import Sweep
 from analysis.probes.results import FILE
 from analysis.probes.table import NAMES, interval, number
+from analysis.rescue import rescued
 from flexcache.errors import AnalysisError, ConfigError, nearest
-from flexcache.store import place as places
+from flexcache.paths import local_path, output_folder, shown
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -83,6 +84,8 @@ def run(
         if name not in PROBES:
             raise ConfigError(f"there is no probe {name!r}", remedy=nearest(name, tuple(PROBES)))
     console, groups = console or Console(), None if groups == "none" else groups
+    several = len(asked) * len(sites) * max(1, len(kinds)) > 1
+    folder = output_folder(output or ("probes" if several else f"probes/{_safe(f'{sites[0]}-{asked[0]}')}"))
     store = flexcache.open(store_path)
     found = probes.sweeps(
         store,
@@ -97,16 +100,31 @@ def run(
         progress=progress,
     )
     several = len(found) > 1
-    folder = _folder(output, "probes" if several else f"probes/{_safe(f'{sites[0]}-{asked[0]}')}")
-    for (what, where, kind), sweep in found.items():
-        command = ["flexcache", "probe", str(store_path), "--target", what, "--site", where]
+    commands = {}
+    for key in found:
+        what, where, kind = key
+        command = ["flexcache", "probe", shown(store.path), "--target", what, "--site", where]
         command += ["--probe", kind] if kinds else []
         command += ["--cv", str(cv)] + (["--seed", str(seed)] if seed else [])
         command += ["--groups", groups or "none"] if groups != "document" else []
         command += ["--rows", str(rows)] if rows is not None else []
         command += ["--layers", str(layers)] if layers != "all" else []
-        into = folder / _safe(f"{where}-{what}-{kind}") if several else folder
-        _write(store, sweep, into, shlex.join(command), console)
+        commands[key] = shlex.join(command)
+    if output is None and several:
+        folder = output_folder("probes")
+    for sweep in found.values():
+        console.print(sweep.table())
+
+    def write(place: Path) -> list[tuple[str, Path]]:
+        files = []
+        for key, sweep in found.items():
+            into = place / _safe("{1}-{0}-{2}".format(*key)) if several else place
+            files += _write(store, sweep, into, commands[key])
+        return files
+
+    console.print()
+    for what, path in rescued(write, folder):
+        console.print(f"{what:<8} {shown(path)}", markup=False, highlight=False, soft_wrap=True)
     return next(iter(found.values()))
 
 
@@ -126,7 +144,8 @@ def run_transfer(
         There is no saved sweep in *folder*; and see `analysis.probes.transfer`.
     """
     console = console or Console()
-    place = Path(folder)
+    place = local_path(folder)
+    into = place if output is None else output_folder(output)
     if not (place / FILE).is_file() and (inside := sorted(place.glob(f"*/{FILE}"))):
         raise AnalysisError(
             "the folder holds several sweeps",
@@ -139,16 +158,16 @@ def run_transfer(
     best = sweep.best.layer
     table = Table(
         title=f"{sweep.results.attrs['target']} probes of {place.name}, tried on {found.attrs['samples']:,} samples of "
-        f"{places.place(store_path).name} for {found.attrs['target']}",
+        f"{store.path.name} for {found.attrs['target']}",
         title_justify="left",
     )
     table.add_column("layer", justify="right")
-    shown = [str(metric) for metric in found["metric"].values[:2]]
-    for metric in shown:
+    measured = [str(metric) for metric in found["metric"].values[:2]]
+    for metric in measured:
         table.add_column(Text(f"{NAMES[metric]}\n[bootstrap 95 %]"), justify="right")
     for layer in found["layer"].values.tolist():
         cells = []
-        for metric in shown:
+        for metric in measured:
             score, low, high = (
                 float(found[name].sel(layer=layer, metric=metric)) for name in ("score", "ci_low", "ci_high")
             )
@@ -157,15 +176,19 @@ def run_transfer(
     console.print(table)
     if best is not None:
         console.print(f"In bold the layer that was best on {sweep.results.attrs['target']} itself.", highlight=False)
-    path = (Path(output) if output is not None else place) / "transfer.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    probes.save_dataset(found, path)
-    console.print(f"numbers  {path}", markup=False, highlight=False, soft_wrap=True)
+
+    def write(target: Path) -> Path:
+        target.mkdir(parents=True, exist_ok=True)
+        probes.save_dataset(found, target / "transfer.json")
+        return target / "transfer.json"
+
+    path = rescued(write, into)
+    console.print(f"numbers  {shown(path)}", markup=False, highlight=False, soft_wrap=True)
     return found
 
 
-def _write(store: flexcache.Store, sweep: Sweep, folder: Path, command: str, console: Console) -> None:
-    console.print(sweep.table())
+def _write(store: flexcache.Store, sweep: Sweep, folder: Path, command: str) -> list[tuple[str, Path]]:
+    """Write the files of a sweep, and return what each is."""
     saved = sweep.save(folder)
     sweep.plot(folder / "plot.png")
     files = [("plot", folder / "plot.png"), ("numbers", saved)]
@@ -176,13 +199,7 @@ def _write(store: flexcache.Store, sweep: Sweep, folder: Path, command: str, con
         probes.calibration(sweep, folder / "calibration.png")
         files.append(("chances", folder / "calibration.png"))
     files.insert(0, ("report", report.write(store, sweep, folder / "report.html", command=command)))
-    console.print()
-    for what, path in files:
-        console.print(f"{what:<8} {path}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _folder(output: str | Path | None, usual: str) -> Path:
-    return Path(output) if output is not None else Path(usual)
+    return files
 
 
 def _safe(name: str) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from analysis.rescue import rescued
+from flexcache.paths import output_folder, shown
 from pipelines.replay_config import ReplayConfig, donors, make_edit, read_answers
 
 
@@ -37,6 +39,7 @@ def run(
     from analysis.report import replayed
 
     console = console or Console()
+    folder = output_folder(output or Path("replays") / f"{config_path.stem}")
     store = flexcache.open(store_path)
     recorded = next(iter(store.ledger), None)
     threads = config.threads or (recorded.fingerprint.get("threads") if recorded else 0)
@@ -50,7 +53,6 @@ def run(
     if isinstance(names, int):
         names = [str(name) for name in store.documents["id"].to_pylist()[:names]]
     model = config.model.load()
-    folder = output or Path("replays") / f"{config_path.stem}"
     sweep = replay.sweep(
         store,
         config.model.load if config.scheduler else model,
@@ -79,12 +81,16 @@ def run(
     console.print(f"identity error: {error:.3g} at most (logits of a replay that changes nothing less the forward's)")
     for note in sweep.results.attrs["notes"]:
         console.print(note, style="yellow", markup=False)
-    for metric in sweep.metrics:
-        sweep.plot(folder / f"{metric}.png", metric)
-    command = shlex.join(["flexcache", "replay", str(store_path), str(config_path), "--output", str(folder)])
-    page = replayed.write(store, sweep, folder / "report.html", exact=exact, command=command, groups=config.groups)
+    command = shlex.join(["flexcache", "replay", shown(store.path), str(config_path), "--output", shown(folder)])
+
+    def write(place: Path) -> Path:
+        for metric in sweep.metrics:
+            sweep.plot(place / f"{metric}.png", metric)
+        return replayed.write(store, sweep, place / "report.html", exact=exact, command=command, groups=config.groups)
+
+    page = rescued(write, folder)
     for what, path in (("report", page), ("pictures", folder), ("numbers", folder / "results.zarr")):
-        console.print(f"{what:<8} {path}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{what:<8} {shown(path)}", markup=False, highlight=False, soft_wrap=True)
     return page
 
 

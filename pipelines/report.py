@@ -11,6 +11,8 @@ from rich.console import Console
 import flexcache
 from analysis import tokens
 from analysis.report import store_page
+from analysis.rescue import rescued
+from flexcache.paths import output_file, output_folder, shown
 from pipelines import stats
 
 
@@ -40,7 +42,8 @@ def run(
 
     Other parameters, and errors, are those of `pipelines.stats.run`.
     """
-    console, folder = console or Console(), Path("stats" if statistics is None else statistics)
+    console, folder = console or Console(), output_folder("stats" if statistics is None else statistics)
+    output = output_file(folder / f"{site}.html" if output is None else output)
     found = stats.run(
         store_path,
         site,
@@ -53,15 +56,12 @@ def run(
     )
     store = flexcache.open(store_path)
     words = tokens.vocabulary(store, model)
-    command = ["flexcache", "report", str(store_path), *(["--site", site] if site != "resid_post" else [])]
-    page = store_page.write(
-        store,
-        found,
-        output or folder / f"{site}.html",
-        words=words,
-        command=shlex.join([*command, *(["--model", model] if model else [])]),
+    command = ["flexcache", "report", shown(store.path), *(["--site", site] if site != "resid_post" else [])]
+    told = shlex.join([*command, *(["--model", model] if model else [])])
+    page = rescued(
+        lambda place: store_page.write(store, found, place / output.name, words=words, command=told), output.parent
     )
-    console.print(f"report   {page}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report   {shown(page)}", markup=False, highlight=False, soft_wrap=True)
     if words is None:
         hint = "tokens are numbers, and there is no logit lens: --model FOLDER, the checkpoint, gives both"
         console.print(hint, style="dim", markup=False, highlight=False, soft_wrap=True)

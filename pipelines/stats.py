@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import flexcache
 from analysis import tokens
 from analysis.survey import Survey, place, survey
 from flexcache.errors import ConfigError
+from flexcache.paths import output_folder, shown
 
 if TYPE_CHECKING:
     from flexcache.site import Layers
@@ -61,7 +63,8 @@ def run(
 
     Other parameters, and errors, are those of `analysis.survey.survey`.
     """
-    console, folder = console or Console(), Path("stats" if output is None else output)
+    console, folder = console or Console(), output_folder("stats" if output is None else output)
+    model = None if model is None else os.path.expanduser(model)
     store = flexcache.open(store_path)
     head = model
     if head is None and not only and site == "resid_post" and store.spec.get("rows", "all") != "mean":
@@ -96,7 +99,7 @@ def run(
     said = (
         "read again, as nothing changed" if found.reused else f"{found.provenance['rows_read']:,} rows, each read once"
     )
-    console.print(f"results  {place(folder, site)}  ({said})", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"results  {shown(place(folder, site))}  ({said})", markup=False, highlight=False, soft_wrap=True)
     return found
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from analysis.opened import opens_store
 from flexcache.errors import AnalysisError
 from flexcache.store.store import Store
 
@@ -15,6 +16,7 @@ SCORES = ("induction", "previous_token")
 LOSS = "loss"
 
 
+@opens_store
 def half_length(store: Store) -> int:
     """Return how many tokens of each document are said before they are repeated: half of its length.
 
@@ -34,6 +36,7 @@ def half_length(store: Store) -> int:
     return int(lengths[0]) // 2
 
 
+@opens_store
 def head_scores(store: Store) -> xr.Dataset:
     """Return the mean over the rows of the second halves of ``induction`` and ``previous_token``.
 
@@ -60,6 +63,7 @@ def head_scores(store: Store) -> xr.Dataset:
     ).assign_coords(head=np.arange(means[SCORES[0]].sizes["feature_induction"]))
 
 
+@opens_store
 def loss_by_position(store: Store) -> xr.DataArray:
     """Return the mean loss of the token at each position, over documents, in nats.
 

@@ -16,6 +16,7 @@ import zarr
 from analysis.onepass.block import Block
 from analysis.onepass.scheduler import choose
 from analysis.onepass.statistic import State, Statistic
+from analysis.opened import opens_store
 from analysis.view import choose_layers
 from flexcache.errors import AnalysisError, nearest
 from flexcache.site import Layers
@@ -68,6 +69,7 @@ class Reading:
         return statistic.result(total)
 
 
+@opens_store
 def read(
     store: Store,
     site: str,

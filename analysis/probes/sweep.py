@@ -9,6 +9,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, is_classifier, is_regressor
 
+from analysis.opened import opens_store
 from analysis.probes import baselines as base
 from analysis.probes.estimators import LinearProbe, Logistic, Ridge
 from analysis.probes.estimators.design import Design
@@ -25,6 +26,7 @@ SHARE = 0.5
 """Of the machine's memory: how much one layer's samples may take before they are read in blocks at each pass."""
 
 
+@opens_store
 def sweep(
     store: Readable,
     target: Target,
@@ -123,6 +125,7 @@ def sweep(
     return next(iter(found.values()))
 
 
+@opens_store
 def sweeps(
     store: Readable,
     targets: Sequence[Target],

@@ -10,6 +10,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 
+from analysis.opened import opens_store
 from analysis.probes import score
 from analysis.probes.estimators.linear import LogOdds, coded
 from analysis.probes.results import Sweep
@@ -20,6 +21,7 @@ from analysis.view import Readable, Rows, View, join
 from flexcache.errors import AnalysisError
 
 
+@opens_store
 def transfer(
     sweep: Sweep,
     store: Readable,
@@ -138,6 +140,7 @@ def transfer_matrix(
     )
 
 
+@opens_store
 def by_position(
     store: Readable,
     target: str,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import nn
 
+from analysis.opened import opens_store
 from analysis.replay.donors import Patch, donor_lines
 from analysis.replay.engine import Engine
 from analysis.replay.hooking import Placed, Ran
@@ -27,6 +28,7 @@ from flexcache.store.store import Store
 Method = Literal["patching", "ig"]
 
 
+@opens_store
 def attribution(
     store: Store,
     donor: str | Mapping[str, str],
@@ -93,6 +95,7 @@ def attribution(
     )
 
 
+@opens_store
 def verify(
     store: Store,
     model: nn.Module,

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from analysis import columns
+from analysis.opened import opens_store
 from analysis.replay.edit import Edit
 from analysis.replay.edits import Numbers, orthonormal, random_basis
 from analysis.replay.spot import Spot
@@ -145,6 +146,7 @@ def donor_lines(donor: Donor, numbers: Mapping[str, int], documents: NDArray[np.
     return np.array([pairs.get(int(document), -1) for document in documents], np.int64)
 
 
+@opens_store
 def same_length(store: Store, seed: int = 0, differing: str | None = None) -> dict[str, str]:
     """Return a donor of equal length for each document that has one, drawn at random, by id.
 

@@ -12,6 +12,7 @@ import numpy as np
 import xarray as xr
 from torch import nn
 
+from analysis.opened import opens_store
 from analysis.progress import bar
 from analysis.replay import metrics as measures
 from analysis.replay.edit import Alternatives, Edit, alternatives, labels
@@ -22,8 +23,9 @@ from analysis.replay.obstacles import refuse_images
 from analysis.replay.question import BASELINES, Answers, Part, Question, answer, merge_misfits
 from analysis.replay.results import FORMAT, Sweep
 from analysis.replay.workers import Loader, elsewhere
+from analysis.rescue import rescued
 from flexcache.errors import AnalysisError, MismatchError, StoreError, nearest
-from flexcache.paths import local_path
+from flexcache.paths import output_folder
 from flexcache.recorder.batch import Batch
 from flexcache.store.files import write_json
 from flexcache.store.store import Store
@@ -31,6 +33,7 @@ from flexcache.store.store import Store
 PARTS, ASKED = "parts", "question.json"
 
 
+@opens_store
 def sweep(
     store: Store,
     model: nn.Module | Loader,
@@ -93,7 +96,10 @@ def sweep(
         The store cannot be replayed with this model, or *folder* holds parts of another sweep.
     AnalysisError
         The identity check fails; an edit or metric cannot be used; the documents are images.
+    ConfigError, OutputError
+        Nothing can be written to *folder*, at the beginning, or later: then the error says where the results are.
     """
+    place = None if folder is None else output_folder(folder)
     loaded = model if isinstance(model, nn.Module) else model()
     refuse_images(store)
     engine = Engine(store, loaded, accept)
@@ -101,7 +107,7 @@ def sweep(
     batches = list(engine.batches(question.documents))
     if not batches:
         raise AnalysisError("no document can be replayed", found="none of those asked about is committed")
-    kept = None if folder is None else _folder(local_path(folder), question)
+    kept = None if place is None else _folder(place, question)
     done = {} if kept is None else _done(kept, question)
     left = [batch for batch in batches if _name(batch) not in done]
     with bar(progress) as shown:
@@ -114,8 +120,8 @@ def sweep(
                 _keep(kept / PARTS / f"{_name(batch)}.npz", part)
             shown.update(task, completed=len(done) * question.forwards())
     result = Sweep(_dataset(engine, question, [done[_name(batch)] for batch in batches]))
-    if folder is not None:
-        result.save(folder)
+    if place is not None:
+        rescued(result.save, place)
     return result
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from analysis.opened import opens_store
 from analysis.probes import Sweep
 from analysis.probes.baselines import WITHOUT_MODEL
 from analysis.probes.table import NAMES, SHOWN, arm_name, caption, interval, number
@@ -19,6 +20,7 @@ from flexcache.store.store import Store
 TEMPLATE = "page.html.j2"
 
 
+@opens_store
 def write(
     store: Store,
     sweep: Sweep,

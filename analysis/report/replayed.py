@@ -12,6 +12,7 @@ import xarray as xr
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from analysis.opened import opens_store
 from analysis.replay.plot import NAMES, plot, scatter
 from analysis.replay.results import Sweep
 from analysis.report import facts
@@ -24,6 +25,7 @@ LINES = 60
 """Cells in the table; all of them are in results.zarr."""
 
 
+@opens_store
 def write(
     store: Store,
     sweep: Sweep,

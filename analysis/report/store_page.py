@@ -11,6 +11,7 @@ import xarray as xr
 from markupsafe import Markup
 
 from analysis import examples, outliers
+from analysis.opened import opens_store
 from analysis.report import facts
 from analysis.report.drawing import curves, heatmap
 from analysis.report.template import write_page
@@ -23,6 +24,7 @@ TEMPLATE = "store.html.j2"
 SHOWN_DIMS = 2
 
 
+@opens_store
 def write(
     store: Store,
     found: Survey,

@@ -319,9 +319,10 @@ def _source(
 
 def _remedy(source: Any, roles: Roles) -> str | None:
     """Return what to give in place of a mapping: of one document, a list; of columns, a table."""
-    if not isinstance(source, Mapping):
+    if not isinstance(source, dict):
         return None
     one = any(isinstance(source.get(name), str) for name in (roles.id, roles.text) if name)
+    one = one or all(isinstance(token, int) for token in source.get(roles.tokens or "", ["none"]))
     return "of one document, give a list: [document]" if one else "of a dict of columns, give pyarrow.table(columns)"
 
 

@@ -39,7 +39,7 @@ from flexcache.recorder.running import allocation, complete
 from flexcache.recorder.targets import decoder_inputs as read_by_decoder
 from flexcache.recorder.transform import Transform
 from flexcache.site import Layers
-from flexcache.spec import SitesLike, Spec, parse_sites, validate
+from flexcache.spec import SitesLike, Spec, check_running, listed, parse_sites, validate
 from flexcache.store.create import check_place
 from flexcache.store.description import stored_batching
 from flexcache.store.place import Place, place
@@ -175,6 +175,8 @@ def capture(
     """
     path = place(path)
     check_place(path)
+    check_running(buffer_bytes, patience, model_info, "capture")
+    transforms, token_labels = listed(transforms, Transform, "transforms"), listed(token_labels, str, "token_labels")
     model = model_of(model)
     tokenizer = tokenizer_of(tokenizer, model)
     objective = objective_of(objective, tokenizer)
@@ -191,7 +193,7 @@ def capture(
             "max_tokens": max_tokens,
             "windows": windows,
             "packing": packing,
-            "token_labels": tuple(token_labels),
+            "token_labels": token_labels,
             "decoder": read_by_decoder(model, decoder_inputs),
             "batch_tokens": batch_tokens,
             "seed": seed,

@@ -40,7 +40,7 @@ from flexcache.recorder.recorder import DEFAULT_BUFFER, Recorder
 from flexcache.recorder.running import allocation, complete
 from flexcache.recorder.transform import Transform
 from flexcache.site import Layers
-from flexcache.spec import ArraySpec, SitesLike, Spec, parse_sites, validate
+from flexcache.spec import ArraySpec, SitesLike, Spec, check_running, listed, parse_sites, validate
 from flexcache.store.description import stored_batching
 from flexcache.store.growing import Growth, SettledError
 from flexcache.store.place import Place, local
@@ -123,6 +123,8 @@ def extend(
     root = local(path, "flexcache extend")
     store = opened(root)
     corpus = None if documents is None else open_documents(documents, images_first=bool(store.images))
+    check_running(buffer_bytes, patience, model_info, "extend")
+    transforms = listed(transforms, Transform, "transforms")
     model = model_of(model)
     tokenizer = tokenizer_of(tokenizer, model)
     objective = objective_of(objective, tokenizer)

@@ -14,8 +14,9 @@ from flexcache.recorder.extension import more_arrays, more_documents, opened
 from flexcache.recorder.fingerprint import check_fingerprint
 from flexcache.recorder.planning import Source, check_same, plan_store, stored_identity
 from flexcache.recorder.recorder import DEFAULT_BUFFER, Recorder
-from flexcache.site import STANDARD, Layers, Site, resolve_layers
-from flexcache.spec import ArraySpec, Spec, validate
+from flexcache.site import STANDARD, Layers, Site, plain_layers, resolve_layers
+from flexcache.spec import ArraySpec, Spec, check_running, listed, validate
+from flexcache.store.create import check_place
 from flexcache.store.int8 import with_scales
 from flexcache.store.place import Place, local, place
 from flexcache.store.schema import read_attributes
@@ -32,7 +33,7 @@ def record(
     tokenizer: Any = None,
     layers: Layers = "all",
     rows: str | Mapping[str, Any] | Choice = "all",
-    dtype: str = "bfloat16",
+    dtype: Any = "bfloat16",
     max_length: int | None = None,
     max_tokens: int | None = None,
     windows: Windows | Mapping[str, Any] | None = None,
@@ -77,6 +78,13 @@ def record(
 
     Other parameters, and errors, are those of `flexcache.capture`.
     """
+    path = place(path)
+    check_place(path)
+    check_running(buffer_bytes, patience, fingerprint, "record")
+    _check_shapes(sites)
+    layers = plain_layers(layers)
+    if not isinstance(model, str | dict):
+        raise ConfigError("the model is to be named", expected="a name, or a dict that says more", found=repr(model))
     spec = validate(
         Spec,
         {
@@ -87,7 +95,7 @@ def record(
             "max_tokens": max_tokens,
             "windows": windows,
             "packing": packing,
-            "token_labels": tuple(token_labels),
+            "token_labels": listed(token_labels, str, "token_labels"),
             "batch_tokens": batch_tokens,
             "seed": seed,
             "compression": compression,
@@ -99,7 +107,6 @@ def record(
     spec.check()
     if spec.dtype == "auto":
         raise ConfigError("dtype auto needs a model", remedy="name the dtype: bfloat16, float16 or float32")
-    path = place(path)
     corpus = open_documents(documents)
     source = Source(
         documents=corpus,
@@ -144,6 +151,20 @@ def _extension(path: Path, source: Source, new_only: bool, options: dict[str, An
     recorder = Recorder(found.growth.folder, **options, keys=found.keys, carried=found.carried)
     recorder.on_start, recorder.on_complete = found.growth.check_open, found.growth.settle
     return recorder
+
+
+def _check_shapes(sites: Any) -> None:
+    """Raise ConfigError if the sites are no mapping to their shapes."""
+    right = isinstance(sites, Mapping) and bool(sites)
+    for shape in sites.values() if right else ():
+        numbers = shape if isinstance(shape, tuple | list) else (shape,)
+        right = right and 1 <= len(numbers) <= 2 and all(isinstance(n, int) and n > 0 for n in numbers)
+    if not right:
+        raise ConfigError(
+            "sites cannot be read",
+            expected="a mapping from site to (depth, features), or to features, such as {'resid_post': (12, 768)}",
+            found=repr(sites),
+        )
 
 
 def _array(name: str, shape: tuple[int, int] | int, layers: Layers, dtype: str) -> ArraySpec:

@@ -81,6 +81,12 @@ class LogitDifference:
                 remedy="pass the objective to flexcache.capture with a tokenizer, or give token ids",
             )
         ends = logits[torch.arange(len(last), device=logits.device), last].float()
+        if not all(-ends.shape[1] <= token < ends.shape[1] for token in (self.token, self.other)):
+            raise CaptureError(
+                "the objective names a token that the model has no logit of",
+                expected=f"ids from 0 to {ends.shape[1] - 1}",
+                found=f"{self.token} and {self.other}",
+            )
         return ends[:, self.token] - ends[:, self.other]
 
 

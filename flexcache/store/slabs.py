@@ -120,8 +120,8 @@ def size_slabs(
     if (buffer_bytes - beside) // size < files + 2:
         raise CaptureError(
             "the buffer is too small for so many sites and layers",
-            expected=f"at least {((files + 2) * size + beside) / 1e6:.0f} MB for {files} open shards",
-            found=f"{buffer_bytes / 1e6:.0f} MB",
+            expected=f"at least {(files + 2) * size + beside:,} bytes for {files} open shards",
+            found=f"{buffer_bytes:,} bytes",
             remedy="raise buffer_bytes (buffer_mb), or capture fewer layers",
         )
     return size, (buffer_bytes - beside) // size

@@ -337,8 +337,8 @@ def stream(
         Numbers that make no sense; stores without common rows; *drop_last* where no rank has a whole batch.
     """
     stores: Mapping[str, Store] = {"": store} if isinstance(store, Store) else store  # a store is a mapping as well
-    if min(batch_size, pool_bytes, run_bytes, threads) < 1:
-        raise ConfigError("batch_size, pool_bytes, run_bytes and threads are at least 1")
+    if not all(hasattr(n, "__index__") and n >= 1 for n in (batch_size, pool_bytes, run_bytes, threads)):
+        raise ConfigError("batch_size, pool_bytes, run_bytes and threads are whole numbers of at least 1")
     if normalize not in ("none", "center", "unit_norm", "standard"):
         raise ConfigError(f"there is no normalisation {normalize!r}", expected="none, center, unit_norm or standard")
     first = next(iter(stores.values()))

@@ -1,0 +1,38 @@
+"""Stores given by their paths: opened before an analysis begins."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+from flexcache.store.remote.path import RemotePath
+from flexcache.store.store import Store
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def opens_store(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function take the path or URL of a store for its parameters *store* and *other*.
+
+    >>> @opens_store
+    ... def count(store: Store) -> int:
+    ...     return store.n_rows
+    >>> count("nowhere.zarr")
+    Traceback (most recent call last):
+    flexcache.errors.StoreError: ...
+    """
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def called(*args: P.args, **named: P.kwargs) -> R:
+        bound: Any = signature.bind(*args, **named)
+        for name in ("store", "other"):
+            if isinstance(bound.arguments.get(name), str | bytes | os.PathLike | RemotePath):
+                bound.arguments[name] = Store(bound.arguments[name])
+        return function(*bound.args, **bound.kwargs)
+
+    return called
