@@ -81,8 +81,10 @@ def local_path(path: Any, kind: type[FlexCacheError] = ConfigError, remedy: str 
 def shown(path: Any) -> str:
     """Return a path for people: relative where it lies below the current folder."""
     try:
-        return str(path.relative_to(Path.cwd())) if isinstance(path, Path) else str(path)
-    except (ValueError, OSError):
+        below = Path.cwd()
+        relative = isinstance(path, Path) and below != Path(below.anchor) and path.is_relative_to(below)
+        return str(path.relative_to(below)) if relative else str(path)
+    except OSError:  # the current folder is gone
         return str(path)
 
 

@@ -385,7 +385,7 @@ def probe(
         str | None,
         typer.Option(help="last, first, mean, max or all tokens of a document, tokens together, or a position."),
     ] = None,
-    layers: Annotated[str, typer.Option(help="all, a number, or a range such as 8:24.")] = "all",
+    layers: LayerChoice = "all",
     seed: Annotated[int, typer.Option(help="Of folds, shuffles and bootstrap.", min=0)] = 0,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for results, plots and report.")] = None,
     quiet: Quiet = False,
@@ -430,7 +430,7 @@ def stats(
         str | None,
         typer.Option(help="Some of moments, pca, quantiles, outliers, similarity, lens, examples."),
     ] = None,
-    layers: Annotated[str, typer.Option(help="all, a number, or a range such as 8:24.")] = "all",
+    layers: LayerChoice = "all",
     model: Annotated[
         str | None, typer.Option(help="Checkpoint folder, for token types and lens; else the store's, if there.")
     ] = None,

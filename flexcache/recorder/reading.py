@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from flexcache import hooks
-from flexcache.errors import CaptureError, ConfigError
+from flexcache.errors import CaptureError, ConfigError, SiteError
 from flexcache.hooks.measure import Example, Reader, read_example
 from flexcache.hooks.sides import TARGET
 from flexcache.hooks.taps import batch_shape
@@ -109,9 +109,14 @@ def measure_arrays(
         return transform(values, _example(model, inputs))
 
     plain = {tap: replace(tap, gradient=False) for tap in reading.taps}
-    measured = hooks.measure(
-        model, tuple(dict.fromkeys(plain.values())), example=example, through=through, reader=reader
-    )
+    try:
+        measured = hooks.measure(
+            model, tuple(dict.fromkeys(plain.values())), example=example, through=through, reader=reader
+        )
+    except SiteError as error:
+        if "example=" in (error.remedy or ""):  # which hooks take, and a capture does not
+            error.remedy = "run the model's forward yourself, and store the activations with flexcache.record"
+        raise
     arrays: list[ArraySpec] = []
     for text, taps in reading.sources.items():
         kinds = {tap: measured[plain[tap]] for tap in taps}

@@ -16,6 +16,7 @@ from flexcache.errors import ConfigError, StoreError, UncommittedError
 from flexcache.parallel.launch import launch
 from flexcache.site import Layers, plain_layers
 from flexcache.store.joined import matching_rows
+from flexcache.store.remote.path import RemotePath
 from flexcache.store.selection import select
 from flexcache.store.store import Store
 from flexcache.training.order import Ints, Order, turns
@@ -271,7 +272,7 @@ class Loader:
 
 
 def stream(
-    store: Store | Mapping[str, Store],
+    store: Store | Mapping[str, Store] | str | os.PathLike,
     site: str | Sequence[str],
     layer: int | None = None,
     *,
@@ -300,7 +301,7 @@ def stream(
     Parameters
     ----------
     store
-        Or several by name, over the same documents: rows are joined by document id and position, and those that not all
+        Or its path; or several by name, over the same documents: rows are joined by document id and position, and those that not all
         stores have are left out.
     site, layer, layers
         One site and layer give tensors (batch, features). *layers* give (batch, layers, features): numbers in any
@@ -336,6 +337,8 @@ def stream(
     ConfigError, StoreError
         Numbers that make no sense; stores without common rows; *drop_last* where no rank has a whole batch.
     """
+    if isinstance(store, str | bytes | os.PathLike | RemotePath):
+        store = Store(store)
     stores: Mapping[str, Store] = {"": store} if isinstance(store, Store) else store  # a store is a mapping as well
     if not all(hasattr(n, "__index__") and n >= 1 for n in (batch_size, pool_bytes, run_bytes, threads)):
         raise ConfigError("batch_size, pool_bytes, run_bytes and threads are whole numbers of at least 1")

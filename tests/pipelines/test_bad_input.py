@@ -62,6 +62,12 @@ def fill(value: float) -> Callable[[torch.nn.Module], None]:
     return change
 
 
+def adapter(folder: Path) -> None:
+    (folder / "adapter").mkdir()
+    said = {"peft_type": "LORA", "base_model_name_or_path": "gpt2"}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(said))
+
+
 def another_zarr(folder: Path) -> None:
     zarr.create_array(folder / "run.zarr" / "x", shape=(3,), dtype="f4")
     zarr.open_group(folder / "run.zarr", mode="a")
@@ -83,9 +89,11 @@ CASES = [
     Case("a module path that matches nothing", "model.layers.7.mlp", 1, ("sites=model.layers.7.mlp",)),
     Case("a layer that there is not", "no layer 9", 1, ("sites=resid_post", "layers=[9]")),
     Case("a model that is not there", "cannot be loaded", 2, ("model.name=/nowhere/at/all",)),
+    Case("an adapter of PEFT as the model", "adapter of base model gpt2", 2, ("model=adapter",), adapter),
     Case("weights that are NaN", "nan", 1, ("model.name=changed",), weights(fill(float("nan")))),
     Case("values that float16 cannot hold", "float16", 1, ("model.name=changed", "dtype=float16"), weights(fill(1e7))),
     Case("a store path that is a file", "run.zarr", 1, (), lambda f: (f / "run.zarr").write_text("mine") and None),
+    Case("a store path below a file", "not a folder", 1, ("store=config.yaml/run.zarr",)),
     Case("a store path that is another Zarr", "run.zarr", 1, (), another_zarr),
     Case("a folder that cannot be written", "/proc", 1, ("store=/proc/run.zarr",)),
     Case("other documents on the same store", "documents", 1, OWN, texts({"id": "a", "text": "w4 w5"}), store=True),
@@ -96,6 +104,13 @@ CASES = [
         "did you mean label",
         1,
         command=("probe", "run.zarr", "--target", "lable"),
+        store=True,
+    ),
+    Case(
+        "results where a file is",
+        "cannot be written there",
+        2,
+        command=("probe", "run.zarr", "--target", "label", "-o", "config.yaml"),
         store=True,
     ),
     Case("a command on what is no store", "is not a store", 1, command=("info", "nothing.zarr")),
