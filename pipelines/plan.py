@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from flexcache.paths import shown
 from flexcache.recorder.planning import Estimate, Source, estimate
 from flexcache.store.create import check_room
 from flexcache.store.display import size
@@ -69,7 +70,7 @@ def source_of(config: CaptureConfig, skeleton: Any) -> Source:
 
 def table_of(kind: str, config: CaptureConfig, source: Source) -> Table:
     """Return a table that says which arrays there will be."""
-    table = Table(title=f"{kind} of {config.store}", title_justify="left", show_header=False, box=None)
+    table = Table(title=f"{kind} of {shown(config.store)}", title_justify="left", show_header=False, box=None)
     for array in source.arrays:
         layers = "" if array.layers is None else f"{len(array.layers)} of {array.depth} layers, "
         table.add_row(array.name, f"{layers}{array.features} × {array.dtype}, {size(array.row_bytes)} a row")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, lru_cache
@@ -59,7 +60,7 @@ class Store(Mapping[str, xr.DataArray]):
         The path is no store; VersionError, DamagedError where that is known better.
     """
 
-    def __init__(self, path: str | Place) -> None:
+    def __init__(self, path: str | os.PathLike | Place) -> None:
         found = place(path)
         said = described(read_attributes(found), str(found / "zarr.json"))
         self._open(found, said, CommittedUnits(found, int(said.plan["units"])))

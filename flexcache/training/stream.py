@@ -301,8 +301,8 @@ def stream(
     Parameters
     ----------
     store
-        Or its path; or several by name, over the same documents: rows are joined by document id and position, and those that not all
-        stores have are left out.
+        Or its path; or several by name, over the same documents: rows are joined by document id and position, and those
+        that not all stores have are left out.
     site, layer, layers
         One site and layer give tensors (batch, features). *layers* give (batch, layers, features): numbers in any
         order, or text such as ``"all"``, ``"0,8"`` or ``"8:24"``. Several sites, or stores, give dicts of tensors by
