@@ -18,6 +18,7 @@ from flexcache.hooks.measure import input_device
 from flexcache.hooks.taps import activations_only
 from flexcache.model import native_bfloat16
 from flexcache.parallel.fsdp import settle
+from flexcache.paths import shown
 from flexcache.recorder.batch import Batch
 from flexcache.recorder.crew import DONE, IDLE, Crew
 from flexcache.recorder.cuda import CudaLane, pinned_slab
@@ -60,7 +61,7 @@ def complete(
     CaptureError
         See `run`.
     """
-    store, name = recorder.store, recorder.store.path if name is None else name
+    store, name = recorder.store, shown(recorder.store.path if name is None else name)
     if not recorder.pending():
         bars.say(f"{name} is complete: nothing to do")
         return
