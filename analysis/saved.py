@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -54,16 +55,19 @@ def save(results: Mapping[str, xr.Dataset], path: str | Path, provenance: Mappin
         group.attrs[ATTRIBUTE] = {"format": FORMAT, "results": list(results), **_plain(provenance)}
         for name, result in results.items():
             _write(group.create_group(name), result)
+        check_free(path)
         if path.exists():
-            if not (path / "zarr.json").exists():
-                raise AnalysisError(
-                    "something else is where the results go", where=str(path), remedy="choose another folder"
-                )
             shutil.rmtree(path)
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return path
+
+
+def check_free(path: Path) -> None:
+    """Raise AnalysisError if something else than saved results is at *path*."""
+    if os.path.lexists(path) and not (path / "zarr.json").exists():
+        raise AnalysisError("something else is where the results go", where=str(path), remedy="choose another folder")
 
 
 def load(path: str | Path) -> tuple[dict[str, xr.Dataset], dict[str, Any]]:

@@ -136,6 +136,8 @@ def survey(
         The results cannot be kept in *folder*; the error says where they are.
     """
     folder = None if folder is None else output_folder(folder)
+    if folder is not None:
+        saved.check_free(place(folder, site))
     parts = _parts(only, head)
     statistics = _statistics(store, site, parts, by, rows, similarity_rows, seed, token_types)
     asked = {name: statistic.describe() for name, statistic in statistics.items()}

@@ -85,6 +85,15 @@ def test_a_file_that_cannot_be_written_is_found_before_the_work(
         assert os.listdir(tmp_path) == ["taken"]
 
 
+def test_statistics_do_not_replace_what_is_none(
+    captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("analysis.survey.read", pytest.fail)
+    (tmp_path / "stats" / "resid_post.stats.zarr").mkdir(parents=True)
+    assert "something else" in run(capsys, "stats", str(captured), "--only", "moments", "-q", status=1)
+
+
 def test_results_that_the_disk_refuses_are_written_elsewhere(
     captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,6 +60,17 @@ class Bare(torch.nn.Module):
         return self.inner(input_ids=input_ids, attention_mask=attention_mask)
 
 
+class Failing(Bare):
+    """A model that needs more than token ids."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.config = model.config
+
+    def forward(self, input_ids: Any, attention_mask: Any = None) -> Any:
+        raise ValueError("where are the pictures?")
+
+
 class Pipeline:
     """What a pipeline of transformers looks like from outside."""
 
@@ -92,6 +103,13 @@ def test_what_is_no_model_ends_before_any_work(
     with pytest.raises(ConfigError, match=says):
         flexcache.capture(made(model), None, DOCS, tmp_path / "run.zarr", **QUIET)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_model_that_does_not_run_on_token_ids_is_left_to_a_forward_of_your_own(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(SiteError, match="where are the pictures") as caught:
+        flexcache.capture(Failing(model), None, DOCS, tmp_path / "run.zarr", **QUIET)
+    assert "flexcache.record" in str(caught.value.remedy)
+    assert "example=" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
