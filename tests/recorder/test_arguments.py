@@ -218,7 +218,7 @@ def test_extend_takes_documents_and_path_in_either_order(model: Any, tmp_path: P
         flexcache.extend(model, None, path, tmp_path / "other.zarr", **QUIET)
 
 
-SIZES: dict[str, Any] = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}
+SIZES: dict[str, Any] = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
 MODELS: dict[str, tuple[Callable[[], Any], bool]] = {
     "GPT-2": (
         lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES, bos_token_id=0, eos_token_id=0)),
@@ -233,7 +233,7 @@ MODELS: dict[str, tuple[Callable[[], Any], bool]] = {
     ),
     "MPT": (
         lambda: transformers.MptForCausalLM(
-            transformers.MptConfig(vocab_size=300, d_model=32, n_layers=2, n_heads=4, max_seq_len=16)
+            transformers.MptConfig(vocab_size=300, d_model=32, n_layers=2, n_heads=4, max_seq_len=32)
         ),
         True,
     ),
@@ -254,10 +254,10 @@ def test_a_document_longer_than_the_positions_of_the_model_is_refused_before_pla
     made, limited = MODELS[name]
     torch.manual_seed(0)
     model = made().eval()
-    ids = torch.full((1, 17), 5)
+    ids = torch.full((1, 33), 5)
     mask = torch.ones_like(ids)
-    assert positions(model)[0] == (16 if limited else None)
-    long = [{"id": "short", "tokens": [5] * 16}, {"id": "long", "tokens": [5] * 17}]
+    assert positions(model)[0] == (32 if limited else None)
+    long = [{"id": "short", "tokens": [5] * 32}, {"id": "long", "tokens": [5] * 33}]
     options: dict[str, Any] = {"sites": ["resid_post"], "layers": [1], "max_length": 40, **QUIET}
     if not limited:
         with torch.no_grad():
@@ -268,17 +268,17 @@ def test_a_document_longer_than_the_positions_of_the_model_is_refused_before_pla
         model(input_ids=ids, attention_mask=mask)  # and this is why
     with pytest.raises(DocumentsError, match="'long' is longer") as caught:
         flexcache.capture(model, None, long, tmp_path / "run.zarr", **options)
-    assert "16 tokens" in str(caught.value.expected)
-    assert caught.value.found == "17 tokens"
+    assert "32 tokens" in str(caught.value.expected)
+    assert caught.value.found == "33 tokens"
     assert not (tmp_path / "run.zarr").exists()
     with pytest.raises(ConfigError, match="longer than the model can read"):
-        flexcache.capture(model, None, long, tmp_path / "run.zarr", **options, windows={"length": 20})
-    assert longest_input(model, None) == 16
+        flexcache.capture(model, None, long, tmp_path / "run.zarr", **options, windows={"length": 36})
+    assert longest_input(model, None) == 32
     whole = flexcache.capture(model, None, long[:1], tmp_path / "run.zarr", **options)
     with pytest.raises(DocumentsError, match="'long' is longer"):
         flexcache.extend(model, None, long[1:], whole.path, **QUIET)
     cut = flexcache.capture(model, None, long, tmp_path / "cut.zarr", **{**options, "max_length": None})
-    assert cut.n_rows == 32
+    assert cut.n_rows == 64
 
 
 def test_a_store_of_another_forward_checks_its_arguments(tmp_path: Path) -> None:
