@@ -17,9 +17,10 @@ from flexcache.errors import SiteError
 from flexcache.hooks.blocks import find_blocks
 from flexcache.hooks.measure import Example, Reader, example_inputs, input_device, read_example
 from flexcache.hooks.tap import Tap
+from flexcache.model import positions
 
 SHAPE = (2, 24)
-"""Sequences and tokens of the input: a length that 2, 3, 4, 6, 8, 12 and 24 shards of tokens divide."""
+"""Sequences and tokens of the input, fewer for a model of fewer positions: 2, 3, 4, 6, 8, 12 and 24 shards divide it."""
 GROUPS = 12
 """Groups of consecutive tokens that a sketch tells apart."""
 OUTPUT = "(output)"
@@ -52,7 +53,8 @@ def behavior(
     """
     if any(parameter.device.type == "meta" for parameter in model.parameters()) and not _offloads(model):
         return None
-    inputs = example_inputs(model, example, SHAPE)
+    most = min((SHAPE[1], *(count for count in positions(model) if count is not None)))
+    inputs = example_inputs(model, example, (SHAPE[0], most))
     taps = _taps(model)
     try:
         first = _read(model, taps, reader, inputs)

@@ -95,6 +95,13 @@ def test_a_record_of_an_earlier_version_is_compared_by_its_sample() -> None:
     assert differences({**old, "class": "Other"}, now) == ["class: Other before, LlamaForCausalLM now"]
 
 
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_a_model_of_few_positions_runs_an_input_that_it_can_read(family: str) -> None:
+    overrides = {"n_positions": 13} if family == "gpt2" else {"max_position_embeddings": 13}
+    model = tiny(family, **overrides)
+    assert behavior(model, {}) == behavior(tiny(family, **overrides), {})
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = tiny("llama").train()
     values = {name: value.clone() for name, value in model.state_dict().items()}
