@@ -20,7 +20,7 @@ from flexcache.hooks.tap import Tap
 from flexcache.model import positions
 
 SHAPE = (2, 24)
-"""Sequences and tokens of the input, fewer for a model of fewer positions: 2, 3, 4, 6, 8, 12 and 24 shards divide it."""
+"""Sequences and tokens of the input; tokens divide into 2, 3, 4, 6, 8, 12 or 24 shards, and may be fewer."""
 GROUPS = 12
 """Groups of consecutive tokens that a sketch tells apart."""
 OUTPUT = "(output)"

@@ -22,7 +22,8 @@ from torch.distributed.pipelining import PipelineStage
 from torch.nn.parallel import DistributedDataParallel
 
 import flexcache
-from flexcache.errors import CaptureError, ConfigError, LayoutError
+from flexcache.errors import CaptureError, ConfigError, LayoutError, MismatchError
+from flexcache.hooks.names import modules, whole
 from flexcache.identity import comparable, differences
 from tests.corpora import lengths, token_documents
 from tests.distributed.checks.data import zero_engines
@@ -280,6 +281,41 @@ def fsdp1() -> None:
     for number, block in enumerate(model.model.layers):
         model.model.layers[number] = FullyShardedDataParallel(block, **options)
     compare(FullyShardedDataParallel(model, **options), tiny("llama"), exact=True)
+
+
+@check(2)
+def a_changed_model_is_refused_on_every_rank() -> None:
+    """One value of one weight, or a hook that steers, in the last block: in a pipeline, one rank alone has it."""
+
+    def fsdp1(model: nn.Module, whole: bool) -> nn.Module:
+        options: dict[str, Any] = {"device_id": torch.device("cpu"), "use_orig_params": whole}
+        model.model.layers[3] = FullyShardedDataParallel(model.model.layers[3], **options)
+        return FullyShardedDataParallel(model, **options)
+
+    ways: dict[str, Any] = {
+        "fsdp2": sharded,
+        "fsdp1": partial(fsdp1, whole=True),
+        "fsdp1-flat": partial(fsdp1, whole=False),
+        "tensor": shard,
+        "pipeline": lambda model: stages(model, 2, [dist.get_rank()])[0],
+    }
+    options = {**OPTIONS, "sites": ["resid_post"]}
+    with folder() as place:
+        for name, distribute in ways.items():
+            path = place / f"{name}.zarr"
+            flexcache.capture(distribute(tiny("llama")), None, DOCUMENTS, path, **options)
+            dist.barrier()
+            edited = tiny("llama")
+            edited.model.layers[3].mlp.up_proj.weight.data[5, 5] += 1
+            with pytest.raises(MismatchError, match=r"(?s)weights: 1 of .*layers\.3\.mlp\.up_proj"):
+                flexcache.capture(distribute(edited), None, DOCUMENTS, path, **options)
+            steered = distribute(tiny("llama"))
+            for key, module in modules(whole(steered)).items():
+                if key == "model.layers.3":
+                    module.register_forward_hook(lambda module, args, output: output * 1.5)
+            with pytest.raises(MismatchError, match=r"outputs on a fixed input.*layers\.3 is the first"):
+                flexcache.capture(steered, None, DOCUMENTS, path, **options)
+            dist.barrier()
 
 
 @check(2)
