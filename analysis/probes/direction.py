@@ -15,10 +15,11 @@ from safetensors.numpy import save
 
 from analysis.view import Readable
 from flexcache.errors import AnalysisError, nearest
-from flexcache.identity import differences, known, model_record
-from flexcache.identity.record import SAMPLE
+from flexcache.identity import differences, known
+from flexcache.identity.record import OTHERS, SAMPLE
 from flexcache.paths import local_path
 from flexcache.store.files import write_durably
+from flexcache.store.origin import recorded_model
 
 if TYPE_CHECKING:
     from analysis.probes.results import Sweep
@@ -72,21 +73,29 @@ class Direction:
             found[part] = self.score(store.read(self.site, layer=self.layer, rows=numbers[part]))
         return found
 
-    def score_model(self, model: Any, tokenizer: Any, texts: Sequence[str]) -> list[NDArray[np.float64]]:
+    def score_model(
+        self, model: Any, tokenizer: Any, texts: Sequence[str], *, allow_changed_model: bool = False
+    ) -> list[NDArray[np.float64]]:
         """Run a live model over texts, one by one, and return the score of each token of each: needs torch.
 
         Raises
         ------
         SiteError
             The model has no such site.
+        AnalysisError
+            The model computes something else than that of the probe, and *allow_changed_model* is False.
         """
         import torch
 
         from flexcache import hooks
         from flexcache.hooks.taps import Taps
+        from flexcache.identity.describe import describe_model
         from flexcache.model import evaluating
+        from flexcache.recorder.fingerprint import fingerprint
         from flexcache.site import Site
 
+        if not allow_changed_model:
+            self._check_record(describe_model(model, fingerprint(model)), "the model", "pass allow_changed_model=True")
         taps = hooks.locate(model, Site.parse(self.site), "all" if self.layer is None else self.layer)
         found: list[NDArray[np.float64]] = []
 
@@ -102,15 +111,17 @@ class Direction:
         """Raise AnalysisError if the activations of a store are of a model that computes something else."""
         if self.site not in store.sites:
             raise AnalysisError(f"the store has no site {self.site!r}", remedy=nearest(self.site, tuple(store.sites)))
-        theirs = model_record(getattr(store, "provenance", {}))
+        self._check_record(recorded_model(store), "the store", "fit the probe to a store of this model")
+
+    def _check_record(self, theirs: Mapping[str, Any], what: str, remedy: str) -> None:
         mine = self.provenance.get("model_record") or {SAMPLE: self.provenance.get("weights")}
-        found = differences(mine, {name: theirs[name] for name in mine if name in theirs})
-        if known(mine) and known(theirs) and found:
+        shared = {name: theirs[name] for name in theirs if name in mine or name == OTHERS}
+        if known(mine) and known(theirs) and (found := differences(mine, shared)):
             raise AnalysisError(
-                "the store was made by another model than the probe was fitted to",
+                f"{what} is of another model than the probe was fitted to",
                 expected=str(self.provenance.get("model")),
                 found="\n    ".join(["", *found]),
-                remedy="fit the probe to a store of this model",
+                remedy=remedy,
             )
 
     def save(self, path: str | Path) -> Path:

@@ -22,8 +22,8 @@ from analysis.probes.score import Prediction
 from analysis.probes.scoreboard import Scoreboard
 from analysis.view import View
 from flexcache.errors import AnalysisError
-from flexcache.identity import comparable, model_record
 from flexcache.identity.record import SAMPLE
+from flexcache.store.origin import recorded_model
 
 FEW = 10
 """Groups of a class below which its scores are said to be of little weight."""
@@ -199,7 +199,7 @@ class Trial:
         with sklearn.config_context(print_changed_only=False):
             shown = " ".join(repr(self.probe).split())
         provenance: Any = getattr(view.store, "provenance", {})
-        record = model_record(provenance)
+        record = recorded_model(view.store)
         return {
             "format": FORMAT,
             "site": view.site,
@@ -222,7 +222,7 @@ class Trial:
             "bytes_per_layer": view.bytes_per_layer(),
             "model": str(provenance.get("model", {}).get("name", "")),
             "weights": str(record.get(SAMPLE) or ""),
-            "model_record": comparable(record),
+            "model_record": record,
             "notes": self.notes,
             "versions": {"scikit-learn": sklearn.__version__, "numpy": np.__version__},
         }

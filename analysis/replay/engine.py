@@ -61,7 +61,7 @@ class Engine:
     """
 
     def __init__(self, store: Store, model: nn.Module, accept: Collection[str] = (), processor: Any = None) -> None:
-        self.notes = admit(store, model, accept)
+        self.notes = admit(store, model, accept, processor)
         self.store, self.model = store, peel(model)
         self.source = Source(store)
         self._named = modules(self.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -10,10 +11,19 @@ from torch import nn
 
 from flexcache.errors import AnalysisError, MismatchError, nearest
 from flexcache.hooks.tap import Tap
-from flexcache.identity import comparable, differences, known, model_record
+from flexcache.identity import differences, identity_of, known, model_record
 from flexcache.identity.describe import describe_model
+from flexcache.identity.record import OTHERS
+from flexcache.identity.structure import structure
+from flexcache.identity.weights import combine, digest_tensors
+from flexcache.images.input import stored_input
+from flexcache.model import evaluating
+from flexcache.recorder.crew import Crew
 from flexcache.recorder.fingerprint import fingerprint
+from flexcache.recorder.imaging import padding
+from flexcache.recorder.recompute import check_rows
 from flexcache.site import INEFFECTIVE
+from flexcache.store.origin import recorded_model
 from flexcache.store.store import Store
 
 NAMES = ("rows", "site", "units", "weights", "behavior", "attention")
@@ -22,25 +32,36 @@ REFUSED = ("rows", "site", "units")
 EXACT_ASIDE = ("flexcache-activations", "attention", "compute_dtype")
 
 
-def obstacles(store: Store, model: nn.Module) -> dict[str, str]:
+def obstacles(store: Store, model: nn.Module, processor: Any = None) -> dict[str, str]:
     """Return what stands in the way of a replay, by short name.
 
     ``weights`` stands for another class, configuration or weights than those of the capture; ``behavior`` for a model
     with the same weights that computes something else on a small fixed input, for example since a hook steers it, an
     adapter is off or an activation function was replaced; ``attention`` for another attention kernel. A model whose
     skipped blocks were not loaded is compared by the files of its checkpoint, see `analysis.replay.load_rest`.
+
+    Parameters
+    ----------
+    processor
+        As for `analysis.replay.Engine`.
     """
     found = dict(store.replayable.reasons)
     if "weights" not in found:
-        found |= _model(model_record(store.provenance), model)
-    attention = {record.fingerprint.get("attention") for record in store.ledger}
+        found |= _model(store, model, processor)
+    attention = {one.get("attention") for record in store.ledger for one in conditions_of(record.fingerprint)}
     now = fingerprint(model)["attention"]
     if attention and attention != {now}:
         found["attention"] = f"attention was {', '.join(map(str, sorted(map(str, attention))))}, and is {now} now"
     return found
 
 
-def admit(store: Store, model: nn.Module, accept: Collection[str] = ()) -> list[str]:
+def conditions_of(fingerprint: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the conditions of a unit: several where it was merged from units of different ones."""
+    merged = fingerprint.get("merged")
+    return list(merged) if isinstance(merged, list) else [fingerprint]
+
+
+def admit(store: Store, model: nn.Module, accept: Collection[str] = (), processor: Any = None) -> list[str]:
     """Return notes on what was accepted by name, if nothing else stands in the way.
 
     Raises
@@ -54,7 +75,7 @@ def admit(store: Store, model: nn.Module, accept: Collection[str] = ()) -> list[
         if name not in NAMES or name in REFUSED:
             allowed = tuple(name for name in NAMES if name not in REFUSED)
             raise AnalysisError(f"{name!r} cannot be accepted", remedy=nearest(name, allowed))
-    found = obstacles(store, model)
+    found = obstacles(store, model, processor)
     open_ones = {name: text for name, text in found.items() if name not in accept}
     if open_ones:
         free = [name for name in open_ones if name not in REFUSED]
@@ -67,7 +88,10 @@ def admit(store: Store, model: nn.Module, accept: Collection[str] = ()) -> list[
             if len(free) == len(open_ones)
             else "capture resid_post with rows: all",
         )
-    return [f"Accepted: {text}." for text in found.values()]
+    notes = [f"Accepted: {text}." for text in found.values()]
+    if "weights" not in found and identity_of(model_record(store.provenance)) is None:
+        notes.append("The store is of an earlier version: its model was compared by a sample of the weights only.")
+    return notes
 
 
 def conditions(store: Store, model: nn.Module, dtype: str) -> list[str]:
@@ -92,20 +116,43 @@ def conditions(store: Store, model: nn.Module, dtype: str) -> list[str]:
     return notes
 
 
-def _model(before: Mapping[str, Any], model: nn.Module) -> dict[str, str]:
+def _model(store: Store, model: nn.Module, processor: Any) -> dict[str, str]:
+    before = recorded_model(store)
     files = getattr(model, "replayed_checkpoint", None)
     if files is not None:
-        same = files == before.get("files")
-        return {} if same else {"weights": "the checkpoint's files are not those of the capture"}
+        return _rest(model_record(store.provenance), model, files)
     if not known(before):
         return {}
-    given = describe_model(model, fingerprint(model))
-    found = differences(comparable(before), given)
-    if not found:
-        return {}
-    held = any(line.startswith(("weights", "class", "config")) for line in found)
+    reads = _reads_of(store, model, processor)
+    now = fingerprint(model)
+    given = describe_model(model, now, example=None if isinstance(reads, int) else reads.example(model))
+    found = differences(before, given)
     kind = f"the model is not that of the capture, a {before.get('class')}: "
-    return {"weights" if held else "behavior": kind + "; ".join(found)}
+    if found:
+        held = any(line.startswith(("weights", "class", "config", OTHERS)) for line in found)
+        return {"weights" if held else "behavior": kind + "; ".join(found)}
+    with evaluating(model), closing(Crew(model)) as crew:
+        try:
+            check_rows(model, store, reads, crew, now)
+        except MismatchError as error:
+            return {"behavior": kind + str(error.found)}
+    return {}
+
+
+def _rest(before: Mapping[str, Any], model: nn.Module, files: Any) -> dict[str, str]:
+    """Compare a model whose skipped blocks were not loaded: its checkpoint, what was loaded of it, and hooks."""
+    if files != before.get("files"):
+        return {"weights": "the checkpoint's files are not those of the capture"}
+    if combine(digest_tensors(model).weights) != getattr(model, "replayed_weights", None):
+        return {"weights": "the weights were changed after they were loaded"}
+    hooks = structure(model)["hooks"]
+    held = (identity_of(before) or {}).get("structure", {}).get("hooks", [])
+    return {} if hooks == held else {"behavior": f"hooks: {held or 'none'} before, {hooks or 'none'} now"}
+
+
+def _reads_of(store: Store, model: nn.Module, processor: Any) -> Any:
+    """Return the token id for padding, or how the model reads images."""
+    return padding(model, stored_input(store, model, processor) if store.images else None)
 
 
 def refuse_images(store: Store) -> None:

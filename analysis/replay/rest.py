@@ -12,6 +12,7 @@ from torch import nn
 
 from flexcache.errors import ConfigError
 from flexcache.hooks.blocks import find_blocks
+from flexcache.identity.weights import combine, digest_tensors
 from flexcache.model import ModelSource
 from flexcache.paths import local_path
 
@@ -57,6 +58,7 @@ def load_rest(source: ModelSource, after: int) -> nn.Module:
     if left:
         raise _misnamed(folder, left)
     model.replayed_checkpoint = source.weights()  # type: ignore[assignment]
+    model.replayed_weights = combine(digest_tensors(model).weights)  # type: ignore[assignment]
     return model.eval()
 
 

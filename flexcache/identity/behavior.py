@@ -31,6 +31,7 @@ def behavior(
     conditions: Mapping[str, Any],
     reader: Reader = read_example,
     example: Example | None = None,
+    tokens: int | None = None,
 ) -> dict[str, Any] | None:
     """Run a model on a small fixed input and return a record of what every block and the head computed.
 
@@ -42,6 +43,8 @@ def behavior(
         How the forward is run and read; collective for a model on several processes.
     example
         Makes the input; by default token ids, or pixels for a model that reads images.
+    tokens
+        Length of the sequences of the input, at most 24; by default what `fixed_length` says.
 
     Returns
     -------
@@ -53,17 +56,16 @@ def behavior(
     """
     if any(parameter.device.type == "meta" for parameter in model.parameters()) and not _offloads(model):
         return None
-    most = min((SHAPE[1], *(count for count in positions(model) if count is not None)))
-    inputs = example_inputs(model, example, (SHAPE[0], most))
+    inputs = example_inputs(model, example, (SHAPE[0], tokens or fixed_length(model)))
     taps = _taps(model)
     try:
         first = _read(model, taps, reader, inputs)
     except SiteError:
-        if not taps:
+        if not taps or reader is not read_example:
             raise
         first = _read(model, taps := (), reader, inputs)  # blocks that are containers do not run themselves
     names = list(first)
-    sketches = np.stack([sketch(first[name].float().cpu().numpy()) for name in names])
+    sketches = np.stack([sketch(_finite(first[name])) for name in names])
     return {
         "inputs": _bits(*_tensors(inputs)),
         "conditions": dict(conditions),
@@ -73,6 +75,11 @@ def behavior(
         "bits": [_bits(first[name]) for name in names],
         "sketches": base64.b64encode(sketches.astype("<f4").tobytes()).decode(),
     }
+
+
+def fixed_length(model: nn.Module) -> int:
+    """Return the tokens of the fixed input: 24, or as many as the model has positions."""
+    return min((SHAPE[1], *(count for count in positions(model) if count is not None)))
 
 
 def repeatable(model: nn.Module) -> bool:
@@ -98,6 +105,12 @@ def sketch(values: NDArray[np.float32]) -> NDArray[np.float64]:
         signs = np.unpackbits(drawn.view(np.uint8), count=flat.size, bitorder="little") * 2.0 - 1.0
         found[number] = flat @ signs, np.linalg.norm(flat)
     return found
+
+
+def _finite(values: torch.Tensor) -> NDArray[np.float32]:
+    """Return values of a moderate size, since heads may give the lowest number, or infinity, for a token."""
+    bounded: NDArray[np.float32] = values.float().nan_to_num(0, 0, 0).clamp(-1e30, 1e30).cpu().numpy()
+    return bounded
 
 
 def _taps(model: nn.Module) -> tuple[Tap, ...]:

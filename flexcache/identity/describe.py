@@ -11,8 +11,8 @@ import xxhash
 from torch import nn
 
 from flexcache.hooks.measure import Example, Reader, read_example
-from flexcache.hooks.names import WRAPPERS, unwrap
-from flexcache.identity.behavior import behavior
+from flexcache.hooks.names import WRAPPERS, modules, unwrap
+from flexcache.identity.behavior import behavior, fixed_length
 from flexcache.identity.record import CONFIG, CONFIG_DIGEST, IDENTITY, NAMES, SAMPLE
 from flexcache.identity.structure import structure
 from flexcache.identity.weights import TensorDigests, combine, digest_tensors
@@ -22,8 +22,9 @@ SAMPLED_VALUES = 64
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "distributed_config")
 """Settings that say where a model came from or how it is run."""
 WITHOUT_EFFECT = (
+    *VOLATILE,
     *("architectures", "use_cache", "output_attentions", "output_hidden_states", "return_dict"),
-    *("id2label", "label2id", "quantization_config"),
+    *("id2label", "label2id", "quantization_config", "pad_token_id", "bos_token_id", "eos_token_id"),
 )
 """Settings that change no activation, or are recorded elsewhere."""
 
@@ -73,22 +74,28 @@ def describe_model(
     config: Any = getattr(root, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     settings = {key: value for key, value in settings.items() if key not in VOLATILE}
-    text = json.dumps(settings, sort_keys=True, default=str)
+    try:
+        text = json.dumps(settings, sort_keys=True, default=str)
+    except TypeError:  # keys of several types
+        text = json.dumps(_plain(settings))
     kind = next(cls for cls in type(root).__mro__ if not cls.__name__.startswith("FSDP"))
     with evaluating(model), torch.no_grad():
         # first the forward: some models compute their rotary frequencies anew for the length of what they read
-        ran = None if conditions is None else behavior(model, conditions, reader, example)
+        before = _versions(model)
+        tokens = min(gathered(fixed_length(model)))
+        ran = None if conditions is None else behavior(model, conditions, reader, example, tokens)
+        counting = {name for name, version in _versions(model).items() if before.get(name) != version}
         parts = structure(model)
         found = [TensorDigests(**told) for told in gathered(vars(digest_tensors(model)))]
-    weights = {name: value for one in found for name, value in one.weights.items()}
-    computed = {name: value for one in found for name, value in one.computed.items()}
+    weights = {name: value for one in found for name, value in one.weights.items() if name not in counting}
+    computed = {name: value for one in found for name, value in one.computed.items() if name not in counting}
     return {
         "name": getattr(config, "_name_or_path", "") or kind.__name__,
         "class": kind.__name__,
         CONFIG_DIGEST: xxhash.xxh3_128_hexdigest(text.encode()),
         SAMPLE: None if _out_of_reach(model) else sample_digest(root),
         IDENTITY: {
-            CONFIG: {key: value for key, value in json.loads(text).items() if key not in WITHOUT_EFFECT},
+            CONFIG: _plain(settings),
             "weights": combine(weights),
             "tensors": f"{len(weights)} ({xxhash.xxh3_64_hexdigest(repr(sorted(weights)).encode())})",
             "marks": "".join(xxhash.xxh3_64_hexdigest(weights[name].encode())[:8] for name in sorted(weights)),
@@ -119,6 +126,30 @@ def sample_digest(model: nn.Module) -> str:
         picked = flat[:: max(1, flat.numel() // SAMPLED_VALUES)][:SAMPLED_VALUES]
         hasher.update(picked.to("cpu", torch.float64 if picked.is_floating_point() else None).numpy().tobytes())
     return hasher.hexdigest()
+
+
+def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return what changes when a forward writes to a tensor that is no parameter, such as a counter, by name."""
+    return {
+        f"{path}.{key}".lstrip("."): (id(value), value._version)
+        for path, module in modules(model).items()
+        for key, value in {**vars(module), **module._buffers}.items()
+        if isinstance(value, torch.Tensor) and not value.is_inference()
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Return settings as values that JSON can hold, without those that have no effect, in an order of their own."""
+    if isinstance(value, Mapping):
+        kept = {str(key): part for key, part in value.items() if str(key) not in WITHOUT_EFFECT}
+        return {key: _plain(kept[key]) for key in sorted(kept)}
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    return str(value) if isinstance(value, torch.dtype | torch.device) else type(value).__qualname__
 
 
 def _patterns(computed: Mapping[str, str]) -> dict[str, list[str]]:

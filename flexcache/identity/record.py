@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from flexcache.errors import MismatchError
+from flexcache.errors import MismatchError, StoreError
 
 Record = Mapping[str, Any]
 
@@ -21,7 +22,14 @@ APART = ("name", "revision", "files", IDENTITY, SAMPLE, CONFIG_DIGEST)
 
 TOLERANCES = {"bfloat16": 6e-2, "float16": 2e-2, "float32": 1e-3, "float64": 1e-6}
 """Relative to the norm of a group of tokens: how far two forwards under other conditions may be apart."""
+STEADY = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5, "float64": 1e-12}
+"""The same under equal conditions, for models whose forwards do not repeat bit for bit."""
+BUILT_WITH = ("device", "torch", "transformers")
+"""Conditions that may change the bits of tensors which a model computes when it is loaded."""
+UNREADABLE = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
 
+OTHERS = "other_models"
+"""Marks of other models in the record of a store, which some of its units come from."""
 SHOWN = 6
 
 CHANGED_MODEL = (
@@ -43,6 +51,21 @@ def comparable(model: Record) -> dict[str, Any]:
     return {key: value for key, value in for_store(model).items() if key in ("class", CONFIG_DIGEST, SAMPLE, IDENTITY)}
 
 
+def other_models(fingerprints: Iterable[Record]) -> list[str]:
+    """Return the marks of units that another model computed than that of their store, where it was allowed."""
+
+    def marks(value: Any) -> Iterator[str]:
+        if isinstance(value, Mapping):
+            mark = value.get("model")
+            yield from [mark] if isinstance(mark, str) else []
+            value = list(value.values())
+        if isinstance(value, list):
+            for part in value:
+                yield from marks(part)
+
+    return sorted({mark for fingerprint in fingerprints for mark in marks(fingerprint)})
+
+
 def model_record(provenance: Record) -> Record:
     """Return the record of the model whose activations a store holds, also if they were put into another order."""
     model = _mapping(provenance.get("model"))
@@ -62,36 +85,78 @@ def model_key(model: Record) -> str:
     return xxhash.xxh3_64_hexdigest(repr(parts).encode())
 
 
+def identity_of(model: Record) -> Record | None:
+    """Return the identity in a record, or None if it was written by an earlier version."""
+    held = _mapping(model.get(IDENTITY))
+    return held if isinstance(held.get("weights"), str) else None
+
+
 def differences(before: Record, now: Record) -> list[str]:
     """Return what differs between the models of two records, in words; empty where they compute the same.
 
     Two models are the same if their classes, configurations and weights are equal, and if their outputs on the fixed
     input are: bit for bit under equal conditions, and else within `TOLERANCES`. Then neither hooks nor names of
     modules matter. Records of earlier versions are compared by a sample of the weights.
+
+    Raises
+    ------
+    StoreError
+        A record is not of this form.
     """
+    try:
+        return _differences(before, now)
+    except UNREADABLE as error:
+        raise _unreadable(error) from error
+
+
+def structural(one: Record, other: Record) -> list[str]:
+    """Return what differs between the structures of two identities, in words.
+
+    Raises
+    ------
+    StoreError
+        An identity is not of this form.
+    """
+    try:
+        return _structural(one, other)
+    except UNREADABLE as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> StoreError:
+    return StoreError(
+        "the record of a model cannot be read",
+        where="provenance.model.identity",
+        found=f"{type(error).__name__}: {str(error)[:200]}",
+        remedy="restore zarr.json from a copy, or choose another path for a new store",
+    )
+
+
+def _differences(before: Record, now: Record) -> list[str]:
     found = [
         f"{name}: {before.get(name, 'nothing')} before, {now.get(name, 'nothing')} now"
         for name in sorted({*before, *now} - {*APART})
         if before.get(name) != now.get(name)
     ]
-    one, other = before.get(IDENTITY), now.get(IDENTITY)
-    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
+    one, other = identity_of(before), identity_of(now)
+    if one is None or other is None:
         if before.get(CONFIG_DIGEST) != now.get(CONFIG_DIGEST):
             found.append("config: a digest of it differs")
         samples = before.get(SAMPLE), now.get(SAMPLE)
         if None not in samples and samples[0] != samples[1]:
             found.append("weights: a sample of their values differs")
         return found
-    config = _pairs(_flat(one), _flat(other), CONFIG, "nothing")
+    config = _pairs(_flat(one), _flat(other), CONFIG, None)
+    if _conditions(one, "transformers") != _conditions(other, "transformers"):  # keys come and go with its versions
+        config = [(name, held) for name, held in config if None not in held]
     found += _some([f"config.{name}: {held[0]} before, {held[1]} now" for name, held in config])
     found += _weights(one, other)
     found += _computed(one, other)
     found += _behavior(one.get("behavior"), other.get("behavior"))
-    return [*structural(one, other), *found] if found else []
+    return [*_structural(one, other), *found] if found else []
 
 
-def structural(one: Record, other: Record) -> list[str]:
-    """Return what differs between the structures of two identities, in words."""
+def _structural(one: Record, other: Record) -> list[str]:
     before, now = (_mapping(identity.get("structure")) for identity in (one, other))
     found = [
         f"adapter {name}: {held[0]} before, {held[1]} now" for name, held in _pairs(before, now, "adapters", "none")
@@ -111,7 +176,9 @@ def structural(one: Record, other: Record) -> list[str]:
     return found
 
 
-def check_model(before: Record, now: Record, where: str, *, allow: bool = False) -> list[str]:
+def check_model(
+    before: Record, now: Record, where: str, *, allow: bool = False, remedy: str = CHANGED_MODEL
+) -> list[str]:
     """Return what differs between the model of a store and the one at hand, if that is allowed.
 
     Raises
@@ -126,7 +193,7 @@ def check_model(before: Record, now: Record, where: str, *, allow: bool = False)
             where=where,
             expected=str(before.get("name") or before.get("class") or "the model of the store"),
             found="\n    ".join(["", *found]),
-            remedy=CHANGED_MODEL,
+            remedy=remedy,
         )
     return found
 
@@ -146,8 +213,7 @@ def _weights(one: Record, other: Record) -> list[str]:
 
 def _computed(one: Record, other: Record) -> list[str]:
     """Compare tensors that a model computes on loading, which may change bits with the device; not those that grew."""
-    behaviors = [_mapping(identity.get("behavior")) for identity in (one, other)]
-    if behaviors[0].get("conditions") != behaviors[1].get("conditions"):
+    if _conditions(one, *BUILT_WITH) != _conditions(other, *BUILT_WITH):
         return []
     before, now = (_mapping(identity.get("computed")) for identity in (one, other))
     changed = []
@@ -167,14 +233,15 @@ def _behavior(one: Record | None, other: Record | None) -> list[str]:
     if not common:
         return []
     apart = _distances(one, other, common, before, now)
-    exact = one.get("conditions") == other.get("conditions") and one.get("repeatable") and other.get("repeatable")
-    if exact:
+    alike = one.get("conditions") == other.get("conditions")
+    if alike and one.get("repeatable") and other.get("repeatable"):
         wrong = [name for name in common if one["bits"][before[name]] != other["bits"][now[name]]]
         rule = "bit for bit, under the same conditions"
     else:
-        tolerance = max(TOLERANCES.get(str(record.get("dtype")), 1e-3) for record in (one, other))
+        table = STEADY if alike else TOLERANCES
+        tolerance = max(table.get(str(record.get("dtype")), table["float32"]) for record in (one, other))
         wrong = [name for name, distance in zip(common, apart) if not distance <= tolerance]
-        rule = f"to {tolerance:g} of their norm, under other conditions"
+        rule = f"to {tolerance:g} of their norm, under {'the same' if alike else 'other'} conditions"
     if not wrong:
         return []
     largest = max(distance for name, distance in zip(common, apart) if name in wrong)
@@ -204,6 +271,11 @@ def _pairs(before: Record, now: Record, key: str, default: Any) -> list[tuple[st
     return [(name, pair) for name, pair in pairs if pair[0] != pair[1]]
 
 
+def _conditions(identity: Record, *names: str) -> list[Any]:
+    held = _mapping(_mapping(identity.get("behavior")).get("conditions"))
+    return [held.get(name) for name in names]
+
+
 def _flat(identity: Record) -> dict[str, dict[str, Any]]:
     """Return the configuration of an identity with dotted names."""
     found: dict[str, Any] = {}
@@ -213,7 +285,7 @@ def _flat(identity: Record) -> dict[str, dict[str, Any]]:
             for key, part in value.items():
                 add(f"{prefix}.{key}".lstrip("."), part)
         else:
-            found[prefix] = value
+            found[prefix] = json.dumps(value, sort_keys=True)
 
     add("", identity.get(CONFIG))
     return {CONFIG: found}

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from flexcache import hooks
@@ -235,8 +236,7 @@ def capture(
         planning.done(amount is not None)
         stored = stored_identity(read_attributes(path))
         changed = check_same(stored, source.identity(), path, allow_changed_model=allow_changed_model)
-        notices = model_notices(stored["model"], source.model, changed)
-        for line in notices:
+        for line in model_notices(stored["model"], source.model, changed):
             bars.say(line)
         for name, text in amount.lines() if amount else ():
             bars.say(f"  {name}: {text}")
@@ -245,17 +245,18 @@ def capture(
             path,
             fingerprint=now,
             buffer_bytes=buffer_bytes,
-            allow_mixed=allow_mixed or bool(changed),
+            allow_mixed=allow_mixed,
             allocate=allocation(model),
             batch_tokens=batch_tokens,
             keys=crew.keys(reading.taps, [(OBJECTIVE, None)] if OBJECTIVE in stored["arrays"] else ()),
             patience=patience,
         )
-        if not changed and (notices or recorder.pending()):
-            check_rows(model, recorder.store, reading, pad, crew, now)
+        if not changed:
+            check_rows(model, recorder.store, pad, crew, now, most_tokens=recorder.batch_tokens)
         if (changed or stored_batching(recorder.store.provenance) is None) and recorder.pending():
             check_batching(recorder.store, verdict or find_batching(model, reading, pad, spec, crew))
         if said := notice(recorder.store):
             bars.say(said)
-        complete(model, tokenizer, reading, recorder, bars, crew)
+        unchanged = partial(crew.check_unchanged, model, source.model, str(path), example)
+        complete(model, tokenizer, reading, recorder, bars, crew, unchanged=unchanged)
     return Store(path)

@@ -15,7 +15,11 @@ from flexcache.errors import CaptureError, ConfigError, FlexCacheError
 from flexcache.hooks.measure import Read, read_example
 from flexcache.hooks.sides import two_sided
 from flexcache.hooks.tap import Tap
+from flexcache.identity import check_model
+from flexcache.identity.behavior import behavior
 from flexcache.identity.describe import describe_model
+from flexcache.identity.record import IDENTITY
+from flexcache.identity.structure import structure
 from flexcache.parallel.distribution import Distribution
 from flexcache.parallel.peers import collect, tell
 from flexcache.recorder.fingerprint import fingerprint
@@ -28,6 +32,10 @@ from flexcache.store.selection import Key
 IDLE, DONE = -1, -2
 PAUSE = 0.2
 """Seconds between two looks for a unit, while others of the same weights run on."""
+RUN_AGAIN = (
+    "the model changed during the run: leave its hooks and adapters as they are, and run the same call again; the unit"
+    " that was computed last is not kept"
+)
 
 
 class Crew:
@@ -78,6 +86,18 @@ class Crew:
         conditions = fingerprint(model, self.sizes.tp) | ({"processes": ranks} if ranks > 1 else {})
         reader, gathered = self.read_example, self._distribution.gathered
         return describe_model(model, conditions, reader=reader, gathered=gathered, example=example)
+
+    def check_unchanged(self, model: nn.Module, before: dict[str, Any], where: str, example: Any = None) -> None:
+        """Raise MismatchError if a model computes something else on the fixed input than at the start of a run.
+
+        Nothing is checked where the model is on several processes, which run their units apart.
+        """
+        if not self.alone:
+            return
+        held = before[IDENTITY]
+        ran = behavior(model, fingerprint(model, self.sizes.tp), example=example)
+        now = {**before, IDENTITY: {**held, "behavior": ran, "structure": structure(model)}}
+        check_model(before, now, where, remedy=RUN_AGAIN)
 
     def keys(self, taps: Sequence[Tap], extra: Sequence[Key] = ()) -> list[Key]:
         """Return the sites and layers that this process writes; *extra* ones are the leader's."""

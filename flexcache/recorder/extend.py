@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 from flexcache import hooks
@@ -141,8 +142,7 @@ def extend(
         example = tokenizer.example(model) if store.images else None
         described = crew.describe_model(model, example)
         changed = check_source(store, described, tokenizer, allow_changed_model)
-        notices = model_notices(store.provenance.get("model", {}), described, changed)
-        for line in notices:
+        for line in model_notices(store.provenance.get("model", {}), described, changed):
             bars.say(line)
 
         def read(spec: Spec) -> tuple[Reading, list[ArraySpec]]:
@@ -161,13 +161,9 @@ def extend(
         spec = asked or everything
         reading, arrays = read(spec)
         now = fingerprint(model, crew.sizes.tp) | ({"model": model_key(described)} if changed else {})
-        allow_mixed = allow_mixed or bool(changed)
         check_fingerprint(store, now, allow_mixed)
-        stored_sites = {site: held for site, held in everything.sites.items() if not site.endswith(".grad")}
-        if stored_sites and notices and not changed:
-            plain = everything.model_copy(update={"sites": stored_sites, "transforms": {}, "objective": None})
-            known = locate(model, plain, (), None, crew.elsewhere())
-            check_rows(model, store, known, padding(model, tokenizer), crew, now)
+        if not changed:
+            check_rows(model, store, padding(model, tokenizer), crew, now)
         planning = bars.planning(None)
         try:
             found: Extension | None
@@ -213,7 +209,8 @@ def extend(
                 )
             if crew.alone:
                 recorder.on_start = found.growth.check_open
-            complete(model, tokenizer, reading, recorder, bars, crew, root)
+            unchanged = partial(crew.check_unchanged, model, described, str(path), example)
+            complete(model, tokenizer, reading, recorder, bars, crew, root, unchanged=unchanged)
         except SettledError:
             bars.say("other processes have completed it meanwhile")
         Growth(root).settle(bars.placing())

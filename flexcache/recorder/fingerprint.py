@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from flexcache.errors import MismatchError
-from flexcache.identity.record import IDENTITY, structural
+from flexcache.identity.record import IDENTITY, identity_of, structural
 from flexcache.recorder.carried import CARRIED
 from flexcache.store.place import Place
 from flexcache.store.store import Store
@@ -36,8 +36,10 @@ def fingerprint(model: torch.nn.Module, tensor: int = 1) -> dict[str, Any]:
     import torch
 
     from flexcache.hooks.measure import input_device
+    from flexcache.hooks.names import unwrap
 
     parameter = next(model.parameters(), torch.empty(0))
+    root = unwrap(model)
     device = input_device(model)
     on_cpu = device.type == "cpu"
     return {
@@ -45,7 +47,7 @@ def fingerprint(model: torch.nn.Module, tensor: int = 1) -> dict[str, Any]:
         "threads": torch.get_num_threads() if on_cpu else 0,
         "torch": torch.__version__,
         "transformers": _version("transformers"),
-        "attention": str(getattr(getattr(model, "config", None), "_attn_implementation", None)),
+        "attention": str(getattr(getattr(root, "config", None), "_attn_implementation", None)),
         "compute_dtype": str(parameter.dtype).removeprefix("torch."),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "matmul_precision": torch.get_float32_matmul_precision(),
@@ -57,7 +59,7 @@ def model_notices(before: dict[str, Any], now: dict[str, Any], accepted: list[st
     """Return what to say of the model at hand, where it may continue a store that was begun by another one."""
     if accepted:
         return ["the model is not the one of the store, as was allowed; the ledger says so:", *accepted]
-    if IDENTITY not in before:
+    if identity_of(before) is None:
         return ["the store was begun by an earlier version: its model was compared by a sample of the weights only"]
     return [f"{line}; outputs on the fixed input are equal" for line in structural(before[IDENTITY], now[IDENTITY])]
 
@@ -86,9 +88,16 @@ def check_alike(path: Place, earlier: dict[str, Any], now: dict[str, Any], who: 
     """
     different = [
         f"{name}: {earlier.get(name)} before, {now.get(name)} now"
-        for name in sorted({*earlier, *now} - {CARRIED})
+        for name in sorted({*earlier, *now} - {CARRIED} - ({"model"} if "model" in now else set()))
         if earlier.get(name) != now.get(name)
     ]
+    if different == [f"model: {earlier.get('model')} before, None now"]:
+        raise MismatchError(
+            f"{who} with another model than its own, as was allowed",
+            where=str(path),
+            remedy="delete the ledger records of those units, whose fingerprint has model, to compute them again; or"
+            " allow mixing (allow_mixed=True, --allow-mixed)",
+        )
     if different:
         raise MismatchError(
             f"{who} under other conditions, which may change the bits of activations",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from flexcache.errors import DamagedError, MismatchError, StoreError
 from flexcache.hooks.names import peel
 from flexcache.identity import check_model, comparable
 from flexcache.identity.behavior import repeatable
-from flexcache.identity.record import CHANGED_MODEL, TOLERANCES
+from flexcache.identity.record import CHANGED_MODEL, STEADY
 from flexcache.images.input import stored_input
 from flexcache.model import evaluating
 from flexcache.recorder.batch import Batch, BatchReader
@@ -31,6 +32,7 @@ from flexcache.spec import DTYPES, Spec
 from flexcache.store.store import Store
 
 UNITS_LOOKED_AT = 4
+LOAD_IT = "load the model as it was captured"
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,22 @@ def recompute(
     if store.images:
         tokenizer = stored_input(store, model, tokenizer)
         example = tokenizer.example(model)
-    crew = Crew(model)
-    given = crew.describe_model(model, example)
-    check_model(comparable(store.provenance["model"]), given, str(path))
+    with closing(Crew(model)) as crew:
+        given = crew.describe_model(model, example)
+        check_model(comparable(store.provenance["model"]), given, str(path), remedy=LOAD_IT)
+        return _recomputed(model, store, chosen, padding(model, tokenizer), crew, transforms, objective, progress)
+
+
+def _recomputed(
+    model: torch.nn.Module,
+    store: Store,
+    chosen: list[int],
+    pad: Padding,
+    crew: Crew,
+    transforms: Sequence[Transform],
+    objective: Objective | None,
+    progress: Callable[[int], None],
+) -> list[Recomputed]:
     reading = locate(model, Spec.model_validate(store.spec), transforms, objective)
     now = fingerprint(model)
     reader = BatchReader(store.path, mean=store.spec.get("rows") == "mean")
@@ -118,8 +133,7 @@ def recompute(
                 yield batch
                 progress(len(batch.rows))
 
-    worst = _compare(model, store, reading, padding(model, tokenizer), crew, batches())
-    crew.close()
+    worst = _compare(model, store, reading, pad, crew, batches())
     return [
         Recomputed(unit, name, layer, equal, difference, conditions[unit])
         for (unit, name, layer), (equal, difference) in worst.items()
@@ -127,25 +141,45 @@ def recompute(
 
 
 def check_rows(
-    model: torch.nn.Module, store: Store, reading: Reading, pad: Padding, crew: Crew, now: dict[str, Any]
+    model: torch.nn.Module,
+    store: Store,
+    pad: Padding,
+    crew: Crew,
+    now: dict[str, Any],
+    *,
+    most_tokens: int | None = None,
+    remedy: str = CHANGED_MODEL,
 ) -> None:
     """Run one committed batch again, of the longest sequences, and compare its rows with what is stored.
 
-    This sees what a small fixed input cannot: hooks that act on later tokens, or on certain ones. Nothing is done
-    where no unit was computed under the conditions *now*, or where the model is on several processes.
+    This sees what a small fixed input cannot: hooks that act on later tokens, or on certain ones. The sites of the
+    store are compared, not gradients and transforms. Nothing is done where no unit was computed under the conditions
+    *now*, or where the model is on several processes.
+
+    Parameters
+    ----------
+    most_tokens
+        Tokens of a batch, padding included, that the device has room for.
 
     Raises
     ------
     MismatchError
         A row is another one: bit for bit, or to a tolerance where forwards do not repeat bit for bit.
     """
+    everything = Spec.model_validate(store.spec)
+    sites = {site: layers for site, layers in everything.sites.items() if not site.endswith(".grad")}
+    if not crew.alone or not sites:
+        return
     records = [store.ledger.read(unit) for unit in store.committed_units[:UNITS_LOOKED_AT].tolist()]
     alike = [(record.unit, record.batch_tokens) for record in records if record.fingerprint == now]
-    if not alike or not crew.alone:
-        return
     reader = BatchReader(store.path, mean=store.spec.get("rows") == "mean")
-    batches = (batch for unit, budget in alike for batch in reader.unit(unit, budget))
+    room = most_tokens or everything.batch_tokens
+    batches = [batch for unit, budget in alike for batch in reader.unit(unit, budget)]
+    batches = [batch for batch in batches if batch.shape[0] * batch.shape[1] <= room]
+    if not batches:
+        return
     longest = max(batches, key=lambda batch: max(end for _, end in batch.keep))
+    reading = locate(model, everything.model_copy(update={"sites": sites, "transforms": {}, "objective": None}))
     try:
         found = _compare(model, store, reading, pad, crew, [longest])
     except (DamagedError, torch.OutOfMemoryError):  # `verify` names the one, and batches that fit are found later
@@ -154,7 +188,7 @@ def check_rows(
     wrong = {
         (name, layer): difference
         for (_, name, layer), (equal, difference) in found.items()
-        if not (equal if exact else difference <= TOLERANCES[now["compute_dtype"]])
+        if not (equal if exact else difference <= STEADY.get(store.arrays[name].dtype, STEADY["bfloat16"]))
     }
     if wrong:
         (name, layer), difference = max(wrong.items(), key=lambda item: item[1])
@@ -164,7 +198,7 @@ def check_rows(
             expected=f"the stored rows {longest.rows.start} to {longest.rows.stop - 1}, under the same conditions",
             found=f"{len(wrong)} of its arrays and layers differ, {name} of layer {layer} by {difference:.2g} of its"
             " largest value",
-            remedy=f"{CHANGED_MODEL}; flexcache verify tells if the store is damaged",
+            remedy=f"{remedy}; flexcache verify tells if the store is damaged",
         )
 
 

@@ -51,6 +51,7 @@ def complete(
     bars: CaptureProgress,
     crew: Crew,
     name: Any = None,
+    unchanged: Callable[[], None] = lambda: None,
 ) -> None:
     """Fill a recorder's pending units, after a try of the largest batch, and say what it took.
 
@@ -69,7 +70,7 @@ def complete(
         bars.say(SLOW)
     began, pad = time.perf_counter(), padding(model, tokenizer)
     try_largest(model, reading, recorder, pad, bars, crew)
-    run(model, reading, recorder, pad, bars, crew)
+    run(model, reading, recorder, pad, bars, crew, unchanged)
     tally, seconds = recorder.tally, time.perf_counter() - began
     bars.console.print(time_table(tally, seconds))
     speed = f"{tally.tokens / seconds:,.0f} tokens/s, {size(tally.bytes / seconds)}/s"
@@ -95,11 +96,13 @@ def run(
     pad: Padding,
     bars: CaptureProgress | None = None,
     crew: Crew | None = None,
+    unchanged: Callable[[], None] = lambda: None,
 ) -> None:
     """Fill a recorder's pending units: every batch is run as far as its sites need, and its kept rows are recorded.
 
     Where a batch does not fit into the memory of the device, its unit is begun again with smaller batches, and so
-    are those that follow; the ledger records the budget of each.
+    are those that follow; the ledger records the budget of each. Before a unit is committed, *unchanged* may raise an
+    error: then nothing of the unit is kept.
 
     Raises
     ------
@@ -115,6 +118,7 @@ def run(
         while True:
             if not batches:
                 if unit >= 0:
+                    unchanged()
                     crew.commit(recorder)
                 unit = crew.claim(recorder)
                 batches.extend(recorder.begin(unit) if unit >= 0 else ())

@@ -13,6 +13,7 @@ from flexcache.store.copying import check_apart
 from flexcache.store.create import total_bytes
 from flexcache.store.derived import Derived, describe_origin, differing_tables, prepare
 from flexcache.store.growing import check_settled
+from flexcache.store.origin import recorded_model
 from flexcache.store.place import Place, place
 from flexcache.store.reader import shard_name
 from flexcache.store.selection import Key
@@ -70,7 +71,7 @@ def _check_alike(one: Store, other: Store) -> None:
     transforms = [store.spec.get("transforms", {}) for store in (one, other)]
     pairs += [(f"transform {name}", *(t[name] for t in transforms)) for name in transforms[0] if name in transforms[1]]
     different = [f"{name}: {_short(a)} and {_short(b)}" for name, a, b in pairs if a != b]
-    different += [f"model.{line}" for line in differences(*(s.provenance.get("model", {}) for s in (one, other)))]
+    different += [f"model.{line}" for line in differences(*(recorded_model(store) for store in (one, other)))]
     different += differing_tables(one, other)
     for name in set(one.arrays) & set(other.arrays):
         first, second = (replace(store.arrays[name], layers=None) for store in (one, other))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -423,8 +424,18 @@ class Store(Mapping[str, xr.DataArray]):
             return
         with pq.ParquetFile(self.path / name) as file:
             lines = file.metadata.num_rows
-        if lines > self.n_rows and lines > int(read_attributes(self.path)["plan"]["rows"]):  # it has grown meanwhile
+        if lines > self.n_rows and lines > self._rows_of_the_tables():
             raise ValueError(f"it has {lines} lines for {self.n_rows} rows")
+
+    def _rows_of_the_tables(self) -> int:
+        """Return the rows that the tables on disk may have: an extension places them before the metadata."""
+        from flexcache.store.growing import Growth  # which reads stores
+
+        growth = Growth(self.path)
+        with suppress(StoreError):  # it has been put in place meanwhile
+            if growth.placing:
+                return int(read_attributes(growth.folder)["plan"]["rows"])
+        return int(read_attributes(self.path)["plan"]["rows"])
 
 
 @lru_cache(maxsize=8)

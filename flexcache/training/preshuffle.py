@@ -17,6 +17,7 @@ from flexcache.spec import ArraySpec
 from flexcache.store.copying import check_apart
 from flexcache.store.derived import describe_origin, ledger_digest
 from flexcache.store.int8 import is_scale
+from flexcache.store.origin import recorded_model
 from flexcache.store.selection import select
 from flexcache.store.store import Store
 
@@ -95,7 +96,7 @@ def preshuffle(
         model={
             "name": str(model.get("name", "unknown")),
             "class": "preshuffled",
-            "preshuffled": {**describe_origin(store), "seed": seed, "model": model},
+            "preshuffled": {**describe_origin(store), "seed": seed, "model": {**model, **recorded_model(store)}},
         },
         dtype=dtype,
         token_labels=[SOURCE_ROW],

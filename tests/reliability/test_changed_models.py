@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,12 @@ import torch
 
 import flexcache
 from analysis import probes, replay
-from flexcache.errors import AnalysisError, MismatchError
+from flexcache.errors import AnalysisError, MismatchError, StoreError
 from flexcache.store.merging import merge
 from tests.corpora import lengths, token_documents
 from tests.models import VOCABULARY, tiny
 
-DOCUMENTS = token_documents(lengths(40, longest=20), vocabulary=VOCABULARY)
+DOCUMENTS = token_documents([*lengths(40, longest=20), 33, 34, 35], vocabulary=VOCABULARY)
 QUIET: dict[str, Any] = {"progress": False, "batch_tokens": 128}
 
 
@@ -40,6 +41,11 @@ def store(adapted: peft.PeftModel, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+def late(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    """Steer tokens that the fixed input does not have."""
+    return torch.cat([output[:, :26], output[:, 26:] + 0.1], dim=1)
 
 
 USES: dict[str, Callable[[torch.nn.Module, flexcache.Store], Any]] = {
@@ -104,3 +110,152 @@ def test_stores_of_two_models_with_equal_weights_are_told_apart(
     direction.save(tmp_path / "direction.safetensors")
     with pytest.raises(AnalysisError, match="another model"):
         probes.load_direction(tmp_path / "direction.safetensors").check(same)
+
+
+@pytest.mark.parametrize("use", [use for use in USES if use != "recompute"])
+def test_a_hook_on_later_tokens_is_found_by_a_stored_batch(
+    use: str, adapted: peft.PeftModel, store: flexcache.Store
+) -> None:
+    handle = adapted.base_model.model.model.layers[1].register_forward_hook(late)
+    try:
+        with pytest.raises(MismatchError, match="arrays and layers differ"):
+            USES[use](adapted, store)
+    finally:
+        handle.remove()
+
+
+def test_an_adapter_that_goes_off_during_a_run_ends_it_before_the_unit_is_committed(
+    adapted: peft.PeftModel, tmp_path: Path
+) -> None:
+    calls: list[int] = []
+
+    def norms(values: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 12:
+            adapted.base_model.disable_adapter_layers()
+        return values.norm(dim=-1, keepdim=True)
+
+    path = tmp_path / "run.zarr"
+    try:
+        with pytest.raises(MismatchError, match=r"(?s)adapter default: active.*inactive.*changed during the run"):
+            flexcache.capture(
+                adapted,
+                None,
+                DOCUMENTS,
+                path,
+                transforms=[flexcache.Transform("norms", "resid_post", norms, layers=[1])],
+                **QUIET,
+            )
+    finally:
+        adapted.base_model.enable_adapter_layers()
+    assert not flexcache.open(path).complete
+
+
+def test_a_store_with_units_of_another_model_is_known_as_such(tmp_path: Path) -> None:
+    path, model = tmp_path / "run.zarr", tiny("llama")
+    flexcache.capture(model, None, DOCUMENTS, path, **QUIET)
+    asked: dict[str, Any] = {"site": "resid_post", "layers": [1], "rows": "last", "resamples": 10, "baselines": ()}
+    direction = probes.sweep(flexcache.open(path), "label", cv=3, **asked).to_direction(1)
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
+    new = [{**document, "id": f"new-{document['id']}"} for document in DOCUMENTS]
+    grown = flexcache.extend(model, None, path, new, allow_changed_model=True, **QUIET)
+    assert grown.complete
+    assert "other_models" in replay.obstacles(grown, tiny("llama"))["weights"]
+    with pytest.raises(AnalysisError, match="other_models"):
+        direction.check(grown)
+
+
+def test_a_live_model_that_is_scored_must_be_that_of_the_direction(tmp_path: Path) -> None:
+    model, texts = tiny("llama"), ["a"]
+    store = flexcache.capture(model, None, DOCUMENTS, tmp_path / "run.zarr", **QUIET)
+    asked: dict[str, Any] = {"site": "resid_post", "layers": [1], "rows": "last", "resamples": 10, "baselines": ()}
+    direction = probes.sweep(store, "label", cv=3, **asked).to_direction(1)
+
+    def tokenizer(text: str, return_tensors: str) -> Any:
+        from transformers import BatchEncoding
+
+        return BatchEncoding({"input_ids": torch.tensor([[5, 6, 7]])})
+
+    assert direction.score_model(model, tokenizer, texts)[0].shape == (3,)
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
+    with pytest.raises(AnalysisError, match="up_proj|weights"):
+        direction.score_model(model, tokenizer, texts)
+    assert direction.score_model(model, tokenizer, texts, allow_changed_model=True)[0].shape == (3,)
+
+
+def test_the_rest_of_a_checkpoint_that_was_changed_is_refused(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "model")
+    source = flexcache.ModelSource(name=str(tmp_path / "model"))
+    info = {"files": source.weights()}
+    store = flexcache.capture(source.load(), None, DOCUMENTS, tmp_path / "run.zarr", model_info=info, **QUIET)
+    rest = replay.load_rest(source, after=1)
+    assert replay.obstacles(store, rest) == {}
+    handle = rest.model.layers[3].register_forward_hook(late)
+    assert "hooks" in replay.obstacles(store, rest)["behavior"]
+    handle.remove()
+    rest.model.layers[3].mlp.up_proj.weight.data.mul_(3)
+    assert "changed after they were loaded" in replay.obstacles(store, rest)["weights"]
+
+
+def test_a_steered_model_with_experts_is_refused_although_its_forwards_do_not_repeat_to_the_bit(tmp_path: Path) -> None:
+    path, model = tmp_path / "run.zarr", tiny("mixtral")
+    flexcache.capture(model, None, DOCUMENTS, path, **QUIET)
+    flexcache.capture(tiny("mixtral"), None, DOCUMENTS, path, **QUIET)
+    model.model.layers[1].register_forward_hook(lambda module, args, output: output * 1.0004)
+    with pytest.raises(MismatchError, match=r"(?s)hooks: none before.*under the same conditions"):
+        flexcache.capture(model, None, DOCUMENTS, path, **QUIET)
+
+
+MALFORMED: dict[str, Any] = {
+    "identity": "x",
+    "identity.behavior": "x",
+    "identity.behavior.sketches": "!",
+    "identity.behavior.names": None,
+    "identity.behavior.bits": 5,
+    "identity.computed": {"model.rotary_emb.inv_freq": 5},
+    "identity.structure": {"settings": "x", "modules": [1]},
+}
+
+
+@pytest.mark.parametrize("key", MALFORMED)
+def test_a_malformed_record_of_a_model_is_one_clear_error_or_none(key: str, tmp_path: Path) -> None:
+    path, model = tmp_path / "run.zarr", tiny("llama")
+    store = flexcache.capture(model, None, DOCUMENTS, path, **QUIET)
+    content = json.loads((path / "zarr.json").read_text())
+    held = content["attributes"]["flexcache"]["provenance"]["model"]
+    *parents, last = key.split(".")
+    for part in parents:
+        held = held[part]
+    held[last] = MALFORMED[key]
+    (path / "zarr.json").write_text(json.dumps(content))
+    assert flexcache.open(path).read("resid_post", layer=1).shape == store.read("resid_post", layer=1).shape
+    model.model.layers[1].register_forward_hook(lambda module, args, output: output + 0.1)
+    for use in (
+        lambda: flexcache.capture(model, None, DOCUMENTS, path, **QUIET),
+        lambda: USES["replay"](model, flexcache.open(path)),
+    ):
+        with pytest.raises(StoreError):
+            use()
+
+
+def test_settings_that_change_no_activation_do_not_matter(tmp_path: Path) -> None:
+    path, model = tmp_path / "run.zarr", tiny("llama")
+    model.config.note, model.config.odd = float("nan"), {1: object(), "b": {3, 2}}
+    flexcache.capture(model, None, DOCUMENTS, path, **QUIET)
+    model.config.pad_token_id, model.config.eos_token_id, model.config.use_cache = 7, [2, 3], False
+    model.config.odd = {1: object(), "b": {2, 3}}
+    assert flexcache.capture(model, None, DOCUMENTS, path, **QUIET).complete
+
+
+def test_a_module_that_counts_its_calls_is_the_same_model(tmp_path: Path) -> None:
+    path, model = tmp_path / "run.zarr", tiny("llama")
+    model.register_buffer("seen", torch.zeros(1))
+    model.calls = torch.zeros(1)
+
+    def count(module: torch.nn.Module, args: tuple) -> None:
+        model.seen += 1
+        model.calls = model.calls + 1
+
+    model.register_forward_pre_hook(count)
+    flexcache.capture(model, None, DOCUMENTS, path, **QUIET)
+    assert flexcache.capture(model, None, DOCUMENTS, path, **QUIET).complete

@@ -337,6 +337,6 @@ def test_a_changed_model_is_allowed_by_name_and_the_ledger_says_so(tmp_path: Pat
     marks = [store.ledger.read(unit).fingerprint.get("model") for unit in (0, last)]
     assert marks[0] is None
     assert marks[1] is not None
-    with pytest.raises(MismatchError, match="under other conditions"):
+    with pytest.raises(MismatchError, match="with another model than its own"):
         (path / "ledger" / "0" / "0.json").unlink()
         flexcache.capture(plain(), None, DOCUMENTS, path, **QUIET)

@@ -329,3 +329,17 @@ def test_any_corpora_one_after_the_other(
     assert flexcache.verify(path).sound
     if rows == "all":
         check_documents(store, documents)
+
+
+def test_tables_that_are_placed_before_the_metadata_are_read(tmp_path: Path) -> None:
+    """An extension that is killed in between leaves more documents than the metadata has rows."""
+    path = tmp_path / "run.zarr"
+    build_store(path, OLD[:1], rows="last")
+    recorder = open_recorder(path, NEW[:7], rows="last", extend=True)
+    growth = Growth(path)
+    assert growth.begun
+    (growth.folder / "placing").touch()
+    shutil.copy(growth.folder / "documents.parquet", path / "documents.parquet")
+    store = flexcache.open(path)
+    assert store.n_rows == 1
+    assert store.documents.num_rows >= 1

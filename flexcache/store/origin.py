@@ -1,0 +1,27 @@
+"""Which model the rows of a store come from, units of other models included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from flexcache.identity.record import OTHERS, comparable, model_record, other_models
+
+LOOKED_AT = 4096
+"""Most ledger records that are read; of a larger store, as many at even distances."""
+
+
+def recorded_model(store: Any) -> dict[str, Any]:
+    """Return the record of the model that filled a store, for `flexcache.identity.differences`.
+
+    If some units were computed by another model, which a capture refuses unless it is allowed by name, the record has
+    their marks, and differs from that of any one model.
+    """
+    found = comparable(model_record(getattr(store, "provenance", None) or {}))
+    ledger, units = getattr(store, "ledger", None), getattr(store, "committed_units", ())
+    if ledger is None or not len(units):
+        return found
+    chosen = np.unique(np.linspace(0, len(units) - 1, min(len(units), LOOKED_AT)).astype(np.int64))
+    marks = other_models(ledger.read(int(units[at])).fingerprint for at in chosen)
+    return {**found, OTHERS: marks} if marks else found
