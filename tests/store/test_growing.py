@@ -335,7 +335,7 @@ def test_tables_that_are_placed_before_the_metadata_are_read(tmp_path: Path) -> 
     """An extension that is killed in between leaves more documents than the metadata has rows."""
     path = tmp_path / "run.zarr"
     build_store(path, OLD[:1], rows="last")
-    recorder = open_recorder(path, NEW[:7], rows="last", extend=True)
+    open_recorder(path, NEW[:7], rows="last", extend=True)
     growth = Growth(path)
     assert growth.begun
     (growth.folder / "placing").touch()
