@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ class Pools:
         self._paths: dict[tuple[int, int], Any] = {}
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="flexcache-runs")
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="flexcache-pool")
+        self._end = weakref.finalize(self, _end_threads, self._ahead, self._readers)  # at exit, while modules are there
 
     def read(self, pools: Sequence[Ints]) -> Iterator[tuple[Ints, list[NDArray]]]:
         """Yield the rows of each pool, and of each source their bits, which are valid until the next is asked for."""
@@ -107,9 +109,8 @@ class Pools:
             yield found
 
     def close(self) -> None:
-        """End the threads."""
-        self._ahead.shutdown(cancel_futures=True)
-        self._readers.shutdown(cancel_futures=True)
+        """End the threads; once ended, do nothing."""
+        self._end()
 
     def _size(self, runs: Ints) -> int:
         return int(np.diff(self.order.runs[runs], axis=1).sum())
@@ -213,6 +214,11 @@ class Pools:
         if into is not view:
             view[:] = into[skip : skip + len(view)]
         return True
+
+
+def _end_threads(*executors: ThreadPoolExecutor) -> None:
+    for executor in executors:
+        executor.shutdown(cancel_futures=True)
 
 
 def _aligned(shape: tuple[int, int], dtype: np.dtype) -> NDArray:
