@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xarray as xr
 
-from flexcache.errors import SiteError, StoreError, nearest
+from flexcache.errors import ConfigError, SiteError, StoreError, nearest
 from flexcache.images.encoded import IMAGE
 from flexcache.images.patches import Patches
 from flexcache.plan import ranges
@@ -251,6 +251,8 @@ class Store(Mapping[str, xr.DataArray]):
             A row has not been captured yet.
         IndexError
             A row number is out of range.
+        ConfigError
+            *rows* is text.
         """
         reader = self.reader(site)
         layer = self._layer(reader.array, layer)
@@ -376,6 +378,14 @@ class Store(Mapping[str, xr.DataArray]):
 
     def _row_numbers(self, rows: Any) -> np.ndarray:
         numbers = np.atleast_1d(np.asarray(rows))
+        if numbers.dtype.kind in "US":
+            raise ConfigError(
+                "rows of a store are not chosen by a word",
+                where=str(self.path),
+                expected="row numbers, a slice, or a boolean mask of all rows",
+                found=repr(rows),
+                remedy="take the numbers from store.rows(document, position): of last tokens, store.rows(position=-1)",
+            )
         if numbers.dtype == bool:
             if numbers.shape != (self.n_rows,):
                 raise IndexError(f"a mask of rows has {self.n_rows} entries, not {numbers.shape}")
