@@ -239,6 +239,15 @@ def check_running(buffer_bytes: Any, patience: Any, model_info: Any, where: str)
     validate(Running, options, where)
 
 
+def is_whole(value: Any) -> bool:
+    """Return True for an integer of Python or numpy that is not a boolean.
+
+    >>> is_whole(np.int64(5)), is_whole(5.0), is_whole("5"), is_whole(True)
+    (True, False, False, False)
+    """
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def listed(given: Any, kind: type[T], name: str) -> tuple[T, ...]:
     """Return one item or several of a kind as a tuple; None is none.
 

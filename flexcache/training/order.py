@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
@@ -37,6 +39,16 @@ class Order:
     pool_rows: int
     batch_size: int
     seed: int
+
+    @cached_property
+    def rows_digest(self) -> str:
+        """XXH3-128 of the row numbers."""
+        return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(self.rows, "<i8"))
+
+    def describe(self) -> dict[str, Any]:
+        """Return everything that determines the order of an epoch, as plain values."""
+        sizes = {"batch_size": self.batch_size, "run_rows": self.run_rows, "pool_rows": self.pool_rows}
+        return {"seed": self.seed, **sizes, "unit_rows": self.unit_rows, "rows_xxh3_128": self.rows_digest}
 
     @cached_property
     def runs(self) -> Ints:

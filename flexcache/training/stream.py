@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from flexcache.errors import ConfigError, StoreError, UncommittedError
 from flexcache.parallel.launch import launch
 from flexcache.site import Layers, plain_layers
+from flexcache.spec import dtype_name, is_whole, listed
 from flexcache.store.joined import matching_rows
 from flexcache.store.remote.path import RemotePath
 from flexcache.store.selection import select
@@ -25,6 +26,18 @@ from flexcache.training.pools import Pools, Source
 RUN_BYTES, POOL_BYTES, THREADS = 256 << 10, 256 << 20, 8
 SAMPLE = 64
 """Runs that a normalisation is estimated from."""
+IDENTITY = {
+    "seed": "seed",
+    "batch_size": "batch_size",
+    "run_rows": "size of runs, in rows (run_bytes)",
+    "pool_rows": "size of pools, in rows (pool_bytes)",
+    "unit_rows": "number of rows in a unit of the store",
+    "rows_xxh3_128": "set of rows, by digest",
+    "drop_last": "drop_last",
+    "ranks": "number of ranks",
+    "workers": "number of workers",
+}
+"""Entries of a state that must equal those of the stream, and what messages call them."""
 TOLD = ("token_id", "position", "document")
 Normalize = Literal["none", "center", "unit_norm", "standard"]
 Batch = torch.Tensor | dict[str, torch.Tensor]
@@ -73,6 +86,7 @@ class Stream(IterableDataset[Batch]):
         self.dtype = dtype
         self._skip = 0  # batches of this process that the next iteration leaves out
         self._of_rank = False  # whether they are of all workers of the rank, in turns
+        self._saved_workers: int | None = None  # of the state that was loaded
         self._given = 0
         self._buffers: list[list[NDArray]] = []
         if normalize != "none":
@@ -94,6 +108,8 @@ class Stream(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         worker, workers = self._workers()
         skip = self._skip
+        if skip and self._saved_workers is not None:
+            _check_same({"workers": self._saved_workers}, {"workers": workers})
         if self._of_rank:
             totals = self._totals(self.epoch, workers)
             done, then = turns(totals, skip), turns(totals, skip + 1)
@@ -121,29 +137,38 @@ class Stream(IterableDataset[Batch]):
         self.transform = None if state["transform"] is None else cloudpickle.loads(state["transform"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where this process is: epoch and batches given, which torchdata asks each worker for."""
-        return {"epoch": self.epoch, "batches": self._given, "seed": self.order.seed, "of_rank": False}
+        """Return the epoch and the batches given by this process, with everything that the order depends on.
+
+        torchdata asks each worker for it.
+        """
+        return self._state(self._given, self._workers()[1], of_rank=False)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict`, or that of a `Loader`, was taken.
+        """Resume where `state_dict`, or that of a `Loader`, was taken.
+
+        A state of an earlier version, which has only the seed of the order, is taken as well.
 
         Raises
         ------
         ConfigError
-            The state is of another seed.
+            It is not the state of a stream, or that of a stream with another order: another seed, batch_size,
+            run_bytes, pool_bytes, drop_last or number of ranks, or other rows.
         """
-        if state["seed"] != self.order.seed:
-            raise ConfigError(
-                "the stream has another seed than the state", expected=str(self.order.seed), found=str(state["seed"])
-            )
+        _check_state(state)
+        _check_same(state, {**self.order.describe(), "drop_last": self.drop_last, "ranks": self.ranks})
         self.epoch, self._skip, self._of_rank = int(state["epoch"]), int(state["batches"]), bool(state["of_rank"])
-        self._given = self._skip
+        self._given, self._saved_workers = self._skip, state.get("workers")
 
     def loader(self, num_workers: int = 0, **options: Any) -> Loader:
         """Return a DataLoader over this stream whose position can be saved; *options* are a DataLoader's."""
         return Loader(self, num_workers, **options)
 
     # Private
+
+    def _state(self, batches: int, workers: int, of_rank: bool) -> dict[str, Any]:
+        position = {"epoch": self.epoch, "batches": batches, "of_rank": of_rank}
+        shared = {"drop_last": self.drop_last, "ranks": self.ranks, "workers": workers}
+        return {**position, **self.order.describe(), **shared}
 
     def _batches(self, reader: Pools, pools: Sequence[Ints], epoch: int, consumer: int, skip: int) -> Iterator[Batch]:
         size, left = self.order.batch_size, skip * self.order.batch_size
@@ -251,22 +276,25 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the loader is: to be saved with the model."""
-        state = {"epoch": self.stream.epoch, "batches": self._given, "seed": self.stream.order.seed, "of_rank": True}
-        return state | {"workers": self._workers, "ranks": self.stream.ranks}
+        return self.stream._state(self._given, self._workers, of_rank=True)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken, with as many workers and ranks.
+        """Resume where `state_dict` was taken, with as many workers and ranks.
 
         Raises
         ------
         ConfigError
-            The state is of another seed, or other numbers of workers or ranks, which would give other batches.
+            It is not the state of a loader, or that of one with other numbers of workers or ranks, or with another
+            order (see `Stream.load_state_dict`): either would give other batches.
         """
-        for name, mine in (("workers", self._workers), ("ranks", self.stream.ranks)):
-            if state[name] != mine:
-                raise ConfigError(
-                    f"the state is of another number of {name}", expected=str(state[name]), found=str(mine)
-                )
+        _check_state(state, "workers", "ranks")
+        _check_same(state, {"workers": self._workers})
+        if not state["of_rank"] and self._workers > 1:
+            raise ConfigError(
+                "the state is of one worker of several",
+                expected="what state_dict() of a loader returned",
+                remedy="save the loader's state_dict(), not the stream's",
+            )
         self.stream.load_state_dict(state)
         self._start = self._given = int(state["batches"])
 
@@ -281,7 +309,7 @@ def stream(
     seed: int = 0,
     rows: ArrayLike | None = None,
     normalize: Normalize = "none",
-    dtype: torch.dtype | None = None,
+    dtype: Any = None,
     transform: Callable[[Batch], Batch] | None = None,
     return_tokens: bool = False,
     drop_last: bool = False,
@@ -310,13 +338,13 @@ def stream(
     batch_size
         Rows; the last batch of an epoch may be smaller, unless *drop_last*.
     rows
-        Row numbers, or a mask of all rows; by default every committed one.
+        Row numbers, each once, or a boolean mask of all rows; by default every committed one.
     normalize
         ``"center"``: less the mean. ``"standard"``: and divided by each feature's deviation. ``"unit_norm"``: scaled so
         that the mean squared norm is the number of features. Estimated from some runs; `Stream.mean` and `Stream.scale`
         say what it is.
     dtype
-        By default as stored, or float32 where normalised.
+        A floating-point dtype of torch or numpy, or its name; by default as stored, or float32 where normalised.
     transform
         Of each batch.
     return_tokens
@@ -335,19 +363,31 @@ def stream(
     UncommittedError
         *rows* names rows that are not committed.
     ConfigError, StoreError
-        Numbers that make no sense; stores without common rows; *drop_last* where no rank has a whole batch.
+        Arguments that cannot be used, a row or layer given twice, or none; stores without common rows; *drop_last* where no rank has a whole batch.
     """
     if isinstance(store, str | bytes | os.PathLike | RemotePath):
         store = Store(store)
     stores: Mapping[str, Store] = {"": store} if isinstance(store, Store) else store  # a store is a mapping as well
-    if not all(hasattr(n, "__index__") and n >= 1 for n in (batch_size, pool_bytes, run_bytes, threads)):
+    if not all(is_whole(n) and n >= 1 for n in (batch_size, pool_bytes, run_bytes, threads)):
         raise ConfigError("batch_size, pool_bytes, run_bytes and threads are whole numbers of at least 1")
+    if not is_whole(seed) or seed < 0:
+        raise ConfigError("seed is a whole number of at least 0", found=repr(seed))
+    if not isinstance(stores, Mapping) or not stores or not all(isinstance(one, Store) for one in stores.values()):
+        raise ConfigError(
+            "that is no store", expected="a store, its path, or a dict of stores by name", found=repr(store)
+        )
+    if transform is not None and not callable(transform):
+        raise ConfigError("transform is a function of a batch", found=repr(transform))
+    if layers is not None and layer is not None:
+        raise ConfigError("layer and layers are both given", remedy="leave one of them out")
     if normalize not in ("none", "center", "unit_norm", "standard"):
         raise ConfigError(f"there is no normalisation {normalize!r}", expected="none, center, unit_norm or standard")
     first = next(iter(stores.values()))
     chosen = _chosen(first, rows)
     sources: dict[str, Source] = {}
-    sites = [site] if isinstance(site, str) else list(site)
+    sites = listed(site, str, "site")
+    if not sites:
+        raise ConfigError("no site is given", expected=f"one or several of {', '.join(first.sites)}", found=repr(site))
     for name, one in stores.items():
         match = None
         if one is not first:
@@ -360,7 +400,10 @@ def stream(
                 found = one._layer(one.reader(at).array, number)
                 parts = [name] * bool(name) + [at] * (len(sites) > 1 or not name)
                 parts += [str(found)] * (layers is not None)
-                sources[".".join(parts)] = Source(one, at, found, match)
+                key = ".".join(parts)
+                if key in sources:
+                    raise ConfigError("a site or layer is given twice", found=key, remedy="give each once")
+                sources[key] = Source(one, at, found, match)
     if not len(chosen):
         raise StoreError("there are no rows to stream", where=str(first.path))
     mine, all_of = _group(rank, ranks)
@@ -376,10 +419,10 @@ def stream(
     order = Order(
         rows=chosen,
         unit_rows=first.shard_rows,
-        run_rows=max(1, run_bytes // width),
-        pool_rows=max(1, pool_bytes // width),
-        batch_size=batch_size,
-        seed=seed,
+        run_rows=max(1, int(run_bytes) // width),
+        pool_rows=max(1, int(pool_bytes) // width),
+        batch_size=int(batch_size),
+        seed=int(seed),
     )
     if keep_cache is None:
         keep_cache = len(chosen) * width < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
@@ -388,10 +431,10 @@ def stream(
         order,
         stacked=layers is not None and len(sites) == 1 and len(stores) == 1,
         normalize=normalize,
-        dtype=dtype,
+        dtype=_dtype(dtype),
         transform=transform,
         told=return_tokens,
-        drop_last=drop_last,
+        drop_last=bool(drop_last),
         pool_bytes=pool_bytes,
         keep_cache=keep_cache,
         threads=threads,
@@ -400,18 +443,80 @@ def stream(
     )
 
 
+def _check_state(state: Any, *more: str) -> None:
+    """Raise ConfigError if a value is not the state of a stream, or lacks *more* entries."""
+    names = ("epoch", "batches", "seed", "of_rank", *more)
+    missing = [name for name in names if not isinstance(state, Mapping) or name not in state]
+    counts = () if missing else (state["epoch"], state["batches"])
+    if missing or not all(is_whole(count) and count >= 0 for count in counts):
+        found = f"{type(state).__name__} {state!r}"
+        raise ConfigError(
+            "that is not a state to resume from",
+            expected=f"what state_dict() returned: a dict with {', '.join(names)}",
+            found=found if len(found) <= 200 else f"{found[:200]}…",
+            remedy="save state_dict() of the stream or loader, and load the same",
+        )
+
+
+def _check_same(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Raise ConfigError if an entry of *state* differs; entries that it lacks are of an earlier version."""
+    for name, value in mine.items():
+        if name in state and state[name] != value:
+            raise ConfigError(
+                f"the state is of another {IDENTITY[name]}",
+                expected=f"{state[name]}, as in the state",
+                found=str(value),
+                remedy="make the stream and its loader with the rows and arguments of when the state was saved",
+            )
+
+
 def _numbers(store: Store, site: str, layers: Layers) -> list[int | None]:
     """Return the layers of a site that are asked for, in the order in which they are asked for."""
     asked = plain_layers(layers)
     if isinstance(asked, str):  # those of a range that the store has
         return [layer for array in select(store, site, asked) if array.name == site for layer in array.slices]
+    if asked == []:
+        raise ConfigError(
+            "no layer is given", expected=f"some of {', '.join(map(str, store.layers(site)))}", found="[]"
+        )
     return list(asked) if isinstance(asked, list) else [asked]
+
+
+def _dtype(dtype: Any) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    name = dtype_name(dtype)
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(
+            "dtype cannot be read",
+            expected="a floating-point dtype of torch or numpy, or its name: bfloat16, float16, float32 or float64",
+            found=repr(dtype),
+        )
+    return found
 
 
 def _chosen(store: Store, rows: ArrayLike | None) -> Ints:
     if rows is None:
         return store.committed_rows
-    wanted = np.unique(store._row_numbers(rows))
+    try:
+        given = store._row_numbers(rows)
+    except (IndexError, ValueError) as error:
+        raise ConfigError(
+            "rows cannot be read",
+            where=str(store.path),
+            expected=f"row numbers from 0 to {store.n_rows - 1}, or a boolean mask of {store.n_rows} entries",
+            found=str(error),
+        ) from None
+    wanted = np.unique(given)
+    if len(wanted) < len(given):
+        raise ConfigError(
+            "rows has a row more than once, and an epoch gives each row once",
+            where=str(store.path),
+            expected="row numbers, each once, or a boolean mask",
+            found=f"{len(given):,} numbers of {len(wanted):,} rows",
+            remedy="convert a mask of 0 and 1 with mask.astype(bool), and numbers with numpy.unique(rows)",
+        )
     missing = wanted[~store.committed[wanted // store.shard_rows]]
     if len(missing):
         raise UncommittedError(
@@ -431,9 +536,11 @@ def _group(rank: int | None, ranks: int | None) -> tuple[int, int]:
     if (rank is None) != (ranks is None):
         raise ConfigError("rank and ranks are given together")
     if rank is not None and ranks is not None:
+        if not is_whole(rank) or not is_whole(ranks):
+            raise ConfigError("rank and ranks are whole numbers", found=f"{rank!r} and {ranks!r}")
         if not 0 <= rank < ranks:
             raise ConfigError("rank is a number below ranks", expected=f"0 to {ranks - 1}", found=str(rank))
-        return rank, ranks
+        return int(rank), int(ranks)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     place = launch()

@@ -260,11 +260,125 @@ def test_rows_that_are_not_committed_are_left_out_or_refused(tmp_path: Path) -> 
         ({"site": "resid_pots"}, SiteError, "did you mean resid_post"),
         ({"layer": 9}, SiteError, "not captured"),
         ({"rows": np.zeros(0, np.int64)}, StoreError, "no rows to stream"),
+        ({"rows": [3, 4, 3]}, ConfigError, "a row more than once"),
+        ({"rows": [-1, 0, sum(LENGTHS) - 1]}, ConfigError, "a row more than once"),
+        ({"rows": np.ones(sum(LENGTHS), int)}, ConfigError, r"more than once[\s\S]*mask.astype\(bool\)"),
+        ({"rows": [True, False]}, ConfigError, "rows cannot be read"),
+        ({"rows": [0.5]}, ConfigError, "rows cannot be read"),
+        ({"rows": 10**6}, ConfigError, "rows cannot be read"),
+        ({"rows": "last"}, ConfigError, "not chosen by a word"),
+        ({"dtype": "bf16"}, ConfigError, "dtype cannot be read"),
+        ({"dtype": np.int8}, ConfigError, "dtype cannot be read"),
+        ({"dtype": torch.int64}, ConfigError, "dtype cannot be read"),
+        ({"dtype": "Tensor"}, ConfigError, "dtype cannot be read"),
+        ({"layer": None, "layers": []}, ConfigError, "no layer is given"),
+        ({"layer": None, "layers": [1, 1]}, ConfigError, "given twice"),
+        ({"layers": [1]}, ConfigError, "both given"),
+        ({"site": None}, ConfigError, "no site is given"),
+        ({"site": []}, ConfigError, "no site is given"),
+        ({"site": 3}, ConfigError, "site cannot be read"),
+        ({"site": ["resid_post", "resid_post"]}, ConfigError, "given twice"),
+        ({"seed": "x"}, ConfigError, "seed is a whole number"),
+        ({"seed": -1}, ConfigError, "seed is a whole number"),
+        ({"seed": None}, ConfigError, "seed is a whole number"),
+        ({"batch_size": 4.0}, ConfigError, "at least 1"),
+        ({"rank": "0", "ranks": "2"}, ConfigError, "whole numbers"),
+        ({"transform": 2}, ConfigError, "function of a batch"),
     ],
 )
 def test_what_cannot_be_streamed_is_refused(store: Any, options: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         training.stream(store, **{"site": "resid_post", "layer": 0, **options})
+
+
+@pytest.mark.parametrize("wrong", [{}, {"a": 3}, None])
+def test_a_value_that_is_no_store_is_refused(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="no store"):
+        training.stream(wrong, "resid_post", 0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [("bfloat16", torch.bfloat16), ("torch.float32", torch.float32), (np.float16, torch.float16)],
+)
+def test_a_dtype_may_be_a_name_or_of_numpy(store: flexcache.Store, dtype: Any, expected: torch.dtype) -> None:
+    assert next(iter(training.stream(store, "resid_post", 0, dtype=dtype, **SMALL))).dtype == expected
+
+
+OTHER: list[dict[str, Any]] = [
+    {"batch_size": 16},
+    {"run_bytes": 600},
+    {"pool_bytes": 3000},
+    {"drop_last": True},
+    {"rows": np.arange(3, sum(LENGTHS))},
+    {"rows": np.arange(sum(LENGTHS) - 3)},
+    {"rank": 0, "ranks": 2},
+]
+
+
+@pytest.mark.parametrize("other", OTHER, ids=lambda other: next(iter(other)))
+@pytest.mark.parametrize("loads", ["stream", "loader"])
+def test_the_state_of_a_stream_in_another_order_is_refused(
+    store: flexcache.Store, other: dict[str, Any], loads: str
+) -> None:
+    def made(**options: Any) -> Any:
+        stream = training.stream(store, "resid_post", 0, **{**SMALL, **options})
+        return stream if loads == "stream" else stream.loader()
+
+    first = made()
+    next(iter(first))
+    state = first.state_dict()
+    with pytest.raises(ConfigError, match=r"the state is of another[\s\S]*with the rows and arguments"):
+        made(**other).load_state_dict(state)
+    again = made()
+    again.load_state_dict(state)
+    assert len(list(again)) == len(again) - 1
+    earlier = {name: state[name] for name in ("epoch", "batches", "seed", "of_rank")}
+    if loads == "loader":
+        earlier |= {"workers": 1, "ranks": 1}
+    again.load_state_dict(earlier)
+    assert len(list(again)) == len(again) - 1
+
+
+def test_a_state_is_plain_and_a_loader_resumes_from_that_of_a_stream(store: flexcache.Store, tmp_path: Path) -> None:
+    options: dict[str, Any] = {**SMALL, "batch_size": np.int64(32), "seed": np.int64(4)}
+    stream = training.stream(store, "resid_post", 0, **options)
+    next(iter(stream))
+    torch.save(stream.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    loader = training.stream(store, "resid_post", 0, **options).loader()
+    loader.load_state_dict(state)
+    assert len(list(loader)) == len(loader) - 1
+    with pytest.raises(ConfigError, match="one worker of several"):
+        training.stream(store, "resid_post", 0, **options).loader(2).load_state_dict({**state, "workers": 2})
+
+
+def test_a_state_of_one_process_is_not_shared_by_workers(store: flexcache.Store) -> None:
+    stream = training.stream(store, "resid_post", 0, **SMALL)
+    stream.load_state_dict({**stream.state_dict(), "batches": 2, "workers": 2})
+    with pytest.raises(ConfigError, match="another number of workers"):
+        next(iter(stream))
+
+
+@pytest.mark.parametrize("wrong", [{}, None, 3, {"epoch": 0}, "bad batches"])
+def test_a_value_that_is_no_state_is_refused(store: flexcache.Store, wrong: Any) -> None:
+    stream = training.stream(store, "resid_post", 0, **SMALL)
+    state = {**stream.state_dict(), "batches": -1} if wrong == "bad batches" else wrong
+    for one in (stream, stream.loader()):
+        with pytest.raises(ConfigError, match="not a state to resume from"):
+            one.load_state_dict(state)
+
+
+def test_a_stream_that_is_read_in_part_ends_with_its_interpreter(store: flexcache.Store) -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import flexcache, os, sys; os.held = iter(flexcache.training.stream(sys.argv[1], 'resid_post', 0,"
+        " batch_size=32, run_bytes=300, pool_bytes=600)); next(os.held)  # os outlives most modules"
+    )
+    found = subprocess.run([sys.executable, "-c", code, str(store.path)], check=True, capture_output=True, text=True)
+    assert found.stderr == ""
 
 
 def test_importing_flexcache_imports_no_torch() -> None:
