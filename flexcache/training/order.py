@@ -43,7 +43,7 @@ class Order:
     @cached_property
     def rows_digest(self) -> str:
         """XXH3-128 of the row numbers."""
-        return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(self.rows, "<i8"))
+        return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(self.rows, "<i8").data)
 
     def describe(self) -> dict[str, Any]:
         """Return everything that determines the order of an epoch, as plain values."""

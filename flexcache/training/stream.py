@@ -363,7 +363,8 @@ def stream(
     UncommittedError
         *rows* names rows that are not committed.
     ConfigError, StoreError
-        Arguments that cannot be used, a row or layer given twice, or none; stores without common rows; *drop_last* where no rank has a whole batch.
+        Arguments that cannot be used; a row or layer given twice, or none; stores without common rows; *drop_last*
+        where no rank has a whole batch.
     """
     if isinstance(store, str | bytes | os.PathLike | RemotePath):
         store = Store(store)
