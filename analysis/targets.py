@@ -61,6 +61,37 @@ class DocumentTarget(_Target):
     name: str
     values: Callable[[Any], pa.Array]
 
+    def of_documents(self, documents: pa.Table, store: Any) -> pa.Array:
+        """Return the value of each document.
+
+        Raises
+        ------
+        AnalysisError
+            The function of the target gave another number of values.
+        """
+        found = self.values(store)
+        found = found if isinstance(found, pa.Array) else pa.array(found, from_pandas=True)
+        if len(found) != len(documents):
+            raise AnalysisError(
+                "a target gave another number of values",
+                where=self.name,
+                expected=f"{len(documents)}, one a document",
+                found=str(len(found)),
+            )
+        return found
+
+
+def check_target(target: Any) -> None:
+    """Raise AnalysisError if a value is neither the name of a label nor a target of this module."""
+    if not isinstance(target, str | TokenTarget | DocumentTarget):
+        raise AnalysisError(
+            "that is not a target",
+            expected="the name of a column of the documents, or a target of analysis.targets",
+            found=type(target).__name__,
+            remedy="values of your own: analysis.targets.DocumentTarget(name, lambda store: values), one a document, or"
+            " analysis.targets.function(name, lambda tokens: values), one a row",
+        )
+
 
 def read(store: Any, text: str) -> list[str | TokenTarget | DocumentTarget]:
     """Return the targets that a text means for a store.

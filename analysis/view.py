@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from analysis import columns
 from analysis.opened import opens_store
-from analysis.targets import DocumentTarget, TokenTarget
+from analysis.targets import DocumentTarget, TokenTarget, check_target
 from flexcache.errors import AnalysisError, nearest
 from flexcache.site import Layers, plain_layers, resolve_layers
 
@@ -232,7 +232,16 @@ def join(
     """
     table = store.documents
     if site not in store.sites:
-        raise AnalysisError(f"the store has no site {site!r}", remedy=nearest(site, tuple(store.sites)))
+        raise AnalysisError(f"the store has no site {site!r}", remedy=nearest(str(site), tuple(store.sites)))
+    check_target(target)
+    if not isinstance(groups, str | None):
+        raise AnalysisError(
+            "groups cannot be read",
+            expected="document, a column of the documents, or None",
+            found=type(groups).__name__,
+        )
+    if task not in (*get_args(Task), None):
+        raise AnalysisError(f"task cannot be {task!r}", remedy=nearest(str(task), get_args(Task)))
     by_token = isinstance(target, TokenTarget)
     rows = "all" if by_token and rows is None else _choose_rows(store, rows)
     if by_token and rows in ("mean", "max", "tokens"):
@@ -242,7 +251,7 @@ def join(
     if isinstance(target, str):
         values = columns.column(table, target, "target")
     else:
-        values = target.values(store) if isinstance(target, DocumentTarget) else None
+        values = target.of_documents(table, store) if isinstance(target, DocumentTarget) else None
     valid = np.ones(len(table), bool) if values is None else columns.valid(values)
     keys = None if groups in (None, "document") else columns.column(table, str(groups), "groups")
     grouped = np.ones(len(table), bool) if keys is None else columns.valid(keys)

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import BaseCrossValidator, GroupKFold, StratifiedGroupKFold, StratifiedKFold
 
+from analysis.arguments import MOST_SEED, check_whole
 from analysis.view import View
 from flexcache.errors import AnalysisError
 
@@ -28,11 +29,11 @@ def assign(view: View, cv: int, seed: int) -> NDArray[np.int64]:
     Raises
     ------
     AnalysisError
-        Fewer groups than folds, a class in fewer groups than folds, or a class that is missing from the
-        training side of a fold.
+        A *cv* or *seed* that is no such number; fewer groups than folds, a class in fewer groups than folds, or a class
+        that is missing from the training side of a fold.
     """
-    if cv < 2:
-        raise AnalysisError("there must be at least two folds", found=f"cv={cv}", remedy="write cv=5")
+    check_whole("cv, the number of folds,", cv, 2, remedy="write cv=5")
+    check_whole("seed", seed, 0, MOST_SEED)
     if view.n_groups < cv:
         raise AnalysisError(
             "there are fewer groups than folds",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from analysis.rescue import rescued
 from flexcache.errors import AnalysisError, nearest
 from flexcache.paths import local_path
 from flexcache.store.files import write_durably
@@ -183,8 +184,16 @@ class Sweep:
         """Write ``sweep.json``, and ``weights.safetensors`` of a linear probe, into *folder*, made if need be.
 
         Returns the path of the former; no bit is lost.
+
+        Raises
+        ------
+        OutputError
+            The folder cannot be written; the error says where the results are.
         """
-        path = local_path(folder) / FILE
+        return rescued(self._write, local_path(folder))
+
+    def _write(self, folder: Path) -> Path:
+        path = folder / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         save_dataset(self.results, path)
         if self.coef is not None and self.intercept is not None:

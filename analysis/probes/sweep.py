@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, is_classifier, is_regressor
 
+from analysis.arguments import check_whole
 from analysis.opened import opens_store
 from analysis.probes import baselines as base
 from analysis.probes.estimators import LinearProbe, Logistic, Ridge
@@ -20,6 +21,7 @@ from analysis.targets import DocumentTarget, TokenTarget
 from analysis.view import Readable, Rows, Task, View, join
 from flexcache.errors import AnalysisError, nearest
 from flexcache.site import Layers
+from flexcache.spec import listed
 
 Target = str | TokenTarget | DocumentTarget
 SHARE = 0.5
@@ -39,7 +41,7 @@ def sweep(
     layers: Layers = "all",
     seed: int = 0,
     task: Task | None = None,
-    baselines: Sequence[str] = base.NAMES,
+    baselines: str | Sequence[str] = base.NAMES,
     select: Literal["inner", "none"] = "inner",
     resamples: int = 1000,
     mdl: bool = True,
@@ -128,8 +130,8 @@ def sweep(
 @opens_store
 def sweeps(
     store: Readable,
-    targets: Sequence[Target],
-    sites: Sequence[str],
+    targets: Target | Sequence[Target],
+    sites: str | Sequence[str],
     probes: Mapping[str, BaseEstimator] | None = None,
     *,
     cv: int = 5,
@@ -138,7 +140,7 @@ def sweeps(
     layers: Layers = "all",
     seed: int = 0,
     task: Task | None = None,
-    baselines: Sequence[str] = base.NAMES,
+    baselines: str | Sequence[str] = base.NAMES,
     select: Literal["inner", "none"] = "inner",
     resamples: int = 1000,
     mdl: bool = True,
@@ -161,14 +163,22 @@ def sweeps(
     dict of Sweep
         By (target, site, probe).
     """
+    if baselines is None:
+        raise AnalysisError(
+            "baselines cannot be None", expected=f"some of {', '.join(base.NAMES)}", remedy="baselines=()"
+        )
+    baselines = listed(baselines, str, "baselines")
+    check_whole("resamples", resamples, 1)
+    if memory is not None:
+        check_whole("memory, in bytes,", memory, 1, remedy="for 1 GiB, write memory=2**30")
     for name in baselines:
         if name not in base.NAMES:
             raise AnalysisError(f"there is no baseline {name!r}", remedy=nearest(name, base.NAMES))
     if select not in ("inner", "none"):
         raise AnalysisError(f"select cannot be {select!r}", remedy=nearest(str(select), ("inner", "none")))
     trials: dict[tuple[str, str, str], Trial] = {}
-    for site in sites:
-        for target in targets:
+    for site in listed(sites, str, "sites"):
+        for target in [targets] if isinstance(targets, str) or not isinstance(targets, Iterable) else targets:
             view = join(store, site, target, groups=groups, rows=rows, layers=layers, task=task)
             for name, probe in (probes or {"probe": _usual(view)}).items():
                 check_probe(probe, view)

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from analysis import columns
+from analysis.arguments import check_whole
 from analysis.opened import opens_store
 from analysis.replay.edit import Edit
 from analysis.replay.edits import Numbers, orthonormal, random_basis
@@ -159,8 +160,11 @@ def same_length(store: Store, seed: int = 0, differing: str | None = None) -> di
     Raises
     ------
     AnalysisError
-        The documents have no such column, or it holds no text, numbers, booleans or dates.
+        *seed* is no whole number; the documents have no such column, or it holds no text, numbers, booleans or dates.
     """
+    given: Any = seed
+    remedy = f"name the argument of a column: differing={given!r}" if isinstance(given, str) else None
+    check_whole("seed", given, 0, remedy=remedy)
     table, rng = store.documents, np.random.default_rng(seed)
     ids, lengths = table["id"].to_pylist(), table["n_tokens"].to_numpy()
     labels = np.arange(len(ids))

@@ -19,7 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from analysis import probes
-from flexcache.errors import AnalysisError
+from flexcache.errors import AnalysisError, FlexCacheError, OutputError
 
 QUICK = {"resamples": 20, "progress": False}
 
@@ -297,3 +297,39 @@ def test_a_module_path_has_one_score(array_store: Any) -> None:
     assert sweep.best.nested
     assert sweep.table().row_count == 1 + len({"majority", "length"})
     sweep.plot()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"cv": cv}, "number of folds, cannot be used") for cv in (2.0, "5", None, 1, True)),
+        *(({"seed": seed}, "seed cannot be used") for seed in (-1, None, "x", 2**32)),
+        ({"baselines": None}, "baselines cannot be None"),
+        ({"baselines": 3}, "baselines cannot be read"),
+        *(({"memory": memory}, "memory, in bytes, cannot be used") for memory in ("1GB", 1.5, -1, 0)),
+        *(({"resamples": number}, "resamples cannot be used") for number in ("x", None, 0)),
+        ({"target": None}, "not a target"),
+        ({"target": np.arange(40)}, "not a target"),
+    ],
+)
+def test_arguments_that_cannot_be_used_are_refused(store: Any, options: Any, message: str) -> None:
+    with pytest.raises(FlexCacheError, match=message):
+        probes.sweep(store, **{"target": "label", "site": "resid_post", **QUICK, **options})
+
+
+def test_one_baseline_target_or_site_needs_no_list(make_store: Any) -> None:
+    store = make_store()
+    options: Any = {"layers": 0, "select": "none", "mdl": False, **QUICK}
+    found = probes.sweeps(store, "label", "resid_post", baselines="majority", **options)
+    assert list(found) == [("label", "resid_post", "probe")]
+    expected = probes.sweep(store, "label", "resid_post", baselines=["majority"], **options)
+    xr.testing.assert_identical(found["label", "resid_post", "probe"].results, expected.results)
+    assert expected.arms == ("probe", "majority")
+
+
+def test_a_sweep_that_cannot_be_saved_is_kept_elsewhere(make_store: Any) -> None:
+    found = probes.sweep(make_store(), "label", "resid_post", layers=0, baselines=(), mdl=False, **QUICK)
+    with pytest.raises(OutputError, match="cannot be written") as caught:
+        found.save("/proc/x")
+    kept = str(caught.value.remedy).split()[3].rstrip(":")
+    xr.testing.assert_identical(probes.load(kept).results, found.results)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from analysis import view
+from analysis.targets import DocumentTarget
 from analysis.view import join
 from flexcache.errors import AnalysisError
 
@@ -168,3 +169,35 @@ def test_a_real_store_is_read_as_its_own_rows(real_store: Any) -> None:
         found.read(2), real_store.read("resid_post", layer=2, rows=real_store.rows(position=-1))
     )
     assert found.texts == tuple(real_store.documents["text"].to_pylist())
+
+
+@pytest.mark.parametrize("target", [None, 3, ["pos"], {"a": 1}, np.arange(4), b"label"])
+def test_a_value_that_is_no_target_is_refused(store: Any, target: Any) -> None:
+    with pytest.raises(AnalysisError, match=r"not a target[\s\S]*column of the documents[\s\S]*DocumentTarget\(name"):
+        join(store, "resid_post", target)
+
+
+def test_values_of_ones_own_are_a_target_of_documents(store: Any) -> None:
+    values = np.arange(len(store.documents)) % 2
+    found = join(store, "resid_post", DocumentTarget("parity", lambda _: values), rows="last")
+    assert np.array_equal(found.y, values[found.source])
+    with pytest.raises(AnalysisError, match=r"another number of values[\s\S]*parity"):
+        join(store, "resid_post", DocumentTarget("parity", lambda _: values[1:]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"groups": np.arange(4)}, "groups cannot be read"),
+        ({"groups": ["label"]}, "groups cannot be read"),
+        ({"task": "classify"}, "task cannot be 'classify'"),
+    ],
+)
+def test_groups_and_task_that_cannot_be_read_are_refused(store: Any, options: Any, message: str) -> None:
+    with pytest.raises(AnalysisError, match=message):
+        join(store, "resid_post", "label", **options)
+
+
+def test_a_site_that_is_no_text_is_refused(store: Any) -> None:
+    with pytest.raises(AnalysisError, match="no site None"):
+        join(store, None, "label")  # type: ignore[arg-type]

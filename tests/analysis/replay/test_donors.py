@@ -55,3 +55,10 @@ def test_a_column_that_is_no_label_is_refused() -> None:
     for column in (pa.array([["a"]] * 8), pa.array([None] * 8)):
         with pytest.raises(AnalysisError, match="cannot be a label"):
             replay.same_length(documents(column), differing="label")
+
+
+@pytest.mark.parametrize("seed", ["label", 1.5, -1, None])
+def test_a_seed_that_is_no_whole_number_is_refused(seed: Any) -> None:
+    with pytest.raises(AnalysisError, match="seed cannot be used") as caught:
+        replay.same_length(documents(LABELS["codes"]), seed)
+    assert (caught.value.remedy or "").endswith("differing='label'") == (seed == "label")
