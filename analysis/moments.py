@@ -13,6 +13,7 @@ from analysis.onepass import Block, Grouping, State, Statistic, grouping, read
 from analysis.opened import opens_store
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers
+from flexcache.spec import listed
 from flexcache.store.store import Store
 
 SUMS = ("mean", "m2", "m3", "m4")
@@ -145,7 +146,7 @@ def compute(
     store: Store,
     site: str,
     *,
-    by: Sequence[str] = ("layer",),
+    by: str | Sequence[str] = ("layer",),
     layers: Layers = "all",
     order: int = 4,
     positions: Sequence[int] | None = None,
@@ -176,6 +177,7 @@ def compute(
     AnalysisError
         A site, layer or column that the store does not have; groups that would not fit into memory.
     """
+    by = listed(by, str, "by")
     groups = grouping(store, by, positions=positions, token_types=token_types)
     found = read(
         store,

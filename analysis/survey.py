@@ -25,6 +25,7 @@ from analysis.tokens import TokenTypes
 from flexcache.errors import AnalysisError, nearest
 from flexcache.paths import local_path, output_folder
 from flexcache.site import Layers
+from flexcache.spec import listed
 from flexcache.store.store import Store
 
 PARTS = ("moments", "pca", "quantiles", "outliers", "similarity", "lens", "examples")
@@ -92,8 +93,8 @@ def survey(
     store: Store,
     site: str = "resid_post",
     *,
-    only: Sequence[str] | None = None,
-    by: Sequence[str] = ("layer", "position"),
+    only: str | Sequence[str] | None = None,
+    by: str | Sequence[str] = ("layer", "position"),
     layers: Layers = "all",
     rows: int | None = COVARIANCE_ROWS,
     similarity_rows: int = similarity.ROWS,
@@ -138,7 +139,7 @@ def survey(
     folder = None if folder is None else output_folder(folder)
     if folder is not None:
         saved.check_free(place(folder, site))
-    parts = _parts(only, head)
+    parts, by = _parts(listed(only, str, "only"), head), listed(by, str, "by")
     statistics = _statistics(store, site, parts, by, rows, similarity_rows, seed, token_types)
     asked = {name: statistic.describe() for name, statistic in statistics.items()}
     provenance = {

@@ -13,6 +13,7 @@ import xarray as xr
 from analysis import columns
 from analysis.onepass.block import Block
 from flexcache.errors import AnalysisError, nearest
+from flexcache.spec import listed
 from flexcache.store.store import Store
 
 POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -103,7 +104,7 @@ class Grouping:
 
 def grouping(
     store: Store,
-    by: Sequence[str] = (),
+    by: str | Sequence[str] = (),
     *,
     positions: Sequence[int] | None = None,
     token_types: Any = None,
@@ -125,7 +126,9 @@ def grouping(
     AnalysisError
         A column that the documents do not have, or whose values are no labels.
     """
-    keys = [_key(store, name, positions, token_types) for name in dict.fromkeys(by) if name != "layer"]
+    keys = [
+        _key(store, name, positions, token_types) for name in dict.fromkeys(listed(by, str, "by")) if name != "layer"
+    ]
     return Grouping(tuple(keys))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,8 +166,12 @@ NAMED = {
 }
 
 
-def find(metrics: Sequence[str | Metric | Callable[[Outcome], float]], answers: bool) -> tuple[Metric, ...]:
-    """Return metrics by name, and functions of an Outcome as metrics.
+Asked = str | Metric | Callable[[Outcome], float]
+"""A metric as it is asked for: by name, itself, or as a function."""
+
+
+def find(metrics: Asked | Sequence[Asked], answers: bool) -> tuple[Metric, ...]:
+    """Return one or several metrics, by name, or from functions of an Outcome.
 
     Raises
     ------
@@ -175,13 +179,18 @@ def find(metrics: Sequence[str | Metric | Callable[[Outcome], float]], answers: 
         There is no such metric, two are called alike, or one needs answers and there are none.
     """
     found: list[Metric] = []
-    for metric in metrics:
+    for metric in metrics if isinstance(metrics, Iterable) and not isinstance(metrics, str) else [metrics]:
         if isinstance(metric, str):
             if metric not in NAMED:
                 raise AnalysisError(f"there is no metric {metric!r}", remedy=nearest(metric, [*NAMED]))
             found.append(NAMED[metric])
+        elif isinstance(metric, Metric) or callable(metric):
+            name = getattr(metric, "__name__", type(metric).__name__)
+            found.append(metric if isinstance(metric, Metric) else Metric(name, metric))
         else:
-            found.append(metric if isinstance(metric, Metric) else Metric(metric.__name__, metric))
+            raise AnalysisError(
+                "that is not a metric", expected=f"{', '.join(NAMED)}, or a function", found=repr(metric)
+            )
     names = [metric.name for metric in found]
     if not names or len(set(names)) < len(names):
         raise AnalysisError("metrics cannot be told apart", expected="at least one, each once", found=str(names))

@@ -18,7 +18,7 @@ from analysis.replay import metrics as measures
 from analysis.replay.edit import Alternatives, Edit, alternatives, labels
 from analysis.replay.engine import Engine
 from analysis.replay.grid import Grid, grid
-from analysis.replay.metrics import Metric, Outcome
+from analysis.replay.metrics import Asked
 from analysis.replay.obstacles import refuse_images
 from analysis.replay.question import BASELINES, Answers, Part, Question, answer, merge_misfits
 from analysis.replay.results import FORMAT, Sweep
@@ -27,6 +27,7 @@ from analysis.rescue import rescued
 from flexcache.errors import AnalysisError, MismatchError, StoreError, nearest
 from flexcache.paths import output_folder
 from flexcache.recorder.batch import Batch
+from flexcache.spec import listed
 from flexcache.store.files import write_json
 from flexcache.store.store import Store
 
@@ -39,11 +40,11 @@ def sweep(
     model: nn.Module | Loader,
     at: Grid | None = None,
     edit: Edit | Alternatives | Sequence[Edit] = (),
-    metrics: Sequence[str | Metric | Callable[[Outcome], float]] = ("kl", "loss"),
-    baselines: Sequence[str] = ("identity",),
+    metrics: Asked | Sequence[Asked] = ("kl", "loss"),
+    baselines: str | Sequence[str] = ("identity",),
     *,
     answers: Answers = None,
-    documents: Sequence[str] | None = None,
+    documents: str | Sequence[str] | None = None,
     readout: str | Sequence[int] = "all",
     copies: int = 1,
     seed: int = 0,
@@ -129,10 +130,10 @@ def ask(
     engine: Engine,
     at: Grid,
     edit: Any,
-    metrics: Sequence[Any],
-    baselines: Sequence[str],
+    metrics: Any,
+    baselines: str | Sequence[str],
     answers: Answers,
-    documents: Sequence[str] | None,
+    documents: str | Sequence[str] | None,
     readout: str | Sequence[int],
     copies: int,
     seed: int,
@@ -143,6 +144,8 @@ def ask(
     ------
     AnalysisError
     """
+    baselines = listed(baselines, str, "baselines")
+    documents = None if documents is None else listed(documents, str, "documents")
     for name in baselines:
         if name not in BASELINES:
             raise AnalysisError(f"there is no baseline {name!r}", remedy=nearest(name, BASELINES))

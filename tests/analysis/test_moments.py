@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
+import xarray as xr
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -16,7 +17,7 @@ from analysis.moments import Moments
 from analysis.onepass import Block, Grouping
 from analysis.onepass.groups import Key
 from analysis.tokens import TokenTypes
-from flexcache.errors import AnalysisError
+from flexcache.errors import AnalysisError, ConfigError
 from tests.analysis.stores import value_store
 
 LENGTHS = [7, 1, 30, 12, 5, 5, 18, 2, 9, 40, 3, 11] * 10
@@ -207,3 +208,18 @@ def test_unknown_groups_are_refused_with_the_nearest_name(tmp_path: Path) -> Non
         moments.compute(store, "resid_post", by=["position"], positions=[3, 1])
     with pytest.raises(AnalysisError, match="did you mean resid_post"):
         moments.compute(store, "resid_pots")
+
+
+def test_one_group_may_be_given_as_a_string(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(2, 12, 3))
+    store = value_store(tmp_path / "run.zarr", values, [4, 4, 4], labels={"player": ["a", "b", "a"]})
+    one = moments.compute(store, "resid_post", by="player", progress=False)
+    several = moments.compute(store, "resid_post", by=["player"], progress=False)
+    xr.testing.assert_identical(one, several)
+    assert one.sizes["player"] == 2
+    xr.testing.assert_identical(
+        moments.compute(store, "resid_post", by="layer", progress=False),
+        moments.compute(store, "resid_post", progress=False),
+    )
+    with pytest.raises(ConfigError, match="by cannot be read"):
+        moments.compute(store, "resid_post", by=3, progress=False)  # type: ignore[arg-type]

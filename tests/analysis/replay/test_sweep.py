@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import xarray as xr
 from scipy.special import log_softmax
 
 from analysis import replay
@@ -371,3 +372,15 @@ def test_engine_runs_one_document_of_a_batch(made: Any) -> None:
     store, model = made
     batch = Engine(store, model).batch_of(4)
     assert 4 in batch.documents
+
+
+def test_one_metric_baseline_or_document_needs_no_list(made: Any) -> None:
+    store, model = made
+    name = store.documents["id"][0].as_py()
+    at = replay.grid(layers=[1])
+    one = replay.sweep(store, model, at, replay.Zero(), "kl", baselines="identity", documents=name, **QUIET)
+    several = replay.sweep(store, model, at, replay.Zero(), ["kl"], baselines=["identity"], documents=[name], **QUIET)
+    xr.testing.assert_identical(one.results, several.results)
+    assert one.results["value"].sizes["metric"] == one.results["value"].sizes["document"] == 1
+    with pytest.raises(AnalysisError, match="not a metric"):
+        replay.sweep(store, model, at, replay.Zero(), 3, **QUIET)
