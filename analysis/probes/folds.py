@@ -9,6 +9,7 @@ from sklearn.model_selection import BaseCrossValidator, GroupKFold, StratifiedGr
 from analysis.arguments import MOST_SEED, check_whole
 from analysis.view import View
 from flexcache.errors import AnalysisError
+from flexcache.spec import is_whole
 
 
 def splitter(view: View, cv: int, seed: int) -> BaseCrossValidator:
@@ -32,7 +33,11 @@ def assign(view: View, cv: int, seed: int) -> NDArray[np.int64]:
         A *cv* or *seed* that is no such number; fewer groups than folds, a class in fewer groups than folds, or a class
         that is missing from the training side of a fold.
     """
-    check_whole("cv, the number of folds,", cv, 2, remedy="write cv=5")
+    if not is_whole(cv) or cv < 2:
+        expected = "cv as a whole number of at least 2"
+        raise AnalysisError(
+            "there must be at least two folds", expected=expected, found=f"cv={cv!r}", remedy="write cv=5"
+        )
     check_whole("seed", seed, 0, MOST_SEED)
     if view.n_groups < cv:
         raise AnalysisError(

@@ -302,7 +302,7 @@ def test_a_module_path_has_one_score(array_store: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        *(({"cv": cv}, "number of folds, cannot be used") for cv in (2.0, "5", None, 1, True)),
+        *(({"cv": cv}, "at least two folds") for cv in (2.0, "5", None, 1, True)),
         *(({"seed": seed}, "seed cannot be used") for seed in (-1, None, "x", 2**32)),
         ({"baselines": None}, "baselines cannot be None"),
         ({"baselines": 3}, "baselines cannot be read"),
