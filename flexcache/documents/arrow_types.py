@@ -131,11 +131,35 @@ def label_cast(array: pa.Array, kind: pa.DataType) -> pa.Array:
     """
     if array.type == kind:
         return array
+    if families := changed_families(array.type, kind):
+        raise pa.ArrowTypeError(f"{' and '.join(families)} values")
     for is_kind in (pa.types.is_boolean, is_text):
         other = pa.types.is_null(array.type) or isinstance(kind, pa.BaseExtensionType)
         if is_kind(array.type) != is_kind(kind) and not other:
             raise pa.ArrowTypeError(f"{array.type} values")
     return array.cast(kind)
+
+
+def changed_families(one: pa.DataType, two: pa.DataType) -> list[str]:
+    """Return the families of the first two types, also inside lists and structs, that a cast would mix; or none.
+
+    Dates, datetimes with and without a time zone, times of the day, durations, text, bytes, booleans and numbers are
+    families: Arrow casts many values from one to another without an error.
+
+    >>> changed_families(pa.list_(pa.timestamp("us")), pa.list_(pa.date32()))
+    ['datetime', 'date']
+    """
+    if any(pa.types.is_null(kind) or isinstance(kind, pa.BaseExtensionType) for kind in (one, two)):
+        return []
+    if pa.types.is_struct(one) and pa.types.is_struct(two):
+        names = [one.field(index).name for index in range(one.num_fields)]
+        pairs = [(one.field(name).type, two.field(name).type) for name in names if two.get_field_index(name) >= 0]
+    elif one.num_fields == two.num_fields == 1:
+        pairs = [(one.field(0).type, two.field(0).type)]
+    else:
+        families = [_family(one), _family(two)]
+        return families if families[0] != families[1] else []
+    return next(filter(None, (changed_families(*pair) for pair in pairs)), [])
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -145,3 +169,21 @@ def is_text(kind: pa.DataType) -> bool:
 
 def _stored_values(kind: pa.DataType) -> pa.Field:
     return kind.value_field.with_type(stored_type(kind.value_type))
+
+
+def _family(kind: pa.DataType) -> str:
+    if pa.types.is_timestamp(kind):
+        return "datetime" if kind.tz is None else "datetime with a time zone"
+    families: dict[str, Callable[[pa.DataType], bool]] = {
+        "date": pa.types.is_date,
+        "time": pa.types.is_time,
+        "duration": pa.types.is_duration,
+        "text": is_text,
+        "bytes": _is_bytes,
+        "boolean": pa.types.is_boolean,
+    }
+    return next((name for name, is_kind in families.items() if is_kind(kind)), "number")
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))

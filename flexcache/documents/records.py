@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from flexcache.documents.arrow_types import has_null_type, label_cast, united
+from flexcache.documents.arrow_types import changed_families, has_null_type, label_cast, united
 from flexcache.documents.messages import MESSAGES, read_messages
 from flexcache.documents.roles import Roles, content_error
 from flexcache.documents.sources import CorpusFile, Item, OfFiles
+from flexcache.documents.values import exact_array
 from flexcache.errors import DocumentsError
 from flexcache.images.encoded import encode, memory
 
@@ -229,9 +230,13 @@ def _array(values: list[Any], kind: pa.DataType | None, name: str, where: list[s
             try:
                 found = _safe([value], kind).type
             except _NOT_ARROW as reason:
-                broken = isinstance(reason, UnicodeError)
+                broken, mixed = (
+                    isinstance(reason, UnicodeError),
+                    kind is None and isinstance(value, list | tuple | dict),
+                )
+                wrong = "values of different types, or of an unknown one" if mixed else "a value that does not fit"
                 raise DocumentsError(
-                    f"column {name!r} holds {'broken Unicode' if broken else 'a value that does not fit'}",
+                    f"column {name!r} holds {'broken Unicode' if broken else wrong}",
                     where=place,
                     expected="text that can be written as UTF-8" if broken else str(kind or "a type that Arrow knows"),
                     found=f"{type(value).__name__} {repr(value)[:60]}",
@@ -241,7 +246,7 @@ def _array(values: list[Any], kind: pa.DataType | None, name: str, where: list[s
                 ) from reason
             so_far = _promoted(so_far, found, name, place)
         raise DocumentsError(
-            f"column {name!r} has mixed types",
+            f"column {name!r} has values of different types",
             where=where[0],
             found=str(error).splitlines()[0],
             remedy="write it in one type throughout, or leave it out by flexcache.open_documents(…, labels=[…])",
@@ -249,15 +254,14 @@ def _array(values: list[Any], kind: pa.DataType | None, name: str, where: list[s
 
 
 def _safe(values: list[Any], kind: pa.DataType | None) -> pa.Array:
-    try:
-        array = pa.array(values)  # given a type, it would cut 1.5 to an integer without a word
-    except OverflowError:
-        array = pa.array(values, pa.uint64())
+    array = exact_array(values)  # given a type, Arrow would cut 1.5 to an integer without an error
     return array if kind is None else label_cast(array, kind)
 
 
 def _promoted(one: pa.DataType, two: pa.DataType, name: str, where: str) -> pa.DataType:
     try:
+        if families := changed_families(one, two):
+            raise pa.ArrowTypeError(" and ".join(families))
         return united(one, two)
     except pa.ArrowException as error:
         raise DocumentsError(
