@@ -33,7 +33,7 @@ class DatasetSource(OfFiles):
     Raises
     ------
     DocumentsError
-        It has several splits, or cannot be read.
+        It has several splits or a transform, or cannot be read.
     """
 
     kind = "dataset"
@@ -46,6 +46,7 @@ class DatasetSource(OfFiles):
         labels: Sequence[str] | None = None,
     ) -> None:
         check_one_split(dataset)
+        _check_no_transform(dataset)
         self._all = labels is None
         self._dataset, self.about = dataset, about or {}
         self.count: int | None = len(dataset) if hasattr(dataset, "__len__") else None
@@ -163,6 +164,18 @@ def check_one_split(source: Any) -> None:
             expected="one of its splits",
             found=", ".join(names) or "no split",
             remedy=f"give one, as in documents[{names[0]!r}] or load_dataset(…, split={names[0]!r})" if names else None,
+        )
+
+
+def _check_no_transform(dataset: Any) -> None:
+    """Raise DocumentsError if a dataset has a transform, since its Arrow batches are those before the transform."""
+    told = getattr(dataset, "format", None) or {}
+    if told.get("type") == "custom":
+        raise DocumentsError(
+            "the dataset has a transform, which its stored documents do not show",
+            expected="a dataset without set_transform or with_transform",
+            found=f"the transform {told.get('format_kwargs', {}).get('transform')!r}",
+            remedy="apply it with dataset.map(…, batched=True); or give dataset.with_format(None), to ignore it",
         )
 
 

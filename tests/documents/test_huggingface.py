@@ -228,3 +228,21 @@ def test_class_labels_keep_their_numbers_and_their_names(kind: str, tmp_path: Pa
     assert open_documents(source, labels=["label_name"]).labels == ("label_name",)
     own = made.map(lambda record: {"label_name": "own"})
     assert open_documents(own, labels=["label_name"]).batches().__next__()["label_name"].to_pylist() == ["own"] * 3
+
+
+def test_a_transform_is_refused_and_each_remedy_works() -> None:
+    def upper(batch: dict[str, list[str]]) -> dict[str, list[str]]:
+        return {"text": [text.upper() for text in batch["text"]]}
+
+    def texts(dataset: Any) -> list[str]:
+        return [row["text"] for batch in open_documents(dataset).batches() for row in batch.to_pylist()]
+
+    plain = datasets.Dataset.from_dict({"text": ["a", "b"]})
+    transformed = plain.with_transform(upper)
+    derived = [transformed.select(range(1)), transformed.shuffle(seed=0), transformed.select_columns(["text"])]
+    for dataset in (transformed, *derived, datasets.concatenate_datasets([transformed, transformed])):
+        with pytest.raises(DocumentsError, match=r"has a transform[\s\S]*dataset.map[\s\S]*with_format\(None\)"):
+            open_documents(dataset)
+    assert texts(plain.map(upper, batched=True)) == ["A", "B"]
+    assert texts(transformed.with_format(None)) == ["a", "b"]
+    assert texts(plain.with_format("numpy")) == ["a", "b"]
