@@ -160,7 +160,11 @@ def _refuse_null(array: pa.Array, what: str, place: str, start: int) -> None:
             expected=what,
             found="null",
             remedy="leave the document out, or complete it"
-            + ("" if what == "id" else f"; where another column is the input, pass {what}=None"),
+            + (
+                ""
+                if what == "id"
+                else f"; where another column is the input, give flexcache.open_documents(…, {what}=None)"
+            ),
         )
 
 
@@ -172,7 +176,7 @@ def _text(array: pa.Array, place: str, start: int) -> pa.Array:
             where=f"{place}s from {start}",
             expected="string",
             found=str(array.type),
-            remedy="name the column that holds the text, as in text='body'",
+            remedy="name the column that holds the text: flexcache.open_documents(…, text='body')",
         )
     _refuse_null(array, "text", place, start)
     return array.cast(pa.string())

@@ -50,7 +50,7 @@ def find_files(paths: Sequence[FileName], format: str | None) -> tuple[str, list
                 where=os.fsdecode(given),
                 expected=f"files that end in {_suffixes(format)}, possibly compressed",
                 found=_listing(where),
-                remedy="name the files themselves, with format=… where the suffix does not tell it",
+                remedy="name the files themselves: flexcache.open_documents(…, format='jsonl') where the suffix does not tell it",
             )
     unknown = [path for path, kind in found.items() if not kind]
     if unknown:
@@ -59,7 +59,7 @@ def find_files(paths: Sequence[FileName], format: str | None) -> tuple[str, list
             where=unknown[0].name,
             expected=f"a file that ends in {_suffixes(None)}",
             found=unknown[0].suffix or "no suffix",
-            remedy=f"say format='jsonl', for example; {nearest(unknown[0].suffix.lstrip('.'), tuple(FORMATS))}",
+            remedy=f"give flexcache.open_documents(…, format='jsonl'), for example; {nearest(unknown[0].suffix.lstrip('.'), tuple(FORMATS))}",
         )
     kinds = sorted(set(found.values()))
     if len(kinds) > 1:
@@ -68,7 +68,7 @@ def find_files(paths: Sequence[FileName], format: str | None) -> tuple[str, list
             where=", ".join(map(os.fsdecode, paths)),
             expected="one format",
             found=", ".join(kinds),
-            remedy=f"say which to read, as in format={kinds[0]!r}, or give a glob",
+            remedy=f"give flexcache.open_documents(…, format={kinds[0]!r}), or a glob",
         )
     base = _base(paths, list(found))
     return kinds[0], [CorpusFile(path, Path(os.path.relpath(path, base)).as_posix()) for path in found]

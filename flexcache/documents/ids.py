@@ -43,5 +43,5 @@ class Ids:
             f"two documents have the id {name.decode()!r}",
             where=f"documents {first} and {second}",
             expected="an id of its own for each document",
-            remedy="make the ids unique, or pass unique_ids=False",
+            remedy="make the ids unique, or give flexcache.open_documents(…, unique_ids=False)",
         )

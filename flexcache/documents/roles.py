@@ -87,7 +87,7 @@ def content_error(names: list[str], roles: Roles, where: str | None, *, both: bo
             expected=expected,
             found=found,
             remedy=f"to read the text, give flexcache.open_documents(…, tokens=None, labels={keep}), as no label can be"
-            " called 'tokens'; to read the tokens, text=None",
+            " called 'tokens'; to read the tokens, flexcache.open_documents(…, text=None)",
         )
     if null := [role for role in wanted if role in names]:
         return DocumentsError(
@@ -97,7 +97,8 @@ def content_error(names: list[str], roles: Roles, where: str | None, *, both: bo
             found="null",
             remedy="leave it out",
         )
-    remedy = f"name the column, as in text='body'; {nearest(wanted[0], names)}" if names and wanted else None
+    name = "name the column: flexcache.open_documents(…, text='body')"
+    remedy = f"{name}; {nearest(wanted[0], names)}" if names and wanted else None
     return DocumentsError("no text and no tokens", where=where, expected=expected, found=found, remedy=remedy)
 
 
