@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import xxhash
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from flexcache.errors import ConfigError
+from flexcache.options import Options
 from flexcache.parallel.launch import launch
 from flexcache.spec import AnyDType
 from flexcache.store.files import digest
@@ -35,7 +36,7 @@ def _expanded(name: Any) -> Any:
     return os.path.expanduser(name) if isinstance(name, str | os.PathLike) else name
 
 
-class Parallel(BaseModel):
+class Parallel(Options):
     """Over how many processes transformers spreads one model; all those of a launcher are used, as copies of it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -73,7 +74,7 @@ class Parallel(BaseModel):
             raise ConfigError("transformers cannot distribute a model so", found=str(error)) from error
 
 
-class ModelSource(BaseModel):
+class ModelSource(Options):
     """A Hugging Face model, as a folder or a hub name, and how to load it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
+from pydantic_core import PydanticCustomError
 
 from flexcache.errors import ConfigError
 
@@ -13,7 +22,33 @@ RowSelection = Literal["all", "last", "first", "mean", "some"]
 WORDS = ("all", "last", "first", "mean")
 
 
-class Windows(BaseModel):
+class Options(BaseModel):
+    """Base of all options: true and false are not numbers, as they are in Python.
+
+    >>> Windows(length=True)
+    Traceback (most recent call last):
+    ...
+    pydantic_core._pydantic_core.ValidationError: 1 validation error for Windows
+    length
+      a number, not true or false [type=boolean, input_value=True, input_type=bool]
+    """
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_no_boolean(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        given = value if isinstance(value, list | tuple | set) else (value,)
+        if kinds & {int, float} and bool not in kinds and any(isinstance(item, bool) for item in given):
+            raise PydanticCustomError("boolean", "a number, not true or false")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """Return an annotation and those inside it, such as the members of a union."""
+    return {annotation}.union(*map(_kinds, get_args(annotation))) if annotation.__hash__ else set()
+
+
+class Windows(Options):
     """Long documents cut into windows that overlap; the first window that sees a token keeps its row."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,7 +78,7 @@ class Windows(BaseModel):
         return length, stride
 
 
-class Packing(BaseModel):
+class Packing(Options):
     """Documents one after the other in sequences of one length, as models are pretrained."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,7 +112,7 @@ class Packing(BaseModel):
         return _within(length, max_length)
 
 
-class Choice(BaseModel):
+class Choice(Options):
     """Rules that choose tokens; a token is chosen where all rules that are given choose it.
 
     The rules are applied in the order of the fields: *every* counts the tokens that those before it left.
@@ -103,7 +138,7 @@ class Choice(BaseModel):
         return tuple(name for name in (self.character_spans, self.token_spans, self.mask) if name)
 
 
-class Generation(BaseModel):
+class Generation(Options):
     """Completions that a model makes of the documents before it is captured on both."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -120,7 +155,7 @@ Teaching = Literal["shifted", "as_given"]
 """How a decoder reads a target: one place later, behind the token that it begins with; or exactly as it is given."""
 
 
-class DecoderInputs(BaseModel):
+class DecoderInputs(Options):
     """What the decoder of a model with an encoder reads of a document's target."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -131,7 +166,7 @@ class DecoderInputs(BaseModel):
     )
 
 
-class SequenceOptions(BaseModel):
+class SequenceOptions(Options):
     """What determines the sequences of a corpus and their rows, for a tokenizer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

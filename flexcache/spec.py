@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from flexcache.errors import ConfigError, nearest
-from flexcache.options import SequenceOptions
+from flexcache.options import Options, SequenceOptions
 from flexcache.site import Layers, Site, plain_layers
 
 DTypeName = Literal["bfloat16", "float16", "float32", "int8"]
@@ -223,7 +223,7 @@ def _model_at(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseM
     return current if isinstance(current, type) and issubclass(current, BaseModel) else None
 
 
-class Running(BaseModel):
+class Running(Options):
     """Options of how a capture runs, which do not change what is stored."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -231,12 +231,16 @@ class Running(BaseModel):
     buffer_bytes: int = Field(ge=1)
     patience: float = Field(gt=0)
     model_info: dict[str, Any] | None
+    batch_tokens: int | None = Field(ge=1)
+    max_tokens: int | None = Field(ge=1)
 
 
-def check_running(buffer_bytes: Any, patience: Any, model_info: Any, where: str) -> None:
-    """Raise ConfigError if one of the options cannot be used."""
+def check_running(
+    buffer_bytes: Any, patience: Any, model_info: Any, where: str, *, batch_tokens: Any = None, max_tokens: Any = None
+) -> Running:
+    """Return the options as numbers, or raise ConfigError if one of them cannot be used."""
     options = {"buffer_bytes": buffer_bytes, "patience": patience, "model_info": model_info}
-    validate(Running, options, where)
+    return validate(Running, {**options, "batch_tokens": batch_tokens, "max_tokens": max_tokens}, where)
 
 
 def is_whole(value: Any) -> bool:

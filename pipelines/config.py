@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from flexcache.documents import Documents, open_documents
 from flexcache.documents.huggingface import load_dataset
 from flexcache.documents.sources import CSV_NULLS
 from flexcache.errors import ConfigError
 from flexcache.model import ModelSource
-from flexcache.options import Choice, Generation, Packing, Teaching, Windows, parse_rows
+from flexcache.options import Choice, Generation, Options, Packing, Teaching, Windows, parse_rows
 from flexcache.paths import local_path
 from flexcache.recorder.origin import load
 from flexcache.recorder.transform import Transform
@@ -25,7 +25,7 @@ from flexcache.store.remote.path import RemotePath
 from flexcache.store.worker import PATIENCE
 
 
-class DocumentsSource(BaseModel):
+class DocumentsSource(Options):
     """Where the corpus is, and which of its columns are what."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -76,7 +76,7 @@ class DocumentsSource(BaseModel):
         )
 
 
-class TransformSource(BaseModel):
+class TransformSource(Options):
     """A function of an activation whose result is stored; see `flexcache.Transform`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -95,7 +95,7 @@ class TransformSource(BaseModel):
         return Transform(self.name, self.site, function, self.layers, self.batch)
 
 
-class ObjectiveSource(BaseModel):
+class ObjectiveSource(Options):
     """A scalar of the model's output, whose gradients are stored at sites that end in .grad. One of its keys is set."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -159,7 +159,7 @@ def _store(value: Any) -> Place:
     return place(value)
 
 
-class CaptureConfig(BaseModel):
+class CaptureConfig(Options):
     """What `flexcache capture` reads. Paths are relative to the folder in which the command runs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from flexcache.errors import ConfigError, nearest
 from flexcache.model import ModelSource
+from flexcache.options import Options
 from flexcache.spec import validate
 from pipelines.config import imported, model_or_name, read_yaml
 
@@ -38,7 +39,7 @@ EDITS = {
 """What edits are called in a file, and in `analysis.replay`."""
 
 
-class Cells(BaseModel):
+class Cells(Options):
     """Where edits are made; see `analysis.replay.grid`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,7 +55,7 @@ class Cells(BaseModel):
         return grid(self.site, self.layers, self.positions)
 
 
-class AttributionSource(BaseModel):
+class AttributionSource(Options):
     """Attribution from stored gradients, and how many of the largest are replayed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,7 +65,7 @@ class AttributionSource(BaseModel):
     donors: Any = Field(description="as in patch: an id, a mapping, or same_length")
 
 
-class ReplayConfig(BaseModel):
+class ReplayConfig(Options):
     """A sweep of edits. Paths are relative to the folder in which the command runs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())

@@ -176,7 +176,7 @@ def capture(
     """
     path = place(path)
     check_place(path)
-    check_running(buffer_bytes, patience, model_info, "capture")
+    running = check_running(buffer_bytes, patience, model_info, "capture")
     transforms, token_labels = listed(transforms, Transform, "transforms"), listed(token_labels, str, "token_labels")
     model = model_of(model)
     tokenizer = tokenizer_of(tokenizer, model)
@@ -244,12 +244,12 @@ def capture(
         recorder = Recorder(
             path,
             fingerprint=now,
-            buffer_bytes=buffer_bytes,
+            buffer_bytes=running.buffer_bytes,
             allow_mixed=allow_mixed,
             allocate=allocation(model),
-            batch_tokens=batch_tokens,
+            batch_tokens=spec.batch_tokens,
             keys=crew.keys(reading.taps, [(OBJECTIVE, None)] if OBJECTIVE in stored["arrays"] else ()),
-            patience=patience,
+            patience=running.patience,
         )
         if not changed:
             check_rows(model, recorder.store, pad, crew, now, most_tokens=recorder.batch_tokens)

@@ -124,7 +124,10 @@ def extend(
     root = local(path, "flexcache extend")
     store = opened(root)
     corpus = None if documents is None else open_documents(documents, images_first=bool(store.images))
-    check_running(buffer_bytes, patience, model_info, "extend")
+    running = check_running(
+        buffer_bytes, patience, model_info, "extend", batch_tokens=batch_tokens, max_tokens=max_tokens
+    )
+    max_tokens = running.max_tokens
     transforms = listed(transforms, Transform, "transforms")
     model = model_of(model)
     tokenizer = tokenizer_of(tokenizer, model)
@@ -199,13 +202,13 @@ def extend(
                 recorder = Recorder(
                     found.growth.folder,
                     fingerprint=now,
-                    buffer_bytes=buffer_bytes,
+                    buffer_bytes=running.buffer_bytes,
                     allow_mixed=allow_mixed,
                     allocate=allocation(model),
-                    batch_tokens=batch_tokens,
+                    batch_tokens=running.batch_tokens,
                     keys=crew.keys(reading.taps, [(OBJECTIVE, None)] if (OBJECTIVE, None) in wanted else ()),
                     carried=found.carried,
-                    patience=patience,
+                    patience=running.patience,
                 )
             if crew.alone:
                 recorder.on_start = found.growth.check_open

@@ -80,7 +80,7 @@ def record(
     """
     path = place(path)
     check_place(path)
-    check_running(buffer_bytes, patience, fingerprint, "record")
+    running = check_running(buffer_bytes, patience, fingerprint, "record")
     _check_shapes(sites)
     layers = plain_layers(layers)
     if not isinstance(model, str | dict):
@@ -118,10 +118,10 @@ def record(
     )
     options: dict[str, Any] = {
         "fingerprint": fingerprint,
-        "buffer_bytes": buffer_bytes,
+        "buffer_bytes": running.buffer_bytes,
         "allow_mixed": allow_mixed,
-        "batch_tokens": batch_tokens,
-        "patience": patience,
+        "batch_tokens": spec.batch_tokens,
+        "patience": running.patience,
     }
     if extend and (path / "zarr.json").exists():
         return _extension(local(path, "extending"), source, new_only, options)

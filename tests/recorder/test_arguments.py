@@ -147,6 +147,9 @@ def test_a_model_and_a_tokenizer_are_loaded_by_their_folder(model: Any, tokenize
         *({"layers": value} for value in (None, True, [0.5], "0-1", 99, [])),
         *({"dtype": value} for value in (None, "float", torch.float64)),
         *({"transforms": [3]}, {"token_labels": [3]}, {"objective": "loss"}, {"windows": 8}, {"compression": "zip"}),
+        *({name: True} for name in ("max_length", "max_tokens", "batch_tokens", "seed", "buffer_bytes", "patience")),
+        *({"rows": {"every": True}}, {"rows": {"turns": [True]}}, {"rows": {"fraction": np.True_}}),
+        *({"windows": {"length": True}}, {"packing": {"length": 8, "separator": False}}),
     ],
     ids=str,
 )
@@ -154,6 +157,18 @@ def test_an_option_that_cannot_be_used_is_one_clear_error(options: dict[str, Any
     with pytest.raises((ConfigError, SiteError)):
         flexcache.capture(model, None, DOCS, tmp_path / "run.zarr", **options, **QUIET)
     assert not any(tmp_path.iterdir())
+
+
+def test_numbers_as_text_are_read_as_numbers(model: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"batch_tokens": "4096", "buffer_bytes": "100000000", "patience": "60", **QUIET}
+    store = flexcache.capture(model, None, DOCS, tmp_path / "run.zarr", layers=[0], max_tokens="20", **options)  # type: ignore[arg-type]
+    assert store.spec["batch_tokens"] == 4096
+    new = [{"id": "new", "tokens": [5, 6], "label": "a"}]
+    grown = flexcache.extend(model, None, new, store.path, max_tokens="1000", **options)  # type: ignore[arg-type]
+    assert grown.documents.num_rows == store.documents.num_rows + 1
+    for options in ({"batch_tokens": True}, {"max_tokens": True}, {"batch_tokens": "many"}):
+        with pytest.raises(ConfigError, match="cannot be used"):
+            flexcache.extend(model, None, DOCS, store.path, **options, **QUIET)
 
 
 def test_one_capture_in_several_spellings_is_one_store(model: Any, tmp_path: Path) -> None:
