@@ -176,7 +176,8 @@ def _text(array: pa.Array, place: str, start: int) -> pa.Array:
             where=f"{place}s from {start}",
             expected="string",
             found=str(array.type),
-            remedy="name the column that holds the text: flexcache.open_documents(…, text='body')",
+            remedy="name the column that holds the text: flexcache.open_documents(…, text='body')"
+            + ("; where every text is missing (NaN), leave these rows out" if pa.types.is_floating(array.type) else ""),
         )
     _refuse_null(array, "text", place, start)
     return array.cast(pa.string())

@@ -72,9 +72,9 @@ class Documents:
             self._rows = min(batch_rows, AT_A_TIME)
         kinds = {name: stored_type(source.schema.field(name).type) for name in names}
         where = f"{place}, document" if place else "document"
-        if self._id:
+        if self._id and source.count != 0:  # pandas and pyarrow give columns without rows any type
             check_id_type(kinds[self._id], f"{where}s")
-        if not empty:
+        if not empty and source.count != 0:
             check_content_type(self.content, kinds[column], where)
         for name in self._labels:
             check_label_type(name, kinds[name], self._labels, place)
@@ -112,7 +112,8 @@ class Documents:
         seen = Ids() if self._unique else None
         start, late = 0, dict[str, pa.DataType]()
         self._begun, hasher = True, None if self._source.files else xxhash.xxh3_128()
-        for where, raw in self._source.read([*self._columns, *self._labels], self._rows):
+        columns = [*self._columns, *self._labels]
+        for where, raw in () if self.count == 0 else self._source.read(columns, self._rows):
             if not raw.num_rows:
                 continue
             batch = self._checked(start, where, raw, late)

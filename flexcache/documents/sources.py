@@ -6,6 +6,7 @@ yields record batches in corpus order (``read``). It keeps at most a few batches
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 
 from flexcache.documents.roles import Roles
+from flexcache.documents.values import exact_type
 from flexcache.errors import DocumentsError
 
 BLOCK_BYTES = 8 << 20  # of a CSV file
@@ -92,22 +94,49 @@ def as_table(source: Any) -> pa.Table | None:
     DocumentsError
         A column has values of several types.
     """
+    library = type(source).__module__.partition(".")[0]
+    if library in ("pandas", "polars") and type(source).__name__ == "Series":
+        frame = "documents.to_frame('text')"
+        raise DocumentsError(
+            "a Series is one column, and documents are rows of a table",
+            where="Series",
+            expected="a DataFrame",
+            found=f"a Series of {library}",
+            remedy=f"give {frame}" if library == "pandas" else "give documents.alias('text').to_frame()",
+        )
     try:
-        if type(source).__module__.partition(".")[0] == "pandas" and hasattr(source, "columns"):
-            return pa.Table.from_pandas(source, preserve_index=None not in source.index.names).replace_schema_metadata()
+        if library == "pandas" and hasattr(source, "columns"):
+            return _pandas_table(source)
         if isinstance(source, pa.Table):
             return source
         if isinstance(source, pa.RecordBatch):
             return pa.Table.from_batches([source])
         return pa.table(source) if hasattr(source, "__arrow_c_stream__") else None
     except (pa.ArrowException, TypeError, ValueError) as error:
+        mixed = ": a column has values of different types" if library == "pandas" and len(error.args) > 1 else ""
         raise DocumentsError(
-            "a table that cannot be read",
+            f"a table that cannot be read{mixed}",
             where=type(source).__name__,
             expected="columns of one type each",
             found="; ".join(map(str, error.args)).splitlines()[0],
             remedy="convert the column, or leave it out",
         ) from error
+
+
+def _pandas_table(frame: Any) -> pa.Table:
+    """Return the columns of a DataFrame, those of Python objects as `exact_type` has them."""
+    table = pa.Table.from_pandas(frame, preserve_index=None not in frame.index.names).replace_schema_metadata()
+    for index, field in enumerate(table.schema):
+        if field.name not in frame.columns or frame[field.name].dtype != object:
+            continue
+        values = frame[field.name].tolist()
+        try:
+            kind = exact_type(values, field.type)
+        except pa.ArrowTypeError as error:
+            raise pa.ArrowTypeError(*error.args, f"column {field.name}") from error
+        if kind != field.type:
+            table = table.set_column(index, field.with_type(kind), pa.array(values, kind, from_pandas=True))
+    return table
 
 
 class TableSource(OfFiles):
@@ -147,6 +176,7 @@ class CsvSource(OfFiles):
             while True:
                 self.count = count
                 try:
+                    _check_start(file, roles)
                     header = self._names(file)
                     names = names or header
                     if header != names:
@@ -245,14 +275,38 @@ class _CsvType:
         return pa.string() if self._marked else self.type
 
 
+def _check_start(file: CorpusFile, roles: Roles) -> None:
+    """Raise DocumentsError if a CSV file begins in another encoding than UTF-8, or its delimiter is not a comma."""
+    with pa.input_stream(str(file.path), compression="detect") as stream:
+        start = stream.read(1 << 16)
+    if b"\0" in start[:4]:
+        raise unreadable(file, "CSV", UnicodeDecodeError("utf-8", start, start.index(b"\0"), 4, "a zero byte"))
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(start)
+    except UnicodeDecodeError as error:
+        raise unreadable(file, "CSV", error) from error
+    header = next(iter(text.splitlines()), "")
+    by = {sign: [field.strip().strip('"') for field in header.split(sign)] for sign in ",;\t|"}
+    for sign, fields in by.items():
+        if roles.present(by[","]) or len(fields) == 1 or not (len(by[","]) == 1 or roles.present(fields)):
+            continue
+        raise DocumentsError(
+            "a CSV file whose delimiter is not a comma",
+            where=file.name,
+            expected="columns that are separated by commas",
+            found=f"the header {header[:80]!r}, which seems to have the delimiter {sign!r}",
+            remedy=f"write the file with commas, or give a table: pandas.read_csv(path, sep={sign!r})",
+        )
+
+
 def unreadable(file: CorpusFile, kind: str, error: Exception) -> DocumentsError:
     """Return the error for a file that its reader refused."""
-    return DocumentsError(
-        f"a {kind} file that cannot be read",
-        where=file.name,
-        found=str(error).splitlines()[0] if str(error) else type(error).__name__,
-        remedy="check that the file is whole, and that it is what its name says",
-    )
+    found = str(error).splitlines()[0] if str(error) else type(error).__name__
+    remedy, encoding = "check that the file is whole, and that it is what its name says", ""
+    if isinstance(error, UnicodeDecodeError) or "UTF8" in found:
+        name = _encoding(error.object) if isinstance(error, UnicodeDecodeError) else "latin1"
+        encoding, remedy = f": its encoding is not UTF-8 but perhaps {name}", _conversion(name)
+    return DocumentsError(f"a {kind} file that cannot be read{encoding}", where=file.name, found=found, remedy=remedy)
 
 
 def not_utf8(where: str, error: UnicodeDecodeError) -> DocumentsError:
@@ -260,7 +314,17 @@ def not_utf8(where: str, error: UnicodeDecodeError) -> DocumentsError:
     return DocumentsError(
         "text that is not UTF-8",
         where=where,
-        expected="UTF-8",
+        expected="the encoding UTF-8",
         found=f"byte 0x{error.object[error.start]:02x} at offset {error.start}",
-        remedy="convert the file, as with iconv -f latin1 -t utf-8",
+        remedy=_conversion(_encoding(error.object)),
     )
+
+
+def _encoding(start: bytes) -> str:
+    """Return the likely encoding of a file that is not UTF-8, by its first bytes."""
+    wide = start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in start[:4]
+    return "UTF-16" if wide else "latin1"
+
+
+def _conversion(encoding: str) -> str:
+    return f"convert the file, as with iconv -f {encoding} -t utf-8"
