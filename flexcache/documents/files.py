@@ -50,7 +50,8 @@ def find_files(paths: Sequence[FileName], format: str | None) -> tuple[str, list
                 where=os.fsdecode(given),
                 expected=f"files that end in {_suffixes(format)}, possibly compressed",
                 found=_listing(where),
-                remedy="name the files themselves: flexcache.open_documents(…, format='jsonl') where the suffix does not tell it",
+                remedy="name the files themselves; where the suffix does not tell the format,"
+                " flexcache.open_documents(…, format='jsonl')",
             )
     unknown = [path for path, kind in found.items() if not kind]
     if unknown:
@@ -59,7 +60,8 @@ def find_files(paths: Sequence[FileName], format: str | None) -> tuple[str, list
             where=unknown[0].name,
             expected=f"a file that ends in {_suffixes(None)}",
             found=unknown[0].suffix or "no suffix",
-            remedy=f"give flexcache.open_documents(…, format='jsonl'), for example; {nearest(unknown[0].suffix.lstrip('.'), tuple(FORMATS))}",
+            remedy="give flexcache.open_documents(…, format='jsonl'), for example; "
+            + nearest(unknown[0].suffix.lstrip("."), tuple(FORMATS)),
         )
     kinds = sorted(set(found.values()))
     if len(kinds) > 1:
