@@ -73,15 +73,15 @@ class ReplayConfig(Options):
     model: Annotated[ModelSource, BeforeValidator(model_or_name)]
     at: Cells = Cells()
     edits: list[dict[str, Any]] = Field(min_length=1, description="a kind and its settings, or a list of them in turn")
-    metrics: list[str] = ["kl", "loss"]
-    baselines: list[str] = ["identity"]
+    metrics: list[str] = Field(["kl", "loss"])
+    baselines: list[str] = Field(["identity"])
     answers: Any = Field(None, description="two tokens, by id or text; or by document id")
     documents: list[str] | int | None = Field(None, description="ids, or how many from the front; all by default")
     readout: str | list[int] = "all"
     copies: int = Field(1, ge=1)
     groups: str = "document"
     seed: int = Field(0, ge=0)
-    accept: list[str] = []
+    accept: list[str] = Field([])
     scheduler: str | None = None
     workers: int = Field(2, ge=1)
     threads: int | None = Field(
