@@ -6,6 +6,7 @@ Needs torch, for the norm is the model's own; nothing else of the model is loade
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,7 +191,8 @@ def compute(
     Raises
     ------
     AnalysisError
-        There is no head; its hidden size is another one; the store pools documents.
+        *head* is neither a head nor a path; there is no head; its hidden size is another one; the store pools
+        documents.
     """
     statistic = Rows(rows, DocumentSample.of_rows(rows, store.n_rows, seed))
     head = chosen_head(store, head, site)
@@ -208,6 +210,13 @@ def chosen_head(store: Store, head: Head | str | Path | None, site: str) -> Head
     """
     if store.spec.get("rows", "all") == "mean":
         raise AnalysisError("means of documents predict no token", where=str(store.path), expected="rows of tokens")
+    if head is not None and not isinstance(head, Head | str | bytes | os.PathLike):
+        raise AnalysisError(
+            "a logit lens cannot use this as a head",
+            expected="a lens.Head, or the path of a checkpoint folder",
+            found=type(head).__name__,
+            remedy="write lens.Head.of(model) for a loaded model",
+        )
     if not isinstance(head, Head):
         place = local_path(head or store.provenance.get("model", {}).get("name") or ".")
         if not place.is_dir():

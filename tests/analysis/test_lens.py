@@ -88,5 +88,9 @@ def test_what_a_lens_cannot_do_is_said(tmp_path: Path) -> None:
         lens.compute(store, lens.Head(torch.nn.Identity(), torch.zeros(7, 3)))
     with pytest.raises(AnalysisError, match="cannot be loaded"):
         lens.compute(store, tmp_path)
+    for wrong in (tiny("llama"), 5):
+        with pytest.raises(AnalysisError, match="cannot use this as a head") as error:
+            lens.compute(store, wrong)  # type: ignore[arg-type]
+        assert error.value.found == type(wrong).__name__
     with pytest.raises(AnalysisError, match="no head"):
         lens.Head.of(tiny("t5"))
