@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Real
+from operator import index
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from analysis.replay.spot import Spot
-from flexcache.errors import AnalysisError, nearest
+from flexcache.errors import AnalysisError, FlexCacheError, nearest
 
 KINDS: dict[str, type[Edit]] = {}
 SHOWN = 4
@@ -40,8 +42,15 @@ class Edit:
     def whole(self, activation: torch.Tensor, index: tuple[torch.Tensor, torch.Tensor], spot: Spot) -> torch.Tensor:
         """Return an activation of shape (lines, longest, features) with the tokens at *index* changed."""
         x = activation[index]
-        edited = self.change(x.to(torch.promote_types(x.dtype, torch.float32)), spot).to(x.dtype)
-        return activation.index_put(index, edited)
+        edited = self.change(x.to(torch.promote_types(x.dtype, torch.float32)), spot)
+        if not isinstance(edited, torch.Tensor) or edited.shape != x.shape:
+            raise AnalysisError(
+                "an edit returned another shape",
+                where=str(self),
+                expected=f"a tensor of shape {tuple(x.shape)}",
+                found=f"shape {tuple(edited.shape)}" if isinstance(edited, torch.Tensor) else type(edited).__name__,
+            )
+        return activation.index_put(index, edited.to(x.dtype))
 
     def with_random_directions(self, seed: int, features: int) -> Edit | None:
         """Return the same with random directions of equal length in place of its own; None where it has none."""
@@ -102,7 +111,10 @@ class Edit:
 
     def _array(self, name: str, dims: tuple[int, ...] = (1,)) -> None:
         value = getattr(self, name)
-        value = value.detach().cpu().double().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+        try:
+            value = value.detach().cpu().double().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+        except (TypeError, ValueError):  # a ragged list
+            raise self._unmeant(f"{name} as an array of numbers", repr(value)[:80]) from None
         if value.ndim not in dims or value.dtype.kind not in "fiu" or not np.isfinite(value).all():
             raise self._unmeant(f"{name} as finite numbers with {' or '.join(map(str, dims))} dims", _shown(value))
         value = np.array(value, np.float64)
@@ -111,10 +123,20 @@ class Edit:
 
     def _numbers(self, name: str) -> None:
         value = getattr(self, name)
-        if isinstance(value, list | tuple | np.ndarray):
-            self._set(name, tuple(float(part) for part in value))
-        elif isinstance(value, bool) or not isinstance(value, int | float):
-            raise self._unmeant(f"{name} as a number, or several", repr(value)[:80])
+        given = value.tolist() if hasattr(value, "tolist") else value
+        several = isinstance(given, list | tuple)
+        parts = list(given) if several else [given]
+        if not parts or not all(_finite(part) for part in parts):
+            raise self._unmeant(f"{name} as a finite number, or several", repr(value)[:80])
+        if several:
+            self._set(name, tuple(float(part) for part in parts))
+        elif given is not value:
+            self._set(name, given)
+
+    def _number(self, name: str) -> None:
+        self._numbers(name)
+        if isinstance(getattr(self, name), tuple):
+            raise self._unmeant(f"{name} as one number", _shown(getattr(self, name)))
 
     def _one(self, value: float | tuple[float, ...] | list[float]) -> float:
         if isinstance(value, tuple | list):
@@ -129,9 +151,11 @@ class Edit:
     def _indices(self, name: str) -> None:
         value = getattr(self, name)
         if value is not None:
-            if isinstance(value, int) or any(type(part) is not int for part in value):
+            given = value.tolist() if hasattr(value, "tolist") else value
+            parts = list(given) if isinstance(given, Iterable) else []
+            if not parts or any(isinstance(part, bool) or not hasattr(part, "__index__") for part in parts):
                 raise self._unmeant(f"{name} as a list of whole numbers", repr(value)[:80])
-            self._set(name, tuple(value))
+            self._set(name, tuple(index(part) for part in parts))
 
     def _unmeant(self, expected: str, found: str) -> AnalysisError:
         return AnalysisError(
@@ -167,7 +191,7 @@ class Chain(Edit):
     edits: tuple[Edit, ...]
 
     def __post_init__(self) -> None:
-        self._set("edits", tuple(self.edits))
+        self._set("edits", alternatives(self.edits, repeated=True))
 
     def change(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
         """Return *x* after all edits."""
@@ -178,7 +202,7 @@ class Chain(Edit):
     def whole(self, activation: torch.Tensor, index: tuple[torch.Tensor, torch.Tensor], spot: Spot) -> torch.Tensor:
         """Return the activation after all edits."""
         for edit in self.edits:
-            activation = edit.whole(activation, index, spot)
+            activation = apply(edit, activation, index, spot)
         return activation
 
     def with_random_directions(self, seed: int, features: int) -> Edit | None:
@@ -218,7 +242,7 @@ class Alternatives:
     edits: tuple[Edit, ...]
 
     def __or__(self, other: Edit | Alternatives) -> Self:
-        return type(self)((*self.edits, *(other.edits if isinstance(other, Alternatives) else (other,))))
+        return type(self)((*self.edits, *(other.edits if isinstance(other, Alternatives) else (checked_edit(other),))))
 
     def __iter__(self) -> Iterator[Edit]:
         return iter(self.edits)
@@ -227,19 +251,62 @@ class Alternatives:
         return len(self.edits)
 
 
-def alternatives(edit: Edit | Alternatives | list[Edit] | tuple[Edit, ...]) -> tuple[Edit, ...]:
-    """Return edits as a tuple, however they were given.
+def apply(edit: Edit, activation: torch.Tensor, index: tuple[torch.Tensor, torch.Tensor], spot: Spot) -> torch.Tensor:
+    """Return what `Edit.whole` returns.
+
+    Raises
+    ------
+    AnalysisError
+        The edit fails.
+    """
+    try:
+        return edit.whole(activation, index, spot)
+    except (FlexCacheError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of a user's own code
+        raise AnalysisError(
+            f"the edit {edit.name} failed",
+            where=f"{str(edit)[:200]} at {spot.site}" + ("" if spot.layer is None else f", layer {spot.layer}"),
+            found=f"{type(error).__name__}: {str(error)[:300]}",
+            remedy="correct the edit; the traceback above shows the line",
+        ) from error
+
+
+def checked_edit(value: Any) -> Edit:
+    """Return *value* if it is an edit.
+
+    Raises
+    ------
+    AnalysisError
+        It is something else, such as a class without brackets.
+    """
+    if isinstance(value, Edit):
+        return value
+    remedy = None
+    if isinstance(value, type) and issubclass(value, Edit):
+        remedy = f"write {value.__name__}() with brackets"
+    elif callable(value):
+        remedy = "write replay.Function(function), for a function of (module, activation, save_ctx, modules)"
+    raise AnalysisError(
+        "that is no edit", expected="an edit such as replay.Zero()", found=repr(value)[:80], remedy=remedy
+    )
+
+
+def alternatives(edit: Edit | Alternatives | Iterable[Edit], *, repeated: bool = False) -> tuple[Edit, ...]:
+    """Return edits as a tuple, however they were given; only with *repeated* may one be given twice.
 
     Raises
     ------
     AnalysisError
         There is none, or something is no edit, or one is given twice.
     """
-    edits = (edit,) if isinstance(edit, Edit) else tuple(edit)
-    wrong = next((part for part in edits if not isinstance(part, Edit)), None)
-    if not edits or wrong is not None:
-        raise AnalysisError("that is no edit", expected="an edit such as replay.Zero()", found=repr(wrong)[:80])
-    if len(set(edits)) < len(edits):
+    given: Any = edit
+    if not isinstance(edit, Iterable) or isinstance(edit, str | Mapping):
+        given = (edit,)
+    edits = tuple(checked_edit(part) for part in given)
+    if not edits:
+        raise AnalysisError("there is no edit", expected="an edit such as replay.Zero()", remedy="give edit=")
+    if not repeated and len(set(edits)) < len(edits):
         raise AnalysisError("an edit is given twice", found=str([part.name for part in edits]))
     return edits
 
@@ -286,6 +353,11 @@ def _value(value: Any) -> Any:
         content = base64.b64decode(value["base64"])
         return np.frombuffer(content, value["dtype"]).reshape(value["shape"])
     return tuple(_value(part) for part in value) if isinstance(value, list) else value
+
+
+def _finite(value: Any) -> bool:
+    """Return True for a finite number that is no boolean."""
+    return type(value) is not bool and isinstance(value, Real) and bool(np.isfinite(float(value)))
 
 
 def _shown(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import index
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from analysis.replay.edit import Edit
+from analysis.replay.edit import Edit, checked_edit
 from analysis.replay.spot import Spot
 from flexcache.errors import AnalysisError
 from flexcache.recorder.origin import load, origin
@@ -107,6 +108,11 @@ class Clamp(Edit):
         self._indices("dims")
         if self.low is None and self.high is None:
             raise self._unmeant("low, high, or both", "neither")
+        for name in ("low", "high"):
+            if getattr(self, name) is not None:
+                self._number(name)
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise self._unmeant("low up to high", f"low {self.low}, high {self.high}")
 
     def change(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
         """Return *x*, cut off."""
@@ -198,6 +204,9 @@ class NormMatched(Edit):
 
     edit: Edit
 
+    def __post_init__(self) -> None:
+        checked_edit(self.edit)
+
     def change(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
         """Return *x* with noise of the norm of the edit's change."""
         moved = (self.edit.change(x, spot) - x).norm(dim=-1, keepdim=True)
@@ -211,8 +220,14 @@ class ByLayer(Edit):
     edits: Any
 
     def __post_init__(self) -> None:
-        pairs = self.edits.items() if isinstance(self.edits, Mapping) else self.edits
-        self._set("edits", tuple((int(layer), edit) for layer, edit in pairs))
+        try:
+            pairs = self.edits.items() if isinstance(self.edits, Mapping) else self.edits
+            found = tuple((index(layer), edit) for layer, edit in pairs)
+        except (TypeError, ValueError):
+            found = ()
+        if not found:
+            raise self._unmeant("a mapping from layer to edit", repr(self.edits)[:80])
+        self._set("edits", tuple((layer, checked_edit(edit)) for layer, edit in found))
 
     @property
     def strengths(self) -> tuple[float, ...]:
@@ -264,6 +279,10 @@ class Function(Edit):
     """
 
     function: str | Callable[..., torch.Tensor]
+
+    def __post_init__(self) -> None:
+        if not callable(self.function) and not isinstance(self.function, str):
+            raise self._unmeant('a function, or "package.module:attribute"', repr(self.function)[:80])
 
     def to_json(self) -> dict[str, Any]:
         """Return the function's path, or where it comes from; only a path can be read again."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from analysis.replay.edit import Edit
+from analysis.replay.edit import Edit, apply
 from analysis.replay.spot import Spot
 from flexcache.hooks.tap import Tap
 
@@ -74,7 +74,7 @@ def editing(
             first, last = int(lines.min()) // each * each, int(lines.max()) // each * each + each
             index = (torch.from_numpy(lines - first).to(values.device), torch.from_numpy(positions).to(values.device))
             part = whole[first:last]
-            part.copy_(placed.edit.whole(part, index, spot))
+            part.copy_(apply(placed.edit, part, index, spot))
         return whole.reshape(values.shape)
 
     def on_output(_: nn.Module, args: Any, output: Any) -> Any:

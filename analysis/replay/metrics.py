@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from analysis.divergence import kl_divergence, log_softmax, row_blocks
-from flexcache.errors import AnalysisError, nearest
+from flexcache.errors import AnalysisError, FlexCacheError, nearest
 
 
 @dataclass(frozen=True)
@@ -171,25 +171,30 @@ Asked = str | Metric | Callable[[Outcome], float]
 
 
 def find(metrics: Asked | Sequence[Asked], answers: bool) -> tuple[Metric, ...]:
-    """Return one or several metrics, by name, or from functions of an Outcome.
+    """Return one or several metrics, given by name or as functions of an Outcome.
 
     Raises
     ------
     AnalysisError
-        There is no such metric, two are called alike, or one needs answers and there are none.
+        Something is no metric, two are called alike, or one needs answers and there are none.
     """
     found: list[Metric] = []
-    for metric in metrics if isinstance(metrics, Iterable) and not isinstance(metrics, str) else [metrics]:
+    several = isinstance(metrics, Iterable) and not isinstance(metrics, str)
+    asked: Any = metrics if several else [metrics]
+    for metric in asked:
         if isinstance(metric, str):
             if metric not in NAMED:
                 raise AnalysisError(f"there is no metric {metric!r}", remedy=nearest(metric, [*NAMED]))
             found.append(NAMED[metric])
-        elif isinstance(metric, Metric) or callable(metric):
-            name = getattr(metric, "__name__", type(metric).__name__)
-            found.append(metric if isinstance(metric, Metric) else Metric(name, metric))
+        elif isinstance(metric, Metric):
+            found.append(metric)
+        elif callable(metric):
+            found.append(Metric(getattr(metric, "__name__", type(metric).__name__), metric))
         else:
             raise AnalysisError(
-                "that is not a metric", expected=f"{', '.join(NAMED)}, or a function", found=repr(metric)
+                "that is not a metric",
+                expected=f"a function of an Outcome, or one of {', '.join(NAMED)}",
+                found=repr(metric)[:80],
             )
     names = [metric.name for metric in found]
     if not names or len(set(names)) < len(names):
@@ -202,6 +207,34 @@ def find(metrics: Asked | Sequence[Asked], answers: bool) -> tuple[Metric, ...]:
             remedy="give answers=(token, other), or a mapping from document id to such pairs",
         )
     return tuple(found)
+
+
+def score(metric: Metric, outcome: Outcome) -> float:
+    """Return the value of a metric.
+
+    Raises
+    ------
+    AnalysisError
+        The metric fails, or returns something other than one number.
+    """
+    try:
+        value: Any = metric.function(outcome)
+        plain = value.detach().cpu().double().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    except (FlexCacheError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of a user's own function
+        raise AnalysisError(
+            f"metric {metric.name} failed",
+            where=f"document {outcome.document}",
+            found=f"{type(error).__name__}: {str(error)[:300]}",
+        ) from error
+    if plain.ndim or plain.dtype.kind not in "fiub":
+        raise AnalysisError(
+            f"metric {metric.name} returned something other than a number",
+            expected="one number for each document",
+            found=f"shape {plain.shape}" if plain.ndim else repr(value)[:80],
+        )
+    return float(plain)
 
 
 def _loss(outcome: Outcome, logits: torch.Tensor) -> float:
