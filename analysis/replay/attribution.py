@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from analysis.opened import opens_store
-from analysis.replay.donors import Patch, donor_lines
+from analysis.replay.donors import Donor, Patch, donor_ids, donor_lines
 from analysis.replay.engine import Engine
 from analysis.replay.hooking import Placed, Ran
 from analysis.replay.identity import compare, refuse_misfit
@@ -62,7 +62,7 @@ def attribution(
     Raises
     ------
     AnalysisError
-        The gradient is not stored, or no document has a donor.
+        The gradient is not stored, a donor is not in the store, or no document has a donor.
     """
     if site not in store.arrays or site + GRADIENT not in store.arrays:
         raise AnalysisError(
@@ -74,7 +74,7 @@ def attribution(
         )
     if method not in ("patching", "ig"):
         raise AnalysisError(f"there is no method {method!r}", expected='"patching" or "ig"')
-    source, rows, theirs = _aligned(store, donor)
+    source, rows, theirs = _aligned(store, Patch(donor).donor)
     both = sorted(set(store.layers(site)) & set(store.layers(site + GRADIENT)))
     chosen = both if layers is None else [layer for layer in layers if layer in both]
     found = np.empty((len(chosen), len(rows)))
@@ -167,9 +167,10 @@ def verify(
     )
 
 
-def _aligned(store: Store, donor: str | Mapping[str, str]) -> tuple[Source, NDArray[np.int64], NDArray[np.int64]]:
+def _aligned(store: Store, donor: Donor) -> tuple[Source, NDArray[np.int64], NDArray[np.int64]]:
     """Return the rows that have a donor's row at their position, and those rows."""
     source = Source(store)
+    source.check(donor_ids(donor), "donor")
     lines = donor_lines(donor, source.numbers, np.arange(len(source.lengths)))
     rows = store.committed_rows
     document = np.asarray(store.coordinates["document"].values)[rows]

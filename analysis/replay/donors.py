@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import index
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,8 +14,8 @@ from numpy.typing import NDArray
 from analysis import columns
 from analysis.arguments import check_whole
 from analysis.opened import opens_store
-from analysis.replay.edit import Edit
-from analysis.replay.edits import Numbers, orthonormal, random_basis
+from analysis.replay.edit import Chain, Edit
+from analysis.replay.edits import ByLayer, NormMatched, Numbers, orthonormal, random_basis
 from analysis.replay.spot import Spot
 from flexcache.store.store import Store
 
@@ -41,14 +42,26 @@ class Donated(Edit):
 
     def __post_init__(self) -> None:
         if not isinstance(self.donor, str):
-            pairs = self.donor.items() if isinstance(self.donor, Mapping) else self.donor
+            pairs = self._pairs(self.donor, "donor as a document's id, or a mapping from id to id")
             self._set("donor", tuple((str(a), str(b)) for a, b in pairs))
         if isinstance(self.align, str):
             if self.align not in ("start", "end"):
                 raise self._unmeant('align as "start", "end" or pairs of positions', repr(self.align))
         else:
-            places = self.align.items() if isinstance(self.align, Mapping) else self.align
-            self._set("align", tuple((int(a), int(b)) for a, b in places))
+            expected = 'align as "start", "end" or pairs of positions'
+            pairs = self._pairs(self.align, expected)
+            try:
+                self._set("align", tuple((index(a), index(b)) for a, b in pairs))
+            except TypeError:
+                raise self._unmeant(expected, repr(self.align)[:80]) from None
+
+    def _pairs(self, value: Any, expected: str) -> list[Any]:
+        """Return the pairs of a mapping, or of a list of pairs."""
+        pairs = value.items() if isinstance(value, Mapping) else value
+        found = list(pairs) if isinstance(pairs, Iterable) else []
+        if not found or any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in found):
+            raise self._unmeant(expected, repr(value)[:80])
+        return found
 
     def donors(self, spot: Spot) -> NDArray[np.int64]:
         """Return the line of each token's donor in the store, −1 where there is none."""
@@ -136,6 +149,28 @@ class Resample(Edit):
         donors = np.array([drawn[document] for document in spot.documents.tolist()], np.int64)
         values, known = spot.rows_of(donors, spot.positions, x)
         return torch.where(known[:, None], values, x)
+
+
+def donated(edit: Edit) -> Iterator[Donated]:
+    """Yield an edit, or the edits that it is made of, where they have donors."""
+    if isinstance(edit, Donated):
+        yield edit
+    parts: tuple[Edit, ...] = ()
+    if isinstance(edit, Chain):
+        parts = edit.edits
+    elif isinstance(edit, ByLayer):
+        parts = tuple(part for _, part in edit.edits)
+    elif isinstance(edit, NormMatched):
+        parts = (edit.edit,)
+    for part in parts:
+        yield from donated(part)
+
+
+def donor_ids(donor: Donor) -> list[str]:
+    """Return the ids that a donor names, both of documents and of their donors."""
+    if isinstance(donor, str):
+        return [donor]
+    return [str(name) for pair in (donor.items() if isinstance(donor, Mapping) else donor) for name in pair]
 
 
 def donor_lines(donor: Donor, numbers: Mapping[str, int], documents: NDArray[np.int64]) -> NDArray[np.int64]:

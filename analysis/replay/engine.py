@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from analysis.replay.arguments import check_store_and_model
 from analysis.replay.hooking import Placed, Ran, editing, reading, tapping
 from analysis.replay.obstacles import admit, conditions, on_meta, refuse_half
 from analysis.replay.skip import Container, as_tensor, as_tuple, skipping, unambiguous, watching
@@ -56,11 +58,14 @@ class Engine:
 
     Raises
     ------
+    AnalysisError
+        *store* is no store, or *model* no loaded model.
     MismatchError
         The store cannot be replayed with this model, see `analysis.replay.obstacles`.
     """
 
     def __init__(self, store: Store, model: nn.Module, accept: Collection[str] = (), processor: Any = None) -> None:
+        check_store_and_model(store, model)
         self.notes = admit(store, model, accept, processor)
         self.store, self.model = store, peel(model)
         self.source = Source(store)
@@ -122,6 +127,14 @@ class Engine:
                 remedy="capture it, or choose one of the stored layers",
             )
         return Start(0)
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Length of the last dim of the logits."""
+        weight = getattr(self._head, "weight", None)
+        if weight is None:
+            return int(self.run(self._one).logits.shape[-1])
+        return int(getattr(self._head, "out_features", len(weight)))
 
     def tap(self, site: str, layer: int | None) -> Tap:
         """Return where a site is in the model."""

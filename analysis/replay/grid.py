@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -73,19 +74,21 @@ def grid(
     AnalysisError
         Positions that cannot be read.
     """
+    if not isinstance(site, str):
+        raise AnalysisError("a site cannot be read", expected="a name or a module path", found=repr(site)[:80])
     found: dict[str, Place] = {}
     if isinstance(positions, Mapping):
         for name, by_document in positions.items():
-            found[name] = {str(key): tuple(int(p) for p in places) for key, places in by_document.items()}
+            if not isinstance(by_document, Mapping):
+                raise _unread(by_document, "positions by document id, such as {'subject': {'doc-1': [2, 3]}}", name)
+            found[str(name)] = {
+                str(key): tuple(number(place, f"{name}, {key}") for place in several(places))
+                for key, places in by_document.items()
+            }
     else:
-        for place in [positions] if isinstance(positions, str | int) else positions:
-            if isinstance(place, bool) or not (isinstance(place, int | np.integer) or place in WORDS):
-                raise AnalysisError(
-                    "a position cannot be read",
-                    expected=f"a number, or one of {', '.join(WORDS)}",
-                    found=repr(place),
-                )
-            found[str(place)] = place if isinstance(place, str) else int(place)
+        for place in several(positions):
+            word = isinstance(place, str) and place in WORDS
+            found[str(place)] = place if word else number(place)
     if not found:
         raise AnalysisError("no position is given", remedy='write positions="last"')
     return Grid(site, plain_layers(layers), found)
@@ -106,6 +109,32 @@ def chosen(place: Place, lengths: NDArray[np.int64], ids: Sequence[str]) -> tupl
         lines += [line] * len(found)
         positions += found
     return np.array(lines, np.int64), np.array(positions, np.int64)
+
+
+def reachable(place: Place, lengths: Mapping[str, int]) -> bool:
+    """Return True if any document, of *lengths* by id, has a token at a place."""
+    if isinstance(place, dict):
+        asked = ((p, lengths.get(name, 0)) for name, places in place.items() for p in places)
+        return any(-length <= p < length for p, length in asked)
+    return isinstance(place, str) or any(-length <= place < length for length in lengths.values())
+
+
+def several(places: Any) -> list[Any]:
+    """Return a list of what may be given as one, or as several."""
+    return list(places) if isinstance(places, Iterable) and not isinstance(places, str | Mapping) else [places]
+
+
+def number(place: Any, where: str | None = None) -> int:
+    """Return a position as an int; raise AnalysisError if it is no whole number."""
+    if isinstance(place, bool) or not hasattr(place, "__index__"):
+        raise _unread(place, "a whole number" + ("" if where else f", or one of {', '.join(WORDS)}"), where)
+    return index(place)
+
+
+def _unread(place: Any, expected: str, where: str | None) -> AnalysisError:
+    return AnalysisError(
+        "a position cannot be read", where=where, expected=expected, found=" ".join(repr(place).split())[:80]
+    )
 
 
 def _startable(store: Store, site: str, depth: int) -> list[int]:

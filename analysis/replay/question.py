@@ -12,19 +12,19 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
-from analysis.replay.donors import Donated, donor_lines
-from analysis.replay.edit import Chain, Edit
-from analysis.replay.edits import ByLayer, Identity, NormMatched
+from analysis.replay.donors import donated, donor_lines
+from analysis.replay.edit import Edit
+from analysis.replay.edits import Identity, NormMatched
 from analysis.replay.engine import Engine, Start
 from analysis.replay.grid import Place, chosen
 from analysis.replay.hooking import Placed, Ran
 from analysis.replay.identity import Misfit, compare, refuse_misfit
-from analysis.replay.metrics import Metric, Outcome
+from analysis.replay.metrics import Metric, Outcome, score
 from flexcache.recorder.batch import Batch
 from flexcache.recorder.origin import origin
 
 BASELINES = ("identity", "random_direction", "norm_matched")
-Answers = tuple[int, int] | Mapping[str, tuple[int, int]] | None
+Answers = Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Sequence[int]] | None
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Question:
     edits: tuple[Edit, ...]
     metrics: tuple[Metric, ...]
     baselines: tuple[str, ...]
-    answers: Answers
+    answers: tuple[int, int] | dict[str, tuple[int, int]] | None
     documents: tuple[int, ...]
     readout: str | tuple[int, ...] = "all"
     copies: int = 1
@@ -240,9 +240,9 @@ def _scores(
         if metric.reads:
             residuals = {key: ran.residuals[key][line, :length].float() for key in metric.reads}
             before = {key: base.residuals[key][line, :length].float() for key in metric.reads}
-            scores[number] = metric.function(replace(outcome, residuals=residuals, base_residuals=before))
+            scores[number] = score(metric, replace(outcome, residuals=residuals, base_residuals=before))
         else:
-            scores[number] = metric.function(outcome)
+            scores[number] = score(metric, outcome)
     return scores
 
 
@@ -281,10 +281,10 @@ def _donor_logits(
     engine: Engine, question: Question, edit: Edit, batch: Batch, lines: NDArray[np.int64]
 ) -> dict[int, torch.Tensor]:
     """Return the logits at the end of each line's donor, where a metric needs them and the edit has donors."""
-    donated = _donated(edit)
-    if donated is None or not any(metric.donors for metric in question.metrics):
+    first = next(donated(edit), None)
+    if first is None or not any(metric.donors for metric in question.metrics):
         return {}
-    donors = donor_lines(donated.donor, engine.source.numbers, batch.documents[lines])
+    donors = donor_lines(first.donor, engine.source.numbers, batch.documents[lines])
     pairs = zip(lines.tolist(), donors.tolist(), strict=True)
     return {line: last_logits(engine, donor) for line, donor in pairs if donor >= 0}
 
@@ -298,14 +298,6 @@ def last_logits(engine: Engine, document: int) -> torch.Tensor:
         logits = engine.run(batch, read=last).logits[:, 0].float().cpu()
         kept |= dict(zip(batch.documents.tolist(), logits, strict=True))
     return kept[document]
-
-
-def _donated(edit: Edit) -> Donated | None:
-    if isinstance(edit, Chain):
-        return next((found for part in edit.edits if (found := _donated(part))), None)
-    if isinstance(edit, ByLayer):
-        return _donated(edit.edits[0][1])
-    return edit if isinstance(edit, Donated) else None
 
 
 def _id(engine: Engine, document: int) -> str:

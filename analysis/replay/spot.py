@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from flexcache.errors import AnalysisError
+from flexcache.errors import AnalysisError, FlexCacheError, nearest
 from flexcache.store.store import Store
 
 MEAN_BLOCK = 8192
@@ -32,6 +33,17 @@ class Source:
     def numbers(self) -> dict[str, int]:
         """Line of each document, by id."""
         return {str(name): line for line, name in enumerate(self.store.documents["id"].to_pylist())}
+
+    def check(self, ids: Iterable[str], where: str, kind: type[FlexCacheError] = AnalysisError) -> None:
+        """Raise AnalysisError, or *kind*, if the store lacks a document of *ids*."""
+        unknown = [str(name) for name in ids if str(name) not in self.numbers]
+        if unknown:
+            raise kind(
+                f"the store has no document {unknown[0]!r}",
+                where=where,
+                found=f"{len(unknown)} unknown ids" if len(unknown) > 1 else None,
+                remedy=nearest(unknown[0], [*self.numbers]),
+            )
 
     def rows(self, site: str, layer: int | None, rows: NDArray[np.int64]) -> torch.Tensor:
         """Return stored rows as they are stored, or as float32 where that is int8, shape (rows, features).

@@ -15,9 +15,11 @@ from torch import nn
 from analysis.opened import opens_store
 from analysis.progress import bar
 from analysis.replay import metrics as measures
+from analysis.replay.arguments import checked_answers, checked_grid, loaded
+from analysis.replay.donors import donated, donor_ids
 from analysis.replay.edit import Alternatives, Edit, alternatives, labels
 from analysis.replay.engine import Engine
-from analysis.replay.grid import Grid, grid
+from analysis.replay.grid import Grid, number, reachable, several
 from analysis.replay.metrics import Asked
 from analysis.replay.obstacles import refuse_images
 from analysis.replay.question import BASELINES, Answers, Part, Question, answer, merge_misfits
@@ -74,8 +76,8 @@ def sweep(
         ``"identity"``: nothing is changed. ``"random_direction"``: the edit with random directions of equal length, for
         edits that have directions. ``"norm_matched"``: a random change that is as far as the edit's, token by token.
     answers
-        Two tokens, or a pair for each document by id: the logit of the first less that of the second is the logit
-        difference; probability and rank are of the first.
+        Ids of two tokens; or a pair for each document: a mapping by id, or a list in the order of *documents*. The
+        logit of the first less that of the second is the logit difference; probability and rank are of the first.
     documents
         Ids; by default all that are committed. Others of their batches are run along, and not edited.
     readout
@@ -96,15 +98,16 @@ def sweep(
     MismatchError
         The store cannot be replayed with this model, or *folder* holds parts of another sweep.
     AnalysisError
-        The identity check fails; an edit or metric cannot be used; the documents are images.
+        The identity check fails; an argument cannot be used; an edit or metric fails; a document that is named is not
+        in the store; no document has a token at any of the positions; the documents are images.
     ConfigError, OutputError
         Nothing can be written to *folder*, at the beginning, or later: then the error says where the results are.
     """
     place = None if folder is None else output_folder(folder)
-    loaded = model if isinstance(model, nn.Module) else model()
+    first = loaded(store, model)
     refuse_images(store)
-    engine = Engine(store, loaded, accept)
-    question = ask(engine, at or grid(), edit, metrics, baselines, answers, documents, readout, copies, seed)
+    engine = Engine(store, first, accept)
+    question = ask(engine, checked_grid(at), edit, metrics, baselines, answers, documents, readout, copies, seed)
     batches = list(engine.batches(question.documents))
     if not batches:
         raise AnalysisError("no document can be replayed", found="none of those asked about is committed")
@@ -158,6 +161,9 @@ def ask(
         raise AnalysisError("the store allows no layer to start at", where=at.site)
     for layer in layers:
         engine.start_at(at.site, layer, stored=layer is not None)
+    found_answers = None
+    if answers is not None:
+        found_answers = checked_answers(answers, engine.source, documents, engine.vocabulary)
     found = [
         replace(metric, reads=tuple((s, None if n is None else n % engine.depth) for s, n in metric.reads))
         for metric in measures.find(metrics, answers is not None)
@@ -165,20 +171,33 @@ def ask(
     if documents is None:
         chosen = list(range(len(engine.store.documents)))
     else:
-        unknown = next((name for name in documents if name not in engine.source.numbers), None)
-        if unknown is not None:
-            raise StoreError(f"the store has no document {unknown!r}", where=str(engine.store.path))
-        chosen = sorted({engine.source.numbers[name] for name in documents})
+        engine.source.check(documents, str(engine.store.path), StoreError)
+        chosen = sorted({engine.source.numbers[str(name)] for name in documents})
+    edits = alternatives(edit)
+    for donor in (part.donor for one in edits for part in donated(one)):
+        engine.source.check(donor_ids(donor), "donor")
+    for label, place in positions.items():
+        if isinstance(place, dict):
+            engine.source.check(place, f"positions {label!r}")
+    asked = set(chosen)
+    lengths = {n: int(engine.source.lengths[line]) for n, line in engine.source.numbers.items() if line in asked}
+    if lengths and not any(reachable(place, lengths) for place in positions.values()):
+        raise AnalysisError(
+            "no document has a token at these positions",
+            where="positions",
+            expected=f"positions of documents of up to {max(lengths.values())} tokens",
+            found=", ".join(positions),
+        )
     return Question(
         site=at.site,
         layers=layers,
         positions=positions,
-        edits=alternatives(edit),
+        edits=edits,
         metrics=tuple(found),
         baselines=tuple(baselines),
-        answers=answers,
+        answers=found_answers,
         documents=tuple(chosen),
-        readout=readout if isinstance(readout, str) else tuple(readout),
+        readout=readout if isinstance(readout, str) else tuple(number(place, "readout") for place in several(readout)),
         copies=copies,
         seed=seed,
     )
@@ -215,6 +234,12 @@ def _dataset(engine: Engine, question: Question, parts: Sequence[Part]) -> xr.Da
     notes = [*engine.notes, *dict.fromkeys(note for start in starts for note in engine.notes_on(start))]
     if question.copies > 1:
         notes.append(f"{question.copies} edits went through each forward, so that bits may differ from the capture's.")
+    made = np.isfinite(values[0]).any(axis=(0, 3, 4, 5))
+    for label, found in zip(question.positions, made, strict=True):
+        missing = [name for name, any_value in zip(labels(question.edits), found, strict=True) if not any_value]
+        if missing:
+            why = "no document could be edited, or no metric has a value"
+            notes.append(f"At position {label} every value is NaN ({why}): {', '.join(missing)}.")
     misfits = merge_misfits(parts)
     return xr.Dataset(
         {

@@ -85,6 +85,8 @@ def test_what_attribution_needs_is_said(made: Any, captured: Captured) -> None:
         replay.attribution(plain, DONORS)
     assert "resid_post.grad" in str(error.value.remedy)
     with pytest.raises(AnalysisError, match="no document has a donor"):
+        replay.attribution(store, {"doc-0": "doc-0"})
+    with pytest.raises(AnalysisError, match="no document 'nobody'"):
         replay.attribution(store, {"nobody": "doc-1"})
     short = replay.attribution(store, {"doc-0": "doc-6"})
     assert short.sizes["token"] == 4, "positions that the donor has"
