@@ -15,7 +15,7 @@ from flexcache.hooks.names import WRAPPERS, modules, unwrap
 from flexcache.identity.behavior import behavior, fixed_length
 from flexcache.identity.record import CONFIG, CONFIG_DIGEST, IDENTITY, NAMES, SAMPLE
 from flexcache.identity.structure import structure
-from flexcache.identity.weights import TensorDigests, combine, digest_tensors
+from flexcache.identity.weights import TensorDigests, combine, digest_tensors, fsdp1_owners
 from flexcache.model import evaluating
 
 SAMPLED_VALUES = 64
@@ -129,12 +129,16 @@ def sample_digest(model: nn.Module) -> str:
 
 
 def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return what changes when a forward writes to a tensor that is no parameter, such as a counter, by name."""
+    """Return what changes when a forward writes to a tensor that is no parameter, such as a counter, by name.
+
+    FSDP1 replaces views of its flat parameters in every forward, so that nothing is told of the modules in it.
+    """
+    sharded = fsdp1_owners(model)
     return {
         f"{path}.{key}".lstrip("."): (id(value), value._version)
         for path, module in modules(model).items()
         for key, value in {**vars(module), **module._buffers}.items()
-        if isinstance(value, torch.Tensor) and not value.is_inference()
+        if isinstance(value, torch.Tensor) and not value.is_inference() and module not in sharded
     }
 
 

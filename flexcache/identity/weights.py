@@ -47,7 +47,7 @@ def digest_tensors(model: nn.Module) -> TensorDigests:
     computed: dict[str, str] = {}
     tied: dict[nn.Parameter, str] = {}
     offloaded = _offloaded(model)
-    owners = _fsdp1_owners(model)
+    owners = fsdp1_owners(model)
     for owner, members in groupby(modules(model).items(), lambda item: owners.get(item[1])):
         with _summoned(owner):
             for path, module in members:
@@ -145,7 +145,7 @@ def _summoned(owner: nn.Module | None) -> AbstractContextManager[Any]:
     return FullyShardedDataParallel.summon_full_params(owner, recurse=False, writeback=False)
 
 
-def _fsdp1_owners(model: nn.Module) -> dict[nn.Module, nn.Module]:
+def fsdp1_owners(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """Return the innermost FSDP1 unit of each module."""
     found: dict[nn.Module, nn.Module] = {}
     for module in model.modules():

@@ -70,7 +70,7 @@ def test_mistakes(started: Path, more: Path, capsys: pytest.CaptureFixture[str])
 def test_one_that_is_unfinished(
     started: Path, more: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:

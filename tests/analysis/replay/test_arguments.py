@@ -174,7 +174,7 @@ def test_a_metric_that_fails_or_returns_no_number_is_named(made: Any) -> None:
 
         assert (swept(made, metrics=number)["value"].sel(arm="edit") == 2).all()
     for metrics in (None, 5, [None]):
-        with pytest.raises(AnalysisError, match="that is no metric"):
+        with pytest.raises(AnalysisError, match="that is not a metric"):
             swept(made, metrics=metrics)
 
 
