@@ -1,4 +1,4 @@
-"""What it costs to know a model: every value digested, and one small forward, in seconds.
+"""Measure what it costs to know a model: every value digested, and one small forward, in seconds.
 
     python -m benchmarks.identity [--rounds 5]
 

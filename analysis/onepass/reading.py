@@ -128,7 +128,7 @@ def read(
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What every task needs to know."""
+    """Parameters of every task."""
 
     store: Store
     site: str

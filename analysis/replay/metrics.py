@@ -1,4 +1,4 @@
-"""What an edit changed: metrics of each document, from the logits with it and without, computed in float64."""
+"""Metrics of an edit for each document, from the logits with it and without, computed in float64."""
 
 from __future__ import annotations
 

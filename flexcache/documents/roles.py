@@ -1,4 +1,4 @@
-"""What the columns of documents are: the id, the input of the model, labels."""
+"""Roles of the columns of documents: the id, the input of the model, labels."""
 
 from __future__ import annotations
 

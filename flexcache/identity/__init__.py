@@ -1,4 +1,4 @@
-"""What a model computes: digests of its values, its structure by name, and its outputs on a small fixed input."""
+"""Identity of a model: digests of its values, its structure by name, and its outputs on a small fixed input."""
 
 from flexcache.identity.record import (
     check_model,

@@ -1,4 +1,4 @@
-"""What a model computes on a small fixed input, kept as a digest of its bits and as a sketch of its values."""
+"""Outputs of a model on a small fixed input, kept as a digest of their bits and as a sketch of their values."""
 
 from __future__ import annotations
 

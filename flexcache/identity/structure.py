@@ -1,4 +1,4 @@
-"""What a model is made of, by name, so that an error can say what has changed in it."""
+"""Structure of a model by name, so that an error can say what has changed in it."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ def _example(model: torch.nn.Module, long: int, isolated: bool) -> tuple[Batch, 
 
 
 def _read(model: torch.nn.Module, reading: Reading, pad: Padding, crew: Crew, batch: Batch) -> Values | Exception:
-    """Return what is read of the short sequences of a batch, or the error of its forward."""
+    """Return the activations of the short sequences of a batch, or the error of its forward."""
     patterns = {tap.array for tap in reading.taps if tap.side == PATTERN}
     short = min(len(tokens) for tokens in batch.tokens)
     found: Values = {}

@@ -1,4 +1,4 @@
-"""Which model the rows of a store come from, units of other models included."""
+"""The model that the rows of a store come from, units of other models included."""
 
 from __future__ import annotations
 
