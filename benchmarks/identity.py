@@ -3,12 +3,14 @@
     python -m benchmarks.identity [--rounds 5]
 
 Models: SmolLM2-135M, and random weights with the sizes of Llama 3.2 1B, both in float32. The floor is reading the same
-bytes once (their sum as integers); "before" is a digest of 64 values a tensor, as earlier versions took it.
+bytes once (their sum); the peer is SHA-256, by which hubs know files of weights; "before" is a digest of 64 values a
+tensor, as earlier versions took it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import statistics
 from collections.abc import Callable
 
@@ -45,7 +47,13 @@ def one_billion() -> torch.nn.Module:
 
 def read_once(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
-        parameter.detach().reshape(-1).view(torch.int32).sum()
+        parameter.detach().sum()
+
+
+def sha256(model: torch.nn.Module) -> None:
+    hasher = hashlib.sha256()
+    for parameter in model.parameters():
+        hasher.update(parameter.detach().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def measure(name: str, make: Callable[[], torch.nn.Module], rounds: int) -> None:
@@ -55,6 +63,7 @@ def measure(name: str, make: Callable[[], torch.nn.Module], rounds: int) -> None
     seconds = interleave(
         {
             "floor": lambda: read_once(model),
+            "sha256": lambda: sha256(model),
             "before": lambda: sample_digest(model) and None,
             "values": lambda: digest_tensors(model) and None,
             "behavior": lambda: behavior(model, conditions) and None,
@@ -68,6 +77,7 @@ def measure(name: str, make: Callable[[], torch.nn.Module], rounds: int) -> None
         ("one small forward, s", f"{statistics.median(seconds['behavior']):.3f}", "–"),
         ("all of it, s", f"{statistics.median(seconds['all']):.3f}", "≤ 10"),
         ("every value ÷ reading the bytes once", f"{ratio(seconds['values'], seconds['floor']):.2f}", "≤ 2"),
+        ("SHA-256 ÷ reading the bytes once", f"{ratio(seconds['sha256'], seconds['floor']):.2f}", "a peer"),
     ]
     show(f"{name}: {count / 1e6:,.0f} million parameters, float32", rows)
 
