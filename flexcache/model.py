@@ -325,7 +325,7 @@ OTHER_INPUTS = ("vision", "visual", "image", "audio")
 
 
 def positions(model: torch.nn.Module) -> tuple[int | None, int | None]:
-    """Return how many positions a model has a table for, and its encoder beside a decoder; None without such a table.
+    """Return how many positions a model, and the encoder of an encoder–decoder, has a table for; None without one.
 
     Rotary positions, relative ones and ALiBi are computed for any length, whatever the configuration says; only MPT's
     biases are made for a fixed one.

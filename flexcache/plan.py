@@ -23,7 +23,7 @@ LONGEST_SEQUENCES = 8
 BATCHES_AT_LEAST = 4
 
 Batching = Literal["padded", "equal_lengths", "single"]
-"""Which sequences share a batch: those of similar length, padded; those of equal length; none."""
+"""Rules for sharing a batch: sequences of similar length, padded; of equal length; one sequence alone."""
 
 
 def batch_groups(batching: Batching, sides: np.ndarray) -> np.ndarray | None:

@@ -42,7 +42,7 @@ def describe_model(
 ) -> dict[str, Any]:
     """Return a record of what a live model computes, for the provenance of a store.
 
-    The model runs once on a small input, and every value of it is read once: 0.3 seconds for a gigabyte of weights.
+    The model runs once on a small input, and every value of it is read once: 0.1 seconds for a gigabyte of weights.
     However the model is distributed, the record of its weights is the same. Collective where it is distributed.
 
     Parameters

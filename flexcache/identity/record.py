@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -95,18 +96,17 @@ def differences(before: Record, now: Record) -> list[str]:
     """Return what differs between the models of two records, in words; empty where they compute the same.
 
     Two models are the same if their classes, configurations and weights are equal, and if their outputs on the fixed
-    input are: bit for bit under equal conditions, and else within `TOLERANCES`. Then neither hooks nor names of
-    modules matter. Records of earlier versions are compared by a sample of the weights.
+    input are: bit for bit under equal conditions, within `STEADY` if forwards do not repeat to the bit, and within
+    `TOLERANCES` under other conditions. Then neither hooks nor classes of modules matter. Records of earlier versions
+    are compared by a sample of the weights.
 
     Raises
     ------
     StoreError
         A record is not of this form.
     """
-    try:
+    with _readable():
         return _differences(before, now)
-    except UNREADABLE as error:
-        raise _unreadable(error) from error
 
 
 def structural(one: Record, other: Record) -> list[str]:
@@ -117,19 +117,22 @@ def structural(one: Record, other: Record) -> list[str]:
     StoreError
         An identity is not of this form.
     """
-    try:
+    with _readable():
         return _structural(one, other)
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Raise StoreError for a record whose parts are of other types, or missing."""
+    try:
+        yield
     except UNREADABLE as error:
-        raise _unreadable(error) from error
-
-
-def _unreadable(error: Exception) -> StoreError:
-    return StoreError(
-        "the record of a model cannot be read",
-        where="provenance.model.identity",
-        found=f"{type(error).__name__}: {str(error)[:200]}",
-        remedy="restore zarr.json from a copy, or choose another path for a new store",
-    )
+        raise StoreError(
+            "the record of a model cannot be read",
+            where="provenance.model.identity",
+            found=f"{type(error).__name__}: {str(error)[:200]}",
+            remedy="restore zarr.json from a copy, or choose another path for a new store",
+        ) from error
 
 
 def _differences(before: Record, now: Record) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which sequences may share a batch, shown by small forwards of the very model before the plan.
+"""Find which sequences may share a batch, by small forwards of the model before the plan.
 
 A model need not honour the attention mask: FNet has none, convolutions read over the end of a sequence, mixtures of
 experts of a fixed capacity drop tokens for those of other sequences. So a padded batch is compared with a batch of
@@ -62,7 +62,7 @@ SAID = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which sequences may share a batch.
+    """The sequences that may share a batch.
 
     Attributes
     ----------
@@ -93,7 +93,7 @@ def recorded(path: Place) -> bool:
 def find_batching(model: torch.nn.Module, reading: Reading, pad: Padding, spec: Spec, crew: Crew) -> Verdict:
     """Return which sequences may share a batch, so that each has the activations that it has alone.
 
-    Three small forwards: short sequences beside a long one, padded; among themselves; and one of them alone. They are
+    Three small forwards: short sequences with a long one, padded; among themselves; and one of them alone. They are
     compared at every site that is read, before transforms. Images are of one size and need no padding. Collective
     where processes share the model.
 
@@ -198,7 +198,7 @@ def _read(model: torch.nn.Module, reading: Reading, pad: Padding, crew: Crew, ba
 def _read_in_float32(
     model: torch.nn.Module, reading: Reading, pad: Padding, crew: Crew, batches: Sequence[Batch]
 ) -> list[Values | Exception]:
-    """Return what is read of a copy in float32, whose rounding hides nothing; empty where there can be none."""
+    """Return the activations of a float32 copy, whose rounding hides nothing; empty if there can be no copy."""
     if sum(parameter.numel() for parameter in model.parameters()) > COPIED or input_device(model).type == "meta":
         return []
     try:

@@ -37,7 +37,7 @@ SLOW = (
 )
 
 FAILURES = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError)
-"""What the code of a model raises on inputs that it cannot run."""
+"""Errors that the code of a model raises on inputs that it cannot run."""
 
 Sink = Callable[[str, int | None, torch.Tensor], None]
 """Takes the name of an array, a layer, and values of shape (sequences, longest, features…)."""

@@ -1,4 +1,4 @@
-"""How long sequences may be: as many tokens as the model has positions for."""
+"""Checks that no sequence has more tokens than the model has positions."""
 
 from __future__ import annotations
 
