@@ -17,7 +17,7 @@ from flexcache.errors import ConfigError
 from flexcache.model import ModelSource
 from flexcache.options import Choice, Generation, Options, Packing, Teaching, Windows, parse_rows
 from flexcache.paths import local_path
-from flexcache.recorder.origin import load
+from flexcache.provenance import load
 from flexcache.recorder.transform import Transform
 from flexcache.spec import AnyDType, Spec, parse_sites, validate
 from flexcache.store.place import Place, local, place

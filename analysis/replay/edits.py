@@ -15,7 +15,7 @@ from torch import nn
 from analysis.replay.edit import Edit, checked_edit
 from analysis.replay.spot import Spot
 from flexcache.errors import AnalysisError
-from flexcache.recorder.origin import load, origin
+from flexcache.provenance import load, origin
 
 Numbers = float | tuple[float, ...] | list[float]
 

@@ -20,8 +20,8 @@ from analysis.replay.grid import Place, chosen
 from analysis.replay.hooking import Placed, Ran
 from analysis.replay.identity import Misfit, compare, refuse_misfit
 from analysis.replay.metrics import Metric, Outcome, score
+from flexcache.provenance import origin
 from flexcache.recorder.batch import Batch
-from flexcache.recorder.origin import origin
 
 BASELINES = ("identity", "random_direction", "norm_matched")
 Answers = Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Sequence[int]] | None

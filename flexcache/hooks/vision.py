@@ -13,7 +13,7 @@ from torch import nn
 from flexcache.errors import FlexCacheError, SiteError
 from flexcache.hooks.blocks import find_blocks
 from flexcache.hooks.names import inner, modules, unwrap
-from flexcache.images.patches import Patches
+from flexcache.patches import Patches
 
 PIXELS = "pixel_values"
 Pixels = tuple[int, int, int]

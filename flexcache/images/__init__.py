@@ -4,6 +4,6 @@
 """
 
 from flexcache.images.encoded import decode, encode
-from flexcache.images.patches import Patches
+from flexcache.patches import Patches
 
 __all__ = ["Patches", "decode", "encode"]

@@ -14,8 +14,8 @@ from flexcache.errors import ConfigError, DocumentsError, MismatchError
 from flexcache.hooks.measure import input_device
 from flexcache.hooks.vision import PIXELS, Pixels, compute_dtype, example_pixels, reads_images, token_layout
 from flexcache.images.encoded import decode, pillow
-from flexcache.images.patches import Patches
 from flexcache.images.processor import ImageProcessor, stored_processor
+from flexcache.patches import Patches
 
 if TYPE_CHECKING:
     from flexcache.store.store import Store

@@ -74,7 +74,7 @@ class ImageProcessor:
     def describe(self) -> dict[str, Any]:
         """Return what it is: its class, its settings and their digest; of a function, digests of its code."""
         if not self._settled:
-            from flexcache.recorder.origin import origin
+            from flexcache.provenance import origin
 
             return {"class": type(self._inner).__name__, **origin(self._inner)}
         settings = json.loads(json.dumps(self._inner.to_dict(), default=str))

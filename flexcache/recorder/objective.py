@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from flexcache.errors import CaptureError
-from flexcache.recorder.origin import origin
+from flexcache.provenance import origin
 
 if TYPE_CHECKING:
     from flexcache.recorder.batch import Batch

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flexcache.errors import CaptureError, ConfigError, FlexCacheError
-from flexcache.recorder.origin import origin
+from flexcache.provenance import origin
 from flexcache.site import PATTERN, STANDARD, Layers, Site
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from flexcache.errors import StoreError
 from flexcache.images.encoded import IMAGE
-from flexcache.images.patches import Patches
+from flexcache.patches import Patches
 from flexcache.store.coordinates import unreadable
 from flexcache.store.schema import SEQUENCES
 from flexcache.store.tables import open_table

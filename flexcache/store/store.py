@@ -18,7 +18,7 @@ import xarray as xr
 
 from flexcache.errors import ConfigError, SiteError, StoreError, nearest
 from flexcache.images.encoded import IMAGE
-from flexcache.images.patches import Patches
+from flexcache.patches import Patches
 from flexcache.plan import ranges
 from flexcache.site import plain_layers
 from flexcache.spec import ArraySpec

@@ -11,8 +11,8 @@ import torch
 import flexcache
 from flexcache import Transform
 from flexcache.errors import CaptureError, ConfigError, MismatchError, SiteError
+from flexcache.provenance import load, origin
 from flexcache.recorder.batch import Batch
-from flexcache.recorder.origin import load, origin
 from tests.corpora import lengths, token_documents
 from tests.models import DEPTH, HIDDEN, VOCABULARY, tiny
 
