@@ -15,7 +15,7 @@ from analysis.onepass import DocumentSample, State, read
 from analysis.opened import opens_store
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers
-from flexcache.store.display import TABLE_COLUMNS
+from flexcache.store.format.text import TABLE_COLUMNS
 from flexcache.store.joined import rows_in
 from flexcache.store.store import Store
 

@@ -16,8 +16,8 @@ from flexcache.errors import ConfigError
 from flexcache.recorder.planning import Source
 from flexcache.recorder.sampling import Sampled, sample
 from flexcache.store.disk import write_rate
-from flexcache.store.display import size
 from flexcache.store.footprint import Footprint, footprint
+from flexcache.store.format.text import size
 from pipelines.config import CaptureConfig
 from pipelines.plan import place_of, source_of, table_of
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from flexcache.exchange.exporting import export
 from flexcache.paths import output_folder, shown
-from flexcache.store.display import size
+from flexcache.store.format.text import size
 from pipelines.bars import bytes_bar
 
 

@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flexcache.store.display import sites, size, summary
+from flexcache.store.display import sites, summary
 from flexcache.store.files import file_sizes
+from flexcache.store.format.text import size
 from flexcache.store.place import Place
 from flexcache.store.store import Store
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from flexcache.paths import shown
 from flexcache.recorder.planning import Estimate, Source, estimate
 from flexcache.store.create import check_room
-from flexcache.store.display import size
+from flexcache.store.format.text import size
 from flexcache.store.place import Place, local
 from pipelines.config import CaptureConfig
 

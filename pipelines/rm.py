@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from flexcache.store.display import layer_text, size
+from flexcache.store.format.text import layer_text, size
 from flexcache.store.removing import Removal
 from pipelines.bars import bytes_bar
 

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from flexcache.store.display import array_bytes, size
+from flexcache.store.display import array_bytes
+from flexcache.store.format.text import size
 from flexcache.store.store import Store
 from flexcache.store.verify import Verification, verify
 from pipelines.config import CaptureConfig

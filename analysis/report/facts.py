@@ -7,8 +7,9 @@ from typing import Any
 
 from analysis import probes
 from analysis.probes import Sweep
-from flexcache.store.display import layer_text, size, summary
 from flexcache.store.display import sites as site_lines
+from flexcache.store.display import summary
+from flexcache.store.format.text import layer_text, size
 from flexcache.store.place import Place
 from flexcache.store.store import Store
 

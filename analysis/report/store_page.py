@@ -17,7 +17,7 @@ from analysis.report.drawing import curves, heatmap
 from analysis.report.template import write_page
 from analysis.survey import Survey
 from analysis.tokens import Vocabulary
-from flexcache.store.display import layer_text
+from flexcache.store.format.text import layer_text
 from flexcache.store.store import Store
 
 TEMPLATE = "store.html.j2"

@@ -21,7 +21,7 @@ from flexcache.plan import ranges
 from flexcache.recorder.foreign import record
 from flexcache.site import STANDARD
 from flexcache.spec import DTYPES
-from flexcache.store.display import TABLE_COLUMNS
+from flexcache.store.format.text import TABLE_COLUMNS
 from flexcache.store.store import Store
 
 LAYER_PATTERN = r"(?:layers?|blocks|h)[._](\d+)"

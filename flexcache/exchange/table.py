@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flexcache.store.display import TABLE_COLUMNS
+from flexcache.store.format.text import TABLE_COLUMNS
 from flexcache.store.selection import Key
 from flexcache.store.store import Store
 

@@ -15,8 +15,8 @@ from flexcache.errors import DamagedError
 from flexcache.images.encoded import IMAGE
 from flexcache.plan import Largest, parts
 from flexcache.store.place import Place
+from flexcache.store.read.parquet import open_table
 from flexcache.store.schema import BEGINS, CONTEXT, SEQUENCES, read_attributes
-from flexcache.store.tables import open_table
 
 if TYPE_CHECKING:
     from flexcache.recorder.imaging import Padding

@@ -10,8 +10,8 @@ import numpy as np
 from flexcache.errors import DamagedError
 from flexcache.store.files import digest
 from flexcache.store.ledger import UnitRecord
-from flexcache.store.reader import shard_name
 from flexcache.store.selection import Key
+from flexcache.store.shard import shard_name
 from flexcache.store.store import Store
 
 BLOCK = 4 << 20

@@ -11,16 +11,16 @@ import numpy as np
 
 from flexcache.errors import CaptureError, SiteError, nearest
 from flexcache.recorder.batch import Batch
+from flexcache.recorder.batch_rows import rows_of
 from flexcache.recorder.carried import Carried
 from flexcache.recorder.range_error import place, range_error
-from flexcache.recorder.rows import Piece, Unstorable, rows_of, stored
+from flexcache.recorder.rows import Piece, Unstorable, encode_rows
 from flexcache.recorder.tally import Tally
 from flexcache.spec import DTYPES
 from flexcache.store.filling import slabs_for
 from flexcache.store.int8 import is_scale, scale_name
-from flexcache.store.reader import shard_name
 from flexcache.store.selection import Key
-from flexcache.store.shard import ShardLayout
+from flexcache.store.shard import ShardLayout, shard_name
 from flexcache.store.shard_file import Copy, NonFinite, ShardFile, copy_bytes
 from flexcache.store.store import Store
 from flexcache.store.writer import WriterThread
@@ -131,7 +131,7 @@ class Intake:
         file = self._file(site, layer)
         first, count = _span(rows)
         self._check_rows(file, first, count, values.shape)
-        self._take(file, stored, values)
+        self._take(file, encode_rows, values)
 
     def record(self, site: str, layer: int | None, values: Any) -> None:
         """Take the kept rows of padded activations; see `Recorder.record`."""

@@ -23,7 +23,7 @@ from flexcache.sequences import Corpus, Positions, Spool, spool
 from flexcache.spec import ArraySpec, Spec
 from flexcache.store.card import card
 from flexcache.store.create import check_names, check_place, check_room, create, planning, total_bytes
-from flexcache.store.display import size
+from flexcache.store.format.text import size
 from flexcache.store.place import Place
 from flexcache.store.writer import clear_errors
 

@@ -22,7 +22,7 @@ from rich.table import Column, Table
 
 from flexcache.recorder.recorder import Recorder
 from flexcache.recorder.tally import Tally
-from flexcache.store.display import size
+from flexcache.store.format.text import size
 
 
 class CaptureProgress:

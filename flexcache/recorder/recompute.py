@@ -20,12 +20,12 @@ from flexcache.identity.record import CHANGED_MODEL, STEADY
 from flexcache.images.input import stored_input
 from flexcache.model import evaluating
 from flexcache.recorder.batch import Batch, BatchReader
+from flexcache.recorder.batch_rows import rows_of
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.fingerprint import fingerprint
 from flexcache.recorder.imaging import Padding, padding
 from flexcache.recorder.objective import Objective
 from flexcache.recorder.reading import Reading, locate
-from flexcache.recorder.rows import rows_of
 from flexcache.recorder.running import forwards
 from flexcache.recorder.transform import Transform
 from flexcache.spec import DTYPES, Spec

@@ -1,4 +1,4 @@
-"""Activations into the bytes of stored rows: padding dropped, means taken, dtype cast, range checked."""
+"""Encode rows as the bytes that are stored: dtype cast, int8 scales, range checked."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flexcache.recorder.batch import Batch
 from flexcache.store.finite import first_nonfinite
 from flexcache.store.int8 import quantize
 
@@ -30,7 +29,7 @@ class Unstorable(Exception):  # noqa: N818 - it carries the place to the recorde
 
 
 def is_torch(values: Any) -> bool:
-    """Whether *values* is a torch tensor, without importing torch."""
+    """Return True for a torch tensor, without importing torch."""
     return type(values).__module__.partition(".")[0] == "torch"
 
 
@@ -45,23 +44,7 @@ def host(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
-def rows_of(batch: Batch, values: Any, dtype: np.dtype) -> list[Piece]:
-    """Return the rows of padded activations, shape (sequences, longest, …), as bytes in the storage dtype.
-
-    Nothing is copied where nothing is cast or averaged, since this runs inside hooks: the bytes are then those of
-    the activations, padding included, and the spans say which of them are rows. Of int8, a second piece has the scales.
-
-    Raises
-    ------
-    Unstorable
-        See `stored`.
-    """
-    if dtype == np.int8:
-        return _scaled(_rows_of(batch, values, FLOAT32), math.prod(values.shape[2:]))
-    return [_rows_of(batch, values, dtype)]
-
-
-def stored(rows: Any, dtype: np.dtype) -> list[Piece]:
+def encode_rows(rows: Any, dtype: np.dtype) -> list[Piece]:
     """Return rows, a numpy array or torch tensor of shape (rows, …), as bytes in the storage dtype, as `rows_of` does.
 
     Raises
@@ -70,31 +53,17 @@ def stored(rows: Any, dtype: np.dtype) -> list[Piece]:
         A cast gave an infinity or NaN. Where nothing is cast, the writer looks for them instead.
     """
     if dtype == np.int8:
-        return _scaled(_whole(_bytes(rows, FLOAT32)), math.prod(rows.shape[1:]))
-    return [_whole(_bytes(rows, dtype))]
+        return int8_pieces(piece_of(bytes_of(rows, FLOAT32)), math.prod(rows.shape[1:]))
+    return [piece_of(bytes_of(rows, dtype))]
 
 
-def _rows_of(batch: Batch, values: Any, dtype: np.dtype) -> Piece:
-    same = str(values.dtype).removeprefix("torch.") == dtype.name
-    if batch.mean:
-        return _whole(_bytes(batch.kept(host(values) if is_torch(values) else values), dtype))
-    if same and batch.picked is None:
-        content = _bytes(values, dtype)
-        width = len(content) // (batch.shape[0] * batch.shape[1])
-        return content, [(start * width, count * width) for start, count in batch.spans]
-    if is_torch(values):
-        import torch
-
-        return _whole(_bytes(torch.cat([values[line][places] for line, places in enumerate(batch.places)]), dtype))
-    return _whole(_bytes(batch.kept(values), dtype))
-
-
-def _whole(content: np.ndarray) -> Piece:
+def piece_of(content: np.ndarray) -> Piece:
+    """Return bytes that are all rows as one piece."""
     return content, [(0, len(content))]
 
 
-def _bytes(rows: Any, dtype: np.dtype) -> np.ndarray:
-    """Return rows as one run of bytes."""
+def bytes_of(rows: Any, dtype: np.dtype) -> np.ndarray:
+    """Return rows as one run of bytes in the storage dtype; raise Unstorable where the cast gives infinity or NaN."""
     given = host(rows) if is_torch(rows) else np.asarray(rows)
     if given.dtype == dtype:
         return np.ascontiguousarray(given).reshape(-1).view(np.uint8)
@@ -106,7 +75,7 @@ def _bytes(rows: Any, dtype: np.dtype) -> np.ndarray:
     return content
 
 
-def _scaled(piece: Piece, features: int) -> list[Piece]:
+def int8_pieces(piece: Piece, features: int) -> list[Piece]:
     """Return float32 rows as int8, and their scales."""
     content, spans = piece
     whole = np.concatenate([content[start : start + count] for start, count in spans])
@@ -114,7 +83,7 @@ def _scaled(piece: Piece, features: int) -> list[Piece]:
     at = first_nonfinite(whole, FLOAT32)
     if at is not None:
         raise Unstorable(*divmod(at, features), float(rows.reshape(-1)[at]))
-    return [_whole(part.reshape(-1).view(np.uint8)) for part in quantize(rows)]
+    return [piece_of(part.reshape(-1).view(np.uint8)) for part in quantize(rows)]
 
 
 def _cast(rows: Any, dtype: np.dtype) -> np.ndarray:

@@ -28,7 +28,7 @@ from flexcache.recorder.progress import CaptureProgress, time_table
 from flexcache.recorder.reading import Reading
 from flexcache.recorder.recorder import POLL, Recorder
 from flexcache.site import PATTERN
-from flexcache.store.display import size
+from flexcache.store.format.text import size
 from flexcache.store.slabs import Slab, anonymous_slab
 
 SLOW = (

@@ -19,13 +19,14 @@ from flexcache.errors import CaptureError
 from flexcache.hooks.measure import input_device
 from flexcache.model import evaluating
 from flexcache.recorder.batch import Batch, BatchReader
+from flexcache.recorder.batch_rows import rows_of
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.cuda import CudaLane
 from flexcache.recorder.imaging import Padding
 from flexcache.recorder.isolation import check_isolation
 from flexcache.recorder.range_error import range_error
 from flexcache.recorder.reading import Reading
-from flexcache.recorder.rows import Unstorable, rows_of
+from flexcache.recorder.rows import Unstorable
 from flexcache.recorder.running import Sink, allocation, forwards
 from flexcache.spec import DTYPES, Spec
 from flexcache.store.shard_file import Copy, copy_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flexcache.spec import ArraySpec
-from flexcache.store.display import layer_text
+from flexcache.store.format.text import layer_text
 
 
 def card(name: str, arrays: list[ArraySpec], facts: list[tuple[str, str]], content: dict[str, Any]) -> str:

@@ -21,8 +21,8 @@ from flexcache.site import STANDARD
 from flexcache.spec import ArraySpec
 from flexcache.store.card import card
 from flexcache.store.create import appear, check_place, check_room, create_arrays, planning, total_bytes
-from flexcache.store.display import size
 from flexcache.store.files import digest, relative_files
+from flexcache.store.format.text import size
 from flexcache.store.inside import check_inside
 from flexcache.store.ledger import FileRecord
 from flexcache.store.place import Place

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexcache.paths import shown
+from flexcache.store.format.text import TABLE_COLUMNS, layer_text, size
+from flexcache.store.schema import GROWING
 
 if TYPE_CHECKING:
     from flexcache.store.store import Store
-
-TABLE_COLUMNS = frozenset(
-    {"id", "source_index", "n_tokens", "text", "text_xxh3_128", "messages_xxh3_128"}
-    | {"image_xxh3_128", "row_start", "n_rows"}
-)
-"""The columns of the documents that are not labels."""
 
 
 def summary(store: Store) -> dict[str, str]:
@@ -34,16 +31,9 @@ def summary(store: Store) -> dict[str, str]:
 
 
 def _extension(store: Store) -> str:
-    from flexcache.store.growing import Growth
-    from flexcache.store.remote.path import RemotePath
-    from flexcache.store.store import Store
-
-    if isinstance(store.path, RemotePath):  # it does not grow there
+    if not isinstance(store.path, Path) or not (store.path / GROWING / "zarr.json").is_file():
         return ""
-    growth = Growth(store.path)
-    if not growth.begun:
-        return ""
-    staged = Store(growth.folder)
+    staged = type(store)(store.path / GROWING)
     return f"; an extension has begun: {len(staged.committed_units)} of {staged.n_units} units"
 
 
@@ -57,31 +47,9 @@ def sites(store: Store) -> list[tuple[str, str, str, str]]:
     return lines
 
 
-def layer_text(layers: tuple[int, ...] | None) -> str:
-    """Write layer numbers shortly: ``0–29``, ``0, 8, 16``."""
-    if layers is None:
-        return "–"
-    if len(layers) > 2 and layers == tuple(range(layers[0], layers[-1] + 1)):
-        return f"{layers[0]}–{layers[-1]}"
-    return ", ".join(map(str, layers))
-
-
 def array_bytes(store: Store) -> int:
     """Return the bytes of all rows of all arrays."""
     return sum(len(array.slices) * array.row_bytes for array in store.arrays.values()) * store.n_rows
-
-
-def size(count: float) -> str:
-    """Write a number of bytes for people.
-
-    >>> size(999), size(1_500_000), size(2.5e12)
-    ('999 B', '1.5 MB', '2.5 TB')
-    """
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 def text(store: Store) -> str:

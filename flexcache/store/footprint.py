@@ -10,9 +10,8 @@ from flexcache.spec import ArraySpec
 from flexcache.store.create import coordinate_chunk, total_bytes
 from flexcache.store.files import json_bytes
 from flexcache.store.ledger import FileRecord, UnitRecord, record_json
-from flexcache.store.reader import shard_name
 from flexcache.store.schema import COORDINATES
-from flexcache.store.shard import ShardLayout
+from flexcache.store.shard import ShardLayout, shard_name
 
 
 @dataclass(frozen=True)

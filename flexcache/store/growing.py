@@ -25,12 +25,11 @@ from flexcache.store.files import fsync_folder, write_durably
 from flexcache.store.ledger import FileRecord, Ledger, UnitRecord
 from flexcache.store.place import Place, local, place
 from flexcache.store.remote.path import RemotePath
-from flexcache.store.schema import COORDINATES, DOCUMENTS, PLAN_RECORD, SEQUENCES, read_attributes
+from flexcache.store.schema import COORDINATES, DOCUMENTS, GROWING, PLAN_RECORD, SEQUENCES, read_attributes
 from flexcache.store.store import Store
 from flexcache.store.worker import ALIVE, PARTIAL, Worker
 from flexcache.store.writer import clear_errors
 
-GROWING = ".growing"
 PLACING = "placing"
 """Is there from before the first file takes its place: what is staged can no longer be dropped."""
 POLL = 0.1

@@ -15,8 +15,8 @@ from flexcache.store.derived import Derived, describe_origin, differing_tables, 
 from flexcache.store.growing import check_settled
 from flexcache.store.origin import recorded_model
 from flexcache.store.place import Place, place
-from flexcache.store.reader import shard_name
 from flexcache.store.selection import Key
+from flexcache.store.shard import shard_name
 from flexcache.store.store import Store
 from flexcache.store.transfer import Progress, Transfer
 

@@ -10,8 +10,8 @@ from flexcache.errors import StoreError
 from flexcache.images.encoded import IMAGE
 from flexcache.patches import Patches
 from flexcache.store.coordinates import unreadable
+from flexcache.store.read.parquet import open_table
 from flexcache.store.schema import SEQUENCES
-from flexcache.store.tables import open_table
 
 if TYPE_CHECKING:
     from flexcache.store.store import Store

@@ -18,7 +18,7 @@ from flexcache.store.committed import CommittedUnits, shared_units
 from flexcache.store.inside import MOST_JSON, check_inside
 from flexcache.store.place import Place, zarr_source
 from flexcache.store.reference import StoreReference
-from flexcache.store.shard import ShardLayout
+from flexcache.store.shard import ShardLayout, shard_name
 
 OPEN_SHARDS = 256
 SCAN_BYTES = 4 << 20
@@ -243,11 +243,6 @@ def shared_reader(
     of_scales = None if scales is None else shared_reader(kind, reference, scales, compressed, None)
     reader: RowReader = kind(reference, array, compressed, shared_units(reference), of_scales)
     return reader
-
-
-def shard_name(array: str, layer: int | None, shard: int) -> str:
-    """Return the path of a shard file relative to the store."""
-    return f"{array}/c/{shard}/0" if layer is None else f"{array}/c/{layer}/{shard}/0"
 
 
 def _read_into(handle: int, target: np.ndarray, offset: int, path: Place) -> None:

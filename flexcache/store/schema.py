@@ -20,6 +20,8 @@ CONTEXT = "context"
 COORDINATES = {"token_id": "int32", "position": "int32", "document": "int64"}
 RESERVED = frozenset({"ledger", "runs", "layer", "token", *COORDINATES})
 PLAN_RECORD = "ledger/plan.json"
+GROWING = ".growing"
+"""The folder of a begun extension, a store of its own until it is committed."""
 
 
 def read_attributes(path: Place) -> dict[str, Any]:

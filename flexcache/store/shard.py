@@ -85,3 +85,8 @@ def index_bytes(lengths: list[int], n_chunks: int) -> bytes:
     index[: len(lengths), 0] = np.cumsum([0, *lengths[:-1]]) if lengths else 0
     table = index.tobytes()
     return table + int(google_crc32c.value(table)).to_bytes(4, "little")
+
+
+def shard_name(array: str, layer: int | None, shard: int) -> str:
+    """Return the path of a shard file relative to the store."""
+    return f"{array}/c/{shard}/0" if layer is None else f"{array}/c/{layer}/{shard}/0"

@@ -19,8 +19,8 @@ from flexcache.store.card import card
 from flexcache.store.create import check_names, check_room, create_arrays, create_coordinate, total_bytes
 from flexcache.store.derived import Derived, consolidate, copy_verified, make, shared_files
 from flexcache.store.description import largest_batch, stored_batching
-from flexcache.store.display import size
 from flexcache.store.files import relative_files
+from flexcache.store.format.text import size
 from flexcache.store.growing import link_records
 from flexcache.store.ledger import Ledger
 from flexcache.store.plan_record import write_plan_record

@@ -32,12 +32,12 @@ from flexcache.store.labels import label_names, row_labels
 from flexcache.store.lines import check_lines
 from flexcache.store.pictures import image_of, patches_of
 from flexcache.store.place import Place, place
+from flexcache.store.read.parquet import open_table, read_table
 from flexcache.store.reader import RowReader
 from flexcache.store.reference import StoreReference, refer
 from flexcache.store.remote.rows import reader_class
 from flexcache.store.replayable import Replayable, replayable
 from flexcache.store.schema import COORDINATES, DOCUMENTS, SEQUENCES, read_attributes
-from flexcache.store.tables import open_table, read_table
 
 
 class Store(Mapping[str, xr.DataArray]):

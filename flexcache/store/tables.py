@@ -13,8 +13,8 @@ from flexcache.documents.arrow_types import stored_array, stored_type
 from flexcache.errors import DocumentsError
 from flexcache.plan import Plan
 from flexcache.sequences import Spool
-from flexcache.store.inside import check_inside
 from flexcache.store.place import Place
+from flexcache.store.read.parquet import open_table
 from flexcache.store.schema import DOCUMENTS, SEQUENCES
 from flexcache.store.unit_tables import UnitTables
 
@@ -58,18 +58,6 @@ def write_tables(
     sequences.close()
     for writer in rows.values():
         writer.close()
-
-
-def open_table(path: Place) -> pq.ParquetFile:
-    """Open a Parquet file, wherever it is; on object storage a row group is a few requests."""
-    check_inside(path.parent, path)
-    return pq.ParquetFile(path if isinstance(path, Path) else path.open())
-
-
-def read_table(path: Place, columns: list[str] | None = None) -> pa.Table:
-    """Read a Parquet file, whole or some columns of it."""
-    check_inside(path.parent, path)
-    return pq.read_table(path if isinstance(path, Path) else path.open(), columns=columns)
 
 
 class _TableWriter:

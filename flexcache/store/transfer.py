@@ -11,7 +11,7 @@ import numpy as np
 
 from flexcache.errors import DamagedError
 from flexcache.recorder.range_error import range_error
-from flexcache.recorder.rows import Unstorable, stored
+from flexcache.recorder.rows import Unstorable, encode_rows
 from flexcache.spec import DTYPES
 from flexcache.store.arrivals import Arrivals, arrivals_of
 from flexcache.store.derived import POLL
@@ -21,9 +21,8 @@ from flexcache.store.inside import check_inside
 from flexcache.store.int8 import SCALE, is_scale, scale_name
 from flexcache.store.ledger import FileRecord, UnitRecord
 from flexcache.store.place import Place
-from flexcache.store.reader import shard_name
 from flexcache.store.selection import Key
-from flexcache.store.shard import ShardLayout
+from flexcache.store.shard import ShardLayout, shard_name
 from flexcache.store.shard_file import NonFinite, ShardFile
 from flexcache.store.slabs import SlabPool
 from flexcache.store.store import Store
@@ -175,7 +174,7 @@ class Transfer:
         for start in range(rows.start, rows.stop, step):
             values = reader.scan(layer, start, min(start + step, rows.stop), raw=reader.dtype != np.int8)
             try:
-                pieces = stored(values, file.dtype)
+                pieces = encode_rows(values, file.dtype)
             except Unstorable as error:
                 raise range_error(self.target, name, layer, start + error.row, error.feature, error.value) from None
             for shard, (content, spans) in zip(shards, pieces, strict=True):

@@ -9,15 +9,15 @@ from pathlib import Path
 from flexcache.errors import DamagedError
 from flexcache.store.claims import CLAIMS
 from flexcache.store.files import digest, is_temporary, relative_files
-from flexcache.store.growing import GROWING, staged_records
+from flexcache.store.growing import staged_records
 from flexcache.store.inside import check_inside
 from flexcache.store.ledger import FileRecord
 from flexcache.store.place import Place
 from flexcache.store.plan_record import read_plan_record
-from flexcache.store.reader import shard_name
 from flexcache.store.remote.path import RemotePath
 from flexcache.store.removing import NOTE
-from flexcache.store.schema import PLAN_RECORD
+from flexcache.store.schema import GROWING, PLAN_RECORD
+from flexcache.store.shard import shard_name
 from flexcache.store.store import Store
 from flexcache.store.worker import PARTIAL
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
-from xarray.backends import BackendArray, BackendEntrypoint
+from xarray.backends import BackendArray
 from xarray.core import indexing
 
 import flexcache.store.bfloat16  # noqa: F401 - xarray imports every engine, and so knows the data type
@@ -77,22 +75,3 @@ def data_array(store: Store, site: str, raw: bool, rows: np.ndarray | None) -> x
     if reader.array.layers is not None:
         result = result.assign_coords(layer=np.array(reader.array.layers, dtype=np.int64))
     return result if rows is None else result.isel(token=rows)
-
-
-class FlexCacheEngine(BackendEntrypoint):
-    """``xarray.open_dataset("run.zarr", engine="flexcache")``: what `Store.dataset` returns."""
-
-    description = "Activation stores written by FlexCache"
-    open_dataset_parameters = ("filename_or_obj", "drop_variables")
-
-    def open_dataset(self, filename_or_obj: Any, *, drop_variables: str | Iterable[str] | None = None) -> xr.Dataset:
-        """Open a store as one dataset."""
-        from flexcache.store.store import Store
-
-        dataset = Store(os.fspath(filename_or_obj)).dataset()
-        dropped = [drop_variables] if isinstance(drop_variables, str) else list(drop_variables or ())
-        return dataset.drop_vars(dropped, errors="ignore")
-
-    def guess_can_open(self, filename_or_obj: Any) -> bool:
-        """Never claim a path unasked: plain Zarr readers open stores too."""
-        return False

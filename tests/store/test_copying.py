@@ -19,7 +19,7 @@ import flexcache
 from flexcache.errors import ConfigError, DamagedError, MismatchError, RangeError, SiteError, StoreError
 from flexcache.store.copying import copy
 from flexcache.store.derived import ledger_digest
-from flexcache.store.reader import shard_name
+from flexcache.store.shard import shard_name
 from flexcache.store.transfer import Transfer
 from tests.corpora import build_store, lengths, open_recorder, put_batch, token_documents
 from tests.recorder.test_recorder import shard_hashes

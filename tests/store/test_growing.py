@@ -18,8 +18,9 @@ import flexcache
 from flexcache.errors import DamagedError, DocumentsError, MismatchError, StoreError
 from flexcache.recorder.batch import BatchReader
 from flexcache.store.copying import copy
-from flexcache.store.growing import GROWING, Growth
+from flexcache.store.growing import Growth
 from flexcache.store.removing import Removal
+from flexcache.store.schema import GROWING
 from flexcache.store.worker import ALIVE
 from tests.corpora import (
     LAYERS,

@@ -1,0 +1,37 @@
+"""Names and numbers of a store as text for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+TABLE_COLUMNS = frozenset(
+    {"id", "source_index", "n_tokens", "text", "text_xxh3_128", "messages_xxh3_128"}
+    | {"image_xxh3_128", "row_start", "n_rows"}
+)
+"""The columns of the documents that are not labels."""
+
+
+def layer_text(layers: tuple[int, ...] | None) -> str:
+    """Write layer numbers shortly: ``0–29``, ``0, 8, 16``."""
+    if layers is None:
+        return "–"
+    if len(layers) > 2 and layers == tuple(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}–{layers[-1]}"
+    return ", ".join(map(str, layers))
+
+
+def size(count: float) -> str:
+    """Write a number of bytes for people.
+
+    >>> size(999), size(1_500_000), size(2.5e12)
+    ('999 B', '1.5 MB', '2.5 TB')
+    """
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
