@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from analysis.opened import opens_store
 from analysis.progress import bar
 from flexcache.errors import UncommittedError
-from flexcache.store.int8 import quantize
-from flexcache.store.selection import select
-from flexcache.store.shard import INNER_CHUNK_BYTES
-from flexcache.store.shard_file import ZSTD_LEVEL
-from flexcache.store.store import Store
+from flexcache.store.format.int8 import quantize
+from flexcache.store.format.shard import INNER_CHUNK_BYTES
+from flexcache.store.read.selection import select
+from flexcache.store.read.store import Store
+from flexcache.store.write.shard_file import ZSTD_LEVEL
 
 SAMPLE_BYTES = 8 << 20
 ROUNDS = 5
@@ -132,7 +132,7 @@ def compare(
     Parameters
     ----------
     sites, layers
-        See `flexcache.store.selection.select`.
+        See `flexcache.store.read.selection.select`.
     sample_bytes
         Bytes of rows, as stored, that are taken of each layer: consecutive ones of a random committed unit.
     rounds
@@ -149,7 +149,7 @@ def compare(
     UncommittedError
         No unit is committed.
     SiteError
-        See `flexcache.store.selection.select`.
+        See `flexcache.store.read.selection.select`.
     """
     if not len(store.committed_units):
         raise UncommittedError("no unit is committed, so there is nothing to encode", where=str(store.path))

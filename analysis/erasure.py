@@ -13,7 +13,7 @@ from analysis.onepass import DocumentSample, State, grouping, read
 from analysis.opened import opens_store
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 
 @dataclass(frozen=True, eq=False)

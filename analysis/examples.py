@@ -15,7 +15,7 @@ from analysis.onepass import Block, State, Statistic, read
 from analysis.opened import opens_store
 from analysis.tokens import Vocabulary, vocabulary
 from flexcache.errors import AnalysisError
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 SPARE = 4
 

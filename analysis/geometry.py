@@ -16,8 +16,8 @@ from analysis.opened import opens_store
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers
 from flexcache.store.format.text import TABLE_COLUMNS
-from flexcache.store.joined import rows_in
-from flexcache.store.store import Store
+from flexcache.store.read.row_alignment import rows_in
+from flexcache.store.read.store import Store
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,8 +137,8 @@ def project(
 ) -> Store:
     """Write the principal components of every row as a small new store over the same documents.
 
-    Its site has the name, layers and tokens of the original one, and *components* features; `flexcache.store.joined`
-    the rows that belong together. Runs again where it was interrupted.
+    Its site has the name, layers and tokens of the original one, and *components* features;
+    `flexcache.store.rows_in` finds the rows that belong together. Resumes where it was interrupted.
 
     Raises
     ------

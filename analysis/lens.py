@@ -21,7 +21,7 @@ from analysis.rows import Rows
 from flexcache.errors import AnalysisError
 from flexcache.paths import local_path
 from flexcache.site import Layers
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from analysis.opened import opens_store
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers
 from flexcache.spec import listed
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 SUMS = ("mean", "m2", "m3", "m4")
 

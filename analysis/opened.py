@@ -8,8 +8,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-from flexcache.store.remote.path import RemotePath
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
+from flexcache.store.storage.object_path import RemotePath
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -13,7 +13,7 @@ from analysis.opened import opens_store
 from analysis.quantiles import Histogram
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 MASSIVE = 100.0
 TIMES_MEDIAN = 1000.0

@@ -14,7 +14,7 @@ from analysis.onepass.block import widen
 from analysis.opened import opens_store
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 BITS = 12

@@ -17,8 +17,8 @@ import zarr
 import flexcache
 from flexcache.errors import AnalysisError
 from flexcache.paths import local_path
-from flexcache.store.files import digest, temporary_name
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
+from flexcache.store.storage.atomic_files import digest, temporary_name
 
 FORMAT = "flexcache statistics 1"
 ATTRIBUTE = "flexcache_statistics"

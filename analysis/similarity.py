@@ -14,8 +14,8 @@ from analysis.rows import Rows
 from analysis.view import choose_layers
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers
-from flexcache.store.joined import matching_rows
-from flexcache.store.store import Store
+from flexcache.store.read.row_alignment import matching_rows
+from flexcache.store.read.store import Store
 
 ROWS = 1024
 MEASURES = ("cka", "cca", "cosine")

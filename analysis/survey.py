@@ -26,7 +26,7 @@ from flexcache.errors import AnalysisError, nearest
 from flexcache.paths import local_path, output_folder
 from flexcache.site import Layers
 from flexcache.spec import listed
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 PARTS = ("moments", "pca", "quantiles", "outliers", "similarity", "lens", "examples")
 COMPONENTS = 16

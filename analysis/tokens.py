@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from flexcache.errors import AnalysisError
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 TYPES = ("special", "word start", "word inside", "number", "punctuation", "space", "other")
 

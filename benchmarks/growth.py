@@ -34,9 +34,9 @@ import zarr
 import flexcache
 from benchmarks.timing import console, show
 from flexcache.spec import ArraySpec
-from flexcache.store.create import create_arrays, create_coordinate
-from flexcache.store.ledger import Ledger
-from flexcache.store.schema import ATTRIBUTE, COORDINATES
+from flexcache.store.format.ledger import Ledger
+from flexcache.store.format.schema import ATTRIBUTE, COORDINATES
+from flexcache.store.write.create import create_arrays, create_coordinate
 
 UNIT = 65_536
 """Rows of a unit of 2,048 bfloat16 features: 256 MiB."""
@@ -48,7 +48,7 @@ LINKS = 60_000
 MEASURED = """
 import json, resource, sys, time
 from pathlib import Path
-import flexcache, flexcache.store.store
+import flexcache, flexcache.store.read.store
 def kibibytes(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
 path = sys.argv[1]

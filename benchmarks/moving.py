@@ -23,8 +23,8 @@ import flexcache
 from benchmarks.read import build
 from benchmarks.timing import interleave, ratio, show
 from flexcache.exchange.exporting import export
-from flexcache.store.copying import copy
-from flexcache.store.files import digest, fsync_tree, relative_files
+from flexcache.store.manage.copy import copy
+from flexcache.store.storage.atomic_files import digest, fsync_tree, relative_files
 
 
 def variants(store: flexcache.Store, folder: Path) -> dict[str, Callable[[], None]]:

@@ -33,7 +33,7 @@ import torch
 import flexcache
 from benchmarks.capture import Bench
 from benchmarks.timing import console, interleave, ratio, show
-from flexcache.store.files import relative_files
+from flexcache.store.storage.atomic_files import relative_files
 from tests.reliability.acts import ACTS, OLD, content, fill, make_base
 from tests.reliability.steps import BROKEN, FULL, killed
 from tests.reliability.test_damage import DAMAGES
@@ -131,7 +131,7 @@ class Unhashed:
 @contextmanager
 def without(fsync: bool = False, hashing: bool = False) -> Iterator[None]:
     """While open, promises are not kept."""
-    unhashed = patch("flexcache.store.shard_file.xxhash", SimpleNamespace(xxh3_128=Unhashed))
+    unhashed = patch("flexcache.store.write.shard_file.xxhash", SimpleNamespace(xxh3_128=Unhashed))
     unflushed = patch("os.fsync", lambda handle: None)
     with unhashed if hashing else _nothing(), unflushed if fsync else _nothing():
         yield

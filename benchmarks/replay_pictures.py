@@ -26,7 +26,7 @@ from analysis.replay.inference import sign_flip
 from analysis.replay.plot import dose_response, heat_maps
 from benchmarks.timing import console
 from flexcache.model import ModelSource
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 from pipelines import assets
 
 LAYER, LATER = 16, 24

@@ -28,7 +28,7 @@ from analysis.survey import PARTS, survey
 from benchmarks.memory import added
 from benchmarks.read import forget
 from benchmarks.timing import interleave, ratio, show
-from flexcache.store.reader import RowReader
+from flexcache.store.read.shard_reader import RowReader
 
 BEFORE = """
     import flexcache

@@ -12,7 +12,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import flexcache.store.bfloat16  # noqa: F401 - so that zarr opens our arrays wherever flexcache is imported
+import flexcache.store.format.bfloat16  # noqa: F401 - so that zarr opens our arrays wherever flexcache is imported
 from flexcache.errors import FlexCacheError
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from flexcache.recorder.recompute import recompute
     from flexcache.recorder.recorder import Recorder
     from flexcache.recorder.transform import Transform
-    from flexcache.store.repair import repair
-    from flexcache.store.store import Store
-    from flexcache.store.store import Store as open  # noqa: N813
-    from flexcache.store.verify import verify
+    from flexcache.store.manage.repair import repair
+    from flexcache.store.manage.verify import verify
+    from flexcache.store.read.store import Store
+    from flexcache.store.read.store import Store as open  # noqa: N813
 
 __version__ = "0.1.0"
 __all__ = [
@@ -72,19 +72,19 @@ _PLACES = {
     "NextTokenLoss": "flexcache.recorder.objective:NextTokenLoss",
     "Packing": "flexcache.options:Packing",
     "Recorder": "flexcache.recorder.recorder:Recorder",
-    "Store": "flexcache.store.store:Store",
+    "Store": "flexcache.store.read.store:Store",
     "Transform": "flexcache.recorder.transform:Transform",
     "Windows": "flexcache.options:Windows",
     "capture": "flexcache.recorder.capture:capture",
     "extend": "flexcache.recorder.extend:extend",
     "generate": "flexcache.recorder.generation:generate",
-    "open": "flexcache.store.store:Store",
+    "open": "flexcache.store.read.store:Store",
     "open_documents": "flexcache.documents:open_documents",
     "recompute": "flexcache.recorder.recompute:recompute",
     "record": "flexcache.recorder.foreign:record",
-    "repair": "flexcache.store.repair:repair",
+    "repair": "flexcache.store.manage.repair:repair",
     "training": "flexcache.training",
-    "verify": "flexcache.store.verify:verify",
+    "verify": "flexcache.store.manage.verify:verify",
 }
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from analysis.codecs import Trial, compare
 from analysis.rescue import rescued
 from flexcache.paths import output_file, shown
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 
 def run(

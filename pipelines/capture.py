@@ -9,8 +9,8 @@ from typing import Any
 from flexcache.documents import Documents, open_documents
 from flexcache.options import Generation
 from flexcache.parallel.launch import launch
-from flexcache.store.create import check_place
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
+from flexcache.store.write.create import check_place
 from pipelines.config import CaptureConfig
 
 

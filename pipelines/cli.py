@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from flexcache.errors import ConfigError, FlexCacheError
 from flexcache.parallel.launch import launch
-from flexcache.store.place import place
+from flexcache.store.storage.location import place
 from pipelines.plain import make_encodable
 
 app = typer.Typer(

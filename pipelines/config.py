@@ -20,9 +20,9 @@ from flexcache.paths import local_path
 from flexcache.provenance import load
 from flexcache.recorder.transform import Transform
 from flexcache.spec import AnyDType, Spec, parse_sites, validate
-from flexcache.store.place import Place, local, place
-from flexcache.store.remote.path import RemotePath
-from flexcache.store.worker import PATIENCE
+from flexcache.store.storage.location import Place, local, place
+from flexcache.store.storage.object_path import RemotePath
+from flexcache.store.write.worker import PATIENCE
 
 
 class DocumentsSource(Options):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from flexcache.store.copying import copy
-from flexcache.store.store import Store
+from flexcache.store.manage.copy import copy
+from flexcache.store.read.store import Store
 from pipelines.bars import bytes_bar
 
 
@@ -20,7 +20,7 @@ def run(
     layers: str = "all",
     progress: bool = True,
 ) -> Store:
-    """Copy a store and return the copy; see `flexcache.store.copying.copy`."""
+    """Copy a store and return the copy; see `flexcache.store.manage.copy.copy`."""
     with bytes_bar("copying", progress) as bar:
         return copy(
             source,

@@ -15,9 +15,9 @@ from rich.table import Table
 from flexcache.errors import ConfigError
 from flexcache.recorder.planning import Source
 from flexcache.recorder.sampling import Sampled, sample
-from flexcache.store.disk import write_rate
-from flexcache.store.footprint import Footprint, footprint
 from flexcache.store.format.text import size
+from flexcache.store.manage.footprint import Footprint, footprint
+from flexcache.store.write.disk_benchmark import write_rate
 from pipelines.config import CaptureConfig
 from pipelines.plan import place_of, source_of, table_of
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from flexcache.errors import ConfigError, MismatchError
 from flexcache.parallel.launch import launch
 from flexcache.spec import Spec
-from flexcache.store.growing import Growth
-from flexcache.store.store import Store
+from flexcache.store.manage.extension_transaction import Growth
+from flexcache.store.read.store import Store
 from pipelines.capture import leave, load
 from pipelines.config import CaptureConfig
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flexcache.exchange.importing import import_folder
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 
 def run(folder: Path, target: Path, kind: str, *, progress: bool = True, **options: Any) -> Store:

@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flexcache.store.display import sites, summary
-from flexcache.store.files import file_sizes
 from flexcache.store.format.text import size
-from flexcache.store.place import Place
-from flexcache.store.store import Store
+from flexcache.store.read.display import sites, summary
+from flexcache.store.read.store import Store
+from flexcache.store.storage.atomic_files import file_sizes
+from flexcache.store.storage.location import Place
 
 
 def run(path: Place, console: Console) -> None:

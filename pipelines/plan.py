@@ -11,9 +11,9 @@ from rich.table import Table
 
 from flexcache.paths import shown
 from flexcache.recorder.planning import Estimate, Source, estimate
-from flexcache.store.create import check_room
 from flexcache.store.format.text import size
-from flexcache.store.place import Place, local
+from flexcache.store.storage.location import Place, local
+from flexcache.store.write.create import check_room
 from pipelines.config import CaptureConfig
 
 

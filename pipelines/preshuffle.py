@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 from flexcache.training.preshuffle import preshuffle
 
 

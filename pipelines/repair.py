@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from flexcache.store.repair import Repair, repair
+from flexcache.store.manage.repair import Repair, repair
 from pipelines.config import CaptureConfig
 
 

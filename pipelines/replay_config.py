@@ -17,7 +17,7 @@ from pipelines.config import imported, model_or_name, read_yaml
 
 if TYPE_CHECKING:
     from analysis.replay import Edit, Grid
-    from flexcache.store.store import Store
+    from flexcache.store.read.store import Store
 
 EDITS = {
     "identity": "Identity",

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from flexcache.store.format.text import layer_text, size
-from flexcache.store.removing import Removal
+from flexcache.store.manage.remove import Removal
 from pipelines.bars import bytes_bar
 
 

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from flexcache.store.display import array_bytes
 from flexcache.store.format.text import size
-from flexcache.store.store import Store
-from flexcache.store.verify import Verification, verify
+from flexcache.store.manage.verify import Verification, verify
+from flexcache.store.read.display import array_bytes
+from flexcache.store.read.store import Store
 from pipelines.config import CaptureConfig
 
 

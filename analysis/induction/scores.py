@@ -10,7 +10,7 @@ import xarray as xr
 
 from analysis.opened import opens_store
 from flexcache.errors import AnalysisError
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 SCORES = ("induction", "previous_token")
 LOSS = "loss"

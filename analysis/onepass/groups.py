@@ -14,7 +14,7 @@ from analysis import columns
 from analysis.onepass.block import Block
 from flexcache.errors import AnalysisError, nearest
 from flexcache.spec import listed
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 

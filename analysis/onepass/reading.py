@@ -20,9 +20,9 @@ from analysis.opened import opens_store
 from analysis.view import choose_layers
 from flexcache.errors import AnalysisError, nearest
 from flexcache.site import Layers
-from flexcache.store.place import zarr_source
-from flexcache.store.reference import StoreReference
-from flexcache.store.store import Store
+from flexcache.store.format.reference import StoreReference
+from flexcache.store.read.store import Store
+from flexcache.store.storage.location import zarr_source
 
 BLOCK_BYTES = 8 << 20  # of values as float64
 SCAN_SHARE = 0.5  # of sampled rows in a shard from which reading all of it is quicker

@@ -18,8 +18,8 @@ from flexcache.errors import AnalysisError, nearest
 from flexcache.identity import differences, known
 from flexcache.identity.record import OTHERS, SAMPLE
 from flexcache.paths import local_path
-from flexcache.store.files import write_durably
-from flexcache.store.origin import recorded_model
+from flexcache.store.read.recorded_model import recorded_model
+from flexcache.store.storage.atomic_files import write_durably
 
 if TYPE_CHECKING:
     from analysis.probes.results import Sweep

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save
 from analysis.rescue import rescued
 from flexcache.errors import AnalysisError, nearest
 from flexcache.paths import local_path
-from flexcache.store.files import write_durably
+from flexcache.store.storage.atomic_files import write_durably
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

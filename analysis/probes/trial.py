@@ -23,7 +23,7 @@ from analysis.probes.scoreboard import Scoreboard
 from analysis.view import View
 from flexcache.errors import AnalysisError
 from flexcache.identity.record import SAMPLE
-from flexcache.store.origin import recorded_model
+from flexcache.store.read.recorded_model import recorded_model
 
 FEW = 10
 """Groups of a class below which its scores are said to be of little weight."""

@@ -11,7 +11,7 @@ from torch import nn
 from analysis.replay.grid import Grid, grid
 from analysis.replay.spot import Source
 from flexcache.errors import AnalysisError
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 Pair = tuple[int, int]
 

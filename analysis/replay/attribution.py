@@ -23,7 +23,7 @@ from flexcache.errors import AnalysisError
 from flexcache.recorder.batch import Batch
 from flexcache.recorder.objective import NextTokenLoss, Objective
 from flexcache.site import GRADIENT
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 Method = Literal["patching", "ig"]
 

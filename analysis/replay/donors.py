@@ -17,7 +17,7 @@ from analysis.opened import opens_store
 from analysis.replay.edit import Chain, Edit
 from analysis.replay.edits import ByLayer, NormMatched, Numbers, orthonormal, random_basis
 from analysis.replay.spot import Spot
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 Donor = str | Mapping[str, str] | tuple[tuple[str, str], ...]
 Align = str | Mapping[int, int] | tuple[tuple[int, int], ...]

@@ -32,7 +32,7 @@ from flexcache.model import evaluating
 from flexcache.recorder.batch import Batch, BatchReader
 from flexcache.recorder.imaging import padding, tensors
 from flexcache.site import Site
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 
 @dataclass(frozen=True)

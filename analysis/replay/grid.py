@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers, plain_layers, resolve_layers
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 WORDS = ("last", "first", "all", "each")
 Place = int | str | dict[str, tuple[int, ...]]

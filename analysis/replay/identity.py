@@ -13,7 +13,7 @@ from torch import nn
 from analysis.replay.engine import Engine, Start
 from flexcache.errors import AnalysisError
 from flexcache.recorder.batch import Batch
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 ROUNDING = 0.05
 """Where the store is not exact: the most that differences may be, as root mean squares, of the logits' own spread."""

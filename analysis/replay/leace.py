@@ -14,7 +14,7 @@ from analysis.replay.edits import random_basis
 from analysis.replay.spot import Spot
 from analysis.view import Rows, join
 from flexcache.errors import AnalysisError
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -23,8 +23,8 @@ from flexcache.recorder.fingerprint import fingerprint
 from flexcache.recorder.imaging import padding
 from flexcache.recorder.recompute import check_rows
 from flexcache.site import INEFFECTIVE
-from flexcache.store.origin import recorded_model
-from flexcache.store.store import Store
+from flexcache.store.read.recorded_model import recorded_model
+from flexcache.store.read.store import Store
 
 NAMES = ("rows", "site", "units", "weights", "behavior", "attention")
 REFUSED = ("rows", "site", "units")

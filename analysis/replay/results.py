@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from rich.table import Table
 
-    from flexcache.store.store import Store
+    from flexcache.store.read.store import Store
 
 FORMAT = "flexcache replay sweep 1"
 FILE = "results.zarr"

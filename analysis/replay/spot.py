@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from flexcache.errors import AnalysisError, FlexCacheError, nearest
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 MEAN_BLOCK = 8192
 """Rows in memory at once when a mean is taken."""

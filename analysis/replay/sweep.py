@@ -30,8 +30,8 @@ from flexcache.errors import AnalysisError, MismatchError, StoreError, nearest
 from flexcache.paths import output_folder
 from flexcache.recorder.batch import Batch
 from flexcache.spec import listed
-from flexcache.store.files import write_json
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
+from flexcache.store.storage.atomic_files import write_json
 
 PARTS, ASKED = "parts", "question.json"
 

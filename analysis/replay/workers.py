@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from flexcache.errors import AnalysisError
-from flexcache.store.place import Place
+from flexcache.store.storage.location import Place
 
 if TYPE_CHECKING:
     from analysis.replay.engine import Engine
@@ -77,7 +77,7 @@ def answer_one(asked: bytes, batch: Batch) -> Any:
 @lru_cache(maxsize=1)
 def _engine(asked: bytes) -> tuple[Engine, Question]:
     from analysis.replay.engine import Engine
-    from flexcache.store.store import Store
+    from flexcache.store.read.store import Store
 
     store, load, question, accept, threads = cloudpickle.loads(asked)
     torch.set_num_threads(threads)  # bits in bfloat16 depend on how many there are

@@ -7,11 +7,11 @@ from typing import Any
 
 from analysis import probes
 from analysis.probes import Sweep
-from flexcache.store.display import sites as site_lines
-from flexcache.store.display import summary
 from flexcache.store.format.text import layer_text, size
-from flexcache.store.place import Place
-from flexcache.store.store import Store
+from flexcache.store.read.display import sites as site_lines
+from flexcache.store.read.display import summary
+from flexcache.store.read.store import Store
+from flexcache.store.storage.location import Place
 
 Lines = list[tuple[str, str]]
 

@@ -15,7 +15,7 @@ from analysis.probes.baselines import WITHOUT_MODEL
 from analysis.probes.table import NAMES, SHOWN, arm_name, caption, interval, number
 from analysis.report import chart, facts
 from analysis.report.template import write_page
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 TEMPLATE = "page.html.j2"
 

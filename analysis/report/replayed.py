@@ -18,7 +18,7 @@ from analysis.replay.results import Sweep
 from analysis.report import facts
 from analysis.report.drawing import themed
 from analysis.report.template import source, write_page
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 TEMPLATE = "replay.html.j2"
 LINES = 60

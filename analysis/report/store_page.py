@@ -18,7 +18,7 @@ from analysis.report.template import write_page
 from analysis.survey import Survey
 from analysis.tokens import Vocabulary
 from flexcache.store.format.text import layer_text
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 TEMPLATE = "store.html.j2"
 SHOWN_DIMS = 2

@@ -18,14 +18,14 @@ from flexcache.exchange.safetensors import head
 from flexcache.paths import local_path
 from flexcache.site import Layers
 from flexcache.spec import DTYPES, ArraySpec
-from flexcache.store.create import check_room
-from flexcache.store.derived import copy_verified, ledger_digest, shared_files
-from flexcache.store.files import fsync_folder, is_temporary, temporaries, temporary_name, write_json
-from flexcache.store.int8 import is_scale
-from flexcache.store.schema import DOCUMENTS
-from flexcache.store.selection import Key, keys, select
-from flexcache.store.store import Store
-from flexcache.store.writer import clear_errors
+from flexcache.store.format.int8 import is_scale
+from flexcache.store.format.schema import DOCUMENTS
+from flexcache.store.manage.derive import copy_verified, ledger_digest, shared_files
+from flexcache.store.read.selection import Key, keys, select
+from flexcache.store.read.store import Store
+from flexcache.store.storage.atomic_files import fsync_folder, is_temporary, temporaries, temporary_name, write_json
+from flexcache.store.write.create import check_room
+from flexcache.store.write.shard_writer import clear_errors
 
 FORMATS = ("safetensors", "npy", "parquet")
 MANIFEST = "export.json"
@@ -57,7 +57,7 @@ def export(
         bfloat16 as float32. ``parquet``: a file a unit in ``data/``, a line a row, with a column for each site and
         layer; bfloat16 as float32. See `flexcache.exchange.table`.
     sites, layers
-        See `flexcache.store.selection.select`.
+        See `flexcache.store.read.selection.select`.
     rows
         ``all``, or ``committed`` for those of a partial store.
 

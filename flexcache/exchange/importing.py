@@ -22,7 +22,7 @@ from flexcache.recorder.foreign import record
 from flexcache.site import STANDARD
 from flexcache.spec import DTYPES
 from flexcache.store.format.text import TABLE_COLUMNS
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 LAYER_PATTERN = r"(?:layers?|blocks|h)[._](\d+)"
 """Where a name says its layer: ``layer_3``, ``model.layers.3``, ``blocks.3.hook_resid_post``, ``transformer.h.3``."""

@@ -96,7 +96,7 @@ def _torch(path: Path, file: str) -> Iterator[Piece]:
 
     import torch
 
-    from flexcache.recorder.rows import host
+    from flexcache.store.write.row_encoding import host
 
     try:
         try:

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flexcache.store.format.text import TABLE_COLUMNS
-from flexcache.store.selection import Key
-from flexcache.store.store import Store
+from flexcache.store.read.selection import Key
+from flexcache.store.read.store import Store
 
 GROUP_BYTES = 32 << 20
 """Bytes of activations in a row group."""

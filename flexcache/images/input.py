@@ -18,7 +18,7 @@ from flexcache.images.processor import ImageProcessor, stored_processor
 from flexcache.patches import Patches
 
 if TYPE_CHECKING:
-    from flexcache.store.store import Store
+    from flexcache.store.read.store import Store
 
 TRIED = ((48, 64), (96, 40))
 """Width and height of blank pictures, of which a processor must make pixels of one size."""

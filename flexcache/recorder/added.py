@@ -17,8 +17,8 @@ from flexcache.sequences import image_digests, messages_digests
 from flexcache.sequences.encoding import encode
 from flexcache.sequences.targets import TARGET, parted, shifted
 from flexcache.spec import Spec
-from flexcache.store.schema import CONTEXT
-from flexcache.store.store import Store
+from flexcache.store.format.schema import CONTEXT
+from flexcache.store.read.store import Store
 
 if TYPE_CHECKING:
     from flexcache.documents import Documents

@@ -14,9 +14,9 @@ import pyarrow as pa
 from flexcache.errors import DamagedError
 from flexcache.images.encoded import IMAGE
 from flexcache.plan import Largest, parts
-from flexcache.store.place import Place
+from flexcache.store.format.schema import BEGINS, CONTEXT, SEQUENCES, read_attributes
 from flexcache.store.read.parquet import open_table
-from flexcache.store.schema import BEGINS, CONTEXT, SEQUENCES, read_attributes
+from flexcache.store.storage.location import Place
 
 if TYPE_CHECKING:
     from flexcache.recorder.imaging import Padding

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from flexcache.recorder.batch import Batch
-from flexcache.recorder.rows import FLOAT32, Piece, bytes_of, host, int8_pieces, is_torch, piece_of
+from flexcache.store.write.row_encoding import FLOAT32, Piece, bytes_of, host, int8_pieces, is_torch, piece_of
 
 
 def rows_of(batch: Batch, values: Any, dtype: np.dtype) -> list[Piece]:

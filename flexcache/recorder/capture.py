@@ -41,12 +41,12 @@ from flexcache.recorder.targets import decoder_inputs as read_by_decoder
 from flexcache.recorder.transform import Transform
 from flexcache.site import Layers
 from flexcache.spec import SitesLike, Spec, check_running, listed, parse_sites, validate
-from flexcache.store.create import check_place
-from flexcache.store.description import stored_batching
-from flexcache.store.place import Place, place
-from flexcache.store.schema import read_attributes
-from flexcache.store.store import Store
-from flexcache.store.worker import PATIENCE
+from flexcache.store.format.metadata import stored_batching
+from flexcache.store.format.schema import read_attributes
+from flexcache.store.read.store import Store
+from flexcache.store.storage.location import Place, place
+from flexcache.store.write.create import check_place
+from flexcache.store.write.worker import PATIENCE
 
 
 def capture(
@@ -121,7 +121,7 @@ def capture(
         ``"all"`` tokens, the ``"last"`` or ``"first"`` of each document, or the ``"mean"`` over it; or the rules of a
         `Choice`, such as ``{"every": 4}``, with ``"take"`` for which of the chosen tokens: ``"all"`` by default.
     dtype
-        As stored: bfloat16, float16, float32, or int8 with a scale a row (`flexcache.store.int8`), as a name or a dtype
+        As stored: bfloat16, float16, float32, or int8 with a scale for each row, as a name or a dtype
         of torch or numpy; ``"auto"`` is as computed.
     max_length
         Tokens after which a document is truncated; by default what the model can read. A longer document than the model

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from flexcache.errors import DamagedError
-from flexcache.store.files import digest
-from flexcache.store.ledger import UnitRecord
-from flexcache.store.selection import Key
-from flexcache.store.shard import shard_name
-from flexcache.store.store import Store
+from flexcache.store.format.ledger import UnitRecord
+from flexcache.store.format.shard import shard_name
+from flexcache.store.read.selection import Key
+from flexcache.store.read.store import Store
+from flexcache.store.storage.atomic_files import digest
 
 BLOCK = 4 << 20
 

@@ -26,8 +26,8 @@ from flexcache.recorder.fingerprint import fingerprint
 from flexcache.recorder.gathering import Gathering
 from flexcache.recorder.reading import Reading
 from flexcache.recorder.recorder import Recorder
-from flexcache.store.ledger import FileRecord
-from flexcache.store.selection import Key
+from flexcache.store.format.ledger import FileRecord
+from flexcache.store.read.selection import Key
 
 IDLE, DONE = -1, -2
 PAUSE = 0.2

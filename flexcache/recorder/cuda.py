@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from flexcache.recorder.batch import Batch
-from flexcache.store.slabs import Slab
+from flexcache.store.write.slabs import Slab
 
 
 def pinned_slab(size: int) -> Slab:

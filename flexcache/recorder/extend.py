@@ -42,12 +42,12 @@ from flexcache.recorder.running import allocation, complete
 from flexcache.recorder.transform import Transform
 from flexcache.site import Layers
 from flexcache.spec import ArraySpec, SitesLike, Spec, check_running, listed, parse_sites, validate
-from flexcache.store.description import stored_batching
-from flexcache.store.growing import Growth, SettledError
-from flexcache.store.place import Place, local
-from flexcache.store.staging import united
-from flexcache.store.store import Store
-from flexcache.store.worker import PATIENCE
+from flexcache.store.format.metadata import stored_batching
+from flexcache.store.manage.extension_transaction import Growth, SettledError
+from flexcache.store.manage.staging import united
+from flexcache.store.read.store import Store
+from flexcache.store.storage.location import Place, local
+from flexcache.store.write.worker import PATIENCE
 
 
 @either_order

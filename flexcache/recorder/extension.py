@@ -16,10 +16,10 @@ from flexcache.recorder.fingerprint import versions
 from flexcache.sequences import Positions, spool
 from flexcache.site import resolve_layers
 from flexcache.spec import ArraySpec, Spec
-from flexcache.store.growing import Growth, incomplete
-from flexcache.store.selection import Key
-from flexcache.store.staging import plan_after, stage_arrays, stage_documents, united
-from flexcache.store.store import Store
+from flexcache.store.manage.extension_transaction import Growth, incomplete
+from flexcache.store.manage.staging import plan_after, stage_arrays, stage_documents, united
+from flexcache.store.read.selection import Key
+from flexcache.store.read.store import Store
 
 if TYPE_CHECKING:
     from flexcache.documents import Documents

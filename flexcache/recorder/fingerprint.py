@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from flexcache.errors import MismatchError
 from flexcache.identity.record import IDENTITY, identity_of, structural
 from flexcache.recorder.carried import CARRIED
-from flexcache.store.place import Place
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
+from flexcache.store.storage.location import Place
 
 if TYPE_CHECKING:
     import torch

@@ -16,12 +16,12 @@ from flexcache.recorder.planning import Source, check_same, plan_store, stored_i
 from flexcache.recorder.recorder import DEFAULT_BUFFER, Recorder
 from flexcache.site import STANDARD, Layers, Site, plain_layers, resolve_layers
 from flexcache.spec import ArraySpec, Spec, check_running, listed, validate
-from flexcache.store.create import check_place
-from flexcache.store.int8 import with_scales
-from flexcache.store.place import Place, local, place
-from flexcache.store.schema import read_attributes
-from flexcache.store.staging import united
-from flexcache.store.worker import PATIENCE
+from flexcache.store.format.int8 import with_scales
+from flexcache.store.format.schema import read_attributes
+from flexcache.store.manage.staging import united
+from flexcache.store.storage.location import Place, local, place
+from flexcache.store.write.create import check_place
+from flexcache.store.write.worker import PATIENCE
 
 
 def record(

@@ -31,9 +31,9 @@ from flexcache.recorder.fingerprint import fingerprint
 from flexcache.recorder.planning import check_same
 from flexcache.recorder.recorder import POLL
 from flexcache.sequences.chat import check_template
-from flexcache.store.claims import Claims
-from flexcache.store.files import write_durably, write_json
-from flexcache.store.worker import PATIENCE, Worker
+from flexcache.store.storage.atomic_files import write_durably, write_json
+from flexcache.store.write.claims import Claims
+from flexcache.store.write.worker import PATIENCE, Worker
 
 PART = 64
 """Documents of a file of completions: what is made, and resumed, as a whole."""

@@ -13,17 +13,17 @@ from flexcache.errors import CaptureError, SiteError, nearest
 from flexcache.recorder.batch import Batch
 from flexcache.recorder.batch_rows import rows_of
 from flexcache.recorder.carried import Carried
-from flexcache.recorder.range_error import place, range_error
-from flexcache.recorder.rows import Piece, Unstorable, encode_rows
 from flexcache.recorder.tally import Tally
 from flexcache.spec import DTYPES
-from flexcache.store.filling import slabs_for
-from flexcache.store.int8 import is_scale, scale_name
-from flexcache.store.selection import Key
-from flexcache.store.shard import ShardLayout, shard_name
-from flexcache.store.shard_file import Copy, NonFinite, ShardFile, copy_bytes
-from flexcache.store.store import Store
-from flexcache.store.writer import WriterThread
+from flexcache.store.format.int8 import is_scale, scale_name
+from flexcache.store.format.shard import ShardLayout, shard_name
+from flexcache.store.read.range_error import place, range_error
+from flexcache.store.read.selection import Key
+from flexcache.store.read.store import Store
+from flexcache.store.write.backends import slabs_for
+from flexcache.store.write.row_encoding import Piece, Unstorable, encode_rows
+from flexcache.store.write.shard_file import Copy, NonFinite, ShardFile, copy_bytes
+from flexcache.store.write.shard_writer import WriterThread
 
 
 class Intake:
@@ -63,7 +63,7 @@ class Intake:
         return sum(self._store.arrays[name].row_bytes for name, _ in self._writes)
 
     def slabs(self, buffer_bytes: int) -> tuple[int, int]:
-        """Return the bytes of a slab and their number, see `flexcache.store.filling.slabs_for`."""
+        """Return the bytes of a slab and their number, see `flexcache.store.write.backends.slabs_for`."""
         layouts, count = self._layouts.values(), max(1, len(self._writes))
         chunk = max(a.chunk_rows * a.row_bytes for a in layouts) if self._store.compressed else None
         return slabs_for(self._store.path, count, buffer_bytes, max(a.file_bytes(0) for a in layouts), chunk)

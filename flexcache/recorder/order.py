@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from flexcache.errors import ConfigError
-from flexcache.store.place import place
-from flexcache.store.remote.path import RemotePath
+from flexcache.store.storage.location import place
+from flexcache.store.storage.object_path import RemotePath
 
 P = ParamSpec("P")
 R = TypeVar("R")

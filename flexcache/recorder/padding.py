@@ -26,9 +26,9 @@ from flexcache.recorder.reading import Reading
 from flexcache.recorder.running import FAILURES, forwards
 from flexcache.site import PATTERN
 from flexcache.spec import Spec
-from flexcache.store.description import stored_batching
-from flexcache.store.place import Place
-from flexcache.store.store import Store
+from flexcache.store.format.metadata import stored_batching
+from flexcache.store.read.store import Store
+from flexcache.store.storage.location import Place
 
 LONGEST = 131
 """Most tokens of the longest sequence of the example; the others have half as many, more than common chunks of 64."""

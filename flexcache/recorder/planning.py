@@ -21,11 +21,11 @@ from flexcache.plan import Batching, Largest, Plan, batch_groups, unit_rows
 from flexcache.recorder.fingerprint import versions
 from flexcache.sequences import Corpus, Positions, Spool, spool
 from flexcache.spec import ArraySpec, Spec
-from flexcache.store.card import card
-from flexcache.store.create import check_names, check_place, check_room, create, planning, total_bytes
 from flexcache.store.format.text import size
-from flexcache.store.place import Place
-from flexcache.store.writer import clear_errors
+from flexcache.store.storage.location import Place
+from flexcache.store.write.create import check_names, check_place, check_room, create, planning, total_bytes
+from flexcache.store.write.dataset_card import card
+from flexcache.store.write.shard_writer import clear_errors
 
 Progress = Callable[[int, int], None]
 DOCUMENTS_DIGEST = f"documents.{DIGEST}"

@@ -19,7 +19,7 @@ from flexcache.recorder.objective import OBJECTIVE, NextTokenLoss, Objective, by
 from flexcache.recorder.transform import Transform
 from flexcache.site import ONCE, Site
 from flexcache.spec import DTYPES, ArraySpec, Spec
-from flexcache.store.int8 import with_scales
+from flexcache.store.format.int8 import with_scales
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from flexcache.recorder.reading import Reading, locate
 from flexcache.recorder.running import forwards
 from flexcache.recorder.transform import Transform
 from flexcache.spec import DTYPES, Spec
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 UNITS_LOOKED_AT = 4
 LOAD_IT = "load the model as it was captured"

@@ -15,17 +15,17 @@ from flexcache.recorder.fingerprint import check_alike, check_fingerprint
 from flexcache.recorder.intake import Intake
 from flexcache.recorder.remaining import Remaining
 from flexcache.recorder.tally import Tally
-from flexcache.store.claims import Claiming
-from flexcache.store.description import largest_batch
-from flexcache.store.filling import AnyWorker, claims_of, start_work, writer_of
-from flexcache.store.ledger import FileRecord, UnitRecord
-from flexcache.store.place import Place
-from flexcache.store.selection import Key
-from flexcache.store.shard_file import Copy
-from flexcache.store.slabs import Slab, SlabPool, anonymous_slab
-from flexcache.store.store import Store
-from flexcache.store.worker import PATIENCE
-from flexcache.store.writer import WriterThread, clear_errors
+from flexcache.store.format.ledger import FileRecord, UnitRecord
+from flexcache.store.format.metadata import largest_batch
+from flexcache.store.read.selection import Key
+from flexcache.store.read.store import Store
+from flexcache.store.storage.location import Place
+from flexcache.store.write.backends import AnyWorker, claims_of, start_work, writer_of
+from flexcache.store.write.claims import Claiming
+from flexcache.store.write.shard_file import Copy
+from flexcache.store.write.shard_writer import WriterThread, clear_errors
+from flexcache.store.write.slabs import Slab, SlabPool, anonymous_slab
+from flexcache.store.write.worker import PATIENCE
 
 DEFAULT_BUFFER = 256 << 20
 POLL = 0.2
@@ -44,7 +44,7 @@ class Recorder:
                 recorder.put("resid_post", layer=12, rows=batch.rows, values=my_forward(batch))
 
     Any number of processes on any number of machines may do this to one store at the same time; see
-    `flexcache.store.claims`. One thread uses a recorder; two more, inside, write and tell others that it is alive.
+    `flexcache.store.write.claims`. One thread uses a recorder; two threads inside write files and keep its heartbeat.
 
     Parameters
     ----------

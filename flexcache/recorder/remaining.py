@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 FEW = 1000
 """Units left, of which each is looked at by itself."""

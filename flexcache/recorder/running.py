@@ -29,7 +29,7 @@ from flexcache.recorder.reading import Reading
 from flexcache.recorder.recorder import POLL, Recorder
 from flexcache.site import PATTERN
 from flexcache.store.format.text import size
-from flexcache.store.slabs import Slab, anonymous_slab
+from flexcache.store.write.slabs import Slab, anonymous_slab
 
 SLOW = (
     "this processor has no instructions for bfloat16: a forward may take 40 times as long as in float32. "

@@ -13,9 +13,9 @@ from flexcache.errors import DocumentsError
 from flexcache.plan import Plan, unit_rows
 from flexcache.recorder.planning import Estimate, Progress, Source, planned, tokenized
 from flexcache.sequences import Spool
-from flexcache.store.create import check_names, create, total_bytes
-from flexcache.store.files import relative_files
-from flexcache.store.schema import COORDINATES, DOCUMENTS, SEQUENCES
+from flexcache.store.format.schema import COORDINATES, DOCUMENTS, SEQUENCES
+from flexcache.store.storage.atomic_files import relative_files
+from flexcache.store.write.create import check_names, create, total_bytes
 
 DOCUMENTS_TOKENIZED = 2048
 UNITS_SIMULATED = 4

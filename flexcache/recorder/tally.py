@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from flexcache.errors import UnreachableError
-from flexcache.store.files import write_json
-from flexcache.store.place import Place
+from flexcache.store.storage.atomic_files import write_json
+from flexcache.store.storage.location import Place
 
 
 @dataclass

@@ -24,14 +24,14 @@ from flexcache.recorder.crew import Crew
 from flexcache.recorder.cuda import CudaLane
 from flexcache.recorder.imaging import Padding
 from flexcache.recorder.isolation import check_isolation
-from flexcache.recorder.range_error import range_error
 from flexcache.recorder.reading import Reading
-from flexcache.recorder.rows import Unstorable
 from flexcache.recorder.running import Sink, allocation, forwards
 from flexcache.spec import DTYPES, Spec
-from flexcache.store.shard_file import Copy, copy_bytes
-from flexcache.store.slabs import LARGEST_SLAB
-from flexcache.store.store import Store
+from flexcache.store.read.range_error import range_error
+from flexcache.store.read.store import Store
+from flexcache.store.write.row_encoding import Unstorable
+from flexcache.store.write.shard_file import Copy, copy_bytes
+from flexcache.store.write.slabs import LARGEST_SLAB
 
 BATCHES_AT_LEAST = 4
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexcache.errors import DamagedError
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 from flexcache.training.order import Ints, Order
 
 ALIGNED = 4096

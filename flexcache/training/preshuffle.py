@@ -14,12 +14,12 @@ from flexcache.paths import local_path
 from flexcache.recorder.foreign import record
 from flexcache.site import Layers
 from flexcache.spec import ArraySpec
-from flexcache.store.copying import check_apart
-from flexcache.store.derived import describe_origin, ledger_digest
-from flexcache.store.int8 import is_scale
-from flexcache.store.origin import recorded_model
-from flexcache.store.selection import select
-from flexcache.store.store import Store
+from flexcache.store.format.int8 import is_scale
+from flexcache.store.manage.copy import check_apart
+from flexcache.store.manage.derive import describe_origin, ledger_digest
+from flexcache.store.read.recorded_model import recorded_model
+from flexcache.store.read.selection import select
+from flexcache.store.read.store import Store
 
 BLOCK_ROWS = 1024
 """Rows of a document of the result, which has no meaning."""
@@ -52,7 +52,7 @@ def preshuffle(
     Parameters
     ----------
     sites, layers
-        What to take, see `flexcache.store.selection.select`. All of it must have one dtype, and sites with layers the
+        What to take, see `flexcache.store.select`. All of it must have one dtype, and sites with layers the
         same layers.
     seed
         Of the order.

@@ -16,10 +16,10 @@ from flexcache.errors import ConfigError, StoreError, UncommittedError
 from flexcache.parallel.launch import launch
 from flexcache.site import Layers, plain_layers
 from flexcache.spec import dtype_name, is_whole, listed
-from flexcache.store.joined import matching_rows
-from flexcache.store.remote.path import RemotePath
-from flexcache.store.selection import select
-from flexcache.store.store import Store
+from flexcache.store.read.row_alignment import matching_rows
+from flexcache.store.read.selection import select
+from flexcache.store.read.store import Store
+from flexcache.store.storage.object_path import RemotePath
 from flexcache.training.order import Ints, Order, turns
 from flexcache.training.pools import Pools, Source
 

@@ -12,7 +12,7 @@ import flexcache
 from analysis import codecs
 from analysis.codecs import compare
 from flexcache.errors import UncommittedError
-from flexcache.store.copying import copy
+from flexcache.store.manage.copy import copy
 from tests.corpora import build_store, open_recorder, token_documents
 from tests.pipelines.test_cli import run
 

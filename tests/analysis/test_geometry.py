@@ -13,7 +13,7 @@ import flexcache
 from analysis import erasure, geometry
 from analysis.covariance import Covariance
 from flexcache.errors import AnalysisError
-from flexcache.store.joined import matching_rows, rows_in
+from flexcache.store.read.row_alignment import matching_rows, rows_in
 from tests.analysis.stores import value_store
 from tests.analysis.test_moments import LENGTHS, block, by_token
 

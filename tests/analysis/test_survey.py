@@ -13,7 +13,7 @@ import flexcache
 from analysis import geometry, moments, outliers, quantiles, saved, similarity
 from analysis.survey import PARTS, load, place, survey
 from flexcache.errors import AnalysisError
-from flexcache.store.reader import RowReader
+from flexcache.store.read.shard_reader import RowReader
 from tests.analysis.stores import value_store
 from tests.analysis.test_moments import LENGTHS
 

@@ -184,7 +184,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
         export(plain.path, out, "npy", sites=["resid_pots"])
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("flexcache.store.create.shutil.disk_usage", lambda path: usage._replace(free=10))
+        patch.setattr("flexcache.store.write.create.shutil.disk_usage", lambda path: usage._replace(free=10))
         with pytest.raises(PlanError, match="export does not fit"):
             export(plain.path, out, "npy")
     assert not out.exists()

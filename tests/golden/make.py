@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import flexcache
-from flexcache.store.schema import SCHEMA
+from flexcache.store.format.schema import SCHEMA
 
 FOLDER = Path(__file__).parent
 DOCUMENTS: list[dict[str, Any]] = [

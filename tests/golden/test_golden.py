@@ -13,7 +13,7 @@ import zarr
 
 import flexcache
 from flexcache.errors import VersionError
-from flexcache.store.schema import SCHEMA
+from flexcache.store.format.schema import SCHEMA
 from tests.golden.make import DOCUMENTS, FOLDER, KINDS, make, value
 
 STORES = sorted(path.name for path in FOLDER.glob("*.zarr"))

@@ -38,7 +38,7 @@ def test_a_plan_that_cannot_fit_is_refused(
     import shutil
 
     usage = shutil.disk_usage(".")
-    monkeypatch.setattr("flexcache.store.create.shutil.disk_usage", lambda path: usage._replace(free=10))
+    monkeypatch.setattr("flexcache.store.write.create.shutil.disk_usage", lambda path: usage._replace(free=10))
     for command in ("plan", "capture"):
         assert "does not fit on the disk" in run(capsys, command, config, "-q", status=1)
     assert not Path("run.zarr").exists()

@@ -49,7 +49,7 @@ def test_an_estimate_of_the_whole_corpus_is_the_plan_and_the_store(
 
 
 def test_bytes_and_records_of_the_ledger(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from flexcache.store.footprint import footprint
+    from flexcache.store.manage.footprint import footprint
 
     run(capsys, "capture", config, "-q", "--set", "batch_tokens=16")
     store = flexcache.open("run.zarr")

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import flexcache
-from flexcache.store.growing import Growth
+from flexcache.store.manage.extension_transaction import Growth
 from tests.pipelines.test_cli import run
 from tests.recorder.test_recorder import shard_hashes
 

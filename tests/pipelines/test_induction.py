@@ -11,7 +11,7 @@ import torch
 import flexcache
 from analysis.induction import plot, scores
 from flexcache.errors import AnalysisError, ConfigError, SiteError
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 from pipelines import induction as pipeline
 from pipelines.induction_model import AttentionOnly, AttentionOnlyConfig, repeated, train
 from tests.pipelines.test_cli import run

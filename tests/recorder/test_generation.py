@@ -19,8 +19,8 @@ from analysis.replay.identity import identity_error
 from flexcache.errors import ConfigError, DocumentsError, MismatchError
 from flexcache.options import Generation
 from flexcache.recorder import generation as generation_module
-from flexcache.store.claims import Claims
-from flexcache.store.worker import Worker
+from flexcache.store.write.claims import Claims
+from flexcache.store.write.worker import Worker
 from tests.corpora import lengths, token_documents
 from tests.models import VOCABULARY, tiny
 from tests.pipelines.conftest import checkpoint, config, corpus  # noqa: F401

@@ -16,7 +16,7 @@ import flexcache
 from flexcache.errors import CaptureError, ConfigError, PlanError
 from flexcache.recorder.batch import BatchReader
 from flexcache.recorder.objective import NextTokenLoss
-from flexcache.store.description import stored_batching
+from flexcache.store.format.metadata import stored_batching
 from tests.corpora import lengths, token_documents
 from tests.models import TWO_SIDED, VOCABULARY, tiny
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import flexcache
 from flexcache.errors import CaptureError, ConfigError, DocumentsError, MismatchError, PlanError, RangeError, StoreError
 from flexcache.recorder.batch import BatchReader
-from flexcache.store.slabs import SlabPool
+from flexcache.store.write.slabs import SlabPool
 from tests.corpora import (
     SITES,
     build_store,
@@ -294,7 +294,7 @@ def test_a_store_that_cannot_fit_is_refused_before_anything_is_written(
     import shutil
 
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("flexcache.store.create.shutil.disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr("flexcache.store.write.create.shutil.disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(PlanError, match="does not fit on the disk"):
         open_recorder(tmp_path / "run.zarr", DOCUMENTS)
     assert list(tmp_path.iterdir()) == []
@@ -315,7 +315,7 @@ def test_a_failing_disk_is_one_clear_error_and_the_rest_is_kept(
             raise OSError(code, os.strerror(code))
         return real(*arguments, **options)
 
-    monkeypatch.setattr(f"flexcache.store.writer.os.{call}", fail)
+    monkeypatch.setattr(f"flexcache.store.write.shard_writer.os.{call}", fail)
     with pytest.raises(CaptureError, match="disk") as caught, recorder:
         for batch in recorder.batches():
             if batch.unit == 2:
@@ -335,15 +335,15 @@ def test_a_failing_disk_is_one_clear_error_and_the_rest_is_kept(
 def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = build_store(tmp_path / "whole.zarr", DOCUMENTS)
     real = os.pwrite
-    monkeypatch.setattr("flexcache.store.writer.direct_works", lambda folder: False)
-    monkeypatch.setattr("flexcache.store.writer.os.pwrite", lambda fd, data, at: real(fd, data[:777], at))
+    monkeypatch.setattr("flexcache.store.write.shard_writer.direct_works", lambda folder: False)
+    monkeypatch.setattr("flexcache.store.write.shard_writer.os.pwrite", lambda fd, data, at: real(fd, data[:777], at))
     short = build_store(tmp_path / "run.zarr", DOCUMENTS)
     assert shard_hashes(whole.path) == shard_hashes(short.path)
 
 
 def test_a_disk_without_direct_writes_gets_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     direct = build_store(tmp_path / "direct.zarr", DOCUMENTS)
-    monkeypatch.setattr("flexcache.store.writer.direct_works", lambda folder: False)
+    monkeypatch.setattr("flexcache.store.write.shard_writer.direct_works", lambda folder: False)
     buffered = build_store(tmp_path / "buffered.zarr", DOCUMENTS)
     assert shard_hashes(direct.path) == shard_hashes(buffered.path)
     runs = [json.loads(next((p / "runs").iterdir()).read_text()) for p in (direct.path, buffered.path)]

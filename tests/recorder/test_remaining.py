@@ -9,8 +9,8 @@ import pytest
 import flexcache
 from flexcache.recorder import remaining
 from flexcache.recorder.batch import BatchReader
-from flexcache.store.description import largest_batch
-from flexcache.store.ledger import Ledger
+from flexcache.store.format.ledger import Ledger
+from flexcache.store.format.metadata import largest_batch
 from tests.corpora import build_store, lengths, open_recorder, put_batch, token_documents
 
 DOCUMENTS = token_documents(lengths(200))
@@ -116,7 +116,7 @@ def test_a_largest_batch_that_cannot_be_is_searched_for(value: object, tmp_path:
 
 
 def test_coordinates_are_read_where_they_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexcache.store.create.COORDINATE_CHUNK", 512)
+    monkeypatch.setattr("flexcache.store.write.create.COORDINATE_CHUNK", 512)
     store = build_store(tmp_path / "run.zarr", DOCUMENTS)
     assert store.n_rows > 2048
     whole = {name: variable.values.copy() for name, variable in store.coordinates.items()}
@@ -144,5 +144,5 @@ def test_what_a_store_shows_needs_no_table_of_documents(tmp_path: Path, monkeypa
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("the table was read")
 
-    monkeypatch.setattr("flexcache.store.store.read_table", refuse)
+    monkeypatch.setattr("flexcache.store.read.store.read_table", refuse)
     assert "labels: label, score" in repr(flexcache.open(store.path))

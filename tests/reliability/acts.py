@@ -18,10 +18,10 @@ from safetensors.numpy import save_file
 import flexcache
 from flexcache.exchange.exporting import export
 from flexcache.exchange.importing import import_folder
-from flexcache.store.copying import copy
-from flexcache.store.files import digest, relative_files
-from flexcache.store.merging import merge
-from flexcache.store.removing import NOTE, Removal
+from flexcache.store.manage.copy import copy
+from flexcache.store.manage.merge import merge
+from flexcache.store.manage.remove import NOTE, Removal
+from flexcache.store.storage.atomic_files import digest, relative_files
 from tests.corpora import SITES, activation, lengths, open_recorder, padded_activation, token_documents
 
 OLD = token_documents(lengths(90, longest=20))

@@ -15,7 +15,7 @@ import torch
 import flexcache
 from analysis import probes, replay
 from flexcache.errors import AnalysisError, MismatchError, StoreError
-from flexcache.store.merging import merge
+from flexcache.store.manage.merge import merge
 from tests.corpora import lengths, token_documents
 from tests.models import VOCABULARY, tiny
 

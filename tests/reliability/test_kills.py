@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import flexcache
-from flexcache.store.worker import describe
+from flexcache.store.write.worker import describe
 from tests.recorder.test_recorder import shard_hashes
 from tests.reliability.nursery import capture
 

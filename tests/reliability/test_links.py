@@ -16,7 +16,7 @@ import pytest
 
 import flexcache
 from flexcache.errors import DamagedError, FlexCacheError
-from flexcache.store.copying import copy
+from flexcache.store.manage.copy import copy
 from tests.golden.make import FOLDER
 from tests.reliability.test_hostile import read_all
 

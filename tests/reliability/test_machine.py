@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import flexcache
-from flexcache.store.copying import copy
-from flexcache.store.growing import Growth
-from flexcache.store.removing import NOTE, Removal
+from flexcache.store.manage.copy import copy
+from flexcache.store.manage.extension_transaction import Growth
+from flexcache.store.manage.remove import NOTE, Removal
 from tests.corpora import activation, token_documents
 from tests.reliability.acts import UNSTABLE, fill
 from tests.reliability.forked import fork

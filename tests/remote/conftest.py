@@ -42,7 +42,7 @@ _clients: list[Any] = []  # kept: what is collected with a connection still open
 
 def connect(address: str) -> Any:
     """A client of this server, made anew: clients remember their address."""
-    from flexcache.store.remote import path
+    from flexcache.store.storage import object_path as path
 
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     path._filesystem.cache_clear()

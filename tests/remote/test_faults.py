@@ -11,9 +11,9 @@ import pytest
 
 import flexcache
 from flexcache.errors import UnreachableError
-from flexcache.store.copying import copy
-from flexcache.store.remote import retry
-from flexcache.store.remote.path import RemotePath
+from flexcache.store.manage.copy import copy
+from flexcache.store.storage import retry
+from flexcache.store.storage.object_path import RemotePath
 from tests.corpora import build_store, lengths, open_recorder, put_batch, token_documents
 from tests.recorder.test_recorder import shard_hashes
 from tests.remote.conftest import connect, environment

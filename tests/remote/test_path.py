@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from flexcache.errors import UnreachableError
-from flexcache.store.place import place
-from flexcache.store.remote import retry
-from flexcache.store.remote.path import PIECE_BYTES, PIECES, RemotePath
-from flexcache.store.remote.upload import abort_uploads, begin_upload
-from flexcache.store.remote.worker import RemoteClaims, RemoteWorker
+from flexcache.store.storage import retry
+from flexcache.store.storage.location import place
+from flexcache.store.storage.multipart_upload import abort_uploads, begin_upload
+from flexcache.store.storage.object_path import PIECE_BYTES, PIECES, RemotePath
+from flexcache.store.write.object_worker import RemoteClaims, RemoteWorker
 
 
 def test_names_are_those_of_paths() -> None:
@@ -149,7 +149,7 @@ def test_a_worker_that_stands_still_is_gone_after_a_while(everywhere: str, monke
     sleeping, watcher = RemoteWorker(root), RemoteWorker(root, patience=100)
     assert RemoteClaims(sleeping).take([5]) == "5"
     claims, now = RemoteClaims(watcher), 1000.0
-    monkeypatch.setattr("flexcache.store.remote.worker.time.monotonic", lambda: now)
+    monkeypatch.setattr("flexcache.store.write.object_worker.time.monotonic", lambda: now)
     assert claims.take([5]) is None
     now += 99
     assert claims.take([5]) is None

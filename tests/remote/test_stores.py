@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 import flexcache
 from analysis import moments
 from flexcache.errors import CaptureError, ConfigError, DamagedError, MismatchError, StoreError, UncommittedError
-from flexcache.store.copying import copy
-from flexcache.store.place import place
-from flexcache.store.remote.path import RemotePath
-from flexcache.store.remote.rows import GAP_BYTES
-from flexcache.store.remote.upload import PART_BYTES
+from flexcache.store.manage.copy import copy
+from flexcache.store.read.object_reader import GAP_BYTES
+from flexcache.store.storage.location import place
+from flexcache.store.storage.multipart_upload import PART_BYTES
+from flexcache.store.storage.object_path import RemotePath
 from pipelines.cli import app
 from tests.corpora import build_store, lengths, open_recorder, put_batch, token_documents
 from tests.models import tiny

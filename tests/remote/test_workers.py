@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexcache.store.copying import copy
+from flexcache.store.manage.copy import copy
 from tests.corpora import build_store, lengths, token_documents
 
 DOCUMENTS = token_documents(lengths(30))

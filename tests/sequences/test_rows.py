@@ -16,7 +16,7 @@ from analysis import targets
 from analysis.view import join
 from flexcache.errors import ConfigError, DocumentsError, StoreError
 from flexcache.sequences.choice import first_or_last
-from flexcache.store.joined import rows_in
+from flexcache.store.read.row_alignment import rows_in
 from tests.corpora import build_store, expected_rows, lengths, token_documents
 from tests.models import VOCABULARY, tiny
 

@@ -17,15 +17,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from flexcache.store.claims import CLAIMS, Claims
-from flexcache.store.worker import ALIVE, PARTIAL, Worker, describe
+from flexcache.store.write.claims import CLAIMS, Claims
+from flexcache.store.write.worker import ALIVE, PARTIAL, Worker, describe
 
 ROOT = Path(__file__).parents[2]
 CLAIM_AND_WAIT = """
 import sys, time
 from pathlib import Path
-from flexcache.store.claims import Claims
-from flexcache.store.worker import Worker
+from flexcache.store.write.claims import Claims
+from flexcache.store.write.worker import Worker
 worker = Worker(Path(sys.argv[1]), {"threads": 3})
 print(Claims(worker).take(range(3)), flush=True)
 time.sleep(600)
@@ -97,7 +97,7 @@ def test_a_claim_from_elsewhere_is_taken_over_when_it_stands_still_on_the_watche
     other = from_elsewhere(tmp_path, "5.0")
     worker = Worker(tmp_path, patience=100)
     claims, now = Claims(worker), 1000.0
-    with patch("flexcache.store.worker.time.monotonic", lambda: now):
+    with patch("flexcache.store.write.worker.time.monotonic", lambda: now):
         assert claims.take([5]) is None
         now += 99
         assert claims.take([5]) is None
@@ -122,10 +122,10 @@ def test_a_claim_that_cannot_be_read_is_kept_until_it_stands_still(tmp_path: Pat
     claims, now = Claims(worker), 0.0
     for content in (b"", b"{", b"[]", b"null", b'{"machine": 3, "pid": "x", "started": []}'):
         (tmp_path / CLAIMS / "1.0").write_bytes(content)
-        with patch("flexcache.store.worker.time.monotonic", lambda: now):
+        with patch("flexcache.store.write.worker.time.monotonic", lambda: now):
             assert claims.take([1]) is None
             assert all(isinstance(told, dict) for told in claims.others())
-    with patch("flexcache.store.worker.time.monotonic", lambda: now + 11):
+    with patch("flexcache.store.write.worker.time.monotonic", lambda: now + 11):
         assert claims.take([1]) == "1"
     (tmp_path / CLAIMS / "notes.txt").touch()
     assert claims.take([1]) is None
@@ -175,7 +175,7 @@ class Machine(RuleBasedStateMachine):
     def start(self) -> None:
         self.folder = TemporaryDirectory()
         self.now = 0.0
-        self.clock = patch("flexcache.store.worker.time.monotonic", lambda: self.now)
+        self.clock = patch("flexcache.store.write.worker.time.monotonic", lambda: self.now)
         self.clock.start()
         self.workers = [Worker(Path(self.folder.name), patience=100) for _ in range(3)]
         self.claims = [Claims(worker) for worker in self.workers]

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 import flexcache
 from flexcache.errors import ConfigError, DamagedError, MismatchError, RangeError, SiteError, StoreError
-from flexcache.store.copying import copy
-from flexcache.store.derived import ledger_digest
-from flexcache.store.shard import shard_name
-from flexcache.store.transfer import Transfer
+from flexcache.store.format.shard import shard_name
+from flexcache.store.manage.copy import copy
+from flexcache.store.manage.derive import ledger_digest
+from flexcache.store.manage.row_copy import Transfer
 from tests.corpora import build_store, lengths, open_recorder, put_batch, token_documents
 from tests.recorder.test_recorder import shard_hashes
 
@@ -137,7 +137,7 @@ def test_a_copy_that_is_stopped_anywhere_goes_on(
 def test_kills_lose_nothing(source: flexcache.Store, tmp_path: Path) -> None:
     """SIGKILL while units are copied, each a little later than the one before; a last copy finishes."""
     target = tmp_path / "copy.zarr"
-    code = f"from flexcache.store.copying import copy; copy({str(source.path)!r}, {str(target)!r}, dtype='float32')"
+    code = f"from flexcache.store.manage.copy import copy; copy({str(source.path)!r}, {str(target)!r}, dtype='float32')"
     for wait in (0.0, 0.02, 0.05):
         process = subprocess.Popen([sys.executable, "-c", code])
         before = len(flexcache.open(target).committed_units) if target.exists() else 0
@@ -331,7 +331,7 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_written(
 
 def test_a_copy_needs_no_torch(source: flexcache.Store, tmp_path: Path) -> None:
     code = (
-        "import sys; sys.modules['torch'] = None; from flexcache.store.copying import copy;"
+        "import sys; sys.modules['torch'] = None; from flexcache.store.manage.copy import copy;"
         f"copy({str(source.path)!r}, {str(tmp_path / 'copy.zarr')!r}, dtype='float32')"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

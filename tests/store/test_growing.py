@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 import flexcache
 from flexcache.errors import DamagedError, DocumentsError, MismatchError, StoreError
 from flexcache.recorder.batch import BatchReader
-from flexcache.store.copying import copy
-from flexcache.store.growing import Growth
-from flexcache.store.removing import Removal
-from flexcache.store.schema import GROWING
-from flexcache.store.worker import ALIVE
+from flexcache.store.format.extension import GROWING
+from flexcache.store.manage.copy import copy
+from flexcache.store.manage.extension_transaction import Growth
+from flexcache.store.manage.remove import Removal
+from flexcache.store.write.worker import ALIVE
 from tests.corpora import (
     LAYERS,
     SITES,

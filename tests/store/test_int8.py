@@ -16,10 +16,10 @@ from hypothesis.extra import numpy as hnp
 
 import flexcache
 from flexcache.errors import DamagedError, RangeError
-from flexcache.store.copying import copy
-from flexcache.store.int8 import quantize
-from flexcache.store.merging import merge
-from flexcache.store.removing import Removal
+from flexcache.store.format.int8 import quantize
+from flexcache.store.manage.copy import copy
+from flexcache.store.manage.merge import merge
+from flexcache.store.manage.remove import Removal
 from flexcache.training import stream
 from tests.corpora import expected_rows, lengths, open_recorder, token_documents
 from tests.models import VOCABULARY, tiny

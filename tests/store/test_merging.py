@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import flexcache
 from flexcache.errors import ConfigError, DamagedError, MismatchError, StoreError
-from flexcache.store.copying import copy
-from flexcache.store.merging import merge
-from flexcache.store.transfer import Transfer
+from flexcache.store.manage.copy import copy
+from flexcache.store.manage.merge import merge
+from flexcache.store.manage.row_copy import Transfer
 from tests.corpora import build_store, lengths, token_documents
 from tests.recorder.test_recorder import shard_hashes
 from tests.store.test_copying import partial_store

@@ -19,8 +19,9 @@ import xarray as xr
 import flexcache
 from analysis import moments, probes, survey, targets, view
 from flexcache import errors
-from flexcache.store.copying import copy as copy_store
-from flexcache.store.reader import RowReader
+from flexcache.store.format.ledger import Ledger
+from flexcache.store.manage.copy import copy as copy_store
+from flexcache.store.read.shard_reader import RowReader
 from tests.corpora import build_store, lengths, open_recorder, padded_activation, put_batch, token_documents
 from tests.golden.make import FOLDER
 
@@ -95,8 +96,10 @@ def test_however_often_a_store_is_unpickled_a_process_opens_and_lists_it_once(
     store: flexcache.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    listing = flexcache.store.ledger.Ledger.units
-    monkeypatch.setattr(flexcache.store.ledger.Ledger, "units", lambda self: opened.append("ledger") or listing(self))
+    listing = Ledger.units
+    monkeypatch.setattr(
+        flexcache.store.format.ledger.Ledger, "units", lambda self: opened.append("ledger") or listing(self)
+    )
     mapping = RowReader._map
     fresh = flexcache.open(shutil.copytree(store.path, store.path.parent / "many.zarr"))
     pickled = pickle.dumps((fresh["resid_post"], fresh))

@@ -11,7 +11,7 @@ import pytest
 import flexcache
 from flexcache.errors import ConfigError, DocumentsError, FlexCacheError, StoreError
 from flexcache.paths import local_path
-from flexcache.store.copying import copy
+from flexcache.store.manage.copy import copy
 from tests.models import tiny
 
 DOCS = [{"id": str(i), "tokens": [5 + i, 6, 7], "label": "ab"[i % 2]} for i in range(6)]

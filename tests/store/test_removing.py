@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flexcache
-import flexcache.store.files as files
-import flexcache.store.plan_record as plan_record
-import flexcache.store.removing as removing
+import flexcache.store.format.plan_record as plan_record
+import flexcache.store.manage.remove as removing
+import flexcache.store.storage.atomic_files as files
 from flexcache.errors import DamagedError, SiteError, StoreError
-from flexcache.store.claims import Claims
-from flexcache.store.copying import copy
-from flexcache.store.removing import NOTE, Removal
-from flexcache.store.worker import Worker
+from flexcache.store.manage.copy import copy
+from flexcache.store.manage.remove import NOTE, Removal
+from flexcache.store.write.claims import Claims
+from flexcache.store.write.worker import Worker
 from tests.corpora import build_store, lengths, open_recorder, put_batch, token_documents
 from tests.recorder.test_recorder import shard_hashes
 

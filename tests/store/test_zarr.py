@@ -10,7 +10,7 @@ import zarr
 import zarr.core.codec_pipeline
 
 from flexcache.spec import DTYPES
-from flexcache.store.bfloat16 import BFloat16
+from flexcache.store.format.bfloat16 import BFloat16
 from tests.analysis.stores import value_store
 
 LENGTHS = [40, 7, 64, 1, 33, 90, 12, 55] * 5
@@ -27,7 +27,7 @@ def test_every_pipeline_of_zarr_reads_the_bits_that_were_written(
     dtype: str, compression: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "flexcache.store.shard.INNER_CHUNK_BYTES", 512
+        "flexcache.store.format.shard.INNER_CHUNK_BYTES", 512
     )  # several inner chunks a shard, the last in part
     values = np.random.default_rng(0).normal(size=(2, sum(LENGTHS), 20))
     store = value_store(tmp_path / "run.zarr", values, LENGTHS, dtype=dtype, compression=compression)

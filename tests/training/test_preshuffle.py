@@ -10,7 +10,7 @@ import torch
 
 import flexcache
 from flexcache.errors import ConfigError, MismatchError, StoreError
-from flexcache.store.copying import copy
+from flexcache.store.manage.copy import copy
 from flexcache.training import stream
 from flexcache.training.preshuffle import SOURCE_ROW, preshuffle
 from tests.corpora import build_store, lengths, open_recorder, token_documents

@@ -9,7 +9,7 @@ from typing import Any
 import xarray as xr
 from xarray.backends import BackendEntrypoint
 
-from flexcache.store.store import Store
+from flexcache.store.read.store import Store
 
 
 class FlexCacheEngine(BackendEntrypoint):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flexcache.store.inside import check_inside
-from flexcache.store.place import Place
+from flexcache.store.storage.location import Place
+from flexcache.store.storage.path_safety import check_inside
 
 
 def open_table(path: Place) -> pq.ParquetFile:

@@ -15,7 +15,7 @@ from analysis.moments import Moments
 from analysis.onepass import Block, DocumentSample, State, grouping
 from analysis.onepass.block import widen
 from flexcache.errors import AnalysisError, ConfigError, SiteError
-from flexcache.store.reader import RowReader
+from flexcache.store.read.shard_reader import RowReader
 from tests.analysis.stores import value_store
 
 LENGTHS = [7, 1, 30, 12, 5, 5, 18, 2, 9, 40, 3, 11] * 9

@@ -146,7 +146,7 @@ def files_of_tensor_parallel_ranks_are_shared_out_evenly() -> None:
 
 @check(2)
 def a_rank_that_cannot_write_is_an_error_on_every_rank_and_commits_nothing() -> None:
-    from flexcache.store.writer import Writer
+    from flexcache.store.write.shard_writer import Writer
 
     put, rank = Writer.put_in_place, dist.get_rank()
 

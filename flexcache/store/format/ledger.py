@@ -1,0 +1,142 @@
+"""The ledger: which units of a store are committed, with the size and checksum of each of their files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flexcache.errors import DamagedError
+from flexcache.store.format.self_checksum import check_seal, sealed
+from flexcache.store.storage.atomic_files import fsync_folder, write_json
+from flexcache.store.storage.location import Place
+from flexcache.store.storage.object_path import RemotePath
+from flexcache.store.storage.path_safety import MOST_JSON, check_inside
+
+_KEYS = {"schema", "unit", "rows", "batch_tokens", "fingerprint", "files"}
+
+_RECORD = re.compile(r"([0-9]+)\.json")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a committed unit: its size in bytes and the XXH3-128 of its content, in hex."""
+
+    size: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """What was committed: nothing in it depends on when or where, so equal units have equal records.
+
+    Attributes
+    ----------
+    unit : int
+    rows : tuple of int
+        First row and the row after the last.
+    batch_tokens : int
+        The token budget under which the unit was run: the plan's, or a smaller one where memory was short.
+    fingerprint : dict
+        What the bytes depend on beside the plan: device, versions, threads, attention kernel.
+    files : dict
+        By path relative to the store.
+    """
+
+    unit: int
+    rows: tuple[int, int]
+    batch_tokens: int
+    fingerprint: dict[str, Any]
+    files: dict[str, FileRecord]
+
+
+def record_json(record: UnitRecord) -> dict[str, Any]:
+    """Return a record as its file holds it."""
+    content = {"schema": 1, **asdict(record)}
+    return sealed(content)
+
+
+class Ledger:
+    """The records of one pass, one JSON file a unit; writing a record is what commits its unit.
+
+    Records are only added, but for those of damaged units, which `take_back` removes. Any number of processes may read
+    while others write.
+    """
+
+    def __init__(self, root: Place, pass_name: str = "0") -> None:
+        self.root = root
+        self.folder = root / "ledger" / pass_name
+
+    def path(self, unit: int) -> Place:
+        """Return where the record of a unit is or will be."""
+        return self.folder / f"{unit}.json"
+
+    def units(self) -> list[int]:
+        """Return the committed units, sorted, from the file names alone."""
+        return sorted(int(match[1]) for name in self._names() if (match := _RECORD.fullmatch(name)))
+
+    def has(self, unit: int) -> bool:
+        """Whether a unit is committed."""
+        return self.path(unit).is_file()
+
+    def commit(self, record: UnitRecord) -> None:
+        """Write a record, durably and in one step."""
+        write_json(self.path(record.unit), record_json(record))
+
+    def take_back(self, unit: int) -> None:
+        """Remove the record of a unit, durably: it counts as not committed from then on.
+
+        Raises
+        ------
+        OSError
+        """
+        self.path(unit).unlink(missing_ok=True)
+        fsync_folder(self.folder)
+
+    def read(self, unit: int) -> UnitRecord:
+        """Return the record of a unit.
+
+        Raises
+        ------
+        DamagedError
+            The record cannot be read or is not of this form.
+        """
+        path = self.path(unit)
+        check_inside(self.root, path, MOST_JSON)
+        try:
+            written = path.read_bytes()
+            data = json.loads(written)
+            check_seal(data, written, _KEYS)
+            files = {name: FileRecord(int(f["size"]), str(f["xxh3_128"])) for name, f in data["files"].items()}
+            start, stop = data["rows"]
+            record = UnitRecord(
+                int(data["unit"]),
+                (int(start), int(stop)),
+                int(data["batch_tokens"]),
+                dict(data["fingerprint"]),
+                files,
+            )
+            if record.unit != unit:
+                raise ValueError(f"the record is of unit {record.unit}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DamagedError(
+                f"the ledger record of unit {unit} cannot be read",
+                where=str(path),
+                found=f"{type(error).__name__}: {error}",
+                remedy="delete this record and run the same capture again: it recomputes this unit alone",
+            ) from error
+        return record
+
+    def _names(self) -> list[str]:
+        if isinstance(self.folder, RemotePath):
+            return [path.name for path in self.folder.iterdir()]
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.folder) as entries:
+            return [entry.name for entry in entries]
+        return []
+
+    def __iter__(self) -> Iterator[UnitRecord]:
+        return (self.read(unit) for unit in self.units())

@@ -1,0 +1,122 @@
+"""What a store says of itself, checked before anything is believed: a stranger may have written it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, get_args
+
+from flexcache.errors import DamagedError
+from flexcache.plan import Batching, Largest
+from flexcache.spec import DTYPES, ArraySpec
+from flexcache.store.format.int8 import scale_name, scales_of
+
+MOST_ROWS, MOST_UNITS, MOST_FEATURES, MOST_LAYERS = 2**48, 10**8, 2**24, 100_000
+
+
+@dataclass(frozen=True)
+class Description:
+    """The attributes of a store, each of its type, in its range, and in agreement with the others."""
+
+    arrays: dict[str, ArraySpec]
+    spec: dict[str, Any]
+    plan: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+def described(content: Mapping[str, Any], where: str) -> Description:
+    """Return what a store's attributes say.
+
+    Raises
+    ------
+    DamagedError
+        Something is missing, of another type, out of range, or leads out of the store.
+    """
+    try:
+        spec, plan, provenance = (dict(_mapping(content, name)) for name in ("spec", "plan", "provenance"))
+        arrays = {str(name): _array(str(name), value) for name, value in _mapping(content, "arrays").items()}
+        rows, shard_rows = _whole(plan, "rows", 1, MOST_ROWS), _whole(plan, "shard_rows", 1, MOST_ROWS)
+        _agree(shard_rows & (shard_rows - 1) == 0, f"shard_rows is {shard_rows}, not a power of two")
+        units = _whole(plan, "units", 1, MOST_UNITS)
+        _agree(units == -(-rows // shard_rows), f"{rows} rows are not {units} units of {shard_rows}")
+        for name in ("documents", "files", "bytes", "tokens"):
+            _whole(plan, name, 0, 2**80)
+        _agree(spec.get("compression", "none") in ("none", "zstd"), f"compression is {spec.get('compression')!r}")
+        _agree(isinstance(spec.get("rows"), str), f"rows is {spec.get('rows')!r}")
+        for name in ("model", "documents", "tokenizer"):
+            if provenance.get(name) is not None:
+                _mapping(provenance, name)
+        stored_batching(provenance)
+        for array in arrays.values():
+            scales = arrays.get(scale_name(array.name)) if array.dtype == "int8" else None
+            _agree(array.dtype != "int8" or scales == scales_of(array), f"int8 array {array.name} has no scales")
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
+        raise DamagedError(
+            "the store's description is not complete",
+            where=where,
+            found=f"{type(error).__name__}: {str(error)[:200]}",
+            remedy="restore zarr.json from a copy",
+        ) from error
+    return Description(arrays, spec, plan, provenance)
+
+
+def _array(name: str, data: Any) -> ArraySpec:
+    keys = {"name", "site", "layers", "depth", "features", "feature_dim", "dtype"}
+    _agree(isinstance(data, Mapping) and set(data) == keys, f"array {name!r} is not described by {sorted(keys)}")
+    inside = PurePosixPath(name).name == name and name not in ("", ".", "..") and "\x00" not in name
+    _agree(inside and data["name"] == name, f"array {name!r} lies outside of the store")
+    for key in ("site", "feature_dim", "dtype"):
+        _agree(isinstance(data[key], str), f"{key} of {name} is {data[key]!r}")
+    _agree(data["dtype"] in DTYPES, f"dtype of {name} is {data['dtype']!r}")
+    _agree(data["feature_dim"] not in ("", "token", "layer"), f"feature_dim of {name} is {data['feature_dim']!r}")
+    _whole(data, "features", 1, MOST_FEATURES)
+    layers = data["layers"]
+    if layers is None:
+        _agree(data["depth"] is None, f"{name} has a depth, and no layers")
+        return ArraySpec.from_json(data)
+    depth = _whole(data, "depth", 1, MOST_LAYERS)
+    whole = isinstance(layers, list) and all(type(layer) is int and 0 <= layer < depth for layer in layers)
+    _agree(whole and layers == sorted(set(layers)), f"layers of {name} are {str(layers)[:80]}")
+    return ArraySpec.from_json(data)
+
+
+def largest_batch(plan: Mapping[str, Any]) -> Largest | None:
+    """Return the largest batch of a plan, or None where an earlier version, which did not note it, made the store."""
+    found = plan.get("largest_batch")
+    if not isinstance(found, list) or len(found) != 3 or any(type(value) is not int or value < 0 for value in found):
+        return None
+    return Largest(*found)
+
+
+def stored_batching(provenance: Mapping[str, Any]) -> Batching | None:
+    """Return which sequences share a batch, as found by forwards of the model; None where a store does not record it.
+
+    Raises
+    ------
+    ValueError
+        The record is none of `Batching`.
+    """
+    if provenance.get("batching") is None:
+        return None
+    said = str(_mapping(provenance, "batching").get("batches"))
+    found: Batching | None = next((kind for kind in get_args(Batching) if kind == said), None)
+    _agree(found is not None, f"batching is {said[:40]}")
+    return found
+
+
+def _mapping(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    _agree(isinstance(content[name], Mapping), f"{name} is no mapping")
+    found: Mapping[str, Any] = content[name]
+    return found
+
+
+def _whole(content: Mapping[str, Any], name: str, least: int, most: int) -> int:
+    found = content[name]
+    _agree(type(found) is int and least <= found <= most, f"{name} is {str(found)[:40]}")
+    return int(found)
+
+
+def _agree(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)

@@ -1,0 +1,42 @@
+"""The record of the plan, ``ledger/plan.json``: size and checksum of every file of a store that is not a shard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from flexcache.store.format.ledger import FileRecord
+from flexcache.store.format.schema import PLAN_RECORD
+from flexcache.store.format.self_checksum import check_seal, sealed
+from flexcache.store.storage.atomic_files import digest, write_json
+from flexcache.store.storage.location import Place
+from flexcache.store.storage.path_safety import MOST_JSON, check_inside
+
+_KEYS = ("schema", "files")
+
+
+def write_plan_record(store: Path, names: Iterable[str]) -> None:
+    """Write the record for files that are there."""
+    files = {name: {"size": (store / name).stat().st_size, "xxh3_128": digest(store / name)} for name in names}
+    write_json(store / PLAN_RECORD, sealed({"schema": 1, "files": files}))
+
+
+def read_plan_record(root: Place) -> dict[str, FileRecord]:
+    """Return what the record says, by file.
+
+    Raises
+    ------
+    DamagedError
+        It is no file inside the store.
+    OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
+        It is missing, or not as it was written.
+    """
+    path = root / PLAN_RECORD
+    check_inside(root, path, MOST_JSON)
+    written = path.read_bytes()
+    data = json.loads(written)
+    check_seal(data, written, _KEYS)
+    if data["schema"] != 1:
+        raise ValueError(f"its schema is {data['schema']}")
+    return {str(name): FileRecord(int(f["size"]), str(f["xxh3_128"])) for name, f in data["files"].items()}

@@ -1,0 +1,96 @@
+"""References to stores: the location, with an identity that tells a store from another one at the same path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+from flexcache.errors import MismatchError, StoreError
+from flexcache.store.format.metadata import described
+from flexcache.store.format.schema import read_attributes
+from flexcache.store.storage.location import Place
+
+
+@dataclass(frozen=True)
+class StoreReference:
+    """Location and identity of a store, pickled in place of its files, maps and tables.
+
+    Attributes
+    ----------
+    path : Path or RemotePath
+    stamp : tuple of int
+        Inode and time of ``zarr.json`` when the reference was made. They change when another store takes its place, so
+        that caches of a process and keys of Dask do not mix the two.
+    committed : int
+        Checksum of which units were committed. A process that knows the ledger of a store lists it again for a store
+        that was opened after a damaged unit was taken back.
+    created : str
+        Time at which the store was made. An extension keeps it.
+    n_rows, shard_rows : int
+        Size of the store and of its units when it was opened. An extension adds rows and keeps these numbers.
+    """
+
+    path: Place
+    stamp: tuple[int, int]
+    committed: int
+    created: str
+    n_rows: int
+    shard_rows: int
+
+    @property
+    def n_units(self) -> int:
+        """Units of the store as it was opened."""
+        return -(-self.n_rows // self.shard_rows)
+
+    def check(self) -> None:
+        """Raise an error if this process finds no store, or another one, at the path.
+
+        Raises
+        ------
+        StoreError
+            There is no store; MismatchError where there is another one.
+        """
+        metadata = self.path / "zarr.json"
+        if not metadata.is_file():
+            raise StoreError(
+                "a process that reads the store does not find it",
+                where=str(self.path),
+                expected="the store at the same path in every process",
+                found="no store",
+                remedy="put the store where all workers reach it: a file system they share, or object storage",
+            )
+        found = described(read_attributes(self.path), str(metadata))
+        same = made_at(found.provenance) == self.created and int(found.plan["shard_rows"]) == self.shard_rows
+        if not same or int(found.plan["rows"]) < self.n_rows:
+            raise MismatchError(
+                "another store has taken the place of the one that was opened",
+                where=str(self.path),
+                expected=f"{self.n_rows} rows or more, created {self.created or 'at no known time'}",
+                found=f"{found.plan['rows']} rows, created {made_at(found.provenance) or 'at no known time'}",
+                remedy="open the store again",
+            )
+
+
+def refer(path: Place, provenance: dict[str, Any], plan: dict[str, Any], committed: np.ndarray) -> StoreReference:
+    """Return the reference to a store that was opened; *committed* says which units were committed, (units,)."""
+    path, rows, shard_rows = path.absolute(), int(plan["rows"]), int(plan["shard_rows"])
+    return StoreReference(
+        path, stamp(path), crc32(np.packbits(committed).tobytes()), made_at(provenance), rows, shard_rows
+    )
+
+
+def made_at(provenance: dict[str, Any]) -> str:
+    """Return when a store was made, or nothing where it does not say."""
+    return str(provenance.get("created", ""))
+
+
+def stamp(path: Place) -> tuple[int, int]:
+    """Return inode and time of a store's metadata, which change when another store takes its place."""
+    try:
+        status = (path / "zarr.json").stat()
+    except OSError:  # it was removed: what is open stays readable
+        return 0, 0
+    return status.st_ino, status.st_mtime_ns

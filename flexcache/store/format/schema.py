@@ -1,0 +1,69 @@
+"""The names and versions of the disk format; docs/format.md states it in full."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from flexcache.errors import DamagedError, StoreError, VersionError
+from flexcache.store.storage.location import Place
+from flexcache.store.storage.path_safety import MOST_JSON, check_inside
+
+SCHEMA = 1
+ATTRIBUTE = "flexcache"
+DOCUMENTS = "documents.parquet"
+SEQUENCES = "sequences.parquet"
+BEGINS = "begins"
+"""The column of the sequences with the places at which attention and positions begin anew."""
+CONTEXT = "context"
+"""The column of sequences.parquet that has what an encoder reads, where rows are of the decoder beside it."""
+COORDINATES = {"token_id": "int32", "position": "int32", "document": "int64"}
+RESERVED = frozenset({"ledger", "runs", "layer", "token", *COORDINATES})
+PLAN_RECORD = "ledger/plan.json"
+
+
+def read_attributes(path: Place) -> dict[str, Any]:
+    """Return the attributes of a store, from its ``zarr.json``.
+
+    Raises
+    ------
+    StoreError
+        There is no such folder, or it is not a FlexCache store.
+    VersionError
+        A newer version wrote it.
+    DamagedError
+        Its metadata cannot be read.
+    """
+    metadata = path / "zarr.json"
+    if not metadata.is_file():
+        raise StoreError(
+            f"{path} is not a store",
+            expected="a folder with zarr.json",
+            found="no such folder" if not path.exists() else "a folder or file without zarr.json",
+            remedy="check the path; flexcache capture makes a store",
+        )
+    check_inside(path, metadata, MOST_JSON)
+    try:
+        attributes = json.loads(metadata.read_bytes())["attributes"]
+        content = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedError(
+            "the store's metadata cannot be read",
+            where=str(metadata),
+            found=f"{type(error).__name__}: {error}",
+            remedy="restore zarr.json from a copy",
+        ) from error
+    if not isinstance(content, dict) or not isinstance(content.get("schema"), int):
+        raise StoreError(
+            f"{path} is a Zarr folder, but not a FlexCache store",
+            expected=f"an attribute {ATTRIBUTE!r} with a schema version",
+            remedy="open it with zarr or xarray",
+        )
+    if content["schema"] > SCHEMA:
+        raise VersionError(
+            f"{path} was written by a newer version of FlexCache",
+            expected=f"schema {SCHEMA} or older",
+            found=f"schema {content['schema']}",
+            remedy="upgrade flexcache-activations",
+        )
+    return content

@@ -1,0 +1,1 @@
+"""Change whole stores: extend, copy, merge, remove, verify and repair."""

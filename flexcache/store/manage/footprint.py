@@ -1,0 +1,86 @@
+"""What a store takes of a file system: bytes, files and folders, from its arrays and its plan. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flexcache.spec import ArraySpec
+from flexcache.store.format.ledger import FileRecord, UnitRecord, record_json
+from flexcache.store.format.schema import COORDINATES
+from flexcache.store.format.shard import ShardLayout, shard_name
+from flexcache.store.storage.atomic_files import json_bytes
+from flexcache.store.write.create import coordinate_chunk, total_bytes
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A complete store on a disk, but for its tables and coordinates, whose bytes depend on the texts.
+
+    Attributes
+    ----------
+    shard_files : int
+        One for each unit and each captured layer of a site.
+    shard_bytes : int
+        Of all of them, before compression.
+    ledger_bytes : int
+        Of the records, one for each unit.
+    files, folders : int
+        Of the whole store, itself included, without the notes of runs; together its inodes.
+    """
+
+    shard_files: int
+    shard_bytes: int
+    ledger_bytes: int
+    files: int
+    folders: int
+
+    @property
+    def inodes(self) -> int:
+        """Files and folders."""
+        return self.files + self.folders
+
+
+def footprint(
+    arrays: Sequence[ArraySpec], n_rows: int, shard_rows: int, fingerprint: dict[str, Any] | None = None
+) -> Footprint:
+    """Return what a complete store of *n_rows* in units of *shard_rows* takes.
+
+    A shard is a file in a folder of its own, as Zarr names chunks (``resid_post/c/12/7/0``), so a unit takes two inodes
+    a layer, and one for its ledger record.
+
+    Parameters
+    ----------
+    fingerprint
+        As the records of the ledger will repeat it.
+    """
+    units = -(-n_rows // shard_rows)
+    slices = sum(len(array.slices) for array in arrays)
+    shards = units * slices
+    chunks = len(COORDINATES) * -(-n_rows // coordinate_chunk(n_rows))
+    metadata = 1 + len(arrays) + len(COORDINATES)  # a zarr.json each, and that of the store
+    tables_card_plan = 4
+    of_layers = sum(len(array.slices) for array in arrays if array.layers is not None)
+    ledger_and_runs = 3
+    return Footprint(
+        shard_files=shards,
+        shard_bytes=total_bytes(list(arrays), n_rows, shard_rows),
+        ledger_bytes=units * record_bytes(arrays, n_rows, shard_rows, fingerprint or {}),
+        files=shards + units + chunks + metadata + tables_card_plan,
+        folders=shards + of_layers + 2 * (len(arrays) + len(COORDINATES)) + ledger_and_runs + 1,
+    )
+
+
+def record_bytes(arrays: Sequence[ArraySpec], n_rows: int, shard_rows: int, fingerprint: dict[str, Any]) -> int:
+    """Return the bytes of the ledger record of a unit in the middle of a store."""
+    unit = -(-n_rows // shard_rows) // 2
+    files = {
+        shard_name(array.name, layer, unit): FileRecord(
+            ShardLayout(n_rows, shard_rows, array.row_bytes).file_bytes(0), "0" * 32
+        )
+        for array in arrays
+        for layer in array.slices
+    }
+    start = unit * shard_rows
+    return len(json_bytes(record_json(UnitRecord(unit, (start, start + shard_rows), 4096, fingerprint, files))))

@@ -1,0 +1,141 @@
+"""Joining stores over one plan that hold different sites or layers of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from flexcache.errors import ConfigError, MismatchError
+from flexcache.identity import differences
+from flexcache.spec import ArraySpec
+from flexcache.store.format.shard import shard_name
+from flexcache.store.manage.copy import check_apart
+from flexcache.store.manage.derive import Derived, describe_origin, differing_tables, prepare
+from flexcache.store.manage.extension_transaction import check_settled
+from flexcache.store.manage.row_copy import Progress, Transfer
+from flexcache.store.read.recorded_model import recorded_model
+from flexcache.store.read.selection import Key
+from flexcache.store.read.store import Store
+from flexcache.store.storage.location import Place, place
+from flexcache.store.write.create import total_bytes
+
+
+def merge(sources: Sequence[str | Place], target: str | Place, progress: Progress = lambda done, total: None) -> Store:
+    """Join stores that were captured from one model over the same plan; the same call goes on where one stopped.
+
+    Arrays of one site with different layers become one array. A site and layer that two stores have must be the same
+    files. Files are copied byte for byte, and checked, as by `copy`. A unit is in the target once every source has it.
+
+    Returns
+    -------
+    The target. It is complete where all sources are.
+
+    Raises
+    ------
+    ConfigError
+        Fewer than two stores.
+    MismatchError
+        They differ in plan, documents, model, form of an array or codec, or have other bytes for one site and layer:
+        with what differs. Or the target is another store.
+    DamagedError
+        A file of a source is not as it was written.
+    """
+    stores, path = [Store(source) for source in sources], place(target)
+    if len(stores) < 2:
+        raise ConfigError("a merge needs two stores or more", found=f"{len(stores)}")
+    for store in stores:
+        check_apart(store.path, path)
+        check_settled(store.path)
+    for other in stores[1:]:
+        _check_alike(stores[0], other)
+    arrays, owners = _join(stores)
+    history = {"merged_from": [describe_origin(store) for store in stores]}
+    share = min(len(store.committed_units) for store in stores) / max(1, stores[0].n_units)
+    needed = int(total_bytes(arrays, stores[0].n_rows, stores[0].shard_rows) * share)
+    result = prepare(path, Derived(stores[0], arrays, _spec(stores, arrays), history, needed))
+    Transfer(result, owners).run(progress)
+    return result
+
+
+def _check_alike(one: Store, other: Store) -> None:
+    numbers = ("rows", "units", "shard_rows", "corpus_xxh3_128")
+    pairs = [(f"plan.{name}", one.plan.get(name), other.plan.get(name)) for name in numbers]
+    pairs += [(name, one.provenance.get(name), other.provenance.get(name)) for name in ("tokenizer",)]
+    asked = sorted({*one.spec, *other.spec} - {"sites", "transforms", "objective", "dtype"})
+    pairs += [(f"spec.{name}", one.spec.get(name), other.spec.get(name)) for name in asked]
+    both = [value for value in (one.spec.get("objective"), other.spec.get("objective")) if value is not None]
+    if len(both) == 2:
+        pairs.append(("spec.objective", *both))
+    transforms = [store.spec.get("transforms", {}) for store in (one, other)]
+    pairs += [(f"transform {name}", *(t[name] for t in transforms)) for name in transforms[0] if name in transforms[1]]
+    different = [f"{name}: {_short(a)} and {_short(b)}" for name, a, b in pairs if a != b]
+    different += [f"model.{line}" for line in differences(*(recorded_model(store) for store in (one, other)))]
+    different += differing_tables(one, other)
+    for name in set(one.arrays) & set(other.arrays):
+        first, second = (replace(store.arrays[name], layers=None) for store in (one, other))
+        if first != second:
+            different.append(f"array {name}: {first} and {second}")
+        elif not different:
+            different += _differing_files(one, other, name)
+    _refuse(one, other, different)
+
+
+def _differing_files(one: Store, other: Store, name: str) -> list[str]:
+    """Return which shards of the layers that both have differ, in units that both have committed."""
+    layers = [layer for layer in one.arrays[name].slices if layer in other.arrays[name].slices]
+    found = []
+    for unit in sorted(set(one.committed_units.tolist()) & set(other.committed_units.tolist())) if layers else []:
+        first, second = (store.ledger.read(unit).files for store in (one, other))
+        shards = [shard_name(name, layer, unit) for layer in layers]
+        found += [f"{shard} has other bytes" for shard in shards if first.get(shard) != second.get(shard)]
+    return found
+
+
+def _refuse(one: Store, other: Store, different: list[str]) -> None:
+    if different:
+        raise MismatchError(
+            "the stores do not belong together",
+            where=f"{one.path} and {other.path}",
+            expected="one model over the same plan, and the same bytes where both have a site and layer",
+            found="\n    ".join(["", *different[:12], *(["…"] if len(different) > 12 else [])]),
+            remedy="capture both from the same documents with the same options and unit size; flexcache rm drops a"
+            " site or layer that only one of them should give",
+        )
+
+
+def _join(stores: list[Store]) -> tuple[list[ArraySpec], dict[Key, Store]]:
+    """Return the arrays of all stores, and which store each layer of them is taken from: the first that has it."""
+    arrays: dict[str, ArraySpec] = {}
+    owners: dict[Key, Store] = {}
+    for store in stores:
+        for name, array in store.arrays.items():
+            before = arrays.setdefault(name, array)
+            if before.layers is not None and array.layers is not None:
+                arrays[name] = replace(before, layers=tuple(sorted({*before.layers, *array.layers})))
+            for layer in array.slices:
+                owners.setdefault((name, layer), store)
+    joined = list(arrays.values())
+    return joined, {(array.name, layer): owners[array.name, layer] for array in joined for layer in array.slices}
+
+
+def _spec(stores: list[Store], arrays: list[ArraySpec]) -> dict[str, Any]:
+    """Return the spec of one capture of everything."""
+    sites: dict[str, Any] = {}
+    layers = {array.site: list(array.layers) for array in arrays if array.layers is not None}
+    for store in stores:
+        for site, asked in store.spec.get("sites", {}).items():
+            sites[site] = asked if sites.get(site, asked) == asked else layers.get(site, asked)
+    spec = {**stores[0].spec, "sites": sites}
+    if any("transforms" in store.spec for store in stores):
+        spec["transforms"] = {k: v for store in stores for k, v in store.spec.get("transforms", {}).items()}
+    for name in ("dtype", "objective"):
+        values = [value for store in stores if (value := store.spec.get(name)) is not None]
+        if values:
+            spec[name] = values[0] if name == "objective" or all(v == values[0] for v in values) else "auto"
+    return spec
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) < 160 else text[:157] + "…"

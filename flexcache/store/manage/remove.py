@@ -1,0 +1,239 @@
+"""Dropping sites and layers from a store, in steps of which each leaves a store that reads correctly."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flexcache.errors import DamagedError, SiteError, StoreError
+from flexcache.site import Layers
+from flexcache.spec import ArraySpec
+from flexcache.store.format.plan_record import write_plan_record
+from flexcache.store.format.schema import ATTRIBUTE, read_attributes
+from flexcache.store.manage.derive import facts, narrow_spec, plan_files
+from flexcache.store.manage.extension_transaction import check_settled
+from flexcache.store.read.selection import Key, keys, select
+from flexcache.store.read.store import Store
+from flexcache.store.storage.atomic_files import fsync_folder, write_durably, write_json
+from flexcache.store.storage.location import local
+from flexcache.store.write.claims import CLAIMS, Claims
+from flexcache.store.write.dataset_card import card
+from flexcache.store.write.shard_writer import disk_error
+from flexcache.store.write.worker import Worker
+
+NOTE = "removing.json"
+"""What is being removed, from before the first change until after the last."""
+
+Progress = Callable[[int, int], None]
+
+
+class Removal:
+    """What is to be removed from a store, and the doing of it.
+
+    The order is: a note of what is removed, the store's description, the ledger's records, the files, and the note is
+    taken away. After the description, readers no longer know of what is removed, while all else reads as before; a
+    removal that stops anywhere is finished by the next one, whatever that one is asked to remove.
+
+    Parameters
+    ----------
+    sites, layers
+        See `flexcache.store.read.selection.select`.
+
+    Attributes
+    ----------
+    gone : list of (str, int or None)
+        The arrays and layers that go.
+    unfinished : bool
+        Whether an earlier removal was stopped, and this one only finishes it.
+
+    Raises
+    ------
+    SiteError
+        The store has no such site or layer, or would have none left.
+    StoreError
+        The path is no store.
+    """
+
+    def __init__(self, path: str | Path, sites: Sequence[str] | None = None, layers: Layers = "all") -> None:
+        self.path = local(path, "flexcache rm")
+        store = Store(self.path)
+        self.unfinished = (self.path / NOTE).exists()
+        self.gone: list[Key] = self._noted() if self.unfinished else keys(select(store, sites, layers))
+        if not self.unfinished and len(self.gone) == len(keys(list(store.arrays.values()))):
+            raise SiteError(
+                "the store would have no site left",
+                where=str(self.path),
+                found=", ".join(store.sites),
+                remedy="remove the folder, if nothing of it is needed",
+            )
+
+    def bytes(self) -> int:
+        """Return the bytes of the files that go."""
+        return sum(file.stat().st_size for folder in self._folders() for file in folder.rglob("*") if file.is_file())
+
+    def run(self, progress: Progress = lambda done, total: None) -> int:
+        """Remove, and return the bytes freed.
+
+        Raises
+        ------
+        StoreError
+            Another process fills the store, or an extension of it has begun.
+        CaptureError
+            The disk refuses.
+        """
+        check_settled(self.path, begun=True)
+        try:
+            worker = Worker(self.path)
+            claims = Claims(worker)
+            try:
+                self._check_alone(worker, claims)
+                return self._remove(progress)
+            finally:
+                claims.close(finished=Store(self.path).complete)
+                worker.sweep()
+                worker.close()
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+
+    # Steps, each of which may be done again
+
+    def _remove(self, progress: Progress) -> int:
+        if not self.unfinished:
+            write_json(self.path / NOTE, {"schema": 1, "remove": [list(key) for key in self.gone]})
+        self._describe()
+        self._strike()
+        freed = self._delete(progress)
+        (self.path / NOTE).unlink()
+        fsync_folder(self.path)
+        return freed
+
+    def _describe(self) -> None:
+        """Take what goes out of the store's metadata, its card, and the record of its plan."""
+        store = Store(self.path)
+        left = self._left(store)
+        if left != list(store.arrays.values()):
+            content = read_attributes(self.path)
+            content["spec"] = narrow_spec(store, left)
+            content["arrays"] = {array.name: array.to_json() for array in left}
+            if "files" in content["plan"]:
+                content["plan"]["files"] = store.n_units * sum(len(array.slices) for array in left)
+            removed: dict[str, Any] = {}
+            for name, layer in self.gone:
+                removed.setdefault(name, []).append(layer)
+            history = content["provenance"].setdefault("history", [])
+            history.append({"removed": {n: None if layers == [None] else layers for n, layers in removed.items()}})
+            _write_metadata(self.path, content, left)
+        arrays = {array.name: array for array in left}
+        for name in {name for name, _ in self.gone} & set(arrays):
+            _rewrite(self.path / name / "zarr.json", _layers_of(arrays[name]))
+        content = read_attributes(self.path)
+        text = card(self.path.resolve().name, left, facts(store), content)
+        write_durably(self.path / "README.md", text.encode())
+        whole = {name for name, _ in self.gone} - set(arrays)
+        write_plan_record(
+            self.path, [name for name in plan_files(store) if name not in {f"{array}/zarr.json" for array in whole}]
+        )
+
+    def _strike(self) -> None:
+        """Take what goes out of the ledger's records."""
+        ledger = Store(self.path).ledger
+        prefixes = tuple(f"{name}/c/" if layer is None else f"{name}/c/{layer}/" for name, layer in self.gone)
+        for record in ledger:
+            files = {name: file for name, file in record.files.items() if not name.startswith(prefixes)}
+            if len(files) < len(record.files):
+                ledger.commit(replace(record, files=files))
+
+    def _delete(self, progress: Progress) -> int:
+        total, freed = self.bytes(), 0
+        progress(0, total)
+        for folder in self._folders():
+            for file in sorted(folder.rglob("*")):
+                if file.is_file():
+                    size = file.stat().st_size
+                    file.unlink()
+                    freed += size
+                    progress(freed, total)
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                fsync_folder(folder.parent)
+        return freed
+
+    # Private
+
+    def _left(self, store: Store) -> list[ArraySpec]:
+        gone = set(self.gone)
+        left = []
+        for array in store.arrays.values():
+            kept = tuple(layer for layer in array.slices if (array.name, layer) not in gone)
+            if kept:
+                left.append(array if array.layers is None else replace(array, layers=tuple(map(int, kept))))  # type: ignore[arg-type]
+        return left
+
+    def _folders(self) -> list[Path]:
+        """Return the folders of what goes: those of layers, and of arrays of which nothing is left."""
+        arrays = Store(self.path).arrays
+        known = {key for array in arrays.values() for key in keys([array])}
+        whole = {name for name, _ in self.gone if not any(n == name for n, _ in known - set(self.gone))}
+        layers = [self.path / name / "c" / str(layer) for name, layer in self.gone if name not in whole]
+        return [folder for folder in [*(self.path / name for name in sorted(whole)), *layers] if folder.exists()]
+
+    def _noted(self) -> list[Key]:
+        try:
+            listed = json.loads((self.path / NOTE).read_bytes())["remove"]
+            found: list[Key] = [(str(name), None if layer is None else int(layer)) for name, layer in listed]
+            if any(Path(name).name != name or name in ("", "..") for name, _ in found):
+                raise ValueError("a site lies outside of the store")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DamagedError(
+                "the note of an earlier removal cannot be read",
+                where=str(self.path / NOTE),
+                found=f"{type(error).__name__}: {error}",
+                remedy="delete the note, and remove the site again",
+            ) from error
+        return found
+
+    def _check_alone(self, worker: Worker, claims: Claims) -> None:
+        worker.sweep()
+        if claims.take(["remove"]) is None or next(iter(claims.others()), None):
+            raise StoreError(
+                "another process fills the store, or removes from it",
+                where=str(self.path),
+                remedy="wait until it has ended, or stop it, then run the same command again; if it died on another"
+                f" machine, delete {self.path / CLAIMS} first",
+            )
+
+
+def _write_metadata(path: Path, content: dict[str, Any], left: list[ArraySpec]) -> None:
+    """Rewrite the metadata of the group, with that of its arrays, in one step."""
+    arrays = {array.name: array for array in left}
+    before = set(read_attributes(path)["arrays"])
+
+    def change(metadata: dict[str, Any]) -> None:
+        metadata["attributes"][ATTRIBUTE] = content
+        members = metadata.get("consolidated_metadata", {}).get("metadata", {})
+        for name in before:
+            if name in members and name not in arrays:
+                del members[name]
+            elif name in members:
+                _layers_of(arrays[name])(members[name])
+
+    _rewrite(path / "zarr.json", change)
+
+
+def _layers_of(array: ArraySpec) -> Callable[[dict[str, Any]], None]:
+    def change(metadata: dict[str, Any]) -> None:
+        if array.layers is not None:
+            metadata["attributes"]["layers"] = list(array.layers)
+
+    return change
+
+
+def _rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    metadata = json.loads(path.read_bytes())
+    change(metadata)
+    write_durably(path, json.dumps(metadata, indent=2).encode())

@@ -1,0 +1,228 @@
+"""Units on their way from stores into another: copied byte for byte, or converted, and committed one at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+
+from flexcache.errors import DamagedError
+from flexcache.spec import DTYPES
+from flexcache.store.format.int8 import SCALE, is_scale, scale_name
+from flexcache.store.format.ledger import FileRecord, UnitRecord
+from flexcache.store.format.shard import ShardLayout, shard_name
+from flexcache.store.manage.derive import POLL
+from flexcache.store.manage.file_transfer import Arrivals, arrivals_of
+from flexcache.store.read.range_error import range_error
+from flexcache.store.read.selection import Key
+from flexcache.store.read.store import Store
+from flexcache.store.storage.atomic_files import digest
+from flexcache.store.storage.location import Place
+from flexcache.store.storage.path_safety import check_inside
+from flexcache.store.write.backends import AnyWorker, claims_of, slabs_for, start_work, writer_of
+from flexcache.store.write.row_encoding import Unstorable, encode_rows
+from flexcache.store.write.shard_file import NonFinite, ShardFile
+from flexcache.store.write.shard_writer import WriterThread, disk_error
+from flexcache.store.write.slabs import SlabPool
+from flexcache.store.write.worker import PARTIAL
+
+BUFFER = 64 << 20
+BLOCK = 4 << 20
+
+Progress = Callable[[int, int], None]
+"""``progress(done, total)`` in bytes of the target's rows."""
+
+
+class Transfer:
+    """Brings the units that are committed in all sources into a target that was made for them.
+
+    Any number of processes may work on one transfer: each unit is claimed, and committed by its ledger record, as in a
+    capture. Memory is 64 MB, and 4 MB for the rows that are converted.
+
+    Parameters
+    ----------
+    sources
+        Where each layer of each array of the target comes from.
+    """
+
+    def __init__(self, target: Store, sources: Mapping[Key, Store]) -> None:
+        self.target, self.sources = target, dict(sources)
+        self._stores = list({id(store): store for store in sources.values()}.values())
+        self._layouts = {
+            name: ShardLayout(target.n_rows, target.shard_rows, array.row_bytes)
+            for name, array in target.arrays.items()
+        }
+        self._scales = {key: source for key, source in self.sources.items() if self._made(key)}
+        self.sources = {key: source for key, source in self.sources.items() if key not in self._scales}
+        self._unit_bytes = sum(target.arrays[name].row_bytes for name, _ in self.sources)
+
+    def available(self) -> list[int]:
+        """Return the units that are committed in every source."""
+        units = set(range(self.target.n_units))
+        for store in self._stores:
+            store.refresh()
+            units &= set(store.committed_units.tolist())
+        return sorted(units)
+
+    def pending(self) -> list[int]:
+        """Return the units that are committed in every source and not in the target."""
+        self.target.refresh()
+        return sorted(set(self.available()) - set(self.target.committed_units.tolist()))
+
+    def run(self, progress: Progress = lambda done, total: None) -> None:
+        """Bring every unit that can be brought.
+
+        Raises
+        ------
+        DamagedError
+            A file of a source is not as it was written.
+        RangeError
+            A value does not fit the target's dtype.
+        CaptureError
+            The disk refused a write.
+        """
+        total = self._bytes(self.available())
+        progress(total - self._bytes(self.pending()), total)
+        if not self.pending() and not (self.target.path / PARTIAL).exists():  # else something is to be swept
+            return
+        try:
+            worker = start_work(self.target.path)
+        except OSError as error:
+            raise disk_error(error, self.target.path) from error
+        claims, writer = claims_of(worker), None
+        try:
+            if converted := [key for key in self.sources if not self._same(key)]:
+                writer = writer_of(worker, SlabPool(*self._slabs(converted)))
+            while left := self.pending():
+                worker.sweep()
+                name = claims.take(left)
+                if name is None:
+                    time.sleep(POLL)
+                    continue
+                if not self.target.ledger.has(int(name)):
+                    self._bring(int(name), worker, writer)
+                claims.release(name)
+                progress(total - self._bytes(self.pending()), total)
+        except OSError as error:
+            raise disk_error(error, self.target.path) from error
+        finally:
+            if writer is not None:
+                writer.stop()
+            self.target.refresh()
+            claims.close(finished=self.target.complete)
+            worker.sweep()
+            worker.close()
+
+    # Private
+
+    def _bring(self, unit: int, worker: AnyWorker, writer: WriterThread | None) -> None:
+        with closing(arrivals_of(worker)) as arrivals:
+            self._commit(unit, arrivals, writer)
+
+    def _commit(self, unit: int, arrivals: Arrivals, writer: WriterThread | None) -> None:
+        records = {id(store): store.ledger.read(unit) for store in self._stores}
+        shards: list[ShardFile] = []
+        for key, source in self.sources.items():
+            name = shard_name(*key, unit)
+            check_inside(source.path, source.path / name)
+            record = records[id(source)].files[name]
+            if self._same(key):
+                arrivals.take(source.path / name, name, record)
+            else:
+                assert writer is not None
+                _check(source.path / name, record)
+                shards += self._converted(key, unit, source, writer)
+        files = arrivals.settle()
+        if writer is not None:
+            try:
+                files |= writer.place(shards)
+            except NonFinite as error:
+                raise range_error(
+                    self.target, error.array, error.layer, error.row, error.feature, error.value
+                ) from None
+        rows = self._layouts[next(iter(self.sources))[0]].rows(unit)
+        every = list(records.values())
+        self.target.ledger.commit(
+            UnitRecord(
+                unit,
+                (rows.start, rows.stop),
+                min(record.batch_tokens for record in every),
+                self._fingerprint([record.fingerprint for record in every]),
+                {name: files[name] for key in (*self.sources, *self._scales) if (name := shard_name(*key, unit))},
+            )
+        )
+
+    def _shard(self, key: Key, unit: int, writer: WriterThread) -> ShardFile:
+        name, layer = key
+        dtype, compressed = DTYPES[self.target.arrays[name].dtype], self.target.compressed
+        return ShardFile(
+            writer, shard_name(name, layer, unit), self._layouts[name], unit, dtype, name, layer, compressed
+        )
+
+    def _converted(self, key: Key, unit: int, source: Store, writer: WriterThread) -> list[ShardFile]:
+        """Return the shard of converted rows, and of their scales where there are any."""
+        name, layer = key
+        file, layout = self._shard(key, unit, writer), self._layouts[name]
+        shards = [file]
+        if file.dtype == np.int8:
+            shards.append(self._shard((scale_name(name), layer), unit, writer))
+        reader, rows = source.reader(name), layout.rows(unit)
+        step = max(1, BLOCK // max(layout.row_bytes, reader.array.row_bytes) // layout.chunk_rows) * layout.chunk_rows
+        for start in range(rows.start, rows.stop, step):
+            values = reader.scan(layer, start, min(start + step, rows.stop), raw=reader.dtype != np.int8)
+            try:
+                pieces = encode_rows(values, file.dtype)
+            except Unstorable as error:
+                raise range_error(self.target, name, layer, start + error.row, error.feature, error.value) from None
+            for shard, (content, spans) in zip(shards, pieces, strict=True):
+                shard.append(content, spans)
+        for shard in shards:
+            shard.finish()
+        return shards
+
+    def _made(self, key: Key) -> bool:
+        """Whether an array is of the scales that come of rows that are converted to int8."""
+        name, layer = key
+        owner = (name.removesuffix(SCALE), layer)
+        return is_scale(name, self.target.arrays) and not self._same(owner)
+
+    def _same(self, key: Key) -> bool:
+        source, name = self.sources[key], key[0]
+        return (
+            source.compressed == self.target.compressed and source.arrays[name].dtype == self.target.arrays[name].dtype
+        )
+
+    def _fingerprint(self, found: list[dict[str, Any]]) -> dict[str, Any]:
+        alike = all(other == found[0] for other in found)
+        first: dict[str, Any] = found[0] if alike else {"merged": found}
+        changed = {
+            name: source.arrays[name].dtype
+            for (name, _), source in self.sources.items()
+            if source.arrays[name].dtype != self.target.arrays[name].dtype
+        }
+        return {**first, "converted_from": {**first.get("converted_from", {}), **changed}} if changed else first
+
+    def _slabs(self, converted: list[Key]) -> tuple[int, int]:
+        layouts = [self._layouts[name] for name, _ in converted]
+        several = 1 + bool(self._scales)  # files that are open at a time
+        chunk = max(layout.chunk_rows * layout.row_bytes for layout in layouts) if self.target.compressed else None
+        largest = max(layout.file_bytes(0) for layout in layouts)
+        return slabs_for(self.target.path, several, max(BUFFER, 4 * (chunk or 0)), largest, chunk)
+
+    def _bytes(self, units: list[int]) -> int:
+        rows = np.asarray(units, dtype=np.int64) * self.target.shard_rows
+        return int(np.minimum(self.target.shard_rows, self.target.n_rows - rows).sum()) * self._unit_bytes
+
+
+def _check(path: Place, record: FileRecord) -> None:
+    if path.is_file() and path.stat().st_size == record.size and digest(path) == record.xxh3_128:
+        return
+    raise DamagedError(
+        "a file has other bytes than were written, or is missing",
+        where=str(path),
+        expected=f"{record.size} bytes with XXH3-128 {record.xxh3_128}",
+        remedy="run flexcache verify to see what else is damaged; a damaged unit can be recomputed by the capture",
+    )

@@ -1,0 +1,180 @@
+"""The metadata, tables and coordinates of a store as it will be once documents, layers or sites are added to it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import xxhash
+import zarr
+
+from flexcache.plan import Plan, batch_groups
+from flexcache.sequences import Spool
+from flexcache.spec import ArraySpec
+from flexcache.store.format.ledger import Ledger
+from flexcache.store.format.metadata import largest_batch, stored_batching
+from flexcache.store.format.plan_record import write_plan_record
+from flexcache.store.format.schema import ATTRIBUTE, COORDINATES, SEQUENCES, read_attributes
+from flexcache.store.format.text import size
+from flexcache.store.manage.derive import Derived, consolidate, copy_verified, make, shared_files
+from flexcache.store.manage.extension_transaction import link_records
+from flexcache.store.read.selection import Key
+from flexcache.store.read.store import Store
+from flexcache.store.storage.atomic_files import relative_files
+from flexcache.store.write.create import check_names, check_room, create_arrays, create_coordinate, total_bytes
+from flexcache.store.write.dataset_card import card
+from flexcache.store.write.tables import write_tables
+
+
+def united(store: Store, arrays: list[ArraySpec]) -> tuple[list[ArraySpec], list[Key]]:
+    """Return the arrays of a store with *arrays* added, and which arrays and layers are new."""
+    found = dict(store.arrays)
+    new: list[Key] = []
+    for array in arrays:
+        before = found.get(array.name)
+        if before is None:
+            found[array.name] = array
+            new += [(array.name, layer) for layer in array.slices]
+        elif array.layers is not None and before.layers is not None:
+            found[array.name] = replace(before, layers=tuple(sorted({*before.layers, *array.layers})))
+            new += [(array.name, layer) for layer in array.layers if layer not in before.layers]
+    check_names(list(found.values()))
+    return list(found.values()), new
+
+
+def stage_arrays(store: Store, folder: Path, arrays: list[ArraySpec], spec: dict[str, Any], request: Any) -> None:
+    """Write a store over the same plan with more arrays or layers into *folder*.
+
+    Parameters
+    ----------
+    arrays
+        All that the store will have.
+    spec
+        As it will be.
+    request
+        What was asked for, for the history.
+
+    Raises
+    ------
+    PlanError
+        The disk has no room for what is new.
+    DamagedError
+        A table or coordinate of the store is not as it was written.
+    """
+    needed = total_bytes(arrays, store.n_rows, store.shard_rows)
+    needed -= total_bytes(list(store.arrays.values()), store.n_rows, store.shard_rows)
+    check_room(store.path, needed)
+    make(store.path.resolve().name, folder, Derived(store, arrays, spec, {"extended_by": request}, needed))
+
+
+def plan_after(store: Store, corpus: Spool) -> Plan:
+    """Return the plan of documents that come after those of a store, in units of the same size."""
+    spec, rows = store.spec, store.n_rows
+    shared = rows // store.shard_rows if rows % store.shard_rows else None
+    batches = 0
+    if shared is not None:
+        with pq.ParquetFile(store.path / SEQUENCES) as file:
+            last = file.read_row_group(file.num_row_groups - 1, columns=["batch"]).column("batch")
+            batches = int(last[-1].as_py()) + 1
+    cuts = corpus.cuts
+    return Plan(
+        corpus.extents,
+        cuts.kept,
+        store.shard_rows,
+        spec["batch_tokens"],
+        spec["seed"],
+        rows,
+        batches,
+        cuts.linked,
+        batch_groups(stored_batching(store.provenance) or "padded", corpus.sides),
+    )
+
+
+def stage_documents(store: Store, folder: Path, plan: Plan, corpus: Spool, entry: dict[str, Any]) -> None:
+    """Write a store of the same arrays with more documents into *folder*; its ledger has the units that stay.
+
+    Parameters
+    ----------
+    plan
+        See `plan_after`.
+    entry
+        For the history: what was asked for, and the versions that planned it.
+
+    Raises
+    ------
+    PlanError
+        The disk has no room for what is new.
+    DocumentsError
+        A label does not fit that of the store.
+    DamagedError
+        A coordinate of the store is not as it was written.
+    """
+    arrays = list(store.arrays.values())
+    total = total_bytes(arrays, plan.n_rows, store.shard_rows)
+    first = plan.first_row // store.shard_rows
+    kept = first * store.shard_rows
+    check_room(store.path, total - (total_bytes(arrays, kept, store.shard_rows) if kept else 0))
+    attributes = json.loads((store.path / "zarr.json").read_bytes())["attributes"]
+    content = _content(store, plan, corpus, total, entry)
+    group = zarr.create_group(zarr.storage.LocalStore(folder), zarr_format=3)
+    group.attrs.update({**attributes, ATTRIBUTE: content})
+    create_arrays(group, arrays, plan.n_rows, store.shard_rows, str(store.spec.get("compression", "none")))
+    coordinates = {}
+    for name in COORDINATES:
+        chunk = int(zarr.open_array(store.path / name, mode="r").chunks[0])
+        coordinates[name] = create_coordinate(group, name, plan.n_rows, chunk)
+    for name, record in shared_files(store).items():
+        if "/c/" in name:
+            copy_verified(store.path / name, folder / name, record)
+    consolidate(zarr.storage.LocalStore(folder))  # before the tables: zarr warns of files that are not its own
+    write_tables(folder, plan, corpus, coordinates, store.path, int(store.plan["documents"]))
+    numbers = [
+        ("documents", f"{content['plan']['documents']:,}"),
+        ("rows", f"{plan.n_rows:,}"),
+        ("units", f"{plan.n_units:,} of {plan.shard_rows:,} rows"),
+        ("bytes", size(total)),
+    ]
+    (folder / "README.md").write_text(card(store.path.resolve().name, arrays, numbers, content), encoding="utf-8")
+    names = relative_files(folder)
+    (folder / "ledger" / "0").mkdir(parents=True)
+    link_records(store.ledger, Ledger(folder), range(first))
+    write_plan_record(folder, names)
+
+
+def _content(store: Store, plan: Plan, corpus: Spool, total: int, entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the attributes that the store will have."""
+    given = read_attributes(store.path)
+    before = given["plan"]
+    run, padded, largest = plan.forwards()
+    known = largest_batch(before)
+    added = {
+        "documents": len(corpus.lengths),
+        **({"sequences": len(corpus.cuts.lengths)} if "sequences" in before else {}),
+        "tokens": int(corpus.lengths.sum(dtype=np.int64)),
+        "tokens_run": run,
+        "tokens_padded": padded,
+        "truncated_documents": corpus.truncated,
+        "skipped_documents": corpus.skipped,
+        "rowless_documents": corpus.rowless,
+    }
+    numbers = {
+        **before,
+        **{name: int(before.get(name, 0)) + value for name, value in added.items()},
+        "rows": plan.n_rows,
+        "units": plan.n_units,
+        "files": plan.n_units * sum(len(array.slices) for array in store.arrays.values()),
+        "bytes": total,
+        "largest_batch": known and max(known, largest, key=lambda batch: batch.tokens),
+        "longest_document": max(int(before.get("longest_document", 0)), int(corpus.lengths.max())),
+        "corpus_xxh3_128": xxhash.xxh3_128_hexdigest(f"{before.get('corpus_xxh3_128')} {corpus.digest}".encode()),
+    }
+    rows = [plan.first_row, plan.n_rows]
+    history = [
+        *given["provenance"].get("history", []),
+        {**entry, "rows": rows, "corpus_xxh3_128": corpus.digest},
+    ]
+    return {**given, "plan": numbers, "provenance": {**given["provenance"], "history": history}}

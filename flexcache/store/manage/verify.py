@@ -1,0 +1,161 @@
+"""Verification: every file of a store against the size and checksum with which it was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexcache.errors import DamagedError
+from flexcache.store.format.extension import GROWING
+from flexcache.store.format.ledger import FileRecord
+from flexcache.store.format.plan_record import read_plan_record
+from flexcache.store.format.schema import PLAN_RECORD
+from flexcache.store.format.shard import shard_name
+from flexcache.store.manage.extension_transaction import staged_records
+from flexcache.store.manage.remove import NOTE
+from flexcache.store.read.store import Store
+from flexcache.store.storage.atomic_files import digest, is_temporary, relative_files
+from flexcache.store.storage.location import Place
+from flexcache.store.storage.object_path import RemotePath
+from flexcache.store.storage.path_safety import check_inside
+from flexcache.store.write.claims import CLAIMS
+from flexcache.store.write.worker import PARTIAL
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: with a file, and the unit it belongs to where it belongs to one.
+
+    A *stray* file is in no record; it does no harm.
+    """
+
+    file: str
+    unit: int | None
+    problem: str
+    stray: bool = False
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found.
+
+    Attributes
+    ----------
+    files, bytes : int
+        Checked, and found whole or not.
+    units, committed : int
+        Of the plan, and of those how many are committed.
+    findings : tuple of Finding
+        Empty where the store is sound.
+    """
+
+    files: int
+    bytes: int
+    units: int
+    committed: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is wrong. A store may be sound and not complete."""
+        return not self.findings
+
+
+def verify(path: str | Place, progress: Callable[[int, int], None] = lambda files, size: None) -> Verification:
+    """Read every file of a store and compare it with the ledger; memory is one mebibyte.
+
+    Parameters
+    ----------
+    progress
+        Called with the files and bytes done so far.
+
+    Raises
+    ------
+    StoreError
+        The path is no store at all.
+    """
+    store = Store(path)
+    findings: list[Finding] = []
+    known: set[str] = set()
+    files = size = 0
+    arriving = _arriving(store.path)
+    for unit, name, record in _records(store, findings):
+        if name in known:
+            findings.append(Finding(name, unit, "is named by two records"))
+        known.add(name)
+        problem = _problem(store.path, name, record)
+        if problem and name in arriving and _problem(store.path, name, arriving[name]) is None:
+            problem = None
+        if problem:
+            findings.append(Finding(name, unit, problem))
+        files += 1
+        size += record.size
+        progress(files, size)
+    committed = set(store.committed_units.tolist())
+    begun = {name for unit in range(store.n_units) if unit not in committed for name in _expected(store, unit)}
+    missing = [
+        (unit, name)
+        for unit in store.committed_units.tolist()
+        for name in _expected(store, unit)
+        if name not in known and not any(finding.unit == unit for finding in findings)
+    ]
+    findings += [Finding(name, unit, "is not named by its unit's record") for unit, name in missing]
+    begun |= set(arriving)  # and the files of a unit whose process ended before its record
+    for name in relative_files(store.path, skip=("ledger", "runs", PARTIAL, CLAIMS, GROWING)):
+        if name == NOTE:
+            findings.append(Finding(name, None, "a removal has begun and not ended: flexcache rm finishes it"))
+        elif name not in known and name not in begun and not is_temporary(name):
+            findings.append(Finding(name, None, "is in no record: it is not part of the store", stray=True))
+    return Verification(files, size, store.n_units, len(store.committed_units), tuple(findings))
+
+
+def _records(store: Store, findings: list[Finding]) -> Iterator[tuple[int | None, str, FileRecord]]:
+    try:
+        listed = read_plan_record(store.path)
+    except (DamagedError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        findings.append(Finding(PLAN_RECORD, None, f"cannot be read: {type(error).__name__}: {error}"))
+        listed = {}
+    for name, record in listed.items():
+        yield None, name, record
+    for unit in store.committed_units.tolist():
+        try:
+            for name, record in store.ledger.read(unit).files.items():
+                yield unit, name, record
+        except DamagedError as error:
+            findings.append(Finding(f"ledger/0/{unit}.json", unit, f"cannot be read: {error.found or error.message}"))
+
+
+def _arriving(path: Place) -> dict[str, FileRecord]:
+    """Return what files are to be, of an extension that is on its way to its place."""
+    files, units = staged_records(path)
+    return {**files, **{name: file for record in units.values() for name, file in record.files.items()}}
+
+
+def _expected(store: Store, unit: int) -> Iterator[str]:
+    for name, array in store.arrays.items():
+        for layer in array.slices:
+            yield shard_name(name, layer, unit)
+
+
+def _inside(root: Place, path: Place) -> bool:
+    return isinstance(path, RemotePath) or path.resolve().is_relative_to(Path(str(root)).resolve())
+
+
+def _problem(root: Place, name: str, record: FileRecord) -> str | None:
+    path = root / name
+    if ".." in Path(name).parts or Path(name).is_absolute() or not _inside(root, path):
+        return "leads out of the store"
+    try:
+        check_inside(root, path)
+    except DamagedError as error:
+        return error.message.removeprefix("a file of the store ")
+    try:
+        found = path.stat().st_size
+    except OSError:
+        return "is missing"
+    if found != record.size:
+        return f"has {found} bytes instead of {record.size}"
+    if digest(path) != record.xxh3_128:
+        return "has other bytes than were written (checksum)"
+    return None

@@ -1,0 +1,1 @@
+"""Read a store: arrays, rows, coordinates, labels and images."""

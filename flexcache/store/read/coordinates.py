@@ -1,0 +1,117 @@
+"""The coordinates of a store's rows: token id, position and document, read where they are used."""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+from xarray.backends import BackendArray
+from xarray.core import indexing
+
+from flexcache.errors import DamagedError, StoreError, UnreachableError
+from flexcache.store.format.reference import StoreReference
+from flexcache.store.storage.location import Place, zarr_source
+from flexcache.store.storage.path_safety import check_tree_inside
+
+DENSE = 4
+"""Where at least every fourth row of a span is asked for, all of the span is read."""
+
+
+class CoordinateArray(BackendArray):
+    """One coordinate of the rows of a store, as xarray indexes it; kept in memory once all of it was read.
+
+    It pickles as its location, without its values.
+    """
+
+    def __init__(self, reference: StoreReference, name: str, dtype: np.dtype) -> None:
+        self.reference, self.name, self.dtype = reference, name, dtype
+        self.path, self.shape = reference.path / name, (reference.n_rows,)
+        self._values: np.ndarray | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return shared_coordinate, (self.reference, self.name, self.dtype)
+
+    @cached_property
+    def zarr(self) -> zarr.Array:
+        """The array as zarr-python opens it.
+
+        Raises
+        ------
+        DamagedError
+            It is not of its type, shorter than the rows, or cannot be read.
+        """
+        check_tree_inside(self.path.parent, self.path)
+        try:
+            found = zarr.open_array(zarr_source(self.path), mode="r")
+            whole = found.ndim == 1 and found.shape[0] >= self.shape[0]  # longer where the store has grown meanwhile
+            if not whole or np.dtype(found.dtype) != self.dtype:
+                raise ValueError(f"it is {found.dtype} of shape {found.shape}")
+        except Exception as error:  # zarr and its codecs raise many kinds
+            raise unreadable("coordinate", self.path, error) from error
+        return found
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
+
+    def _read(self, key: tuple[Any, ...]) -> Any:
+        count = self.shape[0]
+        if self._values is not None:
+            return self._values[key[0]]
+        if isinstance(key[0], slice):
+            found = self._span(range(count)[key[0]])
+            if len(found) == count and key[0].step in (None, 1):
+                self._values = found
+            return found
+        rows = np.asarray(key[0]) % max(1, count)
+        if not rows.size:
+            return np.zeros(rows.shape, self.dtype)
+        low, high = int(rows.min()), int(rows.max()) + 1
+        try:
+            if high - low <= DENSE * rows.size:
+                return np.asarray(self.zarr[low:high])[rows - low]
+            return np.asarray(self.zarr.oindex[(np.atleast_1d(rows),)]).reshape(rows.shape)
+        except Exception as error:  # zarr and its codecs raise many kinds
+            raise unreadable("coordinate", self.path, error) from error
+
+    def _span(self, rows: range) -> np.ndarray:
+        if not len(rows):
+            return np.zeros(0, self.dtype)
+        low, high = min(rows[0], rows[-1]), max(rows[0], rows[-1]) + 1
+        try:
+            return np.asarray(self.zarr[low:high])[:: rows.step]
+        except Exception as error:  # zarr and its codecs raise many kinds
+            raise unreadable("coordinate", self.path, error) from error
+
+
+@lru_cache(maxsize=16)
+def shared_coordinate(reference: StoreReference, name: str, dtype: np.dtype) -> CoordinateArray:
+    """Return a coordinate of an unpickled store, one object for all tasks of a process. Nothing is read yet."""
+    return CoordinateArray(reference, name, dtype)
+
+
+def coordinate_variable(reference: StoreReference, name: str, dtype: np.dtype) -> xr.Variable:
+    """Return a coordinate of the rows of a store, opened now and read when used; a part of it is read by itself.
+
+    Raises
+    ------
+    DamagedError
+        It is not of its type, shorter than the rows, or cannot be read.
+    """
+    array = CoordinateArray(reference, name, dtype)
+    _ = array.zarr
+    return xr.Variable(("token",), indexing.LazilyIndexedArray(array))
+
+
+def unreadable(kind: str, path: Place, error: Exception) -> StoreError:
+    """Return the error for a table or coordinate of a store that its reader refused."""
+    if isinstance(error, UnreachableError):
+        return error
+    return DamagedError(
+        f"a {kind} of the store cannot be read",
+        where=str(path),
+        found=f"{type(error).__name__}: {error}",
+        remedy="run flexcache verify to see what else is damaged",
+    )

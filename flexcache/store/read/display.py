@@ -1,0 +1,85 @@
+"""What a store shows of itself: in a terminal and in a notebook."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING
+
+from flexcache.paths import shown
+from flexcache.store.format.extension import staged_folder
+from flexcache.store.format.text import TABLE_COLUMNS, layer_text, size
+
+if TYPE_CHECKING:
+    from flexcache.store.read.store import Store
+
+
+def summary(store: Store) -> dict[str, str]:
+    """Return the facts about a store that a person wants first, as short texts."""
+    model = store.provenance.get("model", {})
+    plan = store.plan
+    done = len(store.committed_units)
+    state = "complete" if store.complete else f"{done} of {store.n_units} units committed"
+    state += _extension(store)
+    return {
+        "model": str(model.get("name", "unknown")),
+        "rows": f"{store.n_rows:,} ({store.spec.get('rows', 'all')} tokens of {plan.get('documents', 0):,} documents)",
+        "state": state,
+        "units": f"{store.n_units:,} of {store.shard_rows:,} rows",
+        "size": f"{size(array_bytes(store))} {'before compression' if store.compressed else 'when complete'}",
+    }
+
+
+def _extension(store: Store) -> str:
+    folder = staged_folder(store.path)
+    if folder is None:
+        return ""
+    staged = type(store)(folder)
+    return f"; an extension has begun: {len(staged.committed_units)} of {staged.n_units} units"
+
+
+def sites(store: Store) -> list[tuple[str, str, str, str]]:
+    """Return name, layers, shape and dtype of each site."""
+    lines = []
+    for name in store.sites:
+        array = store.arrays[name]
+        lead = f"{len(array.slices)} × " if array.layers is not None else ""
+        lines.append((name, layer_text(array.layers), f"{lead}{store.n_rows} × {array.features}", array.dtype))
+    return lines
+
+
+def array_bytes(store: Store) -> int:
+    """Return the bytes of all rows of all arrays."""
+    return sum(len(array.slices) * array.row_bytes for array in store.arrays.values()) * store.n_rows
+
+
+def text(store: Store) -> str:
+    """Return the store as lines of text."""
+    facts = summary(store)
+    lines = [f"<flexcache.Store {shown(store.path)}>"]
+    lines += [f"  {name + ':':<7} {value}" for name, value in facts.items()]
+    rows = [("site", "layers", "shape", "dtype"), *sites(store)]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines += [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    labels = [name for name in store.head(0).column_names if name not in TABLE_COLUMNS]
+    if labels:
+        lines.append(f"  labels: {', '.join(labels)}")
+    return "\n".join(lines)
+
+
+def html(store: Store) -> str:
+    """Return the store as a small HTML table; everything from the store is escaped."""
+    facts = "".join(
+        f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(value)}</td></tr>"
+        for name, value in summary(store).items()
+    )
+    head = "".join(f"<th style='text-align:left'>{name}</th>" for name in ("site", "layers", "shape", "dtype"))
+    body = "".join(
+        "<tr>" + "".join(f"<td style='text-align:left'>{escape(cell)}</td>" for cell in row) + "</tr>"
+        for row in sites(store)
+    )
+    return (
+        f"<div><strong>flexcache.Store</strong> <code>{escape(shown(store.path))}</code>"
+        f"<table>{facts}</table><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )

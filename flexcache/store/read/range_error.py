@@ -1,0 +1,40 @@
+"""The error for a value that cannot be stored, with its place in words."""
+
+from __future__ import annotations
+
+import math
+
+import ml_dtypes
+import numpy as np
+
+from flexcache.errors import RangeError
+from flexcache.spec import DTYPES
+from flexcache.store.read.store import Store
+
+
+def place(site: str, layer: int | None) -> str:
+    """Name a site and layer."""
+    return site if layer is None else f"{site} of layer {layer}"
+
+
+def range_error(store: Store, array: str, layer: int | None, row: int, feature: int, value: float) -> RangeError:
+    """Return the error that names site, layer, document, token and value."""
+    documents = store.documents
+    line = int(np.searchsorted(documents.column("row_start").to_numpy(), row, side="right")) - 1
+    dtype = store.arrays[array].dtype
+    finite = math.isfinite(value)
+    at = int(store.coordinates["position"][row].values)
+    return RangeError(
+        f"{place(array, layer)} has a value that {'overflows ' + dtype if finite else 'is not finite'}",
+        where=f"document {documents.column('id')[line].as_py()!r}, "
+        + (f"token {at}, " if at >= 0 else "")
+        + f"row {row}, feature {feature}",
+        expected="a finite value"
+        if dtype == "int8"
+        else f"a finite value of magnitude at most {float(ml_dtypes.finfo(DTYPES[dtype]).max):.6g}",
+        found=f"{value:.6g}",
+        remedy="store this site as bfloat16 or float32"
+        if finite
+        else "look at the document and the model: this value is wrong in the forward itself, or a wider"
+        " compute dtype is needed",
+    )

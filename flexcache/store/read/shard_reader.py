@@ -1,0 +1,265 @@
+"""The row reader: rows of one array, gathered through mmap or scanned with large reads."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections import OrderedDict
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import zarr
+
+from flexcache.errors import DamagedError
+from flexcache.spec import DTYPES, ArraySpec
+from flexcache.store.format.committed_units import CommittedUnits, shared_units
+from flexcache.store.format.reference import StoreReference
+from flexcache.store.format.shard import ShardLayout, shard_name
+from flexcache.store.storage.location import Place, zarr_source
+from flexcache.store.storage.path_safety import MOST_JSON, check_inside
+
+OPEN_SHARDS = 256
+SCAN_BYTES = 4 << 20
+GATHER_BYTES = 256 << 10
+
+
+class RowReader:
+    """Reads rows of one array of a store. Any number of threads may use one reader.
+
+    It pickles as the location of its store and the description of its array. The unpickled readers of an array are one
+    object in each process, which opens files when it first reads.
+
+    Gathers go through memory maps of the shard files, at most 256 of them open. Contiguous scans read the files
+    in large pieces instead, since a Dask worker counts mapped pages as its own memory. Compressed arrays are
+    read through zarr-python.
+
+    Parameters
+    ----------
+    reference
+        The store.
+    units
+        Which of its units may be read.
+    scales
+        Reads the scales of int8 rows.
+    """
+
+    def __init__(
+        self,
+        reference: StoreReference,
+        array: ArraySpec,
+        compressed: bool,
+        units: CommittedUnits,
+        scales: RowReader | None = None,
+    ) -> None:
+        self.reference, self.root, self.array = reference, reference.path, array
+        self.layout = ShardLayout(reference.n_rows, reference.shard_rows, array.row_bytes)
+        self.compressed = compressed
+        self.dtype = DTYPES[array.dtype]
+        self._bits = np.dtype(f"<u{self.dtype.itemsize}")
+        self._units = units
+        self._scales = scales
+        self._maps: OrderedDict[Place, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+        self._local = threading.local()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        scales = None if self._scales is None else self._scales.array
+        return shared_reader, (type(self), self.reference, self.array, self.compressed, scales)
+
+    @cached_property
+    def foreign(self) -> zarr.Array | None:
+        """The array as zarr-python opens it, where it is compressed.
+
+        Raises
+        ------
+        DamagedError
+            It cannot be read, or is not as the store describes it.
+        """
+        if not self.compressed:
+            return None
+        where = self.root / self.array.name
+        check_inside(self.root, where / "zarr.json", MOST_JSON)
+        try:
+            found = zarr.open_array(zarr_source(where), mode="r")
+        except Exception as error:  # zarr and its codecs raise many kinds
+            raise DamagedError(
+                "an array of the store cannot be read",
+                where=str(where),
+                found=f"{type(error).__name__}: {error}",
+                remedy="run flexcache verify to see what else is damaged",
+            ) from error
+        shape = (self.layout.n_rows, self.array.features)
+        expected = shape if self.array.depth is None else (self.array.depth, *shape)
+        longer = found.ndim == len(expected) and found.shape[-2] >= self.layout.n_rows  # it has grown meanwhile
+        if not longer or (*found.shape[:-2], found.shape[-1]) != (*expected[:-2], expected[-1]):
+            raise DamagedError(
+                "an array of the store is not as described",
+                where=str(where),
+                expected=str(expected),
+                found=str(found.shape),
+            )
+        return found
+
+    def path(self, layer: int | None, shard: int) -> Place:
+        """Return where a shard file is."""
+        return self.root / shard_name(self.array.name, layer, shard)
+
+    def gather(self, layer: int | None, rows: np.ndarray, raw: bool) -> np.ndarray:
+        """Return rows in the order asked for, shape (rows, features), as stored or as float32."""
+        found = self._gather(layer, rows, raw)
+        if self._scales is not None and not raw:
+            found *= self._scales.gather(layer, rows, raw=True)
+        return found
+
+    def _gather(self, layer: int | None, rows: np.ndarray, raw: bool) -> np.ndarray:
+        out = np.empty((len(rows), self.array.features), self._bits if raw else np.float32)
+        if len(rows):
+            shards = rows // self.layout.shard_rows
+            order = None
+            if (np.diff(shards) < 0).any():
+                order = np.argsort(shards, kind="stable")
+                shards = shards[order]
+            cuts = np.flatnonzero(np.diff(shards)) + 1
+            self._units.require(np.unique(shards))
+            for start, stop in zip([0, *cuts.tolist()], [*cuts.tolist(), len(rows)], strict=True):
+                places: slice | np.ndarray = slice(start, stop) if order is None else order[start:stop]
+                self._gather_shard(layer, int(shards[start]), rows[places], out, places)
+        return out.view(self.dtype) if raw else out
+
+    def scan(self, layer: int | None, start: int, stop: int, raw: bool, out: np.ndarray | None = None) -> np.ndarray:
+        """Return rows *start* … *stop*, shape (rows, features), reading files front to back; into *out* if given."""
+        dtype = self._bits if raw else np.dtype(np.float32)
+        shape = (max(0, stop - start), self.array.features)
+        out = np.empty(shape, dtype) if out is None else out[: shape[0]].view(dtype)
+        if len(out):
+            first, last = start // self.layout.shard_rows, (stop - 1) // self.layout.shard_rows
+            self._units.require(np.arange(first, last + 1))
+            for shard in range(first, last + 1):
+                held = self.layout.rows(shard)
+                low, high = max(start, held.start), min(stop, held.stop)
+                self._scan_shard(layer, shard, low - held.start, out[low - start : high - start])
+        if self._scales is not None and not raw:
+            out *= self._scales.scan(layer, start, stop, raw=True)
+        return out.view(self.dtype) if raw else out
+
+    def close(self) -> None:
+        """Unmap the files. Arrays that were read stay valid, since they are copies."""
+        with self._lock:
+            self._maps.clear()
+
+    def _gather_shard(
+        self, layer: int | None, shard: int, rows: np.ndarray, out: np.ndarray, places: slice | np.ndarray
+    ) -> None:
+        local = rows - shard * self.layout.shard_rows
+        if self.foreign is not None:
+            check_inside(self.root, self.path(layer, shard))
+            selection = (rows,) if layer is None else (layer, rows)
+            values = np.asarray(self.foreign.oindex[(*selection, slice(None))]).view(self._bits)
+            convert(values, out, places, self.dtype)
+            return
+        mapped = self._map(layer, shard)
+        if isinstance(places, slice):
+            out, places = out[places], np.arange(len(local))
+            if out.dtype == self._bits:
+                np.take(mapped, local, axis=0, out=out, mode="clip")
+                return
+        step = max(1, GATHER_BYTES // self.layout.row_bytes)
+        for start in range(0, len(local), step):  # through a buffer that stays in the processor's cache
+            chosen = local[start : start + step]
+            piece = self._buffer(len(chosen))
+            np.take(mapped, chosen, axis=0, out=piece, mode="clip")
+            convert(piece, out, places[start : start + step], self.dtype)
+
+    def _scan_shard(self, layer: int | None, shard: int, first: int, out: np.ndarray) -> None:
+        if self.foreign is not None:
+            check_inside(self.root, self.path(layer, shard))
+            start = shard * self.layout.shard_rows + first
+            selection = slice(start, start + len(out))
+            values = self.foreign[selection] if layer is None else self.foreign[layer, selection]
+            convert(np.asarray(values).view(self._bits), out, slice(None), self.dtype)
+            return
+        path = self.path(layer, shard)
+        self._check_size(path, shard)
+        step = max(1, SCAN_BYTES // self.layout.row_bytes)
+        raw = out.dtype == self._bits
+        with open(str(path), "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            for begin in range(0, len(out), step):
+                part = out[begin : begin + step]
+                piece = part if raw else self._buffer(len(part))
+                _read_into(file.fileno(), piece, (first + begin) * self.layout.row_bytes, path)
+                if not raw:
+                    convert(piece, part, slice(None), self.dtype)
+
+    def _buffer(self, rows: int) -> np.ndarray:
+        held: np.ndarray | None = getattr(self._local, "buffer", None)
+        if held is None or len(held) < rows:
+            held = self._local.buffer = np.empty((rows, self.array.features), self._bits)
+        return held[:rows]
+
+    def _map(self, layer: int | None, shard: int) -> np.ndarray:
+        path = self.path(layer, shard)
+        with self._lock:
+            if path in self._maps:
+                self._maps.move_to_end(path)
+                return self._maps[path]
+        self._check_size(path, shard)
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped.madvise(mmap.MADV_RANDOM)
+        rows = np.frombuffer(mapped, self._bits, len(self.layout.rows(shard)) * self.array.features)
+        rows = rows.reshape(-1, self.array.features)
+        with self._lock:
+            self._maps[path] = rows
+            while len(self._maps) > OPEN_SHARDS:
+                self._maps.popitem(last=False)
+        return rows
+
+    def _check_size(self, path: Place, shard: int) -> None:
+        check_inside(self.root, path)
+        expected = self.layout.file_bytes(shard)
+        try:
+            found = path.stat().st_size
+        except OSError:
+            found = -1
+        if found != expected and not self.layout.has_grown(shard, found):
+            raise DamagedError(
+                "a shard of the store is " + ("missing" if found < 0 else "not as long as it was written"),
+                where=str(path),
+                expected=f"{expected} bytes",
+                found="no file" if found < 0 else f"{found} bytes",
+                remedy="run flexcache verify to see what else is damaged; to recompute the unit, delete its record"
+                f" ledger/0/{shard}.json and run the same capture again",
+            )
+
+
+@lru_cache(maxsize=64)
+def shared_reader(
+    kind: Any, reference: StoreReference, array: ArraySpec, compressed: bool, scales: ArraySpec | None
+) -> RowReader:
+    """Return the reader of an array of an unpickled store, one object for all tasks of a process."""
+    of_scales = None if scales is None else shared_reader(kind, reference, scales, compressed, None)
+    reader: RowReader = kind(reference, array, compressed, shared_units(reference), of_scales)
+    return reader
+
+
+def _read_into(handle: int, target: np.ndarray, offset: int, path: Place) -> None:
+    view = target.data.cast("B")
+    while len(view):
+        count = os.preadv(handle, [view], offset)
+        if not count:
+            raise DamagedError("a shard of the store ended early", where=str(path), remedy="run flexcache verify")
+        view = view[count:]
+        offset += count
+
+
+def convert(bits: np.ndarray, out: np.ndarray, places: slice | np.ndarray, dtype: np.dtype) -> None:
+    """Put stored values, given as unsigned integers, into *out*: as they are, or widened to float32 exactly."""
+    if out.dtype == bits.dtype:
+        out[places] = bits
+    elif isinstance(places, slice):
+        out[places] = bits.view(dtype)
+    else:
+        out[places] = bits.view(dtype).astype(np.float32)

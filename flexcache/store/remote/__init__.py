@@ -1,1 +1,0 @@
-"""Stores on object storage: what differs from a file system, over any file system that fsspec knows."""

@@ -1,0 +1,129 @@
+"""Durable files: written beside their place, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePath
+from typing import Any
+
+import xxhash
+
+from flexcache.store.storage.location import Place
+from flexcache.store.storage.object_path import RemotePath
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+
+
+def fsync_folder(folder: Place) -> None:
+    """Flush a folder's entries, so that a rename or a new file in it outlives a power failure."""
+    if isinstance(folder, RemotePath):  # what was put there outlives it already
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_durably(path: Place, content: bytes) -> None:
+    """Write a file so that readers see the old content or the new, never a part, also after a power failure."""
+    if isinstance(path, RemotePath):
+        path.write_bytes(content)
+        return
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a name of its own beside *path*, for a file that is renamed to *path* once it is whole."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def is_temporary(name: str | Path) -> bool:
+    """Whether a file is on its way to its name, or was left by a process that ended on that way."""
+    return _TEMPORARY.fullmatch(PurePath(name).name) is not None
+
+
+def temporaries(root: Path) -> list[Path]:
+    """Return the files beside the metadata, tables and records of a store that are on their way to their names.
+
+    Not those of run logs, which processes write when they are no worker any more.
+    """
+    return [
+        path
+        for pattern in (".*.tmp", "*/.*.tmp", "ledger/*/.*.tmp")
+        for path in root.glob(pattern)
+        if is_temporary(path) and path.parent.name != "runs"
+    ]
+
+
+def write_json(path: Place, value: Any) -> None:
+    """Write a value as JSON, durably; equal values give equal bytes."""
+    write_durably(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return the bytes of a value as the store's JSON files hold it."""
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def digest(path: Place) -> str:
+    """Return the XXH3-128 of a file's bytes as 32 hex digits; memory is one mebibyte, or 32 on object storage."""
+    hasher = xxhash.xxh3_128()
+    for block in blocks(path):
+        hasher.update(block)
+    return hasher.hexdigest()
+
+
+def blocks(path: Place, size: int = 1 << 20) -> Iterator[memoryview]:
+    """Yield the bytes of a file in order; a block is valid until the next one is asked for."""
+    if isinstance(path, RemotePath):
+        yield from (memoryview(block) for block in path.blocks())
+        return
+    buffer = bytearray(size)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            yield memoryview(buffer)[:count]
+
+
+def fsync_tree(root: Path) -> None:
+    """Flush every file and folder below *root*, and *root* itself."""
+    for folder, _, names in os.walk(root):
+        for name in names:
+            with (Path(folder) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        fsync_folder(Path(folder))
+
+
+def file_sizes(root: Place) -> dict[str, int]:
+    """Return the bytes of every file below *root*, by relative POSIX path."""
+    if isinstance(root, RemotePath):
+        return root.sizes()
+    return {name: (root / name).stat().st_size for name in relative_files(root)}
+
+
+def relative_files(root: Place, skip: Iterable[str] = ()) -> list[str]:
+    """Return the files below *root* as sorted relative POSIX paths, without the top-level names in *skip*."""
+    left_out = set(skip)
+    if isinstance(root, RemotePath):
+        return sorted(name for name in root.sizes() if name.partition("/")[0] not in left_out)
+    found = []
+    for folder, folders, names in os.walk(root):
+        if Path(folder) == root:
+            folders[:] = [name for name in folders if name not in left_out]
+            names = [name for name in names if name not in left_out]
+        found += [(Path(folder) / name).relative_to(root).as_posix() for name in names]
+    return sorted(found)

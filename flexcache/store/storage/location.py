@@ -1,0 +1,64 @@
+"""Where a store is: a folder, or a place on object storage; and the few things that differ between the two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flexcache.errors import StoreError
+from flexcache.paths import FILE_URLS, local_path
+from flexcache.store.storage.object_path import RemotePath
+from flexcache.store.storage.object_zarr import ObjectStore
+
+Place = Path | RemotePath
+
+COPY = "copy the store to a disk with flexcache copy, do it there, and copy the result back"
+
+
+def place(path: Any) -> Place:
+    """Return a path, URL or opened store as its place; folders are absolute, see `flexcache.paths.local_path`.
+
+    Raises
+    ------
+    ConfigError
+        It is no path, no file can have that name, or nothing that is installed can open this kind of URL.
+
+    >>> place("file:///data/run.zarr/")
+    PosixPath('/data/run.zarr')
+    """
+    opened = getattr(path, "path", None)  # of a Store
+    if isinstance(opened, Path | RemotePath):
+        return opened
+    if isinstance(path, RemotePath):
+        return path
+    if isinstance(path, str) and path.partition("://")[1] and path.partition("://")[0] not in FILE_URLS:
+        return RemotePath(path)
+    return local_path(path)
+
+
+def beyond_links(path: Place) -> Place:
+    """Return where a new store is made: the target, if the path is a link, to an empty folder or to nothing yet."""
+    return path.resolve() if isinstance(path, Path) and path.is_symlink() else path
+
+
+def local(path: Any, what: str, remedy: str = COPY) -> Path:
+    """Return a place that must be a folder, for *what* only file systems can do.
+
+    Raises
+    ------
+    StoreError
+        It is on object storage.
+    """
+    found = place(path)
+    if isinstance(found, Path):
+        return found
+    raise StoreError(
+        f"{what} works on stores in folders, not on object storage",
+        where=str(found),
+        remedy=remedy,
+    )
+
+
+def zarr_source(path: Place) -> Any:
+    """Return a place as zarr-python takes it."""
+    return path if isinstance(path, Path) else ObjectStore(path)

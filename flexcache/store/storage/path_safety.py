@@ -1,0 +1,67 @@
+"""Files of a store that may be read: regular ones, and inside of it; a stranger may have put links or pipes there."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from flexcache.errors import DamagedError
+from flexcache.store.storage.location import Place
+
+MOST_JSON = 64 << 20
+"""Bytes of the largest file of metadata or records that is read."""
+
+
+def check_inside(root: Place, path: Place, most: int | None = None) -> None:
+    """Refuse a file that leads out of its store, or is none, or has more than *most* bytes; a missing one is none.
+
+    Raises
+    ------
+    DamagedError
+    """
+    if not isinstance(path, Path) or not isinstance(root, Path):  # an object of a storage, which is nothing else
+        return
+    try:
+        found = path.stat()
+    except OSError:  # it is missing, which whoever reads it says
+        return
+    if not stat.S_ISREG(found.st_mode):
+        raise _refused("is a folder, a pipe or a device, not a file", path)
+    if most is not None and found.st_size > most:
+        raise _refused(f"has {found.st_size} bytes, where at most {most} are read", path)
+    _check_link(root, path)
+
+
+def check_tree_inside(root: Place, folder: Place) -> None:
+    """Refuse a folder of a store if it, or anything in it, leads out of the store or is neither a folder nor a file.
+
+    Raises
+    ------
+    DamagedError
+    """
+    if not isinstance(folder, Path) or not isinstance(root, Path):
+        return
+    _check_link(root, folder)
+    for place, folders, names in os.walk(folder):
+        for path in (Path(place) / name for name in folders):
+            if path.is_symlink():
+                _check_link(root, path)
+        for path in (Path(place) / name for name in names):
+            if not stat.S_ISREG(path.lstat().st_mode):
+                check_inside(root, path)
+
+
+def _check_link(root: Path, path: Path) -> None:
+    top = os.path.realpath(root)
+    if os.path.commonpath([top, os.path.realpath(path)]) != top:
+        raise _refused("is a link that leads out of it", path)
+
+
+def _refused(what: str, path: Path) -> DamagedError:
+    return DamagedError(
+        f"a file of the store {what}",
+        where=str(path),
+        expected="a file inside the store",
+        remedy="remove the link, or copy the file to its place, if you trust who made the store",
+    )

@@ -1,0 +1,59 @@
+"""Who fills a store, by where it is: workers, claims and writers for folders and for object storage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flexcache.store.storage.location import Place
+from flexcache.store.storage.multipart_upload import PART_BYTES
+from flexcache.store.storage.object_path import RemotePath
+from flexcache.store.write.claims import Claiming, Claims
+from flexcache.store.write.object_worker import RemoteClaims, RemoteWorker
+from flexcache.store.write.object_writer import RemoteWriter
+from flexcache.store.write.shard_writer import Writer, WriterThread
+from flexcache.store.write.slabs import SlabPool, size_slabs
+from flexcache.store.write.worker import PATIENCE, Worker
+
+AnyWorker = Worker | RemoteWorker
+
+
+def start_work(root: Place, conditions: dict[str, Any] | None = None, patience: float = PATIENCE) -> AnyWorker:
+    """Return this process as a worker on the store there."""
+    kind = RemoteWorker if isinstance(root, RemotePath) else Worker
+    return kind(root, conditions, patience)  # type: ignore[arg-type]
+
+
+def claims_of(worker: AnyWorker) -> Claiming:
+    """Return the claims of a worker, none so far."""
+    return RemoteClaims(worker) if isinstance(worker, RemoteWorker) else Claims(worker)
+
+
+def writer_of(worker: AnyWorker, pool: SlabPool) -> WriterThread:
+    """Start the writer of a worker."""
+    return RemoteWriter(worker, pool) if isinstance(worker, RemoteWorker) else Writer(worker, pool)
+
+
+def slabs_for(root: Place, files: int, buffer_bytes: int, largest: int, chunk: int | None) -> tuple[int, int]:
+    """Return the bytes of a slab and their number, see `flexcache.store.write.slabs.size_slabs`.
+
+    On object storage a slab is a part of an upload.
+
+    Parameters
+    ----------
+    files
+        How many are open at a time.
+    largest
+        Bytes of the largest shard.
+    chunk
+        Bytes of the largest inner chunk where shards are compressed: a slab is one.
+
+    Raises
+    ------
+    CaptureError
+        The buffer is too small.
+    """
+    if not isinstance(root, RemotePath):
+        return size_slabs(files, buffer_bytes, largest=largest, exact=chunk)
+    if chunk is None:
+        return size_slabs(files, buffer_bytes, exact=min(PART_BYTES, largest))
+    return size_slabs(files, buffer_bytes, exact=chunk, beside=files * (PART_BYTES + chunk))

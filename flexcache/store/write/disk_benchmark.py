@@ -1,0 +1,39 @@
+"""How fast a disk takes the bytes of a store."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from flexcache.store.write.shard_writer import clear_errors, direct_works
+
+BLOCK = 4 << 20
+
+
+def write_rate(folder: Path, amount: int = 256 << 20) -> float:
+    """Return the bytes a second that a disk takes, by a temporary file of *amount* bytes in *folder*.
+
+    It is written as shards are: in large blocks, past the page cache where that is possible, and flushed; then removed.
+
+    Raises
+    ------
+    CaptureError
+        The disk refuses.
+    """
+    blocks = max(1, amount // BLOCK)
+    with clear_errors(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".flexcache-rate-") as place:
+        flags = os.O_WRONLY | os.O_CREAT | (os.O_DIRECT if direct_works(Path(place)) else 0)
+        with mmap.mmap(-1, BLOCK) as block:  # page-aligned
+            block.write(os.urandom(BLOCK))
+            began = time.perf_counter()
+            handle = os.open(Path(place) / "rate", flags, 0o600)
+            try:
+                for _ in range(blocks):
+                    os.write(handle, block)
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        return blocks * BLOCK / (time.perf_counter() - began)

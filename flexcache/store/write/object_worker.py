@@ -1,0 +1,140 @@
+"""A process that fills a store on object storage, and its claims: objects that one process alone can create."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flexcache.errors import UnreachableError
+from flexcache.store.storage.atomic_files import json_bytes
+from flexcache.store.storage.multipart_upload import abort_uploads
+from flexcache.store.storage.object_path import RemotePath
+from flexcache.store.write.claims import Claiming
+from flexcache.store.write.worker import ALIVE, BEATS, PARTIAL, PATIENCE, ended, identity
+
+
+class RemoteWorker:
+    """This process at work on a store, as `Worker`, with an object that it keeps rewriting.
+
+    Clocks are not compared: a worker is gone when its object is, or when that has not changed for *patience* seconds of
+    the watcher's clock, or when its process on this machine has ended.
+
+    Attributes
+    ----------
+    folder : Path
+        Of this process alone, on its own disk, for files in progress; it is made when first asked for.
+    alive : RemotePath
+        The object, ``<root>/.partial/<id>/alive``.
+    """
+
+    def __init__(self, root: RemotePath, conditions: dict[str, Any] | None = None, patience: float = PATIENCE) -> None:
+        self.root = root
+        self.conditions = conditions or {}
+        self.id = uuid.uuid4().hex
+        self.alive = root / PARTIAL / self.id / ALIVE
+        self._patience = patience
+        self._seen: dict[str, tuple[bytes, float]] = {}
+        self._folder: Path | None = None
+        self._beats = 0
+        self._stopped = threading.Event()
+        self._write()
+        self._thread = threading.Thread(target=self._beat, name="flexcache-heartbeat", daemon=True)
+        self._thread.start()
+
+    @property
+    def folder(self) -> Path:
+        """A folder on this machine."""
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="flexcache-"))
+        return self._folder
+
+    @property
+    def lost(self) -> bool:
+        """Whether others took this worker for gone."""
+        return not self.alive.is_file()
+
+    def close(self) -> None:
+        """Stop, and remove the object and the folder."""
+        self._stopped.set()
+        self._thread.join()
+        with contextlib.suppress(UnreachableError):  # others will see that it has ended
+            self.alive.unlink(missing_ok=True)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def tells(self) -> bytes:
+        """Return what a claim of this worker says of it."""
+        return json_bytes({**identity(os.getpid()), "id": self.id, "conditions": self.conditions})
+
+    def gone(self, path: RemotePath) -> bool:
+        """Whether the worker has ended that wrote this claim or `alive` object; one that is missing tells nothing."""
+        try:
+            content = path.read_bytes()
+            if ended(content):
+                return True
+            told = json.loads(content)
+            name = uuid.UUID(told["id"]).hex
+            beat = (self.root / PARTIAL / name / ALIVE).read_bytes()
+        except FileNotFoundError:  # the claim was given up just now; or the worker of it has closed
+            return path.is_file()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            name, beat = path.url, content
+        now = time.monotonic()
+        before, since = self._seen.setdefault(name, (beat, now))
+        if before != beat:
+            self._seen[name] = beat, now
+            return False
+        return now - since >= self._patience
+
+    def sweep(self) -> None:
+        """Remove the objects of workers that are gone."""
+        for place in list((self.root / PARTIAL).iterdir()):
+            alive = place / ALIVE
+            if place.name != self.id and self.gone(alive):
+                alive.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        told = {**identity(os.getpid()), "id": self.id, "conditions": self.conditions, "beat": self._beats}
+        self.alive.write_bytes(json_bytes(told))
+        self._beats += 1
+
+    def _beat(self) -> None:
+        while not self._stopped.wait(self._patience / BEATS):
+            with contextlib.suppress(UnreachableError, FileNotFoundError):
+                if not self.lost:
+                    self._write()
+
+
+class RemoteClaims(Claiming):
+    """Claims of a store on object storage; each is an object.
+
+    Where the storage cannot let one of many create an object, two workers may compute the same unit. They commit the
+    same bytes, so that work is lost and nothing else.
+    """
+
+    refused = UnreachableError
+    worker: RemoteWorker
+    folder: RemotePath
+
+    def _names(self) -> Iterator[str]:
+        return (path.name for path in self.folder.iterdir())
+
+    def _create(self, path: RemotePath) -> bool:
+        return path.create(self.worker.tells())
+
+    def _remove(self, path: RemotePath) -> None:
+        path.unlink(missing_ok=True)
+
+    def _tidy(self, finished: bool) -> None:
+        if finished and not any(True for _ in self.others()):
+            self.folder.remove_all()
+            abort_uploads(self.worker.root)

@@ -1,0 +1,163 @@
+"""The part of a store's tables that a unit adds: its sequences, the documents that begin in it, its coordinates."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from flexcache.images.encoded import IMAGE, IMAGE_DIGEST
+from flexcache.plan import UnitPlan, ranges
+from flexcache.sequences import KEPT, SPOOLED, Spool
+from flexcache.store.format.schema import BEGINS, CONTEXT
+
+PIECES = {"documents": pa.int64(), "starts": pa.int32(), "places": pa.int32()}
+"""Of packed documents: which are in a sequence, from which token on, and from which place."""
+
+
+class UnitTables:
+    """What is known of the rows of one unit.
+
+    Parameters
+    ----------
+    numbers : ndarray of int64, shape (documents,)
+        Line of each document in the documents table, -1 for those that no unit had yet; those of this unit are set.
+    n_documents
+        Lines that the documents table has so far.
+
+    Attributes
+    ----------
+    new : ndarray of int64
+        The documents that no earlier unit had, in row order.
+    """
+
+    def __init__(self, unit: UnitPlan, corpus: Spool, numbers: np.ndarray, n_documents: int) -> None:
+        self._unit, self._options = unit, corpus.options
+        self._corpus = corpus
+        self._pieces = pieces = corpus.cuts.pieces(unit.sequences)
+        there, first = np.unique(pieces.document, return_index=True)
+        in_order = there[np.argsort(first)]
+        self.new = in_order[numbers[in_order] < 0]
+        numbers[self.new] = n_documents + np.arange(len(self.new))
+        self._numbers = numbers
+        self._lowest = int(there[0])
+        self._table = corpus.take(self._lowest, int(there[-1]) + 1).combine_chunks()
+        tokens = self._list("tokens")
+        self._begin, self._flat = tokens.offsets.to_numpy()[:-1], tokens.values.to_numpy(zero_copy_only=False)
+        self._first = np.searchsorted(pieces.line, np.arange(len(unit.sequences)))  # piece of each line
+        self._before = np.cumsum(pieces.rows) - pieces.rows  # rows of the line in the pieces before
+        self._before -= self._before[self._first][pieces.line]
+        self._place_rows()
+
+    def sequences(self) -> pa.Table:
+        """Return the lines of ``sequences.parquet``."""
+        unit, pieces = self._unit, self._pieces
+        lengths = self._corpus.cuts.lengths[unit.sequences].astype(np.int64)
+        offsets = np.append(0, np.cumsum(lengths))
+        origin = np.full(int(offsets[-1]), -1, np.int64)  # where each token is among those of the documents
+        places = ranges(offsets[pieces.line] + pieces.offset, pieces.length)
+        origin[places] = ranges(self._begin[self._of] + pieces.start, pieces.length)
+        columns = {
+            "document": pa.array(self._numbers[pieces.document[self._first]]),
+            "unit": pa.array(np.full(len(lengths), unit.unit, np.int32)),
+            "batch": pa.array(unit.batches),
+            "start": pa.array(pieces.start[self._first].astype(np.int32)),
+            "tokens": _lists(offsets, pa.array(self._tokens(origin, offsets), pa.int32())),
+            "keep_start": pa.array(self._keep_start()),
+            "n_rows": pa.array(unit.n_rows),
+            "row_start": pa.array(unit.row_start),
+        }
+        if self._options.choice is not None or self._options.packing is not None:
+            columns["keep"] = self._keep()
+        if self._options.packing is not None:
+            pieces_of = np.append(self._first, len(pieces.line))
+            parts = {"documents": self._numbers[pieces.document], "starts": pieces.start, "places": pieces.offset}
+            columns |= {name: _lists(pieces_of, pa.array(values, PIECES[name])) for name, values in parts.items()}
+            if self._options.packing.isolate:
+                begins = pieces.offset - int(self._corpus.marks.bos is not None)
+                columns[BEGINS] = _lists(pieces_of, pa.array(begins, pa.int32()))
+        if self._of_images:  # each image is one sequence
+            columns[IMAGE] = self._table.column(IMAGE).take(pa.array(self._of[self._first]))
+        if self._options.decoder is not None:  # each document is a sequence
+            columns[CONTEXT] = self._list(SPOOLED).take(pa.array(self._of))
+        for name in self._corpus.token_labels:
+            columns[name] = _lists(offsets, self._list(name).values.take(pa.array(origin, mask=origin < 0)))
+        return pa.table(columns)
+
+    def documents(self) -> pa.Table:
+        """Return the lines of ``documents.parquet``: of the documents that no earlier unit had."""
+        pieces, unit = self._pieces, self._unit
+        first = np.unique(pieces.document, return_index=True)
+        at = first[1][np.searchsorted(first[0], self.new)]
+        line = pieces.line[at]
+        row_start = unit.row_start[line] - unit.skip[line] + self._before[at]
+        images = [IMAGE] if self._of_images else []  # a label may have the same name
+        inner = [name for name in ("tokens", KEPT, SPOOLED, *images) if name in self._table.column_names]
+        inner += self._corpus.token_labels
+        table = self._table.drop_columns(inner).take(pa.array(self.new - self._lowest))
+        table = table.add_column(2, "n_tokens", pa.array(self._corpus.lengths[self.new], pa.int32()))
+        table = table.append_column("row_start", pa.array(row_start))
+        return table.append_column("n_rows", pa.array(self._corpus.rows[self.new], pa.int64()))
+
+    def coordinates(self) -> dict[str, np.ndarray]:
+        """Return the coordinates of the rows by name."""
+        document = self._numbers[self._pieces.document[self._piece]]
+        if self._options.rows == "mean":
+            none = np.full(len(document), -1, np.int32)
+            return {"token_id": none, "position": none, "document": document}
+        token_id = self._flat[self._begin[self._of][self._piece] + self._position]
+        return {"token_id": token_id, "position": self._position.astype(np.int32), "document": document}
+
+    def _tokens(self, origin: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        """Return the tokens of the sequences, with those between and in front of packed documents."""
+        tokens, marks, packing = self._flat[origin], self._corpus.marks, self._options.packing
+        if marks.separator is not None:
+            tokens[origin < 0] = marks.separator
+        if marks.bos is not None:
+            tokens[origin < 0 if packing is not None and packing.isolate else offsets[:-1]] = marks.bos
+        return tokens
+
+    @property
+    def _of_images(self) -> bool:
+        return IMAGE_DIGEST in self._table.column_names
+
+    @property
+    def _of(self) -> np.ndarray:
+        """The line of each piece's document in the table."""
+        return self._pieces.document - self._lowest
+
+    def _place_rows(self) -> None:
+        """Find the piece of each row, and its position in its document."""
+        unit, pieces = self._unit, self._pieces
+        skip, count = unit.skip[pieces.line], unit.n_rows[pieces.line]
+        low = np.clip(skip - self._before, 0, pieces.rows)
+        high = np.clip(skip + count - self._before, 0, pieces.rows)
+        self._piece = np.repeat(np.arange(len(pieces.line)), high - low)
+        position = ranges(pieces.kept_from + low, high - low)
+        if KEPT in self._table.column_names and self._options.rows != "mean":
+            kept = self._list(KEPT)
+            values = kept.values.to_numpy(zero_copy_only=False)
+            position = values[kept.offsets.to_numpy()[:-1][self._of][self._piece] + position].astype(np.int64)
+        self._position = position
+
+    def _places(self) -> np.ndarray:
+        """Return where each row is in its sequence."""
+        return self._position - self._pieces.start[self._piece] + self._pieces.offset[self._piece]
+
+    def _keep_start(self) -> np.ndarray:
+        if self._options.rows == "mean":
+            return np.zeros(len(self._unit.n_rows), np.int32)
+        return self._places()[np.cumsum(self._unit.n_rows) - self._unit.n_rows].astype(np.int32)
+
+    def _keep(self) -> pa.ListArray:
+        if self._options.rows == "mean":  # of whole documents
+            return self._list(KEPT).take(pa.array(self._of))
+        offsets = np.append(0, np.cumsum(self._unit.n_rows, dtype=np.int64))
+        return _lists(offsets, pa.array(self._places().astype(np.int32)))
+
+    def _list(self, name: str) -> pa.ListArray:
+        array = self._table.column(name).combine_chunks()
+        return array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+
+
+def _lists(offsets: np.ndarray, values: pa.Array) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values)

@@ -1,0 +1,174 @@
+"""A worker: a process that fills a store, known to the others by a file that it keeps touching."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from flexcache.store.storage.atomic_files import json_bytes, temporaries
+from flexcache.store.storage.object_path import RemotePath
+
+PARTIAL = ".partial"
+ALIVE = "alive"
+PATIENCE = 120.0
+"""Seconds after which a worker that has not touched its file counts as gone, wherever it runs."""
+
+BEATS = 6
+"""Signs of life within the patience."""
+_NEW = ".new"
+
+
+class Worker:
+    """This process at work on a store: a folder of its own for files in progress, and a heartbeat.
+
+    Clocks of different machines are never compared: a worker is gone when its folder is, or when its file has not
+    changed for *patience* seconds of the watcher's own clock. On one machine nobody waits for that: there a process
+    that has ended, by whatever signal, is seen to have ended at once.
+
+    Attributes
+    ----------
+    folder : Path
+        ``<root>/.partial/<id>``, removed by `close`, or by any other worker once this one is gone.
+    alive : Path
+        The file that is touched; claims are links to it.
+    touches : set of Path
+        Further files to touch: claims where the file system has no links.
+    """
+
+    def __init__(self, root: Path, conditions: dict[str, Any] | None = None, patience: float = PATIENCE) -> None:
+        self.root = root
+        self.conditions = conditions or {}
+        self._patience = patience
+        self._seen: dict[Path, tuple[int, float]] = {}
+        self._stopped = threading.Event()
+        self.touches: set[Path] = set()
+        self.id = uuid.uuid4().hex
+        self.folder = root / PARTIAL / self.id
+        self.alive = self.folder / ALIVE
+        fresh = self.folder.with_suffix(_NEW)
+        for left in reversed(range(10)):
+            try:
+                fresh.mkdir(parents=True)
+                break
+            except FileNotFoundError:  # another worker removed the folder above in between, as its last one
+                if not left:
+                    raise
+        try:
+            (fresh / ALIVE).write_bytes(
+                json_bytes({**identity(os.getpid()), "id": self.id, "conditions": self.conditions})
+            )
+            fresh.rename(self.folder)
+        except OSError:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+        self._thread = threading.Thread(target=self._beat, name="flexcache-heartbeat", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop, and remove the folder with all that is in it; the last worker, what others left on its way as well."""
+        self._stopped.set()
+        self._thread.join()
+        left = temporaries(self.root)
+        for _ in range(2):  # once more, should the disk have refused
+            shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.folder.parent.rmdir()  # which only the last worker can: nobody is writing what was found before
+            for path in left:
+                path.unlink(missing_ok=True)
+
+    @property
+    def lost(self) -> bool:
+        """Whether others took this worker for gone, after a suspension, say, and removed its folder."""
+        return not self.alive.exists()
+
+    def gone(self, path: Path) -> bool:
+        """Whether the worker whose `alive` file, or a link to it, is *path* has ended. A missing file tells nothing."""
+        try:
+            handle = os.open(path, os.O_RDONLY)  # so that a network file system asks its server
+            try:
+                changed = os.fstat(handle).st_mtime_ns
+                content = b"" if path.is_dir() else os.read(handle, 1 << 16)
+            finally:
+                os.close(handle)
+        except OSError:
+            self._seen.pop(path, None)
+            return False
+        if ended(content) or self._left(content):
+            return True
+        now = time.monotonic()
+        before, since = self._seen.setdefault(path, (changed, now))
+        if before != changed:
+            self._seen[path] = changed, now
+            return False
+        return now - since >= self._patience
+
+    def _left(self, content: bytes) -> bool:
+        """Whether a worker's folder is gone, so that it has closed, or others have found it gone."""
+        try:
+            folder = self.root / PARTIAL / uuid.UUID(json.loads(content)["id"]).hex
+            # first the name that it has at first: it may get its own between the two looks
+            return not folder.with_suffix(_NEW).exists() and not folder.exists()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return False
+
+    def sweep(self) -> None:
+        """Remove the files in progress of workers that are gone."""
+        for folder in (self.root / PARTIAL).glob("*"):
+            if folder != self.folder and self.gone(folder / ALIVE if (folder / ALIVE).exists() else folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _beat(self) -> None:
+        while not self._stopped.wait(self._patience / BEATS):
+            for path in (self.alive, *list(self.touches)):
+                with contextlib.suppress(OSError):
+                    os.utime(path)
+
+
+def describe(path: Path | RemotePath) -> dict[str, Any]:
+    """Return what a worker says of itself in its `alive` file: host, pid, conditions; nothing if it cannot be read."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def identity(pid: int) -> dict[str, Any]:
+    """Return what tells a process from all others: host, boot, pid and when it was started."""
+    return {"host": socket.gethostname(), "machine": _machine(), "pid": pid, "started": _started(pid)}
+
+
+def ended(content: bytes) -> bool:
+    """Whether the process was on this machine and is no more; False where that cannot be told."""
+    try:
+        told = json.loads(content)
+        machine, pid, started = told["machine"], int(told["pid"]), told["started"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return bool(machine) and machine == _machine() and started is not None and _started(pid) != started
+
+
+def _machine() -> str | None:
+    """Return what names this boot of this machine and this namespace of process ids, or None where nothing does."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _started(pid: int) -> str | None:
+    """Return when a process was started, in ticks since boot; None where there is none, or only its remains."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
