@@ -77,7 +77,7 @@ class Bench:
         reader = BatchReader(folder / "all.planned", mean=False)
         self.batches = [batch for unit in range(self.amount.units) for batch in reader.unit(unit)]
         self.bytes = self.amount.rows * 30 * 576 * (2 if DTYPE == "bfloat16" else 4)
-        self.depth = len(self.reading["all"].taps)
+        self.depth = len(self.reading["all"].points)
         self.result = folder / "result"
 
     def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import torch
 from models import model_and_ids
 
 from flexcache import FlexModel, HookFunction
-from flexcache.hooks.edits import Add, ProjectOut
+from flexcache.hooks.flexmodel.edits import Add, ProjectOut
 
 model, ids = model_and_ids()
 with torch.no_grad():

@@ -6,7 +6,7 @@ import torch
 from models import model_and_ids
 
 from flexcache import FlexModel
-from flexcache.hooks.edits import Zero
+from flexcache.hooks.flexmodel.edits import Zero
 
 model, ids = model_and_ids()
 acts: dict[str, list[torch.Tensor]] = {}

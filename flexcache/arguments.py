@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from flexcache.errors import ConfigError, FlexCacheError
-from flexcache.hooks.names import unwrap, whole
-from flexcache.hooks.vision import reads_images
+from flexcache.hooks.locate.names import unwrap, whole
+from flexcache.hooks.locate.vision import reads_images
 from flexcache.model import ModelSource
 from flexcache.parallel.stages import Stages
 from flexcache.recorder.objective import LogitDifference, Objective

@@ -308,7 +308,7 @@ def describe_tokenizer(tokenizer: Any, chat: bool = False) -> dict[str, Any]:
 
 def longest_input(model: torch.nn.Module, tokenizer: Any) -> int | None:
     """Return how many tokens the model can read at once, or None where nothing says so, as of images."""
-    from flexcache.hooks.vision import reads_images
+    from flexcache.hooks.locate.vision import reads_images
 
     if reads_images(model):
         return None
@@ -330,9 +330,9 @@ def positions(model: torch.nn.Module) -> tuple[int | None, int | None]:
     Rotary positions, relative ones and ALiBi are computed for any length, whatever the configuration says; only MPT's
     biases are made for a fixed one.
     """
-    from flexcache.hooks.names import unwrap
-    from flexcache.hooks.sides import two_sided
-    from flexcache.hooks.vision import reads_images
+    from flexcache.hooks.locate.encoder_decoder import two_sided
+    from flexcache.hooks.locate.names import unwrap
+    from flexcache.hooks.locate.vision import reads_images
 
     root: Any = unwrap(model)
     if reads_images(root):
@@ -386,7 +386,7 @@ def native_bfloat16() -> bool:
 
 def vocabulary(model: torch.nn.Module) -> int | None:
     """Return how many token ids the model's embedding has, or None where it has none that says so."""
-    from flexcache.hooks.sides import embedding
+    from flexcache.hooks.locate.encoder_decoder import embedding
 
     count = getattr(embedding(model), "num_embeddings", None)
     return None if count is None else int(count)
@@ -394,8 +394,8 @@ def vocabulary(model: torch.nn.Module) -> int | None:
 
 def encoder_vocabulary(model: torch.nn.Module) -> int | None:
     """Return how many token ids the encoder of a model knows beside its decoder, or None where nothing says so."""
-    from flexcache.hooks.names import unwrap
-    from flexcache.hooks.sides import two_sided
+    from flexcache.hooks.locate.encoder_decoder import two_sided
+    from flexcache.hooks.locate.names import unwrap
 
     if not two_sided(model):
         return None

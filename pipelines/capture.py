@@ -29,8 +29,8 @@ def load(config: CaptureConfig, progress: bool) -> Loaded:
     """Load what a capture needs; what can be wrong with the rest shows before a large model is loaded."""
     import transformers
 
-    from flexcache.hooks.measure import input_device
-    from flexcache.hooks.vision import reads_images
+    from flexcache.hooks.locate.vision import reads_images
+    from flexcache.hooks.read.measure import input_device
     from flexcache.images.input import reader_of
     from flexcache.model import longest_input
     from flexcache.recorder.imaging import check_images

@@ -235,7 +235,7 @@ class CaptureConfig(Options):
         ConfigError
             It has an encoder and a decoder, and the file does not say which is meant.
         """
-        from flexcache.hooks.sides import two_sided
+        from flexcache.hooks.locate.encoder_decoder import two_sided
 
         skeleton = self.model.skeleton()
         if self.model.side is None and two_sided(skeleton):

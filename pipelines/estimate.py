@@ -275,7 +275,7 @@ def _batched(model: Any, config: CaptureConfig, source: Source) -> Source:
 
 
 def _reading(model: Any, config: CaptureConfig, source: Source) -> Reading:
-    from flexcache.hooks.measure import input_device
+    from flexcache.hooks.read.measure import input_device
     from flexcache.recorder.reading import locate
 
     return locate(model, source.spec, **config.functions(source.tokenizer, input_device(model)))

@@ -43,7 +43,7 @@ def run(config: CaptureConfig, console: Console, progress: bool = True) -> Estim
 def source_of(config: CaptureConfig, skeleton: Any) -> Source:
     """Return what a configuration plans from, by a model without weights; no document is read."""
     from flexcache.documents import open_documents
-    from flexcache.hooks.vision import reads_images
+    from flexcache.hooks.locate.vision import reads_images
     from flexcache.images.input import reader_of
     from flexcache.model import describe_tokenizer, encoder_vocabulary, longest_input, positions, vocabulary
     from flexcache.recorder.imaging import check_images

@@ -17,8 +17,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from flexcache.errors import ConfigError, FlexCacheError, SiteError, nearest
-from flexcache.hooks.locate import glob_regex
-from flexcache.hooks.survey import Place, Sharding, Surveyed, survey, survey_sharding
+from flexcache.hooks.checks.survey import Place, Sharding, Surveyed, survey, survey_sharding
+from flexcache.hooks.locate.search import glob_regex
 from flexcache.model import ModelSource
 from flexcache.site import Side
 
@@ -141,7 +141,7 @@ def record(entry: Surveyed, shared: dict[Place, Sharding]) -> dict[str, Any]:
         "output": None if entry.output is None else [str(size) for size in entry.output],
         "dtype": entry.dtype,
         "runs": entry.runs,
-        "sites": [{"site": tap.array, "layer": tap.layer, "side": tap.side} for tap in entry.taps],
+        "sites": [{"site": point.array, "layer": point.layer, "side": point.side} for point in entry.points],
     }
     sides: tuple[Side, Side] = ("input", "output")
     for side in sides:
@@ -157,7 +157,7 @@ def _survey(model: Any) -> tuple[Surveyed, ...]:
     except SiteError as error:
         raise _with_remedy(
             error,
-            "the command surveys models that read token ids; for others call flexcache.hooks.survey.survey(model,"
+            "the command surveys models that read token ids; for others call flexcache.hooks.checks.survey(model,"
             " example=…) in Python",
         ) from error
 
@@ -231,7 +231,7 @@ def _cells(entry: Surveyed, shared: dict[Place, Sharding]) -> tuple[str, ...]:
         entry.shape("output"),
         *([str(on_output)] if shared else []),
         entry.dtype or "–",
-        ", ".join(tap.array for tap in entry.taps),
+        ", ".join(point.array for point in entry.points),
     )
 
 

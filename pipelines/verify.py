@@ -40,7 +40,7 @@ def run(path: Path, console: Console, progress: bool = True) -> Verification:
 
 def again(path: Path, config: CaptureConfig, units: int, console: Console, progress: bool = True) -> bool:
     """Run random units through the model again; print how far they are from what is stored, and whether all agree."""
-    from flexcache.hooks.measure import input_device
+    from flexcache.hooks.read.measure import input_device
     from flexcache.recorder.recompute import recompute
 
     pictures = Store(path).images  # which the store keeps, with their processor: the files may be gone

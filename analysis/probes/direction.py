@@ -88,7 +88,7 @@ class Direction:
         import torch
 
         from flexcache import hooks
-        from flexcache.hooks.taps import Taps
+        from flexcache.hooks.read.activation_hooks import ActivationHooks
         from flexcache.identity.describe import describe_model
         from flexcache.model import evaluating
         from flexcache.recorder.fingerprint import fingerprint
@@ -96,13 +96,13 @@ class Direction:
 
         if not allow_changed_model:
             self._check_record(describe_model(model, fingerprint(model)), "the model", "pass allow_changed_model=True")
-        taps = hooks.locate(model, Site.parse(self.site), "all" if self.layer is None else self.layer)
+        points = hooks.find_hook_points(model, Site.parse(self.site), "all" if self.layer is None else self.layer)
         found: list[NDArray[np.float64]] = []
 
         def keep(_: Any, values: torch.Tensor) -> None:
             found.append(self.score(values[0].float().cpu().numpy().reshape(values.shape[1], -1)))
 
-        with torch.no_grad(), evaluating(model), Taps(model, taps, keep) as running:
+        with torch.no_grad(), evaluating(model), ActivationHooks(model, points, keep) as running:
             for text in texts:
                 running.forward(**tokenizer(text, return_tensors="pt").to(next(model.parameters()).device))
         return found

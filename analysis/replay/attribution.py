@@ -148,7 +148,7 @@ def verify(
                 lines = np.array([place[engine.source.numbers[cells[n][1]]] for n in together], np.int64)
                 positions = np.array([cells[n][2] for n in together], np.int64)
                 patch = Patch({cells[n][1]: cells[n][3] for n in together})
-                placed = Placed(engine.tap(attributed.attrs["site"], layer), patch, (lines, positions))
+                placed = Placed(engine.point(attributed.attrs["site"], layer), patch, (lines, positions))
                 after = _per_document(objective, engine.run(batch, start, [placed]), batch)
                 exact[together] = (after - before)[lines]
     estimate = attributed.values[rows, tokens]

@@ -15,18 +15,18 @@ from numpy.typing import NDArray
 from torch import nn
 
 from analysis.replay.arguments import check_store_and_model
-from analysis.replay.hooking import Placed, Ran, editing, reading, tapping
+from analysis.replay.hooking import Placed, Ran, editing, reading, reading_at
 from analysis.replay.obstacles import admit, conditions, on_meta, refuse_half
 from analysis.replay.skip import Container, as_tensor, as_tuple, skipping, unambiguous, watching
 from analysis.replay.spot import Source, Spot
 from analysis.replay.spot import as_tensor as tensor_of
 from flexcache import hooks
 from flexcache.errors import AnalysisError, FlexCacheError
-from flexcache.hooks.measure import input_device
-from flexcache.hooks.names import modules, peel
-from flexcache.hooks.sides import encoded, two_sided
-from flexcache.hooks.tap import Tap
-from flexcache.hooks.taps import accepts, eager
+from flexcache.hooks.locate.encoder_decoder import encoded, two_sided
+from flexcache.hooks.locate.hook_point import HookPoint
+from flexcache.hooks.locate.names import modules, peel
+from flexcache.hooks.read.activation_hooks import accepts, eager
+from flexcache.hooks.read.measure import input_device
 from flexcache.images.input import stored_input
 from flexcache.model import evaluating
 from flexcache.recorder.batch import Batch, BatchReader
@@ -74,7 +74,7 @@ class Engine:
         self._blocks = [f"{path}.{number}" for number in range(len(blocks))]
         self.depth = len(blocks)
         self._pad = padding(self.model, stored_input(store, self.model, processor) if store.images else None)
-        self._taps: dict[tuple[str, int | None], Tap] = {}
+        self._points: dict[tuple[str, int | None], HookPoint] = {}
         self._conditions: dict[str, list[str]] = {}
         self._container: Container | None = None
         self._one = replace(ONE, context=ONE.tokens) if two_sided(self.model) else ONE
@@ -136,12 +136,12 @@ class Engine:
             return int(self.run(self._one).logits.shape[-1])
         return int(getattr(self._head, "out_features", len(weight)))
 
-    def tap(self, site: str, layer: int | None) -> Tap:
+    def point(self, site: str, layer: int | None) -> HookPoint:
         """Return where a site is in the model."""
-        if (site, layer) not in self._taps:
-            found = hooks.locate(self.model, Site.parse(site), "all" if layer is None else layer)
-            self._taps[site, layer] = found[0]
-        return self._taps[site, layer]
+        if (site, layer) not in self._points:
+            found = hooks.find_hook_points(self.model, Site.parse(site), "all" if layer is None else layer)
+            self._points[site, layer] = found[0]
+        return self._points[site, layer]
 
     def notes_on(self, start: Start) -> list[str]:
         """Return why a replay from here is not exact, see `analysis.replay.obstacles.conditions`."""
@@ -162,7 +162,7 @@ class Engine:
         placed: Sequence[Placed] = (),
         *,
         read: NDArray[np.int64] | None = None,
-        taps: Sequence[tuple[str, int | None]] = (),
+        points: Sequence[tuple[str, int | None]] = (),
     ) -> Ran:
         """Run a batch, from *start* on.
 
@@ -173,7 +173,7 @@ class Engine:
             of the blocks they begin at.
         read
             Positions to compute logits at, shape (sequences, read); all by default. The head runs on those alone.
-        taps
+        points
             Sites and layers to return; of what lies in a block, the lines that have begun there.
 
         Raises
@@ -182,7 +182,7 @@ class Engine:
             The model fails when blocks are skipped; an edit is at a site that cannot be edited.
         """
         for one in placed:
-            refuse_half(one.tap)
+            refuse_half(one.point)
         copies = [start] if isinstance(start, Start) else list(start)
         starts = [copy.skipped for copy in copies for _ in range(batch.shape[0])]
         assert starts == sorted(starts), "copies are in the order of the blocks that they begin at"
@@ -201,16 +201,16 @@ class Engine:
             stack.enter_context(eager(self.model))
             if read is not None and self._head is not None:
                 stack.enter_context(reading(self._head, _repeated(torch.from_numpy(read), len(starts)).to(device)))
-            for tap in dict.fromkeys(one.tap for one in placed):
-                module = self._named[tap.module]
-                edits = [(one, self._spot(one, module, batch, ran)) for one in placed if one.tap == tap]
-                shape = (self._begun(tap, starts), longest)
-                stack.enter_context(editing(module, tap, edits, shape, batch.shape[0]))
-            for place in taps:
-                tap = self.tap(*place)
-                shape = (self._begun(tap, starts), longest)
+            for point in dict.fromkeys(one.point for one in placed):
+                module = self._named[point.module]
+                edits = [(one, self._spot(one, module, batch, ran)) for one in placed if one.point == point]
+                shape = (self._begun(point, starts), longest)
+                stack.enter_context(editing(module, point, edits, shape, batch.shape[0]))
+            for place in points:
+                point = self.point(*place)
+                shape = (self._begun(point, starts), longest)
                 if shape[0]:
-                    stack.enter_context(tapping(self._named[tap.module], tap, place, shape, ran))
+                    stack.enter_context(reading_at(self._named[point.module], point, place, shape, ran))
             if starts[-1]:
                 residual = self._residuals(batch, copies, len(starts), device)
                 stack.enter_context(skipping(self.model, starts, residual, container))
@@ -224,8 +224,10 @@ class Engine:
 
     def reaches(self, start: Start, place: tuple[str, int | None]) -> bool:
         """Whether a replay from here computes, or begins with, what is at a site and layer; before, nothing changes."""
-        block = self._block(tap := self.tap(*place))
-        return block is None or start.skipped <= block + (tap.module == self._blocks[block] and tap.side == "output")
+        block = self._block(point := self.point(*place))
+        return block is None or start.skipped <= block + (
+            point.module == self._blocks[block] and point.side == "output"
+        )
 
     def residual(self, batch: Batch, start: Start) -> torch.Tensor:
         """Return the stored residual stream of a batch, padded with zeros: shape (sequences, longest, hidden)."""
@@ -261,20 +263,20 @@ class Engine:
         whole = [stored.get(copy, nothing) for copy in copies]
         return torch.cat([*whole, *[whole[-1][:1]] * (lines - len(copies) * batch.shape[0])])
 
-    def _block(self, tap: Tap) -> int | None:
-        """Return the number of the block that a tap is at or in; None for one outside."""
-        inside = (n for n, block in enumerate(self._blocks) if f"{tap.module}.".startswith(f"{block}."))
+    def _block(self, point: HookPoint) -> int | None:
+        """Return the number of the block that a hook point is at or in; None for one outside."""
+        inside = (n for n, block in enumerate(self._blocks) if f"{point.module}.".startswith(f"{block}."))
         return next(inside, None)
 
-    def _begun(self, tap: Tap, starts: Sequence[int]) -> int:
-        """Return how many lines pass a tap: in a block, those that have begun there."""
-        block = self._block(tap)
-        return len(starts) if block is None or tap.module in self._blocks else bisect_right(starts, block)
+    def _begun(self, point: HookPoint, starts: Sequence[int]) -> int:
+        """Return how many lines pass a hook point: in a block, those that have begun there."""
+        block = self._block(point)
+        return len(starts) if block is None or point.module in self._blocks else bisect_right(starts, block)
 
     def _spot(self, placed: Placed, module: nn.Module, batch: Batch, ran: Ran) -> Spot:
         lines, positions = placed.tokens
         documents = batch.documents[lines % batch.shape[0]]
-        where = (placed.tap.array, placed.tap.layer, module)
+        where = (placed.point.array, placed.point.layer, module)
         return Spot(self.source, *where, lines, documents, positions, placed.seed, ran.left_out)
 
     def _call(self, inputs: Mapping[str, torch.Tensor]) -> Any:

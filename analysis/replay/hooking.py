@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from analysis.replay.edit import Edit, apply
 from analysis.replay.spot import Spot
-from flexcache.hooks.tap import Tap
+from flexcache.hooks.locate.hook_point import HookPoint
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Placed:
 
     Attributes
     ----------
-    tap : Tap
+    point : HookPoint
     edit : Edit
     tokens : tuple of ndarray of int64, shapes (n,) and (n,)
         Lines of the forward, and positions.
     """
 
-    tap: Tap
+    point: HookPoint
     edit: Edit
     tokens: tuple[NDArray[np.int64], NDArray[np.int64]]
     seed: int = 0
@@ -57,9 +57,9 @@ class Ran:
 
 @contextmanager
 def editing(
-    module: nn.Module, tap: Tap, edits: Sequence[tuple[Placed, Spot]], shape: tuple[int, int], each: int
+    module: nn.Module, point: HookPoint, edits: Sequence[tuple[Placed, Spot]], shape: tuple[int, int], each: int
 ) -> Iterator[None]:
-    """Change what a module takes or gives at a tap, of *shape* (lines, longest, …), at the tokens of all *edits*.
+    """Apply all *edits* to a module's value at a hook point, of *shape* (lines, longest, …), at their tokens.
 
     An edit gets the copies of the batch, of *each* lines, that its tokens are in.
     """
@@ -68,7 +68,7 @@ def editing(
     def edited(values: torch.Tensor) -> torch.Tensor:
         if not made:
             return values
-        whole = tap.shaped(values, shape).clone()
+        whole = point.shaped(values, shape).clone()
         for placed, spot in made:
             lines, positions = placed.tokens
             first, last = int(lines.min()) // each * each, int(lines.max()) // each * each + each
@@ -78,13 +78,13 @@ def editing(
         return whole.reshape(values.shape)
 
     def on_output(_: nn.Module, args: Any, output: Any) -> Any:
-        return tap.into_output(output, edited(tap.from_output(output)))
+        return point.into_output(output, edited(point.from_output(output)))
 
     def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        value = edited(tap.from_input(args, kwargs))
+        value = edited(point.from_input(args, kwargs))
         return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": value})
 
-    if tap.side == "input":
+    if point.side == "input":
         handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
     else:
         handle = module.register_forward_hook(on_output)
@@ -93,20 +93,20 @@ def editing(
 
 
 @contextmanager
-def tapping(
-    module: nn.Module, tap: Tap, place: tuple[str, int | None], shape: tuple[int, int], ran: Ran
+def reading_at(
+    module: nn.Module, point: HookPoint, place: tuple[str, int | None], shape: tuple[int, int], ran: Ran
 ) -> Iterator[None]:
-    """Put what is at a tap into ``ran.residuals[place]``, edits included."""
+    """Put what is at a hook point into ``ran.residuals[place]``, edits included."""
 
     def keep(values: torch.Tensor) -> None:
-        ran.residuals[place] = tap.shaped(values, shape).clone()
+        ran.residuals[place] = point.shaped(values, shape).clone()
 
-    if tap.side == "input":
+    if point.side == "input":
         handle = module.register_forward_pre_hook(
-            lambda _, args, kwargs: keep(tap.from_input(args, kwargs)), with_kwargs=True
+            lambda _, args, kwargs: keep(point.from_input(args, kwargs)), with_kwargs=True
         )
     else:
-        handle = module.register_forward_hook(lambda _, args, output: keep(tap.from_output(output)))
+        handle = module.register_forward_hook(lambda _, args, output: keep(point.from_output(output)))
     with _removing(handle):
         yield
 

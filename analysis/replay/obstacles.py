@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from flexcache.errors import AnalysisError, MismatchError, nearest
-from flexcache.hooks.tap import Tap
+from flexcache.hooks.locate.hook_point import HookPoint
 from flexcache.identity import differences, identity_of, known, model_record
 from flexcache.identity.describe import describe_model
 from flexcache.identity.record import OTHERS
@@ -176,17 +176,17 @@ def on_meta(module: nn.Module) -> bool:
     return any(parameter.device == torch.device("meta") for parameter in module.parameters())
 
 
-def refuse_half(tap: Tap) -> None:
+def refuse_half(point: HookPoint) -> None:
     """Refuse an edit at a site where the model goes on with what it has beside it as well.
 
     Raises
     ------
     AnalysisError
     """
-    if tap.array in INEFFECTIVE:
+    if point.array in INEFFECTIVE:
         raise AnalysisError(
-            f"{tap.array} can be read and not edited",
-            where=str(tap),
+            f"{point.array} can be read and not edited",
+            where=str(point),
             expected="a site that everything after it goes through",
             remedy="edit resid_pre, attn_out or mlp_out instead",
         )

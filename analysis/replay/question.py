@@ -144,18 +144,18 @@ def answer(engine: Engine, question: Question, batch: Batch, advance: Callable[[
         batch, lines = _of(batch, lines), np.arange(len(lines))
     ids = [_id(engine, int(document)) for document in batch.documents]
     read = read_positions(question.readout, batch)
-    taps = tuple(dict.fromkeys(place for metric in question.metrics for place in metric.reads))
+    points = tuple(dict.fromkeys(place for metric in question.metrics for place in metric.reads))
     values = np.full((*question.shape[:5], len(lines), len(question.metrics)), np.nan)
     same = np.full((len(question.layers), len(question.edits), *values.shape[-2:]), np.nan)
     misfits = np.zeros((len(question.layers), 2))
-    base = engine.run(batch, read=read, taps=taps)
+    base = engine.run(batch, read=read, points=points)
     donors = [_donor_logits(engine, question, edit, batch, lines) for edit in question.edits]
     jobs = sorted(_jobs(engine, question, batch, lines, ids), key=lambda job: job.start.skipped)
     for first in range(0, len(jobs), question.copies):
         together = jobs[first : first + question.copies]
         placed = [
             Placed(
-                engine.tap(question.site, question.layers[job.row]),
+                engine.point(question.site, question.layers[job.row]),
                 job.edit,
                 (job.tokens[0] + copy * batch.shape[0], job.tokens[1]),
                 question.seed,
@@ -163,7 +163,7 @@ def answer(engine: Engine, question: Question, batch: Batch, advance: Callable[[
             for copy, job in enumerate(together)
             if job.edit is not None
         ]
-        ran = engine.run(batch, [job.start for job in together], placed, read=read, taps=taps)
+        ran = engine.run(batch, [job.start for job in together], placed, read=read, points=points)
         advance()
         for copy, job in enumerate(together):
             mine = _copy(engine, job.start, ran, base, copy * batch.shape[0], batch.shape[0])

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from flexcache.errors import ConfigError
-from flexcache.hooks.blocks import find_blocks
+from flexcache.hooks.locate.blocks import find_blocks
 from flexcache.identity.weights import combine, digest_tensors
 from flexcache.model import ModelSource
 from flexcache.paths import local_path

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from flexcache.errors import AnalysisError
-from flexcache.hooks.blocks import find_blocks
-from flexcache.hooks.names import inner
+from flexcache.hooks.locate.blocks import find_blocks
+from flexcache.hooks.locate.names import inner
 
 Container = Callable[[torch.Tensor], Any]
 """Puts a residual stream into what a block returns: itself, or a tuple that begins with it."""

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from flexcache.errors import SiteError
-from flexcache.hooks.blocks import find_blocks
-from flexcache.hooks.measure import Example, Reader, example_inputs, input_device, read_example
-from flexcache.hooks.tap import Tap
+from flexcache.hooks.locate.blocks import find_blocks
+from flexcache.hooks.locate.hook_point import HookPoint
+from flexcache.hooks.read.measure import Example, Reader, example_inputs, input_device, read_example
 from flexcache.model import positions
 
 SHAPE = (2, 24)
@@ -57,13 +57,13 @@ def behavior(
     if any(parameter.device.type == "meta" for parameter in model.parameters()) and not _offloads(model):
         return None
     inputs = example_inputs(model, example, (SHAPE[0], tokens or fixed_length(model)))
-    taps = _taps(model)
+    points = _taps(model)
     try:
-        first = _read(model, taps, reader, inputs)
+        first = _read(model, points, reader, inputs)
     except SiteError:
-        if not taps or reader is not read_example:
+        if not points or reader is not read_example:
             raise
-        first = _read(model, taps := (), reader, inputs)  # blocks that are containers do not run themselves
+        first = _read(model, points := (), reader, inputs)  # blocks that are containers do not run themselves
     names = list(first)
     sketches = np.stack([sketch(_finite(first[name])) for name in names])
     return {
@@ -113,18 +113,18 @@ def _finite(values: torch.Tensor) -> NDArray[np.float32]:
     return bounded
 
 
-def _taps(model: nn.Module) -> tuple[Tap, ...]:
+def _taps(model: nn.Module) -> tuple[HookPoint, ...]:
     """Return the outputs of all blocks; none where the model has no blocks that can be found."""
     try:
         path, blocks = find_blocks(model)
     except SiteError:
         return ()
-    return tuple(Tap("block", layer, f"{path}.{layer}") for layer in range(len(blocks)))
+    return tuple(HookPoint("block", layer, f"{path}.{layer}") for layer in range(len(blocks)))
 
 
-def _read(model: nn.Module, taps: tuple[Tap, ...], reader: Reader, inputs: Any) -> dict[str, torch.Tensor]:
-    read = reader(model, taps, lambda sequences, tokens: inputs)
-    found = {tap.module: read.values[tap] for tap in taps}
+def _read(model: nn.Module, points: tuple[HookPoint, ...], reader: Reader, inputs: Any) -> dict[str, torch.Tensor]:
+    read = reader(model, points, lambda sequences, tokens: inputs)
+    found = {point.module: read.values[point] for point in points}
     output = _output(read.output)
     return found if output is None else {**found, OUTPUT: output}
 

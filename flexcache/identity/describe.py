@@ -10,8 +10,8 @@ import torch
 import xxhash
 from torch import nn
 
-from flexcache.hooks.measure import Example, Reader, read_example
-from flexcache.hooks.names import WRAPPERS, modules, unwrap
+from flexcache.hooks.locate.names import WRAPPERS, modules, unwrap
+from flexcache.hooks.read.measure import Example, Reader, read_example
 from flexcache.identity.behavior import behavior, fixed_length
 from flexcache.identity.record import CONFIG, CONFIG_DIGEST, IDENTITY, NAMES, SAMPLE
 from flexcache.identity.structure import structure

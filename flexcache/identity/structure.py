@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from flexcache.hooks.names import modules, unwrap
-from flexcache.hooks.user_hooks import user_changes
+from flexcache.hooks.locate.names import modules, unwrap
+from flexcache.hooks.read.user_hooks import user_changes
 
 Structure = dict[str, Any]
 

@@ -13,7 +13,7 @@ import torch
 import xxhash
 from torch import nn
 
-from flexcache.hooks.names import modules
+from flexcache.hooks.locate.names import modules
 
 CHUNK = 64 << 20
 """Bytes that are copied from a device at a time."""

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from flexcache.errors import ConfigError, DocumentsError, MismatchError
-from flexcache.hooks.measure import input_device
-from flexcache.hooks.vision import PIXELS, Pixels, compute_dtype, example_pixels, reads_images, token_layout
+from flexcache.hooks.locate.vision import PIXELS, Pixels, compute_dtype, example_pixels, reads_images, token_layout
+from flexcache.hooks.read.measure import input_device
 from flexcache.images.encoded import decode, pillow
 from flexcache.images.processor import ImageProcessor, stored_processor
 from flexcache.patches import Patches

@@ -12,7 +12,7 @@ from typing import Any
 from flexcache import hooks
 from flexcache.arguments import model_of, objective_of, tokenizer_of
 from flexcache.documents import open_documents
-from flexcache.hooks.vision import reads_images
+from flexcache.hooks.locate.vision import reads_images
 from flexcache.identity import model_key
 from flexcache.images.input import reader_of
 from flexcache.model import (
@@ -223,7 +223,7 @@ def capture(
             positions=positions(model),
             notes={"user_hooks": hooks.user_hooks(model)} | described_patches(tokenizer),
         )
-        hooks.check_identity(model, reading.taps, example=example, reader=crew.read_example, alone=crew.alone)
+        hooks.check_identity(model, reading.points, example=example, reader=crew.read_example, alone=crew.alone)
         if spec.isolated:
             check_isolation(model, reading, pad_id(model, tokenizer), crew)
         pad = padding(model, tokenizer)
@@ -248,7 +248,7 @@ def capture(
             allow_mixed=allow_mixed,
             allocate=allocation(model),
             batch_tokens=spec.batch_tokens,
-            keys=crew.keys(reading.taps, [(OBJECTIVE, None)] if OBJECTIVE in stored["arrays"] else ()),
+            keys=crew.keys(reading.points, [(OBJECTIVE, None)] if OBJECTIVE in stored["arrays"] else ()),
             patience=running.patience,
         )
         if not changed:

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 from flexcache.errors import CaptureError, ConfigError, FlexCacheError
-from flexcache.hooks.measure import Read, read_example
-from flexcache.hooks.sides import two_sided
-from flexcache.hooks.tap import Tap
+from flexcache.hooks.locate.encoder_decoder import two_sided
+from flexcache.hooks.locate.hook_point import HookPoint
+from flexcache.hooks.read.measure import Read, read_example
 from flexcache.identity import check_model
 from flexcache.identity.behavior import behavior
 from flexcache.identity.describe import describe_model
@@ -75,10 +75,10 @@ class Crew:
         """Give back the process group."""
         self._distribution.close()
 
-    def read_example(self, model: nn.Module, taps: Sequence[Tap], example: Any = None) -> Read:
+    def read_example(self, model: nn.Module, points: Sequence[HookPoint], example: Any = None) -> Read:
         """Read whole activations of a small example, on every rank."""
         read = read_example if self.gathering is None else self.gathering.read_example
-        return read(model, taps, example)
+        return read(model, points, example)
 
     def describe_model(self, model: nn.Module, example: Any = None) -> dict[str, Any]:
         """Return a record of what the model computes; collective, see `flexcache.identity.describe.describe_model`."""
@@ -99,10 +99,10 @@ class Crew:
         now = {**before, IDENTITY: {**held, "behavior": ran, "structure": structure(model)}}
         check_model(before, now, where, remedy=RUN_AGAIN)
 
-    def keys(self, taps: Sequence[Tap], extra: Sequence[Key] = ()) -> list[Key]:
+    def keys(self, points: Sequence[HookPoint], extra: Sequence[Key] = ()) -> list[Key]:
         """Return the sites and layers that this process writes; *extra* ones are the leader's."""
-        mine = taps if self.gathering is None else self.gathering.writes(taps)
-        return [(tap.array, tap.layer) for tap in mine] + (list(extra) if self.leads else [])
+        mine = points if self.gathering is None else self.gathering.writes(points)
+        return [(point.array, point.layer) for point in mine] + (list(extra) if self.leads else [])
 
     def elsewhere(self) -> set[str]:
         """Return the names of modules that other stages of a pipeline have."""
@@ -126,7 +126,8 @@ class Crew:
         if self.sizes.pp > 1 and reading.objective is not None:
             raise ConfigError(
                 "gradients cannot be captured through a pipeline",
-                found=f"{self.sizes.pp} stages, and " + ", ".join(tap.array for tap in reading.taps if tap.gradient),
+                found=f"{self.sizes.pp} stages, and "
+                + ", ".join(point.array for point in reading.points if point.gradient),
                 remedy="use tensor parallel or FSDP instead, or leave the .grad sites out",
             )
 

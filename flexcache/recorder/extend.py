@@ -153,7 +153,7 @@ def extend(
             crew.check(reading)
             example = check_images(model, spec, reading, tokenizer, crew)
             arrays = measure_arrays(model, spec, reading, crew.read_example, example)
-            hooks.check_identity(model, reading.taps, example=example, reader=crew.read_example, alone=crew.alone)
+            hooks.check_identity(model, reading.points, example=example, reader=crew.read_example, alone=crew.alone)
             if spec.isolated:
                 check_isolation(model, reading, pad_id(model, tokenizer), crew)
             if united(store, arrays)[1] or stored_batching(store.provenance) is None:
@@ -206,7 +206,7 @@ def extend(
                     allow_mixed=allow_mixed,
                     allocate=allocation(model),
                     batch_tokens=running.batch_tokens,
-                    keys=crew.keys(reading.taps, [(OBJECTIVE, None)] if (OBJECTIVE, None) in wanted else ()),
+                    keys=crew.keys(reading.points, [(OBJECTIVE, None)] if (OBJECTIVE, None) in wanted else ()),
                     carried=found.carried,
                     patience=running.patience,
                 )
@@ -325,11 +325,11 @@ def _layers(array: dict[str, Any] | None) -> str:
 
 
 def _narrowed(reading: Reading, wanted: set[tuple[str, int | None]]) -> Reading:
-    """Return a reading of the taps that fill wanted arrays and layers."""
+    """Return a reading of the points that fill wanted arrays and layers."""
     sources = {
         text: kept
-        for text, taps in reading.sources.items()
-        if (kept := tuple(tap for tap in taps if (tap.array, tap.layer) in wanted))
+        for text, points in reading.sources.items()
+        if (kept := tuple(point for point in points if (point.array, point.layer) in wanted))
     }
-    gradients = any(tap.gradient for taps in sources.values() for tap in taps)
+    gradients = any(point.gradient for points in sources.values() for point in points)
     return Reading(sources, reading.transforms, reading.objective if gradients else None)

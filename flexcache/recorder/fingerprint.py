@@ -35,8 +35,8 @@ def fingerprint(model: torch.nn.Module, tensor: int = 1) -> dict[str, Any]:
     """
     import torch
 
-    from flexcache.hooks.measure import input_device
-    from flexcache.hooks.names import unwrap
+    from flexcache.hooks.locate.names import unwrap
+    from flexcache.hooks.read.measure import input_device
 
     parameter = next(model.parameters(), torch.empty(0))
     root = unwrap(model)

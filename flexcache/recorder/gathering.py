@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from flexcache.errors import LayoutError, SiteError
-from flexcache.hooks.blocks import NOT_OWNED, find_blocks
-from flexcache.hooks.measure import EXAMPLE_SHAPE, Read, example_inputs
-from flexcache.hooks.names import modules, unwrap
-from flexcache.hooks.tap import Tap
-from flexcache.hooks.taps import Taps, accepts, batch_shape
+from flexcache.hooks.locate.blocks import NOT_OWNED, find_blocks
+from flexcache.hooks.locate.hook_point import HookPoint
+from flexcache.hooks.locate.names import modules, unwrap
+from flexcache.hooks.read.activation_hooks import ActivationHooks, accepts, batch_shape
+from flexcache.hooks.read.measure import EXAMPLE_SHAPE, Read, example_inputs
 from flexcache.parallel.assembly import Key
 from flexcache.parallel.distribution import Distribution, Piece
 from flexcache.parallel.layout import Layout, localize
@@ -60,9 +60,9 @@ class Gathering:
         self._peers = tuple(rank for rank, at in enumerate(mesh.coordinates) if (at.pp, at.dp) == (here.pp, here.dp))
         self._here = mesh.rank
         self._named = modules(model)
-        self._shards: dict[Tap, Shards | None] = {}
-        self._keys: dict[Tap, Key] = {}
-        self._compared: set[Tap] = set()
+        self._shards: dict[HookPoint, Shards | None] = {}
+        self._keys: dict[HookPoint, Key] = {}
+        self._compared: set[HookPoint] = set()
         self.stop = mesh.sizes.pp == 1
         self._stream = self._residual_stream()
         self.masked = True
@@ -73,13 +73,13 @@ class Gathering:
         """Number of tensor-parallel ranks."""
         return len(self._peers)
 
-    def owned(self, taps: Iterable[Tap]) -> tuple[Tap, ...]:
-        """Return the taps on modules that this rank's pipeline stage has."""
-        return tuple(tap for tap in taps if self._has(tap.module))
+    def owned(self, points: Iterable[HookPoint]) -> tuple[HookPoint, ...]:
+        """Return the points on modules that this rank's pipeline stage has."""
+        return tuple(point for point in points if self._has(point.module))
 
-    def writes(self, taps: Sequence[Tap]) -> tuple[Tap, ...]:
-        """Return those taps whose activations this rank records: every n-th of its stage's, of n ranks."""
-        return tuple(tap for tap in self.owned(taps) if self._owner(taps.index(tap)) == self._here)
+    def writes(self, points: Sequence[HookPoint]) -> tuple[HookPoint, ...]:
+        """Return those points whose activations this rank records: every n-th of its stage's, of n ranks."""
+        return tuple(point for point in self.owned(points) if self._owner(points.index(point)) == self._here)
 
     def inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return what else the forward needs: positions, since a rank may see a shard of the tokens only."""
@@ -93,8 +93,8 @@ class Gathering:
 
     # Learning
 
-    def read_example(self, model: nn.Module, taps: Sequence[Tap], example: Any = None) -> Read:
-        """Read whole activations of a small example at *taps*, on every rank, and learn how they are sharded.
+    def read_example(self, model: nn.Module, points: Sequence[HookPoint], example: Any = None) -> Read:
+        """Read whole activations of a small example at *points*, on every rank, and learn how they are sharded.
 
         Collective.
 
@@ -109,41 +109,45 @@ class Gathering:
         if isinstance(inputs, Mapping):
             inputs = {**inputs, **self.inputs(inputs["input_ids"])}
             shape = batch_shape(model, (), inputs)
-        raw: dict[Tap, torch.Tensor] = {}
-        known: dict[Tap, Any] = {}
+        raw: dict[HookPoint, torch.Tensor] = {}
+        known: dict[HookPoint, Any] = {}
 
-        def sink(tap: Tap, tensor: torch.Tensor) -> None:
-            known[tap] = local = localize(tensor, str(tap))
-            raw[tap] = local.tensor.clone()
+        def sink(point: HookPoint, tensor: torch.Tensor) -> None:
+            known[point] = local = localize(tensor, str(point))
+            raw[point] = local.tensor.clone()
 
-        mine = self.owned(dict.fromkeys((*taps, *self._stream)))
-        with Taps(model, mine, sink, stop=False, shape=False) as opened:
+        mine = self.owned(dict.fromkeys((*points, *self._stream)))
+        with ActivationHooks(model, mine, sink, stop=False, shape=False) as opened:
             output = opened.forward(**inputs)
-        for tap in (*taps, *self._stream):
-            self._keys.setdefault(tap, Key(len(self._keys), 0))
+        for point in (*points, *self._stream):
+            self._keys.setdefault(point, Key(len(self._keys), 0))
         keys = self._keys
-        probes = [Probe(keys[tap].hook, self._named[tap.module], _reader(tap)) for tap in keys if self._has(tap.module)]
+        probes = [
+            Probe(keys[point].hook, self._named[point.module], _reader(point))
+            for point in keys
+            if self._has(point.module)
+        ]
         pieces, layouts = [], {}
         for root, args, kwargs, named in self._roots(model, inputs):
             here = [probe for probe in probes if probe.module in named]
             distribution.begin(root, args, kwargs)
-            for tap in mine:
-                if self._named[tap.module] in named:
-                    local = replace(known[tap], tensor=raw[tap])
-                    layouts[tap] = distribution.layout(keys[tap], local, str(tap), None, partial(list, here))
-                    pieces.append(Piece(keys[tap], 0, raw[tap], layouts[tap]))
+            for point in mine:
+                if self._named[point.module] in named:
+                    local = replace(known[point], tensor=raw[point])
+                    layouts[point] = distribution.layout(keys[point], local, str(point), None, partial(list, here))
+                    pieces.append(Piece(keys[point], 0, raw[point], layouts[point]))
             distribution.end()
-        whole, _ = distribution.exchange(pieces, range(len(mesh.ranks)), [str(tap) for tap in keys])
+        whole, _ = distribution.exchange(pieces, range(len(mesh.ranks)), [str(point) for point in keys])
         self._learn(mine, raw, layouts, shape)
         sharded = any(held is not None and held.sizes is None for held in self._shards.values())
         if self.masked and (sharded or isinstance(model, Stages)):
             self.masked = False
             self._check_causal(model, inputs)
         found = {}
-        for tap in taps:
-            tensor = whole[keys[tap]]
+        for point in points:
+            tensor = whole[keys[point]]
             rows = shape[0] if tensor.shape[0] == shape[0] * mesh.sizes.dp else shape[0] * shape[1]
-            found[tap] = tap.shaped(tensor[:rows], shape)
+            found[point] = point.shaped(tensor[:rows], shape)
         return Read(inputs, found, output)
 
     def _roots(
@@ -156,36 +160,40 @@ class Gathering:
         return [(unwrap(model), (), inputs, set(self._named.values()))]
 
     def _learn(
-        self, taps: Sequence[Tap], raw: Mapping[Tap, torch.Tensor], layouts: Mapping[Tap, Layout], shape: Sequence[int]
+        self,
+        points: Sequence[HookPoint],
+        raw: Mapping[HookPoint, torch.Tensor],
+        layouts: Mapping[HookPoint, Layout],
+        shape: Sequence[int],
     ) -> None:
         """Keep how each activation is sharded, with the size of each rank's part."""
-        sharded = [tap for tap in taps if layouts[tap].sharded is not None]
-        dims = [int(layouts[tap].sharded or 0) for tap in sharded]
-        own = [raw[tap].shape[dim] for tap, dim in zip(sharded, dims, strict=True)]
+        sharded = [point for point in points if layouts[point].sharded is not None]
+        dims = [int(layouts[point].sharded or 0) for point in sharded]
+        own = [raw[point].shape[dim] for point, dim in zip(sharded, dims, strict=True)]
         sizes = swap(self._distribution.group, self._peers, self._here, own) if own and self.tensor > 1 else [own]
-        self._shards |= dict.fromkeys(taps)
-        for number, (tap, dim) in enumerate(zip(sharded, dims, strict=True)):
-            whole = layouts[tap].shape
+        self._shards |= dict.fromkeys(points)
+        for number, (point, dim) in enumerate(zip(sharded, dims, strict=True)):
+            whole = layouts[point].shape
             parts = tuple(told[number] for told in sizes)
             if sum(parts) != whole[dim]:
                 raise LayoutError(
                     "the pieces of an activation do not add up",
-                    where=str(tap),
+                    where=str(point),
                     expected=f"{whole[dim]} along dim {dim}",
                     found=" + ".join(map(str, parts)),
                 )
-            tokens = dim == (1 if len(whole) > 2 and whole[0] != shape[0] * shape[1] else 0) and tap.side != PATTERN
-            self._shards[tap] = Shards(dim - len(whole), None if tokens else parts)
+            tokens = dim == (1 if len(whole) > 2 and whole[0] != shape[0] * shape[1] else 0) and point.side != PATTERN
+            self._shards[point] = Shards(dim - len(whole), None if tokens else parts)
 
-    def _residual_stream(self) -> tuple[Tap, ...]:
-        """Return taps where it enters the first block and leaves the last, that show whether tokens are sharded."""
+    def _residual_stream(self) -> tuple[HookPoint, ...]:
+        """Return points where it enters the first block and leaves the last, that show whether tokens are sharded."""
         if self.tensor == 1:
             return ()
         try:
             path, blocks = find_blocks(self._model)
         except SiteError:
             return ()
-        return Tap("stream", None, f"{path}.0", "input"), Tap("stream", None, f"{path}.{len(blocks) - 1}")
+        return HookPoint("stream", None, f"{path}.0", "input"), HookPoint("stream", None, f"{path}.{len(blocks) - 1}")
 
     def _check_causal(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
         """Refuse a model that needs a mask for padding, where its blocks could take none.
@@ -198,16 +206,16 @@ class Gathering:
         others = dict(inputs)
         others["input_ids"] = torch.cat([inputs["input_ids"][:, :-1], inputs["input_ids"][:, :1]], dim=1)
         path, blocks = find_blocks(model)
-        last = self.owned([Tap("stream", None, f"{path}.{len(blocks) - 1}")])
+        last = self.owned([HookPoint("stream", None, f"{path}.{len(blocks) - 1}")])
         read: list[torch.Tensor] = []
 
-        def sink(tap: Tap, tensor: torch.Tensor) -> None:
-            read.append(localize(tensor, str(tap)).tensor.clone())
+        def sink(point: HookPoint, tensor: torch.Tensor) -> None:
+            read.append(localize(tensor, str(point)).tensor.clone())
 
-        with Taps(model, last, sink, stop=False, shape=False) as opened:
+        with ActivationHooks(model, last, sink, stop=False, shape=False) as opened:
             opened.forward(**inputs)
             opened.forward(**others)
-        whole = any(held is None for held in [self._shards.get(tap) for tap in last])
+        whole = any(held is None for held in [self._shards.get(point) for point in last])
         ends = whole or self._here == self._peers[-1]  # this rank has the last token, which may change
         earlier = [values[:, :-1] if ends else values for values in read]
         changed = bool(earlier) and not torch.allclose(earlier[0], earlier[1], rtol=1e-4, atol=1e-5)
@@ -222,16 +230,16 @@ class Gathering:
 
     # Gathering
 
-    def whole(self, tap: Tap, number: int, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Return the whole activation on the rank that owns the tap of that number, None on the others.
+    def whole(self, point: HookPoint, number: int, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Return the whole activation on the rank that owns the hook point of that number, None on the others.
 
         Collective on the tensor-parallel ranks.
         """
-        local = localize(tensor, str(tap)).tensor
-        owner, shards = self._owner(number), self._shards[replace(tap, gradient=False)]
+        local = localize(tensor, str(point)).tensor
+        owner, shards = self._owner(number), self._shards[replace(point, gradient=False)]
         if shards is None:
-            if tap.gradient and tap not in self._compared and self.tensor > 1:
-                self._compare(tap, local)
+            if point.gradient and point not in self._compared and self.tensor > 1:
+                self._compare(point, local)
             return local if owner == self._here else None
         if owner != self._here:
             transfer(self._distribution.group, [(owner, local)], [])
@@ -246,16 +254,16 @@ class Gathering:
         transfer(self._distribution.group, [], others)
         return torch.cat(pieces, dim=shards.dim)
 
-    def _compare(self, tap: Tap, gradient: torch.Tensor) -> None:
+    def _compare(self, point: HookPoint, gradient: torch.Tensor) -> None:
         """Refuse a gradient of which each rank has only what flows through its own shard."""
-        self._compared.add(tap)
+        self._compared.add(point)
         bits = torch.stack([gradient.double().sum(), gradient.double().abs().sum()]).cpu().view(torch.int64)
         told = swap(self._distribution.group, self._peers, self._here, bits.tolist())
         sums = torch.tensor(told).view(torch.float64)
         if (sums - sums[0]).abs().max() > AGREEMENT * sums[0, 1]:
             raise LayoutError(
                 "a gradient is not the same on all tensor-parallel ranks",
-                where=str(tap),
+                where=str(point),
                 expected="copies of the whole gradient, or shards of it",
                 found="sums " + ", ".join(f"{value:.4g}" for value in sums[:, 0].tolist()),
                 remedy="ask for the gradient of the residual stream, or of a sharded activation",
@@ -275,7 +283,7 @@ class Gathering:
         return self._peers[number % len(self._peers)]
 
 
-def _reader(tap: Tap) -> Any:
-    if tap.side == "input":
-        return lambda args, kwargs, output: tap.from_input(args, kwargs)
-    return lambda args, kwargs, output: tap.from_output(output)
+def _reader(point: HookPoint) -> Any:
+    if point.side == "input":
+        return lambda args, kwargs, output: point.from_input(args, kwargs)
+    return lambda args, kwargs, output: point.from_output(output)

@@ -20,7 +20,7 @@ import xxhash
 from flexcache.arguments import model_of, tokenizer_of
 from flexcache.documents import Documents, open_documents
 from flexcache.errors import ConfigError, DocumentsError
-from flexcache.hooks.measure import input_device
+from flexcache.hooks.read.measure import input_device
 from flexcache.identity import for_store
 from flexcache.identity.describe import describe_model
 from flexcache.model import describe_tokenizer, evaluating, longest_input, pad_id

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from flexcache.errors import ConfigError
-from flexcache.hooks.measure import Example, input_device
-from flexcache.hooks.vision import compute_dtype
+from flexcache.hooks.locate.vision import compute_dtype
+from flexcache.hooks.read.measure import Example, input_device
 from flexcache.images.input import ImageInput
 from flexcache.model import pad_id
 from flexcache.recorder.objective import LogitDifference, NextTokenLoss

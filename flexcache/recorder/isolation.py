@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from flexcache.errors import ConfigError
-from flexcache.hooks.measure import example_inputs
-from flexcache.hooks.taps import accepts
+from flexcache.hooks.read.activation_hooks import accepts
+from flexcache.hooks.read.measure import example_inputs
 from flexcache.recorder.batch import Batch
 from flexcache.recorder.crew import Crew
 from flexcache.recorder.imaging import Padding

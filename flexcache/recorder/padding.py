@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from flexcache.errors import CaptureError, ConfigError, PlanError
-from flexcache.hooks.measure import EXAMPLE_SHAPE, example_inputs, input_device
-from flexcache.hooks.sides import TARGET
+from flexcache.hooks.locate.encoder_decoder import TARGET
+from flexcache.hooks.read.measure import EXAMPLE_SHAPE, example_inputs, input_device
 from flexcache.plan import Batching
 from flexcache.recorder.batch import Batch
 from flexcache.recorder.crew import Crew
@@ -178,7 +178,7 @@ def _example(model: torch.nn.Module, long: int, isolated: bool) -> tuple[Batch, 
 
 def _read(model: torch.nn.Module, reading: Reading, pad: Padding, crew: Crew, batch: Batch) -> Values | Exception:
     """Return the activations of the short sequences of a batch, or the error of its forward."""
-    patterns = {tap.array for tap in reading.taps if tap.side == PATTERN}
+    patterns = {point.array for point in reading.points if point.side == PATTERN}
     short = min(len(tokens) for tokens in batch.tokens)
     found: Values = {}
 

@@ -11,9 +11,9 @@ import torch
 
 from flexcache import hooks
 from flexcache.errors import CaptureError, ConfigError, SiteError
-from flexcache.hooks.measure import Example, Reader, read_example
-from flexcache.hooks.sides import TARGET
-from flexcache.hooks.taps import batch_shape
+from flexcache.hooks.locate.encoder_decoder import TARGET
+from flexcache.hooks.read.activation_hooks import batch_shape
+from flexcache.hooks.read.measure import Example, Reader, read_example
 from flexcache.recorder.batch import Batch
 from flexcache.recorder.objective import OBJECTIVE, NextTokenLoss, Objective, by_token, checked
 from flexcache.recorder.transform import Transform
@@ -24,26 +24,26 @@ from flexcache.store.format.int8 import with_scales
 
 @dataclass(frozen=True)
 class Reading:
-    """Taps, and what is made of the tensors that they read.
+    """ActivationHooks, and what is made of the tensors that they read.
 
     Attributes
     ----------
-    sources : mapping from str to tuple of Tap
+    sources : mapping from str to tuple of HookPoint
         By a site as the user wrote it, or by the name of a transform.
     transforms : mapping from str to Transform
         By the name of the array that each fills.
     objective : Objective or None
-        What is differentiated, where a tap is a gradient.
+        What is differentiated, where a hook point is a gradient.
     """
 
-    sources: Mapping[str, tuple[hooks.Tap, ...]]
+    sources: Mapping[str, tuple[hooks.HookPoint, ...]]
     transforms: Mapping[str, Transform]
     objective: Objective | None = None
 
     @property
-    def taps(self) -> tuple[hooks.Tap, ...]:
-        """The taps of all sources."""
-        return tuple(tap for taps in self.sources.values() for tap in taps)
+    def points(self) -> tuple[hooks.HookPoint, ...]:
+        """The points of all sources."""
+        return tuple(point for points in self.sources.values() for point in points)
 
 
 def locate(
@@ -53,7 +53,7 @@ def locate(
     objective: Objective | None = None,
     elsewhere: Collection[str] = (),
 ) -> Reading:
-    """Find the sites of a spec, and of transforms, in a model; *elsewhere* as for `flexcache.hooks.locate`.
+    """Find the sites of a spec, and of transforms, in a model; *elsewhere* as for `flexcache.hooks.locate.search`.
 
     Raises
     ------
@@ -62,18 +62,20 @@ def locate(
     ConfigError
         Two transforms of one name; an objective without a gradient to store.
     """
-    sources = {text: hooks.locate(model, Site.parse(text), layers, elsewhere) for text, layers in spec.sites.items()}
+    sources = {
+        text: hooks.find_hook_points(model, Site.parse(text), layers, elsewhere) for text, layers in spec.sites.items()
+    }
     made: dict[str, Transform] = {}
     for transform in transforms:
         if transform.name in sources:
             raise ConfigError(f"two arrays would be named {transform.name}", remedy="rename the transform")
-        found = hooks.locate(model, transform.place, transform.layers, elsewhere)
+        found = hooks.find_hook_points(model, transform.place, transform.layers, elsewhere)
         several = len(found) > 1 and found[0].layer is None
         sources[transform.name] = tuple(
-            replace(tap, array=f"{transform.name}.{tap.module}" if several else transform.name) for tap in found
+            replace(point, array=f"{transform.name}.{point.module}" if several else transform.name) for point in found
         )
-        made |= {tap.array: transform for tap in sources[transform.name]}
-    gradients = any(tap.gradient for taps in sources.values() for tap in taps)
+        made |= {point.array: transform for point in sources[transform.name]}
+    gradients = any(point.gradient for points in sources.values() for point in points)
     if objective is not None and not gradients:
         raise ConfigError(
             "an objective is given, and no site whose gradient is to be stored",
@@ -95,20 +97,20 @@ def measure_arrays(
     Raises
     ------
     SiteError
-        See `flexcache.hooks.measure`.
+        See `flexcache.hooks.read.measure`.
     CaptureError
         What is read cannot be stored; a transform or the objective fails.
     """
 
-    def through(tap: hooks.Tap, values: torch.Tensor, inputs: Any) -> torch.Tensor:
-        transform = reading.transforms.get(tap.array)
+    def through(point: hooks.HookPoint, values: torch.Tensor, inputs: Any) -> torch.Tensor:
+        transform = reading.transforms.get(point.array)
         if transform is None:
             return values
         if values.device.type == "meta":
             values = torch.zeros(values.shape, dtype=values.dtype)
         return transform(values, _example(model, inputs))
 
-    plain = {tap: replace(tap, gradient=False) for tap in reading.taps}
+    plain = {point: replace(point, gradient=False) for point in reading.points}
     try:
         measured = hooks.measure(
             model, tuple(dict.fromkeys(plain.values())), example=example, through=through, reader=reader
@@ -118,16 +120,21 @@ def measure_arrays(
             error.remedy = "run the model's forward yourself, and store the activations with flexcache.record"
         raise
     arrays: list[ArraySpec] = []
-    for text, taps in reading.sources.items():
-        kinds = {tap: measured[plain[tap]] for tap in taps}
-        transform = reading.transforms.get(taps[0].array)
+    for text, points in reading.sources.items():
+        kinds = {point: measured[plain[point]] for point in points}
+        transform = reading.transforms.get(points[0].array)
         dim = _feature_dim(text, transform)
         site = transform.site if transform else text
-        if taps[0].layer is not None:
-            layers, depth = tuple(tap.layer for tap in taps if tap.layer is not None), len(hooks.find_blocks(model)[1])
-            arrays.append(_array(taps[0].array, site, layers, depth, kinds[taps[0]], dim, spec))
+        if points[0].layer is not None:
+            layers, depth = (
+                tuple(point.layer for point in points if point.layer is not None),
+                len(hooks.find_blocks(model)[1]),
+            )
+            arrays.append(_array(points[0].array, site, layers, depth, kinds[points[0]], dim, spec))
         else:
-            arrays += [_array(tap.array, site, None, None, kinds[tap], dim or _own_dim(tap), spec) for tap in taps]
+            arrays += [
+                _array(point.array, site, None, None, kinds[point], dim or _own_dim(point), spec) for point in points
+            ]
     if reading.objective is not None and _objective_by_token(model, reading.objective, reader, example):
         kind = hooks.Activation((1,), torch.float32)
         arrays.append(_array(OBJECTIVE, OBJECTIVE, None, None, kind, f"feature_{OBJECTIVE}", spec, "float32"))
@@ -161,8 +168,8 @@ def _feature_dim(text: str, transform: Transform | None) -> str:
     return site.feature_dim if site.standard or site.name in ONCE else ""
 
 
-def _own_dim(tap: hooks.Tap) -> str:
-    return f"feature_{tap.array.removesuffix('.grad') if tap.gradient else tap.array}"
+def _own_dim(point: hooks.HookPoint) -> str:
+    return f"feature_{point.array.removesuffix('.grad') if point.gradient else point.array}"
 
 
 def _array(

@@ -13,7 +13,7 @@ import torch
 
 from flexcache.arguments import model_of, objective_of, tokenizer_of
 from flexcache.errors import DamagedError, MismatchError, StoreError
-from flexcache.hooks.names import peel
+from flexcache.hooks.locate.names import peel
 from flexcache.identity import check_model, comparable
 from flexcache.identity.behavior import repeatable
 from flexcache.identity.record import CHANGED_MODEL, STEADY

@@ -14,8 +14,8 @@ import torch
 
 from flexcache import hooks
 from flexcache.errors import CaptureError
-from flexcache.hooks.measure import input_device
-from flexcache.hooks.taps import activations_only
+from flexcache.hooks.read.activation_hooks import activations_only
+from flexcache.hooks.read.measure import input_device
 from flexcache.model import native_bfloat16
 from flexcache.parallel.fsdp import settle
 from flexcache.paths import shown
@@ -229,22 +229,22 @@ def forwards(
     back.
     """
     objective, gathering = reading.objective, crew.gathering
-    numbers = {tap: number for number, tap in enumerate(reading.taps)}
+    numbers = {point: number for number, point in enumerate(reading.points)}
     now: list[Batch] = []
 
-    def take(tap: hooks.Tap, tensor: torch.Tensor) -> None:
+    def take(point: hooks.HookPoint, tensor: torch.Tensor) -> None:
         if not now:
             return
         batch, values = now[0], tensor.detach()
         if gathering is not None:
-            whole = gathering.whole(tap, numbers[tap], values)
+            whole = gathering.whole(point, numbers[point], values)
             if whole is None:
                 return
             longest = batch.shape[1]
-            values = tap.shaped(whole, (batch.shape[0], gathering.width(longest)))
-            values = values[:, :, :longest, :longest] if tap.side == PATTERN else values[:, :longest]
-        transform = reading.transforms.get(tap.array)
-        sink(tap.array, tap.layer, values if transform is None else transform(values, batch))
+            values = point.shaped(whole, (batch.shape[0], gathering.width(longest)))
+            values = values[:, :, :longest, :longest] if point.side == PATTERN else values[:, :longest]
+        transform = reading.transforms.get(point.array)
+        sink(point.array, point.layer, values if transform is None else transform(values, batch))
 
     def forward(batch: Batch | None) -> None:
         now[:] = [] if batch is None else [batch]
@@ -255,18 +255,18 @@ def forwards(
             inputs |= gathering.inputs(inputs["input_ids"])
             inputs = inputs if gathering.masked else {k: v for k, v in inputs.items() if k != "attention_mask"}
         if objective is None:
-            taps.forward(**inputs)
+            points.forward(**inputs)
             return
-        value = taps.differentiate(lambda output: checked(objective(output, batch), batch), **inputs)
+        value = points.differentiate(lambda output: checked(objective(output, batch), batch), **inputs)
         spread = by_token(value, batch)
         if spread is not None and now and crew.leads:
             sink(OBJECTIVE, None, spread)
 
-    own = reading.taps if gathering is None else gathering.owned(reading.taps)
+    own = reading.points if gathering is None else gathering.owned(reading.points)
     stop = objective is None and (gathering is None or gathering.stop)
     flowing = nullcontext() if objective is None else activations_only(model)
     try:
-        with flowing, hooks.Taps(model, own, take, stop=stop, shape=gathering is None) as taps:
+        with flowing, hooks.ActivationHooks(model, own, take, stop=stop, shape=gathering is None) as points:
             yield forward
     finally:
         settle(model)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from flexcache.errors import ConfigError
-from flexcache.hooks.names import unwrap
-from flexcache.hooks.sides import embedding, two_sided
+from flexcache.hooks.locate.encoder_decoder import embedding, two_sided
+from flexcache.hooks.locate.names import unwrap
 from flexcache.options import DecoderInputs, Teaching
 
 

@@ -16,7 +16,7 @@ import torch
 
 from flexcache import hooks
 from flexcache.errors import CaptureError
-from flexcache.hooks.measure import input_device
+from flexcache.hooks.read.measure import input_device
 from flexcache.model import evaluating
 from flexcache.recorder.batch import Batch, BatchReader
 from flexcache.recorder.batch_rows import rows_of
@@ -97,7 +97,7 @@ def try_batches(
     measured: list[tuple[int, float]] = []
     with evaluating(model), closing(Crew(model)) as crew, ExitStack() as stack:
         example = None if isinstance(pad, int) else pad.example(model)
-        hooks.check_identity(model, reading.taps, example=example, reader=crew.read_example, alone=crew.alone)
+        hooks.check_identity(model, reading.points, example=example, reader=crew.read_example, alone=crew.alone)
         if Spec.model_validate(store.spec).isolated:
             check_isolation(model, reading, pad, crew)
         forward = stack.enter_context(forwards(model, reading, pad, sink, crew))

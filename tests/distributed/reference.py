@@ -168,7 +168,7 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 def gradient(model: nn.Module, name: str) -> torch.Tensor:
     """Return the whole gradient of a weight of an unsharded name; of FSDP1, inside `summon_full_params`."""
-    from flexcache.hooks.names import WRAPPERS, unwrap
+    from flexcache.hooks.locate.names import WRAPPERS, unwrap
 
     found = {
         ".".join(part for part in path.split(".") if part not in WRAPPERS): parameter

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from flexcache.errors import SiteError
-from flexcache.hooks import Tap, check_identity, find_blocks, locate
+from flexcache.hooks import HookPoint, check_identity, find_blocks, find_hook_points
 from flexcache.site import ONCE, STANDARD, Site
 from tests.models import FAMILIES, TWO_SIDED, tiny
 from tests.vision import VISION, tiny_vision
@@ -32,27 +32,27 @@ VISION_REASONS = {
 }
 
 
-def cell(model: torch.nn.Module, site: str) -> tuple[str, list[Tap]]:
-    """Return what there is to say of a site of a model before it is checked, and its taps."""
+def cell(model: torch.nn.Module, site: str) -> tuple[str, list[HookPoint]]:
+    """Return what there is to say of a site of a model before it is checked, and its points."""
     if site in ONCE:
         try:
-            return "✓", list(locate(model, Site(site)))
+            return "✓", list(find_hook_points(model, Site(site)))
         except SiteError:
             return "", []
     try:
         depth = len(find_blocks(model)[1])
     except SiteError:
         return "", []
-    taps: list[Tap] = []
+    points: list[HookPoint] = []
     for layer in range(depth):
         with suppress(SiteError):
-            taps += locate(model, Site(site), layer)
-    return ("✓" if len(taps) == depth else "some" if taps else ""), taps
+            points += find_hook_points(model, Site(site), layer)
+    return ("✓" if len(points) == depth else "some" if points else ""), points
 
 
-def holds(model: torch.nn.Module, taps: Sequence[Tap]) -> bool:
+def holds(model: torch.nn.Module, points: Sequence[HookPoint]) -> bool:
     try:
-        check_identity(model, taps)
+        check_identity(model, points)
     except SiteError:
         return False
     return True
@@ -61,10 +61,10 @@ def holds(model: torch.nn.Module, taps: Sequence[Tap]) -> bool:
 def line(family: str, kind: str, model: torch.nn.Module, sites: Sequence[str]) -> str:
     """Return a family's line of the table; all its sites are checked together, and one by one where that fails."""
     found = {site: cell(model, site) for site in sites}
-    together = holds(model, [tap for _, taps in found.values() for tap in taps])
+    together = holds(model, [point for _, points in found.values() for point in points])
     said = []
-    for site, (text, taps) in found.items():
-        right = together or not taps or holds(model, taps)
+    for site, (text, points) in found.items():
+        right = together or not points or holds(model, points)
         said.append(("found" if text == "✓" else text) if right and site in UNCHECKED else text if right else "refused")
     return f"| {family} | {kind} | {' | '.join(said)} |"
 

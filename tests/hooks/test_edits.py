@@ -9,7 +9,7 @@ from torch import nn
 
 from flexcache.errors import HookError
 from flexcache.hooks import FlexModel, HookFunction
-from flexcache.hooks.edits import Add, Compose, Edit, Mean, ProjectOut, Scale, SwapRows, Zero
+from flexcache.hooks.flexmodel.edits import Add, Compose, Edit, Mean, ProjectOut, Scale, SwapRows, Zero
 from tests.models import HIDDEN, tiny, token_ids
 
 

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from flexcache.errors import SiteError
-from flexcache.hooks import Tap, check_identity, locate
+from flexcache.hooks import HookPoint, check_identity, find_hook_points
 from flexcache.site import Site
 from tests.models import tiny
 
 
-def moved(model: nn.Module, site: str, path: str) -> list[Tap]:
-    """Return the site's taps with the one of layer 2 on another module, as a wrong alias would have it."""
-    return [replace(tap, module=path) if tap.layer == 2 else tap for tap in locate(model, Site(site))]
+def moved(model: nn.Module, site: str, path: str) -> list[HookPoint]:
+    """Return the site's points with the one of layer 2 on another module, as a wrong alias would have it."""
+    return [replace(point, module=path) if point.layer == 2 else point for point in find_hook_points(model, Site(site))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -45,10 +45,10 @@ def test_a_wrong_alias_is_found_out(family: str, site: str, wrong: str, dtype: t
 def test_a_model_that_scales_what_it_adds_is_refused(site: str, dtype: torch.dtype) -> None:
     model = tiny("granite", dtype)
     with pytest.raises(SiteError, match="adds something else"):
-        check_identity(model, locate(model, Site(site)))
-    check_identity(model, locate(model, Site("resid_post")))
+        check_identity(model, find_hook_points(model, Site(site)))
+    check_identity(model, find_hook_points(model, Site("resid_post")))
     unscaled = tiny("granite", dtype, residual_multiplier=1.0)
-    check_identity(unscaled, locate(unscaled, Site(site)))
+    check_identity(unscaled, find_hook_points(unscaled, Site(site)))
 
 
 def test_a_tensor_of_another_width_is_refused_by_shape() -> None:
@@ -59,19 +59,19 @@ def test_a_tensor_of_another_width_is_refused_by_shape() -> None:
 
 def test_a_stream_that_changes_between_blocks_is_refused() -> None:
     model = tiny("llama")
-    taps = [*locate(model, Site("resid_post"), [0, 1])]
-    check_identity(model, taps)
+    points = [*find_hook_points(model, Site("resid_post"), [0, 1])]
+    check_identity(model, points)
     model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
-    check_identity(model, taps)
-    after_mlp = replace(taps[0], module="model.layers.0.mlp")
+    check_identity(model, points)
+    after_mlp = replace(points[0], module="model.layers.0.mlp")
     with pytest.raises(SiteError, match="resid_post of layer 0 is not resid_pre of layer 1"):
-        check_identity(model, [after_mlp, taps[1]])
+        check_identity(model, [after_mlp, points[1]])
 
 
 def test_dropout_is_named_as_a_cause() -> None:
     model = tiny("gpt2").train()
     with pytest.raises(SiteError, match=r"call model\.eval"):
-        check_identity(model, locate(model, Site("attn_out")))
+        check_identity(model, find_hook_points(model, Site("attn_out")))
 
 
 def test_a_part_lost_in_rounding_is_not_passed_as_right() -> None:
@@ -79,10 +79,10 @@ def test_a_part_lost_in_rounding_is_not_passed_as_right() -> None:
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight.mul_(1e-6)
     with pytest.raises(SiteError, match="attn_out of layer 1 is too small"):
-        check_identity(model, locate(model, Site("attn_out")))
+        check_identity(model, find_hook_points(model, Site("attn_out")))
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight.zero_()
-    check_identity(model, locate(model, Site("attn_out")))
+    check_identity(model, find_hook_points(model, Site("attn_out")))
 
 
 def test_a_value_that_is_not_a_number_is_no_agreement() -> None:
@@ -90,12 +90,14 @@ def test_a_value_that_is_not_a_number_is_no_agreement() -> None:
     with torch.no_grad():
         model.model.layers[3].mlp.down_proj.weight[5] = float("nan")
     with pytest.raises(SiteError, match="of layer 3: the block adds something else"):
-        check_identity(model, locate(model, Site("mlp_out")))
+        check_identity(model, find_hook_points(model, Site("mlp_out")))
 
 
 def test_sites_without_algebra_are_left_alone() -> None:
     model = tiny("granite")
-    check_identity(model, [*locate(model, Site("mlp_post")), *locate(model, Site.parse("model.layers.*.mlp"))])
+    check_identity(
+        model, [*find_hook_points(model, Site("mlp_post")), *find_hook_points(model, Site.parse("model.layers.*.mlp"))]
+    )
     check_identity(tiny("llama", device="meta"), [])
     with pytest.raises(SiteError, match="meta device"):
-        check_identity(tiny("llama", device="meta"), locate(model, Site("resid_post")))
+        check_identity(tiny("llama", device="meta"), find_hook_points(model, Site("resid_post")))

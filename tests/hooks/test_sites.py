@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from flexcache.errors import SiteError
-from flexcache.hooks import Tap, Taps, check_identity, find_blocks, locate, measure
+from flexcache.hooks import ActivationHooks, HookPoint, check_identity, find_blocks, find_hook_points
+from flexcache.hooks.read import measure
 from flexcache.site import Site
 from tests.hooks.oracle import BLOCKS, INNER, read
 from tests.hooks.sites_table import PAGE, with_table
@@ -19,9 +20,9 @@ HIDDEN_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 MASK = torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [1] * 2 + [0] * 5])
 
 
-def located(model: torch.nn.Module, family: str, inner: bool = False) -> list[Tap]:
+def located(model: torch.nn.Module, family: str, inner: bool = False) -> list[HookPoint]:
     sites = ("resid_pre", "resid_post", *BLOCKS[family][1], *(INNER[family] if inner else ()))
-    return [tap for site in sites for tap in locate(model, Site(site))]
+    return [point for site in sites for point in find_hook_points(model, Site(site))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -31,10 +32,12 @@ def test_every_site_equals_a_plain_hook_bit_for_bit(family: str, dtype: torch.dt
     inputs = {"input_ids": token_ids(), "attention_mask": MASK}
     expected = read(model, family, inner=True, **inputs)
     found = {}
-    with Taps(
-        model, located(model, family, inner=True), lambda tap, t: found.update({(tap.array, tap.layer): t.clone()})
-    ) as taps:
-        taps.forward(**inputs)
+    with ActivationHooks(
+        model,
+        located(model, family, inner=True),
+        lambda point, t: found.update({(point.array, point.layer): t.clone()}),
+    ) as points:
+        points.forward(**inputs)
     assert found.keys() == expected.keys()
     for key, tensor in found.items():
         assert tensor.shape[:2] == (3, 7)
@@ -49,8 +52,10 @@ def test_resid_post_equals_the_hidden_states_of_transformers(family: str) -> Non
         cache = {"use_cache": False} if hasattr(model, "lm_head") else {}  # with one, GPT-J's bits are others
         states = model(input_ids=ids, output_hidden_states=True, **cache).hidden_states
     found = {}
-    with Taps(
-        model, locate(model, Site("resid_post"), "0:3"), lambda tap, t: found.update({tap.layer: t.clone()})
+    with ActivationHooks(
+        model,
+        find_hook_points(model, Site("resid_post"), "0:3"),
+        lambda point, t: found.update({point.layer: t.clone()}),
     ) as t:
         t.forward(input_ids=ids)
     assert list(found) == [0, 1, 2]
@@ -70,11 +75,11 @@ NEEDS_WEIGHTS = ("biogpt",)  # its positions are counted by the values of the ma
 
 @pytest.mark.parametrize("family", [family for family in BLOCKS if family not in NEEDS_WEIGHTS])
 def test_a_model_without_weights_measures_the_same(family: str) -> None:
-    taps = located(tiny(family), family, inner=True)
-    real = measure(tiny(family, torch.bfloat16), taps)
-    assert measure(tiny(family, torch.bfloat16, device="meta"), taps) == real
-    assert list(real) == taps
-    assert all(real[tap] == ((HIDDEN,), torch.bfloat16) for tap in taps if tap.array in HIDDEN_SITES)
+    points = located(tiny(family), family, inner=True)
+    real = measure(tiny(family, torch.bfloat16), points)
+    assert measure(tiny(family, torch.bfloat16, device="meta"), points) == real
+    assert list(real) == points
+    assert all(real[point] == ((HIDDEN,), torch.bfloat16) for point in points if point.array in HIDDEN_SITES)
 
 
 @pytest.mark.parametrize("family", BLOCKS)
@@ -89,14 +94,14 @@ def test_blocks_are_where_a_person_finds_them(family: str) -> None:
 @pytest.mark.parametrize("family", BLOCKS)
 def test_the_embedding_and_the_last_norm_are_those_of_the_model(family: str) -> None:
     model = tiny(family)
-    (embed,) = locate(model, Site("embed"))
+    (embed,) = find_hook_points(model, Site("embed"))
     assert model.get_submodule(embed.module) is model.get_input_embeddings()
     path = BLOCKS[family][0]
     if family in NO_FINAL_NORM:
         with pytest.raises(SiteError, match="no final_norm"):
-            locate(model, Site("final_norm"))
+            find_hook_points(model, Site("final_norm"))
         return
-    (norm,) = locate(model, Site("final_norm"))
+    (norm,) = find_hook_points(model, Site("final_norm"))
     check_identity(model, [norm])
     with pytest.raises(SiteError, match="final_norm is not what its name promises"):
         check_identity(model, [replace(norm, module=f"{path}.1")])

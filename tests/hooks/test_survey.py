@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from flexcache.errors import SiteError
-from flexcache.hooks import locate
-from flexcache.hooks.locate import is_container
-from flexcache.hooks.names import modules
-from flexcache.hooks.survey import Held, Surveyed, compare, observe, standard_taps, survey
+from flexcache.hooks import find_hook_points
+from flexcache.hooks.checks.survey import Held, Surveyed, compare, observe, standard_hook_points, survey
+from flexcache.hooks.locate.names import modules
+from flexcache.hooks.locate.search import is_container
 from flexcache.parallel.twin import Extent
 from flexcache.site import ONCE, STANDARD, Site
 from tests.models import DEPTH, FAMILIES, tiny, token_ids
@@ -72,36 +72,36 @@ def test_shapes_are_symbols() -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "bert", "opt"])
 def test_the_standard_sites_are_those_that_locate_finds(family: str) -> None:
     model = tiny(family, device="meta")
-    found = [tap for entry in survey(model) for tap in entry.taps]
-    sites = {tap.array for tap in found}
+    found = [point for entry in survey(model) for point in entry.points]
+    sites = {point.array for point in found}
     assert {*STANDARD, *ONCE} - sites <= {"router_logits", "final_norm", "cross_attn_out"}
     assert len(found) == len(sites & STANDARD.keys()) * DEPTH + len(sites & ONCE.keys())
     for name in sites:
-        assert {tap for tap in found if tap.array == name} == set(locate(model, Site(name)))
+        assert {point for point in found if point.array == name} == set(find_hook_points(model, Site(name)))
 
 
 def test_a_site_that_no_layer_has_is_left_out() -> None:
-    found = {tap.array for tap in standard_taps(tiny("mixtral", device="meta"))}
+    found = {point.array for point in standard_hook_points(tiny("mixtral", device="meta"))}
     assert found == {*STANDARD, *ONCE} - {"mlp_pre", "mlp_post", "cross_attn_out"}
 
 
 def test_a_site_that_some_layers_have_is_shown_there() -> None:
     model = tiny("llama", device="meta")
     model.model.layers[2].mlp = nn.Sequential(nn.Linear(64, 64, device="meta"))
-    assert [tap.layer for tap in standard_taps(model) if tap.array == "mlp_post"] == [0, 1, 3]
+    assert [point.layer for point in standard_hook_points(model) if point.array == "mlp_post"] == [0, 1, 3]
 
 
 def test_a_model_without_one_stack_of_blocks_is_surveyed_without_sites() -> None:
     found = survey(tiny("albert", device="meta"))
-    assert not any(entry.taps for entry in found)
+    assert not any(entry.points for entry in found)
     assert max(entry.runs for entry in found) > 1
 
 
 def test_of_an_encoder_with_a_decoder_both_are_surveyed_and_the_decoder_has_the_sites() -> None:
     found = survey(tiny("t5", device="meta"))
     assert {"encoder", "decoder"} <= {entry.path for entry in found}
-    assert {tap.array for entry in found for tap in entry.taps} == {*STANDARD, *ONCE} - {"router_logits"}
-    assert all(entry.path.startswith("decoder") for entry in found if entry.taps)
+    assert {point.array for entry in found for point in entry.points} == {*STANDARD, *ONCE} - {"router_logits"}
+    assert all(entry.path.startswith("decoder") for entry in found if entry.points)
 
 
 def test_a_survey_leaves_the_model_as_it_was() -> None:

@@ -6,7 +6,8 @@ import accelerate
 import torch
 
 import flexcache.hooks
-from flexcache.hooks import Taps, locate, user_hooks
+from flexcache.hooks import ActivationHooks, find_hook_points
+from flexcache.hooks.read import user_hooks
 from flexcache.site import Site
 from tests.models import tiny, token_ids
 
@@ -31,7 +32,7 @@ def test_hooks_of_libraries_and_of_open_taps_do_not_count() -> None:
     model = tiny("llama")
     model(input_ids=token_ids(), output_hidden_states=True)
     assert any(module._forward_hooks for module in model.modules()), "transformers leaves hooks behind"
-    with Taps(model, locate(model, Site("resid_pre")), lambda tap, tensor: None):
+    with ActivationHooks(model, find_hook_points(model, Site("resid_pre")), lambda point, tensor: None):
         assert user_hooks(model) == []
     assert user_hooks(accelerate.cpu_offload(model, execution_device=torch.device("cpu"))) == []
     assert user_hooks(torch.compile(tiny("gpt2"), backend="aot_eager")) == []
@@ -50,8 +51,8 @@ def test_the_public_names_are_these() -> None:
         "Activation",
         "FlexModel",
         "HookFunction",
-        "Tap",
-        "Taps",
+        "HookPoint",
+        "ActivationHooks",
         "check_identity",
         "find_blocks",
         "locate",

@@ -9,9 +9,10 @@ import torch
 import transformers as hf
 
 from flexcache.errors import SiteError
-from flexcache.hooks import Tap, Taps, check_identity, locate, measure
-from flexcache.hooks.survey import survey
-from flexcache.hooks.vision import default_pixels, image_tokens, token_layout
+from flexcache.hooks import ActivationHooks, HookPoint, check_identity, find_hook_points
+from flexcache.hooks.checks.survey import survey
+from flexcache.hooks.locate.vision import default_pixels, image_tokens, token_layout
+from flexcache.hooks.read import measure
 from flexcache.site import Site
 from tests.hooks.oracle import read_at
 from tests.hooks.sites_table import PAGE, with_vision
@@ -84,9 +85,9 @@ FAMILIES = [family if family in OFTEN else pytest.param(family, marks=pytest.mar
 HALF = pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.slow)
 
 
-def located(model: torch.nn.Module, family: str) -> list[Tap]:
+def located(model: torch.nn.Module, family: str) -> list[HookPoint]:
     sites = ("resid_pre", "resid_post", *BLOCKS[family][1], *INNER[family])
-    return [tap for site in sites for tap in locate(model, Site(site))]
+    return [point for site in sites for point in find_hook_points(model, Site(site))]
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, id="float32"), HALF])
@@ -95,26 +96,28 @@ def test_every_site_equals_a_plain_hook_and_the_residual_identity_holds(family: 
     model = tiny_vision(family, dtype)
     expected = read_at(model, *BLOCKS[family], INNER[family], pixel_values=noise(dtype=dtype))
     found = {}
-    taps = located(model, family)
-    with Taps(model, taps, lambda tap, t: found.update({(tap.array, tap.layer): t.clone()})) as opened:
+    points = located(model, family)
+    with ActivationHooks(
+        model, points, lambda point, t: found.update({(point.array, point.layer): t.clone()})
+    ) as opened:
         opened.forward(pixel_values=noise(dtype=dtype))
     assert found.keys() == expected.keys()
     for key, tensor in found.items():
         assert tensor.shape[:2] == (2, len(SPECIALS[family]) + GRID**2 + 5 * (family == "yolos"))
         assert torch.equal(tensor.flatten(), expected[key].flatten()), key
-    check_identity(model, taps)
+    check_identity(model, points)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_embedding_and_the_last_norm_are_those_of_the_model(family: str) -> None:
     model = tiny_vision(family)
-    (embed,) = locate(model, Site("embed"))
+    (embed,) = find_hook_points(model, Site("embed"))
     assert embed.module == EMBEDDINGS
     if family == "clip_vision":  # whose last norm reads the class token alone
         with pytest.raises(SiteError, match="not one per token"):
-            check_identity(model, locate(model, Site("final_norm")))
+            check_identity(model, find_hook_points(model, Site("final_norm")))
     else:
-        (norm,) = locate(model, Site("final_norm"))
+        (norm,) = find_hook_points(model, Site("final_norm"))
         assert norm.module == FINAL_NORM[family]
         check_identity(model, [norm])
         with pytest.raises(SiteError, match="final_norm is not what its name promises"):
@@ -125,8 +128,8 @@ def test_the_embedding_and_the_last_norm_are_those_of_the_model(family: str) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_without_weights_measures_and_surveys_the_same(family: str) -> None:
     model, empty = tiny_vision(family), tiny_vision(family, device="meta")
-    taps = located(model, family)
-    assert measure(empty, taps) == measure(model, taps)
+    points = located(model, family)
+    assert measure(empty, points) == measure(model, points)
     pixels = (3, SIDE, SIDE)
     first = token_layout(model, pixels, torch.device("cpu"))
     if family != "yolos":  # whose detection tokens come last, as only values can tell
@@ -134,7 +137,7 @@ def test_a_model_without_weights_measures_and_surveys_the_same(family: str) -> N
     tokens = str(first.tokens)
     block = next(entry for entry in survey(empty) if entry.path == f"{BLOCKS[family][0]}.0")
     assert block.shape("output") == f"batch × {tokens} × {HIDDEN}"
-    assert {"resid_pre", "resid_post"} <= {tap.array for tap in block.taps}
+    assert {"resid_pre", "resid_post"} <= {point.array for point in block.points}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -148,9 +151,11 @@ def test_a_token_is_the_patch_that_the_layout_says(family: str) -> None:
     changed = plain.clone()
     changed[:, :, 8:16, 16:24] += 1  # the second row, the third column
     embedded = []
-    with Taps(model, locate(model, Site("resid_pre"), 0), lambda _, t: embedded.append(t.clone())) as taps:
-        taps.forward(pixel_values=plain)
-        taps.forward(pixel_values=changed)
+    with ActivationHooks(
+        model, find_hook_points(model, Site("resid_pre"), 0), lambda _, t: embedded.append(t.clone())
+    ) as points:
+        points.forward(pixel_values=plain)
+        points.forward(pixel_values=changed)
     (touched,) = (embedded[0] != embedded[1]).any(-1)[0].nonzero().flatten().tolist()
     assert touched == patches.position(1, 2)
 
@@ -160,16 +165,17 @@ def test_a_token_is_the_patch_that_the_layout_says(family: str) -> None:
 def test_a_scale_that_no_module_has_is_refused(family: str, site: str) -> None:
     model = tiny_vision(family)
     with pytest.raises(SiteError, match="adds something else|not what its name promises"):
-        check_identity(model, locate(model, Site(site)))
+        check_identity(model, find_hook_points(model, Site(site)))
 
 
 def test_a_layer_scale_passed_over_is_found_out() -> None:
     model = tiny_vision("dinov2")
-    taps = [
-        replace(tap, module=f"encoder.layer.{tap.layer}.attention.o_proj") for tap in locate(model, Site("attn_out"))
+    points = [
+        replace(point, module=f"encoder.layer.{point.layer}.attention.o_proj")
+        for point in find_hook_points(model, Site("attn_out"))
     ]
     with pytest.raises(SiteError, match="adds something else"):
-        check_identity(model, taps)
+        check_identity(model, points)
 
 
 def test_the_forward_stops_after_the_last_site() -> None:
@@ -179,8 +185,8 @@ def test_the_forward_stops_after_the_last_site() -> None:
     pixels = noise()
     image_tokens(model, pixels)
     assert ran == []
-    with Taps(model, locate(model, Site("resid_post"), 0), lambda *_: None) as taps:
-        taps.forward(pixel_values=pixels)
+    with ActivationHooks(model, find_hook_points(model, Site("resid_post"), 0), lambda *_: None) as points:
+        points.forward(pixel_values=pixels)
     assert ran == [0]
     assert len(model.layers) == DEPTH
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flexcache.errors import SiteError
-from flexcache.hooks.survey import survey
+from flexcache.hooks.checks.survey import survey
 from pipelines.sites import chosen, collapse
 from tests.models import DEPTH, tiny
 from tests.pipelines.test_cli import run

@@ -110,7 +110,7 @@ def test_an_edit_changes_nothing_before_its_position(family: str, captured: Capt
     batch = max(engine.batches(), key=lambda batch: batch.shape[1])
     start, place = engine.start_at("resid_post", 1), batch.shape[1] // 2
     lines = np.flatnonzero([len(tokens) > place for tokens in batch.tokens])
-    edit = Placed(engine.tap("resid_post", 1), replay.Zero(), (lines, np.full(len(lines), place)))
+    edit = Placed(engine.point("resid_post", 1), replay.Zero(), (lines, np.full(len(lines), place)))
     change = (engine.run(batch, start, [edit]).logits - engine.run(batch).logits).abs().amax(-1)
     assert (change[:, :place] == 0).all()
     assert (change[lines, place] > 0).all()
@@ -126,7 +126,7 @@ def test_an_edit_equals_that_of_a_plain_hook_on_the_whole_model(captured: Captur
         ("mlp_out", 2, model.model.layers[2].mlp),
         ("attn_out", 2, model.model.layers[2].self_attn.o_proj),
     ):
-        placed = Placed(engine.tap(site, layer), replay.Zero(), (lines, np.zeros_like(lines)))
+        placed = Placed(engine.point(site, layer), replay.Zero(), (lines, np.zeros_like(lines)))
         found = engine.run(batch, engine.start_at(site, layer), [placed]).logits
 
         def zero(_: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -137,7 +137,7 @@ def test_an_edit_equals_that_of_a_plain_hook_on_the_whole_model(captured: Captur
         handle = module.register_forward_hook(zero)
         assert torch.equal(found, engine.run(batch).logits), site
         handle.remove()
-    neurons = Placed(engine.tap("mlp_post", 2), replay.SetNeurons((5,), 3.0), (lines, np.zeros_like(lines)))
+    neurons = Placed(engine.point("mlp_post", 2), replay.SetNeurons((5,), 3.0), (lines, np.zeros_like(lines)))
     found = engine.run(batch, engine.start_at("mlp_post", 2), [neurons]).logits
 
     def three(_: Any, args: Any) -> Any:
@@ -159,7 +159,7 @@ def test_the_residual_stream_of_a_donor_gives_its_logits(captured: Captured) -> 
     tokens = np.divmod(np.arange(batch.shape[0] * 9), 9)
     base = engine.run(batch).logits
     for layer in range(DEPTH):
-        placed = Placed(engine.tap("resid_post", layer), replay.Patch(donor), tokens)
+        placed = Placed(engine.point("resid_post", layer), replay.Patch(donor), tokens)
         found = engine.run(batch, engine.start_at("resid_post", layer), [placed]).logits
         assert torch.equal(found, base.roll(-1, 0))
     assert not torch.equal(base, base.roll(-1, 0))
@@ -255,7 +255,7 @@ def test_an_edit_of_queries_in_a_fused_projection_equals_that_of_a_plain_hook(ca
     engine = Engine(store, model)
     batch = max(engine.batches(), key=lambda batch: batch.shape[1])
     lines, last = np.arange(batch.shape[0]), np.array([len(tokens) - 1 for tokens in batch.tokens])
-    placed = Placed(engine.tap("q", 2), replay.Zero(), (lines, last))
+    placed = Placed(engine.point("q", 2), replay.Zero(), (lines, last))
     found = engine.run(batch, engine.start_at("q", 2), [placed]).logits
 
     def zero(_: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -276,6 +276,6 @@ def test_a_site_beside_which_the_model_goes_on_is_not_edited(site: str, captured
     store, model = captured("mixtral")
     engine = Engine(store, model)
     batch = next(engine.batches())
-    placed = Placed(engine.tap(site, 1), replay.Zero(), (np.array([0]), np.array([0])))
+    placed = Placed(engine.point(site, 1), replay.Zero(), (np.array([0]), np.array([0])))
     with pytest.raises(AnalysisError, match=f"{site} can be read and not edited"):
         engine.run(batch, engine.start_at("resid_post", 0), [placed])

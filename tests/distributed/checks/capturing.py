@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import flexcache
 from flexcache.errors import CaptureError, ConfigError, LayoutError, MismatchError
-from flexcache.hooks.names import modules, whole
+from flexcache.hooks.locate.names import modules, whole
 from flexcache.identity import comparable, differences
 from tests.corpora import lengths, token_documents
 from tests.distributed.checks.data import zero_engines
@@ -138,7 +138,7 @@ def files_of_tensor_parallel_ranks_are_shared_out_evenly() -> None:
     crew = Crew(model)
     reading = locate(model, Spec(sites={"resid_post": "all", "mlp_post": "all"}))
     keys: list[Any] = [None, None]
-    dist.all_gather_object(keys, crew.keys(reading.taps))
+    dist.all_gather_object(keys, crew.keys(reading.points))
     assert not set(keys[0]) & set(keys[1])
     assert len(keys[0]) == len(keys[1]) == 4
     crew.close()

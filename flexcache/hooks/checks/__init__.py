@@ -1,0 +1,1 @@
+"""Prove that a site in a model is what its name says."""

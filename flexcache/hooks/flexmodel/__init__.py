@@ -1,0 +1,1 @@
+"""FlexModel: read and edit unsharded activations in one session."""

@@ -1,0 +1,153 @@
+"""A hook point: one module's input or output, and the array that it fills."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from flexcache.errors import SiteError
+from flexcache.hooks.locate.fused_projection import FusedProjectionSlice
+from flexcache.site import Side
+
+
+@dataclass(frozen=True)
+class HookPoint:
+    """A located site: where in a model the activations of one array, or of one of its layers, are read.
+
+    A plain value; it holds no module, so it serves for a copy of the model on another device as well.
+
+    Attributes
+    ----------
+    array : str
+        Name of the store's array.
+    layer : int or None
+        Number of the block; None for a module path.
+    module : str
+        Dotted path, without prefixes of wrappers.
+    side : {"input", "output", "pattern"}
+        A pattern is the second thing that an attention module returns: its probabilities.
+    gradient : bool
+        What is read is the gradient of an objective with respect to the activation.
+    slots : FusedProjectionSlice or None
+        The part of the module's features that is meant; None for all.
+    """
+
+    array: str
+    layer: int | None
+    module: str
+    side: Side = "output"
+    gradient: bool = False
+    slots: FusedProjectionSlice | None = None
+
+    def __str__(self) -> str:
+        place = f"{self.module}:{self.side}" + (".grad" if self.gradient else "")
+        return place if self.layer is None else f"{self.array}[{self.layer}] ({place})"
+
+    @property
+    def whole(self) -> HookPoint:
+        """The hook point of all features of the same side of the module."""
+        return replace(self, slots=None)
+
+    def part(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the part of a module's *features* that is meant: all of them, or a view of some.
+
+        Raises
+        ------
+        SiteError
+            The features are not those of the whole projection.
+        """
+        return features if self.slots is None else self.slots.take(features, str(self))
+
+    def from_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """Return the activation in a module's arguments: the first positional one, or ``hidden_states``.
+
+        Raises
+        ------
+        SiteError
+        """
+        given = args[0] if args else kwargs.get("hidden_states")
+        if given is None:
+            raise self._no_tensor(f"keywords {', '.join(kwargs) or 'none'}", "a tensor as first argument")
+        return self._activation(given)
+
+    def from_output(self, output: Any) -> torch.Tensor:
+        """Return the activation that a module gives back: the tensor, or the first element of what holds several.
+
+        Raises
+        ------
+        SiteError
+        """
+        if self.side == "pattern":
+            return self._pattern(output)
+        return self.part(self._first(output))
+
+    def into_output(self, output: Any, value: torch.Tensor) -> Any:
+        """Return a module's output with *value* where `from_output` reads.
+
+        Raises
+        ------
+        SiteError
+        """
+        if self.slots is not None:
+            value = self.slots.put(self._first(output), value, str(self))
+        return value if isinstance(output, torch.Tensor) else (value, *output[1:])
+
+    def _first(self, output: Any) -> torch.Tensor:
+        if isinstance(output, Mapping):
+            output = next(iter(output.values()), None)
+        elif isinstance(output, tuple | list):
+            output = output[0] if output else None
+        return self._activation(output)
+
+    def shaped(self, tensor: torch.Tensor, batch: tuple[int, int]) -> torch.Tensor:
+        """Return a view of shape (batch, sequence, feature…); *tensor* may have the first two dims as one.
+
+        Raises
+        ------
+        SiteError
+        """
+        rows, length = batch
+        if self.side == "pattern" and tensor.ndim == 4 and (tensor.shape[0], *tensor.shape[2:]) == (*batch, length):
+            return tensor
+        if self.side != "pattern" and tensor.ndim >= 3 and tuple(tensor.shape[:2]) == batch:
+            return tensor
+        if self.side != "pattern" and tensor.ndim >= 2 and tensor.shape[0] == rows * length:
+            return tensor.unflatten(0, batch)
+        raise SiteError(
+            f"activations of {self} are not one per token",
+            expected=f"shape ({rows}, {length}, features) or ({rows * length}, features)",
+            found=str(tuple(tensor.shape)),
+            remedy="choose a module that keeps the batch and the sequence as the first dims",
+        )
+
+    def _pattern(self, output: Any) -> torch.Tensor:
+        pattern = output[1] if isinstance(output, tuple | list) and len(output) > 1 else None
+        if not isinstance(pattern, torch.Tensor):
+            raise SiteError(
+                "the attention module returns no probabilities",
+                where=str(self),
+                expected="a tuple of its output and of probabilities (sequences, heads, queries, keys)",
+                found="None in their place" if pattern is None else type(pattern).__name__,
+                remedy='load the model with attn_implementation="eager" (model.attention: eager): fused kernels never'
+                " have the probabilities",
+            )
+        return pattern
+
+    def _activation(self, value: Any) -> torch.Tensor:
+        if not isinstance(value, torch.Tensor):
+            raise self._no_tensor(type(value).__name__, "a tensor, or a tuple that begins with one")
+        if not value.is_floating_point():
+            raise self._no_tensor(f"a tensor of {value.dtype}", "a tensor of floating-point numbers")
+        return value
+
+    def _no_tensor(self, found: str, expected: str) -> SiteError:
+        return SiteError(
+            f"the {self.side} of {self.module} has no activation to read",
+            where=str(self),
+            expected=expected,
+            found=found,
+            remedy=f"read the module's {'output' if self.side == 'input' else 'input'}, or a module within it",
+        )

@@ -1,0 +1,1 @@
+"""Read activations with hooks that hand them to a sink."""
