@@ -78,7 +78,7 @@ STEPS: dict[str, tuple[str, str]] = {
         "next(iter(flexcache.training.stream(store, 'resid_post', 0, rows=range(65536))))",
     ),
     "claim and commit a unit": (
-        "from flexcache.recorder.recorder import Recorder\nimport numpy as np\n"
+        "from flexcache.recording.run.recorder import Recorder\nimport numpy as np\n"
         "values = np.zeros((65536, 16), np.float32)\n"
         "recorder = Recorder(path, buffer_bytes=8 << 20)\nrecorder.__enter__()\nlast = recorder.claim()",
         "unit = last\nfor batch in recorder.begin(unit):\n"
@@ -150,7 +150,7 @@ def planned(place: Path, tokens: int) -> dict[str, list[float]]:
     found["open, and its first batch"] = measured(
         store,
         "",
-        "from flexcache.recorder.recorder import Recorder\n"
+        "from flexcache.recording.run.recorder import Recorder\n"
         "recorder = Recorder(path)\nrecorder.largest()\n"
         "with recorder:\n    recorder.begin(recorder.claim())\n    recorder.abandon()",
     )

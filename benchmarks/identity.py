@@ -21,7 +21,7 @@ from benchmarks.timing import interleave, ratio, show
 from flexcache.identity.behavior import behavior
 from flexcache.identity.describe import describe_model, sample_digest
 from flexcache.identity.weights import digest_tensors
-from flexcache.recorder.fingerprint import fingerprint
+from flexcache.recording.run.fingerprint import fingerprint
 from pipelines import assets
 
 ONE_BILLION = {

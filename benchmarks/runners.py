@@ -186,7 +186,7 @@ def all_layers(folder: Path, documents: int, rounds: int) -> None:
 
 def planned(path: Path) -> list[dict[str, torch.Tensor]]:
     """Return the batches of a store, as inputs of a forward."""
-    from flexcache.recorder.batch import BatchReader
+    from flexcache.recording.forward.batch import BatchReader
 
     reader, store = BatchReader(path, mean=False), flexcache.open(path)
     found = [batch for unit in range(store.n_units) for batch in reader.unit(unit)]

@@ -27,11 +27,11 @@ from benchmarks.timing import console, interleave, ratio, show
 from flexcache.documents import open_documents
 from flexcache.identity.describe import describe_model
 from flexcache.model import describe_tokenizer
-from flexcache.recorder.fingerprint import fingerprint
-from flexcache.recorder.planning import Source, plan_store
-from flexcache.recorder.reading import Reading, locate, measure_arrays
-from flexcache.recorder.recorder import Recorder
-from flexcache.recorder.running import run
+from flexcache.recording.forward.capture_targets import Reading, locate, measure_arrays
+from flexcache.recording.planning.planning import Source, plan_store
+from flexcache.recording.run.fingerprint import fingerprint
+from flexcache.recording.run.forward_loop import run
+from flexcache.recording.run.recorder import Recorder
 from flexcache.spec import Spec
 from pipelines import assets
 

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from flexcache.hooks import FlexModel, HookFunction
     from flexcache.model import ModelSource
     from flexcache.options import Choice, Generation, Packing, Windows
-    from flexcache.recorder.capture import capture
-    from flexcache.recorder.extend import extend
-    from flexcache.recorder.foreign import record
-    from flexcache.recorder.generation import generate
-    from flexcache.recorder.objective import LogitDifference, NextTokenLoss
-    from flexcache.recorder.recompute import recompute
-    from flexcache.recorder.recorder import Recorder
-    from flexcache.recorder.transform import Transform
+    from flexcache.recording.capture import capture
+    from flexcache.recording.extend import extend
+    from flexcache.recording.external_forward import record
+    from flexcache.recording.forward.objective import LogitDifference, NextTokenLoss
+    from flexcache.recording.forward.transform import Transform
+    from flexcache.recording.generate import generate
+    from flexcache.recording.recompute import recompute
+    from flexcache.recording.run.recorder import Recorder
     from flexcache.store.manage.repair import repair
     from flexcache.store.manage.verify import verify
     from flexcache.store.read.store import Store
@@ -67,21 +67,21 @@ _PLACES = {
     "FlexModel": "flexcache.hooks:FlexModel",
     "Generation": "flexcache.options:Generation",
     "HookFunction": "flexcache.hooks:HookFunction",
-    "LogitDifference": "flexcache.recorder.objective:LogitDifference",
+    "LogitDifference": "flexcache.recording.forward.objective:LogitDifference",
     "ModelSource": "flexcache.model:ModelSource",
-    "NextTokenLoss": "flexcache.recorder.objective:NextTokenLoss",
+    "NextTokenLoss": "flexcache.recording.forward.objective:NextTokenLoss",
     "Packing": "flexcache.options:Packing",
-    "Recorder": "flexcache.recorder.recorder:Recorder",
+    "Recorder": "flexcache.recording.run.recorder:Recorder",
     "Store": "flexcache.store.read.store:Store",
-    "Transform": "flexcache.recorder.transform:Transform",
+    "Transform": "flexcache.recording.forward.transform:Transform",
     "Windows": "flexcache.options:Windows",
-    "capture": "flexcache.recorder.capture:capture",
-    "extend": "flexcache.recorder.extend:extend",
-    "generate": "flexcache.recorder.generation:generate",
+    "capture": "flexcache.recording.capture:capture",
+    "extend": "flexcache.recording.extend:extend",
+    "generate": "flexcache.recording.generate:generate",
     "open": "flexcache.store.read.store:Store",
     "open_documents": "flexcache.documents:open_documents",
-    "recompute": "flexcache.recorder.recompute:recompute",
-    "record": "flexcache.recorder.foreign:record",
+    "recompute": "flexcache.recording.recompute:recompute",
+    "record": "flexcache.recording.external_forward:record",
     "repair": "flexcache.store.manage.repair:repair",
     "training": "flexcache.training",
     "verify": "flexcache.store.manage.verify:verify",

@@ -33,8 +33,8 @@ def load(config: CaptureConfig, progress: bool) -> Loaded:
     from flexcache.hooks.read.measure import input_device
     from flexcache.images.input import reader_of
     from flexcache.model import longest_input
-    from flexcache.recorder.imaging import check_images
-    from flexcache.recorder.reading import locate
+    from flexcache.recording.forward.capture_targets import locate
+    from flexcache.recording.forward.image_inputs import check_images
 
     check_place(config.store)
     documents = config.documents.open()
@@ -90,8 +90,8 @@ def _completions(
     config: CaptureConfig, generation: Generation, model: Any, tokenizer: Any, documents: Documents, progress: bool
 ) -> Documents:
     """Return prompts with completions, which are made where they are not there yet."""
-    from flexcache.recorder.generation import generate
-    from flexcache.recorder.progress import CaptureProgress
+    from flexcache.recording.generate import generate
+    from flexcache.recording.run.progress import CaptureProgress
 
     with CaptureProgress(progress) as bars:
         advance = bars.generating(documents.count)

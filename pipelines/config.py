@@ -18,7 +18,7 @@ from flexcache.model import ModelSource
 from flexcache.options import Choice, Generation, Options, Packing, Teaching, Windows, parse_rows
 from flexcache.paths import local_path
 from flexcache.provenance import load
-from flexcache.recorder.transform import Transform
+from flexcache.recording.forward.transform import Transform
 from flexcache.spec import AnyDType, Spec, parse_sites, validate
 from flexcache.store.storage.location import Place, local, place
 from flexcache.store.storage.object_path import RemotePath
@@ -113,8 +113,8 @@ class ObjectiveSource(Options):
         ConfigError
             A text is not one token, or not exactly one of the keys is set.
         """
-        from flexcache.arguments import one_token
-        from flexcache.recorder.objective import LogitDifference
+        from flexcache.recording.arguments import one_token
+        from flexcache.recording.forward.objective import LogitDifference
 
         if (self.function is None) == (self.logit_difference is None):
             raise ConfigError("objective must say one thing", expected="logit_difference or function")
@@ -270,7 +270,7 @@ class CaptureConfig(Options):
         """
         if self.generate is None:
             return self.documents.open()
-        from flexcache.recorder.generation import Completions
+        from flexcache.recording.generate import Completions
 
         return Completions(self.completions).open()
 
@@ -293,7 +293,7 @@ class CaptureConfig(Options):
 
     def spec(self, skeleton: Any = None) -> Spec:
         """Return the same as `capture_options`, as the store keeps it; what a decoder reads is said with a model."""
-        from flexcache.recorder.targets import decoder_inputs
+        from flexcache.recording.forward.decoder_inputs import decoder_inputs
 
         options = self.capture_options()
         teaching = options.pop("decoder_inputs")

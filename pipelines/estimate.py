@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from flexcache.errors import ConfigError
-from flexcache.recorder.planning import Source
-from flexcache.recorder.sampling import Sampled, sample
+from flexcache.recording.planning.length_sampling import Sampled, sample
+from flexcache.recording.planning.planning import Source
 from flexcache.store.format.text import size
 from flexcache.store.manage.footprint import Footprint, footprint
 from flexcache.store.write.disk_benchmark import write_rate
@@ -22,9 +22,9 @@ from pipelines.config import CaptureConfig
 from pipelines.plan import place_of, source_of, table_of
 
 if TYPE_CHECKING:
-    from flexcache.recorder.progress import CaptureProgress
-    from flexcache.recorder.reading import Reading
-    from flexcache.recorder.trial import Trial
+    from flexcache.recording.forward.capture_targets import Reading
+    from flexcache.recording.planning.throughput import Trial
+    from flexcache.recording.run.progress import CaptureProgress
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def run(config: CaptureConfig, terms: Terms, progress: bool = True) -> Forecast:
     """
     import transformers
 
-    from flexcache.recorder.progress import CaptureProgress
+    from flexcache.recording.run.progress import CaptureProgress
 
     spread = config.model.parallel
     if terms.tokens_per_second is None and spread.tensor * spread.fsdp * spread.pipeline > 1:
@@ -264,9 +264,9 @@ def run(config: CaptureConfig, terms: Terms, progress: bool = True) -> Forecast:
 def _batched(model: Any, config: CaptureConfig, source: Source) -> Source:
     """Return the source with the batches that a capture would plan for the model."""
     from flexcache.model import evaluating
-    from flexcache.recorder.crew import Crew
-    from flexcache.recorder.imaging import padding
-    from flexcache.recorder.padding import find_batching
+    from flexcache.recording.checks.padding import find_batching
+    from flexcache.recording.forward.image_inputs import padding
+    from flexcache.recording.run.model_parallel_group import Crew
 
     with evaluating(model), closing(Crew(model)) as crew:
         pad = padding(model, source.tokenizer)
@@ -276,7 +276,7 @@ def _batched(model: Any, config: CaptureConfig, source: Source) -> Source:
 
 def _reading(model: Any, config: CaptureConfig, source: Source) -> Reading:
     from flexcache.hooks.read.measure import input_device
-    from flexcache.recorder.reading import locate
+    from flexcache.recording.forward.capture_targets import locate
 
     return locate(model, source.spec, **config.functions(source.tokenizer, input_device(model)))
 
@@ -284,8 +284,8 @@ def _reading(model: Any, config: CaptureConfig, source: Source) -> Reading:
 def _try(
     model: Any, config: CaptureConfig, terms: Terms, source: Source, sampled: Sampled, bars: CaptureProgress
 ) -> Trial:
-    from flexcache.recorder.imaging import padding
-    from flexcache.recorder.trial import try_batches
+    from flexcache.recording.forward.image_inputs import padding
+    from flexcache.recording.planning.throughput import try_batches
 
     reading, pad = _reading(model, config, source), padding(model, source.tokenizer)
     advance = bars.trying(terms.seconds)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flexcache.paths import shown
-from flexcache.recorder.planning import Estimate, Source, estimate
+from flexcache.recording.planning.planning import Estimate, Source, estimate
 from flexcache.store.format.text import size
 from flexcache.store.storage.location import Place, local
 from flexcache.store.write.create import check_room
@@ -25,7 +25,7 @@ def run(config: CaptureConfig, console: Console, progress: bool = True) -> Estim
     PlanError
         The disk has no room for the store.
     """
-    from flexcache.recorder.progress import CaptureProgress
+    from flexcache.recording.run.progress import CaptureProgress
 
     source = source_of(config, config.skeleton())
     with CaptureProgress(progress) as bars:
@@ -46,8 +46,8 @@ def source_of(config: CaptureConfig, skeleton: Any) -> Source:
     from flexcache.hooks.locate.vision import reads_images
     from flexcache.images.input import reader_of
     from flexcache.model import describe_tokenizer, encoder_vocabulary, longest_input, positions, vocabulary
-    from flexcache.recorder.imaging import check_images
-    from flexcache.recorder.reading import locate, measure_arrays
+    from flexcache.recording.forward.capture_targets import locate, measure_arrays
+    from flexcache.recording.forward.image_inputs import check_images
 
     documents = open_documents(config.open_documents(), images_first=reads_images(skeleton))
     tokenizer = reader_of(skeleton, config.load_tokenizer(documents), documents.content)

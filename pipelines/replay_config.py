@@ -200,6 +200,6 @@ def read_answers(given: Any, tokenizer: Any) -> Any:
         return {str(name): read_answers(pair, tokenizer) for name, pair in given.items()}
     if not isinstance(given, list) or len(given) != 2:
         raise ConfigError("answers cannot be read", expected="two tokens, or a pair by document id", found=repr(given))
-    from flexcache.arguments import one_token
+    from flexcache.recording.arguments import one_token
 
     return tuple(one_token(value, tokenizer) for value in given)

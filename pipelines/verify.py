@@ -41,7 +41,7 @@ def run(path: Path, console: Console, progress: bool = True) -> Verification:
 def again(path: Path, config: CaptureConfig, units: int, console: Console, progress: bool = True) -> bool:
     """Run random units through the model again; print how far they are from what is stored, and whether all agree."""
     from flexcache.hooks.read.measure import input_device
-    from flexcache.recorder.recompute import recompute
+    from flexcache.recording.recompute import recompute
 
     pictures = Store(path).images  # which the store keeps, with their processor: the files may be gone
     model, tokenizer = config.load_model(), None if pictures else config.load_tokenizer(config.documents.open())

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import pad
 
-from flexcache.recorder.objective import NextTokenLoss
+from flexcache.recording.forward.objective import NextTokenLoss
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flexcache.recorder.batch import Batch
+    from flexcache.recording.forward.batch import Batch
 
 
 def induction(pattern: Tensor, batch: Batch) -> Tensor:

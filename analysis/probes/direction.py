@@ -91,7 +91,7 @@ class Direction:
         from flexcache.hooks.read.activation_hooks import ActivationHooks
         from flexcache.identity.describe import describe_model
         from flexcache.model import evaluating
-        from flexcache.recorder.fingerprint import fingerprint
+        from flexcache.recording.run.fingerprint import fingerprint
         from flexcache.site import Site
 
         if not allow_changed_model:

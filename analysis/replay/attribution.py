@@ -20,8 +20,8 @@ from analysis.replay.identity import compare, refuse_misfit
 from analysis.replay.obstacles import refuse_images
 from analysis.replay.spot import Source
 from flexcache.errors import AnalysisError
-from flexcache.recorder.batch import Batch
-from flexcache.recorder.objective import NextTokenLoss, Objective
+from flexcache.recording.forward.batch import Batch
+from flexcache.recording.forward.objective import NextTokenLoss, Objective
 from flexcache.site import GRADIENT
 from flexcache.store.read.store import Store
 

@@ -29,8 +29,8 @@ from flexcache.hooks.read.activation_hooks import accepts, eager
 from flexcache.hooks.read.measure import input_device
 from flexcache.images.input import stored_input
 from flexcache.model import evaluating
-from flexcache.recorder.batch import Batch, BatchReader
-from flexcache.recorder.imaging import padding, tensors
+from flexcache.recording.forward.batch import Batch, BatchReader
+from flexcache.recording.forward.image_inputs import padding, tensors
 from flexcache.site import Site
 from flexcache.store.read.store import Store
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from analysis.replay.engine import Engine, Start
 from flexcache.errors import AnalysisError
-from flexcache.recorder.batch import Batch
+from flexcache.recording.forward.batch import Batch
 from flexcache.store.read.store import Store
 
 ROUNDING = 0.05

@@ -18,10 +18,10 @@ from flexcache.identity.structure import structure
 from flexcache.identity.weights import combine, digest_tensors
 from flexcache.images.input import stored_input
 from flexcache.model import evaluating
-from flexcache.recorder.crew import Crew
-from flexcache.recorder.fingerprint import fingerprint
-from flexcache.recorder.imaging import padding
-from flexcache.recorder.recompute import check_rows
+from flexcache.recording.forward.image_inputs import padding
+from flexcache.recording.recompute import check_rows
+from flexcache.recording.run.fingerprint import fingerprint
+from flexcache.recording.run.model_parallel_group import Crew
 from flexcache.site import INEFFECTIVE
 from flexcache.store.read.recorded_model import recorded_model
 from flexcache.store.read.store import Store

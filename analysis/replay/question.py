@@ -21,7 +21,7 @@ from analysis.replay.hooking import Placed, Ran
 from analysis.replay.identity import Misfit, compare, refuse_misfit
 from analysis.replay.metrics import Metric, Outcome, score
 from flexcache.provenance import origin
-from flexcache.recorder.batch import Batch
+from flexcache.recording.forward.batch import Batch
 
 BASELINES = ("identity", "random_direction", "norm_matched")
 Answers = Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Sequence[int]] | None

@@ -28,7 +28,7 @@ from analysis.replay.workers import Loader, elsewhere
 from analysis.rescue import rescued
 from flexcache.errors import AnalysisError, MismatchError, StoreError, nearest
 from flexcache.paths import output_folder
-from flexcache.recorder.batch import Batch
+from flexcache.recording.forward.batch import Batch
 from flexcache.spec import listed
 from flexcache.store.read.store import Store
 from flexcache.store.storage.atomic_files import write_json

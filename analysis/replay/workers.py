@@ -18,7 +18,7 @@ from flexcache.store.storage.location import Place
 if TYPE_CHECKING:
     from analysis.replay.engine import Engine
     from analysis.replay.question import Part, Question
-    from flexcache.recorder.batch import Batch
+    from flexcache.recording.forward.batch import Batch
 
 Loader = Callable[[], nn.Module]
 

@@ -18,7 +18,7 @@ from flexcache.errors import ConfigError, DamagedError, MismatchError, SiteError
 from flexcache.exchange.pieces import ENDINGS, Piece, Stack, find_pieces, read_pieces
 from flexcache.paths import local_path
 from flexcache.plan import ranges
-from flexcache.recorder.foreign import record
+from flexcache.recording.external_forward import record
 from flexcache.site import STANDARD
 from flexcache.spec import DTYPES
 from flexcache.store.format.text import TABLE_COLUMNS

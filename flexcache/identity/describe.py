@@ -48,7 +48,7 @@ def describe_model(
     Parameters
     ----------
     conditions
-        What the bits of a forward depend on, see `flexcache.recorder.fingerprint`; None to run nothing.
+        What the bits of a forward depend on, see `flexcache.recording.run.fingerprint`; None to run nothing.
     reader
         Runs and reads a small forward; collective for a model on several processes.
     gathered

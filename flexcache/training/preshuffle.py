@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from flexcache.errors import ConfigError, StoreError
 from flexcache.paths import local_path
-from flexcache.recorder.foreign import record
+from flexcache.recording.external_forward import record
 from flexcache.site import Layers
 from flexcache.spec import ArraySpec
 from flexcache.store.format.int8 import is_scale

@@ -16,7 +16,7 @@ from flexcache.errors import ConfigError, DocumentsError
 from tests.corpora import build_store, lengths, token_documents
 from tests.pipelines.conftest import checkpoint, config, corpus  # noqa: F401
 from tests.pipelines.test_cli import run
-from tests.recorder.test_recorder import shard_hashes
+from tests.recording.test_recorder import shard_hashes
 
 datasets = pytest.importorskip("datasets")
 

@@ -13,7 +13,7 @@ from flexcache.identity import comparable, differences, for_store
 from flexcache.identity.behavior import GROUPS, SHAPE, behavior, sketch
 from flexcache.identity.describe import describe_model
 from flexcache.identity.record import TOLERANCES
-from flexcache.recorder.fingerprint import fingerprint
+from flexcache.recording.run.fingerprint import fingerprint
 from tests.models import FAMILIES, tiny
 
 OTHER = {"device": "another"}

@@ -15,7 +15,7 @@ import zarr
 import flexcache
 from tests.models import tiny
 from tests.pipelines.test_cli import run
-from tests.recorder.test_recorder import shard_hashes
+from tests.recording.test_recorder import shard_hashes
 
 DOCS = Path(__file__).parents[2] / "docs" / "reliability.md"
 

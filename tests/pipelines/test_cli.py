@@ -13,7 +13,7 @@ import yaml
 
 import flexcache
 from pipelines.cli import main
-from tests.recorder.test_recorder import shard_hashes
+from tests.recording.test_recorder import shard_hashes
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0) -> str:
@@ -74,7 +74,7 @@ def test_capture_info_verify_from_the_command_line(config: Path, capsys: pytest.
 def test_slow_bfloat16_is_said(
     config: Path, native: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexcache.recorder.running.native_bfloat16", lambda: native)
+    monkeypatch.setattr("flexcache.recording.run.forward_loop.native_bfloat16", lambda: native)
     assert "no instructions for bfloat16" not in run(capsys, "capture", config)  # a model in float32
     half = yaml.safe_load(config.read_text())
     half |= {"model": {"name": half["model"], "dtype": "bfloat16"}, "store": "half.zarr"}

@@ -13,7 +13,7 @@ import yaml
 import flexcache
 from flexcache.store.manage.extension_transaction import Growth
 from tests.pipelines.test_cli import run
-from tests.recorder.test_recorder import shard_hashes
+from tests.recording.test_recorder import shard_hashes
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_one_that_is_unfinished(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("flexcache.recorder.extend.complete", stop)
+        patched.setattr("flexcache.recording.extend.complete", stop)
         with pytest.raises(KeyboardInterrupt):
             from pipelines import extend
             from pipelines.config import read_config

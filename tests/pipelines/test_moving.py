@@ -10,7 +10,7 @@ import pytest
 import flexcache
 from tests.corpora import build_store
 from tests.pipelines.test_cli import run
-from tests.recorder.test_recorder import shard_hashes
+from tests.recording.test_recorder import shard_hashes
 
 
 @pytest.fixture

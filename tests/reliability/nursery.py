@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 import flexcache
-import flexcache.recorder.recorder as recording
-from flexcache.recorder.recorder import Recorder
+import flexcache.recording.run.recorder as recording
+from flexcache.recording.run.recorder import Recorder
 from tests.corpora import lengths, token_documents
 from tests.models import VOCABULARY, tiny
 from tests.reliability.steps import Steps, counted, killed

@@ -21,7 +21,7 @@ import flexcache
 from flexcache.errors import MismatchError
 from tests.corpora import lengths, token_documents
 from tests.models import VOCABULARY, tiny
-from tests.recorder.test_recorder import shard_hashes
+from tests.recording.test_recorder import shard_hashes
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 DOCUMENTS = token_documents(lengths(60, longest=30), vocabulary=VOCABULARY - 7)

@@ -12,7 +12,7 @@ import torch
 import flexcache
 from flexcache.errors import DamagedError, MismatchError, StoreError
 from tests.models import tiny
-from tests.recorder.test_recorder import shard_hashes
+from tests.recording.test_recorder import shard_hashes
 from tests.reliability.test_steps import capture
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import flexcache
 from flexcache.errors import CaptureError, PlanError
-from flexcache.recorder.recorder import Recorder
+from flexcache.recording.run.recorder import Recorder
 from tests.reliability.test_steps import capture, check_resumed, committed
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +75,7 @@ from pathlib import Path
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from tests.reliability.test_steps import capture
 from flexcache.errors import CaptureError, PlanError
-from flexcache.recorder.recorder import Recorder
+from flexcache.recording.run.recorder import Recorder
 resource.setrlimit(resource.RLIMIT_FSIZE, ({largest // 2}, {largest // 2}))
 try:
     capture(Path({str(path)!r}))

@@ -16,7 +16,7 @@ import torch
 
 import flexcache
 from flexcache.store.write.worker import describe
-from tests.recorder.test_recorder import shard_hashes
+from tests.recording.test_recorder import shard_hashes
 from tests.reliability.nursery import capture
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ import torch
 import flexcache
 from flexcache.errors import CaptureError
 from tests.models import tiny
-from tests.recorder.test_recorder import shard_hashes
+from tests.recording.test_recorder import shard_hashes
 from tests.reliability.nursery import DOCUMENTS, OPTIONS
 from tests.reliability.steps import BROKEN, FULL, Steps, counted
 from tests.reliability.test_kills import Nursery

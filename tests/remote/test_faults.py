@@ -15,7 +15,7 @@ from flexcache.store.manage.copy import copy
 from flexcache.store.storage import retry
 from flexcache.store.storage.object_path import RemotePath
 from tests.corpora import build_store, lengths, open_recorder, put_batch, token_documents
-from tests.recorder.test_recorder import shard_hashes
+from tests.recording.test_recorder import shard_hashes
 from tests.remote.conftest import connect, environment
 from tests.remote.proxy import DroppingProxy
 

@@ -24,7 +24,7 @@ from flexcache.store.storage.object_path import RemotePath
 from pipelines.cli import app
 from tests.corpora import build_store, lengths, open_recorder, put_batch, token_documents
 from tests.models import tiny
-from tests.recorder.test_recorder import shard_hashes
+from tests.recording.test_recorder import shard_hashes
 
 CODECS = pytest.mark.parametrize("compression", ["none", "zstd"])
 DOCUMENTS = token_documents(lengths(90))

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 import flexcache
 from flexcache.errors import ConfigError, DocumentsError
 from flexcache.model import evaluating
-from flexcache.recorder.batch import Batch, BatchReader, split
-from flexcache.recorder.crew import Crew
-from flexcache.recorder.isolation import check_isolation
-from flexcache.recorder.reading import locate
+from flexcache.recording.checks.attention_isolation import check_isolation
+from flexcache.recording.forward.batch import Batch, BatchReader, split
+from flexcache.recording.forward.capture_targets import locate
+from flexcache.recording.run.model_parallel_group import Crew
 from flexcache.sequences.packed import Isolated, Marks, Packed
 from flexcache.spec import Spec
 from tests.corpora import build_store, lengths, token_documents

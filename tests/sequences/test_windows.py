@@ -16,7 +16,7 @@ from flexcache.errors import ConfigError, DocumentsError
 from flexcache.sequences.cuts import Windowed
 from tests.corpora import build_store, lengths, token_documents
 from tests.models import VOCABULARY, tiny
-from tests.recorder.test_recorder import shard_hashes
+from tests.recording.test_recorder import shard_hashes
 
 DOCUMENTS = token_documents([61, 3, 12, 13, 40, *lengths(30, longest=30)], vocabulary=VOCABULARY)
 QUIET = {"progress": False, "batch_tokens": 64}

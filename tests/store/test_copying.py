@@ -22,7 +22,7 @@ from flexcache.store.manage.copy import copy
 from flexcache.store.manage.derive import ledger_digest
 from flexcache.store.manage.row_copy import Transfer
 from tests.corpora import build_store, lengths, open_recorder, put_batch, token_documents
-from tests.recorder.test_recorder import shard_hashes
+from tests.recording.test_recorder import shard_hashes
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import flexcache
 from flexcache.errors import DamagedError, DocumentsError, MismatchError, StoreError
-from flexcache.recorder.batch import BatchReader
+from flexcache.recording.forward.batch import BatchReader
 from flexcache.store.format.extension import GROWING
 from flexcache.store.manage.copy import copy
 from flexcache.store.manage.extension_transaction import Growth
@@ -32,7 +32,7 @@ from tests.corpora import (
     padded_activation,
     token_documents,
 )
-from tests.recorder.test_recorder import shard_hashes
+from tests.recording.test_recorder import shard_hashes
 from tests.reliability.steps import Steps, counted
 
 OLD = token_documents(lengths(150))

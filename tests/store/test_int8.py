@@ -23,7 +23,7 @@ from flexcache.store.manage.remove import Removal
 from flexcache.training import stream
 from tests.corpora import expected_rows, lengths, open_recorder, token_documents
 from tests.models import VOCABULARY, tiny
-from tests.recorder.test_recorder import shard_hashes
+from tests.recording.test_recorder import shard_hashes
 from tests.store.test_growing import NEW, OLD, fill
 
 

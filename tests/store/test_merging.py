@@ -16,7 +16,7 @@ from flexcache.store.manage.copy import copy
 from flexcache.store.manage.merge import merge
 from flexcache.store.manage.row_copy import Transfer
 from tests.corpora import build_store, lengths, token_documents
-from tests.recorder.test_recorder import shard_hashes
+from tests.recording.test_recorder import shard_hashes
 from tests.store.test_copying import partial_store
 
 LAYERS = [0, 1, 3, 4]

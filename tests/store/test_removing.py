@@ -22,7 +22,7 @@ from flexcache.store.manage.remove import NOTE, Removal
 from flexcache.store.write.claims import Claims
 from flexcache.store.write.worker import Worker
 from tests.corpora import build_store, lengths, open_recorder, put_batch, token_documents
-from tests.recorder.test_recorder import shard_hashes
+from tests.recording.test_recorder import shard_hashes
 
 
 class Killed(BaseException):

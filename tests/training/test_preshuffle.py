@@ -15,7 +15,7 @@ from flexcache.training import stream
 from flexcache.training.preshuffle import SOURCE_ROW, preshuffle
 from tests.corpora import build_store, lengths, open_recorder, token_documents
 from tests.pipelines.test_cli import run
-from tests.recorder.test_recorder import shard_hashes
+from tests.recording.test_recorder import shard_hashes
 
 
 @pytest.fixture(scope="module")

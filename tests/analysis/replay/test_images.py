@@ -13,7 +13,7 @@ import transformers as hf
 import flexcache
 from analysis import replay
 from flexcache.errors import AnalysisError, MismatchError
-from tests.recorder.test_images import by_hand
+from tests.recording.test_images import by_hand
 from tests.vision import DEPTH, image_documents, processor, tiny_vision
 
 DOCUMENTS = image_documents(10)

@@ -31,7 +31,7 @@ from tests.distributed.checks.pipeline import halves
 from tests.distributed.checks.tensor import UNEVEN, saved, shard
 from tests.distributed.registry import check
 from tests.models import FAMILIES, VOCABULARY, tiny
-from tests.recorder.test_recorder import shard_hashes
+from tests.recording.test_recorder import shard_hashes
 
 DOCUMENTS = token_documents(lengths(90, longest=25), vocabulary=VOCABULARY)
 OPTIONS: dict[str, Any] = {"progress": False, "batch_tokens": 100}
@@ -130,8 +130,8 @@ def tensor_parallel_in_uneven_shards() -> None:
 
 @check(2)
 def files_of_tensor_parallel_ranks_are_shared_out_evenly() -> None:
-    from flexcache.recorder.crew import Crew
-    from flexcache.recorder.reading import locate
+    from flexcache.recording.forward.capture_targets import locate
+    from flexcache.recording.run.model_parallel_group import Crew
     from flexcache.spec import Spec
 
     model = loaded("llama", tp_size=2)

@@ -1,0 +1,176 @@
+"""Models, tokenizers and objectives as callers pass them: loaded by name, and checked before any work."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from flexcache.errors import ConfigError, FlexCacheError
+from flexcache.hooks.locate.names import unwrap, whole
+from flexcache.hooks.locate.vision import reads_images
+from flexcache.model import ModelSource
+from flexcache.parallel.stages import Stages
+from flexcache.recording.forward.objective import LogitDifference, Objective
+
+TAKEN = ("input_ids", "attention_mask")
+"""Keywords that the forward of a model of texts takes."""
+
+
+def model_of(model: Any) -> nn.Module:
+    """Return the model to run: one given as a folder or a name on the hub is loaded, on its default device.
+
+    Raises
+    ------
+    ConfigError
+        It cannot be loaded, is no model, has no weights or configuration, or its forward takes no attention mask.
+    """
+    if isinstance(model, str | os.PathLike):
+        return ModelSource(name=os.fspath(model)).load()
+    if isinstance(model, type):
+        raise _no_model("a class", model.__name__, f"make one of it: {model.__name__}.from_pretrained(name)")
+    inner = getattr(model, "model", None)
+    if not isinstance(model, nn.Module) and isinstance(inner, nn.Module):
+        remedy = "pass the model in it and its tokenizer: pipeline.model, pipeline.tokenizer"
+        raise _no_model("an object that holds a model", type(model).__name__, remedy)
+    stage = hasattr(model, "submod") or isinstance(model, list)
+    if not isinstance(model, nn.Module) and not stage:
+        raise _no_model("none", type(model).__name__, "load one, as with AutoModelForCausalLM.from_pretrained(name)")
+    found = whole(model)
+    if not isinstance(found, Stages):
+        _check_module(found)
+    return found
+
+
+def _check_module(model: nn.Module) -> None:
+    root = unwrap(model)
+    tensors = [*root.parameters(), *root.buffers()]
+    offloaded = any(hasattr(module, "_hf_hook") for module in root.modules())
+    if tensors and all(tensor.device.type == "meta" for tensor in tensors) and not offloaded:
+        remedy = "load the weights, as with from_pretrained, outside of torch.device('meta')"
+        raise _no_model("without weights: it is on the meta device", type(root).__name__, remedy)
+    if getattr(root, "config", None) is None:
+        inside = next((name for name, module in root.named_modules() if hasattr(module, "config")), None)
+        own = "run its forward yourself, and store the activations with flexcache.record"
+        remedy = own if inside is None else f"pass the model inside: model.{inside}; or {own}"
+        raise _no_model("without a configuration (an attribute config)", type(root).__name__, remedy)
+    if reads_images(root):
+        return
+    parameters = inspect.signature(type(root).forward).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    if missing := [name for name in TAKEN if name not in parameters]:
+        raise ConfigError(
+            f"the forward of the model takes no {' and no '.join(missing)}",
+            where=type(root).__name__,
+            expected="forward(input_ids, attention_mask, …), as models of transformers have it",
+            found=f"forward({', '.join(name for name in parameters if name != 'self')})",
+            remedy="rename its arguments, or run the forward yourself and store the activations with flexcache.record",
+        )
+
+
+def _no_model(what: str, found: str, remedy: str) -> ConfigError:
+    return ConfigError(
+        f"the model is {what}" if what != "none" else "that is no model",
+        expected="a model of transformers, the folder or the name of one, or stages of a torch pipeline",
+        found=found,
+        remedy=remedy,
+    )
+
+
+def tokenizer_of(tokenizer: Any, model: nn.Module) -> Any:
+    """Return the tokenizer, or for a model of images the processor; one given as a folder or a name is loaded.
+
+    Raises
+    ------
+    ConfigError
+        It cannot be loaded, or is no tokenizer.
+    """
+    images = reads_images(model)
+    if isinstance(tokenizer, str | os.PathLike):
+        source = ModelSource(name=os.fspath(tokenizer))
+        return source.processor() if images else source.tokenizer()
+    if tokenizer is None or images:
+        return tokenizer
+    name = getattr(tokenizer, "__name__", type(tokenizer).__name__)
+    if isinstance(tokenizer, nn.Module):
+        raise _no_tokenizer("a model", name, "the order is model, tokenizer, documents, path")
+    if isinstance(tokenizer, type):
+        raise _no_tokenizer("a class", name, f"make one of it: {name}.from_pretrained(name)")
+    if hasattr(tokenizer, "tokenizer") and hasattr(tokenizer, "save_pretrained"):  # a processor, or a pipeline
+        remedy = f"pass the tokenizer in it: the attribute tokenizer of the {name}"
+        raise _no_tokenizer("an object that holds a tokenizer", name, remedy)
+    if not callable(tokenizer):
+        wrap = (
+            "wrap it: transformers.PreTrainedTokenizerFast(tokenizer_object=…)"
+            if hasattr(tokenizer, "encode")
+            else None
+        )
+        raise _no_tokenizer("not callable", name, wrap or "load one, as with AutoTokenizer.from_pretrained(name)")
+    return tokenizer
+
+
+def _no_tokenizer(what: str, found: str, remedy: str) -> ConfigError:
+    return ConfigError(
+        f"the tokenizer is {what}",
+        expected="a tokenizer of transformers, the folder or the name of one, a function from texts to lists of token"
+        " ids, or None for documents of tokens",
+        found=found,
+        remedy=remedy,
+    )
+
+
+def objective_of(objective: Objective | None, tokenizer: Any) -> Objective | None:
+    """Return an objective whose tokens are ids: those given as text are looked up in the tokenizer.
+
+    Raises
+    ------
+    ConfigError
+        A text is not one token, or the objective is no function.
+    """
+    if isinstance(objective, LogitDifference):
+        token, other = (one_token(value, tokenizer) for value in (objective.token, objective.other))
+        return replace(objective, token=token, other=other)
+    if objective is not None and (not callable(objective) or isinstance(objective, type)):
+        raise ConfigError(
+            "the objective cannot be called",
+            expected="flexcache.NextTokenLoss(), flexcache.LogitDifference(token, other), or a function of the model's"
+            " output and the batch",
+            found=repr(objective),
+        )
+    return objective
+
+
+def one_token(value: int | str, tokenizer: Any) -> int:
+    """Return the id of a token given by id, or by a text that is one token.
+
+    Raises
+    ------
+    ConfigError
+        The text is not one token, or there is no tokenizer to look it up in.
+    """
+    if not isinstance(value, str):
+        try:
+            return value.__index__()
+        except AttributeError:
+            raise ConfigError("a token is given by its id or by text", found=repr(value)) from None
+    ids: list[Any] = []
+    try:
+        if hasattr(tokenizer, "convert_tokens_to_ids"):
+            ids = tokenizer(value, add_special_tokens=False)["input_ids"]
+        elif tokenizer is not None:  # a plain callable
+            ids = tokenizer([value])[0]
+    except FlexCacheError:
+        raise
+    except Exception:  # whatever it is, it gives no token
+        ids = []
+    if len(ids) != 1:
+        raise ConfigError(
+            f"{value!r} is not one token",
+            found="no tokenizer" if tokenizer is None else f"{len(ids)} tokens {ids}",
+            remedy="give a text that is one token, often with a space before it, or a token id",
+        )
+    return int(ids[0])

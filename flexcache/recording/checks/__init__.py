@@ -1,0 +1,1 @@
+"""Prove with small forwards which sequences may share a batch."""

@@ -1,0 +1,1 @@
+"""Prepare the inputs of a forward, and turn its activations into rows."""

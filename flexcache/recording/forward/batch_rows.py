@@ -1,0 +1,42 @@
+"""Turn the padded activations of a batch into the bytes of stored rows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from flexcache.recording.forward.batch import Batch
+from flexcache.store.write.row_encoding import FLOAT32, Piece, bytes_of, host, int8_pieces, is_torch, piece_of
+
+
+def rows_of(batch: Batch, values: Any, dtype: np.dtype) -> list[Piece]:
+    """Return the rows of padded activations, shape (sequences, longest, …), as bytes in the storage dtype.
+
+    Nothing is copied where nothing is cast or averaged, since this runs inside hooks: the bytes are then those of
+    the activations, padding included, and the spans say which of them are rows. Of int8, a second piece has the scales.
+
+    Raises
+    ------
+    Unstorable
+        See `encode_rows`.
+    """
+    if dtype == np.int8:
+        return int8_pieces(_rows_of(batch, values, FLOAT32), math.prod(values.shape[2:]))
+    return [_rows_of(batch, values, dtype)]
+
+
+def _rows_of(batch: Batch, values: Any, dtype: np.dtype) -> Piece:
+    same = str(values.dtype).removeprefix("torch.") == dtype.name
+    if batch.mean:
+        return piece_of(bytes_of(batch.kept(host(values) if is_torch(values) else values), dtype))
+    if same and batch.picked is None:
+        content = bytes_of(values, dtype)
+        width = len(content) // (batch.shape[0] * batch.shape[1])
+        return content, [(start * width, count * width) for start, count in batch.spans]
+    if is_torch(values):
+        import torch
+
+        return piece_of(bytes_of(torch.cat([values[line][places] for line, places in enumerate(batch.places)]), dtype))
+    return piece_of(bytes_of(batch.kept(values), dtype))

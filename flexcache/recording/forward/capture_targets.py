@@ -1,0 +1,195 @@
+"""What a capture reads of a model in every forward, and the arrays that this fills."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from flexcache import hooks
+from flexcache.errors import CaptureError, ConfigError, SiteError
+from flexcache.hooks.locate.encoder_decoder import TARGET
+from flexcache.hooks.read.activation_hooks import batch_shape
+from flexcache.hooks.read.measure import Example, Reader, read_example
+from flexcache.recording.forward.batch import Batch
+from flexcache.recording.forward.objective import OBJECTIVE, NextTokenLoss, Objective, by_token, checked
+from flexcache.recording.forward.transform import Transform
+from flexcache.site import ONCE, Site
+from flexcache.spec import DTYPES, ArraySpec, Spec
+from flexcache.store.format.int8 import with_scales
+
+
+@dataclass(frozen=True)
+class Reading:
+    """ActivationHooks, and what is made of the tensors that they read.
+
+    Attributes
+    ----------
+    sources : mapping from str to tuple of HookPoint
+        By a site as the user wrote it, or by the name of a transform.
+    transforms : mapping from str to Transform
+        By the name of the array that each fills.
+    objective : Objective or None
+        What is differentiated, where a hook point is a gradient.
+    """
+
+    sources: Mapping[str, tuple[hooks.HookPoint, ...]]
+    transforms: Mapping[str, Transform]
+    objective: Objective | None = None
+
+    @property
+    def points(self) -> tuple[hooks.HookPoint, ...]:
+        """The points of all sources."""
+        return tuple(point for points in self.sources.values() for point in points)
+
+
+def locate(
+    model: torch.nn.Module,
+    spec: Spec,
+    transforms: Sequence[Transform] = (),
+    objective: Objective | None = None,
+    elsewhere: Collection[str] = (),
+) -> Reading:
+    """Find the sites of a spec, and of transforms, in a model; *elsewhere* as for `flexcache.hooks.locate.search`.
+
+    Raises
+    ------
+    SiteError
+        A site matches nothing, or two sites mean the same array.
+    ConfigError
+        Two transforms of one name; an objective without a gradient to store.
+    """
+    sources = {
+        text: hooks.find_hook_points(model, Site.parse(text), layers, elsewhere) for text, layers in spec.sites.items()
+    }
+    made: dict[str, Transform] = {}
+    for transform in transforms:
+        if transform.name in sources:
+            raise ConfigError(f"two arrays would be named {transform.name}", remedy="rename the transform")
+        found = hooks.find_hook_points(model, transform.place, transform.layers, elsewhere)
+        several = len(found) > 1 and found[0].layer is None
+        sources[transform.name] = tuple(
+            replace(point, array=f"{transform.name}.{point.module}" if several else transform.name) for point in found
+        )
+        made |= {point.array: transform for point in sources[transform.name]}
+    gradients = any(point.gradient for points in sources.values() for point in points)
+    if objective is not None and not gradients:
+        raise ConfigError(
+            "an objective is given, and no site whose gradient is to be stored",
+            expected="a site that ends in .grad, such as resid_post.grad",
+            found=", ".join(sources),
+        )
+    return Reading(sources, made, (objective or NextTokenLoss()) if gradients else None)
+
+
+def measure_arrays(
+    model: torch.nn.Module,
+    spec: Spec,
+    reading: Reading,
+    reader: Reader = read_example,
+    example: Example | None = None,
+) -> list[ArraySpec]:
+    """Return the arrays of a store: names, widths and dtypes, by one small forward.
+
+    Raises
+    ------
+    SiteError
+        See `flexcache.hooks.read.measure`.
+    CaptureError
+        What is read cannot be stored; a transform or the objective fails.
+    """
+
+    def through(point: hooks.HookPoint, values: torch.Tensor, inputs: Any) -> torch.Tensor:
+        transform = reading.transforms.get(point.array)
+        if transform is None:
+            return values
+        if values.device.type == "meta":
+            values = torch.zeros(values.shape, dtype=values.dtype)
+        return transform(values, _example(model, inputs))
+
+    plain = {point: replace(point, gradient=False) for point in reading.points}
+    try:
+        measured = hooks.measure(
+            model, tuple(dict.fromkeys(plain.values())), example=example, through=through, reader=reader
+        )
+    except SiteError as error:
+        if "example=" in (error.remedy or ""):  # which hooks take, and a capture does not
+            error.remedy = "run the model's forward yourself, and store the activations with flexcache.record"
+        raise
+    arrays: list[ArraySpec] = []
+    for text, points in reading.sources.items():
+        kinds = {point: measured[plain[point]] for point in points}
+        transform = reading.transforms.get(points[0].array)
+        dim = _feature_dim(text, transform)
+        site = transform.site if transform else text
+        if points[0].layer is not None:
+            layers, depth = (
+                tuple(point.layer for point in points if point.layer is not None),
+                len(hooks.find_blocks(model)[1]),
+            )
+            arrays.append(_array(points[0].array, site, layers, depth, kinds[points[0]], dim, spec))
+        else:
+            arrays += [
+                _array(point.array, site, None, None, kinds[point], dim or _own_dim(point), spec) for point in points
+            ]
+    if reading.objective is not None and _objective_by_token(model, reading.objective, reader, example):
+        kind = hooks.Activation((1,), torch.float32)
+        arrays.append(_array(OBJECTIVE, OBJECTIVE, None, None, kind, f"feature_{OBJECTIVE}", spec, "float32"))
+    return with_scales(arrays)
+
+
+def _objective_by_token(model: torch.nn.Module, objective: Objective, reader: Reader, example: Example | None) -> bool:
+    inputs, _, output = reader(model, (), example)
+    batch = _example(model, inputs)
+    try:
+        return by_token(checked(objective(output, batch), batch), batch) is not None
+    except Exception:
+        if next(iter(inputs.values())).device.type == "meta":  # no values to compute with: only the plan is asked for
+            return True
+        raise
+
+
+def _example(model: torch.nn.Module, inputs: Any) -> Batch:
+    given = inputs.get(TARGET, inputs.get("input_ids"))
+    shape = batch_shape(model, (), inputs)
+    ids = torch.full(shape, -1) if given is None else torch.ones(shape) if given.device.type == "meta" else given.cpu()
+    tokens = tuple(line.int().numpy() for line in ids)
+    documents = torch.arange(shape[0]).numpy()
+    return Batch(0, 0, range(math.prod(shape)), documents, tokens, ((0, shape[1]),) * shape[0])
+
+
+def _feature_dim(text: str, transform: Transform | None) -> str:
+    if transform is not None:
+        return transform.feature_dim
+    site = Site.parse(text)
+    return site.feature_dim if site.standard or site.name in ONCE else ""
+
+
+def _own_dim(point: hooks.HookPoint) -> str:
+    return f"feature_{point.array.removesuffix('.grad') if point.gradient else point.array}"
+
+
+def _array(
+    name: str,
+    site: str,
+    layers: tuple[int, ...] | None,
+    depth: int | None,
+    activation: hooks.Activation,
+    feature_dim: str,
+    spec: Spec,
+    dtype: str = "auto",
+) -> ArraySpec:
+    if dtype == "auto":
+        dtype = str(activation.dtype).removeprefix("torch.") if spec.dtype == "auto" else spec.dtype
+    features = math.prod(activation.shape)
+    if dtype not in DTYPES or not features:
+        raise CaptureError(
+            f"activations of {name} cannot be stored as they are computed",
+            expected=f"at least one value of {', '.join(DTYPES)}",
+            found=f"shape {activation.shape} of {dtype}",
+            remedy="set dtype to one of them, or leave the site out",
+        )
+    return ArraySpec(name, site, layers, depth, features, feature_dim, dtype)

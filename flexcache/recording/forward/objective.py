@@ -1,0 +1,138 @@
+"""Objectives: scalars of a model's output, whose gradients at sites are stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from flexcache.errors import CaptureError
+from flexcache.provenance import origin
+
+if TYPE_CHECKING:
+    from flexcache.recording.forward.batch import Batch
+
+OBJECTIVE = "objective"
+"""Name of the array that holds an objective's values."""
+
+
+class Objective(Protocol):
+    """What is differentiated: the sum of what this returns.
+
+    A tensor of shape (sequences, longest) or (sequences,) is stored as well, on the rows of its tokens or sequences,
+    as the array ``objective``; a scalar is not. So that a row does not depend on which batch it came in, each sequence
+    should add a term of its own, as a sum does and a mean over the batch does not.
+    """
+
+    def __call__(self, output: Any, batch: Batch) -> torch.Tensor:
+        """Return the objective of a model's output, right-padded, for a batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class NextTokenLoss:
+    """The cross-entropy of what each token predicts of the next, in nats, in float32; 0 at the last of a sequence.
+
+    Where documents of a sequence do not see each other, it is 0 at the last of each.
+    """
+
+    def __call__(self, output: Any, batch: Batch) -> torch.Tensor:
+        """Return losses of shape (sequences, longest)."""
+        logits = logits_of(output)
+        labels = torch.from_numpy(batch.input_ids(IGNORED)).to(logits.device)
+        for line, begins in zip(labels, batch.begins or (), strict=False):
+            line[torch.from_numpy(begins.astype("int64"))] = IGNORED
+        mask = torch.from_numpy(batch.attention_mask()).to(logits.device)
+        following = torch.where(mask[:, 1:].bool(), labels[:, 1:], IGNORED)
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, : following.shape[1]].float().flatten(0, 1),
+            following.flatten(),
+            ignore_index=IGNORED,
+            reduction="none",
+        )
+        return torch.nn.functional.pad(losses.view_as(following), (0, 1))
+
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """The logit of one token less that of another, after each sequence's last token, in float32.
+
+    Tokens are ids, or texts of one token each, which `flexcache.capture` looks up in its tokenizer.
+
+    >>> LogitDifference(" Paris", " Rome")
+    LogitDifference(token=' Paris', other=' Rome')
+    """
+
+    token: int | str
+    other: int | str
+
+    def __call__(self, output: Any, batch: Batch) -> torch.Tensor:
+        """Return differences of shape (sequences,)."""
+        logits = logits_of(output)
+        last = torch.tensor([len(tokens) - 1 for tokens in batch.tokens], device=logits.device)
+        if isinstance(self.token, str) or isinstance(self.other, str):
+            raise CaptureError(
+                "tokens given as text have no ids here",
+                found=repr(self),
+                remedy="pass the objective to flexcache.capture with a tokenizer, or give token ids",
+            )
+        ends = logits[torch.arange(len(last), device=logits.device), last].float()
+        if not all(-ends.shape[1] <= token < ends.shape[1] for token in (self.token, self.other)):
+            raise CaptureError(
+                "the objective names a token that the model has no logit of",
+                expected=f"ids from 0 to {ends.shape[1] - 1}",
+                found=f"{self.token} and {self.other}",
+            )
+        return ends[:, self.token] - ends[:, self.other]
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """Return the logits of a model's output, shape (sequences, longest, vocabulary).
+
+    Raises
+    ------
+    CaptureError
+    """
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 3:
+        raise CaptureError(
+            "the model's output has no logits to make an objective of",
+            expected="output.logits of shape (sequences, longest, vocabulary)",
+            found=type(output).__name__,
+            remedy="load the model with its head (AutoModelForCausalLM), or give an objective of your own",
+        )
+    return logits
+
+
+def describe(objective: Objective) -> dict[str, Any]:
+    """Return what a store says of its objective."""
+    return origin(objective)
+
+
+def checked(value: Any, batch: Batch) -> torch.Tensor:
+    """Return what an objective gave, if it can be differentiated.
+
+    Raises
+    ------
+    CaptureError
+    """
+    shapes = ((), (batch.shape[0],), batch.shape)
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or tuple(value.shape) not in shapes:
+        raise CaptureError(
+            "the objective gives nothing that can be differentiated",
+            expected=f"a tensor of shape {batch.shape}, ({batch.shape[0]},) or ()",
+            found=f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__,
+        )
+    return value
+
+
+def by_token(value: torch.Tensor, batch: Batch) -> torch.Tensor | None:
+    """Return an objective's value as rows are stored, shape (sequences, longest, 1); None for a scalar."""
+    if value.ndim == 0:
+        return None
+    spread = value if value.ndim == 2 else value[:, None].expand(batch.shape)
+    return spread.float().unsqueeze(2).contiguous()

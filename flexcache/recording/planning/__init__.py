@@ -1,0 +1,1 @@
+"""Turn documents or requests into a plan, and estimate what it costs."""

@@ -1,0 +1,248 @@
+"""What a store is to grow by, staged inside of it: more arrays and layers, or more documents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.compute as pc
+
+from flexcache.errors import MismatchError
+from flexcache.recording.planning.new_documents import Added, NothingNewError
+from flexcache.recording.run.existing_rows import Carried
+from flexcache.recording.run.fingerprint import versions
+from flexcache.sequences import Positions, spool
+from flexcache.site import resolve_layers
+from flexcache.spec import ArraySpec, Spec
+from flexcache.store.manage.extension_transaction import Growth, incomplete
+from flexcache.store.manage.staging import plan_after, stage_arrays, stage_documents, united
+from flexcache.store.read.selection import Key
+from flexcache.store.read.store import Store
+
+if TYPE_CHECKING:
+    from flexcache.documents import Documents
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Extension:
+    """A staged extension of a store.
+
+    Attributes
+    ----------
+    growth : Growth
+        Put in place by its `settle`.
+    store : Store
+        Before it grows.
+    keys : list of (str, int or None)
+        The arrays and layers that are captured.
+    carried : Carried or None
+        The rows that come before new documents.
+    """
+
+    growth: Growth
+    store: Store
+    keys: list[Key]
+    carried: Carried | None = None
+
+
+def opened(path: str | Path) -> Store:
+    """Return a store that can grow, after an extension that is on its way is in place.
+
+    Raises
+    ------
+    StoreError
+        It is no store, or not complete.
+    """
+    growth = Growth(path)
+    if growth.placing:
+        growth.settle()
+    store = Store(path)
+    if not store.complete:
+        raise incomplete(store)
+    return store
+
+
+def more_arrays(
+    path: Path, arrays: list[ArraySpec], asked: Spec, on_wait: Callable[[], None] = lambda: None
+) -> Extension | None:
+    """Stage arrays and layers over the documents of a store; None where it has all of them.
+
+    Parameters
+    ----------
+    arrays
+        What is to be there, among other things.
+    asked
+        The sites, layers, transforms and objective that they come from; the rest is as in the store.
+
+    Raises
+    ------
+    MismatchError
+        An array of the store has the same name and another form; another extension was begun.
+    PlanError
+        The disk has no room.
+    """
+    store, growth = opened(path), Growth(path)
+    _check_forms(store, arrays)
+    together, new = united(store, arrays)
+    if not new:
+        return None
+    wanted: dict[str, list[int | None]] = {}
+    for name, layer in new:
+        wanted.setdefault(name, []).append(layer)
+    request = {"arrays": {name: None if layers == [None] else layers for name, layers in wanted.items()}}
+
+    def make(folder: Path) -> None:
+        now = Store(path)
+        if not united(now, arrays)[1]:
+            raise NothingNewError
+        stage_arrays(now, folder, together, _spec_with(now, asked, together), request)
+
+    try:
+        growth.begin(make, on_wait)
+    except NothingNewError:
+        return None
+    growth.check_request(request)
+    return Extension(growth, store, new)
+
+
+def more_documents(
+    path: Path,
+    documents: Documents,
+    tokenizer: Any,
+    *,
+    vocabulary: int | None = None,
+    encoder_vocabulary: int | None = None,
+    positions: Positions = (None, None),
+    new_only: bool = False,
+    max_tokens: int | None = None,
+    progress: Progress = lambda documents, tokens: None,
+    on_wait: Callable[[], None] = lambda: None,
+) -> Extension | None:
+    """Stage documents behind those of a store; None where it has all of them.
+
+    Parameters
+    ----------
+    new_only
+        Leave out documents whose ids the store has.
+    max_tokens
+        Tokens of all documents together, old and new: the document that reaches them is the last.
+
+    Raises
+    ------
+    DocumentsError
+        Documents are known and new ones, or known with other contents; see also `flexcache.sequences.spool`.
+    MismatchError
+        Another extension was begun.
+    PlanError
+        The disk has no room.
+    """
+    growth = Growth(path)
+    opened(path)
+    request = {"documents": documents.describe(), "new_only": new_only}
+    if max_tokens is not None:
+        request["max_tokens"] = max_tokens
+
+    def make(folder: Path) -> None:
+        store = Store(path)
+        left = None if max_tokens is None else max_tokens - tokens_of(store)
+        if left is not None and left <= 0:
+            raise NothingNewError
+        corpus = spool(
+            Added(documents, store, new_only),
+            tokenizer,
+            folder.parent,
+            Spec.model_validate(store.spec).model_copy(update={"max_tokens": left}),
+            vocabulary=vocabulary,
+            encoder_vocabulary=encoder_vocabulary,
+            positions=positions,
+            empty=store.spec.get("empty_documents", "error"),
+            keep_text=bool(store.spec.get("keep_text", True)),
+            first_index=int(pc.max(store.documents.column("source_index")).as_py()) + 1,
+            progress=progress,
+        )
+        entry = {"extended_by": request, "versions": versions()}
+        stage_documents(store, folder, plan_after(store, corpus), corpus, entry)
+
+    try:
+        growth.begin(make, on_wait)
+    except NothingNewError:
+        return None
+    growth.check_request(request)
+    store = Store(path)
+    growth.check_open()
+    every = [(name, layer) for name, array in store.arrays.items() for layer in array.slices]
+    return Extension(growth, store, every, Carried(store))
+
+
+def tokens_of(store: Store) -> int:
+    """Return how many tokens the documents of a store have together, also those that are not rows."""
+    return int(pc.sum(store.documents.column("n_tokens")).as_py())
+
+
+def _check_forms(store: Store, arrays: list[ArraySpec]) -> None:
+    """Refuse arrays that the store has in another form."""
+    for array in arrays:
+        before = store.arrays.get(array.name)
+        if before is not None and replace(before, layers=None) != replace(array, layers=None):
+            raise MismatchError(
+                f"array {array.name} of the store has another form",
+                where=str(store.path),
+                expected=str(before),
+                found=str(array),
+            )
+
+
+def _spec_with(store: Store, asked: Spec, arrays: list[ArraySpec]) -> dict[str, Any]:
+    """Return the spec of a capture of the store's arrays and of those that were asked for."""
+    stacked = {array.site: array for array in arrays if array.layers is not None}
+    sites = dict(store.spec.get("sites", {}))
+    for site, layers in asked.sites.items():
+        sites[site] = _layers(sites.get(site), layers, stacked.get(site))
+    transforms = dict(store.spec.get("transforms", {}))
+    by_name = {array.name: array for array in arrays}
+    for name, said in asked.transforms.items():
+        before = transforms.get(name)
+        if before is None:
+            transforms[name] = said
+            continue
+        check_equal(store, f"transform {name}", _but_layers(before), _but_layers(said))
+        array = by_name.get(name)
+        transforms[name] = {**said, "layers": _layers(before.get("layers"), said.get("layers"), array)}
+    objective = store.spec.get("objective")
+    gradients = any(array.site.endswith(".grad") for array in store.arrays.values())
+    if gradients and any(site.endswith(".grad") for site in asked.sites):
+        check_equal(store, "the objective", objective, asked.objective)
+    return {
+        **store.spec,
+        "sites": sites,
+        "transforms": transforms,
+        "objective": asked.objective if objective is None else objective,
+    }
+
+
+def _layers(before: Any, asked: Any, array: ArraySpec | None) -> Any:
+    """Return layers as they were asked for where that is all of them, else their numbers."""
+    if before is None or before == asked or array is None or array.layers is None or array.depth is None:
+        return asked
+    return asked if tuple(resolve_layers(asked, array.depth)) == array.layers else list(array.layers)
+
+
+def _but_layers(said: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in said.items() if key != "layers"}
+
+
+def check_equal(store: Store, what: str, before: Any, now: Any) -> None:
+    """Refuse what is another one than in the store.
+
+    Raises
+    ------
+    MismatchError
+    """
+    if before != now:
+        raise MismatchError(
+            f"{what} is another one than in the store", where=str(store.path), expected=str(before), found=str(now)
+        )

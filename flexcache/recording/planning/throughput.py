@@ -1,0 +1,181 @@
+"""A short try of a capture: how many tokens a second a model runs while its rows are taken, and in what memory."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flexcache import hooks
+from flexcache.errors import CaptureError
+from flexcache.hooks.read.measure import input_device
+from flexcache.model import evaluating
+from flexcache.recording.checks.attention_isolation import check_isolation
+from flexcache.recording.forward.batch import Batch, BatchReader
+from flexcache.recording.forward.batch_rows import rows_of
+from flexcache.recording.forward.capture_targets import Reading
+from flexcache.recording.forward.image_inputs import Padding
+from flexcache.recording.run.cuda_sink import CudaLane
+from flexcache.recording.run.forward_loop import Sink, allocation, forwards
+from flexcache.recording.run.model_parallel_group import Crew
+from flexcache.spec import DTYPES, Spec
+from flexcache.store.read.range_error import range_error
+from flexcache.store.read.store import Store
+from flexcache.store.write.row_encoding import Unstorable
+from flexcache.store.write.shard_file import Copy, copy_bytes
+from flexcache.store.write.slabs import LARGEST_SLAB
+
+BATCHES_AT_LEAST = 4
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a few batches took.
+
+    Attributes
+    ----------
+    batches, tokens : int
+        Batches run, and their tokens, padding included.
+    seconds : float
+    error : float
+        Two standard errors of the rate, as a share of it.
+    host_bytes, device_bytes : int
+        Peak memory of this process; and of the device, 0 where that is the CPU.
+    """
+
+    batches: int
+    tokens: int
+    seconds: float
+    error: float
+    host_bytes: int
+    device_bytes: int
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second, padding included."""
+        return self.tokens / self.seconds
+
+
+def try_batches(
+    model: torch.nn.Module,
+    reading: Reading,
+    plan: Path,
+    pad: Padding,
+    *,
+    seconds: float = 10.0,
+    seed: int = 0,
+    progress: Callable[[float], None] = lambda spent: None,
+) -> Trial:
+    """Run batches of a planned store for some *seconds*, take their rows out of the hooks, and keep none.
+
+    The largest batch is run first, which also warms up. Writing, and the thread that does it, are not part of it.
+
+    Parameters
+    ----------
+    plan
+        A store without activations, whose batches are run in random order, again from the first when they end.
+    progress
+        Called with the seconds spent so far.
+
+    Raises
+    ------
+    CaptureError
+        A batch does not fit into the memory of the device; RangeError where a value does not fit the storage dtype.
+    """
+    store = Store(plan)
+    reader = BatchReader(plan, mean=store.spec.get("rows") == "mean")
+    now: list[Batch] = []
+    sink = _forgetting(store, model, now)
+    measured: list[tuple[int, float]] = []
+    with evaluating(model), closing(Crew(model)) as crew, ExitStack() as stack:
+        example = None if isinstance(pad, int) else pad.example(model)
+        hooks.check_identity(model, reading.points, example=example, reader=crew.read_example, alone=crew.alone)
+        if Spec.model_validate(store.spec).isolated:
+            check_isolation(model, reading, pad, crew)
+        forward = stack.enter_context(forwards(model, reading, pad, sink, crew))
+        largest = reader.largest()
+        spent = 0.0
+        for batch in _endless(reader, store.n_units, largest, seed):
+            now[:] = [batch]
+            began = time.perf_counter()
+            try:
+                forward(batch)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+            except torch.OutOfMemoryError as error:
+                raise CaptureError(
+                    "a batch does not fit into the device's memory",
+                    expected=f"room for a forward of {batch.shape[0]} × {batch.shape[1]} tokens",
+                    found=str(error).partition("\n")[0],
+                    remedy="lower batch_tokens",
+                ) from None
+            took = time.perf_counter() - began
+            if batch is not largest:
+                measured.append((batch.shape[0] * batch.shape[1], took))
+                spent += took
+                progress(spent)
+            if spent >= seconds and len(measured) >= BATCHES_AT_LEAST:
+                break
+    tokens = sum(count for count, _ in measured)
+    return Trial(
+        batches=len(measured),
+        tokens=tokens,
+        seconds=spent,
+        error=_error(measured),
+        host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+        device_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+    )
+
+
+def _endless(reader: BatchReader, units: int, largest: Batch, seed: int) -> Iterator[Batch]:
+    """Yield the largest batch, then all in random order, again and again."""
+    yield largest
+    batches = [batch for unit in range(units) for batch in reader.unit(unit)]
+    generator = np.random.default_rng(seed)
+    while True:
+        yield from (batches[place] for place in generator.permutation(len(batches)))
+
+
+def _error(measured: list[tuple[int, float]]) -> float:
+    """Return two standard errors of Σ tokens ÷ Σ seconds, relative, by linearization of the ratio."""
+    tokens, seconds = (np.array(values, float) for values in zip(*measured, strict=True))
+    rest = tokens - seconds * tokens.sum() / seconds.sum()
+    return 2 * statistics.stdev(rest.tolist()) * float(np.sqrt(len(rest)) / tokens.sum())
+
+
+def _forgetting(store: Store, model: torch.nn.Module, now: list[Batch]) -> Sink:
+    """Return what takes rows as a recorder does, into one slab over and over."""
+    device = input_device(model)
+    slab = allocation(model)(LARGEST_SLAB)
+    lane = CudaLane(device) if device.type == "cuda" else None
+
+    def take(array: str, layer: int | None, values: torch.Tensor) -> None:
+        if array not in store.arrays:  # an objective whose values are not stored
+            return
+        dtype = DTYPES[store.arrays[array].dtype]
+        copy: Copy = copy_bytes
+        pieces: list[tuple[Any, list[tuple[int, int]]]]
+        try:
+            if lane is None or dtype == np.int8:
+                pieces = [*rows_of(now[0], values, dtype)]
+            else:
+                content, _ = lane.rows(now[0], values, getattr(torch, dtype.name))
+                pieces, copy = [(content, [(0, len(content))])], lane.copy
+        except Unstorable as error:
+            row = now[0].rows.start + error.row
+            raise range_error(store, array, layer, row, error.feature, error.value) from None
+        for content, spans in pieces:
+            for start, count in spans:
+                for at in range(start, start + count, LARGEST_SLAB):
+                    copy(slab, 0, content, at, min(LARGEST_SLAB, start + count - at))
+        slab.fences.clear()  # nothing waits for bytes that nobody reads
+
+    return take

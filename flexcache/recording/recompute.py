@@ -1,0 +1,227 @@
+"""Units run through the model again, and compared with what is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flexcache.errors import DamagedError, MismatchError, StoreError
+from flexcache.hooks.locate.names import peel
+from flexcache.identity import check_model, comparable
+from flexcache.identity.behavior import repeatable
+from flexcache.identity.record import CHANGED_MODEL, STEADY
+from flexcache.images.input import stored_input
+from flexcache.model import evaluating
+from flexcache.recording.arguments import model_of, objective_of, tokenizer_of
+from flexcache.recording.forward.batch import Batch, BatchReader
+from flexcache.recording.forward.batch_rows import rows_of
+from flexcache.recording.forward.capture_targets import Reading, locate
+from flexcache.recording.forward.image_inputs import Padding, padding
+from flexcache.recording.forward.objective import Objective
+from flexcache.recording.forward.transform import Transform
+from flexcache.recording.run.fingerprint import fingerprint
+from flexcache.recording.run.forward_loop import forwards
+from flexcache.recording.run.model_parallel_group import Crew
+from flexcache.spec import DTYPES, Spec
+from flexcache.store.read.store import Store
+
+UNITS_LOOKED_AT = 4
+LOAD_IT = "load the model as it was captured"
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """One site and layer of a unit, computed again.
+
+    Attributes
+    ----------
+    equal : bool
+        Every byte is the same.
+    difference : float
+        The largest difference, relative to the largest magnitude of what is stored.
+    same_conditions : bool
+        The unit was computed under this process's fingerprint, so that its bytes must be the same.
+    """
+
+    unit: int
+    site: str
+    layer: int | None
+    equal: bool
+    difference: float
+    same_conditions: bool
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the stored values are not what the model gives, under the conditions they were computed in."""
+        return self.same_conditions and not self.equal
+
+
+def recompute(
+    model: torch.nn.Module,
+    path: str | Path,
+    *,
+    units: int = 3,
+    seed: int = 0,
+    tokenizer: Any = None,
+    transforms: Sequence[Transform] = (),
+    objective: Objective | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> list[Recomputed]:
+    """Run some committed units of a store through its model again, and compare every row with what is stored.
+
+    Parameters
+    ----------
+    units
+        How many, drawn at random with *seed*.
+    tokenizer
+        For the id of padding, as in the capture. Of images, the image processor, or None for what the store says of it.
+    transforms, objective
+        The functions that the store was captured with.
+    progress
+        Called with the rows of each batch.
+
+    Raises
+    ------
+    StoreError
+        Nothing is committed.
+    MismatchError
+        The model is not the one that the store was captured from.
+    """
+    store, model = Store(path), peel(model_of(model))
+    tokenizer = tokenizer_of(tokenizer, model)
+    objective = objective_of(objective, tokenizer)
+    committed = store.committed_units
+    if not len(committed):
+        raise StoreError("no unit is committed, so there is nothing to compare", where=str(path))
+    chosen = np.sort(np.random.default_rng(seed).choice(committed, min(units, len(committed)), replace=False)).tolist()
+    example = None
+    if store.images:
+        tokenizer = stored_input(store, model, tokenizer)
+        example = tokenizer.example(model)
+    with closing(Crew(model)) as crew:
+        given = crew.describe_model(model, example)
+        check_model(comparable(store.provenance["model"]), given, str(path), remedy=LOAD_IT)
+        return _recomputed(model, store, chosen, padding(model, tokenizer), crew, transforms, objective, progress)
+
+
+def _recomputed(
+    model: torch.nn.Module,
+    store: Store,
+    chosen: list[int],
+    pad: Padding,
+    crew: Crew,
+    transforms: Sequence[Transform],
+    objective: Objective | None,
+    progress: Callable[[int], None],
+) -> list[Recomputed]:
+    reading = locate(model, Spec.model_validate(store.spec), transforms, objective)
+    now = fingerprint(model)
+    reader = BatchReader(store.path, mean=store.spec.get("rows") == "mean")
+    conditions = {}
+
+    def batches() -> Iterator[Batch]:
+        for unit in chosen:
+            record = store.ledger.read(unit)
+            conditions[unit] = record.fingerprint == now
+            for batch in reader.unit(unit, record.batch_tokens):
+                yield batch
+                progress(len(batch.rows))
+
+    worst = _compare(model, store, reading, pad, crew, batches())
+    return [
+        Recomputed(unit, name, layer, equal, difference, conditions[unit])
+        for (unit, name, layer), (equal, difference) in worst.items()
+    ]
+
+
+def check_rows(
+    model: torch.nn.Module,
+    store: Store,
+    pad: Padding,
+    crew: Crew,
+    now: dict[str, Any],
+    *,
+    most_tokens: int | None = None,
+    remedy: str = CHANGED_MODEL,
+) -> None:
+    """Run one committed batch again, of the longest sequences, and compare its rows with what is stored.
+
+    This sees what a small fixed input cannot: hooks that act on later tokens, or on certain ones. The sites of the
+    store are compared, not gradients and transforms. Nothing is done where no unit was computed under the conditions
+    *now*, or where the model is on several processes.
+
+    Parameters
+    ----------
+    most_tokens
+        Tokens of a batch, padding included, that the device has room for.
+
+    Raises
+    ------
+    MismatchError
+        A row is another one: bit for bit, or to a tolerance where forwards do not repeat bit for bit.
+    """
+    everything = Spec.model_validate(store.spec)
+    sites = {site: layers for site, layers in everything.sites.items() if not site.endswith(".grad")}
+    if not crew.alone or not sites:
+        return
+    records = [store.ledger.read(unit) for unit in store.committed_units[:UNITS_LOOKED_AT].tolist()]
+    alike = [(record.unit, record.batch_tokens) for record in records if record.fingerprint == now]
+    reader = BatchReader(store.path, mean=store.spec.get("rows") == "mean")
+    room = most_tokens or everything.batch_tokens
+    batches = [batch for unit, budget in alike for batch in reader.unit(unit, budget)]
+    batches = [batch for batch in batches if batch.shape[0] * batch.shape[1] <= room]
+    if not batches:
+        return
+    longest = max(batches, key=lambda batch: max(end for _, end in batch.keep))
+    reading = locate(model, everything.model_copy(update={"sites": sites, "transforms": {}, "objective": None}))
+    try:
+        found = _compare(model, store, reading, pad, crew, [longest])
+    except (DamagedError, torch.OutOfMemoryError):  # `verify` names the one, and batches that fit are found later
+        return
+    exact = repeatable(model)
+    wrong = {
+        (name, layer): difference
+        for (_, name, layer), (equal, difference) in found.items()
+        if not (equal if exact else difference <= STEADY.get(store.arrays[name].dtype, STEADY["bfloat16"]))
+    }
+    if wrong:
+        (name, layer), difference = max(wrong.items(), key=lambda item: item[1])
+        raise MismatchError(
+            "the model computes something else than the one that the store was made from",
+            where=str(store.path),
+            expected=f"the stored rows {longest.rows.start} to {longest.rows.stop - 1}, under the same conditions",
+            found=f"{len(wrong)} of its arrays and layers differ, {name} of layer {layer} by {difference:.2g} of its"
+            " largest value",
+            remedy=f"{remedy}; flexcache verify tells if the store is damaged",
+        )
+
+
+def _compare(
+    model: torch.nn.Module, store: Store, reading: Reading, pad: Padding, crew: Crew, batches: Iterable[Batch]
+) -> dict[tuple[int, str, int | None], tuple[bool, float]]:
+    """Return, by unit, array and layer, if rows are equal, and their difference relative to the largest value."""
+    worst: dict[tuple[int, str, int | None], tuple[bool, float, float]] = {}
+    current: list[Batch] = []
+
+    def compare(name: str, layer: int | None, values: torch.Tensor) -> None:
+        batch, dtype = current[0], DTYPES[store.arrays[name].dtype]
+        (content, spans), *_ = rows_of(batch, values, dtype)
+        found = np.concatenate([content[start : start + count] for start, count in spans]).view(dtype)
+        held = store.read(name, layer, slice(batch.rows.start, batch.rows.stop), raw=True).reshape(-1)
+        same = found.tobytes() == held.tobytes()
+        apart = 0.0 if same else float(np.abs(found.astype(np.float64) - held.astype(np.float64)).max())
+        equal, largest, scale = worst.get((batch.unit, name, layer), (True, 0.0, 0.0))
+        scale = max(scale, float(np.abs(held.astype(np.float32)).max()))
+        worst[batch.unit, name, layer] = equal and same, max(largest, apart), scale
+
+    with evaluating(model), forwards(model, reading, pad, compare, crew) as forward:
+        for batch in batches:
+            current[:] = [batch]
+            forward(batch)
+    return {key: (equal, largest / max(scale, 1e-30)) for key, (equal, largest, scale) in worst.items()}

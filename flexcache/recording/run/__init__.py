@@ -1,0 +1,1 @@
+"""Run the model over the planned batches and write the units."""

@@ -1,0 +1,121 @@
+"""What the bits of a forward depend on beside model and plan."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from flexcache.errors import MismatchError
+from flexcache.identity.record import IDENTITY, identity_of, structural
+from flexcache.recording.run.existing_rows import CARRIED
+from flexcache.store.read.store import Store
+from flexcache.store.storage.location import Place
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = (
+    "flexcache-activations",
+    "torch",
+    "transformers",
+    "accelerate",
+    "numpy",
+    "zarr",
+    "pyarrow",
+    "tokenizers",
+)
+
+
+def fingerprint(model: torch.nn.Module, tensor: int = 1) -> dict[str, Any]:
+    """Return device, thread count, attention kernel and versions: two processes with equal ones give equal bytes.
+
+    bfloat16 on a CPU changes bits with the thread count, every kernel may with the version of torch, and sums over
+    *tensor* shards of the weights are taken in another order.
+    """
+    import torch
+
+    from flexcache.hooks.locate.names import unwrap
+    from flexcache.hooks.read.measure import input_device
+
+    parameter = next(model.parameters(), torch.empty(0))
+    root = unwrap(model)
+    device = input_device(model)
+    on_cpu = device.type == "cpu"
+    return {
+        "device": torch.backends.cpu.get_cpu_capability() if on_cpu else torch.cuda.get_device_name(device),
+        "threads": torch.get_num_threads() if on_cpu else 0,
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "attention": str(getattr(getattr(root, "config", None), "_attn_implementation", None)),
+        "compute_dtype": str(parameter.dtype).removeprefix("torch."),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        **({"tensor_parallel": tensor} if tensor > 1 else {}),
+    }
+
+
+def model_notices(before: dict[str, Any], now: dict[str, Any], accepted: list[str]) -> list[str]:
+    """Return what to say of the model at hand, where it may continue a store that was begun by another one."""
+    if accepted:
+        return ["the model is not the one of the store, as was allowed; the ledger says so:", *accepted]
+    if identity_of(before) is None:
+        return ["the store was begun by an earlier version: its model was compared by a sample of the weights only"]
+    return [f"{line}; outputs on the fixed input are equal" for line in structural(before[IDENTITY], now[IDENTITY])]
+
+
+def check_fingerprint(store: Store, now: dict[str, Any], allow_mixed: bool) -> None:
+    """Refuse to go on with a store under other conditions than its latest unit was computed in.
+
+    Raises
+    ------
+    MismatchError
+        They differ, and mixing is not allowed.
+    """
+    if allow_mixed:
+        return
+    units = store.ledger.units()
+    if units:
+        check_alike(store.path, store.ledger.read(units[-1]).fingerprint, now, "the store was begun")
+
+
+def check_alike(path: Place, earlier: dict[str, Any], now: dict[str, Any], who: str) -> None:
+    """Refuse two fingerprints in one store.
+
+    Raises
+    ------
+    MismatchError
+    """
+    different = [
+        f"{name}: {earlier.get(name)} before, {now.get(name)} now"
+        for name in sorted({*earlier, *now} - {CARRIED} - ({"model"} if "model" in now else set()))
+        if earlier.get(name) != now.get(name)
+    ]
+    if different == [f"model: {earlier.get('model')} before, None now"]:
+        raise MismatchError(
+            f"{who} with another model than its own, as was allowed",
+            where=str(path),
+            remedy="delete the ledger records of those units, whose fingerprint has model, to compute them again; or"
+            " allow mixing (allow_mixed=True, --allow-mixed)",
+        )
+    if different:
+        raise MismatchError(
+            f"{who} under other conditions, which may change the bits of activations",
+            where=str(path),
+            found="; ".join(different),
+            remedy="go on under the same conditions, or allow mixing (allow_mixed=True, --allow-mixed): the"
+            " ledger records which unit had which",
+        )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that take part."""
+    found = {name: _version(name) for name in PACKAGES}
+    return {"python": sys.version.split()[0], **{name: text for name, text in found.items() if text}}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,198 @@
+"""The processes that hold one model between them, and compute each unit together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from flexcache.errors import CaptureError, ConfigError, FlexCacheError
+from flexcache.hooks.locate.encoder_decoder import two_sided
+from flexcache.hooks.locate.hook_point import HookPoint
+from flexcache.hooks.read.measure import Read, read_example
+from flexcache.identity import check_model
+from flexcache.identity.behavior import behavior
+from flexcache.identity.describe import describe_model
+from flexcache.identity.record import IDENTITY
+from flexcache.identity.structure import structure
+from flexcache.parallel.distribution import Distribution
+from flexcache.parallel.peers import collect, tell
+from flexcache.recording.forward.capture_targets import Reading
+from flexcache.recording.run.fingerprint import fingerprint
+from flexcache.recording.run.gathering import Gathering
+from flexcache.recording.run.recorder import Recorder
+from flexcache.store.format.ledger import FileRecord
+from flexcache.store.read.selection import Key
+
+IDLE, DONE = -1, -2
+PAUSE = 0.2
+"""Seconds between two looks for a unit, while others of the same weights run on."""
+RUN_AGAIN = (
+    "the model changed during the run: leave its hooks and adapters as they are, and run the same call again; the unit"
+    " that was computed last is not kept"
+)
+
+
+class Crew:
+    """This process, alone or with those that hold other shards and stages of the same model.
+
+    The first of them, the leader, claims a unit and tells the others; each computes its part of every forward and
+    writes the files of its own sites and layers; when all of their files are in place, the leader commits the unit.
+
+    Where the weights themselves are sharded over data-parallel crews (FSDP, ZeRO-3), every forward takes all of them:
+    crews tell each other before each forward whether they have a batch, and one that has none runs a single token.
+
+    Making one is collective where the model is distributed, and so is what it does.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._distribution = Distribution(model, {})
+        mesh = self._distribution.mesh
+        self._members = tuple(rank for rank, at in enumerate(mesh.coordinates) if at.dp == mesh.here.dp)
+        self._here = mesh.rank
+        self._looked = 0.0
+        self.in_step = mesh.sizes.dp > 1
+        self.gathering = None if self._distribution.alone else Gathering(model, self._distribution)
+        self.sizes = mesh.sizes
+        self._two_sided = two_sided(model)
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process has the whole model, and waits for no other in a forward."""
+        return self._distribution.alone
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process claims and commits the units."""
+        return self._here == self._members[0]
+
+    def close(self) -> None:
+        """Give back the process group."""
+        self._distribution.close()
+
+    def read_example(self, model: nn.Module, points: Sequence[HookPoint], example: Any = None) -> Read:
+        """Read whole activations of a small example, on every rank."""
+        read = read_example if self.gathering is None else self.gathering.read_example
+        return read(model, points, example)
+
+    def describe_model(self, model: nn.Module, example: Any = None) -> dict[str, Any]:
+        """Return a record of what the model computes; collective, see `flexcache.identity.describe.describe_model`."""
+        ranks = len(self._distribution.mesh.ranks)
+        conditions = fingerprint(model, self.sizes.tp) | ({"processes": ranks} if ranks > 1 else {})
+        reader, gathered = self.read_example, self._distribution.gathered
+        return describe_model(model, conditions, reader=reader, gathered=gathered, example=example)
+
+    def check_unchanged(self, model: nn.Module, before: dict[str, Any], where: str, example: Any = None) -> None:
+        """Raise MismatchError if a model computes something else on the fixed input than at the start of a run.
+
+        Nothing is checked where the model is on several processes, which run their units apart.
+        """
+        if not self.alone:
+            return
+        held = before[IDENTITY]
+        ran = behavior(model, fingerprint(model, self.sizes.tp), example=example)
+        now = {**before, IDENTITY: {**held, "behavior": ran, "structure": structure(model)}}
+        check_model(before, now, where, remedy=RUN_AGAIN)
+
+    def keys(self, points: Sequence[HookPoint], extra: Sequence[Key] = ()) -> list[Key]:
+        """Return the sites and layers that this process writes; *extra* ones are the leader's."""
+        mine = points if self.gathering is None else self.gathering.writes(points)
+        return [(point.array, point.layer) for point in mine] + (list(extra) if self.leads else [])
+
+    def elsewhere(self) -> set[str]:
+        """Return the names of modules that other stages of a pipeline have."""
+        return set() if self.gathering is None else self.gathering.elsewhere()
+
+    def check(self, reading: Reading) -> None:
+        """Refuse what cannot be read of a model on several processes.
+
+        Raises
+        ------
+        ConfigError
+            Gradients under transformers' pipeline: what it sends between stages is outside of autograd. A decoder
+            beside its encoder.
+        """
+        if self._two_sided and not self.alone:
+            raise ConfigError(
+                "a decoder is captured beside its encoder by processes that each have the whole model",
+                found=f"tensor parallel {self.sizes.tp}, data parallel {self.sizes.dp}, {self.sizes.pp} stages",
+                remedy="load the whole model in each process; several may fill one store side by side",
+            )
+        if self.sizes.pp > 1 and reading.objective is not None:
+            raise ConfigError(
+                "gradients cannot be captured through a pipeline",
+                found=f"{self.sizes.pp} stages, and "
+                + ", ".join(point.array for point in reading.points if point.gradient),
+                remedy="use tensor parallel or FSDP instead, or leave the .grad sites out",
+            )
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Return what each process of the model gives. Collective."""
+        return self._distribution.gathered(value)
+
+    # Units
+
+    def claim(self, recorder: Recorder) -> int:
+        """Return the unit to compute next, `IDLE` if others have all that are left, or `DONE`."""
+        unit = IDLE
+        if self.leads and not (self.in_step and time.monotonic() - self._looked < PAUSE):
+            found = recorder.claim()
+            if found is not None:
+                return self._tell(found)
+            self._looked = time.monotonic()
+            unit = IDLE if recorder.pending() else DONE
+        return self._tell(unit)
+
+    def commit(self, recorder: Recorder) -> None:
+        """Put this process's files of the unit in place; once all have, the leader commits it.
+
+        Raises
+        ------
+        CaptureError
+            On every process, if one of them could not; and as `Recorder.commit`.
+        """
+        if len(self._members) == 1:
+            recorder.commit()
+            return
+        error: FlexCacheError | None = None
+        files: dict[str, FileRecord] | None = None
+        try:
+            files = recorder.place()
+        except FlexCacheError as raised:
+            error = raised
+        told = {"files": None if files is None else {name: asdict(file) for name, file in files.items()}}
+        parts = collect(self._group, self._members, self._here, told | {"error": str(error) if error else ""})
+        failed = next((place for place, part in enumerate(parts) if part["error"]), IDLE)
+        if self._tell(failed) != IDLE:
+            raise error or CaptureError(
+                "another process of the group could not write its part of a unit",
+                found=parts[failed]["error"] if self.leads else "see the error of that process",
+            )
+        if not self.leads:
+            recorder.leave()
+        elif any(part["files"] is None for part in parts):  # taken for gone, after a suspension: others go on with it
+            recorder.abandon()
+        else:
+            recorder.commit({name: FileRecord(**file) for part in parts for name, file in part["files"].items()})
+
+    # Forwards in step
+
+    def agree(self, running: bool, done: bool) -> tuple[bool, bool]:
+        """Return whether any crew that shares the weights has a batch to run, and whether all of them are done."""
+        if not self.in_step:
+            return running, done
+        state = torch.tensor([int(running), int(not done)])
+        dist.all_reduce(state, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(state[0]), not state[1]
+
+    @property
+    def _group(self) -> Any:
+        return self._distribution.group
+
+    def _tell(self, value: int) -> int:
+        return value if len(self._members) == 1 else tell(self._group, self._members, self._here, value)

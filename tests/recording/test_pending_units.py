@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import flexcache
+from flexcache.recording.forward.batch import BatchReader
+from flexcache.recording.run import pending_units as remaining
+from flexcache.store.format.ledger import Ledger
+from flexcache.store.format.metadata import largest_batch
+from tests.corpora import build_store, lengths, open_recorder, put_batch, token_documents
+
+DOCUMENTS = token_documents(lengths(200))
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A ledger whose listing counts as slow; how often it was listed."""
+    listings: list[int] = []
+    listed = Ledger.units
+
+    def units(self: Ledger) -> list[int]:
+        listings.append(1)
+        return listed(self)
+
+    monkeypatch.setattr(remaining, "QUICK", -1.0)
+    monkeypatch.setattr(remaining, "SELDOM", 1e9)
+    monkeypatch.setattr(Ledger, "units", units)
+    return listings
+
+
+def test_a_long_ledger_is_not_listed_for_every_unit(tmp_path: Path, slow: list[int]) -> None:
+    with open_recorder(tmp_path / "run.zarr", DOCUMENTS) as recorder:
+        before = len(slow)
+        for unit in recorder.units():
+            for batch in recorder.begin(unit):
+                with recorder.filling(batch):
+                    put_batch(recorder, batch)
+            recorder.commit()
+            assert recorder.done == min(recorder.store.n_rows, (unit + 1) * recorder.store.shard_rows)
+        assert recorder.store.n_units > 5
+        assert len(slow) <= before + 1
+    assert flexcache.open(tmp_path / "run.zarr").complete
+
+
+def test_units_that_others_committed_unseen_are_not_computed_again(tmp_path: Path, slow: list[int]) -> None:
+    units: list[int] = []
+    with (
+        open_recorder(tmp_path / "run.zarr", DOCUMENTS) as first,
+        open_recorder(tmp_path / "run.zarr", DOCUMENTS) as other,
+    ):
+        first.pending()
+        other.pending()
+        turn = 0
+        while (unit := (recorder := (first, other)[turn % 2]).claim()) is not None:
+            for batch in recorder.begin(unit):
+                with recorder.filling(batch):
+                    put_batch(recorder, batch)
+            assert recorder.commit()
+            units.append(unit)
+            turn += 1
+        assert first.pending() == other.pending() == []
+    assert units == list(range(first.store.n_units))
+    assert flexcache.verify(tmp_path / "run.zarr").sound
+
+
+def test_the_plan_knows_its_largest_batch(tmp_path: Path) -> None:
+    store = build_store(tmp_path / "run.zarr", DOCUMENTS)
+    known = largest_batch(store.plan)
+    reader = BatchReader(store.path, mean=False)
+    searched = reader.largest()
+    assert known is not None
+    assert known.tokens == searched.shape[0] * searched.shape[1]
+    noted = reader.largest(known=known)
+    assert noted.shape[0] * noted.shape[1] == known.tokens
+
+    reader._file.close()  # what follows would read every row group
+    reader = BatchReader(store.path, mean=False)
+    groups: list[int] = []
+    read = reader._group
+    reader._group = lambda number: groups.append(number) or read(number)  # type: ignore[method-assign, func-returns-value]
+    reader.largest(known=known)
+    assert len(groups) == 1
+    wrong = known._replace(tokens=known.tokens + 1)
+    assert reader.largest(known=wrong).shape == searched.shape
+
+
+def test_the_largest_batch_of_a_store_that_grew(tmp_path: Path) -> None:
+    path = tmp_path / "run.zarr"
+    build_store(path, DOCUMENTS)
+    longer = [{**document, "id": f"new-{i}"} for i, document in enumerate(token_documents([120, *lengths(40, seed=5)]))]
+    build_store(path, longer, extend=True)
+    store = flexcache.open(path)
+    searched = BatchReader(path, mean=False).largest()
+    known = largest_batch(store.plan)
+    assert known is not None
+    assert known.tokens == searched.shape[0] * searched.shape[1]
+
+
+@pytest.mark.parametrize("value", [None, [1, 2], [1, -2, 3], "x", [0, 10**6, 5], [True, 0, 1]])
+def test_a_largest_batch_that_cannot_be_is_searched_for(value: object, tmp_path: Path) -> None:
+    store = build_store(tmp_path / "run.zarr", DOCUMENTS)
+    content = json.loads((store.path / "zarr.json").read_bytes())
+    content["attributes"]["flexcache"]["plan"]["largest_batch"] = value
+    (store.path / "zarr.json").write_text(json.dumps(content))
+    with flexcache.Recorder(store.path) as recorder:
+        shape = recorder.largest().shape
+    searched = BatchReader(store.path, mean=False).largest().shape
+    assert shape[0] * shape[1] == searched[0] * searched[1]
+
+
+# What is read of a store
+
+
+def test_coordinates_are_read_where_they_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexcache.store.write.create.COORDINATE_CHUNK", 512)
+    store = build_store(tmp_path / "run.zarr", DOCUMENTS)
+    assert store.n_rows > 2048
+    whole = {name: variable.values.copy() for name, variable in store.coordinates.items()}
+    for name in whole:
+        (store.path / name / "c" / "2").write_bytes(b"not a chunk")
+    store = flexcache.open(store.path)
+    part = store["resid_post"].isel(layer=0, token=slice(100, 400, 3)).compute()
+    for name, values in whole.items():
+        assert np.array_equal(part[name].values, values[100:400:3])
+    far = store["resid_post"].isel(layer=0, token=[2000, 3, 1600]).compute()
+    assert np.array_equal(far["position"].values, whole["position"][[2000, 3, 1600]])
+    back = store["resid_post"].isel(layer=0, token=slice(400, 100, -7)).compute()
+    assert np.array_equal(back["token_id"].values, whole["token_id"][400:100:-7])
+    first = store.documents["id"][0].as_py()
+    assert store.rows(document=first, position=-1) == [store.documents["n_rows"][0].as_py() - 1]
+    with pytest.raises(flexcache.errors.DamagedError, match="position"):
+        store.coordinates["position"].values  # noqa: B018
+
+
+def test_what_a_store_shows_needs_no_table_of_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = build_store(tmp_path / "run.zarr", DOCUMENTS)
+    assert store.head(3).equals(store.documents.slice(0, 3))
+    assert store.head(0).schema.equals(store.documents.schema)
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("the table was read")
+
+    monkeypatch.setattr("flexcache.store.read.store.read_table", refuse)
+    assert "labels: label, score" in repr(flexcache.open(store.path))
