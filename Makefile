@@ -41,7 +41,7 @@ $(READING)/.ready: pyproject.toml
 ifneq ($(PYTHON313),)
 test-reading: $(READING)/.ready  ## reading, analysis and Dask on Python 3.13 with the newest zarr, without torch
 	$(READING)/bin/python -c 'import zarr, sys; print("Python", sys.version.split()[0], "zarr", zarr.__version__)'
-	$(READING)/bin/python -W error -c 'import flexcache, analysis.moments, analysis.probes, pipelines.cli'
+	$(READING)/bin/python -W error -c 'import flexcache, analysis.statistics.moments, analysis.probes, pipelines.cli'
 	$(READING)/bin/python -m pytest -n 2 $(READING_TESTS)
 else
 test-reading:

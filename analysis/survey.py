@@ -10,18 +10,20 @@ from typing import Any
 
 import xarray as xr
 
-from analysis import lens, saved, similarity
-from analysis.covariance import ROWS as COVARIANCE_ROWS
-from analysis.examples import TopRows
-from analysis.geometry import PCA
-from analysis.moments import Moments
-from analysis.onepass import DocumentSample, Statistic, grouping, read
-from analysis.opened import opens_store
-from analysis.outliers import Extremes, judged
-from analysis.quantiles import Histogram
+from analysis import saved
+from analysis.dataset.opens_store import opens_store
+from analysis.dataset.tokens import TokenTypes
+from analysis.readout import lens
+from analysis.readout.examples import TopRows
 from analysis.rescue import rescued
-from analysis.rows import Rows
-from analysis.tokens import TokenTypes
+from analysis.statistics import similarity
+from analysis.statistics.covariance import ROWS as COVARIANCE_ROWS
+from analysis.statistics.geometry import PCA
+from analysis.statistics.kept_rows import Rows
+from analysis.statistics.moments import Moments
+from analysis.statistics.onepass import DocumentSample, Statistic, grouping, read
+from analysis.statistics.outliers import Extremes, judged
+from analysis.statistics.quantiles import Histogram
 from flexcache.errors import AnalysisError, nearest
 from flexcache.paths import local_path, output_folder
 from flexcache.site import Layers
@@ -125,14 +127,14 @@ def survey(
     folder
         Where to keep results, and to look for them first.
     scheduler, workers, progress
-        See `analysis.onepass.read`.
+        See `analysis.statistics.onepass.read`.
 
     Raises
     ------
     ConfigError
         Nothing can be written to *folder*.
     AnalysisError
-        An unknown part; and see `analysis.onepass.read`.
+        An unknown part; and see `analysis.statistics.onepass.read`.
     OutputError
         The results cannot be kept in *folder*; the error says where they are.
     """

@@ -23,10 +23,10 @@ from sklearn.preprocessing import StandardScaler
 
 import flexcache
 from analysis import probes
+from analysis.dataset.view import join
 from analysis.probes import folds
 from analysis.probes.estimators.design import Design
 from analysis.probes.estimators.linear import one_hot
-from analysis.view import join
 from benchmarks.memory import added
 from benchmarks.model import smollm2
 from benchmarks.timing import interleave, ratio, show

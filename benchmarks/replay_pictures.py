@@ -22,8 +22,8 @@ from sklearn.preprocessing import StandardScaler
 
 import flexcache
 from analysis import replay
-from analysis.replay.inference import sign_flip
-from analysis.replay.plot import dose_response, heat_maps
+from analysis.replay.sweeps.inference import sign_flip
+from analysis.replay.sweeps.plot import dose_response, heat_maps
 from benchmarks.timing import console
 from flexcache.model import ModelSource
 from flexcache.store.read.store import Store

@@ -21,9 +21,9 @@ from sklearn.decomposition import PCA, IncrementalPCA
 from threadpoolctl import threadpool_limits
 
 import flexcache
-from analysis import geometry, onepass
-from analysis.moments import Moments
-from analysis.onepass import DocumentSample
+from analysis.statistics import geometry, onepass
+from analysis.statistics.moments import Moments
+from analysis.statistics.onepass import DocumentSample
 from analysis.survey import PARTS, survey
 from benchmarks.memory import added
 from benchmarks.read import forget
@@ -33,7 +33,7 @@ from flexcache.store.read.shard_reader import RowReader
 BEFORE = """
     import flexcache
     from analysis import onepass
-    from analysis.moments import Moments
+    from analysis.statistics.moments import Moments
     store = flexcache.open(sys.argv[1])
     store.documents, store.tokens
     store.read("resid_post", 0, slice(0, 8))

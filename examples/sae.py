@@ -19,8 +19,9 @@ import xarray as xr
 from torch import nn
 
 import flexcache
-from analysis import examples, replay
-from analysis.tokens import vocabulary
+from analysis import replay
+from analysis.dataset.tokens import vocabulary
+from analysis.readout import examples
 
 
 class TopK(nn.Module):

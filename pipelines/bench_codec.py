@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from analysis.codecs import Trial, compare
 from analysis.rescue import rescued
+from analysis.statistics.codecs import Trial, compare
 from flexcache.paths import output_file, shown
 from flexcache.store.read.store import Store
 

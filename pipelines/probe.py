@@ -13,7 +13,8 @@ from rich.text import Text
 from sklearn.base import BaseEstimator
 
 import flexcache
-from analysis import probes, report, targets
+from analysis import probes, report
+from analysis.dataset import targets
 from analysis.probes import Sweep
 from analysis.probes.results import FILE
 from analysis.probes.table import NAMES, interval, number
@@ -24,7 +25,7 @@ from flexcache.paths import local_path, output_folder, shown
 if TYPE_CHECKING:
     import xarray as xr
 
-    from analysis.view import Rows
+    from analysis.dataset.view import Rows
     from flexcache.site import Layers
 
 PROBES: dict[str, BaseEstimator] = {

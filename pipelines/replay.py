@@ -30,7 +30,7 @@ def run(
     Raises
     ------
     ConfigError, MismatchError, AnalysisError
-        See `analysis.replay.sweep`.
+        See `analysis.replay.sweeps.sweep`.
     """
     import torch
 

@@ -40,7 +40,7 @@ EDITS = {
 
 
 class Cells(Options):
-    """Where edits are made; see `analysis.replay.grid`."""
+    """Where edits are made; see `analysis.replay.sweeps.grid`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -180,7 +180,7 @@ def difference_of_means(
     ConfigError
         The target has not two classes.
     """
-    from analysis.view import join
+    from analysis.dataset.view import join
 
     view = join(store, site, target, rows=rows, layers=layer)
     if len(view.classes) != 2:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 import flexcache
-from analysis import tokens
+from analysis.dataset import tokens
 from analysis.report import store_page
 from analysis.rescue import rescued
 from flexcache.paths import output_file, output_folder, shown

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import flexcache
-from analysis import tokens
+from analysis.dataset import tokens
 from analysis.survey import Survey, place, survey
 from flexcache.errors import ConfigError
 from flexcache.paths import output_folder, shown

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis.induction.scores import LOSS, SCORES
+from analysis.plot_style import INK, PAPER, SOFT, frame
 from analysis.probes.plot import COLOURS
-from analysis.style import INK, PAPER, SOFT, frame
 from flexcache.paths import local_path
 
 TITLES = {"induction": "induction score", "previous_token": "previous-token score"}

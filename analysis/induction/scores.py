@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from analysis.opened import opens_store
+from analysis.dataset.opens_store import opens_store
 from flexcache.errors import AnalysisError
 from flexcache.store.read.store import Store
 

@@ -15,9 +15,9 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from analysis.dataset.view import View
 from analysis.probes.folds import trainable
 from analysis.probes.score import Prediction
-from analysis.view import View
 from flexcache.errors import AnalysisError
 
 WITHOUT_MODEL = ("majority", "tfidf", "tokens", "length")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.view import View
+from analysis.dataset.view import View
 
 if TYPE_CHECKING:
     from analysis.probes.crossfit import Fitted

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, clone
 from sklearn.exceptions import ConvergenceWarning
 
+from analysis.dataset.view import View
 from analysis.probes import score
 from analysis.probes.estimators import LinearProbe
 from analysis.probes.estimators.design import Design, Floats
 from analysis.probes.estimators.linear import Solved, coded, one_hot
 from analysis.probes.score import Prediction
-from analysis.view import View
 from flexcache.errors import AnalysisError
 
 

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from analysis.view import Readable
+from analysis.dataset.view import Readable
 from flexcache.errors import AnalysisError, nearest
 from flexcache.identity import differences, known
 from flexcache.identity.record import OTHERS, SAMPLE

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from sklearn.model_selection import BaseCrossValidator, GroupKFold, StratifiedGroupKFold, StratifiedKFold
 
 from analysis.arguments import MOST_SEED, check_whole
-from analysis.view import View
+from analysis.dataset.view import View
 from flexcache.errors import AnalysisError
 from flexcache.spec import is_whole
 

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from analysis.plot_style import INK, PAPER, SOFT, frame
 from analysis.probes.results import Sweep
 from analysis.probes.table import NAMES
-from analysis.style import INK, PAPER, SOFT, frame
 from flexcache.errors import AnalysisError
 from flexcache.paths import local_path
 

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from analysis.plot_style import INK, PAPER, frame
 from analysis.probes.results import Sweep
 from analysis.probes.table import NAMES, arm_name
-from analysis.style import INK, PAPER, frame
 from flexcache.paths import local_path
 
 COLOURS = {

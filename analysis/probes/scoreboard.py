@@ -8,9 +8,9 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from analysis.dataset.view import View
 from analysis.probes import score
 from analysis.probes.score import Prediction
-from analysis.view import View
 
 
 class Scoreboard:

@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, is_classifier, is_regressor
 
 from analysis.arguments import check_whole
-from analysis.opened import opens_store
+from analysis.dataset.opens_store import opens_store
+from analysis.dataset.targets import DocumentTarget, TokenTarget
+from analysis.dataset.view import Readable, Rows, Task, View, join
 from analysis.probes import baselines as base
 from analysis.probes.estimators import LinearProbe, Logistic, Ridge
 from analysis.probes.estimators.design import Design
 from analysis.probes.results import Sweep
 from analysis.probes.trial import Trial
 from analysis.progress import bar
-from analysis.targets import DocumentTarget, TokenTarget
-from analysis.view import Readable, Rows, Task, View, join
 from flexcache.errors import AnalysisError, nearest
 from flexcache.site import Layers
 from flexcache.spec import listed

@@ -10,14 +10,14 @@ import xarray as xr
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 
-from analysis.opened import opens_store
+from analysis.dataset.opens_store import opens_store
+from analysis.dataset.targets import DocumentTarget, TokenTarget
+from analysis.dataset.view import Readable, Rows, View, join
 from analysis.probes import score
 from analysis.probes.estimators.linear import LogOdds, coded
 from analysis.probes.results import Sweep
 from analysis.probes.score import Prediction
 from analysis.probes.sweep import sweep as sweep_layers
-from analysis.targets import DocumentTarget, TokenTarget
-from analysis.view import Readable, Rows, View, join
 from flexcache.errors import AnalysisError
 
 

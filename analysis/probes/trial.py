@@ -11,6 +11,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 
+from analysis.dataset.view import View
 from analysis.probes import baselines as base
 from analysis.probes import codelength, crossfit, folds, score
 from analysis.probes.crossfit import Fitted
@@ -20,7 +21,6 @@ from analysis.probes.estimators.linear import LogOdds
 from analysis.probes.results import FORMAT, Sweep
 from analysis.probes.score import Prediction
 from analysis.probes.scoreboard import Scoreboard
-from analysis.view import View
 from flexcache.errors import AnalysisError
 from flexcache.identity.record import SAMPLE
 from flexcache.store.read.recorded_model import recorded_model

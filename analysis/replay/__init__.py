@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from analysis.replay.attribution import attribution, verify
-from analysis.replay.donors import Interchange, Interpolate, Patch, Resample, same_length
-from analysis.replay.edit import Alternatives, Chain, Edit
-from analysis.replay.edits import (
+from analysis.replay.edits.donors import Interchange, Interpolate, Patch, Resample, same_length
+from analysis.replay.edits.edit import Alternatives, Chain, Edit
+from analysis.replay.edits.erase import Erase
+from analysis.replay.edits.standard import (
     ByLayer,
     Clamp,
     Function,
@@ -19,16 +19,16 @@ from analysis.replay.edits import (
     Steer,
     Zero,
 )
-from analysis.replay.engine import Engine, Start
-from analysis.replay.grid import Grid, grid
-from analysis.replay.hooking import Placed
-from analysis.replay.identity import identity_error
-from analysis.replay.leace import Erase
-from analysis.replay.metrics import Metric, Outcome, projection
-from analysis.replay.obstacles import obstacles
-from analysis.replay.rest import load_rest
-from analysis.replay.results import Sweep, load
-from analysis.replay.sweep import sweep
+from analysis.replay.engine.compatibility import obstacles
+from analysis.replay.engine.engine import Engine, Start
+from analysis.replay.engine.hooking import Placed
+from analysis.replay.engine.identity import identity_error
+from analysis.replay.engine.rest import load_rest
+from analysis.replay.sweeps.attribution import attribution, verify
+from analysis.replay.sweeps.grid import Grid, grid
+from analysis.replay.sweeps.metrics import Metric, Outcome, projection
+from analysis.replay.sweeps.results import Sweep, load
+from analysis.replay.sweeps.sweep import sweep
 
 __all__ = [
     "Alternatives",

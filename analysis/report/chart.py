@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from analysis import probes
+from analysis.plot_style import INK, SOFT
 from analysis.probes import Sweep
 from analysis.probes.plot import COLOURS
 from analysis.report.drawing import themed
-from analysis.style import INK, SOFT
 
 VARIABLES = {INK: "--ink", SOFT: "--soft", **{colour: f"--{arm}" for arm, colour in COLOURS.items()}}
 

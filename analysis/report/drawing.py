@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.style import INK, SOFT, frame
+from analysis.plot_style import INK, SOFT, frame
 
 PALETTE = {"--one": "#0a6ebd", "--two": "#bc4c00", "--three": "#1a7f37", "--four": "#8250df"}
 

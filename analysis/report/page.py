@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from analysis.opened import opens_store
+from analysis.dataset.opens_store import opens_store
 from analysis.probes import Sweep
 from analysis.probes.baselines import WITHOUT_MODEL
 from analysis.probes.table import NAMES, SHOWN, arm_name, caption, interval, number

@@ -12,9 +12,9 @@ import xarray as xr
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from analysis.opened import opens_store
-from analysis.replay.plot import NAMES, plot, scatter
-from analysis.replay.results import Sweep
+from analysis.dataset.opens_store import opens_store
+from analysis.replay.sweeps.plot import NAMES, plot, scatter
+from analysis.replay.sweeps.results import Sweep
 from analysis.report import facts
 from analysis.report.drawing import themed
 from analysis.report.template import source, write_page

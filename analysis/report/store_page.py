@@ -10,13 +10,14 @@ import numpy as np
 import xarray as xr
 from markupsafe import Markup
 
-from analysis import examples, outliers
-from analysis.opened import opens_store
+from analysis.dataset.opens_store import opens_store
+from analysis.dataset.tokens import Vocabulary
+from analysis.readout import examples
 from analysis.report import facts
 from analysis.report.drawing import curves, heatmap
 from analysis.report.template import write_page
+from analysis.statistics import outliers
 from analysis.survey import Survey
-from analysis.tokens import Vocabulary
 from flexcache.store.format.text import layer_text
 from flexcache.store.read.store import Store
 

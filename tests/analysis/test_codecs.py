@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import flexcache
-from analysis import codecs
-from analysis.codecs import compare
+from analysis.statistics import codecs
+from analysis.statistics.codecs import compare
 from flexcache.errors import UncommittedError
 from flexcache.store.manage.copy import copy
 from tests.corpora import build_store, open_recorder, token_documents

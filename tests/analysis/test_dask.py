@@ -14,7 +14,9 @@ import pytest
 import xarray as xr
 
 import flexcache
-from analysis import geometry, moments, probes, quantiles, survey, targets, view
+from analysis import probes, survey
+from analysis.dataset import targets, view
+from analysis.statistics import geometry, moments, quantiles
 from flexcache.errors import DamagedError, StoreError, UncommittedError
 from tests.corpora import build_store, lengths, open_recorder, token_documents
 

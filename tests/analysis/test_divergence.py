@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from analysis import divergence, lens
-from analysis.replay import metrics
-from analysis.replay.metrics import Outcome
+from analysis.readout import lens
+from analysis.replay.sweeps import metrics
+from analysis.replay.sweeps.metrics import Outcome
+from analysis.statistics import divergence
 
 
 def exact(logits: torch.Tensor) -> np.ndarray:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import flexcache
-from analysis import examples, tokens
-from analysis.tokens import Vocabulary
+from analysis.dataset import tokens
+from analysis.dataset.tokens import Vocabulary
+from analysis.readout import examples
 from flexcache.errors import AnalysisError
 from tests.analysis.stores import value_store
 from tests.analysis.test_moments import LENGTHS

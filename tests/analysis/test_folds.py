@@ -7,8 +7,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from analysis.dataset.view import join
 from analysis.probes import folds
-from analysis.view import join
 from flexcache.errors import AnalysisError
 
 

@@ -10,8 +10,8 @@ from sklearn.decomposition import PCA as SklearnPCA  # noqa: N811
 from sklearn.linear_model import LinearRegression, LogisticRegression
 
 import flexcache
-from analysis import erasure, geometry
-from analysis.covariance import Covariance
+from analysis.statistics import erasure, geometry
+from analysis.statistics.covariance import Covariance
 from flexcache.errors import AnalysisError
 from flexcache.store.read.row_alignment import matching_rows, rows_in
 from tests.analysis.stores import value_store

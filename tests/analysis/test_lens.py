@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import flexcache
-from analysis import lens
+from analysis.readout import lens
 from flexcache.errors import AnalysisError
 from tests.corpora import lengths, token_documents
 from tests.models import tiny

@@ -12,11 +12,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from analysis import moments
-from analysis.moments import Moments
-from analysis.onepass import Block, Grouping
-from analysis.onepass.groups import Key
-from analysis.tokens import TokenTypes
+from analysis.dataset.tokens import TokenTypes
+from analysis.statistics import moments
+from analysis.statistics.moments import Moments
+from analysis.statistics.onepass import Block, Grouping
+from analysis.statistics.onepass.groups import Key
 from flexcache.errors import AnalysisError, ConfigError
 from tests.analysis.stores import value_store
 
@@ -119,7 +119,7 @@ def test_mean_and_variance_alone_equal_numpy_also_where_the_first_rows_are_unlik
     values[cut:] += np.float32(shift)
     statistic = Moments(order=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("analysis.onepass.block.PIECE", 2 * (-(-len(values) // 16)))
+        patch.setattr("analysis.statistics.onepass.block.PIECE", 2 * (-(-len(values) // 16)))
         found = statistic.result(statistic.update(statistic.zero(2), block(values)))
     exact = values.astype(np.float64)
     np.testing.assert_allclose(found["mean"], exact.mean(0), rtol=1e-12, atol=1e-12)

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics.pairwise import cosine_similarity
 
-from analysis import outliers
-from analysis.onepass import Block
-from analysis.outliers import Extremes
+from analysis.statistics import outliers
+from analysis.statistics.onepass import Block
+from analysis.statistics.outliers import Extremes
 from tests.analysis.stores import value_store
 from tests.analysis.test_moments import LENGTHS
 

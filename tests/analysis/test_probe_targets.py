@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis import probes, targets
-from analysis.view import join
+from analysis import probes
+from analysis.dataset import targets
+from analysis.dataset.view import join
 from flexcache.errors import AnalysisError
 from tests.analysis.stores import value_store
 
@@ -109,7 +110,7 @@ def test_a_position_is_the_row_of_that_token(token_store: Any, position: int) ->
 
 
 def test_the_maximum_and_the_tokens_of_a_document_equal_numpy(token_store: Any, monkeypatch: Any) -> None:
-    from analysis import view as views
+    from analysis.dataset import view as views
 
     target = targets.labels(token_store, "tags")[0]
     monkeypatch.setattr(views, "BLOCK", 5)

@@ -13,9 +13,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import flexcache
-from analysis import probes, targets
+from analysis import probes
+from analysis.dataset import targets
+from analysis.dataset.view import join
 from analysis.probes import baselines, codelength, folds
-from analysis.view import join
 from flexcache.errors import AnalysisError
 from tests.analysis.stores import value_store
 from tests.corpora import token_documents

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from analysis import quantiles
-from analysis.quantiles import Histogram
+from analysis.statistics import quantiles
+from analysis.statistics.quantiles import Histogram
 from flexcache.errors import AnalysisError
 from tests.analysis.stores import value_store
 from tests.analysis.test_moments import LENGTHS, block

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.cross_decomposition import CCA
 from sklearn.metrics.pairwise import cosine_similarity
 
-from analysis import similarity
+from analysis.statistics import similarity
 from flexcache.errors import AnalysisError
 from tests.analysis.stores import value_store
 from tests.analysis.test_moments import LENGTHS

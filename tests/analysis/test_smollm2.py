@@ -10,7 +10,8 @@ import pytest
 from sklearn.linear_model import LinearRegression
 
 import flexcache
-from analysis import erasure, outliers, tokens
+from analysis.dataset import tokens
+from analysis.statistics import erasure, outliers
 from analysis.survey import Survey, survey
 
 pytestmark = [

@@ -11,7 +11,7 @@ import pytest
 
 import flexcache
 from analysis import probes
-from analysis.targets import DocumentTarget
+from analysis.dataset.targets import DocumentTarget
 
 pytestmark = [
     pytest.mark.slow,

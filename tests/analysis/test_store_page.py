@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import flexcache
-from analysis import lens
+from analysis.dataset.tokens import Vocabulary
+from analysis.readout import lens
 from analysis.report import store_page
 from analysis.survey import Survey, survey
-from analysis.tokens import Vocabulary
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 WORDS = Vocabulary(tuple(f" <w{i}>&" for i in range(300)))

@@ -10,7 +10,8 @@ import xarray as xr
 import zarr
 
 import flexcache
-from analysis import geometry, moments, outliers, quantiles, saved, similarity
+from analysis import saved
+from analysis.statistics import geometry, moments, outliers, quantiles, similarity
 from analysis.survey import PARTS, load, place, survey
 from flexcache.errors import AnalysisError
 from flexcache.store.read.shard_reader import RowReader

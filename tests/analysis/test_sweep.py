@@ -160,8 +160,8 @@ def test_shuffled_labels_are_at_chance_where_the_probe_is_not(make_store: Any) -
 
 
 def test_shuffling_keeps_a_group_of_one_value_together(array_store: Any) -> None:
+    from analysis.dataset.view import join
     from analysis.probes import baselines, folds
-    from analysis.view import join
 
     store = array_store(np.zeros((1, 120, 1)), [2] * 60, label=list("ab") * 30, group=[i // 2 for i in range(60)])
     mixed = join(store, "resid_post", "label", rows="all", groups="group")

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis import view
-from analysis.targets import DocumentTarget
-from analysis.view import join
+from analysis.dataset import view
+from analysis.dataset.targets import DocumentTarget
+from analysis.dataset.view import join
 from flexcache.errors import AnalysisError
 
 

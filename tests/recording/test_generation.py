@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import flexcache
-from analysis.replay.identity import identity_error
+from analysis.replay.engine.identity import identity_error
 from flexcache.errors import ConfigError, DocumentsError, MismatchError
 from flexcache.options import Generation
 from flexcache.recording import generate as generation_module

@@ -14,7 +14,9 @@ import transformers as hf
 from PIL import Image
 
 import flexcache
-from analysis import examples, moments, probes
+from analysis import probes
+from analysis.readout import examples
+from analysis.statistics import moments
 from flexcache.errors import AnalysisError, ConfigError, DocumentsError, MismatchError, SiteError, StoreError
 from flexcache.images import decode
 from flexcache.recording.forward.batch import BatchReader

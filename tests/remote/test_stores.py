@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import flexcache
-from analysis import moments
+from analysis.statistics import moments
 from flexcache.errors import CaptureError, ConfigError, DamagedError, MismatchError, StoreError, UncommittedError
 from flexcache.store.manage.copy import copy
 from flexcache.store.read.object_reader import GAP_BYTES

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import flexcache
-from analysis import targets
+from analysis.dataset import targets
 from flexcache.errors import ConfigError, DocumentsError, MismatchError
 from flexcache.sequences.chat import render
 from tests.corpora import build_store

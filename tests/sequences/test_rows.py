@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flexcache
-from analysis import targets
-from analysis.view import join
+from analysis.dataset import targets
+from analysis.dataset.view import join
 from flexcache.errors import ConfigError, DocumentsError, StoreError
 from flexcache.sequences.choice import first_or_last
 from flexcache.store.read.row_alignment import rows_in

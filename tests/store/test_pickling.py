@@ -17,7 +17,9 @@ import pytest
 import xarray as xr
 
 import flexcache
-from analysis import moments, probes, survey, targets, view
+from analysis import probes, survey
+from analysis.dataset import targets, view
+from analysis.statistics import moments
 from flexcache import errors
 from flexcache.store.format.ledger import Ledger
 from flexcache.store.manage.copy import copy as copy_store

@@ -37,7 +37,7 @@ class Replayable:
 def replayable(store: Store) -> Replayable:
     """Return what of a store stands in the way of running the rest of its model on its rows.
 
-    Whether a model at hand is the one that filled it, see `analysis.replay.obstacles`.
+    Whether a model at hand is the one that filled it, see `analysis.replay.engine.compatibility`.
     """
     reasons = {}
     if store.spec.get("rows") != "all":

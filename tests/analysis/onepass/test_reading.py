@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import flexcache
-from analysis import moments, onepass
-from analysis.moments import Moments
-from analysis.onepass import Block, DocumentSample, State, grouping
-from analysis.onepass.block import widen
+from analysis.statistics import moments, onepass
+from analysis.statistics.moments import Moments
+from analysis.statistics.onepass import Block, DocumentSample, State, grouping
+from analysis.statistics.onepass.block import widen
 from flexcache.errors import AnalysisError, ConfigError, SiteError
 from flexcache.store.read.shard_reader import RowReader
 from tests.analysis.stores import value_store
@@ -48,7 +48,7 @@ def test_each_shard_is_read_once_however_many_statistics(
             reads[layer, shard, row] += 1
         scan(self, layer, shard, first, out)
 
-    monkeypatch.setattr("analysis.onepass.reading.SCAN_SHARE", 1.0)
+    monkeypatch.setattr("analysis.statistics.onepass.reading.SCAN_SHARE", 1.0)
     monkeypatch.setattr(RowReader, "_scan_shard", counted)
     statistics = {"a": Moments(), "b": Moments(grouping(store, ["position"]), 2), "c": sampled(0.4)}
     found = onepass.read(store, "resid_post", statistics, progress=False)
@@ -103,7 +103,7 @@ def test_workers_that_die_are_an_error_and_so_is_no_scheduler(
         onepass.read(
             store, "resid_post", {"x": Deadly()}, scheduler=cluster.scheduler_address, progress=False, layers=0
         )
-    monkeypatch.setattr("analysis.onepass.scheduler.TIMEOUT", 1)
+    monkeypatch.setattr("analysis.statistics.onepass.scheduler.TIMEOUT", 1)
     with pytest.raises(AnalysisError, match="no scheduler at"):
         moments.compute(store, "resid_post", scheduler="tcp://127.0.0.1:9", progress=False)
 
@@ -111,7 +111,7 @@ def test_workers_that_die_are_an_error_and_so_is_no_scheduler(
 def test_statistics_that_all_sample_read_only_the_sampled_documents(
     store: flexcache.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("analysis.onepass.reading.SCAN_SHARE", 1.0)
+    monkeypatch.setattr("analysis.statistics.onepass.reading.SCAN_SHARE", 1.0)
     monkeypatch.setattr(RowReader, "_scan_shard", lambda *_: pytest.fail("scanned"))
     statistic = sampled(0.2)
     assert statistic.sample is not None

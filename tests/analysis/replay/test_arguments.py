@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from analysis import replay
-from analysis.replay.edit import Edit
-from analysis.replay.spot import Spot
+from analysis.replay.edits.edit import Edit
+from analysis.replay.edits.edit_context import Spot
 from flexcache.errors import AnalysisError, FlexCacheError, StoreError
 from tests.corpora import token_documents
 from tests.models import HIDDEN, VOCABULARY

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from analysis import replay
-from analysis.replay.plot import scatter
+from analysis.replay.sweeps.plot import scatter
 from flexcache.errors import AnalysisError
 from tests.corpora import token_documents
 from tests.models import VOCABULARY

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
 from analysis import replay
-from analysis.replay.edit import Edit, alternatives, from_json, labels
-from analysis.replay.inference import group_bootstrap, sign_flip
-from analysis.replay.spot import Source, Spot
+from analysis.replay.edits.edit import Edit, alternatives, from_json, labels
+from analysis.replay.edits.edit_context import Source, Spot
+from analysis.replay.sweeps.inference import group_bootstrap, sign_flip
 from flexcache.errors import AnalysisError
 from tests.models import HIDDEN
 

@@ -230,7 +230,7 @@ def test_a_resid_pre_is_as_good_as_the_resid_post_before_it(captured: Captured) 
 
 def test_a_model_that_hands_on_more_is_refused_by_the_identity_check(tmp_path: Any) -> None:
     """Blocks that also count, in a place of their own, how many of them ran."""
-    from analysis.replay.identity import misfit, refuse_misfit
+    from analysis.replay.engine.identity import misfit, refuse_misfit
 
     def leaky() -> torch.nn.Module:
         model = tiny("llama")

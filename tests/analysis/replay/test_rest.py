@@ -7,7 +7,7 @@ import torch
 
 import flexcache
 from analysis import replay
-from analysis.replay.identity import Misfit, compare
+from analysis.replay.engine.identity import Misfit, compare
 from flexcache.errors import ConfigError, MismatchError
 from flexcache.model import ModelSource
 from tests.corpora import token_documents

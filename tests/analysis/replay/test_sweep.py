@@ -15,7 +15,7 @@ from scipy.special import log_softmax
 
 from analysis import replay
 from analysis.replay import Engine
-from analysis.replay.metrics import Outcome
+from analysis.replay.sweeps.metrics import Outcome
 from flexcache.errors import AnalysisError, MismatchError, StoreError
 from tests.analysis.replay.test_engine import REPLAYED
 from tests.corpora import token_documents
@@ -259,7 +259,7 @@ def test_the_head_at_the_last_token_alone_gives_the_same(made: Any) -> None:
 def test_a_sweep_goes_on_where_it_stopped(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, model = made
     asked: dict[str, Any] = {"edit": replay.Zero(), "metrics": ["kl"], "folder": tmp_path / "out", **QUIET}
-    module = sys.modules["analysis.replay.sweep"]  # its name in the package is the function
+    module = sys.modules["analysis.replay.sweeps.sweep"]  # its name in the package is the function
     real, calls = module.answer, []
 
     def failing(*arguments: Any) -> Any:

@@ -1,0 +1,1 @@
+"""Build a probe dataset from a store: rows, targets, groups and labels."""

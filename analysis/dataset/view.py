@@ -1,0 +1,404 @@
+"""A question put to a store: which rows answer it, and what is known about each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from analysis.dataset import columns
+from analysis.dataset.opens_store import opens_store
+from analysis.dataset.targets import DocumentTarget, TokenTarget, check_target
+from flexcache.errors import AnalysisError, nearest
+from flexcache.site import Layers, plain_layers, resolve_layers
+
+RowWord = Literal["last", "first", "mean", "max", "all", "tokens"]
+Rows = RowWord | int
+"""Which rows of a document: a word, or the row of a token position, negative from the end."""
+Task = Literal["classification", "regression"]
+
+BLOCK = 8192  # rows in memory at once when documents are averaged
+
+
+class Readable(Protocol):
+    """What an analysis needs of a store; `flexcache.open` returns one."""
+
+    @property
+    def documents(self) -> pa.Table:
+        """One row a document, with ``row_start`` and ``n_rows``."""
+        ...
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The names of the arrays."""
+        ...
+
+    @property
+    def spec(self) -> Mapping[str, Any]:
+        """The capture's settings; ``spec["rows"]`` is the row selection."""
+        ...
+
+    def layers(self, site: str) -> tuple[int, ...]:
+        """Return the captured layers, none where the site is a module path."""
+        ...
+
+    def read(self, site: str, layer: int | None = None, rows: Any = ...) -> NDArray[Any]:
+        """Return rows as float32, ``(len(rows), …)``."""
+        ...
+
+
+@dataclass(frozen=True)
+class View:
+    """Samples of one site with their target and group; made by `join`.
+
+    A *sample* is one feature vector: a document's row, the mean or maximum of its rows, or, with ``rows="all"``, every
+    one of them; with ``rows="tokens"``, the matrix of its rows. Nothing is read before `read`.
+    """
+
+    store: Readable = field(repr=False)
+    site: str
+    layers: tuple[int | None, ...]
+    """Captured layers in ascending order; ``(None,)`` for a module path."""
+    target: str
+    task: Task
+    classes: tuple[Any, ...]
+    """The classes in sorted order; empty in a regression."""
+    rows: Rows
+    groups: str | None
+    y: NDArray[Any]
+    """(n_samples,) int64 positions in ``classes``, or float64 values."""
+    group: NDArray[np.int64]
+    """(n_samples,) numbers of the groups that folds may not split."""
+    document: NDArray[np.int64]
+    """(n_samples,) positions in ``row_start``, ``texts`` and the other columns of the kept documents."""
+    source: NDArray[np.int64]
+    """(n_documents,) rows of ``store.documents``."""
+    row_start: NDArray[np.int64]
+    n_rows: NDArray[np.int64]
+    row: NDArray[np.int64] | None
+    """(n_samples,) rows of the store, one a sample; None where a sample is made of several."""
+    texts: tuple[str, ...] | None = field(repr=False)
+    dropped: dict[str, int]
+    """How many documents were left out, by reason."""
+
+    @property
+    def n_samples(self) -> int:
+        """Number of feature vectors."""
+        return len(self.y)
+
+    @property
+    def n_documents(self) -> int:
+        """Number of documents with a target, a group and at least one row."""
+        return len(self.source)
+
+    @property
+    def n_groups(self) -> int:
+        """Number of groups."""
+        return int(self.group.max()) + 1
+
+    def read(self, layer: int | None) -> NDArray[Any]:
+        """Return the samples of one layer, float32 ``(n_samples, features)``; of tokens, an array of such matrices.
+
+        Holds that one matrix; what is made of several rows reads at most `BLOCK` of them at a time, and averages in
+        float64.
+
+        Raises
+        ------
+        AnalysisError
+            A value is not finite, or the matrix would not fit into memory.
+        """
+        self._check_memory(layer)
+        if self.rows == "tokens":
+            flat = self._finite(layer, _matrix(self.store.read(self.site, layer=layer, rows=self._every_row())))
+            matrices = np.empty(self.n_samples, object)
+            matrices[:] = np.split(flat, np.cumsum(self.n_rows)[:-1])
+            return matrices
+        if self.row is not None:
+            return self._finite(layer, _matrix(self.store.read(self.site, layer=layer, rows=self.row)))
+        return self._finite(layer, self._pooled(layer))
+
+    def read_some(self, layer: int | None, part: slice) -> NDArray[np.float32]:
+        """Return some of the samples of one layer, where each is one row."""
+        assert self.row is not None
+        return self._finite(layer, _matrix(self.store.read(self.site, layer=layer, rows=self.row[part])), part.start)
+
+    @property
+    def features(self) -> int:
+        """Length of a feature vector."""
+        return int(_matrix(self.store.read(self.site, layer=self.layers[0], rows=self.row_start[:1])).shape[1])
+
+    def bytes_per_layer(self) -> int:
+        """Bytes held at the peak of a probe in memory: float32 rows, float64 rows, and their standardised copy."""
+        count = int(self.n_rows.sum()) if self.rows == "tokens" else self.n_samples
+        return count * self.features * (4 + 8 + 8)
+
+    def _check_memory(self, layer: int | None) -> None:
+        if self.rows not in ("all", "tokens") or layer != self.layers[0]:
+            return
+        needed, memory = self.bytes_per_layer(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > memory:
+            raise AnalysisError(
+                "one layer of every row does not fit into memory",
+                where=self.site,
+                expected=f"at most {memory / 2**30:.1f} GiB",
+                found=f"{self.n_samples:,} samples need {needed / 2**30:.1f} GiB",
+                remedy='use a linear probe, which reads blocks; write rows="mean" or rows="last"; or select documents',
+            )
+
+    def _pooled(self, layer: int | None) -> NDArray[np.float32]:
+        largest = self.rows == "max"
+        found: NDArray[np.float64] | None = None
+        for rows, owner in _blocks(self.row_start, self.n_rows):
+            block = _matrix(self.store.read(self.site, layer=layer, rows=rows))
+            if found is None:
+                found = np.full((self.n_documents, block.shape[1]), -np.inf if largest else 0.0)
+            first = np.flatnonzero(np.diff(owner, prepend=-1))
+            if largest:
+                found[owner[first]] = np.maximum(found[owner[first]], np.maximum.reduceat(block, first, axis=0))
+            else:
+                found[owner[first]] += np.add.reduceat(block, first, axis=0, dtype=np.float64)
+        assert found is not None
+        return (found if largest else found / self.n_rows[:, None]).astype(np.float32)
+
+    def _every_row(self) -> NDArray[np.int64]:
+        return np.repeat(self.row_start, self.n_rows) + _within(self.n_rows)
+
+    def _finite(self, layer: int | None, X: NDArray[np.float32], first: int = 0) -> NDArray[np.float32]:
+        finite = np.isfinite(X).all(axis=1)
+        if not finite.all():
+            at = int(finite.argmin()) + first
+            if self.rows == "tokens":
+                at = int(np.searchsorted(np.cumsum(self.n_rows), at, side="right"))
+            raise AnalysisError(
+                "an activation is not finite",
+                where=f"{self.site}, layer {layer}, {self._id(at)}",
+                expected="finite values",
+                found=f"{int((~finite).sum())} samples with NaN or infinity",
+                remedy="run flexcache verify on the store; choose a layer that was captured",
+            )
+        return X
+
+    def _id(self, sample: int) -> str:
+        table, row = self.store.documents, int(self.source[self.document[sample]])
+        return f"document {table['id'][row].as_py()!r}" if "id" in table.column_names else f"document {row}"
+
+
+@opens_store
+def join(
+    store: Readable,
+    site: str,
+    target: str | TokenTarget | DocumentTarget,
+    *,
+    groups: str | None = "document",
+    rows: Rows | None = None,
+    layers: Layers = "all",
+    task: Task | None = None,
+) -> View:
+    """Join a store's rows with what its documents say about them.
+
+    Parameters
+    ----------
+    store
+        What `flexcache.open` returned.
+    site
+        The name of an array of the store.
+    target
+        A column of ``store.documents``; or what is known of each token, see `analysis.targets`. Text, booleans and
+        integers are classes, floating-point numbers a regression, unless *task* says otherwise. Documents, and
+        tokens, without a value (null or NaN) are left out, and counted in `View.dropped`.
+    groups
+        ``"document"``: the rows of a document stay together. A column's name: so do the documents that share
+        its value. ``None``: every row for itself, which leaks what identifies a document.
+    rows
+        ``"last"`` or ``"first"`` token, the ``"mean"`` or ``"max"`` over tokens, or ``"all"`` rows of each document;
+        a token position, negative from the document's end, where documents without it are left out; ``"tokens"`` for
+        probes that read a document's rows together. By default the row that the store holds for each document, or the
+        last of many; all rows for a target of tokens.
+    layers
+        ``"all"`` captured ones, a number, a list, or a slice as text. Negative numbers count back from the
+        model's last layer.
+    task
+        ``"classification"`` or ``"regression"``, where the column's type would say otherwise.
+
+    Raises
+    ------
+    AnalysisError
+        A column, site, layer or row that the store does not have; a target with fewer than two values.
+    """
+    table = store.documents
+    if site not in store.sites:
+        raise AnalysisError(f"the store has no site {site!r}", remedy=nearest(str(site), tuple(store.sites)))
+    check_target(target)
+    if not isinstance(groups, str | None):
+        raise AnalysisError(
+            "groups cannot be read",
+            expected="document, a column of the documents, or None",
+            found=type(groups).__name__,
+        )
+    if task not in (*get_args(Task), None):
+        raise AnalysisError(f"task cannot be {task!r}", remedy=nearest(str(task), get_args(Task)))
+    by_token = isinstance(target, TokenTarget)
+    rows = "all" if by_token and rows is None else _choose_rows(store, rows)
+    if by_token and rows in ("mean", "max", "tokens"):
+        raise AnalysisError(f"a target of tokens cannot be read from the {rows} of a document", remedy='rows="all"')
+    n_rows = table["n_rows"].to_numpy().astype(np.int64)
+    name = target if isinstance(target, str) else target.name
+    if isinstance(target, str):
+        values = columns.column(table, target, "target")
+    else:
+        values = target.of_documents(table, store) if isinstance(target, DocumentTarget) else None
+    valid = np.ones(len(table), bool) if values is None else columns.valid(values)
+    keys = None if groups in (None, "document") else columns.column(table, str(groups), "groups")
+    grouped = np.ones(len(table), bool) if keys is None else columns.valid(keys)
+    chosen = _row_of(store, rows, n_rows)
+    reasons = {
+        "no target": ~valid,
+        "no group": valid & ~grouped,
+        "no rows": valid & grouped & (n_rows == 0),
+        "no such token": valid & grouped & (n_rows > 0) & (chosen < 0),
+    }
+    kept = np.flatnonzero(valid & grouped & (n_rows > 0) & (chosen >= 0))
+    dropped = {reason: int(mask.sum()) for reason, mask in reasons.items() if mask.any()}
+    if not len(kept):
+        raise AnalysisError(
+            "no document can be used", where=f"target {name!r}", found=f"left out: {dropped or 'nothing'}"
+        )
+
+    n_rows, row_start = n_rows[kept], table["row_start"].to_numpy()[kept].astype(np.int64)
+    document = np.repeat(np.arange(len(kept)), n_rows if rows == "all" else 1)
+    row = None if rows in ("mean", "max", "tokens") else row_start[document] + chosen[kept][document]
+    if rows == "all":
+        row = row_start[document] + _within(n_rows)
+    if isinstance(target, TokenTarget):
+        assert row is not None
+        of_row = target.values(store)
+        known = columns.valid(of_row.take(pa.array(row)))
+        if not known.all():
+            dropped["tokens without a target"] = int((~known).sum())
+        row, document = row[known], document[known]
+        values = of_row.take(pa.array(row))
+    else:
+        assert values is not None
+        values = values.take(pa.array(kept))
+    task = task or ("regression" if pa.types.is_floating(values.type) else "classification")
+    y, classes = columns.target(values, name, task)
+    if groups is None:
+        group = np.arange(len(document))
+    elif keys is None:
+        group = np.unique(document, return_inverse=True)[1]
+    else:
+        group = np.unique(columns.codes(keys.take(pa.array(kept)))[document], return_inverse=True)[1]
+    texts = None
+    if "text" in table.column_names:
+        texts = tuple(text or "" for text in table["text"].take(pa.array(kept)).to_pylist())
+    return View(
+        store=store,
+        site=site,
+        layers=choose_layers(store, site, layers),
+        target=name,
+        task=task,
+        classes=classes,
+        rows=rows,
+        groups=groups,
+        y=y if by_token else y[document],
+        group=group.astype(np.int64),
+        document=document,
+        source=kept,
+        row_start=row_start,
+        n_rows=n_rows,
+        row=row,
+        texts=texts,
+        dropped=dropped,
+    )
+
+
+def _row_of(store: Readable, rows: Rows, n_rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return which of its rows each document is read at; −1 where it has no such token, 0 where all are."""
+    if rows == "last":
+        return n_rows - 1
+    if isinstance(rows, str):
+        return np.zeros(len(n_rows), np.int64)
+    position = np.asarray(store.coordinates["position"].values)  # type: ignore[attr-defined]
+    table = store.documents
+    wanted = rows + (table["n_tokens"].to_numpy().astype(np.int64) if rows < 0 else 0)
+    start = table["row_start"].to_numpy().astype(np.int64)
+    first = np.where(n_rows > 0, position[np.minimum(start, len(position) - 1)], 0)
+    at = wanted - first  # a document's rows are consecutive tokens
+    return np.where((at >= 0) & (at < n_rows), at, -1)
+
+
+def _choose_rows(store: Readable, rows: Rows | None) -> Rows:
+    stored = str(store.spec["rows"])
+    if rows is None:
+        return stored if stored in ("last", "first", "mean") else "last"  # type: ignore[return-value]
+    if isinstance(rows, int) and not isinstance(rows, bool) and stored == "all":
+        return rows
+    if rows not in get_args(RowWord):
+        raise AnalysisError(f"rows cannot be {rows!r}", remedy=nearest(str(rows), get_args(RowWord)))
+    one = stored in ("last", "first", "mean")
+    if one and rows not in (stored, "all"):
+        raise AnalysisError(
+            f"the store does not hold the {rows} of each document",
+            expected=f"rows={stored!r}, which is what was captured",
+            found=f"rows={rows!r}",
+            remedy=f'leave rows out, or capture again with rows: all or rows: "{rows}"',
+        )
+    return stored if one else rows  # type: ignore[return-value]
+
+
+def choose_layers(store: Readable, site: str, layers: Layers) -> tuple[int | None, ...]:
+    """Return the captured layers that *layers* means, ascending; (None,) for a site without layers.
+
+    Raises
+    ------
+    AnalysisError
+        A layer was not captured, or the site has none.
+    """
+    captured, layers = tuple(store.layers(site)), plain_layers(layers)
+    if not captured:
+        if layers != "all":
+            raise AnalysisError(f"{site} is a module and has no layers", remedy='leave layers out, or write "all"')
+        return (None,)
+    if layers == "all":
+        return captured
+    asked = resolve_layers(layers, _depth(store, site, captured))
+    missing = [layer for layer in asked if layer not in captured]
+    found = tuple(layer for layer in asked if layer in captured)
+    if not found or (missing and not (isinstance(layers, str) and ":" in layers)):
+        raise AnalysisError(
+            f"layer {', '.join(map(str, missing))} of {site} was not captured",
+            expected=f"captured layers: {', '.join(map(str, captured))}",
+            found=str(layers),
+        )
+    return found
+
+
+def _depth(store: Readable, site: str, captured: tuple[int, ...]) -> int:
+    array = getattr(store, "arrays", {}).get(site)
+    return getattr(array, "depth", None) or max(captured) + 1
+
+
+def _within(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return 0 … n−1 for each count, one after the other."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+
+
+def _blocks(
+    row_start: NDArray[np.int64], n_rows: NDArray[np.int64]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Yield (rows, the document of each), at most `BLOCK` rows at a time; a document may be split."""
+    ends = np.cumsum(n_rows)
+    for low in range(0, int(ends[-1]), BLOCK):
+        place = np.arange(low, min(low + BLOCK, int(ends[-1])))
+        owner = np.searchsorted(ends, place, side="right")
+        yield row_start[owner] + place - (ends - n_rows)[owner], owner
+
+
+def _matrix(values: NDArray[Any]) -> NDArray[np.float32]:
+    return np.asarray(values, np.float32).reshape(len(values), -1)

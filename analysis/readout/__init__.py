@@ -1,0 +1,1 @@
+"""Read activations as words: the logit lens and top examples."""

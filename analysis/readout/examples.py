@@ -1,0 +1,270 @@
+"""The tokens that excite a neuron or a direction most, in their context, as text and as coloured HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import ArrayLike
+
+from analysis.dataset.opens_store import opens_store
+from analysis.dataset.tokens import Vocabulary, vocabulary
+from analysis.statistics.onepass import Block, State, Statistic, read
+from flexcache.errors import AnalysisError
+from flexcache.store.read.store import Store
+
+SPARE = 4
+
+
+@dataclass(frozen=True, eq=False)
+class TopRows(Statistic):
+    """The rows with the largest values of some directions.
+
+    Attributes
+    ----------
+    directions : ndarray of shape (directions, features), or a tuple of int
+        Directions, or dims by number.
+    count : int
+        How many rows of each are kept.
+    """
+
+    directions: np.ndarray | tuple[int, ...]
+    count: int = 40
+
+    def zero(self, features: int) -> State:
+        """Return no rows."""
+        shape = (self.count, len(self.directions))
+        return {"value": np.full(shape, -np.inf), "row": np.full(shape, -1, np.int64)}
+
+    def update(self, state: State, block: Block) -> State:
+        """Add rows."""
+        values = along(block.float64, self.directions)
+        count = min(self.count, len(values))
+        top = np.argpartition(-values, count - 1, axis=0)[:count]
+        return self.merge(state, {"value": np.take_along_axis(values, top, 0), "row": block.rows[top]})
+
+    def merge(self, first: State, second: State) -> State:
+        """Return both together, of equal values the lower row first."""
+        values = np.concatenate([first["value"], second["value"]])
+        rows = np.concatenate([first["row"], second["row"]])
+        order = np.lexsort((rows, -values), axis=0)[: self.count]
+        return {"value": np.take_along_axis(values, order, 0), "row": np.take_along_axis(rows, order, 0)}
+
+    def result(self, state: State) -> xr.Dataset:
+        """Return ``value`` and ``row`` (rank, direction), largest first; row -1 where there are fewer."""
+        dims = ("rank", "direction")
+        return xr.Dataset({"value": (dims, state["value"]), "row": (dims, state["row"])})
+
+    def state_bytes(self, features: int) -> int:
+        """Return the bytes of a state."""
+        return 16 * self.count * len(self.directions)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what was asked."""
+        dims = self.directions
+        return {
+            "statistic": "examples",
+            "count": self.count,
+            "dims": list(dims) if isinstance(dims, tuple) else "given",
+        }
+
+
+@dataclass(frozen=True)
+class Example:
+    """A token that excites a direction, in its context.
+
+    Attributes
+    ----------
+    document : str
+        Its id.
+    position : int
+        Of the token in its document.
+    value : float
+    tokens : tuple of str
+        The token and those around it.
+    values : tuple of float
+        Of each of *tokens*.
+    place : int
+        Of the token in *tokens*.
+    """
+
+    document: str
+    position: int
+    value: float
+    tokens: tuple[str, ...]
+    values: tuple[float, ...]
+    place: int
+
+    def __str__(self) -> str:
+        before, after = "".join(self.tokens[: self.place]), "".join(self.tokens[self.place + 1 :])
+        return f"{self.value:9.3f}  {before}[[{self.tokens[self.place]}]]{after}".replace("\n", "⏎")
+
+
+@opens_store
+def top(
+    store: Store,
+    site: str,
+    layer: int | None,
+    direction: int | ArrayLike,
+    *,
+    count: int = 10,
+    context: int = 12,
+    per_document: int = 1,
+    words: Vocabulary | None = None,
+    **where: Any,
+) -> list[Example]:
+    """Return the tokens with the largest value of a dim or direction, largest first.
+
+    Parameters
+    ----------
+    direction
+        The number of a dim, such as a neuron of ``mlp_post``, or a vector of as many numbers as the site has features.
+    context
+        How many tokens to show before and after.
+    per_document
+        At most so many tokens of one document.
+    words
+        By default the vocabulary of the store's model where it is at hand; else tokens are shown as ``#id``.
+    where
+        scheduler, workers and progress, see `analysis.statistics.onepass.read`.
+
+    Raises
+    ------
+    AnalysisError
+        A direction of another length; a dim that the site does not have.
+    """
+    directions = checked(store, site, [direction])
+    found = read(
+        store, site, {"top": TopRows(directions, count * SPARE)}, layers="all" if layer is None else layer, **where
+    )
+    return shown(
+        store,
+        site,
+        found.layers[0],
+        directions,
+        found["top"].isel(layer=0),
+        count=count,
+        context=context,
+        per_document=per_document,
+        words=words,
+    )[0]
+
+
+@opens_store
+def shown(
+    store: Store,
+    site: str,
+    layer: int | None,
+    directions: np.ndarray | tuple[int, ...],
+    found: xr.Dataset,
+    *,
+    count: int = 10,
+    context: int = 12,
+    per_document: int = 1,
+    words: Vocabulary | None = None,
+) -> list[list[Example]]:
+    """Return the examples of each direction of one layer of a `TopRows` result."""
+    words = words or vocabulary(store) or Vocabulary(())
+    document = store.coordinates["document"].values
+    rows, values = found["row"].values, found["value"].values
+    examples: list[list[Example]] = []
+    for i in range(len(directions)):
+        one = directions[i : i + 1]
+        taken: dict[int, int] = {}
+        chosen: list[Example] = []
+        for row, value in zip(rows[:, i].tolist(), values[:, i].tolist()):
+            if row < 0 or len(chosen) == count:
+                break
+            owner = int(document[row])
+            taken[owner] = taken.get(owner, 0) + 1
+            if taken[owner] <= per_document:
+                chosen.append(_example(store, site, layer, one, row, value, context, words))
+        examples.append(chosen)
+    return examples
+
+
+def html(examples: Sequence[Example]) -> str:
+    """Return examples as HTML: a line each, tokens coloured by their value, warm above 0 and cool below.
+
+    Colours come from the CSS variables ``--warm`` and ``--cool``, with fallbacks for a notebook; texts are escaped.
+    """
+    scale = max((abs(example.value) for example in examples), default=1.0) or 1.0  # not of a massive neighbour
+    lines = []
+    for example in examples:
+        spans = []
+        for i, (token, value) in enumerate(zip(example.tokens, example.values)):
+            colour = "var(--warm, #d9480f)" if value > 0 else "var(--cool, #1971c2)"
+            share = round(75 * min(1.0, abs(value) / scale))
+            mark = ";outline:1px solid currentColor" if i == example.place else ""
+            text = escape(token).replace("\n", "⏎")
+            style = f"background:color-mix(in srgb, {colour} {share}%, transparent){mark}"
+            spans.append(f'<span title="{value:.4g}" style="{style}">{text}</span>')
+        about = f"{escape(example.document)}, position {example.position}"
+        lines.append(
+            f'<p class="example" title="{about}" style="white-space:pre-wrap;margin:.3em 0">'
+            f"<b>{example.value:.3g}</b> {''.join(spans)}</p>"
+        )
+    return f'<div class="examples">{"".join(lines)}</div>'
+
+
+def checked(store: Store, site: str, directions: Sequence[int | ArrayLike]) -> np.ndarray | tuple[int, ...]:
+    """Return dims as a tuple, or directions as a matrix.
+
+    Raises
+    ------
+    AnalysisError
+        They are not of the site's length.
+    """
+    if site not in store.arrays:
+        raise AnalysisError(f"the store has no site {site!r}", where=str(store.path))
+    features = store.arrays[site].features
+    if all(isinstance(item, int | np.integer) for item in directions):
+        dims = tuple(int(item) for item in directions)  # type: ignore[arg-type]
+        if any(not 0 <= dim < features for dim in dims):
+            raise AnalysisError(f"{site} has dims 0 to {features - 1}", found=str(list(dims)))
+        return dims
+    matrix = np.atleast_2d(np.asarray(directions, np.float64))
+    if matrix.ndim != 2 or matrix.shape[1] != features:
+        raise AnalysisError(
+            "a direction has another length than the site", expected=f"{features} numbers", found=str(matrix.shape)
+        )
+    return matrix
+
+
+def along(values: np.ndarray, directions: np.ndarray | tuple[int, ...]) -> np.ndarray:
+    """Return (rows, directions): values of dims, or products with directions."""
+    return values[:, list(directions)] if isinstance(directions, tuple) else values @ directions.T
+
+
+def _example(
+    store: Store,
+    site: str,
+    layer: int | None,
+    direction: np.ndarray | tuple[int, ...],
+    row: int,
+    value: float,
+    context: int,
+    words: Vocabulary,
+) -> Example:
+    owner = int(store.coordinates["document"].values[row])
+    start = int(store.documents["row_start"][owner].as_py())
+    stop = start + int(store.documents["n_rows"][owner].as_py())
+    rows = np.arange(max(start, row - context), min(stop, row + context + 1))
+    values = along(store.read(site, layer, rows).astype(np.float64), direction)[:, 0]
+    ids, positions = (store.coordinates[name].values[rows].tolist() for name in ("token_id", "position"))
+    if store.images and min(positions) >= 0:  # not of means
+        texts = tuple(f" {store.patches.name(position)}" for position in positions)
+    else:
+        texts = tuple(words.text(token) if token >= 0 else "(mean)" for token in ids)
+    return Example(
+        document=str(store.documents["id"][owner].as_py()),
+        position=int(store.coordinates["position"].values[row]),
+        value=value,
+        tokens=texts,
+        values=tuple(values.tolist()),
+        place=row - int(rows[0]),
+    )

@@ -1,0 +1,1 @@
+"""Edits of cached activations: what they are, the standard ones, and donors."""

@@ -1,0 +1,87 @@
+"""LEACE: the least change of activations after which no linear probe finds a concept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from analysis.dataset.view import Rows, join
+from analysis.replay.edits.edit import Edit
+from analysis.replay.edits.edit_context import Spot
+from analysis.replay.edits.standard import random_basis
+from flexcache.errors import AnalysisError
+from flexcache.store.read.store import Store
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Erase(Edit):
+    """Erase a concept from activations: ``x − left · right · (x − mean)``, as `fit` or `fit_store` found it.
+
+    Method: Belrose et al. 2023, "LEACE: Perfect linear concept erasure in closed form", arXiv 2306.03819. On the data
+    of the fit, the covariance of the erased activations with the concept is zero, so that no linear predictor beats a
+    constant; elsewhere it is an estimate.
+
+    Parameters
+    ----------
+    left, right
+        Shapes (features, k) and (k, features); k is at most one less than the number of classes.
+    mean
+        Shape (features,).
+    """
+
+    left: NDArray[Any]
+    right: NDArray[Any]
+    mean: NDArray[Any]
+
+    def __post_init__(self) -> None:
+        self._array("left", (2,))
+        self._array("right", (2,))
+        self._array("mean")
+
+    @classmethod
+    def fit(cls, X: NDArray[Any], y: NDArray[Any]) -> Erase:
+        """Fit to activations (samples, features), and classes (samples,) or values (samples,) or (samples, k).
+
+        Computed in float64. Directions in which the samples hardly vary are left as they are.
+
+        Raises
+        ------
+        AnalysisError
+            Shapes do not fit, or the concept does not vary.
+        """
+        X, y = np.asarray(X, np.float64), np.asarray(y)
+        if X.ndim != 2 or len(X) != len(y):
+            raise AnalysisError("activations and concept do not fit", found=f"shapes {X.shape} and {y.shape}")
+        Z = y.astype(np.float64) if y.dtype.kind == "f" else (y[:, None] == np.unique(y)).astype(np.float64)
+        Z = Z.reshape(len(Z), -1) - Z.reshape(len(Z), -1).mean(0)
+        mean = X.mean(0)
+        X = X - mean
+        value, vector = np.linalg.eigh(X.T @ X / len(X))
+        kept = value > value.max() * len(value) * np.finfo(np.float64).eps
+        if not kept.any() or not Z.any():
+            raise AnalysisError("there is nothing to erase", found="a concept, or activations, that never vary")
+        root, vector = np.sqrt(value[kept]), vector[:, kept]
+        cross = (vector / root).T @ (X.T @ Z / len(X))  # in whitened coordinates
+        basis, size, _ = np.linalg.svd(cross, full_matrices=False)
+        basis = basis[:, size > size.max() * 1e-9]
+        return cls((vector * root) @ basis, (basis.T / root) @ vector.T, mean)
+
+    @classmethod
+    def fit_store(cls, store: Store, target: str, site: str, layer: int, rows: Rows | None = "last") -> Erase:
+        """Fit to a label column of a store's documents; *target* and *rows* as for `analysis.view.join`."""
+        view = join(store, site, target, rows=rows, layers=layer)
+        return cls.fit(view.read(layer), view.y)
+
+    def change(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
+        """Return *x* without the concept."""
+        right = self._fit(self.right, x)
+        return x - ((x - self._fit(self.mean, x)) @ right.T) @ torch.from_numpy(np.array(self.left.T)).to(x)
+
+    def with_random_directions(self, seed: int, features: int) -> Edit | None:
+        """Return an orthogonal projection along as many random directions, about the same mean."""
+        basis = random_basis(self.right, seed)
+        return Erase(basis.T, basis, self.mean)

@@ -1,0 +1,131 @@
+"""Hooks of one forward: edits, what is read on the way, and where the head computes logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from analysis.replay.edits.edit import Edit, apply
+from analysis.replay.edits.edit_context import Spot
+from flexcache.hooks.locate.hook_point import HookPoint
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An edit, where it is made.
+
+    Attributes
+    ----------
+    point : HookPoint
+    edit : Edit
+    tokens : tuple of ndarray of int64, shapes (n,) and (n,)
+        Lines of the forward, and positions.
+    """
+
+    point: HookPoint
+    edit: Edit
+    tokens: tuple[NDArray[np.int64], NDArray[np.int64]]
+    seed: int = 0
+
+
+@dataclass
+class Ran:
+    """What a forward gave.
+
+    Attributes
+    ----------
+    logits : Tensor, shape (lines, read, vocabulary)
+        At the positions that were asked for; of a model without logits its first output, (lines, longest, features). Of
+        one that classifies whole sequences or images, shape (lines, classes).
+    residuals : mapping from (site, layer) to Tensor of shape (lines, longest, features)
+    left_out : set of int
+        Lines in which an edit could not be made.
+    """
+
+    logits: torch.Tensor
+    residuals: dict[tuple[str, int | None], torch.Tensor]
+    left_out: set[int] = field(default_factory=set)
+
+
+@contextmanager
+def editing(
+    module: nn.Module, point: HookPoint, edits: Sequence[tuple[Placed, Spot]], shape: tuple[int, int], each: int
+) -> Iterator[None]:
+    """Apply all *edits* to a module's value at a hook point, of *shape* (lines, longest, …), at their tokens.
+
+    An edit gets the copies of the batch, of *each* lines, that its tokens are in.
+    """
+    made = [one for one in edits if len(one[0].tokens[0])]
+
+    def edited(values: torch.Tensor) -> torch.Tensor:
+        if not made:
+            return values
+        whole = point.shaped(values, shape).clone()
+        for placed, spot in made:
+            lines, positions = placed.tokens
+            first, last = int(lines.min()) // each * each, int(lines.max()) // each * each + each
+            index = (torch.from_numpy(lines - first).to(values.device), torch.from_numpy(positions).to(values.device))
+            part = whole[first:last]
+            part.copy_(apply(placed.edit, part, index, spot))
+        return whole.reshape(values.shape)
+
+    def on_output(_: nn.Module, args: Any, output: Any) -> Any:
+        return point.into_output(output, edited(point.from_output(output)))
+
+    def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value = edited(point.from_input(args, kwargs))
+        return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": value})
+
+    if point.side == "input":
+        handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(on_output)
+    with _removing(handle):
+        yield
+
+
+@contextmanager
+def reading_at(
+    module: nn.Module, point: HookPoint, place: tuple[str, int | None], shape: tuple[int, int], ran: Ran
+) -> Iterator[None]:
+    """Put what is at a hook point into ``ran.residuals[place]``, edits included."""
+
+    def keep(values: torch.Tensor) -> None:
+        ran.residuals[place] = point.shaped(values, shape).clone()
+
+    if point.side == "input":
+        handle = module.register_forward_pre_hook(
+            lambda _, args, kwargs: keep(point.from_input(args, kwargs)), with_kwargs=True
+        )
+    else:
+        handle = module.register_forward_hook(lambda _, args, output: keep(point.from_output(output)))
+    with _removing(handle):
+        yield
+
+
+@contextmanager
+def reading(head: nn.Module, positions: torch.Tensor) -> Iterator[None]:
+    """Let the head of a model compute logits at *positions* alone, shape (lines, read)."""
+
+    def choose(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        index = positions[..., None].expand(*positions.shape, args[0].shape[-1])
+        return (args[0].gather(1, index), *args[1:])
+
+    with _removing(head.register_forward_pre_hook(choose)):
+        yield
+
+
+@contextmanager
+def _removing(handle: RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()

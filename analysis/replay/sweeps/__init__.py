@@ -1,0 +1,1 @@
+"""Sweep edits over layers and tokens, and measure what they change."""

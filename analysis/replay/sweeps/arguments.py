@@ -1,0 +1,116 @@
+"""Checks of what a caller gives to a replay, before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import index
+from typing import Any
+
+from torch import nn
+
+from analysis.replay.edits.edit_context import Source
+from analysis.replay.engine.compatibility import check_store_and_model, shown
+from analysis.replay.sweeps.grid import Grid, grid
+from flexcache.errors import AnalysisError
+from flexcache.store.read.store import Store
+
+Pair = tuple[int, int]
+
+
+def loaded(store: Any, model: Any) -> nn.Module:
+    """Return a model, loaded if *model* is a function without arguments.
+
+    Raises
+    ------
+    AnalysisError
+        It is neither a module nor such a function, or *store* is no store.
+    """
+    function = callable(model) and not isinstance(model, type | nn.Module)
+    found = model() if function and isinstance(store, Store) else model
+    check_store_and_model(store, found)
+    checked: nn.Module = found
+    return checked
+
+
+def checked_grid(at: Any) -> Grid:
+    """Return where a sweep makes its edits; by default the last token at every layer.
+
+    Raises
+    ------
+    AnalysisError
+        *at* is no `Grid`.
+    """
+    if at is None:
+        return grid()
+    if isinstance(at, Grid):
+        return at
+    options = repr(at) if isinstance(at, str) else f"layers={at}" if type(at) is int else '"resid_post"'
+    raise AnalysisError(
+        "a sweep is made on a grid",
+        expected="what replay.grid returns",
+        found=shown(at),
+        remedy=f"write at=replay.grid({options})",
+    )
+
+
+def checked_answers(
+    answers: Any, source: Source, documents: Sequence[str] | None, vocabulary: int
+) -> Pair | dict[str, Pair] | None:
+    """Return answers as one pair of token ids for all documents, or as a pair by document id.
+
+    Parameters
+    ----------
+    documents
+        Ids, in the order of a sequence of pairs; None for all documents of the store.
+
+    Raises
+    ------
+    AnalysisError
+        A pair is not two ids below *vocabulary*; a document is not in the store; there are more or fewer pairs than
+        documents.
+    """
+    if answers is None:
+        return None
+    if isinstance(answers, Mapping):
+        source.check(answers, "answers")
+        pairs = {str(name): _pair(pair, vocabulary, f"answers of {name!r}") for name, pair in answers.items()}
+        names = source.numbers if documents is None else documents
+        if not any(str(name) in pairs for name in names):
+            raise AnalysisError("no document of the sweep has answers", where="answers", found=shown(answers))
+        return pairs
+    given = answers.tolist() if hasattr(answers, "tolist") else answers
+    if not isinstance(given, list | tuple) or not any(isinstance(part, list | tuple) for part in map(_plain, given)):
+        return _pair(given, vocabulary, "answers")
+    ids = [*source.numbers] if documents is None else [str(name) for name in documents]
+    if len(given) != len(ids):
+        raise AnalysisError(
+            "answers do not fit the documents",
+            where="answers",
+            expected=f"a pair for each of {len(ids)} documents, in their order",
+            found=f"{len(given)} pairs",
+            remedy="give one pair for all, or a mapping from document id to pair",
+        )
+    return {name: _pair(pair, vocabulary, f"answers of {name!r}") for name, pair in zip(ids, given, strict=True)}
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _pair(value: Any, vocabulary: int, where: str) -> Pair:
+    given = _plain(value)
+    try:
+        if not isinstance(given, list | tuple) or any(isinstance(part, bool) for part in given):
+            raise TypeError
+        first, second = (index(_plain(part)) for part in given)
+    except (TypeError, ValueError):
+        first = second = -1
+    if not (0 <= first < vocabulary and 0 <= second < vocabulary):
+        raise AnalysisError(
+            "answers cannot be read",
+            where=where,
+            expected=f"two token ids from 0 to {vocabulary - 1}",
+            found=shown(value),
+            remedy="a tokenizer gives the ids of a text: tokenizer(text, add_special_tokens=False).input_ids",
+        )
+    return first, second

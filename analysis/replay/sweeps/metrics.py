@@ -1,0 +1,254 @@
+"""Metrics of an edit for each document, from the logits with it and without, computed in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from analysis.statistics.divergence import kl_divergence, log_softmax, row_blocks
+from flexcache.errors import AnalysisError, FlexCacheError, nearest
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One document after an edit, and as it was.
+
+    Attributes
+    ----------
+    logits, base : Tensor, float32, shape (read, vocabulary)
+        At `positions`, with the edit and without.
+    positions : ndarray of int64, shape (read,)
+    tokens : ndarray of int32
+        The document's.
+    answer : tuple of (token, other), or None
+    donor : Tensor, float32, shape (vocabulary,), or None
+        Logits at the end of the donor's own forward.
+    residuals, base_residuals : dict
+        Tensors of shape (tokens, features), by name of the site and layer.
+        What the metric's `reads` asked for.
+    document : int
+        Line in the store.
+    """
+
+    logits: torch.Tensor
+    base: torch.Tensor
+    positions: NDArray[np.int64]
+    tokens: NDArray[np.int32]
+    answer: tuple[int, int] | None
+    donor: torch.Tensor | None
+    residuals: Mapping[tuple[str, int | None], torch.Tensor]
+    base_residuals: Mapping[tuple[str, int | None], torch.Tensor]
+    document: int
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number for each document.
+
+    Parameters
+    ----------
+    name
+        In the results.
+    function
+        Of an `Outcome`; NaN where it has no meaning.
+    reads
+        Sites and layers whose activations it needs; layers may be negative from the end.
+    """
+
+    name: str
+    function: Callable[[Outcome], float]
+    reads: tuple[tuple[str, int | None], ...] = ()
+    answers: bool = False
+    donors: bool = False
+
+
+def kl(outcome: Outcome) -> float:
+    """Return the mean over tokens of KL(before ‖ after) of the next-token distributions, in nats, never negative."""
+    total = sum(
+        float(kl_divergence(log_softmax(outcome.base[rows]), log_softmax(outcome.logits[rows])).sum())
+        for rows in row_blocks(*outcome.base.shape)
+    )
+    return total / len(outcome.base) if len(outcome.base) else float("nan")
+
+
+def loss(outcome: Outcome) -> float:
+    """Return the mean loss of the next token with the edit, in nats; NaN where no token that is read has a next."""
+    return _loss(outcome, outcome.logits)
+
+
+def loss_change(outcome: Outcome) -> float:
+    """Return the mean loss with the edit less that without, in nats."""
+    return _loss(outcome, outcome.logits) - _loss(outcome, outcome.base)
+
+
+def logit_diff(outcome: Outcome) -> float:
+    """Return the logit of the answer less that of the other, at the last token, with the edit."""
+    return _difference(outcome, outcome.logits[-1])
+
+
+def logit_diff_change(outcome: Outcome) -> float:
+    """Return the logit difference with the edit less that without."""
+    return _difference(outcome, outcome.logits[-1]) - _difference(outcome, outcome.base[-1])
+
+
+def prob(outcome: Outcome) -> float:
+    """Return the probability of the answer at the last token, with the edit."""
+    return float(log_softmax(outcome.logits[-1])[outcome.answer[0]].exp()) if outcome.answer else float("nan")
+
+
+def rank(outcome: Outcome) -> float:
+    """Return how many tokens are likelier than the answer at the last token, with the edit."""
+    if not outcome.answer:
+        return float("nan")
+    return float((outcome.logits[-1] > outcome.logits[-1, outcome.answer[0]]).sum())
+
+
+def flips(outcome: Outcome) -> float:
+    """Return the share of tokens at which the likeliest next token is another one."""
+    return float((outcome.logits.argmax(-1) != outcome.base.argmax(-1)).double().mean())
+
+
+def recovered(outcome: Outcome) -> float:
+    """Return which part of the way from the document's logit difference to its donor's the edit goes.
+
+    0 is without the edit, 1 what the donor has at its own last token (Zhang & Nanda 2023, arXiv 2309.16042). NaN
+    without a donor, or where both are the same.
+    """
+    if outcome.donor is None or outcome.answer is None:
+        return float("nan")
+    base, target = _difference(outcome, outcome.base[-1]), _difference(outcome, outcome.donor)
+    return (_difference(outcome, outcome.logits[-1]) - base) / (target - base) if target != base else float("nan")
+
+
+def cosine(outcome: Outcome) -> float:
+    """Return the mean over tokens of the cosine between the last block's outputs with the edit and without."""
+    ((key, after),) = ((key, value) for key, value in outcome.residuals.items() if key[0] == "resid_post")
+    before = outcome.base_residuals[key][outcome.positions].double()
+    return float(torch.nn.functional.cosine_similarity(after[outcome.positions].double(), before).mean())
+
+
+def projection(name: str, vector: Any, site: str = "resid_post", layer: int = -1, bias: float = 0.0) -> Metric:
+    """Return a metric: what a linear probe says of the last token read, at a later layer, with the edit.
+
+    Parameters
+    ----------
+    vector, bias
+        The probe's, for activations as they are: shape (features,).
+    """
+    weights = torch.as_tensor(np.asarray(vector, np.float64))
+
+    def score(outcome: Outcome) -> float:
+        found = next(value for key, value in outcome.residuals.items() if key[0] == site)
+        return float(found[outcome.positions[-1]].double() @ weights.to(found.device)) + bias
+
+    return Metric(name, score, ((site, layer),))
+
+
+NAMED = {
+    metric.name: metric
+    for metric in (
+        Metric("kl", kl),
+        Metric("loss", loss),
+        Metric("loss_change", loss_change),
+        Metric("logit_diff", logit_diff, answers=True),
+        Metric("logit_diff_change", logit_diff_change, answers=True),
+        Metric("prob", prob, answers=True),
+        Metric("rank", rank, answers=True),
+        Metric("flips", flips),
+        Metric("recovered", recovered, answers=True, donors=True),
+        Metric("cosine", cosine, (("resid_post", -1),)),
+    )
+}
+
+
+Asked = str | Metric | Callable[[Outcome], float]
+"""A metric as it is asked for: by name, itself, or as a function."""
+
+
+def find(metrics: Asked | Sequence[Asked], answers: bool) -> tuple[Metric, ...]:
+    """Return one or several metrics, given by name or as functions of an Outcome.
+
+    Raises
+    ------
+    AnalysisError
+        Something is no metric, two are called alike, or one needs answers and there are none.
+    """
+    found: list[Metric] = []
+    several = isinstance(metrics, Iterable) and not isinstance(metrics, str)
+    asked: Any = metrics if several else [metrics]
+    for metric in asked:
+        if isinstance(metric, str):
+            if metric not in NAMED:
+                raise AnalysisError(f"there is no metric {metric!r}", remedy=nearest(metric, [*NAMED]))
+            found.append(NAMED[metric])
+        elif isinstance(metric, Metric):
+            found.append(metric)
+        elif callable(metric):
+            found.append(Metric(getattr(metric, "__name__", type(metric).__name__), metric))
+        else:
+            raise AnalysisError(
+                "that is not a metric",
+                expected=f"a function of an Outcome, or one of {', '.join(NAMED)}",
+                found=repr(metric)[:80],
+            )
+    names = [metric.name for metric in found]
+    if not names or len(set(names)) < len(names):
+        raise AnalysisError("metrics cannot be told apart", expected="at least one, each once", found=str(names))
+    needy = [metric.name for metric in found if metric.answers]
+    if needy and not answers:
+        raise AnalysisError(
+            f"metric {needy[0]} needs answers",
+            expected="two tokens for each document: that whose logit counts, and that it is compared with",
+            remedy="give answers=(token, other), or a mapping from document id to such pairs",
+        )
+    return tuple(found)
+
+
+def score(metric: Metric, outcome: Outcome) -> float:
+    """Return the value of a metric.
+
+    Raises
+    ------
+    AnalysisError
+        The metric fails, or returns something other than one number.
+    """
+    try:
+        value: Any = metric.function(outcome)
+        plain = value.detach().cpu().double().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    except (FlexCacheError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of a user's own function
+        raise AnalysisError(
+            f"metric {metric.name} failed",
+            where=f"document {outcome.document}",
+            found=f"{type(error).__name__}: {str(error)[:300]}",
+        ) from error
+    if plain.ndim or plain.dtype.kind not in "fiub":
+        raise AnalysisError(
+            f"metric {metric.name} returned something other than a number",
+            expected="one number for each document",
+            found=f"shape {plain.shape}" if plain.ndim else repr(value)[:80],
+        )
+    return float(plain)
+
+
+def _loss(outcome: Outcome, logits: torch.Tensor) -> float:
+    inside = outcome.positions + 1 < len(outcome.tokens)
+    if not inside.any():
+        return float("nan")
+    labels = torch.from_numpy(outcome.tokens[outcome.positions[inside] + 1].astype(np.int64)).to(logits.device)
+    places = torch.from_numpy(np.flatnonzero(inside)).to(logits.device)
+    total = sum(
+        float(torch.nn.functional.nll_loss(log_softmax(logits[places[rows]]), labels[rows], reduction="sum"))
+        for rows in row_blocks(len(places), logits.shape[-1])
+    )
+    return total / len(places)
+
+
+def _difference(outcome: Outcome, logits: torch.Tensor) -> float:
+    return float(logits[outcome.answer[0]]) - float(logits[outcome.answer[1]]) if outcome.answer else float("nan")

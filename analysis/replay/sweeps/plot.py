@@ -1,0 +1,201 @@
+"""Pictures of a sweep: heat maps, curves over layers, dose and response; and attribution against exact replay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from analysis.plot_style import INK, PAPER, SOFT, frame
+from analysis.replay.sweeps.results import Sweep
+from flexcache.paths import local_path
+
+CURVES = ("#0a6ebd", "#bc4c00", "#1a7f37", "#8250df", "#9a6700", "#cf222e")
+STYLES = {"edit": "-", "identity": (0, (1, 2)), "random_direction": (0, (6, 3)), "norm_matched": (0, (3, 2, 1, 2))}
+NAMES = {
+    "kl": "KL divergence, nats",
+    "loss": "loss, nats",
+    "loss_change": "change of loss, nats",
+    "logit_diff": "logit difference",
+    "logit_diff_change": "change of logit difference",
+    "prob": "probability of the answer",
+    "rank": "rank of the answer",
+    "flips": "share of changed next tokens",
+    "recovered": "recovered fraction",
+    "cosine": "cosine of the last residual",
+}
+
+
+def plot(sweep: Sweep, path: str | Path | None = None, metric: str | None = None) -> Figure:
+    """Draw the means of a metric; uses no pyplot.
+
+    With several positions, a heat map of layer × position for each edit at its largest strength, the cells whose 95 %
+    interval against no change holds zero hatched. With several strengths, dose and response, a curve for each layer of
+    up to six. Else curves over layers.
+
+    Parameters
+    ----------
+    path
+        Where to write it, PNG, SVG or PDF.
+    metric
+        By default the first.
+
+    Raises
+    ------
+    AnalysisError
+        The metric was not measured.
+    """
+    metric = sweep.metric(metric)
+    sizes = sweep.results["value"].sizes
+    if sizes["position"] > 1:
+        figure = heat_maps(sweep, metric)
+    elif sizes["alpha"] > 1:
+        figure = dose_response(sweep, metric)
+    else:
+        figure = curves(sweep, metric)
+    return _written(figure, path)
+
+
+def heat_maps(sweep: Sweep, metric: str) -> Figure:
+    """Return a heat map of layer × position for each edit."""
+    effect = sweep.effect().sel(metric=metric, arm="edit")
+    edits = [str(name) for name in effect["edit"].values]
+    figure = Figure(figsize=(1.8 + 5.2 * len(edits), 5), layout="constrained", facecolor=PAPER)
+    rows = figure.subplots(1, len(edits), squeeze=False)[0]
+    reference = 0.0
+    if "identity" in sweep.arms:
+        unchanged = sweep.results["value"].sel(metric=metric, arm="identity")
+        reference = float(unchanged.mean()) if np.isfinite(unchanged).any() else 0.0
+    away = float(np.nan_to_num(np.abs(effect["mean"].values - reference)).max()) or 1.0
+    for axes, edit in zip(rows, edits):
+        at = _strongest(effect.sel(edit=edit))
+        values = at["mean"].transpose("layer", "position").values - reference
+        image = axes.imshow(values, cmap="RdBu_r", vmin=-away, vmax=away, aspect="auto", origin="lower")
+        inside = (at["ci_low"] <= reference) & (at["ci_high"] >= reference)
+        for layer, position in zip(*np.nonzero(inside.transpose("layer", "position").values)):
+            axes.text(position, layer, "·", ha="center", va="center", color=SOFT, fontsize=8)
+        _ticks(axes, at)
+        axes.set_title(edit, loc="left", color=INK, fontsize=10, parse_math=False, wrap=True)
+    bar = figure.colorbar(image, ax=list(rows), shrink=0.8)
+    bar.set_label(f"{_name(metric)}" + (", less that without an edit" if reference else ""), color=INK)
+    bar.ax.tick_params(color=SOFT, labelcolor=SOFT)
+    return figure
+
+
+def dose_response(sweep: Sweep, metric: str) -> Figure:
+    """Return the metric over strengths, for up to six layers, beside the controls of the middle one."""
+    effect = sweep.effect().sel(metric=metric).isel(position=0)
+    figure = Figure(figsize=(8, 4.4), layout="constrained", facecolor=PAPER)
+    axes = figure.subplots()
+    layers = effect["layer"].values
+    shown = layers[np.unique(np.linspace(0, len(layers) - 1, min(6, len(layers))).round().astype(int))]
+    middle = shown[len(shown) // 2]
+    edits = [str(name) for name in effect["edit"].values]
+    for number, (edit, layer) in enumerate((edit, layer) for edit in edits for layer in shown):
+        for arm in sweep.arms if layer == middle else ("edit",):
+            if arm == "identity":  # a flat line at what strength 0 does
+                continue
+            at = effect.sel(edit=edit, layer=layer, arm=arm)
+            label = f"layer {layer}" if arm == "edit" else arm.replace("_", " ")
+            label += f", {edit}" if len(edits) > 1 else ""
+            _curve(axes, at["alpha"].values, at, CURVES[number % len(CURVES)], STYLES[arm], label)
+    axes.set_xlabel("strength", color=INK)
+    _finish(axes, sweep, metric)
+    return figure
+
+
+def curves(sweep: Sweep, metric: str) -> Figure:
+    """Return the metric over layers, of each edit beside its controls."""
+    effect = sweep.effect().sel(metric=metric).isel(position=0)
+    figure = Figure(figsize=(8, 4.4), layout="constrained", facecolor=PAPER)
+    axes = figure.subplots()
+    for number, edit in enumerate(map(str, effect["edit"].values)):
+        for arm in sweep.arms:
+            if arm == "identity" and number:
+                continue
+            at = _strongest(effect.sel(edit=edit, arm=arm))
+            label = edit if arm == "edit" else f"{arm.replace('_', ' ')}"
+            _curve(axes, at["layer"].values, at, CURVES[number % len(CURVES)], STYLES[arm], label)
+    axes.set_xlabel("layer", color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _finish(axes, sweep, metric)
+    return figure
+
+
+def scatter(exact: xr.Dataset, path: str | Path | None = None) -> Figure:
+    """Draw attributed against exact effects, as `attribution.verify` returns them."""
+    figure = Figure(figsize=(5.2, 4.8), layout="constrained", facecolor=PAPER)
+    axes = figure.subplots()
+    estimate, found = exact["attributed"].values, exact["exact"].values
+    span = [min(estimate.min(), found.min()), max(estimate.max(), found.max())]
+    axes.plot(span, span, color=SOFT, linewidth=1, linestyle=(0, (1.5, 2)))
+    points = axes.scatter(estimate, found, c=exact["layer"].values, cmap="viridis", s=22)
+    bar = figure.colorbar(points, ax=axes)
+    bar.set_label("layer", color=INK)
+    axes.set_xlabel("attributed, from stored gradients", color=INK)
+    axes.set_ylabel("exact, by replay", color=INK)
+    rho = float(exact.attrs["rank_correlation"])
+    axes.set_title(f"top {len(found)}: rank correlation {rho:.2f}", loc="left", color=INK, fontsize=11)
+    frame(axes)
+    return _written(figure, path)
+
+
+def _curve(axes: Axes, x: Any, at: xr.Dataset, colour: str, style: Any, label: str) -> None:
+    mean = at["mean"].values
+    known = np.isfinite(mean)
+    if not known.any():
+        return
+    axes.plot(
+        x[known], mean[known], color=colour, linestyle=style, linewidth=1.8, marker="o", markersize=3, label=label
+    )
+    if style == "-":
+        axes.fill_between(
+            x[known], at["ci_low"].values[known], at["ci_high"].values[known], color=colour, alpha=0.15, linewidth=0
+        )
+
+
+def _strongest(effect: xr.Dataset) -> xr.Dataset:
+    """Return an edit's effects at the largest strength at which it was made."""
+    made = np.flatnonzero(
+        np.isfinite(effect["mean"].transpose("alpha", ...).values).reshape(effect.sizes["alpha"], -1).any(1)
+    )
+    return effect.isel(alpha=int(made[-1]) if len(made) else 0)
+
+
+def _ticks(axes: Axes, at: xr.Dataset) -> None:
+    layers, positions = at["layer"].values, [str(name) for name in at["position"].values]
+    step = max(1, len(layers) // 12)
+    axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    step = max(1, len(positions) // 12)
+    axes.set_xticks(range(0, len(positions), step), positions[::step])
+    axes.set_xlabel("position", color=INK)
+    axes.set_ylabel("layer", color=INK)
+    axes.tick_params(length=0, labelcolor=SOFT)
+    axes.spines[:].set_visible(False)
+
+
+def _finish(axes: Axes, sweep: Sweep, metric: str) -> None:
+    axes.set_ylabel(_name(metric), color=INK)
+    asked = sweep.results.attrs["question"]
+    axes.set_title(f"edits of {asked['site']}", loc="left", color=INK, fontsize=11, parse_math=False)
+    legend = axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    frame(axes)
+
+
+def _name(metric: str) -> str:
+    return NAMES.get(metric, metric)
+
+
+def _written(figure: Figure, path: str | Path | None) -> Figure:
+    if path is not None:
+        path = local_path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=160)
+    return figure

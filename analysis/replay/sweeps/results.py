@@ -1,0 +1,188 @@
+"""What a sweep of edits found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from analysis.dataset import columns
+from analysis.replay.sweeps.inference import group_bootstrap, sign_flip
+from flexcache.errors import AnalysisError, nearest
+from flexcache.paths import local_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+    from rich.table import Table
+
+    from flexcache.store.read.store import Store
+
+FORMAT = "flexcache replay sweep 1"
+FILE = "results.zarr"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Effects of edits, document by document, beside their controls; made by `sweep`, read again by `load`.
+
+    ``results`` is an `xarray.Dataset`:
+
+    ===========================  =======================================================  =======================
+    variable                     dims                                                     meaning
+    ===========================  =======================================================  =======================
+    ``value``                    arm, layer, position, edit, alpha, document, metric      NaN where not made
+    ``identity_error``           layer                                                    largest logit difference
+    ``identity_error_relative``  layer                                                    of root mean squares
+    ``skipped``                  layer                                                    blocks that did not run
+    ===========================  =======================================================  =======================
+
+    *arm* is ``edit`` and the baselines; *alpha* is the strength, 1 for an edit that has none; *layer* is −1 for a
+    module path. What was asked, and notes on what is not exact, are in ``results.attrs``.
+    """
+
+    results: xr.Dataset
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The edit and its controls."""
+        return tuple(map(str, self.results["arm"].values))
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics."""
+        return tuple(map(str, self.results["metric"].values))
+
+    def effect(
+        self, store: Store | None = None, groups: str = "document", resamples: int = 1000, seed: int = 0
+    ) -> xr.Dataset:
+        """Return means over documents with intervals, and tests against each baseline.
+
+        Parameters
+        ----------
+        groups
+            ``"document"``, or a column of *store*'s documents whose equal values are drawn, and flipped, together. A
+            document without a value there is a group of its own.
+
+        Returns
+        -------
+        Dataset with dims (arm, layer, position, edit, alpha, metric): ``mean``; ``ci_low, ci_high``, 95 % of a group
+        bootstrap; ``documents``; and ``p_<baseline>`` without arm, two-sided, of a sign-flip test of the edit against
+        it
+
+        Raises
+        ------
+        AnalysisError
+            There is no such column, or no store to take it from, or the store lacks a document of the sweep.
+        """
+        values = self.results["value"].transpose("document", ...)
+        group = _groups(values["document"].values, store, groups)
+        numbers = values.values.astype(np.float64)
+        count = np.isfinite(numbers).sum(0)
+        mean = np.where(np.isfinite(numbers), numbers, 0).sum(0) / np.where(count, count, np.nan)
+        low, high = group_bootstrap(numbers, group, resamples, seed)
+        dims = values.dims[1:]
+        found: dict[str, Any] = {
+            "mean": (dims, mean),
+            "ci_low": (dims, low),
+            "ci_high": (dims, high),
+            "documents": (dims, count),
+        }
+        at = values.get_axis_num("arm")
+        edit: NDArray[np.float64] = numbers.take([0], axis=at).squeeze(at)
+        for number, name in enumerate(self.arms[1:], start=1):
+            p = sign_flip(np.subtract(edit, numbers.take([number], axis=at).squeeze(at)), group, seed=seed)
+            found[f"p_{name}"] = (tuple(dim for dim in dims if dim != "arm"), p)
+        coords = {name: self.results[name] for name in dims}
+        return xr.Dataset(found, coords, {"groups": groups, "resamples": resamples, **self.results.attrs})
+
+    def to_dataframe(self) -> DataFrame:
+        """Return one line for each arm, layer, position, edit, alpha and document, a column for each metric."""
+        frame = self.results["value"].to_dataset("metric").to_dataframe()
+        return frame.dropna(how="all").reset_index()
+
+    def metric(self, name: str | None) -> str:
+        """Return *name* if it was measured, the first metric if it is None.
+
+        Raises
+        ------
+        AnalysisError
+            It was not measured.
+        """
+        if name is not None and name not in self.metrics:
+            raise AnalysisError(f"the sweep did not measure {name!r}", remedy=nearest(name, self.metrics))
+        return name or self.metrics[0]
+
+    def plot(self, path: str | Path | None = None, metric: str | None = None) -> Figure:
+        """Draw a metric: layer × position as a heat map, else curves over layers or strengths."""
+        from analysis.replay.sweeps.plot import plot
+
+        return plot(self, path, metric=metric)
+
+    def table(self, rows: int = 20) -> Table:
+        """Return a `rich.table.Table` of the largest effects by the first metric."""
+        from analysis.replay.sweeps.table import table
+
+        return table(self, rows)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``results.zarr`` into *folder*, made if need be, and return its path; any Zarr reader opens it."""
+        path = local_path(folder) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.results.to_zarr(path, mode="w", zarr_format=3, consolidated=False)
+        return path
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{size} {name}" for name, size in self.results["value"].sizes.items())
+        error = float(self.results["identity_error"].max())
+        return f"<Sweep of {self.results.attrs['question']['site']}: {sizes}; identity error {error:.3g}>"
+
+
+def load(folder: str | Path) -> Sweep:
+    """Read what `Sweep.save` wrote.
+
+    Raises
+    ------
+    AnalysisError
+        There is no sweep in the folder, or it was written by another version.
+    """
+    path = local_path(folder) / FILE
+    if not (path / "zarr.json").is_file():
+        raise AnalysisError("there is no saved sweep", where=str(path), remedy="give the folder of Sweep.save")
+    data = xr.open_zarr(path, consolidated=False, chunks=None).load()
+    if data.attrs.get("format") != FORMAT:
+        raise AnalysisError(
+            "the sweep was saved in another format",
+            where=str(path),
+            expected=FORMAT,
+            found=str(data.attrs.get("format")),
+        )
+    text = {name: data[name].astype(object) for name in ("arm", "position", "edit", "document", "metric")}
+    return Sweep(data.assign_coords(text))
+
+
+def _groups(documents: np.ndarray, store: Store | None, groups: str) -> np.ndarray:
+    if groups == "document":
+        return np.arange(len(documents))
+    if store is None or groups not in store.documents.column_names:
+        raise AnalysisError(
+            f"documents cannot be grouped by {groups!r}",
+            expected="a column of the store's documents, and the store" if store is None else "a column",
+            remedy="give store= as well" if store is None else nearest(groups, tuple(store.documents.column_names)),
+        )
+    codes = columns.label_codes(columns.column(store.documents, groups, "groups", columns.LABELS))
+    codes = np.where(codes < 0, len(codes) + np.arange(len(codes)), codes)
+    of = dict(zip(store.documents["id"].to_pylist(), codes.tolist()))
+    missing = [name for name in documents if name not in of]
+    if missing:
+        raise AnalysisError(
+            "the store does not have the documents of the sweep",
+            where=str(store.path),
+            found=f"{len(missing)} of {len(documents)} missing, such as {missing[0]!r}",
+            remedy="give the store that was replayed",
+        )
+    return np.unique([of[name] for name in documents], return_inverse=True)[1]

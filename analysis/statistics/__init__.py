@@ -1,0 +1,1 @@
+"""Mergeable statistics of a store, computed in one read."""

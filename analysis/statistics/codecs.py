@@ -1,0 +1,275 @@
+"""What a dtype or codec would save, cost and lose on a store's own activations."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numcodecs.zstd import Zstd
+from numpy.typing import NDArray
+
+from analysis.dataset.opens_store import opens_store
+from analysis.progress import bar
+from flexcache.errors import UncommittedError
+from flexcache.store.format.int8 import quantize
+from flexcache.store.format.shard import INNER_CHUNK_BYTES
+from flexcache.store.read.selection import select
+from flexcache.store.read.store import Store
+from flexcache.store.write.shard_file import ZSTD_LEVEL
+
+SAMPLE_BYTES = 8 << 20
+ROUNDS = 5
+
+Floats = NDArray[np.float32]
+Pieces = list[NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A way to store rows.
+
+    Attributes
+    ----------
+    name : str
+        The dtype, and the codec behind a plus sign.
+    encode : callable
+        From rows as stored and the same rows in float32 to pieces of bytes.
+    decode : callable
+        From the pieces and the shape of the rows to float32.
+    """
+
+    name: str
+    encode: Callable[[NDArray[Any], Floats], Pieces]
+    decode: Callable[[Pieces, tuple[int, ...]], Floats]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a codec loses on the sampled rows of one layer.
+
+    Attributes
+    ----------
+    mean, largest : float
+        Of ‖x − x̂‖ ÷ ‖x‖ over the rows; infinite where a value overflows.
+    cosine : float
+        The least cosine of a row and what is read back.
+    spread : float
+        The largest magnitude of a row ÷ its median magnitude, as a median over the rows: what one scale has to span.
+    """
+
+    site: str
+    layer: int | None
+    mean: float
+    largest: float
+    cosine: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A codec on a store.
+
+    Attributes
+    ----------
+    size, write, read : float
+        Bytes, seconds to encode and write, and seconds to read and decode into float32, each ÷ that of rows as they
+        are stored now without compression, in the same rounds.
+    losses : tuple of Loss
+        By site and layer.
+    """
+
+    codec: str
+    size: float
+    write: float
+    read: float
+    losses: tuple[Loss, ...]
+
+    @property
+    def mean(self) -> float:
+        """The mean relative error over all rows sampled."""
+        return float(np.mean([loss.mean for loss in self.losses]))
+
+    @property
+    def worst(self) -> Loss:
+        """The layer with the largest mean error."""
+        return max(self.losses, key=lambda loss: loss.mean)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything, as plain values."""
+        return asdict(self)
+
+
+def codecs(stored: np.dtype) -> list[Codec]:
+    """Return what rows of a dtype could be stored as, themselves first."""
+    plain = [_cast(stored)]
+    others = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)]
+    narrower = [_cast(dtype) for dtype in others if dtype.itemsize <= stored.itemsize and dtype != stored]
+    coarse = Codec("int8", _to_int8, _from_int8)
+    return [*plain, _packed(plain[0]), *narrower, coarse, _packed(coarse)]
+
+
+@opens_store
+def compare(
+    store: Store,
+    sites: Sequence[str] | None = None,
+    layers: Any = "all",
+    *,
+    sample_bytes: int = SAMPLE_BYTES,
+    rounds: int = ROUNDS,
+    seed: int = 0,
+    folder: Path | None = None,
+    progress: bool = True,
+) -> list[Trial]:
+    """Encode, write, read and decode sampled rows of every layer under every codec, in turn.
+
+    Parameters
+    ----------
+    sites, layers
+        See `flexcache.store.read.selection.select`.
+    sample_bytes
+        Bytes of rows, as stored, that are taken of each layer: consecutive ones of a random committed unit.
+    rounds
+        The times are medians over so many rounds, each of all codecs one after the other.
+    folder
+        Where the trial files go; the system's temporary folder by default.
+
+    Returns
+    -------
+    list of Trial, the rows as they are stored first
+
+    Raises
+    ------
+    UncommittedError
+        No unit is committed.
+    SiteError
+        See `flexcache.store.read.selection.select`.
+    """
+    if not len(store.committed_units):
+        raise UncommittedError("no unit is committed, so there is nothing to encode", where=str(store.path))
+    names = set(store.sites)
+    chosen = [array for array in select(store, sites, layers) if array.name in names and array.dtype != "int8"]
+    keys = [(array.name, layer) for array in chosen for layer in array.slices]
+    trials: dict[str, dict[str, Any]] = {}
+    random = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory(dir=folder) as place, bar(progress) as bars:
+        for name, layer in bars.track(keys, description="encoding (layers)"):
+            raw = _sample(store, name, layer, sample_bytes, random)
+            _try(codecs(store.reader(name).dtype), raw, (name, layer), Path(place) / "trial", rounds, trials)
+    base = next(iter(trials.values()))
+    return [
+        Trial(
+            codec,
+            sum(found["bytes"]) / sum(base["bytes"]),
+            sum(found["write"]) / sum(base["write"]),
+            sum(found["read"]) / sum(base["read"]),
+            tuple(found["losses"]),
+        )
+        for codec, found in trials.items()
+        if len(found["losses"]) == len(base["losses"])
+    ]
+
+
+def _sample(store: Store, name: str, layer: int | None, size: int, random: np.random.Generator) -> NDArray[Any]:
+    reader = store.reader(name)
+    held = reader.layout.rows(int(random.choice(store.committed_units)))
+    count = min(len(held), max(1, size // reader.layout.row_bytes))
+    start = held.start + int(random.integers(0, len(held) - count + 1))
+    return store.read(name, layer, slice(start, start + count), raw=True)
+
+
+def _try(
+    tried: Sequence[Codec],
+    raw: NDArray[Any],
+    key: tuple[str, int | None],
+    path: Path,
+    rounds: int,
+    trials: dict[str, dict[str, Any]],
+) -> None:
+    exact = raw.astype(np.float32)
+    times: dict[str, list[tuple[float, float]]] = {codec.name: [] for codec in tried}
+    for number in range(rounds + 1):
+        for codec in tried:
+            pieces, wrote, read, back = _round(codec, raw, exact, path)
+            if number:  # the first one touches fresh memory
+                times[codec.name].append((wrote, read))
+                continue
+            found = trials.setdefault(codec.name, {"bytes": [], "write": [], "read": [], "losses": []})
+            found["bytes"].append(sum(len(piece) for piece in pieces))
+            found["losses"].append(_loss(*key, exact, back))
+    for name, pairs in times.items():
+        trials[name]["write"].append(median(wrote for wrote, _ in pairs))
+        trials[name]["read"].append(median(read for _, read in pairs))
+
+
+def _round(codec: Codec, raw: NDArray[Any], exact: Floats, path: Path) -> tuple[Pieces, float, float, Floats]:
+    began = time.perf_counter()
+    pieces = codec.encode(raw, exact)
+    with path.open("wb", buffering=0) as file:
+        for piece in pieces:
+            file.write(piece.data)
+    wrote = time.perf_counter()
+    with path.open("rb", buffering=0) as file:
+        content = np.frombuffer(file.read(), np.uint8)
+    cuts = np.cumsum([len(piece) for piece in pieces])[:-1]
+    back = codec.decode(np.split(content, cuts), raw.shape)
+    return pieces, wrote - began, time.perf_counter() - wrote, back
+
+
+def _loss(name: str, layer: int | None, exact: Floats, back: Floats) -> Loss:
+    magnitude = np.abs(exact)
+    spread = float(np.median(magnitude.max(axis=1) / np.maximum(np.median(magnitude, axis=1), 1e-30)))
+    if not np.isfinite(back).all():
+        return Loss(name, layer, float("inf"), float("inf"), 0.0, spread)
+    wide = exact.astype(np.float64)
+    norm = np.linalg.norm(wide, axis=1)
+    other = np.linalg.norm(back.astype(np.float64), axis=1)
+    apart = np.linalg.norm(wide - back, axis=1) / np.maximum(norm, 1e-30)
+    cosine = (wide * back).sum(axis=1) / np.maximum(norm * other, 1e-30)
+    return Loss(name, layer, float(apart.mean()), float(apart.max()), float(cosine.min()), spread)
+
+
+def _cast(dtype: np.dtype) -> Codec:
+    def encode(raw: NDArray[Any], exact: Floats) -> Pieces:
+        with np.errstate(over="ignore"):
+            rows = raw if raw.dtype == dtype else exact.astype(dtype)
+        return [np.ascontiguousarray(rows).reshape(-1).view(np.uint8)]
+
+    def decode(pieces: Pieces, shape: tuple[int, ...]) -> Floats:
+        return np.asarray(pieces[0].view(dtype).reshape(shape).astype(np.float32))
+
+    return Codec(dtype.name, encode, decode)
+
+
+def _to_int8(raw: NDArray[Any], exact: Floats) -> Pieces:
+    return [part.reshape(-1).view(np.uint8) for part in quantize(exact)]
+
+
+def _from_int8(pieces: Pieces, shape: tuple[int, ...]) -> Floats:
+    scales = np.frombuffer(pieces[1].tobytes(), np.float32)
+    return pieces[0].view(np.int8).reshape(shape).astype(np.float32) * scales[:, None]
+
+
+def _packed(codec: Codec) -> Codec:
+    """Return a codec with Zstandard behind it, in pieces as large as an inner chunk."""
+    zstd = Zstd(level=ZSTD_LEVEL)
+
+    def encode(raw: NDArray[Any], exact: Floats) -> Pieces:
+        packed: Pieces = []
+        for piece in codec.encode(raw, exact):
+            chunks = [piece[at : at + INNER_CHUNK_BYTES] for at in range(0, len(piece), INNER_CHUNK_BYTES)]
+            packed += [np.frombuffer(zstd.encode(chunk), np.uint8) for chunk in chunks]
+        return packed
+
+    def decode(pieces: Pieces, shape: tuple[int, ...]) -> Floats:
+        whole = np.concatenate([np.frombuffer(zstd.decode(piece.tobytes()), np.uint8) for piece in pieces])
+        size = int(np.prod(shape))
+        return codec.decode([whole] if codec.name != "int8" else [whole[:size], whole[size:]], shape)
+
+    return Codec(f"{codec.name} + zstd", encode, decode)

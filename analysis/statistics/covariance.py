@@ -1,0 +1,103 @@
+"""The covariance of a site's dims, and with it how each class differs: what PCA, whitening and LEACE are made of."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from analysis.statistics.onepass import Block, DocumentSample, Grouping, State, Statistic
+
+ROWS = 65_536
+"""Rows from which covariances are taken by default: n² work a row makes them the slow part of a read."""
+
+
+@dataclass(frozen=True, eq=False)
+class Covariance(Statistic):
+    """Mean and centred Gram matrix of the rows, and the mean of each group of them.
+
+    Blocks are centred on their own mean in float64 and combined by Chan, Golub & LeVeque (1979).
+
+    Attributes
+    ----------
+    sample : DocumentSample, or None
+        Which documents; a covariance is bound by computation, not by reading.
+    groups : Grouping
+        Groups whose means are kept beside, such as the classes of a label. Rows of no group are left out everywhere.
+    """
+
+    sample: DocumentSample | None = None
+    groups: Grouping = field(default_factory=Grouping)
+
+    def zero(self, features: int) -> State:
+        """Return no rows."""
+        return {
+            "n": np.zeros((), np.int64),
+            "mean": np.zeros(features),
+            "gram": np.zeros((features, features)),
+            "group_n": np.zeros(self.groups.size, np.int64),
+            "group_mean": np.zeros((self.groups.size, features)),
+        }
+
+    def update(self, state: State, block: Block) -> State:
+        """Add rows."""
+        values = block.float64
+        codes = self.groups.codes(block)
+        if (codes < 0).any():
+            values, codes = values[codes >= 0], codes[codes >= 0]
+        if not len(values):
+            return state
+        mean = values.mean(0)
+        centred = values - mean
+        new = {"n": np.array(len(values)), "mean": mean, "gram": centred.T @ centred}
+        new |= {"group_n": np.bincount(codes, minlength=self.groups.size), "group_mean": mean[None]}
+        if self.groups.keys:
+            sums = np.zeros((self.groups.size, block.features))
+            np.add.at(sums, codes, centred)
+            new["group_mean"] = mean + sums / np.maximum(new["group_n"], 1)[:, None]
+        return self.merge(state, new)
+
+    def merge(self, first: State, second: State) -> State:
+        """Return both together."""
+        n_first, n_second = float(first["n"]), float(second["n"])
+        n = max(1.0, n_first + n_second)
+        delta = second["mean"] - first["mean"] if n_first and n_second else np.zeros_like(first["mean"])
+        gram = first["gram"] + second["gram"]
+        gram += np.outer(delta, delta * (n_first * n_second / n))
+        counts = first["group_n"] + second["group_n"]
+        share = (second["group_n"] / np.maximum(counts, 1))[:, None]
+        return {
+            "n": first["n"] + second["n"],
+            "mean": first["mean"] + delta * (n_second / n) if n_first else second["mean"].copy(),
+            "gram": gram,
+            "group_n": counts,
+            "group_mean": first["group_mean"] * (1 - share) + second["group_mean"] * share,
+        }
+
+    def result(self, state: State) -> xr.Dataset:
+        """Return n, mean, covariance (divided by n - 1), and n and mean of each group."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            covariance = state["gram"] / (state["n"] - 1.0)
+        found: dict[str, Any] = {
+            "n": ((), state["n"]),
+            "mean": ("feature", state["mean"]),
+            "covariance": (("feature", "other"), covariance),
+        }
+        if self.groups.keys:
+            found["group_n"] = self.groups.unfold(state["group_n"])
+            means = np.where(state["group_n"][:, None] > 0, state["group_mean"], np.nan)
+            found["group_mean"] = self.groups.unfold(means, "feature")
+        return xr.Dataset(found, self.groups.coordinates())
+
+    def state_bytes(self, features: int) -> int:
+        """Return the bytes of a state, and of another that is merged into it."""
+        return 16 * features * (features + 1 + self.groups.size)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what was asked."""
+        found: dict[str, Any] = {"statistic": type(self).__name__.lower(), "by": self.groups.describe()}
+        if self.sample is not None:
+            found |= asdict(self.sample)
+        return found

@@ -1,0 +1,179 @@
+"""Groups of rows: by position, token, class of token or label of the document, or several of these at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from analysis.dataset import columns
+from analysis.statistics.onepass.block import Block
+from flexcache.errors import AnalysisError, nearest
+from flexcache.spec import listed
+from flexcache.store.read.store import Store
+
+POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+
+
+@dataclass(frozen=True, eq=False)
+class Key:
+    """One thing to group by: a code for each value of a coordinate.
+
+    Attributes
+    ----------
+    name : str
+        Of the dim of results.
+    of : str
+        The coordinate of rows that is looked up: ``position``, ``token_id`` or ``document``.
+    edges : ndarray, or None
+        Codes are between which edges the value lies, the last bucket open.
+    table : ndarray, or None
+        Codes by value; -1 is in no group. Values beyond the table are in no group either.
+    labels : ndarray
+        What each code means.
+    """
+
+    name: str
+    of: str
+    labels: np.ndarray
+    edges: np.ndarray | None = None
+    table: np.ndarray | None = None
+
+    def codes(self, block: Block) -> np.ndarray:
+        """Return the code of each row, -1 where it is in no group."""
+        values = np.asarray(getattr(block, self.of), np.int64)
+        if self.edges is not None:
+            return np.searchsorted(self.edges, values, side="right") - 1
+        assert self.table is not None
+        inside = (values >= 0) & (values < len(self.table))
+        return np.where(inside, self.table[np.where(inside, values, 0)], -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Grouping:
+    """Some keys and all combinations of their codes. Without keys, one group of all rows."""
+
+    keys: tuple[Key, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """How many codes each key has."""
+        return tuple(len(key.labels) for key in self.keys)
+
+    @cached_property
+    def size(self) -> int:
+        """How many groups there are."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """Names of the keys."""
+        return tuple(key.name for key in self.keys)
+
+    def codes(self, block: Block) -> np.ndarray:
+        """Return the group of each row, -1 where it is in none."""
+        code = np.zeros(len(block), np.int64)
+        outside = np.zeros(len(block), bool)
+        for key in self.keys:
+            own = key.codes(block)
+            outside |= own < 0
+            code = code * len(key.labels) + own
+        return np.where(outside, -1, code)
+
+    def unfold(self, values: np.ndarray, *dims: str) -> xr.Variable:
+        """Return per-group values, shape (groups, …), as a variable with a dim for each key and then *dims*."""
+        return xr.Variable((*self.dims, *dims), values.reshape(self.shape + values.shape[1:]))
+
+    def coordinates(self) -> dict[str, Any]:
+        """Return the coordinates of results; of position buckets, the first position and the one after the last."""
+        found: dict[str, Any] = {key.name: (key.name, key.labels) for key in self.keys}
+        for key in self.keys:
+            if key.edges is not None:
+                stops = np.append(key.edges[1:], np.iinfo(np.int32).max)
+                found[f"{key.name}_stop"] = (key.name, stops)
+        return found
+
+    def describe(self) -> list[str]:
+        """Return the names, for provenance."""
+        return list(self.dims)
+
+
+def grouping(
+    store: Store,
+    by: str | Sequence[str] = (),
+    *,
+    positions: Sequence[int] | None = None,
+    token_types: Any = None,
+) -> Grouping:
+    """Return what to group rows by.
+
+    Parameters
+    ----------
+    by
+        Any of ``position``; ``token_id``; ``token_type``; the name of a column of ``store.documents`` that holds
+        text, whole numbers or booleans. ``layer`` may be among them and is left to the engine.
+    positions
+        First positions of the buckets, ascending; by default 0, 1, 2, 4, 8, … up to the longest document.
+    token_types
+        What `analysis.tokens.token_types` returned, needed for ``token_type``.
+
+    Raises
+    ------
+    AnalysisError
+        A column that the documents do not have, or whose values are no labels.
+    """
+    keys = [
+        _key(store, name, positions, token_types) for name in dict.fromkeys(listed(by, str, "by")) if name != "layer"
+    ]
+    return Grouping(tuple(keys))
+
+
+def _key(store: Store, name: str, positions: Sequence[int] | None, token_types: Any) -> Key:
+    if name == "position":
+        longest = int(store.plan.get("longest", 0)) or int(np.max(store.documents["n_tokens"].to_numpy(), initial=1))
+        edges = np.asarray(positions if positions is not None else [p for p in POSITIONS if p < longest] or [0])
+        if not len(edges) or (np.diff(edges) <= 0).any() or edges[0] < 0:
+            raise AnalysisError("positions are not ascending", expected="first positions of buckets", found=str(edges))
+        return Key("position", "position", edges.astype(np.int64), edges=edges.astype(np.int64))
+    if name == "token_id" and getattr(store, "images", False):
+        raise AnalysisError(
+            "the tokens of images have no ids", remedy="group by position, or a column of the documents"
+        )
+    if name == "token_id":
+        highest = 0
+        for tokens in store.tokens["tokens"].chunks:
+            values = tokens.flatten().to_numpy(zero_copy_only=False)
+            highest = max(highest, int(values.max(initial=0)))
+        ids = np.arange(highest + 1)
+        return Key("token_id", "token_id", ids, table=ids)
+    if name == "token_type":
+        if token_types is None:
+            raise AnalysisError(
+                "classes of tokens need the vocabulary",
+                where="by token_type",
+                remedy="give token_types=analysis.tokens.token_types(tokenizer)",
+            )
+        return Key("token_type", "token_id", np.asarray(token_types.names), table=np.asarray(token_types.codes))
+    return _label(store, name)
+
+
+def _label(store: Store, name: str) -> Key:
+    table = store.documents
+    if name not in table.column_names:
+        known = ("layer", "position", "token_id", "token_type", *table.column_names)
+        raise AnalysisError(f"rows cannot be grouped by {name!r}", where=str(store.path), remedy=nearest(name, known))
+    values = columns.column(table, name, "group")
+    valid = columns.valid(values)
+    found = np.asarray(values.to_pylist(), object)
+    if any(isinstance(value, float) for value in found[valid]):
+        raise AnalysisError(
+            f"rows cannot be grouped by {name!r}", expected="text, whole numbers or booleans", found=str(values.type)
+        )
+    labels = sorted(set(found[valid].tolist())) or [""]
+    place = {label: code for code, label in enumerate(labels)}
+    codes = np.array([place[value] if good else -1 for value, good in zip(found, valid)], np.int64)
+    return Key(name, "document", np.asarray(labels), table=codes)

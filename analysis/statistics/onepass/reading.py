@@ -1,0 +1,224 @@
+"""The one read: a task for each shard, states merged in a tree whose order is fixed."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, cast
+
+import numpy as np
+import xarray as xr
+import zarr
+
+from analysis.dataset.opens_store import opens_store
+from analysis.dataset.view import choose_layers
+from analysis.statistics.onepass.block import Block
+from analysis.statistics.onepass.scheduler import choose
+from analysis.statistics.onepass.statistic import State, Statistic
+from flexcache.errors import AnalysisError, nearest
+from flexcache.site import Layers
+from flexcache.store.format.reference import StoreReference
+from flexcache.store.read.store import Store
+from flexcache.store.storage.location import zarr_source
+
+BLOCK_BYTES = 8 << 20  # of values as float64
+SCAN_SHARE = 0.5  # of sampled rows in a shard from which reading all of it is quicker
+COORDINATES = ("position", "token_id", "document")
+
+States = dict[str, State]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one read of a site found: a state for every layer and statistic.
+
+    Attributes
+    ----------
+    site : str
+    layers : tuple of int, or (None,)
+    statistics : dict of Statistic
+        By the names under which results are asked for.
+    states : dict
+        ``states[layer][name]``.
+    rows : int
+        Rows read of each layer.
+    """
+
+    site: str
+    layers: tuple[int | None, ...]
+    statistics: Mapping[str, Statistic]
+    states: dict[int | None, States] = field(repr=False)
+    rows: int
+
+    def __getitem__(self, name: str) -> xr.Dataset:
+        """Return the results of a statistic, with a dim ``layer`` in front; -1 for a site without layers."""
+        statistic = self.statistics[name]
+        found = [statistic.result(self.states[layer][name]) for layer in self.layers]
+        index = xr.IndexVariable("layer", np.array([-1 if layer is None else layer for layer in self.layers]))
+        return xr.concat(found, index, data_vars="all", coords="minimal", compat="override", join="outer")
+
+    def merged(self, name: str) -> xr.Dataset:
+        """Return the results over the rows of all layers together."""
+        statistic = self.statistics[name]
+        total = self.states[self.layers[0]][name]
+        for layer in self.layers[1:]:
+            total = statistic.merge(total, self.states[layer][name])
+        return statistic.result(total)
+
+
+@opens_store
+def read(
+    store: Store,
+    site: str,
+    statistics: Mapping[str, Statistic],
+    *,
+    layers: Layers = "all",
+    scheduler: str | Any = "threads",
+    workers: int | None = None,
+    progress: bool = True,
+) -> Reading:
+    """Read every committed row of some layers once, for all statistics.
+
+    Each shard is one Dask task, which reads it in blocks with large reads (no memory map: a Dask worker would count
+    mapped pages as its own memory). Where all statistics sample documents, only rows of these are read. The result
+    is the same to the bit for any scheduler and number of workers.
+
+    Parameters
+    ----------
+    scheduler
+        ``"threads"``; ``"synchronous"``; ``"processes"``, a cluster of worker processes on this machine; the address
+        of a scheduler, ``"tcp://…"``, whose workers can open the store by the same path; or a `distributed.Client`.
+    workers
+        Threads or processes; by default the number of cores.
+    progress
+        Show a bar on the terminal.
+
+    Raises
+    ------
+    AnalysisError
+        A site or layer that the store does not have; no row; states that would not fit into memory.
+    """
+    if site not in store.sites:
+        raise AnalysisError(f"the store has no site {site!r}", remedy=nearest(site, tuple(store.sites)))
+    chosen = choose_layers(store, site, layers)
+    units = store.committed_units.tolist()
+    if not units:
+        raise AnalysisError("the store has no committed row", where=str(store.path), remedy="complete the capture")
+    place = choose(scheduler, workers)
+    features = store.arrays[site].features
+    _check_memory(statistics, features, len(chosen), len(units), place.workers)
+    run = uuid.uuid4().hex[:12]  # so that runs on one cluster do not meet
+    job = Job(store, site, dict(statistics))
+    graph: dict[Any, Any] = {f"job-{run}": job}
+    roots = []
+    for layer in chosen:
+        keys: list[Any] = []
+        for unit in units:
+            keys.append((f"shard-{run}", -1 if layer is None else layer, unit))
+            graph[keys[-1]] = (read_shard, f"job-{run}", layer, unit)
+        roots.append(_tree(graph, keys, run))
+    found = place.get(graph, roots, f"reading {site}", len(chosen) * len(units), progress)
+    states = dict(zip(chosen, cast("list[States]", found)))
+    rows = sum(min(store.shard_rows, store.n_rows - unit * store.shard_rows) for unit in units)
+    return Reading(site, chosen, dict(statistics), states, rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Parameters of every task."""
+
+    store: Store
+    site: str
+    statistics: dict[str, Statistic]
+
+
+def read_shard(job: Job, layer: int | None, unit: int) -> States:
+    """Return the states of the rows of one shard."""
+    store = job.store
+    features = store.arrays[job.site].features
+    states = {name: statistic.zero(features) for name, statistic in job.statistics.items()}
+    for block in blocks(store, job.site, layer, unit, list(job.statistics.values())):
+        parts: dict[Any, Block] = {None: block}
+        for name, statistic in job.statistics.items():
+            sample = statistic.sample
+            if sample not in parts:
+                parts[sample] = block.take(np.flatnonzero(cast("Any", sample)(block.document, block.position)))
+            if len(parts[sample]):
+                states[name] = statistic.update(states[name], parts[sample])
+    return states
+
+
+def merge_states(job: Job, first: States, second: States) -> States:
+    """Return the states of the rows of both."""
+    return {name: statistic.merge(first[name], second[name]) for name, statistic in job.statistics.items()}
+
+
+def blocks(
+    store: Store, site: str, layer: int | None, unit: int, statistics: list[Statistic] | None = None
+) -> Iterator[Block]:
+    """Yield the rows of a shard in order, a block at a time; only those of sampled documents where all sample."""
+    reader = store.reader(site)
+    held = reader.layout.rows(unit)
+    about = unit_coordinates(store.reference, held.start, held.stop)
+    step = max(1, BLOCK_BYTES // (8 * reader.array.features))
+    samples = [statistic.sample for statistic in statistics or ()]
+    wanted: np.ndarray | None = None
+    if samples and all(sample is not None for sample in samples):
+        wanted = np.logical_or.reduce(
+            [sample(about["document"], about["position"]) for sample in set(samples) if sample is not None]
+        )
+        if wanted.mean() > SCAN_SHARE:
+            wanted = None
+    if wanted is not None:
+        chosen = np.flatnonzero(wanted)
+        for start in range(0, len(chosen), step):
+            local = chosen[start : start + step]
+            values = reader.gather(layer, held.start + local, True)
+            yield Block(values, held.start + local, *(about[name][local] for name in COORDINATES))
+        return
+    buffer = np.empty((min(step, len(held)), reader.array.features), reader.dtype)
+    for start in range(held.start, held.stop, step):
+        stop = min(start + step, held.stop)
+        values = reader.scan(layer, start, stop, True, buffer)
+        place = slice(start - held.start, stop - held.start)
+        yield Block(values, np.arange(start, stop), *(about[name][place] for name in COORDINATES))
+
+
+@lru_cache(maxsize=8)
+def unit_coordinates(reference: StoreReference, start: int, stop: int) -> dict[str, np.ndarray]:
+    """Return position, token id and document of the rows of a unit; the layers of a unit share them."""
+    return {
+        name: np.asarray(zarr.open_array(zarr_source(reference.path / name), mode="r")[start:stop])
+        for name in COORDINATES
+    }
+
+
+def _tree(graph: dict[Any, Any], keys: list[Any], run: str) -> Any:
+    """Add the merges of *keys* to the graph, neighbours first, and return the last one's key."""
+    level = 0
+    while len(keys) > 1:
+        level += 1
+        above = []
+        for i in range(0, len(keys) - 1, 2):
+            key = (f"merge-{run}", keys[i][1], level, i)
+            graph[key] = (merge_states, f"job-{run}", keys[i], keys[i + 1])
+            above.append(key)
+        keys = above + ([keys[-1]] if len(keys) % 2 else [])
+    return keys[0]
+
+
+def _check_memory(statistics: Mapping[str, Statistic], features: int, layers: int, units: int, workers: int) -> None:
+    sizes = {name: statistic.state_bytes(features) for name, statistic in statistics.items()}
+    alive = layers + workers * (1 + max(1, units).bit_length())
+    needed, memory = alive * sum(sizes.values()), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > 0.8 * memory:
+        worst = max(sizes, key=lambda name: sizes[name])
+        raise AnalysisError(
+            "the statistics would not fit into memory",
+            expected=f"at most {0.8 * memory / 2**30:.1f} GiB",
+            found=f"{needed / 2**30:.1f} GiB for {layers} layers, most of it {worst}",
+            remedy="ask for fewer layers or groups at a time, or fewer statistics",
+        )

@@ -1,0 +1,248 @@
+"""How alike layers, sites and stores are: debiased CKA, CCA and cosine, each beside what chance gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from analysis.dataset.opens_store import opens_store
+from analysis.dataset.view import choose_layers
+from analysis.statistics.kept_rows import Rows
+from analysis.statistics.onepass import DocumentSample, read
+from flexcache.errors import AnalysisError
+from flexcache.site import Layers
+from flexcache.store.read.row_alignment import matching_rows
+from flexcache.store.read.store import Store
+
+ROWS = 1024
+MEASURES = ("cka", "cca", "cosine")
+
+
+@opens_store
+def compute(
+    store: Store,
+    sites: str | Sequence[str],
+    *,
+    rows: int = ROWS,
+    permutations: int = 100,
+    seed: int = 0,
+    skip: int = 1,
+    layers: Layers = "all",
+    **where: Any,
+) -> xr.Dataset:
+    """Compare every layer of one or more sites of a store with every other, on the same sampled rows.
+
+    Parameters
+    ----------
+    rows
+        About how many rows to compare on, whole documents of a seeded sample; ``n`` in the attributes says how many.
+        Memory is n² float64 for each layer.
+    permutations, seed
+        See `between`.
+    skip
+        How many of the first tokens of each document are left out: CKA and cosine are moved by single huge values.
+    where
+        scheduler, workers and progress, see `analysis.statistics.onepass.read`.
+
+    Returns
+    -------
+    Dataset with dims (one, two); see `between`
+    """
+    names = [sites] if isinstance(sites, str) else list(dict.fromkeys(sites))
+    statistic = Rows(rows, DocumentSample.of_rows(rows, store.n_rows, seed, skip))
+    matrices: dict[str, np.ndarray] = {}
+    for site in names:
+        stacked = site not in store.arrays or store.arrays[site].layers is not None
+        chosen: Layers = layers if stacked else "all"
+        found = read(store, site, {"rows": statistic}, layers=chosen, **where)
+        for layer in found.layers:
+            matrices[_label(site, layer)] = found.states[layer]["rows"]["values"]
+    return between(matrices, permutations=permutations, seed=seed)
+
+
+@opens_store
+def stores(
+    store: Store,
+    other: Store,
+    site: str,
+    other_site: str | None = None,
+    *,
+    rows: int = ROWS,
+    permutations: int = 100,
+    seed: int = 0,
+    skip: int = 1,
+    layers: Layers = "all",
+) -> xr.Dataset:
+    """Compare the layers of two stores over the same documents, joined by document and position.
+
+    Returns
+    -------
+    Dataset with dims (one, two): layers of *store* and of *other*; see `between`
+
+    Raises
+    ------
+    AnalysisError
+        The stores have no row in common, or different tokens at the same place.
+    """
+    second = other_site or site
+    match = matching_rows(store, other)
+    sample = DocumentSample.of_rows(rows, int((match >= 0).sum()), seed, skip)
+    kept = match >= 0
+    if sample is not None:
+        kept &= sample(*(np.asarray(other.coordinates[name].values) for name in ("document", "position")))
+    there = np.flatnonzero(kept)
+    if len(there) < 4:
+        raise AnalysisError(
+            "the stores have too few rows in common",
+            where=str(other.path),
+            expected="the same documents, at least 4 rows",
+            found=f"{len(there)} rows",
+        )
+    here = match[there]
+    one = {_label(site, layer): store.read(site, layer, here) for layer in choose_layers(store, site, layers)}
+    two = {_label(second, layer): other.read(second, layer, there) for layer in choose_layers(other, second, layers)}
+    return between(one, two, permutations=permutations, seed=seed)
+
+
+def between(
+    one: Mapping[str, np.ndarray],
+    two: Mapping[str, np.ndarray] | None = None,
+    *,
+    permutations: int = 100,
+    seed: int = 0,
+) -> xr.Dataset:
+    """Compare matrices over the same rows, each with each.
+
+    - ``cka``: linear CKA (Kornblith et al. 2019) by the unbiased HSIC of Song et al. (2012), which is 0 for
+      independent rows however many dims there are; the biased one is not (arXiv 2405.01012).
+    - ``cca``: mean squared canonical correlation of the leading principal components, at most a tenth of the rows of
+      them (SVCCA, Raghu et al. 2017), since CCA of as many dims as rows is 1 for noise.
+    - ``cosine``: mean cosine of a row with the same row; NaN where the numbers of dims differ.
+
+    Each comes with ``_null``, the 95 % quantile, and ``_p``, the share, of as many random pairings of the rows that
+    reach it: (1 + count) / (1 + permutations). Rows are paired at random one by one; tokens of one document are not
+    independent, so p is somewhat too small for them.
+
+    Parameters
+    ----------
+    one, two
+        Matrices by name, each of shape (rows, features); *two* is *one* where not given.
+
+    Raises
+    ------
+    AnalysisError
+        The matrices do not have the same rows, or fewer than 4.
+    """
+    second = one if two is None else two
+    sizes = {len(values) for values in (*one.values(), *second.values())}
+    if len(sizes) != 1 or min(sizes) < 4:
+        raise AnalysisError(
+            "the matrices cannot be compared",
+            expected="the same rows in each, at least 4",
+            found=f"{', '.join(map(str, sorted(sizes))) or 'no'} rows",
+            remedy="sample more documents",
+        )
+    n = sizes.pop()
+    rng = np.random.default_rng(seed)
+    orders = [rng.permutation(n) for _ in range(permutations)]
+    data: dict[str, Any] = {}
+    for name, comparison in (("cka", _CKA), ("cca", _CCA), ("cosine", _Cosine)):
+        left: Any = comparison(list(one.values()))
+        right: Any = left if two is None else comparison(list(second.values()))
+        value = left.with_(right, None)
+        data[name] = (("one", "two"), value)
+        if permutations:
+            chance = np.stack([left.with_(right, order) for order in orders])
+            with np.errstate(invalid="ignore"):
+                data[f"{name}_null"] = (("one", "two"), np.quantile(chance, 0.95, axis=0))
+                data[f"{name}_p"] = (("one", "two"), (1 + (chance >= value).sum(0)) / (1 + permutations))
+    return xr.Dataset(data, {"one": list(one), "two": list(second)}, {"n": n, "permutations": permutations})
+
+
+class _CKA:
+    """U-centred kernels (Székely & Rizzo 2014), their upper triangles as unit vectors: products are debiased CKA."""
+
+    def __init__(self, matrices: list[np.ndarray]) -> None:
+        self.n = len(matrices[0])
+        self.upper = np.triu_indices(self.n, 1)
+        self.kernels = np.stack([_u_centred(values)[self.upper] for values in matrices])
+        norms = np.sqrt(np.einsum("ai,ai->a", self.kernels, self.kernels))
+        self.kernels /= np.where(norms > 0, norms, 1)[:, None]
+
+    def with_(self, other: _CKA, order: np.ndarray | None) -> np.ndarray:
+        right = other.kernels
+        if order is not None:
+            one, two = order[self.upper[0]], order[self.upper[1]]
+            low, high = np.minimum(one, two), np.maximum(one, two)
+            right = right.take(low * self.n - low * (low + 1) // 2 + high - low - 1, axis=1)
+        return np.asarray(self.kernels @ right.T)
+
+
+class _CCA:
+    """Orthonormal bases of the leading principal components; equal numbers of them, so that they stack."""
+
+    def __init__(self, matrices: list[np.ndarray]) -> None:
+        kept = max(1, min(len(matrices[0]) // 10, min(values.shape[1] for values in matrices)))
+        self.bases = []
+        for values in matrices:
+            centred = _centred(values)
+            sizes, vectors = np.linalg.eigh(centred.T @ centred)
+            full = sizes[-kept:] > max(sizes[-1], 0.0) * 1e-12
+            self.bases.append(np.linalg.qr(centred @ vectors[:, -kept:][:, full])[0])
+
+    def with_(self, other: _CCA, order: np.ndarray | None) -> np.ndarray:
+        found = np.zeros((len(self.bases), len(other.bases)))
+        right = [basis if order is None else basis[order] for basis in other.bases]
+        ends = np.cumsum([0, *(basis.shape[1] for basis in right)])
+        stacked = np.concatenate(right, axis=1)
+        for i, basis in enumerate(self.bases):
+            square = (basis.T @ stacked) ** 2
+            for j in range(len(right)):
+                shared = min(basis.shape[1], right[j].shape[1])
+                found[i, j] = square[:, ends[j] : ends[j + 1]].sum() / shared if shared else 0.0
+        return found
+
+
+class _Cosine:
+    """Rows of length 1; matrices of one width together, as (rows, matrices, features)."""
+
+    def __init__(self, matrices: list[np.ndarray]) -> None:
+        self.count, self.units = len(matrices), {}
+        for width in {values.shape[1] for values in matrices}:
+            places = [i for i, values in enumerate(matrices) if values.shape[1] == width]
+            units = np.stack([np.asarray(matrices[i], np.float64) for i in places], axis=1)
+            norms = np.linalg.norm(units, axis=2, keepdims=True)
+            self.units[width] = (places, units / np.where(norms > 0, norms, 1))
+
+    def with_(self, other: _Cosine, order: np.ndarray | None) -> np.ndarray:
+        found = np.full((self.count, other.count), np.nan)
+        for width in self.units.keys() & other.units.keys():
+            (rows, left), (columns, right) = self.units[width], other.units[width]
+            right = right if order is None else right[order]
+            found[np.ix_(rows, columns)] = np.matmul(left, right.transpose(0, 2, 1)).mean(0)
+        return found
+
+
+def _centred(values: np.ndarray) -> np.ndarray:
+    exact = np.asarray(values, np.float64)
+    return np.asarray(exact - exact.mean(0))
+
+
+def _u_centred(values: np.ndarray) -> np.ndarray:
+    """Return the linear kernel with rows, columns and diagonal taken out so that products are unbiased."""
+    centred = _centred(values)
+    kernel = centred @ centred.T
+    n = len(kernel)
+    np.fill_diagonal(kernel, 0.0)
+    rows = kernel.sum(0)
+    kernel -= (rows[:, None] + rows) / (n - 2)
+    kernel += rows.sum() / ((n - 1) * (n - 2))
+    np.fill_diagonal(kernel, 0.0)
+    return kernel
+
+
+def _label(site: str, layer: int | None) -> str:
+    return site if layer is None else f"{site} {layer}"
