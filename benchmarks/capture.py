@@ -35,7 +35,7 @@ from flexcache.documents import open_documents
 from flexcache.identity.describe import describe_model
 from flexcache.model import describe_tokenizer
 from flexcache.recording.forward.batch import Batch, BatchReader
-from flexcache.recording.forward.capture_targets import Reading, locate, measure_arrays
+from flexcache.recording.forward.capture_targets import CaptureTargets, locate, measure_arrays
 from flexcache.recording.planning.planning import Source, plan_store
 from flexcache.recording.run.fingerprint import fingerprint
 from flexcache.recording.run.forward_loop import run
@@ -60,11 +60,11 @@ class Bench:
         self.source, self.model, self.tokenizer = source, source.load(), source.tokenizer()
         tokenizer = self.tokenizer
         self.corpus = open_documents(assets.vader_sample(documents))
-        self.reading: dict[str, Reading] = {}
+        self.targets: dict[str, CaptureTargets] = {}
         for name, layers in (("all", "all"), ("one", [ONE_LAYER])):
             spec = Spec.model_validate({"sites": {"resid_post": layers}})
             located = locate(self.model, spec)
-            self.reading[name] = located
+            self.targets[name] = located
             plan = Source(
                 self.corpus,
                 tokenizer,
@@ -77,7 +77,7 @@ class Bench:
         reader = BatchReader(folder / "all.planned", mean=False)
         self.batches = [batch for unit in range(self.amount.units) for batch in reader.unit(unit)]
         self.bytes = self.amount.rows * 30 * 576 * (2 if DTYPE == "bfloat16" else 4)
-        self.depth = len(self.reading["all"].points)
+        self.depth = len(self.targets["all"].points)
         self.result = folder / "result"
 
     def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -95,7 +95,7 @@ class Bench:
         shutil.rmtree(self.result, ignore_errors=True)
         shutil.copytree(self.folder / f"{name}.planned", self.result)
         recorder = Recorder(self.result, fingerprint=fingerprint(self.model))
-        run(self.model, self.reading[name], recorder, 0)
+        run(self.model, self.targets[name], recorder, 0)
 
     def hooks_and_save(self) -> None:
         self._fresh()

@@ -27,7 +27,7 @@ from benchmarks.timing import console, interleave, ratio, show
 from flexcache.documents import open_documents
 from flexcache.identity.describe import describe_model
 from flexcache.model import describe_tokenizer
-from flexcache.recording.forward.capture_targets import Reading, locate, measure_arrays
+from flexcache.recording.forward.capture_targets import CaptureTargets, locate, measure_arrays
 from flexcache.recording.planning.planning import Source, plan_store
 from flexcache.recording.run.fingerprint import fingerprint
 from flexcache.recording.run.forward_loop import run
@@ -36,7 +36,7 @@ from flexcache.spec import Spec
 from pipelines import assets
 
 
-def prepared() -> tuple[torch.nn.Module, Any, Spec, Reading]:
+def prepared() -> tuple[torch.nn.Module, Any, Spec, CaptureTargets]:
     torch.set_num_threads(1)
     source = smollm2()
     model = source.load()
@@ -46,14 +46,14 @@ def prepared() -> tuple[torch.nn.Module, Any, Spec, Reading]:
 
 def work() -> None:
     """Capture into each store that a line names; answer with the seconds of the tally."""
-    model, _, _, reading = prepared()
+    model, _, _, targets = prepared()
     print("ready", flush=True)
     for line in sys.stdin:
         recorder = Recorder(line.strip(), fingerprint=fingerprint(model))
-        run(model, reading, recorder, 0)
-        tally = recorder.tally
+        run(model, targets, recorder, 0)
+        stats = recorder.stats
         print(
-            json.dumps({"units": tally.units, "claiming": tally.claiming, "committing": tally.committing}), flush=True
+            json.dumps({"units": stats.units, "claiming": stats.claiming, "committing": stats.committing}), flush=True
         )
 
 
@@ -105,11 +105,11 @@ def main() -> None:
 
 
 def compare(folder: Path, documents: int, rounds: int) -> None:
-    model, tokenizer, spec, reading = prepared()
+    model, tokenizer, spec, targets = prepared()
     source = Source(
         open_documents(assets.vader_sample(documents)),
         tokenizer,
-        measure_arrays(model, spec, reading),
+        measure_arrays(model, spec, targets),
         spec,
         describe_model(model),
         describe_tokenizer(tokenizer),
@@ -132,10 +132,10 @@ def compare(folder: Path, documents: int, rounds: int) -> None:
     seconds = interleave({"one process": lambda: capture(1), "two processes": lambda: capture(2)}, rounds)
     workers.close()
     alone = [tallies[0] for tallies in told[1]]
-    claiming = statistics.median(tally["claiming"] / tally["units"] for tally in alone)
-    committing = statistics.median(tally["committing"] / tally["units"] for tally in alone)
+    claiming = statistics.median(stats["claiming"] / stats["units"] for stats in alone)
+    committing = statistics.median(stats["committing"] / stats["units"] for stats in alone)
     unit = statistics.median(seconds["one process"]) / amount.units
-    units = ", ".join("+".join(str(int(tally["units"])) for tally in tallies) for tallies in told[2])
+    units = ", ".join("+".join(str(int(stats["units"])) for stats in tallies) for tallies in told[2])
     show(
         f"two data-parallel processes, SmolLM2-135M {DTYPE} on CPU (medians of ratios, round by round)",
         [

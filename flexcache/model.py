@@ -330,14 +330,14 @@ def positions(model: torch.nn.Module) -> tuple[int | None, int | None]:
     Rotary positions, relative ones and ALiBi are computed for any length, whatever the configuration says; only MPT's
     biases are made for a fixed one.
     """
-    from flexcache.hooks.locate.encoder_decoder import two_sided
+    from flexcache.hooks.locate.encoder_decoder import is_encoder_decoder
     from flexcache.hooks.locate.names import unwrap
     from flexcache.hooks.locate.vision import reads_images
 
     root: Any = unwrap(model)
     if reads_images(root):
         return None, None
-    if two_sided(root) and hasattr(root, "get_encoder") and hasattr(root, "get_decoder"):
+    if is_encoder_decoder(root) and hasattr(root, "get_encoder") and hasattr(root, "get_decoder"):
         return _table_of(root.get_decoder()), _table_of(root.get_encoder())
     return _table_of(root), None
 
@@ -394,10 +394,10 @@ def vocabulary(model: torch.nn.Module) -> int | None:
 
 def encoder_vocabulary(model: torch.nn.Module) -> int | None:
     """Return how many token ids the encoder of a model knows beside its decoder, or None where nothing says so."""
-    from flexcache.hooks.locate.encoder_decoder import two_sided
+    from flexcache.hooks.locate.encoder_decoder import is_encoder_decoder
     from flexcache.hooks.locate.names import unwrap
 
-    if not two_sided(model):
+    if not is_encoder_decoder(model):
         return None
     try:
         return int(unwrap(model).get_encoder().get_input_embeddings().num_embeddings)  # type: ignore[operator]

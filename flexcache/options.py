@@ -151,7 +151,7 @@ class Generation(Options):
     batch: int = Field(16, ge=1, description="prompts at a time")
 
 
-Teaching = Literal["shifted", "as_given"]
+DecoderInputMode = Literal["shifted", "as_given"]
 """How a decoder reads a target: one place later, behind the token that it begins with; or exactly as it is given."""
 
 
@@ -160,7 +160,7 @@ class DecoderInputs(Options):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    inputs: Teaching = "shifted"
+    inputs: DecoderInputMode = "shifted"
     start: int | Literal["last"] | None = Field(
         None, description="what comes before a shifted target: a token id, or its own last token, as in mBART"
     )

@@ -229,17 +229,23 @@ class Running(Options):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     buffer_bytes: int = Field(ge=1)
-    patience: float = Field(gt=0)
+    heartbeat_timeout: float = Field(gt=0)
     model_info: dict[str, Any] | None
     batch_tokens: int | None = Field(ge=1)
     max_tokens: int | None = Field(ge=1)
 
 
 def check_running(
-    buffer_bytes: Any, patience: Any, model_info: Any, where: str, *, batch_tokens: Any = None, max_tokens: Any = None
+    buffer_bytes: Any,
+    heartbeat_timeout: Any,
+    model_info: Any,
+    where: str,
+    *,
+    batch_tokens: Any = None,
+    max_tokens: Any = None,
 ) -> Running:
     """Return the options as numbers, or raise ConfigError if one of them cannot be used."""
-    options = {"buffer_bytes": buffer_bytes, "patience": patience, "model_info": model_info}
+    options = {"buffer_bytes": buffer_bytes, "heartbeat_timeout": heartbeat_timeout, "model_info": model_info}
     return validate(Running, {**options, "batch_tokens": batch_tokens, "max_tokens": max_tokens}, where)
 
 

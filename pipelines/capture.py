@@ -46,9 +46,9 @@ def load(config: CaptureConfig, progress: bool) -> Loaded:
     documents = open_documents(documents, images_first=reads_images(skeleton))
     tokenizer = config.load_tokenizer(documents)
     spec = config.spec(skeleton)
-    reading = locate(skeleton, spec, **config.functions(tokenizer))
+    targets = locate(skeleton, spec, **config.functions(tokenizer))
     if config.generate is None:
-        check_images(skeleton, spec, reading, reader_of(skeleton, tokenizer, documents.content))
+        check_images(skeleton, spec, targets, reader_of(skeleton, tokenizer, documents.content))
     spec.within(longest_input(skeleton, tokenizer)).check()
     info: dict[str, Any] = {
         "name": Path(config.model.name).name if Path(config.model.name).is_dir() else config.model.name,
@@ -58,7 +58,11 @@ def load(config: CaptureConfig, progress: bool) -> Loaded:
     model = config.load_model()
     if config.generate is not None:
         documents = _completions(config, config.generate, model, tokenizer, documents, progress)
-    options = {"buffer_bytes": config.buffer_mb << 20, "patience": config.patience, "model_info": info}
+    options = {
+        "buffer_bytes": config.buffer_mb << 20,
+        "heartbeat_timeout": config.heartbeat_timeout,
+        "model_info": info,
+    }
     return Loaded(model, tokenizer, documents, config.functions(tokenizer, input_device(model)), options)
 
 
@@ -95,7 +99,7 @@ def _completions(
 
     with CaptureProgress(progress) as bars:
         advance = bars.generating(documents.count)
-        return generate(model, tokenizer, documents, config.completions, generation, advance, config.patience)
+        return generate(model, tokenizer, documents, config.completions, generation, advance, config.heartbeat_timeout)
 
 
 def leave() -> None:

@@ -15,14 +15,14 @@ from flexcache.documents.huggingface import load_dataset
 from flexcache.documents.sources import CSV_NULLS
 from flexcache.errors import ConfigError
 from flexcache.model import ModelSource
-from flexcache.options import Choice, Generation, Options, Packing, Teaching, Windows, parse_rows
+from flexcache.options import Choice, DecoderInputMode, Generation, Options, Packing, Windows, parse_rows
 from flexcache.paths import local_path
 from flexcache.provenance import load
 from flexcache.recording.forward.transform import Transform
 from flexcache.spec import AnyDType, Spec, parse_sites, validate
 from flexcache.store.storage.location import Place, local, place
 from flexcache.store.storage.object_path import RemotePath
-from flexcache.store.write.worker import PATIENCE
+from flexcache.store.write.worker import HEARTBEAT_TIMEOUT
 
 
 class DocumentsSource(Options):
@@ -185,15 +185,19 @@ class CaptureConfig(Options):
     windows: Windows | None = Field(None, description="long documents in windows, in place of truncation")
     packing: Packing | None = Field(None, description="documents one after the other in sequences of one length")
     token_labels: list[str] = Field([], description="label columns with an entry, or spans, for tokens")
-    decoder_inputs: Teaching = Field("shifted", description="with side: decoder, how it reads targets: or as_given")
+    decoder_inputs: DecoderInputMode = Field(
+        "shifted", description="with side: decoder, how it reads targets: or as_given"
+    )
     batch_tokens: int = Field(4096, ge=1)
     seed: int = Field(0, ge=0)
     compression: Literal["none", "zstd"] = "none"
     keep_text: bool = True
     empty_documents: Literal["error", "skip"] = "error"
     buffer_mb: int = Field(256, ge=1, description="bound on the memory for rows on their way to the disk")
-    patience: float = Field(
-        PATIENCE, gt=0, description="seconds without a sign of life after which a process elsewhere counts as gone"
+    heartbeat_timeout: float = Field(
+        HEARTBEAT_TIMEOUT,
+        gt=0,
+        description="seconds without a sign of life after which a process elsewhere counts as gone",
     )
     threads: int | None = Field(None, ge=1, description="intra-op threads of torch on a CPU")
 
@@ -235,10 +239,10 @@ class CaptureConfig(Options):
         ConfigError
             It has an encoder and a decoder, and the file does not say which is meant.
         """
-        from flexcache.hooks.locate.encoder_decoder import two_sided
+        from flexcache.hooks.locate.encoder_decoder import is_encoder_decoder
 
         skeleton = self.model.skeleton()
-        if self.model.side is None and two_sided(skeleton):
+        if self.model.side is None and is_encoder_decoder(skeleton):
             raise ConfigError(
                 "the model has an encoder and a decoder",
                 where=f"model.name: {self.model.name}",
@@ -296,8 +300,8 @@ class CaptureConfig(Options):
         from flexcache.recording.forward.decoder_inputs import decoder_inputs
 
         options = self.capture_options()
-        teaching = options.pop("decoder_inputs")
-        options["decoder"] = None if skeleton is None else decoder_inputs(skeleton, teaching)
+        mode = options.pop("decoder_inputs")
+        options["decoder"] = None if skeleton is None else decoder_inputs(skeleton, mode)
         sites = parse_sites(options.pop("sites"), options.pop("layers"), optional=bool(self.transforms))
         return validate(Spec, {"sites": sites, **options, **parse_rows(options["rows"])}, str(self.store))
 

@@ -22,7 +22,7 @@ from pipelines.config import CaptureConfig
 from pipelines.plan import place_of, source_of, table_of
 
 if TYPE_CHECKING:
-    from flexcache.recording.forward.capture_targets import Reading
+    from flexcache.recording.forward.capture_targets import CaptureTargets
     from flexcache.recording.planning.throughput import Trial
     from flexcache.recording.run.progress import CaptureProgress
 
@@ -266,15 +266,15 @@ def _batched(model: Any, config: CaptureConfig, source: Source) -> Source:
     from flexcache.model import evaluating
     from flexcache.recording.checks.padding import find_batching
     from flexcache.recording.forward.image_inputs import padding
-    from flexcache.recording.run.model_parallel_group import Crew
+    from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 
-    with evaluating(model), closing(Crew(model)) as crew:
+    with evaluating(model), closing(ModelParallelGroup(model)) as group:
         pad = padding(model, source.tokenizer)
-        verdict = find_batching(model, _reading(model, config, source), pad, source.spec, crew)
+        verdict = find_batching(model, _reading(model, config, source), pad, source.spec, group)
     return replace(source, batching=verdict.batching)
 
 
-def _reading(model: Any, config: CaptureConfig, source: Source) -> Reading:
+def _reading(model: Any, config: CaptureConfig, source: Source) -> CaptureTargets:
     from flexcache.hooks.read.measure import input_device
     from flexcache.recording.forward.capture_targets import locate
 
@@ -287,9 +287,9 @@ def _try(
     from flexcache.recording.forward.image_inputs import padding
     from flexcache.recording.planning.throughput import try_batches
 
-    reading, pad = _reading(model, config, source), padding(model, source.tokenizer)
+    targets, pad = _reading(model, config, source), padding(model, source.tokenizer)
     advance = bars.trying(terms.seconds)
-    return try_batches(model, reading, sampled.plan, pad, seconds=terms.seconds, seed=terms.seed, progress=advance)
+    return try_batches(model, targets, sampled.plan, pad, seconds=terms.seconds, seed=terms.seed, progress=advance)
 
 
 def duration(hours: float) -> str:

@@ -9,7 +9,7 @@ from rich.console import Console
 from flexcache.errors import ConfigError, MismatchError
 from flexcache.parallel.launch import launch
 from flexcache.spec import Spec
-from flexcache.store.manage.extension_transaction import Growth
+from flexcache.store.manage.extension_transaction import ExtensionTransaction
 from flexcache.store.read.store import Store
 from pipelines.capture import leave, load
 from pipelines.config import CaptureConfig
@@ -65,7 +65,7 @@ def run(
 def discard(path: Path, console: Console) -> None:
     """Drop an extension that is not finished."""
     store = Store(path)
-    dropped = Growth(path).discard()
+    dropped = ExtensionTransaction(path).discard()
     console.print("the extension is dropped" if dropped else "no extension has begun")
     console.print(repr(store), highlight=False, markup=False)
 

@@ -53,12 +53,12 @@ def source_of(config: CaptureConfig, skeleton: Any) -> Source:
     tokenizer = reader_of(skeleton, config.load_tokenizer(documents), documents.content)
     spec = config.spec(skeleton).within(longest_input(skeleton, tokenizer))
     spec.check()
-    reading = locate(skeleton, spec, **config.functions(tokenizer))
-    example = check_images(skeleton, spec, reading, tokenizer)
+    targets = locate(skeleton, spec, **config.functions(tokenizer))
+    example = check_images(skeleton, spec, targets, tokenizer)
     return Source(
         documents=documents,
         tokenizer=tokenizer,
-        arrays=measure_arrays(skeleton, spec, reading, example=example),
+        arrays=measure_arrays(skeleton, spec, targets, example=example),
         spec=spec,
         model={"name": config.model.name},
         tokenizer_identity=describe_tokenizer(tokenizer, documents.content == "messages"),

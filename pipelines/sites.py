@@ -23,7 +23,7 @@ from flexcache.model import ModelSource
 from flexcache.site import Side
 
 ITSELF = "(the model)"
-PATIENCE = timedelta(minutes=30)
+TIMEOUT = timedelta(minutes=30)
 """How long ranks wait for each other while weights are read."""
 
 
@@ -174,7 +174,7 @@ def _shared(source: ModelSource, kind: Any, found: Sequence[Surveyed]) -> dict[P
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     try:
         with warnings.catch_warnings():
             # transformers 5 asks for a DistributedConfig instead, which its releases before do not have

@@ -17,9 +17,9 @@ from flexcache.parallel.assembly import Assembly, Header, Key, assemble
 from flexcache.parallel.discover import discover
 from flexcache.parallel.layout import Layout, Local, explain
 from flexcache.parallel.mesh import Mesh, arrange
+from flexcache.parallel.meta_model import Extent, Learned, MetaModel, ShapeProbe, extent_of
 from flexcache.parallel.peers import swap, transfer
-from flexcache.parallel.plane import Plane, join
-from flexcache.parallel.twin import Extent, Learned, Probe, Twin, extent_of
+from flexcache.parallel.shard_group import ShardGroup, join
 
 MAX_DIMS = 8
 
@@ -59,7 +59,7 @@ class Distribution:
         found = discover(model) if dist.is_available() and dist.is_initialized() else {}
         if found or any((size or 1) > 1 for size in sizes.values()):
             self._join(found, sizes, process_group)
-        self._twins: dict[int, Twin] = {}
+        self._twins: dict[int, MetaModel] = {}
         self._learned: dict[int, Learned] = {}
         self._failures: dict[int, str] = {}
         self._inputs: tuple[nn.Module, tuple[Any, ...] | None, Mapping[str, Any]] | None = None
@@ -97,7 +97,7 @@ class Distribution:
         local: Local,
         where: str,
         expected: tuple[int | None, ...] | None,
-        probes: Callable[[], Iterable[Probe]],
+        probes: Callable[[], Iterable[ShapeProbe]],
         microbatches: int = 1,
     ) -> Layout:
         """Return how this rank's piece of an activation lies in the whole.
@@ -142,7 +142,7 @@ class Distribution:
         _check_expected(expected, whole, rows if sizes.dp > 1 or microbatches > 1 else None, where)
         return Layout(whole, sharded, rows)
 
-    def _rule(self, key: Key, probes: Callable[[], Iterable[Probe]]) -> tuple[Any, str]:
+    def _rule(self, key: Key, probes: Callable[[], Iterable[ShapeProbe]]) -> tuple[Any, str]:
         """Return the sizes of an activation's dims by the twin, or None and why they are not known."""
         if self._inputs is None:
             return None, "the module runs outside of the model's forward"
@@ -152,7 +152,11 @@ class Distribution:
         stale = learned is None or not learned.covers(self._extent) or key.hook not in learned.shapes
         if stale and args is not None and number not in self._failures:
             try:
-                twin = self._twins.setdefault(number, Twin(root)) if number not in self._twins else self._twins[number]
+                twin = (
+                    self._twins.setdefault(number, MetaModel(root))
+                    if number not in self._twins
+                    else self._twins[number]
+                )
                 learned = self._learned[number] = twin.learn(probes(), args, kwargs)
             except Exception as error:
                 first = (str(error) or type(error).__name__).strip().splitlines()[0]
@@ -174,7 +178,7 @@ class Distribution:
     @contextmanager
     def editing(
         self, key: Key, piece: torch.Tensor, layout: Layout, where: str, microbatches: int, chunk: int = 0
-    ) -> Iterator[Plane]:
+    ) -> Iterator[ShardGroup]:
         """Give the plane of ranks that hold an activation, with the same state of torch's random numbers on each.
 
         Collective on the plane. The seed of the random numbers is drawn by the plane's first rank.
@@ -208,7 +212,7 @@ class Distribution:
         devices = [piece.device] if piece.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            yield Plane(self.group, self.mesh.rank, ranks, self._assemblies[told], scale)
+            yield ShardGroup(self.group, self.mesh.rank, ranks, self._assemblies[told], scale)
 
     def share(self, module: nn.Module) -> None:
         """Give every rank the weights and buffers that rank 0 has of a module. Collective."""

@@ -23,7 +23,7 @@ from flexcache.model import (
     positions,
     vocabulary,
 )
-from flexcache.options import Choice, Packing, Teaching, Windows, parse_rows
+from flexcache.options import Choice, DecoderInputMode, Packing, Windows, parse_rows
 from flexcache.recording.arguments import model_of, objective_of, tokenizer_of
 from flexcache.recording.checks.attention_isolation import check_isolation
 from flexcache.recording.checks.padding import check_batching, find_batching, notice, recorded
@@ -36,7 +36,7 @@ from flexcache.recording.planning.planning import Source, check_same, plan_store
 from flexcache.recording.recompute import check_rows
 from flexcache.recording.run.fingerprint import fingerprint, model_notices
 from flexcache.recording.run.forward_loop import allocation, complete
-from flexcache.recording.run.model_parallel_group import Crew
+from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.recording.run.progress import CaptureProgress
 from flexcache.recording.run.recorder import DEFAULT_BUFFER, Recorder
 from flexcache.site import Layers
@@ -46,7 +46,7 @@ from flexcache.store.format.schema import read_attributes
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import Place, place
 from flexcache.store.write.create import check_place
-from flexcache.store.write.worker import PATIENCE
+from flexcache.store.write.worker import HEARTBEAT_TIMEOUT
 
 
 def capture(
@@ -66,7 +66,7 @@ def capture(
     windows: Windows | Mapping[str, Any] | None = None,
     packing: Packing | Mapping[str, Any] | None = None,
     token_labels: Sequence[str] = (),
-    decoder_inputs: Teaching = "shifted",
+    decoder_inputs: DecoderInputMode = "shifted",
     batch_tokens: int = 4096,
     seed: int = 0,
     compression: str = "none",
@@ -75,7 +75,7 @@ def capture(
     buffer_bytes: int = DEFAULT_BUFFER,
     allow_mixed: bool = False,
     allow_changed_model: bool = False,
-    patience: float = PATIENCE,
+    heartbeat_timeout: float = HEARTBEAT_TIMEOUT,
     model_info: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> Store:
@@ -151,7 +151,7 @@ def capture(
         Go on with a store that was begun on another device, version or thread count.
     allow_changed_model
         Resume a store that was begun by a model which computes something else; the ledger says which units had which.
-    patience
+    heartbeat_timeout
         Seconds without a sign of life after which a process on another machine counts as gone.
     model_info
         More about the model for the provenance: its ``name``, ``revision``, the hashes of its ``files``.
@@ -176,7 +176,7 @@ def capture(
     """
     path = place(path)
     check_place(path)
-    running = check_running(buffer_bytes, patience, model_info, "capture")
+    running = check_running(buffer_bytes, heartbeat_timeout, model_info, "capture")
     transforms, token_labels = listed(transforms, Transform, "transforms"), listed(token_labels, str, "token_labels")
     model = model_of(model)
     tokenizer = tokenizer_of(tokenizer, model)
@@ -205,29 +205,29 @@ def capture(
         "capture",
     )
     spec.check()
-    with evaluating(model), CaptureProgress(progress) as bars, closing(Crew(model)) as crew:
-        reading = locate(model, spec, transforms, objective, crew.elsewhere())
-        crew.check(reading)
+    with evaluating(model), CaptureProgress(progress) as bars, closing(ModelParallelGroup(model)) as group:
+        targets = locate(model, spec, transforms, objective, group.remote_modules())
+        group.check(targets)
         corpus = open_documents(documents, images_first=reads_images(model))
         tokenizer = reader_of(model, tokenizer, corpus.content)
-        example = check_images(model, spec, reading, tokenizer, crew)
+        example = check_images(model, spec, targets, tokenizer, group)
         source = Source(
             documents=corpus,
             tokenizer=tokenizer,
-            arrays=measure_arrays(model, spec, reading, crew.read_example, example),
+            arrays=measure_arrays(model, spec, targets, group.read_example, example),
             spec=spec,
-            model=crew.describe_model(model, example) | (model_info or {}),
+            model=group.describe_model(model, example) | (model_info or {}),
             tokenizer_identity=describe_tokenizer(tokenizer, corpus.content == "messages"),
             vocabulary=vocabulary(model),
             encoder_vocabulary=encoder_vocabulary(model),
             positions=positions(model),
             notes={"user_hooks": hooks.user_hooks(model)} | described_patches(tokenizer),
         )
-        hooks.check_identity(model, reading.points, example=example, reader=crew.read_example, alone=crew.alone)
+        hooks.check_identity(model, targets.points, example=example, reader=group.read_example, alone=group.alone)
         if spec.isolated:
-            check_isolation(model, reading, pad_id(model, tokenizer), crew)
+            check_isolation(model, targets, pad_id(model, tokenizer), group)
         pad = padding(model, tokenizer)
-        verdict = None if crew.alone and recorded(path) else find_batching(model, reading, pad, spec, crew)
+        verdict = None if group.alone and recorded(path) else find_batching(model, targets, pad, spec, group)
         if verdict is not None:
             notes = {**(source.notes or {}), **verdict.describe()}
             source = replace(source, batching=verdict.batching, notes=notes)
@@ -240,7 +240,7 @@ def capture(
             bars.say(line)
         for name, text in amount.lines() if amount else ():
             bars.say(f"  {name}: {text}")
-        now = fingerprint(model, crew.sizes.tp) | ({"model": model_key(source.model)} if changed else {})
+        now = fingerprint(model, group.sizes.tp) | ({"model": model_key(source.model)} if changed else {})
         recorder = Recorder(
             path,
             fingerprint=now,
@@ -248,15 +248,15 @@ def capture(
             allow_mixed=allow_mixed,
             allocate=allocation(model),
             batch_tokens=spec.batch_tokens,
-            keys=crew.keys(reading.points, [(OBJECTIVE, None)] if OBJECTIVE in stored["arrays"] else ()),
-            patience=running.patience,
+            keys=group.keys(targets.points, [(OBJECTIVE, None)] if OBJECTIVE in stored["arrays"] else ()),
+            heartbeat_timeout=running.heartbeat_timeout,
         )
         if not changed:
-            check_rows(model, recorder.store, pad, crew, now, most_tokens=recorder.batch_tokens)
+            check_rows(model, recorder.store, pad, group, now, most_tokens=recorder.batch_tokens)
         if (changed or stored_batching(recorder.store.provenance) is None) and recorder.pending():
-            check_batching(recorder.store, verdict or find_batching(model, reading, pad, spec, crew))
+            check_batching(recorder.store, verdict or find_batching(model, targets, pad, spec, group))
         if said := notice(recorder.store):
             bars.say(said)
-        unchanged = partial(crew.check_unchanged, model, source.model, str(path), example)
-        complete(model, tokenizer, reading, recorder, bars, crew, unchanged=unchanged)
+        unchanged = partial(group.check_unchanged, model, source.model, str(path), example)
+        complete(model, tokenizer, targets, recorder, bars, group, unchanged=unchanged)
     return Store(path)

@@ -28,7 +28,7 @@ from flexcache.recording.argument_order import either_order
 from flexcache.recording.arguments import model_of, objective_of, tokenizer_of
 from flexcache.recording.checks.attention_isolation import check_isolation
 from flexcache.recording.checks.padding import check_batching, find_batching
-from flexcache.recording.forward.capture_targets import Reading, locate, measure_arrays
+from flexcache.recording.forward.capture_targets import CaptureTargets, locate, measure_arrays
 from flexcache.recording.forward.image_inputs import check_images, padding
 from flexcache.recording.forward.objective import OBJECTIVE, Objective, describe
 from flexcache.recording.forward.transform import Transform
@@ -44,17 +44,17 @@ from flexcache.recording.planning.planning import check_same
 from flexcache.recording.recompute import check_rows
 from flexcache.recording.run.fingerprint import check_fingerprint, fingerprint, model_notices
 from flexcache.recording.run.forward_loop import allocation, complete
-from flexcache.recording.run.model_parallel_group import Crew
+from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.recording.run.progress import CaptureProgress
 from flexcache.recording.run.recorder import DEFAULT_BUFFER, Recorder
 from flexcache.site import Layers
 from flexcache.spec import ArraySpec, SitesLike, Spec, check_running, listed, parse_sites, validate
 from flexcache.store.format.metadata import stored_batching
-from flexcache.store.manage.extension_transaction import Growth, SettledError
+from flexcache.store.manage.extension_transaction import ExtensionTransaction, SettledError
 from flexcache.store.manage.staging import united
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import Place, local
-from flexcache.store.write.worker import PATIENCE
+from flexcache.store.write.worker import HEARTBEAT_TIMEOUT
 
 
 @either_order
@@ -74,7 +74,7 @@ def extend(
     buffer_bytes: int = DEFAULT_BUFFER,
     allow_mixed: bool = False,
     allow_changed_model: bool = False,
-    patience: float = PATIENCE,
+    heartbeat_timeout: float = HEARTBEAT_TIMEOUT,
     model_info: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> Store:
@@ -132,7 +132,7 @@ def extend(
     store = opened(root)
     corpus = None if documents is None else open_documents(documents, images_first=bool(store.images))
     running = check_running(
-        buffer_bytes, patience, model_info, "extend", batch_tokens=batch_tokens, max_tokens=max_tokens
+        buffer_bytes, heartbeat_timeout, model_info, "extend", batch_tokens=batch_tokens, max_tokens=max_tokens
     )
     max_tokens = running.max_tokens
     transforms = listed(transforms, Transform, "transforms")
@@ -148,32 +148,32 @@ def extend(
             where=str(root),
             expected="documents that it does not have, or sites, layers or transforms",
         )
-    with evaluating(model), CaptureProgress(progress) as bars, closing(Crew(model)) as crew:
+    with evaluating(model), CaptureProgress(progress) as bars, closing(ModelParallelGroup(model)) as group:
         example = tokenizer.example(model) if store.images else None
-        described = crew.describe_model(model, example)
+        described = group.describe_model(model, example)
         changed = check_source(store, described, tokenizer, allow_changed_model)
         for line in model_notices(store.provenance.get("model", {}), described, changed):
             bars.say(line)
 
-        def read(spec: Spec) -> tuple[Reading, list[ArraySpec]]:
-            reading = locate(model, spec, transforms, objective, crew.elsewhere())
-            crew.check(reading)
-            example = check_images(model, spec, reading, tokenizer, crew)
-            arrays = measure_arrays(model, spec, reading, crew.read_example, example)
-            hooks.check_identity(model, reading.points, example=example, reader=crew.read_example, alone=crew.alone)
+        def read(spec: Spec) -> tuple[CaptureTargets, list[ArraySpec]]:
+            targets = locate(model, spec, transforms, objective, group.remote_modules())
+            group.check(targets)
+            example = check_images(model, spec, targets, tokenizer, group)
+            arrays = measure_arrays(model, spec, targets, group.read_example, example)
+            hooks.check_identity(model, targets.points, example=example, reader=group.read_example, alone=group.alone)
             if spec.isolated:
-                check_isolation(model, reading, pad_id(model, tokenizer), crew)
+                check_isolation(model, targets, pad_id(model, tokenizer), group)
             if united(store, arrays)[1] or stored_batching(store.provenance) is None:
-                check_batching(store, find_batching(model, reading, padding(model, tokenizer), spec, crew))
-            return reading, arrays
+                check_batching(store, find_batching(model, targets, padding(model, tokenizer), spec, group))
+            return targets, arrays
 
         everything = Spec.model_validate(store.spec)
         spec = asked or everything
-        reading, arrays = read(spec)
-        now = fingerprint(model, crew.sizes.tp) | ({"model": model_key(described)} if changed else {})
+        targets, arrays = read(spec)
+        now = fingerprint(model, group.sizes.tp) | ({"model": model_key(described)} if changed else {})
         check_fingerprint(store, now, allow_mixed)
         if not changed:
-            check_rows(model, store, padding(model, tokenizer), crew, now)
+            check_rows(model, store, padding(model, tokenizer), group, now)
         planning = bars.planning(None)
         try:
             found: Extension | None
@@ -184,9 +184,9 @@ def extend(
                 found = None
             else:
                 if asked is not None:  # what the store has stays, whether it is named or not
-                    reading, arrays = read(everything)
+                    targets, arrays = read(everything)
                 _check_whole(store, {array.name: array.to_json() for array in arrays})
-                _check_objective(store, reading, objective)
+                _check_objective(store, targets, objective)
                 found = more_documents(
                     root,
                     corpus,
@@ -204,7 +204,7 @@ def extend(
                 bars.say(f"{shown(root)} has {_enough(store, corpus, max_tokens) or 'all of it'}: nothing to do")
                 return Store(root)
             wanted = set(found.keys)
-            reading = _narrowed(reading, wanted)
+            targets = _narrowed(targets, wanted)
             with found.growth.watched():
                 recorder = Recorder(
                     found.growth.folder,
@@ -213,17 +213,17 @@ def extend(
                     allow_mixed=allow_mixed,
                     allocate=allocation(model),
                     batch_tokens=running.batch_tokens,
-                    keys=crew.keys(reading.points, [(OBJECTIVE, None)] if (OBJECTIVE, None) in wanted else ()),
+                    keys=group.keys(targets.points, [(OBJECTIVE, None)] if (OBJECTIVE, None) in wanted else ()),
                     carried=found.carried,
-                    patience=running.patience,
+                    heartbeat_timeout=running.heartbeat_timeout,
                 )
-            if crew.alone:
+            if group.alone:
                 recorder.on_start = found.growth.check_open
-            unchanged = partial(crew.check_unchanged, model, described, str(path), example)
-            complete(model, tokenizer, reading, recorder, bars, crew, root, unchanged=unchanged)
+            unchanged = partial(group.check_unchanged, model, described, str(path), example)
+            complete(model, tokenizer, targets, recorder, bars, group, root, unchanged=unchanged)
         except SettledError:
             bars.say("other processes have completed it meanwhile")
-        Growth(root).settle(bars.placing())
+        ExtensionTransaction(root).settle(bars.placing())
         bars.say(f"in place → {shown(root)}")
     return Store(root)
 
@@ -279,9 +279,9 @@ def _enough(store: Store, corpus: Documents | None, max_tokens: int | None) -> s
     return f"{tokens:,} tokens of documents, and max_tokens is {max_tokens:,}"
 
 
-def _check_objective(store: Store, reading: Reading, objective: Objective | None) -> None:
+def _check_objective(store: Store, targets: CaptureTargets, objective: Objective | None) -> None:
     """Refuse to store gradients of another objective beside those of the store."""
-    if reading.objective is not None:
+    if targets.objective is not None:
         check_equal(
             store,
             "the objective",
@@ -331,12 +331,12 @@ def _layers(array: dict[str, Any] | None) -> str:
     return f"{array['dtype']} rows of {array['features']}, layers {array['layers']}"
 
 
-def _narrowed(reading: Reading, wanted: set[tuple[str, int | None]]) -> Reading:
+def _narrowed(targets: CaptureTargets, wanted: set[tuple[str, int | None]]) -> CaptureTargets:
     """Return a reading of the points that fill wanted arrays and layers."""
     sources = {
         text: kept
-        for text, points in reading.sources.items()
+        for text, points in targets.sources.items()
         if (kept := tuple(point for point in points if (point.array, point.layer) in wanted))
     }
     gradients = any(point.gradient for points in sources.values() for point in points)
-    return Reading(sources, reading.transforms, reading.objective if gradients else None)
+    return CaptureTargets(sources, targets.transforms, targets.objective if gradients else None)

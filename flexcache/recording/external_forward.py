@@ -21,7 +21,7 @@ from flexcache.store.format.schema import read_attributes
 from flexcache.store.manage.staging import united
 from flexcache.store.storage.location import Place, local, place
 from flexcache.store.write.create import check_place
-from flexcache.store.write.worker import PATIENCE
+from flexcache.store.write.worker import HEARTBEAT_TIMEOUT
 
 
 def record(
@@ -47,7 +47,7 @@ def record(
     fingerprint: dict[str, Any] | None = None,
     buffer_bytes: int = DEFAULT_BUFFER,
     allow_mixed: bool = False,
-    patience: float = PATIENCE,
+    heartbeat_timeout: float = HEARTBEAT_TIMEOUT,
     extend: bool = False,
     new_only: bool = False,
 ) -> Recorder:
@@ -80,7 +80,7 @@ def record(
     """
     path = place(path)
     check_place(path)
-    running = check_running(buffer_bytes, patience, fingerprint, "record")
+    running = check_running(buffer_bytes, heartbeat_timeout, fingerprint, "record")
     _check_shapes(sites)
     layers = plain_layers(layers)
     if not isinstance(model, str | dict):
@@ -121,7 +121,7 @@ def record(
         "buffer_bytes": running.buffer_bytes,
         "allow_mixed": allow_mixed,
         "batch_tokens": spec.batch_tokens,
-        "patience": running.patience,
+        "heartbeat_timeout": running.heartbeat_timeout,
     }
     if extend and (path / "zarr.json").exists():
         return _extension(local(path, "extending"), source, new_only, options)

@@ -28,12 +28,12 @@ from flexcache.paths import local_path
 from flexcache.recording.arguments import model_of, tokenizer_of
 from flexcache.recording.planning.planning import check_same
 from flexcache.recording.run.fingerprint import fingerprint
-from flexcache.recording.run.model_parallel_group import Crew
+from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.recording.run.recorder import POLL
 from flexcache.sequences.chat import check_template
 from flexcache.store.storage.atomic_files import write_durably, write_json
 from flexcache.store.write.claims import Claims
-from flexcache.store.write.worker import PATIENCE, Worker
+from flexcache.store.write.worker import HEARTBEAT_TIMEOUT, Worker
 
 PART = 64
 """Documents of a file of completions: what is made, and resumed, as a whole."""
@@ -88,7 +88,7 @@ def generate(
     folder: str | Path,
     generation: Generation,
     progress: Callable[[int, int], None] = lambda documents, tokens: None,
-    patience: float = PATIENCE,
+    heartbeat_timeout: float = HEARTBEAT_TIMEOUT,
 ) -> Documents:
     """Let a model complete documents, and return prompts with completions as documents of tokens.
 
@@ -103,7 +103,7 @@ def generate(
         A causal language model of transformers. The tokenizer may be None for documents of tokens.
     progress
         Called with the documents and new tokens done so far, those of earlier runs and of other processes included.
-    patience
+    heartbeat_timeout
         Seconds without a sign of life after which a process on another machine counts as gone.
 
     Returns
@@ -141,8 +141,8 @@ def generate(
     if completions.complete:
         check_same(json.loads((completions.folder / REQUEST).read_bytes()), asked, completions.folder)
         return completions.open()
-    with closing(Crew(model)) as crew:
-        if not crew.alone:
+    with closing(ModelParallelGroup(model)) as group:
+        if not group.alone:
             raise ConfigError(
                 "completions are made by models that one process holds",
                 found=f"{type(model).__name__}, over several processes",
@@ -150,7 +150,7 @@ def generate(
             )
     writer = _Writer(model, tokenizer, generation)
     done = new = 0
-    with evaluating(model), _claiming(completions, patience) as claims:
+    with evaluating(model), _claiming(completions, heartbeat_timeout) as claims:
         _agree(completions.folder / REQUEST, asked, claims)
         left: dict[int, pa.Table] = {}  # others are at work on those, a part each
         for number, part in _then_none(enumerate(_parts(corpus))):
@@ -168,9 +168,9 @@ def generate(
 
 
 @contextmanager
-def _claiming(completions: Completions, patience: float) -> Iterator[Claims]:
+def _claiming(completions: Completions, heartbeat_timeout: float) -> Iterator[Claims]:
     """Give what claims parts for this process, and give all of them up in the end."""
-    worker = Worker(completions.folder, patience=patience)
+    worker = Worker(completions.folder, heartbeat_timeout=heartbeat_timeout)
     claims = Claims(worker)
     try:
         yield claims

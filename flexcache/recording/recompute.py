@@ -21,13 +21,13 @@ from flexcache.model import evaluating
 from flexcache.recording.arguments import model_of, objective_of, tokenizer_of
 from flexcache.recording.forward.batch import Batch, BatchReader
 from flexcache.recording.forward.batch_rows import rows_of
-from flexcache.recording.forward.capture_targets import Reading, locate
+from flexcache.recording.forward.capture_targets import CaptureTargets, locate
 from flexcache.recording.forward.image_inputs import Padding, padding
 from flexcache.recording.forward.objective import Objective
 from flexcache.recording.forward.transform import Transform
 from flexcache.recording.run.fingerprint import fingerprint
 from flexcache.recording.run.forward_loop import forwards
-from flexcache.recording.run.model_parallel_group import Crew
+from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.spec import DTYPES, Spec
 from flexcache.store.read.store import Store
 
@@ -104,10 +104,10 @@ def recompute(
     if store.images:
         tokenizer = stored_input(store, model, tokenizer)
         example = tokenizer.example(model)
-    with closing(Crew(model)) as crew:
-        given = crew.describe_model(model, example)
+    with closing(ModelParallelGroup(model)) as group:
+        given = group.describe_model(model, example)
         check_model(comparable(store.provenance["model"]), given, str(path), remedy=LOAD_IT)
-        return _recomputed(model, store, chosen, padding(model, tokenizer), crew, transforms, objective, progress)
+        return _recomputed(model, store, chosen, padding(model, tokenizer), group, transforms, objective, progress)
 
 
 def _recomputed(
@@ -115,12 +115,12 @@ def _recomputed(
     store: Store,
     chosen: list[int],
     pad: Padding,
-    crew: Crew,
+    group: ModelParallelGroup,
     transforms: Sequence[Transform],
     objective: Objective | None,
     progress: Callable[[int], None],
 ) -> list[Recomputed]:
-    reading = locate(model, Spec.model_validate(store.spec), transforms, objective)
+    targets = locate(model, Spec.model_validate(store.spec), transforms, objective)
     now = fingerprint(model)
     reader = BatchReader(store.path, mean=store.spec.get("rows") == "mean")
     conditions = {}
@@ -133,7 +133,7 @@ def _recomputed(
                 yield batch
                 progress(len(batch.rows))
 
-    worst = _compare(model, store, reading, pad, crew, batches())
+    worst = _compare(model, store, targets, pad, group, batches())
     return [
         Recomputed(unit, name, layer, equal, difference, conditions[unit])
         for (unit, name, layer), (equal, difference) in worst.items()
@@ -144,7 +144,7 @@ def check_rows(
     model: torch.nn.Module,
     store: Store,
     pad: Padding,
-    crew: Crew,
+    group: ModelParallelGroup,
     now: dict[str, Any],
     *,
     most_tokens: int | None = None,
@@ -168,7 +168,7 @@ def check_rows(
     """
     everything = Spec.model_validate(store.spec)
     sites = {site: layers for site, layers in everything.sites.items() if not site.endswith(".grad")}
-    if not crew.alone or not sites:
+    if not group.alone or not sites:
         return
     records = [store.ledger.read(unit) for unit in store.committed_units[:UNITS_LOOKED_AT].tolist()]
     alike = [(record.unit, record.batch_tokens) for record in records if record.fingerprint == now]
@@ -179,9 +179,9 @@ def check_rows(
     if not batches:
         return
     longest = max(batches, key=lambda batch: max(end for _, end in batch.keep))
-    reading = locate(model, everything.model_copy(update={"sites": sites, "transforms": {}, "objective": None}))
+    targets = locate(model, everything.model_copy(update={"sites": sites, "transforms": {}, "objective": None}))
     try:
-        found = _compare(model, store, reading, pad, crew, [longest])
+        found = _compare(model, store, targets, pad, group, [longest])
     except (DamagedError, torch.OutOfMemoryError):  # `verify` names the one, and batches that fit are found later
         return
     exact = repeatable(model)
@@ -203,7 +203,12 @@ def check_rows(
 
 
 def _compare(
-    model: torch.nn.Module, store: Store, reading: Reading, pad: Padding, crew: Crew, batches: Iterable[Batch]
+    model: torch.nn.Module,
+    store: Store,
+    targets: CaptureTargets,
+    pad: Padding,
+    group: ModelParallelGroup,
+    batches: Iterable[Batch],
 ) -> dict[tuple[int, str, int | None], tuple[bool, float]]:
     """Return, by unit, array and layer, if rows are equal, and their difference relative to the largest value."""
     worst: dict[tuple[int, str, int | None], tuple[bool, float, float]] = {}
@@ -220,7 +225,7 @@ def _compare(
         scale = max(scale, float(np.abs(held.astype(np.float32)).max()))
         worst[batch.unit, name, layer] = equal and same, max(largest, apart), scale
 
-    with evaluating(model), forwards(model, reading, pad, compare, crew) as forward:
+    with evaluating(model), forwards(model, targets, pad, compare, group) as forward:
         for batch in batches:
             current[:] = [batch]
             forward(batch)

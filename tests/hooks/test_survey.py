@@ -11,7 +11,7 @@ from flexcache.hooks import find_hook_points
 from flexcache.hooks.checks.survey import Held, Surveyed, compare, observe, standard_hook_points, survey
 from flexcache.hooks.locate.names import modules
 from flexcache.hooks.locate.search import is_container
-from flexcache.parallel.twin import Extent
+from flexcache.parallel.meta_model import Extent
 from flexcache.site import ONCE, STANDARD, Site
 from tests.models import DEPTH, FAMILIES, tiny, token_ids
 

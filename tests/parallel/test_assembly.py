@@ -13,7 +13,7 @@ from flexcache.errors import LayoutError
 from flexcache.parallel.assembly import Assembly, Header, Key, assemble
 from flexcache.parallel.layout import Layout
 from flexcache.parallel.mesh import Coordinate
-from flexcache.parallel.plane import cut, join
+from flexcache.parallel.shard_group import cut, join
 
 KEY = Key(0, 0)
 Held = tuple[list[list[Header]], list[list[torch.Tensor]]]

@@ -141,13 +141,22 @@ def test_a_model_and_a_tokenizer_are_loaded_by_their_folder(model: Any, tokenize
     "options",
     [
         *({"max_length": value} for value in (0, -1, 2.5)),
-        *({"batch_tokens": 0}, {"max_tokens": 0}, {"seed": -1}, {"patience": 0}, {"patience": "long"}),
+        *(
+            {"batch_tokens": 0},
+            {"max_tokens": 0},
+            {"seed": -1},
+            {"heartbeat_timeout": 0},
+            {"heartbeat_timeout": "long"},
+        ),
         *({"buffer_bytes": 0}, {"buffer_bytes": 1.5}, {"model_info": "gpt2"}, {"rows": "Last"}, {"rows": None}),
         *({"sites": value} for value in ([], {}, 3, [None], "resid_psot")),
         *({"layers": value} for value in (None, True, [0.5], "0-1", 99, [])),
         *({"dtype": value} for value in (None, "float", torch.float64)),
         *({"transforms": [3]}, {"token_labels": [3]}, {"objective": "loss"}, {"windows": 8}, {"compression": "zip"}),
-        *({name: True} for name in ("max_length", "max_tokens", "batch_tokens", "seed", "buffer_bytes", "patience")),
+        *(
+            {name: True}
+            for name in ("max_length", "max_tokens", "batch_tokens", "seed", "buffer_bytes", "heartbeat_timeout")
+        ),
         *({"rows": {"every": True}}, {"rows": {"turns": [True]}}, {"rows": {"fraction": np.True_}}),
         *({"windows": {"length": True}}, {"packing": {"length": 8, "separator": False}}),
     ],
@@ -160,7 +169,7 @@ def test_an_option_that_cannot_be_used_is_one_clear_error(options: dict[str, Any
 
 
 def test_numbers_as_text_are_read_as_numbers(model: Any, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"batch_tokens": "4096", "buffer_bytes": "100000000", "patience": "60", **QUIET}
+    options: dict[str, Any] = {"batch_tokens": "4096", "buffer_bytes": "100000000", "heartbeat_timeout": "60", **QUIET}
     store = flexcache.capture(model, None, DOCS, tmp_path / "run.zarr", layers=[0], max_tokens="20", **options)  # type: ignore[arg-type]
     assert store.spec["batch_tokens"] == 4096
     new = [{"id": "new", "tokens": [5, 6], "label": "a"}]

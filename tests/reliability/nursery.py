@@ -2,7 +2,7 @@
 
 Starting Python and torch anew for each of many processes would take longer than all they do.
 
-    python -m tests.reliability.nursery STORE LOG     a line "start" or "start 0.5" (patience); answers with a pid
+    python -m tests.reliability.nursery STORE LOG     a line "start" or "start 0.5" (timeout); answers with a pid
                                                       a line "step 17 STORE": a small capture, killed at that of its
                                                       steps on the file system; -1 counts them into STORE.steps
 """
@@ -28,11 +28,11 @@ DOCUMENTS = token_documents(lengths(400, longest=30), vocabulary=VOCABULARY)
 OPTIONS: dict[str, Any] = {"progress": False, "batch_tokens": 64}
 
 
-def capture(path: str, patience: float = 1e6) -> flexcache.Store:
-    return flexcache.capture(tiny("llama"), None, DOCUMENTS, path, patience=patience, **OPTIONS)
+def capture(path: str, heartbeat_timeout: float = 1e6) -> flexcache.Store:
+    return flexcache.capture(tiny("llama"), None, DOCUMENTS, path, heartbeat_timeout=heartbeat_timeout, **OPTIONS)
 
 
-def child(path: str, log: str, patience: float) -> None:
+def child(path: str, log: str, heartbeat_timeout: float) -> None:
     begin = Recorder.begin
 
     def noted(self: Recorder, unit: int) -> Any:
@@ -42,7 +42,7 @@ def child(path: str, log: str, patience: float) -> None:
 
     Recorder.begin = noted  # type: ignore[method-assign]
     try:
-        capture(path, patience)
+        capture(path, heartbeat_timeout)
     except BaseException:
         Path(f"{log}.{os.getpid()}.error").write_text(traceback.format_exc())
         os._exit(1)

@@ -38,9 +38,9 @@ class Nursery:
         )
         assert self._read() == "ready"
 
-    def start(self, patience: str = "") -> int:
+    def start(self, heartbeat_timeout: str = "") -> int:
         assert self._process.stdin is not None
-        self._process.stdin.write(f"start {patience}\n")
+        self._process.stdin.write(f"start {heartbeat_timeout}\n")
         self._process.stdin.flush()
         return int(self._read())
 
@@ -143,7 +143,7 @@ def test_so_many_processes_give_the_bytes_of_one(processes: int, undisturbed: fl
 
 
 def test_a_process_that_sleeps_through_its_units_end_does_no_harm(undisturbed: flexcache.Store, tmp_path: Path) -> None:
-    """Stopped for longer than the others' patience, it loses its unit and its files, and goes on with another."""
+    """A worker stopped for longer than the heartbeat timeout loses its unit and its files, and takes another unit."""
     path, log = tmp_path / "run.zarr", tmp_path / "log"
     nursery = Nursery(path, log)
     sleeper = nursery.start("0.5")

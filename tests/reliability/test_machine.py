@@ -24,7 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 import flexcache
 from flexcache.store.manage.copy import copy
-from flexcache.store.manage.extension_transaction import Growth
+from flexcache.store.manage.extension_transaction import ExtensionTransaction
 from flexcache.store.manage.remove import NOTE, Removal
 from tests.corpora import activation, token_documents
 from tests.reliability.acts import UNSTABLE, fill
@@ -149,7 +149,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def drop_the_extension(self) -> None:
-        growth = Growth(self.path)
+        growth = ExtensionTransaction(self.path)
         if self.doing is not None and growth.begun and not growth.placing:
             assert growth.discard()
             self.doing = None

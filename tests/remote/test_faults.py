@@ -127,7 +127,7 @@ def test_a_storage_that_is_gone_is_one_clear_error_and_the_same_call_goes_on(
     begun = flexcache.open(target)
     assert {0, 1} <= set(begun.committed_units.tolist())
     assert not begun.complete
-    assert build_store(target, DOCUMENTS, patience=1.0).complete  # the worker could not say that it has ended
+    assert build_store(target, DOCUMENTS, heartbeat_timeout=1.0).complete  # the worker could not say that it has ended
     assert flexcache.verify(target).sound
 
 

@@ -146,7 +146,7 @@ def test_a_claim_is_one_workers_until_it_ends(everywhere: str) -> None:
 def test_a_worker_that_stands_still_is_gone_after_a_while(everywhere: str, monkeypatch: pytest.MonkeyPatch) -> None:
     root = place(everywhere)
     assert isinstance(root, RemotePath)
-    sleeping, watcher = RemoteWorker(root), RemoteWorker(root, patience=100)
+    sleeping, watcher = RemoteWorker(root), RemoteWorker(root, heartbeat_timeout=100)
     assert RemoteClaims(sleeping).take([5]) == "5"
     claims, now = RemoteClaims(watcher), 1000.0
     monkeypatch.setattr("flexcache.store.write.object_worker.time.monotonic", lambda: now)

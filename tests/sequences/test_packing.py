@@ -18,7 +18,7 @@ from flexcache.model import evaluating
 from flexcache.recording.checks.attention_isolation import check_isolation
 from flexcache.recording.forward.batch import Batch, BatchReader, split
 from flexcache.recording.forward.capture_targets import locate
-from flexcache.recording.run.model_parallel_group import Crew
+from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.sequences.packed import Isolated, Marks, Packed
 from flexcache.spec import Spec
 from tests.corpora import build_store, lengths, token_documents
@@ -243,8 +243,8 @@ def test_which_families_keep_documents_apart(family: str, dtype: torch.dtype) ->
     model = tiny(family, dtype)
     spec = Spec.model_validate({"sites": {"resid_post": "all"}})
     shown = nullcontext() if family in APART else pytest.raises(ConfigError, match="keep packed documents apart")
-    with evaluating(model), closing(Crew(model)) as crew, shown:
-        check_isolation(model, locate(model, spec), 0, crew)
+    with evaluating(model), closing(ModelParallelGroup(model)) as group, shown:
+        check_isolation(model, locate(model, spec), 0, group)
 
 
 def test_what_a_forward_of_isolated_documents_takes() -> None:

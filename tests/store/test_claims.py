@@ -65,7 +65,7 @@ def test_of_many_that_claim_at_once_one_gets_each_unit(tmp_path: Path) -> None:
 
 def test_a_process_that_was_killed_is_gone_at_once_and_a_living_one_is_not(tmp_path: Path) -> None:
     process = claimer(tmp_path)
-    worker = Worker(tmp_path, patience=1e6)
+    worker = Worker(tmp_path, heartbeat_timeout=1e6)
     claims = Claims(worker)
     assert claims.take([0]) is None
     assert [other["conditions"] for other in claims.others()] == [{"threads": 3}]
@@ -95,7 +95,7 @@ def from_elsewhere(folder: Path, name: str) -> Path:
 
 def test_a_claim_from_elsewhere_is_taken_over_when_it_stands_still_on_the_watchers_clock(tmp_path: Path) -> None:
     other = from_elsewhere(tmp_path, "5.0")
-    worker = Worker(tmp_path, patience=100)
+    worker = Worker(tmp_path, heartbeat_timeout=100)
     claims, now = Claims(worker), 1000.0
     with patch("flexcache.store.write.worker.time.monotonic", lambda: now):
         assert claims.take([5]) is None
@@ -118,7 +118,7 @@ def test_a_claim_from_elsewhere_is_taken_over_when_it_stands_still_on_the_watche
 
 def test_a_claim_that_cannot_be_read_is_kept_until_it_stands_still(tmp_path: Path) -> None:
     (tmp_path / CLAIMS).mkdir()
-    worker = Worker(tmp_path, patience=10)
+    worker = Worker(tmp_path, heartbeat_timeout=10)
     claims, now = Claims(worker), 0.0
     for content in (b"", b"{", b"[]", b"null", b'{"machine": 3, "pid": "x", "started": []}'):
         (tmp_path / CLAIMS / "1.0").write_bytes(content)
@@ -139,7 +139,7 @@ def test_without_hard_links_claims_are_files_of_their_own_that_are_touched_as_we
         raise OSError(errno.EPERM, "no links here")
 
     monkeypatch.setattr(os, "link", refuse)
-    first, second = Worker(tmp_path, {"a": 1}, patience=0.06), Worker(tmp_path)
+    first, second = Worker(tmp_path, {"a": 1}, heartbeat_timeout=0.06), Worker(tmp_path)
     claims = Claims(first)
     assert claims.take([1]) == "1"
     assert Claims(second).take([1]) is None
@@ -177,7 +177,7 @@ class Machine(RuleBasedStateMachine):
         self.now = 0.0
         self.clock = patch("flexcache.store.write.worker.time.monotonic", lambda: self.now)
         self.clock.start()
-        self.workers = [Worker(Path(self.folder.name), patience=100) for _ in range(3)]
+        self.workers = [Worker(Path(self.folder.name), heartbeat_timeout=100) for _ in range(3)]
         self.claims = [Claims(worker) for worker in self.workers]
         self.asleep: set[int] = set()
         self.committed: set[str] = set()

@@ -19,7 +19,7 @@ from flexcache.errors import DamagedError, DocumentsError, MismatchError, StoreE
 from flexcache.recording.forward.batch import BatchReader
 from flexcache.store.format.extension import GROWING
 from flexcache.store.manage.copy import copy
-from flexcache.store.manage.extension_transaction import Growth
+from flexcache.store.manage.extension_transaction import ExtensionTransaction
 from flexcache.store.manage.remove import Removal
 from flexcache.store.write.worker import ALIVE
 from tests.corpora import (
@@ -179,7 +179,7 @@ def test_a_corpus_that_has_grown_gives_its_new_documents(path: Path) -> None:
     third = token_documents([4, 5, 6], seed=3)
     with pytest.raises(DocumentsError, match="'doc-0' is in the store with other contents"):
         open_recorder(path, third, extend=True)
-    assert not Growth(path).begun
+    assert not ExtensionTransaction(path).begun
 
 
 def test_labels_of_new_documents(path: Path) -> None:
@@ -203,7 +203,7 @@ def test_another_request_while_one_is_unfinished(path: Path) -> None:
         Removal(path, ["resid_post"]).run()
     assert flexcache.verify(path).sound
     check_documents(copy(path, path.with_name("copy.zarr")), OLD)
-    assert Growth(path).discard()
+    assert ExtensionTransaction(path).discard()
     assert flexcache.verify(path).sound
     check_documents(flexcache.open(path), OLD)
     assert add_sites(path)
@@ -218,7 +218,7 @@ def test_what_cannot_be_added(path: Path, tmp_path: Path) -> None:
         open_recorder(path, NEW, extend=True, **MORE)
     with pytest.raises(MismatchError, match="other conditions"):
         open_recorder(path, NEW, extend=True, fingerprint={"device": "another"})
-    assert not Growth(path).discard()
+    assert not ExtensionTransaction(path).discard()
     part = tmp_path / "part.zarr"
     with open_recorder(part, OLD):
         pass
@@ -337,7 +337,7 @@ def test_tables_that_are_placed_before_the_metadata_are_read(tmp_path: Path) -> 
     path = tmp_path / "run.zarr"
     build_store(path, OLD[:1], rows="last")
     open_recorder(path, NEW[:7], rows="last", extend=True)
-    growth = Growth(path)
+    growth = ExtensionTransaction(path)
     assert growth.begun
     (growth.folder / "placing").touch()
     shutil.copy(growth.folder / "documents.parquet", path / "documents.parquet")

@@ -15,7 +15,7 @@ from analysis.arguments import check_whole
 from analysis.dataset import columns
 from analysis.dataset.opens_store import opens_store
 from analysis.replay.edits.edit import Chain, Edit
-from analysis.replay.edits.edit_context import Spot
+from analysis.replay.edits.edit_context import EditContext
 from analysis.replay.edits.standard import ByLayer, NormMatched, Numbers, orthonormal, random_basis
 from flexcache.store.read.store import Store
 
@@ -63,11 +63,11 @@ class Donated(Edit):
             raise self._unmeant(expected, repr(value)[:80])
         return found
 
-    def donors(self, spot: Spot) -> NDArray[np.int64]:
+    def donors(self, spot: EditContext) -> NDArray[np.int64]:
         """Return the line of each token's donor in the store, −1 where there is none."""
         return donor_lines(self.donor, spot.source.numbers, spot.documents)
 
-    def donated(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
+    def donated(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
         """Return the donors' activations, and *x* itself where there are none."""
         donors = self.donors(spot)
         if isinstance(self.align, str):
@@ -85,7 +85,7 @@ class Donated(Edit):
 class Patch(Donated):
     """Replace by the donor's activation (activation patching; Zhang & Nanda 2023, arXiv 2309.16042)."""
 
-    def change(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
+    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
         """Return the donors' activations."""
         return self.donated(x, spot)
 
@@ -101,7 +101,7 @@ class Interpolate(Donated):
         super().__post_init__()
         self._numbers("t")
 
-    def change(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
+    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
         """Return what is in between."""
         return x + self._one(self.t) * (self.donated(x, spot) - x)
 
@@ -119,7 +119,7 @@ class Interchange(Donated):
         super().__post_init__()
         self._array("directions", (1, 2))
 
-    def change(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
+    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
         """Return *x* with the donors' part along the directions."""
         basis = self._fit(orthonormal(np.asarray(self.directions)), x)
         return x + ((self.donated(x, spot) - x) @ basis.T) @ basis
@@ -138,7 +138,7 @@ class Resample(Edit):
 
     seed: int = 0
 
-    def change(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
+    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
         """Return what was drawn."""
         lengths, drawn = spot.source.lengths, {}
         for document in np.unique(spot.documents).tolist():

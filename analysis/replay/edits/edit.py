@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analysis.replay.edits.edit_context import Spot
+from analysis.replay.edits.edit_context import EditContext
 from flexcache.errors import AnalysisError, FlexCacheError, nearest
 
 KINDS: dict[str, type[Edit]] = {}
@@ -35,11 +35,13 @@ class Edit:
     def __init_subclass__(cls) -> None:
         KINDS[cls.__name__] = cls
 
-    def change(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
+    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
         """Return the new values of *x*, in float32 or wider, shape (tokens, features)."""
         raise NotImplementedError
 
-    def whole(self, activation: torch.Tensor, index: tuple[torch.Tensor, torch.Tensor], spot: Spot) -> torch.Tensor:
+    def whole(
+        self, activation: torch.Tensor, index: tuple[torch.Tensor, torch.Tensor], spot: EditContext
+    ) -> torch.Tensor:
         """Return an activation of shape (lines, longest, features) with the tokens at *index* changed."""
         x = activation[index]
         edited = self.change(x.to(torch.promote_types(x.dtype, torch.float32)), spot)
@@ -193,13 +195,15 @@ class Chain(Edit):
     def __post_init__(self) -> None:
         self._set("edits", alternatives(self.edits, repeated=True))
 
-    def change(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
+    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
         """Return *x* after all edits."""
         for edit in self.edits:
             x = edit.change(x, spot)
         return x
 
-    def whole(self, activation: torch.Tensor, index: tuple[torch.Tensor, torch.Tensor], spot: Spot) -> torch.Tensor:
+    def whole(
+        self, activation: torch.Tensor, index: tuple[torch.Tensor, torch.Tensor], spot: EditContext
+    ) -> torch.Tensor:
         """Return the activation after all edits."""
         for edit in self.edits:
             activation = apply(edit, activation, index, spot)
@@ -251,7 +255,9 @@ class Alternatives:
         return len(self.edits)
 
 
-def apply(edit: Edit, activation: torch.Tensor, index: tuple[torch.Tensor, torch.Tensor], spot: Spot) -> torch.Tensor:
+def apply(
+    edit: Edit, activation: torch.Tensor, index: tuple[torch.Tensor, torch.Tensor], spot: EditContext
+) -> torch.Tensor:
     """Return what `Edit.whole` returns.
 
     Raises

@@ -19,7 +19,7 @@ MEAN_BLOCK = 8192
 """Rows in memory at once when a mean is taken."""
 
 
-class Source:
+class StoreRows:
     """What edits may ask of a store: rows of other documents, and means; means are kept once taken."""
 
     def __init__(self, store: Store) -> None:
@@ -77,7 +77,7 @@ class Source:
 
 
 @dataclass
-class Spot:
+class EditContext:
     """The tokens that one edit changes in one forward.
 
     Attributes
@@ -92,7 +92,7 @@ class Spot:
         Lines of the forward that the edit could not be made in, such as a document without a donor.
     """
 
-    source: Source
+    source: StoreRows
     site: str
     layer: int | None
     module: nn.Module

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from analysis.dataset.view import Rows, join
 from analysis.replay.edits.edit import Edit
-from analysis.replay.edits.edit_context import Spot
+from analysis.replay.edits.edit_context import EditContext
 from analysis.replay.edits.standard import random_basis
 from flexcache.errors import AnalysisError
 from flexcache.store.read.store import Store
@@ -76,7 +76,7 @@ class Erase(Edit):
         view = join(store, site, target, rows=rows, layers=layer)
         return cls.fit(view.read(layer), view.y)
 
-    def change(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
+    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
         """Return *x* without the concept."""
         right = self._fit(self.right, x)
         return x - ((x - self._fit(self.mean, x)) @ right.T) @ torch.from_numpy(np.array(self.left.T)).to(x)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from analysis.replay.edits.edit import Edit, checked_edit
-from analysis.replay.edits.edit_context import Spot
+from analysis.replay.edits.edit_context import EditContext
 from flexcache.errors import AnalysisError
 from flexcache.provenance import load, origin
 
@@ -24,7 +24,7 @@ Numbers = float | tuple[float, ...] | list[float]
 class Identity(Edit):
     """Change nothing."""
 
-    def change(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
+    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
         """Return *x*."""
         return x
 
@@ -38,7 +38,7 @@ class Zero(Edit):
     def __post_init__(self) -> None:
         self._indices("dims")
 
-    def change(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
+    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
         """Return zeros, or *x* with some features zero."""
         x = x.clone()
         x[:, slice(None) if self.dims is None else self._dims(self.dims, x)] = 0
@@ -68,7 +68,7 @@ class Mean(Edit):
         if self.value is not None:
             self._array("value")
 
-    def change(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
+    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
         """Return the mean, or *x* with some features from it."""
         mean = spot.mean(self.over, x) if self.value is None else self._fit(self.value, x).expand_as(x)
         dims = slice(None) if self.dims is None else self._dims(self.dims, x)
@@ -89,7 +89,7 @@ class Scale(Edit):
         self._numbers("factor")
         self._indices("dims")
 
-    def change(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
+    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
         """Return *x*, multiplied."""
         x = x.clone()
         x[:, slice(None) if self.dims is None else self._dims(self.dims, x)] *= self._one(self.factor)
@@ -114,7 +114,7 @@ class Clamp(Edit):
         if self.low is not None and self.high is not None and self.low > self.high:
             raise self._unmeant("low up to high", f"low {self.low}, high {self.high}")
 
-    def change(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
+    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
         """Return *x*, cut off."""
         dims = slice(None) if self.dims is None else self._dims(self.dims, x)
         x = x.clone()
@@ -135,7 +135,7 @@ class SetNeurons(Edit):
         if isinstance(self.values, tuple) and len(self.values) != len(self.dims):
             raise self._unmeant(f"{len(self.dims)} values", str(len(self.values)))
 
-    def change(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
+    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
         """Return *x* with some features set."""
         x = x.clone()
         x[:, self._dims(self.dims, x)] = torch.tensor(self.values).to(x)
@@ -154,7 +154,7 @@ class Steer(Edit):
         self._array("vector")
         self._numbers("alpha")
 
-    def change(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
+    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
         """Return *x*, steered."""
         return x + self._one(self.alpha) * self._fit(self.vector, x)
 
@@ -173,7 +173,7 @@ class ProjectOut(Edit):
     def __post_init__(self) -> None:
         self._array("directions", (1, 2))
 
-    def change(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
+    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
         """Return *x* without its part along the directions."""
         basis = self._fit(orthonormal(self.directions), x)
         return x - (x @ basis.T) @ basis
@@ -193,7 +193,7 @@ class Noise(Edit):
     def __post_init__(self) -> None:
         self._numbers("scale")
 
-    def change(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
+    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
         """Return *x* with noise."""
         return x + self._one(self.scale) * x.norm(dim=-1, keepdim=True) * spot.noise(x)
 
@@ -207,7 +207,7 @@ class NormMatched(Edit):
     def __post_init__(self) -> None:
         checked_edit(self.edit)
 
-    def change(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
+    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
         """Return *x* with noise of the norm of the edit's change."""
         moved = (self.edit.change(x, spot) - x).norm(dim=-1, keepdim=True)
         return x + moved * spot.noise(x, salt=1)
@@ -244,7 +244,7 @@ class ByLayer(Edit):
         """The first layer's edit's name."""
         return f"{self.edits[0][1].name} by layer"
 
-    def change(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
+    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
         """Return what the layer's own edit gives."""
         return self.of(spot.layer).change(x, spot)
 
@@ -289,7 +289,9 @@ class Function(Edit):
         value = self.function if isinstance(self.function, str) else origin(self.function)
         return {"kind": "Function", "function": value}
 
-    def whole(self, activation: torch.Tensor, index: tuple[torch.Tensor, torch.Tensor], spot: Spot) -> torch.Tensor:
+    def whole(
+        self, activation: torch.Tensor, index: tuple[torch.Tensor, torch.Tensor], spot: EditContext
+    ) -> torch.Tensor:
         """Return the activation with the chosen tokens from the function."""
         function = load(self.function, "an edit") if isinstance(self.function, str) else self.function
         edited = function(spot.module, activation.clone(), None, nn.ModuleDict())
@@ -302,7 +304,7 @@ class Function(Edit):
             )
         return activation.index_put(index, edited[index].to(activation.dtype))
 
-    def change(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
+    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
         """Return what the function makes of the tokens, as if they were all of one line."""
         function = load(self.function, "an edit") if isinstance(self.function, str) else self.function
         return function(spot.module, x[None].clone(), None, nn.ModuleDict())[0]

@@ -21,7 +21,7 @@ from flexcache.model import evaluating
 from flexcache.recording.forward.image_inputs import padding
 from flexcache.recording.recompute import check_rows
 from flexcache.recording.run.fingerprint import fingerprint
-from flexcache.recording.run.model_parallel_group import Crew
+from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.site import INEFFECTIVE
 from flexcache.store.read.recorded_model import recorded_model
 from flexcache.store.read.store import Store
@@ -131,9 +131,9 @@ def _model(store: Store, model: nn.Module, processor: Any) -> dict[str, str]:
     if found:
         held = any(line.startswith(("weights", "class", "config", OTHERS)) for line in found)
         return {"weights" if held else "behavior": kind + "; ".join(found)}
-    with evaluating(model), closing(Crew(model)) as crew:
+    with evaluating(model), closing(ModelParallelGroup(model)) as group:
         try:
-            check_rows(model, store, reads, crew, now)
+            check_rows(model, store, reads, group, now)
         except MismatchError as error:
             return {"behavior": kind + str(error.found)}
     return {}

@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from analysis.replay.edits.edit_context import Source, Spot
+from analysis.replay.edits.edit_context import EditContext, StoreRows
 from analysis.replay.edits.edit_context import as_tensor as tensor_of
 from analysis.replay.engine.compatibility import admit, check_store_and_model, conditions, on_meta, refuse_half
 from analysis.replay.engine.hooking import Placed, Ran, editing, reading, reading_at
 from analysis.replay.engine.skip import Container, as_tensor, as_tuple, skipping, unambiguous, watching
 from flexcache import hooks
 from flexcache.errors import AnalysisError, FlexCacheError
-from flexcache.hooks.locate.encoder_decoder import encoded, two_sided
+from flexcache.hooks.locate.encoder_decoder import encoded, is_encoder_decoder
 from flexcache.hooks.locate.hook_point import HookPoint
 from flexcache.hooks.locate.names import modules, peel
 from flexcache.hooks.read.activation_hooks import accepts, eager
@@ -67,7 +67,7 @@ class Engine:
         check_store_and_model(store, model)
         self.notes = admit(store, model, accept, processor)
         self.store, self.model = store, peel(model)
-        self.source = Source(store)
+        self.source = StoreRows(store)
         self._named = modules(self.model)
         path, blocks = hooks.find_blocks(self.model)
         self._blocks = [f"{path}.{number}" for number in range(len(blocks))]
@@ -76,7 +76,7 @@ class Engine:
         self._points: dict[tuple[str, int | None], HookPoint] = {}
         self._conditions: dict[str, list[str]] = {}
         self._container: Container | None = None
-        self._one = replace(ONE, context=ONE.tokens) if two_sided(self.model) else ONE
+        self._one = replace(ONE, context=ONE.tokens) if is_encoder_decoder(self.model) else ONE
         self._reader = BatchReader(store.path, mean=False)
         self._defaults = {"use_cache": False} if accepts(self.model, "use_cache") else {}
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
@@ -272,11 +272,11 @@ class Engine:
         block = self._block(point)
         return len(starts) if block is None or point.module in self._blocks else bisect_right(starts, block)
 
-    def _spot(self, placed: Placed, module: nn.Module, batch: Batch, ran: Ran) -> Spot:
+    def _spot(self, placed: Placed, module: nn.Module, batch: Batch, ran: Ran) -> EditContext:
         lines, positions = placed.tokens
         documents = batch.documents[lines % batch.shape[0]]
         where = (placed.point.array, placed.point.layer, module)
-        return Spot(self.source, *where, lines, documents, positions, placed.seed, ran.left_out)
+        return EditContext(self.source, *where, lines, documents, positions, placed.seed, ran.left_out)
 
     def _call(self, inputs: Mapping[str, torch.Tensor]) -> Any:
         return self.model(**encoded(self.model, inputs), **self._defaults)

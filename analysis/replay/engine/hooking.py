@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from analysis.replay.edits.edit import Edit, apply
-from analysis.replay.edits.edit_context import Spot
+from analysis.replay.edits.edit_context import EditContext
 from flexcache.hooks.locate.hook_point import HookPoint
 
 
@@ -57,7 +57,7 @@ class Ran:
 
 @contextmanager
 def editing(
-    module: nn.Module, point: HookPoint, edits: Sequence[tuple[Placed, Spot]], shape: tuple[int, int], each: int
+    module: nn.Module, point: HookPoint, edits: Sequence[tuple[Placed, EditContext]], shape: tuple[int, int], each: int
 ) -> Iterator[None]:
     """Apply all *edits* to a module's value at a hook point, of *shape* (lines, longest, …), at their tokens.
 

@@ -20,14 +20,14 @@ ROUNDING = 0.05
 
 
 @dataclass(frozen=True)
-class Misfit:
+class Discrepancy:
     """How far a replay is from the forward: the largest difference of logits, and the relative root mean square."""
 
     largest: float
     relative: float
 
-    def __or__(self, other: Misfit) -> Misfit:
-        return Misfit(max(self.largest, other.largest), max(self.relative, other.relative))
+    def __or__(self, other: Discrepancy) -> Discrepancy:
+        return Discrepancy(max(self.largest, other.largest), max(self.relative, other.relative))
 
 
 def identity_error(
@@ -66,18 +66,18 @@ def identity_error(
     engine = Engine(store, model, accept, processor)
     start = engine.start_at(site, layer % engine.depth)
     chosen = None if documents is None else [engine.source.numbers[name] for name in documents]
-    worst = Misfit(0.0, 0.0)
+    worst = Discrepancy(0.0, 0.0)
     for batch in engine.batches(chosen):
         worst |= misfit(engine, batch, start, engine.run(batch).logits)
     return worst.largest
 
 
-def misfit(engine: Engine, batch: Batch, start: Start, logits: torch.Tensor) -> Misfit:
+def misfit(engine: Engine, batch: Batch, start: Start, logits: torch.Tensor) -> Discrepancy:
     """Return how far a replay of a batch that changes nothing is from *logits* of its whole forward."""
     return compare(engine.run(batch, start).logits, logits, batch)
 
 
-def compare(mine: torch.Tensor, logits: torch.Tensor, batch: Batch, read: np.ndarray | None = None) -> Misfit:
+def compare(mine: torch.Tensor, logits: torch.Tensor, batch: Batch, read: np.ndarray | None = None) -> Discrepancy:
     """Return how far logits are from others, padding aside."""
     real = torch.from_numpy(batch.attention_mask() if read is None else np.ones(read.shape)).bool()
     if mine.ndim == 2:  # scores of whole sequences, such as classes of images
@@ -89,10 +89,10 @@ def compare(mine: torch.Tensor, logits: torch.Tensor, batch: Batch, read: np.nda
         largest = max(largest, float(difference.abs().max()))
         square += float(difference.square().sum(dtype=torch.float64))
         spread += float((theirs - theirs.mean(-1, keepdim=True)).square().sum(dtype=torch.float64))
-    return Misfit(largest, (square / spread) ** 0.5 if spread else float(largest > 0))
+    return Discrepancy(largest, (square / spread) ** 0.5 if spread else float(largest > 0))
 
 
-def refuse_misfit(engine: Engine, start: Start, found: Misfit, notes: Collection[str], copies: int = 1) -> None:
+def refuse_misfit(engine: Engine, start: Start, found: Discrepancy, notes: Collection[str], copies: int = 1) -> None:
     """Refuse a model whose replay is not its forward.
 
     Raises

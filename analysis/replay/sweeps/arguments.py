@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from analysis.replay.edits.edit_context import Source
+from analysis.replay.edits.edit_context import StoreRows
 from analysis.replay.engine.compatibility import check_store_and_model, shown
 from analysis.replay.sweeps.grid import Grid, grid
 from flexcache.errors import AnalysisError
@@ -54,7 +54,7 @@ def checked_grid(at: Any) -> Grid:
 
 
 def checked_answers(
-    answers: Any, source: Source, documents: Sequence[str] | None, vocabulary: int
+    answers: Any, source: StoreRows, documents: Sequence[str] | None, vocabulary: int
 ) -> Pair | dict[str, Pair] | None:
     """Return answers as one pair of token ids for all documents, or as a pair by document id.
 

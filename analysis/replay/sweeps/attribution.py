@@ -14,7 +14,7 @@ from torch import nn
 
 from analysis.dataset.opens_store import opens_store
 from analysis.replay.edits.donors import Donor, Patch, donor_ids, donor_lines
-from analysis.replay.edits.edit_context import Source
+from analysis.replay.edits.edit_context import StoreRows
 from analysis.replay.engine.compatibility import refuse_images
 from analysis.replay.engine.engine import Engine
 from analysis.replay.engine.hooking import Placed, Ran
@@ -167,9 +167,9 @@ def verify(
     )
 
 
-def _aligned(store: Store, donor: Donor) -> tuple[Source, NDArray[np.int64], NDArray[np.int64]]:
+def _aligned(store: Store, donor: Donor) -> tuple[StoreRows, NDArray[np.int64], NDArray[np.int64]]:
     """Return the rows that have a donor's row at their position, and those rows."""
-    source = Source(store)
+    source = StoreRows(store)
     source.check(donor_ids(donor), "donor")
     lines = donor_lines(donor, source.numbers, np.arange(len(source.lengths)))
     rows = store.committed_rows
@@ -196,7 +196,7 @@ def _estimate(
     return total
 
 
-def _owner(source: Source, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+def _owner(source: StoreRows, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     order = np.argsort(source.row_start, kind="stable")
     return order[np.searchsorted(source.row_start[order], rows, side="right") - 1]
 

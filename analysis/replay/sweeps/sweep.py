@@ -24,7 +24,7 @@ from analysis.replay.sweeps.grid import Grid, number, reachable, several
 from analysis.replay.sweeps.metrics import Asked
 from analysis.replay.sweeps.results import FORMAT, Sweep
 from analysis.replay.sweeps.sweep_plan import BASELINES, Answers, Part, Question, answer, merge_misfits
-from analysis.replay.sweeps.workers import Loader, elsewhere
+from analysis.replay.sweeps.workers import Loader, run_on_workers
 from analysis.rescue import rescued
 from flexcache.errors import AnalysisError, MismatchError, StoreError, nearest
 from flexcache.paths import output_folder
@@ -222,7 +222,7 @@ def _answers(
             found=type(model).__name__,
             remedy="write model=ModelSource(name=…).load",
         )
-    return elsewhere(engine.store.path, model, question, batches, scheduler, workers, accept)
+    return run_on_workers(engine.store.path, model, question, batches, scheduler, workers, accept)
 
 
 def _dataset(engine: Engine, question: Question, parts: Sequence[Part]) -> xr.Dataset:

@@ -17,7 +17,7 @@ from analysis.replay.edits.edit import Edit
 from analysis.replay.edits.standard import Identity, NormMatched
 from analysis.replay.engine.engine import Engine, Start
 from analysis.replay.engine.hooking import Placed, Ran
-from analysis.replay.engine.identity import Misfit, compare, refuse_misfit
+from analysis.replay.engine.identity import Discrepancy, compare, refuse_misfit
 from analysis.replay.sweeps.grid import Place, chosen
 from analysis.replay.sweeps.metrics import Metric, Outcome, score
 from flexcache.provenance import origin
@@ -310,7 +310,7 @@ def _own() -> Mapping[str, Metric]:
     return NAMED
 
 
-def merge_misfits(parts: Sequence[Part]) -> list[Misfit]:
+def merge_misfits(parts: Sequence[Part]) -> list[Discrepancy]:
     """Return the worst misfit of each layer."""
     worst = np.stack([part.misfits for part in parts]).max(0)
-    return [Misfit(float(largest), float(relative)) for largest, relative in worst]
+    return [Discrepancy(float(largest), float(relative)) for largest, relative in worst]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Loader = Callable[[], nn.Module]
 
 
-def elsewhere(
+def run_on_workers(
     store: Place,
     load: Loader,
     question: Question,

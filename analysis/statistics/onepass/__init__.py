@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from analysis.statistics.onepass.block import Block
 from analysis.statistics.onepass.groups import Grouping, grouping
-from analysis.statistics.onepass.reading import Reading, read
+from analysis.statistics.onepass.reading import PassResult, read
 from analysis.statistics.onepass.sample import DocumentSample
 from analysis.statistics.onepass.statistic import State, Statistic
 
-__all__ = ["Block", "DocumentSample", "Grouping", "Reading", "State", "Statistic", "grouping", "read"]
+__all__ = ["Block", "DocumentSample", "Grouping", "PassResult", "State", "Statistic", "grouping", "read"]

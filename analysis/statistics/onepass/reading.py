@@ -32,7 +32,7 @@ States = dict[str, State]
 
 
 @dataclass(frozen=True)
-class Reading:
+class PassResult:
     """What one read of a site found: a state for every layer and statistic.
 
     Attributes
@@ -79,7 +79,7 @@ def read(
     scheduler: str | Any = "threads",
     workers: int | None = None,
     progress: bool = True,
-) -> Reading:
+) -> PassResult:
     """Read every committed row of some layers once, for all statistics.
 
     Each shard is one Dask task, which reads it in blocks with large reads (no memory map: a Dask worker would count
@@ -123,7 +123,7 @@ def read(
     found = place.get(graph, roots, f"reading {site}", len(chosen) * len(units), progress)
     states = dict(zip(chosen, cast("list[States]", found)))
     rows = sum(min(store.shard_rows, store.n_rows - unit * store.shard_rows) for unit in units)
-    return Reading(site, chosen, dict(statistics), states, rows)
+    return PassResult(site, chosen, dict(statistics), states, rows)
 
 
 @dataclass(frozen=True, eq=False)

@@ -126,14 +126,14 @@ class _Trial:
             return False
         group = self.heads.queries // self._groups
         own = set(range(self.heads.queries - group, self.heads.queries))
-        elsewhere = positions - {POSITION}
+        remote_modules = positions - {POSITION}
         one_way, other_way = there.double() - before, opposite.double() - before
         proportional = bool((one_way + other_way).abs().max() <= PROPORTION * one_way.abs().max())
         wrong = {
             "another sequence": rows != {0},
             "other heads": not self._mixes and not heads <= own,
-            "other tokens": site == "q" and bool(elsewhere),
-            "no other token": site != "q" and not elsewhere,
+            "other tokens": site == "q" and bool(remote_modules),
+            "no other token": site != "q" and not remote_modules,
             "in proportion": site == "k" and proportional,
             "not in proportion": site == "v" and not proportional,
         }

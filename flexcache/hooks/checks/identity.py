@@ -16,7 +16,7 @@ from flexcache.hooks.checks.head_checks import check_heads
 from flexcache.hooks.locate.aliases import CROSS_NORMS, NORM_PAIRS, part
 from flexcache.hooks.locate.attention import APART
 from flexcache.hooks.locate.blocks import find_blocks, is_elsewhere
-from flexcache.hooks.locate.encoder_decoder import two_sided
+from flexcache.hooks.locate.encoder_decoder import is_encoder_decoder
 from flexcache.hooks.locate.hook_point import HookPoint
 from flexcache.hooks.locate.search import find_hook_points
 from flexcache.hooks.read.measure import Example, Reader, input_device, read_example
@@ -187,7 +187,7 @@ def _norm_points(model: nn.Module, layers: list[int]) -> dict[int, tuple[HookPoi
     """Return, for blocks that may normalize last, input and output of the norm after each that adds something."""
     path, blocks = find_blocks(model)
     found: dict[int, tuple[HookPoint, ...]] = {}
-    crossed = two_sided(model)
+    crossed = is_encoder_decoder(model)
     here = next((block for block in blocks if not is_elsewhere(block)), blocks[0])
     for layer in layers:
         block = here if is_elsewhere(blocks[layer]) else blocks[layer]

@@ -21,7 +21,7 @@ from flexcache.hooks.locate.vision import default_pixels, example_pixels, reads_
 from flexcache.hooks.read.measure import EXAMPLE_SHAPE, Example, run_example
 from flexcache.parallel.assembly import ALIKE
 from flexcache.parallel.layout import explain
-from flexcache.parallel.twin import Extent, Probe, Shape, Twin
+from flexcache.parallel.meta_model import Extent, MetaModel, Shape, ShapeProbe
 from flexcache.site import ONCE, STANDARD, Side, Site
 
 TIMES = " × "
@@ -88,7 +88,7 @@ def survey(model: nn.Module, *, example: Example | None = None) -> tuple[Surveye
     probes = [_probe(path, module, side, dtypes) for path, module in named.items() for side in SIDES]
     args, kwargs = _inputs(model, example)
     try:
-        learned = Twin(root).learn(probes, args, kwargs)
+        learned = MetaModel(root).learn(probes, args, kwargs)
     except Exception as error:
         raise SiteError(
             "the model cannot be surveyed: it does not run without weights",
@@ -284,14 +284,14 @@ def _note(found: dict[Place, Held], place: Place, tensor: torch.Tensor | None) -
     found[place] = Held(tuple(tensor.shape), sums)
 
 
-def _probe(path: str, module: nn.Module, side: Side, dtypes: dict[Place, str]) -> Probe:
+def _probe(path: str, module: nn.Module, side: Side, dtypes: dict[Place, str]) -> ShapeProbe:
     def read(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> torch.Tensor | None:
         tensor = _first_given(args, kwargs) if side == "input" else _first_returned(output)
         if tensor is not None:
             dtypes.setdefault((path, side), str(tensor.dtype).removeprefix("torch."))
         return tensor
 
-    return Probe((path, side), module, read)
+    return ShapeProbe((path, side), module, read)
 
 
 def _first_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:

@@ -32,7 +32,7 @@ class Hook:
 
 
 @dataclass
-class Pass:
+class ForwardPass:
     """One forward, one pipeline step, or one backward pass.
 
     Attributes

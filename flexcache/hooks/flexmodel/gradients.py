@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 
 from flexcache.errors import HookError
-from flexcache.hooks.flexmodel.forward_pass import Hook, Pass, in_backward, own_copy
-from flexcache.hooks.flexmodel.session_state import Shared
+from flexcache.hooks.flexmodel.forward_pass import ForwardPass, Hook, in_backward, own_copy
+from flexcache.hooks.flexmodel.session_state import SessionState
 from flexcache.parallel.assembly import Key
 from flexcache.parallel.distribution import Piece
 from flexcache.parallel.layout import Layout, localize
-from flexcache.parallel.plane import cut
+from flexcache.parallel.shard_group import cut
 
 
 class Gradients:
@@ -24,10 +24,10 @@ class Gradients:
     when the step ends.
     """
 
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, shared: SessionState) -> None:
         self._shared = shared
-        self._passes: dict[int, Pass] = {}  # by autograd's number of the backward pass: reentrant ones are nested
-        self._step: Pass | None = None
+        self._passes: dict[int, ForwardPass] = {}  # by autograd's number of the backward pass
+        self._step: ForwardPass | None = None
         self._watched: set[int] = set()
 
     def watch(self, hook: Hook, leaf: torch.Tensor, key: Key, module: torch.nn.Module) -> None:
@@ -88,7 +88,7 @@ class Gradients:
     def begin_step(self) -> None:
         """Forget what an earlier pass left, and take gradients until `end_step`."""
         self.clear()
-        self._step = Pass()
+        self._step = ForwardPass()
 
     def end_step(self, microbatches: int) -> None:
         """Put the gradients of a pipeline step together. Collective."""
@@ -140,11 +140,11 @@ class Gradients:
                 whole = edit(plane.gather(local.tensor, gradient=True) / scale)
                 return local.restore((cut(whole, plane.own) * plane.weight).contiguous())
 
-    def _under_way(self, hook: Hook) -> Pass:
+    def _under_way(self, hook: Hook) -> ForwardPass:
         number = torch._C._current_graph_task_id()
         under_way = self._step or self._passes.get(number)
         if under_way is None:
-            under_way = self._passes[number] = Pass()
+            under_way = self._passes[number] = ForwardPass()
             torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(number))
         under_way.fired.add(hook.number)
         return under_way
@@ -156,7 +156,7 @@ class Gradients:
             watched, self._watched = (set(), self._watched - done.fired) if done.nested else (self._watched, set())
             self._deliver(done, watched)
 
-    def _deliver(self, done: Pass, watched: set[int], microbatches: int = 1) -> None:
+    def _deliver(self, done: ForwardPass, watched: set[int], microbatches: int = 1) -> None:
         whole, fired = self._shared.join(done, microbatches)
         self._shared.append(whole)
         silent = [self._shared.hooks[number].where for number in sorted(watched - fired)]

@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from flexcache.errors import HookError
-from flexcache.hooks.flexmodel.forward_pass import Hook, Pass, Step, in_backward, own_copy
+from flexcache.hooks.flexmodel.forward_pass import ForwardPass, Hook, Step, in_backward, own_copy
 from flexcache.hooks.flexmodel.gradients import Gradients
 from flexcache.hooks.flexmodel.hook_function import BACKWARD, HookFunction, Kind
 from flexcache.hooks.flexmodel.pytree import input_leaf, tensor_leaf
-from flexcache.hooks.flexmodel.session_state import Output, Shared
+from flexcache.hooks.flexmodel.session_state import Output, SessionState
 from flexcache.hooks.locate.blocks import NOT_OWNED
 from flexcache.parallel.assembly import Key
 from flexcache.parallel.discover import runs_its_pipeline
@@ -49,11 +49,11 @@ class Session:
         sizes: Sizes,
         process_group: Any,
     ) -> None:
-        self.shared = Shared(lambda: Distribution(model, sizes, process_group), output, keepers)
+        self.shared = SessionState(lambda: Distribution(model, sizes, process_group), output, keepers)
         self._gradients = Gradients(self.shared)
         self._at: dict[tuple[int, str], list[Hook]] = defaultdict(list)
         self._handles: list[RemovableHandle] = []
-        self._pass: Pass | None = None
+        self._pass: ForwardPass | None = None
         self._called_whole = runs_its_pipeline(model)
         self._roots = {id(root) for root in roots}
         for root in roots:
@@ -229,7 +229,7 @@ class Session:
                     "a stage of a pipeline runs outside of a pipeline step",
                     remedy="run the schedule inside: with model.pipeline(schedule): schedule.step(…)",
                 )
-            self._pass = Pass()
+            self._pass = ForwardPass()
         if self._pass is not None and (step is None or step.chunk is not None):
             self._pass.root = id(root)
             self.shared.distribution.begin(root, args, kwargs)
@@ -261,7 +261,7 @@ class Session:
         before = [vars(stage).get("forward_one_chunk") for stage in stages]
         for stage in stages:
             stage.forward_one_chunk = _numbered(stage.forward_one_chunk, step)
-        self.shared.step, self._pass = step, Pass()
+        self.shared.step, self._pass = step, ForwardPass()
         self._gradients.begin_step()
         try:
             yield
@@ -291,7 +291,7 @@ class Session:
             )
         self.shared.send_trainable()
 
-    def _deliver(self, done: Pass, microbatches: int = 1) -> None:
+    def _deliver(self, done: ForwardPass, microbatches: int = 1) -> None:
         """Put the activations of a forward together and append them to the output, or say which hook never fired."""
         active = [hook for hook in self.hooks if hook.enabled and hook.kind != "tensor"]
         reads = any(hook.function.record and hook.kind not in BACKWARD for hook in active)

@@ -11,17 +11,17 @@ import torch
 from torch import nn
 
 from flexcache.errors import HookError, LayoutError
-from flexcache.hooks.flexmodel.forward_pass import Hook, Pass, Step
+from flexcache.hooks.flexmodel.forward_pass import ForwardPass, Hook, Step
 from flexcache.hooks.flexmodel.pytree import input_leaf, tensor_leaf
 from flexcache.parallel.assembly import Key
 from flexcache.parallel.distribution import Distribution
 from flexcache.parallel.layout import Layout, Local
-from flexcache.parallel.twin import Probe
+from flexcache.parallel.meta_model import ShapeProbe
 
 Output = dict[str, list[torch.Tensor]]
 
 
-class Shared:
+class SessionState:
     """The state of a FlexModel's hooks, apart from the pass under way.
 
     Attributes
@@ -141,7 +141,7 @@ class Shared:
                 self.distribution.share(module)
                 self._sent.add(name)
 
-    def join(self, done: Pass, microbatches: int = 1) -> tuple[Mapping[Key, torch.Tensor], set[int]]:
+    def join(self, done: ForwardPass, microbatches: int = 1) -> tuple[Mapping[Key, torch.Tensor], set[int]]:
         """Put the activations of a pass together, and return them with the numbers of hooks that fired on any rank.
 
         Collective, except in a single process.
@@ -161,9 +161,9 @@ class Shared:
             kept = tensor if tensor.device.type == "cpu" else tensor.to("cpu")
             self.output.setdefault(self.hooks[key.hook].function.name, []).append(kept)
 
-    def _probes(self) -> Sequence[Probe]:
+    def _probes(self) -> Sequence[ShapeProbe]:
         return [
-            Probe(hook.number, module, _reader(hook))
+            ShapeProbe(hook.number, module, _reader(hook))
             for hook in self.hooks
             if hook.kind != "tensor"
             for module in self.modules[hook.number]

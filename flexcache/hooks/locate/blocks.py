@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from flexcache.errors import SiteError
-from flexcache.hooks.locate.encoder_decoder import decoder, two_sided
+from flexcache.hooks.locate.encoder_decoder import decoder, is_encoder_decoder
 from flexcache.hooks.locate.names import inner, modules, text_config, unwrap
 from flexcache.parallel.stages import Stages
 
@@ -38,7 +38,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     if isinstance(model, Stages):
         return model.path, model.blocks
-    named, sided = modules(model), two_sided(model)
+    named, sided = modules(model), is_encoder_decoder(model)
     within = next(name for name, module in named.items() if module is decoder(model)) + "." if sided else ""
     lists = {
         name: module

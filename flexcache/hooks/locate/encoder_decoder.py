@@ -15,7 +15,7 @@ TARGET = "decoder_input_ids"
 """The keyword of the token ids that a decoder reads; ``input_ids`` are then the encoder's."""
 
 
-def two_sided(model: nn.Module) -> bool:
+def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether a model has an encoder and a decoder, two residual streams over two sequences of tokens."""
     root = unwrap(model)
     if not getattr(getattr(root, "config", None), "is_encoder_decoder", False):
@@ -38,7 +38,7 @@ def embedding(model: nn.Module) -> nn.Module | None:
     """Return the module that embeds the tokens: of a model with an encoder and a decoder, the decoder's."""
     root = unwrap(model)
     try:
-        found: Any = (decoder(root) if two_sided(root) else root).get_input_embeddings()  # type: ignore[operator]
+        found: Any = (decoder(root) if is_encoder_decoder(root) else root).get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError, TypeError):
         return None
     return found if isinstance(found, nn.Module) else None

@@ -11,7 +11,7 @@ from torch import nn
 from flexcache.errors import SiteError, nearest
 from flexcache.hooks.locate.aliases import FINAL_NORM, MLP, find_part, part
 from flexcache.hooks.locate.blocks import find_blocks, is_elsewhere
-from flexcache.hooks.locate.encoder_decoder import embedding, two_sided
+from flexcache.hooks.locate.encoder_decoder import embedding, is_encoder_decoder
 from flexcache.hooks.locate.hook_point import HookPoint
 from flexcache.hooks.locate.names import inner, modules, unwrap
 from flexcache.hooks.locate.vision import reads_images
@@ -19,7 +19,7 @@ from flexcache.site import GRADIENT, ONCE, PATTERN, STANDARD, Layers, Site, arra
 
 
 def find_hook_points(
-    model: nn.Module, site: Site, layers: Layers = "all", elsewhere: Collection[str] = ()
+    model: nn.Module, site: Site, layers: Layers = "all", remote_modules: Collection[str] = ()
 ) -> tuple[HookPoint, ...]:
     """Return the points that *site* means in *model*: one per layer, or per module that a path or glob matches.
 
@@ -28,14 +28,14 @@ def find_hook_points(
     *layers* counts for standard sites alone; a module path names its own.
 
     Standard sites are found by the names of a block's parts, not by the type of the model. That the find is right
-    is for `check_identity` to show. *elsewhere* names modules that other stages of a pipeline have.
+    is for `check_identity` to show. *remote_modules* names modules that other stages of a pipeline have.
 
     Raises
     ------
     SiteError
         Nothing matches; the nearest names are given. A standard site that the blocks do not have, and which they do.
     """
-    points = _locate(model, site, layers, elsewhere)
+    points = _locate(model, site, layers, remote_modules)
     return (
         tuple(replace(point, array=point.array + GRADIENT, gradient=True) for point in points)
         if site.gradient
@@ -43,12 +43,12 @@ def find_hook_points(
     )
 
 
-def _locate(model: nn.Module, site: Site, layers: Layers, elsewhere: Collection[str]) -> tuple[HookPoint, ...]:
+def _locate(model: nn.Module, site: Site, layers: Layers, remote_modules: Collection[str]) -> tuple[HookPoint, ...]:
     if site.standard or site.side == PATTERN:
         return _in_blocks(model, site.name, layers)
     if site.name in ONCE:
         return (_once(model, site.name),)
-    named = {**modules(model), **{name: nn.Identity() for name in elsewhere}}
+    named = {**modules(model), **{name: nn.Identity() for name in remote_modules}}
     if not re.search(r"[*?\[]", site.name):
         return (_exact(site, named),)
     glob = re.compile(glob_regex(site.name))
@@ -66,7 +66,7 @@ def _locate(model: nn.Module, site: Site, layers: Layers, elsewhere: Collection[
 
 def _in_blocks(model: nn.Module, site: str, layers: Layers) -> tuple[HookPoint, ...]:
     path, blocks = find_blocks(model)
-    points, missing, crossed = [], [], two_sided(model)
+    points, missing, crossed = [], [], is_encoder_decoder(model)
     here = next((block for block in blocks if not is_elsewhere(block)), blocks[0])
     for layer in resolve_layers(layers, len(blocks)):
         place = find_part(here if is_elsewhere(blocks[layer]) else blocks[layer], site, crossed)

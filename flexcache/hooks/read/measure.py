@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from flexcache.errors import FlexCacheError, SiteError
-from flexcache.hooks.locate.encoder_decoder import example_of_both, two_sided
+from flexcache.hooks.locate.encoder_decoder import example_of_both, is_encoder_decoder
 from flexcache.hooks.locate.hook_point import HookPoint
 from flexcache.hooks.locate.names import text_config, unwrap
 from flexcache.hooks.locate.vision import default_pixels, example_pixels, reads_images
 from flexcache.hooks.read.activation_hooks import ActivationHooks, Sink, accepts
-from flexcache.parallel.twin import without_values
+from flexcache.parallel.meta_model import without_values
 
 EXAMPLE_SHAPE = (3, 11)
 """Sequences and tokens of an example: primes that no number of heads or groups is likely to equal."""
@@ -150,7 +150,7 @@ def _token_ids(model: nn.Module, shape: tuple[int, int]) -> dict[str, Any]:
     """
     device = input_device(model)
     cached = {"use_cache": True} if device.type == "meta" and accepts(model, "use_cache") else {}
-    if two_sided(model):
+    if is_encoder_decoder(model):
         return {name: ids.to(device) for name, ids in example_of_both(model, shape).items()} | cached
     config = text_config(model)
     vocabulary = getattr(config, "vocab_size", None)

@@ -11,10 +11,10 @@ from flexcache.errors import ConfigError
 from flexcache.hooks.read.activation_hooks import accepts
 from flexcache.hooks.read.measure import example_inputs
 from flexcache.recording.forward.batch import Batch
-from flexcache.recording.forward.capture_targets import Reading
+from flexcache.recording.forward.capture_targets import CaptureTargets
 from flexcache.recording.forward.image_inputs import Padding
 from flexcache.recording.run.forward_loop import forwards
-from flexcache.recording.run.model_parallel_group import Crew
+from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 
 FRONT, BEHIND = 13, 17
 """Tokens of the two documents of the example."""
@@ -24,7 +24,7 @@ LEAK = 0.05
 Values = dict[tuple[str, int | None], torch.Tensor]
 
 
-def check_isolation(model: torch.nn.Module, reading: Reading, pad: Padding, crew: Crew) -> None:
+def check_isolation(model: torch.nn.Module, targets: CaptureTargets, pad: Padding, group: ModelParallelGroup) -> None:
     """Refuse a model whose rows of packed, isolated documents are not those of the documents alone.
 
     Of two documents in one sequence, the second must not change with the first, and must have the values that it has
@@ -36,7 +36,7 @@ def check_isolation(model: torch.nn.Module, reading: Reading, pad: Padding, crew
         The model takes no positions, lets documents see each other, is spread over several processes.
     """
     kind = type(model).__name__
-    if not crew.alone:
+    if not group.alone:
         raise ConfigError(
             "isolated documents are captured of models that one process holds",
             where="packing.isolate",
@@ -55,10 +55,10 @@ def check_isolation(model: torch.nn.Module, reading: Reading, pad: Padding, crew
         found: Values = {}
 
         def keep(array: str, layer: int | None, values: torch.Tensor) -> None:
-            if array not in reading.transforms:
+            if array not in targets.transforms:
                 found[array, layer] = values.float().cpu()
 
-        with forwards(model, reading, pad, keep, crew) as forward:
+        with forwards(model, targets, pad, keep, group) as forward:
             try:
                 forward(batch)
             except (TypeError, ValueError, RuntimeError, IndexError) as error:

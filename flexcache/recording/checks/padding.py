@@ -20,10 +20,10 @@ from flexcache.hooks.locate.encoder_decoder import TARGET
 from flexcache.hooks.read.measure import EXAMPLE_SHAPE, example_inputs, input_device
 from flexcache.plan import Batching
 from flexcache.recording.forward.batch import Batch
-from flexcache.recording.forward.capture_targets import Reading
+from flexcache.recording.forward.capture_targets import CaptureTargets
 from flexcache.recording.forward.image_inputs import Padding
 from flexcache.recording.run.forward_loop import FAILURES, forwards
-from flexcache.recording.run.model_parallel_group import Crew
+from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.site import PATTERN
 from flexcache.spec import Spec
 from flexcache.store.format.metadata import stored_batching
@@ -90,7 +90,9 @@ def recorded(path: Place) -> bool:
     return (path / "zarr.json").exists() and stored_batching(Store(path).provenance) is not None
 
 
-def find_batching(model: torch.nn.Module, reading: Reading, pad: Padding, spec: Spec, crew: Crew) -> Verdict:
+def find_batching(
+    model: torch.nn.Module, targets: CaptureTargets, pad: Padding, spec: Spec, group: ModelParallelGroup
+) -> Verdict:
     """Return which sequences may share a batch, so that each has the activations that it has alone.
 
     Three small forwards: short sequences with a long one, padded; among themselves; and one of them alone. They are
@@ -104,21 +106,21 @@ def find_batching(model: torch.nn.Module, reading: Reading, pad: Padding, spec: 
     """
     if not isinstance(pad, int):
         return Verdict()
-    reading = replace(reading, transforms={})
+    targets = replace(targets, transforms={})
     most = min(LONGEST, spec.max_length or LONGEST, spec.batch_tokens // (SHORTS + 1))
-    sizes = [most, SMALLEST] if crew.alone and most > SMALLEST else [SMALLEST]
+    sizes = [most, SMALLEST] if group.alone and most > SMALLEST else [SMALLEST]
     for size in sizes:  # a model may read less than its configuration says, or have no room for more
         batches = _example(model, size, spec.isolated)
-        read = [_read(model, reading, pad, crew, batch) for batch in batches]
+        read = [_read(model, targets, pad, group, batch) for batch in batches]
         if not any(isinstance(values, Exception) for values in read):
             break
     alone, eps = read[0], _eps(model)
     failed = f"{type(alone).__name__}: {alone}" if isinstance(alone, Exception) else ""
-    if crew.alone and eps > FLOAT32_EPS and not _equal(read):
-        finer = _read_in_float32(model, reading, pad, crew, batches)
+    if group.alone and eps > FLOAT32_EPS and not _equal(read):
+        finer = _read_in_float32(model, targets, pad, group, batches)
         read, eps = (finer, FLOAT32_EPS) if finer else (read, eps)
     verdict = Verdict() if isinstance(read[0], Exception) else _compared(read[0], read[1], read[2], eps)
-    told = crew.gathered((LEVELS.index(verdict.batching), verdict.because, failed))
+    told = group.gathered((LEVELS.index(verdict.batching), verdict.because, failed))
     if failed := next((error for *_, error in told if error), ""):
         raise ConfigError(
             "the model cannot run a small sequence",
@@ -176,9 +178,11 @@ def _example(model: torch.nn.Module, long: int, isolated: bool) -> tuple[Batch, 
     return batch([1]), batch([*shorts]), batch([0, *shorts])
 
 
-def _read(model: torch.nn.Module, reading: Reading, pad: Padding, crew: Crew, batch: Batch) -> Values | Exception:
+def _read(
+    model: torch.nn.Module, targets: CaptureTargets, pad: Padding, group: ModelParallelGroup, batch: Batch
+) -> Values | Exception:
     """Return the activations of the short sequences of a batch, or the error of its forward."""
-    patterns = {point.array for point in reading.points if point.side == PATTERN}
+    patterns = {point.array for point in targets.points if point.side == PATTERN}
     short = min(len(tokens) for tokens in batch.tokens)
     found: Values = {}
 
@@ -188,7 +192,7 @@ def _read(model: torch.nn.Module, reading: Reading, pad: Padding, crew: Crew, ba
         found[array, layer] = part.flatten(2).to("cpu", torch.float32, copy=True)
 
     try:
-        with forwards(model, reading, pad, keep, crew) as forward:
+        with forwards(model, targets, pad, keep, group) as forward:
             forward(batch)
     except (*FAILURES, CaptureError) as error:
         return error
@@ -196,14 +200,14 @@ def _read(model: torch.nn.Module, reading: Reading, pad: Padding, crew: Crew, ba
 
 
 def _read_in_float32(
-    model: torch.nn.Module, reading: Reading, pad: Padding, crew: Crew, batches: Sequence[Batch]
+    model: torch.nn.Module, targets: CaptureTargets, pad: Padding, group: ModelParallelGroup, batches: Sequence[Batch]
 ) -> list[Values | Exception]:
     """Return the activations of a float32 copy, whose rounding hides nothing; empty if there can be no copy."""
     if sum(parameter.numel() for parameter in model.parameters()) > COPIED or input_device(model).type == "meta":
         return []
     try:
         finer = copy.deepcopy(model).float()
-        read = [_read(finer, reading, pad, crew, batch) for batch in batches]
+        read = [_read(finer, targets, pad, group, batch) for batch in batches]
     except Exception:  # whatever weights raise that are quantised, offloaded or cannot be copied
         return []
     return [] if any(isinstance(values, Exception) for values in read) else read

@@ -23,7 +23,7 @@ from flexcache.store.format.int8 import with_scales
 
 
 @dataclass(frozen=True)
-class Reading:
+class CaptureTargets:
     """ActivationHooks, and what is made of the tensors that they read.
 
     Attributes
@@ -51,9 +51,9 @@ def locate(
     spec: Spec,
     transforms: Sequence[Transform] = (),
     objective: Objective | None = None,
-    elsewhere: Collection[str] = (),
-) -> Reading:
-    """Find the sites of a spec, and of transforms, in a model; *elsewhere* as for `flexcache.hooks.locate.search`.
+    remote_modules: Collection[str] = (),
+) -> CaptureTargets:
+    """Find the sites of a spec, and of transforms, in a model; *remote_modules* as for `flexcache.hooks.locate.search`.
 
     Raises
     ------
@@ -63,13 +63,14 @@ def locate(
         Two transforms of one name; an objective without a gradient to store.
     """
     sources = {
-        text: hooks.find_hook_points(model, Site.parse(text), layers, elsewhere) for text, layers in spec.sites.items()
+        text: hooks.find_hook_points(model, Site.parse(text), layers, remote_modules)
+        for text, layers in spec.sites.items()
     }
     made: dict[str, Transform] = {}
     for transform in transforms:
         if transform.name in sources:
             raise ConfigError(f"two arrays would be named {transform.name}", remedy="rename the transform")
-        found = hooks.find_hook_points(model, transform.place, transform.layers, elsewhere)
+        found = hooks.find_hook_points(model, transform.place, transform.layers, remote_modules)
         several = len(found) > 1 and found[0].layer is None
         sources[transform.name] = tuple(
             replace(point, array=f"{transform.name}.{point.module}" if several else transform.name) for point in found
@@ -82,13 +83,13 @@ def locate(
             expected="a site that ends in .grad, such as resid_post.grad",
             found=", ".join(sources),
         )
-    return Reading(sources, made, (objective or NextTokenLoss()) if gradients else None)
+    return CaptureTargets(sources, made, (objective or NextTokenLoss()) if gradients else None)
 
 
 def measure_arrays(
     model: torch.nn.Module,
     spec: Spec,
-    reading: Reading,
+    targets: CaptureTargets,
     reader: Reader = read_example,
     example: Example | None = None,
 ) -> list[ArraySpec]:
@@ -103,14 +104,14 @@ def measure_arrays(
     """
 
     def through(point: hooks.HookPoint, values: torch.Tensor, inputs: Any) -> torch.Tensor:
-        transform = reading.transforms.get(point.array)
+        transform = targets.transforms.get(point.array)
         if transform is None:
             return values
         if values.device.type == "meta":
             values = torch.zeros(values.shape, dtype=values.dtype)
         return transform(values, _example(model, inputs))
 
-    plain = {point: replace(point, gradient=False) for point in reading.points}
+    plain = {point: replace(point, gradient=False) for point in targets.points}
     try:
         measured = hooks.measure(
             model, tuple(dict.fromkeys(plain.values())), example=example, through=through, reader=reader
@@ -120,9 +121,9 @@ def measure_arrays(
             error.remedy = "run the model's forward yourself, and store the activations with flexcache.record"
         raise
     arrays: list[ArraySpec] = []
-    for text, points in reading.sources.items():
+    for text, points in targets.sources.items():
         kinds = {point: measured[plain[point]] for point in points}
-        transform = reading.transforms.get(points[0].array)
+        transform = targets.transforms.get(points[0].array)
         dim = _feature_dim(text, transform)
         site = transform.site if transform else text
         if points[0].layer is not None:
@@ -135,7 +136,7 @@ def measure_arrays(
             arrays += [
                 _array(point.array, site, None, None, kinds[point], dim or _own_dim(point), spec) for point in points
             ]
-    if reading.objective is not None and _objective_by_token(model, reading.objective, reader, example):
+    if targets.objective is not None and _objective_by_token(model, targets.objective, reader, example):
         kind = hooks.Activation((1,), torch.float32)
         arrays.append(_array(OBJECTIVE, OBJECTIVE, None, None, kind, f"feature_{OBJECTIVE}", spec, "float32"))
     return with_scales(arrays)

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from flexcache.errors import ConfigError
-from flexcache.hooks.locate.encoder_decoder import embedding, two_sided
+from flexcache.hooks.locate.encoder_decoder import embedding, is_encoder_decoder
 from flexcache.hooks.locate.names import unwrap
-from flexcache.options import DecoderInputs, Teaching
+from flexcache.options import DecoderInputMode, DecoderInputs
 
 
-def decoder_inputs(model: nn.Module, how: Teaching = "shifted") -> DecoderInputs | None:
+def decoder_inputs(model: nn.Module, how: DecoderInputMode = "shifted") -> DecoderInputs | None:
     """Return what the decoder of a model reads of a target; None for a model that is not an encoder with a decoder.
 
     ``"shifted"`` is what the model itself makes of labels when it is trained: the target one place later, behind the
@@ -25,7 +25,7 @@ def decoder_inputs(model: nn.Module, how: Teaching = "shifted") -> DecoderInputs
     ConfigError
         Nothing says what a shifted target begins with, or a model without both sides is to have one.
     """
-    if not two_sided(model):
+    if not is_encoder_decoder(model):
         if how != "shifted":
             raise ConfigError(
                 "decoder_inputs is for models with an encoder and a decoder",

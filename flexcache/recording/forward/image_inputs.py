@@ -13,12 +13,12 @@ from flexcache.hooks.locate.vision import compute_dtype
 from flexcache.hooks.read.measure import Example, input_device
 from flexcache.images.input import ImageInput
 from flexcache.model import pad_id
-from flexcache.recording.forward.capture_targets import Reading
+from flexcache.recording.forward.capture_targets import CaptureTargets
 from flexcache.recording.forward.objective import LogitDifference, NextTokenLoss
 from flexcache.spec import Spec
 
 if TYPE_CHECKING:
-    from flexcache.recording.run.model_parallel_group import Crew
+    from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 
 Padding = int | ImageInput
 """What makes the inputs of a forward whole: the id of the token for padding; of images, what makes pixels of them."""
@@ -40,7 +40,7 @@ def tensors(model: torch.nn.Module, arrays: Mapping[str, np.ndarray]) -> dict[st
 
 
 def check_images(
-    model: torch.nn.Module, spec: Spec, reading: Reading, tokenizer: Any, crew: Crew | None = None
+    model: torch.nn.Module, spec: Spec, targets: CaptureTargets, tokenizer: Any, group: ModelParallelGroup | None = None
 ) -> Example | None:
     """Return what makes small examples of the images of a capture; None where it is of texts.
 
@@ -52,16 +52,16 @@ def check_images(
     if not isinstance(tokenizer, ImageInput):
         return None
     spec.check_images()
-    if isinstance(reading.objective, NextTokenLoss | LogitDifference):
+    if isinstance(targets.objective, NextTokenLoss | LogitDifference):
         raise ConfigError(
             "gradients of a vision transformer need an objective of your own",
             expected="a function of the model's output and the batch, as lambda output, batch: output.logits[:, 3]",
-            found=type(reading.objective).__name__,
+            found=type(targets.objective).__name__,
         )
-    if crew is not None and not crew.alone:
+    if group is not None and not group.alone:
         raise ConfigError(
             "a model that reads images is run by one process",
-            found=f"{crew.sizes.tp * crew.sizes.pp * crew.sizes.dp} processes that share its weights",
+            found=f"{group.sizes.tp * group.sizes.pp * group.sizes.dp} processes that share its weights",
             remedy="give each process the whole model: they compute different units of one store",
         )
     return tokenizer.example(model)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 
 from flexcache.errors import MismatchError
-from flexcache.recording.planning.new_documents import Added, NothingNewError
-from flexcache.recording.run.existing_rows import Carried
+from flexcache.recording.planning.new_documents import NewDocuments, NothingNewError
+from flexcache.recording.run.existing_rows import ExistingRows
 from flexcache.recording.run.fingerprint import versions
 from flexcache.sequences import Positions, spool
 from flexcache.site import resolve_layers
 from flexcache.spec import ArraySpec, Spec
-from flexcache.store.manage.extension_transaction import Growth, incomplete
+from flexcache.store.manage.extension_transaction import ExtensionTransaction, incomplete
 from flexcache.store.manage.staging import plan_after, stage_arrays, stage_documents, united
 from flexcache.store.read.selection import Key
 from flexcache.store.read.store import Store
@@ -33,20 +33,20 @@ class Extension:
 
     Attributes
     ----------
-    growth : Growth
+    growth : ExtensionTransaction
         Put in place by its `settle`.
     store : Store
         Before it grows.
     keys : list of (str, int or None)
         The arrays and layers that are captured.
-    carried : Carried or None
+    carried : ExistingRows or None
         The rows that come before new documents.
     """
 
-    growth: Growth
+    growth: ExtensionTransaction
     store: Store
     keys: list[Key]
-    carried: Carried | None = None
+    carried: ExistingRows | None = None
 
 
 def opened(path: str | Path) -> Store:
@@ -57,7 +57,7 @@ def opened(path: str | Path) -> Store:
     StoreError
         It is no store, or not complete.
     """
-    growth = Growth(path)
+    growth = ExtensionTransaction(path)
     if growth.placing:
         growth.settle()
     store = Store(path)
@@ -85,7 +85,7 @@ def more_arrays(
     PlanError
         The disk has no room.
     """
-    store, growth = opened(path), Growth(path)
+    store, growth = opened(path), ExtensionTransaction(path)
     _check_forms(store, arrays)
     together, new = united(store, arrays)
     if not new:
@@ -140,7 +140,7 @@ def more_documents(
     PlanError
         The disk has no room.
     """
-    growth = Growth(path)
+    growth = ExtensionTransaction(path)
     opened(path)
     request = {"documents": documents.describe(), "new_only": new_only}
     if max_tokens is not None:
@@ -152,7 +152,7 @@ def more_documents(
         if left is not None and left <= 0:
             raise NothingNewError
         corpus = spool(
-            Added(documents, store, new_only),
+            NewDocuments(documents, store, new_only),
             tokenizer,
             folder.parent,
             Spec.model_validate(store.spec).model_copy(update={"max_tokens": left}),
@@ -175,7 +175,7 @@ def more_documents(
     store = Store(path)
     growth.check_open()
     every = [(name, layer) for name, array in store.arrays.items() for layer in array.slices]
-    return Extension(growth, store, every, Carried(store))
+    return Extension(growth, store, every, ExistingRows(store))
 
 
 def tokens_of(store: Store) -> int:

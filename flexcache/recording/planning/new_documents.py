@@ -28,7 +28,7 @@ class NothingNewError(Exception):
     """Every document is in the store already."""
 
 
-class Added:
+class NewDocuments:
     """A corpus without the documents whose ids a store has; read once, like `Documents`.
 
     Memory is 16 bytes a document of the store, and its documents table.

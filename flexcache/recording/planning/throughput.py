@@ -21,11 +21,11 @@ from flexcache.model import evaluating
 from flexcache.recording.checks.attention_isolation import check_isolation
 from flexcache.recording.forward.batch import Batch, BatchReader
 from flexcache.recording.forward.batch_rows import rows_of
-from flexcache.recording.forward.capture_targets import Reading
+from flexcache.recording.forward.capture_targets import CaptureTargets
 from flexcache.recording.forward.image_inputs import Padding
 from flexcache.recording.run.cuda_sink import CudaLane
 from flexcache.recording.run.forward_loop import Sink, allocation, forwards
-from flexcache.recording.run.model_parallel_group import Crew
+from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.spec import DTYPES, Spec
 from flexcache.store.read.range_error import range_error
 from flexcache.store.read.store import Store
@@ -66,7 +66,7 @@ class Trial:
 
 def try_batches(
     model: torch.nn.Module,
-    reading: Reading,
+    targets: CaptureTargets,
     plan: Path,
     pad: Padding,
     *,
@@ -95,12 +95,12 @@ def try_batches(
     now: list[Batch] = []
     sink = _forgetting(store, model, now)
     measured: list[tuple[int, float]] = []
-    with evaluating(model), closing(Crew(model)) as crew, ExitStack() as stack:
+    with evaluating(model), closing(ModelParallelGroup(model)) as group, ExitStack() as stack:
         example = None if isinstance(pad, int) else pad.example(model)
-        hooks.check_identity(model, reading.points, example=example, reader=crew.read_example, alone=crew.alone)
+        hooks.check_identity(model, targets.points, example=example, reader=group.read_example, alone=group.alone)
         if Spec.model_validate(store.spec).isolated:
-            check_isolation(model, reading, pad, crew)
-        forward = stack.enter_context(forwards(model, reading, pad, sink, crew))
+            check_isolation(model, targets, pad, group)
+        forward = stack.enter_context(forwards(model, targets, pad, sink, group))
         largest = reader.largest()
         spent = 0.0
         for batch in _endless(reader, store.n_units, largest, seed):

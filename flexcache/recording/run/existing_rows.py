@@ -20,7 +20,7 @@ CARRIED = "carried"
 """In a fingerprint: the conditions of the rows at the front of a unit, where they are not those of the others."""
 
 
-class Carried:
+class ExistingRows:
     """The rows of a store, as bytes, for the store that it grows into.
 
     Parameters

@@ -20,11 +20,11 @@ from flexcache.model import native_bfloat16
 from flexcache.parallel.fsdp import settle
 from flexcache.paths import shown
 from flexcache.recording.forward.batch import Batch
-from flexcache.recording.forward.capture_targets import Reading
+from flexcache.recording.forward.capture_targets import CaptureTargets
 from flexcache.recording.forward.image_inputs import Padding, padding, tensors
 from flexcache.recording.forward.objective import OBJECTIVE, by_token, checked
 from flexcache.recording.run.cuda_sink import CudaLane, pinned_slab
-from flexcache.recording.run.model_parallel_group import DONE, IDLE, Crew
+from flexcache.recording.run.model_parallel_group import DONE, IDLE, ModelParallelGroup
 from flexcache.recording.run.progress import CaptureProgress, time_table
 from flexcache.recording.run.recorder import POLL, Recorder
 from flexcache.site import PATTERN
@@ -46,10 +46,10 @@ Sink = Callable[[str, int | None, torch.Tensor], None]
 def complete(
     model: torch.nn.Module,
     tokenizer: Any,
-    reading: Reading,
+    targets: CaptureTargets,
     recorder: Recorder,
     bars: CaptureProgress,
-    crew: Crew,
+    group: ModelParallelGroup,
     name: Any = None,
     unchanged: Callable[[], None] = lambda: None,
 ) -> None:
@@ -69,13 +69,13 @@ def complete(
     if in_bfloat16(model) and not native_bfloat16():
         bars.say(SLOW)
     began, pad = time.perf_counter(), padding(model, tokenizer)
-    try_largest(model, reading, recorder, pad, bars, crew)
-    run(model, reading, recorder, pad, bars, crew, unchanged)
-    tally, seconds = recorder.tally, time.perf_counter() - began
-    bars.console.print(time_table(tally, seconds))
-    speed = f"{tally.tokens / seconds:,.0f} tokens/s, {size(tally.bytes / seconds)}/s"
-    done = f"{tally.rows:,} rows" + ("" if tally.rows == store.n_rows else " by this process")
-    bars.say(f"{done}, {size(tally.bytes)} in {seconds:.1f} s ({speed}) → {name}")
+    try_largest(model, targets, recorder, pad, bars, group)
+    run(model, targets, recorder, pad, bars, group, unchanged)
+    stats, seconds = recorder.stats, time.perf_counter() - began
+    bars.console.print(time_table(stats, seconds))
+    speed = f"{stats.tokens / seconds:,.0f} tokens/s, {size(stats.bytes / seconds)}/s"
+    done = f"{stats.rows:,} rows" + ("" if stats.rows == store.n_rows else " by this process")
+    bars.say(f"{done}, {size(stats.bytes)} in {seconds:.1f} s ({speed}) → {name}")
 
 
 def in_bfloat16(model: torch.nn.Module) -> bool:
@@ -91,11 +91,11 @@ def allocation(model: torch.nn.Module) -> Callable[[int], Slab]:
 
 def run(
     model: torch.nn.Module,
-    reading: Reading,
+    targets: CaptureTargets,
     recorder: Recorder,
     pad: Padding,
     bars: CaptureProgress | None = None,
-    crew: Crew | None = None,
+    group: ModelParallelGroup | None = None,
     unchanged: Callable[[], None] = lambda: None,
 ) -> None:
     """Fill a recorder's pending units: every batch is run as far as its sites need, and its kept rows are recorded.
@@ -110,8 +110,8 @@ def run(
         One sequence alone does not fit, a forward fails, or the disk refuses. Where a model is on several processes, a
         batch that does not fit.
     """
-    crew = crew or Crew(model)
-    with forwards(model, reading, pad, _sink(recorder, input_device(model)), crew) as forward, recorder:
+    group = group or ModelParallelGroup(model)
+    with forwards(model, targets, pad, _sink(recorder, input_device(model)), group) as forward, recorder:
         advance: Callable[[], None] = bars.capturing(recorder) if bars else lambda: None
         batches: deque[Batch] = deque()
         unit = IDLE
@@ -119,10 +119,10 @@ def run(
             if not batches:
                 if unit >= 0:
                     unchanged()
-                    crew.commit(recorder)
-                unit = crew.claim(recorder)
+                    group.commit(recorder)
+                unit = group.claim(recorder)
                 batches.extend(recorder.begin(unit) if unit >= 0 else ())
-            running, done = crew.agree(bool(batches), unit == DONE)
+            running, done = group.agree(bool(batches), unit == DONE)
             if batches:
                 batch, full = batches.popleft(), ""
                 try:
@@ -134,7 +134,7 @@ def run(
                     raise _failed(recorder, batch, error) from error
                 if full:  # not above: the error holds the tensors of the forward
                     recorder.abandon()
-                    smaller_batches(recorder, full, bars, crew)
+                    smaller_batches(recorder, full, bars, group)
                     batches.clear()
                     unit = IDLE
                 advance()
@@ -150,11 +150,11 @@ def run(
 
 def try_largest(
     model: torch.nn.Module,
-    reading: Reading,
+    targets: CaptureTargets,
     recorder: Recorder,
     pad: Padding,
     bars: CaptureProgress | None = None,
-    crew: Crew | None = None,
+    group: ModelParallelGroup | None = None,
 ) -> None:
     """Run the largest batch and keep nothing, so that a lack of memory shows, and is met, before anything is written.
 
@@ -163,8 +163,8 @@ def try_largest(
     CaptureError
         See `run`.
     """
-    crew = crew or Crew(model)
-    with forwards(model, reading, pad, lambda array, layer, values: None, crew) as forward:
+    group = group or ModelParallelGroup(model)
+    with forwards(model, targets, pad, lambda array, layer, values: None, group) as forward:
         while True:
             try:
                 return forward(recorder.largest())
@@ -172,7 +172,7 @@ def try_largest(
                 full = str(error)
             except FAILURES as error:
                 raise _failed(recorder, recorder.largest(), error) from error
-            smaller_batches(recorder, full, bars, crew)
+            smaller_batches(recorder, full, bars, group)
 
 
 def _failed(recorder: Recorder, batch: Batch, error: Exception) -> CaptureError:
@@ -186,7 +186,7 @@ def _failed(recorder: Recorder, batch: Batch, error: Exception) -> CaptureError:
     )
 
 
-def smaller_batches(recorder: Recorder, found: str, bars: CaptureProgress | None, crew: Crew) -> None:
+def smaller_batches(recorder: Recorder, found: str, bars: CaptureProgress | None, group: ModelParallelGroup) -> None:
     """Halve the budget of tokens after a batch did not fit into the device's memory.
 
     Raises
@@ -204,7 +204,7 @@ def smaller_batches(recorder: Recorder, found: str, bars: CaptureProgress | None
             remedy="lower max_length, in a new store, or spread the model over more devices",
         )
     budget = math.ceil(sequences / 2) * longest
-    if not crew.alone:
+    if not group.alone:
         raise CaptureError(
             "a batch does not fit into the device's memory, and other processes are in the same forward",
             where=str(recorder.store.path),
@@ -220,7 +220,7 @@ def smaller_batches(recorder: Recorder, found: str, bars: CaptureProgress | None
 
 @contextmanager
 def forwards(
-    model: torch.nn.Module, reading: Reading, pad: Padding, sink: Sink, crew: Crew
+    model: torch.nn.Module, targets: CaptureTargets, pad: Padding, sink: Sink, group: ModelParallelGroup
 ) -> Iterator[Callable[[Batch | None], None]]:
     """Give a function that runs the model over a batch, right-padded, and feeds what is read of it to *sink*.
 
@@ -228,8 +228,8 @@ def forwards(
     for others who share the weights. The forward stops after the last site; with an objective it runs to the end, and
     back.
     """
-    objective, gathering = reading.objective, crew.gathering
-    numbers = {point: number for number, point in enumerate(reading.points)}
+    objective, gathering = targets.objective, group.gathering
+    numbers = {point: number for number, point in enumerate(targets.points)}
     now: list[Batch] = []
 
     def take(point: hooks.HookPoint, tensor: torch.Tensor) -> None:
@@ -243,7 +243,7 @@ def forwards(
             longest = batch.shape[1]
             values = point.shaped(whole, (batch.shape[0], gathering.width(longest)))
             values = values[:, :, :longest, :longest] if point.side == PATTERN else values[:, :longest]
-        transform = reading.transforms.get(point.array)
+        transform = targets.transforms.get(point.array)
         sink(point.array, point.layer, values if transform is None else transform(values, batch))
 
     def forward(batch: Batch | None) -> None:
@@ -259,10 +259,10 @@ def forwards(
             return
         value = points.differentiate(lambda output: checked(objective(output, batch), batch), **inputs)
         spread = by_token(value, batch)
-        if spread is not None and now and crew.leads:
+        if spread is not None and now and group.leads:
             sink(OBJECTIVE, None, spread)
 
-    own = reading.points if gathering is None else gathering.owned(reading.points)
+    own = targets.points if gathering is None else gathering.owned(targets.points)
     stop = objective is None and (gathering is None or gathering.stop)
     flowing = nullcontext() if objective is None else activations_only(model)
     try:

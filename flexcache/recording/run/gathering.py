@@ -19,9 +19,9 @@ from flexcache.hooks.read.measure import EXAMPLE_SHAPE, Read, example_inputs
 from flexcache.parallel.assembly import Key
 from flexcache.parallel.distribution import Distribution, Piece
 from flexcache.parallel.layout import Layout, localize
+from flexcache.parallel.meta_model import ShapeProbe
 from flexcache.parallel.peers import swap, transfer
 from flexcache.parallel.stages import Stages
-from flexcache.parallel.twin import Probe
 from flexcache.site import PATTERN
 
 AGREEMENT = 1e-3
@@ -123,7 +123,7 @@ class Gathering:
             self._keys.setdefault(point, Key(len(self._keys), 0))
         keys = self._keys
         probes = [
-            Probe(keys[point].hook, self._named[point.module], _reader(point))
+            ShapeProbe(keys[point].hook, self._named[point.module], _reader(point))
             for point in keys
             if self._has(point.module)
         ]
@@ -269,7 +269,7 @@ class Gathering:
                 remedy="ask for the gradient of the residual stream, or of a sharded activation",
             )
 
-    def elsewhere(self) -> set[str]:
+    def remote_modules(self) -> set[str]:
         """Return the names of modules that other pipeline stages have and this one has not. Collective."""
         if self.stop:
             return set()

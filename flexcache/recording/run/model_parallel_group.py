@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from flexcache.errors import CaptureError, ConfigError, FlexCacheError
-from flexcache.hooks.locate.encoder_decoder import two_sided
+from flexcache.hooks.locate.encoder_decoder import is_encoder_decoder
 from flexcache.hooks.locate.hook_point import HookPoint
 from flexcache.hooks.read.measure import Read, read_example
 from flexcache.identity import check_model
@@ -22,7 +22,7 @@ from flexcache.identity.record import IDENTITY
 from flexcache.identity.structure import structure
 from flexcache.parallel.distribution import Distribution
 from flexcache.parallel.peers import collect, tell
-from flexcache.recording.forward.capture_targets import Reading
+from flexcache.recording.forward.capture_targets import CaptureTargets
 from flexcache.recording.run.fingerprint import fingerprint
 from flexcache.recording.run.gathering import Gathering
 from flexcache.recording.run.recorder import Recorder
@@ -38,7 +38,7 @@ RUN_AGAIN = (
 )
 
 
-class Crew:
+class ModelParallelGroup:
     """This process, alone or with those that hold other shards and stages of the same model.
 
     The first of them, the leader, claims a unit and tells the others; each computes its part of every forward and
@@ -59,7 +59,7 @@ class Crew:
         self.in_step = mesh.sizes.dp > 1
         self.gathering = None if self._distribution.alone else Gathering(model, self._distribution)
         self.sizes = mesh.sizes
-        self._two_sided = two_sided(model)
+        self._two_sided = is_encoder_decoder(model)
 
     @property
     def alone(self) -> bool:
@@ -104,11 +104,11 @@ class Crew:
         mine = points if self.gathering is None else self.gathering.writes(points)
         return [(point.array, point.layer) for point in mine] + (list(extra) if self.leads else [])
 
-    def elsewhere(self) -> set[str]:
+    def remote_modules(self) -> set[str]:
         """Return the names of modules that other stages of a pipeline have."""
-        return set() if self.gathering is None else self.gathering.elsewhere()
+        return set() if self.gathering is None else self.gathering.remote_modules()
 
-    def check(self, reading: Reading) -> None:
+    def check(self, targets: CaptureTargets) -> None:
         """Refuse what cannot be read of a model on several processes.
 
         Raises
@@ -123,11 +123,11 @@ class Crew:
                 found=f"tensor parallel {self.sizes.tp}, data parallel {self.sizes.dp}, {self.sizes.pp} stages",
                 remedy="load the whole model in each process; several may fill one store side by side",
             )
-        if self.sizes.pp > 1 and reading.objective is not None:
+        if self.sizes.pp > 1 and targets.objective is not None:
             raise ConfigError(
                 "gradients cannot be captured through a pipeline",
                 found=f"{self.sizes.pp} stages, and "
-                + ", ".join(point.array for point in reading.points if point.gradient),
+                + ", ".join(point.array for point in targets.points if point.gradient),
                 remedy="use tensor parallel or FSDP instead, or leave the .grad sites out",
             )
 

@@ -17,7 +17,7 @@ SELDOM = 100.0
 """Longer ones are made after so many times the seconds that the last took."""
 
 
-class Remaining:
+class PendingUnits:
     """What is left to do in a store that others may fill as well.
 
     A process marks what it commits itself, and asks for the record of a unit before it takes it. So the ledger need not

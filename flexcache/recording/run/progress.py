@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Column, Table
 
 from flexcache.recording.run.recorder import Recorder
-from flexcache.recording.run.run_stats import Tally
+from flexcache.recording.run.run_stats import RunStats
 from flexcache.store.format.text import size
 
 
@@ -110,10 +110,10 @@ class _Capturing:
         recorder.on_wait = self._wait
 
     def __call__(self) -> None:
-        tally = self._recorder.tally
+        stats = self._recorder.stats
         seconds = max(1e-6, time.perf_counter() - self._began)
         written = self._recorder.written
-        rate = f"{tally.tokens / seconds:,.0f} tokens/s, {size(written / seconds)}/s"
+        rate = f"{stats.tokens / seconds:,.0f} tokens/s, {size(written / seconds)}/s"
         self._show(f"{rate}, stalled {self._recorder.waited / seconds:.0%}")
 
     def _wait(self, units: int) -> None:
@@ -123,19 +123,19 @@ class _Capturing:
         self._bars.update(self._task, completed=self._recorder.done, rate=rate)
 
 
-def time_table(tally: Tally, seconds: float) -> Table:
+def time_table(stats: RunStats, seconds: float) -> Table:
     """Return where the time of a capture went."""
     table = Table(title="where the time went", title_justify="left", show_header=False, box=None)
-    computing = tally.forward - tally.copying - tally.waiting
+    computing = stats.forward - stats.copying - stats.waiting
     shares = {
         "forward": computing,
-        "copying rows in hooks": tally.copying,
-        "waiting for the disk": tally.waiting,
-        "claiming units": tally.claiming,
-        "committing units": tally.committing,
-        "planning, waiting for others, the rest": seconds - tally.forward - tally.claiming - tally.committing,
+        "copying rows in hooks": stats.copying,
+        "waiting for the disk": stats.waiting,
+        "claiming units": stats.claiming,
+        "committing units": stats.committing,
+        "planning, waiting for others, the rest": seconds - stats.forward - stats.claiming - stats.committing,
     }
     for name, spent in shares.items():
         table.add_row(name, f"{spent:.1f} s", f"{spent / max(1e-9, seconds):.0%}")
-    table.add_row("writer thread, beside the forward", f"{tally.writing:.1f} s", "")
+    table.add_row("writer thread, beside the forward", f"{stats.writing:.1f} s", "")
     return table

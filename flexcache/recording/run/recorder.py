@@ -10,11 +10,11 @@ from typing import Any, Self
 
 from flexcache.errors import CaptureError
 from flexcache.recording.forward.batch import Batch, BatchReader
-from flexcache.recording.run.existing_rows import Carried
+from flexcache.recording.run.existing_rows import ExistingRows
 from flexcache.recording.run.fingerprint import check_alike, check_fingerprint
-from flexcache.recording.run.pending_units import Remaining
-from flexcache.recording.run.run_stats import Tally
-from flexcache.recording.run.unit_writer import Intake
+from flexcache.recording.run.pending_units import PendingUnits
+from flexcache.recording.run.run_stats import RunStats
+from flexcache.recording.run.unit_writer import UnitWriter
 from flexcache.store.format.ledger import FileRecord, UnitRecord
 from flexcache.store.format.metadata import largest_batch
 from flexcache.store.read.selection import Key
@@ -25,7 +25,7 @@ from flexcache.store.write.claims import Claiming
 from flexcache.store.write.shard_file import Copy
 from flexcache.store.write.shard_writer import WriterThread, clear_errors
 from flexcache.store.write.slabs import Slab, SlabPool, anonymous_slab
-from flexcache.store.write.worker import PATIENCE
+from flexcache.store.write.worker import HEARTBEAT_TIMEOUT
 
 DEFAULT_BUFFER = 256 << 20
 POLL = 0.2
@@ -63,7 +63,7 @@ class Recorder:
         The sites and layers that this process writes, where others of its group write the rest; all by default.
     carried
         The rows of a store that grows into this one.
-    patience
+    heartbeat_timeout
         Seconds without a sign of life after which another process counts as gone.
 
     Attributes
@@ -93,25 +93,25 @@ class Recorder:
         allocate: Callable[[int], Slab] = anonymous_slab,
         batch_tokens: int | None = None,
         keys: Sequence[Key] | None = None,
-        carried: Carried | None = None,
-        patience: float = PATIENCE,
+        carried: ExistingRows | None = None,
+        heartbeat_timeout: float = HEARTBEAT_TIMEOUT,
     ) -> None:
         self.store = Store(path)
         self.fingerprint = {} if fingerprint is None else fingerprint
-        self._remaining = Remaining(self.store)
-        self.tally = Tally()
+        self._remaining = PendingUnits(self.store)
+        self.stats = RunStats()
         planned = int(self.store.spec["batch_tokens"])
         self.batch_tokens = planned if batch_tokens is None else min(planned, batch_tokens)
         self.on_wait: Callable[[int], None] = lambda units: None
         self.on_complete: Callable[[], None] = lambda: None
         self.on_start: Callable[[], None] = lambda: None
         self._allow_mixed = allow_mixed
-        self._intake = Intake(self.store, keys, self.tally)
+        self._intake = UnitWriter(self.store, keys, self.stats)
         self._batches = BatchReader(self.store.path, mean=self.store.spec.get("rows") == "mean")
         check_fingerprint(self.store, self.fingerprint, allow_mixed)
         self._pool = SlabPool(*self._intake.slabs(buffer_bytes), allocate)
         self._carried = carried
-        self._patience = patience
+        self._heartbeat_timeout = heartbeat_timeout
         self._worker: AnyWorker | None = None
         self._claims: Claiming | None = None
         self._writer: WriterThread | None = None
@@ -138,9 +138,9 @@ class Recorder:
         self._stop()
         self._intake.clear()
         self._unit = None
-        self.tally.waiting = self._pool.waited
+        self.stats.waiting = self._pool.waited
         with clear_errors(self.store.path):
-            self.tally.write(self.store.path, error, direct)
+            self.stats.write(self.store.path, error, direct)
         if error is None and self.store.complete:
             self.on_complete()
 
@@ -170,7 +170,7 @@ class Recorder:
     @property
     def written(self) -> int:
         """Bytes of rows that this process has put so far, those of units that it had to give up aside."""
-        return (self.tally.rows + self._filled) * self._intake.row_bytes
+        return (self.stats.rows + self._filled) * self._intake.row_bytes
 
     @property
     def waited(self) -> float:
@@ -238,7 +238,7 @@ class Recorder:
         began = time.perf_counter()
         with clear_errors(self.store.path):
             unit = self._claim()
-        self.tally.claiming += time.perf_counter() - began
+        self.stats.claiming += time.perf_counter() - began
         return unit
 
     def begin(self, unit: int) -> list[Batch]:
@@ -258,8 +258,8 @@ class Recorder:
         self._intake.batch = batch
         began = time.perf_counter()
         yield
-        self.tally.forward += time.perf_counter() - began
-        self.tally.tokens += batch.n_tokens
+        self.stats.forward += time.perf_counter() - began
+        self.stats.tokens += batch.n_tokens
         self._intake.check_whole(batch)
         self._intake.batch = None
         self._filled += len(batch.rows)
@@ -275,7 +275,7 @@ class Recorder:
             self.abandon()
             return None
         placed: dict[str, FileRecord] = self._intake.guard(writer.place, self._intake.finish())
-        self.tally.committing += time.perf_counter() - began
+        self.stats.committing += time.perf_counter() - began
         return placed
 
     def commit(self, files: dict[str, FileRecord] | None = None) -> bool:
@@ -303,14 +303,14 @@ class Recorder:
                 self.store.ledger.commit(
                     UnitRecord(unit, (rows.start, rows.stop), self.batch_tokens, self._conditions(unit), written)
                 )
-            self.tally.units += 1
-            self.tally.rows += len(rows)
-            self.tally.bytes += sum(file.size for file in written.values())
+            self.stats.units += 1
+            self.stats.rows += len(rows)
+            self.stats.bytes += sum(file.size for file in written.values())
         with clear_errors(self.store.path):
             claims.release(unit)
         self._remaining.mark(unit)
         self._unit, self._filled = None, 0
-        self.tally.committing += time.perf_counter() - began
+        self.stats.committing += time.perf_counter() - began
         return True
 
     def leave(self) -> None:
@@ -374,7 +374,7 @@ class Recorder:
 
     def _start(self) -> None:
         with clear_errors(self.store.path):
-            worker = start_work(self.store.path, self.fingerprint, self._patience)
+            worker = start_work(self.store.path, self.fingerprint, self._heartbeat_timeout)
             try:
                 self._writer = writer_of(worker, self._pool)
             except BaseException:
@@ -390,7 +390,7 @@ class Recorder:
     def _stop(self) -> None:
         worker, claims, writer = self._open_for_units()
         writer.stop()
-        self.tally.writing += writer.busy
+        self.stats.writing += writer.busy
         self._worker = self._claims = self._writer = None
         try:
             with clear_errors(self.store.path):

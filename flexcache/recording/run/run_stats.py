@@ -14,7 +14,7 @@ from flexcache.store.storage.location import Place
 
 
 @dataclass
-class Tally:
+class RunStats:
     """Where the time of a recording went, in seconds, and what came of it."""
 
     began: float = field(default_factory=time.perf_counter)

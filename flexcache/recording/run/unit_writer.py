@@ -12,8 +12,8 @@ import numpy as np
 from flexcache.errors import CaptureError, SiteError, nearest
 from flexcache.recording.forward.batch import Batch
 from flexcache.recording.forward.batch_rows import rows_of
-from flexcache.recording.run.existing_rows import Carried
-from flexcache.recording.run.run_stats import Tally
+from flexcache.recording.run.existing_rows import ExistingRows
+from flexcache.recording.run.run_stats import RunStats
 from flexcache.spec import DTYPES
 from flexcache.store.format.int8 import is_scale, scale_name
 from flexcache.store.format.shard import ShardLayout, shard_name
@@ -26,14 +26,14 @@ from flexcache.store.write.shard_file import Copy, NonFinite, ShardFile, copy_by
 from flexcache.store.write.shard_writer import WriterThread
 
 
-class Intake:
+class UnitWriter:
     """The open shards of one unit, and what may be put into them.
 
     Parameters
     ----------
     keys
         The sites and layers that this process writes; all by default.
-    tally
+    stats
         Where the time for copying rows is noted.
 
     Attributes
@@ -44,8 +44,8 @@ class Intake:
         The one whose rows are taken.
     """
 
-    def __init__(self, store: Store, keys: Sequence[Key] | None, tally: Tally) -> None:
-        self._store, self._tally = store, tally
+    def __init__(self, store: Store, keys: Sequence[Key] | None, stats: RunStats) -> None:
+        self._store, self._tally = store, stats
         arrays = store.arrays
         every = [(name, layer) for name, array in arrays.items() for layer in array.slices]
         self.keys: list[Key] = [key for key in (every if keys is None else keys) if not is_scale(key[0], arrays)]
@@ -74,7 +74,7 @@ class Intake:
         """Begin the shards of a unit."""
         self._files = {(name, layer): self._open(name, layer, unit, writer) for name, layer in self._writes}
 
-    def carry(self, carried: Carried, unit: int) -> None:
+    def carry(self, carried: ExistingRows, unit: int) -> None:
         """Begin them with the rows that a growing store has."""
         for key, file in self._files.items():
             for content, n_rows in carried.blocks(key, unit):

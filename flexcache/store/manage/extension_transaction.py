@@ -37,7 +37,7 @@ POLL = 0.1
 Progress = Callable[[int, int], None]
 
 
-class Growth:
+class ExtensionTransaction:
     """What a store grows by, from when it is staged until it is in place.
 
     Attributes
@@ -304,7 +304,7 @@ def check_settled(path: str | Place, begun: bool = False) -> None:
     """
     if isinstance(place(path), RemotePath):  # it does not grow there
         return
-    growth = Growth(path)
+    growth = ExtensionTransaction(path)
     if growth.placing or (begun and growth.begun):
         raise StoreError(
             "an extension of the store has begun and is not finished",
@@ -316,7 +316,7 @@ def check_settled(path: str | Place, begun: bool = False) -> None:
 
 def staged_records(path: Place) -> tuple[dict[str, FileRecord], dict[int, UnitRecord]]:
     """Return what the files of an extension on its way to its place are to be, by name and by unit; else nothing."""
-    if isinstance(path, RemotePath) or not Growth(path).placing:
+    if isinstance(path, RemotePath) or not ExtensionTransaction(path).placing:
         return {}, {}
     ledger = Ledger(path / GROWING)
     return plan_files(Store(path / GROWING)), {unit: ledger.read(unit) for unit in ledger.units()}

@@ -26,7 +26,7 @@ AT_ONCE = 8
 """Parts on their way to object storage."""
 
 
-class Arrivals(Protocol):
+class FileTransfer(Protocol):
     """The files of a unit on their way."""
 
     def take(self, source: Place, name: str, record: FileRecord) -> None:
@@ -44,7 +44,7 @@ class Arrivals(Protocol):
         """Give up what has not been put in place."""
 
 
-def arrivals_of(worker: AnyWorker) -> Arrivals:
+def arrivals_of(worker: AnyWorker) -> FileTransfer:
     """Return what brings files to the store of a worker."""
     return Uploads(worker.root) if isinstance(worker, RemoteWorker) else Copies(worker)
 

@@ -15,7 +15,7 @@ from flexcache.store.format.int8 import SCALE, is_scale, scale_name
 from flexcache.store.format.ledger import FileRecord, UnitRecord
 from flexcache.store.format.shard import ShardLayout, shard_name
 from flexcache.store.manage.derive import POLL
-from flexcache.store.manage.file_transfer import Arrivals, arrivals_of
+from flexcache.store.manage.file_transfer import FileTransfer, arrivals_of
 from flexcache.store.read.range_error import range_error
 from flexcache.store.read.selection import Key
 from flexcache.store.read.store import Store
@@ -122,7 +122,7 @@ class Transfer:
         with closing(arrivals_of(worker)) as arrivals:
             self._commit(unit, arrivals, writer)
 
-    def _commit(self, unit: int, arrivals: Arrivals, writer: WriterThread | None) -> None:
+    def _commit(self, unit: int, arrivals: FileTransfer, writer: WriterThread | None) -> None:
         records = {id(store): store.ledger.read(unit) for store in self._stores}
         shards: list[ShardFile] = []
         for key, source in self.sources.items():

@@ -12,15 +12,17 @@ from flexcache.store.write.object_worker import RemoteClaims, RemoteWorker
 from flexcache.store.write.object_writer import RemoteWriter
 from flexcache.store.write.shard_writer import Writer, WriterThread
 from flexcache.store.write.slabs import SlabPool, size_slabs
-from flexcache.store.write.worker import PATIENCE, Worker
+from flexcache.store.write.worker import HEARTBEAT_TIMEOUT, Worker
 
 AnyWorker = Worker | RemoteWorker
 
 
-def start_work(root: Place, conditions: dict[str, Any] | None = None, patience: float = PATIENCE) -> AnyWorker:
+def start_work(
+    root: Place, conditions: dict[str, Any] | None = None, heartbeat_timeout: float = HEARTBEAT_TIMEOUT
+) -> AnyWorker:
     """Return this process as a worker on the store there."""
     kind = RemoteWorker if isinstance(root, RemotePath) else Worker
-    return kind(root, conditions, patience)  # type: ignore[arg-type]
+    return kind(root, conditions, heartbeat_timeout)  # type: ignore[arg-type]
 
 
 def claims_of(worker: AnyWorker) -> Claiming:

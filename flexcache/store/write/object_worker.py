@@ -19,14 +19,14 @@ from flexcache.store.storage.atomic_files import json_bytes
 from flexcache.store.storage.multipart_upload import abort_uploads
 from flexcache.store.storage.object_path import RemotePath
 from flexcache.store.write.claims import Claiming
-from flexcache.store.write.worker import ALIVE, BEATS, PARTIAL, PATIENCE, ended, identity
+from flexcache.store.write.worker import ALIVE, BEATS, HEARTBEAT_TIMEOUT, PARTIAL, ended, identity
 
 
 class RemoteWorker:
     """This process at work on a store, as `Worker`, with an object that it keeps rewriting.
 
-    Clocks are not compared: a worker is gone when its object is, or when that has not changed for *patience* seconds of
-    the watcher's clock, or when its process on this machine has ended.
+    Clocks are not compared: a worker is gone when its object is gone, when its object has not changed for
+    *heartbeat_timeout* seconds of the watcher's clock, or when its process on this machine has ended.
 
     Attributes
     ----------
@@ -36,12 +36,14 @@ class RemoteWorker:
         The object, ``<root>/.partial/<id>/alive``.
     """
 
-    def __init__(self, root: RemotePath, conditions: dict[str, Any] | None = None, patience: float = PATIENCE) -> None:
+    def __init__(
+        self, root: RemotePath, conditions: dict[str, Any] | None = None, heartbeat_timeout: float = HEARTBEAT_TIMEOUT
+    ) -> None:
         self.root = root
         self.conditions = conditions or {}
         self.id = uuid.uuid4().hex
         self.alive = root / PARTIAL / self.id / ALIVE
-        self._patience = patience
+        self._heartbeat_timeout = heartbeat_timeout
         self._seen: dict[str, tuple[bytes, float]] = {}
         self._folder: Path | None = None
         self._beats = 0
@@ -93,7 +95,7 @@ class RemoteWorker:
         if before != beat:
             self._seen[name] = beat, now
             return False
-        return now - since >= self._patience
+        return now - since >= self._heartbeat_timeout
 
     def sweep(self) -> None:
         """Remove the objects of workers that are gone."""
@@ -108,7 +110,7 @@ class RemoteWorker:
         self._beats += 1
 
     def _beat(self) -> None:
-        while not self._stopped.wait(self._patience / BEATS):
+        while not self._stopped.wait(self._heartbeat_timeout / BEATS):
             with contextlib.suppress(UnreachableError, FileNotFoundError):
                 if not self.lost:
                     self._write()

@@ -18,20 +18,20 @@ from flexcache.store.storage.object_path import RemotePath
 
 PARTIAL = ".partial"
 ALIVE = "alive"
-PATIENCE = 120.0
+HEARTBEAT_TIMEOUT = 120.0
 """Seconds after which a worker that has not touched its file counts as gone, wherever it runs."""
 
 BEATS = 6
-"""Signs of life within the patience."""
+"""Heartbeats within the timeout."""
 _NEW = ".new"
 
 
 class Worker:
     """This process at work on a store: a folder of its own for files in progress, and a heartbeat.
 
-    Clocks of different machines are never compared: a worker is gone when its folder is, or when its file has not
-    changed for *patience* seconds of the watcher's own clock. On one machine nobody waits for that: there a process
-    that has ended, by whatever signal, is seen to have ended at once.
+    Clocks of different machines are never compared: a worker is gone when its folder is gone, or when its file has not
+    changed for *heartbeat_timeout* seconds of the watcher's own clock. On one machine nobody waits for that: the end of
+    a process, by whatever signal, is seen at once.
 
     Attributes
     ----------
@@ -43,10 +43,12 @@ class Worker:
         Further files to touch: claims where the file system has no links.
     """
 
-    def __init__(self, root: Path, conditions: dict[str, Any] | None = None, patience: float = PATIENCE) -> None:
+    def __init__(
+        self, root: Path, conditions: dict[str, Any] | None = None, heartbeat_timeout: float = HEARTBEAT_TIMEOUT
+    ) -> None:
         self.root = root
         self.conditions = conditions or {}
-        self._patience = patience
+        self._heartbeat_timeout = heartbeat_timeout
         self._seen: dict[Path, tuple[int, float]] = {}
         self._stopped = threading.Event()
         self.touches: set[Path] = set()
@@ -108,7 +110,7 @@ class Worker:
         if before != changed:
             self._seen[path] = changed, now
             return False
-        return now - since >= self._patience
+        return now - since >= self._heartbeat_timeout
 
     def _left(self, content: bytes) -> bool:
         """Whether a worker's folder is gone, so that it has closed, or others have found it gone."""
@@ -126,7 +128,7 @@ class Worker:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _beat(self) -> None:
-        while not self._stopped.wait(self._patience / BEATS):
+        while not self._stopped.wait(self._heartbeat_timeout / BEATS):
             for path in (self.alive, *list(self.touches)):
                 with contextlib.suppress(OSError):
                     os.utime(path)

@@ -33,7 +33,7 @@ def sampled(share: float) -> Moments:
     return statistic
 
 
-def bits(found: onepass.Reading) -> list[bytes]:
+def bits(found: onepass.PassResult) -> list[bytes]:
     return [v.tobytes() for layer in found.layers for s in found.states[layer].values() for v in s.values()]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from analysis import replay
 from analysis.replay.edits.edit import Edit
-from analysis.replay.edits.edit_context import Spot
+from analysis.replay.edits.edit_context import EditContext
 from flexcache.errors import AnalysisError, FlexCacheError, StoreError
 from tests.corpora import token_documents
 from tests.models import HIDDEN, VOCABULARY
@@ -34,7 +34,7 @@ def swept(made: Any, **options: Any) -> Any:
 class Broken(Edit):
     """Fails in its own code."""
 
-    def change(self, x: torch.Tensor, spot: Spot) -> torch.Tensor:
+    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
         """Raise KeyError."""
         raise KeyError("a bug of mine")
 
@@ -45,7 +45,7 @@ class Returns(Edit):
 
     nothing: bool = False
 
-    def change(self, x: torch.Tensor, spot: Spot) -> Any:
+    def change(self, x: torch.Tensor, spot: EditContext) -> Any:
         """Return another shape than *x*."""
         return None if self.nothing else x.mean(0)
 

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 from analysis import replay
 from analysis.replay.edits.edit import Edit, alternatives, from_json, labels
-from analysis.replay.edits.edit_context import Source, Spot
+from analysis.replay.edits.edit_context import EditContext, StoreRows
 from analysis.replay.sweeps.inference import group_bootstrap, sign_flip
 from flexcache.errors import AnalysisError
 from tests.models import HIDDEN
@@ -51,18 +51,20 @@ def doubled(module: Any, activation: torch.Tensor, save_ctx: Any, modules: Any) 
 
 
 @pytest.fixture(scope="module")
-def spot(captured: Callable[..., Any]) -> Spot:
+def spot(captured: Callable[..., Any]) -> EditContext:
     """Five tokens of three documents in layer 1."""
     store, model = captured()
-    source = Source(store)
+    source = StoreRows(store)
     lengths = source.lengths
     long = np.flatnonzero(lengths > 4)[:3]
     lines, documents = np.array([0, 0, 1, 2, 2]), long[[0, 0, 1, 2, 2]]
-    return Spot(source, "resid_post", 1, model.model.layers[1], lines, documents, np.array([0, 3, 2, 1, 4]), seed=5)
+    return EditContext(
+        source, "resid_post", 1, model.model.layers[1], lines, documents, np.array([0, 3, 2, 1, 4]), seed=5
+    )
 
 
 @pytest.fixture
-def x(spot: Spot) -> torch.Tensor:
+def x(spot: EditContext) -> torch.Tensor:
     return spot.source.rows("resid_post", 1, spot.source.row_start[spot.documents] + spot.positions)
 
 
@@ -78,7 +80,7 @@ def test_an_edit_is_a_value_that_prints_and_is_written_without_pickle(edit: Edit
 
 
 @pytest.mark.parametrize("edit", [e for e in ALL if len(e.strengths) == 1 and "ByLayer" not in repr(e)], ids=repr)
-def test_a_change_keeps_shape_and_leaves_its_argument_alone(edit: Edit, x: torch.Tensor, spot: Spot) -> None:
+def test_a_change_keeps_shape_and_leaves_its_argument_alone(edit: Edit, x: torch.Tensor, spot: EditContext) -> None:
     before = x.clone()
     single = edit.at_strength(edit.strengths[0])
     after = single.change(x, spot)
@@ -88,7 +90,7 @@ def test_a_change_keeps_shape_and_leaves_its_argument_alone(edit: Edit, x: torch
     assert torch.equal(after, single.change(x, spot)), "the same twice"
 
 
-def test_edits_do_what_they_say(x: torch.Tensor, spot: Spot) -> None:
+def test_edits_do_what_they_say(x: torch.Tensor, spot: EditContext) -> None:
     zero = replay.Zero((3, 5)).change(x, spot)
     assert (zero[:, [3, 5]] == 0).all()
     assert np.array_equal(np.delete(zero.numpy(), [3, 5], 1), np.delete(x.numpy(), [3, 5], 1))
@@ -105,7 +107,7 @@ def test_edits_do_what_they_say(x: torch.Tensor, spot: Spot) -> None:
     np.testing.assert_allclose((matched - x).norm(dim=1), np.full(5, 3 * np.linalg.norm(VECTOR)), rtol=1e-5)
 
 
-def test_means_are_the_stores(x: torch.Tensor, spot: Spot) -> None:
+def test_means_are_the_stores(x: torch.Tensor, spot: EditContext) -> None:
     store = spot.source.store
     rows, position = store.read("resid_post", 1), store.coordinates["position"].values
     whole = replay.Mean().change(x, spot)
@@ -116,7 +118,7 @@ def test_means_are_the_stores(x: torch.Tensor, spot: Spot) -> None:
     assert torch.equal(by_position[:, :4], x[:, :4])
 
 
-def test_patches_take_the_donors_row_at_the_aligned_position(x: torch.Tensor, spot: Spot) -> None:
+def test_patches_take_the_donors_row_at_the_aligned_position(x: torch.Tensor, spot: EditContext) -> None:
     store = spot.source.store
     ids = store.documents["id"].to_pylist()
     lengths = spot.source.lengths
@@ -141,7 +143,7 @@ def test_patches_take_the_donors_row_at_the_aligned_position(x: torch.Tensor, sp
     np.testing.assert_allclose(half, (x.numpy() + expected) / 2, atol=1e-6)
 
 
-def test_a_resampled_document_is_another_one_at_the_same_positions(x: torch.Tensor, spot: Spot) -> None:
+def test_a_resampled_document_is_another_one_at_the_same_positions(x: torch.Tensor, spot: EditContext) -> None:
     store = spot.source.store
     found = replay.Resample(1).change(x, spot).numpy()
     rows, position = store.read("resid_post", 1), store.coordinates["position"].values
@@ -218,7 +220,7 @@ def test_only_kinds_of_this_package_are_read() -> None:
         from_json({"kind": "Zero", "dim": [1]})
 
 
-def test_several_strengths_need_a_choice(x: torch.Tensor, spot: Spot) -> None:
+def test_several_strengths_need_a_choice(x: torch.Tensor, spot: EditContext) -> None:
     edit = replay.Steer(VECTOR, [0, 1]) >> replay.Zero((1,))
     assert edit.strengths == (0.0, 1.0)
     with pytest.raises(AnalysisError, match="one strength"):

@@ -131,17 +131,17 @@ def tensor_parallel_in_uneven_shards() -> None:
 @check(2)
 def files_of_tensor_parallel_ranks_are_shared_out_evenly() -> None:
     from flexcache.recording.forward.capture_targets import locate
-    from flexcache.recording.run.model_parallel_group import Crew
+    from flexcache.recording.run.model_parallel_group import ModelParallelGroup
     from flexcache.spec import Spec
 
     model = loaded("llama", tp_size=2)
-    crew = Crew(model)
-    reading = locate(model, Spec(sites={"resid_post": "all", "mlp_post": "all"}))
+    group = ModelParallelGroup(model)
+    targets = locate(model, Spec(sites={"resid_post": "all", "mlp_post": "all"}))
     keys: list[Any] = [None, None]
-    dist.all_gather_object(keys, crew.keys(reading.points))
+    dist.all_gather_object(keys, group.keys(targets.points))
     assert not set(keys[0]) & set(keys[1])
     assert len(keys[0]) == len(keys[1]) == 4
-    crew.close()
+    group.close()
 
 
 @check(2)

@@ -42,7 +42,7 @@ class Extent(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Probe:
+class ShapeProbe:
     """A place whose shape is asked for: *read* takes a module's arguments, keywords and output, and finds a tensor."""
 
     key: Hashable
@@ -68,7 +68,7 @@ class Learned:
         return rows and (self.any_length or extent.length == self.here.length)
 
 
-class Twin:
+class MetaModel:
     """The twin of a module, and what was learned from running it.
 
     Its weights take no memory; it has the whole, unsharded shapes, whichever way the module's own are sharded
@@ -80,7 +80,7 @@ class Twin:
         self._root = _twin(root, self._of)
         self._device: AbstractContextManager[Any] = nullcontext()
 
-    def learn(self, probes: Iterable[Probe], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Learned:
+    def learn(self, probes: Iterable[ShapeProbe], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Learned:
         """Return the shape at each probe for each time that its module runs, as functions of the batch's extent.
 
         The twin runs twice: with inputs of the shapes given, and with more rows and a greater length. Where the
@@ -115,7 +115,7 @@ class Twin:
         raise error
 
     def _run(
-        self, probes: list[Probe], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, probes: list[ShapeProbe], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[Hashable, list[tuple[int, ...]]]:
         found: dict[Hashable, list[tuple[int, ...]]] = {probe.key: [] for probe in probes}
         handles = []
@@ -166,7 +166,7 @@ def without_values(model: nn.Module) -> Iterator[None]:
             setattr(config, name, value)
 
 
-def _recorder(probe: Probe, found: list[tuple[int, ...]]) -> Callable[..., None]:
+def _recorder(probe: ShapeProbe, found: list[tuple[int, ...]]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         tensor = probe.read(args, kwargs, output)
         found.append(tuple(tensor.shape) if tensor is not None else ())

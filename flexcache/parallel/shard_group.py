@@ -15,7 +15,7 @@ Edit = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Plane:
+class ShardGroup:
     """The ranks that together hold one activation, and where the piece of each lies in it.
 
     Attributes
@@ -95,7 +95,7 @@ def cut(whole: torch.Tensor, part: Part) -> torch.Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, piece: torch.Tensor, plane: Plane) -> torch.Tensor:
+    def forward(ctx: Any, piece: torch.Tensor, plane: ShardGroup) -> torch.Tensor:
         ctx.plane = plane
         return plane.gather(piece)
 
@@ -106,7 +106,7 @@ class _Gather(torch.autograd.Function):
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, whole: torch.Tensor, plane: Plane) -> torch.Tensor:
+    def forward(ctx: Any, whole: torch.Tensor, plane: ShardGroup) -> torch.Tensor:
         ctx.plane = plane
         return cut(whole, plane.own).clone(memory_format=torch.contiguous_format)
 

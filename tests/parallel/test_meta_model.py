@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from flexcache.parallel.twin import Extent, Probe, Size, Twin, extent_of, shape_rule
+from flexcache.parallel.meta_model import Extent, MetaModel, ShapeProbe, Size, extent_of, shape_rule
 from tests.distributed.reference import first
 from tests.models import tiny, token_ids
 
@@ -38,9 +38,9 @@ def real_shapes(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[tupl
 def test_the_twin_tells_the_shapes_of_every_batch(family: str) -> None:
     model = tiny(family)
     names = [name for name, _ in model.named_modules() if "experts." not in name]
-    probes = [Probe(name, model.get_submodule(name), output) for name in names]
+    probes = [ShapeProbe(name, model.get_submodule(name), output) for name in names]
     ids = token_ids(2, 7)
-    learned = Twin(model).learn(probes, (), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    learned = MetaModel(model).learn(probes, (), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     for extent in (Extent(2, 7), Extent(3, 5), Extent(1, 11)):
         assert learned.covers(extent)
         real = real_shapes(model, lambda extent=extent: model(input_ids=token_ids(*extent)))
@@ -54,8 +54,8 @@ def test_the_twin_takes_no_memory_and_leaves_the_model_as_it_is() -> None:
     fired = []
     model.model.layers[0].register_forward_hook(lambda m, a, o: fired.append(1))
     config, state = dict(vars(model.config)), {k: v.clone() for k, v in model.state_dict().items()}
-    twin = Twin(model)
-    twin.learn([Probe(0, model.lm_head, output)], (), {"input_ids": token_ids()})
+    twin = MetaModel(model)
+    twin.learn([ShapeProbe(0, model.lm_head, output)], (), {"input_ids": token_ids()})
     assert all(p.device.type == "meta" for p in twin._root.parameters())
     assert {p.data_ptr() for p in model.parameters()}.isdisjoint({id(p) for p in twin._root.parameters()})
     assert not fired
@@ -66,7 +66,7 @@ def test_the_twin_takes_no_memory_and_leaves_the_model_as_it_is() -> None:
 
 def test_matrices_of_features_have_rows_and_no_length() -> None:
     model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 10))
-    learned = Twin(model).learn([Probe(n, model[n], output) for n in range(3)], (torch.randn(4, 10),), {})
+    learned = MetaModel(model).learn([ShapeProbe(n, model[n], output) for n in range(3)], (torch.randn(4, 10),), {})
     assert learned.covers(Extent(9, 1))
     assert learned.shapes[1] == [(Size(1, 1, 0), Size(20, 0, 0))]
 
@@ -77,7 +77,7 @@ def test_tensors_that_the_module_makes_itself_are_on_meta_too() -> None:
             return x + torch.arange(x.shape[1])[None, :, None]
 
     model = Positions()
-    learned = Twin(model).learn([Probe(0, model, output)], (torch.randn(2, 3, 4),), {})
+    learned = MetaModel(model).learn([ShapeProbe(0, model, output)], (torch.randn(2, 3, 4),), {})
     assert learned.shapes[0] == [(Size(1, 1, 0), Size(1, 0, 1), Size(4, 0, 0))]
 
 
@@ -91,7 +91,7 @@ def test_a_fixed_length_is_no_obstacle_and_other_lengths_are_not_covered() -> No
             return self.f(x.flatten(1))
 
     model = Fixed()
-    learned = Twin(model).learn([Probe(0, model.f, output)], (torch.randn(2, 3, 4),), {})
+    learned = MetaModel(model).learn([ShapeProbe(0, model.f, output)], (torch.randn(2, 3, 4),), {})
     assert learned.shapes[0] == [(Size(1, 1, 0), Size(5, 0, 0))]
     assert learned.covers(Extent(7, 3))
     assert not learned.covers(Extent(2, 4))
@@ -107,8 +107,8 @@ def test_a_shape_that_follows_no_rule_hides_no_other() -> None:
             return self.g(x).sum() + self.f(x[:, : x.shape[1] // 2 + 1]).sum()
 
     model = Pairs()
-    probes = [Probe("f", model.f, output), Probe("g", model.g, output)]
-    learned = Twin(model).learn(probes, (torch.randn(2, 8, 4),), {})
+    probes = [ShapeProbe("f", model.f, output), ShapeProbe("g", model.g, output)]
+    learned = MetaModel(model).learn(probes, (torch.randn(2, 8, 4),), {})
     assert learned.shapes == {"f": [], "g": [(Size(1, 1, 0), Size(1, 0, 1), Size(4, 0, 0))]}
     assert learned.covers(Extent(3, 9))
 
@@ -120,7 +120,7 @@ def test_code_that_depends_on_values_is_an_error() -> None:
 
     model = Looks()
     with pytest.raises(RuntimeError, match="meta"):
-        Twin(model).learn([Probe(0, model, output)], (torch.randn(2, 3, 4),), {})
+        MetaModel(model).learn([ShapeProbe(0, model, output)], (torch.randn(2, 3, 4),), {})
 
 
 @pytest.mark.parametrize(
