@@ -1,1 +1,20 @@
-"""Activations to and from the files of others: safetensors, npy, Parquet, and what torch saves."""
+"""Convert stores to and from the files of other tools: safetensors, npy, Parquet, and what torch saves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flexcache.exports import lazy_exports
+
+if TYPE_CHECKING:
+    from flexcache.exchange.exporting import export
+    from flexcache.exchange.importing import import_folder
+
+__all__ = ["export", "import_folder"]
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "export": "flexcache.exchange.exporting:export",
+        "import_folder": "flexcache.exchange.importing:import_folder",
+    },
+)

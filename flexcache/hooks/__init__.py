@@ -1,6 +1,7 @@
-"""Reading activations inside a model: where they are, and hooks that hand them over."""
+"""Hooks: find sites in a model, read them, edit them, and check that they are what their names say."""
 
 from flexcache.hooks.checks.identity import check_identity
+from flexcache.hooks.flexmodel import edits
 from flexcache.hooks.flexmodel.flex_model import FlexModel
 from flexcache.hooks.flexmodel.hook_function import HookFunction
 from flexcache.hooks.locate.blocks import find_blocks
@@ -17,6 +18,7 @@ __all__ = [
     "HookFunction",
     "HookPoint",
     "check_identity",
+    "edits",
     "find_blocks",
     "find_hook_points",
     "measure",

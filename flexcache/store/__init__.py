@@ -1,1 +1,34 @@
-"""Stores on disk: the format, creating and filling them, opening, reading and verifying them."""
+"""Stores: the disk format, reading, writing, and changing whole stores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flexcache.exports import lazy_exports
+
+if TYPE_CHECKING:
+    from flexcache.store.manage.copy import copy
+    from flexcache.store.manage.merge import merge
+    from flexcache.store.manage.remove import Removal
+    from flexcache.store.manage.repair import Repair, repair
+    from flexcache.store.manage.verify import Verification, verify
+    from flexcache.store.read.row_alignment import rows_in
+    from flexcache.store.read.selection import select
+    from flexcache.store.read.store import Store
+
+__all__ = ["Removal", "Repair", "Store", "Verification", "copy", "merge", "repair", "rows_in", "select", "verify"]
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Removal": "flexcache.store.manage.remove:Removal",
+        "Repair": "flexcache.store.manage.repair:Repair",
+        "Store": "flexcache.store.read.store:Store",
+        "Verification": "flexcache.store.manage.verify:Verification",
+        "copy": "flexcache.store.manage.copy:copy",
+        "merge": "flexcache.store.manage.merge:merge",
+        "repair": "flexcache.store.manage.repair:repair",
+        "rows_in": "flexcache.store.read.row_alignment:rows_in",
+        "select": "flexcache.store.read.selection:select",
+        "verify": "flexcache.store.manage.verify:verify",
+    },
+)

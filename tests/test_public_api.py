@@ -1,0 +1,55 @@
+"""The names that users import, and where they import them from: one that goes away, or moves, is a decision."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+PUBLIC = {
+    "flexcache": "Choice Documents FlexCacheError FlexModel Generation HookFunction LogitDifference ModelSource"
+    " NextTokenLoss Packing Recorder Removal Site Store Transform Windows capture copy exchange export extend generate"
+    " import_folder merge open open_documents recompute record repair training verify",
+    "flexcache.documents": "Documents RESERVED open_documents",
+    "flexcache.exchange": "export import_folder",
+    "flexcache.hooks": "Activation ActivationHooks FlexModel HookFunction HookPoint check_identity edits find_blocks"
+    " find_hook_points measure user_hooks",
+    "flexcache.images": "Patches decode encode",
+    "flexcache.parallel": "Distribution Mesh Stages",
+    "flexcache.recording": "Batch LogitDifference NextTokenLoss Objective Recorder Transform",
+    "flexcache.store": "Removal Repair Store Verification copy merge repair rows_in select verify",
+    "flexcache.training": "Loader Stream stream",
+    "analysis": "codecs dataset erasure examples geometry lens moments onepass outliers probes quantiles readout replay"
+    " report similarity statistics survey targets tokens view",
+    "analysis.probes": "AttentionPooled Best Direction INLP LDA LinearProbe Logistic MLP MassMean NearestCentroid Ridge"
+    " Sweep by_position calibration confusion heat_map load load_direction save_dataset sweep sweeps transfer"
+    " transfer_map transfer_matrix",
+    "analysis.replay": "Alternatives ByLayer Chain Clamp Edit Engine Erase Function Grid Identity Interchange"
+    " Interpolate Mean Metric Noise NormMatched Outcome Patch Placed ProjectOut Resample Scale SetNeurons Start Steer"
+    " Sweep Zero attribution grid identity_error load load_rest obstacles projection same_length sweep verify",
+    "analysis.report": "write",
+    "analysis.statistics.onepass": "Block DocumentSample Grouping PassResult State Statistic grouping read",
+}
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_a_package_exports_its_public_names_and_no_others(package: str) -> None:
+    module = importlib.import_module(package)
+    assert sorted(module.__all__) == sorted(PUBLIC[package].split())
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+        assert name in dir(module)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        module.no_such_name  # noqa: B018 - the access is what is tested
+
+
+def test_a_function_is_exported_even_when_its_module_was_imported_first() -> None:
+    code = "import flexcache.recording.capture, flexcache.store.manage.copy, flexcache; flexcache.capture.__name__"
+    code += "; assert callable(flexcache.capture) and callable(flexcache.copy) and callable(flexcache.store.copy)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_reading_and_analysing_import_no_torch() -> None:
+    code = "import sys, flexcache, analysis; flexcache.open, flexcache.Site, flexcache.export, flexcache.verify"
+    code += "; from analysis import moments, probes, lens, survey; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
