@@ -1,8 +1,10 @@
 """The names that users import, and where they import them from: one that goes away, or moves, is a decision."""
 
 import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +55,19 @@ def test_reading_and_analysing_import_no_torch() -> None:
     code = "import sys, flexcache, analysis; flexcache.open, flexcache.Site, flexcache.export, flexcache.verify"
     code += "; from analysis import moments, probes, lens, survey; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_api_pages_show_every_name_of_flexcache_under_its_public_name() -> None:
+    pages = "".join(page.read_text() for page in (Path(__file__).parents[1] / "docs" / "api").glob("*.md"))
+    shown = set(re.findall(r"^\.\. auto\w+:: (\S+)$", pages, re.MULTILINE))
+    for name in shown:
+        found = importlib.import_module(name.partition(".")[0])
+        for part in name.split(".")[1:]:
+            found = getattr(found, part, None) or importlib.import_module(f"{found.__name__}.{part}")
+    elsewhere = {
+        "FlexCacheError",
+        "exchange",
+        "open",
+        "training",
+    }  # the page of errors, modules, and Store's other name
+    assert {f"flexcache.{name}" for name in PUBLIC["flexcache"].split() if name not in elsewhere} <= shown
