@@ -65,7 +65,7 @@ def write(
         exact_everywhere=bool((data["identity_error"] == 0).all()),
         skipped=[int(data["skipped"].min()), int(data["skipped"].max())],
         depth=data.attrs["depth"],
-        charts=[(NAMES.get(name, name), Markup(_svg(plot(sweep, metric=name), name))) for name in sweep.metrics],
+        charts=[(NAMES.get(name, name), Markup(_svg(plot(data, metric=name), name))) for name in sweep.metrics],
         exact=None if exact is None else Markup(_svg(scatter(exact), "attribution")),
         rho=None if exact is None else f"{exact.attrs['rank_correlation']:.2f}",
         method=None if exact is None else exact.attrs["method"],

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis.plot_style import INK, PAPER, SOFT, frame
-from analysis.replay.sweeps.results import Sweep
+from analysis.replay.sweeps.effects import check_metric, estimate_effects, names_along
 from flexcache.paths import local_path
 
 CURVES = ("#0a6ebd", "#bc4c00", "#1a7f37", "#8250df", "#9a6700", "#cf222e")
@@ -31,7 +31,7 @@ NAMES = {
 }
 
 
-def plot(sweep: Sweep, path: str | Path | None = None, metric: str | None = None) -> Figure:
+def plot(results: xr.Dataset, path: str | Path | None = None, metric: str | None = None) -> Figure:
     """Draw the means of a metric; uses no pyplot.
 
     With several positions, a heat map of layer × position for each edit at its largest strength, the cells whose 95 %
@@ -50,26 +50,26 @@ def plot(sweep: Sweep, path: str | Path | None = None, metric: str | None = None
     AnalysisError
         The metric was not measured.
     """
-    metric = sweep.metric(metric)
-    sizes = sweep.results["value"].sizes
+    metric = check_metric(results, metric)
+    sizes = results["value"].sizes
     if sizes["position"] > 1:
-        figure = heat_maps(sweep, metric)
+        figure = heat_maps(results, metric)
     elif sizes["alpha"] > 1:
-        figure = dose_response(sweep, metric)
+        figure = dose_response(results, metric)
     else:
-        figure = curves(sweep, metric)
+        figure = curves(results, metric)
     return _written(figure, path)
 
 
-def heat_maps(sweep: Sweep, metric: str) -> Figure:
+def heat_maps(results: xr.Dataset, metric: str) -> Figure:
     """Return a heat map of layer × position for each edit."""
-    effect = sweep.effect().sel(metric=metric, arm="edit")
+    effect = estimate_effects(results).sel(metric=metric, arm="edit")
     edits = [str(name) for name in effect["edit"].values]
     figure = Figure(figsize=(1.8 + 5.2 * len(edits), 5), layout="constrained", facecolor=PAPER)
     rows = figure.subplots(1, len(edits), squeeze=False)[0]
     reference = 0.0
-    if "identity" in sweep.arms:
-        unchanged = sweep.results["value"].sel(metric=metric, arm="identity")
+    if "identity" in names_along(results, "arm"):
+        unchanged = results["value"].sel(metric=metric, arm="identity")
         reference = float(unchanged.mean()) if np.isfinite(unchanged).any() else 0.0
     away = float(np.nan_to_num(np.abs(effect["mean"].values - reference)).max()) or 1.0
     for axes, edit in zip(rows, edits):
@@ -87,9 +87,9 @@ def heat_maps(sweep: Sweep, metric: str) -> Figure:
     return figure
 
 
-def dose_response(sweep: Sweep, metric: str) -> Figure:
+def dose_response(results: xr.Dataset, metric: str) -> Figure:
     """Return the metric over strengths, for up to six layers, beside the controls of the middle one."""
-    effect = sweep.effect().sel(metric=metric).isel(position=0)
+    effect = estimate_effects(results).sel(metric=metric).isel(position=0)
     figure = Figure(figsize=(8, 4.4), layout="constrained", facecolor=PAPER)
     axes = figure.subplots()
     layers = effect["layer"].values
@@ -97,7 +97,7 @@ def dose_response(sweep: Sweep, metric: str) -> Figure:
     middle = shown[len(shown) // 2]
     edits = [str(name) for name in effect["edit"].values]
     for number, (edit, layer) in enumerate((edit, layer) for edit in edits for layer in shown):
-        for arm in sweep.arms if layer == middle else ("edit",):
+        for arm in names_along(results, "arm") if layer == middle else ("edit",):
             if arm == "identity":  # a flat line at what strength 0 does
                 continue
             at = effect.sel(edit=edit, layer=layer, arm=arm)
@@ -105,17 +105,17 @@ def dose_response(sweep: Sweep, metric: str) -> Figure:
             label += f", {edit}" if len(edits) > 1 else ""
             _curve(axes, at["alpha"].values, at, CURVES[number % len(CURVES)], STYLES[arm], label)
     axes.set_xlabel("strength", color=INK)
-    _finish(axes, sweep, metric)
+    _finish(axes, results, metric)
     return figure
 
 
-def curves(sweep: Sweep, metric: str) -> Figure:
+def curves(results: xr.Dataset, metric: str) -> Figure:
     """Return the metric over layers, of each edit beside its controls."""
-    effect = sweep.effect().sel(metric=metric).isel(position=0)
+    effect = estimate_effects(results).sel(metric=metric).isel(position=0)
     figure = Figure(figsize=(8, 4.4), layout="constrained", facecolor=PAPER)
     axes = figure.subplots()
     for number, edit in enumerate(map(str, effect["edit"].values)):
-        for arm in sweep.arms:
+        for arm in names_along(results, "arm"):
             if arm == "identity" and number:
                 continue
             at = _strongest(effect.sel(edit=edit, arm=arm))
@@ -123,7 +123,7 @@ def curves(sweep: Sweep, metric: str) -> Figure:
             _curve(axes, at["layer"].values, at, CURVES[number % len(CURVES)], STYLES[arm], label)
     axes.set_xlabel("layer", color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _finish(axes, sweep, metric)
+    _finish(axes, results, metric)
     return figure
 
 
@@ -179,9 +179,9 @@ def _ticks(axes: Axes, at: xr.Dataset) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _finish(axes: Axes, sweep: Sweep, metric: str) -> None:
+def _finish(axes: Axes, results: xr.Dataset, metric: str) -> None:
     axes.set_ylabel(_name(metric), color=INK)
-    asked = sweep.results.attrs["question"]
+    asked = results.attrs["question"]
     axes.set_title(f"edits of {asked['site']}", loc="left", color=INK, fontsize=11, parse_math=False)
     legend = axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     for text in legend.get_texts():

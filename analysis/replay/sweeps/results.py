@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 
 from analysis.dataset import columns
-from analysis.replay.sweeps.inference import group_bootstrap, sign_flip
+from analysis.replay.sweeps.effects import check_metric, estimate_effects, names_along
 from flexcache.errors import AnalysisError, nearest
 from flexcache.paths import local_path
 
@@ -50,12 +49,12 @@ class Sweep:
     @property
     def arms(self) -> tuple[str, ...]:
         """The edit and its controls."""
-        return tuple(map(str, self.results["arm"].values))
+        return names_along(self.results, "arm")
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the metrics."""
-        return tuple(map(str, self.results["metric"].values))
+        return names_along(self.results, "metric")
 
     def effect(
         self, store: Store | None = None, groups: str = "document", resamples: int = 1000, seed: int = 0
@@ -79,26 +78,8 @@ class Sweep:
         AnalysisError
             There is no such column, or no store to take it from, or the store lacks a document of the sweep.
         """
-        values = self.results["value"].transpose("document", ...)
-        group = _groups(values["document"].values, store, groups)
-        numbers = values.values.astype(np.float64)
-        count = np.isfinite(numbers).sum(0)
-        mean = np.where(np.isfinite(numbers), numbers, 0).sum(0) / np.where(count, count, np.nan)
-        low, high = group_bootstrap(numbers, group, resamples, seed)
-        dims = values.dims[1:]
-        found: dict[str, Any] = {
-            "mean": (dims, mean),
-            "ci_low": (dims, low),
-            "ci_high": (dims, high),
-            "documents": (dims, count),
-        }
-        at = values.get_axis_num("arm")
-        edit: NDArray[np.float64] = numbers.take([0], axis=at).squeeze(at)
-        for number, name in enumerate(self.arms[1:], start=1):
-            p = sign_flip(np.subtract(edit, numbers.take([number], axis=at).squeeze(at)), group, seed=seed)
-            found[f"p_{name}"] = (tuple(dim for dim in dims if dim != "arm"), p)
-        coords = {name: self.results[name] for name in dims}
-        return xr.Dataset(found, coords, {"groups": groups, "resamples": resamples, **self.results.attrs})
+        group = _groups(self.results["document"].values, store, groups)
+        return estimate_effects(self.results, group, resamples, seed).assign_attrs(groups=groups)
 
     def to_dataframe(self) -> DataFrame:
         """Return one line for each arm, layer, position, edit, alpha and document, a column for each metric."""
@@ -113,21 +94,19 @@ class Sweep:
         AnalysisError
             It was not measured.
         """
-        if name is not None and name not in self.metrics:
-            raise AnalysisError(f"the sweep did not measure {name!r}", remedy=nearest(name, self.metrics))
-        return name or self.metrics[0]
+        return check_metric(self.results, name)
 
     def plot(self, path: str | Path | None = None, metric: str | None = None) -> Figure:
         """Draw a metric: layer × position as a heat map, else curves over layers or strengths."""
         from analysis.replay.sweeps.plot import plot
 
-        return plot(self, path, metric=metric)
+        return plot(self.results, path, metric=metric)
 
     def table(self, rows: int = 20) -> Table:
         """Return a `rich.table.Table` of the largest effects by the first metric."""
         from analysis.replay.sweeps.table import table
 
-        return table(self, rows)
+        return table(self.results, rows)
 
     def save(self, folder: str | Path) -> Path:
         """Write ``results.zarr`` into *folder*, made if need be, and return its path; any Zarr reader opens it."""
