@@ -6,13 +6,13 @@ import torch
 from models import model_and_ids
 
 from flexcache import FlexModel
-from flexcache.hooks.flexmodel.edits import Zero
+from flexcache.hooks import edits
 
 model, ids = model_and_ids()
 acts: dict[str, list[torch.Tensor]] = {}
 flex = FlexModel(model, acts)
-flex.create_hook_group("attention", "model.layers.*.self_attn.o_proj", editing_function=Zero())
-flex.create_hook_group("mlp", "model.layers.*.mlp", editing_function=Zero())
+flex.create_hook_group("attention", "model.layers.*.self_attn.o_proj", editing_function=edits.Zero())
+flex.create_hook_group("mlp", "model.layers.*.mlp", editing_function=edits.Zero())
 flex.update_hook_groups("layers.0.", "first")  # by a part of the names; a hook may be in any number of groups
 
 
