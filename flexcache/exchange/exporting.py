@@ -25,7 +25,7 @@ from flexcache.store.read.selection import Key, keys, select
 from flexcache.store.read.store import Store
 from flexcache.store.storage.atomic_files import fsync_folder, is_temporary, temporaries, temporary_name, write_json
 from flexcache.store.write.create import check_room
-from flexcache.store.write.shard_writer import clear_errors
+from flexcache.store.storage.disk_errors import clear_errors
 
 FORMATS = ("safetensors", "npy", "parquet")
 MANIFEST = "export.json"

@@ -24,8 +24,8 @@ from flexcache.spec import ArraySpec, Spec
 from flexcache.store.format.text import size
 from flexcache.store.storage.location import Place
 from flexcache.store.write.create import check_names, check_place, check_room, create, planning, total_bytes
-from flexcache.store.write.dataset_card import card
-from flexcache.store.write.shard_writer import clear_errors
+from flexcache.store.format.dataset_card import card
+from flexcache.store.storage.disk_errors import clear_errors
 
 Progress = Callable[[int, int], None]
 DOCUMENTS_DIGEST = f"documents.{DIGEST}"

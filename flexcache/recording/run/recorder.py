@@ -23,7 +23,8 @@ from flexcache.store.storage.location import Place
 from flexcache.store.write.backends import AnyWorker, claims_of, start_work, writer_of
 from flexcache.store.write.claims import Claiming
 from flexcache.store.write.shard_file import Copy
-from flexcache.store.write.shard_writer import WriterThread, clear_errors
+from flexcache.store.write.shard_writer import WriterThread
+from flexcache.store.storage.disk_errors import clear_errors
 from flexcache.store.write.slabs import Slab, SlabPool, anonymous_slab
 from flexcache.store.write.worker import HEARTBEAT_TIMEOUT
 

@@ -29,8 +29,8 @@ from flexcache.store.storage.location import Place
 from flexcache.store.storage.object_path import RemotePath
 from flexcache.store.storage.path_safety import check_inside
 from flexcache.store.write.create import appear, check_place, check_room, create_arrays, planning, total_bytes
-from flexcache.store.write.dataset_card import card
-from flexcache.store.write.shard_writer import clear_errors
+from flexcache.store.format.dataset_card import card
+from flexcache.store.storage.disk_errors import clear_errors
 
 POLL = 0.1
 """Seconds between two looks for the store that another process makes."""

@@ -28,7 +28,7 @@ from flexcache.store.storage.location import Place, local, place
 from flexcache.store.storage.object_path import RemotePath
 from flexcache.store.write.claims import Claims
 from flexcache.store.write.create import appear
-from flexcache.store.write.shard_writer import clear_errors
+from flexcache.store.storage.disk_errors import clear_errors
 from flexcache.store.write.worker import ALIVE, PARTIAL, Worker
 
 """Is there from before the first file takes its place: what is staged can no longer be dropped."""

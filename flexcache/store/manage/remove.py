@@ -22,8 +22,8 @@ from flexcache.store.read.store import Store
 from flexcache.store.storage.atomic_files import fsync_folder, write_durably, write_json
 from flexcache.store.storage.location import local
 from flexcache.store.write.claims import CLAIMS, Claims
-from flexcache.store.write.dataset_card import card
-from flexcache.store.write.shard_writer import disk_error
+from flexcache.store.format.dataset_card import card
+from flexcache.store.storage.disk_errors import disk_error
 from flexcache.store.write.worker import Worker
 
 NOTE = "removing.json"

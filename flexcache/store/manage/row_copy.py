@@ -16,7 +16,7 @@ from flexcache.store.format.ledger import FileRecord, UnitRecord
 from flexcache.store.format.shard import ShardLayout, shard_name
 from flexcache.store.manage.derive import POLL
 from flexcache.store.manage.file_transfer import FileTransfer, arrivals_of
-from flexcache.store.read.range_error import range_error
+from flexcache.store.write.range_error import range_error
 from flexcache.store.read.selection import Key
 from flexcache.store.read.store import Store
 from flexcache.store.storage.atomic_files import digest
@@ -25,7 +25,8 @@ from flexcache.store.storage.path_safety import check_inside
 from flexcache.store.write.backends import AnyWorker, claims_of, slabs_for, start_work, writer_of
 from flexcache.store.write.row_encoding import Unstorable, encode_rows
 from flexcache.store.write.shard_file import NonFinite, ShardFile
-from flexcache.store.write.shard_writer import WriterThread, disk_error
+from flexcache.store.write.shard_writer import WriterThread
+from flexcache.store.storage.disk_errors import disk_error
 from flexcache.store.write.slabs import SlabPool
 from flexcache.store.write.worker import PARTIAL
 

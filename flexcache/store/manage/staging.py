@@ -26,7 +26,7 @@ from flexcache.store.read.selection import Key
 from flexcache.store.read.store import Store
 from flexcache.store.storage.atomic_files import relative_files
 from flexcache.store.write.create import check_names, check_room, create_arrays, create_coordinate, total_bytes
-from flexcache.store.write.dataset_card import card
+from flexcache.store.format.dataset_card import card
 from flexcache.store.write.tables import write_tables
 
 

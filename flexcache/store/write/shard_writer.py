@@ -10,24 +10,20 @@ import errno
 import os
 import queue
 import resource
-import shutil
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flexcache.errors import CaptureError, FlexCacheError
 from flexcache.store.format.ledger import FileRecord
 from flexcache.store.format.shard import index_bytes
 from flexcache.store.storage.atomic_files import fsync_folder
+from flexcache.store.storage.disk_errors import disk_error
 from flexcache.store.storage.location import Place
-from flexcache.store.storage.object_path import RemotePath
-from flexcache.store.storage.retry import unreachable
 from flexcache.store.write.shard_file import ShardFile, check_finite
 from flexcache.store.write.slabs import PAGE, Slab, SlabPool
 from flexcache.store.write.worker import Worker
@@ -245,32 +241,6 @@ class Writer(WriterThread):
             view = view[count:]
             offset += count
             self.written += count
-
-
-@contextmanager
-def clear_errors(root: Place) -> Iterator[None]:
-    """Turn errors of the operating system into that which a user sees."""
-    try:
-        yield
-    except OSError as error:
-        raise disk_error(error, root) from error
-
-
-def disk_error(error: OSError, root: Place) -> FlexCacheError:
-    """Return the error that a user sees for one of the operating system's, or of object storage."""
-    if isinstance(root, RemotePath):
-        return unreachable(str(root), error)
-    root = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    failure = CaptureError(
-        "the disk is full" if full else "the disk refused a write",
-        where=str(error.filename or root),
-        found=f"{error.strerror or error} ({shutil.disk_usage(root).free / 1e9:.2f} GB free)",
-        remedy=("make room" if full else "mend the disk")
-        + ", then run the same command again: committed units are kept, and it goes on after them",
-    )
-    failure.__cause__ = error
-    return failure
 
 
 def _allow_open_files(count: int) -> None:

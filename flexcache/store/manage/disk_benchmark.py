@@ -8,7 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from flexcache.store.write.shard_writer import clear_errors, direct_works
+from flexcache.store.storage.disk_errors import clear_errors
+from flexcache.store.write.shard_writer import direct_works
 
 BLOCK = 4 << 20
 

@@ -1,0 +1,39 @@
+"""Turn errors of the operating system or of object storage into errors that a user can act on."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from flexcache.errors import CaptureError, FlexCacheError
+from flexcache.store.storage.location import Place
+from flexcache.store.storage.object_path import RemotePath
+from flexcache.store.storage.retry import unreachable
+
+
+@contextmanager
+def clear_errors(root: Place) -> Iterator[None]:
+    """Turn errors of the operating system into that which a user sees."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(error, root) from error
+
+
+def disk_error(error: OSError, root: Place) -> FlexCacheError:
+    """Return the error that a user sees for one of the operating system's, or of object storage."""
+    if isinstance(root, RemotePath):
+        return unreachable(str(root), error)
+    root = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    failure = CaptureError(
+        "the disk is full" if full else "the disk refused a write",
+        where=str(error.filename or root),
+        found=f"{error.strerror or error} ({shutil.disk_usage(root).free / 1e9:.2f} GB free)",
+        remedy=("make room" if full else "mend the disk")
+        + ", then run the same command again: committed units are kept, and it goes on after them",
+    )
+    failure.__cause__ = error
+    return failure
