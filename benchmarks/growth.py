@@ -36,7 +36,7 @@ from benchmarks.timing import console, show
 from flexcache.spec import ArraySpec
 from flexcache.store.format.ledger import Ledger
 from flexcache.store.format.schema import ATTRIBUTE, COORDINATES
-from flexcache.store.write.create import create_arrays, create_coordinate
+from flexcache.store.write.skeleton import create_arrays, create_coordinate
 
 UNIT = 65_536
 """Rows of a unit of 2,048 bfloat16 features: 256 MiB."""

@@ -16,8 +16,8 @@ from flexcache.errors import ConfigError
 from flexcache.recording.planning.length_sampling import Sampled, sample
 from flexcache.recording.planning.planning import Source
 from flexcache.store.format.text import size
-from flexcache.store.manage.footprint import Footprint, footprint
 from flexcache.store.manage.disk_benchmark import write_rate
+from flexcache.store.manage.footprint import Footprint, footprint
 from pipelines.config import CaptureConfig
 from pipelines.plan import place_of, source_of, table_of
 

@@ -20,12 +20,13 @@ from flexcache.site import Layers
 from flexcache.spec import DTYPES, ArraySpec
 from flexcache.store.format.int8 import is_scale
 from flexcache.store.format.schema import DOCUMENTS
-from flexcache.store.manage.derive import copy_verified, ledger_digest, shared_files
+from flexcache.store.manage.file_transfer import copy_verified
+from flexcache.store.manage.store_contents import ledger_digest, shared_files
 from flexcache.store.read.selection import Key, keys, select
 from flexcache.store.read.store import Store
 from flexcache.store.storage.atomic_files import fsync_folder, is_temporary, temporaries, temporary_name, write_json
-from flexcache.store.write.create import check_room
 from flexcache.store.storage.disk_errors import clear_errors
+from flexcache.store.write.create import check_room
 
 FORMATS = ("safetensors", "npy", "parquet")
 MANIFEST = "export.json"

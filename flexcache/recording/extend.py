@@ -50,7 +50,7 @@ from flexcache.recording.run.recorder import DEFAULT_BUFFER, Recorder
 from flexcache.site import Layers
 from flexcache.spec import ArraySpec, SitesLike, Spec, check_running, listed, parse_sites, validate
 from flexcache.store.format.metadata import stored_batching
-from flexcache.store.manage.extension_transaction import ExtensionTransaction, SettledError
+from flexcache.store.manage.extension_transaction import AlreadyCommittedError, ExtensionTransaction
 from flexcache.store.manage.staging import united
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import Place, local
@@ -205,9 +205,9 @@ def extend(
                 return Store(root)
             wanted = set(found.keys)
             targets = _narrowed(targets, wanted)
-            with found.growth.watched():
+            with found.transaction.watch_commit():
                 recorder = Recorder(
-                    found.growth.folder,
+                    found.transaction.folder,
                     fingerprint=now,
                     buffer_bytes=running.buffer_bytes,
                     allow_mixed=allow_mixed,
@@ -218,12 +218,12 @@ def extend(
                     heartbeat_timeout=running.heartbeat_timeout,
                 )
             if group.alone:
-                recorder.on_start = found.growth.check_open
+                recorder.on_start = found.transaction.check_open
             unchanged = partial(group.check_unchanged, model, described, str(path), example)
             complete(model, tokenizer, targets, recorder, bars, group, root, unchanged=unchanged)
-        except SettledError:
+        except AlreadyCommittedError:
             bars.say("other processes have completed it meanwhile")
-        ExtensionTransaction(root).settle(bars.placing())
+        ExtensionTransaction(root).commit(bars.committing())
         bars.say(f"in place → {shown(root)}")
     return Store(root)
 

@@ -148,8 +148,8 @@ def _extension(path: Path, source: Source, new_only: bool, options: dict[str, An
         found = more_documents(path, source.documents, source.tokenizer, new_only=new_only, max_tokens=most)
     if found is None:
         return Recorder(path, **options)
-    recorder = Recorder(found.growth.folder, **options, keys=found.keys, carried=found.carried)
-    recorder.on_start, recorder.on_complete = found.growth.check_open, found.growth.settle
+    recorder = Recorder(found.transaction.folder, **options, keys=found.keys, carried=found.carried)
+    recorder.on_start, recorder.on_complete = found.transaction.check_open, found.transaction.commit
     return recorder
 
 

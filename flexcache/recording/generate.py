@@ -29,10 +29,10 @@ from flexcache.recording.arguments import model_of, tokenizer_of
 from flexcache.recording.planning.planning import check_same
 from flexcache.recording.run.fingerprint import fingerprint
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
-from flexcache.recording.run.recorder import POLL
 from flexcache.sequences.chat import check_template
 from flexcache.store.storage.atomic_files import write_durably, write_json
 from flexcache.store.write.claims import Claims
+from flexcache.store.write.election import POLL, elect
 from flexcache.store.write.worker import HEARTBEAT_TIMEOUT, Worker
 
 PART = 64
@@ -181,12 +181,8 @@ def _claiming(completions: Completions, heartbeat_timeout: float) -> Iterator[Cl
 
 def _agree(path: Path, asked: dict[str, Any], claims: Claims) -> None:
     """Write what is asked for, where no process has, and refuse anything else."""
-    while not path.exists():
-        if claims.take([REQUEST]) is None:
-            time.sleep(POLL)
-            continue
-        if not path.exists():
-            write_json(path, asked)
+    if elect(claims.worker, claims, REQUEST, path.exists):
+        write_json(path, asked)
         claims.release(REQUEST)
     check_same(json.loads(path.read_bytes()), asked, path.parent)
 
@@ -196,7 +192,7 @@ def _made(writer: _Writer, completions: Completions, claims: Claims, number: int
     path = completions.part(number)
     if path.exists():
         return True
-    if claims.take([number]) is None:
+    if claims.take_claim([number]) is None:
         return False
     if not path.exists():
         sink = pa.BufferOutputStream()

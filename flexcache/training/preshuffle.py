@@ -16,7 +16,7 @@ from flexcache.site import Layers
 from flexcache.spec import ArraySpec
 from flexcache.store.format.int8 import is_scale
 from flexcache.store.manage.copy import check_apart
-from flexcache.store.manage.derive import describe_origin, ledger_digest
+from flexcache.store.manage.store_contents import describe_origin, ledger_digest
 from flexcache.store.read.recorded_model import recorded_model
 from flexcache.store.read.selection import select
 from flexcache.store.read.store import Store

@@ -83,7 +83,7 @@ def test_one_that_is_unfinished(
     assert "an extension has begun" in run(capsys, "info", "run.zarr")
     assert "another extension" in run(capsys, "extend", started, "--set", "sites=[resid_pre]", status=1)
     assert "the extension is dropped" in run(capsys, "extend", more, "--discard")
-    assert not ExtensionTransaction("run.zarr").begun
+    assert not ExtensionTransaction("run.zarr").staged
 
 
 def test_several_processes(started: Path, more: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

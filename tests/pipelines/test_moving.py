@@ -31,7 +31,7 @@ def test_copy(store: flexcache.Store, capsys: pytest.CaptureFixture[str]) -> Non
     assert part.sites == ("resid_post",)
     assert part.compressed
     assert part.arrays["resid_post"].dtype == "float32"
-    assert "another one" in run(capsys, "copy", "run.zarr", "part.zarr", "-q", status=1)
+    assert "another store" in run(capsys, "copy", "run.zarr", "part.zarr", "-q", status=1)
     assert "cannot be read" in run(capsys, "copy", "run.zarr", "new.zarr", "--layers", "0,x", status=2)
     assert "did you mean resid_post" in run(capsys, "copy", "run.zarr", "new.zarr", "--site", "resid_pots", status=1)
     assert not Path("new.zarr").exists()

@@ -116,7 +116,7 @@ def test_a_largest_batch_that_cannot_be_is_searched_for(value: object, tmp_path:
 
 
 def test_coordinates_are_read_where_they_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexcache.store.write.create.COORDINATE_CHUNK", 512)
+    monkeypatch.setattr("flexcache.store.write.skeleton.COORDINATE_CHUNK", 512)
     store = build_store(tmp_path / "run.zarr", DOCUMENTS)
     assert store.n_rows > 2048
     whole = {name: variable.values.copy() for name, variable in store.coordinates.items()}

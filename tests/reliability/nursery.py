@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import flexcache
-import flexcache.recording.run.recorder as recording
+import flexcache.store.write.election as election
 from flexcache.recording.run.recorder import Recorder
 from tests.corpora import lengths, token_documents
 from tests.models import VOCABULARY, tiny
@@ -58,7 +58,7 @@ def small(path: str, at: int) -> None:
 
 def main(path: str, log: str) -> None:
     torch.set_num_threads(1)
-    recording.POLL = 0.02
+    election.POLL = 0.02
     tiny("llama")(input_ids=torch.ones(1, 2, dtype=torch.int64))
     print("ready", flush=True)
     for line in sys.stdin:

@@ -149,9 +149,9 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def drop_the_extension(self) -> None:
-        growth = ExtensionTransaction(self.path)
-        if self.doing is not None and growth.begun and not growth.placing:
-            assert growth.discard()
+        extension = ExtensionTransaction(self.path)
+        if self.doing is not None and extension.staged and not extension.committing:
+            assert extension.discard()
             self.doing = None
 
     @rule(which=st.integers(0, DEPTH), kill=KILL)

@@ -127,14 +127,14 @@ def test_a_claim_is_one_workers_until_it_ends(everywhere: str) -> None:
     assert isinstance(root, RemotePath)
     first, second = RemoteWorker(root, {"threads": 3}), RemoteWorker(root)
     claims, others = RemoteClaims(first), RemoteClaims(second)
-    assert claims.take([0, 1]) == "0"
-    assert others.take([0, 1]) == "1"
-    assert others.take([0, 1]) is None
+    assert claims.take_claim([0, 1]) == "0"
+    assert others.take_claim([0, 1]) == "1"
+    assert others.take_claim([0, 1]) is None
     assert [told["conditions"] for told in others.others()] == [{"threads": 3}]
     assert claims.holds(0)
     first.alive.unlink()  # as others do with a worker that they take for gone
     assert first.lost
-    assert others.take([0]) == "0"
+    assert others.take_claim([0]) == "0"
     assert not claims.holds(0)
     assert others.holds(0)
     first.close()
@@ -147,18 +147,18 @@ def test_a_worker_that_stands_still_is_gone_after_a_while(everywhere: str, monke
     root = place(everywhere)
     assert isinstance(root, RemotePath)
     sleeping, watcher = RemoteWorker(root), RemoteWorker(root, heartbeat_timeout=100)
-    assert RemoteClaims(sleeping).take([5]) == "5"
+    assert RemoteClaims(sleeping).take_claim([5]) == "5"
     claims, now = RemoteClaims(watcher), 1000.0
     monkeypatch.setattr("flexcache.store.write.object_worker.time.monotonic", lambda: now)
-    assert claims.take([5]) is None
+    assert claims.take_claim([5]) is None
     now += 99
-    assert claims.take([5]) is None
+    assert claims.take_claim([5]) is None
     sleeping._write()  # a sign of life
-    assert claims.take([5]) is None
+    assert claims.take_claim([5]) is None
     now += 99
-    assert claims.take([5]) is None
+    assert claims.take_claim([5]) is None
     now += 2
-    assert claims.take([5]) == "5"
+    assert claims.take_claim([5]) == "5"
     watcher.sweep()
     assert sleeping.lost
     sleeping.close()

@@ -27,7 +27,7 @@ from pathlib import Path
 from flexcache.store.write.claims import Claims
 from flexcache.store.write.worker import Worker
 worker = Worker(Path(sys.argv[1]), {"threads": 3})
-print(Claims(worker).take(range(3)), flush=True)
+print(Claims(worker).take_claim(range(3)), flush=True)
 time.sleep(600)
 """
 
@@ -49,7 +49,7 @@ def test_of_many_that_claim_at_once_one_gets_each_unit(tmp_path: Path) -> None:
     def run(worker: Worker) -> None:
         claims = Claims(worker)
         barrier.wait()
-        while (name := claims.take(range(40))) is not None:
+        while (name := claims.take_claim(range(40))) is not None:
             found.append(name)
 
     threads = [threading.Thread(target=run, args=(worker,)) for worker in workers]
@@ -67,10 +67,10 @@ def test_a_process_that_was_killed_is_gone_at_once_and_a_living_one_is_not(tmp_p
     process = claimer(tmp_path)
     worker = Worker(tmp_path, heartbeat_timeout=1e6)
     claims = Claims(worker)
-    assert claims.take([0]) is None
+    assert claims.take_claim([0]) is None
     assert [other["conditions"] for other in claims.others()] == [{"threads": 3}]
     process.send_signal(signal.SIGKILL)
-    while claims.take([0]) is None:  # a killed process is not waited for: its remains count as its end
+    while claims.take_claim([0]) is None:  # a killed process is not waited for: its remains count as its end
         pass
     assert (tmp_path / CLAIMS / "0.1").exists()
     assert claims.holds(0)
@@ -98,17 +98,17 @@ def test_a_claim_from_elsewhere_is_taken_over_when_it_stands_still_on_the_watche
     worker = Worker(tmp_path, heartbeat_timeout=100)
     claims, now = Claims(worker), 1000.0
     with patch("flexcache.store.write.worker.time.monotonic", lambda: now):
-        assert claims.take([5]) is None
+        assert claims.take_claim([5]) is None
         now += 99
-        assert claims.take([5]) is None
+        assert claims.take_claim([5]) is None
         os.utime(other, (1, 1))  # its clock may show any time: it has moved
-        assert claims.take([5]) is None
+        assert claims.take_claim([5]) is None
         now += 99
         worker.sweep()
-        assert claims.take([5]) is None
+        assert claims.take_claim([5]) is None
         assert other.exists()
         now += 2
-        assert claims.take([5]) == "5"
+        assert claims.take_claim([5]) == "5"
         worker.sweep()
         now += 101
         worker.sweep()
@@ -123,12 +123,12 @@ def test_a_claim_that_cannot_be_read_is_kept_until_it_stands_still(tmp_path: Pat
     for content in (b"", b"{", b"[]", b"null", b'{"machine": 3, "pid": "x", "started": []}'):
         (tmp_path / CLAIMS / "1.0").write_bytes(content)
         with patch("flexcache.store.write.worker.time.monotonic", lambda: now):
-            assert claims.take([1]) is None
+            assert claims.take_claim([1]) is None
             assert all(isinstance(told, dict) for told in claims.others())
     with patch("flexcache.store.write.worker.time.monotonic", lambda: now + 11):
-        assert claims.take([1]) == "1"
+        assert claims.take_claim([1]) == "1"
     (tmp_path / CLAIMS / "notes.txt").touch()
-    assert claims.take([1]) is None
+    assert claims.take_claim([1]) is None
     worker.close()
 
 
@@ -141,8 +141,8 @@ def test_without_hard_links_claims_are_files_of_their_own_that_are_touched_as_we
     monkeypatch.setattr(os, "link", refuse)
     first, second = Worker(tmp_path, {"a": 1}, heartbeat_timeout=0.06), Worker(tmp_path)
     claims = Claims(first)
-    assert claims.take([1]) == "1"
-    assert Claims(second).take([1]) is None
+    assert claims.take_claim([1]) == "1"
+    assert Claims(second).take_claim([1]) is None
     path = tmp_path / CLAIMS / "1.0"
     assert describe(path)["conditions"] == {"a": 1}
     before = path.stat().st_mtime_ns
@@ -158,12 +158,12 @@ def test_a_worker_whose_folder_was_removed_knows_that_it_is_lost(tmp_path: Path)
     worker, other = Worker(tmp_path), Worker(tmp_path)
     assert not worker.lost
     claims = Claims(worker)
-    assert claims.take([3]) == "3"
+    assert claims.take_claim([3]) == "3"
     for path in worker.folder.iterdir():
         path.unlink()
     worker.folder.rmdir()
     assert worker.lost
-    assert claims.take([4]) is None
+    assert claims.take_claim([4]) is None
     worker.close()
     other.close()
 
@@ -189,7 +189,7 @@ class Machine(RuleBasedStateMachine):
     def take(self, who: int) -> None:
         if who in self.asleep:
             return
-        name = self.claims[who].take(n for n in range(3) if str(n) not in self.committed)
+        name = self.claims[who].take_claim(n for n in range(3) if str(n) not in self.committed)
         if name is not None:
             # one that slept may have lost a claim that it still works on, and take it again from who fell asleep since
             assert name not in self.begun[who] or who in self.slept

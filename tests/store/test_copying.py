@@ -19,8 +19,8 @@ import flexcache
 from flexcache.errors import ConfigError, DamagedError, MismatchError, RangeError, SiteError, StoreError
 from flexcache.store.format.shard import shard_name
 from flexcache.store.manage.copy import copy
-from flexcache.store.manage.derive import ledger_digest
-from flexcache.store.manage.row_copy import Transfer
+from flexcache.store.manage.row_copy import RowCopy
+from flexcache.store.manage.store_contents import ledger_digest
 from tests.corpora import build_store, lengths, open_recorder, put_batch, token_documents
 from tests.recording.test_recorder import shard_hashes
 
@@ -107,16 +107,16 @@ def test_a_copy_that_is_stopped_anywhere_goes_on(
 ) -> None:
     whole = copy(source.path, tmp_path / "whole.zarr", **change)
     target, left = tmp_path / "copy.zarr", 0
-    bring = Transfer._bring
+    bring = RowCopy._copy_unit
 
-    def dies(self: Transfer, unit: int, worker: Any, writer: Any) -> None:
+    def dies(self: RowCopy, unit: int, worker: Any, writer: Any) -> None:
         nonlocal left
         left -= 1
         if left < 0:
             raise KeyboardInterrupt
         bring(self, unit, worker, writer)
 
-    monkeypatch.setattr(Transfer, "_bring", dies)
+    monkeypatch.setattr(RowCopy, "_copy_unit", dies)
     seen = []
     for done in range(1, source.n_units + 1):
         left = 1
@@ -294,7 +294,7 @@ def test_a_damaged_source_is_named_and_its_unit_is_not_committed(
 def test_a_target_that_is_something_else_is_refused(source: flexcache.Store, tmp_path: Path) -> None:
     copy(source.path, tmp_path / "copy.zarr")
     for change in ({"dtype": "float32"}, {"compression": "zstd"}, {"layers": "0"}, {"sites": ["resid_post"]}):
-        with pytest.raises(MismatchError, match="another one"):
+        with pytest.raises(MismatchError, match="another store"):
             copy(source.path, tmp_path / "copy.zarr", **change)  # type: ignore[arg-type]
     build_store(tmp_path / "other.zarr", token_documents(lengths(200, seed=9)), dtype="bfloat16")
     with pytest.raises(MismatchError, match=r"documents\.parquet differs"):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import flexcache
 from flexcache.errors import DamagedError, DocumentsError, MismatchError, StoreError
 from flexcache.recording.forward.batch import BatchReader
-from flexcache.store.format.extension import GROWING
+from flexcache.store.format.extension import STAGED
 from flexcache.store.manage.copy import copy
 from flexcache.store.manage.extension_transaction import ExtensionTransaction
 from flexcache.store.manage.remove import Removal
@@ -137,7 +137,7 @@ def test_documents_come_behind_those_that_are_there(options: dict[str, Any], tmp
         assert dataset.sizes["token"] == store.n_rows
         last = dataset["resid_post"][LAYERS[-1], -1].values.astype(np.float32)
     assert np.array_equal(last, store.read("resid_post", LAYERS[-1], [-1])[0])
-    assert not (path / GROWING).exists()
+    assert not (path / STAGED).exists()
 
 
 def test_sites_and_layers_give_the_store_of_one_capture(path: Path, tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_corpus_that_has_grown_gives_its_new_documents(path: Path) -> None:
     third = token_documents([4, 5, 6], seed=3)
     with pytest.raises(DocumentsError, match="'doc-0' is in the store with other contents"):
         open_recorder(path, third, extend=True)
-    assert not ExtensionTransaction(path).begun
+    assert not ExtensionTransaction(path).staged
 
 
 def test_labels_of_new_documents(path: Path) -> None:
@@ -281,7 +281,7 @@ def test_every_step_reads_as_before_or_as_after_and_the_same_call_goes_on(
         add(path)
         assert shard_hashes(path) == expected
         assert flexcache.verify(path).sound
-        assert not (path / GROWING).exists()
+        assert not (path / STAGED).exists()
         check_values(flexcache.open(path))
         shutil.rmtree(path)
 
@@ -337,10 +337,10 @@ def test_tables_that_are_placed_before_the_metadata_are_read(tmp_path: Path) -> 
     path = tmp_path / "run.zarr"
     build_store(path, OLD[:1], rows="last")
     open_recorder(path, NEW[:7], rows="last", extend=True)
-    growth = ExtensionTransaction(path)
-    assert growth.begun
-    (growth.folder / "placing").touch()
-    shutil.copy(growth.folder / "documents.parquet", path / "documents.parquet")
+    extension = ExtensionTransaction(path)
+    assert extension.staged
+    (extension.folder / "placing").touch()
+    shutil.copy(extension.folder / "documents.parquet", path / "documents.parquet")
     store = flexcache.open(path)
     assert store.n_rows == 1
     assert store.documents.num_rows >= 1

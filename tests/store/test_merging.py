@@ -14,7 +14,7 @@ import flexcache
 from flexcache.errors import ConfigError, DamagedError, MismatchError, StoreError
 from flexcache.store.manage.copy import copy
 from flexcache.store.manage.merge import merge
-from flexcache.store.manage.row_copy import Transfer
+from flexcache.store.manage.row_copy import RowCopy
 from tests.corpora import build_store, lengths, token_documents
 from tests.recording.test_recorder import shard_hashes
 from tests.store.test_copying import partial_store
@@ -86,9 +86,9 @@ def test_a_merge_that_is_stopped_goes_on(
     whole: flexcache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = [copy(whole.path, tmp_path / f"{layer}.zarr", layers=[layer]).path for layer in LAYERS]
-    bring, left = Transfer._bring, 2
+    bring, left = RowCopy._copy_unit, 2
 
-    def dies(self: Transfer, unit: int, *arguments: Any) -> None:
+    def dies(self: RowCopy, unit: int, *arguments: Any) -> None:
         nonlocal left
         left -= 1
         if left < 0:
@@ -96,7 +96,7 @@ def test_a_merge_that_is_stopped_goes_on(
         bring(self, unit, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Transfer, "_bring", dies)
+        patch.setattr(RowCopy, "_copy_unit", dies)
         with pytest.raises(KeyboardInterrupt):
             merge(parts, tmp_path / "merged.zarr")
     assert len(flexcache.open(tmp_path / "merged.zarr").committed_units) == 2
@@ -160,7 +160,7 @@ def test_a_merge_refuses_odd_places_and_damage(whole: flexcache.Store, tmp_path:
     with pytest.raises(StoreError, match="inside the other"):
         merge([part.path, other.path], other.path)
     merge([part.path, other.path], tmp_path / "c.zarr")
-    with pytest.raises(MismatchError, match="another one"):
+    with pytest.raises(MismatchError, match="another store"):
         merge([part.path, copy(whole.path, tmp_path / "x.zarr", sites=["r*"], layers=0).path], tmp_path / "c.zarr")
     shard = other.path / "resid_post/c/3/1/0"
     shard.write_bytes(b"?" + shard.read_bytes()[1:])

@@ -169,7 +169,7 @@ def test_what_cannot_be_removed_is_refused_and_nothing_changes(source: flexcache
 def test_a_store_that_is_being_filled_is_left_alone(path: Path) -> None:
     worker = Worker(path)
     claims = Claims(worker)
-    assert claims.take([0]) == "0"
+    assert claims.take_claim([0]) == "0"
     with pytest.raises(StoreError, match="another process fills the store"):
         Removal(path, ["model.embed"]).run()
     assert "model.embed" in flexcache.open(path)

@@ -16,7 +16,8 @@ from flexcache.recording.run.fingerprint import versions
 from flexcache.sequences import Positions, spool
 from flexcache.site import resolve_layers
 from flexcache.spec import ArraySpec, Spec
-from flexcache.store.manage.extension_transaction import ExtensionTransaction, incomplete
+from flexcache.store.manage.extension_state import incomplete
+from flexcache.store.manage.extension_transaction import ExtensionTransaction
 from flexcache.store.manage.staging import plan_after, stage_arrays, stage_documents, united
 from flexcache.store.read.selection import Key
 from flexcache.store.read.store import Store
@@ -33,8 +34,8 @@ class Extension:
 
     Attributes
     ----------
-    growth : ExtensionTransaction
-        Put in place by its `settle`.
+    transaction : ExtensionTransaction
+        Commits the extension.
     store : Store
         Before it grows.
     keys : list of (str, int or None)
@@ -43,7 +44,7 @@ class Extension:
         The rows that come before new documents.
     """
 
-    growth: ExtensionTransaction
+    transaction: ExtensionTransaction
     store: Store
     keys: list[Key]
     carried: ExistingRows | None = None
@@ -57,9 +58,9 @@ def opened(path: str | Path) -> Store:
     StoreError
         It is no store, or not complete.
     """
-    growth = ExtensionTransaction(path)
-    if growth.placing:
-        growth.settle()
+    transaction = ExtensionTransaction(path)
+    if transaction.committing:
+        transaction.commit()
     store = Store(path)
     if not store.complete:
         raise incomplete(store)
@@ -85,7 +86,7 @@ def more_arrays(
     PlanError
         The disk has no room.
     """
-    store, growth = opened(path), ExtensionTransaction(path)
+    store, transaction = opened(path), ExtensionTransaction(path)
     _check_forms(store, arrays)
     together, new = united(store, arrays)
     if not new:
@@ -102,11 +103,11 @@ def more_arrays(
         stage_arrays(now, folder, together, _spec_with(now, asked, together), request)
 
     try:
-        growth.begin(make, on_wait)
+        transaction.stage(make, on_wait)
     except NothingNewError:
         return None
-    growth.check_request(request)
-    return Extension(growth, store, new)
+    transaction.check_request(request)
+    return Extension(transaction, store, new)
 
 
 def more_documents(
@@ -140,7 +141,7 @@ def more_documents(
     PlanError
         The disk has no room.
     """
-    growth = ExtensionTransaction(path)
+    transaction = ExtensionTransaction(path)
     opened(path)
     request = {"documents": documents.describe(), "new_only": new_only}
     if max_tokens is not None:
@@ -168,14 +169,14 @@ def more_documents(
         stage_documents(store, folder, plan_after(store, corpus), corpus, entry)
 
     try:
-        growth.begin(make, on_wait)
+        transaction.stage(make, on_wait)
     except NothingNewError:
         return None
-    growth.check_request(request)
+    transaction.check_request(request)
     store = Store(path)
-    growth.check_open()
+    transaction.check_open()
     every = [(name, layer) for name, array in store.arrays.items() for layer in array.slices]
-    return Extension(growth, store, every, ExistingRows(store))
+    return Extension(transaction, store, every, ExistingRows(store))
 
 
 def tokens_of(store: Store) -> int:

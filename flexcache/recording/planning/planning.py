@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -21,16 +20,13 @@ from flexcache.plan import Batching, Largest, Plan, batch_groups, unit_rows
 from flexcache.recording.run.fingerprint import versions
 from flexcache.sequences import Corpus, Positions, Spool, spool
 from flexcache.spec import ArraySpec, Spec
+from flexcache.store.format.dataset_card import card
 from flexcache.store.format.text import size
 from flexcache.store.storage.location import Place
-from flexcache.store.write.create import check_names, check_place, check_room, create, planning, total_bytes
-from flexcache.store.format.dataset_card import card
-from flexcache.store.storage.disk_errors import clear_errors
+from flexcache.store.write.create import check_names, check_room, create, create_once, total_bytes
 
 Progress = Callable[[int, int], None]
 DOCUMENTS_DIGEST = f"documents.{DIGEST}"
-POLL = 0.1
-"""Seconds between two looks for the plan that another process makes."""
 
 
 @dataclass(frozen=True)
@@ -233,23 +229,7 @@ def plan_store(
     CaptureError
         The disk refuses a write.
     """
-    check_place(path)
-    if (path / "zarr.json").exists():
-        return None
-    with clear_errors(path.parent):
-        return _plan_alone(path, source, progress, on_wait)
-
-
-def _plan_alone(path: Place, source: Source, progress: Progress, on_wait: Callable[[], None]) -> Estimate | None:
-    with planning(path) as (worker, claims):
-        while not (path / "zarr.json").exists():
-            worker.sweep()
-            if claims.take(["plan"]) is None:
-                on_wait()
-                time.sleep(POLL)
-            elif not (path / "zarr.json").exists():
-                return _plan(path, worker.folder, source, progress)
-    return None
+    return create_once(path, lambda folder: _plan(path, folder, source, progress), on_wait)
 
 
 def _plan(path: Place, folder: Path, source: Source, progress: Progress) -> Estimate:

@@ -27,8 +27,8 @@ from flexcache.recording.run.cuda_sink import CudaLane
 from flexcache.recording.run.forward_loop import Sink, allocation, forwards
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.spec import DTYPES, Spec
-from flexcache.store.write.range_error import range_error
 from flexcache.store.read.store import Store
+from flexcache.store.write.range_error import range_error
 from flexcache.store.write.row_encoding import Unstorable
 from flexcache.store.write.shard_file import Copy, copy_bytes
 from flexcache.store.write.slabs import LARGEST_SLAB

@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from flexcache.errors import DamagedError
-from flexcache.store.format.ledger import UnitRecord
+from flexcache.store.format.ledger import UnitRecord, check_file
 from flexcache.store.format.shard import shard_name
 from flexcache.store.read.selection import Key
 from flexcache.store.read.store import Store
-from flexcache.store.storage.atomic_files import digest
 
 BLOCK = 4 << 20
 
@@ -55,13 +53,7 @@ class ExistingRows:
             return
         shard = shard_name(name, layer, unit)
         record, path = self._record(unit).files[shard], self._store.path / shard
-        if not path.is_file() or path.stat().st_size != record.size or digest(path) != record.xxh3_128:
-            raise DamagedError(
-                "a shard to which rows are to be added has other bytes than were written",
-                where=str(path),
-                expected=f"{record.size} bytes with XXH3-128 {record.xxh3_128}",
-                remedy="run flexcache repair and the capture that began the store, then extend it",
-            )
+        check_file(path, record, "run flexcache repair and the capture that began the store, then extend it")
         reader = self._store.reader(name)
         step = max(1, BLOCK // reader.layout.row_bytes)
         for start in range(unit * self._store.shard_rows, self.stop, step):

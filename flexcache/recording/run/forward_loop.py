@@ -26,9 +26,10 @@ from flexcache.recording.forward.objective import OBJECTIVE, by_token, checked
 from flexcache.recording.run.cuda_sink import CudaLane, pinned_slab
 from flexcache.recording.run.model_parallel_group import DONE, IDLE, ModelParallelGroup
 from flexcache.recording.run.progress import CaptureProgress, time_table
-from flexcache.recording.run.recorder import POLL, Recorder
+from flexcache.recording.run.recorder import Recorder
 from flexcache.site import PATTERN
 from flexcache.store.format.text import size
+from flexcache.store.write.election import POLL
 from flexcache.store.write.slabs import Slab, anonymous_slab
 
 SLOW = (

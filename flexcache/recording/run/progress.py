@@ -68,7 +68,7 @@ class CaptureProgress:
         task = self._bars.add_task("trying the model (seconds)", total=round(seconds), rate="")
         return lambda spent: self._bars.update(task, completed=min(round(spent), round(seconds)))
 
-    def placing(self) -> Callable[[int, int], None]:
+    def committing(self) -> Callable[[int, int], None]:
         """Return what shows how many files of an extension are in place, called with done and total."""
         task = self._bars.add_task("putting in place (files)", total=None, rate="")
         return lambda done, total: self._bars.update(task, completed=done, total=total)

@@ -19,18 +19,17 @@ from flexcache.store.format.ledger import FileRecord, UnitRecord
 from flexcache.store.format.metadata import largest_batch
 from flexcache.store.read.selection import Key
 from flexcache.store.read.store import Store
+from flexcache.store.storage.disk_errors import clear_errors
 from flexcache.store.storage.location import Place
 from flexcache.store.write.backends import AnyWorker, claims_of, start_work, writer_of
 from flexcache.store.write.claims import Claiming
+from flexcache.store.write.election import claim_until_done
 from flexcache.store.write.shard_file import Copy
 from flexcache.store.write.shard_writer import WriterThread
-from flexcache.store.storage.disk_errors import clear_errors
 from flexcache.store.write.slabs import Slab, SlabPool, anonymous_slab
 from flexcache.store.write.worker import HEARTBEAT_TIMEOUT
 
 DEFAULT_BUFFER = 256 << 20
-POLL = 0.2
-"""Seconds between two looks at a store whose remaining units other processes have."""
 
 
 class Recorder:
@@ -218,15 +217,7 @@ class Recorder:
 
     def units(self) -> Iterator[int]:
         """Yield units that were claimed, each to be begun and committed, or abandoned, until the store is complete."""
-        while True:
-            unit = self.claim()
-            if unit is not None:
-                yield unit
-            elif left := len(self.pending()):
-                self.on_wait(left)
-                time.sleep(POLL)
-            else:
-                return
+        return claim_until_done(self.claim, lambda: len(self.pending()), lambda left: self.on_wait(left))
 
     def claim(self) -> int | None:
         """Claim a unit, and return its number: not committed, and no living process works on it. None if there is none.
@@ -363,7 +354,7 @@ class Recorder:
         worker, claims, _ = self._open_for_units()
         worker.sweep()
         self._remaining.look()
-        while (name := claims.take(self._remaining)) is not None:
+        while (name := claims.take_claim(self._remaining)) is not None:
             if not self._remaining.has(int(name)):
                 return int(name)
             claims.release(name)

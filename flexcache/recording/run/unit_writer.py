@@ -17,10 +17,10 @@ from flexcache.recording.run.run_stats import RunStats
 from flexcache.spec import DTYPES
 from flexcache.store.format.int8 import is_scale, scale_name
 from flexcache.store.format.shard import ShardLayout, shard_name
-from flexcache.store.write.range_error import place, range_error
 from flexcache.store.read.selection import Key
 from flexcache.store.read.store import Store
 from flexcache.store.write.backends import slabs_for
+from flexcache.store.write.range_error import place, range_error
 from flexcache.store.write.row_encoding import Piece, Unstorable, encode_rows
 from flexcache.store.write.shard_file import Copy, NonFinite, ShardFile, copy_bytes
 from flexcache.store.write.shard_writer import WriterThread

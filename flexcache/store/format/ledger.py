@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import xxhash
+
 from flexcache.errors import DamagedError
 from flexcache.store.format.self_checksum import check_seal, sealed
-from flexcache.store.storage.atomic_files import fsync_folder, write_json
+from flexcache.store.storage.atomic_files import blocks, fsync_folder, write_json
 from flexcache.store.storage.location import Place
 from flexcache.store.storage.object_path import RemotePath
 from flexcache.store.storage.path_safety import MOST_JSON, check_inside
@@ -28,6 +30,49 @@ class FileRecord:
 
     size: int
     xxh3_128: str
+
+    def __str__(self) -> str:
+        return f"{self.size} bytes with XXH3-128 {self.xxh3_128}"
+
+
+def measure_file(path: Place) -> FileRecord | None:
+    """Return the size and checksum of a file, None if it is missing; memory is one mebibyte, or 32 on object storage.
+
+    Raises
+    ------
+    OSError
+        The file cannot be read.
+    """
+    hasher, size = xxhash.xxh3_128(), 0
+    try:
+        if not path.is_file():
+            return None
+        for block in blocks(path):
+            hasher.update(block)
+            size += len(block)
+    except FileNotFoundError:  # removed meanwhile
+        return None
+    return FileRecord(size, hasher.hexdigest())
+
+
+def check_file(path: Place, record: FileRecord, remedy: str | None = None) -> None:
+    """Raise DamagedError if a file is missing or its bytes are not those of its record."""
+    found = measure_file(path)
+    if found != record:
+        raise damaged_file(path, record, found, remedy)
+
+
+def damaged_file(path: Place, record: FileRecord, found: FileRecord | None, remedy: str | None = None) -> DamagedError:
+    """Return the error for a file that is missing, or whose bytes are not those of its record."""
+    return DamagedError(
+        "a file of the store is missing" if found is None else "a file of the store has other bytes than were written",
+        where=str(path),
+        expected=str(record),
+        found="no file" if found is None else str(found),
+        remedy=remedy
+        or "run flexcache verify to see what else is damaged; after flexcache repair, the capture recomputes"
+        " a damaged unit",
+    )
 
 
 @dataclass(frozen=True)

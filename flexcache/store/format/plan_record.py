@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
-from flexcache.store.format.ledger import FileRecord
+from flexcache.store.format.ledger import FileRecord, measure_file
 from flexcache.store.format.schema import PLAN_RECORD
 from flexcache.store.format.self_checksum import check_seal, sealed
-from flexcache.store.storage.atomic_files import digest, write_json
+from flexcache.store.storage.atomic_files import write_json
 from flexcache.store.storage.location import Place
 from flexcache.store.storage.path_safety import MOST_JSON, check_inside
 
@@ -18,7 +19,7 @@ _KEYS = ("schema", "files")
 
 def write_plan_record(store: Path, names: Iterable[str]) -> None:
     """Write the record for files that are there."""
-    files = {name: {"size": (store / name).stat().st_size, "xxh3_128": digest(store / name)} for name in names}
+    files = {name: asdict(record) for name in names if (record := measure_file(store / name)) is not None}
     write_json(store / PLAN_RECORD, sealed({"schema": 1, "files": files}))
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
+import json
+from collections.abc import Mapping
+from typing import Any
 
 TABLE_COLUMNS = frozenset(
     {"id", "source_index", "n_tokens", "text", "text_xxh3_128", "messages_xxh3_128"}
@@ -22,6 +20,18 @@ def layer_text(layers: tuple[int, ...] | None) -> str:
     if len(layers) > 2 and layers == tuple(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]}–{layers[-1]}"
     return ", ".join(map(str, layers))
+
+
+def shorten(value: Any, length: int = 160) -> str:
+    """Return a value as text of at most *length* characters; None is ``nothing``.
+
+    >>> shorten({"rows": "all"}), shorten("abcdef", 4), shorten(None)
+    ('{"rows": "all"}', 'abc…', 'nothing')
+    """
+    if isinstance(value, Mapping):
+        value = json.dumps(value, ensure_ascii=False)
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def size(count: float) -> str:

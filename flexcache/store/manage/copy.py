@@ -10,9 +10,10 @@ from flexcache.errors import ConfigError, StoreError
 from flexcache.site import Layers
 from flexcache.spec import DTYPES, ArraySpec, dtype_name
 from flexcache.store.format.int8 import is_scale, with_scales
-from flexcache.store.manage.derive import Derived, describe_origin, narrow_spec, prepare
-from flexcache.store.manage.extension_transaction import check_settled
-from flexcache.store.manage.row_copy import Progress, Transfer
+from flexcache.store.manage.derive import DerivedStore, narrow_spec, prepare_store
+from flexcache.store.manage.extension_state import check_not_extending
+from flexcache.store.manage.row_copy import Progress, RowCopy
+from flexcache.store.manage.store_contents import describe_origin
 from flexcache.store.read.selection import keys, select
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import Place, place
@@ -74,10 +75,10 @@ def copy(
     _check_choice("compression", compression, CODECS)
     origin, path = Store(source), place(target)
     check_apart(origin.path, path)
-    check_settled(origin.path)
+    check_not_extending(origin.path)
     chosen = [array for array in select(origin, sites, layers) if not is_scale(array.name, origin.arrays)]
     arrays = [replace(array, dtype=dtype or array.dtype) for array in chosen]
-    derived = Derived(
+    derived = DerivedStore(
         origin,
         with_scales(arrays),
         spec={
@@ -89,8 +90,8 @@ def copy(
         needed=0,
     )
     derived = replace(derived, needed=_needed(derived))
-    store = prepare(path, derived)
-    Transfer(store, dict.fromkeys(keys(derived.arrays), origin)).run(progress)
+    store = prepare_store(path, derived)
+    RowCopy(store, dict.fromkeys(keys(derived.arrays), origin)).run(progress)
     return store
 
 
@@ -129,7 +130,7 @@ def _changes(origin: Store, arrays: list[ArraySpec], compression: str | None) ->
     return found
 
 
-def _needed(derived: Derived) -> int:
+def _needed(derived: DerivedStore) -> int:
     """Return the bytes a copy will take, by the ledger where files stay as they are."""
     origin = derived.origin
     same = derived.spec["compression"] == origin.spec.get("compression", "none")

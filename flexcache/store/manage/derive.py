@@ -1,56 +1,45 @@
-"""Stores made from others: the plan, tables and coordinates of a store, with other arrays, and no activations yet."""
+"""Make a store from another: same plan, tables and coordinates, other arrays, no activations yet."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
-import time
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
 import zarr
 
-from flexcache.errors import DamagedError, MismatchError
+from flexcache.errors import MismatchError
 from flexcache.site import STANDARD
 from flexcache.spec import ArraySpec
-from flexcache.store.format.ledger import FileRecord
-from flexcache.store.format.plan_record import read_plan_record, write_plan_record
-from flexcache.store.format.schema import ATTRIBUTE, PLAN_RECORD, read_attributes
-from flexcache.store.format.text import size
-from flexcache.store.read.store import Store
-from flexcache.store.storage.atomic_files import digest, relative_files
-from flexcache.store.storage.location import Place
-from flexcache.store.storage.object_path import RemotePath
-from flexcache.store.storage.path_safety import check_inside
-from flexcache.store.write.create import appear, check_place, check_room, create_arrays, planning, total_bytes
 from flexcache.store.format.dataset_card import card
-from flexcache.store.storage.disk_errors import clear_errors
-
-POLL = 0.1
-"""Seconds between two looks for the store that another process makes."""
+from flexcache.store.format.schema import ATTRIBUTE, read_attributes
+from flexcache.store.format.text import shorten, size
+from flexcache.store.manage.file_transfer import copy_verified
+from flexcache.store.manage.store_contents import differing_tables, plan_files, shared_files
+from flexcache.store.read.store import Store
+from flexcache.store.storage.location import Place
+from flexcache.store.storage.path_safety import check_inside
+from flexcache.store.write.create import appear, check_room, create_once, total_bytes
+from flexcache.store.write.skeleton import create_arrays, write_skeleton
 
 
 @dataclass(frozen=True)
-class Derived:
-    """What a store made from others is to be.
+class DerivedStore:
+    """Description of a store that is made from another one.
 
     Attributes
     ----------
     origin : Store
-        Whose plan, tables and coordinates it takes.
+        The store whose plan, tables and coordinates are reused.
     arrays : list of ArraySpec
     spec : dict
-        As a capture of these arrays would have been asked for, so that a capture can go on with the result.
+        The spec of a capture of these arrays, so that a capture can resume the result.
     history : dict
-        Added to provenance: what it was made from, and how.
+        Entry for the provenance: the origin, and the changes.
     needed : int
-        Bytes that its shards will take at most.
+        Upper bound for the bytes of the shards.
     """
 
     origin: Store
@@ -59,7 +48,7 @@ class Derived:
     history: dict[str, Any]
     needed: int
 
-    def content(self) -> dict[str, Any]:
+    def attributes(self) -> dict[str, Any]:
         """Return the attributes of the store."""
         given = read_attributes(self.origin.path)
         plan = dict(given["plan"])
@@ -77,48 +66,41 @@ class Derived:
         }
 
 
-def prepare(path: Place, derived: Derived) -> Store:
-    """Make the store, without activations, at *path* in one step, or return the one there that was begun alike.
+def prepare_store(path: Place, derived: DerivedStore) -> Store:
+    """Create a derived store without activations at *path*, or return the one that an equal call has begun there.
 
     Raises
     ------
     StoreError
-        The place is taken by something that is not a store.
+        Something that is not a store exists at *path*.
     MismatchError
-        The store there is another one.
+        Another store exists at *path*.
     PlanError
-        The disk has no room.
+        The disk has too little free space.
     DamagedError
-        A table or coordinate of the origin is not as it was written.
+        A table or coordinate of the origin is damaged.
     CaptureError
-        The disk refuses.
+        The disk refuses a write.
     """
-    check_place(path)
-    if (path / "zarr.json").exists():
-        store = Store(path)
-        check_begun_alike(store, derived)
-        return store
-    with clear_errors(path), planning(path) as (worker, claims):
-        while not (path / "zarr.json").exists():
-            worker.sweep()
-            if claims.take(["plan"]) is None:
-                time.sleep(POLL)
-            elif not (path / "zarr.json").exists():
-                check_room(path, derived.needed)
-                make(path.name, worker.folder / "store", derived)
-                appear(worker.folder / "store", path)
+
+    def make(folder: Path) -> None:
+        check_room(path, derived.needed)
+        write_derived(path.name, folder / "store", derived)
+        appear(folder / "store", path)
+
+    create_once(path, make)
     store = Store(path)
-    check_begun_alike(store, derived)
+    _check_begun_alike(store, derived)
     return store
 
 
-def check_begun_alike(store: Store, derived: Derived) -> None:
-    """Refuse a store that was not begun from the same plan for the same arrays."""
-    expected = derived.content()
+def _check_begun_alike(store: Store, derived: DerivedStore) -> None:
+    """Raise MismatchError if a store was not begun from the same plan for the same arrays."""
+    expected = derived.attributes()
     found = read_attributes(store.path)
     different = [
-        f"{part}.{name}: {_short(found.get(part, {}).get(name))} there,"
-        f" {_short(expected.get(part, {}).get(name))} asked for"
+        f"{part}.{name}: {shorten(found.get(part, {}).get(name))} there,"
+        f" {shorten(expected.get(part, {}).get(name))} asked for"
         for part in ("arrays", "plan", "spec")
         for name in sorted({*found.get(part, {}), *expected[part]})
         if found.get(part, {}).get(name) != expected[part].get(name)
@@ -126,67 +108,15 @@ def check_begun_alike(store: Store, derived: Derived) -> None:
     different += differing_tables(derived.origin, store)
     if different:
         raise MismatchError(
-            "the target is a store already, and another one",
+            "the target is another store",
             where=str(store.path),
             found="\n    ".join(["", *different[:16], *(["…"] if len(different) > 16 else [])]),
-            remedy="give the same command to go on with it, or another target",
+            remedy="give the command that began it to resume it, or choose another target",
         )
 
 
-def plan_files(store: Store) -> dict[str, FileRecord]:
-    """Return what ``ledger/plan.json`` says of every file of a store that is not a shard.
-
-    Raises
-    ------
-    DamagedError
-        It cannot be read.
-    """
-    try:
-        return read_plan_record(store.path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedError(
-            "the record of the plan cannot be read",
-            where=str(store.path / PLAN_RECORD),
-            found=f"{type(error).__name__}: {error}",
-            remedy="run flexcache verify to see what else is damaged",
-        ) from error
-
-
-def shared_files(store: Store) -> dict[str, FileRecord]:
-    """Return the tables and coordinates: what two stores over the same plan have in common."""
-    own = {"zarr.json", "README.md", *(f"{name}/zarr.json" for name in store.arrays)}
-    return {name: record for name, record in plan_files(store).items() if name not in own}
-
-
-def differing_tables(one: Store, other: Store) -> list[str]:
-    """Return which tables and coordinates of two stores differ, in words."""
-    first, second = shared_files(one), shared_files(other)
-    return [
-        f"{name} differs ({_short(first.get(name))} and {_short(second.get(name))})"
-        for name in sorted({*first, *second})
-        if first.get(name) != second.get(name)
-    ]
-
-
-def ledger_digest(store: Store) -> str:
-    """Return the XXH3-128 of a store's records, those of the plan and of all committed units: what is in it."""
-    hasher = xxhash.xxh3_128((store.path / PLAN_RECORD).read_bytes())
-    for unit in store.committed_units.tolist():
-        hasher.update(store.ledger.path(unit).read_bytes())
-    return hasher.hexdigest()
-
-
-def describe_origin(store: Store) -> dict[str, Any]:
-    """Return what provenance says of a store that another is made from."""
-    return {
-        "store": store.path.name,
-        "ledger_xxh3_128": ledger_digest(store),
-        "units_committed": len(store.committed_units),
-    }
-
-
 def narrow_spec(store: Store, arrays: Sequence[ArraySpec]) -> dict[str, Any]:
-    """Return the spec of a store as if only *arrays* had been asked for."""
+    """Return the spec of a store as if only *arrays* had been requested."""
     kept = {array.name: array for array in arrays}
     before: dict[str, list[ArraySpec]] = {}
     for array in store.arrays.values():
@@ -198,7 +128,7 @@ def narrow_spec(store: Store, arrays: Sequence[ArraySpec]) -> dict[str, Any]:
         if had and [kept[array.name].layers for array in left] == [array.layers for array in had]:
             sites[site] = asked
         elif not had and site.removesuffix(".grad") not in STANDARD:
-            sites[site] = asked  # not ours to judge
+            sites[site] = asked  # a glob of module paths, say
         else:
             for array in left:
                 layers = kept[array.name].layers
@@ -208,8 +138,8 @@ def narrow_spec(store: Store, arrays: Sequence[ArraySpec]) -> dict[str, Any]:
     return {**store.spec, "sites": sites, **({"transforms": transforms} if "transforms" in store.spec else {})}
 
 
-def facts(store: Store) -> list[tuple[str, str]]:
-    """Return the plan in numbers for a store's card."""
+def plan_facts(store: Store) -> list[tuple[str, str]]:
+    """Return the size of the plan as names and values for a dataset card."""
     plan = store.plan
     return [
         ("documents", f"{plan.get('documents', 0):,}"),
@@ -218,57 +148,18 @@ def facts(store: Store) -> list[tuple[str, str]]:
     ]
 
 
-def copy_verified(source: Place, target: Path, record: FileRecord) -> None:
-    """Copy a file within the kernel, by reference where the file system can, and check the bytes of the copy.
+def write_derived(name: str, folder: Path, derived: DerivedStore) -> None:
+    """Write a derived store without activations into *folder*, which must not exist.
 
     Raises
     ------
     DamagedError
-        They are not those that the ledger names.
-    OSError
-        The disk refused.
+        A table or coordinate of the origin is damaged.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        _clone(source, target)
-    except FileNotFoundError as error:
-        raise DamagedError(
-            "a file of the store is missing", where=str(source), remedy="run flexcache verify to see what else is"
-        ) from error
-    if target.stat().st_size == record.size and digest(target) == record.xxh3_128:
-        return
-    at_fault = source if source.stat().st_size != record.size or digest(source) != record.xxh3_128 else target
-    raise DamagedError(
-        "a file has other bytes than were written",
-        where=str(at_fault),
-        expected=f"{record.size} bytes with XXH3-128 {record.xxh3_128}",
-        found=f"{at_fault.stat().st_size} bytes with XXH3-128 {digest(at_fault)}",
-        remedy="run flexcache verify on the source; a damaged unit can be recomputed by the capture"
-        if at_fault == source
-        else "the copy went wrong on its way: check the disk of the target, then run the same command again",
-    )
-
-
-def consolidate(store: zarr.storage.LocalStore) -> None:
-    """Put the metadata of all arrays into that of the group."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Consolidated metadata is currently not part")
-        zarr.consolidate_metadata(store)
-
-
-def make(name: str, store: Path, derived: Derived) -> None:
-    """Write what `derived` says, without activations, into the folder *store*, which must not exist.
-
-    Raises
-    ------
-    DamagedError
-        A table or coordinate of the origin is not as it was written.
-    """
-    origin, content = derived.origin, derived.content()
+    origin, content = derived.origin, derived.attributes()
     compression = str(derived.spec.get("compression", "none"))
     same_codec = compression == origin.spec.get("compression", "none")
-    given = plan_files(origin)
-    kept = dict(shared_files(origin))
+    given, kept = plan_files(origin), shared_files(origin)
     new = []
     for array in derived.arrays:
         if same_codec and origin.arrays.get(array.name) == array:
@@ -277,60 +168,28 @@ def make(name: str, store: Path, derived: Derived) -> None:
             new.append(array)
     for file in kept:
         check_inside(origin.path, origin.path / file)
-    group = zarr.create_group(zarr.storage.LocalStore(store), zarr_format=3)
+
+    def copy_files(tables: bool) -> None:
+        for file, record in kept.items():
+            if file.endswith(".parquet") == tables:
+                copy_verified(origin.path / file, folder / file, record)
+
+    def add_arrays(group: zarr.Group) -> None:
+        create_arrays(group, new, origin.n_rows, origin.shard_rows, compression)
+        copy_files(tables=False)
+
     attributes = json.loads((origin.path / "zarr.json").read_bytes())["attributes"]
-    group.attrs.update({**attributes, ATTRIBUTE: content})
-    create_arrays(group, new, origin.n_rows, origin.shard_rows, compression)
-    coordinates = {name: record for name, record in kept.items() if not name.endswith(".parquet")}
-    for name, record in coordinates.items():
-        copy_verified(origin.path / name, store / name, record)
-    consolidate(zarr.storage.LocalStore(store))  # before the tables: zarr warns of files that are not its own
-    for name, record in kept.items():
-        if name not in coordinates:
-            copy_verified(origin.path / name, store / name, record)
-    shards = ("bytes", size(content["plan"].get("bytes", 0)))
-    (store / "README.md").write_text(card(name, derived.arrays, [*facts(origin), shards], content), encoding="utf-8")
-    names = relative_files(store)
-    (store / "ledger" / "0").mkdir(parents=True)
-    write_plan_record(store, names)
-
-
-def _clone(source: Place, target: Path) -> None:
-    if isinstance(source, RemotePath):
-        with target.open("wb") as write:
-            write.writelines(source.blocks())
-        return
-    with source.open("rb") as read, target.open("wb") as write:
-        left = os.fstat(read.fileno()).st_size
-        try:
-            while left:
-                count = os.copy_file_range(read.fileno(), write.fileno(), left)
-                if not count:
-                    break
-                left -= count
-        except (OSError, AttributeError) as error:
-            if isinstance(error, OSError) and error.errno in _FATAL:
-                raise
-            read.seek(0)
-            write.seek(0)
-            write.truncate()
-            shutil.copyfileobj(read, write, 1 << 20)
-
-
-_FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-"""No other way of copying would help."""
+    facts = [*plan_facts(origin), ("bytes", size(content["plan"].get("bytes", 0)))]
+    write_skeleton(
+        folder,
+        {**attributes, ATTRIBUTE: content},
+        card(name, derived.arrays, facts, content),
+        add_arrays,
+        lambda added: copy_files(tables=True),
+    )
 
 
 def _module(array: str) -> str:
     plain = array.removesuffix(".grad")
     site = f"{plain.removesuffix('.input')}:input" if plain.endswith(".input") else plain
     return site + array[len(plain) :]
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, FileRecord):
-        return f"{value.size} bytes, {value.xxh3_128[:8]}"
-    if isinstance(value, Mapping):
-        value = json.dumps(value, ensure_ascii=False)
-    text = "nothing" if value is None else str(value)
-    return text if len(text) < 160 else text[:157] + "…"

@@ -1,8 +1,10 @@
-"""Files of one unit that come from another store as they are: checked on their way, and put in place together."""
+"""Transfer the files of one unit between stores unchanged: verified on the way, and committed together."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,10 +13,8 @@ from typing import Protocol
 
 import xxhash
 
-from flexcache.errors import DamagedError
-from flexcache.store.format.ledger import FileRecord
-from flexcache.store.manage.derive import copy_verified
-from flexcache.store.storage.atomic_files import blocks, fsync_folder
+from flexcache.store.format.ledger import FileRecord, check_file, damaged_file, measure_file
+from flexcache.store.storage.atomic_files import blocks, commit_files
 from flexcache.store.storage.location import Place
 from flexcache.store.storage.multipart_upload import PART_BYTES, Upload, begin_upload
 from flexcache.store.storage.object_path import RemotePath
@@ -23,75 +23,70 @@ from flexcache.store.write.object_worker import RemoteWorker
 from flexcache.store.write.worker import Worker
 
 AT_ONCE = 8
-"""Parts on their way to object storage."""
+"""Parts that are uploaded at the same time."""
+_FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""Errors that another way of copying would not avoid."""
 
 
 class FileTransfer(Protocol):
-    """The files of a unit on their way."""
+    """Files of a unit on their way to a store."""
 
-    def take(self, source: Place, name: str, record: FileRecord) -> None:
-        """Bring one file, and check that its bytes are those of the record.
+    def add_file(self, source: Place, name: str, record: FileRecord) -> None:
+        """Transfer one file under a temporary name.
 
         Raises
         ------
         DamagedError
+            Its bytes are not those of *record*.
         """
 
-    def settle(self) -> dict[str, FileRecord]:
-        """Put all of them in place, and return their records."""
+    def commit_all(self) -> dict[str, FileRecord]:
+        """Make all files appear under their names, and return their records."""
 
     def close(self) -> None:
-        """Give up what has not been put in place."""
+        """Discard what has not been committed."""
 
 
-def arrivals_of(worker: AnyWorker) -> FileTransfer:
-    """Return what brings files to the store of a worker."""
-    return Uploads(worker.root) if isinstance(worker, RemoteWorker) else Copies(worker)
+def start_transfer(worker: AnyWorker) -> FileTransfer:
+    """Return a transfer of files to the store of a worker."""
+    return UploadTransfer(worker.root) if isinstance(worker, RemoteWorker) else LocalTransfer(worker)
 
 
-class Copies:
-    """Files that are copied into a folder, flushed, and renamed to their places."""
+class LocalTransfer:
+    """Files that are copied into the folder of a worker, flushed, and renamed to their names in the store."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._copied: dict[str, tuple[Path, FileRecord]] = {}
 
-    def take(self, source: Place, name: str, record: FileRecord) -> None:
-        """Copy a file beside its place."""
+    def add_file(self, source: Place, name: str, record: FileRecord) -> None:
+        """Copy one file into the folder of the worker."""
         temporary = self._worker.folder / uuid.uuid4().hex
         copy_verified(source, temporary, record)
         self._copied[name] = temporary, record
 
-    def settle(self) -> dict[str, FileRecord]:
-        """Flush files, rename them to their places, and flush the folders."""
-        root = self._worker.root
+    def commit_all(self) -> dict[str, FileRecord]:
+        """Flush the files, rename them, and flush the folders."""
         for temporary, _ in self._copied.values():
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-        folders: dict[Path, None] = {}
-        for name, (temporary, _) in self._copied.items():
-            place = root / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            temporary.replace(place)
-            folders.update(dict.fromkeys(parent for parent in place.parents if root in parent.parents))
-        for folder in folders:
-            fsync_folder(folder)
+        commit_files(self._worker.root, ((temporary, name) for name, (temporary, _) in self._copied.items()))
         return {name: record for name, (_, record) in self._copied.items()}
 
     def close(self) -> None:
-        """Do nothing: files in progress go with the folder of the worker."""
+        """Do nothing: files in progress are removed with the folder of the worker."""
 
 
-class Uploads:
-    """Files that are sent to object storage in parts, eight at a time, and completed together."""
+class UploadTransfer:
+    """Files that are uploaded to object storage in parts, eight at a time, and completed together."""
 
     def __init__(self, root: RemotePath) -> None:
         self._root = root
         self._threads = ThreadPoolExecutor(AT_ONCE, "flexcache-upload")
         self._open: dict[str, tuple[Upload, FileRecord]] = {}
 
-    def take(self, source: Place, name: str, record: FileRecord) -> None:
-        """Send a file, and keep it from appearing where its bytes are not those of the record."""
+    def add_file(self, source: Place, name: str, record: FileRecord) -> None:
+        """Upload one file; it does not appear before `commit_all`."""
         upload = begin_upload(self._root / name)
         self._open[name] = upload, record
         hasher, sent, size = xxhash.xxh3_128(), list[Future[None]](), 0
@@ -106,19 +101,12 @@ class Uploads:
             for put in sent:
                 put.result()
         except FileNotFoundError as error:
-            raise DamagedError(
-                "a file of the store is missing", where=str(source), remedy="run flexcache verify to see what else is"
-            ) from error
-        if size != record.size or hasher.hexdigest() != record.xxh3_128:
-            raise DamagedError(
-                "a file has other bytes than were written",
-                where=str(source),
-                expected=f"{record.size} bytes with XXH3-128 {record.xxh3_128}",
-                found=f"{size} bytes with XXH3-128 {hasher.hexdigest()}",
-                remedy="run flexcache verify on the source; a damaged unit can be recomputed by the capture",
-            )
+            raise damaged_file(source, record, None) from error
+        found = FileRecord(size, hasher.hexdigest())
+        if found != record:
+            raise damaged_file(source, record, found)
 
-    def settle(self) -> dict[str, FileRecord]:
+    def commit_all(self) -> dict[str, FileRecord]:
         """Complete the uploads."""
         for completed in [self._threads.submit(upload.complete) for upload, _ in self._open.values()]:
             completed.result()
@@ -127,15 +115,60 @@ class Uploads:
         return records
 
     def close(self) -> None:
-        """Abort what has not been completed."""
+        """Abort the uploads that have not been completed."""
         self._threads.shutdown(cancel_futures=True)
         for upload, _ in self._open.values():
             upload.abort()
         self._open.clear()
 
 
+def copy_verified(source: Place, target: Path, record: FileRecord) -> None:
+    """Copy a file, by reference if the file system can, and check the bytes of the copy.
+
+    Raises
+    ------
+    DamagedError
+        The file is missing, or its bytes are not those of *record*.
+    OSError
+        The disk refuses a write.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _clone(source, target)
+    except FileNotFoundError as error:
+        raise damaged_file(source, record, None) from error
+    found = measure_file(target)
+    if found != record:
+        check_file(source, record)
+        raise damaged_file(
+            target, record, found, "the copy failed: check the disk of the target, then run the same command again"
+        )
+
+
+def _clone(source: Place, target: Path) -> None:
+    if isinstance(source, RemotePath):
+        with target.open("wb") as write:
+            write.writelines(source.blocks())
+        return
+    with source.open("rb") as read, target.open("wb") as write:
+        left = os.fstat(read.fileno()).st_size
+        try:
+            while left:
+                count = os.copy_file_range(read.fileno(), write.fileno(), left)
+                if not count:
+                    break
+                left -= count
+        except (OSError, AttributeError) as error:
+            if isinstance(error, OSError) and error.errno in _FATAL:
+                raise
+            read.seek(0)
+            write.seek(0)
+            write.truncate()
+            shutil.copyfileobj(read, write, 1 << 20)
+
+
 def _parts(source: Place) -> Iterator[bytes]:
-    """Yield the bytes of a file in parts of an upload."""
+    """Yield the bytes of a file in pieces of the size of an upload part."""
     waiting = bytearray()
     for block in blocks(source):
         waiting += block

@@ -11,7 +11,8 @@ from flexcache.store.format.ledger import FileRecord, UnitRecord, record_json
 from flexcache.store.format.schema import COORDINATES
 from flexcache.store.format.shard import ShardLayout, shard_name
 from flexcache.store.storage.atomic_files import json_bytes
-from flexcache.store.write.create import coordinate_chunk, total_bytes
+from flexcache.store.write.create import total_bytes
+from flexcache.store.write.skeleton import coordinate_chunk
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,12 @@ from flexcache.errors import ConfigError, MismatchError
 from flexcache.identity import differences
 from flexcache.spec import ArraySpec
 from flexcache.store.format.shard import shard_name
+from flexcache.store.format.text import shorten
 from flexcache.store.manage.copy import check_apart
-from flexcache.store.manage.derive import Derived, describe_origin, differing_tables, prepare
-from flexcache.store.manage.extension_transaction import check_settled
-from flexcache.store.manage.row_copy import Progress, Transfer
+from flexcache.store.manage.derive import DerivedStore, prepare_store
+from flexcache.store.manage.extension_state import check_not_extending
+from flexcache.store.manage.row_copy import Progress, RowCopy
+from flexcache.store.manage.store_contents import describe_origin, differing_tables
 from flexcache.store.read.recorded_model import recorded_model
 from flexcache.store.read.selection import Key
 from flexcache.store.read.store import Store
@@ -46,15 +48,15 @@ def merge(sources: Sequence[str | Place], target: str | Place, progress: Progres
         raise ConfigError("a merge needs two stores or more", found=f"{len(stores)}")
     for store in stores:
         check_apart(store.path, path)
-        check_settled(store.path)
+        check_not_extending(store.path)
     for other in stores[1:]:
         _check_alike(stores[0], other)
     arrays, owners = _join(stores)
     history = {"merged_from": [describe_origin(store) for store in stores]}
     share = min(len(store.committed_units) for store in stores) / max(1, stores[0].n_units)
     needed = int(total_bytes(arrays, stores[0].n_rows, stores[0].shard_rows) * share)
-    result = prepare(path, Derived(stores[0], arrays, _spec(stores, arrays), history, needed))
-    Transfer(result, owners).run(progress)
+    result = prepare_store(path, DerivedStore(stores[0], arrays, _spec(stores, arrays), history, needed))
+    RowCopy(result, owners).run(progress)
     return result
 
 
@@ -69,7 +71,7 @@ def _check_alike(one: Store, other: Store) -> None:
         pairs.append(("spec.objective", *both))
     transforms = [store.spec.get("transforms", {}) for store in (one, other)]
     pairs += [(f"transform {name}", *(t[name] for t in transforms)) for name in transforms[0] if name in transforms[1]]
-    different = [f"{name}: {_short(a)} and {_short(b)}" for name, a, b in pairs if a != b]
+    different = [f"{name}: {shorten(a)} and {shorten(b)}" for name, a, b in pairs if a != b]
     different += [f"model.{line}" for line in differences(*(recorded_model(store) for store in (one, other)))]
     different += differing_tables(one, other)
     for name in set(one.arrays) & set(other.arrays):
@@ -134,8 +136,3 @@ def _spec(stores: list[Store], arrays: list[ArraySpec]) -> dict[str, Any]:
         if values:
             spec[name] = values[0] if name == "objective" or all(v == values[0] for v in values) else "auto"
     return spec
-
-
-def _short(value: Any) -> str:
-    text = "nothing" if value is None else str(value)
-    return text if len(text) < 160 else text[:157] + "…"

@@ -13,17 +13,18 @@ from typing import Any
 from flexcache.errors import DamagedError, SiteError, StoreError
 from flexcache.site import Layers
 from flexcache.spec import ArraySpec
+from flexcache.store.format.dataset_card import card
 from flexcache.store.format.plan_record import write_plan_record
 from flexcache.store.format.schema import ATTRIBUTE, read_attributes
-from flexcache.store.manage.derive import facts, narrow_spec, plan_files
-from flexcache.store.manage.extension_transaction import check_settled
+from flexcache.store.manage.derive import narrow_spec, plan_facts
+from flexcache.store.manage.extension_state import check_not_extending
+from flexcache.store.manage.store_contents import plan_files
 from flexcache.store.read.selection import Key, keys, select
 from flexcache.store.read.store import Store
 from flexcache.store.storage.atomic_files import fsync_folder, write_durably, write_json
+from flexcache.store.storage.disk_errors import disk_error
 from flexcache.store.storage.location import local
 from flexcache.store.write.claims import CLAIMS, Claims
-from flexcache.store.format.dataset_card import card
-from flexcache.store.storage.disk_errors import disk_error
 from flexcache.store.write.worker import Worker
 
 NOTE = "removing.json"
@@ -86,7 +87,7 @@ class Removal:
         CaptureError
             The disk refuses.
         """
-        check_settled(self.path, begun=True)
+        check_not_extending(self.path, staged=True)
         try:
             worker = Worker(self.path)
             claims = Claims(worker)
@@ -132,7 +133,7 @@ class Removal:
         for name in {name for name, _ in self.gone} & set(arrays):
             _rewrite(self.path / name / "zarr.json", _layers_of(arrays[name]))
         content = read_attributes(self.path)
-        text = card(self.path.resolve().name, left, facts(store), content)
+        text = card(self.path.resolve().name, left, plan_facts(store), content)
         write_durably(self.path / "README.md", text.encode())
         whole = {name for name, _ in self.gone} - set(arrays)
         write_plan_record(
@@ -199,7 +200,7 @@ class Removal:
 
     def _check_alone(self, worker: Worker, claims: Claims) -> None:
         worker.sweep()
-        if claims.take(["remove"]) is None or next(iter(claims.others()), None):
+        if claims.take_claim(["remove"]) is None or next(iter(claims.others()), None):
             raise StoreError(
                 "another process fills the store, or removes from it",
                 where=str(self.path),

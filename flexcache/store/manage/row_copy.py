@@ -1,32 +1,28 @@
-"""Units on their way from stores into another: copied byte for byte, or converted, and committed one at a time."""
+"""Copy units from stores into another one: byte for byte or converted, committed one at a time."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
 
 import numpy as np
 
-from flexcache.errors import DamagedError
 from flexcache.spec import DTYPES
 from flexcache.store.format.int8 import SCALE, is_scale, scale_name
-from flexcache.store.format.ledger import FileRecord, UnitRecord
+from flexcache.store.format.ledger import UnitRecord, check_file
 from flexcache.store.format.shard import ShardLayout, shard_name
-from flexcache.store.manage.derive import POLL
-from flexcache.store.manage.file_transfer import FileTransfer, arrivals_of
-from flexcache.store.write.range_error import range_error
+from flexcache.store.manage.file_transfer import FileTransfer, start_transfer
 from flexcache.store.read.selection import Key
 from flexcache.store.read.store import Store
-from flexcache.store.storage.atomic_files import digest
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.disk_errors import clear_errors
 from flexcache.store.storage.path_safety import check_inside
 from flexcache.store.write.backends import AnyWorker, claims_of, slabs_for, start_work, writer_of
+from flexcache.store.write.election import claim_until_done
+from flexcache.store.write.range_error import range_error
 from flexcache.store.write.row_encoding import Unstorable, encode_rows
 from flexcache.store.write.shard_file import NonFinite, ShardFile
 from flexcache.store.write.shard_writer import WriterThread
-from flexcache.store.storage.disk_errors import disk_error
 from flexcache.store.write.slabs import SlabPool
 from flexcache.store.write.worker import PARTIAL
 
@@ -37,16 +33,16 @@ Progress = Callable[[int, int], None]
 """``progress(done, total)`` in bytes of the target's rows."""
 
 
-class Transfer:
-    """Brings the units that are committed in all sources into a target that was made for them.
+class RowCopy:
+    """Copy of the units that are committed in all sources into a target that was created for them.
 
-    Any number of processes may work on one transfer: each unit is claimed, and committed by its ledger record, as in a
-    capture. Memory is 64 MB, and 4 MB for the rows that are converted.
+    Any number of processes may work on one copy: each unit is claimed, and committed by its ledger record, as in a
+    capture. Memory is 64 MB, and 4 MB for rows that are converted.
 
     Parameters
     ----------
     sources
-        Where each layer of each array of the target comes from.
+        The store that each layer of each array of the target is copied from.
     """
 
     def __init__(self, target: Store, sources: Mapping[Key, Store]) -> None:
@@ -56,7 +52,7 @@ class Transfer:
             name: ShardLayout(target.n_rows, target.shard_rows, array.row_bytes)
             for name, array in target.arrays.items()
         }
-        self._scales = {key: source for key, source in self.sources.items() if self._made(key)}
+        self._scales = {key: source for key, source in self.sources.items() if self._is_generated(key)}
         self.sources = {key: source for key, source in self.sources.items() if key not in self._scales}
         self._unit_bytes = sum(target.arrays[name].row_bytes for name, _ in self.sources)
 
@@ -74,14 +70,14 @@ class Transfer:
         return sorted(set(self.available()) - set(self.target.committed_units.tolist()))
 
     def run(self, progress: Progress = lambda done, total: None) -> None:
-        """Bring every unit that can be brought.
+        """Copy all units that are pending.
 
         Raises
         ------
         DamagedError
-            A file of a source is not as it was written.
+            A file of a source is damaged.
         RangeError
-            A value does not fit the target's dtype.
+            A value does not fit the dtype of the target.
         CaptureError
             The disk refused a write.
         """
@@ -89,26 +85,27 @@ class Transfer:
         progress(total - self._bytes(self.pending()), total)
         if not self.pending() and not (self.target.path / PARTIAL).exists():  # else something is to be swept
             return
-        try:
-            worker = start_work(self.target.path)
-        except OSError as error:
-            raise disk_error(error, self.target.path) from error
+        with clear_errors(self.target.path):
+            self._run(total, progress)
+
+    # Private
+
+    def _run(self, total: int, progress: Progress) -> None:
+        worker = start_work(self.target.path)
         claims, writer = claims_of(worker), None
+
+        def claim() -> str | None:
+            worker.sweep()
+            return claims.take_claim(self.pending())
+
         try:
-            if converted := [key for key in self.sources if not self._same(key)]:
+            if converted := [key for key in self.sources if not self._is_unchanged(key)]:
                 writer = writer_of(worker, SlabPool(*self._slabs(converted)))
-            while left := self.pending():
-                worker.sweep()
-                name = claims.take(left)
-                if name is None:
-                    time.sleep(POLL)
-                    continue
+            for name in claim_until_done(claim, lambda: len(self.pending())):
                 if not self.target.ledger.has(int(name)):
-                    self._bring(int(name), worker, writer)
+                    self._copy_unit(int(name), worker, writer)
                 claims.release(name)
                 progress(total - self._bytes(self.pending()), total)
-        except OSError as error:
-            raise disk_error(error, self.target.path) from error
         finally:
             if writer is not None:
                 writer.stop()
@@ -117,26 +114,24 @@ class Transfer:
             worker.sweep()
             worker.close()
 
-    # Private
+    def _copy_unit(self, unit: int, worker: AnyWorker, writer: WriterThread | None) -> None:
+        with closing(start_transfer(worker)) as transfer:
+            self._commit_unit(unit, transfer, writer)
 
-    def _bring(self, unit: int, worker: AnyWorker, writer: WriterThread | None) -> None:
-        with closing(arrivals_of(worker)) as arrivals:
-            self._commit(unit, arrivals, writer)
-
-    def _commit(self, unit: int, arrivals: FileTransfer, writer: WriterThread | None) -> None:
+    def _commit_unit(self, unit: int, transfer: FileTransfer, writer: WriterThread | None) -> None:
         records = {id(store): store.ledger.read(unit) for store in self._stores}
         shards: list[ShardFile] = []
         for key, source in self.sources.items():
             name = shard_name(*key, unit)
             check_inside(source.path, source.path / name)
             record = records[id(source)].files[name]
-            if self._same(key):
-                arrivals.take(source.path / name, name, record)
+            if self._is_unchanged(key):
+                transfer.add_file(source.path / name, name, record)
             else:
                 assert writer is not None
-                _check(source.path / name, record)
+                check_file(source.path / name, record)
                 shards += self._converted(key, unit, source, writer)
-        files = arrivals.settle()
+        files = transfer.commit_all()
         if writer is not None:
             try:
                 files |= writer.place(shards)
@@ -164,7 +159,7 @@ class Transfer:
         )
 
     def _converted(self, key: Key, unit: int, source: Store, writer: WriterThread) -> list[ShardFile]:
-        """Return the shard of converted rows, and of their scales where there are any."""
+        """Return the shard of the converted rows, followed by the shard of their scales for int8."""
         name, layer = key
         file, layout = self._shard(key, unit, writer), self._layouts[name]
         shards = [file]
@@ -184,13 +179,13 @@ class Transfer:
             shard.finish()
         return shards
 
-    def _made(self, key: Key) -> bool:
-        """Whether an array is of the scales that come of rows that are converted to int8."""
+    def _is_generated(self, key: Key) -> bool:
+        """Return True if *key* is a scale array that the conversion to int8 regenerates."""
         name, layer = key
         owner = (name.removesuffix(SCALE), layer)
-        return is_scale(name, self.target.arrays) and not self._same(owner)
+        return is_scale(name, self.target.arrays) and not self._is_unchanged(owner)
 
-    def _same(self, key: Key) -> bool:
+    def _is_unchanged(self, key: Key) -> bool:
         source, name = self.sources[key], key[0]
         return (
             source.compressed == self.target.compressed and source.arrays[name].dtype == self.target.arrays[name].dtype
@@ -216,14 +211,3 @@ class Transfer:
     def _bytes(self, units: list[int]) -> int:
         rows = np.asarray(units, dtype=np.int64) * self.target.shard_rows
         return int(np.minimum(self.target.shard_rows, self.target.n_rows - rows).sum()) * self._unit_bytes
-
-
-def _check(path: Place, record: FileRecord) -> None:
-    if path.is_file() and path.stat().st_size == record.size and digest(path) == record.xxh3_128:
-        return
-    raise DamagedError(
-        "a file has other bytes than were written, or is missing",
-        where=str(path),
-        expected=f"{record.size} bytes with XXH3-128 {record.xxh3_128}",
-        remedy="run flexcache verify to see what else is damaged; a damaged unit can be recomputed by the capture",
-    )

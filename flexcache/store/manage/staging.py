@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +17,18 @@ import zarr
 from flexcache.plan import Plan, batch_groups
 from flexcache.sequences import Spool
 from flexcache.spec import ArraySpec
+from flexcache.store.format.dataset_card import card
 from flexcache.store.format.ledger import Ledger
 from flexcache.store.format.metadata import largest_batch, stored_batching
-from flexcache.store.format.plan_record import write_plan_record
 from flexcache.store.format.schema import ATTRIBUTE, COORDINATES, SEQUENCES, read_attributes
 from flexcache.store.format.text import size
-from flexcache.store.manage.derive import Derived, consolidate, copy_verified, make, shared_files
-from flexcache.store.manage.extension_transaction import link_records
+from flexcache.store.manage.derive import DerivedStore, write_derived
+from flexcache.store.manage.file_transfer import copy_verified
+from flexcache.store.manage.store_contents import shared_files
 from flexcache.store.read.selection import Key
 from flexcache.store.read.store import Store
-from flexcache.store.storage.atomic_files import relative_files
-from flexcache.store.write.create import check_names, check_room, create_arrays, create_coordinate, total_bytes
-from flexcache.store.format.dataset_card import card
+from flexcache.store.write.create import check_names, check_room, total_bytes
+from flexcache.store.write.skeleton import create_arrays, create_coordinate, write_skeleton
 from flexcache.store.write.tables import write_tables
 
 
@@ -68,7 +70,9 @@ def stage_arrays(store: Store, folder: Path, arrays: list[ArraySpec], spec: dict
     needed = total_bytes(arrays, store.n_rows, store.shard_rows)
     needed -= total_bytes(list(store.arrays.values()), store.n_rows, store.shard_rows)
     check_room(store.path, needed)
-    make(store.path.resolve().name, folder, Derived(store, arrays, spec, {"extended_by": request}, needed))
+    write_derived(
+        store.path.resolve().name, folder, DerivedStore(store, arrays, spec, {"extended_by": request}, needed)
+    )
 
 
 def plan_after(store: Store, corpus: Spool) -> Plan:
@@ -120,29 +124,32 @@ def stage_documents(store: Store, folder: Path, plan: Plan, corpus: Spool, entry
     check_room(store.path, total - (total_bytes(arrays, kept, store.shard_rows) if kept else 0))
     attributes = json.loads((store.path / "zarr.json").read_bytes())["attributes"]
     content = _content(store, plan, corpus, total, entry)
-    group = zarr.create_group(zarr.storage.LocalStore(folder), zarr_format=3)
-    group.attrs.update({**attributes, ATTRIBUTE: content})
-    create_arrays(group, arrays, plan.n_rows, store.shard_rows, str(store.spec.get("compression", "none")))
-    coordinates = {}
-    for name in COORDINATES:
-        chunk = int(zarr.open_array(store.path / name, mode="r").chunks[0])
-        coordinates[name] = create_coordinate(group, name, plan.n_rows, chunk)
-    for name, record in shared_files(store).items():
-        if "/c/" in name:
-            copy_verified(store.path / name, folder / name, record)
-    consolidate(zarr.storage.LocalStore(folder))  # before the tables: zarr warns of files that are not its own
-    write_tables(folder, plan, corpus, coordinates, store.path, int(store.plan["documents"]))
-    numbers = [
+
+    def add_arrays(group: zarr.Group) -> dict[str, zarr.Array]:
+        create_arrays(group, arrays, plan.n_rows, store.shard_rows, str(store.spec.get("compression", "none")))
+        coordinates = {}
+        for name in COORDINATES:
+            chunk = int(zarr.open_array(store.path / name, mode="r").chunks[0])
+            coordinates[name] = create_coordinate(group, name, plan.n_rows, chunk)
+        for name, record in shared_files(store).items():
+            if "/c/" in name:
+                copy_verified(store.path / name, folder / name, record)
+        return coordinates
+
+    facts = [
         ("documents", f"{content['plan']['documents']:,}"),
         ("rows", f"{plan.n_rows:,}"),
         ("units", f"{plan.n_units:,} of {plan.shard_rows:,} rows"),
         ("bytes", size(total)),
     ]
-    (folder / "README.md").write_text(card(store.path.resolve().name, arrays, numbers, content), encoding="utf-8")
-    names = relative_files(folder)
-    (folder / "ledger" / "0").mkdir(parents=True)
-    link_records(store.ledger, Ledger(folder), range(first))
-    write_plan_record(folder, names)
+    write_skeleton(
+        folder,
+        {**attributes, ATTRIBUTE: content},
+        card(store.path.resolve().name, arrays, facts, content),
+        add_arrays,
+        lambda coordinates: write_tables(folder, plan, corpus, coordinates, store.path, int(store.plan["documents"])),
+    )
+    _link_records(store.ledger, Ledger(folder), range(first))
 
 
 def _content(store: Store, plan: Plan, corpus: Spool, total: int, entry: dict[str, Any]) -> dict[str, Any]:
@@ -178,3 +185,12 @@ def _content(store: Store, plan: Plan, corpus: Spool, total: int, entry: dict[st
         {**entry, "rows": rows, "corpus_xxh3_128": corpus.digest},
     ]
     return {**given, "plan": numbers, "provenance": {**given["provenance"], "history": history}}
+
+
+def _link_records(source: Ledger, target: Ledger, units: range) -> None:
+    """Add the records of some units of a store to the ledger of a staged one."""
+    for unit in units:
+        try:
+            os.link(str(source.path(unit)), str(target.path(unit)))
+        except OSError:
+            shutil.copyfile(str(source.path(unit)), str(target.path(unit)))

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexcache.errors import DamagedError
-from flexcache.store.format.extension import GROWING
-from flexcache.store.format.ledger import FileRecord
+from flexcache.store.format.extension import STAGED
+from flexcache.store.format.ledger import FileRecord, measure_file
 from flexcache.store.format.plan_record import read_plan_record
 from flexcache.store.format.schema import PLAN_RECORD
 from flexcache.store.format.shard import shard_name
-from flexcache.store.manage.extension_transaction import staged_records
+from flexcache.store.manage.extension_state import staged_records
 from flexcache.store.manage.remove import NOTE
 from flexcache.store.read.store import Store
-from flexcache.store.storage.atomic_files import digest, is_temporary, relative_files
+from flexcache.store.storage.atomic_files import is_temporary, relative_files
 from flexcache.store.storage.location import Place
 from flexcache.store.storage.object_path import RemotePath
 from flexcache.store.storage.path_safety import check_inside
@@ -102,7 +102,7 @@ def verify(path: str | Place, progress: Callable[[int, int], None] = lambda file
     ]
     findings += [Finding(name, unit, "is not named by its unit's record") for unit, name in missing]
     begun |= set(arriving)  # and the files of a unit whose process ended before its record
-    for name in relative_files(store.path, skip=("ledger", "runs", PARTIAL, CLAIMS, GROWING)):
+    for name in relative_files(store.path, skip=("ledger", "runs", PARTIAL, CLAIMS, STAGED)):
         if name == NOTE:
             findings.append(Finding(name, None, "a removal has begun and not ended: flexcache rm finishes it"))
         elif name not in known and name not in begun and not is_temporary(name):
@@ -151,11 +151,11 @@ def _problem(root: Place, name: str, record: FileRecord) -> str | None:
     except DamagedError as error:
         return error.message.removeprefix("a file of the store ")
     try:
-        found = path.stat().st_size
-    except OSError:
+        found = measure_file(path)
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    if found is None:
         return "is missing"
-    if found != record.size:
-        return f"has {found} bytes instead of {record.size}"
-    if digest(path) != record.xxh3_128:
-        return "has other bytes than were written (checksum)"
-    return None
+    if found.size != record.size:
+        return f"has {found.size} bytes instead of {record.size}"
+    return None if found == record else "has other bytes than were written (checksum)"

@@ -99,6 +99,24 @@ def blocks(path: Place, size: int = 1 << 20) -> Iterator[memoryview]:
             yield memoryview(buffer)[:count]
 
 
+def commit_files(root: Path, files: Iterable[tuple[Path, str]]) -> None:
+    """Rename flushed files to their names below *root*, then flush the folders: one journal flush for all of them.
+
+    Parameters
+    ----------
+    files
+        Where each file is, and its name relative to *root*.
+    """
+    folders: dict[Path, None] = {}
+    for temporary, name in files:
+        target = root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.replace(target)
+        folders.update(dict.fromkeys(parent for parent in target.parents if parent == root or root in parent.parents))
+    for folder in folders:
+        fsync_folder(folder)
+
+
 def fsync_tree(root: Path) -> None:
     """Flush every file and folder below *root*, and *root* itself."""
     for folder, _, names in os.walk(root):

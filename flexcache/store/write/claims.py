@@ -38,7 +38,7 @@ class Claiming(ABC):
         self.folder = worker.root / CLAIMS
         self._held: dict[str, int] = {}
 
-    def take(self, names: Iterable[str | int]) -> str | None:
+    def take_claim(self, names: Iterable[str | int]) -> str | None:
         """Claim the first of *names* that is free or whose worker is gone, and return it; None where none is.
 
         A unit may have been committed, and its claim released, between the caller's look at the ledger and this call:

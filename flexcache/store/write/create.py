@@ -5,34 +5,32 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import zarr
-from zarr.codecs import ZstdCodec
 
 from flexcache.errors import ConfigError, PlanError, StoreError
 from flexcache.paths import check_writable
 from flexcache.plan import Plan
 from flexcache.sequences import Spool
-from flexcache.spec import DTYPES, ArraySpec
-from flexcache.store.format.bfloat16 import BFloat16
-from flexcache.store.format.plan_record import write_plan_record
+from flexcache.spec import ArraySpec
 from flexcache.store.format.schema import ATTRIBUTE, COORDINATES, DOCUMENTS, PLAN_RECORD, RESERVED, SCHEMA, SEQUENCES
 from flexcache.store.format.shard import ShardLayout
 from flexcache.store.storage.atomic_files import fsync_folder, fsync_tree, relative_files
+from flexcache.store.storage.disk_errors import clear_errors
 from flexcache.store.storage.location import Place, beyond_links
 from flexcache.store.storage.multipart_upload import PART_BYTES, begin_upload
 from flexcache.store.storage.object_path import RemotePath
-from flexcache.store.write.backends import AnyWorker, claims_of, start_work
-from flexcache.store.write.claims import Claiming
+from flexcache.store.write.backends import claims_of, start_work
+from flexcache.store.write.election import elect
+from flexcache.store.write.skeleton import create_arrays, create_coordinate, write_skeleton
 from flexcache.store.write.tables import write_tables
 
-COORDINATE_CHUNK = 1 << 20
+T = TypeVar("T")
+
 NAME_BYTES = 255
 """Of the longest name of a file, on common file systems."""
 BESIDE = (DOCUMENTS, SEQUENCES, "README.md", "ledger")
@@ -91,22 +89,48 @@ def _begun(path: RemotePath) -> bool:
     return all(name.split("/")[0] in {*COORDINATES, *BESIDE} or name.endswith("/zarr.json") for name in path.sizes())
 
 
-@contextmanager
-def planning(path: Place) -> Iterator[tuple[AnyWorker, Claiming]]:
-    """Give a place beside *path* where one process at a time can be the one that makes the store."""
-    path = beyond_links(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    root = _planning(path)
-    worker = start_work(root)
-    claims = claims_of(worker)
-    try:
-        yield worker, claims
-    finally:
-        claims.close()
-        worker.close()
-        if isinstance(root, Path):
-            with contextlib.suppress(OSError):
-                root.rmdir()
+def create_once(path: Place, make: Callable[[Path], T], on_wait: Callable[[], None] = lambda: None) -> T | None:
+    """Run *make* in one of the processes that ask for a store at *path*, and return its result.
+
+    The others wait, and one of them takes over if the process ends early.
+
+    Parameters
+    ----------
+    make
+        Makes the store; it is given an empty folder for files in progress.
+    on_wait
+        Called now and then while another process makes the store.
+
+    Returns
+    -------
+    None if the store exists already or another process made it.
+
+    Raises
+    ------
+    StoreError
+        Something else is at *path*, its name is too long, or nothing can be written there.
+    CaptureError
+        The disk refuses a write.
+    """
+    check_place(path)
+    if (path / "zarr.json").exists():
+        return None
+    with clear_errors(path.parent):
+        path = beyond_links(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        root = _planning(path)
+        worker = start_work(root)
+        claims = claims_of(worker)
+        try:
+            if elect(worker, claims, "plan", (path / "zarr.json").exists, on_wait):
+                return make(worker.folder)
+        finally:
+            claims.close()
+            worker.close()
+            if isinstance(root, Path):
+                with contextlib.suppress(OSError):
+                    root.rmdir()
+    return None
 
 
 def total_bytes(arrays: list[ArraySpec], n_rows: int, shard_rows: int) -> int:
@@ -164,32 +188,22 @@ def create(
     card
         The store's README.md.
     """
-    store = folder / "store"
-    store.mkdir()
     check_names(arrays)
-    n_rows = plan.n_rows
-    group = zarr.create_group(zarr.storage.LocalStore(store), zarr_format=3)
-    for array in arrays:
-        _create_array(group, array, n_rows, plan.shard_rows, compression)
-    coordinates = {name: create_coordinate(group, name, n_rows) for name in COORDINATES}
-    group.attrs.update(
-        {
-            ATTRIBUTE: {
-                "schema": SCHEMA,
-                "arrays": {array.name: array.to_json() for array in arrays},
-                "plan": {**summary, "corpus_xxh3_128": corpus.digest},
-                **content,
-            }
-        }
+    store = folder / "store"
+    attributes = {
+        "schema": SCHEMA,
+        "arrays": {array.name: array.to_json() for array in arrays},
+        "plan": {**summary, "corpus_xxh3_128": corpus.digest},
+        **content,
+    }
+
+    def add_arrays(group: zarr.Group) -> dict[str, zarr.Array]:
+        create_arrays(group, arrays, plan.n_rows, plan.shard_rows, compression)
+        return {name: create_coordinate(group, name, plan.n_rows) for name in COORDINATES}
+
+    write_skeleton(
+        store, {ATTRIBUTE: attributes}, card, add_arrays, lambda added: write_tables(store, plan, corpus, added)
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Consolidated metadata is currently not part")
-        zarr.consolidate_metadata(group.store)  # before the tables: zarr warns of files that are not its own
-    write_tables(store, plan, corpus, coordinates)
-    (store / "README.md").write_text(card, encoding="utf-8")
-    files = relative_files(store)
-    (store / "ledger" / "0").mkdir(parents=True)
-    write_plan_record(store, files)
     appear(store, path)
 
 
@@ -230,50 +244,3 @@ def check_names(arrays: list[ArraySpec]) -> None:
         raise StoreError(
             f"two arrays of the store would be named {', '.join(taken)}", remedy="leave one of the sites out"
         )
-
-
-def _create_array(group: zarr.Group, array: ArraySpec, n_rows: int, shard_rows: int, compression: str) -> None:
-    layout = ShardLayout(n_rows, shard_rows, array.row_bytes)
-    stacked = array.layers is not None
-    lead = (1,) if stacked else ()
-    depth = (array.depth or 0,) if stacked else ()
-    group.create_array(
-        array.name,
-        shape=(*depth, n_rows, array.features),
-        shards=(*lead, shard_rows, array.features),
-        chunks=(*lead, layout.chunk_rows, array.features),
-        dtype=BFloat16() if array.dtype == "bfloat16" else DTYPES[array.dtype],
-        fill_value=0 if array.dtype == "int8" else float("nan"),
-        compressors=ZstdCodec(level=1) if compression == "zstd" else None,
-        filters=None,
-        dimension_names=array.dims,
-        attributes={
-            "site": array.site,
-            "coordinates": " ".join(COORDINATES),
-            **({"layers": list(array.layers)} if array.layers is not None else {}),
-        },
-    )
-
-
-def coordinate_chunk(n_rows: int) -> int:
-    """Return the rows of a chunk of the coordinates."""
-    return min(COORDINATE_CHUNK, 1 << max(0, n_rows - 1).bit_length())
-
-
-def create_coordinate(group: zarr.Group, name: str, n_rows: int, chunk: int | None = None) -> zarr.Array:
-    """Add a coordinate of the rows to a group, in chunks of that many rows."""
-    chunk = chunk or coordinate_chunk(n_rows)
-    return group.create_array(
-        name,
-        shape=(n_rows,),
-        chunks=(chunk,),
-        dtype=COORDINATES[name],
-        compressors=ZstdCodec(level=1),
-        dimension_names=("token",),
-    )
-
-
-def create_arrays(group: zarr.Group, arrays: list[ArraySpec], n_rows: int, shard_rows: int, compression: str) -> None:
-    """Add the metadata of arrays, and no activations, to the group of a store that is being made."""
-    for array in arrays:
-        _create_array(group, array, n_rows, shard_rows, compression)

@@ -21,7 +21,7 @@ import numpy as np
 
 from flexcache.store.format.ledger import FileRecord
 from flexcache.store.format.shard import index_bytes
-from flexcache.store.storage.atomic_files import fsync_folder
+from flexcache.store.storage.atomic_files import commit_files
 from flexcache.store.storage.disk_errors import disk_error
 from flexcache.store.storage.location import Place
 from flexcache.store.write.shard_file import ShardFile, check_finite
@@ -204,16 +204,7 @@ class Writer(WriterThread):
             os.fsync(file.handle)
             os.close(file.handle)
             self._open.discard(file)
-        folders: dict[Path, None] = {}
-        for file in files:
-            target = self.root / file.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file.temporary.replace(target)
-            folders[target.parent] = None
-        for folder in list(folders):
-            folders.update(dict.fromkeys(parent for parent in folder.parents if self.root in parent.parents))
-        for folder in folders:
-            fsync_folder(folder)
+        commit_files(self.root, ((file.temporary, file.name) for file in files))
 
     def discard(self, files: Sequence[ShardFile]) -> None:
         """Remove the files of a unit that is given up."""
