@@ -22,7 +22,7 @@ from flexcache.store.format.int8 import is_scale
 from flexcache.store.format.schema import DOCUMENTS
 from flexcache.store.manage.file_transfer import copy_verified
 from flexcache.store.manage.store_contents import ledger_digest, shared_files
-from flexcache.store.read.selection import Key, keys, select
+from flexcache.store.read.selection import ArrayKey, keys, select
 from flexcache.store.read.store import Store
 from flexcache.store.storage.atomic_files import fsync_folder, is_temporary, temporaries, temporary_name, write_json
 from flexcache.store.storage.disk_errors import clear_errors
@@ -99,7 +99,7 @@ def export(
     return files
 
 
-def label(key: Key) -> str:
+def label(key: ArrayKey) -> str:
     """Return the name of a site and layer in files: ``resid_post.layer_12``."""
     name, layer = key
     return name if layer is None else f"{name}.layer_{layer}"
@@ -145,7 +145,7 @@ class _Export:
             with _put(path) as temporary, temporary.open("wb") as file:
                 np.save(file, values)
 
-    def _tensor(self, key: Key) -> Path:
+    def _tensor(self, key: ArrayKey) -> Path:
         path = self.folder / f"{label(key)}.{self.to}"
         array = self.store.arrays[key[0]]
         dtype = written(array, self.to)
@@ -159,7 +159,7 @@ class _Export:
                 self._advance(values.nbytes)
         return path
 
-    def _head(self, file: BinaryIO, key: Key, dtype: np.dtype, shape: tuple[int, int]) -> None:
+    def _head(self, file: BinaryIO, key: ArrayKey, dtype: np.dtype, shape: tuple[int, int]) -> None:
         if self.to == "npy":
             content = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, content)

@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flexcache.store.format.text import TABLE_COLUMNS
-from flexcache.store.read.selection import Key
+from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
 
 GROUP_BYTES = 32 << 20
 """Bytes of activations in a row group."""
 
-Columns = Mapping[str, tuple[Key, np.dtype]]
+Columns = Mapping[str, tuple[ArrayKey, np.dtype]]
 
 
 def unit_rows(store: Store, unit: int) -> range:

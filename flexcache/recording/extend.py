@@ -150,9 +150,9 @@ def extend(
         )
     with evaluating(model), CaptureProgress(progress) as bars, closing(ModelParallelGroup(model)) as group:
         example = tokenizer.example(model) if store.images else None
-        described = group.describe_model(model, example)
-        changed = check_source(store, described, tokenizer, allow_changed_model)
-        for line in model_notices(store.provenance.get("model", {}), described, changed):
+        parse_metadata = group.describe_model(model, example)
+        changed = check_source(store, parse_metadata, tokenizer, allow_changed_model)
+        for line in model_notices(store.provenance.get("model", {}), parse_metadata, changed):
             bars.say(line)
 
         def read(spec: Spec) -> tuple[CaptureTargets, list[ArraySpec]]:
@@ -170,7 +170,7 @@ def extend(
         everything = Spec.model_validate(store.spec)
         spec = asked or everything
         targets, arrays = read(spec)
-        now = fingerprint(model, group.sizes.tp) | ({"model": model_key(described)} if changed else {})
+        now = fingerprint(model, group.sizes.tp) | ({"model": model_key(parse_metadata)} if changed else {})
         check_fingerprint(store, now, allow_mixed)
         if not changed:
             check_rows(model, store, padding(model, tokenizer), group, now)
@@ -219,7 +219,7 @@ def extend(
                 )
             if group.alone:
                 recorder.on_start = found.transaction.check_open
-            unchanged = partial(group.check_unchanged, model, described, str(path), example)
+            unchanged = partial(group.check_unchanged, model, parse_metadata, str(path), example)
             complete(model, tokenizer, targets, recorder, bars, group, root, unchanged=unchanged)
         except AlreadyCommittedError:
             bars.say("other processes have completed it meanwhile")

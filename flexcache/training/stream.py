@@ -17,7 +17,7 @@ from flexcache.parallel.launch import launch
 from flexcache.site import Layers, plain_layers
 from flexcache.spec import dtype_name, is_whole, listed
 from flexcache.store.read.row_alignment import matching_rows
-from flexcache.store.read.selection import select
+from flexcache.store.read.selection import layer_number, row_numbers, select
 from flexcache.store.read.store import Store
 from flexcache.store.storage.object_path import RemotePath
 from flexcache.training.order import Ints, Order, turns
@@ -398,7 +398,7 @@ def stream(
             chosen = chosen[there]
         for at in sites:
             for number in [layer] if layers is None else _numbers(one, at, layers):
-                found = one._layer(one.reader(at).array, number)
+                found = layer_number(one.reader(at).array, number, one.path)
                 parts = [name] * bool(name) + [at] * (len(sites) > 1 or not name)
                 parts += [str(found)] * (layers is not None)
                 key = ".".join(parts)
@@ -501,7 +501,7 @@ def _chosen(store: Store, rows: ArrayLike | None) -> Ints:
     if rows is None:
         return store.committed_rows
     try:
-        given = store._row_numbers(rows)
+        given = row_numbers(rows, store.n_rows, store.path)
     except (IndexError, ValueError) as error:
         raise ConfigError(
             "rows cannot be read",

@@ -19,7 +19,7 @@ from flexcache.spec import ArraySpec, Spec
 from flexcache.store.manage.extension_state import incomplete
 from flexcache.store.manage.extension_transaction import ExtensionTransaction
 from flexcache.store.manage.staging import plan_after, stage_arrays, stage_documents, united
-from flexcache.store.read.selection import Key
+from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Extension:
 
     transaction: ExtensionTransaction
     store: Store
-    keys: list[Key]
+    keys: list[ArrayKey]
     carried: ExistingRows | None = None
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from flexcache.store.format.ledger import UnitRecord, check_file
 from flexcache.store.format.shard import shard_name
-from flexcache.store.read.selection import Key
+from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
 
 BLOCK = 4 << 20
@@ -40,7 +40,7 @@ class ExistingRows:
         """Return how many rows of a unit are there."""
         return max(0, self.stop - unit * self._store.shard_rows)
 
-    def blocks(self, key: Key, unit: int) -> Iterator[tuple[np.ndarray, int]]:
+    def blocks(self, key: ArrayKey, unit: int) -> Iterator[tuple[np.ndarray, int]]:
         """Yield the rows of a unit that are there as bytes, with their number, after a check of their shard.
 
         Raises

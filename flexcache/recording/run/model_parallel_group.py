@@ -27,7 +27,7 @@ from flexcache.recording.run.fingerprint import fingerprint
 from flexcache.recording.run.gathering import Gathering
 from flexcache.recording.run.recorder import Recorder
 from flexcache.store.format.ledger import FileRecord
-from flexcache.store.read.selection import Key
+from flexcache.store.read.selection import ArrayKey
 
 IDLE, DONE = -1, -2
 PAUSE = 0.2
@@ -99,7 +99,7 @@ class ModelParallelGroup:
         now = {**before, IDENTITY: {**held, "behavior": ran, "structure": structure(model)}}
         check_model(before, now, where, remedy=RUN_AGAIN)
 
-    def keys(self, points: Sequence[HookPoint], extra: Sequence[Key] = ()) -> list[Key]:
+    def keys(self, points: Sequence[HookPoint], extra: Sequence[ArrayKey] = ()) -> list[ArrayKey]:
         """Return the sites and layers that this process writes; *extra* ones are the leader's."""
         mine = points if self.gathering is None else self.gathering.writes(points)
         return [(point.array, point.layer) for point in mine] + (list(extra) if self.leads else [])

@@ -17,7 +17,7 @@ from flexcache.recording.run.run_stats import RunStats
 from flexcache.recording.run.unit_writer import UnitWriter
 from flexcache.store.format.ledger import FileRecord, UnitRecord
 from flexcache.store.format.metadata import largest_batch
-from flexcache.store.read.selection import Key
+from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
 from flexcache.store.storage.disk_errors import clear_errors
 from flexcache.store.storage.location import Place
@@ -92,7 +92,7 @@ class Recorder:
         allow_mixed: bool = False,
         allocate: Callable[[int], Slab] = anonymous_slab,
         batch_tokens: int | None = None,
-        keys: Sequence[Key] | None = None,
+        keys: Sequence[ArrayKey] | None = None,
         carried: ExistingRows | None = None,
         heartbeat_timeout: float = HEARTBEAT_TIMEOUT,
     ) -> None:
@@ -145,7 +145,7 @@ class Recorder:
             self.on_complete()
 
     @property
-    def keys(self) -> list[Key]:
+    def keys(self) -> list[ArrayKey]:
         """The sites and layers that this process writes, without the scales of int8, which come with their rows."""
         return self._intake.keys
 

@@ -17,7 +17,7 @@ from flexcache.recording.run.run_stats import RunStats
 from flexcache.spec import DTYPES
 from flexcache.store.format.int8 import is_scale, scale_name
 from flexcache.store.format.shard import ShardLayout, shard_name
-from flexcache.store.read.selection import Key
+from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
 from flexcache.store.write.backends import slabs_for
 from flexcache.store.write.range_error import place, range_error
@@ -44,17 +44,17 @@ class UnitWriter:
         The one whose rows are taken.
     """
 
-    def __init__(self, store: Store, keys: Sequence[Key] | None, stats: RunStats) -> None:
+    def __init__(self, store: Store, keys: Sequence[ArrayKey] | None, stats: RunStats) -> None:
         self._store, self._tally = store, stats
         arrays = store.arrays
         every = [(name, layer) for name, array in arrays.items() for layer in array.slices]
-        self.keys: list[Key] = [key for key in (every if keys is None else keys) if not is_scale(key[0], arrays)]
+        self.keys: list[ArrayKey] = [key for key in (every if keys is None else keys) if not is_scale(key[0], arrays)]
         scales = [(scale_name(name), layer) for name, layer in self.keys if arrays[name].dtype == "int8"]
-        self._writes: list[Key] = self.keys + scales
+        self._writes: list[ArrayKey] = self.keys + scales
         self._layouts = {
             name: ShardLayout(store.n_rows, store.shard_rows, array.row_bytes) for name, array in arrays.items()
         }
-        self._files: dict[Key, ShardFile] = {}
+        self._files: dict[ArrayKey, ShardFile] = {}
         self.batch: Batch | None = None
 
     @property

@@ -16,7 +16,7 @@ MOST_ROWS, MOST_UNITS, MOST_FEATURES, MOST_LAYERS = 2**48, 10**8, 2**24, 100_000
 
 
 @dataclass(frozen=True)
-class Description:
+class StoreMetadata:
     """The attributes of a store, each of its type, in its range, and in agreement with the others."""
 
     arrays: dict[str, ArraySpec]
@@ -25,7 +25,7 @@ class Description:
     provenance: dict[str, Any]
 
 
-def described(content: Mapping[str, Any], where: str) -> Description:
+def parse_metadata(content: Mapping[str, Any], where: str) -> StoreMetadata:
     """Return what a store's attributes say.
 
     Raises
@@ -58,7 +58,7 @@ def described(content: Mapping[str, Any], where: str) -> Description:
             found=f"{type(error).__name__}: {str(error)[:200]}",
             remedy="restore zarr.json from a copy",
         ) from error
-    return Description(arrays, spec, plan, provenance)
+    return StoreMetadata(arrays, spec, plan, provenance)
 
 
 def _array(name: str, data: Any) -> ArraySpec:

@@ -9,7 +9,7 @@ from zlib import crc32
 import numpy as np
 
 from flexcache.errors import MismatchError, StoreError
-from flexcache.store.format.metadata import described
+from flexcache.store.format.metadata import parse_metadata
 from flexcache.store.format.schema import read_attributes
 from flexcache.store.storage.location import Place
 
@@ -62,7 +62,7 @@ class StoreReference:
                 found="no store",
                 remedy="put the store where all workers reach it: a file system they share, or object storage",
             )
-        found = described(read_attributes(self.path), str(metadata))
+        found = parse_metadata(read_attributes(self.path), str(metadata))
         same = made_at(found.provenance) == self.created and int(found.plan["shard_rows"]) == self.shard_rows
         if not same or int(found.plan["rows"]) < self.n_rows:
             raise MismatchError(

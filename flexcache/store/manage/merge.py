@@ -17,7 +17,7 @@ from flexcache.store.manage.extension_state import check_not_extending
 from flexcache.store.manage.row_copy import Progress, RowCopy
 from flexcache.store.manage.store_contents import describe_origin, differing_tables
 from flexcache.store.read.recorded_model import recorded_model
-from flexcache.store.read.selection import Key
+from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import Place, place
 from flexcache.store.write.create import total_bytes
@@ -106,10 +106,10 @@ def _refuse(one: Store, other: Store, different: list[str]) -> None:
         )
 
 
-def _join(stores: list[Store]) -> tuple[list[ArraySpec], dict[Key, Store]]:
+def _join(stores: list[Store]) -> tuple[list[ArraySpec], dict[ArrayKey, Store]]:
     """Return the arrays of all stores, and which store each layer of them is taken from: the first that has it."""
     arrays: dict[str, ArraySpec] = {}
-    owners: dict[Key, Store] = {}
+    owners: dict[ArrayKey, Store] = {}
     for store in stores:
         for name, array in store.arrays.items():
             before = arrays.setdefault(name, array)

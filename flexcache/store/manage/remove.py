@@ -19,7 +19,7 @@ from flexcache.store.format.schema import ATTRIBUTE, read_attributes
 from flexcache.store.manage.derive import narrow_spec, plan_facts
 from flexcache.store.manage.extension_state import check_not_extending
 from flexcache.store.manage.store_contents import plan_files
-from flexcache.store.read.selection import Key, keys, select
+from flexcache.store.read.selection import ArrayKey, keys, select
 from flexcache.store.read.store import Store
 from flexcache.store.storage.atomic_files import fsync_folder, write_durably, write_json
 from flexcache.store.storage.disk_errors import disk_error
@@ -64,7 +64,7 @@ class Removal:
         self.path = local(path, "flexcache rm")
         store = Store(self.path)
         self.unfinished = (self.path / NOTE).exists()
-        self.gone: list[Key] = self._noted() if self.unfinished else keys(select(store, sites, layers))
+        self.gone: list[ArrayKey] = self._noted() if self.unfinished else keys(select(store, sites, layers))
         if not self.unfinished and len(self.gone) == len(keys(list(store.arrays.values()))):
             raise SiteError(
                 "the store would have no site left",
@@ -183,10 +183,10 @@ class Removal:
         layers = [self.path / name / "c" / str(layer) for name, layer in self.gone if name not in whole]
         return [folder for folder in [*(self.path / name for name in sorted(whole)), *layers] if folder.exists()]
 
-    def _noted(self) -> list[Key]:
+    def _noted(self) -> list[ArrayKey]:
         try:
             listed = json.loads((self.path / NOTE).read_bytes())["remove"]
-            found: list[Key] = [(str(name), None if layer is None else int(layer)) for name, layer in listed]
+            found: list[ArrayKey] = [(str(name), None if layer is None else int(layer)) for name, layer in listed]
             if any(Path(name).name != name or name in ("", "..") for name, _ in found):
                 raise ValueError("a site lies outside of the store")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -13,7 +13,7 @@ from flexcache.store.format.int8 import SCALE, is_scale, scale_name
 from flexcache.store.format.ledger import UnitRecord, check_file
 from flexcache.store.format.shard import ShardLayout, shard_name
 from flexcache.store.manage.file_transfer import FileTransfer, start_transfer
-from flexcache.store.read.selection import Key
+from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
 from flexcache.store.storage.disk_errors import clear_errors
 from flexcache.store.storage.path_safety import check_inside
@@ -45,7 +45,7 @@ class RowCopy:
         The store that each layer of each array of the target is copied from.
     """
 
-    def __init__(self, target: Store, sources: Mapping[Key, Store]) -> None:
+    def __init__(self, target: Store, sources: Mapping[ArrayKey, Store]) -> None:
         self.target, self.sources = target, dict(sources)
         self._stores = list({id(store): store for store in sources.values()}.values())
         self._layouts = {
@@ -151,14 +151,14 @@ class RowCopy:
             )
         )
 
-    def _shard(self, key: Key, unit: int, writer: WriterThread) -> ShardFile:
+    def _shard(self, key: ArrayKey, unit: int, writer: WriterThread) -> ShardFile:
         name, layer = key
         dtype, compressed = DTYPES[self.target.arrays[name].dtype], self.target.compressed
         return ShardFile(
             writer, shard_name(name, layer, unit), self._layouts[name], unit, dtype, name, layer, compressed
         )
 
-    def _converted(self, key: Key, unit: int, source: Store, writer: WriterThread) -> list[ShardFile]:
+    def _converted(self, key: ArrayKey, unit: int, source: Store, writer: WriterThread) -> list[ShardFile]:
         """Return the shard of the converted rows, followed by the shard of their scales for int8."""
         name, layer = key
         file, layout = self._shard(key, unit, writer), self._layouts[name]
@@ -179,13 +179,13 @@ class RowCopy:
             shard.finish()
         return shards
 
-    def _is_generated(self, key: Key) -> bool:
+    def _is_generated(self, key: ArrayKey) -> bool:
         """Return True if *key* is a scale array that the conversion to int8 regenerates."""
         name, layer = key
         owner = (name.removesuffix(SCALE), layer)
         return is_scale(name, self.target.arrays) and not self._is_unchanged(owner)
 
-    def _is_unchanged(self, key: Key) -> bool:
+    def _is_unchanged(self, key: ArrayKey) -> bool:
         source, name = self.sources[key], key[0]
         return (
             source.compressed == self.target.compressed and source.arrays[name].dtype == self.target.arrays[name].dtype
@@ -201,7 +201,7 @@ class RowCopy:
         }
         return {**first, "converted_from": {**first.get("converted_from", {}), **changed}} if changed else first
 
-    def _slabs(self, converted: list[Key]) -> tuple[int, int]:
+    def _slabs(self, converted: list[ArrayKey]) -> tuple[int, int]:
         layouts = [self._layouts[name] for name, _ in converted]
         several = 1 + bool(self._scales)  # files that are open at a time
         chunk = max(layout.chunk_rows * layout.row_bytes for layout in layouts) if self.target.compressed else None

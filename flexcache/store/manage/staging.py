@@ -25,17 +25,17 @@ from flexcache.store.format.text import size
 from flexcache.store.manage.derive import DerivedStore, write_derived
 from flexcache.store.manage.file_transfer import copy_verified
 from flexcache.store.manage.store_contents import shared_files
-from flexcache.store.read.selection import Key
+from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
 from flexcache.store.write.create import check_names, check_room, total_bytes
 from flexcache.store.write.skeleton import create_arrays, create_coordinate, write_skeleton
 from flexcache.store.write.tables import write_tables
 
 
-def united(store: Store, arrays: list[ArraySpec]) -> tuple[list[ArraySpec], list[Key]]:
+def united(store: Store, arrays: list[ArraySpec]) -> tuple[list[ArraySpec], list[ArrayKey]]:
     """Return the arrays of a store with *arrays* added, and which arrays and layers are new."""
     found = dict(store.arrays)
-    new: list[Key] = []
+    new: list[ArrayKey] = []
     for array in arrays:
         before = found.get(array.name)
         if before is None:

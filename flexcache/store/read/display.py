@@ -1,20 +1,21 @@
-"""What a store shows of itself: in a terminal and in a notebook."""
+"""Render a store as text for a terminal, and as HTML for a notebook."""
 
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from flexcache.paths import shown
+from flexcache.store.format.committed_units import CommittedUnits
 from flexcache.store.format.extension import staged_folder
+from flexcache.store.format.schema import read_attributes
 from flexcache.store.format.text import TABLE_COLUMNS, layer_text, size
-
-if TYPE_CHECKING:
-    from flexcache.store.read.store import Store
+from flexcache.store.read.store_view import StoreView
 
 
-def summary(store: Store) -> dict[str, str]:
-    """Return the facts about a store that a person wants first, as short texts."""
+def summary(store: StoreView) -> dict[str, str]:
+    """Return the main facts about a store as short texts."""
     model = store.provenance.get("model", {})
     plan = store.plan
     done = len(store.committed_units)
@@ -29,16 +30,17 @@ def summary(store: Store) -> dict[str, str]:
     }
 
 
-def _extension(store: Store) -> str:
+def _extension(store: StoreView) -> str:
     folder = staged_folder(store.path)
     if folder is None:
         return ""
-    staged = type(store)(folder)
-    return f"; an extension has begun: {len(staged.committed_units)} of {staged.n_units} units"
+    units = int(read_attributes(folder)["plan"]["units"])
+    done = int(np.count_nonzero(CommittedUnits(folder, units).mask))
+    return f"; an extension has begun: {done} of {units} units"
 
 
-def sites(store: Store) -> list[tuple[str, str, str, str]]:
-    """Return name, layers, shape and dtype of each site."""
+def sites(store: StoreView) -> list[tuple[str, str, str, str]]:
+    """Return the name, layers, shape and dtype of each site as text."""
     lines = []
     for name in store.sites:
         array = store.arrays[name]
@@ -47,12 +49,12 @@ def sites(store: Store) -> list[tuple[str, str, str, str]]:
     return lines
 
 
-def array_bytes(store: Store) -> int:
-    """Return the bytes of all rows of all arrays."""
+def array_bytes(store: StoreView) -> int:
+    """Return the bytes of the rows of all arrays."""
     return sum(len(array.slices) * array.row_bytes for array in store.arrays.values()) * store.n_rows
 
 
-def text(store: Store) -> str:
+def text(store: StoreView) -> str:
     """Return the store as lines of text."""
     facts = summary(store)
     lines = [f"<flexcache.Store {shown(store.path)}>"]
@@ -68,8 +70,8 @@ def text(store: Store) -> str:
     return "\n".join(lines)
 
 
-def html(store: Store) -> str:
-    """Return the store as a small HTML table; everything from the store is escaped."""
+def html(store: StoreView) -> str:
+    """Return the store as small HTML tables; all text of the store is escaped."""
     facts = "".join(
         f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(value)}</td></tr>"
         for name, value in summary(store).items()

@@ -1,28 +1,28 @@
-"""Whether a store holds what a replay needs, and why not."""
+"""Check that a store holds all that a replay of its rows needs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flexcache.identity import known, model_record
-
-if TYPE_CHECKING:
-    from flexcache.store.read.store import Store
+from flexcache.store.read.store_view import StoreView
 
 RESIDUAL = ("resid_post", "resid_pre")
 
 
 @dataclass(frozen=True)
 class Replayable:
-    """True where nothing of a store stands in the way of replaying it.
+    """Result of the check; true if a replay is possible.
+
+        if not store.replayable:
+            print(store.replayable.reasons)
 
     Attributes
     ----------
     reasons : mapping from str to str
-        By a short name, which `analysis.replay` takes in its ``accept``: what stands in the way.
+        Obstacles by short names, which `analysis.replay` takes in its ``accept``.
     """
 
     reasons: dict[str, str]
@@ -31,33 +31,33 @@ class Replayable:
         return not self.reasons
 
     def __str__(self) -> str:
-        return "; ".join(self.reasons.values()) or "nothing stands in the way of a replay"
+        return "; ".join(self.reasons.values()) or "the store can be replayed"
 
 
-def replayable(store: Store) -> Replayable:
-    """Return what of a store stands in the way of running the rest of its model on its rows.
+def replayable(store: StoreView) -> Replayable:
+    """Return the obstacles to running the rest of a store's model on its rows.
 
-    Whether a model at hand is the one that filled it, see `analysis.replay.engine.compatibility`.
+    `analysis.replay.engine.compatibility` checks the model that is to run them.
     """
     reasons = {}
     if store.spec.get("rows") != "all":
         reasons["rows"] = f"rows are the {store.spec.get('rows')} of each document, and a forward needs every token"
-    elif store.spec.get("windows") is not None and len(store.tokens) and _cut(store):
-        reasons["rows"] = "long documents were run in windows, and the rows of what windows share are of one alone"
+    elif store.spec.get("windows") is not None and len(store.tokens) and _has_windows(store):
+        reasons["rows"] = "long documents were run in windows, and rows that windows share come from only one of them"
     elif store.spec.get("packing") is not None:
-        reasons["rows"] = "documents were packed into sequences, and a replay runs each by itself"
+        reasons["rows"] = "documents were packed into sequences, and a replay runs each document by itself"
     if not any(store.arrays[site].layers for site in RESIDUAL if site in store.arrays):
         reasons["site"] = f"no residual stream is stored: there are {', '.join(store.sites)}"
     coarse = [site for site in RESIDUAL if site in store.arrays and store.arrays[site].dtype == "int8"]
     if coarse:
-        reasons["int8"] = f"{' and '.join(coarse)} is stored as int8, and its rows are not those of the model"
+        reasons["int8"] = f"{' and '.join(coarse)} is stored as int8, so its rows differ from those of the model"
     if not len(store.committed_units):
         reasons["units"] = "no unit is committed"
     if not known(model_record(store.provenance)):
-        reasons["weights"] = "nothing tells which weights filled it"
+        reasons["weights"] = "the store does not record the weights that filled it"
     return Replayable(reasons)
 
 
-def _cut(store: Store) -> bool:
-    """Whether a document was cut into several windows."""
+def _has_windows(store: StoreView) -> bool:
+    """Return True if a document was cut into several windows."""
     return int(np.max(store.tokens.column("start").to_numpy())) > 0

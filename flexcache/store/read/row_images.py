@@ -1,8 +1,9 @@
-"""The images of a store whose documents are images, and which of an image's tokens is which patch."""
+"""Images of a store whose documents are images, and the layout of their tokens."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import pyarrow as pa
 
@@ -12,41 +13,37 @@ from flexcache.patches import Patches
 from flexcache.store.format.schema import SEQUENCES
 from flexcache.store.read.coordinates import unreadable
 from flexcache.store.read.parquet import open_table
-
-if TYPE_CHECKING:
-    from flexcache.store.read.store import Store
+from flexcache.store.storage.location import Place
 
 
-def patches_of(store: Store) -> Patches:
+def read_patches(provenance: Mapping[str, Any], where: Place) -> Patches:
     """Return the layout of the tokens of an image.
 
     Raises
     ------
     StoreError
-        The documents are no images, or what the store says of them cannot be read.
+        The documents are not images, or the layout cannot be read.
     """
-    said = store.provenance.get("patches")
-    if not isinstance(said, dict):
-        raise StoreError("the documents of the store are no images", where=str(store.path))
+    recorded = provenance.get("patches")
+    if not isinstance(recorded, dict):
+        raise StoreError("the documents of the store are not images", where=str(where))
     try:
-        return Patches.from_json(said)
+        return Patches.from_json(recorded)
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(
-            "what the store says of its patches cannot be read", where=str(store.path), found=repr(said)[:80]
+            "the recorded patch layout cannot be read", where=str(where), found=repr(recorded)[:80]
         ) from error
 
 
-def image_of(store: Store, document: Any) -> bytes:
-    """Return the encoded image of a document; a part of the table of sequences is read for it.
+def read_image(path: Place, row: int) -> bytes:
+    """Return the encoded image that a row belongs to; reads one row group of the sequences.
 
     Raises
     ------
-    StoreError
-        The documents are no images, or there is no such document.
+    DamagedError
+        The sequences cannot be read.
     """
-    patches_of(store)
-    (row, *_) = store.rows(document=document)
-    path = store.path / SEQUENCES
+    path = path / SEQUENCES
     try:
         with open_table(path) as file:
             for group in reversed(range(file.num_row_groups)):

@@ -1,8 +1,9 @@
-"""Labels of single tokens, row by row."""
+"""Labels of single tokens, one for each row."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,36 +12,39 @@ from flexcache.errors import StoreError, nearest
 from flexcache.plan import ranges
 from flexcache.sequences.labels import SEQUENCE_COLUMNS
 from flexcache.store.format.schema import CONTEXT
-
-if TYPE_CHECKING:
-    from flexcache.store.read.store import Store
+from flexcache.store.storage.location import Place
 
 
-def label_names(store: Store) -> tuple[str, ...]:
-    """Return the names of the columns with a label for each token."""
-    own = (*SEQUENCE_COLUMNS, *([CONTEXT] if store.spec.get("decoder") else []))
-    return tuple(name for name in store.tokens.column_names if name not in own)
+def label_names(tokens: pa.Table, spec: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the columns of ``sequences.parquet`` that hold a label for each token."""
+    own = (*SEQUENCE_COLUMNS, *([CONTEXT] if spec.get("decoder") else []))
+    return tuple(name for name in tokens.column_names if name not in own)
 
 
-def row_labels(store: Store, name: str) -> pa.Array:
-    """Return the label of each row's token.
+def row_labels(tokens: pa.Table, spec: Mapping[str, Any], name: str, where: Place) -> pa.Array:
+    """Return the label of the token of each row.
+
+    Parameters
+    ----------
+    tokens, spec
+        The sequences of a store, and its spec.
 
     Raises
     ------
     StoreError
-        The tokens have no such label, or rows are means.
+        The tokens have no such label, or rows are means over tokens.
     """
-    names = label_names(store)
+    names = label_names(tokens, spec)
     if name not in names:
         raise StoreError(
             f"the tokens have no label {name!r}",
-            where=str(store.path),
+            where=str(where),
             remedy=nearest(name, names) if names else "capture with token_labels",
         )
-    if store.spec.get("rows") == "mean":
-        raise StoreError("a mean of tokens has no label of a token", where=str(store.path))
+    if spec.get("rows") == "mean":
+        raise StoreError("rows are means over tokens, so they have no label of a token", where=str(where))
     pieces = []
-    for chunk in store.tokens.to_batches():
+    for chunk in tokens.to_batches():
         lists, counts = chunk.column(name), chunk.column("n_rows").to_numpy()
         begin = lists.offsets.to_numpy()[:-1].astype(np.int64)
         if "keep" in chunk.schema.names:
@@ -49,4 +53,4 @@ def row_labels(store: Store, name: str) -> pa.Array:
         else:
             places = ranges(begin + chunk.column("keep_start").to_numpy(), counts)
         pieces.append(lists.values.take(pa.array(places)))
-    return pa.chunked_array(pieces, store.tokens.schema.field(name).type.value_type).combine_chunks()
+    return pa.chunked_array(pieces, tokens.schema.field(name).type.value_type).combine_chunks()

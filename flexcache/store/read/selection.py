@@ -1,47 +1,155 @@
-"""Which arrays and layers of a store a command means."""
+"""Select arrays, layers, documents and rows of a store."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Any
 
-from flexcache.errors import SiteError, nearest
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from flexcache.errors import ConfigError, SiteError, StoreError, nearest
 from flexcache.site import Layers, plain_layers, resolve_layers
 from flexcache.spec import ArraySpec
 from flexcache.store.format.int8 import scale_name
-from flexcache.store.read.store import Store
+from flexcache.store.read.store_view import StoreView
+from flexcache.store.storage.location import Place
 
-Key = tuple[str, int | None]
-"""An array and a layer of it; None for an array that has no layers."""
+ArrayKey = tuple[str, int | None]
+"""Name of an array, and a layer of it; None for an array without layers."""
 
 
-def select(store: Store, sites: str | Sequence[str] | None = None, layers: Layers = "all") -> list[ArraySpec]:
-    """Return arrays of a store, each with the layers that are meant.
+def select(store: StoreView, sites: str | Sequence[str] | None = None, layers: Layers = "all") -> list[ArraySpec]:
+    """Return the arrays of a store that match, each with its matching layers.
+
+        flexcache.store.select(store, ["resid_*"], "8:24")
 
     Parameters
     ----------
     sites
         Names of arrays, or globs; None for all.
     layers
-        As `flexcache.capture` takes them: ``"all"``, a number, a list, or ``"8:24"``. A number or list must have been
-        captured; of a range, what was captured is meant. Arrays without layers are not concerned.
+        As for `flexcache.capture`: ``"all"``, a number, a list, or ``"8:24"``. Each layer of a number or list must have
+        been captured; a range selects its captured layers. Arrays without layers are always kept.
 
     Raises
     ------
     SiteError
-        A site or layer is not in the store, or nothing is left.
+        A site or layer is not in the store, or nothing matches.
     """
     asked = plain_layers(layers)
     return [_narrow(store, array, asked) for array in _arrays(store, [sites] if isinstance(sites, str) else sites)]
 
 
-def keys(arrays: Sequence[ArraySpec]) -> list[Key]:
-    """Return every layer of every array."""
+def keys(arrays: Sequence[ArraySpec]) -> list[ArrayKey]:
+    """Return one key for each layer of each array."""
     return [(array.name, layer) for array in arrays for layer in array.slices]
 
 
-def _arrays(store: Store, sites: Sequence[str] | None) -> list[ArraySpec]:
+def layer_number(array: ArraySpec, layer: int | None, where: Place) -> int | None:
+    """Return a captured layer as a number from 0; None for an array without layers.
+
+    Raises
+    ------
+    SiteError
+        The layer was not captured, or the array has no layers.
+    """
+    if array.layers is None or array.depth is None:
+        if layer is not None:
+            raise SiteError(f"site {array.name} has no layers", found=f"layer {layer}", remedy="leave layer out")
+        return None
+    if layer is None and len(array.layers) == 1:
+        return array.layers[0]
+    asked = None if layer is None else plain_layers(layer)
+    if not isinstance(asked, int | None):
+        raise SiteError(f"layer {layer!r} is not one layer", expected="a number", remedy="read layers one by one")
+    number = None if asked is None else asked + (array.depth if asked < 0 else 0)
+    if number not in array.layers:
+        raise SiteError(
+            f"layer {layer} of {array.name} was not captured",
+            where=str(where),
+            expected=f"one of {', '.join(map(str, array.layers))}",
+        )
+    return number
+
+
+def row_numbers(rows: Any, n_rows: int, where: Place) -> np.ndarray:
+    """Return rows, given by number or as a mask of shape (n_rows,), as numbers from 0.
+
+    Raises
+    ------
+    ConfigError
+        *rows* is text.
+    IndexError
+        A row number is out of range, or *rows* has the wrong shape or type.
+    """
+    numbers = np.atleast_1d(np.asarray(rows))
+    if numbers.dtype.kind in "US":
+        raise ConfigError(
+            "rows of a store cannot be selected by a word",
+            where=str(where),
+            expected="row numbers, a slice, or a boolean mask of all rows",
+            found=repr(rows),
+            remedy="get the numbers from store.rows(document, position); of last tokens: store.rows(position=-1)",
+        )
+    if numbers.dtype == bool:
+        if numbers.shape != (n_rows,):
+            raise IndexError(f"a mask of rows has {n_rows} entries, not {numbers.shape}")
+        return np.flatnonzero(numbers)
+    if numbers.size == 0:
+        return np.zeros(0, np.int64)
+    if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer):
+        raise IndexError(f"rows are a list of integers, not {numbers.dtype} of shape {numbers.shape}")
+    numbers = numbers.astype(np.int64)
+    if numbers.min() < -n_rows or numbers.max() >= n_rows:
+        raise IndexError(f"row numbers are 0 to {n_rows - 1}; asked for {numbers.min()} … {numbers.max()}")
+    return np.where(numbers < 0, numbers + n_rows, numbers)
+
+
+def document_numbers(document: Any, documents: pa.Table, where: Place) -> np.ndarray:
+    """Return documents, given by id or number, as indices into the table of documents; None selects all.
+
+    Raises
+    ------
+    StoreError
+        There is no such document.
+    """
+    count = len(documents)
+    if document is None:
+        return np.arange(count)
+    asked = [document] if isinstance(document, str) or not isinstance(document, Iterable) else list(document)
+    if asked and all(isinstance(item, str) for item in asked):
+        found = pc.index_in(pa.array(asked), value_set=documents.column("id").combine_chunks())
+        if found.null_count:
+            missing = asked[found.to_pylist().index(None)]
+            raise StoreError(f"the store has no document {missing!r}", where=str(where))
+        return found.to_numpy(zero_copy_only=False).astype(np.int64)
+    numbers = np.array([int(item) for item in asked], dtype=np.int64)
+    if len(numbers) and not (-count <= numbers.min() and numbers.max() < count):
+        raise StoreError(f"documents are numbered 0 to {count - 1}", found=str(document))
+    return numbers % max(1, count)
+
+
+def select_positions(found: np.ndarray, position: int | slice, lengths: np.ndarray) -> np.ndarray:
+    """Return a mask of the rows at a position, or in a slice of positions.
+
+    Parameters
+    ----------
+    found, lengths : ndarray of shape (rows,)
+        Position of each row in its document, and number of tokens of that document.
+    """
+    if not isinstance(position, slice):
+        return found == (position + lengths if position < 0 else position)
+    if position.step not in (None, 1):
+        raise ValueError("a slice of positions has no step")
+    low, high = (np.where(e < 0, e + lengths, e) if e is not None else None for e in (position.start, position.stop))
+    return (found >= (0 if low is None else low)) & (found < (lengths if high is None else high))
+
+
+def _arrays(store: StoreView, sites: Sequence[str] | None) -> list[ArraySpec]:
     if sites is None:
         return list(store.arrays.values())
     chosen: set[str] = set()
@@ -56,7 +164,7 @@ def _arrays(store: Store, sites: Sequence[str] | None) -> list[ArraySpec]:
     return [array for array in store.arrays.values() if array.name in chosen]
 
 
-def _narrow(store: Store, array: ArraySpec, layers: Layers) -> ArraySpec:
+def _narrow(store: StoreView, array: ArraySpec, layers: Layers) -> ArraySpec:
     if array.layers is None or array.depth is None or layers == "all":
         return array
     asked = resolve_layers(layers, array.depth)

@@ -4,42 +4,35 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import xarray as xr
 
-from flexcache.errors import ConfigError, SiteError, StoreError, nearest
+from flexcache.errors import SiteError, nearest
 from flexcache.images.encoded import IMAGE
 from flexcache.patches import Patches
 from flexcache.plan import ranges
-from flexcache.site import plain_layers
 from flexcache.spec import ArraySpec
 from flexcache.store.format.committed_units import CommittedUnits, shared_units
-from flexcache.store.format.extension import committing_folder
 from flexcache.store.format.int8 import is_scale, scale_name
-from flexcache.store.format.metadata import Description, described
+from flexcache.store.format.metadata import StoreMetadata, parse_metadata
 from flexcache.store.format.reference import StoreReference, refer
 from flexcache.store.format.schema import COORDINATES, DOCUMENTS, SEQUENCES, read_attributes
-from flexcache.store.format.table_validation import check_lines
 from flexcache.store.read import display
-from flexcache.store.read import xarray_arrays as xarray_engine
-from flexcache.store.read.coordinates import coordinate_variable, unreadable
+from flexcache.store.read.coordinates import coordinate_variable
 from flexcache.store.read.object_reader import reader_class
-from flexcache.store.read.parquet import open_table, read_table
+from flexcache.store.read.parquet import open_table, read_first_lines, read_store_table
 from flexcache.store.read.replayable import Replayable, replayable
-from flexcache.store.read.row_images import image_of, patches_of
+from flexcache.store.read.row_images import read_image, read_patches
 from flexcache.store.read.row_labels import label_names, row_labels
+from flexcache.store.read.selection import document_numbers, layer_number, row_numbers, select_positions
 from flexcache.store.read.shard_reader import RowReader
+from flexcache.store.read.xarray_arrays import data_array
 from flexcache.store.storage.location import Place, place
-from flexcache.store.storage.path_safety import check_inside
 
 
 class Store(Mapping[str, xr.DataArray]):
@@ -65,11 +58,11 @@ class Store(Mapping[str, xr.DataArray]):
 
     def __init__(self, path: str | os.PathLike | Place) -> None:
         found = place(path)
-        said = described(read_attributes(found), str(found / "zarr.json"))
+        said = parse_metadata(read_attributes(found), str(found / "zarr.json"))
         self._open(found, said, CommittedUnits(found, int(said.plan["units"])))
         self.refresh()
 
-    def _open(self, path: Place, said: Description, units: CommittedUnits) -> None:
+    def _open(self, path: Place, said: StoreMetadata, units: CommittedUnits) -> None:
         self.path, self._units = path, units
         self.arrays, self.spec, self.plan, self.provenance = said.arrays, said.spec, said.plan, said.provenance
         self.n_rows = int(self.plan["rows"])
@@ -80,7 +73,7 @@ class Store(Mapping[str, xr.DataArray]):
         self._readers: dict[str, RowReader] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        said = Description(self.arrays, self.spec, self.plan, self.provenance)
+        said = StoreMetadata(self.arrays, self.spec, self.plan, self.provenance)
         return shared_store, (type(self), self.reference, pickle.dumps(said))
 
     @cached_property
@@ -102,16 +95,11 @@ class Store(Mapping[str, xr.DataArray]):
     @cached_property
     def documents(self) -> pa.Table:
         """The documents in row order: id, source_index, n_tokens, text, labels, row_start, n_rows."""
-        return self._table(DOCUMENTS)
+        return read_store_table(self.path, DOCUMENTS, self.n_rows)
 
     def head(self, count: int = 1) -> pa.Table:
         """Return the first *count* documents; reads no others."""
-        try:
-            with open_table(self.path / DOCUMENTS) as file:
-                batches = [next(file.iter_batches(batch_size=count))] if file.metadata.num_rows and count else []
-                return pa.Table.from_batches(batches, file.schema_arrow)
-        except (OSError, pa.ArrowException) as error:
-            raise unreadable("table", self.path / DOCUMENTS, error) from error
+        return read_first_lines(self.path / DOCUMENTS, count)
 
     @cached_property
     def tokens(self) -> pa.Table:
@@ -120,9 +108,10 @@ class Store(Mapping[str, xr.DataArray]):
         Those of images are without them, see `image`.
         """
         if not self.images:
-            return self._table(SEQUENCES)
+            return read_store_table(self.path, SEQUENCES, self.n_rows)
         with open_table(self.path / SEQUENCES) as file:
-            return self._table(SEQUENCES, [name for name in file.schema_arrow.names if name != IMAGE])
+            columns = [name for name in file.schema_arrow.names if name != IMAGE]
+        return read_store_table(self.path, SEQUENCES, self.n_rows, columns)
 
     @property
     def images(self) -> bool:
@@ -138,7 +127,7 @@ class Store(Mapping[str, xr.DataArray]):
         StoreError
             They are not.
         """
-        return patches_of(self)
+        return read_patches(self.provenance, self.path)
 
     def image(self, document: Any) -> bytes:
         """Return the encoded image of a document, by id or number, as it was found; `flexcache.images.decode` opens it.
@@ -148,7 +137,9 @@ class Store(Mapping[str, xr.DataArray]):
         StoreError
             The documents are no images.
         """
-        return image_of(self, document)
+        _ = self.patches
+        row, *_ = self.rows(document=document)
+        return read_image(self.path, row)
 
     @cached_property
     def coordinates(self) -> dict[str, xr.Variable]:
@@ -158,7 +149,7 @@ class Store(Mapping[str, xr.DataArray]):
     @property
     def token_labels(self) -> tuple[str, ...]:
         """The names of the labels that single tokens have, as `token_label` takes them."""
-        return label_names(self)
+        return label_names(self.tokens, self.spec)
 
     def token_label(self, name: str) -> pa.Array:
         """Return the label of each row's token, null where it has none.
@@ -168,7 +159,7 @@ class Store(Mapping[str, xr.DataArray]):
         StoreError
             The tokens have no such label, or rows are means.
         """
-        return row_labels(self, name)
+        return row_labels(self.tokens, self.spec, name, self.path)
 
     # How complete it is
 
@@ -205,14 +196,14 @@ class Store(Mapping[str, xr.DataArray]):
     # Reading
 
     def __getitem__(self, site: str) -> xr.DataArray:
-        return xarray_engine.data_array(self, site, raw=False, rows=None)
+        return data_array(self.reader(site), self.coordinates)
 
     def raw(self, site: str) -> xr.DataArray:
         """Return a site lazily in its stored dtype; numpy's reductions on bfloat16 fail or are wrong.
 
         Of an int8 site, these are whole numbers, to be multiplied by their row's scale: ``raw(site + ".scale")``.
         """
-        return xarray_engine.data_array(self, site, raw=True, rows=None)
+        return data_array(self.reader(site), self.coordinates, raw=True)
 
     def dataset(self, *, committed: bool = False) -> xr.Dataset:
         """Return all sites as one lazy float32 dataset; a layer that a site lacks is NaN there.
@@ -223,7 +214,7 @@ class Store(Mapping[str, xr.DataArray]):
             Keep only rows that are committed, instead of an error when one that is not is read.
         """
         rows = self.committed_rows if committed else None
-        arrays = [xarray_engine.data_array(self, site, raw=False, rows=rows) for site in self.sites]
+        arrays = [data_array(self.reader(site), self.coordinates, rows=rows) for site in self.sites]
         return xr.merge(arrays, join="outer", compat="override", combine_attrs="drop").assign_attrs(
             store=str(self.path), model=str(self.provenance.get("model", {}).get("name", ""))
         )
@@ -257,13 +248,13 @@ class Store(Mapping[str, xr.DataArray]):
             *rows* is text.
         """
         reader = self.reader(site)
-        layer = self._layer(reader.array, layer)
+        layer = layer_number(reader.array, layer, self.path)
         if isinstance(rows, slice):
             start, stop, step = rows.indices(self.n_rows)
             if step == 1:
                 return reader.scan(layer, start, stop, raw)
             return reader.gather(layer, np.arange(start, stop, step), raw)
-        return reader.gather(layer, self._row_numbers(rows), raw)
+        return reader.gather(layer, row_numbers(rows, self.n_rows, self.path), raw)
 
     def scan(
         self, site: str, layer: int | None = None, *, raw: bool = False, block_bytes: int = 16 << 20
@@ -283,7 +274,7 @@ class Store(Mapping[str, xr.DataArray]):
         rows, values : slice, ndarray of shape (rows, features)
         """
         reader = self.reader(site)
-        layer = self._layer(reader.array, layer)
+        layer = layer_number(reader.array, layer, self.path)
         dtype = reader.dtype if raw else np.dtype(np.float32)
         count = min(self.shard_rows, max(1, block_bytes // (reader.array.features * dtype.itemsize)))
         buffer = np.empty((count, reader.array.features), dtype)
@@ -304,7 +295,7 @@ class Store(Mapping[str, xr.DataArray]):
             A token position within its document, negative from the document's end, or a slice of positions.
             Documents that keep no such position give no row.
         """
-        chosen = self._documents(document)
+        chosen = document_numbers(document, self._extents, self.path)
         starts = self._extents.column("row_start").to_numpy()[chosen]
         counts = self._extents.column("n_rows").to_numpy()[chosen]
         found = ranges(starts, counts)
@@ -312,14 +303,7 @@ class Store(Mapping[str, xr.DataArray]):
             return found
         lengths = np.repeat(self._extents.column("n_tokens").to_numpy()[chosen].astype(np.int64), counts)
         at = np.asarray(self.coordinates["position"][found].values)
-        if isinstance(position, slice):
-            if position.step not in (None, 1):
-                raise ValueError("a slice of positions has no step")
-            low, high = (
-                np.where(e < 0, e + lengths, e) if e is not None else None for e in (position.start, position.stop)
-            )
-            return found[(at >= (0 if low is None else low)) & (at < (lengths if high is None else high))]
-        return found[at == (position + lengths if position < 0 else position)]
+        return found[select_positions(at, position, lengths)]
 
     def reader(self, site: str) -> RowReader:
         """Return the row reader of a site, one per store."""
@@ -359,93 +343,10 @@ class Store(Mapping[str, xr.DataArray]):
                 f"the store has no site {site!r}", where=str(self.path), remedy=nearest(str(site), self.sites)
             ) from None
 
-    def _layer(self, array: ArraySpec, layer: int | None) -> int | None:
-        if array.layers is None or array.depth is None:
-            if layer is not None:
-                raise SiteError(f"site {array.name} has no layers", found=f"layer {layer}", remedy="leave layer out")
-            return None
-        if layer is None and len(array.layers) == 1:
-            return array.layers[0]
-        asked = None if layer is None else plain_layers(layer)
-        if not isinstance(asked, int | None):
-            raise SiteError(f"layer {layer!r} is not one layer", expected="a number", remedy="read layers one by one")
-        number = None if asked is None else asked + (array.depth if asked < 0 else 0)
-        if number not in array.layers:
-            raise SiteError(
-                f"layer {layer} of {array.name} was not captured",
-                where=str(self.path),
-                expected=f"one of {', '.join(map(str, array.layers))}",
-            )
-        return number
-
-    def _row_numbers(self, rows: Any) -> np.ndarray:
-        numbers = np.atleast_1d(np.asarray(rows))
-        if numbers.dtype.kind in "US":
-            raise ConfigError(
-                "rows of a store are not chosen by a word",
-                where=str(self.path),
-                expected="row numbers, a slice, or a boolean mask of all rows",
-                found=repr(rows),
-                remedy="take the numbers from store.rows(document, position): of last tokens, store.rows(position=-1)",
-            )
-        if numbers.dtype == bool:
-            if numbers.shape != (self.n_rows,):
-                raise IndexError(f"a mask of rows has {self.n_rows} entries, not {numbers.shape}")
-            return np.flatnonzero(numbers)
-        if numbers.size == 0:
-            return np.zeros(0, np.int64)
-        if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer):
-            raise IndexError(f"rows are a list of integers, not {numbers.dtype} of shape {numbers.shape}")
-        numbers = numbers.astype(np.int64)
-        if numbers.min() < -self.n_rows or numbers.max() >= self.n_rows:
-            raise IndexError(f"rows go from 0 to {self.n_rows - 1}; asked for {numbers.min()} … {numbers.max()}")
-        return np.where(numbers < 0, numbers + self.n_rows, numbers)
-
-    def _documents(self, document: Any) -> np.ndarray:
-        if document is None:
-            return np.arange(len(self._extents))
-        asked = [document] if isinstance(document, str) or not isinstance(document, Iterable) else list(document)
-        if asked and all(isinstance(item, str) for item in asked):
-            found = pc.index_in(pa.array(asked), value_set=self._extents.column("id").combine_chunks())
-            if found.null_count:
-                missing = asked[found.to_pylist().index(None)]
-                raise StoreError(f"the store has no document {missing!r}", where=str(self.path))
-            return found.to_numpy(zero_copy_only=False).astype(np.int64)
-        numbers = np.array([int(item) for item in asked], dtype=np.int64)
-        count = len(self._extents)
-        if len(numbers) and not (-count <= numbers.min() and numbers.max() < count):
-            raise StoreError(f"documents are numbered 0 to {count - 1}", found=str(document))
-        return numbers % max(1, count)
-
     @cached_property
     def _extents(self) -> pa.Table:
         """The documents without texts and labels."""
-        return self._table(DOCUMENTS, ["id", "n_tokens", "row_start", "n_rows"])
-
-    def _table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        check_inside(self.path, self.path / name)
-        try:
-            self._check_length(name)
-            return check_lines(name, read_table(self.path / name, columns=columns), self.n_rows)
-        except (OSError, pa.ArrowException, ValueError, MemoryError) as error:
-            raise unreadable("table", self.path / name, error) from error
-
-    def _check_length(self, name: str) -> None:
-        """Refuse a table with more lines than rows, which could not be of this plan, before it is read."""
-        if not isinstance(self.path, Path):
-            return
-        with pq.ParquetFile(self.path / name) as file:
-            lines = file.metadata.num_rows
-        if lines > self.n_rows and lines > self._rows_of_the_tables():
-            raise ValueError(f"it has {lines} lines for {self.n_rows} rows")
-
-    def _rows_of_the_tables(self) -> int:
-        """Return the rows that the tables on disk may have: an extension places them before the metadata."""
-        folder = committing_folder(self.path)
-        with suppress(StoreError):  # it has been committed meanwhile
-            if folder is not None:
-                return int(read_attributes(folder)["plan"]["rows"])
-        return int(read_attributes(self.path)["plan"]["rows"])
+        return read_store_table(self.path, DOCUMENTS, self.n_rows, ["id", "n_tokens", "row_start", "n_rows"])
 
 
 @lru_cache(maxsize=8)

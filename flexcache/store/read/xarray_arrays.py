@@ -1,8 +1,9 @@
-"""Stores as xarray objects: lazily, one Dask chunk a shard, read by the row reader."""
+"""Sites of a store as lazy xarray objects with one Dask chunk per shard."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -12,15 +13,9 @@ from xarray.core import indexing
 import flexcache.store.format.bfloat16  # noqa: F401 - xarray imports every engine, and so knows the data type
 from flexcache.store.read.shard_reader import RowReader
 
-if TYPE_CHECKING:
-    from flexcache.store.read.store import Store
-
 
 class SiteArray(BackendArray):
-    """One site of a store as xarray indexes it: shape ([layers,] rows, features).
-
-    The layer dim holds the captured layers only.
-    """
+    """Lazy array of one site, of shape ([layers,] rows, features); the layer dim holds the captured layers only."""
 
     def __init__(self, reader: RowReader, raw: bool) -> None:
         self.reader = reader
@@ -61,17 +56,18 @@ class SiteArray(BackendArray):
 
 
 def lazy_variable(reader: RowReader, raw: bool) -> xr.Variable:
-    """Return a site as a Dask-backed variable, a chunk a shard."""
+    """Return a site as a Dask-backed variable with one chunk per shard."""
     array = SiteArray(reader, raw)
     variable = xr.Variable(reader.array.dims, indexing.LazilyIndexedArray(array), {"site": reader.array.site})
     rows = (reader.layout.shard_rows, -1)
     return variable.chunk(dict(zip(variable.dims, (1, *rows) if array.stacked else rows, strict=True)))
 
 
-def data_array(store: Store, site: str, raw: bool, rows: np.ndarray | None) -> xr.DataArray:
-    """Return a site with its token coordinates; *rows*, where given, are the rows to keep."""
-    reader = store.reader(site)
-    result = xr.DataArray(lazy_variable(reader, raw), name=site, coords=store.coordinates)
+def data_array(
+    reader: RowReader, coordinates: Mapping[str, xr.Variable], *, raw: bool = False, rows: np.ndarray | None = None
+) -> xr.DataArray:
+    """Return a site with its token coordinates, or only some of its *rows*."""
+    result = xr.DataArray(lazy_variable(reader, raw), name=reader.array.name, coords=coordinates)
     if reader.array.layers is not None:
         result = result.assign_coords(layer=np.array(reader.array.layers, dtype=np.int64))
     return result if rows is None else result.isel(token=rows)
