@@ -204,7 +204,7 @@ def test_reading_what_is_not_there_says_what_is(plain: flexcache.Store) -> None:
         plain.read("resid_post", 2)
     with pytest.raises(SiteError, match="has no layers"):
         plain.read("model.embed", 2)
-    with pytest.raises(IndexError, match="rows go from 0"):
+    with pytest.raises(IndexError, match="row numbers are 0"):
         plain.read("resid_post", 0, [0, plain.n_rows])
     with pytest.raises(IndexError, match="list of integers"):
         plain.read("resid_post", 0, [0.5])

@@ -266,7 +266,7 @@ def test_rows_that_are_not_committed_are_left_out_or_refused(tmp_path: Path) -> 
         ({"rows": [True, False]}, ConfigError, "rows cannot be read"),
         ({"rows": [0.5]}, ConfigError, "rows cannot be read"),
         ({"rows": 10**6}, ConfigError, "rows cannot be read"),
-        ({"rows": "last"}, ConfigError, "not chosen by a word"),
+        ({"rows": "last"}, ConfigError, "cannot be selected by a word"),
         ({"dtype": "bf16"}, ConfigError, "dtype cannot be read"),
         ({"dtype": np.int8}, ConfigError, "dtype cannot be read"),
         ({"dtype": torch.int64}, ConfigError, "dtype cannot be read"),

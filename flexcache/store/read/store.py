@@ -1,4 +1,4 @@
-"""A store, opened for reading: sites by name, rows by number, documents and tokens as tables."""
+"""Open a store for reading: sites by name, rows by number, documents and tokens as tables."""
 
 from __future__ import annotations
 
@@ -38,33 +38,39 @@ from flexcache.store.storage.location import Place, place
 class Store(Mapping[str, xr.DataArray]):
     """A store of activations, read-only: a mapping from site to a lazy float32 DataArray.
 
-    Opening reads metadata and the names of the ledger's records, and executes nothing of the store. What is not
-    in the ledger does not exist: reading it raises UncommittedError. A store may be open while others write to
-    it; `refresh` looks for units committed since. Any number of threads may read.
+        store = flexcache.open("run.zarr")
+        store["resid_post"].sel(layer=8)        # xarray.DataArray (token, hidden), lazy
+        store.read("resid_post", 8, [0, 5])     # numpy array of shape (2, features)
 
-    Stores, and the arrays made from them, pickle as a location and a description, without files or tables. An unpickled
+    Opening reads the metadata and lists the ledger; it executes no code from the store. Rows of units without a ledger
+    record cannot be read: UncommittedError is raised. Other processes may write to the store meanwhile; `refresh` finds
+    the units that they have committed. Any number of threads may read.
+
+    A store, and the arrays made from it, are pickled as its location and metadata, without files or tables. An unpickled
     store has the rows and sites of the original, even if the store on disk was extended meanwhile, and at least the
     units that were committed. It opens files when it first reads them, once in each process.
 
     Attributes
     ----------
     provenance : dict
-        Model, tokenizer, corpus and versions that the store was made with.
+        Model, tokenizer, corpus and versions from which the store was created.
+
     Raises
     ------
     StoreError
-        The path is no store; VersionError, DamagedError where that is known better.
+        There is no store at *path*. VersionError if a newer version wrote it, DamagedError if its metadata is damaged.
     """
 
     def __init__(self, path: str | os.PathLike | Place) -> None:
         found = place(path)
-        said = parse_metadata(read_attributes(found), str(found / "zarr.json"))
-        self._open(found, said, CommittedUnits(found, int(said.plan["units"])))
+        metadata = parse_metadata(read_attributes(found), str(found / "zarr.json"))
+        self._open(found, metadata, CommittedUnits(found, int(metadata.plan["units"])))
         self.refresh()
 
-    def _open(self, path: Place, said: StoreMetadata, units: CommittedUnits) -> None:
+    def _open(self, path: Place, metadata: StoreMetadata, units: CommittedUnits) -> None:
         self.path, self._units = path, units
-        self.arrays, self.spec, self.plan, self.provenance = said.arrays, said.spec, said.plan, said.provenance
+        self.arrays, self.spec = metadata.arrays, metadata.spec
+        self.plan, self.provenance = metadata.plan, metadata.provenance
         self.n_rows = int(self.plan["rows"])
         self.n_units = int(self.plan["units"])
         self.shard_rows = int(self.plan["shard_rows"])
@@ -73,39 +79,50 @@ class Store(Mapping[str, xr.DataArray]):
         self._readers: dict[str, RowReader] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        said = StoreMetadata(self.arrays, self.spec, self.plan, self.provenance)
-        return shared_store, (type(self), self.reference, pickle.dumps(said))
+        metadata = StoreMetadata(self.arrays, self.spec, self.plan, self.provenance)
+        return shared_store, (type(self), self.reference, pickle.dumps(metadata))
 
     @cached_property
     def reference(self) -> StoreReference:
-        """Where the store is, and what tells it from another one at the same path."""
+        """Location of the store, with an identity that tells it from another store at the same path."""
         return refer(self.path, self.provenance, self.plan, self.committed)
 
-    # What is in it
+    # Contents
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Names of the arrays, as `store[name]` takes them."""
+        """Names of the sites, the keys of the mapping."""
         return tuple(name for name in self.arrays if not is_scale(name, self.arrays))
 
     def layers(self, site: str) -> tuple[int, ...]:
-        """Return the captured layers of a site; none for a module path."""
+        """Return the captured layers of a site; empty for a module path.
+
+        store.layers("resid_post")              # (0, 8, 16)
+        """
         return self._array(site).layers or ()
 
     @cached_property
     def documents(self) -> pa.Table:
-        """The documents in row order: id, source_index, n_tokens, text, labels, row_start, n_rows."""
+        """The documents in row order: id, source_index, n_tokens, text, labels, row_start, n_rows.
+
+        store.documents.to_pandas()
+        """
         return read_store_table(self.path, DOCUMENTS, self.n_rows)
 
     def head(self, count: int = 1) -> pa.Table:
-        """Return the first *count* documents; reads no others."""
+        """Return the first *count* documents without reading the others.
+
+        store.head(5).to_pylist()
+        """
         return read_first_lines(self.path / DOCUMENTS, count)
 
     @cached_property
     def tokens(self) -> pa.Table:
-        """The sequences in row order, with their token ids: document, unit, batch, start, tokens, keep_start, ….
+        """The sequences in row order with their token ids: document, unit, batch, start, tokens, keep_start, ….
 
-        Those of images are without them, see `image`.
+            store.tokens["tokens"][0].as_py()       # token ids of the first sequence
+
+        Sequences of images come without the images, see `image`.
         """
         if not self.images:
             return read_store_table(self.path, SEQUENCES, self.n_rows)
@@ -115,27 +132,29 @@ class Store(Mapping[str, xr.DataArray]):
 
     @property
     def images(self) -> bool:
-        """Whether the documents are images; see `patches` and `image`."""
+        """True if the documents are images; see `patches` and `image`."""
         return "patches" in self.provenance
 
     @cached_property
     def patches(self) -> Patches:
-        """Which token of an image is which patch, where the documents are images.
+        """Layout of the tokens of an image.
 
         Raises
         ------
         StoreError
-            They are not.
+            The documents are not images.
         """
         return read_patches(self.provenance, self.path)
 
     def image(self, document: Any) -> bytes:
-        """Return the encoded image of a document, by id or number, as it was found; `flexcache.images.decode` opens it.
+        """Return the encoded image of a document, given by id or number, unchanged.
+
+            flexcache.images.decode(store.image("cat-7"))
 
         Raises
         ------
         StoreError
-            The documents are no images.
+            The documents are not images, or there is no such document.
         """
         _ = self.patches
         row, *_ = self.rows(document=document)
@@ -143,38 +162,47 @@ class Store(Mapping[str, xr.DataArray]):
 
     @cached_property
     def coordinates(self) -> dict[str, xr.Variable]:
-        """Token id, position and document of every row, read when used; -1 for token and position of a mean."""
+        """Token id, position and document of each row, read when used; -1 for token and position of a mean.
+
+        store.coordinates["token_id"].values    # int32 array of shape (rows,)
+        """
         return {name: coordinate_variable(self.reference, name, np.dtype(dtype)) for name, dtype in COORDINATES.items()}
 
     @property
     def token_labels(self) -> tuple[str, ...]:
-        """The names of the labels that single tokens have, as `token_label` takes them."""
+        """Names of the labels of single tokens, see `token_label`."""
         return label_names(self.tokens, self.spec)
 
     def token_label(self, name: str) -> pa.Array:
-        """Return the label of each row's token, null where it has none.
+        """Return the label of the token of each row, null for a token without one.
+
+            store.token_label("part_of_speech")     # pyarrow array of length n_rows
 
         Raises
         ------
         StoreError
-            The tokens have no such label, or rows are means.
+            The tokens have no such label, or rows are means over tokens.
         """
         return row_labels(self.tokens, self.spec, name, self.path)
 
-    # How complete it is
+    # Progress
 
     def refresh(self) -> None:
-        """Look for units that were committed since the store was opened."""
+        """List the ledger again, to find units that other processes have committed.
+
+        store.refresh()
+        store.complete
+        """
         self._units.refresh()
 
     @property
     def committed(self) -> np.ndarray:
-        """Which units were committed when last looked, bool of shape (units,); see `refresh`."""
+        """Mask of the committed units as of the last `refresh`, bool of shape (units,)."""
         return self._units.mask
 
     @property
     def complete(self) -> bool:
-        """Whether every unit is committed."""
+        """True if all units are committed."""
         return bool(self.committed.all())
 
     @property
@@ -190,7 +218,7 @@ class Store(Mapping[str, xr.DataArray]):
 
     @property
     def replayable(self) -> Replayable:
-        """Whether `analysis.replay` can go on from its rows; false with the reasons where it cannot."""
+        """True if `analysis.replay` can run the model from the stored rows; otherwise false, with the reasons."""
         return replayable(self)
 
     # Reading
@@ -199,19 +227,23 @@ class Store(Mapping[str, xr.DataArray]):
         return data_array(self.reader(site), self.coordinates)
 
     def raw(self, site: str) -> xr.DataArray:
-        """Return a site lazily in its stored dtype; numpy's reductions on bfloat16 fail or are wrong.
+        """Return a lazy array of a site in its stored dtype. Reductions of numpy fail or are wrong on bfloat16.
 
-        Of an int8 site, these are whole numbers, to be multiplied by their row's scale: ``raw(site + ".scale")``.
+            store.raw("resid_post").dtype           # bfloat16
+
+        Rows of an int8 site are whole numbers; multiply each by its scale, ``raw(site + ".scale")``.
         """
         return data_array(self.reader(site), self.coordinates, raw=True)
 
     def dataset(self, *, committed: bool = False) -> xr.Dataset:
-        """Return all sites as one lazy float32 dataset; a layer that a site lacks is NaN there.
+        """Return all sites as one lazy float32 dataset; layers that a site lacks are NaN.
+
+            store.dataset(committed=True).sel(layer=8).mean("token").compute()
 
         Parameters
         ----------
         committed
-            Keep only rows that are committed, instead of an error when one that is not is read.
+            Keep only committed rows. By default, reading an uncommitted row raises UncommittedError.
         """
         rows = self.committed_rows if committed else None
         arrays = [data_array(self.reader(site), self.coordinates, rows=rows) for site in self.sites]
@@ -222,13 +254,14 @@ class Store(Mapping[str, xr.DataArray]):
     def read(self, site: str, layer: int | None = None, rows: Any = slice(None), *, raw: bool = False) -> np.ndarray:
         """Read rows of one layer into memory.
 
+            store.read("resid_post", layer=-1, rows=store.rows(position=-1))
+
         Parameters
         ----------
         layer
-            A captured layer, negative from the model's end; None for a module path.
+            A captured layer, negative from the end of the model; None for a module path.
         rows
-            Row numbers in any order, with repeats if wanted, negative from the end; a slice; or a boolean mask
-            of all rows.
+            Row numbers in any order, repeats allowed, negative from the end; a slice; or a boolean mask of all rows.
         raw
             Return the stored dtype instead of float32.
 
@@ -259,10 +292,13 @@ class Store(Mapping[str, xr.DataArray]):
     def scan(
         self, site: str, layer: int | None = None, *, raw: bool = False, block_bytes: int = 16 << 20
     ) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yield all committed rows of one layer in order, a block at a time, each in the same buffer.
+        """Yield all committed rows of one layer in order, in blocks that share one buffer.
 
-        A block is valid until the next one is asked for; it is read from the disk in large pieces, so this is the
-        fastest way through more than memory holds. Blocks never straddle units.
+            for rows, values in store.scan("resid_post", 8):
+                total += values.sum(0)
+
+        A block is valid until the next one is requested. Files are read in large pieces, so this is the fastest way to
+        read more than fits into memory. A block never spans two units.
 
         Parameters
         ----------
@@ -285,15 +321,18 @@ class Store(Mapping[str, xr.DataArray]):
                 yield slice(start, stop), reader.scan(layer, start, stop, raw, buffer)
 
     def rows(self, document: Any = None, position: int | slice | None = None) -> np.ndarray:
-        """Return the numbers of the rows that belong to documents and positions, in row order of each document.
+        """Return the row numbers of documents and positions, document by document.
+
+            store.rows("doc-3", slice(0, 10))       # first ten tokens of a document
+            store.rows(position=-1)                 # last token of each document
 
         Parameters
         ----------
         document
             An id, several ids, or integer indices into `documents`; None for all.
         position
-            A token position within its document, negative from the document's end, or a slice of positions.
-            Documents that keep no such position give no row.
+            A token position within its document, negative from the end of the document, or a slice of positions.
+            A document without a stored row at the position contributes none.
         """
         chosen = document_numbers(document, self._extents, self.path)
         starts = self._extents.column("row_start").to_numpy()[chosen]
@@ -306,13 +345,16 @@ class Store(Mapping[str, xr.DataArray]):
         return found[select_positions(at, position, lengths)]
 
     def reader(self, site: str) -> RowReader:
-        """Return the row reader of a site, one per store."""
+        """Return the row reader of a site; there is one per store and site.
+
+        store.reader("resid_post").gather(8, numpy.array([5, 3]), raw=True)
+        """
         if site not in self._readers:
             array = self._array(site)
             scales = self.reader(scale_name(site)) if array.dtype == "int8" else None
             kind = reader_class(self.path)
             reader = kind(self.reference, array, self.compressed, self._units, scales)
-            _ = reader.foreign  # an array that zarr-python cannot open is an error now
+            _ = reader.foreign  # raise the error now if zarr-python cannot open the array
             self._readers[site] = reader
         return self._readers[site]
 
@@ -350,9 +392,9 @@ class Store(Mapping[str, xr.DataArray]):
 
 
 @lru_cache(maxsize=8)
-def shared_store(kind: type[Store], reference: StoreReference, said: bytes) -> Store:
-    """Return the unpickled store, one object for all tasks of a process. Nothing is read yet."""
+def shared_store(kind: type[Store], reference: StoreReference, metadata: bytes) -> Store:
+    """Return an unpickled store, one object for all tasks of a process. Nothing is read yet."""
     store = kind.__new__(kind)
-    store._open(reference.path, pickle.loads(said), shared_units(reference))
+    store._open(reference.path, pickle.loads(metadata), shared_units(reference))
     store.__dict__["reference"] = reference
     return store
