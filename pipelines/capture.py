@@ -10,7 +10,7 @@ from flexcache.documents import Documents, open_documents
 from flexcache.options import Generation
 from flexcache.parallel.launch import launch
 from flexcache.store.read.store import Store
-from flexcache.store.write.create import check_place
+from flexcache.store.write.create import check_target
 from pipelines.config import CaptureConfig
 
 
@@ -36,7 +36,7 @@ def load(config: CaptureConfig, progress: bool) -> Loaded:
     from flexcache.recording.forward.capture_targets import locate
     from flexcache.recording.forward.image_inputs import check_images
 
-    check_place(config.store)
+    check_target(config.store)
     documents = config.documents.open()
     config.model.parallel.config()  # refuses a number of processes that does not fit, before anything is loaded
     if not progress:

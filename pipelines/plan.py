@@ -13,7 +13,7 @@ from flexcache.paths import shown
 from flexcache.recording.planning.planning import Estimate, Source, estimate
 from flexcache.store.format.text import size
 from flexcache.store.storage.location import Place, local
-from flexcache.store.write.create import check_room
+from flexcache.store.write.create import check_free_space
 from pipelines.config import CaptureConfig
 
 
@@ -36,7 +36,7 @@ def run(config: CaptureConfig, console: Console, progress: bool = True) -> Estim
     if isinstance(config.store, Path):
         table.add_row("free disk", size(shutil.disk_usage(place_of(config.store)).free))
     console.print(table)
-    check_room(config.store, amount.bytes)
+    check_free_space(config.store, amount.bytes)
     return amount
 
 

@@ -26,7 +26,7 @@ from flexcache.store.read.selection import ArrayKey, keys, select
 from flexcache.store.read.store import Store
 from flexcache.store.storage.atomic_files import fsync_folder, is_temporary, temporaries, temporary_name, write_json
 from flexcache.store.storage.disk_errors import clear_errors
-from flexcache.store.write.create import check_room
+from flexcache.store.write.create import check_free_space
 
 FORMATS = ("safetensors", "npy", "parquet")
 MANIFEST = "export.json"
@@ -219,7 +219,7 @@ def _begin(folder: Path, work: _Export) -> None:
             remedy="choose another folder, or remove it if it is not needed",
         )
     try:
-        check_room(folder, len(work.rows) * work.row_bytes)
+        check_free_space(folder, len(work.rows) * work.row_bytes)
     except PlanError as error:
         raise PlanError(
             "the export does not fit on the disk", where=error.where, expected=error.expected, found=error.found,

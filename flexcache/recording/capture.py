@@ -45,7 +45,7 @@ from flexcache.store.format.metadata import stored_batching
 from flexcache.store.format.schema import read_attributes
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import Place, place
-from flexcache.store.write.create import check_place
+from flexcache.store.write.create import check_target
 from flexcache.store.write.worker import HEARTBEAT_TIMEOUT
 
 
@@ -175,7 +175,7 @@ def capture(
         The disk refused a write. Committed units are kept.
     """
     path = place(path)
-    check_place(path)
+    check_target(path)
     running = check_running(buffer_bytes, heartbeat_timeout, model_info, "capture")
     transforms, token_labels = listed(transforms, Transform, "transforms"), listed(token_labels, str, "token_labels")
     model = model_of(model)

@@ -51,7 +51,7 @@ from flexcache.site import Layers
 from flexcache.spec import ArraySpec, SitesLike, Spec, check_running, listed, parse_sites, validate
 from flexcache.store.format.metadata import stored_batching
 from flexcache.store.manage.extension_transaction import AlreadyCommittedError, ExtensionTransaction
-from flexcache.store.manage.staging import united
+from flexcache.store.manage.staging import merge_arrays
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import Place, local
 from flexcache.store.write.worker import HEARTBEAT_TIMEOUT
@@ -163,7 +163,7 @@ def extend(
             hooks.check_identity(model, targets.points, example=example, reader=group.read_example, alone=group.alone)
             if spec.isolated:
                 check_isolation(model, targets, pad_id(model, tokenizer), group)
-            if united(store, arrays)[1] or stored_batching(store.provenance) is None:
+            if merge_arrays(store, arrays)[1] or stored_batching(store.provenance) is None:
                 check_batching(store, find_batching(model, targets, padding(model, tokenizer), spec, group))
             return targets, arrays
 
@@ -177,7 +177,7 @@ def extend(
         planning = bars.planning(None)
         try:
             found: Extension | None
-            if corpus is None or united(store, arrays)[1]:
+            if corpus is None or merge_arrays(store, arrays)[1]:
                 _check_known(store, corpus)
                 found = more_arrays(root, arrays, spec, planning.wait)
             elif (same := _same_files(store, corpus)) and everything.max_tokens is None:

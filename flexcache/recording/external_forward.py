@@ -18,9 +18,9 @@ from flexcache.site import STANDARD, Layers, Site, plain_layers, resolve_layers
 from flexcache.spec import ArraySpec, Spec, check_running, listed, validate
 from flexcache.store.format.int8 import with_scales
 from flexcache.store.format.schema import read_attributes
-from flexcache.store.manage.staging import united
+from flexcache.store.manage.staging import merge_arrays
 from flexcache.store.storage.location import Place, local, place
-from flexcache.store.write.create import check_place
+from flexcache.store.write.create import check_target
 from flexcache.store.write.worker import HEARTBEAT_TIMEOUT
 
 
@@ -79,7 +79,7 @@ def record(
     Other parameters, and errors, are those of `flexcache.capture`.
     """
     path = place(path)
-    check_place(path)
+    check_target(path)
     running = check_running(buffer_bytes, heartbeat_timeout, fingerprint, "record")
     _check_shapes(sites)
     layers = plain_layers(layers)
@@ -133,7 +133,7 @@ def record(
 def _extension(path: Path, source: Source, new_only: bool, options: dict[str, Any]) -> Recorder:
     store = opened(path)
     stored, given = stored_identity(read_attributes(path)), source.identity()
-    sites = bool(united(store, source.arrays)[1])
+    sites = bool(merge_arrays(store, source.arrays)[1])
     for said in (stored, given):
         said["documents"] = said["documents"] if sites else {}
         said["arrays"] = {} if sites else said["arrays"]

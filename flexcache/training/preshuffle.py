@@ -15,7 +15,7 @@ from flexcache.recording.external_forward import record
 from flexcache.site import Layers
 from flexcache.spec import ArraySpec
 from flexcache.store.format.int8 import is_scale
-from flexcache.store.manage.copy import check_apart
+from flexcache.store.manage.copy import check_separate
 from flexcache.store.manage.store_contents import describe_origin, ledger_digest
 from flexcache.store.read.recorded_model import recorded_model
 from flexcache.store.read.selection import select
@@ -75,7 +75,7 @@ def preshuffle(
         The disk refused a write.
     """
     store = Store(source)
-    check_apart(store.path, local_path(target))
+    check_separate(store.path, local_path(target))
     if not store.complete:
         raise StoreError(
             "the store is not complete, and its rows cannot be put in an order yet",

@@ -131,7 +131,7 @@ def test_errors_of_a_worker_are_ours(page: dict[str, Any], tmp_path: Path) -> No
     gone = build_store(tmp_path / "gone.zarr", DOCUMENTS[:5])
     lazy = gone["resid_post"]
     gone.path.rename(tmp_path / "moved.zarr")
-    with pytest.raises(StoreError, match="does not find it"):
+    with pytest.raises(StoreError, match="cannot find it"):
         lazy.compute()
 
 

@@ -125,13 +125,13 @@ def test_memory_is_bounded_by_the_buffer(tmp_path: Path) -> None:
 
 def test_a_pool_waits_for_a_slab_and_ends_the_wait_when_told() -> None:
     pool = SlabPool(4096, 1)
-    pool.take()
+    pool.take_slab()
 
     def check() -> None:
         raise RuntimeError("the writer failed")
 
     with pytest.raises(RuntimeError, match="the writer failed"):
-        pool.take(check)
+        pool.take_slab(check)
 
 
 # The order of things

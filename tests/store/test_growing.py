@@ -228,7 +228,7 @@ def test_what_cannot_be_added(path: Path, tmp_path: Path) -> None:
     last = path / f"resid_post/c/0/{flexcache.open(path).n_units - 1}/0"
     last.write_bytes(bytes(len(last.read_bytes())))
     assert shard
-    with pytest.raises(DamagedError, match="rows are to be added"):
+    with pytest.raises(DamagedError, match="other bytes than were written"):
         add_documents(path)
 
 

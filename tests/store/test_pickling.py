@@ -176,7 +176,7 @@ def test_a_process_that_finds_no_store_or_another_one_says_so(tmp_path: Path) ->
     store = build_store(tmp_path / "run.zarr", DOCUMENTS[:20])
     lazy, whole = pickle.dumps(store["resid_post"]), pickle.dumps(store)
     moved = store.path.rename(tmp_path / "moved.zarr")
-    with pytest.raises(errors.StoreError, match="does not find it"):
+    with pytest.raises(errors.StoreError, match="cannot find it"):
         pickle.loads(lazy).compute()
     build_store(store.path, DOCUMENTS[:15])
     with pytest.raises(errors.MismatchError, match="another store"):

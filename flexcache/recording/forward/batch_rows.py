@@ -8,10 +8,18 @@ from typing import Any
 import numpy as np
 
 from flexcache.recording.forward.batch import Batch
-from flexcache.store.write.row_encoding import FLOAT32, Piece, bytes_of, host, int8_pieces, is_torch, piece_of
+from flexcache.store.write.row_encoding import (
+    FLOAT32,
+    EncodedRows,
+    encode_bytes,
+    encode_int8,
+    host,
+    is_torch,
+    single_piece,
+)
 
 
-def rows_of(batch: Batch, values: Any, dtype: np.dtype) -> list[Piece]:
+def rows_of(batch: Batch, values: Any, dtype: np.dtype) -> list[EncodedRows]:
     """Return the rows of padded activations, shape (sequences, longest, …), as bytes in the storage dtype.
 
     Nothing is copied where nothing is cast or averaged, since this runs inside hooks: the bytes are then those of
@@ -23,20 +31,22 @@ def rows_of(batch: Batch, values: Any, dtype: np.dtype) -> list[Piece]:
         See `encode_rows`.
     """
     if dtype == np.int8:
-        return int8_pieces(_rows_of(batch, values, FLOAT32), math.prod(values.shape[2:]))
+        return encode_int8(_rows_of(batch, values, FLOAT32), math.prod(values.shape[2:]))
     return [_rows_of(batch, values, dtype)]
 
 
-def _rows_of(batch: Batch, values: Any, dtype: np.dtype) -> Piece:
+def _rows_of(batch: Batch, values: Any, dtype: np.dtype) -> EncodedRows:
     same = str(values.dtype).removeprefix("torch.") == dtype.name
     if batch.mean:
-        return piece_of(bytes_of(batch.kept(host(values) if is_torch(values) else values), dtype))
+        return single_piece(encode_bytes(batch.kept(host(values) if is_torch(values) else values), dtype))
     if same and batch.picked is None:
-        content = bytes_of(values, dtype)
+        content = encode_bytes(values, dtype)
         width = len(content) // (batch.shape[0] * batch.shape[1])
         return content, [(start * width, count * width) for start, count in batch.spans]
     if is_torch(values):
         import torch
 
-        return piece_of(bytes_of(torch.cat([values[line][places] for line, places in enumerate(batch.places)]), dtype))
-    return piece_of(bytes_of(batch.kept(values), dtype))
+        return single_piece(
+            encode_bytes(torch.cat([values[line][places] for line, places in enumerate(batch.places)]), dtype)
+        )
+    return single_piece(encode_bytes(batch.kept(values), dtype))

@@ -18,7 +18,7 @@ from flexcache.site import resolve_layers
 from flexcache.spec import ArraySpec, Spec
 from flexcache.store.manage.extension_state import incomplete
 from flexcache.store.manage.extension_transaction import ExtensionTransaction
-from flexcache.store.manage.staging import plan_after, stage_arrays, stage_documents, united
+from flexcache.store.manage.staging import merge_arrays, plan_extension, stage_arrays, stage_documents
 from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
 
@@ -88,7 +88,7 @@ def more_arrays(
     """
     store, transaction = opened(path), ExtensionTransaction(path)
     _check_forms(store, arrays)
-    together, new = united(store, arrays)
+    together, new = merge_arrays(store, arrays)
     if not new:
         return None
     wanted: dict[str, list[int | None]] = {}
@@ -98,7 +98,7 @@ def more_arrays(
 
     def make(folder: Path) -> None:
         now = Store(path)
-        if not united(now, arrays)[1]:
+        if not merge_arrays(now, arrays)[1]:
             raise NothingNewError
         stage_arrays(now, folder, together, _spec_with(now, asked, together), request)
 
@@ -166,7 +166,7 @@ def more_documents(
             progress=progress,
         )
         entry = {"extended_by": request, "versions": versions()}
-        stage_documents(store, folder, plan_after(store, corpus), corpus, entry)
+        stage_documents(store, folder, plan_extension(store, corpus), corpus, entry)
 
     try:
         transaction.stage(make, on_wait)

@@ -23,7 +23,7 @@ from flexcache.spec import ArraySpec, Spec
 from flexcache.store.format.dataset_card import card
 from flexcache.store.format.text import size
 from flexcache.store.storage.location import Place
-from flexcache.store.write.create import check_names, check_room, create, create_once, total_bytes
+from flexcache.store.write.create import check_free_space, check_names, create, create_once, total_bytes
 
 Progress = Callable[[int, int], None]
 DOCUMENTS_DIGEST = f"documents.{DIGEST}"
@@ -234,7 +234,7 @@ def plan_store(
 
 def _plan(path: Place, folder: Path, source: Source, progress: Progress) -> Estimate:
     plan, corpus, amount = make_plan(source, folder, progress)
-    check_room(path, amount.bytes)
+    check_free_space(path, amount.bytes)
     content = {
         "spec": source.spec.model_dump(mode="json"),
         "provenance": {

@@ -14,7 +14,7 @@ from flexcache.store.read.store import Store
 
 BLOCK = 4 << 20
 
-CARRIED = "carried"
+EXISTING_ROWS = "carried"
 """In a fingerprint: the conditions of the rows at the front of a unit, where they are not those of the others."""
 
 
@@ -67,7 +67,7 @@ class ExistingRows:
         before = self._record(unit)
         if before.fingerprint == now and before.batch_tokens == batch_tokens:
             return now
-        return {**now, CARRIED: {"fingerprint": before.fingerprint, "batch_tokens": before.batch_tokens}}
+        return {**now, EXISTING_ROWS: {"fingerprint": before.fingerprint, "batch_tokens": before.batch_tokens}}
 
     def _record(self, unit: int) -> UnitRecord:
         return self._store.ledger.read(unit)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexcache.errors import MismatchError
 from flexcache.identity.record import IDENTITY, identity_of, structural
-from flexcache.recording.run.existing_rows import CARRIED
+from flexcache.recording.run.existing_rows import EXISTING_ROWS
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import Place
 
@@ -88,7 +88,7 @@ def check_alike(path: Place, earlier: dict[str, Any], now: dict[str, Any], who: 
     """
     different = [
         f"{name}: {earlier.get(name)} before, {now.get(name)} now"
-        for name in sorted({*earlier, *now} - {CARRIED} - ({"model"} if "model" in now else set()))
+        for name in sorted({*earlier, *now} - {EXISTING_ROWS} - ({"model"} if "model" in now else set()))
         if earlier.get(name) != now.get(name)
     ]
     if different == [f"model: {earlier.get('model')} before, None now"]:

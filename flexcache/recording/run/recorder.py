@@ -266,7 +266,7 @@ class Recorder:
         if worker.lost:
             self.abandon()
             return None
-        placed: dict[str, FileRecord] = self._intake.guard(writer.place, self._intake.finish())
+        placed: dict[str, FileRecord] = self._intake.guard(writer.commit_shards, self._intake.finish())
         self.stats.committing += time.perf_counter() - began
         return placed
 

@@ -21,7 +21,7 @@ from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
 from flexcache.store.write.backends import slabs_for
 from flexcache.store.write.range_error import place, range_error
-from flexcache.store.write.row_encoding import Piece, Unstorable, encode_rows
+from flexcache.store.write.row_encoding import EncodedRows, Unstorable, encode_rows
 from flexcache.store.write.shard_file import Copy, NonFinite, ShardFile, copy_bytes
 from flexcache.store.write.shard_writer import WriterThread
 
@@ -176,7 +176,7 @@ class UnitWriter:
         shard = shard_name(name, layer, unit)
         return ShardFile(writer, shard, self._layouts[name], unit, dtype, name, layer, self._store.compressed)
 
-    def _take(self, file: ShardFile, convert: Callable[..., list[Piece]], *arguments: Any) -> None:
+    def _take(self, file: ShardFile, convert: Callable[..., list[EncodedRows]], *arguments: Any) -> None:
         began = time.perf_counter()
         try:
             pieces = convert(*arguments, file.dtype)

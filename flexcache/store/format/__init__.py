@@ -1,1 +1,1 @@
-"""What is on disk: schema, shards, data types, ledger and metadata; docs/format.md states it in full."""
+"""The disk format: schema, shards, data types, ledger and metadata; see docs/format.md."""

@@ -1,4 +1,4 @@
-"""The registered Zarr v3 data type ``bfloat16``, which zarr-python lacks (zarr-python issue 2656).
+"""Register the Zarr v3 data type ``bfloat16``, which zarr-python lacks (zarr-python issue 2656).
 
 Importing flexcache registers it. The package also names it in the entry point group ``zarr.data_type``, which
 zarr-python 3.1 collects but never loads, and xarray, which imports every installed engine, has it in any case.

@@ -1,4 +1,4 @@
-"""The committed units of a store, as one process last saw them."""
+"""Cache the committed units of a store, as of the last listing of its ledger."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from flexcache.store.storage.location import Place
 
 
 class CommittedUnits:
-    """The committed units of a store. The ledger is listed at the first question, and by `refresh`.
+    """The committed units of a store; the ledger is listed at the first use, and by `refresh`.
 
     Parameters
     ----------
     check
-        Called once, before the first listing. It raises if the store at the path is another one.
+        Called once, before the first listing; raises an error if another store is at the path.
     """
 
     def __init__(self, path: Place, n_units: int, check: Callable[[], None] | None = None) -> None:
@@ -30,7 +30,7 @@ class CommittedUnits:
 
     @property
     def mask(self) -> np.ndarray:
-        """Which units are committed, bool of shape (units,)."""
+        """Mask of the committed units, bool of shape (units,)."""
         if self._mask is None:
             self.refresh()
         assert self._mask is not None
@@ -46,7 +46,7 @@ class CommittedUnits:
         self._mask = mask
 
     def require(self, units: np.ndarray) -> None:
-        """Raise UncommittedError if one of these units is not committed, not even after a new look at the ledger."""
+        """Raise UncommittedError if one of these units is not committed, even after listing the ledger again."""
         if self.mask[units].all():
             return
         self.refresh()

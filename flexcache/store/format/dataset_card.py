@@ -1,4 +1,4 @@
-"""The README.md inside a store: what it is and how to open it, for whoever finds the folder."""
+"""Write the README.md inside a store: its contents, and how to open it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flexcache.store.format.text import layer_text
 
 
 def card(name: str, arrays: list[ArraySpec], facts: list[tuple[str, str]], content: dict[str, Any]) -> str:
-    """Return the text of a store's README.md; *facts* are the plan in numbers."""
+    """Return the text of a store's README.md; *facts* are names and values of the size of its plan."""
     model = content["provenance"]["model"]
     table = "\n".join(f"| {key} | {value} |" for key, value in facts)
     lines = "\n".join(

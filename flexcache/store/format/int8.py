@@ -1,8 +1,8 @@
-"""Rows as int8 with one scale a row: half the bytes of bfloat16, and the scales as an array of their own.
+"""Quantize rows to int8 with one scale per row: half the bytes of bfloat16; the scales are a separate array.
 
 A row *x* is stored as ``round(x / s)`` with ``s = max |x| / 127`` in float32, and read back as ``s`` times that: absmax
-quantization (Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, there for matrix products). An error is at most half
-of ``s``, so a row with one massive activation loses what is small beside it. `flexcache bench-codec` tells how much.
+quantization (Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, there for matrix products). The error of a value is at
+most half of ``s``, so a row with one massive activation loses its small values. `flexcache bench-codec` measures it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flexcache.spec import ArraySpec
 SCALE = ".scale"
 LEVELS = 127
 LARGEST = np.nextafter(np.finfo(np.float32).max / np.float32(LEVELS), np.float32(0))
-"""A scale of which 127 are finite, whatever the rounding."""
+"""Largest scale whose product with 127 is finite in float32."""
 
 
 def scale_name(name: str) -> str:
@@ -26,7 +26,7 @@ def scale_name(name: str) -> str:
 
 
 def scales_of(array: ArraySpec) -> ArraySpec:
-    """Return the array of the scales of an int8 array: float32, one value a row."""
+    """Return the scale array of an int8 array: float32, one value per row."""
     return replace(
         array,
         name=scale_name(array.name),
@@ -38,20 +38,20 @@ def scales_of(array: ArraySpec) -> ArraySpec:
 
 
 def with_scales(arrays: Iterable[ArraySpec]) -> list[ArraySpec]:
-    """Return arrays with the scales behind each that is int8; *arrays* may have some of them already."""
+    """Return arrays, each int8 array followed by its scales; *arrays* may already contain some scales."""
     given = {array.name: array for array in arrays}
     plain = [array for array in given.values() if not is_scale(array.name, given)]
     return [one for array in plain for one in ((array, scales_of(array)) if array.dtype == "int8" else (array,))]
 
 
 def is_scale(name: str, arrays: Mapping[str, ArraySpec]) -> bool:
-    """Whether an array holds the scales of another."""
+    """Return True if an array holds the scales of another one."""
     owner = arrays.get(name.removesuffix(SCALE)) if name.endswith(SCALE) else None
     return owner is not None and owner.dtype == "int8"
 
 
 def quantize(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows as int8, and their scales.
+    """Quantize rows to int8.
 
     Parameters
     ----------

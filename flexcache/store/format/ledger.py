@@ -1,4 +1,4 @@
-"""The ledger: which units of a store are committed, with the size and checksum of each of their files."""
+"""Keep the ledger of a store: its committed units, with the size and checksum of each of their files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import xxhash
 
 from flexcache.errors import DamagedError
-from flexcache.store.format.self_checksum import check_seal, sealed
+from flexcache.store.format.self_checksum import check_checksum, with_checksum
 from flexcache.store.storage.atomic_files import blocks, fsync_folder, write_json
 from flexcache.store.storage.location import Place
 from flexcache.store.storage.object_path import RemotePath
@@ -77,19 +77,19 @@ def damaged_file(path: Place, record: FileRecord, found: FileRecord | None, reme
 
 @dataclass(frozen=True)
 class UnitRecord:
-    """What was committed: nothing in it depends on when or where, so equal units have equal records.
+    """Record of a committed unit. It does not depend on time or machine, so equal units have equal records.
 
     Attributes
     ----------
     unit : int
     rows : tuple of int
-        First row and the row after the last.
+        First row, and the row after the last.
     batch_tokens : int
-        The token budget under which the unit was run: the plan's, or a smaller one where memory was short.
+        Token budget of the batches: that of the plan, or a smaller one if memory was short.
     fingerprint : dict
-        What the bytes depend on beside the plan: device, versions, threads, attention kernel.
+        Conditions that the bytes depend on in addition to the plan: device, versions, threads, attention kernel.
     files : dict
-        By path relative to the store.
+        Records of the shards, by path relative to the store.
     """
 
     unit: int
@@ -100,15 +100,15 @@ class UnitRecord:
 
 
 def record_json(record: UnitRecord) -> dict[str, Any]:
-    """Return a record as its file holds it."""
+    """Return the JSON content of the file of a record."""
     content = {"schema": 1, **asdict(record)}
-    return sealed(content)
+    return with_checksum(content)
 
 
 class Ledger:
-    """The records of one pass, one JSON file a unit; writing a record is what commits its unit.
+    """The records of one pass, one JSON file per unit; writing a record commits its unit.
 
-    Records are only added, but for those of damaged units, which `take_back` removes. Any number of processes may read
+    Records are only added, except that `take_back` removes those of damaged units. Any number of processes may read
     while others write.
     """
 
@@ -117,27 +117,28 @@ class Ledger:
         self.folder = root / "ledger" / pass_name
 
     def path(self, unit: int) -> Place:
-        """Return where the record of a unit is or will be."""
+        """Return the path of the record of a unit, which need not exist."""
         return self.folder / f"{unit}.json"
 
     def units(self) -> list[int]:
-        """Return the committed units, sorted, from the file names alone."""
+        """Return the committed units, sorted, by the file names alone."""
         return sorted(int(match[1]) for name in self._names() if (match := _RECORD.fullmatch(name)))
 
     def has(self, unit: int) -> bool:
-        """Whether a unit is committed."""
+        """Return True if a unit is committed."""
         return self.path(unit).is_file()
 
     def commit(self, record: UnitRecord) -> None:
-        """Write a record, durably and in one step."""
+        """Commit a unit: write its record durably and atomically."""
         write_json(self.path(record.unit), record_json(record))
 
     def take_back(self, unit: int) -> None:
-        """Remove the record of a unit, durably: it counts as not committed from then on.
+        """Remove the record of a unit durably, so that the unit is no longer committed.
 
         Raises
         ------
         OSError
+            The disk refuses.
         """
         self.path(unit).unlink(missing_ok=True)
         fsync_folder(self.folder)
@@ -148,14 +149,14 @@ class Ledger:
         Raises
         ------
         DamagedError
-            The record cannot be read or is not of this form.
+            The record cannot be read or is malformed.
         """
         path = self.path(unit)
         check_inside(self.root, path, MOST_JSON)
         try:
             written = path.read_bytes()
             data = json.loads(written)
-            check_seal(data, written, _KEYS)
+            check_checksum(data, written, _KEYS)
             files = {name: FileRecord(int(f["size"]), str(f["xxh3_128"])) for name, f in data["files"].items()}
             start, stop = data["rows"]
             record = UnitRecord(

@@ -1,4 +1,4 @@
-"""What a store says of itself, checked before anything is believed: a stranger may have written it."""
+"""Parse the attributes of a store, which may come from an untrusted source, with checks of types and ranges."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_ROWS, MOST_UNITS, MOST_FEATURES, MOST_LAYERS = 2**48, 10**8, 2**24, 100_000
 
 @dataclass(frozen=True)
 class StoreMetadata:
-    """The attributes of a store, each of its type, in its range, and in agreement with the others."""
+    """The attributes of a store, with valid types and ranges, and consistent with each other."""
 
     arrays: dict[str, ArraySpec]
     spec: dict[str, Any]
@@ -26,12 +26,12 @@ class StoreMetadata:
 
 
 def parse_metadata(content: Mapping[str, Any], where: str) -> StoreMetadata:
-    """Return what a store's attributes say.
+    """Return the attributes of a store as metadata.
 
     Raises
     ------
     DamagedError
-        Something is missing, of another type, out of range, or leads out of the store.
+        An attribute is missing, of another type, out of range, or leads out of the store.
     """
     try:
         spec, plan, provenance = (dict(_mapping(content, name)) for name in ("spec", "plan", "provenance"))
@@ -53,7 +53,7 @@ def parse_metadata(content: Mapping[str, Any], where: str) -> StoreMetadata:
             _agree(array.dtype != "int8" or scales == scales_of(array), f"int8 array {array.name} has no scales")
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
         raise DamagedError(
-            "the store's description is not complete",
+            "the store's metadata is not valid",
             where=where,
             found=f"{type(error).__name__}: {str(error)[:200]}",
             remedy="restore zarr.json from a copy",
@@ -82,7 +82,7 @@ def _array(name: str, data: Any) -> ArraySpec:
 
 
 def largest_batch(plan: Mapping[str, Any]) -> Largest | None:
-    """Return the largest batch of a plan, or None where an earlier version, which did not note it, made the store."""
+    """Return the largest batch of a plan, None if the store was made by an earlier version, which did not record it."""
     found = plan.get("largest_batch")
     if not isinstance(found, list) or len(found) != 3 or any(type(value) is not int or value < 0 for value in found):
         return None
@@ -90,18 +90,18 @@ def largest_batch(plan: Mapping[str, Any]) -> Largest | None:
 
 
 def stored_batching(provenance: Mapping[str, Any]) -> Batching | None:
-    """Return which sequences share a batch, as found by forwards of the model; None where a store does not record it.
+    """Return the rule by which sequences share a batch, as found by forwards of the model; None if not recorded.
 
     Raises
     ------
     ValueError
-        The record is none of `Batching`.
+        The recorded value is not a `Batching`.
     """
     if provenance.get("batching") is None:
         return None
-    said = str(_mapping(provenance, "batching").get("batches"))
-    found: Batching | None = next((kind for kind in get_args(Batching) if kind == said), None)
-    _agree(found is not None, f"batching is {said[:40]}")
+    recorded = str(_mapping(provenance, "batching").get("batches"))
+    found: Batching | None = next((kind for kind in get_args(Batching) if kind == recorded), None)
+    _agree(found is not None, f"batching is {recorded[:40]}")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Finding values that are not finite by their bit patterns: two passes of integer maxima, no copy."""
+"""Find values that are not finite by their bit patterns: two passes of integer maxima, no copy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def first_nonfinite(content: np.ndarray, dtype: np.dtype) -> int | None:
     """Return the index of the first NaN or infinity in *content*, uint8 of shape (bytes,), or None.
 
     Read as an integer, a float whose exponent bits are all set is larger than every finite one of its sign, so
-    the maxima of the bytes as signed and as unsigned integers tell whether there is one.
+    the maxima of the bytes as signed and as unsigned integers show if there is one.
     """
     if not len(content) or dtype.kind == "i":
         return None

@@ -1,4 +1,4 @@
-"""References to stores: the location, with an identity that tells a store from another one at the same path."""
+"""Refer to a store by location, with an identity that tells it from another store at the same path."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class StoreReference:
         Inode and time of ``zarr.json`` when the reference was made. They change when another store takes its place, so
         that caches of a process and keys of Dask do not mix the two.
     committed : int
-        Checksum of which units were committed. A process that knows the ledger of a store lists it again for a store
-        that was opened after a damaged unit was taken back.
+        Checksum of the mask of committed units. With another checksum, a process lists the ledger again; this matters
+        for a store that was opened after a damaged unit was taken back.
     created : str
         Time at which the store was made. An extension keeps it.
     n_rows, shard_rows : int
@@ -42,53 +42,57 @@ class StoreReference:
 
     @property
     def n_units(self) -> int:
-        """Units of the store as it was opened."""
+        """Number of units of the store when it was opened."""
         return -(-self.n_rows // self.shard_rows)
 
     def check(self) -> None:
-        """Raise an error if this process finds no store, or another one, at the path.
+        """Raise an error if this process finds no store or another one at the path.
 
         Raises
         ------
         StoreError
-            There is no store; MismatchError where there is another one.
+            There is no store.
+        MismatchError
+            There is another store.
         """
         metadata = self.path / "zarr.json"
         if not metadata.is_file():
             raise StoreError(
-                "a process that reads the store does not find it",
+                "a process that reads the store cannot find it",
                 where=str(self.path),
                 expected="the store at the same path in every process",
                 found="no store",
                 remedy="put the store where all workers reach it: a file system they share, or object storage",
             )
         found = parse_metadata(read_attributes(self.path), str(metadata))
-        same = made_at(found.provenance) == self.created and int(found.plan["shard_rows"]) == self.shard_rows
+        same = created_at(found.provenance) == self.created and int(found.plan["shard_rows"]) == self.shard_rows
         if not same or int(found.plan["rows"]) < self.n_rows:
             raise MismatchError(
                 "another store has taken the place of the one that was opened",
                 where=str(self.path),
                 expected=f"{self.n_rows} rows or more, created {self.created or 'at no known time'}",
-                found=f"{found.plan['rows']} rows, created {made_at(found.provenance) or 'at no known time'}",
+                found=f"{found.plan['rows']} rows, created {created_at(found.provenance) or 'at no known time'}",
                 remedy="open the store again",
             )
 
 
-def refer(path: Place, provenance: dict[str, Any], plan: dict[str, Any], committed: np.ndarray) -> StoreReference:
-    """Return the reference to a store that was opened; *committed* says which units were committed, (units,)."""
+def make_reference(
+    path: Place, provenance: dict[str, Any], plan: dict[str, Any], committed: np.ndarray
+) -> StoreReference:
+    """Return a reference to an open store; *committed* is the mask of committed units, shape (units,)."""
     path, rows, shard_rows = path.absolute(), int(plan["rows"]), int(plan["shard_rows"])
     return StoreReference(
-        path, stamp(path), crc32(np.packbits(committed).tobytes()), made_at(provenance), rows, shard_rows
+        path, stamp(path), crc32(np.packbits(committed).tobytes()), created_at(provenance), rows, shard_rows
     )
 
 
-def made_at(provenance: dict[str, Any]) -> str:
-    """Return when a store was made, or nothing where it does not say."""
+def created_at(provenance: dict[str, Any]) -> str:
+    """Return the time at which a store was created; empty if it is not recorded."""
     return str(provenance.get("created", ""))
 
 
 def stamp(path: Place) -> tuple[int, int]:
-    """Return inode and time of a store's metadata, which change when another store takes its place."""
+    """Return inode and modification time of a store's metadata; (0, 0) if the store was removed."""
     try:
         status = (path / "zarr.json").stat()
     except OSError:  # it was removed: what is open stays readable

@@ -1,4 +1,4 @@
-"""The names and versions of the disk format; docs/format.md states it in full."""
+"""Names and versions of the disk format, which docs/format.md describes in full."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ATTRIBUTE = "flexcache"
 DOCUMENTS = "documents.parquet"
 SEQUENCES = "sequences.parquet"
 BEGINS = "begins"
-"""The column of the sequences with the places at which attention and positions begin anew."""
+"""Column of the sequences: offsets at which attention and positions restart."""
 CONTEXT = "context"
-"""The column of sequences.parquet that has what an encoder reads, where rows are of the decoder beside it."""
+"""Column of the sequences: input tokens of the encoder, if rows are those of the decoder."""
 COORDINATES = {"token_id": "int32", "position": "int32", "document": "int64"}
 RESERVED = frozenset({"ledger", "runs", "layer", "token", *COORDINATES})
 PLAN_RECORD = "ledger/plan.json"
@@ -28,7 +28,7 @@ def read_attributes(path: Place) -> dict[str, Any]:
     Raises
     ------
     StoreError
-        There is no such folder, or it is not a FlexCache store.
+        There is no such folder, or it is not a store of FlexCache.
     VersionError
         A newer version wrote it.
     DamagedError

@@ -1,4 +1,4 @@
-"""Records that carry a checksum of themselves, so that no byte of them changes unseen."""
+"""Add a checksum to a record, and check it, so that any changed byte is detected."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ import xxhash
 
 from flexcache.store.storage.atomic_files import json_bytes
 
-SEAL = "xxh3_128"
-"""In a record: the XXH3-128 of the rest of it. Records of the first stores have none."""
+CHECKSUM = "xxh3_128"
+"""Key of the XXH3-128 of the rest of a record. Records of the first stores have none."""
 
 
-def sealed(content: dict[str, Any]) -> dict[str, Any]:
+def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
     """Return a record with its checksum."""
-    return {**content, SEAL: _digest(content)}
+    return {**content, CHECKSUM: _digest(content)}
 
 
-def check_seal(data: dict[str, Any], written: bytes, keys: Collection[str]) -> None:
-    """Refuse a record, read from the bytes *written*, that is not as it was sealed, or has other than these *keys*.
+def check_checksum(data: dict[str, Any], written: bytes, keys: Collection[str]) -> None:
+    """Check a record that was read from the bytes *written*.
 
     Raises
     ------
     ValueError
+        Its checksum does not match, or it has other *keys*.
     """
-    if unknown := set(data) - {*keys, SEAL}:
+    if unknown := set(data) - {*keys, CHECKSUM}:
         raise ValueError(f"it has {', '.join(sorted(unknown))}")
-    content = {name: value for name, value in data.items() if name != SEAL}
-    if written != json_bytes(data) or data.get(SEAL) not in (None, _digest(content)):
+    content = {name: value for name, value in data.items() if name != CHECKSUM}
+    if written != json_bytes(data) or data.get(CHECKSUM) not in (None, _digest(content)):
         raise ValueError("it has other bytes than were written (checksum)")
 
 

@@ -1,4 +1,4 @@
-"""The bytes of one shard file: rows, then an index, as Zarr's ``sharding_indexed`` codec defines them.
+"""Lay out one shard file: rows, then an index, as Zarr's ``sharding_indexed`` codec defines them.
 
 A shard holds R rows of one site and layer. Its inner chunks span the feature dim and lie one after the other,
 uncompressed, so the file is plain C-order rows followed by a footer, and row *i* begins at ``i * row_bytes``.
@@ -17,7 +17,7 @@ MISSING = np.uint64(2**64 - 1)
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Where the rows of an array lie in its shard files; pure arithmetic.
+    """Layout of the rows of an array in its shard files; pure arithmetic.
 
     Attributes
     ----------
@@ -41,20 +41,20 @@ class ShardLayout:
 
     @property
     def n_shards(self) -> int:
-        """How many shards the rows fill, the last one perhaps in part."""
+        """Number of shards; the last one may be partial."""
         return -(-self.n_rows // self.shard_rows)
 
     def rows(self, shard: int) -> range:
-        """Return the rows of the array that a shard holds."""
+        """Return the row numbers of a shard."""
         start = shard * self.shard_rows
         return range(start, min(start + self.shard_rows, self.n_rows))
 
     def row_span(self, shard: int) -> int:
-        """Return the bytes of the shard's rows, without padding or footer."""
+        """Return the number of bytes of the rows of a shard, without padding and footer."""
         return len(self.rows(shard)) * self.row_bytes
 
     def padding(self, shard: int) -> int:
-        """Return the bytes that fill up the last inner chunk, which must be whole."""
+        """Return the number of bytes that fill up the last inner chunk."""
         return -len(self.rows(shard)) % self.chunk_rows * self.row_bytes
 
     def footer(self, shard: int) -> bytes:
@@ -67,8 +67,8 @@ class ShardLayout:
         """Return the size of an uncompressed shard file."""
         return self.row_span(shard) + self.padding(shard) + self._index_bytes
 
-    def has_grown(self, shard: int, size: int) -> bool:
-        """Whether a file of that many bytes is a partial shard to whose end rows were added, with those of this one."""
+    def was_extended(self, shard: int, size: int) -> bool:
+        """Return True if a file of *size* bytes can be this partial shard after an extension appended rows."""
         inner = self.chunk_rows * self.row_bytes
         fuller = self.file_bytes(shard) < size <= self.shard_rows * self.row_bytes + self._index_bytes
         return fuller and (size - self._index_bytes) % inner == 0
@@ -79,7 +79,7 @@ class ShardLayout:
 
 
 def index_bytes(lengths: list[int], n_chunks: int) -> bytes:
-    """Return the index of a shard of *n_chunks* whose first chunks have these lengths in bytes, one after the other."""
+    """Return the index of a shard of *n_chunks* whose first chunks have these lengths in bytes, without gaps."""
     index = np.full((n_chunks, 2), MISSING, dtype="<u8")
     index[: len(lengths), 1] = lengths
     index[: len(lengths), 0] = np.cumsum([0, *lengths[:-1]]) if lengths else 0

@@ -1,4 +1,4 @@
-"""Names and numbers of a store as text for people."""
+"""Format names and numbers of a store as text for people."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ TABLE_COLUMNS = frozenset(
     {"id", "source_index", "n_tokens", "text", "text_xxh3_128", "messages_xxh3_128"}
     | {"image_xxh3_128", "row_start", "n_rows"}
 )
-"""The columns of the documents that are not labels."""
+"""Columns of the documents that are not labels."""
 
 
 def layer_text(layers: tuple[int, ...] | None) -> str:
-    """Write layer numbers shortly: ``0–29``, ``0, 8, 16``."""
+    """Format layer numbers: ``0–29``, or ``0, 8, 16``."""
     if layers is None:
         return "–"
     if len(layers) > 2 and layers == tuple(range(layers[0], layers[-1] + 1)):
@@ -35,7 +35,7 @@ def shorten(value: Any, length: int = 160) -> str:
 
 
 def size(count: float) -> str:
-    """Write a number of bytes for people.
+    """Format a number of bytes.
 
     >>> size(999), size(1_500_000), size(2.5e12)
     ('999 B', '1.5 MB', '2.5 TB')

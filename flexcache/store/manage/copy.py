@@ -74,7 +74,7 @@ def copy(
     _check_choice("dtype", dtype, tuple(DTYPES))
     _check_choice("compression", compression, CODECS)
     origin, path = Store(source), place(target)
-    check_apart(origin.path, path)
+    check_separate(origin.path, path)
     check_not_extending(origin.path)
     chosen = [array for array in select(origin, sites, layers) if not is_scale(array.name, origin.arrays)]
     arrays = [replace(array, dtype=dtype or array.dtype) for array in chosen]
@@ -95,7 +95,7 @@ def copy(
     return store
 
 
-def check_apart(source: Place, target: Place) -> None:
+def check_separate(source: Place, target: Place) -> None:
     """Refuse a target that is the source, or inside of it, or around it."""
     one, other = (f"{path.resolve()}/" for path in (source, target))
     if one.startswith(other) or other.startswith(one):

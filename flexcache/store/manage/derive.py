@@ -21,7 +21,7 @@ from flexcache.store.manage.store_contents import differing_tables, plan_files, 
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import Place
 from flexcache.store.storage.path_safety import check_inside
-from flexcache.store.write.create import appear, check_room, create_once, total_bytes
+from flexcache.store.write.create import check_free_space, create_once, publish_store, total_bytes
 from flexcache.store.write.skeleton import create_arrays, write_skeleton
 
 
@@ -84,9 +84,9 @@ def prepare_store(path: Place, derived: DerivedStore) -> Store:
     """
 
     def make(folder: Path) -> None:
-        check_room(path, derived.needed)
+        check_free_space(path, derived.needed)
         write_derived(path.name, folder / "store", derived)
-        appear(folder / "store", path)
+        publish_store(folder / "store", path)
 
     create_once(path, make)
     store = Store(path)

@@ -1,4 +1,4 @@
-"""How fast a disk takes the bytes of a store."""
+"""Measure the write rate of a disk."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ BLOCK = 4 << 20
 
 
 def write_rate(folder: Path, amount: int = 256 << 20) -> float:
-    """Return the bytes a second that a disk takes, by a temporary file of *amount* bytes in *folder*.
+    """Return the bytes per second that a disk can write, by a temporary file of *amount* bytes in *folder*.
 
-    It is written as shards are: in large blocks, past the page cache where that is possible, and flushed; then removed.
+    The file is written like a shard: in large blocks, bypassing the page cache if possible, and flushed. It is removed
+    afterwards.
 
     Raises
     ------
     CaptureError
-        The disk refuses.
+        The disk refuses a write.
     """
     blocks = max(1, amount // BLOCK)
     with clear_errors(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".flexcache-rate-") as place:

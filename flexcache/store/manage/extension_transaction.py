@@ -26,7 +26,7 @@ from flexcache.store.storage.atomic_files import commit_files, fsync_folder, wri
 from flexcache.store.storage.disk_errors import clear_errors
 from flexcache.store.storage.location import Place, local
 from flexcache.store.write.claims import Claims
-from flexcache.store.write.create import appear
+from flexcache.store.write.create import publish_store
 from flexcache.store.write.election import POLL, elect
 from flexcache.store.write.worker import ALIVE, PARTIAL, Worker
 
@@ -72,7 +72,7 @@ class ExtensionTransaction:
         with clear_errors(self.path), self._elected(on_wait, lambda: self.staged) as worker:
             if worker is not None:
                 make(worker.folder / "store")
-                appear(worker.folder / "store", self.folder)
+                publish_store(worker.folder / "store", self.folder)
 
     def check_request(self, request: Any) -> None:
         """Raise MismatchError if *request* differs from the request of the staged extension."""

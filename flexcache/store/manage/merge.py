@@ -11,7 +11,7 @@ from flexcache.identity import differences
 from flexcache.spec import ArraySpec
 from flexcache.store.format.shard import shard_name
 from flexcache.store.format.text import shorten
-from flexcache.store.manage.copy import check_apart
+from flexcache.store.manage.copy import check_separate
 from flexcache.store.manage.derive import DerivedStore, prepare_store
 from flexcache.store.manage.extension_state import check_not_extending
 from flexcache.store.manage.row_copy import Progress, RowCopy
@@ -47,7 +47,7 @@ def merge(sources: Sequence[str | Place], target: str | Place, progress: Progres
     if len(stores) < 2:
         raise ConfigError("a merge needs two stores or more", found=f"{len(stores)}")
     for store in stores:
-        check_apart(store.path, path)
+        check_separate(store.path, path)
         check_not_extending(store.path)
     for other in stores[1:]:
         _check_alike(stores[0], other)

@@ -134,7 +134,7 @@ class RowCopy:
         files = transfer.commit_all()
         if writer is not None:
             try:
-                files |= writer.place(shards)
+                files |= writer.commit_shards(shards)
             except NonFinite as error:
                 raise range_error(
                     self.target, error.array, error.layer, error.row, error.feature, error.value

@@ -27,12 +27,12 @@ from flexcache.store.manage.file_transfer import copy_verified
 from flexcache.store.manage.store_contents import shared_files
 from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
-from flexcache.store.write.create import check_names, check_room, total_bytes
+from flexcache.store.write.create import check_free_space, check_names, total_bytes
 from flexcache.store.write.skeleton import create_arrays, create_coordinate, write_skeleton
 from flexcache.store.write.tables import write_tables
 
 
-def united(store: Store, arrays: list[ArraySpec]) -> tuple[list[ArraySpec], list[ArrayKey]]:
+def merge_arrays(store: Store, arrays: list[ArraySpec]) -> tuple[list[ArraySpec], list[ArrayKey]]:
     """Return the arrays of a store with *arrays* added, and which arrays and layers are new."""
     found = dict(store.arrays)
     new: list[ArrayKey] = []
@@ -69,13 +69,13 @@ def stage_arrays(store: Store, folder: Path, arrays: list[ArraySpec], spec: dict
     """
     needed = total_bytes(arrays, store.n_rows, store.shard_rows)
     needed -= total_bytes(list(store.arrays.values()), store.n_rows, store.shard_rows)
-    check_room(store.path, needed)
+    check_free_space(store.path, needed)
     write_derived(
         store.path.resolve().name, folder, DerivedStore(store, arrays, spec, {"extended_by": request}, needed)
     )
 
 
-def plan_after(store: Store, corpus: Spool) -> Plan:
+def plan_extension(store: Store, corpus: Spool) -> Plan:
     """Return the plan of documents that come after those of a store, in units of the same size."""
     spec, rows = store.spec, store.n_rows
     shared = rows // store.shard_rows if rows % store.shard_rows else None
@@ -104,7 +104,7 @@ def stage_documents(store: Store, folder: Path, plan: Plan, corpus: Spool, entry
     Parameters
     ----------
     plan
-        See `plan_after`.
+        See `plan_extension`.
     entry
         For the history: what was asked for, and the versions that planned it.
 
@@ -121,7 +121,7 @@ def stage_documents(store: Store, folder: Path, plan: Plan, corpus: Spool, entry
     total = total_bytes(arrays, plan.n_rows, store.shard_rows)
     first = plan.first_row // store.shard_rows
     kept = first * store.shard_rows
-    check_room(store.path, total - (total_bytes(arrays, kept, store.shard_rows) if kept else 0))
+    check_free_space(store.path, total - (total_bytes(arrays, kept, store.shard_rows) if kept else 0))
     attributes = json.loads((store.path / "zarr.json").read_bytes())["attributes"]
     content = _content(store, plan, corpus, total, entry)
 

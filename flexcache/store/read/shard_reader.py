@@ -224,7 +224,7 @@ class RowReader:
             found = path.stat().st_size
         except OSError:
             found = -1
-        if found != expected and not self.layout.has_grown(shard, found):
+        if found != expected and not self.layout.was_extended(shard, found):
             raise DamagedError(
                 "a shard of the store is " + ("missing" if found < 0 else "not as long as it was written"),
                 where=str(path),

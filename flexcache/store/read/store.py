@@ -20,7 +20,7 @@ from flexcache.spec import ArraySpec
 from flexcache.store.format.committed_units import CommittedUnits, shared_units
 from flexcache.store.format.int8 import is_scale, scale_name
 from flexcache.store.format.metadata import StoreMetadata, parse_metadata
-from flexcache.store.format.reference import StoreReference, refer
+from flexcache.store.format.reference import StoreReference, make_reference
 from flexcache.store.format.schema import COORDINATES, DOCUMENTS, SEQUENCES, read_attributes
 from flexcache.store.read import display
 from flexcache.store.read.coordinates import coordinate_variable
@@ -46,7 +46,7 @@ class Store(Mapping[str, xr.DataArray]):
     record cannot be read: UncommittedError is raised. Other processes may write to the store meanwhile; `refresh` finds
     the units that they have committed. Any number of threads may read.
 
-    A store, and the arrays made from it, are pickled as its location and metadata, without files or tables. An unpickled
+    A store and the arrays made from it are pickled as location and metadata, without files or tables. An unpickled
     store has the rows and sites of the original, even if the store on disk was extended meanwhile, and at least the
     units that were committed. It opens files when it first reads them, once in each process.
 
@@ -85,7 +85,7 @@ class Store(Mapping[str, xr.DataArray]):
     @cached_property
     def reference(self) -> StoreReference:
         """Location of the store, with an identity that tells it from another store at the same path."""
-        return refer(self.path, self.provenance, self.plan, self.committed)
+        return make_reference(self.path, self.provenance, self.plan, self.committed)
 
     # Contents
 

@@ -1,1 +1,1 @@
-"""Fill a store: its skeleton, slabs, shards, tables, workers and claims."""
+"""Write a store: its skeleton, slabs, shards, tables, workers and claims."""

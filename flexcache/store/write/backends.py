@@ -1,4 +1,4 @@
-"""Who fills a store, by where it is: workers, claims and writers for folders and for object storage."""
+"""Choose the worker, claims and writer for a store in a folder or on object storage."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ AnyWorker = Worker | RemoteWorker
 def start_work(
     root: Place, conditions: dict[str, Any] | None = None, heartbeat_timeout: float = HEARTBEAT_TIMEOUT
 ) -> AnyWorker:
-    """Return this process as a worker on the store there."""
+    """Start this process as a worker on the store at *root*."""
     kind = RemoteWorker if isinstance(root, RemotePath) else Worker
     return kind(root, conditions, heartbeat_timeout)  # type: ignore[arg-type]
 
 
 def claims_of(worker: AnyWorker) -> Claiming:
-    """Return the claims of a worker, none so far."""
+    """Return the claims of a worker, at first none."""
     return RemoteClaims(worker) if isinstance(worker, RemoteWorker) else Claims(worker)
 
 
@@ -43,11 +43,11 @@ def slabs_for(root: Place, files: int, buffer_bytes: int, largest: int, chunk: i
     Parameters
     ----------
     files
-        How many are open at a time.
+        Number of files that are open at the same time.
     largest
         Bytes of the largest shard.
     chunk
-        Bytes of the largest inner chunk where shards are compressed: a slab is one.
+        Bytes of the largest inner chunk if shards are compressed, where a slab is one chunk; otherwise None.
 
     Raises
     ------
@@ -58,4 +58,4 @@ def slabs_for(root: Place, files: int, buffer_bytes: int, largest: int, chunk: i
         return size_slabs(files, buffer_bytes, largest=largest, exact=chunk)
     if chunk is None:
         return size_slabs(files, buffer_bytes, exact=min(PART_BYTES, largest))
-    return size_slabs(files, buffer_bytes, exact=chunk, beside=files * (PART_BYTES + chunk))
+    return size_slabs(files, buffer_bytes, exact=chunk, reserved=files * (PART_BYTES + chunk))

@@ -1,4 +1,4 @@
-"""Claims: which worker computes which unit, by exclusive files; no server, and no lock that a file system may lack."""
+"""Claim units for a worker by creating exclusive files: no server, and no locks, which a file system may lack."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.E
 
 
 class Claiming(ABC):
-    """A worker's claims on the units of a store, wherever they are kept: the rules, without the place.
+    """A worker's claims on the units of a store: the protocol, independent of where claims are stored.
 
-    A claim on unit 7 is ``.claims/7.0``, which one worker alone can create. Once a claim's worker is gone, whoever
-    creates ``7.1`` has taken the unit over, again one worker alone. Nothing is ever removed to take over, so no two can
-    take the same claim.
+    A claim on unit 7 is ``.claims/7.0``, which only one worker can create. Once the worker of a claim is gone, the
+    worker that creates ``7.1``, again only one, has taken the unit over. Nothing is removed for a takeover, so two
+    workers cannot take the same claim.
 
-    A worker that was only asleep may go on after its unit was taken over. That is harmless: `holds` tells it, and if it
-    commits in that very moment, it commits the same bytes.
+    A worker that was only suspended may continue after its unit was taken over. That is harmless: `holds` detects it,
+    and if the worker commits at that very moment, it commits the same bytes.
     """
 
     refused: type[Exception] = OSError
-    """What the place raises where it refuses."""
+    """Error that the storage raises if it refuses an operation."""
 
     def __init__(self, worker: Any) -> None:
         self.worker = worker
@@ -39,15 +39,17 @@ class Claiming(ABC):
         self._held: dict[str, int] = {}
 
     def take_claim(self, names: Iterable[str | int]) -> str | None:
-        """Claim the first of *names* that is free or whose worker is gone, and return it; None where none is.
+        """Claim the first of *names* that is free or whose worker is gone, and return it; None if there is none.
 
-        A unit may have been committed, and its claim released, between the caller's look at the ledger and this call:
-        look again once the claim is there.
+        A unit may have been committed, and its claim released, after the caller has read the ledger: read it again once
+        the claim is held.
 
         Raises
         ------
         OSError
-            The file system refuses; UnreachableError of object storage.
+            The file system refuses.
+        UnreachableError
+            Object storage does not answer.
         """
         newest = self._newest()
         for name in map(str, names):
@@ -61,20 +63,20 @@ class Claiming(ABC):
         return None
 
     def holds(self, name: str | int) -> bool:
-        """Whether a claim is this worker's still, and nobody has taken it over."""
+        """Return True if this worker still holds a claim, so that no other has taken it over."""
         held = self._held.get(str(name))
         return held is not None and self._newest().get(str(name)) == held
 
     def release(self, name: str | int) -> None:
-        """Give a claim up, with those that it took over."""
+        """Release a claim, and the earlier claims that it took over."""
         number = self._held.pop(str(name), None)
         for generation in range(0 if number is None else number + 1):
             self._remove(self._path(str(name), generation))
 
     def close(self, finished: bool = False) -> None:
-        """Give all claims up; where nothing is left to claim, what others left as well.
+        """Release the claims of this worker; if all units are *finished*, remove stale claims of others as well.
 
-        A claim that the place does not let go of is one of a worker that has closed, which others see.
+        If a claim cannot be removed, others see that its worker has closed.
         """
         for name in list(self._held):
             with contextlib.suppress(self.refused):
@@ -82,14 +84,14 @@ class Claiming(ABC):
         self._tidy(finished)
 
     def others(self) -> Iterator[dict[str, Any]]:
-        """Yield what the workers of other live claims say of themselves; a claim may be given up while one looks."""
+        """Yield the descriptions of the workers of other live claims; skips claims that are released meanwhile."""
         for name, generation in self._newest().items():
             path = self._path(name, generation)
-            if self._held.get(name) != generation and not self.worker.gone(path) and (told := describe(path)):
-                yield told
+            if self._held.get(name) != generation and not self.worker.gone(path) and (found := describe(path)):
+                yield found
 
     def _newest(self) -> dict[str, int]:
-        """Return the latest generation of every claim."""
+        """Return the latest generation of each claim."""
         found: dict[str, int] = {}
         for name in self._names():
             if match := _NAME.fullmatch(name):
@@ -101,11 +103,11 @@ class Claiming(ABC):
 
     @abstractmethod
     def _names(self) -> Iterable[str]:
-        """Return the names of all claims that are there."""
+        """Return the names of all existing claims."""
 
     @abstractmethod
     def _create(self, path: Any) -> bool:
-        """Create a claim, and return whether this worker is the one that did."""
+        """Create a claim; return False if it exists already."""
 
     @abstractmethod
     def _remove(self, path: Any) -> None:
@@ -113,11 +115,11 @@ class Claiming(ABC):
 
     @abstractmethod
     def _tidy(self, finished: bool) -> None:
-        """Remove the place of the claims, where it is empty or nothing is left to claim."""
+        """Remove the folder of the claims if it is empty or all units are *finished*."""
 
 
 class Claims(Claiming):
-    """Claims of a store in a folder: each is a link to its `Worker.alive`, so that one touch keeps all of them."""
+    """Claims in a folder: each is a hard link to `Worker.alive`, so that one heartbeat refreshes all of them."""
 
     worker: Worker
     folder: Path
@@ -142,7 +144,7 @@ class Claims(Claiming):
         try:
             self.folder.mkdir(exist_ok=True)
             os.link(self.worker.alive, path)
-        except (FileExistsError, FileNotFoundError):  # taken; or the store is complete and the folder gone
+        except (FileExistsError, FileNotFoundError):  # taken, or the store is complete and the folder removed
             return False
         except OSError as error:
             if error.errno not in _NO_LINKS:
@@ -151,7 +153,7 @@ class Claims(Claiming):
         return True
 
     def _write(self, path: Path) -> bool:
-        """Create a claim of its own where the file system has no hard links."""
+        """Create a claim as a separate file, for file systems without hard links."""
         try:
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:

@@ -1,4 +1,4 @@
-"""Creating a store: metadata, plan and coordinates, complete before the first forward and visible in one step."""
+"""Create a store: metadata, plan and coordinates, complete before the first forward and visible in one step."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ from flexcache.store.write.tables import write_tables
 T = TypeVar("T")
 
 NAME_BYTES = 255
-"""Of the longest name of a file, on common file systems."""
-BESIDE = (DOCUMENTS, SEQUENCES, "README.md", "ledger")
-"""What there is beside arrays in a store that has just been made."""
+"""Bytes of the longest file name on common file systems."""
+OTHER_ENTRIES = (DOCUMENTS, SEQUENCES, "README.md", "ledger")
+"""Entries of a new store in addition to its arrays and coordinates."""
 
 
-def check_place(path: Place) -> None:
-    """Raise StoreError if no store can be made at *path*, and none is there.
+def check_target(path: Place) -> None:
+    """Raise StoreError if there is no store at *path* and none can be created.
 
     Raises
     ------
     StoreError
-        Something else is there, the name is too long, or nothing can be written there.
+        Something else is at *path*, the name is too long, or the folder is not writable.
     """
     if (path / "zarr.json").exists():
         return
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if isinstance(path, RemotePath):
-        taken = taken and not _begun(path)
-    if taken and not (path / "zarr.json").exists():  # which another process may have made meanwhile
+        taken = taken and not _is_incomplete(path)
+    if taken and not (path / "zarr.json").exists():  # another process may have created it meanwhile
         raise StoreError(
             f"{path} exists and is not a store",
             remedy="choose another path, or remove it if it is not needed",
@@ -71,7 +71,7 @@ def check_place(path: Place) -> None:
         check_writable(path.parent)
     except ConfigError as error:
         raise StoreError(
-            "a store cannot be made there",
+            "no store can be created there",
             where=str(path),
             expected=error.expected,
             found=error.found,
@@ -80,13 +80,15 @@ def check_place(path: Place) -> None:
 
 
 def _planning(path: Place) -> Place:
-    """Return the folder beside a place in which its store is planned."""
+    """Return the folder next to *path* in which its store is prepared."""
     return path.with_name(f".{path.name}.planning")
 
 
-def _begun(path: RemotePath) -> bool:
-    """Whether what is there was sent by a process that ended before the store appeared."""
-    return all(name.split("/")[0] in {*COORDINATES, *BESIDE} or name.endswith("/zarr.json") for name in path.sizes())
+def _is_incomplete(path: RemotePath) -> bool:
+    """Return True if the objects at *path* were uploaded by a process that ended before the store was visible."""
+    return all(
+        name.split("/")[0] in {*COORDINATES, *OTHER_ENTRIES} or name.endswith("/zarr.json") for name in path.sizes()
+    )
 
 
 def create_once(path: Place, make: Callable[[Path], T], on_wait: Callable[[], None] = lambda: None) -> T | None:
@@ -112,7 +114,7 @@ def create_once(path: Place, make: Callable[[Path], T], on_wait: Callable[[], No
     CaptureError
         The disk refuses a write.
     """
-    check_place(path)
+    check_target(path)
     if (path / "zarr.json").exists():
         return None
     with clear_errors(path.parent):
@@ -143,14 +145,8 @@ def total_bytes(arrays: list[ArraySpec], n_rows: int, shard_rows: int) -> int:
     return total
 
 
-def check_room(path: Place, needed: int) -> None:
-    """Refuse a plan that the disk cannot hold.
-
-    Raises
-    ------
-    PlanError
-        Fewer bytes are free than the store needs.
-    """
+def check_free_space(path: Place, needed: int) -> None:
+    """Raise PlanError if fewer than *needed* bytes are free on the disk of *path*."""
     if isinstance(path, RemotePath):
         return
     place = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
@@ -177,16 +173,16 @@ def create(
     compression: str,
     card: str,
 ) -> None:
-    """Write a store without activations into *folder*, and rename it to *path*.
+    """Write a store without activations into *folder*, then publish it at *path*.
 
     Parameters
     ----------
     summary
-        The plan in numbers: rows, units, shard_rows, tokens, …
+        Numbers of the plan: rows, units, shard_rows, tokens, …
     content
         Spec and provenance.
     card
-        The store's README.md.
+        Text of README.md.
     """
     check_names(arrays)
     store = folder / "store"
@@ -204,11 +200,11 @@ def create(
     write_skeleton(
         store, {ATTRIBUTE: attributes}, card, add_arrays, lambda added: write_tables(store, plan, corpus, added)
     )
-    appear(store, path)
+    publish_store(store, path)
 
 
-def appear(store: Path, path: Place) -> None:
-    """Put a store that has been made in a folder at its place, in one step: a rename, or the last object, zarr.json."""
+def publish_store(store: Path, path: Place) -> None:
+    """Make a store that was written to a folder visible at *path* in one step: a rename, or the upload of zarr.json."""
     if isinstance(path, RemotePath):
         _send(store, path)
         return
@@ -217,13 +213,13 @@ def appear(store: Path, path: Place) -> None:
     try:
         store.rename(path)
     except OSError:
-        if not (path / "zarr.json").exists():  # else another process, which took this one for gone, was faster
+        if not (path / "zarr.json").exists():  # else another process, which considered this one gone, was faster
             raise
     fsync_folder(path.parent)
 
 
 def _send(store: Path, path: RemotePath) -> None:
-    if (path / "zarr.json").exists():  # another process, which took this one for gone, was faster
+    if (path / "zarr.json").exists():  # another process, which considered this one gone, was faster
         return
     last = (PLAN_RECORD, "zarr.json")
     for name in [name for name in relative_files(store) if name not in last]:
@@ -237,7 +233,7 @@ def _send(store: Path, path: RemotePath) -> None:
 
 
 def check_names(arrays: list[ArraySpec]) -> None:
-    """Refuse arrays that cannot stand side by side in one store."""
+    """Raise StoreError if two arrays have the same name, or one has a reserved name."""
     names = [array.name for array in arrays]
     taken = sorted({name for name in names if name in RESERVED or names.count(name) > 1})
     if taken:

@@ -55,10 +55,10 @@ class RemoteWriter(WriterThread):
         if file.codec is None:
             file.hasher.update(content.data)
             file.size += len(content)
-            self._send(sending, content.data, lambda: self.pool.give(slab))
+            self._send(sending, content.data, lambda: self.pool.return_slab(slab))
             return
         encoded = bytes(file.codec.encode(content))
-        self.pool.give(slab)
+        self.pool.return_slab(slab)
         file.lengths.append(len(encoded))
         self._collect(file, sending, encoded)
 

@@ -1,4 +1,4 @@
-"""The error for a value that cannot be stored, with its place in words."""
+"""Describe a value that cannot be stored: its site, layer, document and token."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from flexcache.store.read.store import Store
 
 
 def place(site: str, layer: int | None) -> str:
-    """Name a site and layer."""
+    """Return a site and layer as text."""
     return site if layer is None else f"{site} of layer {layer}"
 
 
 def range_error(store: Store, array: str, layer: int | None, row: int, feature: int, value: float) -> RangeError:
-    """Return the error that names site, layer, document, token and value."""
+    """Return the error for a value that overflows its dtype or is not finite."""
     documents = store.documents
     line = int(np.searchsorted(documents.column("row_start").to_numpy(), row, side="right")) - 1
     dtype = store.arrays[array].dtype

@@ -1,4 +1,4 @@
-"""Encode rows as the bytes that are stored: dtype cast, int8 scales, range checked."""
+"""Encode rows as stored bytes: cast the dtype, quantize to int8, check the range."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 FLOAT32 = np.dtype(np.float32)
 
-Piece = tuple[np.ndarray, list[tuple[int, int]]]
-"""Bytes, one-dimensional, and which of them are rows: spans of (start, count)."""
+EncodedRows = tuple[np.ndarray, list[tuple[int, int]]]
+"""One-dimensional bytes, and spans of (start, count) that are rows."""
 
 
 class Unstorable(Exception):  # noqa: N818 - it carries the place to the recorder, which raises the RangeError
-    """A finite value became infinite in the storage dtype, or a value is not finite: in this row of this piece."""
+    """A value at this row and feature is not finite, or becomes infinite in the storage dtype."""
 
     def __init__(self, row: int, feature: int, value: float) -> None:
         super().__init__(row, feature, value)
@@ -34,7 +34,7 @@ def is_torch(values: Any) -> bool:
 
 
 def host(tensor: torch.Tensor) -> np.ndarray:
-    """Return a tensor as a numpy array that shares its memory where it is on the CPU; bfloat16 as ml_dtypes'."""
+    """Return a tensor as a numpy array, without a copy if it is on the CPU; bfloat16 as that of ml_dtypes."""
     import torch
     from ml_dtypes import bfloat16
 
@@ -44,26 +44,28 @@ def host(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
-def encode_rows(rows: Any, dtype: np.dtype) -> list[Piece]:
-    """Return rows, a numpy array or torch tensor of shape (rows, …), as bytes in the storage dtype, as `rows_of` does.
+def encode_rows(rows: Any, dtype: np.dtype) -> list[EncodedRows]:
+    """Return rows, a numpy array or torch tensor of shape (rows, …), as bytes in the storage dtype.
+
+    For int8, the bytes of the scales follow as a second item.
 
     Raises
     ------
     Unstorable
-        A cast gave an infinity or NaN. Where nothing is cast, the writer looks for them instead.
+        A cast gave infinity or NaN. Without a cast, the writer checks instead.
     """
     if dtype == np.int8:
-        return int8_pieces(piece_of(bytes_of(rows, FLOAT32)), math.prod(rows.shape[1:]))
-    return [piece_of(bytes_of(rows, dtype))]
+        return encode_int8(single_piece(encode_bytes(rows, FLOAT32)), math.prod(rows.shape[1:]))
+    return [single_piece(encode_bytes(rows, dtype))]
 
 
-def piece_of(content: np.ndarray) -> Piece:
-    """Return bytes that are all rows as one piece."""
+def single_piece(content: np.ndarray) -> EncodedRows:
+    """Return bytes of which all are rows as encoded rows."""
     return content, [(0, len(content))]
 
 
-def bytes_of(rows: Any, dtype: np.dtype) -> np.ndarray:
-    """Return rows as one run of bytes in the storage dtype; raise Unstorable where the cast gives infinity or NaN."""
+def encode_bytes(rows: Any, dtype: np.dtype) -> np.ndarray:
+    """Return rows as bytes in the storage dtype; raise Unstorable if the cast gives infinity or NaN."""
     given = host(rows) if is_torch(rows) else np.asarray(rows)
     if given.dtype == dtype:
         return np.ascontiguousarray(given).reshape(-1).view(np.uint8)
@@ -75,15 +77,15 @@ def bytes_of(rows: Any, dtype: np.dtype) -> np.ndarray:
     return content
 
 
-def int8_pieces(piece: Piece, features: int) -> list[Piece]:
-    """Return float32 rows as int8, and their scales."""
+def encode_int8(piece: EncodedRows, features: int) -> list[EncodedRows]:
+    """Return float32 rows as int8 rows followed by their scales."""
     content, spans = piece
     whole = np.concatenate([content[start : start + count] for start, count in spans])
     rows = whole.view(np.float32).reshape(-1, features)
     at = first_nonfinite(whole, FLOAT32)
     if at is not None:
         raise Unstorable(*divmod(at, features), float(rows.reshape(-1)[at]))
-    return [piece_of(part.reshape(-1).view(np.uint8)) for part in quantize(rows)]
+    return [single_piece(part.reshape(-1).view(np.uint8)) for part in quantize(rows)]
 
 
 def _cast(rows: Any, dtype: np.dtype) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""One shard that is being filled: rows are copied into slabs, and full slabs are handed on."""
+"""Fill one shard: copy rows into slabs, and pass full slabs to the writer."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from flexcache.store.write.slabs import Slab, SlabPool
 ZSTD_LEVEL = 1
 
 Copy = Callable[[Slab, int, Any, int, int], None]
-"""``copy(slab, at, source, start, count)`` puts bytes *start* … *start + count* of a source at *at* in a slab."""
+"""``copy(slab, at, source, start, count)`` copies bytes *start* … *start + count* of a source to *at* in a slab."""
 
 
 def copy_bytes(slab: Slab, at: int, source: np.ndarray, start: int, count: int) -> None:
-    """Copy from a one-dimensional uint8 array at once."""
+    """Copy from a one-dimensional uint8 array, synchronously."""
     slab.array[at : at + count] = source[start : start + count]
 
 
 @dataclass
 class NonFinite(Exception):  # noqa: N818 - it carries the place to the recorder, which raises the RangeError
-    """A stored value is NaN or infinite: at this row of this array, as the writer found it."""
+    """A value at this row of this array is NaN or infinite; raised in the writer thread."""
 
     array: str
     layer: int | None
@@ -39,7 +39,7 @@ class NonFinite(Exception):  # noqa: N818 - it carries the place to the recorder
 
 
 class Sink(Protocol):
-    """What a shard file hands its slabs to: the writer."""
+    """Receiver of the slabs of a shard file: the writer."""
 
     folder: Path
     pool: SlabPool
@@ -48,7 +48,7 @@ class Sink(Protocol):
         """Queue a job."""
 
     def check(self) -> None:
-        """Raise what went wrong in an earlier job."""
+        """Raise the error of an earlier job, if there is one."""
 
     def write(self, file: ShardFile, slab: Slab) -> None:
         """Write one slab of a file."""
@@ -57,11 +57,11 @@ class Sink(Protocol):
         """Complete a file."""
 
     def discard(self, files: Sequence[ShardFile]) -> None:
-        """Remove files that are given up."""
+        """Remove abandoned files."""
 
 
 class ShardFile:
-    """One shard that is being filled: rows are appended in order, never more than the layout has."""
+    """One shard that is being filled; rows are appended in order, at most as many as the layout has."""
 
     def __init__(
         self,
@@ -89,9 +89,14 @@ class ShardFile:
         self._capacity = layout.chunk_rows * layout.row_bytes if compressed else sink.pool.size
 
     def append(self, source: Any, spans: list[tuple[int, int]], copy: Copy = copy_bytes) -> None:
-        """Append rows given as bytes: those of *source* that *spans* name by start and count, whole rows in all.
+        """Append rows given as bytes.
 
-        *copy* puts any part of *source* into a slab.
+        Parameters
+        ----------
+        source
+            Bytes, or anything that *copy* can copy into a slab.
+        spans
+            Start and count of the bytes to append, together whole rows.
         """
         rows = sum(count for _, count in spans) // self.layout.row_bytes
         if rows > self.rows_left:
@@ -101,7 +106,7 @@ class ShardFile:
             self._append(source, start, count, copy)
 
     def finish(self) -> None:
-        """Append padding and index, and hand the last slab to the writer."""
+        """Append padding and index, and pass the last slab to the writer."""
         if self.rows_left:
             raise ValueError(f"{self.name} still misses {self.rows_left} rows")
         if padding := self.layout.padding(self.shard):
@@ -114,9 +119,9 @@ class ShardFile:
         self._sink.submit(self._sink.close, self)
 
     def discard(self) -> None:
-        """Give the file up: its slab goes back, and what was written of it is removed."""
+        """Abandon the file: return its slab to the pool, and remove what was written."""
         if self._slab is not None:
-            self._sink.pool.give(self._slab)
+            self._sink.pool.return_slab(self._slab)
             self._slab = None
         self._sink.submit(self._sink.discard, [self])
 
@@ -125,7 +130,7 @@ class ShardFile:
         while start < stop:
             slab = self._slab
             if slab is None:
-                slab = self._slab = self._sink.pool.take(self._sink.check)
+                slab = self._slab = self._sink.pool.take_slab(self._sink.check)
             part = min(self._capacity - slab.filled, stop - start)
             copy(slab, slab.filled, source, start, part)
             slab.filled += part
@@ -139,7 +144,7 @@ class ShardFile:
 
 
 def check_finite(file: ShardFile, rows: np.ndarray) -> None:
-    """Raise NonFinite where *rows*, the bytes of the file that come next, hold a NaN or infinity."""
+    """Raise NonFinite if *rows*, the next bytes of the file, contain NaN or infinity."""
     at = first_nonfinite(rows, file.dtype)
     if at is None:
         return

@@ -1,7 +1,7 @@
-"""The writer: one thread that checks, hashes and writes slabs, and puts the files of a unit in place.
+"""Write shards in one thread, which checks, hashes and writes slabs, and commits the files of a unit.
 
-A unit becomes visible in one step: its files are flushed, renamed into place and flushed again as folders, and only
-then is its ledger record written.
+A unit becomes visible in one step: its files are flushed and renamed, then their folders are flushed, and only then is
+its ledger record written.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ OPEN_FILES = 8192
 
 
 class WriterThread(ABC):
-    """One thread that takes slabs in the order in which they were filled, and jobs between them.
+    """One thread that processes slabs in the order in which they were filled, and other jobs between them.
 
     Attributes
     ----------
     busy : float
-        Seconds the thread has worked.
+        Seconds for which the thread has worked.
     written : int
-        Bytes handed on.
+        Bytes written so far.
     direct : bool
-        Whether files bypass the page cache (O_DIRECT), which costs 3–4 times less CPU where it is possible.
+        True if files bypass the page cache (O_DIRECT), which takes 3–4 times less CPU time.
     """
 
     root: Place
@@ -59,12 +59,12 @@ class WriterThread(ABC):
         self._thread.start()
 
     def submit(self, job: Callable[..., None], *arguments: Any) -> None:
-        """Queue a job; jobs run one after the other, and none runs after one has failed."""
+        """Queue a job; jobs run one after the other, and none runs once one has failed."""
         self.check()
         self._jobs.put((job, arguments))
 
     def check(self) -> None:
-        """Raise what went wrong in the thread, if anything did."""
+        """Raise the error of the thread, if there is one."""
         if self._failure is not None:
             raise self._failure
 
@@ -91,8 +91,8 @@ class WriterThread(ABC):
         self._jobs.put(None)
         self._thread.join()
 
-    def place(self, files: Sequence[ShardFile]) -> dict[str, FileRecord]:
-        """Wait for a unit's files to be written, put them in place, and return what the ledger says of each.
+    def commit_shards(self, files: Sequence[ShardFile]) -> dict[str, FileRecord]:
+        """Wait until the files of a unit are written, commit them, and return their ledger records.
 
         Raises
         ------
@@ -106,12 +106,12 @@ class WriterThread(ABC):
         return {file.name: FileRecord(file.size, file.hasher.hexdigest()) for file in files}
 
     def fail(self, error: BaseException) -> None:
-        """Let no further job run, and raise *error* where the next one is queued or waited for."""
+        """Run no further job; `submit`, `check` and `drain` raise *error* from now on."""
         self._failure = disk_error(error, self.root) if isinstance(error, OSError) else error
 
     @abstractmethod
     def write(self, file: ShardFile, slab: Slab) -> None:
-        """Check, hash and write one slab of a file, and give the slab back."""
+        """Check, hash and write one slab of a file, and return it to the pool."""
 
     @abstractmethod
     def close(self, file: ShardFile) -> None:
@@ -119,11 +119,11 @@ class WriterThread(ABC):
 
     @abstractmethod
     def put_in_place(self, files: Sequence[ShardFile]) -> None:
-        """Make a unit's files appear in their places."""
+        """Make the files of a unit appear under their names."""
 
     @abstractmethod
     def discard(self, files: Sequence[ShardFile]) -> None:
-        """Remove files that are given up."""
+        """Remove abandoned files."""
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -140,13 +140,8 @@ class WriterThread(ABC):
 
 
 def checked(file: ShardFile, slab: Slab) -> np.ndarray:
-    """Return the content of a slab, complete, and finite where it is rows.
-
-    Raises
-    ------
-    NonFinite
-    """
-    slab.settle()
+    """Return the content of a slab once it is complete; raise NonFinite if its rows contain NaN or infinity."""
+    slab.wait_for_copies()
     content = slab.array[: slab.filled]
     rows = content[: max(0, file.layout.row_span(file.shard) - file.checked)]
     check_finite(file, rows)
@@ -155,7 +150,7 @@ def checked(file: ShardFile, slab: Slab) -> np.ndarray:
 
 
 class Writer(WriterThread):
-    """A thread that writes slabs into files in the folder of its worker."""
+    """Writer thread for files in the folder of its worker."""
 
     def __init__(self, worker: Worker, pool: SlabPool) -> None:
         self.root: Path = worker.root
@@ -166,13 +161,13 @@ class Writer(WriterThread):
         super().__init__(pool)
 
     def stop(self) -> None:
-        """End the thread and close its files; what is in the worker's folder is for the worker to remove."""
+        """End the thread and close its files; the worker removes its folder."""
         super().stop()
         for file in self._open:
             os.close(file.handle)
         self._open.clear()
 
-    # Jobs, which run in the thread.
+    # Jobs, which run in the thread
 
     def write(self, file: ShardFile, slab: Slab) -> None:
         """Check, hash and write one slab."""
@@ -188,10 +183,10 @@ class Writer(WriterThread):
         else:
             self._append_buffered(file, file.codec.encode(content))
             file.lengths.append(file.size - sum(file.lengths))
-        self.pool.give(slab)
+        self.pool.return_slab(slab)
 
     def close(self, file: ShardFile) -> None:
-        """Complete a file: the index of a compressed one, the true length of a directly written one."""
+        """Complete a file: write the index of a compressed one, truncate a direct one to its length."""
         if file.codec is not None:
             n_chunks = file.layout.shard_rows // file.layout.chunk_rows
             self._append_buffered(file, index_bytes(file.lengths, n_chunks))
@@ -199,7 +194,7 @@ class Writer(WriterThread):
             os.ftruncate(file.handle, file.size)
 
     def put_in_place(self, files: Sequence[ShardFile]) -> None:
-        """Flush and rename a unit's files, in phases so that each phase costs one journal flush."""
+        """Flush and rename the files of a unit, in phases so that each phase costs one journal flush."""
         for file in files:
             os.fsync(file.handle)
             os.close(file.handle)
@@ -207,7 +202,7 @@ class Writer(WriterThread):
         commit_files(self.root, ((file.temporary, file.name) for file in files))
 
     def discard(self, files: Sequence[ShardFile]) -> None:
-        """Remove the files of a unit that is given up."""
+        """Remove the files of an abandoned unit."""
         for file in files:
             if file in self._open:
                 os.close(file.handle)
@@ -235,7 +230,7 @@ class Writer(WriterThread):
 
 
 def _allow_open_files(count: int) -> None:
-    """Raise this process's soft limit towards *count*: all sites and layers of a unit are open at a time."""
+    """Raise the soft limit of open files to *count* if possible, since a unit has one open file per site and layer."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -243,7 +238,7 @@ def _allow_open_files(count: int) -> None:
 
 
 def direct_works(folder: Path) -> bool:
-    """Whether files in a folder can be written past the page cache (O_DIRECT)."""
+    """Return True if files in a folder can bypass the page cache (O_DIRECT)."""
     probe = folder / "probe"
     slab = np.frombuffer(memoryview(bytearray(2 * PAGE)), dtype=np.uint8)
     start = -slab.ctypes.data % PAGE

@@ -1,4 +1,4 @@
-"""A bounded pool of page-aligned buffers that are filled, written and used again."""
+"""Pool page-aligned buffers of bounded memory, which are filled, written and reused."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SMALLEST_SLAB = 64 << 10
 
 
 class Fence(Protocol):
-    """Something that a slab's content waits for, such as a CUDA event."""
+    """An asynchronous copy into a slab, such as a CUDA event."""
 
     def synchronize(self) -> object:
-        """Return when the content is complete."""
+        """Return once the copy is complete."""
 
 
 class Slab:
-    """One buffer: its bytes, how many are filled, and the copies that must end before it is written."""
+    """One buffer: its bytes, the number of filled bytes, and the copies that must end before it is written."""
 
     def __init__(self, array: np.ndarray, owner: object = None) -> None:
         self.array = array
@@ -33,8 +33,8 @@ class Slab:
         self.filled = 0
         self.fences: list[Fence] = []
 
-    def settle(self) -> None:
-        """Wait for every copy into the slab."""
+    def wait_for_copies(self) -> None:
+        """Wait for all copies into the slab."""
         for fence in self.fences:
             fence.synchronize()
         self.fences.clear()
@@ -46,14 +46,14 @@ def anonymous_slab(size: int) -> Slab:
 
 
 class SlabPool:
-    """At most *count* slabs of *size* bytes, made when first needed.
+    """At most *count* slabs of *size* bytes, allocated when first needed.
 
-    `take` may be called from one thread and `give` from another.
+    `take_slab` may be called from one thread and `return_slab` from another.
 
     Attributes
     ----------
     waited : float
-        Seconds that `take` has waited for a slab: the time for which writing held up the forward.
+        Seconds for which `take_slab` has waited: the time for which writing delayed the forward.
     """
 
     def __init__(self, size: int, count: int, allocate: Callable[[int], Slab] = anonymous_slab) -> None:
@@ -66,8 +66,8 @@ class SlabPool:
         self._allocate = allocate
         self._free: queue.SimpleQueue[Slab] = queue.SimpleQueue()
 
-    def take(self, check: Callable[[], None] = lambda: None) -> Slab:
-        """Return an empty slab, waiting for one where all are in use; *check* may end the wait by raising."""
+    def take_slab(self, check: Callable[[], None] = lambda: None) -> Slab:
+        """Return an empty slab, waiting if all are in use; *check* may end the wait by raising an error."""
         try:
             return self._free.get_nowait()
         except queue.Empty:
@@ -85,31 +85,31 @@ class SlabPool:
         finally:
             self.waited += time.perf_counter() - began
 
-    def give(self, slab: Slab) -> None:
-        """Take a slab back."""
+    def return_slab(self, slab: Slab) -> None:
+        """Make a slab available again."""
         slab.filled = 0
         slab.fences.clear()
         self._free.put(slab)
 
 
 def size_slabs(
-    files: int, buffer_bytes: int, *, largest: int = 0, exact: int | None = None, beside: int = 0
+    files: int, buffer_bytes: int, *, largest: int = 0, exact: int | None = None, reserved: int = 0
 ) -> tuple[int, int]:
-    """Return the bytes of a slab and their number, for *files* that fill one each while others are being written.
+    """Return the bytes of a slab and the number of slabs, for *files* that fill one each while others are written.
 
     Parameters
     ----------
     largest
         Bytes of the largest file; a slab need not be larger.
     exact
-        Bytes that a slab must hold, where it cannot be chosen.
-    beside
-        Bytes of the buffer that are not for slabs.
+        Bytes that a slab must hold, if its size cannot be chosen.
+    reserved
+        Bytes of the buffer that are not available for slabs.
 
     Raises
     ------
     CaptureError
-        The buffer has no room for that many.
+        The buffer is too small.
     """
     if exact is not None:
         size = -(-exact // PAGE) * PAGE
@@ -117,11 +117,11 @@ def size_slabs(
         size = min(LARGEST_SLAB, max(SMALLEST_SLAB, 1 << (largest - 1).bit_length()))
         while size > SMALLEST_SLAB and 2 * files * size > buffer_bytes:
             size //= 2
-    if (buffer_bytes - beside) // size < files + 2:
+    if (buffer_bytes - reserved) // size < files + 2:
         raise CaptureError(
             "the buffer is too small for so many sites and layers",
-            expected=f"at least {(files + 2) * size + beside:,} bytes for {files} open shards",
+            expected=f"at least {(files + 2) * size + reserved:,} bytes for {files} open shards",
             found=f"{buffer_bytes:,} bytes",
             remedy="raise buffer_bytes (buffer_mb), or capture fewer layers",
         )
-    return size, (buffer_bytes - beside) // size
+    return size, (buffer_bytes - reserved) // size

@@ -1,4 +1,4 @@
-"""The tables of a store and the coordinates of its rows, written a unit at a time."""
+"""Write the tables of a store and the coordinates of its rows, one unit at a time."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def write_tables(
     before: Place | None = None,
     n_before: int = 0,
 ) -> None:
-    """Write ``documents.parquet``, ``sequences.parquet`` and the coordinate arrays; memory is about a unit.
+    """Write ``documents.parquet``, ``sequences.parquet`` and the coordinates; memory is about that of a unit.
 
     Parameters
     ----------
     before, n_before
-        A store whose *n_before* documents come first, where the plan is of documents that are added to it; the
-        coordinates of its rows are there already.
+        The store that the plan extends, whose *n_before* documents come first; the coordinates of its rows exist
+        already.
 
     Raises
     ------
     DocumentsError
-        A label has a type that cannot be told from the one that it has in the store.
+        The type of a label does not match its type in the store.
     """
     documents = _TableWriter(store / DOCUMENTS, None if before is None else before / DOCUMENTS)
     sequences = _TableWriter(store / SEQUENCES, None if before is None else before / SEQUENCES)
@@ -61,7 +61,7 @@ def write_tables(
 
 
 class _TableWriter:
-    """A Parquet file whose row groups hold whole units, about a million tokens each; after those of another file."""
+    """A Parquet file whose row groups hold whole units, about a million tokens each, after those of *before*."""
 
     def __init__(self, path: Path, before: Place | None = None) -> None:
         self._path, self._before = path, before
@@ -82,15 +82,15 @@ class _TableWriter:
             return pq.ParquetWriter(self._path, schema, compression="zstd")
         with open_table(self._before) as file:
             held = pa.schema([field.with_type(stored_type(field.type)) for field in file.schema_arrow])
-            writer = pq.ParquetWriter(self._path, _joined(held, schema), compression="zstd")
+            writer = pq.ParquetWriter(self._path, _unified(held, schema), compression="zstd")
             for number in range(file.num_row_groups):
-                table = _fitted(_stored(file.read_row_group(number)), writer.schema)
+                table = _with_schema(_in_stored_types(file.read_row_group(number)), writer.schema)
                 writer.write_table(table, row_group_size=max(1, len(table)))
         return writer
 
     def _flush(self) -> None:
         if self._pending and self._writer is not None:
-            table = _fitted(pa.concat_tables(self._pending), self._writer.schema)
+            table = _with_schema(pa.concat_tables(self._pending), self._writer.schema)
             try:
                 self._writer.write_table(table, row_group_size=max(1, len(table)))
             except pa.ArrowException as error:
@@ -109,8 +109,8 @@ class _TableWriter:
             self._writer.close()
 
 
-def _joined(before: pa.Schema, added: pa.Schema) -> pa.Schema:
-    """Return the columns of both, in types that hold the values of both."""
+def _unified(before: pa.Schema, added: pa.Schema) -> pa.Schema:
+    """Return the columns of both schemas, in types that hold the values of both."""
     try:
         return pa.unify_schemas([before.remove_metadata(), added.remove_metadata()], promote_options="permissive")
     except pa.ArrowException as error:
@@ -124,16 +124,16 @@ def _joined(before: pa.Schema, added: pa.Schema) -> pa.Schema:
         ) from error
 
 
-def _stored(table: pa.Table) -> pa.Table:
-    """Return a table with its columns in the types that a store keeps; older versions kept some others."""
+def _in_stored_types(table: pa.Table) -> pa.Table:
+    """Return a table with its columns in the types that a store keeps; older versions kept other types."""
     chunks = [[stored_array(chunk) for chunk in column.chunks] for column in table.columns]
     types = [stored_type(field.type) for field in table.schema]
     columns = [pa.chunked_array(parts, kind) for parts, kind in zip(chunks, types, strict=True)]
     return pa.table(columns, names=table.column_names)
 
 
-def _fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Return a table with the columns of a schema; those that it lacks are null."""
+def _with_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return a table with the columns of a schema; missing columns are null."""
     if table.schema == schema:
         return table
     columns = [
@@ -144,7 +144,7 @@ def _fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 class _RowWriter:
-    """A one-dimensional Zarr array that is written front to back, in whole chunks."""
+    """A one-dimensional Zarr array that is written in order, in whole chunks."""
 
     def __init__(self, array: zarr.Array, first_row: int = 0) -> None:
         self._array = array

@@ -1,4 +1,4 @@
-"""The part of a store's tables that a unit adds: its sequences, the documents that begin in it, its coordinates."""
+"""Build the lines that a unit adds to the tables: its sequences, its new documents, its coordinates."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from flexcache.sequences import KEPT, SPOOLED, Spool
 from flexcache.store.format.schema import BEGINS, CONTEXT
 
 PIECES = {"documents": pa.int64(), "starts": pa.int32(), "places": pa.int32()}
-"""Of packed documents: which are in a sequence, from which token on, and from which place."""
+"""Columns of packed documents: their numbers, first tokens, and offsets in a sequence."""
 
 
 class UnitTables:
-    """What is known of the rows of one unit.
+    """Lines of the tables for the rows of one unit.
 
     Parameters
     ----------
     numbers : ndarray of int64, shape (documents,)
-        Line of each document in the documents table, -1 for those that no unit had yet; those of this unit are set.
+        Line of each document in the table of documents, -1 for those not in an earlier unit; the lines of this unit's
+        documents are filled in.
     n_documents
-        Lines that the documents table has so far.
+        Number of lines that the table of documents has so far.
 
     Attributes
     ----------
     new : ndarray of int64
-        The documents that no earlier unit had, in row order.
+        The documents that are not in an earlier unit, in row order.
     """
 
     def __init__(self, unit: UnitPlan, corpus: Spool, numbers: np.ndarray, n_documents: int) -> None:
@@ -53,7 +54,7 @@ class UnitTables:
         unit, pieces = self._unit, self._pieces
         lengths = self._corpus.cuts.lengths[unit.sequences].astype(np.int64)
         offsets = np.append(0, np.cumsum(lengths))
-        origin = np.full(int(offsets[-1]), -1, np.int64)  # where each token is among those of the documents
+        origin = np.full(int(offsets[-1]), -1, np.int64)  # index of each token among those of the documents
         places = ranges(offsets[pieces.line] + pieces.offset, pieces.length)
         origin[places] = ranges(self._begin[self._of] + pieces.start, pieces.length)
         columns = {
@@ -84,7 +85,7 @@ class UnitTables:
         return pa.table(columns)
 
     def documents(self) -> pa.Table:
-        """Return the lines of ``documents.parquet``: of the documents that no earlier unit had."""
+        """Return the lines of ``documents.parquet`` for the documents that are not in an earlier unit."""
         pieces, unit = self._pieces, self._unit
         first = np.unique(pieces.document, return_index=True)
         at = first[1][np.searchsorted(first[0], self.new)]
@@ -108,7 +109,7 @@ class UnitTables:
         return {"token_id": token_id, "position": self._position.astype(np.int32), "document": document}
 
     def _tokens(self, origin: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        """Return the tokens of the sequences, with those between and in front of packed documents."""
+        """Return the tokens of the sequences, including those between and before packed documents."""
         tokens, marks, packing = self._flat[origin], self._corpus.marks, self._options.packing
         if marks.separator is not None:
             tokens[origin < 0] = marks.separator
@@ -122,7 +123,7 @@ class UnitTables:
 
     @property
     def _of(self) -> np.ndarray:
-        """The line of each piece's document in the table."""
+        """Line in the table of the document of each piece."""
         return self._pieces.document - self._lowest
 
     def _place_rows(self) -> None:
@@ -140,7 +141,7 @@ class UnitTables:
         self._position = position
 
     def _places(self) -> np.ndarray:
-        """Return where each row is in its sequence."""
+        """Return the offset of each row in its sequence."""
         return self._position - self._pieces.start[self._piece] + self._pieces.offset[self._piece]
 
     def _keep_start(self) -> np.ndarray:

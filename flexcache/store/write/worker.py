@@ -1,4 +1,4 @@
-"""A worker: a process that fills a store, known to the others by a file that it keeps touching."""
+"""Announce a process that fills a store to the others, by a heartbeat file that it keeps touching."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flexcache.store.storage.object_path import RemotePath
 PARTIAL = ".partial"
 ALIVE = "alive"
 HEARTBEAT_TIMEOUT = 120.0
-"""Seconds after which a worker that has not touched its file counts as gone, wherever it runs."""
+"""Seconds without a heartbeat after which a worker on any machine counts as gone."""
 
 BEATS = 6
 """Heartbeats within the timeout."""
@@ -27,20 +27,20 @@ _NEW = ".new"
 
 
 class Worker:
-    """This process at work on a store: a folder of its own for files in progress, and a heartbeat.
+    """This process as a worker on a store: a folder of its own for files in progress, and a heartbeat.
 
-    Clocks of different machines are never compared: a worker is gone when its folder is gone, or when its file has not
-    changed for *heartbeat_timeout* seconds of the watcher's own clock. On one machine nobody waits for that: the end of
-    a process, by whatever signal, is seen at once.
+    Clocks of different machines are never compared: a worker is gone when its folder is gone, or when its heartbeat
+    file has not changed for *heartbeat_timeout* seconds of the observer's own clock. On the same machine, the end of a
+    process, by any signal, is seen at once.
 
     Attributes
     ----------
     folder : Path
-        ``<root>/.partial/<id>``, removed by `close`, or by any other worker once this one is gone.
+        ``<root>/.partial/<id>``; removed by `close`, or by any other worker once this one is gone.
     alive : Path
-        The file that is touched; claims are links to it.
+        The heartbeat file; claims are links to it.
     touches : set of Path
-        Further files to touch: claims where the file system has no links.
+        Other files to touch: the claims on a file system without links.
     """
 
     def __init__(
@@ -75,24 +75,24 @@ class Worker:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop, and remove the folder with all that is in it; the last worker, what others left on its way as well."""
+        """Stop, and remove the folder; the last worker also removes temporary files that others left behind."""
         self._stopped.set()
         self._thread.join()
         left = temporaries(self.root)
-        for _ in range(2):  # once more, should the disk have refused
+        for _ in range(2):  # a second time, in case the disk refused
             shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
-            self.folder.parent.rmdir()  # which only the last worker can: nobody is writing what was found before
+            self.folder.parent.rmdir()  # only the last worker can: nobody writes the files found above
             for path in left:
                 path.unlink(missing_ok=True)
 
     @property
     def lost(self) -> bool:
-        """Whether others took this worker for gone, after a suspension, say, and removed its folder."""
+        """True if others have removed the folder of this worker, for example after it was suspended."""
         return not self.alive.exists()
 
     def gone(self, path: Path) -> bool:
-        """Whether the worker whose `alive` file, or a link to it, is *path* has ended. A missing file tells nothing."""
+        """Return True if the worker that owns heartbeat file *path* has exited or timed out; False if missing."""
         try:
             handle = os.open(path, os.O_RDONLY)  # so that a network file system asks its server
             try:
@@ -113,16 +113,16 @@ class Worker:
         return now - since >= self._heartbeat_timeout
 
     def _left(self, content: bytes) -> bool:
-        """Whether a worker's folder is gone, so that it has closed, or others have found it gone."""
+        """Return True if the folder of a worker is gone: it has closed, or others found it gone."""
         try:
             folder = self.root / PARTIAL / uuid.UUID(json.loads(content)["id"]).hex
-            # first the name that it has at first: it may get its own between the two looks
+            # check the initial name first: the folder may be renamed between the two checks
             return not folder.with_suffix(_NEW).exists() and not folder.exists()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return False
 
     def sweep(self) -> None:
-        """Remove the files in progress of workers that are gone."""
+        """Remove files in progress of workers that are gone."""
         for folder in (self.root / PARTIAL).glob("*"):
             if folder != self.folder and self.gone(folder / ALIVE if (folder / ALIVE).exists() else folder):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -135,7 +135,7 @@ class Worker:
 
 
 def describe(path: Path | RemotePath) -> dict[str, Any]:
-    """Return what a worker says of itself in its `alive` file: host, pid, conditions; nothing if it cannot be read."""
+    """Return the content of a heartbeat file: host, pid, conditions; empty if it cannot be read."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -144,22 +144,22 @@ def describe(path: Path | RemotePath) -> dict[str, Any]:
 
 
 def identity(pid: int) -> dict[str, Any]:
-    """Return what tells a process from all others: host, boot, pid and when it was started."""
+    """Return a record that identifies a process uniquely: host, boot, pid and start time."""
     return {"host": socket.gethostname(), "machine": _machine(), "pid": pid, "started": _started(pid)}
 
 
 def ended(content: bytes) -> bool:
-    """Whether the process was on this machine and is no more; False where that cannot be told."""
+    """Return True if the process of a heartbeat file ran on this machine and has ended; False if unknown."""
     try:
-        told = json.loads(content)
-        machine, pid, started = told["machine"], int(told["pid"]), told["started"]
+        found = json.loads(content)
+        machine, pid, started = found["machine"], int(found["pid"]), found["started"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
     return bool(machine) and machine == _machine() and started is not None and _started(pid) != started
 
 
 def _machine() -> str | None:
-    """Return what names this boot of this machine and this namespace of process ids, or None where nothing does."""
+    """Return an identifier of this boot and pid namespace of this machine, None if there is none."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -168,7 +168,7 @@ def _machine() -> str | None:
 
 
 def _started(pid: int) -> str | None:
-    """Return when a process was started, in ticks since boot; None where there is none, or only its remains."""
+    """Return the start time of a process in ticks since boot; None if it does not exist or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
