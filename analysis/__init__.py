@@ -21,11 +21,11 @@ _MODULES = {
     "moments": "statistics",
     "onepass": "statistics",
     "outliers": "statistics",
+    "probe_dataset": "dataset",
     "quantiles": "statistics",
     "similarity": "statistics",
     "targets": "dataset",
     "tokens": "dataset",
-    "view": "dataset",
 }
 _PACKAGES = ("dataset", "probes", "readout", "replay", "report", "statistics", "survey")
 __all__ = sorted([*_MODULES, *_PACKAGES])

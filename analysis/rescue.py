@@ -1,4 +1,4 @@
-"""Results that outlive a failed write: they go to a temporary folder, and the error says where."""
+"""Write results, and save them in a temporary folder if the target cannot be written."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from flexcache.errors import OutputError
 R = TypeVar("R")
 
 
-def rescued(write: Callable[[Path], R], folder: Path) -> R:
-    """Return what *write* returns for a folder; where the disk refuses, write to a temporary folder and raise.
+def write_or_rescue(write: Callable[[Path], R], folder: Path) -> R:
+    """Return ``write(folder)``; if the folder cannot be written, write to a temporary folder and raise OutputError.
 
     Raises
     ------
     OutputError
-        Naming the folder in which the results are now.
+        *folder* cannot be written; the error names the temporary folder that holds the results.
 
-    >>> rescued(lambda folder: folder.name, Path("results"))
+    >>> write_or_rescue(lambda folder: folder.name, Path("results"))
     'results'
     """
     try:
@@ -33,9 +33,9 @@ def rescued(write: Callable[[Path], R], folder: Path) -> R:
             remedy="make room or choose another folder, and run it again",
         )
         try:
-            place = Path(tempfile.mkdtemp(prefix="flexcache-results-"))
-            write(place)
-            failure.remedy = f"they are in {place}: copy them from there"
-        except OSError:  # nothing can be written anywhere
+            temporary = Path(tempfile.mkdtemp(prefix="flexcache-results-"))
+            write(temporary)
+            failure.remedy = f"they are in {temporary}: copy them from there"
+        except OSError:  # no folder can be written
             pass
         raise failure from error

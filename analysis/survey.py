@@ -15,7 +15,7 @@ from analysis.dataset.opens_store import opens_store
 from analysis.dataset.tokens import TokenTypes
 from analysis.readout import lens
 from analysis.readout.examples import TopRows
-from analysis.rescue import rescued
+from analysis.rescue import write_or_rescue
 from analysis.statistics import similarity
 from analysis.statistics.covariance import ROWS as COVARIANCE_ROWS
 from analysis.statistics.geometry import PCA
@@ -179,7 +179,7 @@ def survey(
             results["lens"] = lens.of_rows(store, head, values, kept[found.layers[0]]["row"])
     answer = Survey(site, results, provenance)
     if folder is not None:
-        rescued(answer.save, folder)
+        write_or_rescue(answer.save, folder)
     return answer
 
 

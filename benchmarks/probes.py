@@ -23,7 +23,7 @@ from sklearn.preprocessing import StandardScaler
 
 import flexcache
 from analysis import probes
-from analysis.dataset.view import join
+from analysis.dataset.probe_dataset import build_dataset
 from analysis.probes import folds
 from analysis.probes.estimators.design import Design
 from analysis.probes.estimators.linear import one_hot
@@ -68,19 +68,19 @@ def build(path: Path, documents: int) -> flexcache.Store:
 
 
 def compare(store: flexcache.Store, count: int, rounds: int) -> None:
-    view = join(store, "resid_post", "label")
-    fold = folds.assign(view, CV, 0)
+    dataset = build_dataset(store, "resid_post", "label")
+    fold = folds.assign(dataset, CV, 0)
     sets = fold != np.arange(CV)[:, None]
     places = [("resid_pre", 0), *(("resid_post", layer) for layer in range(30))][:count]
-    arrays = [store.read(site, layer, view.row).astype(np.float64) for site, layer in places]
-    truth = one_hot(view.y, 2)
+    arrays = [store.read(site, layer, dataset.row).astype(np.float64) for site, layer in places]
+    truth = one_hot(dataset.y, 2)
     found: dict[str, list[np.ndarray]] = {}
 
     def ours(name: str, probe: Any, strengths: np.ndarray) -> None:
         probe.classes_ = np.arange(2)
         found[name] = []
         for site, layer in places:
-            rows = store.read(site, layer, view.row)
+            rows = store.read(site, layer, dataset.row)
             found[name].append(probe.solve(Design(rows), truth, sets, strengths).coef[:, :, 0])
 
     def theirs() -> None:
@@ -91,7 +91,7 @@ def compare(store: flexcache.Store, count: int, rounds: int) -> None:
                 scaler = StandardScaler().fit(X[held])
                 scaled = scaler.transform(X[held])
                 for at, C in enumerate(CS):
-                    model = LogisticRegression(C=C, solver="newton-cholesky", max_iter=500).fit(scaled, view.y[held])
+                    model = LogisticRegression(C=C, solver="newton-cholesky", max_iter=500).fit(scaled, dataset.y[held])
                     coef[k, at] = model.coef_[0] / scaler.scale_
             found["sklearn logistic"].append(coef)
 
@@ -99,7 +99,7 @@ def compare(store: flexcache.Store, count: int, rounds: int) -> None:
         for X in arrays:
             for held in sets:
                 scaled = StandardScaler().fit_transform(X[held])
-                RidgeCV(ALPHAS).fit(scaled, 2.0 * view.y[held] - 1)
+                RidgeCV(ALPHAS).fit(scaled, 2.0 * dataset.y[held] - 1)
 
     variants = {
         "flexcache, logistic": lambda: ours("logistic", probes.Logistic(Cs=CS), CS),
@@ -115,7 +115,7 @@ def compare(store: flexcache.Store, count: int, rounds: int) -> None:
     )
     peak = added(BEFORE, RUN, str(store.path))
     show(
-        f"{len(places)} layers × {len(CS)} strengths × {CV} folds, {view.n_samples} × {arrays[0].shape[1]}",
+        f"{len(places)} layers × {len(CS)} strengths × {CV} folds, {dataset.n_samples} × {arrays[0].shape[1]}",
         [
             ("logistic ÷ newton-cholesky", f"{_r(seconds, 'logistic', 'logistic'):.3f}", "≤ 0.2"),
             ("ridge ÷ RidgeCV", f"{_r(seconds, 'ridge', 'RidgeCV'):.3f}", "≤ 0.2"),
@@ -123,7 +123,7 @@ def compare(store: flexcache.Store, count: int, rounds: int) -> None:
             ("scikit-learn's distance from our coefficients, at its default tolerance", f"{away:.1e}", ""),
             (
                 "the same at tol=1e-12, three layers",
-                f"{exact(view, arrays, sets, found['logistic'], scale):.1e}",
+                f"{exact(dataset, arrays, sets, found['logistic'], scale):.1e}",
                 "≤ 1e-6",
             ),
             ("seconds of flexcache, logistic", f"{statistics.median(seconds['flexcache, logistic']):.1f}", ""),
@@ -133,7 +133,7 @@ def compare(store: flexcache.Store, count: int, rounds: int) -> None:
 
 
 def exact(
-    view: Any, arrays: list[np.ndarray], sets: np.ndarray, found: list[np.ndarray], scale: list[np.ndarray]
+    dataset: Any, arrays: list[np.ndarray], sets: np.ndarray, found: list[np.ndarray], scale: list[np.ndarray]
 ) -> float:
     """Return how far FlexCache's coefficients are from scikit-learn's where that goes to its end."""
     worst = 0.0
@@ -141,7 +141,7 @@ def exact(
         for number, C in enumerate(CS):
             scaler = StandardScaler().fit(arrays[at][sets[0]])
             model = LogisticRegression(C=C, solver="newton-cholesky", tol=1e-12, max_iter=500)
-            theirs = model.fit(scaler.transform(arrays[at][sets[0]]), view.y[sets[0]]).coef_[0] / scaler.scale_
+            theirs = model.fit(scaler.transform(arrays[at][sets[0]]), dataset.y[sets[0]]).coef_[0] / scaler.scale_
             away = np.linalg.norm((found[at][0, number] - theirs) * scale[at])
             worst = max(worst, float(away / np.linalg.norm(theirs * scale[at])))
     return worst

@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from analysis.rescue import rescued
-from analysis.statistics.codecs import Trial, compare
+from analysis.rescue import write_or_rescue
+from analysis.statistics.codecs import CodecResult, compare
 from flexcache.paths import output_file, shown
 from flexcache.store.read.store import Store
 
@@ -23,43 +23,43 @@ def run(
     layers: str = "all",
     output: Path | None = None,
     progress: bool = True,
-) -> list[Trial]:
+) -> list[CodecResult]:
     """Compare, print two tables, and write everything as JSON where *output* says so."""
     place = None if output is None else output_file(output)
-    trials = compare(Store(path), sites or None, layers, progress=progress)
-    console.print(costs(trials))
-    console.print(losses(next(trial for trial in trials if trial.codec == "int8")))
+    results = compare(Store(path), sites or None, layers, progress=progress)
+    console.print(costs(results))
+    console.print(losses(next(result for result in results if result.codec == "int8")))
     if place is not None:
-        text = json.dumps([trial.to_json() for trial in trials], indent=1)
-        rescued(lambda folder: (folder / place.name).write_text(text), place.parent)
+        text = json.dumps([result.to_json() for result in results], indent=1)
+        write_or_rescue(lambda folder: (folder / place.name).write_text(text), place.parent)
         console.print(f"→ {shown(place)}", highlight=False, markup=False)
-    return trials
+    return results
 
 
-def costs(trials: Sequence[Trial]) -> Table:
+def costs(results: Sequence[CodecResult]) -> Table:
     """Return size, times and error of each codec; everything but the error is ÷ that of the first."""
     table = Table("stored as", "bytes", "write", "read", "error", "worst layer", "its error", box=None)
-    for trial in trials:
-        worst = trial.worst
+    for result in results:
+        worst = result.worst
         place = worst.site if worst.layer is None else f"{worst.site}[{worst.layer}]"
         table.add_row(
-            trial.codec,
-            f"{trial.size:.3f}",
-            f"{trial.write:.2f}",
-            f"{trial.read:.2f}",
-            _error(trial.mean),
+            result.codec,
+            f"{result.size:.3f}",
+            f"{result.write:.2f}",
+            f"{result.read:.2f}",
+            _error(result.mean),
             place if worst.mean else "–",
             _error(worst.mean),
         )
     return table
 
 
-def losses(trial: Trial) -> Table:
+def losses(result: CodecResult) -> Table:
     """Return what int8 loses by layer."""
     title = "int8 by layer: ‖x − x̂‖ ÷ ‖x‖ of a row, and the largest ÷ the median magnitude in it"
     table = Table("site", "layer", "mean", "largest", "least cosine", "spread", title=title, box=None)
     table.title_justify = "left"
-    for loss in trial.losses:
+    for loss in result.losses:
         layer = "–" if loss.layer is None else str(loss.layer)
         table.add_row(
             loss.site, layer, _error(loss.mean), _error(loss.largest), f"{loss.cosine:.5f}", f"{loss.spread:,.0f}"

@@ -16,7 +16,7 @@ from rich.table import Table
 
 import flexcache
 from analysis.induction import plot, scores, transforms
-from analysis.rescue import rescued
+from analysis.rescue import write_or_rescue
 from flexcache import Transform
 from flexcache.errors import MismatchError
 from flexcache.paths import output_folder, shown
@@ -73,7 +73,7 @@ def run(output: Path, console: Console, seed: int = 0, steps: int = STEPS, progr
         plot.plot(heads, loss, math.log(model.config.vocab_size), picture)
         return table, picture
 
-    table, picture = rescued(write, output)
+    table, picture = write_or_rescue(write, output)
     for what, place in (("picture", picture), ("numbers", table), ("store", path)):
         console.print(escape(f"{what:<8} {shown(place)}"), highlight=False, soft_wrap=True)
     return heads

@@ -18,14 +18,14 @@ from analysis.dataset import targets
 from analysis.probes import Sweep
 from analysis.probes.results import FILE
 from analysis.probes.table import NAMES, interval, number
-from analysis.rescue import rescued
+from analysis.rescue import write_or_rescue
 from flexcache.errors import AnalysisError, ConfigError, nearest
 from flexcache.paths import local_path, output_folder, shown
 
 if TYPE_CHECKING:
     import xarray as xr
 
-    from analysis.dataset.view import Rows
+    from analysis.dataset.readable import Rows
     from flexcache.site import Layers
 
 PROBES: dict[str, BaseEstimator] = {
@@ -124,7 +124,7 @@ def run(
         return files
 
     console.print()
-    for what, path in rescued(write, folder):
+    for what, path in write_or_rescue(write, folder):
         console.print(f"{what:<8} {shown(path)}", markup=False, highlight=False, soft_wrap=True)
     return next(iter(found.values()))
 
@@ -183,7 +183,7 @@ def run_transfer(
         probes.save_dataset(found, target / "transfer.json")
         return target / "transfer.json"
 
-    path = rescued(write, into)
+    path = write_or_rescue(write, into)
     console.print(f"numbers  {shown(path)}", markup=False, highlight=False, soft_wrap=True)
     return found
 

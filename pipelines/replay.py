@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from analysis.rescue import rescued
+from analysis.rescue import write_or_rescue
 from flexcache.paths import output_folder, shown
 from pipelines.replay_config import ReplayConfig, donors, make_edit, read_answers
 
@@ -88,7 +88,7 @@ def run(
             sweep.plot(place / f"{metric}.png", metric)
         return replayed.write(store, sweep, place / "report.html", exact=exact, command=command, groups=config.groups)
 
-    page = rescued(write, folder)
+    page = write_or_rescue(write, folder)
     for what, path in (("report", page), ("pictures", folder), ("numbers", folder / "results.zarr")):
         console.print(f"{what:<8} {shown(path)}", markup=False, highlight=False, soft_wrap=True)
     return page

@@ -180,15 +180,17 @@ def difference_of_means(
     ConfigError
         The target has not two classes.
     """
-    from analysis.dataset.view import join
+    from analysis.dataset.probe_dataset import build_dataset
 
-    view = join(store, site, target, rows=rows, layers=layer)
-    if len(view.classes) != 2:
+    dataset = build_dataset(store, site, target, rows=rows, layers=layer)
+    if len(dataset.classes) != 2:
         raise ConfigError(
-            f"a direction needs two classes of {target!r}", expected="two", found=f"{len(view.classes)}: {view.classes}"
+            f"a direction needs two classes of {target!r}",
+            expected="two",
+            found=f"{len(dataset.classes)}: {dataset.classes}",
         )
-    X = view.read(layer).astype(np.float64)
-    vector: np.ndarray = X[view.y == 1].mean(0) - X[view.y == 0].mean(0)
+    X = dataset.read_layer(layer).astype(np.float64)
+    vector: np.ndarray = X[dataset.y == 1].mean(0) - X[dataset.y == 0].mean(0)
     return vector / np.linalg.norm(vector) if unit else vector
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 import flexcache
 from analysis.dataset import tokens
 from analysis.report import store_page
-from analysis.rescue import rescued
+from analysis.rescue import write_or_rescue
 from flexcache.paths import output_file, output_folder, shown
 from pipelines import stats
 
@@ -58,7 +58,7 @@ def run(
     words = tokens.vocabulary(store, model)
     command = ["flexcache", "report", shown(store.path), *(["--site", site] if site != "resid_post" else [])]
     told = shlex.join([*command, *(["--model", model] if model else [])])
-    page = rescued(
+    page = write_or_rescue(
         lambda place: store_page.write(store, found, place / output.name, words=words, command=told), output.parent
     )
     console.print(f"report   {shown(page)}", markup=False, highlight=False, soft_wrap=True)

@@ -21,8 +21,8 @@ PUBLIC = {
     "flexcache.recording": "Batch LogitDifference NextTokenLoss Objective Recorder Transform",
     "flexcache.store": "Removal Repair Store Verification copy merge repair rows_in select verify",
     "flexcache.training": "Loader Stream stream",
-    "analysis": "codecs dataset erasure examples geometry lens moments onepass outliers probes quantiles readout replay"
-    " report similarity statistics survey targets tokens view",
+    "analysis": "codecs dataset erasure examples geometry lens moments onepass outliers probe_dataset probes quantiles"
+    " readout replay report similarity statistics survey targets tokens",
     "analysis.probes": "AttentionPooled Best Direction INLP LDA LinearProbe Logistic MLP MassMean NearestCentroid Ridge"
     " Sweep by_position calibration confusion heat_map load load_direction save_dataset sweep sweeps transfer"
     " transfer_map transfer_matrix",
@@ -30,7 +30,7 @@ PUBLIC = {
     " Interpolate Mean Metric Noise NormMatched Outcome Patch Placed ProjectOut Resample Scale SetNeurons Start Steer"
     " Sweep Zero attribution grid identity_error load load_rest obstacles projection same_length sweep verify",
     "analysis.report": "write",
-    "analysis.statistics.onepass": "Block DocumentSample Grouping PassResult State Statistic grouping read",
+    "analysis.statistics.onepass": "DocumentSample Grouping PassResult RowBlock State Statistic grouping read",
 }
 
 

@@ -11,9 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis.induction.scores import LOSS, SCORES
-from analysis.plot_style import INK, PAPER, SOFT, frame
+from analysis.plot_style import INK, PAPER, SOFT, frame, save_figure
 from analysis.probes.plot import COLOURS
-from flexcache.paths import local_path
 
 TITLES = {"induction": "induction score", "previous_token": "previous-token score"}
 
@@ -33,11 +32,7 @@ def plot(scores: xr.Dataset, loss: xr.DataArray, chance: float, path: str | Path
     for name in SCORES:
         _heads(axes[name], scores[name], TITLES[name])
     _loss(axes[LOSS], loss, chance)
-    if path is not None:
-        path = local_path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=160)
-    return figure
+    return save_figure(figure, path)
 
 
 def _heads(axes: Axes, score: xr.DataArray, title: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from analysis.probes.best_layer import Best
 from analysis.probes.direction import Direction, load_direction
 from analysis.probes.estimators import (
     INLP,
@@ -14,8 +15,8 @@ from analysis.probes.estimators import (
     NearestCentroid,
     Ridge,
 )
-from analysis.probes.pictures import calibration, confusion, heat_map, transfer_map
-from analysis.probes.results import Best, Sweep, load, save_dataset
+from analysis.probes.figures import calibration, confusion, heat_map, transfer_map
+from analysis.probes.results import Sweep, load, save_dataset
 from analysis.probes.sweep import sweep, sweeps
 from analysis.probes.transfer import by_position, transfer, transfer_matrix
 

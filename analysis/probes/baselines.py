@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from analysis.dataset.view import View
+from analysis.dataset.probe_dataset import ProbeDataset
 from analysis.probes.folds import trainable
 from analysis.probes.score import Prediction
 from flexcache.errors import AnalysisError
@@ -27,22 +27,22 @@ OF_LAYERS = ("shuffled", "random", "control")
 NAMES = (*WITHOUT_MODEL, *OF_LAYERS)
 
 
-def majority(view: View, fold: NDArray[np.int64], cv: int) -> Prediction:
+def majority(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int) -> Prediction:
     """Always say the training samples' commonest class, the first of several, by the classes' shares; or the mean."""
-    predicted = np.empty_like(view.y)
-    if view.task == "regression":
+    predicted = np.empty_like(dataset.y)
+    if dataset.task == "regression":
         for number in range(cv):
-            predicted[fold == number] = view.y[fold != number].mean()
+            predicted[fold == number] = dataset.y[fold != number].mean()
         return Prediction(predicted, predicted)
-    probability = np.empty((view.n_samples, len(view.classes)))
+    probability = np.empty((dataset.n_samples, len(dataset.classes)))
     for number in range(cv):
-        counts = np.bincount(view.y[fold != number], minlength=len(view.classes))
+        counts = np.bincount(dataset.y[fold != number], minlength=len(dataset.classes))
         predicted[fold == number] = counts.argmax()
         probability[fold == number] = counts / counts.sum()
-    return Prediction(predicted, np.zeros(view.n_samples), probability)
+    return Prediction(predicted, np.zeros(dataset.n_samples), probability)
 
 
-def tfidf(view: View, fold: NDArray[np.int64], cv: int) -> Prediction:
+def tfidf(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int) -> Prediction:
     """Fit words and pairs of words, without any model: what the text alone gives away.
 
     TF-IDF of 1- and 2-grams, learnt from the training documents of each fold, and scikit-learn's
@@ -53,13 +53,13 @@ def tfidf(view: View, fold: NDArray[np.int64], cv: int) -> Prediction:
     AnalysisError
         The store has no texts, or there is no word in them.
     """
-    if view.texts is None:
+    if dataset.texts is None:
         raise AnalysisError("the store kept no texts", remedy="capture with the text, or leave tfidf out")
-    texts = np.asarray(view.texts, dtype=object)
-    return _by_document(view, fold, cv, texts, lambda: TfidfVectorizer(ngram_range=(1, 2)), "TF-IDF")
+    texts = np.asarray(dataset.texts, dtype=object)
+    return _by_document(dataset, fold, cv, texts, lambda: TfidfVectorizer(ngram_range=(1, 2)), "TF-IDF")
 
 
-def tokens(view: View, fold: NDArray[np.int64], cv: int) -> Prediction:
+def tokens(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int) -> Prediction:
     """Fit the bag of each document's token ids, weighted by TF-IDF, as `tfidf` does words: needs no text.
 
     Raises
@@ -67,10 +67,10 @@ def tokens(view: View, fold: NDArray[np.int64], cv: int) -> Prediction:
     AnalysisError
         The store tells no tokens.
     """
-    table: Any = getattr(view.store, "tokens", None)
+    table: Any = getattr(dataset.store, "tokens", None)
     if table is None:
         raise AnalysisError("the store tells no tokens")
-    if getattr(view.store, "images", False):
+    if getattr(dataset.store, "images", False):
         raise AnalysisError("the tokens of images have no ids")
     owner = np.asarray(table["document"])
     lists = table["tokens"].combine_chunks()
@@ -80,18 +80,18 @@ def tokens(view: View, fold: NDArray[np.int64], cv: int) -> Prediction:
     told = np.isin(np.arange(len(owner)), first)
     rows, columns = np.repeat(owner, counts), ids
     inside = np.repeat(told, counts)
-    shape = (len(view.store.documents), int(ids.max(initial=0)) + 1)
+    shape = (len(dataset.store.documents), int(ids.max(initial=0)) + 1)
     bags = csr_matrix((np.ones(int(inside.sum())), (rows[inside], columns[inside])), shape)
-    return _by_document(view, fold, cv, bags[view.source], TfidfTransformer, "the bag of tokens")
+    return _by_document(dataset, fold, cv, bags[dataset.source], TfidfTransformer, "the bag of tokens")
 
 
-def length(view: View, fold: NDArray[np.int64], cv: int) -> Prediction:
+def length(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int) -> Prediction:
     """Fit how many tokens a document has, by its logarithm."""
-    size = np.log(view.store.documents["n_tokens"].to_numpy().astype(float)[view.source])[:, None]
-    return _by_document(view, fold, cv, size, StandardScaler, "length")
+    size = np.log(dataset.store.documents["n_tokens"].to_numpy().astype(float)[dataset.source])[:, None]
+    return _by_document(dataset, fold, cv, size, StandardScaler, "length")
 
 
-def shuffle(view: View, fold: NDArray[np.int64], cv: int, seed: int) -> NDArray:
+def shuffle(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int, seed: int) -> NDArray:
     """Return the target moved to other documents, ``(n_samples,)``: what is found where nothing is.
 
     Where a group has one value throughout, whole groups exchange values, so that what lives in a group stays
@@ -103,23 +103,23 @@ def shuffle(view: View, fold: NDArray[np.int64], cv: int, seed: int) -> NDArray:
         No shuffle leaves every class in every training side.
     """
     rng = np.random.default_rng(seed)
-    unit = np.arange(view.n_samples)
-    for owner in (view.document, view.group):
+    unit = np.arange(dataset.n_samples)
+    for owner in (dataset.document, dataset.group):
         _, first, place = np.unique(owner, return_index=True, return_inverse=True)
-        if (view.y == view.y[first][place]).all():
+        if (dataset.y == dataset.y[first][place]).all():
             unit = owner
     _, first, place = np.unique(unit, return_index=True, return_inverse=True)
-    values = view.y[first]
+    values = dataset.y[first]
     for _ in range(100):
         moved = rng.permutation(values)[place]
-        if view.task == "regression" or trainable(moved, fold, cv, without=1):
+        if dataset.task == "regression" or trainable(moved, fold, cv, without=1):
             return moved
     raise AnalysisError(
         "the target cannot be shuffled", found="a class in too few groups", remedy="ask for fewer folds"
     )
 
 
-def control(view: View, fold: NDArray[np.int64], cv: int, seed: int) -> NDArray[np.int64]:
+def control(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int, seed: int) -> NDArray[np.int64]:
     """Return a label drawn for each kind of token, ``(n_samples,)``, with the shares of the target's classes.
 
     A probe that learns it knows the tokens by heart: what it does better on the target is its selectivity
@@ -130,14 +130,14 @@ def control(view: View, fold: NDArray[np.int64], cv: int, seed: int) -> NDArray[
     AnalysisError
         A sample is not one token, or a drawn class is missing from a training side.
     """
-    coordinates: Any = getattr(view.store, "coordinates", None)
-    if view.row is None or coordinates is None or view.task != "classification":
+    coordinates: Any = getattr(dataset.store, "coordinates", None)
+    if dataset.row is None or coordinates is None or dataset.task != "classification":
         raise AnalysisError("a control task needs classes, and samples of one token each")
-    token = np.asarray(coordinates["token_id"].values)[view.row]
+    token = np.asarray(coordinates["token_id"].values)[dataset.row]
     kinds, place, counts = np.unique(token, return_inverse=True, return_counts=True)
-    if counts.max() > view.n_samples / 2:
+    if counts.max() > dataset.n_samples / 2:
         raise AnalysisError("one kind of token is more than half of the samples")
-    share = np.bincount(view.y) / view.n_samples
+    share = np.bincount(dataset.y) / dataset.n_samples
     drawn = np.random.default_rng(seed).choice(len(share), size=len(kinds), p=share)[place]
     if len(np.unique(drawn)) < len(share) or not trainable(drawn, fold, cv, without=1):
         raise AnalysisError("too few kinds of tokens for a control task", found=f"{len(kinds)}")
@@ -145,36 +145,36 @@ def control(view: View, fold: NDArray[np.int64], cv: int, seed: int) -> NDArray[
 
 
 def _by_document(
-    view: View, fold: NDArray[np.int64], cv: int, features: Any, transformer: Callable[[], Any], what: str
+    dataset: ProbeDataset, fold: NDArray[np.int64], cv: int, features: Any, transformer: Callable[[], Any], what: str
 ) -> Prediction:
     """Fit features of documents, each with the targets of all its samples, and predict samples by their document."""
-    probabilities = np.empty((view.n_samples, len(view.classes))) if view.classes else None
-    predicted, decision = np.empty_like(view.y), np.zeros(view.n_samples)
+    probabilities = np.empty((dataset.n_samples, len(dataset.classes))) if dataset.classes else None
+    predicted, decision = np.empty_like(dataset.y), np.zeros(dataset.n_samples)
     for number in range(cv):
         test = fold == number
         train = np.flatnonzero(~test)
-        _, first = np.unique(view.document[train], return_index=True)
-        once = train[first] if _constant(view, train) else train
-        model = Ridge() if view.task == "regression" else LogisticRegression(max_iter=10_000)
+        _, first = np.unique(dataset.document[train], return_index=True)
+        once = train[first] if _constant(dataset, train) else train
+        model = Ridge() if dataset.task == "regression" else LogisticRegression(max_iter=10_000)
         fitted = make_pipeline(transformer(), model)
         with warnings.catch_warnings():
             warnings.simplefilter("error", ConvergenceWarning)
             try:
-                fitted.fit(features[view.document[once]], view.y[once])
+                fitted.fit(features[dataset.document[once]], dataset.y[once])
             except ConvergenceWarning as error:
                 raise AnalysisError(f"the baseline of {what} did not converge", found=str(error)) from error
             except ValueError as error:
                 raise AnalysisError(f"{what} found no word in the texts", found=str(error)) from error
-        asked, place = np.unique(view.document[test], return_inverse=True)
+        asked, place = np.unique(dataset.document[test], return_inverse=True)
         predicted[test] = fitted.predict(features[asked])[place]
         if probabilities is not None:
             probabilities[test] = fitted.predict_proba(features[asked])[place]
-        if len(view.classes) == 2:
+        if len(dataset.classes) == 2:
             decision[test] = fitted.decision_function(features[asked])[place]
-    return Prediction(predicted, decision if len(view.classes) == 2 else predicted.astype(float), probabilities)
+    return Prediction(predicted, decision if len(dataset.classes) == 2 else predicted.astype(float), probabilities)
 
 
-def _constant(view: View, chosen: NDArray[np.int64]) -> bool:
+def _constant(dataset: ProbeDataset, chosen: NDArray[np.int64]) -> bool:
     """Whether a document's samples have one target."""
-    _, first, place = np.unique(view.document[chosen], return_index=True, return_inverse=True)
-    return bool((view.y[chosen] == view.y[chosen][first][place]).all())
+    _, first, place = np.unique(dataset.document[chosen], return_index=True, return_inverse=True)
+    return bool((dataset.y[chosen] == dataset.y[chosen][first][place]).all())

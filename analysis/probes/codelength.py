@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.dataset.view import View
+from analysis.dataset.probe_dataset import ProbeDataset
 
 if TYPE_CHECKING:
     from analysis.probes.crossfit import Fitted
@@ -52,16 +52,18 @@ class Prefixes:
         return float(total)
 
 
-def prefixes(view: View, seed: int) -> Prefixes | None:
+def prefixes(dataset: ProbeDataset, seed: int) -> Prefixes | None:
     """Return the parts of Voita & Titov (2020, arXiv 2003.12298), from the first with `LEAST` of every class on."""
-    order = np.random.default_rng(seed).permutation(view.n_groups)
-    rank = np.empty(view.n_groups, np.int64)
-    rank[order] = np.arange(view.n_groups)
-    place = rank[view.group]
-    ends = sorted({max(1, round(share * view.n_groups)) for share in SHARES})
+    order = np.random.default_rng(seed).permutation(dataset.n_groups)
+    rank = np.empty(dataset.n_groups, np.int64)
+    rank[order] = np.arange(dataset.n_groups)
+    place = rank[dataset.group]
+    ends = sorted({max(1, round(share * dataset.n_groups)) for share in SHARES})
     sets = [place < end for end in ends]
-    whole = [held for held in sets if np.bincount(view.y[held], minlength=len(view.classes)).min() >= LEAST]
+    whole = [held for held in sets if np.bincount(dataset.y[held], minlength=len(dataset.classes)).min() >= LEAST]
     if len(whole) < 2:
         return None
     nexts = [later & ~held for held, later in pairwise(whole)]
-    return Prefixes(np.stack(whole[:-1]), np.stack(nexts), view.y, float(view.n_samples * np.log2(len(view.classes))))
+    return Prefixes(
+        np.stack(whole[:-1]), np.stack(nexts), dataset.y, float(dataset.n_samples * np.log2(len(dataset.classes)))
+    )

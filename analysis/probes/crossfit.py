@@ -1,4 +1,4 @@
-"""Probes fitted to some samples and asked about the others, at every strength."""
+"""Fit a probe to training sets at several strengths, and predict the samples that each set left out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, clone
 from sklearn.exceptions import ConvergenceWarning
 
-from analysis.dataset.view import View
+from analysis.dataset.probe_dataset import ProbeDataset
 from analysis.probes import score
 from analysis.probes.estimators import LinearProbe
 from analysis.probes.estimators.design import Design, Floats
@@ -27,7 +27,7 @@ def without_each(fold: NDArray[np.int64], cv: int) -> NDArray[np.bool_]:
 
 
 def without_pairs(fold: NDArray[np.int64], cv: int) -> NDArray[np.bool_]:
-    """Return the samples outside of each pair of folds, ``(cv·(cv−1)/2, n_samples)``, pairs in order."""
+    """Return the samples outside each pair of folds, ``(cv·(cv−1)/2, n_samples)``, pairs in order."""
     pairs = np.array(list(itertools.combinations(range(cv), 2)))
     return (fold != pairs[:, :1]) & (fold != pairs[:, 1:])
 
@@ -38,29 +38,35 @@ class Fitted:
     Parameters
     ----------
     rows
-        The samples of a layer: a design, or for probes that are not linear what their `fit` takes, by sample.
+        The samples of a layer: a `Design` for linear probes, else an array that the probe's ``fit`` takes.
     y : (n_samples,)
         Codes of classes, or values.
     sets : (sets, n_samples)
-    strengths
-        Of a linear probe; by default its own.
+        Members of each training set.
     where
-        Said in errors.
+        The layer, named in errors.
+    strengths
+        Strengths of a linear probe; its own by default.
+
+    Raises
+    ------
+    AnalysisError
+        The probe cannot be fitted, or did not converge.
     """
 
     def __init__(
         self,
         probe: BaseEstimator,
-        view: View,
+        dataset: ProbeDataset,
         rows: Design | NDArray[Any],
         y: NDArray[Any],
         sets: NDArray[np.bool_],
         where: str,
         strengths: Floats | None = None,
     ) -> None:
-        self.probe, self.view, self.rows, self.sets = probe, view, rows, sets
-        self.classes = len(view.classes)
-        self.where = f"{view.site}, {where}"
+        self.probe, self.dataset, self.rows, self.sets = probe, dataset, rows, sets
+        self.classes = len(dataset.classes)
+        self.where = f"{dataset.site}, {where}"
         self.strengths = np.zeros(1)
         self.solved: Solved | None = None
         self._others: list[Any] = []
@@ -70,16 +76,21 @@ class Fitted:
                 if isinstance(probe, LinearProbe):
                     self._solve(probe, y, strengths)
                 else:
-                    self._others = [clone(probe).fit(self._some(held), y[held]) for held in sets]
+                    self._others = [clone(probe).fit(self._select(held), y[held]) for held in sets]
             except AnalysisError as error:
-                error.where = ", ".join(filter(None, (self.where, error.where)))
-                raise
+                raise AnalysisError(
+                    error.message,
+                    where=", ".join(filter(None, (self.where, error.where))),
+                    expected=error.expected,
+                    found=error.found,
+                    remedy=error.remedy,
+                ) from error
             except ConvergenceWarning as error:
                 raise AnalysisError(
                     "the probe did not converge",
                     where=self.where,
                     found=str(error).splitlines()[0],
-                    remedy="raise its max_iter, standardise the features, or regularise more",
+                    remedy="raise max_iter, standardise the features, or regularise more",
                 ) from error
             except (ValueError, TypeError, np.linalg.LinAlgError) as error:
                 raise AnalysisError(
@@ -87,9 +98,9 @@ class Fitted:
                 ) from error
 
     def predict(self, number: int, at: int, chosen: NDArray[np.int64]) -> Prediction:
-        """Return what set *number* at strength *at* says of the samples *chosen*."""
+        """Return the predictions of training set *number* at strength index *at* for the samples *chosen*."""
         if self.solved is None:
-            return self._ask(self._others[number], chosen)
+            return self._predict_other(self._others[number], chosen)
         assert isinstance(self.rows, Design)
         decision = self._decision[number][at][self._place[number][chosen]]
         probe: Any = self.probe
@@ -106,7 +117,7 @@ class Fitted:
         targets = one_hot(y, self.classes) if self.classes else y[:, None].astype(np.float64)
         self.strengths = fitted.strengths if strengths is None else strengths
         self.solved = fitted.solve(self.rows, targets, self.sets, self.strengths)
-        # Decisions about what each set left out, in one more pass over the rows.
+        # Decisions on the samples that each set left out, in one more pass over the rows.
         count, coef, intercept = len(targets), self.solved.coef, self.solved.intercept
         left = [np.flatnonzero(~held) for held in self.sets]
         self._place = np.full((len(self.sets), count), -1, np.int64)
@@ -119,13 +130,13 @@ class Fitted:
                 found = np.einsum("lkd,nd->lnk", coef[number], block[inside - part.start], optimize=True)
                 self._decision[number][:, self._place[number][inside]] = found + intercept[number][:, None]
 
-    def _some(self, chosen: NDArray[Any]) -> NDArray[Any]:
+    def _select(self, chosen: NDArray[Any]) -> NDArray[Any]:
         assert isinstance(self.rows, np.ndarray)
         found = self.rows[chosen]
         return found if found.dtype == object else found.astype(np.float64)
 
-    def _ask(self, fitted: Any, chosen: NDArray[np.int64]) -> Prediction:
-        asked = self._some(chosen)
+    def _predict_other(self, fitted: Any, chosen: NDArray[np.int64]) -> Prediction:
+        asked = self._select(chosen)
         predicted = np.asarray(fitted.predict(asked)).reshape(len(asked), -1)[:, 0]
         if not self.classes:
             return Prediction(predicted, predicted.astype(float))
@@ -137,23 +148,23 @@ class Fitted:
         return Prediction(predicted, np.zeros(len(asked)) if probability is None else probability[:, 1], probability)
 
 
-def gathered(pieces: Iterator[tuple[NDArray[np.int64], Prediction]], count: int) -> Prediction:
-    """Return predictions of parts of the samples as one of all."""
-    found = list(pieces)
+def gather_predictions(parts: Iterator[tuple[NDArray[np.int64], Prediction]], count: int) -> Prediction:
+    """Return predictions for parts of the samples as one prediction for all of them."""
+    found = list(parts)
     order = np.argsort(np.concatenate([chosen for chosen, _ in found]), kind="stable")
     assert len(order) == count
-    probabilities = [said.probability for _, said in found]
+    probabilities = [prediction.probability for _, prediction in found]
     return Prediction(
-        np.concatenate([said.predicted for _, said in found])[order],
-        np.concatenate([said.decision for _, said in found])[order],
+        np.concatenate([prediction.predicted for _, prediction in found])[order],
+        np.concatenate([prediction.decision for _, prediction in found])[order],
         None if any(p is None for p in probabilities) else np.concatenate(probabilities)[order],  # type: ignore[arg-type]
     )
 
 
 def outer(fitted: Fitted, fold: NDArray[np.int64], cv: int, chosen: NDArray[np.int64]) -> Prediction:
-    """Return what each fold is predicted by the set without it, the first *cv* sets, at the strength chosen for it."""
+    """Return out-of-fold predictions: each fold by the set without it (the first *cv* sets), at its chosen strength."""
     tests = [np.flatnonzero(fold == number) for number in range(cv)]
-    return gathered(
+    return gather_predictions(
         ((test, fitted.predict(number, int(chosen[number]), test)) for number, test in enumerate(tests)), len(fold)
     )
 
@@ -161,7 +172,7 @@ def outer(fitted: Fitted, fold: NDArray[np.int64], cv: int, chosen: NDArray[np.i
 def inner(
     fitted: Fitted, first: int, y: NDArray[Any], fold: NDArray[np.int64], cv: int, metric: score.Metric
 ) -> NDArray[np.float64]:
-    """Return the score within the training side of each fold, ``(n_strengths, cv)``.
+    """Return the cross-validated score inside the training side of each fold, ``(n_strengths, cv)``.
 
     The inner folds of test fold *k* are the other outer folds. A probe trained without folds *j* and *k* serves both,
     so cv·(cv−1)/2 fits do for cv·(cv−1) scores; they are the sets from *first* on.
@@ -170,8 +181,8 @@ def inner(
     for number, (j, k) in enumerate(itertools.combinations(range(cv), 2)):
         test = np.flatnonzero((fold == j) | (fold == k))
         for at in range(len(fitted.strengths)):
-            said = fitted.predict(first + number, at, test)
-            found = score.parts(metric, y[test], said, (fold[test] == k).astype(np.int64), 2)
+            prediction = fitted.predict(first + number, at, test)
+            found = score.parts(metric, y[test], prediction, (fold[test] == k).astype(np.int64), 2)
             for without, inside in ((j, 1), (k, 0)):
                 top[at, without] += found[0][inside]
                 bottom[at, without] += found[1][inside]

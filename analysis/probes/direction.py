@@ -1,4 +1,4 @@
-"""A direction that a probe found: scores activations, says where it is from, and is used to steer or erase."""
+"""A direction found by a probe: it scores activations, and is used to steer or erase."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from analysis.dataset.view import Readable
+from analysis.dataset.readable import Readable
 from flexcache.errors import AnalysisError, nearest
 from flexcache.identity import differences, known
 from flexcache.identity.record import OTHERS, SAMPLE
@@ -21,25 +21,28 @@ from flexcache.paths import local_path
 from flexcache.store.read.recorded_model import recorded_model
 from flexcache.store.storage.atomic_files import write_durably
 
-if TYPE_CHECKING:
-    from analysis.probes.results import Sweep
-
 FORMAT = "flexcache direction 1"
 
 
 @dataclass(frozen=True)
 class Direction:
-    """A vector in the units of the activations of one site and layer, with what it was fitted to.
+    """A vector in the units of the activations of one site and layer, with its provenance.
+
+    ::
+
+        direction = sweep.to_direction()
+        direction.score_store(store, rows=slice(0, 100))
+        direction.save("direction.safetensors")
 
     Attributes
     ----------
     vector : ndarray of float64, (features,)
-        The score of an activation *x* is ``x @ vector + bias``: of two classes, how much it speaks for the second.
+        The score of an activation *x* is ``x @ vector + bias``; with two classes, positive scores mean the second.
     bias : float
     site : str
     layer : int, or None
     provenance : dict
-        Target, classes, probe, model and the like.
+        Target, classes, probe, model and similar facts about the sweep.
     """
 
     vector: NDArray[np.float64]
@@ -50,7 +53,7 @@ class Direction:
 
     @property
     def unit(self) -> NDArray[np.float64]:
-        """The vector at length 1."""
+        """The vector, scaled to length 1."""
         return np.asarray(self.vector / np.linalg.norm(self.vector))
 
     def score(self, activations: ArrayLike) -> NDArray[np.float64]:
@@ -58,12 +61,12 @@ class Direction:
         return np.asarray(np.asarray(activations, np.float64) @ self.vector + self.bias)
 
     def score_store(self, store: Readable, rows: Any = slice(None), block: int = 8192) -> NDArray[np.float64]:
-        """Return the score of rows of a store, by default all, (rows,); *block* of them are in memory at once.
+        """Return the scores of rows of a store, all by default, shape (rows,); *block* rows are in memory at a time.
 
         Raises
         ------
         AnalysisError
-            The store was made by another model, or does not hold the site and layer.
+            The store comes from another model, or does not hold the site and layer.
         """
         self.check(store)
         numbers = np.arange(int(getattr(store, "n_rows", 0)))[rows] if isinstance(rows, slice) else np.asarray(rows)
@@ -76,14 +79,14 @@ class Direction:
     def score_model(
         self, model: Any, tokenizer: Any, texts: Sequence[str], *, allow_changed_model: bool = False
     ) -> list[NDArray[np.float64]]:
-        """Run a live model over texts, one by one, and return the score of each token of each: needs torch.
+        """Run a live model on texts, one by one, and return the scores of their tokens, (tokens,) each; needs torch.
 
         Raises
         ------
         SiteError
             The model has no such site.
         AnalysisError
-            The model computes something else than that of the probe, and *allow_changed_model* is False.
+            The model computes something else than the model of the probe, and *allow_changed_model* is False.
         """
         import torch
 
@@ -108,7 +111,7 @@ class Direction:
         return found
 
     def check(self, store: Readable) -> None:
-        """Raise AnalysisError if the activations of a store are of a model that computes something else."""
+        """Raise AnalysisError if the activations of a store come from a model that computes something else."""
         if self.site not in store.sites:
             raise AnalysisError(f"the store has no site {self.site!r}", remedy=nearest(self.site, tuple(store.sites)))
         self._check_record(recorded_model(store), "the store", "fit the probe to a store of this model")
@@ -118,14 +121,14 @@ class Direction:
         shared = {name: theirs[name] for name in theirs if name in mine or name == OTHERS}
         if known(mine) and known(theirs) and (found := differences(mine, shared)):
             raise AnalysisError(
-                f"{what} is of another model than the probe was fitted to",
+                f"{what} comes from another model than the one that the probe was fitted to",
                 expected=str(self.provenance.get("model")),
                 found="\n    ".join(["", *found]),
                 remedy=remedy,
             )
 
     def save(self, path: str | Path) -> Path:
-        """Write a safetensors file with the vector, the bias and, as its metadata, the rest; return its path."""
+        """Write a safetensors file with vector and bias as tensors and the rest as metadata; return its path."""
         told = {"site": self.site, "layer": self.layer, "provenance": dict(self.provenance)}
         target = local_path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -139,12 +142,17 @@ class Direction:
 
 
 def load_direction(path: str | Path) -> Direction:
-    """Read what `Direction.save` wrote.
+    """Load a direction that `Direction.save` wrote.
+
+    ::
+
+        direction = probes.load_direction("direction.safetensors")
+        direction.score(activations)
 
     Raises
     ------
     AnalysisError
-        It is no such file.
+        The file holds no direction, or cannot be read.
     """
     try:
         with safe_open(local_path(path), "np") as file:
@@ -158,38 +166,3 @@ def load_direction(path: str | Path) -> Direction:
             return Direction(vector, bias, told["site"], told["layer"], told["provenance"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise AnalysisError("the direction cannot be read", where=str(path), found=str(error)) from error
-
-
-def of_sweep(sweep: Sweep, layer: int | None, output: int) -> Direction:
-    """Return a direction of a sweep; see `Sweep.to_direction`."""
-    asked = sweep.results.attrs
-    if sweep.coef is None or sweep.intercept is None:
-        raise AnalysisError(
-            "the probe has no direction",
-            found=asked["probe"],
-            remedy="use a linear probe: Logistic, Ridge, MassMean, LDA",
-        )
-    wanted = sweep.best.layer if layer is None else layer
-    number = -1 if wanted is None else wanted
-    if number not in sweep.layers:
-        raise AnalysisError(
-            f"layer {layer} was not probed", expected=f"one of {', '.join(map(str, sweep.layers))}", found=str(layer)
-        )
-    at = sweep.layers.index(number)
-    if not 0 <= output < sweep.coef.shape[1]:
-        raise AnalysisError("there is no such output", expected=f"0 to {sweep.coef.shape[1] - 1}", found=str(output))
-    told = {
-        key: asked[key]
-        for key in (
-            *("target", "task", "classes", "rows", "probe", "documents", "samples", "model", "weights"),
-            "model_record",
-        )
-        if key in asked
-    }
-    return Direction(
-        sweep.coef[at, output].copy(),
-        float(sweep.intercept[at, output]),
-        asked["site"],
-        wanted,
-        {**told, "output": output},
-    )

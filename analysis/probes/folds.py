@@ -7,24 +7,24 @@ from numpy.typing import NDArray
 from sklearn.model_selection import BaseCrossValidator, GroupKFold, StratifiedGroupKFold, StratifiedKFold
 
 from analysis.arguments import MOST_SEED, check_whole
-from analysis.dataset.view import View
+from analysis.dataset.probe_dataset import ProbeDataset
 from flexcache.errors import AnalysisError
 from flexcache.spec import is_whole
 
 
-def splitter(view: View, cv: int, seed: int) -> BaseCrossValidator:
+def splitter(dataset: ProbeDataset, cv: int, seed: int) -> BaseCrossValidator:
     """Return the scikit-learn splitter that `assign` uses, all of them shuffled by *seed*.
 
     ``StratifiedGroupKFold`` for classes; ``StratifiedKFold`` where every sample is a group of its own, which
     balances the same classes faster; ``GroupKFold`` for numbers.
     """
-    if view.task == "regression":
+    if dataset.task == "regression":
         return GroupKFold(cv, shuffle=True, random_state=seed)
-    kind = StratifiedKFold if view.n_groups == view.n_samples else StratifiedGroupKFold
+    kind = StratifiedKFold if dataset.n_groups == dataset.n_samples else StratifiedGroupKFold
     return kind(cv, shuffle=True, random_state=seed)
 
 
-def assign(view: View, cv: int, seed: int) -> NDArray[np.int64]:
+def assign(dataset: ProbeDataset, cv: int, seed: int) -> NDArray[np.int64]:
     """Return the fold in which each sample is tested, ``(n_samples,)`` of 0 … cv−1. No group is in two folds.
 
     Raises
@@ -39,35 +39,35 @@ def assign(view: View, cv: int, seed: int) -> NDArray[np.int64]:
             "there must be at least two folds", expected=expected, found=f"cv={cv!r}", remedy="write cv=5"
         )
     check_whole("seed", seed, 0, MOST_SEED)
-    if view.n_groups < cv:
+    if dataset.n_groups < cv:
         raise AnalysisError(
             "there are fewer groups than folds",
-            where=f"groups={view.groups!r}",
+            where=f"groups={dataset.groups!r}",
             expected=f"at least {cv} groups",
-            found=f"{view.n_groups} groups of {view.n_documents} documents",
+            found=f"{dataset.n_groups} groups of {dataset.n_documents} documents",
             remedy="ask for fewer folds, or group by another column",
         )
-    if view.task == "classification":
-        pairs = np.unique(np.stack([view.y, view.group]), axis=1)
-        spread = np.bincount(pairs[0], minlength=len(view.classes))
+    if dataset.task == "classification":
+        pairs = np.unique(np.stack([dataset.y, dataset.group]), axis=1)
+        spread = np.bincount(pairs[0], minlength=len(dataset.classes))
         if spread.min() < cv:
-            small = [f"{view.classes[c]!r} in {spread[c]}" for c in np.argsort(spread)[:5] if spread[c] < cv]
+            small = [f"{dataset.classes[c]!r} in {spread[c]}" for c in np.argsort(spread)[:5] if spread[c] < cv]
             raise AnalysisError(
                 "a class is smaller than the number of folds",
-                where=f"target {view.target!r} of {len(view.classes)} classes",
+                where=f"target {dataset.target!r} of {len(dataset.classes)} classes",
                 expected=f"every class in at least {cv} groups",
                 found=", ".join(small) + (", …" if (spread < cv).sum() > 5 else ""),
                 remedy="ask for fewer folds, leave these classes out, or choose another target",
             )
-    fold = np.full(view.n_samples, -1, np.int64)
-    chosen = splitter(view, cv, seed)
-    group = None if isinstance(chosen, StratifiedKFold) else view.group
-    for number, (_, test) in enumerate(chosen.split(np.zeros(view.n_samples), view.y, group)):
+    fold = np.full(dataset.n_samples, -1, np.int64)
+    chosen = splitter(dataset, cv, seed)
+    group = None if isinstance(chosen, StratifiedKFold) else dataset.group
+    for number, (_, test) in enumerate(chosen.split(np.zeros(dataset.n_samples), dataset.y, group)):
         fold[test] = number
-    if view.task == "classification" and not trainable(view.y, fold, cv, without=1):
+    if dataset.task == "classification" and not trainable(dataset.y, fold, cv, without=1):
         raise AnalysisError(
             "a fold would train on fewer classes than there are",
-            where=f"groups={view.groups!r}, target {view.target!r}",
+            where=f"groups={dataset.groups!r}, target {dataset.target!r}",
             found="a class whose samples are nearly all in one group",
             remedy="ask for fewer folds, or group by another column",
         )

@@ -1,18 +1,19 @@
-"""The layer curve."""
+"""Draw the scores of a probe sweep by layer."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.plot_style import INK, PAPER, frame
-from analysis.probes.results import Sweep
+from analysis.plot_style import INK, PAPER, frame, save_figure
+from analysis.probes.best_layer import best_layer
 from analysis.probes.table import NAMES, arm_name
-from flexcache.paths import local_path
+from analysis.sweep_results import check_metric, names_along
 
 COLOURS = {
     "probe": "#0a6ebd",
@@ -27,28 +28,24 @@ COLOURS = {
 DASHES = {"tfidf": (0, (6, 3)), "tokens": (0, (4, 2)), "length": (0, (2, 2)), "majority": (0, (1.5, 2))}
 
 
-def plot(sweep: Sweep, to: str | Path | Axes | None = None, *, metric: str | None = None) -> Figure:
-    """Draw score against layer; see `Sweep.plot`. Uses no pyplot, and so no display and no global state."""
-    metric = sweep.metric(metric)
+def plot(results: xr.Dataset, to: str | Path | Axes | None = None, *, metric: str | None = None) -> Figure:
+    """Draw score against layer, see `Sweep.plot`; pyplot is not used, so no display is needed and no state changes."""
+    metric = check_metric(results, metric)
     if isinstance(to, Axes):
-        _draw(sweep, to, metric)
+        _draw(results, to, metric)
         figure = to.figure
         assert isinstance(figure, Figure)
         return figure
     figure = Figure(figsize=(8, 4.4), layout="constrained", facecolor=PAPER)
-    _draw(sweep, figure.subplots(), metric)
-    if to is not None:
-        path = local_path(to)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=160)
-    return figure
+    _draw(results, figure.subplots(), metric)
+    return save_figure(figure, to)
 
 
-def _draw(sweep: Sweep, axes: Axes, metric: str) -> None:
-    data = sweep.results.sel(metric=metric)
-    layers, best = data["layer"].values, sweep.best
+def _draw(results: xr.Dataset, axes: Axes, metric: str) -> None:
+    data = results.sel(metric=metric)
+    layers, best = data["layer"].values, best_layer(results)
     ends: list[tuple[float, str, str]] = []
-    for arm in reversed(sweep.arms):
+    for arm in reversed(names_along(results, "arm")):
         at, colour = data.sel(arm=arm), COLOURS[arm]
         middle, low, high = (at[name].values for name in ("pooled", "ci_low", "ci_high"))
         if np.isnan(middle).all():
@@ -66,7 +63,7 @@ def _draw(sweep: Sweep, axes: Axes, metric: str) -> None:
                     axes.plot(layers, data[edge].values, color=colour, linewidth=0.8, linestyle=(0, (1, 2)))
             width, size = (2.0, 4.5) if arm == "probe" else (1.3, 2.5)
             axes.plot(layers, middle, color=colour, linewidth=width, marker="o", markersize=size)
-        ends.append((float(middle[-1]), arm_name(sweep, arm), colour))
+        ends.append((float(middle[-1]), arm_name(results, arm), colour))
     if best.layer is not None and len(layers) > 1 and metric == best.metric:
         top = float(data["pooled"].sel(arm="probe", layer=best.layer))
         axes.plot([best.layer], [top], marker="o", markersize=10, markerfacecolor="none", color=COLOURS["probe"])
@@ -81,7 +78,7 @@ def _draw(sweep: Sweep, axes: Axes, metric: str) -> None:
             weight="bold",
         )
     _label(axes, ends)
-    asked = sweep.results.attrs
+    asked = results.attrs
     axes.set_title(f"{asked['target']} in {asked['site']}", loc="left", color=INK, fontsize=11, parse_math=False)
     axes.set_xlabel("layer" if best.layer is not None else "", color=INK)
     axes.set_ylabel(f"{NAMES[metric]}, {asked['cv']} folds", color=INK)
@@ -95,7 +92,7 @@ def _draw(sweep: Sweep, axes: Axes, metric: str) -> None:
 
 
 def _label(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
-    """Write each curve's name at its right end, moved apart where they would meet."""
+    """Write the name of each curve at its right end, moved apart if names would overlap."""
     low, high = axes.get_ylim()
     side = axes.get_yaxis_transform()
     gap = 0.062 * (high - low)

@@ -1,4 +1,4 @@
-"""What a sweep found."""
+"""Scores of a probe sweep by layer, saved and loaded."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from analysis.rescue import rescued
-from flexcache.errors import AnalysisError, nearest
+from analysis.probes.best_layer import Best, best_layer
+from analysis.probes.direction import Direction
+from analysis.sweep_results import SweepResults, check_format, no_saved_sweep
+from flexcache.errors import AnalysisError
 from flexcache.paths import local_path
 from flexcache.store.storage.atomic_files import write_durably
 
@@ -24,42 +26,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-    from analysis.probes.direction import Direction
-
 FORMAT = "flexcache probe sweep 2"
 FILE, WEIGHTS = "sweep.json", "weights.safetensors"
+PROVENANCE = ("target", "task", "classes", "rows", "probe", "documents", "samples", "model", "weights", "model_record")
+"""Attributes of a sweep that its directions keep."""
 
 
 @dataclass(frozen=True)
-class Best:
-    """The best layer, and what the choice is worth."""
+class Sweep(SweepResults):
+    """Scores of one probe by layer, with its baselines; returned by `sweep` and `load`.
 
-    layer: int | None
-    """Best by cross-validation over all documents; the one to use. None for a site without layers."""
-    metric: str
-    score: float
-    """Pooled over test folds, each scored by the layer that was chosen without it."""
-    ci_low: float
-    ci_high: float
-    """95 % group bootstrap of ``score``."""
-    chosen: tuple[int, ...]
-    """The layer that was chosen for each test fold."""
-    on_layer: float
-    """The plain cross-validated score of ``layer``: flattering, because it is why the layer was chosen."""
-    nested: bool
-    """False where the layer was chosen on the scores that are reported; ``score`` is then ``on_layer``."""
+    ::
 
-    def __str__(self) -> str:
-        layer = "" if self.layer is None else f"layer {self.layer}: "
-        text = f"{layer}{self.metric} {self.score:.3f} [{self.ci_low:.3f}, {self.ci_high:.3f}]"
-        if len(set(self.chosen)) == 1 and not self.nested and self.layer is not None:
-            return text + " (chosen on these very scores: too high)"
-        return text
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Scores of one probe by layer, beside its baselines; made by `sweep`, read again by `load`.
+        sweep = probes.sweep(store, target="label", site="resid_post")
+        sweep.results["pooled"].sel(arm="probe", metric="accuracy")
+        sweep.plot("curve.svg")
+        sweep.save("results")       # sweep.json, and weights.safetensors of a linear probe
+        probes.load("results")
 
     ``results`` is an `xarray.Dataset`:
 
@@ -70,10 +53,10 @@ class Sweep:
     ``mean, fold_low, fold_high``         arm, layer, metric        mean over folds, 95 % t interval
     ``pooled, ci_low, ci_high``           arm, layer, metric        over all samples, 95 % group bootstrap
     ``band_low, band_high``               layer, metric             95 % for all layers at once
-    ``strength``                          layer, fold               chosen without that fold, where several were tried
-    ``final_strength``                    layer                     chosen by all folds, of the weights that are kept
-    ``selectivity``                       layer                     above the control task, by the first metric
-    ``codelength, compression``           layer                     bits by online coding; even code ÷ codelength
+    ``strength``                          layer, fold               chosen without that fold, if several were tried
+    ``final_strength``                    layer                     chosen by all folds; that of the kept weights
+    ``selectivity``                       layer                     score above the control task, by the first metric
+    ``codelength, compression``           layer                     bits by online coding; uniform code ÷ codelength
     ``confusion``                         truth, said               of the nested predictions
     ``chosen_layer``                      fold                      chosen without that fold
     ``best_score``                        metric, fold              of the chosen layer
@@ -81,11 +64,10 @@ class Sweep:
     ``best_pooled, best_ci_low, …_high``  metric                    as above, layer choice included
     ====================================  ========================  ==========================================
 
-    *arm* is ``probe`` and the baselines. Those that read no activation, ``majority`` and ``tfidf``, have the
-    same value at every layer. *layer* is −1 for a module path. What was asked is in ``results.attrs``.
+    *arm* is ``probe`` and the baselines. Baselines that read no activation, such as ``majority`` and ``tfidf``, have
+    the same value at every layer. *layer* is −1 for a module path. ``results.attrs`` holds the options of the sweep.
     """
 
-    results: xr.Dataset
     coef: NDArray[np.float64] | None = None
     """Weights fitted to all samples, (n_layers, outputs, features); None for probes that are not linear."""
     intercept: NDArray[np.float64] | None = None
@@ -97,69 +79,57 @@ class Sweep:
         return tuple(self.results["layer"].values.tolist())
 
     @property
-    def arms(self) -> tuple[str, ...]:
-        """``probe`` and the baselines."""
-        return tuple(self.results["arm"].values.tolist())
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """The metrics, the one that layers are chosen by first."""
-        return tuple(self.results["metric"].values.tolist())
-
-    @property
     def best(self) -> Best:
-        """The best layer by the first metric; the lower of two equals."""
-        metric, data = self.metrics[0], self.results.isel(metric=0)
-        curve = data["pooled"].sel(arm="probe").values
-        at = int(curve.argmax())
-        layer = int(data["layer"].values[at])
-        return Best(
-            layer=None if layer < 0 else layer,
-            metric=metric,
-            score=float(data["best_pooled"]),
-            ci_low=float(data["best_ci_low"]),
-            ci_high=float(data["best_ci_high"]),
-            chosen=tuple(data["chosen_layer"].values.tolist()),
-            on_layer=float(curve[at]),
-            nested=self.results.attrs["layer_chosen"] != "on these scores",
-        )
-
-    def metric(self, name: str | None) -> str:
-        """Return *name* if it was measured, the first metric if it is None.
-
-        Raises
-        ------
-        AnalysisError
-            It was not measured.
-        """
-        if name is not None and name not in self.metrics:
-            raise AnalysisError(f"the sweep did not measure {name!r}", remedy=nearest(name, self.metrics))
-        return name or self.metrics[0]
+        """The best layer by the first metric; the lower one of two equal layers."""
+        return best_layer(self.results)
 
     def to_direction(self, layer: int | None = None, output: int = 0) -> Direction:
-        """Return a layer's weights, fitted to all samples, as a direction in the units of the activations.
+        """Return the weights of a layer, fitted to all samples, as a direction in the units of the activations.
 
         Parameters
         ----------
         layer
-            By default the best.
+            The best one by default.
         output
-            Which class, where there are more than two.
+            Index of the class, if there are more than two.
 
         Raises
         ------
         AnalysisError
             The probe is not linear, or has no such layer or class.
         """
-        from analysis.probes.direction import of_sweep
-
-        return of_sweep(self, layer, output)
+        asked = self.results.attrs
+        if self.coef is None or self.intercept is None:
+            raise AnalysisError(
+                "the probe has no direction",
+                found=asked["probe"],
+                remedy="use a linear probe: Logistic, Ridge, MassMean, LDA",
+            )
+        wanted = self.best.layer if layer is None else layer
+        number = -1 if wanted is None else wanted
+        if number not in self.layers:
+            raise AnalysisError(
+                f"layer {layer} was not probed",
+                expected=f"one of {', '.join(map(str, self.layers))}",
+                found=str(layer),
+            )
+        at = self.layers.index(number)
+        if not 0 <= output < self.coef.shape[1]:
+            raise AnalysisError("there is no such output", expected=f"0 to {self.coef.shape[1] - 1}", found=str(output))
+        provenance = {key: asked[key] for key in PROVENANCE if key in asked}
+        return Direction(
+            self.coef[at, output].copy(),
+            float(self.intercept[at, output]),
+            asked["site"],
+            wanted,
+            {**provenance, "output": output},
+        )
 
     def table(self) -> Table:
         """Return a `rich.table.Table` of the layers and baselines."""
         from analysis.probes.table import table
 
-        return table(self)
+        return table(self.results)
 
     def plot(self, to: str | Path | Axes | None = None, *, metric: str | None = None) -> Figure:
         """Draw the score against the layer, with bootstrap intervals and baselines.
@@ -167,9 +137,9 @@ class Sweep:
         Parameters
         ----------
         to
-            Where to draw: the path of an image (png, svg, pdf), matplotlib axes, or nothing for a new figure.
+            Path of an image (png, svg, pdf), or matplotlib axes; a new figure by default.
         metric
-            By default the first.
+            The first one by default.
 
         Raises
         ------
@@ -178,19 +148,7 @@ class Sweep:
         """
         from analysis.probes.plot import plot
 
-        return plot(self, to, metric=metric)
-
-    def save(self, folder: str | Path) -> Path:
-        """Write ``sweep.json``, and ``weights.safetensors`` of a linear probe, into *folder*, made if need be.
-
-        Returns the path of the former; no bit is lost.
-
-        Raises
-        ------
-        OutputError
-            The folder cannot be written; the error says where the results are.
-        """
-        return rescued(self._write, local_path(folder))
+        return plot(self.results, to, metric=metric)
 
     def _write(self, folder: Path) -> Path:
         path = folder / FILE
@@ -212,32 +170,24 @@ class Sweep:
 
 
 def load(folder: str | Path) -> Sweep:
-    """Read what `Sweep.save` wrote.
+    """Load a sweep that `Sweep.save` wrote.
 
     Raises
     ------
     AnalysisError
-        There is no sweep in the folder, or it was written by another version.
+        The folder holds no sweep, or one that another version wrote.
     """
     path = local_path(folder) / FILE
     try:
         data = json.loads(path.read_text("utf-8"))
         dims, attrs = data["dims"], data["attrs"]
-        if attrs["format"] != FORMAT:
-            raise AnalysisError(
-                "the sweep was saved in another format",
-                where=str(path),
-                expected=FORMAT,
-                found=str(attrs["format"]),
-            )
+        check_format(path, str(attrs["format"]), FORMAT)
         variables = {
             kind: {name: (v["dims"], _array(v, dims), v["attrs"]) for name, v in data[kind].items()}
             for kind in ("data_vars", "coords")
         }
     except FileNotFoundError as error:
-        raise AnalysisError(
-            "there is no saved sweep", where=str(path), remedy="give the folder of Sweep.save"
-        ) from error
+        raise no_saved_sweep(path) from error
     except (ValueError, KeyError, TypeError) as error:
         raise AnalysisError("the saved sweep cannot be read", where=str(path), found=str(error)) from error
     found = xr.Dataset(variables["data_vars"], variables["coords"], attrs)
@@ -252,7 +202,12 @@ def load(folder: str | Path) -> Sweep:
 
 
 def save_dataset(found: xr.Dataset, path: str | Path) -> None:
-    """Write a dataset as JSON; no bit is lost."""
+    """Write a dataset as JSON; no bit is lost.
+
+    ::
+
+        probes.save_dataset(probes.transfer(sweep, other), "transfer.json")
+    """
     data = found.to_dict()
     for name, variable in (data["coords"] | data["data_vars"]).items():
         variable["dtype"] = found[name].dtype.str
@@ -264,7 +219,7 @@ def _array(variable: dict[str, Any], dims: dict[str, int]) -> np.ndarray:
 
 
 def _plain(value: Any) -> Any:
-    """Return *value* in JSON's own types; NaN is null."""
+    """Return *value* in the types of JSON; NaN becomes null."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -2,8 +2,9 @@
 
 Each metric is a numerator and a denominator in every fold, and the *pooled* value divides their sums. A fold's
 value, their quotient, is what scikit-learn gives for that fold; predictions of different folds are not ranked
-against each other. Two metrics need more samples than a fold has, and are taken of all held-out samples together
-(`analysis.probes.pooled`): for ece and recall@1%, a fold's value is the mean share of its samples in the pooled one.
+against each other. Two metrics, ece and recall@1%, need more samples than a fold has. They are computed from all
+held-out samples together (`analysis.probes.pooled_metrics`); a fold's value is the mean share of its samples in the
+pooled one.
 
 ===========  ==========================================  ==================================
 metric       numerator                                   denominator
@@ -28,7 +29,7 @@ ece.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,14 +37,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-from analysis.probes import pooled
+from analysis.probes import pooled_metrics
+from analysis.statistics.bootstrap import resample_groups
 
 Metric = Literal["accuracy", "auroc", "f1", "log_loss", "brier", "ece", "recall@1%", "r2", "pearson"]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-CHUNK = 2**22  # float64 values of bootstrap weights in memory at once: 32 MiB
-BINS = pooled.BINS
+BINS = pooled_metrics.BINS
 LOWER = ("log_loss", "brier", "ece")
 POOLED = ("ece", "recall@1%")
 
@@ -65,7 +66,7 @@ class Prediction:
     decision: Floats
     probability: Floats | None = None
 
-    def take(self, at: NDArray[Any]) -> Prediction:
+    def select_samples(self, at: NDArray[Any]) -> Prediction:
         """Return some of the samples, by mask or number."""
         probability = None if self.probability is None else self.probability[at]
         return Prediction(self.predicted[at], self.decision[at], probability)
@@ -90,7 +91,7 @@ def parts(
         shares, counted = _shares(metric, y, prediction, fold, np.arange(len(y)) if group is None else group)
         top, bottom = (np.bincount(fold, values, cv).astype(np.float64) for values in (shares, counted))
         return top, bottom
-    found = [_weighted(metric, y[at], prediction.take(at), np.ones((1, at.sum()))) for at in _masks(fold, cv)]
+    found = [_weighted(metric, y[at], prediction.select_samples(at), np.ones((1, at.sum()))) for at in _masks(fold, cv)]
     return np.array([top[0] for top, _ in found]), np.array([bottom[0] for _, bottom in found])
 
 
@@ -118,7 +119,7 @@ def replicates(
     Whole groups are drawn with replacement, the same draws for the same *seed*, so that predictions of different layers
     may be compared draw by draw; the fitted probes stay as they are (cluster bootstrap: Davison & Hinkley 1997, 3.8).
     For recall@1% groups have exponential weights instead, and ece is freed of the noise that resampling adds, see
-    `analysis.probes.pooled`.
+    `analysis.probes.pooled_metrics`.
     """
     values = np.full((len(wanted), resamples), np.nan)
     for number, metric in enumerate(wanted):
@@ -127,8 +128,8 @@ def replicates(
         elif metric == "recall@1%":
             values[number] = _recall_replicates(y, prediction, fold, group, resamples, seed)
     drawable = [number for number, metric in enumerate(wanted) if metric not in POOLED]
-    cases = [(at, y[at], prediction.take(at)) for at in _masks(fold, int(fold.max()) + 1)]
-    for part, weights in _resamples(int(group.max()) + 1, len(y), resamples, seed):
+    cases = [(at, y[at], prediction.select_samples(at)) for at in _masks(fold, int(fold.max()) + 1)]
+    for part, weights in resample_groups(int(group.max()) + 1, resamples, seed, n_samples=len(y)):
         top, bottom = np.zeros((2, len(wanted), len(weights)))
         for at, known, said in cases:
             drawn = weights[:, group[at]]
@@ -138,12 +139,6 @@ def replicates(
                 bottom[number] += more[1]
         values[drawable, part] = ratio(top, bottom)[drawable]
     return values
-
-
-def interval(values: Floats, level: float = 0.95) -> tuple[Floats, Floats]:
-    """Return the ends of the percentile interval over the last dim, the resamples."""
-    low, high = np.nanpercentile(values, [50 * (1 - level), 50 * (1 + level)], axis=-1)
-    return low, high
 
 
 def band(pooled: Floats, values: Floats, level: float = 0.95) -> tuple[Floats, Floats]:
@@ -165,47 +160,31 @@ def _masks(fold: Ints, cv: int) -> list[NDArray[np.bool_]]:
     return [fold == number for number in range(cv)]
 
 
-def _resamples(
-    n_groups: int, n_samples: int, resamples: int, seed: int, smooth: bool = False
-) -> Iterator[tuple[slice, Floats]]:
-    """Yield which resamples, and how often each group was drawn, ``(≤ resamples, n_groups)``; or smooth weights."""
-    rng = np.random.default_rng(seed)
-    size = max(1, CHUNK // max(n_groups, n_samples))
-    for low in range(0, resamples, size):
-        n = min(size, resamples - low)
-        if smooth:
-            weights = rng.standard_exponential((n, n_groups))
-        else:
-            drawn = rng.integers(n_groups, size=(n, n_groups)) + n_groups * np.arange(n)[:, None]
-            weights = np.bincount(drawn.ravel(), minlength=n * n_groups).reshape(n, n_groups).astype(float)
-        yield slice(low, low + n), weights
-
-
 def _shares(metric: Metric, y: NDArray, said: Prediction, fold: Ints, group: Ints) -> tuple[Floats, Floats]:
     """Return what each sample adds to the numerator and to the denominator of a metric of all samples."""
     if metric == "ece":
         assert said.probability is not None
-        return pooled.calibration_shares(y, said.probability), np.ones(len(y))
-    standard = pooled.standardised(y, said.decision, fold, group)
+        return pooled_metrics.calibration_shares(y, said.probability), np.ones(len(y))
+    standard = pooled_metrics.standardised(y, said.decision, fold, group)
     counted = (y == 1) & ~np.isnan(standard)
-    return pooled.found_positives(y, standard).astype(float), counted.astype(float)
+    return pooled_metrics.found_positives(y, standard).astype(float), counted.astype(float)
 
 
 def _ece_replicates(y: NDArray, said: Prediction, group: Ints, resamples: int, seed: int) -> Floats:
     assert said.probability is not None
-    gaps, size = pooled.bin_gaps(y, said.probability), np.bincount(group)
+    gaps, size = pooled_metrics.bin_gaps(y, said.probability), np.bincount(group)
     by_group = np.zeros((len(size), gaps.shape[1]))
     np.add.at(by_group, group, gaps)
     drawn = np.empty((resamples, gaps.shape[1]))
-    for part, weights in _resamples(len(size), len(y), resamples, seed):
+    for part, weights in resample_groups(len(size), resamples, seed, n_samples=len(y)):
         drawn[part] = weights @ by_group / (weights @ size)[:, None]
-    return pooled.calibration_replicates(gaps.mean(0), drawn)
+    return pooled_metrics.calibration_replicates(gaps.mean(0), drawn)
 
 
 def _recall_replicates(y: NDArray, said: Prediction, fold: Ints, group: Ints, resamples: int, seed: int) -> Floats:
-    standard, values = pooled.standardised(y, said.decision, fold, group), np.empty(resamples)
-    for part, weights in _resamples(int(group.max()) + 1, len(y), resamples, seed, smooth=True):
-        values[part] = pooled.recall_replicates(y, standard, weights[:, group])
+    standard, values = pooled_metrics.standardised(y, said.decision, fold, group), np.empty(resamples)
+    for part, weights in resample_groups(int(group.max()) + 1, resamples, seed, n_samples=len(y), smooth=True):
+        values[part] = pooled_metrics.recall_replicates(y, standard, weights[:, group])
     return values
 
 

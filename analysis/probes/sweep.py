@@ -1,31 +1,30 @@
-"""Probes on every captured layer, beside baselines, on the same folds."""
+"""Cross-validate probes on every captured layer, with baselines on the same folds."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, is_classifier, is_regressor
 
-from analysis.arguments import check_whole
 from analysis.dataset.opens_store import opens_store
+from analysis.dataset.probe_dataset import ProbeDataset, build_dataset
+from analysis.dataset.readable import Readable
 from analysis.dataset.targets import DocumentTarget, TokenTarget
-from analysis.dataset.view import Readable, Rows, Task, View, join
-from analysis.probes import baselines as base
+from analysis.probes.cross_validation import CrossValidation
 from analysis.probes.estimators import LinearProbe, Logistic, Ridge
 from analysis.probes.estimators.design import Design
+from analysis.probes.options import SweepOptions
 from analysis.probes.results import Sweep
-from analysis.probes.trial import Trial
 from analysis.progress import bar
-from flexcache.errors import AnalysisError, nearest
-from flexcache.site import Layers
+from flexcache.errors import AnalysisError
 from flexcache.spec import listed
 
 Target = str | TokenTarget | DocumentTarget
 SHARE = 0.5
-"""Of the machine's memory: how much one layer's samples may take before they are read in blocks at each pass."""
+"""Share of the machine's memory that the samples of one layer may take before they are read in blocks at each pass."""
 
 
 @opens_store
@@ -35,96 +34,58 @@ def sweep(
     site: str,
     probe: BaseEstimator | None = None,
     *,
-    cv: int = 5,
-    groups: str | None = "document",
-    rows: Rows | None = None,
-    layers: Layers = "all",
-    seed: int = 0,
-    task: Task | None = None,
-    baselines: str | Sequence[str] = base.NAMES,
-    select: Literal["inner", "none"] = "inner",
-    resamples: int = 1000,
-    mdl: bool = True,
-    memory: int | None = None,
-    progress: bool = True,
+    options: SweepOptions | None = None,
+    **named: Any,
 ) -> Sweep:
     """Cross-validate a probe on every captured layer of a site.
 
-    Every layer, the probe and each baseline see the same folds: grouped, so that no group is both trained and
-    tested on, and stratified by class. Whatever is learnt from data, standardisation included, is learnt
+    ::
+
+        sweep = probes.sweep(store, target="label", site="resid_post", probe=probes.Logistic(Cs=10), cv=5)
+        sweep.best          # the best layer, its score and a 95 % interval
+        sweep.table()
+
+    Every layer, the probe and each baseline use the same folds. Folds are grouped, so that no group is both trained
+    and tested on, and stratified by class. Everything that is learnt from data, including standardisation, is learnt
     inside the fold.
 
     Three kinds of interval are reported, all 95 %. ``fold_low, fold_high`` is mean ± t over the folds (see
-    `score.fold_interval`). ``ci_low, ci_high``, the one that is plotted, is a bootstrap over whole groups of
-    the pooled out-of-fold predictions: what another draw of *documents* would give the same probes. ``band_low,
-    band_high`` holds the scores of all layers at once (`score.band`).
+    `score.fold_interval`). ``ci_low, ci_high``, the one that is plotted, is a bootstrap over whole groups of the
+    pooled out-of-fold predictions: the range of scores that the same probes would get on another sample of documents.
+    ``band_low, band_high`` covers the scores of all layers at once (`score.band`).
 
     Layer and strength are chosen inside the folds (``select="inner"``): for each test fold, by cross-validation over
-    the other folds alone. `Sweep.best` is scored on the test fold by what was chosen without it, so it may
-    be quoted. This costs cv·(cv−1)/2 further fits a layer, each used twice: a probe trained without folds
-    *j* and *k* validates the choice for either. Linear probes of this package are fitted to all folds and
-    strengths side by side.
+    the other folds alone. `Sweep.best` is scored on each test fold with the choice that was made without that fold, so
+    it may be quoted. This costs cv·(cv−1)/2 further fits per layer, each used twice: a probe trained without folds *j*
+    and *k* validates the choice for either. Linear probes of this package are fitted to all folds and strengths at
+    once.
 
-    One layer's samples are in memory at a time (`View.bytes_per_layer`), plus one prediction per sample and
-    layer. Where that is more than *memory*, linear probes read them in blocks, as often as they need.
+    The samples of one layer are in memory at a time (`ProbeDataset.bytes_per_layer`), plus one prediction for each
+    sample and layer. If they need more than *memory*, linear probes read them in blocks, once per pass.
 
     Parameters
     ----------
     store
-        What `flexcache.open` returned.
-    target, site, groups, rows, layers, task
-        See `analysis.view.join`; a target of tokens is made by `analysis.targets`.
+        A store as `flexcache.open` returns it, or its path.
+    target, site
+        See `analysis.probe_dataset.build_dataset`; token targets are made by `analysis.targets`.
     probe
-        Any scikit-learn estimator, by default `Logistic`, or `Ridge` for numbers, with powers of ten to choose from.
-        Yours is given raw activations in float64: put a `StandardScaler` before it in a pipeline. It is cloned for
-        every fit, never changed.
-    cv
-        Number of folds.
-    seed
-        Of folds, shuffles and bootstrap.
-    baselines
-        ``"majority"``: the commonest training class (or mean). ``"tfidf"``: words and pairs of words, where texts are
-        stored. ``"tokens"``: the bag of token ids. ``"length"``: the number of tokens. And on every layer:
-        ``"shuffled"``: the same probe, fitted and scored on labels moved to other documents, one shuffle;
-        ``"random"``: a probe of one random direction; ``"control"``: the same probe, on labels drawn for each kind of
-        token, whence ``selectivity`` (Hewitt & Liang 2019).
-    select
-        ``"none"`` leaves out the inner choice; `Sweep.best` then says that it was chosen on its own scores.
-    resamples
-        Bootstrap resamples.
-    mdl
-        Whether probes that give probabilities are measured by online coding as well: ``codelength`` in bits and
-        ``compression``, how many times shorter than an even code (Voita & Titov 2020).
-    memory
-        Bytes for the samples of one layer; by default half of the machine's.
-    progress
-        Show a bar while standard error is a terminal.
+        Any scikit-learn estimator. The default is `Logistic`, or `Ridge` for a regression, with powers of ten to choose
+        from. Estimators of other packages receive raw activations in float64: put a `StandardScaler` before them in a
+        pipeline. The probe is cloned for every fit and never changed.
+    options, named
+        A `SweepOptions`, and its fields as keywords, which take precedence: cv, groups, rows, layers, seed, task,
+        baselines, select, resamples, mdl, memory, progress.
 
     Raises
     ------
     AnalysisError
-        A question that the data cannot answer (see `join` and `folds.assign`), a probe that does not fit the
-        target, or one that did not converge, with its layer and fold.
+        The data cannot answer the question (see `build_dataset` and `folds.assign`), a keyword is unknown, the probe
+        does not fit the target, or it did not converge, with layer and fold.
     """
-    found = sweeps(
-        store,
-        [target],
-        [site],
-        None if probe is None else {"probe": probe},
-        cv=cv,
-        groups=groups,
-        rows=rows,
-        layers=layers,
-        seed=seed,
-        task=task,
-        baselines=baselines,
-        select=select,
-        resamples=resamples,
-        mdl=mdl,
-        memory=memory,
-        progress=progress,
-    )
-    return next(iter(found.values()))
+    chosen = SweepOptions.merge(options, named, "sweep")
+    [found] = sweeps(store, [target], [site], None if probe is None else {"probe": probe}, options=chosen).values()
+    return found
 
 
 @opens_store
@@ -134,138 +95,117 @@ def sweeps(
     sites: str | Sequence[str],
     probes: Mapping[str, BaseEstimator] | None = None,
     *,
-    cv: int = 5,
-    groups: str | None = "document",
-    rows: Rows | None = None,
-    layers: Layers = "all",
-    seed: int = 0,
-    task: Task | None = None,
-    baselines: str | Sequence[str] = base.NAMES,
-    select: Literal["inner", "none"] = "inner",
-    resamples: int = 1000,
-    mdl: bool = True,
-    memory: int | None = None,
-    progress: bool = True,
+    options: SweepOptions | None = None,
+    **named: Any,
 ) -> dict[tuple[str, str, str], Sweep]:
-    """Cross-validate several probes for several targets and sites; what needs the same samples shares their reading.
+    """Cross-validate several probes for several targets and sites; each set of samples is read once.
 
-    Several labels a document, a column of lists of words, are a target for each word: `analysis.targets.labels`.
+    ::
+
+        found = probes.sweeps(store, ["label", "topic"], ["resid_post"], {"ridge": probes.Ridge()})
+        found["label", "resid_post", "ridge"].best
+
+    A column of lists of words is a target for each word: `analysis.targets.labels`.
 
     Parameters
     ----------
+    targets, sites
+        One or several of each; see `sweep`.
     probes
-        By name.
-
-    Others are those of `sweep`.
+        Probes by name; the default probe of `sweep` is named ``"probe"``.
+    options, named
+        As for `sweep`.
 
     Returns
     -------
     dict of Sweep
-        By (target, site, probe).
-    """
-    if baselines is None:
-        raise AnalysisError(
-            "baselines cannot be None", expected=f"some of {', '.join(base.NAMES)}", remedy="baselines=()"
-        )
-    baselines = listed(baselines, str, "baselines")
-    check_whole("resamples", resamples, 1)
-    if memory is not None:
-        check_whole("memory, in bytes,", memory, 1, remedy="for 1 GiB, write memory=2**30")
-    for name in baselines:
-        if name not in base.NAMES:
-            raise AnalysisError(f"there is no baseline {name!r}", remedy=nearest(name, base.NAMES))
-    if select not in ("inner", "none"):
-        raise AnalysisError(f"select cannot be {select!r}", remedy=nearest(str(select), ("inner", "none")))
-    trials: dict[tuple[str, str, str], Trial] = {}
-    for site in listed(sites, str, "sites"):
-        for target in [targets] if isinstance(targets, str) or not isinstance(targets, Iterable) else targets:
-            view = join(store, site, target, groups=groups, rows=rows, layers=layers, task=task)
-            for name, probe in (probes or {"probe": _usual(view)}).items():
-                check_probe(probe, view)
-                trials[view.target, site, name] = Trial(
-                    view,
-                    probe,
-                    cv=cv,
-                    seed=seed,
-                    baselines=baselines,
-                    select=select,
-                    resamples=resamples,
-                    mdl=mdl,
-                )
-    shared: dict[Any, list[Trial]] = {}
-    for trial in trials.values():
-        shared.setdefault(_samples(trial.view), []).append(trial)
-    with bar(progress) as shown:
-        for group in shared.values():
-            view = group[0].view
-            task_of = shown.add_task(f"probing {view.site}, layer by layer", total=len(view.layers) * len(group))
-            for at, layer in enumerate(view.layers):
-                for trial, given in _given(group, layer, memory):
-                    trial.read(at, layer, given)
-                    shown.advance(task_of)
-    return {name: trial.sweep() for name, trial in trials.items()}
-
-
-def check_probe(probe: BaseEstimator, view: View) -> None:
-    """Refuse what is no probe, or not one for the view's target.
+        Keys are (target, site, probe).
 
     Raises
     ------
     AnalysisError
+        As for `sweep`.
     """
+    chosen = SweepOptions.merge(options, named, "sweeps")
+    validations: dict[tuple[str, str, str], CrossValidation] = {}
+    for site in listed(sites, str, "sites"):
+        for target in [targets] if isinstance(targets, str) or not isinstance(targets, Iterable) else targets:
+            dataset = build_dataset(
+                store, site, target, groups=chosen.groups, rows=chosen.rows, layers=chosen.layers, task=chosen.task
+            )
+            for name, probe in (probes or {"probe": _default_probe(dataset)}).items():
+                check_probe(probe, dataset)
+                validations[dataset.target, site, name] = CrossValidation(dataset, probe, chosen)
+    shared: dict[Any, list[CrossValidation]] = {}
+    for validation in validations.values():
+        shared.setdefault(_sample_key(validation.dataset), []).append(validation)
+    with bar(chosen.progress) as shown:
+        for group in shared.values():
+            dataset = group[0].dataset
+            total = len(dataset.layers) * len(group)
+            task = shown.add_task(f"probing {dataset.site}, layer by layer", total=total)
+            for at, layer in enumerate(dataset.layers):
+                for validation, samples in _layer_samples(group, layer, chosen.memory):
+                    validation.fit_layer(at, layer, samples)
+                    shown.advance(task)
+    return {name: validation.summarize() for name, validation in validations.items()}
+
+
+def check_probe(probe: BaseEstimator, dataset: ProbeDataset) -> None:
+    """Raise AnalysisError if *probe* is not a probe, or cannot be fitted to the target of *dataset*."""
     if isinstance(probe, type) or not (
         hasattr(probe, "fit") and hasattr(probe, "predict") and hasattr(probe, "get_params")
     ):
         raise AnalysisError(
             f"{probe!r} is not a probe",
             expected="a scikit-learn estimator: fit, predict, get_params",
-            remedy="write probe=probes.Logistic(), with its brackets",
+            remedy="write probe=probes.Logistic(), with parentheses",
         )
-    wrong = is_classifier(probe) if view.task == "regression" else is_regressor(probe)
+    wrong = is_classifier(probe) if dataset.task == "regression" else is_regressor(probe)
     if wrong:
         raise AnalysisError(
-            f"{type(probe).__name__} cannot be fitted to target {view.target!r}",
-            expected="a probe for " + ("numbers" if view.task == "regression" else "classes"),
-            found=f"a {view.task} target",
-            remedy="use probes.Ridge(), or say task= in so many words",
+            f"{type(probe).__name__} cannot be fitted to target {dataset.target!r}",
+            expected="a probe for " + ("numbers" if dataset.task == "regression" else "classes"),
+            found=f"a {dataset.task} target",
+            remedy="use probes.Ridge(), or give task= explicitly",
         )
-    if getattr(probe, "pooled", False) != (view.rows == "tokens"):
+    if getattr(probe, "pooled", False) != (dataset.rows == "tokens"):
         raise AnalysisError(
-            f"{type(probe).__name__} cannot be fitted to rows={view.rows!r}",
-            expected='rows="tokens" for a probe that reads a document\'s tokens together, and for no other',
+            f"{type(probe).__name__} cannot be fitted to rows={dataset.rows!r}",
+            expected='rows="tokens" for a probe that reads all tokens of a document, and for no other probe',
         )
 
 
-def _usual(view: View) -> LinearProbe:
-    return Logistic(Cs=5) if view.classes else Ridge(alphas=6)
+def _default_probe(dataset: ProbeDataset) -> LinearProbe:
+    return Logistic(Cs=5) if dataset.classes else Ridge(alphas=6)
 
 
-def _samples(view: View) -> Any:
-    """Return what tells samples apart from those of another view."""
-    numbers = view.source if view.row is None else view.row
-    return view.site, view.layers, view.rows, numbers.tobytes()
+def _sample_key(dataset: ProbeDataset) -> Any:
+    """Return a key that is equal for datasets with the same samples."""
+    numbers = dataset.source if dataset.row is None else dataset.row
+    return dataset.site, dataset.layers, dataset.rows, numbers.tobytes()
 
 
-def _given(
-    group: Sequence[Trial], layer: int | None, memory: int | None
-) -> Iterator[tuple[Trial, Design | NDArray[Any]]]:
-    """Yield each trial with the samples of a layer: in memory, or, where they would not fit, to be read in blocks."""
-    view = group[0].view
+def _layer_samples(
+    group: Sequence[CrossValidation], layer: int | None, memory: int | None
+) -> Iterator[tuple[CrossValidation, Design | NDArray[Any]]]:
+    """Yield each validation with the samples of a layer: in memory, or read in blocks if they would not fit."""
+    dataset = group[0].dataset
     budget = memory or int(SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    if view.row is not None and view.bytes_per_layer() > budget:
-        stubborn = next((trial for trial in group if not isinstance(trial.probe, LinearProbe)), None)
-        if stubborn is not None:
+    if dataset.row is not None and dataset.bytes_per_layer() > budget:
+        unable = next((validation for validation in group if not isinstance(validation.probe, LinearProbe)), None)
+        if unable is not None:
             raise AnalysisError(
-                f"{type(stubborn.probe).__name__} needs all samples in memory",
-                where=view.site,
+                f"{type(unable.probe).__name__} needs all samples in memory",
+                where=dataset.site,
                 expected=f"at most {budget / 2**30:.1f} GiB",
-                found=f"{view.n_samples:,} samples need {view.bytes_per_layer() / 2**30:.1f} GiB",
-                remedy='use a linear probe, which reads blocks; write rows="last"; or give more memory',
+                found=f"{dataset.n_samples:,} samples need {dataset.bytes_per_layer() / 2**30:.1f} GiB",
+                remedy='use a linear probe, which reads blocks; set rows="last"; or raise memory',
             )
-        streamed = Design(lambda part: view.read_some(layer, part), (view.n_samples, view.features))
-        yield from ((trial, streamed) for trial in group)
+        streamed = Design(lambda part: dataset.read_samples(layer, part), (dataset.n_samples, dataset.features))
+        yield from ((validation, streamed) for validation in group)
         return
-    X = view.read(layer)
+    X = dataset.read_layer(layer)
     design = Design(X) if X.dtype != object else None
-    for trial in group:
-        yield trial, design if design is not None and isinstance(trial.probe, LinearProbe) else X
+    for validation in group:
+        yield validation, design if design is not None and isinstance(validation.probe, LinearProbe) else X

@@ -1,12 +1,14 @@
-"""A sweep as a table for the terminal."""
+"""Format a probe sweep as a table for the terminal."""
 
 from __future__ import annotations
 
+import xarray as xr
 from rich.table import Table
 from rich.text import Text
 
 from analysis.probes.baselines import WITHOUT_MODEL
-from analysis.probes.results import Sweep
+from analysis.probes.best_layer import best_layer
+from analysis.sweep_results import names_along
 
 NAMES = {
     "accuracy": "accuracy",
@@ -31,91 +33,91 @@ ARMS = {
 }
 SHORT = {"majority": "majority", "tfidf": "TF-IDF", "tokens": "tokens", "length": "length"}
 SHOWN = 2
-"""Metrics of which a table has columns."""
+"""Number of metrics that get columns in a table."""
 
 
-def table(sweep: Sweep) -> Table:
-    """Return a line a layer and a line a baseline: pooled score, bootstrap, mean ± over folds."""
-    data, asked, best = sweep.results, sweep.results.attrs, sweep.best
+def table(results: xr.Dataset) -> Table:
+    """Return a row for each layer and baseline: pooled score, bootstrap interval, and mean ± half width over folds."""
+    asked, best = results.attrs, best_layer(results)
     found = Table(
         title=Text(f"{asked['target']} read from {asked['site']} by {asked['probe']}"),
-        caption=Text(caption(sweep)),
+        caption=Text(caption(results)),
         caption_justify="left",
         title_justify="left",
     )
     found.add_column("layer", justify="right", no_wrap=True)
-    for metric in sweep.metrics[:SHOWN]:
+    for metric in names_along(results, "metric")[:SHOWN]:
         first = metric == best.metric
         head = Text(f"{NAMES[metric]}\n[bootstrap 95 %]" if first else NAMES[metric])
         found.add_column(head, justify="right", no_wrap=True)
         if first:
             found.add_column("over folds\n95 %", justify="right", no_wrap=True, style="dim")
-    beside = [arm for arm in ("shuffled", "control") if arm in sweep.arms]
-    for name in beside:
+    extra = [arm for arm in ("shuffled", "control") if arm in names_along(results, "arm")]
+    for name in extra:
         found.add_column(ARMS[name].replace(" ", "\n"), justify="right", no_wrap=True, style="dim")
-    for layer in data["layer"].values.tolist():
-        cells = _cells(sweep, "probe", layer)
-        cells += [number(float(data["pooled"].sel(arm=arm, layer=layer)[0])) for arm in beside]
+    for layer in results["layer"].values.tolist():
+        cells = _cells(results, "probe", layer)
+        cells += [number(float(results["pooled"].sel(arm=arm, layer=layer)[0])) for arm in extra]
         is_best = layer == (-1 if best.layer is None else best.layer)
         found.add_row("–" if layer < 0 else str(layer), *cells, style="bold" if is_best else None)
     found.add_section()
-    at = int(data["layer"].values[0])
-    for arm in sweep.arms:
+    at = int(results["layer"].values[0])
+    for arm in names_along(results, "arm"):
         if arm in WITHOUT_MODEL:
-            found.add_row(SHORT[arm], *_cells(sweep, arm, at))
+            found.add_row(SHORT[arm], *_cells(results, arm, at))
     return found
 
 
-def arm_name(sweep: Sweep, arm: str) -> str:
-    """Return what an arm is called."""
-    return "mean of the target" if arm == "majority" and sweep.results.attrs["task"] == "regression" else ARMS[arm]
+def arm_name(results: xr.Dataset, arm: str) -> str:
+    """Return the displayed name of an arm."""
+    return "mean of the target" if arm == "majority" and results.attrs["task"] == "regression" else ARMS[arm]
 
 
 def number(value: float) -> str:
-    """Return three digits as they are quoted: .882; a dash for what was not measured."""
+    """Return a score with three digits, such as .882; a dash for NaN."""
     if value != value:
         return "–"
     return f"{value:.3f}".replace("0.", ".", 1).replace("-", "−") if abs(value) < 0.9995 else f"{value:.2f}"
 
 
 def interval(low: float, high: float) -> str:
-    """Return an interval in brackets; nothing where there is none."""
+    """Return an interval in brackets, or an empty text for NaN."""
     if low != low:
         return ""
     return f"[{number(low)}, {number(high)}]"
 
 
-def caption(sweep: Sweep) -> str:
-    """Return the best layer in words, and how it was chosen."""
-    best, asked = sweep.best, sweep.results.attrs
+def caption(results: xr.Dataset) -> str:
+    """Return a sentence about the best layer and how it was chosen."""
+    best, asked = best_layer(results), results.attrs
     score = f"{NAMES[best.metric]} {number(best.score)} {interval(best.ci_low, best.ci_high)}"
     if asked["layer_chosen"] == "given":
         text = f"{score}."
     elif best.nested:
         picks = ", ".join(map(str, best.chosen))
-        kept = asked_strength(sweep)
+        kept = strength_text(results)
         what = "layer and strength" if kept else "the layer"
         text = f"Best layer {best.layer}{kept}. With {what} chosen inside the folds ({picks}): {score}."
     else:
-        text = f"Best layer {best.layer}: {score}, chosen on these very scores and so too high."
+        text = f"Best layer {best.layer}: {score}, chosen on these very scores and therefore too high."
     return " ".join([text, *asked["notes"]])
 
 
-def asked_strength(sweep: Sweep) -> str:
-    """Return the strength of the best layer's weights in words, where several were tried."""
-    if "final_strength" not in sweep.results:
+def strength_text(results: xr.Dataset) -> str:
+    """Return the strength of the weights of the best layer as text, if several were tried."""
+    if "final_strength" not in results:
         return ""
-    layer = -1 if sweep.best.layer is None else sweep.best.layer
-    return f" at strength {float(sweep.results['final_strength'].sel(layer=layer)):.3g}"
+    layer = -1 if best_layer(results).layer is None else best_layer(results).layer
+    return f" at strength {float(results['final_strength'].sel(layer=layer)):.3g}"
 
 
-def _cells(sweep: Sweep, arm: str, layer: int) -> list[str]:
+def _cells(results: xr.Dataset, arm: str, layer: int) -> list[str]:
     cells = []
-    for metric in sweep.metrics[:SHOWN]:
-        values = sweep.results.sel(arm=arm, layer=layer, metric=metric)
+    for metric in names_along(results, "metric")[:SHOWN]:
+        values = results.sel(arm=arm, layer=layer, metric=metric)
         names = ("pooled", "ci_low", "ci_high", "mean", "fold_high")
         at = {name: float(values[name]) for name in names}
-        if metric != sweep.best.metric:
+        if metric != best_layer(results).metric:
             cells.append(number(at["pooled"]))
         else:
             cells.append(f"{number(at['pooled'])} {interval(at['ci_low'], at['ci_high'])}")

@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 
 from analysis.dataset.opens_store import opens_store
+from analysis.dataset.probe_dataset import ProbeDataset, build_dataset
+from analysis.dataset.readable import Readable, Rows
 from analysis.dataset.targets import DocumentTarget, TokenTarget
-from analysis.dataset.view import Readable, Rows, View, join
 from analysis.probes import score
 from analysis.probes.estimators.linear import LogOdds, coded
 from analysis.probes.results import Sweep
 from analysis.probes.score import Prediction
 from analysis.probes.sweep import sweep as sweep_layers
+from analysis.statistics.bootstrap import percentile_interval
 from flexcache.errors import AnalysisError
 
 
@@ -48,7 +50,7 @@ def transfer(
     across
         Whether weights of each layer are also tried on the activations of every other.
     groups, rows
-        As for `analysis.view.join`; of *groups*, whole ones are drawn in the bootstrap.
+        As for `analysis.probe_dataset.build_dataset`; of *groups*, whole ones are drawn in the bootstrap.
 
     Returns
     -------
@@ -65,7 +67,7 @@ def transfer(
     directions = {layer: sweep.to_direction(None if layer < 0 else layer) for layer in chosen}
     directions[chosen[0]].check(store)
     wanted = asked["rows"] if rows is None else rows
-    view = join(
+    dataset = build_dataset(
         store,
         asked["site"],
         asked["target"] if target is None else target,
@@ -74,22 +76,22 @@ def transfer(
         layers="all" if chosen == [-1] else chosen,
         task=asked["task"],
     )
-    y, kept = _matched(view, asked["classes"])
+    y, kept = _matched(dataset, asked["classes"])
     probable = "log_loss" in sweep.metrics
-    metrics = score.metrics(view.task, len(asked["classes"]), True, probable)
+    metrics = score.metrics(dataset.task, len(asked["classes"]), True, probable)
     found = np.full((len(chosen), len(chosen), len(metrics), 3), np.nan)
-    everything, group = np.zeros(int(kept.sum()), np.int64), np.unique(view.group[kept], return_inverse=True)[1]
+    everything, group = np.zeros(int(kept.sum()), np.int64), np.unique(dataset.group[kept], return_inverse=True)[1]
     for column, layer in enumerate(chosen):
-        X = view.read(None if layer < 0 else layer)[kept].astype(np.float64)
+        X = dataset.read_layer(None if layer < 0 else layer)[kept].astype(np.float64)
         for row in range(len(chosen)) if across else [column]:
             said = _said(sweep, sweep.layers.index(chosen[row]), X, probable)
             drawn = score.replicates(metrics, y, said, everything, group, resamples=resamples, seed=seed)
-            low, high = score.interval(drawn)
+            low, high = percentile_interval(drawn)
             for m, metric in enumerate(metrics):
                 top, bottom = score.parts(metric, y, said, everything, 1, group)
                 found[row, column, m] = score.ratio(top.sum(), bottom.sum()), low[m], high[m]
     names = ("score", "ci_low", "ci_high")
-    attrs = {"target": view.target, "trained_on": asked["target"], "metric": metrics[0], "samples": int(kept.sum())}
+    attrs = {"target": dataset.target, "trained_on": asked["target"], "metric": metrics[0], "samples": int(kept.sum())}
     if across:
         return xr.Dataset(
             {name: (("trained", "tested", "metric"), found[..., n]) for n, name in enumerate(names)},
@@ -176,21 +178,21 @@ def by_position(
     )
 
 
-def _matched(view: View, classes: Sequence[Any]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+def _matched(dataset: ProbeDataset, classes: Sequence[Any]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Return targets in the codes of other classes, and which samples have one."""
-    if view.task == "regression":
-        return view.y, np.ones(view.n_samples, bool)
+    if dataset.task == "regression":
+        return dataset.y, np.ones(dataset.n_samples, bool)
     place = {str(name): code for code, name in enumerate(classes)}
-    codes = np.array([place.get(str(name), -1) for name in view.classes])
+    codes = np.array([place.get(str(name), -1) for name in dataset.classes])
     if (codes < 0).all() and len(codes) == len(classes) == 2:
         codes = np.arange(2)
     if (codes < 0).all():
         raise AnalysisError(
             "the labels have no class in common",
             expected=f"some of {', '.join(map(str, classes))}",
-            found=", ".join(map(str, view.classes)),
+            found=", ".join(map(str, dataset.classes)),
         )
-    y = codes[view.y]
+    y = codes[dataset.y]
     return y[y >= 0], y >= 0
 
 

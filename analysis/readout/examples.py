@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from analysis.dataset.opens_store import opens_store
 from analysis.dataset.tokens import Vocabulary, vocabulary
-from analysis.statistics.onepass import Block, State, Statistic, read
+from analysis.statistics.onepass import RowBlock, State, Statistic, read
 from flexcache.errors import AnalysisError
 from flexcache.store.read.store import Store
 
@@ -40,7 +40,7 @@ class TopRows(Statistic):
         shape = (self.count, len(self.directions))
         return {"value": np.full(shape, -np.inf), "row": np.full(shape, -1, np.int64)}
 
-    def update(self, state: State, block: Block) -> State:
+    def update(self, state: State, block: RowBlock) -> State:
         """Add rows."""
         values = along(block.float64, self.directions)
         count = min(self.count, len(values))

@@ -62,7 +62,7 @@ def write(
         best_name=NAMES[best.metric],
         best_score=number(best.score),
         best_interval=interval(best.ci_low, best.ci_high),
-        summary=caption(sweep).removesuffix(" ".join(what["notes"])).strip(),
+        summary=caption(sweep.results).removesuffix(" ".join(what["notes"])).strip(),
         baselines=_baselines(sweep),
         charts=[(NAMES[metric], Markup(chart.svg(sweep, metric))) for metric in sweep.metrics[:SHOWN]],
         others=_others(sweep),
@@ -91,7 +91,7 @@ def _baselines(sweep: Sweep) -> list[dict[str, Any]]:
         found.append(
             {
                 "arm": arm,
-                "name": arm_name(sweep, arm),
+                "name": arm_name(sweep.results, arm),
                 "score": number(float(at["pooled"])),
                 "interval": ends,
                 "fixed": arm in WITHOUT_MODEL,
@@ -118,7 +118,7 @@ def _lines(sweep: Sweep) -> list[dict[str, Any]]:
     for arm in sweep.arms:
         if arm in WITHOUT_MODEL:
             cells = _cells(sweep, arm, layers[0])
-            found.append({"name": arm_name(sweep, arm), "best": False, "cells": cells, "shuffled": ""})
+            found.append({"name": arm_name(sweep.results, arm), "best": False, "cells": cells, "shuffled": ""})
     return found
 
 

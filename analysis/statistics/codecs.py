@@ -28,7 +28,7 @@ SAMPLE_BYTES = 8 << 20
 ROUNDS = 5
 
 Floats = NDArray[np.float32]
-Pieces = list[NDArray[np.uint8]]
+EncodedChunks = list[NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Codec:
     name : str
         The dtype, and the codec behind a plus sign.
     encode : callable
-        From rows as stored and the same rows in float32 to pieces of bytes.
+        From rows as stored and the same rows in float32 to chunks of bytes.
     decode : callable
-        From the pieces and the shape of the rows to float32.
+        From the chunks and the shape of the rows to float32.
     """
 
     name: str
-    encode: Callable[[NDArray[Any], Floats], Pieces]
-    decode: Callable[[Pieces, tuple[int, ...]], Floats]
+    encode: Callable[[NDArray[Any], Floats], EncodedChunks]
+    decode: Callable[[EncodedChunks, tuple[int, ...]], Floats]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Trial:
+class CodecResult:
     """A codec on a store.
 
     Attributes
@@ -126,7 +126,7 @@ def compare(
     seed: int = 0,
     folder: Path | None = None,
     progress: bool = True,
-) -> list[Trial]:
+) -> list[CodecResult]:
     """Encode, write, read and decode sampled rows of every layer under every codec, in turn.
 
     Parameters
@@ -138,11 +138,11 @@ def compare(
     rounds
         The times are medians over so many rounds, each of all codecs one after the other.
     folder
-        Where the trial files go; the system's temporary folder by default.
+        Where the result files go; the system's temporary folder by default.
 
     Returns
     -------
-    list of Trial, the rows as they are stored first
+    list of CodecResult, the rows as they are stored first
 
     Raises
     ------
@@ -156,22 +156,22 @@ def compare(
     names = set(store.sites)
     chosen = [array for array in select(store, sites, layers) if array.name in names and array.dtype != "int8"]
     keys = [(array.name, layer) for array in chosen for layer in array.slices]
-    trials: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     random = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory(dir=folder) as place, bar(progress) as bars:
         for name, layer in bars.track(keys, description="encoding (layers)"):
             raw = _sample(store, name, layer, sample_bytes, random)
-            _try(codecs(store.reader(name).dtype), raw, (name, layer), Path(place) / "trial", rounds, trials)
-    base = next(iter(trials.values()))
+            _try(codecs(store.reader(name).dtype), raw, (name, layer), Path(place) / "result", rounds, results)
+    base = next(iter(results.values()))
     return [
-        Trial(
+        CodecResult(
             codec,
             sum(found["bytes"]) / sum(base["bytes"]),
             sum(found["write"]) / sum(base["write"]),
             sum(found["read"]) / sum(base["read"]),
             tuple(found["losses"]),
         )
-        for codec, found in trials.items()
+        for codec, found in results.items()
         if len(found["losses"]) == len(base["losses"])
     ]
 
@@ -190,36 +190,36 @@ def _try(
     key: tuple[str, int | None],
     path: Path,
     rounds: int,
-    trials: dict[str, dict[str, Any]],
+    results: dict[str, dict[str, Any]],
 ) -> None:
     exact = raw.astype(np.float32)
     times: dict[str, list[tuple[float, float]]] = {codec.name: [] for codec in tried}
     for number in range(rounds + 1):
         for codec in tried:
-            pieces, wrote, read, back = _round(codec, raw, exact, path)
+            chunks, wrote, read, back = _round(codec, raw, exact, path)
             if number:  # the first one touches fresh memory
                 times[codec.name].append((wrote, read))
                 continue
-            found = trials.setdefault(codec.name, {"bytes": [], "write": [], "read": [], "losses": []})
-            found["bytes"].append(sum(len(piece) for piece in pieces))
+            found = results.setdefault(codec.name, {"bytes": [], "write": [], "read": [], "losses": []})
+            found["bytes"].append(sum(len(chunk) for chunk in chunks))
             found["losses"].append(_loss(*key, exact, back))
     for name, pairs in times.items():
-        trials[name]["write"].append(median(wrote for wrote, _ in pairs))
-        trials[name]["read"].append(median(read for _, read in pairs))
+        results[name]["write"].append(median(wrote for wrote, _ in pairs))
+        results[name]["read"].append(median(read for _, read in pairs))
 
 
-def _round(codec: Codec, raw: NDArray[Any], exact: Floats, path: Path) -> tuple[Pieces, float, float, Floats]:
+def _round(codec: Codec, raw: NDArray[Any], exact: Floats, path: Path) -> tuple[EncodedChunks, float, float, Floats]:
     began = time.perf_counter()
-    pieces = codec.encode(raw, exact)
+    chunks = codec.encode(raw, exact)
     with path.open("wb", buffering=0) as file:
-        for piece in pieces:
-            file.write(piece.data)
+        for chunk in chunks:
+            file.write(chunk.data)
     wrote = time.perf_counter()
     with path.open("rb", buffering=0) as file:
         content = np.frombuffer(file.read(), np.uint8)
-    cuts = np.cumsum([len(piece) for piece in pieces])[:-1]
+    cuts = np.cumsum([len(chunk) for chunk in chunks])[:-1]
     back = codec.decode(np.split(content, cuts), raw.shape)
-    return pieces, wrote - began, time.perf_counter() - wrote, back
+    return chunks, wrote - began, time.perf_counter() - wrote, back
 
 
 def _loss(name: str, layer: int | None, exact: Floats, back: Floats) -> Loss:
@@ -236,39 +236,39 @@ def _loss(name: str, layer: int | None, exact: Floats, back: Floats) -> Loss:
 
 
 def _cast(dtype: np.dtype) -> Codec:
-    def encode(raw: NDArray[Any], exact: Floats) -> Pieces:
+    def encode(raw: NDArray[Any], exact: Floats) -> EncodedChunks:
         with np.errstate(over="ignore"):
             rows = raw if raw.dtype == dtype else exact.astype(dtype)
         return [np.ascontiguousarray(rows).reshape(-1).view(np.uint8)]
 
-    def decode(pieces: Pieces, shape: tuple[int, ...]) -> Floats:
-        return np.asarray(pieces[0].view(dtype).reshape(shape).astype(np.float32))
+    def decode(chunks: EncodedChunks, shape: tuple[int, ...]) -> Floats:
+        return np.asarray(chunks[0].view(dtype).reshape(shape).astype(np.float32))
 
     return Codec(dtype.name, encode, decode)
 
 
-def _to_int8(raw: NDArray[Any], exact: Floats) -> Pieces:
+def _to_int8(raw: NDArray[Any], exact: Floats) -> EncodedChunks:
     return [part.reshape(-1).view(np.uint8) for part in quantize(exact)]
 
 
-def _from_int8(pieces: Pieces, shape: tuple[int, ...]) -> Floats:
-    scales = np.frombuffer(pieces[1].tobytes(), np.float32)
-    return pieces[0].view(np.int8).reshape(shape).astype(np.float32) * scales[:, None]
+def _from_int8(chunks: EncodedChunks, shape: tuple[int, ...]) -> Floats:
+    scales = np.frombuffer(chunks[1].tobytes(), np.float32)
+    return chunks[0].view(np.int8).reshape(shape).astype(np.float32) * scales[:, None]
 
 
 def _packed(codec: Codec) -> Codec:
-    """Return a codec with Zstandard behind it, in pieces as large as an inner chunk."""
+    """Return a codec with Zstandard behind it, in chunks as large as an inner chunk."""
     zstd = Zstd(level=ZSTD_LEVEL)
 
-    def encode(raw: NDArray[Any], exact: Floats) -> Pieces:
-        packed: Pieces = []
-        for piece in codec.encode(raw, exact):
-            chunks = [piece[at : at + INNER_CHUNK_BYTES] for at in range(0, len(piece), INNER_CHUNK_BYTES)]
+    def encode(raw: NDArray[Any], exact: Floats) -> EncodedChunks:
+        packed: EncodedChunks = []
+        for chunk in codec.encode(raw, exact):
+            chunks = [chunk[at : at + INNER_CHUNK_BYTES] for at in range(0, len(chunk), INNER_CHUNK_BYTES)]
             packed += [np.frombuffer(zstd.encode(chunk), np.uint8) for chunk in chunks]
         return packed
 
-    def decode(pieces: Pieces, shape: tuple[int, ...]) -> Floats:
-        whole = np.concatenate([np.frombuffer(zstd.decode(piece.tobytes()), np.uint8) for piece in pieces])
+    def decode(chunks: EncodedChunks, shape: tuple[int, ...]) -> Floats:
+        whole = np.concatenate([np.frombuffer(zstd.decode(chunk.tobytes()), np.uint8) for chunk in chunks])
         size = int(np.prod(shape))
         return codec.decode([whole] if codec.name != "int8" else [whole[:size], whole[size:]], shape)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analysis.statistics.onepass import Block, DocumentSample, Grouping, State, Statistic
+from analysis.statistics.onepass import DocumentSample, Grouping, RowBlock, State, Statistic
 
 ROWS = 65_536
 """Rows from which covariances are taken by default: n² work a row makes them the slow part of a read."""
@@ -41,7 +41,7 @@ class Covariance(Statistic):
             "group_mean": np.zeros((self.groups.size, features)),
         }
 
-    def update(self, state: State, block: Block) -> State:
+    def update(self, state: State, block: RowBlock) -> State:
         """Add rows."""
         values = block.float64
         codes = self.groups.codes(block)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analysis.statistics.onepass import Block, DocumentSample, State, Statistic
-from analysis.statistics.onepass.block import widen
+from analysis.statistics.onepass import DocumentSample, RowBlock, State, Statistic
+from analysis.statistics.onepass.row_block import widen
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class Rows(Statistic):
         """Return no rows."""
         return {"values": np.empty((0, features), np.float32), "row": np.empty(0, np.int64)}
 
-    def update(self, state: State, block: Block) -> State:
+    def update(self, state: State, block: RowBlock) -> State:
         """Add rows."""
         return self.merge(state, {"values": widen(block.stored), "row": block.rows})
 

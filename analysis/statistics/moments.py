@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from analysis.dataset.opens_store import opens_store
-from analysis.statistics.onepass import Block, Grouping, State, Statistic, grouping, read
+from analysis.statistics.onepass import Grouping, RowBlock, State, Statistic, grouping, read
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers
 from flexcache.spec import listed
@@ -49,7 +49,7 @@ class Moments(Statistic):
             state |= {"min": np.full(shape, np.inf), "max": np.full(shape, -np.inf)}
         return {"n": np.zeros(self.groups.size, np.int64), **state}
 
-    def update(self, state: State, block: Block) -> State:
+    def update(self, state: State, block: RowBlock) -> State:
         """Add rows; those of no group are left out."""
         if not self.groups.keys:
             _add(state, slice(0, 1), self._one(block) if self.order == 4 else _quick(block))
@@ -101,7 +101,7 @@ class Moments(Statistic):
         """Return what was asked."""
         return {"statistic": "moments", "by": self.groups.describe(), "order": self.order}
 
-    def _one(self, block: Block) -> State:
+    def _one(self, block: RowBlock) -> State:
         """Return the state of a block as one group, shapes (1, features + 1); first its mean, then powers around it."""
         low, high = np.full(block.features, np.inf), np.full(block.features, -np.inf)
         total, norms = np.zeros(block.features), np.empty(len(block))
@@ -191,7 +191,7 @@ def compute(
     return found["moments"] if "layer" in by else found.merged("moments")
 
 
-def _quick(block: Block) -> State:
+def _quick(block: RowBlock) -> State:
     """Return mean and m2 of a block as one group, in one pass around the mean of its first piece.
 
     That piece is a sixteenth of a full block, so what cancels in the end is at most sixteen times what is left.

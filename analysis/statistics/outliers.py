@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from analysis.dataset.opens_store import opens_store
-from analysis.statistics.onepass import Block, State, Statistic, read
+from analysis.statistics.onepass import RowBlock, State, Statistic, read
 from analysis.statistics.quantiles import Histogram
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers
@@ -47,7 +47,7 @@ class Extremes(Statistic):
             "positive": np.zeros((len(PARTS), features), np.int64),
         }
 
-    def update(self, state: State, block: Block) -> State:
+    def update(self, state: State, block: RowBlock) -> State:
         """Add rows."""
         for part, chosen in enumerate((block.position == 0, block.position != 0)):
             if not chosen.any():

@@ -10,8 +10,8 @@ import numpy as np
 import xarray as xr
 
 from analysis.dataset.opens_store import opens_store
-from analysis.statistics.onepass import Block, DocumentSample, State, Statistic, read
-from analysis.statistics.onepass.block import widen
+from analysis.statistics.onepass import DocumentSample, RowBlock, State, Statistic, read
+from analysis.statistics.onepass.row_block import widen
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers
 from flexcache.store.read.store import Store
@@ -51,7 +51,7 @@ class Histogram(Statistic):
         ends = {"min": np.full(features, np.inf), "max": np.full(features, -np.inf)}
         return {"n": np.zeros((), np.int64), "counts": np.zeros((features, 1 << self.bits), np.int64), **ends}
 
-    def update(self, state: State, block: Block) -> State:
+    def update(self, state: State, block: RowBlock) -> State:
         """Add rows."""
         values = widen(block.stored) + np.float32(0)  # -0 and 0 are one value
         state["n"] = state["n"] + len(block)
@@ -202,7 +202,7 @@ class Sorted(Statistic):
         """Return no rows."""
         return {"values": np.empty((0, features), np.float32)}
 
-    def update(self, state: State, block: Block) -> State:
+    def update(self, state: State, block: RowBlock) -> State:
         """Add rows."""
         return {"values": np.concatenate([state["values"], widen(block.stored)])}
 

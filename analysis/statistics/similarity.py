@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from analysis.dataset.layer_choice import choose_layers
 from analysis.dataset.opens_store import opens_store
-from analysis.dataset.view import choose_layers
 from analysis.statistics.kept_rows import Rows
 from analysis.statistics.onepass import DocumentSample, read
 from flexcache.errors import AnalysisError

@@ -14,7 +14,7 @@ import numpy as np
 
 from flexcache.errors import ConfigError, DamagedError, MismatchError, PlanError, StoreError, UncommittedError, nearest
 from flexcache.exchange import table
-from flexcache.exchange.safetensors import head
+from flexcache.exchange.safetensors import header
 from flexcache.paths import local_path
 from flexcache.site import Layers
 from flexcache.spec import DTYPES, ArraySpec
@@ -167,7 +167,7 @@ class _Export:
         name, layer = key
         model = self.store.provenance.get("model", {}).get("name")
         facts = {"store": self.store.path.name, "model": model, "site": name, "layer": layer, "dtype": dtype.name}
-        file.write(head(label(key), dtype, shape, {k: str(v) for k, v in facts.items() if v is not None}))
+        file.write(header(label(key), dtype, shape, {k: str(v) for k, v in facts.items() if v is not None}))
 
     def _table(self, index: int, unit: int) -> Path:
         path = self.folder / "data" / f"train-{index:05d}-of-{len(self.units):05d}.parquet"

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flexcache.errors import ConfigError, DamagedError, MismatchError, SiteError, nearest
-from flexcache.exchange.pieces import ENDINGS, Piece, Stack, find_pieces, read_pieces
+from flexcache.exchange.file_tensors import ENDINGS, FileTensor, TensorStack, find_tensors, list_tensors
 from flexcache.paths import local_path
 from flexcache.plan import ranges
 from flexcache.recording.external_forward import record
@@ -95,16 +95,16 @@ def import_folder(
     if kind not in ENDINGS:
         raise ConfigError(f"activations cannot be imported from {kind!r}", remedy=nearest(kind, tuple(ENDINGS)))
     place = local_path(folder)
-    pieces = find_pieces(place, kind)
+    tensors = find_tensors(place, kind)
     names = token_ids if token_ids is not None else "token_ids" if kind == "saelens" else None
-    found = _layers([piece for piece in pieces if not _is_called(piece, names)], site, _compiled(layer_pattern))
+    found = _layers([tensor for tensor in tensors if not _is_called(tensor, names)], site, _compiled(layer_pattern))
     shape = _shape(found)
-    corpus, offsets = _documents(shape, documents, _token_ids(place, pieces, names, shape, token_ids is not None))
+    corpus, offsets = _documents(shape, documents, _token_ids(place, tensors, names, shape, token_ids is not None))
     first = next(iter(found.values()))[0]
     numbers = sorted(layer for layer in found if layer is not None)
     if depth is not None and numbers and not max(numbers) < depth:
         raise ConfigError(f"depth {depth} has no layer {max(numbers)}", expected=f"at least {max(numbers) + 1}")
-    origin = {"format": kind, "tensors": len(pieces), "bytes": sum(_bytes(piece) for piece in pieces)}
+    origin = {"format": kind, "tensors": len(tensors), "bytes": sum(_bytes(tensor) for tensor in tensors)}
     with record(
         target,
         corpus,
@@ -116,7 +116,7 @@ def import_folder(
         compression=compression,
         fingerprint={"imported": kind},
     ) as recorder:
-        stacks = {layer: Stack(found[layer]) for layer in recorder.store.arrays[site].slices}
+        stacks = {layer: TensorStack(found[layer]) for layer in recorder.store.arrays[site].slices}
         source = offsets[recorder.store.documents.column("source_index").to_numpy()]
         position, document = (recorder.store.coordinates[name].values for name in ("position", "document"))
         progress(recorder.done, recorder.store.n_rows)
@@ -124,7 +124,7 @@ def import_folder(
             span = slice(batch.rows.start, batch.rows.stop)
             rows = source[document[span]] + position[span]
             for layer, stack in stacks.items():
-                recorder.put(site, stack.gather(rows), rows=batch.rows, layer=layer)
+                recorder.put(site, stack.gather_rows(rows), rows=batch.rows, layer=layer)
             progress(recorder.done + len(batch.rows), recorder.store.n_rows)
     return Store(target)
 
@@ -151,56 +151,56 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return compiled
 
 
-def _layers(pieces: Sequence[Piece], site: str, pattern: re.Pattern[str]) -> dict[int | None, list[Piece]]:
+def _layers(tensors: Sequence[FileTensor], site: str, pattern: re.Pattern[str]) -> dict[int | None, list[FileTensor]]:
     """Return the tensors of each layer, in order; of None where there are no layers."""
-    found: dict[int | None, list[Piece]] = {}
-    for piece in pieces:
-        match = pattern.search(piece.name) or pattern.search(piece.file)
+    found: dict[int | None, list[FileTensor]] = {}
+    for tensor in tensors:
+        match = pattern.search(tensor.name) or pattern.search(tensor.file)
         if match is None:
             continue
         try:
-            found.setdefault(int(match[1]), []).append(piece)
+            found.setdefault(int(match[1]), []).append(tensor)
         except (TypeError, ValueError):
             raise ConfigError(
-                f"layer pattern {pattern.pattern!r} finds no number", where=str(piece), found=repr(match[1])
+                f"layer pattern {pattern.pattern!r} finds no number", where=str(tensor), found=repr(match[1])
             ) from None
     if found:
         return found
-    if site in STANDARD or not pieces:
+    if site in STANDARD or not tensors:
         raise SiteError(
             f"no tensor of the folder has a layer, which {site} needs",
             expected=f"names that {pattern.pattern} finds a number in",
-            found=", ".join(map(str, pieces[:8])) or "no tensor",
+            found=", ".join(map(str, tensors[:8])) or "no tensor",
             remedy="give a layer pattern with one group, such as --layer-pattern 'block(\\d+)'",
         )
-    return {None: list(pieces)}
+    return {None: list(tensors)}
 
 
-def _shape(found: dict[int | None, list[Piece]]) -> _Shape:
+def _shape(found: dict[int | None, list[FileTensor]]) -> _Shape:
     """Check that the tensors of all layers have one form, and return it."""
     first = next(iter(found.values()))
-    lead = [piece.shape[:-1] for piece in first]
-    for layer, pieces in found.items():
-        for piece in pieces:
-            if len(piece.shape) not in (2, 3) or len(piece.shape) != len(first[0].shape):
+    lead = [tensor.shape[:-1] for tensor in first]
+    for layer, tensors in found.items():
+        for tensor in tensors:
+            if len(tensor.shape) not in (2, 3) or len(tensor.shape) != len(first[0].shape):
                 raise MismatchError(
                     "a tensor has the wrong number of dims",
-                    where=str(piece),
+                    where=str(tensor),
                     expected="(tokens, features) or (documents, tokens, features), the same for all",
-                    found=str(piece.shape),
+                    found=str(tensor.shape),
                 )
-            if piece.shape[-1] != first[0].shape[-1] or piece.dtype != first[0].dtype:
+            if tensor.shape[-1] != first[0].shape[-1] or tensor.dtype != first[0].dtype:
                 raise MismatchError(
                     "tensors differ in features or dtype",
-                    where=str(piece),
+                    where=str(tensor),
                     expected=f"{first[0].shape[-1]} features in {first[0].dtype}, as {first[0]}",
-                    found=f"{piece.shape[-1]} features in {piece.dtype}",
+                    found=f"{tensor.shape[-1]} features in {tensor.dtype}",
                 )
-        if [piece.shape[:-1] for piece in pieces] != lead:
+        if [tensor.shape[:-1] for tensor in tensors] != lead:
             raise MismatchError(
                 f"layer {layer} has other tokens than layer {next(iter(found))}",
                 expected=_sum(lead),
-                found=_sum([piece.shape[:-1] for piece in pieces]),
+                found=_sum([tensor.shape[:-1] for tensor in tensors]),
                 remedy="every layer has the same tensors; a file may be missing",
             )
     tokens = sum(math.prod(shape) for shape in lead)
@@ -214,18 +214,18 @@ def _sum(shapes: list[tuple[int, ...]]) -> str:
     return f"{sum(math.prod(shape) for shape in shapes)} tokens in {len(shapes)} tensors"
 
 
-def _token_ids(folder: Path, pieces: list[Piece], names: str | None, shape: _Shape, needed: bool) -> np.ndarray:
+def _token_ids(folder: Path, tensors: list[FileTensor], names: str | None, shape: _Shape, needed: bool) -> np.ndarray:
     if names is None:
         return np.zeros(shape.tokens, np.int32)
-    inside = [piece for piece in pieces if _is_called(piece, names)]
+    inside = [tensor for tensor in tensors if _is_called(tensor, names)]
     path = next((path for path in (folder / names, local_path(names)) if path.is_file()), None)
     if path is not None and not inside:
-        inside = read_pieces(path, path.name)
+        inside = list_tensors(path, path.name)
     if not inside and not needed:
         return np.zeros(shape.tokens, np.int32)
     if not inside:
         raise ConfigError(f"there are no token ids {names!r}", expected="the name of a tensor in the files, or a file")
-    flat = np.concatenate([piece.open().reshape(-1) for piece in inside])
+    flat = np.concatenate([tensor.open().reshape(-1) for tensor in inside])
     if len(flat) != shape.tokens or flat.dtype.kind not in "iu":
         raise MismatchError(
             "the token ids do not fit the activations",
@@ -275,22 +275,22 @@ def _table(path: Path) -> pa.Table:
         ) from error
 
 
-def _is_called(piece: Piece, names: str | None) -> bool:
+def _is_called(tensor: FileTensor, names: str | None) -> bool:
     return (
-        names is not None and piece.name.rpartition(".")[2] == names.rpartition(".")[2] and piece.name.endswith(names)
+        names is not None and tensor.name.rpartition(".")[2] == names.rpartition(".")[2] and tensor.name.endswith(names)
     )
 
 
-def _bytes(piece: Piece) -> int:
-    return math.prod(piece.shape) * piece.dtype.itemsize
+def _bytes(tensor: FileTensor) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
-def _stored(piece: Piece) -> str:
-    if piece.dtype.name not in DTYPES:
+def _stored(tensor: FileTensor) -> str:
+    if tensor.dtype.name not in DTYPES:
         raise ConfigError(
-            f"tensors of {piece.dtype.name} cannot be stored as they are",
-            where=str(piece),
+            f"tensors of {tensor.dtype.name} cannot be stored as they are",
+            where=str(tensor),
             expected=f"one of {', '.join(DTYPES)}",
             remedy="say which dtype to store them in (--dtype float32)",
         )
-    return piece.dtype.name
+    return tensor.dtype.name

@@ -31,7 +31,7 @@ LARGEST_HEAD = 100 << 20
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """Where one tensor lies in a file: dtype, shape, and offset in bytes."""
 
     dtype: np.dtype
@@ -46,7 +46,7 @@ class Entry:
         return bits.view(self.dtype)
 
 
-def head(name: str, dtype: np.dtype, shape: tuple[int, ...], metadata: dict[str, str]) -> bytes:
+def header(name: str, dtype: np.dtype, shape: tuple[int, ...], metadata: dict[str, str]) -> bytes:
     """Return the head of a file that holds one tensor."""
     code = next(code for code, known in DTYPES.items() if known == dtype)
     size = math.prod(shape) * dtype.itemsize
@@ -59,7 +59,7 @@ def head(name: str, dtype: np.dtype, shape: tuple[int, ...], metadata: dict[str,
     return struct.pack("<Q", len(text)) + text
 
 
-def read_head(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Return the tensors of a file that have a dtype of `DTYPES`, by name, and the file's metadata.
 
     Raises
@@ -85,7 +85,7 @@ def read_head(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             dtype, shape = DTYPES[item["dtype"]], tuple(map(int, item["shape"]))
             if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != stop - start:
                 raise ValueError(f"tensor {name} has {stop - start} bytes, which is not its shape {shape}")
-            entries[str(name)] = Entry(dtype, shape, 8 + length + start)
+            entries[str(name)] = TensorEntry(dtype, shape, 8 + length + start)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
         raise DamagedError(
             "a file cannot be read as safetensors",

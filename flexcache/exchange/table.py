@@ -37,12 +37,12 @@ def write(store: Store, unit: int, columns: Columns, path: Path, progress: Calla
     writer: pq.ParquetWriter | None = None
     try:
         for start in range(rows.start, rows.stop, step):
-            piece = _table(store, start, min(start + step, rows.stop), columns)
+            part = _table(store, start, min(start + step, rows.stop), columns)
             if writer is None:
-                plain = [name for name in piece.column_names if name not in columns]
-                writer = pq.ParquetWriter(path, piece.schema, compression="zstd", use_dictionary=plain)
-            writer.write_table(piece, row_group_size=len(piece))
-            progress(len(piece))
+                plain = [name for name in part.column_names if name not in columns]
+                writer = pq.ParquetWriter(path, part.schema, compression="zstd", use_dictionary=plain)
+            writer.write_table(part, row_group_size=len(part))
+            progress(len(part))
     finally:
         if writer is not None:
             writer.close()

@@ -59,14 +59,14 @@ class Order:
         ends = np.concatenate([[0], cuts, [len(self.rows)]]) if len(self.rows) else np.zeros(1, np.int64)
         return np.stack([ends[:-1], ends[1:]], axis=1).astype(np.int64)
 
-    def of(self, epoch: int, consumer: int, consumers: int) -> Ints:
+    def runs_of(self, epoch: int, consumer: int, consumers: int) -> Ints:
         """Return the runs of a consumer in an epoch, as numbers of `runs`, in the order in which they are read."""
         drawn = np.random.default_rng([self.seed, epoch]).permutation(len(self.runs))
         return np.asarray(drawn[consumer::consumers])
 
-    def pools(self, epoch: int, consumer: int, consumers: int) -> list[Ints]:
+    def pools_of(self, epoch: int, consumer: int, consumers: int) -> list[Ints]:
         """Return the runs of each pool."""
-        mine = self.of(epoch, consumer, consumers)
+        mine = self.runs_of(epoch, consumer, consumers)
         sizes = np.diff(self.runs[mine], axis=1)[:, 0]
         cuts, filled = [], 0
         for place, size in enumerate(sizes.tolist()):
@@ -76,13 +76,13 @@ class Order:
             filled += size
         return np.split(mine, cuts) if len(mine) else []
 
-    def mixed(self, epoch: int, consumer: int, pool: int, size: int) -> Ints:
+    def mixing_order(self, epoch: int, consumer: int, pool: int, size: int) -> Ints:
         """Return the drawn order of the rows of a pool."""
         return np.random.default_rng([self.seed, epoch, consumer, pool, 1]).permutation(size)
 
-    def batches(self, epoch: int, consumer: int, consumers: int, drop_last: bool = False) -> int:
+    def count_batches(self, epoch: int, consumer: int, consumers: int, drop_last: bool = False) -> int:
         """Return how many batches a consumer gets in an epoch."""
-        mine = self.runs[self.of(epoch, consumer, consumers)]
+        mine = self.runs[self.runs_of(epoch, consumer, consumers)]
         count = int(np.diff(mine, axis=1).sum())
         return count // self.batch_size if drop_last else -(-count // self.batch_size)
 

@@ -1,4 +1,4 @@
-"""Pools of rows, read in runs by several threads, one pool ahead of what is being given."""
+"""PoolReader of rows, read in runs by several threads, one pool ahead of what is being given."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOGETHER = 8
 
 
 @dataclass(frozen=True)
-class Source:
+class ArraySource:
     """One array and layer that rows are read from.
 
     Attributes
@@ -65,7 +65,7 @@ class Source:
         return self.store.arrays[self.site].dtype == "int8"
 
 
-class Pools:
+class PoolReader:
     """Reads the pools of one consumer's epoch in order, each while the one before is given, into two buffers by turns.
 
     Parameters
@@ -83,7 +83,7 @@ class Pools:
     """
 
     def __init__(
-        self, order: Order, sources: Sequence[Source], keep_cache: bool, threads: int, buffers: list[list[NDArray]]
+        self, order: Order, sources: Sequence[ArraySource], keep_cache: bool, threads: int, buffers: list[list[NDArray]]
     ) -> None:
         self.order, self.sources, self.keep_cache, self.buffers = order, sources, keep_cache, buffers
         self._direct, self._held = not keep_cache and hasattr(os, "O_DIRECT"), threading.local()
@@ -92,7 +92,7 @@ class Pools:
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="flexcache-pool")
         self._end = weakref.finalize(self, _end_threads, self._ahead, self._readers)  # at exit, while modules are there
 
-    def read(self, pools: Sequence[Ints]) -> Iterator[tuple[Ints, list[NDArray]]]:
+    def read_pools(self, pools: Sequence[Ints]) -> Iterator[tuple[Ints, list[NDArray]]]:
         """Yield the rows of each pool, and of each source their bits, which are valid until the next is asked for."""
         largest, buffers = max((self._size(pool) for pool in pools), default=0), self.buffers
         if len(buffers) < min(2, len(pools)) or (buffers and len(buffers[0][0]) < largest):
@@ -131,11 +131,11 @@ class Pools:
             job.result()
         return rows, arrays
 
-    def _runs(self, source: Source, out: NDArray, rows: Ints, spans: Sequence[slice]) -> None:
+    def _runs(self, source: ArraySource, out: NDArray, rows: Ints, spans: Sequence[slice]) -> None:
         for span in spans:
             self._run(source, out[span], rows[span])
 
-    def _run(self, source: Source, out: NDArray, rows: Ints) -> None:
+    def _run(self, source: ArraySource, out: NDArray, rows: Ints) -> None:
         """Read the rows of a run, which are sorted; few that are not wanted between them are read along."""
         wanted = rows if source.match is None else source.match[rows]
         reader, first, last = source.store.reader(source.site), int(wanted[0]), int(wanted[-1]) + 1
@@ -153,7 +153,7 @@ class Pools:
         if not whole:
             out[:] = into[wanted - first]
 
-    def _path(self, source: Source, unit: int) -> Any:
+    def _path(self, source: ArraySource, unit: int) -> Any:
         found = self._paths.get((id(source), unit))
         if found is None:
             found = self._paths[id(source), unit] = source.store.reader(source.site).path(source.layer, unit)

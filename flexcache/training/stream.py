@@ -21,7 +21,7 @@ from flexcache.store.read.selection import layer_number, row_numbers, select
 from flexcache.store.read.store import Store
 from flexcache.store.storage.object_path import RemotePath
 from flexcache.training.order import Ints, Order, turns
-from flexcache.training.pools import Pools, Source
+from flexcache.training.pools import ArraySource, PoolReader
 
 RUN_BYTES, POOL_BYTES, THREADS = 256 << 10, 256 << 20, 8
 SAMPLE = 64
@@ -40,10 +40,10 @@ IDENTITY = {
 """Entries of a state that must equal those of the stream, and what messages call them."""
 TOLD = ("token_id", "position", "document")
 Normalize = Literal["none", "center", "unit_norm", "standard"]
-Batch = torch.Tensor | dict[str, torch.Tensor]
+StreamBatch = torch.Tensor | dict[str, torch.Tensor]
 
 
-class Stream(IterableDataset[Batch]):
+class Stream(IterableDataset[StreamBatch]):
     """Batches of a store's rows in shuffled order, each row once an epoch; made by `stream`.
 
     Iterating gives one epoch, and the next iteration the next. In a `torch.utils.data.DataLoader` with
@@ -61,13 +61,13 @@ class Stream(IterableDataset[Batch]):
 
     def __init__(
         self,
-        sources: Mapping[str, Source],
+        sources: Mapping[str, ArraySource],
         order: Order,
         *,
         stacked: bool,
         normalize: Normalize,
         dtype: torch.dtype | None,
-        transform: Callable[[Batch], Batch] | None,
+        transform: Callable[[StreamBatch], StreamBatch] | None,
         told: bool,
         drop_last: bool,
         pool_bytes: int,
@@ -105,7 +105,7 @@ class Stream(IterableDataset[Batch]):
         """Bytes of a row of all sources, as they are stored."""
         return sum(source.row_bytes for source in self.sources.values())
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[StreamBatch]:
         worker, workers = self._workers()
         skip = self._skip
         if skip and self._saved_workers is not None:
@@ -118,8 +118,8 @@ class Stream(IterableDataset[Batch]):
             skip = done[worker]
         consumer, consumers = self.rank * workers + worker, self.ranks * workers
         epoch, self._skip, self._of_rank, self._given = self.epoch, 0, False, skip
-        pools = self.order.pools(epoch, consumer, consumers)
-        reader = Pools(self.order, list(self.sources.values()), self.keep_cache, self.threads, self._buffers)
+        pools = self.order.pools_of(epoch, consumer, consumers)
+        reader = PoolReader(self.order, list(self.sources.values()), self.keep_cache, self.threads, self._buffers)
         try:
             for batch in self._batches(reader, pools, epoch, consumer, skip):
                 self._given += 1
@@ -170,7 +170,9 @@ class Stream(IterableDataset[Batch]):
         shared = {"drop_last": self.drop_last, "ranks": self.ranks, "workers": workers}
         return {**position, **self.order.describe(), **shared}
 
-    def _batches(self, reader: Pools, pools: Sequence[Ints], epoch: int, consumer: int, skip: int) -> Iterator[Batch]:
+    def _batches(
+        self, reader: PoolReader, pools: Sequence[Ints], epoch: int, consumer: int, skip: int
+    ) -> Iterator[StreamBatch]:
         size, left = self.order.batch_size, skip * self.order.batch_size
         sizes = [int(np.diff(self.order.runs[pool], axis=1).sum()) for pool in pools]
         first = 0
@@ -178,9 +180,9 @@ class Stream(IterableDataset[Batch]):
             left -= sizes[first]
             first += 1
         rest: tuple[Ints, list[torch.Tensor]] | None = None
-        for number, (rows, stored) in enumerate(reader.read(pools[first:]), start=first):
+        for number, (rows, stored) in enumerate(reader.read_pools(pools[first:]), start=first):
             arrays = [_tensor(array, source) for array, source in zip(stored, self.sources.values(), strict=True)]
-            mixed = self.order.mixed(epoch, consumer, number, len(rows))[left:]
+            mixed = self.order.mixing_order(epoch, consumer, number, len(rows))[left:]
             left = 0
             at = 0
             if rest is not None:
@@ -202,13 +204,13 @@ class Stream(IterableDataset[Batch]):
         if rest is not None and not self.drop_last:
             yield self._made(*rest)
 
-    def _made(self, rows: Ints, tensors: list[torch.Tensor]) -> Batch:
+    def _made(self, rows: Ints, tensors: list[torch.Tensor]) -> StreamBatch:
         for number, tensor in enumerate(tensors):
             if self.mean:
                 tensor = (tensor.float() - self.mean[number]) * self.scale[number]
             tensors[number] = tensor if self.dtype is None else tensor.to(self.dtype)
         named = dict(zip(self.sources, tensors, strict=True))
-        batch: Batch = torch.stack(tensors, 1) if self.stacked else tensors[0] if len(tensors) == 1 else named
+        batch: StreamBatch = torch.stack(tensors, 1) if self.stacked else tensors[0] if len(tensors) == 1 else named
         if self.told:
             store = next(iter(self.sources.values())).store
             batch = batch if isinstance(batch, dict) else {"activations": batch}
@@ -224,16 +226,16 @@ class Stream(IterableDataset[Batch]):
     def _totals(self, epoch: int, workers: int) -> list[int]:
         consumers = self.ranks * workers
         return [
-            self.order.batches(epoch, self.rank * workers + worker, consumers, self.drop_last)
+            self.order.count_batches(epoch, self.rank * workers + worker, consumers, self.drop_last)
             for worker in range(workers)
         ]
 
     def _estimate(self, normalize: Normalize) -> None:
         """Set mean and scale from some runs, the same whatever the seed."""
         drawn = np.random.default_rng(0).permutation(len(self.order.runs))[:SAMPLE]
-        reader = Pools(self.order, list(self.sources.values()), True, self.threads, [])
+        reader = PoolReader(self.order, list(self.sources.values()), True, self.threads, [])
         try:
-            _, arrays = next(iter(reader.read([drawn])))
+            _, arrays = next(iter(reader.read_pools([drawn])))
         finally:
             reader.close()
         for array, source in zip(arrays, self.sources.values(), strict=True):
@@ -261,7 +263,7 @@ class Loader:
         self._start = 0
         self._given = 0
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[StreamBatch]:
         stream, epoch = self.stream, self.stream.epoch
         stream._skip, stream._of_rank = self._start, True
         self._given, self._start = self._start, 0
@@ -310,7 +312,7 @@ def stream(
     rows: ArrayLike | None = None,
     normalize: Normalize = "none",
     dtype: Any = None,
-    transform: Callable[[Batch], Batch] | None = None,
+    transform: Callable[[StreamBatch], StreamBatch] | None = None,
     return_tokens: bool = False,
     drop_last: bool = False,
     pool_bytes: int = POOL_BYTES,
@@ -385,7 +387,7 @@ def stream(
         raise ConfigError(f"there is no normalisation {normalize!r}", expected="none, center, unit_norm or standard")
     first = next(iter(stores.values()))
     chosen = _chosen(first, rows)
-    sources: dict[str, Source] = {}
+    sources: dict[str, ArraySource] = {}
     sites = listed(site, str, "site")
     if not sites:
         raise ConfigError("no site is given", expected=f"one or several of {', '.join(first.sites)}", found=repr(site))
@@ -404,7 +406,7 @@ def stream(
                 key = ".".join(parts)
                 if key in sources:
                     raise ConfigError("a site or layer is given twice", found=key, remedy="give each once")
-                sources[key] = Source(one, at, found, match)
+                sources[key] = ArraySource(one, at, found, match)
     if not len(chosen):
         raise StoreError("there are no rows to stream", where=str(first.path))
     mine, all_of = _group(rank, ranks)
@@ -553,7 +555,7 @@ def _some(rows: torch.Tensor, chosen: Ints) -> torch.Tensor:
     return rows.index_select(0, torch.from_numpy(chosen))
 
 
-def _tensor(bits: NDArray, source: Source) -> torch.Tensor:
+def _tensor(bits: NDArray, source: ArraySource) -> torch.Tensor:
     """Return stored bits as a tensor of the stored dtype, without a copy."""
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     signed = bits.view(np.int16 if bits.dtype.itemsize == 2 else np.int32)

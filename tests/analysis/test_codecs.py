@@ -23,34 +23,36 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> flexcache.Store:
 
 
 def test_loss_and_size_are_those_of_a_copy(store: flexcache.Store, tmp_path: Path) -> None:
-    trials = {trial.codec: trial for trial in compare(store, sample_bytes=1 << 30, rounds=1, progress=False)}
-    assert next(iter(trials)) == "float32"
-    assert trials["float32"].size == trials["float32"].write == trials["float32"].read == 1
+    results = {result.codec: result for result in compare(store, sample_bytes=1 << 30, rounds=1, progress=False)}
+    assert next(iter(results)) == "float32"
+    assert results["float32"].size == results["float32"].write == results["float32"].read == 1
     for codec in ("float32", "float32 + zstd"):
-        assert trials[codec].mean == 0
-    assert trials["float32 + zstd"].size < 1
-    assert trials["bfloat16"].size == trials["float16"].size == 0.5
+        assert results[codec].mean == 0
+    assert results["float32 + zstd"].size < 1
+    assert results["bfloat16"].size == results["float16"].size == 0.5
     wide, narrow = 24 * 2 + 6, 24 * 2 + 6 + 4 * 3  # of three layers: bytes of int8, and of the scales
-    assert trials["int8"].size == pytest.approx(narrow / (4 * wide), rel=0.01)
+    assert results["int8"].size == pytest.approx(narrow / (4 * wide), rel=0.01)
     for codec, dtype in (("bfloat16", "bfloat16"), ("float16", "float16"), ("int8", "int8"), ("int8 + zstd", "int8")):
         other = copy(store.path, tmp_path / f"{codec}.zarr", dtype=dtype)
-        for loss in trials[codec].losses:
+        for loss in results[codec].losses:
             exact, found = store.read(loss.site, loss.layer), other.read(loss.site, loss.layer)
             apart = np.linalg.norm(exact - found, axis=1) / np.linalg.norm(exact, axis=1)
             assert loss.largest <= apart.max() * 1.001, "of a sample, which is one unit"
             assert loss.mean == pytest.approx(apart.mean(), rel=0.3)
             assert loss.cosine <= 1
-    assert trials["int8"].worst.mean > trials["bfloat16"].worst.mean > trials["float16"].worst.mean
+    assert results["int8"].worst.mean > results["bfloat16"].worst.mean > results["float16"].worst.mean
 
 
 def test_overflow_is_told(tmp_path: Path) -> None:
     with open_recorder(tmp_path / "run.zarr", token_documents([5] * 20), sites={"x": 4}, dtype="bfloat16") as recorder:
         for batch in recorder.batches():
             recorder.put("x", np.full((len(batch.rows), 4), 1e6, np.float32), rows=batch.rows)
-    trials = {trial.codec: trial for trial in compare(flexcache.open(tmp_path / "run.zarr"), rounds=1, progress=False)}
-    assert trials["float16"].mean == float("inf")
-    assert trials["int8"].mean < 1e-6
-    assert "float32" not in trials
+    results = {
+        result.codec: result for result in compare(flexcache.open(tmp_path / "run.zarr"), rounds=1, progress=False)
+    }
+    assert results["float16"].mean == float("inf")
+    assert results["int8"].mean < 1e-6
+    assert "float32" not in results
 
 
 def test_nothing_to_encode(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import xarray as xr
 
 import flexcache
 from analysis import probes, survey
-from analysis.dataset import targets, view
+from analysis.dataset import probe_dataset, targets
 from analysis.statistics import geometry, moments, quantiles
 from flexcache.errors import DamagedError, StoreError, UncommittedError
 from tests.corpora import build_store, lengths, open_recorder, token_documents
@@ -104,11 +104,11 @@ def test_statistics_views_and_targets_give_the_same_on_workers(page: dict[str, A
     assert all(there[name].identical(here[name]) for name in here.results)
     position = targets.function("odd", lambda tokens: tokens["position"] % 2)
     for target, rows in (("label", "mean"), (position, "all")):
-        joined = view.join(store, "resid_post", target, rows=rows)
-        assert np.array_equal(client.submit(joined.read, 3).result(), joined.read(3))
-        sent = client.submit(view.join, store, "resid_post", target, rows=rows).result()
+        joined = probe_dataset.build_dataset(store, "resid_post", target, rows=rows)
+        assert np.array_equal(client.submit(joined.read_layer, 3).result(), joined.read_layer(3))
+        sent = client.submit(probe_dataset.build_dataset, store, "resid_post", target, rows=rows).result()
         assert np.array_equal(sent.y, joined.y)
-        assert np.array_equal(sent.read(0), joined.read(0))
+        assert np.array_equal(sent.read_layer(0), joined.read_layer(0))
 
 
 def test_errors_of_a_worker_are_ours(page: dict[str, Any], tmp_path: Path) -> None:

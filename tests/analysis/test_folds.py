@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from analysis.dataset.view import join
+from analysis.dataset.probe_dataset import build_dataset
 from analysis.probes import folds
 from flexcache.errors import AnalysisError
 
@@ -25,22 +25,22 @@ def test_a_group_is_never_in_two_folds(array_store: Any, data: st.DataObject) ->
     cv, seed = data.draw(integers(2, 5)), data.draw(integers(0, 9))
     assume(len(set(label)) > 1)
     store = array_store(np.zeros((1, sum(counts), 1)), counts, label=target, group=group)
-    view = join(store, "resid_post", "label", rows="all", groups=groups)
+    dataset = build_dataset(store, "resid_post", "label", rows="all", groups=groups)
     try:
-        fold = folds.assign(view, cv, seed)
+        fold = folds.assign(dataset, cv, seed)
     except AnalysisError:
         assume(False)
     assert sorted(set(fold)) == list(range(cv))
-    assert len({(g, f) for g, f in zip(view.group, fold)}) == view.n_groups
+    assert len({(g, f) for g, f in zip(dataset.group, fold)}) == dataset.n_groups
     if groups != "group" and groups is not None:
-        assert len({(d, f) for d, f in zip(view.document, fold)}) == view.n_documents
-    assert (folds.assign(view, cv, seed) == fold).all()
+        assert len({(d, f) for d, f in zip(dataset.document, fold)}) == dataset.n_documents
+    assert (folds.assign(dataset, cv, seed) == fold).all()
 
 
 def test_folds_balance_the_classes(make_store: Any) -> None:
-    view = join(make_store(200), "resid_post", "label", groups="document")
-    fold = folds.assign(view, 5, 0)
-    shares = np.array([view.y[fold == number].mean() for number in range(5)])
+    dataset = build_dataset(make_store(200), "resid_post", "label", groups="document")
+    fold = folds.assign(dataset, 5, 0)
+    shares = np.array([dataset.y[fold == number].mean() for number in range(5)])
     assert np.ptp(shares) < 0.03
 
 
@@ -55,7 +55,7 @@ def test_folds_balance_the_classes(make_store: Any) -> None:
 def test_folds_that_cannot_be_made_are_refused(array_store: Any, label: str, group: str, cv: int, message: str) -> None:
     store = array_store(np.zeros((1, 12, 1)), [1] * 12, label=list(label), group=list(group))
     with pytest.raises(AnalysisError, match=message):
-        folds.assign(join(store, "resid_post", "label", groups="group"), cv, 0)
+        folds.assign(build_dataset(store, "resid_post", "label", groups="group"), cv, 0)
 
 
 def test_trainable_says_whether_every_class_survives_leaving_folds_out() -> None:

@@ -15,22 +15,22 @@ from hypothesis.extra import numpy as hnp
 from analysis.dataset.tokens import TokenTypes
 from analysis.statistics import moments
 from analysis.statistics.moments import Moments
-from analysis.statistics.onepass import Block, Grouping
-from analysis.statistics.onepass.groups import Key
+from analysis.statistics.onepass import Grouping, RowBlock
+from analysis.statistics.onepass.groups import GroupKey
 from flexcache.errors import AnalysisError, ConfigError
 from tests.analysis.stores import value_store
 
 LENGTHS = [7, 1, 30, 12, 5, 5, 18, 2, 9, 40, 3, 11] * 10
 
 
-def block(values: np.ndarray, codes: np.ndarray | None = None) -> Block:
+def block(values: np.ndarray, codes: np.ndarray | None = None) -> RowBlock:
     n = len(values)
     numbers = np.arange(n)
-    return Block(values.astype(np.float32), numbers, numbers, numbers if codes is None else codes, numbers)
+    return RowBlock(values.astype(np.float32), numbers, numbers, numbers if codes is None else codes, numbers)
 
 
 def by_token(count: int) -> Grouping:
-    return Grouping((Key("token_id", "token_id", np.arange(count), table=np.arange(count)),))
+    return Grouping((GroupKey("token_id", "token_id", np.arange(count), table=np.arange(count)),))
 
 
 def whole(values: np.ndarray) -> dict[str, np.ndarray]:
@@ -119,7 +119,7 @@ def test_mean_and_variance_alone_equal_numpy_also_where_the_first_rows_are_unlik
     values[cut:] += np.float32(shift)
     statistic = Moments(order=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("analysis.statistics.onepass.block.PIECE", 2 * (-(-len(values) // 16)))
+        patch.setattr("analysis.statistics.onepass.row_block.PIECE", 2 * (-(-len(values) // 16)))
         found = statistic.result(statistic.update(statistic.zero(2), block(values)))
     exact = values.astype(np.float64)
     np.testing.assert_allclose(found["mean"], exact.mean(0), rtol=1e-12, atol=1e-12)

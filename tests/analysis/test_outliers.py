@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from sklearn.metrics.pairwise import cosine_similarity
 
 from analysis.statistics import outliers
-from analysis.statistics.onepass import Block
+from analysis.statistics.onepass import RowBlock
 from analysis.statistics.outliers import Extremes
 from tests.analysis.stores import value_store
 from tests.analysis.test_moments import LENGTHS
 
 
-def rows_of(values: np.ndarray, position: np.ndarray, start: int = 0) -> Block:
+def rows_of(values: np.ndarray, position: np.ndarray, start: int = 0) -> RowBlock:
     numbers = np.arange(start, start + len(values))
-    return Block(values.astype(np.float32), numbers, position, numbers, numbers)
+    return RowBlock(values.astype(np.float32), numbers, position, numbers, numbers)
 
 
 @settings(max_examples=50)

@@ -10,7 +10,7 @@ import pytest
 
 from analysis import probes
 from analysis.dataset import targets
-from analysis.dataset.view import join
+from analysis.dataset.probe_dataset import build_dataset
 from flexcache.errors import AnalysisError
 from tests.analysis.stores import value_store
 
@@ -36,17 +36,17 @@ def coordinates(store: Any) -> dict[str, np.ndarray]:
 
 def test_a_coordinate_and_a_function_are_targets_of_every_token(token_store: Any) -> None:
     told = coordinates(token_store)
-    view = join(token_store, "resid_post", targets.coordinate("token_id"))
-    assert view.rows == "all"
-    assert [view.classes[code] for code in view.y] == told["token_id"].tolist()
+    dataset = build_dataset(token_store, "resid_post", targets.coordinate("token_id"))
+    assert dataset.rows == "all"
+    assert [dataset.classes[code] for code in dataset.y] == told["token_id"].tolist()
     late = targets.function("late", lambda t: np.where(t["position"] == 0, None, t["position"] > 2))
-    view = join(token_store, "resid_post", late)
+    dataset = build_dataset(token_store, "resid_post", late)
     kept = told["position"] > 0
-    assert view.dropped["tokens without a target"] == (~kept).sum()
-    assert np.array_equal(view.y.astype(bool), told["position"][kept] > 2)
-    assert np.array_equal(view.row, np.flatnonzero(kept))
-    assert np.array_equal(view.read(1), token_store.read("resid_post", layer=1, rows=np.flatnonzero(kept)))
-    assert len(np.unique(view.group)) == 60
+    assert dataset.dropped["tokens without a target"] == (~kept).sum()
+    assert np.array_equal(dataset.y.astype(bool), told["position"][kept] > 2)
+    assert np.array_equal(dataset.row, np.flatnonzero(kept))
+    assert np.array_equal(dataset.read_layer(1), token_store.read("resid_post", layer=1, rows=np.flatnonzero(kept)))
+    assert len(np.unique(dataset.group)) == 60
 
 
 def test_spans_label_tokens_and_documents_hold_their_rows_together(token_store: Any) -> None:
@@ -55,13 +55,13 @@ def test_spans_label_tokens_and_documents_hold_their_rows_together(token_store: 
         [span == [{"start": 1, "end": 3, "label": "name"}] for span in token_store.documents["spans"].to_pylist()]
     )
     expected = odd[told["document"]] & (told["position"] >= 1) & (told["position"] < 3)
-    view = join(token_store, "resid_post", targets.spans("spans", outside="none"))
-    assert view.classes == ("name", "none")
-    assert np.array_equal(view.y == 0, expected)
+    dataset = build_dataset(token_store, "resid_post", targets.spans("spans", outside="none"))
+    assert dataset.classes == ("name", "none")
+    assert np.array_equal(dataset.y == 0, expected)
     with pytest.raises(AnalysisError, match="one value only"):
-        join(token_store, "resid_post", targets.spans("spans"))
+        build_dataset(token_store, "resid_post", targets.spans("spans"))
     with pytest.raises(AnalysisError, match="holds no spans"):
-        join(token_store, "resid_post", targets.spans("tags"))
+        build_dataset(token_store, "resid_post", targets.spans("tags"))
 
 
 def test_several_labels_are_a_target_each(token_store: Any) -> None:
@@ -69,9 +69,9 @@ def test_several_labels_are_a_target_each(token_store: Any) -> None:
     found = targets.read(token_store, "tags")
     assert [target.name for target in found] == ["tags=blue", "tags=red"]  # type: ignore[union-attr]
     for target, word in zip(found, ("blue", "red")):
-        view = join(token_store, "resid_post", target)
-        assert view.n_documents == 45
-        assert view.y.tolist() == [int(word in tag) for tag in tags if tag is not None]
+        dataset = build_dataset(token_store, "resid_post", target)
+        assert dataset.n_documents == 45
+        assert dataset.y.tolist() == [int(word in tag) for tag in tags if tag is not None]
     sweeps = probes.sweeps(
         token_store, found, ["resid_post"], {"ridge": probes.Ridge(), "mean": probes.MassMean()}, **QUICK
     )
@@ -96,27 +96,27 @@ def test_a_missing_word_in_a_list_is_no_target(array_store: Any, words: list[Any
 @pytest.mark.parametrize("position", [0, 4, -1, -5])
 def test_a_position_is_the_row_of_that_token(token_store: Any, position: int) -> None:
     even = targets.labels(token_store, "tags")[0]
-    view = join(token_store, "resid_post", even, rows=position)
+    dataset = build_dataset(token_store, "resid_post", even, rows=position)
     ids = token_store.documents["id"].to_pylist()
-    for sample in range(view.n_samples):
-        document = ids[view.source[view.document[sample]]]
-        assert view.row is not None
-        assert token_store.rows(document=document, position=position).tolist() == [view.row[sample]]
+    for sample in range(dataset.n_samples):
+        document = ids[dataset.source[dataset.document[sample]]]
+        assert dataset.row is not None
+        assert token_store.rows(document=document, position=position).tolist() == [dataset.row[sample]]
     lengths = token_store.documents["n_tokens"].to_numpy()
     known = np.array([tag is not None for tag in token_store.documents["tags"].to_pylist()])
     there = lengths > position if position >= 0 else lengths >= -position
-    assert view.n_samples == (known & there).sum()
-    assert view.dropped.get("no such token", 0) == (known & ~there).sum()
+    assert dataset.n_samples == (known & there).sum()
+    assert dataset.dropped.get("no such token", 0) == (known & ~there).sum()
 
 
 def test_the_maximum_and_the_tokens_of_a_document_equal_numpy(token_store: Any, monkeypatch: Any) -> None:
-    from analysis.dataset import view as views
+    from analysis.dataset import probe_dataset
 
     target = targets.labels(token_store, "tags")[0]
-    monkeypatch.setattr(views, "BLOCK", 5)
-    largest = join(token_store, "resid_post", target, rows="max")
-    together = join(token_store, "resid_post", target, rows="tokens")
-    found, matrices = largest.read(1), together.read(1)
+    monkeypatch.setattr(probe_dataset, "BLOCK", 5)
+    largest = build_dataset(token_store, "resid_post", target, rows="max")
+    together = build_dataset(token_store, "resid_post", target, rows="tokens")
+    found, matrices = largest.read_layer(1), together.read_layer(1)
     for at, line in enumerate(largest.source):
         document = token_store.documents["id"][int(line)].as_py()
         rows = token_store.read("resid_post", layer=1, rows=token_store.rows(document=document))
@@ -128,9 +128,9 @@ def test_targets_that_cannot_be_are_refused(token_store: Any) -> None:
     with pytest.raises(AnalysisError, match="tokens have no 'tokenid'"):
         targets.coordinate("tokenid")
     with pytest.raises(AnalysisError, match="cannot be read from the mean"):
-        join(token_store, "resid_post", targets.coordinate("position"), rows="mean")
+        build_dataset(token_store, "resid_post", targets.coordinate("position"), rows="mean")
     with pytest.raises(AnalysisError, match="another number of values"):
-        join(token_store, "resid_post", targets.function("short", lambda told: [1, 2]))
+        build_dataset(token_store, "resid_post", targets.function("short", lambda told: [1, 2]))
     with pytest.raises(AnalysisError, match='expected: rows="tokens"'):
         probes.sweep(
             token_store, targets.labels(token_store, "tags")[0], "resid_post", probes.AttentionPooled(), **QUICK

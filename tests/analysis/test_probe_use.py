@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 import flexcache
 from analysis import probes
 from analysis.dataset import targets
-from analysis.dataset.view import join
+from analysis.dataset.probe_dataset import build_dataset
 from analysis.probes import baselines, codelength, folds
 from flexcache.errors import AnalysisError
 from tests.analysis.stores import value_store
@@ -49,21 +49,23 @@ def sweep(store: flexcache.Store) -> probes.Sweep:
 def test_strengths_are_chosen_inside_the_folds(store: flexcache.Store) -> None:
     Cs = [1e-3, 0.1, 10.0]
     sweep = probes.sweep(store, "label", "resid_post", probes.Logistic(Cs=Cs), baselines=(), mdl=False, **QUICK)
-    view = join(store, "resid_post", "label")
-    fold = folds.assign(view, 5, 0)
+    dataset = build_dataset(store, "resid_post", "label")
+    fold = folds.assign(dataset, 5, 0)
     for layer in range(3):
-        X = view.read(layer).astype(float)
+        X = dataset.read_layer(layer).astype(float)
         for k in range(5):
             inner = np.zeros(3)
             for at, C in enumerate(Cs):
                 for j in set(range(5)) - {k}:
                     train = (fold != k) & (fold != j)
                     model = make_pipeline(StandardScaler(), LogisticRegression(C=C, tol=1e-10, max_iter=2000))
-                    inner[at] += (model.fit(X[train], view.y[train]).predict(X[fold == j]) == view.y[fold == j]).sum()
+                    inner[at] += (
+                        model.fit(X[train], dataset.y[train]).predict(X[fold == j]) == dataset.y[fold == j]
+                    ).sum()
             chosen = Cs[int(inner.argmax())]
             assert float(sweep.results["strength"].sel(layer=layer, fold=k)) == chosen
             model = make_pipeline(StandardScaler(), LogisticRegression(C=chosen, tol=1e-10, max_iter=2000))
-            expected = model.fit(X[fold != k], view.y[fold != k]).score(X[fold == k], view.y[fold == k])
+            expected = model.fit(X[fold != k], dataset.y[fold != k]).score(X[fold == k], dataset.y[fold == k])
             got = sweep.results["score"].sel(arm="probe", layer=layer, fold=k, metric="accuracy")
             assert float(got) == pytest.approx(expected)
 
@@ -98,17 +100,17 @@ def test_attention_over_tokens_has_a_sweep(tmp_path: Path) -> None:
 
 def test_the_codelength_is_that_of_probes_fitted_one_after_the_other(store: flexcache.Store) -> None:
     sweep = probes.sweep(store, "label", "resid_post", probes.Logistic(0.1), baselines=(), **QUICK)
-    view = join(store, "resid_post", "label")
-    parts = codelength.prefixes(view, 0)
+    dataset = build_dataset(store, "resid_post", "label")
+    parts = codelength.prefixes(dataset, 0)
     assert parts is not None
     assert (parts.sets.sum(1)[1:] == parts.sets.sum(1)[:-1] + parts.nexts.sum(1)[:-1]).all()
     assert (parts.sets[-1] | parts.nexts[-1]).all()
-    X = view.read(2).astype(float)
+    X = dataset.read_layer(2).astype(float)
     bits = float(parts.sets[0].sum())
     for held, following in zip(parts.sets, parts.nexts):
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, tol=1e-10, max_iter=2000))
-        chance = model.fit(X[held], view.y[held]).predict_proba(X[following])
-        bits -= np.log2(chance[np.arange(following.sum()), view.y[following]]).sum()
+        chance = model.fit(X[held], dataset.y[held]).predict_proba(X[following])
+        bits -= np.log2(chance[np.arange(following.sum()), dataset.y[following]]).sum()
     assert float(sweep.results["codelength"].sel(layer=2)) == pytest.approx(bits, rel=1e-5)
     compression = sweep.results["compression"]
     assert float(compression.sel(layer=2)) == pytest.approx(80 / bits, rel=1e-5)
@@ -116,14 +118,14 @@ def test_the_codelength_is_that_of_probes_fitted_one_after_the_other(store: flex
 
 
 def test_a_control_task_is_the_same_for_tokens_of_one_kind(store: flexcache.Store) -> None:
-    view = join(store, "resid_post", "label", rows="all")
-    fold = folds.assign(view, 5, 0)
-    drawn = baselines.control(view, fold, 5, 0)
-    token = np.asarray(store.coordinates["token_id"].values)[view.row]
+    dataset = build_dataset(store, "resid_post", "label", rows="all")
+    fold = folds.assign(dataset, 5, 0)
+    drawn = baselines.control(dataset, fold, 5, 0)
+    token = np.asarray(store.coordinates["token_id"].values)[dataset.row]
     assert all(len(set(drawn[token == kind])) == 1 for kind in set(token))
     assert len(set(drawn)) == 2
     with pytest.raises(AnalysisError, match="samples of one token each"):
-        baselines.control(join(store, "resid_post", "label", rows="mean"), fold, 5, 0)
+        baselines.control(build_dataset(store, "resid_post", "label", rows="mean"), fold, 5, 0)
 
 
 def test_tokens_known_by_heart_have_no_selectivity(tmp_path: Path) -> None:
@@ -153,14 +155,14 @@ def test_a_random_direction_and_length_tell_little(sweep: probes.Sweep) -> None:
 
 
 def test_a_direction_is_the_probe_of_all_documents(store: flexcache.Store, sweep: probes.Sweep, tmp_path: Path) -> None:
-    view = join(store, "resid_post", "label")
+    dataset = build_dataset(store, "resid_post", "label")
     direction = sweep.to_direction(2)
     strength = float(sweep.results["final_strength"].sel(layer=2))
-    X = view.read(2).astype(float)
-    alone = probes.Logistic(strength).fit(X, np.array(view.classes)[view.y])
+    X = dataset.read_layer(2).astype(float)
+    alone = probes.Logistic(strength).fit(X, np.array(dataset.classes)[dataset.y])
     np.testing.assert_allclose(direction.score(X), alone.decision_function(X), atol=1e-5)
     assert np.linalg.norm(direction.unit) == pytest.approx(1)
-    np.testing.assert_allclose(direction.score_store(store, view.row), direction.score(X))
+    np.testing.assert_allclose(direction.score_store(store, dataset.row), direction.score(X))
     assert len(direction.score_store(store, block=7)) == store.n_rows
     saved = probes.load_direction(direction.save(tmp_path / "deep" / "d.safetensors"))
     assert np.array_equal(saved.vector, direction.vector)
@@ -193,12 +195,12 @@ def test_weights_come_back_from_a_folder(sweep: probes.Sweep, tmp_path: Path) ->
 def test_transfer_scores_the_saved_weights_on_another_store(sweep: probes.Sweep, store: Any, tmp_path: Path) -> None:
     other = told(tmp_path / "other.zarr", 60, seed=5)
     found = probes.transfer(sweep, other, resamples=50)
-    view = join(other, "resid_post", "label")
+    dataset = build_dataset(other, "resid_post", "label")
     assert sweep.coef is not None
     assert sweep.intercept is not None
     for layer in range(3):
-        said = view.read(layer).astype(float) @ sweep.coef[layer, 0] + sweep.intercept[layer, 0] > 0
-        assert float(found["score"].sel(layer=layer, metric="accuracy")) == (said == view.y).mean()
+        said = dataset.read_layer(layer).astype(float) @ sweep.coef[layer, 0] + sweep.intercept[layer, 0] > 0
+        assert float(found["score"].sel(layer=layer, metric="accuracy")) == (said == dataset.y).mean()
     assert (found["ci_low"] <= found["score"]).all()
     across = probes.transfer(sweep, other, across=True, resamples=20)
     assert across["score"].sizes == {"trained": 3, "tested": 3, "metric": len(sweep.metrics)}

@@ -10,6 +10,8 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import accuracy_score, brier_score_loss, f1_score, log_loss, r2_score, roc_auc_score, roc_curve
 
 from analysis.probes import score
+from analysis.statistics import bootstrap
+from analysis.statistics.bootstrap import percentile_interval
 
 RNG = np.random.default_rng(3)
 N, CV = 60, 3
@@ -175,7 +177,7 @@ def test_intervals_of_pooled_metrics_hold_the_truth(
         y, said, group = sample(n)
         fold = group % 5
         drawn = score.replicates(["recall@1%", "ece"], y, said, fold, group, resamples=200, seed=seed)
-        low, high = score.interval(drawn)
+        low, high = percentile_interval(drawn)
         inside.append((low <= truth) & (truth <= high))
         both = [score.parts(metric, y, said, fold, 5) for metric in ("recall@1%", "ece")]
         estimate = np.array([top.sum() / bottom.sum() for top, bottom in both])
@@ -191,7 +193,7 @@ def test_the_band_over_layers_holds_all_of_them_at_once() -> None:
         drawn = pooled[:, None] + 0.03 * rng.normal(size=(8, 400))
         low, high = score.band(pooled, drawn)
         inside += bool(((low <= truth) & (truth <= high)).all())
-        ends = score.interval(drawn)
+        ends = percentile_interval(drawn)
         narrow += bool(((ends[0] <= truth) & (truth <= ends[1])).all())
     assert inside > 180
     assert narrow < 170
@@ -199,7 +201,10 @@ def test_the_band_over_layers_holds_all_of_them_at_once() -> None:
 
 @pytest.mark.parametrize("metric", ["accuracy", "auroc"])
 def test_the_bootstrap_is_scoring_the_drawn_groups_themselves(metric: score.Metric) -> None:
-    draws, values = np.concatenate([weights for _, weights in score._resamples(20, N, 50, seed=1)]), []
+    draws, values = (
+        np.concatenate([weights for _, weights in bootstrap.resample_groups(20, 50, seed=1, n_samples=N)]),
+        [],
+    )
     for drawn in draws.astype(int):
         at = np.repeat(np.arange(N), drawn[GROUP])
         top = bottom = 0.0
@@ -212,13 +217,13 @@ def test_the_bootstrap_is_scoring_the_drawn_groups_themselves(metric: score.Metr
     assert (draws.sum(1) == 20).all()
     drawn = score.replicates([metric], Y, SAID, FOLD, GROUP, resamples=50, seed=1)
     np.testing.assert_allclose(drawn[0], values)
-    assert score.interval(drawn[0]) == pytest.approx(tuple(np.percentile(values, [2.5, 97.5])))
+    assert percentile_interval(drawn[0]) == pytest.approx(tuple(np.percentile(values, [2.5, 97.5])))
 
 
 def test_the_bootstrap_does_not_depend_on_how_much_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = (["auroc", "ece", "recall@1%"], Y, SAID, FOLD, GROUP)
     whole = score.replicates(*asked, resamples=40, seed=0)
-    monkeypatch.setattr(score, "CHUNK", 7 * N)
+    monkeypatch.setattr(bootstrap, "CHUNK", 7 * N)
     np.testing.assert_allclose(score.replicates(*asked, resamples=40, seed=0), whole)
 
 
@@ -226,7 +231,7 @@ def test_the_r2_interval_covers_its_estimate_without_bias() -> None:
     y = RNG.normal(size=N)
     predicted = y + RNG.normal(size=N)
     said = score.Prediction(predicted, predicted)
-    low, high = score.interval(score.replicates(["r2"], y, said, FOLD, GROUP, resamples=4000, seed=0), level=0.02)
+    low, high = percentile_interval(score.replicates(["r2"], y, said, FOLD, GROUP, resamples=4000, seed=0), level=0.02)
     top, bottom = score.parts("r2", y, said, FOLD, CV)
     assert (low[0] + high[0]) / 2 == pytest.approx(top.sum() / bottom.sum(), abs=0.04)
 
@@ -235,7 +240,7 @@ def test_a_clustered_sample_has_a_wider_interval_than_its_rows_suggest() -> None
     right = np.repeat(RNG.integers(2, size=20), 3)  # whole groups are right or wrong
     said = score.Prediction(right, np.zeros(N))
     by_group, by_row = (
-        score.interval(score.replicates(["accuracy"], np.ones(N, int), said, FOLD, group, resamples=500, seed=0))
+        percentile_interval(score.replicates(["accuracy"], np.ones(N, int), said, FOLD, group, resamples=500, seed=0))
         for group in (GROUP, np.arange(N))
     )
     assert np.ptp(by_group) > 1.4 * np.ptp(by_row)

@@ -148,8 +148,8 @@ def test_rows_of_a_document_leak_its_identity_unless_they_are_grouped(array_stor
     assert leaking.results["pooled"].sel(at) > 0.85
     assert grouped.results["ci_low"].sel(at) < 0.5 < grouped.results["ci_high"].sel(at)
     assert grouped.results["pooled"].sel(at) < 0.6
-    assert "training and test folds alike" in " ".join(leaking.results.attrs["notes"])
-    assert "training and test folds alike" not in " ".join(grouped.results.attrs["notes"])
+    assert "in both training and test folds" in " ".join(leaking.results.attrs["notes"])
+    assert "in both training and test folds" not in " ".join(grouped.results.attrs["notes"])
 
 
 def test_shuffled_labels_are_at_chance_where_the_probe_is_not(make_store: Any) -> None:
@@ -160,15 +160,15 @@ def test_shuffled_labels_are_at_chance_where_the_probe_is_not(make_store: Any) -
 
 
 def test_shuffling_keeps_a_group_of_one_value_together(array_store: Any) -> None:
-    from analysis.dataset.view import join
+    from analysis.dataset.probe_dataset import build_dataset
     from analysis.probes import baselines, folds
 
     store = array_store(np.zeros((1, 120, 1)), [2] * 60, label=list("ab") * 30, group=[i // 2 for i in range(60)])
-    mixed = join(store, "resid_post", "label", rows="all", groups="group")
+    mixed = build_dataset(store, "resid_post", "label", rows="all", groups="group")
     moved = baselines.shuffle(mixed, folds.assign(mixed, 5, 0), 5, 0).reshape(60, 2)
     assert (moved[:, 0] == moved[:, 1]).all()
     store.documents = store.documents.append_column("topic", [["x" if i % 4 < 2 else "y" for i in range(60)]])
-    alike = join(store, "resid_post", "topic", rows="all", groups="group")
+    alike = build_dataset(store, "resid_post", "topic", rows="all", groups="group")
     moved = baselines.shuffle(alike, folds.assign(alike, 5, 0), 5, 0).reshape(30, 4)
     assert (moved == moved[:, :1]).all()
     assert (moved[:, 0] != alike.y.reshape(30, 4)[:, 0]).any()
@@ -229,7 +229,7 @@ def test_the_tfidf_baseline_is_left_out_with_a_note_where_there_are_no_words(mak
     sweep = probes.sweep(store, "label", "resid_post", **QUICK)
     assert "tfidf" not in sweep.arms
     assert any("found no word" in note for note in sweep.results.attrs["notes"])
-    assert any("119 documents have the very text" in note for note in sweep.results.attrs["notes"])
+    assert any("119 documents have the same text" in note for note in sweep.results.attrs["notes"])
     store.documents = store.documents.drop_columns(["text"])
     assert "kept no texts" in probes.sweep(store, "label", "resid_post", **QUICK).results.attrs["notes"][0]
 

@@ -273,7 +273,7 @@ def test_a_file_that_is_cut_short_is_named(cut: int, tmp_path: Path) -> None:
 def test_heads_agree_with_the_package(tmp_path: Path) -> None:
     tensors = {"a": values(3, 5), "b": values(2, 2).bfloat16(), "c": torch.arange(4), "d": values(0, 3).half()}
     save_file(tensors, tmp_path / "x.safetensors", metadata={"key": "value"})
-    entries, metadata = safetensors.read_head(tmp_path / "x.safetensors")
+    entries, metadata = safetensors.read_header(tmp_path / "x.safetensors")
     assert metadata == {"key": "value"}
     assert entries.keys() == tensors.keys()
     for name, tensor in tensors.items():

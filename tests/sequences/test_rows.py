@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import flexcache
 from analysis.dataset import targets
-from analysis.dataset.view import join
+from analysis.dataset.probe_dataset import build_dataset
 from flexcache.errors import ConfigError, DocumentsError, StoreError
 from flexcache.sequences.choice import first_or_last
 from flexcache.store.read.row_alignment import rows_in
@@ -136,9 +136,9 @@ def test_labels_of_tokens_are_in_the_table_and_are_targets(tokenizer: Any, tmp_p
         assert [tags[row] for row in store.rows(document=name)] == values
     assert [spans[row] for row in store.rows(document="a")] == names[::2]
     [target] = targets.read(store, "tags")
-    view = join(store, "resid_post", target)
-    assert view.rows == "all"
-    assert sorted(view.classes) == sorted({0, 2, 4, 9, 7, 5, 1})
+    dataset = build_dataset(store, "resid_post", target)
+    assert dataset.rows == "all"
+    assert sorted(dataset.classes) == sorted({0, 2, 4, 9, 7, 5, 1})
     with pytest.raises(StoreError, match="did you mean tags"):
         store.token_label("tag")
 

@@ -18,7 +18,7 @@ import xarray as xr
 
 import flexcache
 from analysis import probes, survey
-from analysis.dataset import targets, view
+from analysis.dataset import probe_dataset, targets
 from analysis.statistics import moments
 from flexcache import errors
 from flexcache.store.format.ledger import Ledger
@@ -195,9 +195,9 @@ def test_views_targets_and_results_are_the_same_after_it(store: flexcache.Store)
         assert (again.name, type(again)) == (target.name, type(target))
         assert again.values(store).equals(target.values(store))
     for rows in ("last", "mean", "all", "tokens", 2):
-        joined = view.join(store, "resid_post", "label", rows=rows)
+        joined = probe_dataset.build_dataset(store, "resid_post", "label", rows=rows)
         again = pickle.loads(pickle.dumps(joined))
-        for found, expected in zip(again.read(3), joined.read(3), strict=True):
+        for found, expected in zip(again.read_layer(3), joined.read_layer(3), strict=True):
             assert np.array_equal(found, expected)
         assert np.array_equal(again.y, joined.y)
     swept = probes.sweep(store, "label", "resid_post", layers=3, resamples=20, mdl=False, progress=False)

@@ -30,17 +30,17 @@ def orders(draw: st.DrawFn) -> Order:
 def test_every_row_is_one_consumers_and_once(order: Order, ranks: int, workers: int, epoch: int) -> None:
     consumers, seen = ranks * workers, []
     for consumer in range(consumers):
-        pools = order.pools(epoch, consumer, consumers)
+        pools = order.pools_of(epoch, consumer, consumers)
         rows = [
             np.concatenate([order.rows[low:high] for low, high in order.runs[pool]])[
-                order.mixed(epoch, consumer, number, int(np.diff(order.runs[pool], axis=1).sum()))
+                order.mixing_order(epoch, consumer, number, int(np.diff(order.runs[pool], axis=1).sum()))
             ]
             for number, pool in enumerate(pools)
         ]
         seen += rows
         count = sum(map(len, rows))
-        assert order.batches(epoch, consumer, consumers) == -(-count // order.batch_size)
-        assert order.batches(epoch, consumer, consumers, drop_last=True) == count // order.batch_size
+        assert order.count_batches(epoch, consumer, consumers) == -(-count // order.batch_size)
+        assert order.count_batches(epoch, consumer, consumers, drop_last=True) == count // order.batch_size
         for pool in rows:
             assert len(pool) <= max(order.pool_rows, order.run_rows)
     assert np.array_equal(np.sort(np.concatenate([*seen, np.zeros(0, np.int64)])), order.rows)
@@ -58,9 +58,9 @@ def test_runs_hold_near_rows_of_one_unit(order: Order) -> None:
 def test_another_epoch_and_another_seed_have_another_order() -> None:
     order = Order(np.arange(1000), 512, 8, 200, 32, seed=0)
     other = Order(np.arange(1000), 512, 8, 200, 32, seed=1)
-    assert not np.array_equal(order.of(0, 0, 1), order.of(1, 0, 1))
-    assert not np.array_equal(order.of(0, 0, 1), other.of(0, 0, 1))
-    assert np.array_equal(order.of(3, 1, 4), order.of(3, 1, 4))
+    assert not np.array_equal(order.runs_of(0, 0, 1), order.runs_of(1, 0, 1))
+    assert not np.array_equal(order.runs_of(0, 0, 1), other.runs_of(0, 0, 1))
+    assert np.array_equal(order.runs_of(3, 1, 4), order.runs_of(3, 1, 4))
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(0, 50))

@@ -58,14 +58,14 @@ class _Neural(ClassifierMixin, BaseEstimator):
             shuffled = rest[torch.randperm(len(rest), generator=generator).numpy()]
             for first in range(0, len(shuffled), self.batch_size):
                 part = shuffled[first : first + self.batch_size]
-                loss = torch.nn.functional.cross_entropy(network(*inputs.take(part)), labels[part])
+                loss = torch.nn.functional.cross_entropy(network(*inputs.to_tensors(part)), labels[part])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
             network.eval()
             self.n_iter_ += 1
             with torch.no_grad():
-                now = float(torch.nn.functional.cross_entropy(network(*inputs.take(held)), labels[held]))
+                now = float(torch.nn.functional.cross_entropy(network(*inputs.to_tensors(held)), labels[held]))
             if now < best - 1e-4:
                 best, kept, worse = now, {k: v.clone() for k, v in network.state_dict().items()}, 0
             else:
@@ -86,7 +86,7 @@ class _Neural(ClassifierMixin, BaseEstimator):
         import torch
 
         with torch.no_grad():
-            found = [torch.softmax(self.network_(*inputs.take(part)).double(), -1) for part in inputs.parts(1024)]
+            found = [torch.softmax(self.network_(*inputs.to_tensors(part)).double(), -1) for part in inputs.parts(1024)]
         return torch.cat(found).numpy()
 
 
@@ -106,7 +106,7 @@ class Inputs:
         for first in range(0, len(self), size):
             yield np.arange(first, min(first + size, len(self)))
 
-    def take(self, part: NDArray[np.int64]) -> tuple[torch.Tensor, ...]:
+    def to_tensors(self, part: NDArray[np.int64]) -> tuple[torch.Tensor, ...]:
         """Return what the network takes of some samples."""
         import torch
 

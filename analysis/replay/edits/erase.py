@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analysis.dataset.view import Rows, join
+from analysis.dataset.probe_dataset import build_dataset
+from analysis.dataset.readable import Rows
 from analysis.replay.edits.edit import Edit
 from analysis.replay.edits.edit_context import EditContext
 from analysis.replay.edits.standard import random_basis
@@ -72,9 +73,9 @@ class Erase(Edit):
 
     @classmethod
     def fit_store(cls, store: Store, target: str, site: str, layer: int, rows: Rows | None = "last") -> Erase:
-        """Fit to a label column of a store's documents; *target* and *rows* as for `analysis.view.join`."""
-        view = join(store, site, target, rows=rows, layers=layer)
-        return cls.fit(view.read(layer), view.y)
+        """Fit to a label column of a store's documents; see `build_dataset` for *target* and *rows*."""
+        dataset = build_dataset(store, site, target, rows=rows, layers=layer)
+        return cls.fit(dataset.read_layer(layer), dataset.y)
 
     def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
         """Return *x* without the concept."""

@@ -8,8 +8,9 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from analysis.replay.sweeps.inference import group_bootstrap, sign_flip
-from flexcache.errors import AnalysisError, nearest
+from analysis.replay.sweeps.inference import sign_flip
+from analysis.statistics.bootstrap import mean_interval
+from analysis.sweep_results import names_along
 
 
 def estimate_effects(
@@ -31,7 +32,7 @@ def estimate_effects(
         group = np.arange(len(numbers))
     count = np.isfinite(numbers).sum(0)
     mean = np.where(np.isfinite(numbers), numbers, 0).sum(0) / np.where(count, count, np.nan)
-    low, high = group_bootstrap(numbers, group, resamples, seed)
+    low, high = mean_interval(numbers, group, resamples, seed)
     dims = values.dims[1:]
     found: dict[str, Any] = {
         "mean": (dims, mean),
@@ -47,22 +48,3 @@ def estimate_effects(
         found[f"p_{name}"] = (tuple(dim for dim in dims if dim != "arm"), p)
     coords = {name: results[name] for name in dims}
     return xr.Dataset(found, coords, {"groups": "document", "resamples": resamples, **results.attrs})
-
-
-def names_along(results: xr.Dataset, dim: str) -> tuple[str, ...]:
-    """Return the coordinates of a dim as text, such as the names of the metrics."""
-    return tuple(map(str, results[dim].values))
-
-
-def check_metric(results: xr.Dataset, name: str | None) -> str:
-    """Return *name*, or the first metric if it is None.
-
-    Raises
-    ------
-    AnalysisError
-        The sweep did not measure it.
-    """
-    metrics = names_along(results, "metric")
-    if name is not None and name not in metrics:
-        raise AnalysisError(f"the sweep did not measure {name!r}", remedy=nearest(name, metrics))
-    return name or metrics[0]

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.plot_style import INK, PAPER, SOFT, frame
-from analysis.replay.sweeps.effects import check_metric, estimate_effects, names_along
-from flexcache.paths import local_path
+from analysis.plot_style import INK, PAPER, SOFT, frame, save_figure
+from analysis.replay.sweeps.effects import estimate_effects
+from analysis.sweep_results import check_metric, names_along
 
 CURVES = ("#0a6ebd", "#bc4c00", "#1a7f37", "#8250df", "#9a6700", "#cf222e")
 STYLES = {"edit": "-", "identity": (0, (1, 2)), "random_direction": (0, (6, 3)), "norm_matched": (0, (3, 2, 1, 2))}
@@ -58,7 +58,7 @@ def plot(results: xr.Dataset, path: str | Path | None = None, metric: str | None
         figure = dose_response(results, metric)
     else:
         figure = curves(results, metric)
-    return _written(figure, path)
+    return save_figure(figure, path)
 
 
 def heat_maps(results: xr.Dataset, metric: str) -> Figure:
@@ -142,7 +142,7 @@ def scatter(exact: xr.Dataset, path: str | Path | None = None) -> Figure:
     rho = float(exact.attrs["rank_correlation"])
     axes.set_title(f"top {len(found)}: rank correlation {rho:.2f}", loc="left", color=INK, fontsize=11)
     frame(axes)
-    return _written(figure, path)
+    return save_figure(figure, path)
 
 
 def _curve(axes: Axes, x: Any, at: xr.Dataset, colour: str, style: Any, label: str) -> None:
@@ -191,11 +191,3 @@ def _finish(axes: Axes, results: xr.Dataset, metric: str) -> None:
 
 def _name(metric: str) -> str:
     return NAMES.get(metric, metric)
-
-
-def _written(figure: Figure, path: str | Path | None) -> Figure:
-    if path is not None:
-        path = local_path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=160)
-    return figure

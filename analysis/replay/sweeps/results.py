@@ -10,7 +10,8 @@ import numpy as np
 import xarray as xr
 
 from analysis.dataset import columns
-from analysis.replay.sweeps.effects import check_metric, estimate_effects, names_along
+from analysis.replay.sweeps.effects import estimate_effects
+from analysis.sweep_results import SweepResults, check_format, no_saved_sweep
 from flexcache.errors import AnalysisError, nearest
 from flexcache.paths import local_path
 
@@ -26,7 +27,7 @@ FILE = "results.zarr"
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(SweepResults):
     """Effects of edits, document by document, beside their controls; made by `sweep`, read again by `load`.
 
     ``results`` is an `xarray.Dataset`:
@@ -43,18 +44,6 @@ class Sweep:
     *arm* is ``edit`` and the baselines; *alpha* is the strength, 1 for an edit that has none; *layer* is −1 for a
     module path. What was asked, and notes on what is not exact, are in ``results.attrs``.
     """
-
-    results: xr.Dataset
-
-    @property
-    def arms(self) -> tuple[str, ...]:
-        """The edit and its controls."""
-        return names_along(self.results, "arm")
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics."""
-        return names_along(self.results, "metric")
 
     def effect(
         self, store: Store | None = None, groups: str = "document", resamples: int = 1000, seed: int = 0
@@ -86,16 +75,6 @@ class Sweep:
         frame = self.results["value"].to_dataset("metric").to_dataframe()
         return frame.dropna(how="all").reset_index()
 
-    def metric(self, name: str | None) -> str:
-        """Return *name* if it was measured, the first metric if it is None.
-
-        Raises
-        ------
-        AnalysisError
-            It was not measured.
-        """
-        return check_metric(self.results, name)
-
     def plot(self, path: str | Path | None = None, metric: str | None = None) -> Figure:
         """Draw a metric: layer × position as a heat map, else curves over layers or strengths."""
         from analysis.replay.sweeps.plot import plot
@@ -108,9 +87,8 @@ class Sweep:
 
         return table(self.results, rows)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``results.zarr`` into *folder*, made if need be, and return its path; any Zarr reader opens it."""
-        path = local_path(folder) / FILE
+    def _write(self, folder: Path) -> Path:
+        path = folder / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         self.results.to_zarr(path, mode="w", zarr_format=3, consolidated=False)
         return path
@@ -131,15 +109,9 @@ def load(folder: str | Path) -> Sweep:
     """
     path = local_path(folder) / FILE
     if not (path / "zarr.json").is_file():
-        raise AnalysisError("there is no saved sweep", where=str(path), remedy="give the folder of Sweep.save")
+        raise no_saved_sweep(path)
     data = xr.open_zarr(path, consolidated=False, chunks=None).load()
-    if data.attrs.get("format") != FORMAT:
-        raise AnalysisError(
-            "the sweep was saved in another format",
-            where=str(path),
-            expected=FORMAT,
-            found=str(data.attrs.get("format")),
-        )
+    check_format(path, str(data.attrs.get("format")), FORMAT)
     text = {name: data[name].astype(object) for name in ("arm", "position", "edit", "document", "metric")}
     return Sweep(data.assign_coords(text))
 

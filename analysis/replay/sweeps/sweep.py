@@ -25,7 +25,6 @@ from analysis.replay.sweeps.metrics import Asked
 from analysis.replay.sweeps.results import FORMAT, Sweep
 from analysis.replay.sweeps.sweep_plan import BASELINES, Answers, Part, Question, answer, merge_misfits
 from analysis.replay.sweeps.workers import Loader, run_on_workers
-from analysis.rescue import rescued
 from flexcache.errors import AnalysisError, MismatchError, StoreError, nearest
 from flexcache.paths import output_folder
 from flexcache.recording.forward.batch import Batch
@@ -125,7 +124,7 @@ def sweep(
             shown.update(task, completed=len(done) * question.forwards())
     result = Sweep(_dataset(engine, question, [done[_name(batch)] for batch in batches]))
     if place is not None:
-        rescued(result.save, place)
+        result.save(place)
     return result
 
 

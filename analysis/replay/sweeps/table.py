@@ -7,7 +7,8 @@ import xarray as xr
 from rich.markup import escape
 from rich.table import Table
 
-from analysis.replay.sweeps.effects import estimate_effects, names_along
+from analysis.replay.sweeps.effects import estimate_effects
+from analysis.sweep_results import names_along
 
 
 def table(results: xr.Dataset, rows: int = 20) -> Table:

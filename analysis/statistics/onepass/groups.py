@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from analysis.dataset import columns
-from analysis.statistics.onepass.block import Block
+from analysis.statistics.onepass.row_block import RowBlock
 from flexcache.errors import AnalysisError, nearest
 from flexcache.spec import listed
 from flexcache.store.read.store import Store
@@ -20,7 +20,7 @@ POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 1
 
 
 @dataclass(frozen=True, eq=False)
-class Key:
+class GroupKey:
     """One thing to group by: a code for each value of a coordinate.
 
     Attributes
@@ -43,7 +43,7 @@ class Key:
     edges: np.ndarray | None = None
     table: np.ndarray | None = None
 
-    def codes(self, block: Block) -> np.ndarray:
+    def codes(self, block: RowBlock) -> np.ndarray:
         """Return the code of each row, -1 where it is in no group."""
         values = np.asarray(getattr(block, self.of), np.int64)
         if self.edges is not None:
@@ -57,7 +57,7 @@ class Key:
 class Grouping:
     """Some keys and all combinations of their codes. Without keys, one group of all rows."""
 
-    keys: tuple[Key, ...] = ()
+    keys: tuple[GroupKey, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,7 +74,7 @@ class Grouping:
         """Names of the keys."""
         return tuple(key.name for key in self.keys)
 
-    def codes(self, block: Block) -> np.ndarray:
+    def codes(self, block: RowBlock) -> np.ndarray:
         """Return the group of each row, -1 where it is in none."""
         code = np.zeros(len(block), np.int64)
         outside = np.zeros(len(block), bool)
@@ -132,13 +132,13 @@ def grouping(
     return Grouping(tuple(keys))
 
 
-def _key(store: Store, name: str, positions: Sequence[int] | None, token_types: Any) -> Key:
+def _key(store: Store, name: str, positions: Sequence[int] | None, token_types: Any) -> GroupKey:
     if name == "position":
         longest = int(store.plan.get("longest", 0)) or int(np.max(store.documents["n_tokens"].to_numpy(), initial=1))
         edges = np.asarray(positions if positions is not None else [p for p in POSITIONS if p < longest] or [0])
         if not len(edges) or (np.diff(edges) <= 0).any() or edges[0] < 0:
             raise AnalysisError("positions are not ascending", expected="first positions of buckets", found=str(edges))
-        return Key("position", "position", edges.astype(np.int64), edges=edges.astype(np.int64))
+        return GroupKey("position", "position", edges.astype(np.int64), edges=edges.astype(np.int64))
     if name == "token_id" and getattr(store, "images", False):
         raise AnalysisError(
             "the tokens of images have no ids", remedy="group by position, or a column of the documents"
@@ -149,7 +149,7 @@ def _key(store: Store, name: str, positions: Sequence[int] | None, token_types: 
             values = tokens.flatten().to_numpy(zero_copy_only=False)
             highest = max(highest, int(values.max(initial=0)))
         ids = np.arange(highest + 1)
-        return Key("token_id", "token_id", ids, table=ids)
+        return GroupKey("token_id", "token_id", ids, table=ids)
     if name == "token_type":
         if token_types is None:
             raise AnalysisError(
@@ -157,11 +157,11 @@ def _key(store: Store, name: str, positions: Sequence[int] | None, token_types: 
                 where="by token_type",
                 remedy="give token_types=analysis.tokens.token_types(tokenizer)",
             )
-        return Key("token_type", "token_id", np.asarray(token_types.names), table=np.asarray(token_types.codes))
+        return GroupKey("token_type", "token_id", np.asarray(token_types.names), table=np.asarray(token_types.codes))
     return _label(store, name)
 
 
-def _label(store: Store, name: str) -> Key:
+def _label(store: Store, name: str) -> GroupKey:
     table = store.documents
     if name not in table.column_names:
         known = ("layer", "position", "token_id", "token_type", *table.column_names)
@@ -176,4 +176,4 @@ def _label(store: Store, name: str) -> Key:
     labels = sorted(set(found[valid].tolist())) or [""]
     place = {label: code for code, label in enumerate(labels)}
     codes = np.array([place[value] if good else -1 for value, good in zip(found, valid)], np.int64)
-    return Key(name, "document", np.asarray(labels), table=codes)
+    return GroupKey(name, "document", np.asarray(labels), table=codes)

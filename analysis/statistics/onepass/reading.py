@@ -13,9 +13,9 @@ import numpy as np
 import xarray as xr
 import zarr
 
+from analysis.dataset.layer_choice import choose_layers
 from analysis.dataset.opens_store import opens_store
-from analysis.dataset.view import choose_layers
-from analysis.statistics.onepass.block import Block
+from analysis.statistics.onepass.row_block import RowBlock
 from analysis.statistics.onepass.scheduler import choose
 from analysis.statistics.onepass.statistic import State, Statistic
 from flexcache.errors import AnalysisError, nearest
@@ -141,11 +141,11 @@ def read_shard(job: Job, layer: int | None, unit: int) -> States:
     features = store.arrays[job.site].features
     states = {name: statistic.zero(features) for name, statistic in job.statistics.items()}
     for block in blocks(store, job.site, layer, unit, list(job.statistics.values())):
-        parts: dict[Any, Block] = {None: block}
+        parts: dict[Any, RowBlock] = {None: block}
         for name, statistic in job.statistics.items():
             sample = statistic.sample
             if sample not in parts:
-                parts[sample] = block.take(np.flatnonzero(cast("Any", sample)(block.document, block.position)))
+                parts[sample] = block.select_rows(np.flatnonzero(cast("Any", sample)(block.document, block.position)))
             if len(parts[sample]):
                 states[name] = statistic.update(states[name], parts[sample])
     return states
@@ -158,7 +158,7 @@ def merge_states(job: Job, first: States, second: States) -> States:
 
 def blocks(
     store: Store, site: str, layer: int | None, unit: int, statistics: list[Statistic] | None = None
-) -> Iterator[Block]:
+) -> Iterator[RowBlock]:
     """Yield the rows of a shard in order, a block at a time; only those of sampled documents where all sample."""
     reader = store.reader(site)
     held = reader.layout.rows(unit)
@@ -177,14 +177,14 @@ def blocks(
         for start in range(0, len(chosen), step):
             local = chosen[start : start + step]
             values = reader.gather(layer, held.start + local, True)
-            yield Block(values, held.start + local, *(about[name][local] for name in COORDINATES))
+            yield RowBlock(values, held.start + local, *(about[name][local] for name in COORDINATES))
         return
     buffer = np.empty((min(step, len(held)), reader.array.features), reader.dtype)
     for start in range(held.start, held.stop, step):
         stop = min(start + step, held.stop)
         values = reader.scan(layer, start, stop, True, buffer)
         place = slice(start - held.start, stop - held.start)
-        yield Block(values, np.arange(start, stop), *(about[name][place] for name in COORDINATES))
+        yield RowBlock(values, np.arange(start, stop), *(about[name][place] for name in COORDINATES))
 
 
 @lru_cache(maxsize=8)

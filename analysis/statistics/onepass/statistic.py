@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analysis.statistics.onepass.block import Block
+from analysis.statistics.onepass.row_block import RowBlock
 from analysis.statistics.onepass.sample import DocumentSample
 
 State = dict[str, np.ndarray]
@@ -30,7 +30,7 @@ class Statistic(ABC):
         """Return the state of no rows."""
 
     @abstractmethod
-    def update(self, state: State, block: Block) -> State:
+    def update(self, state: State, block: RowBlock) -> State:
         """Return *state* with the rows of *block* added; it may be changed in place."""
 
     @abstractmethod
@@ -50,7 +50,7 @@ class Statistic(ABC):
         return {"statistic": type(self).__name__}
 
 
-def of_rows(statistic: Statistic, features: int, blocks: list[Block]) -> State:
+def of_rows(statistic: Statistic, features: int, blocks: list[RowBlock]) -> State:
     """Return the state of several blocks, one after the other."""
     state = statistic.zero(features)
     for block in blocks:

@@ -12,8 +12,8 @@ import pytest
 import flexcache
 from analysis.statistics import moments, onepass
 from analysis.statistics.moments import Moments
-from analysis.statistics.onepass import Block, DocumentSample, State, grouping
-from analysis.statistics.onepass.block import widen
+from analysis.statistics.onepass import DocumentSample, RowBlock, State, grouping
+from analysis.statistics.onepass.row_block import widen
 from flexcache.errors import AnalysisError, ConfigError, SiteError
 from flexcache.store.read.shard_reader import RowReader
 from tests.analysis.stores import value_store
@@ -84,7 +84,7 @@ def test_a_scheduler_by_its_address_runs_on_its_worker_processes(store: flexcach
 
 
 class Deadly(Moments):
-    def update(self, state: State, block: Block) -> State:
+    def update(self, state: State, block: RowBlock) -> State:
         os._exit(1)
 
 

@@ -18,7 +18,7 @@ from analysis.readout.examples import TopRows
 from analysis.statistics.covariance import Covariance
 from analysis.statistics.kept_rows import Rows
 from analysis.statistics.moments import Moments
-from analysis.statistics.onepass import Block, State, Statistic
+from analysis.statistics.onepass import RowBlock, State, Statistic
 from analysis.statistics.onepass.statistic import of_rows
 from analysis.statistics.outliers import Extremes
 from analysis.statistics.quantiles import Histogram, Sorted
@@ -36,13 +36,13 @@ EXAMPLES: list[Statistic] = [
 """One of each kind: a new statistic is added here, and is then held to the contract."""
 
 
-def blocks(sizes: list[int], seed: int) -> list[Block]:
+def blocks(sizes: list[int], seed: int) -> list[RowBlock]:
     random = np.random.default_rng(seed)
     values = random.normal(size=(sum(sizes), FEATURES)).astype(np.float32)
     found, start = [], 0
     for size in sizes:
         rows = np.arange(start, start + size)
-        found.append(Block(values[rows], rows, rows % 7, rows % 5, rows // 7))
+        found.append(RowBlock(values[rows], rows, rows % 7, rows % 5, rows // 7))
         start += size
     return found
 

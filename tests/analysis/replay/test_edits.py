@@ -14,7 +14,8 @@ from sklearn.linear_model import LogisticRegression
 from analysis import replay
 from analysis.replay.edits.edit import Edit, alternatives, from_json, labels
 from analysis.replay.edits.edit_context import EditContext, StoreRows
-from analysis.replay.sweeps.inference import group_bootstrap, sign_flip
+from analysis.replay.sweeps.inference import sign_flip
+from analysis.statistics.bootstrap import mean_interval
 from flexcache.errors import AnalysisError
 from tests.models import HIDDEN
 
@@ -245,7 +246,7 @@ def test_group_statistics_are_those_of_the_plain_formula(groups: int, missing: i
     group = np.concatenate([np.arange(groups), rng.integers(groups, size=10)])
     values = rng.standard_normal((len(group), 2))
     values[rng.integers(len(group), size=missing), 0] = np.nan
-    low, high = group_bootstrap(values, group, 200, seed)
+    low, high = mean_interval(values, group, 200, seed)
     assert (low <= high)[np.isfinite(low)].all()
     p = sign_flip(values, group)
     sums = np.array([np.nansum(values[group == g], axis=0) for g in range(groups)])
@@ -258,10 +259,10 @@ def test_the_bootstrap_draws_groups_and_not_documents() -> None:
     rng = np.random.default_rng(0)
     effect = rng.standard_normal(20)
     values, group = np.repeat(effect, 50)[:, None], np.repeat(np.arange(20), 50)
-    low, high = group_bootstrap(values, group, 2000, 0)
+    low, high = mean_interval(values, group, 2000, 0)
     se = effect.std() / np.sqrt(20)
     assert float(high[0] - low[0]) == pytest.approx(2 * 1.96 * se, rel=0.15)
-    narrow = group_bootstrap(values, np.arange(1000), 2000, 0)
+    narrow = mean_interval(values, np.arange(1000), 2000, 0)
     assert float(narrow[1][0] - narrow[0][0]) < float(high[0] - low[0]) / 4
 
 

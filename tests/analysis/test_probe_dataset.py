@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis.dataset import view
+from analysis.dataset import probe_dataset
+from analysis.dataset.probe_dataset import build_dataset
 from analysis.dataset.targets import DocumentTarget
-from analysis.dataset.view import join
 from flexcache.errors import AnalysisError
 
 
@@ -27,43 +27,43 @@ def parts(store: Any) -> list[np.ndarray]:
     ],
 )
 def test_each_row_selection_equals_plain_numpy(store: Any, rows: Any, expected: Any) -> None:
-    found = join(store, "resid_post", "label", rows=rows)
+    found = build_dataset(store, "resid_post", "label", rows=rows)
     wanted = np.concatenate([expected(document) for document in parts(store)], axis=1)
     labels = np.concatenate([[y] * expected(d).shape[1] for y, d in zip(store.columns["label"], parts(store))])
     assert [found.classes[code] for code in found.y] == labels.tolist()
     for layer in found.layers:
-        np.testing.assert_array_equal(found.read(layer), wanted[layer])
+        np.testing.assert_array_equal(found.read_layer(layer), wanted[layer])
 
 
 def test_a_mean_is_read_in_blocks_even_where_a_document_is_longer(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = join(store, "resid_post", "label", rows="mean").read(1)
+    whole = build_dataset(store, "resid_post", "label", rows="mean").read_layer(1)
     store.reads.clear()
-    monkeypatch.setattr(view, "BLOCK", 3)
-    np.testing.assert_allclose(join(store, "resid_post", "label", rows="mean").read(1), whole, rtol=1e-6)
+    monkeypatch.setattr(probe_dataset, "BLOCK", 3)
+    np.testing.assert_allclose(build_dataset(store, "resid_post", "label", rows="mean").read_layer(1), whole, rtol=1e-6)
     assert max(size for _, size in store.reads) == 3
 
 
 def test_documents_without_target_group_or_rows_are_left_out_and_counted(array_store: Any) -> None:
     values = np.arange(2 * 5 * 2).reshape(2, 5, 2)
     label, group = ["a", None, "b", "b", "a", "b"], ["x", "x", None, "y", "y", "z"]
-    found = join(
+    found = build_dataset(
         array_store(values, [1, 1, 1, 1, 0, 1], label=label, group=group), "resid_post", "label", groups="group"
     )
     assert found.dropped == {"no target": 1, "no group": 1, "no rows": 1}
     assert found.source.tolist() == [0, 3, 5]
     assert found.group.tolist() == [0, 1, 2]
-    np.testing.assert_array_equal(found.read(1), values[1][[0, 3, 4]])
+    np.testing.assert_array_equal(found.read_layer(1), values[1][[0, 3, 4]])
 
 
 def test_groups_of_numbers_leave_nan_out_and_know_one_zero(array_store: Any) -> None:
     store = array_store(np.zeros((1, 5, 2)), [1] * 5, label=list("abbab"), by=[0.0, -0.0, float("nan"), 1.0, 1.0])
-    found = join(store, "resid_post", "label", groups="by")
+    found = build_dataset(store, "resid_post", "label", groups="by")
     assert found.dropped == {"no group": 1}
     assert found.group.tolist() == [0, 0, 1, 1]
 
 
 def test_nan_in_a_numeric_target_is_no_target(array_store: Any) -> None:
-    found = join(array_store(np.zeros((1, 3, 2)), [1, 1, 1], y=[0.5, float("nan"), 2.0]), "resid_post", "y")
+    found = build_dataset(array_store(np.zeros((1, 3, 2)), [1, 1, 1], y=[0.5, float("nan"), 2.0]), "resid_post", "y")
     assert found.task == "regression"
     assert found.y.tolist() == [0.5, 2.0]
 
@@ -80,7 +80,7 @@ def test_nan_in_a_numeric_target_is_no_target(array_store: Any) -> None:
 def test_the_type_of_the_target_or_the_task_decides(
     array_store: Any, values: Any, task: Any, expected: Any, classes: Any
 ) -> None:
-    found = join(array_store(np.zeros((1, 3, 2)), [1, 1, 1], y=values), "resid_post", "y", task=task)
+    found = build_dataset(array_store(np.zeros((1, 3, 2)), [1, 1, 1], y=values), "resid_post", "y", task=task)
     assert (found.y.tolist(), found.classes) == (expected, classes)
 
 
@@ -88,7 +88,8 @@ def test_groups_hold_rows_documents_or_a_column_together(store: Any) -> None:
     counts = store.columns["n_rows"]
     document = np.repeat(np.arange(len(counts)), counts)
     asked = {
-        groups: join(store, "resid_post", "label", rows="all", groups=groups) for groups in (None, "document", "group")
+        groups: build_dataset(store, "resid_post", "label", rows="all", groups=groups)
+        for groups in (None, "document", "group")
     }
     assert asked[None].n_groups == counts.sum()
     assert asked["document"].group.tolist() == document.tolist()
@@ -100,20 +101,20 @@ def test_groups_hold_rows_documents_or_a_column_together(store: Any) -> None:
     [("all", (0, 1, 2)), (1, (1,)), (-1, (2,)), ([2, 0], (0, 2)), ("1:", (1, 2)), ("::2", (0, 2))],
 )
 def test_layers_are_chosen_as_at_capture(store: Any, layers: Any, expected: Any) -> None:
-    assert join(store, "resid_post", "label", layers=layers).layers == expected
+    assert build_dataset(store, "resid_post", "label", layers=layers).layers == expected
 
 
 def test_a_module_path_has_one_array_and_no_layers(array_store: Any) -> None:
     values = np.arange(8.0).reshape(4, 2)
-    found = join(array_store(values, [2, 2], label=["a", "b"]), "model.norm", "label")
+    found = build_dataset(array_store(values, [2, 2], label=["a", "b"]), "model.norm", "label")
     assert found.layers == (None,)
-    np.testing.assert_array_equal(found.read(None), values[[1, 3]])
+    np.testing.assert_array_equal(found.read_layer(None), values[[1, 3]])
 
 
 def test_a_pooled_store_gives_the_row_it_holds(array_store: Any) -> None:
     pooled = array_store(np.zeros((1, 2, 2)), [1, 1], rows="mean", label=["a", "b"])
-    assert join(pooled, "resid_post", "label").rows == "mean"
-    assert join(pooled, "resid_post", "label", rows="all").rows == "mean"
+    assert build_dataset(pooled, "resid_post", "label").rows == "mean"
+    assert build_dataset(pooled, "resid_post", "label", rows="all").rows == "mean"
 
 
 @pytest.mark.parametrize(
@@ -136,37 +137,37 @@ def test_a_question_the_store_cannot_answer_is_refused_with_what_there_is(
     store = make_store(spans=[[1]] * 120, one=["same"] * 120, nothing=[None] * 119 + [float("nan")])
     question = {"site": "resid_post", "target": "label", **arguments}
     with pytest.raises(Exception, match=message) as raised:
-        join(store, **question)
+        build_dataset(store, **question)
     assert type(raised.value).__module__ == "flexcache.errors"
 
 
 def test_a_row_that_was_not_captured_is_refused(array_store: Any) -> None:
     pooled = array_store(np.zeros((1, 2, 2)), [1, 1], rows="last", label=["a", "b"])
     with pytest.raises(AnalysisError, match="does not hold the first of each document"):
-        join(pooled, "resid_post", "label", rows="first")
+        build_dataset(pooled, "resid_post", "label", rows="first")
 
 
 def test_a_layer_between_captured_ones_is_refused_by_number_and_skipped_by_slice(real_store: Any) -> None:
     target = next(name for name in real_store.documents.column_names if "script" in name)
     with pytest.raises(AnalysisError, match="layer 1 of resid_post was not captured"):
-        join(real_store, "resid_post", target, layers=[0, 1])
-    assert join(real_store, "resid_post", target, layers="0:3").layers == (0, 2)
-    assert join(real_store, "resid_post", target, layers=-1).layers == (2,)
+        build_dataset(real_store, "resid_post", target, layers=[0, 1])
+    assert build_dataset(real_store, "resid_post", target, layers="0:3").layers == (0, 2)
+    assert build_dataset(real_store, "resid_post", target, layers=-1).layers == (2,)
 
 
 def test_a_value_that_is_not_finite_names_its_document(store: Any) -> None:
     store.values["resid_post"][1, store.columns["row_start"][7], 3] = np.inf
-    found = join(store, "resid_post", "label", rows="first")
-    found.read(0)
+    found = build_dataset(store, "resid_post", "label", rows="first")
+    found.read_layer(0)
     with pytest.raises(AnalysisError, match="layer 1, document 'd7'"):
-        found.read(1)
+        found.read_layer(1)
 
 
 def test_a_real_store_is_read_as_its_own_rows(real_store: Any) -> None:
     target = next(name for name in real_store.documents.column_names if "script" in name)
-    found = join(real_store, "resid_post", target)
+    found = build_dataset(real_store, "resid_post", target)
     np.testing.assert_array_equal(
-        found.read(2), real_store.read("resid_post", layer=2, rows=real_store.rows(position=-1))
+        found.read_layer(2), real_store.read("resid_post", layer=2, rows=real_store.rows(position=-1))
     )
     assert found.texts == tuple(real_store.documents["text"].to_pylist())
 
@@ -174,15 +175,15 @@ def test_a_real_store_is_read_as_its_own_rows(real_store: Any) -> None:
 @pytest.mark.parametrize("target", [None, 3, ["pos"], {"a": 1}, np.arange(4), b"label"])
 def test_a_value_that_is_no_target_is_refused(store: Any, target: Any) -> None:
     with pytest.raises(AnalysisError, match=r"not a target[\s\S]*column of the documents[\s\S]*DocumentTarget\(name"):
-        join(store, "resid_post", target)
+        build_dataset(store, "resid_post", target)
 
 
 def test_values_of_ones_own_are_a_target_of_documents(store: Any) -> None:
     values = np.arange(len(store.documents)) % 2
-    found = join(store, "resid_post", DocumentTarget("parity", lambda _: values), rows="last")
+    found = build_dataset(store, "resid_post", DocumentTarget("parity", lambda _: values), rows="last")
     assert np.array_equal(found.y, values[found.source])
     with pytest.raises(AnalysisError, match=r"another number of values[\s\S]*parity"):
-        join(store, "resid_post", DocumentTarget("parity", lambda _: values[1:]))
+        build_dataset(store, "resid_post", DocumentTarget("parity", lambda _: values[1:]))
 
 
 @pytest.mark.parametrize(
@@ -195,9 +196,9 @@ def test_values_of_ones_own_are_a_target_of_documents(store: Any) -> None:
 )
 def test_groups_and_task_that_cannot_be_read_are_refused(store: Any, options: Any, message: str) -> None:
     with pytest.raises(AnalysisError, match=message):
-        join(store, "resid_post", "label", **options)
+        build_dataset(store, "resid_post", "label", **options)
 
 
 def test_a_site_that_is_no_text_is_refused(store: Any) -> None:
     with pytest.raises(AnalysisError, match="no site None"):
-        join(store, None, "label")  # type: ignore[arg-type]
+        build_dataset(store, None, "label")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Pictures beside the layer curve: confusion, calibration, layer × position, transfer."""
+"""Figures of a sweep in addition to the layer curve: confusion, calibration, layer × position, transfer."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from analysis.plot_style import INK, PAPER, SOFT, frame
+from analysis.plot_style import INK, PAPER, SOFT, frame, save_figure
 from analysis.probes.results import Sweep
 from analysis.probes.table import NAMES
 from flexcache.errors import AnalysisError
-from flexcache.paths import local_path
 
 BLUE = "#0a6ebd"
 MOST = 24
-"""Cells up to which each has its number in it."""
+"""Rows or columns up to which every tick has a label; maps of up to a quarter of its square also show numbers."""
 
 
 def confusion(sweep: Sweep, path: str | Path | None = None) -> Figure:
-    """Draw which classes are taken for which, as shares of the true class, from the nested predictions.
+    """Draw the confusion matrix of the nested predictions, as shares of the true class.
+
+    ::
+
+        probes.confusion(sweep, "confusion.svg")
 
     Raises
     ------
@@ -37,11 +40,15 @@ def confusion(sweep: Sweep, path: str | Path | None = None) -> Figure:
     names = [str(name)[:24] for name in table["truth"].values]
     figure, axes = _new(max(4.5, 0.5 * len(names) + 2.5))
     _map(axes, share, names, names, "said", "truth", (0.0, 1.0))
-    return _done(figure, axes, f"{sweep.results.attrs['target']}: shares of each true class", path)
+    return _titled(figure, axes, f"{sweep.results.attrs['target']}: shares of each true class", path)
 
 
 def calibration(sweep: Sweep, path: str | Path | None = None) -> Figure:
-    """Draw how often the likeliest class is right, against its probability, with how many samples are in each bin.
+    """Draw how often the most likely class is right, against its probability; points are sized by their samples.
+
+    ::
+
+        probes.calibration(sweep, "calibration.svg")
 
     Raises
     ------
@@ -60,32 +67,44 @@ def calibration(sweep: Sweep, path: str | Path | None = None) -> Figure:
     axes.scatter(x[full], y[full], s=12 + 200 * sizes[full] / sizes.max(), color=BLUE, alpha=0.7)
     axes.set_xlim(0, 1.02)
     axes.set_ylim(0, 1.02)
-    axes.set_xlabel("probability of the likeliest class", color=INK)
+    axes.set_xlabel("probability of the most likely class", color=INK)
     axes.set_ylabel("share that is right", color=INK)
     frame(axes)
-    return _done(figure, axes, f"{data.attrs['target']}: calibration, size by samples", path)
+    return _titled(figure, axes, f"{data.attrs['target']}: calibration, size by samples", path)
 
 
 def heat_map(found: xr.Dataset, path: str | Path | None = None) -> Figure:
-    """Draw layer × position, as `analysis.probes.by_position` returns it."""
+    """Draw scores by layer and position, as `analysis.probes.by_position` returns them.
+
+    ::
+
+        found = probes.by_position(store, "label", "resid_post", positions=[0, 1, -1])
+        probes.heat_map(found, "positions.svg")
+    """
     metric = str(found.attrs["metric"])
     figure, axes = _new(6.5)
     values = found["pooled"].transpose("layer", "position").values
     layers = [str(layer) for layer in found["layer"].values]
     positions = [str(position) for position in found["position"].values]
     _map(axes, values, layers, positions, "position", "layer", (np.nanmin(values), np.nanmax(values)))
-    axes.invert_yaxis()  # the first layer below
+    axes.invert_yaxis()  # the first layer at the bottom
     ends = f"from {np.nanmin(values):.2f}, pale, to {np.nanmax(values):.2f}"
-    return _done(figure, axes, f"{found.attrs['target']}: {NAMES[metric]}, {ends}", path)
+    return _titled(figure, axes, f"{found.attrs['target']}: {NAMES[metric]}, {ends}", path)
 
 
 def transfer_map(found: xr.Dataset, path: str | Path | None = None) -> Figure:
-    """Draw trained × tested, as `analysis.probes.transfer_matrix` returns it."""
+    """Draw scores by training and test data, as `analysis.probes.transfer_matrix` returns them.
+
+    ::
+
+        found = probes.transfer_matrix({"reviews": sweep}, {"products": (other, "label")})
+        probes.transfer_map(found, "transfer.svg")
+    """
     figure, axes = _new(5.5)
     rows, columns = ([str(name) for name in found[dim].values] for dim in ("trained", "tested"))
     values = found["score"].values
     _map(axes, values, rows, columns, "tested on", "trained on", (np.nanmin(values), np.nanmax(values)))
-    return _done(figure, axes, f"transfer: {NAMES[str(found.attrs['metric'])]}", path)
+    return _titled(figure, axes, f"transfer: {NAMES[str(found.attrs['metric'])]}", path)
 
 
 def _new(width: float) -> tuple[Figure, Axes]:
@@ -117,10 +136,6 @@ def _map(
         spine.set_visible(False)
 
 
-def _done(figure: Figure, axes: Axes, title: str, path: str | Path | None) -> Figure:
+def _titled(figure: Figure, axes: Axes, title: str, path: str | Path | None) -> Figure:
     axes.set_title(title, loc="left", color=INK, fontsize=11, parse_math=False)
-    if path is not None:
-        target = local_path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, dpi=160)
-    return figure
+    return save_figure(figure, path)

@@ -11,7 +11,7 @@ import numpy as np
 PIECE = 1 << 16  # values; as float64 they stay in a core's cache
 
 
-class Block:
+class RowBlock:
     """Rows of one site and layer, as stored, and their coordinates.
 
     Attributes
@@ -48,9 +48,9 @@ class Block:
             place = slice(start, min(start + step, len(self)))
             yield place, widen(self.stored[place]).astype(np.float64)
 
-    def take(self, chosen: np.ndarray) -> Block:
+    def select_rows(self, chosen: np.ndarray) -> RowBlock:
         """Return some of the rows, by mask or number."""
-        return Block(
+        return RowBlock(
             self.stored[chosen],
             self.rows[chosen],
             self.position[chosen],

@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 
 from flexcache.errors import DamagedError, StoreError
-from flexcache.exchange.safetensors import read_head
+from flexcache.exchange.safetensors import read_header
 
 ENDINGS = {"safetensors": (".safetensors",), "pt": (".pt", ".pth", ".bin"), "saelens": (".arrow",)}
 
 
 @dataclass(frozen=True)
-class Piece:
+class FileTensor:
     """One tensor of one file.
 
     Attributes
@@ -42,7 +42,7 @@ class Piece:
         return f"{self.name} in {self.file}" if self.name else self.file
 
 
-def find_pieces(folder: Path, kind: str) -> list[Piece]:
+def find_tensors(folder: Path, kind: str) -> list[FileTensor]:
     """Return all tensors below a folder, files in natural order (``part2`` before ``part10``).
 
     Parameters
@@ -62,10 +62,10 @@ def find_pieces(folder: Path, kind: str) -> list[Piece]:
     files = sorted((path for path in folder.rglob("*") if _belongs(path, folder, kind)), key=_natural(folder))
     if not files:
         raise StoreError(f"{folder} holds no {kind} files", expected=f"files that end in {', '.join(ENDINGS[kind])}")
-    return [piece for path in files for piece in read_pieces(path, path.relative_to(folder).as_posix())]
+    return [tensor for path in files for tensor in list_tensors(path, path.relative_to(folder).as_posix())]
 
 
-def read_pieces(path: Path, name: str) -> list[Piece]:
+def list_tensors(path: Path, name: str) -> list[FileTensor]:
     """Return the tensors of one file, by its ending; *name* is what to call the file.
 
     Raises
@@ -77,20 +77,20 @@ def read_pieces(path: Path, name: str) -> list[Piece]:
     return list(readers.get(path.suffix, _torch)(path, name))
 
 
-def _safetensors(path: Path, file: str) -> Iterator[Piece]:
-    for name, entry in read_head(path)[0].items():
-        yield Piece(file, name, entry.shape, entry.dtype, lambda entry=entry: entry.open(path))  # type: ignore[misc]
+def _safetensors(path: Path, file: str) -> Iterator[FileTensor]:
+    for name, entry in read_header(path)[0].items():
+        yield FileTensor(file, name, entry.shape, entry.dtype, lambda entry=entry: entry.open(path))  # type: ignore[misc]
 
 
-def _npy(path: Path, file: str) -> Iterator[Piece]:
+def _npy(path: Path, file: str) -> Iterator[FileTensor]:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise _unreadable(path, "npy", error) from error
-    yield Piece(file, "", array.shape, array.dtype, lambda: array)
+    yield FileTensor(file, "", array.shape, array.dtype, lambda: array)
 
 
-def _torch(path: Path, file: str) -> Iterator[Piece]:
+def _torch(path: Path, file: str) -> Iterator[FileTensor]:
     """Read what torch saved, tensors alone: whatever else a pickle could do is refused by ``weights_only``."""
     import pickle
 
@@ -108,7 +108,7 @@ def _torch(path: Path, file: str) -> Iterator[Piece]:
     for name, tensor in _tensors(content, ""):
         if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
             array = host(tensor)
-            yield Piece(file, name, array.shape, array.dtype, lambda array=array: array)  # type: ignore[misc]
+            yield FileTensor(file, name, array.shape, array.dtype, lambda array=array: array)  # type: ignore[misc]
 
 
 def _tensors(content: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -124,7 +124,7 @@ def _tensors(content: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield from _tensors(value, f"{name}.{key}" if name else str(key))
 
 
-def _arrow(path: Path, file: str) -> Iterator[Piece]:
+def _arrow(path: Path, file: str) -> Iterator[FileTensor]:
     """Read a Hugging Face datasets file, as SAELens' CacheActivationsRunner writes it: nested lists, mapped.
 
     A column of activations is a list of tokens of lists of features; ``token_ids`` is a list of tokens.
@@ -139,7 +139,7 @@ def _arrow(path: Path, file: str) -> Iterator[Piece]:
             array = _unnested(batch.column(name), len(batch), path, name)
             if array is not None:
                 part = file if len(batches) == 1 else f"{file}:{index:06d}"
-                yield Piece(part, name, array.shape, array.dtype, lambda array=array: array)  # type: ignore[misc]
+                yield FileTensor(part, name, array.shape, array.dtype, lambda array=array: array)  # type: ignore[misc]
 
 
 def _unnested(column: pa.Array, count: int, path: Path, name: str) -> np.ndarray | None:
@@ -185,23 +185,23 @@ def _unreadable(path: Path, kind: str, error: Exception) -> DamagedError:
     )
 
 
-class Stack:
+class TensorStack:
     """The rows of several tensors of shape (…, features), one after the other, gathered by number."""
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        self.features = pieces[0].shape[-1]
-        self.dtype = pieces[0].dtype
-        self._arrays = [piece.open().reshape(-1, self.features) for piece in pieces]
+    def __init__(self, tensors: Sequence[FileTensor]) -> None:
+        self.features = tensors[0].shape[-1]
+        self.dtype = tensors[0].dtype
+        self._arrays = [tensor.open().reshape(-1, self.features) for tensor in tensors]
         self._starts = np.cumsum([0, *(len(array) for array in self._arrays)])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def gather(self, rows: np.ndarray) -> np.ndarray:
+    def gather_rows(self, rows: np.ndarray) -> np.ndarray:
         """Return rows in the order asked for, shape (rows, features)."""
         out = np.empty((len(rows), self.features), self.dtype)
         owner = np.searchsorted(self._starts, rows, side="right") - 1
-        for piece in np.unique(owner).tolist():
-            here = owner == piece
-            out[here] = self._arrays[piece][rows[here] - self._starts[piece]]
+        for number in np.unique(owner).tolist():
+            here = owner == number
+            out[here] = self._arrays[number][rows[here] - self._starts[number]]
         return out

@@ -3,61 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from analysis.dataset import columns
+from analysis.dataset.layer_choice import choose_layers
 from analysis.dataset.opens_store import opens_store
+from analysis.dataset.readable import Readable, Rows, Task
+from analysis.dataset.row_choice import _choose_rows, _row_of
 from analysis.dataset.targets import DocumentTarget, TokenTarget, check_target
 from flexcache.errors import AnalysisError, nearest
-from flexcache.site import Layers, plain_layers, resolve_layers
-
-RowWord = Literal["last", "first", "mean", "max", "all", "tokens"]
-Rows = RowWord | int
-"""Which rows of a document: a word, or the row of a token position, negative from the end."""
-Task = Literal["classification", "regression"]
+from flexcache.site import Layers
 
 BLOCK = 8192  # rows in memory at once when documents are averaged
 
 
-class Readable(Protocol):
-    """What an analysis needs of a store; `flexcache.open` returns one."""
-
-    @property
-    def documents(self) -> pa.Table:
-        """One row a document, with ``row_start`` and ``n_rows``."""
-        ...
-
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """The names of the arrays."""
-        ...
-
-    @property
-    def spec(self) -> Mapping[str, Any]:
-        """The capture's settings; ``spec["rows"]`` is the row selection."""
-        ...
-
-    def layers(self, site: str) -> tuple[int, ...]:
-        """Return the captured layers, none where the site is a module path."""
-        ...
-
-    def read(self, site: str, layer: int | None = None, rows: Any = ...) -> NDArray[Any]:
-        """Return rows as float32, ``(len(rows), …)``."""
-        ...
-
-
 @dataclass(frozen=True)
-class View:
-    """Samples of one site with their target and group; made by `join`.
+class ProbeDataset:
+    """Samples of one site with their target and group; made by `build_dataset`.
 
     A *sample* is one feature vector: a document's row, the mean or maximum of its rows, or, with ``rows="all"``, every
-    one of them; with ``rows="tokens"``, the matrix of its rows. Nothing is read before `read`.
+    one of them; with ``rows="tokens"``, the matrix of its rows. Nothing is read before `read_layer`.
     """
 
     store: Readable = field(repr=False)
@@ -101,7 +72,7 @@ class View:
         """Number of groups."""
         return int(self.group.max()) + 1
 
-    def read(self, layer: int | None) -> NDArray[Any]:
+    def read_layer(self, layer: int | None) -> NDArray[Any]:
         """Return the samples of one layer, float32 ``(n_samples, features)``; of tokens, an array of such matrices.
 
         Holds that one matrix; what is made of several rows reads at most `BLOCK` of them at a time, and averages in
@@ -122,7 +93,7 @@ class View:
             return self._finite(layer, _matrix(self.store.read(self.site, layer=layer, rows=self.row)))
         return self._finite(layer, self._pooled(layer))
 
-    def read_some(self, layer: int | None, part: slice) -> NDArray[np.float32]:
+    def read_samples(self, layer: int | None, part: slice) -> NDArray[np.float32]:
         """Return some of the samples of one layer, where each is one row."""
         assert self.row is not None
         return self._finite(layer, _matrix(self.store.read(self.site, layer=layer, rows=self.row[part])), part.start)
@@ -189,7 +160,7 @@ class View:
 
 
 @opens_store
-def join(
+def build_dataset(
     store: Readable,
     site: str,
     target: str | TokenTarget | DocumentTarget,
@@ -198,7 +169,7 @@ def join(
     rows: Rows | None = None,
     layers: Layers = "all",
     task: Task | None = None,
-) -> View:
+) -> ProbeDataset:
     """Join a store's rows with what its documents say about them.
 
     Parameters
@@ -210,7 +181,7 @@ def join(
     target
         A column of ``store.documents``; or what is known of each token, see `analysis.targets`. Text, booleans and
         integers are classes, floating-point numbers a regression, unless *task* says otherwise. Documents, and
-        tokens, without a value (null or NaN) are left out, and counted in `View.dropped`.
+        tokens, without a value (null or NaN) are left out, and counted in `ProbeDataset.dropped`.
     groups
         ``"document"``: the rows of a document stay together. A column's name: so do the documents that share
         its value. ``None``: every row for itself, which leaks what identifies a document.
@@ -296,7 +267,7 @@ def join(
     texts = None
     if "text" in table.column_names:
         texts = tuple(text or "" for text in table["text"].take(pa.array(kept)).to_pylist())
-    return View(
+    return ProbeDataset(
         store=store,
         site=site,
         layers=choose_layers(store, site, layers),
@@ -315,72 +286,6 @@ def join(
         texts=texts,
         dropped=dropped,
     )
-
-
-def _row_of(store: Readable, rows: Rows, n_rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return which of its rows each document is read at; −1 where it has no such token, 0 where all are."""
-    if rows == "last":
-        return n_rows - 1
-    if isinstance(rows, str):
-        return np.zeros(len(n_rows), np.int64)
-    position = np.asarray(store.coordinates["position"].values)  # type: ignore[attr-defined]
-    table = store.documents
-    wanted = rows + (table["n_tokens"].to_numpy().astype(np.int64) if rows < 0 else 0)
-    start = table["row_start"].to_numpy().astype(np.int64)
-    first = np.where(n_rows > 0, position[np.minimum(start, len(position) - 1)], 0)
-    at = wanted - first  # a document's rows are consecutive tokens
-    return np.where((at >= 0) & (at < n_rows), at, -1)
-
-
-def _choose_rows(store: Readable, rows: Rows | None) -> Rows:
-    stored = str(store.spec["rows"])
-    if rows is None:
-        return stored if stored in ("last", "first", "mean") else "last"  # type: ignore[return-value]
-    if isinstance(rows, int) and not isinstance(rows, bool) and stored == "all":
-        return rows
-    if rows not in get_args(RowWord):
-        raise AnalysisError(f"rows cannot be {rows!r}", remedy=nearest(str(rows), get_args(RowWord)))
-    one = stored in ("last", "first", "mean")
-    if one and rows not in (stored, "all"):
-        raise AnalysisError(
-            f"the store does not hold the {rows} of each document",
-            expected=f"rows={stored!r}, which is what was captured",
-            found=f"rows={rows!r}",
-            remedy=f'leave rows out, or capture again with rows: all or rows: "{rows}"',
-        )
-    return stored if one else rows  # type: ignore[return-value]
-
-
-def choose_layers(store: Readable, site: str, layers: Layers) -> tuple[int | None, ...]:
-    """Return the captured layers that *layers* means, ascending; (None,) for a site without layers.
-
-    Raises
-    ------
-    AnalysisError
-        A layer was not captured, or the site has none.
-    """
-    captured, layers = tuple(store.layers(site)), plain_layers(layers)
-    if not captured:
-        if layers != "all":
-            raise AnalysisError(f"{site} is a module and has no layers", remedy='leave layers out, or write "all"')
-        return (None,)
-    if layers == "all":
-        return captured
-    asked = resolve_layers(layers, _depth(store, site, captured))
-    missing = [layer for layer in asked if layer not in captured]
-    found = tuple(layer for layer in asked if layer in captured)
-    if not found or (missing and not (isinstance(layers, str) and ":" in layers)):
-        raise AnalysisError(
-            f"layer {', '.join(map(str, missing))} of {site} was not captured",
-            expected=f"captured layers: {', '.join(map(str, captured))}",
-            found=str(layers),
-        )
-    return found
-
-
-def _depth(store: Readable, site: str, captured: tuple[int, ...]) -> int:
-    array = getattr(store, "arrays", {}).get(site)
-    return getattr(array, "depth", None) or max(captured) + 1
 
 
 def _within(counts: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,0 +1,39 @@
+"""Resolve the layers of a question to captured layers."""
+
+from __future__ import annotations
+
+from analysis.dataset.readable import Readable
+from flexcache.errors import AnalysisError
+from flexcache.site import Layers, plain_layers, resolve_layers
+
+
+def choose_layers(store: Readable, site: str, layers: Layers) -> tuple[int | None, ...]:
+    """Return the captured layers that *layers* means, ascending; (None,) for a site without layers.
+
+    Raises
+    ------
+    AnalysisError
+        A layer was not captured, or the site has none.
+    """
+    captured, layers = tuple(store.layers(site)), plain_layers(layers)
+    if not captured:
+        if layers != "all":
+            raise AnalysisError(f"{site} is a module and has no layers", remedy='leave layers out, or write "all"')
+        return (None,)
+    if layers == "all":
+        return captured
+    asked = resolve_layers(layers, _depth(store, site, captured))
+    missing = [layer for layer in asked if layer not in captured]
+    found = tuple(layer for layer in asked if layer in captured)
+    if not found or (missing and not (isinstance(layers, str) and ":" in layers)):
+        raise AnalysisError(
+            f"layer {', '.join(map(str, missing))} of {site} was not captured",
+            expected=f"captured layers: {', '.join(map(str, captured))}",
+            found=str(layers),
+        )
+    return found
+
+
+def _depth(store: Readable, site: str, captured: tuple[int, ...]) -> int:
+    array = getattr(store, "arrays", {}).get(site)
+    return getattr(array, "depth", None) or max(captured) + 1

@@ -1,0 +1,284 @@
+"""Cross-validate one probe for one target, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import sklearn
+import xarray as xr
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator
+
+from analysis.dataset.probe_dataset import ProbeDataset
+from analysis.probes import baselines as base
+from analysis.probes import codelength, crossfit, folds, score
+from analysis.probes.crossfit import Fitted
+from analysis.probes.estimators import LinearProbe, Logistic, Ridge
+from analysis.probes.estimators.design import Design, Floats
+from analysis.probes.estimators.linear import LogOdds
+from analysis.probes.layer_scores import LayerScores
+from analysis.probes.options import SweepOptions
+from analysis.probes.results import FORMAT, Sweep
+from analysis.probes.score import Prediction
+from flexcache.errors import AnalysisError
+from flexcache.identity.record import SAMPLE
+from flexcache.store.read.recorded_model import recorded_model
+
+FEW = 10
+"""A class in fewer groups than this is named in the notes of a sweep."""
+
+
+class CrossValidation:
+    """Cross-validation of one probe: `fit_layer` takes the layers one by one, `summarize` returns the sweep.
+
+    Parameters
+    ----------
+    dataset
+        Samples, target and groups.
+    probe
+        A scikit-learn estimator, cloned for every fit.
+    options
+        Folds, baselines and intervals.
+    """
+
+    def __init__(self, dataset: ProbeDataset, probe: BaseEstimator, options: SweepOptions) -> None:
+        self.dataset, self.probe, self.options = dataset, probe, options
+        cv, seed, baselines = options.cv, options.seed, options.baselines
+        self.fold = folds.assign(dataset, cv, seed)
+        self.notes = notes(dataset)
+        self.strengths = probe.strengths if isinstance(probe, LinearProbe) else np.zeros(1)
+        several = len(dataset.layers) * len(self.strengths) > 1
+        self.nested = options.select == "inner" and several
+        if self.nested and not (
+            cv > 2 if dataset.task == "regression" else folds.trainable(dataset.y, self.fold, cv, without=2)
+        ):
+            self.nested = False
+            self.notes.append(
+                "The layer was not chosen inside the folds: too few folds, or a class in fewer than three."
+            )
+        self.targets: dict[str, NDArray[Any]] = {}
+        fixed = self._predict_without_model(baselines)
+        self._draw_layer_targets(baselines)
+        ranked = any(hasattr(probe, name) for name in ("decision_function", "predict_proba"))
+        self.metrics = score.metrics(dataset.task, len(dataset.classes), ranked, hasattr(probe, "predict_proba"))
+        arms = ["probe", *(name for name in baselines if name in fixed or name in self.targets)]
+        self.scores = LayerScores(dataset, self.fold, arms, self.metrics, options)
+        for arm, prediction in fixed.items():
+            self.scores.add_scores(arm, slice(None), dataset.y, prediction)
+        count = len(dataset.layers)
+        self._predictions: list[Prediction] = []
+        self._choice = np.full((count, cv), np.nan)
+        self._used = np.zeros((count, cv), np.int64)
+        self._final = np.zeros(count, np.int64)
+        self._weights: list[tuple[Floats, Floats]] = []
+        self._sets = [crossfit.without_each(self.fold, cv), *([crossfit.without_pairs(self.fold, cv)] * self.nested)]
+        self._prefixes = None
+        if options.mdl and isinstance(probe, LogOdds) and dataset.classes:
+            self._prefixes = codelength.prefixes(dataset, seed)
+            self._bits = np.full(count, np.nan)
+
+    def fit_layer(self, at: int, layer: int | None, rows: Design | NDArray[Any]) -> None:
+        """Fit and score the layer at index *at*; *rows* are its samples."""
+        dataset, cv, where = self.dataset, self.options.cv, f"layer {layer}"
+        linear = isinstance(self.probe, LinearProbe)
+        sets = np.concatenate([*self._sets, *([np.ones((1, dataset.n_samples), bool)] * linear)])
+        fitted = Fitted(self.probe, dataset, rows, dataset.y, sets, where)
+        tried = [crossfit.outer(fitted, self.fold, cv, np.full(cv, s)) for s in range(len(self.strengths))]
+        overall = [self._first_score(prediction) for prediction in tried]
+        self._final[at] = int(np.argmax(overall))
+        self._used[at] = self._final[at]
+        if self.nested:
+            inside = crossfit.inner(fitted, cv, dataset.y, self.fold, cv, self.metrics[0])
+            self._used[at], self._choice[at] = inside.argmax(0), inside.max(0)
+        self._predictions.append(crossfit.outer(fitted, self.fold, cv, self._used[at]))
+        self.scores.add_scores("probe", at, dataset.y, self._predictions[-1])
+        if fitted.solved is not None:
+            self._weights.append(
+                (fitted.solved.coef[-1, self._final[at]], fitted.solved.intercept[-1, self._final[at]])
+            )
+        strength = fitted.strengths[[self._final[at]]] if linear else None
+        for arm, y in self.targets.items():
+            if arm == "random":
+                baseline = Fitted(
+                    _plain_probe(dataset),
+                    dataset,
+                    _project_randomly(rows, self.options.seed + at),
+                    y,
+                    self._sets[0],
+                    f"{where}, {arm}",
+                )
+            else:
+                baseline = Fitted(self.probe, dataset, rows, y, self._sets[0], f"{where}, {arm}", strength)
+            self.scores.add_scores(arm, at, y, crossfit.outer(baseline, self.fold, cv, np.zeros(cv, np.int64)))
+        if self._prefixes is not None:
+            try:
+                coder = Fitted(
+                    self.probe, dataset, rows, dataset.y, self._prefixes.sets, f"{where}, codelength", strength
+                )
+                self._bits[at] = self._prefixes.bits(coder)
+            except AnalysisError as error:  # the codelength is optional, the score is not
+                self.notes.append(f"No codelength of layer {layer}: {error.message}.")
+
+    def summarize(self) -> Sweep:
+        """Return the sweep of all fitted layers."""
+        dataset, cv, data = self.dataset, self.options.cv, self.scores.to_dataset()
+        first = data["pooled"].values[0, :, 0]
+        chosen = self._choice.argmax(0) if self.nested else np.full(cv, int(np.nanargmax(first)))
+        tests = [np.flatnonzero(self.fold == number) for number in range(cv)]
+        prediction = crossfit.gather_predictions(
+            ((test, self._predictions[at].select_samples(test)) for at, test in zip(chosen, tests, strict=True)),
+            dataset.n_samples,
+        )
+        data = data.merge(self.scores.nested_scores(prediction, chosen))
+        if len(self.strengths) > 1:
+            data["strength"] = (("layer", "fold"), self.strengths[self._used])
+            data["final_strength"] = ("layer", self.strengths[self._final])
+        if "control" in self.targets:
+            arms = (data["pooled"].isel(metric=0).sel(arm=arm).values for arm in ("probe", "control"))
+            data["selectivity"] = ("layer", np.subtract(*arms))
+        if self._prefixes is not None:
+            data["codelength"] = ("layer", self._bits)
+            data["compression"] = ("layer", self._prefixes.uniform / self._bits)
+        if dataset.classes:
+            data = data.merge(self._confusion(prediction))
+        data.attrs = self._attrs()
+        coef, intercept = zip(*self._weights) if self._weights else ((), ())
+        return Sweep(data, np.stack(coef) if coef else None, np.stack(intercept) if intercept else None)
+
+    def _first_score(self, prediction: Prediction) -> float:
+        top, bottom = score.parts(self.metrics[0], self.dataset.y, prediction, self.fold, self.options.cv)
+        return float(score.ratio(top.sum(), bottom.sum()))
+
+    def _predict_without_model(self, baselines: Sequence[str]) -> dict[str, Prediction]:
+        made: dict[str, Callable[[ProbeDataset, NDArray[np.int64], int], Prediction]] = {
+            "majority": base.majority,
+            "tfidf": base.tfidf,
+            "tokens": base.tokens,
+            "length": base.length,
+        }
+        found = {}
+        for name in baselines:
+            if name in made and not (name == "tfidf" and self.dataset.texts is None):
+                try:
+                    found[name] = made[name](self.dataset, self.fold, self.options.cv)
+                except AnalysisError as error:  # the sweep goes on without a baseline that fails
+                    self.notes.append(f"No baseline of {name}: {error.message}.")
+            elif name == "tfidf":
+                self.notes.append("No TF-IDF baseline: the store kept no texts.")
+        return found
+
+    def _draw_layer_targets(self, baselines: Sequence[str]) -> None:
+        dataset = self.dataset
+        if "shuffled" in baselines:
+            self.targets["shuffled"] = base.shuffle(dataset, self.fold, self.options.cv, self.options.seed)
+        if "random" in baselines and dataset.rows != "tokens":
+            self.targets["random"] = dataset.y
+        if "control" in baselines and dataset.classes:
+            try:
+                self.targets["control"] = base.control(dataset, self.fold, self.options.cv, self.options.seed)
+            except AnalysisError as error:
+                self.notes.append(f"No control task: {error.message}.")
+
+    def _confusion(self, prediction: Prediction) -> xr.Dataset:
+        """Return the confusion matrix of the nested predictions, and their accuracy in bins of confidence."""
+        dataset, count = self.dataset, len(self.dataset.classes)
+        table = np.zeros((count, count), np.int64)
+        np.add.at(table, (dataset.y, prediction.predicted.astype(np.int64)), 1)
+        names = [str(name) for name in dataset.classes]
+        found = xr.Dataset(
+            {"confusion": (("truth", "said"), table)},
+            {"truth": np.array(names, object), "said": np.array(names, object)},
+        )
+        if prediction.probability is not None:
+            sure = prediction.probability.max(1)
+            place = np.minimum((sure * score.BINS).astype(np.int64), score.BINS - 1)
+            size = np.bincount(place, minlength=score.BINS)
+            with np.errstate(invalid="ignore"):
+                found["confidence"] = ("bin", np.bincount(place, sure, score.BINS) / size)
+                right = (prediction.probability.argmax(1) == dataset.y).astype(float)
+                found["accuracy_in_bin"] = ("bin", np.bincount(place, right, score.BINS) / size)
+            found["samples_in_bin"] = ("bin", size)
+        return found
+
+    def _attrs(self) -> dict[str, Any]:
+        dataset = self.dataset
+        with sklearn.config_context(print_changed_only=False):
+            shown = " ".join(repr(self.probe).split())
+        provenance: Any = getattr(dataset.store, "provenance", {})
+        record = recorded_model(dataset.store)
+        return {
+            "format": FORMAT,
+            "site": dataset.site,
+            "target": dataset.target,
+            "task": dataset.task,
+            "classes": list(dataset.classes),
+            "class_samples": np.bincount(dataset.y).tolist() if dataset.classes else [],
+            "rows": dataset.rows,
+            "groups": dataset.groups,
+            "documents": dataset.n_documents,
+            "samples": dataset.n_samples,
+            "groups_found": dataset.n_groups,
+            "dropped": dict(dataset.dropped),
+            "probe": shown,
+            "cv": self.options.cv,
+            "splitter": type(folds.splitter(dataset, self.options.cv, self.options.seed)).__name__,
+            "seed": self.options.seed,
+            "resamples": self.options.resamples,
+            "layer_chosen": self._how_chosen(),
+            "bytes_per_layer": dataset.bytes_per_layer(),
+            "model": str(provenance.get("model", {}).get("name", "")),
+            "weights": str(record.get(SAMPLE) or ""),
+            "model_record": record,
+            "notes": self.notes,
+            "versions": {"scikit-learn": sklearn.__version__, "numpy": np.__version__},
+        }
+
+    def _how_chosen(self) -> str:
+        if self.nested:
+            return "inside the folds"
+        return "on these scores" if len(self.dataset.layers) * len(self.strengths) > 1 else "given"
+
+
+def notes(dataset: ProbeDataset) -> list[str]:
+    """Return warnings about the data that a reader of the scores should know."""
+    found = []
+    if dataset.groups is None and dataset.n_documents < dataset.n_samples:
+        found.append(
+            "Rows of one document are in both training and test folds: the scores may measure how well a "
+            "document is recognised, not the target."
+        )
+    if dataset.n_samples <= dataset.features:
+        found.append(
+            f"{dataset.n_samples} samples of {dataset.features} features: any labels can be fitted, so the score "
+            "depends on the strength of the penalty."
+        )
+    if dataset.classes:
+        pairs = np.unique(np.stack([dataset.y, dataset.group]), axis=1)
+        small = [str(dataset.classes[c]) for c, size in enumerate(np.bincount(pairs[0])) if size < FEW]
+        if small:
+            found.append(f"Classes in fewer than {FEW} groups: {', '.join(small[:5])}.")
+    if dataset.texts is not None:
+        owner: dict[str, int] = {}
+        documents, first = np.unique(dataset.document, return_index=True)
+        shared = sum(
+            owner.setdefault(dataset.texts[document], int(dataset.group[at])) != dataset.group[at]
+            for document, at in zip(documents, first)
+        )
+        if shared:
+            found.append(
+                f"{shared} documents have the same text as a document of another group, possibly across folds."
+            )
+    return found
+
+
+def _project_randomly(rows: Design | NDArray[Any], seed: int) -> Design:
+    """Return the samples projected onto one random direction, each feature scaled by its standard deviation."""
+    design = rows if isinstance(rows, Design) else Design(rows)
+    drawn = np.random.default_rng(seed).standard_normal((design.shape[1], 1))
+    return Design(design.product(drawn))
+
+
+def _plain_probe(dataset: ProbeDataset) -> LinearProbe:
+    return Logistic(1.0) if dataset.classes else Ridge(1.0)

@@ -1,0 +1,96 @@
+"""Options of a probe sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+from analysis.arguments import check_whole
+from analysis.dataset.readable import Rows, Task
+from analysis.probes.baselines import NAMES
+from flexcache.errors import AnalysisError, nearest
+from flexcache.keywords import check_keywords
+from flexcache.site import Layers
+from flexcache.spec import listed
+
+Selection = Literal["inner", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """Samples, folds, baselines and intervals of a probe sweep; each field is also a keyword of `sweep` and `sweeps`.
+
+    >>> SweepOptions(cv=3, baselines="majority").baselines
+    ('majority',)
+
+    Attributes
+    ----------
+    cv : int
+        Number of folds.
+    groups, rows, layers, task
+        Groups, rows, layers and task of the samples; see `analysis.probe_dataset.build_dataset`.
+    seed : int
+        Seed of the folds, the shuffles and the bootstrap.
+    baselines : tuple of str
+        Baselines that read no activation: ``"majority"``, the most common class of the training side (or its mean);
+        ``"tfidf"``, words and pairs of words, if the store has texts; ``"tokens"``, the bag of token ids;
+        ``"length"``, the number of tokens. Baselines of every layer: ``"shuffled"``, the same probe, fitted and scored
+        on labels moved to other documents by one shuffle; ``"random"``, a probe of one random direction;
+        ``"control"``, the same probe on labels drawn for each kind of token, which gives ``selectivity`` (Hewitt &
+        Liang 2019).
+    select : str
+        ``"inner"`` chooses layer and strength inside the folds. ``"none"`` skips that; `Sweep.best` then states that it
+        was chosen on its own scores.
+    resamples : int
+        Number of bootstrap resamples.
+    mdl : bool
+        Measure probes that give probabilities by online coding as well: ``codelength`` in bits, and ``compression``,
+        how many times shorter it is than a uniform code (Voita & Titov 2020).
+    memory : int, or None
+        Bytes for the samples of one layer; half of the machine's memory by default.
+    progress : bool
+        Show a progress bar if standard error is a terminal.
+    """
+
+    cv: int = 5
+    groups: str | None = "document"
+    rows: Rows | None = None
+    layers: Layers = "all"
+    seed: int = 0
+    task: Task | None = None
+    baselines: str | Sequence[str] = NAMES
+    select: Selection = "inner"
+    resamples: int = 1000
+    mdl: bool = True
+    memory: int | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.baselines is None:
+            raise AnalysisError(
+                "baselines cannot be None", expected=f"some of {', '.join(NAMES)}", remedy="baselines=()"
+            )
+        object.__setattr__(self, "baselines", listed(self.baselines, str, "baselines"))
+        check_whole("resamples", self.resamples, 1)
+        if self.memory is not None:
+            check_whole("memory, in bytes,", self.memory, 1, remedy="for 1 GiB, write memory=2**30")
+        for name in self.baselines:
+            if name not in NAMES:
+                raise AnalysisError(f"there is no baseline {name!r}", remedy=nearest(name, NAMES))
+        if self.select not in get_args(Selection):
+            raise AnalysisError(
+                f"select cannot be {self.select!r}", remedy=nearest(str(self.select), get_args(Selection))
+            )
+
+    @classmethod
+    def merge(cls, options: SweepOptions | None, named: Mapping[str, Any], function: str) -> SweepOptions:
+        """Return *options*, or the defaults, with the keywords *named* of *function* in their place.
+
+        Raises
+        ------
+        AnalysisError
+            A keyword is not an option, or a value cannot be used.
+        """
+        check_keywords(function, named, (field.name for field in fields(cls)), AnalysisError)
+        return replace(options or cls(), **named)
