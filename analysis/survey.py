@@ -1,4 +1,4 @@
-"""Everything that is usually asked of a store, in one read of it: what ``flexcache stats`` computes."""
+"""Compute the usual statistics of a store in one read, as ``flexcache stats`` does."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from analysis.statistics.onepass import DocumentSample, Statistic, grouping, rea
 from analysis.statistics.outliers import Extremes, judged
 from analysis.statistics.quantiles import Histogram
 from flexcache.errors import AnalysisError, nearest
+from flexcache.keywords import check_keywords
 from flexcache.paths import local_path, output_folder
 from flexcache.site import Layers
 from flexcache.spec import listed
@@ -38,18 +39,23 @@ SUFFIX = ".stats.zarr"
 
 @dataclass(frozen=True)
 class Survey:
-    """Results of one site, by name, with what they were computed from.
+    """Statistics of one site by name, with their provenance; returned by `survey` and `load`.
+
+    ::
+
+        found = survey.load("results", "resid_post")
+        found["moments"], "pca" in found
 
     Attributes
     ----------
     site : str
     results : dict of Dataset
         ``moments`` by the groups asked for and ``total`` by layer alone, ``pca``, ``quantiles``, ``outliers``,
-        ``similarity``, ``lens``, ``examples``; what was asked for of these.
+        ``similarity``, ``lens``, ``examples``; those of them that were requested.
     provenance : dict
-        Store, rows, questions, versions.
+        Store, rows, arguments and versions.
     reused : bool
-        Whether they were read from a folder instead of computed.
+        True if they were loaded from a folder instead of computed.
     """
 
     site: str
@@ -69,24 +75,28 @@ class Survey:
         return name in self.results
 
     def save(self, folder: str | Path) -> Path:
-        """Write the results below *folder* and return their path."""
-        return saved.save(self.results, place(folder, self.site), self.provenance)
+        """Write the results into *folder* and return their path."""
+        return saved.save(self.results, results_path(folder, self.site), self.provenance)
 
 
-def place(folder: str | Path, site: str) -> Path:
-    """Return where the results of a site are below a folder."""
+def results_path(folder: str | Path, site: str) -> Path:
+    """Return the path of the results of a site in a folder."""
     return local_path(folder) / f"{site}{SUFFIX}"
 
 
 def load(folder: str | Path, site: str) -> Survey:
-    """Read what `Survey.save` wrote.
+    """Load results that `Survey.save` wrote.
+
+    ::
+
+        survey.load("results", "resid_post")["pca"]
 
     Raises
     ------
     AnalysisError
-        There are no such results.
+        The folder has no such results.
     """
-    results, provenance = saved.load(place(folder, site))
+    results, provenance = saved.load(results_path(folder, site))
     return Survey(site, results, provenance, reused=True)
 
 
@@ -105,42 +115,49 @@ def survey(
     token_types: TokenTypes | None = None,
     head: lens.Head | str | Path | None = None,
     folder: str | Path | None = None,
-    scheduler: Any = "threads",
-    workers: int | None = None,
-    progress: bool = True,
+    **where: Any,
 ) -> Survey:
-    """Compute statistics of a site in one read, or take them from *folder* where the same ones are there.
+    """Compute statistics of a site in one read, or load them from *folder* if it has the same ones.
 
-    The first token of each document is left out of PCA, similarity and lens, kept apart in outliers, and in the rest.
+    ::
+
+        from analysis.survey import survey
+
+        found = survey(store, "resid_post", only=["moments", "pca"], folder="results")
+        found["pca"]["effective_rank"]
+
+    The first token of each document is left out of PCA, similarity and lens, is separate in outliers, and is included
+    in the other parts.
 
     Parameters
     ----------
     only
-        Some of `PARTS`; by default all but ``lens``, which is added where *head* is given.
+        Names from `PARTS`; by default all but ``lens``, which is added if *head* is given.
     by
-        Groups of the moments, see `analysis.moments.compute`.
+        Groups of the moments; see `analysis.moments.compute`.
     rows, similarity_rows
-        About how many rows covariances are taken from, and layers compared and read through the lens on: whole
-        documents of a seeded sample; how many it were is in the results.
+        Approximate number of rows for covariances, and for similarity and lens: whole documents of a seeded sample. The
+        exact number is in the results.
     head
-        The final norm and unembedding, see `analysis.lens.compute`.
+        Final norm and unembedding; see `analysis.lens.compute`.
     folder
-        Where to keep results, and to look for them first.
-    scheduler, workers, progress
-        See `analysis.statistics.onepass.read`.
+        Folder of the results; results in it are reused if store, rows, arguments and versions are equal.
+    where
+        scheduler, workers and progress; see `analysis.statistics.onepass.read`.
 
     Raises
     ------
     ConfigError
         Nothing can be written to *folder*.
     AnalysisError
-        An unknown part; and see `analysis.statistics.onepass.read`.
+        A part or keyword is unknown; see also `analysis.statistics.onepass.read`.
     OutputError
-        The results cannot be kept in *folder*; the error says where they are.
+        The results cannot be written to *folder*; the error names the folder that holds them.
     """
+    check_keywords("survey", where, ("scheduler", "workers", "progress"), AnalysisError)
     folder = None if folder is None else output_folder(folder)
     if folder is not None:
-        saved.check_free(place(folder, site))
+        saved.check_free(results_path(folder, site))
     parts, by = _parts(listed(only, str, "only"), head), listed(by, str, "by")
     statistics = _statistics(store, site, parts, by, rows, similarity_rows, seed, token_types)
     asked = {name: statistic.describe() for name, statistic in statistics.items()}
@@ -153,12 +170,12 @@ def survey(
         "permutations": permutations,
         "versions": saved.versions(),
     }
-    if folder is not None and saved.reusable(place(folder, site), provenance):
+    if folder is not None and saved.reusable(results_path(folder, site), provenance):
         return load(folder, site)
     if "lens" in parts:
         head = lens.chosen_head(store, head, site)
     began = time.perf_counter()
-    found = read(store, site, statistics, layers=layers, scheduler=scheduler, workers=workers, progress=progress)
+    found = read(store, site, statistics, layers=layers, **where)
     provenance |= {"read_seconds": round(time.perf_counter() - began, 3), "rows_read": found.rows}
     results: dict[str, xr.Dataset] = {}
     for name in ("total", "moments", "pca", "quantiles", "examples"):
@@ -202,9 +219,9 @@ def _statistics(
     seed: int,
     token_types: TokenTypes | None,
 ) -> dict[str, Statistic]:
-    """Return the statistics that the parts need, each once."""
+    """Return the statistics that the parts need, each one once."""
     found: dict[str, Statistic] = {}
-    skip = int(store.spec.get("rows", "all") == "all")  # where there are other tokens than the first
+    skip = int(store.spec.get("rows", "all") == "all")  # skip the first token if there are others
     if "moments" in parts:
         found["total"] = Moments()
         found["moments"] = Moments(grouping(store, by, token_types=token_types))

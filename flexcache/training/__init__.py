@@ -1,7 +1,8 @@
-"""The store as a training stream: shuffled, resumable, aligned over layers, sites and stores. Needs torch."""
+"""Stream the rows of stores into training: shuffled, resumable, aligned over layers, sites and stores; needs torch."""
 
 from __future__ import annotations
 
-from flexcache.training.stream import Loader, Stream, stream
+from flexcache.training.row_stream import Loader, Stream
+from flexcache.training.stream import stream
 
 __all__ = ["Loader", "Stream", "stream"]

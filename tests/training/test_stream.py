@@ -284,6 +284,7 @@ def test_rows_that_are_not_committed_are_left_out_or_refused(tmp_path: Path) -> 
         ({"batch_size": 4.0}, ConfigError, "at least 1"),
         ({"rank": "0", "ranks": "2"}, ConfigError, "whole numbers"),
         ({"transform": 2}, ConfigError, "function of a batch"),
+        ({"thread": 2}, ConfigError, "did you mean threads"),
     ],
 )
 def test_what_cannot_be_streamed_is_refused(store: Any, options: Any, error: Any, message: str) -> None:
