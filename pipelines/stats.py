@@ -13,7 +13,7 @@ from rich.table import Table
 
 import flexcache
 from analysis.dataset import tokens
-from analysis.survey import Survey, place, survey
+from analysis.survey import Survey, results_path, survey
 from flexcache.errors import ConfigError
 from flexcache.paths import output_folder, shown
 
@@ -99,7 +99,7 @@ def run(
     said = (
         "read again, as nothing changed" if found.reused else f"{found.provenance['rows_read']:,} rows, each read once"
     )
-    console.print(f"results  {shown(place(folder, site))}  ({said})", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"results  {shown(results_path(folder, site))}  ({said})", markup=False, highlight=False, soft_wrap=True)
     return found
 
 
