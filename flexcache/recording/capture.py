@@ -136,7 +136,7 @@ def capture(
         ``"isolate": True`` as if each were alone.
     token_labels
         Columns of the documents with a label for each token, which go into the table of sequences; see
-        `flexcache.sequences.labels.aligned`.
+        `flexcache.sequences.labels.align_labels`.
     decoder_inputs
         Of a model with an encoder and a decoder: ``"shifted"``, targets as the model makes decoder inputs of labels,
         one place later behind the token to begin with; or ``"as_given"``.

@@ -1,18 +1,21 @@
-"""Documents into sequences: tokenized once, cut, and told which of their tokens are rows."""
+"""Documents to sequences: tokens, the tokens that become rows, and the segments of documents in sequences."""
 
-from flexcache.sequences.encoding import Tokenizer
-from flexcache.sequences.lengths import Positions
-from flexcache.sequences.spool import KEPT, Corpus, Spool, image_digests, messages_digests, spool
-from flexcache.sequences.targets import SPOOLED
+from flexcache.sequences.document_columns import ENCODER_TOKENS, image_digests, messages_digests, text_digests
+from flexcache.sequences.encoding import Tokenizer, encode_documents
+from flexcache.sequences.limits import Positions
+from flexcache.sequences.tokenization import Corpus, tokenize_corpus
+from flexcache.sequences.tokenized_corpus import ROW_POSITIONS, TokenizedCorpus
 
 __all__ = [
-    "KEPT",
-    "SPOOLED",
+    "ENCODER_TOKENS",
+    "ROW_POSITIONS",
     "Corpus",
     "Positions",
-    "Spool",
+    "TokenizedCorpus",
     "Tokenizer",
+    "encode_documents",
     "image_digests",
     "messages_digests",
-    "spool",
+    "text_digests",
+    "tokenize_corpus",
 ]

@@ -1,4 +1,4 @@
-"""Chats through a tokenizer's template: the text, and whose each part of it is."""
+"""Chats rendered by a tokenizer's template, with the message that each part of the text belongs to."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 from flexcache.errors import ConfigError, DocumentsError
 
 MARK = "\u2e28flexcache\u2e29"
-"""Stands for the content of a message, to see what the template puts around it."""
+"""Placeholder for the content of a message, which shows what the template writes around it."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A chat as text.
+    """A rendered chat.
 
     Attributes
     ----------
     text : str
     roles : list of str
-        Of each message.
+        The role of each message.
     parts, contents : list of (start, stop)
-        Characters of each message with what the template puts around it, and of its content alone; (0, 0) for the
+        Characters of each message with what the template writes around it, and of its content alone; (0, 0) for the
         content of a system message that the template puts elsewhere.
     """
 
@@ -34,33 +34,28 @@ class Chat:
 
 
 def check_template(tokenizer: Any) -> None:
-    """Refuse a tokenizer that cannot render chats, or does not know where in the text its tokens are.
-
-    Raises
-    ------
-    ConfigError
-    """
+    """Raise ConfigError if a tokenizer cannot render chats, or does not know where in the text its tokens are."""
     if not getattr(tokenizer, "chat_template", None) or not getattr(tokenizer, "is_fast", False):
         raise ConfigError(
-            "the documents are chats, and the tokenizer cannot render them",
+            "the documents are chats, but the tokenizer cannot render them",
             expected="a fast tokenizer of transformers with a chat template",
             found=f"{type(tokenizer).__name__}, without a chat template"
             if not getattr(tokenizer, "chat_template", None)
             else f"{type(tokenizer).__name__}, which is not fast",
-            remedy="take the tokenizer of an instruction-tuned model, or set tokenizer.chat_template",
+            remedy="use the tokenizer of an instruction-tuned model, or set tokenizer.chat_template",
         )
 
 
-def render(tokenizer: Any, messages: list[dict[str, str]], name: str) -> Chat:
+def render_chat(tokenizer: Any, messages: list[dict[str, str]], name: str) -> Chat:
     """Return a chat as text, with the place of each message in it.
 
-    The first *n* messages must be rendered as the beginning of what *n* + 1 are, and a message's content as it is, or
-    without the space around it; both are checked.
+    The text of the first *n* messages must begin that of the first *n* + 1, and the content of a message must appear
+    unchanged, or without the spaces around it. Both are checked.
 
     Raises
     ------
     DocumentsError
-        The template refuses the chat, or renders it otherwise.
+        The template raises an error, or renders the chat in another way.
     """
     text = _rendered(tokenizer, messages, name)
     parts, contents, at = [], [], 0
@@ -79,15 +74,15 @@ def render(tokenizer: Any, messages: list[dict[str, str]], name: str) -> Chat:
     return Chat(text, [message["role"] for message in messages], parts, contents)
 
 
-def turns(chat: Chat, places: np.ndarray, generated: np.ndarray | None) -> np.ndarray:
-    """Return the number of the message that each token belongs to, -1 for those of the template.
+def find_turns(chat: Chat, places: np.ndarray, generated: np.ndarray | None) -> np.ndarray:
+    """Return the index of the message that each token belongs to, -1 for tokens of the template: int64, (tokens,).
 
     Parameters
     ----------
     places : ndarray of int, shape (tokens, 2)
         First character of each token and the one after its last.
     generated : ndarray of bool, shape (tokens,), or None
-        Tokens that the template itself says are the assistant's, with what ends its messages.
+        Tokens that the template itself marks as the assistant's, including the end of its messages.
     """
     found = np.full(len(places), -1, np.int64)
     for number, (start, stop) in enumerate(chat.contents):
@@ -98,20 +93,20 @@ def turns(chat: Chat, places: np.ndarray, generated: np.ndarray | None) -> np.nd
     return found
 
 
-def generated(tokenizer: Any, messages: list[dict[str, str]], tokens: list[int]) -> np.ndarray | None:
-    """Return which tokens a template with ``{% generation %}`` says are the assistant's; None of another template."""
+def generated_tokens(tokenizer: Any, messages: list[dict[str, str]], tokens: list[int]) -> np.ndarray | None:
+    """Return True for each token inside ``{% generation %}``; None if the template does not use that block."""
     if "{% generation" not in str(tokenizer.chat_template) and "{%- generation" not in str(tokenizer.chat_template):
         return None
-    told = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    return np.array(told["assistant_masks"], bool) if list(told["input_ids"]) == list(tokens) else None
+    found = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    return np.array(found["assistant_masks"], bool) if list(found["input_ids"]) == list(tokens) else None
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, str]], name: str) -> str:
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # whatever a template of Jinja raises
+    except Exception as error:  # a Jinja template can raise any error
         raise DocumentsError(
-            "the chat template refuses a document",
+            "the chat template rejects a document",
             where=f"document {name!r}, its first {len(messages)} messages",
             found=str(error).splitlines()[0] if str(error) else type(error).__name__,
             remedy="give the roles in the order that the template expects",
@@ -122,7 +117,7 @@ def _prefix(tokenizer: Any, messages: list[dict[str, str]], text: str, name: str
     rendered = _rendered(tokenizer, messages, name)
     if not text.startswith(rendered):
         raise DocumentsError(
-            "the chat template does not render messages one after the other, so that it is not known whose a token is",
+            "the chat template does not render messages one after the other, so tokens cannot be assigned to messages",
             where=f"document {name!r}, message {number}",
             expected=repr(rendered[-60:]),
             found=repr(text[max(0, len(rendered) - 60) : len(rendered)]),
@@ -136,7 +131,7 @@ def _content(marked: str, text: str, content: str, name: str, number: int) -> tu
     inside = text[len(before) : len(text) - len(after)]
     if not mark or not text.startswith(before) or not text.endswith(after) or inside.strip() != content.strip():
         raise DocumentsError(
-            "the chat template changes what a message says",
+            "the chat template changes the content of a message",
             where=f"document {name!r}, message {number}",
             expected=repr(content[:60]),
             found=repr(inside[:60]),

@@ -1,4 +1,4 @@
-"""Labels of single tokens, from columns of the documents, and in chats who says them."""
+"""Labels of single tokens: from columns of the documents, and the roles and turns of chats."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pyarrow as pa
 from flexcache.documents.columns import content_of
 from flexcache.errors import DocumentsError
 from flexcache.options import SequenceOptions
-from flexcache.sequences.choice import column_type, list_lengths, spans
-from flexcache.sequences.encoding import Encoded, is_spans
+from flexcache.sequences.encoded import Encoded
+from flexcache.sequences.token_columns import column_type, is_spans, span_tokens, token_values
 
 CHAT = ("role", "turn")
 SEQUENCE_COLUMNS = (
@@ -19,8 +19,8 @@ SEQUENCE_COLUMNS = (
 """The columns of the table of sequences that are never labels."""
 
 
-def check_names(batch: pa.RecordBatch, options: SequenceOptions, keep_text: bool, own: tuple[str, ...]) -> None:
-    """Raise DocumentsError if a label of documents or of tokens has the name of a column that is made, as *own* are."""
+def check_label_names(batch: pa.RecordBatch, options: SequenceOptions, keep_text: bool, own: tuple[str, ...]) -> None:
+    """Raise DocumentsError if a label of documents or tokens has the name of a column that is added, such as *own*."""
     labels = batch.schema.names[2:]
     made = {*own, *(CHAT if content_of(batch) == "messages" else ())}
     if not keep_text:
@@ -40,43 +40,34 @@ def check_names(batch: pa.RecordBatch, options: SequenceOptions, keep_text: bool
         )
 
 
-def said(encoded: Encoded) -> dict[str, pa.ListArray]:
-    """Return the role and the number of the message of each token of chats, null for those of the template."""
+def role_labels(encoded: Encoded) -> dict[str, pa.ListArray]:
+    """Return the role and the index of the message of each token of chats, null for tokens of the template."""
     if encoded.chats is None or encoded.turn is None:
         return {}
-    offsets = pa.array(np.append(0, np.cumsum(encoded.lengths)).astype(np.int32))
-    none = encoded.turn < 0
     roles = [chat.roles for chat in encoded.chats]
     names = [
         None if turn < 0 else roles[document][turn]
         for document, turn in zip(encoded.document.tolist(), encoded.turn.tolist())
     ]
-    columns = (pa.array(names, pa.string()), pa.array(encoded.turn.astype(np.int32), mask=none))
-    return {name: pa.ListArray.from_arrays(offsets, values) for name, values in zip(CHAT, columns)}
+    columns = (pa.array(names, pa.string()), pa.array(encoded.turn.astype(np.int32), mask=encoded.turn < 0))
+    return {name: encoded.list_of(values) for name, values in zip(CHAT, columns)}
 
 
-def aligned(batch: pa.RecordBatch, encoded: Encoded, column: str) -> pa.ListArray:
+def align_labels(encoded: Encoded, column: str) -> pa.ListArray:
     """Return the labels of a column as lists with an entry for each token of a document.
 
-    A column of lists of values has one for each token. One of lists of ``{start, end, label}`` has spans: of characters
-    where the documents are texts, of tokens where they are tokens or images; tokens in no span have null, and of spans
-    that overlap, the later one counts.
+    A column of lists of values has one entry for each token already. A column of lists of ``{start, end, label}`` has
+    spans: of characters where the documents are texts, of tokens where they are tokens or images. A token outside every
+    span gets null; where spans overlap, the last one counts.
 
     Raises
     ------
     DocumentsError
         There is no such column, or it does not fit a document.
     """
-    kind = column_type(batch, column)
-    offsets = pa.array(np.append(0, np.cumsum(encoded.lengths)).astype(np.int32))
+    kind = column_type(encoded, column)
     if not is_spans(kind):
-        lengths = list_lengths(batch, encoded, column)
-        lists = batch.column(column)
-        values = lists.flatten()
-        if (lengths != encoded.lengths).any():  # truncated
-            begin = np.cumsum(lengths) - lengths
-            values = values.take(pa.array(np.arange(len(encoded.flat)) - (encoded.starts - begin)[encoded.document]))
-        return pa.ListArray.from_arrays(offsets, values)
+        return encoded.list_of(token_values(encoded, column))
     fields = [kind.value_type.field(i) for i in range(kind.value_type.num_fields)]
     label = next((field for field in fields if field.name == "label"), None)
     if label is None:
@@ -86,6 +77,6 @@ def aligned(batch: pa.RecordBatch, encoded: Encoded, column: str) -> pa.ListArra
             found=", ".join(field.name for field in fields),
         )
     found = np.full(len(encoded.flat), None, object)
-    for places, span in spans(batch, encoded, column, characters=content_of(batch) in ("text", "messages")):
-        found[places] = span["label"]
-    return pa.ListArray.from_arrays(offsets, pa.array(found.tolist(), label.type))
+    for tokens, span in span_tokens(encoded, column, characters=encoded.content in ("text", "messages")):
+        found[tokens] = span["label"]
+    return encoded.list_of(pa.array(found.tolist(), label.type))

@@ -172,7 +172,7 @@ def test_a_replay_of_the_decoder_is_exact_where_its_blocks_hand_on_the_residual_
         ({"tokens": []}, "document 'd3' has no tokens, or no tokens in its target"),
         ({"tokens": [VOCABULARY]}, "document 'd3' has a token id that the model does not know"),
         ({"target_tokens": [VOCABULARY]}, "document 'd3' has a token id that the model does not know"),
-        ({"target_tokens": [1 << 40]}, "holds no targets"),
+        ({"target_tokens": [1 << 40]}, "does not hold targets"),
     ],
 )
 def test_a_document_that_cannot_be_read_is_named(change: dict[str, Any], why: str, tmp_path: Path) -> None:

@@ -267,7 +267,7 @@ def test_model_documents_and_processor_must_belong_together(tmp_path: Path) -> N
         flexcache.capture(tiny_vision("vit"), uneven, DOCUMENTS, path, **QUIET)
     with pytest.raises(SiteError, match="cannot run on an image"):
         flexcache.capture(tiny_vision("vit"), processor(size={"height": 32, "width": 32}), DOCUMENTS, path, **QUIET)
-    with pytest.raises(DocumentsError, match="nothing says what a model makes of them"):
+    with pytest.raises(DocumentsError, match="there is no image processor to read them"):
         flexcache.record(path, DOCUMENTS, sites={"resid_post": (2, 8)}, model="mine", dtype="float32")
     assert not path.exists()
 

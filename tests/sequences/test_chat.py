@@ -12,7 +12,7 @@ import torch
 import flexcache
 from analysis.dataset import targets
 from flexcache.errors import ConfigError, DocumentsError, MismatchError
-from flexcache.sequences.chat import render
+from flexcache.sequences.chat import render_chat
 from tests.corpora import build_store
 from tests.models import tiny
 
@@ -131,7 +131,7 @@ def test_a_model_runs_the_rendered_chat_and_more_chats_are_added(chatty: Any, tm
     model, path, quiet = tiny("llama"), tmp_path / "run.zarr", {"progress": False}
     options: dict[str, Any] = {"layers": [1], "rows": {"roles": ["assistant"]}, "keep_text": False, **quiet}
     store = flexcache.capture(model, chatty, CHATS, path, **options)
-    text = render(chatty, CHATS[0]["messages"], "a").text
+    text = render_chat(chatty, CHATS[0]["messages"], "a").text
     ids = torch.tensor([chatty(text, add_special_tokens=False)["input_ids"]])
     with torch.no_grad():
         states = model(ids, output_hidden_states=True).hidden_states[2][0].numpy()
@@ -152,7 +152,7 @@ def test_a_model_runs_the_rendered_chat_and_more_chats_are_added(chatty: Any, tm
     ("template", "message"),
     [
         ("{{ messages[-1]['content'] }}", "one after the other"),
-        (PLAIN.replace("m['content']", "m['content'] | upper"), "changes what a message says"),
+        (PLAIN.replace("m['content']", "m['content'] | upper"), "changes the content of a message"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
     ],
 )

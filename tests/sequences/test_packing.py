@@ -19,7 +19,7 @@ from flexcache.recording.checks.attention_isolation import check_isolation
 from flexcache.recording.forward.batch import Batch, BatchReader, split
 from flexcache.recording.forward.capture_targets import locate
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
-from flexcache.sequences.packed import Isolated, Marks, Packed
+from flexcache.sequences.packing import ContinuousPacking, IsolatedPacking, PackingTokens
 from flexcache.spec import Spec
 from tests.corpora import build_store, lengths, token_documents
 from tests.models import FAMILIES, VOCABULARY, tiny
@@ -51,21 +51,21 @@ def contexts(documents: list[list[Any]], length: int, separator: Any, bos: Any) 
     st.sampled_from([None, "bos"]),
 )
 def test_sequences_are_those_of_plain_concatenation(sizes: list[int], length: int, separator: Any, bos: Any) -> None:
-    cuts = Packed(np.array(sizes), length, Marks(1 if separator else None, 1 if bos else None))
+    sequences = ContinuousPacking(np.array(sizes), length, PackingTokens(1 if separator else None, 1 if bos else None))
     expected = contexts([[(d, t) for t in range(n)] for d, n in enumerate(sizes)], length, separator, bos)
-    pieces = cuts.pieces(np.arange(len(cuts.lengths)))
-    assert cuts.lengths.tolist() == [len(sequence) for sequence in expected]
+    segments = sequences.segments(np.arange(len(sequences.lengths)))
+    assert sequences.lengths.tolist() == [len(sequence) for sequence in expected]
     found: list[list[Any]] = [[separator] * len(sequence) for sequence in expected]
     for line, document, start, count, place in zip(
-        *(getattr(pieces, n).tolist() for n in ("line", "document", "start", "length", "offset"))
+        *(getattr(segments, n).tolist() for n in ("sequence", "document", "start", "length", "offset"))
     ):
         found[line][place : place + count] = [(document, start + i) for i in range(count)]
     for sequence in found:
         sequence[0] = bos or sequence[0]
     assert found == expected
-    assert cuts.kept.tolist() == [sum(isinstance(t, tuple) for t in sequence) for sequence in expected]
+    assert sequences.kept.tolist() == [sum(isinstance(t, tuple) for t in sequence) for sequence in expected]
     owners = [[t[0] for t in sequence if isinstance(t, tuple)] for sequence in expected]
-    assert cuts.linked.tolist() == [i > 0 and owners[i][0] == owners[i - 1][-1] for i in range(len(owners))]
+    assert sequences.linked.tolist() == [i > 0 and owners[i][0] == owners[i - 1][-1] for i in range(len(owners))]
 
 
 def test_rows_are_what_the_model_gives_on_each_sequence(tmp_path: Path) -> None:
@@ -146,20 +146,20 @@ def isolated(sizes: list[int], length: int, opening: int) -> list[list[tuple[int
 
 @given(st.lists(st.integers(1, 25), min_size=1, max_size=12), st.integers(4, 12), st.sampled_from([None, 1]))
 def test_isolated_documents_are_whole_where_they_fit(sizes: list[int], length: int, bos: Any) -> None:
-    cuts, opening = Isolated(np.array(sizes), length, Marks(None, bos)), int(bos is not None)
-    pieces = cuts.pieces(np.arange(len(cuts.lengths)))
-    found: list[list[tuple[int, int, int]]] = [[] for _ in cuts.lengths]
-    used = [0] * len(cuts.lengths)
+    sequences, opening = IsolatedPacking(np.array(sizes), length, PackingTokens(None, bos)), int(bos is not None)
+    segments = sequences.segments(np.arange(len(sequences.lengths)))
+    found: list[list[tuple[int, int, int]]] = [[] for _ in sequences.lengths]
+    used = [0] * len(sequences.lengths)
     for line, document, start, count, place in zip(
-        *(getattr(pieces, n).tolist() for n in ("line", "document", "start", "length", "offset"))
+        *(getattr(segments, n).tolist() for n in ("sequence", "document", "start", "length", "offset"))
     ):
         assert place == used[line] + opening
         found[line].append((document, start, count))
         used[line] = place + count
     assert found == isolated(sizes, length, opening)
-    assert cuts.lengths.tolist() == used
-    assert cuts.kept.tolist() == [sum(piece[2] for piece in line) for line in found]
-    assert cuts.linked.tolist() == [line[0][1] > 0 for line in found]
+    assert sequences.lengths.tolist() == used
+    assert sequences.kept.tolist() == [sum(piece[2] for piece in line) for line in found]
+    assert sequences.linked.tolist() == [line[0][1] > 0 for line in found]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", pytest.param("gemma3", marks=pytest.mark.slow)])

@@ -15,7 +15,7 @@ import flexcache
 from analysis.dataset import targets
 from analysis.dataset.probe_dataset import build_dataset
 from flexcache.errors import ConfigError, DocumentsError, StoreError
-from flexcache.sequences.choice import first_or_last
+from flexcache.sequences.choice import keep_one_token
 from flexcache.store.read.row_alignment import rows_in
 from tests.corpora import build_store, expected_rows, lengths, token_documents
 from tests.models import VOCABULARY, tiny
@@ -98,7 +98,7 @@ def test_first_and_last_of_the_kept_tokens_of_each_document(masks: list[list[boo
     sizes = np.array([len(mask) for mask in masks])
     flat = np.array([value for mask in masks for value in mask], bool)
     for rows, end in (("first", 0), ("last", -1)):
-        found = first_or_last(flat, sizes, rows)
+        found = keep_one_token(flat, sizes, rows)
         expected = [
             [i == [j for j, v in enumerate(m) if v][end] for i in range(len(m))] if any(m) else [False] * len(m)
             for m in masks
@@ -156,9 +156,9 @@ def test_labels_follow_windows_and_truncation(tmp_path: Path) -> None:
         ({"rows": {"mask": "kep"}}, "did you mean keep"),
         ({"rows": {"mask": "score"}}, "holds no lists"),
         ({"rows": {"mask": "short"}}, "one entry for each token"),
-        ({"rows": {"mask": "words"}}, "is no mask"),
+        ({"rows": {"mask": "words"}}, "is not a mask"),
         ({"rows": {"token_spans": "keep"}}, "holds no spans"),
-        ({"rows": {"token_spans": "wrong"}}, "a span that is none"),
+        ({"rows": {"token_spans": "wrong"}}, "has an invalid span"),
         ({"rows": {"character_spans": "spans"}}, "the documents are tokens"),
         ({"token_labels": ["spans"]}, "have no label"),
         ({"token_labels": ["nothing"]}, "no column 'nothing'"),
@@ -182,7 +182,7 @@ def test_columns_that_do_not_fit_are_refused_by_document(options: dict[str, Any]
         ({"evry": 3}, "did you mean every"),
         ({"every": 0}, "choice.every"),
         ({"every": 2, "take": "most"}, "cannot take 'most'"),
-        ({"specials": False}, "nothing says which"),
+        ({"specials": False}, "not known which they are"),
     ],
 )
 def test_rules_that_cannot_be(rows: Any, message: str, tmp_path: Path) -> None:

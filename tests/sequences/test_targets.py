@@ -1,7 +1,8 @@
-"""Targets that a decoder reads: one place later than they are given, with rules and labels that go along."""
+"""Targets of a decoder, shifted right together with their choice of rows and their labels."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ import torch
 import flexcache
 from flexcache.errors import DocumentsError
 from flexcache.options import DecoderInputs
-from flexcache.sequences.encoding import Encoded, list_array
-from flexcache.sequences.targets import parted, shifted, shifted_choice, shifted_labels
+from flexcache.sequences.encoded import Encoded, list_array
+from flexcache.sequences.targets import shift_right, split_target
 from tests.models import tiny
 
-ENCODED = Encoded(list_array(np.array([5, 6, 7, 8, 9], np.int32), np.array([3, 0, 2])), np.zeros(3, bool))
+TOKENS = list_array(np.array([5, 6, 7, 8, 9], np.int32), np.array([3, 0, 2]))
+ENCODED = Encoded(
+    pa.RecordBatch.from_pydict({"id": pa.array(["a", "b", "c"]), "tokens": TOKENS}), TOKENS, np.zeros(3, bool)
+)
 
 
 @pytest.mark.parametrize(
@@ -28,30 +32,31 @@ ENCODED = Encoded(list_array(np.array([5, 6, 7, 8, 9], np.int32), np.array([3, 0
         (DecoderInputs(inputs="as_given"), [[5, 6, 7], [], [8, 9]]),
     ],
 )
-def test_targets_are_shifted_behind_what_they_begin_with(inputs: DecoderInputs, expected: list[list[int]]) -> None:
-    assert shifted(ENCODED, inputs).tokens.to_pylist() == expected
+def test_targets_are_shifted_behind_the_start_token(inputs: DecoderInputs, expected: list[list[int]]) -> None:
+    assert shift_right(ENCODED, inputs).tokens.to_pylist() == expected
 
 
-def test_rules_and_labels_go_with_the_token_that_is_read() -> None:
+def test_choice_and_labels_move_with_the_shifted_token() -> None:
     kept = np.array([True, False, True, False, True])
-    labels = pa.array([["a", "b", "c"], [], ["d", "e"]])
-    moved = shifted_choice(kept, ENCODED, DecoderInputs(start=1))
-    assert moved is not None
-    assert moved.tolist() == [False, True, False, False, False]
-    assert shifted_labels(labels, ENCODED, DecoderInputs(start=1)).to_pylist() == [[None, "a", "b"], [], [None, "d"]]
-    given = DecoderInputs(inputs="as_given")
-    assert shifted_choice(kept, ENCODED, given) is kept
-    assert shifted_labels(labels, ENCODED, given) is labels
-    assert shifted_choice(None, ENCODED, DecoderInputs(start=1)) is None
+    labels = {"name": pa.array([["a", "b", "c"], [], ["d", "e"]])}
+    encoded = replace(ENCODED, kept=kept, labels=labels)
+    moved = shift_right(encoded, DecoderInputs(start=1))
+    assert moved.kept is not None
+    assert moved.kept.tolist() == [False, True, False, False, False]
+    assert moved.labels["name"].to_pylist() == [[None, "a", "b"], [], [None, "d"]]
+    given = shift_right(encoded, DecoderInputs(inputs="as_given"))
+    assert given.kept is kept
+    assert given.labels is labels
+    assert shift_right(ENCODED, DecoderInputs(start=1)).kept is None
 
 
 @pytest.mark.parametrize("column", [{"target": pa.array([1, 2])}, {"target_tokens": pa.array(["x", "y"])}])
-def test_what_is_no_target_is_refused(column: dict[str, pa.Array]) -> None:
-    with pytest.raises(DocumentsError, match="holds no targets"):
-        parted(pa.RecordBatch.from_pydict({"id": pa.array(["a", "b"]), "text": pa.array(["x", "y"])} | column))
+def test_invalid_targets_are_refused(column: dict[str, pa.Array]) -> None:
+    with pytest.raises(DocumentsError, match="does not hold targets"):
+        split_target(pa.RecordBatch.from_pydict({"id": pa.array(["a", "b"]), "text": pa.array(["x", "y"])} | column))
     chats = pa.RecordBatch.from_pydict({"id": pa.array(["a"]), "messages": pa.array([[]])})
-    with pytest.raises(DocumentsError, match="beside a chat"):
-        parted(chats)
+    with pytest.raises(DocumentsError, match="a chat cannot have a target"):
+        split_target(chats)
 
 
 def test_texts_are_read_by_the_encoder_and_targets_by_the_decoder(tokenizer: Any, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import flexcache
 from flexcache.errors import ConfigError, DocumentsError
-from flexcache.sequences.cuts import Windowed
+from flexcache.sequences.segmentation import SlidingWindows
 from tests.corpora import build_store, lengths, token_documents
 from tests.models import VOCABULARY, tiny
 from tests.recording.test_recorder import shard_hashes
@@ -34,9 +34,9 @@ def test_windows_cover_every_chosen_token_once_in_the_first_that_has_it(data: st
     stride = data.draw(st.integers(1, length))
     sizes = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=8))
     masks = [data.draw(st.none() | st.lists(st.booleans(), min_size=n, max_size=n)) for n in sizes]
-    cuts = Windowed(length, stride)
+    windows = SlidingWindows(length, stride)
     for size, mask in zip(sizes, masks):
-        cuts.append(np.array([size]), None if mask is None else np.array(mask))
+        windows.append_documents(np.array([size]), None if mask is None else np.array(mask))
     expected = []
     for document, (size, mask) in enumerate(zip(sizes, masks)):
         rows = [at for at in range(size) if mask is None or mask[at]]
@@ -49,10 +49,10 @@ def test_windows_cover_every_chosen_token_once_in_the_first_that_has_it(data: st
             seen |= set(tokens)
             if tokens.stop == size:
                 break
-    found = cuts.pieces(np.arange(len(cuts.lengths)))
-    columns = (found.document, found.start, found.length, found.kept_from, found.rows)
+    found = windows.segments(np.arange(len(windows.lengths)))
+    columns = (found.document, found.start, found.length, found.first_row, found.rows)
     assert list(zip(*(column.tolist() for column in columns))) == expected
-    assert cuts.linked.tolist() == [i > 0 and expected[i][0] == expected[i - 1][0] for i in range(len(expected))]
+    assert windows.linked.tolist() == [i > 0 and expected[i][0] == expected[i - 1][0] for i in range(len(expected))]
 
 
 def window_states(model: torch.nn.Module, tokens: list[int], length: int, stride: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from flexcache.errors import MismatchError
 from flexcache.recording.planning.new_documents import NewDocuments, NothingNewError
 from flexcache.recording.run.existing_rows import ExistingRows
 from flexcache.recording.run.fingerprint import versions
-from flexcache.sequences import Positions, spool
+from flexcache.sequences import Positions, tokenize_corpus
 from flexcache.site import resolve_layers
 from flexcache.spec import ArraySpec, Spec
 from flexcache.store.manage.extension_state import incomplete
@@ -135,7 +135,7 @@ def more_documents(
     Raises
     ------
     DocumentsError
-        Documents are known and new ones, or known with other contents; see also `flexcache.sequences.spool`.
+        Documents are known and new ones, or known with other contents; see also `flexcache.sequences.tokenize_corpus`.
     MismatchError
         Another extension was begun.
     PlanError
@@ -152,7 +152,7 @@ def more_documents(
         left = None if max_tokens is None else max_tokens - tokens_of(store)
         if left is not None and left <= 0:
             raise NothingNewError
-        corpus = spool(
+        corpus = tokenize_corpus(
             NewDocuments(documents, store, new_only),
             tokenizer,
             folder.parent,

@@ -12,7 +12,7 @@ from flexcache.documents.runs import Part, spread
 from flexcache.errors import DocumentsError
 from flexcache.plan import Plan, unit_rows
 from flexcache.recording.planning.planning import Estimate, Progress, Source, planned, tokenized
-from flexcache.sequences import Spool
+from flexcache.sequences import TokenizedCorpus
 from flexcache.store.format.schema import COORDINATES, DOCUMENTS, SEQUENCES
 from flexcache.store.storage.atomic_files import relative_files
 from flexcache.store.write.create import check_names, create, total_bytes
@@ -63,7 +63,7 @@ def sample(
     Raises
     ------
     DocumentsError
-        See `flexcache.sequences.spool`; or nothing says how many documents there are.
+        See `flexcache.sequences.tokenize_corpus`; or nothing says how many documents there are.
     """
     check_names(source.arrays)
     count = source.documents.count
@@ -81,8 +81,8 @@ def sample(
     tokens = int(corpus.lengths.sum(dtype=np.int64)) * count / read
     scale = count / read * (1 if most is None else min(1.0, most / tokens))
     amount = _extrapolated(source, corpus, scale, seed)
-    cuts = corpus.cuts
-    plan = planned(source, corpus.sides, cuts.kept, amount.shard_rows, cuts.linked)
+    sequences = corpus.segmentation
+    plan = planned(source, corpus.input_lengths, sequences.kept, amount.shard_rows, sequences.linked)
     path, place = folder / "sample.zarr", folder / "making"
     place.mkdir()
     content = {
@@ -100,9 +100,9 @@ def sample(
     )
 
 
-def _extrapolated(source: Source, corpus: Spool, scale: float, seed: int) -> Estimate:
-    cuts, spec = corpus.cuts, source.spec
-    sides, kept, linked = corpus.sides, cuts.kept, cuts.linked
+def _extrapolated(source: Source, corpus: TokenizedCorpus, scale: float, seed: int) -> Estimate:
+    sequences, spec = corpus.segmentation, source.spec
+    sides, kept, linked = corpus.input_lengths, sequences.kept, sequences.linked
     lengths = sides.max(axis=1)
     tokens = round(int(lengths.sum(dtype=np.int64)) * scale)
     n_rows = round(int(kept.sum()) * scale)
@@ -118,7 +118,7 @@ def _extrapolated(source: Source, corpus: Spool, scale: float, seed: int) -> Est
     return Estimate(
         rows=n_rows,
         documents=round(len(corpus.lengths) * scale),
-        sequences=round(len(cuts.lengths) * scale),
+        sequences=round(len(sequences.lengths) * scale),
         units=units,
         shard_rows=shard_rows,
         files=units * sum(len(array.slices) for array in source.arrays),
@@ -140,12 +140,12 @@ def _drawn(kept: np.ndarray, shard_rows: int, most: int, seed: int) -> np.ndarra
     return np.random.default_rng(seed).choice(len(kept), count)
 
 
-def _error(corpus: Spool, runs: list[range], count: int) -> float:
+def _error(corpus: TokenizedCorpus, runs: list[range], count: int) -> float:
     """Return two standard errors of the mean tokens of a document, relative, by the means of runs of equal length."""
     if len(runs) < 2:
         return 1.0
     length = len(runs[0])
-    order = corpus.take(0, len(corpus.lengths)).column("source_index").to_numpy()
+    order = corpus.read_documents(0, len(corpus.lengths)).column("source_index").to_numpy()
     tokens = np.bincount(order // length, weights=corpus.lengths, minlength=len(runs))
     unseen = 1 - len(runs) * length / count
     return float(2 * tokens.std(ddof=1) / tokens.mean() * np.sqrt(unseen / len(runs)))

@@ -13,9 +13,8 @@ from flexcache.documents.columns import content_of
 from flexcache.errors import DocumentsError
 from flexcache.images.encoded import IMAGE, IMAGE_DIGEST
 from flexcache.options import SequenceOptions
-from flexcache.sequences import image_digests, messages_digests
-from flexcache.sequences.encoding import encode
-from flexcache.sequences.targets import TARGET, parted, shifted
+from flexcache.sequences import encode_documents, image_digests, messages_digests, text_digests
+from flexcache.sequences.targets import TARGET, shift_right, split_target
 from flexcache.spec import Spec
 from flexcache.store.format.schema import CONTEXT
 from flexcache.store.read.store import Store
@@ -112,10 +111,10 @@ class NewDocuments:
         inputs = Spec.model_validate(self._store.spec).decoder
         if inputs is None:
             return self._one_side(known, places, "tokens")
-        given, target = parted(known)
+        given, target = split_target(known)
         ours, theirs = self._one_side(given, places, CONTEXT)
         if content_of(target) == "tokens":
-            read = shifted(encode(target, None, SequenceOptions(max_length=self._limit)), inputs).tokens
+            read = shift_right(encode_documents(target, None, SequenceOptions(max_length=self._limit)), inputs).tokens
             target = target.set_column(1, "tokens", read)
         held, read_now = self._one_side(target, places, "tokens", TARGET)
         return list(zip(ours, held, strict=True)), list(zip(theirs, read_now, strict=True))
@@ -135,8 +134,7 @@ class NewDocuments:
             if text_name in documents.column_names:
                 return documents.column(text_name).take(pa.array(places)).to_pylist(), texts
             if (hashed := f"{text_name}_xxh3_128") in documents.column_names:
-                hashes = [xxhash.xxh3_128_hexdigest(text.encode()) for text in texts]
-                return documents.column(hashed).take(pa.array(places)).to_pylist(), hashes
+                return documents.column(hashed).take(pa.array(places)).to_pylist(), text_digests(texts)
             return ["tokens"] * len(texts), ["a text"] * len(texts)
         if content == "messages":
             given = messages_digests(known.column(1).to_pylist())

@@ -18,7 +18,7 @@ from flexcache.errors import MismatchError
 from flexcache.identity import check_model, differences, for_store
 from flexcache.plan import Batching, Largest, Plan, batch_groups, unit_rows
 from flexcache.recording.run.fingerprint import versions
-from flexcache.sequences import Corpus, Positions, Spool, spool
+from flexcache.sequences import Corpus, Positions, TokenizedCorpus, tokenize_corpus
 from flexcache.spec import ArraySpec, Spec
 from flexcache.store.format.dataset_card import card
 from flexcache.store.format.text import size
@@ -130,19 +130,21 @@ class Estimate:
         ]
 
 
-def make_plan(source: Source, folder: Path, progress: Progress) -> tuple[Plan, Spool, Estimate]:
+def make_plan(source: Source, folder: Path, progress: Progress) -> tuple[Plan, TokenizedCorpus, Estimate]:
     """Tokenize the documents into *folder* and cut them into units."""
     check_names(source.arrays)
     corpus = tokenized(source, source.documents, folder, progress)
-    lengths, cuts = corpus.lengths, corpus.cuts
-    plan = planned(source, corpus.sides, cuts.kept, linked=cuts.linked, image_bytes=corpus.image_bytes)
+    lengths, sequences = corpus.lengths, corpus.segmentation
+    plan = planned(
+        source, corpus.input_lengths, sequences.kept, linked=sequences.linked, image_bytes=corpus.image_bytes
+    )
     shard_rows = plan.shard_rows
     run, padded, largest = plan.forwards()
     n_arrays = sum(len(array.slices) for array in source.arrays)
     estimate = Estimate(
         rows=plan.n_rows,
         documents=len(lengths),
-        sequences=len(cuts.lengths),
+        sequences=len(sequences.lengths),
         units=plan.n_units,
         shard_rows=shard_rows,
         files=plan.n_units * n_arrays,
@@ -159,10 +161,10 @@ def make_plan(source: Source, folder: Path, progress: Progress) -> tuple[Plan, S
     return plan, corpus, estimate
 
 
-def tokenized(source: Source, documents: Corpus, folder: Path, progress: Progress) -> Spool:
+def tokenized(source: Source, documents: Corpus, folder: Path, progress: Progress) -> TokenizedCorpus:
     """Tokenize the documents of a source, or a part of them, into *folder*."""
     spec = source.spec
-    return spool(
+    return tokenize_corpus(
         documents,
         source.tokenizer,
         folder,
@@ -225,7 +227,7 @@ def plan_store(
     StoreError
         The place is taken.
     DocumentsError
-        See `flexcache.sequences.spool`.
+        See `flexcache.sequences.tokenize_corpus`.
     CaptureError
         The disk refuses a write.
     """

@@ -15,7 +15,7 @@ import xxhash
 import zarr
 
 from flexcache.plan import Plan, batch_groups
-from flexcache.sequences import Spool
+from flexcache.sequences import TokenizedCorpus
 from flexcache.spec import ArraySpec
 from flexcache.store.format.dataset_card import card
 from flexcache.store.format.ledger import Ledger
@@ -75,7 +75,7 @@ def stage_arrays(store: Store, folder: Path, arrays: list[ArraySpec], spec: dict
     )
 
 
-def plan_extension(store: Store, corpus: Spool) -> Plan:
+def plan_extension(store: Store, corpus: TokenizedCorpus) -> Plan:
     """Return the plan of documents that come after those of a store, in units of the same size."""
     spec, rows = store.spec, store.n_rows
     shared = rows // store.shard_rows if rows % store.shard_rows else None
@@ -84,21 +84,21 @@ def plan_extension(store: Store, corpus: Spool) -> Plan:
         with pq.ParquetFile(store.path / SEQUENCES) as file:
             last = file.read_row_group(file.num_row_groups - 1, columns=["batch"]).column("batch")
             batches = int(last[-1].as_py()) + 1
-    cuts = corpus.cuts
+    sequences = corpus.segmentation
     return Plan(
-        corpus.extents,
-        cuts.kept,
+        corpus.input_lengths.max(axis=1),
+        sequences.kept,
         store.shard_rows,
         spec["batch_tokens"],
         spec["seed"],
         rows,
         batches,
-        cuts.linked,
-        batch_groups(stored_batching(store.provenance) or "padded", corpus.sides),
+        sequences.linked,
+        batch_groups(stored_batching(store.provenance) or "padded", corpus.input_lengths),
     )
 
 
-def stage_documents(store: Store, folder: Path, plan: Plan, corpus: Spool, entry: dict[str, Any]) -> None:
+def stage_documents(store: Store, folder: Path, plan: Plan, corpus: TokenizedCorpus, entry: dict[str, Any]) -> None:
     """Write a store of the same arrays with more documents into *folder*; its ledger has the units that stay.
 
     Parameters
@@ -152,7 +152,7 @@ def stage_documents(store: Store, folder: Path, plan: Plan, corpus: Spool, entry
     _link_records(store.ledger, Ledger(folder), range(first))
 
 
-def _content(store: Store, plan: Plan, corpus: Spool, total: int, entry: dict[str, Any]) -> dict[str, Any]:
+def _content(store: Store, plan: Plan, corpus: TokenizedCorpus, total: int, entry: dict[str, Any]) -> dict[str, Any]:
     """Return the attributes that the store will have."""
     given = read_attributes(store.path)
     before = given["plan"]
@@ -160,7 +160,7 @@ def _content(store: Store, plan: Plan, corpus: Spool, total: int, entry: dict[st
     known = largest_batch(before)
     added = {
         "documents": len(corpus.lengths),
-        **({"sequences": len(corpus.cuts.lengths)} if "sequences" in before else {}),
+        **({"sequences": len(corpus.segmentation.lengths)} if "sequences" in before else {}),
         "tokens": int(corpus.lengths.sum(dtype=np.int64)),
         "tokens_run": run,
         "tokens_padded": padded,

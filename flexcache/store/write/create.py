@@ -15,7 +15,7 @@ import zarr
 from flexcache.errors import ConfigError, PlanError, StoreError
 from flexcache.paths import check_writable
 from flexcache.plan import Plan
-from flexcache.sequences import Spool
+from flexcache.sequences import TokenizedCorpus
 from flexcache.spec import ArraySpec
 from flexcache.store.format.schema import ATTRIBUTE, COORDINATES, DOCUMENTS, PLAN_RECORD, RESERVED, SCHEMA, SEQUENCES
 from flexcache.store.format.shard import ShardLayout
@@ -165,7 +165,7 @@ def create(
     path: Place,
     folder: Path,
     plan: Plan,
-    corpus: Spool,
+    corpus: TokenizedCorpus,
     arrays: list[ArraySpec],
     summary: dict[str, Any],
     content: dict[str, Any],

@@ -12,7 +12,7 @@ import zarr
 from flexcache.documents.arrow_types import stored_array, stored_type
 from flexcache.errors import DocumentsError
 from flexcache.plan import Plan
-from flexcache.sequences import Spool
+from flexcache.sequences import TokenizedCorpus
 from flexcache.store.format.schema import DOCUMENTS, SEQUENCES
 from flexcache.store.read.parquet import open_table
 from flexcache.store.storage.location import Place
@@ -24,7 +24,7 @@ GROUP_TOKENS = 1 << 20
 def write_tables(
     store: Path,
     plan: Plan,
-    corpus: Spool,
+    corpus: TokenizedCorpus,
     coordinates: dict[str, zarr.Array],
     before: Place | None = None,
     n_before: int = 0,

@@ -7,10 +7,10 @@ import pyarrow as pa
 
 from flexcache.images.encoded import IMAGE, IMAGE_DIGEST
 from flexcache.plan import UnitPlan, ranges
-from flexcache.sequences import KEPT, SPOOLED, Spool
+from flexcache.sequences import ENCODER_TOKENS, ROW_POSITIONS, TokenizedCorpus
 from flexcache.store.format.schema import BEGINS, CONTEXT
 
-PIECES = {"documents": pa.int64(), "starts": pa.int32(), "places": pa.int32()}
+SEGMENT_TYPES = {"documents": pa.int64(), "starts": pa.int32(), "places": pa.int32()}
 """Columns of packed documents: their numbers, first tokens, and offsets in a sequence."""
 
 
@@ -31,37 +31,37 @@ class UnitTables:
         The documents that are not in an earlier unit, in row order.
     """
 
-    def __init__(self, unit: UnitPlan, corpus: Spool, numbers: np.ndarray, n_documents: int) -> None:
+    def __init__(self, unit: UnitPlan, corpus: TokenizedCorpus, numbers: np.ndarray, n_documents: int) -> None:
         self._unit, self._options = unit, corpus.options
         self._corpus = corpus
-        self._pieces = pieces = corpus.cuts.pieces(unit.sequences)
-        there, first = np.unique(pieces.document, return_index=True)
+        self._segments = segments = corpus.segmentation.segments(unit.sequences)
+        there, first = np.unique(segments.document, return_index=True)
         in_order = there[np.argsort(first)]
         self.new = in_order[numbers[in_order] < 0]
         numbers[self.new] = n_documents + np.arange(len(self.new))
         self._numbers = numbers
         self._lowest = int(there[0])
-        self._table = corpus.take(self._lowest, int(there[-1]) + 1).combine_chunks()
+        self._table = corpus.read_documents(self._lowest, int(there[-1]) + 1).combine_chunks()
         tokens = self._list("tokens")
         self._begin, self._flat = tokens.offsets.to_numpy()[:-1], tokens.values.to_numpy(zero_copy_only=False)
-        self._first = np.searchsorted(pieces.line, np.arange(len(unit.sequences)))  # piece of each line
-        self._before = np.cumsum(pieces.rows) - pieces.rows  # rows of the line in the pieces before
-        self._before -= self._before[self._first][pieces.line]
+        self._first = np.searchsorted(segments.sequence, np.arange(len(unit.sequences)))  # segment of each line
+        self._before = np.cumsum(segments.rows) - segments.rows  # rows of the line in the segments before
+        self._before -= self._before[self._first][segments.sequence]
         self._place_rows()
 
     def sequences(self) -> pa.Table:
         """Return the lines of ``sequences.parquet``."""
-        unit, pieces = self._unit, self._pieces
-        lengths = self._corpus.cuts.lengths[unit.sequences].astype(np.int64)
+        unit, segments = self._unit, self._segments
+        lengths = self._corpus.segmentation.lengths[unit.sequences].astype(np.int64)
         offsets = np.append(0, np.cumsum(lengths))
         origin = np.full(int(offsets[-1]), -1, np.int64)  # index of each token among those of the documents
-        places = ranges(offsets[pieces.line] + pieces.offset, pieces.length)
-        origin[places] = ranges(self._begin[self._of] + pieces.start, pieces.length)
+        places = ranges(offsets[segments.sequence] + segments.offset, segments.length)
+        origin[places] = ranges(self._begin[self._of] + segments.start, segments.length)
         columns = {
-            "document": pa.array(self._numbers[pieces.document[self._first]]),
+            "document": pa.array(self._numbers[segments.document[self._first]]),
             "unit": pa.array(np.full(len(lengths), unit.unit, np.int32)),
             "batch": pa.array(unit.batches),
-            "start": pa.array(pieces.start[self._first].astype(np.int32)),
+            "start": pa.array(segments.start[self._first].astype(np.int32)),
             "tokens": _lists(offsets, pa.array(self._tokens(origin, offsets), pa.int32())),
             "keep_start": pa.array(self._keep_start()),
             "n_rows": pa.array(unit.n_rows),
@@ -70,29 +70,33 @@ class UnitTables:
         if self._options.choice is not None or self._options.packing is not None:
             columns["keep"] = self._keep()
         if self._options.packing is not None:
-            pieces_of = np.append(self._first, len(pieces.line))
-            parts = {"documents": self._numbers[pieces.document], "starts": pieces.start, "places": pieces.offset}
-            columns |= {name: _lists(pieces_of, pa.array(values, PIECES[name])) for name, values in parts.items()}
+            segments_of = np.append(self._first, len(segments.sequence))
+            parts = {"documents": self._numbers[segments.document], "starts": segments.start, "places": segments.offset}
+            columns |= {
+                name: _lists(segments_of, pa.array(values, SEGMENT_TYPES[name])) for name, values in parts.items()
+            }
             if self._options.packing.isolate:
-                begins = pieces.offset - int(self._corpus.marks.bos is not None)
-                columns[BEGINS] = _lists(pieces_of, pa.array(begins, pa.int32()))
+                begins = segments.offset - int(self._corpus.packing_tokens.bos is not None)
+                columns[BEGINS] = _lists(segments_of, pa.array(begins, pa.int32()))
         if self._of_images:  # each image is one sequence
             columns[IMAGE] = self._table.column(IMAGE).take(pa.array(self._of[self._first]))
         if self._options.decoder is not None:  # each document is a sequence
-            columns[CONTEXT] = self._list(SPOOLED).take(pa.array(self._of))
+            columns[CONTEXT] = self._list(ENCODER_TOKENS).take(pa.array(self._of))
         for name in self._corpus.token_labels:
             columns[name] = _lists(offsets, self._list(name).values.take(pa.array(origin, mask=origin < 0)))
         return pa.table(columns)
 
     def documents(self) -> pa.Table:
         """Return the lines of ``documents.parquet`` for the documents that are not in an earlier unit."""
-        pieces, unit = self._pieces, self._unit
-        first = np.unique(pieces.document, return_index=True)
+        segments, unit = self._segments, self._unit
+        first = np.unique(segments.document, return_index=True)
         at = first[1][np.searchsorted(first[0], self.new)]
-        line = pieces.line[at]
+        line = segments.sequence[at]
         row_start = unit.row_start[line] - unit.skip[line] + self._before[at]
         images = [IMAGE] if self._of_images else []  # a label may have the same name
-        inner = [name for name in ("tokens", KEPT, SPOOLED, *images) if name in self._table.column_names]
+        inner = [
+            name for name in ("tokens", ROW_POSITIONS, ENCODER_TOKENS, *images) if name in self._table.column_names
+        ]
         inner += self._corpus.token_labels
         table = self._table.drop_columns(inner).take(pa.array(self.new - self._lowest))
         table = table.add_column(2, "n_tokens", pa.array(self._corpus.lengths[self.new], pa.int32()))
@@ -101,16 +105,16 @@ class UnitTables:
 
     def coordinates(self) -> dict[str, np.ndarray]:
         """Return the coordinates of the rows by name."""
-        document = self._numbers[self._pieces.document[self._piece]]
+        document = self._numbers[self._segments.document[self._segment]]
         if self._options.rows == "mean":
             none = np.full(len(document), -1, np.int32)
             return {"token_id": none, "position": none, "document": document}
-        token_id = self._flat[self._begin[self._of][self._piece] + self._position]
+        token_id = self._flat[self._begin[self._of][self._segment] + self._position]
         return {"token_id": token_id, "position": self._position.astype(np.int32), "document": document}
 
     def _tokens(self, origin: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         """Return the tokens of the sequences, including those between and before packed documents."""
-        tokens, marks, packing = self._flat[origin], self._corpus.marks, self._options.packing
+        tokens, marks, packing = self._flat[origin], self._corpus.packing_tokens, self._options.packing
         if marks.separator is not None:
             tokens[origin < 0] = marks.separator
         if marks.bos is not None:
@@ -123,26 +127,26 @@ class UnitTables:
 
     @property
     def _of(self) -> np.ndarray:
-        """Line in the table of the document of each piece."""
-        return self._pieces.document - self._lowest
+        """Line in the table of the document of each segment."""
+        return self._segments.document - self._lowest
 
     def _place_rows(self) -> None:
-        """Find the piece of each row, and its position in its document."""
-        unit, pieces = self._unit, self._pieces
-        skip, count = unit.skip[pieces.line], unit.n_rows[pieces.line]
-        low = np.clip(skip - self._before, 0, pieces.rows)
-        high = np.clip(skip + count - self._before, 0, pieces.rows)
-        self._piece = np.repeat(np.arange(len(pieces.line)), high - low)
-        position = ranges(pieces.kept_from + low, high - low)
-        if KEPT in self._table.column_names and self._options.rows != "mean":
-            kept = self._list(KEPT)
+        """Find the segment of each row, and its position in its document."""
+        unit, segments = self._unit, self._segments
+        skip, count = unit.skip[segments.sequence], unit.n_rows[segments.sequence]
+        low = np.clip(skip - self._before, 0, segments.rows)
+        high = np.clip(skip + count - self._before, 0, segments.rows)
+        self._segment = np.repeat(np.arange(len(segments.sequence)), high - low)
+        position = ranges(segments.first_row + low, high - low)
+        if ROW_POSITIONS in self._table.column_names and self._options.rows != "mean":
+            kept = self._list(ROW_POSITIONS)
             values = kept.values.to_numpy(zero_copy_only=False)
-            position = values[kept.offsets.to_numpy()[:-1][self._of][self._piece] + position].astype(np.int64)
+            position = values[kept.offsets.to_numpy()[:-1][self._of][self._segment] + position].astype(np.int64)
         self._position = position
 
     def _places(self) -> np.ndarray:
         """Return the offset of each row in its sequence."""
-        return self._position - self._pieces.start[self._piece] + self._pieces.offset[self._piece]
+        return self._position - self._segments.start[self._segment] + self._segments.offset[self._segment]
 
     def _keep_start(self) -> np.ndarray:
         if self._options.rows == "mean":
@@ -151,7 +155,7 @@ class UnitTables:
 
     def _keep(self) -> pa.ListArray:
         if self._options.rows == "mean":  # of whole documents
-            return self._list(KEPT).take(pa.array(self._of))
+            return self._list(ROW_POSITIONS).take(pa.array(self._of))
         offsets = np.append(0, np.cumsum(self._unit.n_rows, dtype=np.int64))
         return _lists(offsets, pa.array(self._places().astype(np.int32)))
 

@@ -1,0 +1,153 @@
+"""Tokenize a corpus once, into a `TokenizedCorpus`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from flexcache.errors import DocumentsError
+from flexcache.options import SequenceOptions
+from flexcache.sequences.choice import choose_tokens, keep_one_token
+from flexcache.sequences.document_columns import ENCODER_TOKENS, document_columns
+from flexcache.sequences.encoded import Encoded
+from flexcache.sequences.encoding import Tokenizer, encode_documents
+from flexcache.sequences.labels import align_labels, check_label_names, role_labels
+from flexcache.sequences.limits import Positions, check_document_lengths, check_sequence_length, check_token_ids
+from flexcache.sequences.packing import packing_tokens
+from flexcache.sequences.targets import shift_right, split_target, target_tokenizer
+from flexcache.sequences.tokenized_corpus import ROW_POSITIONS, TokenizedCorpus
+
+
+class Corpus(Protocol):
+    """Documents in batches: `flexcache.Documents`, or a part of them."""
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Yield the documents in corpus order, with columns ``id``, ``text``, ``tokens`` or ``image``, and labels."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the values that identify the corpus."""
+
+
+def tokenize_corpus(
+    documents: Corpus,
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    options: SequenceOptions,
+    *,
+    vocabulary: int | None = None,
+    encoder_vocabulary: int | None = None,
+    positions: Positions = (None, None),
+    empty: Literal["error", "skip"] = "error",
+    keep_text: bool = True,
+    first_index: int = 0,
+    progress: Callable[[int, int], None] = lambda documents, tokens: None,
+) -> TokenizedCorpus:
+    """Tokenize a corpus once and write it into *folder*.
+
+    Parameters
+    ----------
+    tokenizer
+        A Hugging Face tokenizer, or any function from a list of texts to a list of token lists. None if the documents
+        are tokens already.
+    options
+        The tokens that become rows, and how documents become sequences. A truncated text keeps the closing special
+        tokens of a Hugging Face tokenizer.
+    vocabulary, encoder_vocabulary
+        Number of token ids of the model, and of its encoder if it also has a decoder. Another id is an error here,
+        before any forward.
+    positions
+        Most tokens of a sequence for the model, and for its encoder if it also has a decoder; None for any length.
+    empty
+        Raise an error for a document without tokens, or skip it.
+    keep_text
+        Keep texts, or replace them by ``text_xxh3_128``.
+    first_index
+        The ``source_index`` of the first document, if it continues an earlier corpus.
+    progress
+        Called with the number of documents and tokens so far.
+
+    Raises
+    ------
+    DocumentsError
+        No documents, an empty one, one without the target that a decoder needs, texts without a tokenizer or tokens
+        with one, an unknown token id, more tokens than positions; labels or spans that do not fit their documents.
+    ConfigError
+        See `SequenceOptions.check`.
+    """
+    options.check()
+    check_sequence_length(options, positions[0])
+    packing = options.packing
+    result = TokenizedCorpus(folder, options, None if packing is None else packing_tokens(packing, tokenizer))
+    index, tokens_done = first_index, 0
+    for batch in documents.batches():
+        if index == first_index:
+            check_label_names(batch, options, keep_text, (ROW_POSITIONS, ENCODER_TOKENS))
+        source_index = np.arange(index, index + len(batch), dtype=np.int64)
+        index += len(batch)
+        content, context, content_tokenizer = batch, None, tokenizer
+        if options.decoder is not None:
+            source, content = split_target(batch)
+            context, content_tokenizer = encode_documents(source, tokenizer, options), target_tokenizer(tokenizer)
+            check_token_ids(context, encoder_vocabulary)
+            check_document_lengths(context, options, positions[1])
+        encoded = encode_documents(content, content_tokenizer, options)
+        shortest = encoded.lengths if context is None else np.minimum(encoded.lengths, context.lengths)
+        if (blank := np.flatnonzero(shortest == 0)).size:
+            if empty == "error":
+                raise DocumentsError(
+                    f"document {encoded.document_id(blank[0])!r} has no tokens"
+                    + ("" if context is None else ", or no tokens in its target"),
+                    where=f"document {source_index[blank[0]]} of the corpus, counted from 0",
+                    expected="at least one token",
+                    remedy="remove it, or skip all such documents with empty_documents: skip",
+                )
+            result.skipped += len(blank)
+        if encoded.content != "image":  # the tokens of an image have no ids
+            check_token_ids(encoded, vocabulary)
+            check_document_lengths(encoded, options, positions[0])
+        encoded = _with_token_columns(encoded, tokenizer, options)
+        result.token_labels = tuple(encoded.labels)
+        record, kept = document_columns(batch, encoded, context, source_index, keep_text), encoded.kept
+        some = shortest > 0
+        if options.max_tokens is not None:
+            some &= encoded.starts < options.max_tokens - tokens_done
+        truncated = encoded.truncated if context is None else encoded.truncated | context.truncated
+        result.truncated += int(truncated[some].sum())
+        tokens_done += int(encoded.lengths[some].sum())
+        if kept is not None:
+            rowless = some & (np.add.reduceat(np.append(kept, 0), encoded.starts) == 0)
+            result.rowless += int(rowless.sum())
+            some &= ~rowless
+        if not some.all():
+            kept = None if kept is None else kept[np.repeat(some, encoded.lengths)]
+            record = record.take(pa.array(np.flatnonzero(some)))
+        if len(record):
+            result.append_documents(record, kept)
+            progress(index - first_index, tokens_done)
+        if options.max_tokens is not None and tokens_done >= options.max_tokens:
+            break
+    result.write_part()
+    if not len(result.lengths):
+        left_out = f", {result.skipped} of them empty" + (f", {result.rowless} without rows" if result.rowless else "")
+        raise DocumentsError(
+            "there are no documents",
+            where=str(documents.describe().get("files", "the corpus")),
+            expected="at least one document with at least one token",
+            found=f"{index - first_index} documents{left_out}",
+        )
+    return result
+
+
+def _with_token_columns(encoded: Encoded, tokenizer: Tokenizer | None, options: SequenceOptions) -> Encoded:
+    """Return *encoded* as the model reads it, with the choice and the labels of its tokens."""
+    kept = choose_tokens(encoded, tokenizer, options.choice)
+    labels = role_labels(encoded) | {name: align_labels(encoded, name) for name in options.token_labels}
+    encoded = replace(encoded, kept=kept, labels=labels)
+    if options.decoder is not None:
+        encoded = shift_right(encoded, options.decoder)
+    return replace(encoded, kept=keep_one_token(encoded.kept, encoded.lengths, options.rows))
