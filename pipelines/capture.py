@@ -31,7 +31,7 @@ def load(config: CaptureConfig, progress: bool) -> Loaded:
 
     from flexcache.hooks.locate.vision import reads_images
     from flexcache.hooks.read.measure import input_device
-    from flexcache.images.input import reader_of
+    from flexcache.images.input import model_input
     from flexcache.model import longest_input
     from flexcache.recording.forward.capture_targets import locate
     from flexcache.recording.forward.image_inputs import check_images
@@ -48,7 +48,7 @@ def load(config: CaptureConfig, progress: bool) -> Loaded:
     spec = config.spec(skeleton)
     targets = locate(skeleton, spec, **config.functions(tokenizer))
     if config.generate is None:
-        check_images(skeleton, spec, targets, reader_of(skeleton, tokenizer, documents.content))
+        check_images(skeleton, spec, targets, model_input(skeleton, tokenizer, documents.content))
     spec.within(longest_input(skeleton, tokenizer)).check()
     info: dict[str, Any] = {
         "name": Path(config.model.name).name if Path(config.model.name).is_dir() else config.model.name,

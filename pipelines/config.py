@@ -10,9 +10,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from flexcache.documents import Documents, open_documents
-from flexcache.documents.huggingface import load_dataset
-from flexcache.documents.sources import CSV_NULLS
+from flexcache.documents import CSV_NULLS, Documents, load_dataset, open_documents
 from flexcache.errors import ConfigError
 from flexcache.model import ModelSource
 from flexcache.options import Choice, DecoderInputMode, Generation, Options, Packing, Windows, parse_rows

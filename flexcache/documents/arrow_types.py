@@ -1,4 +1,4 @@
-"""The Arrow types that a store keeps, and the conversion of all others into them."""
+"""The Arrow types that a store keeps, and the conversion of all other types to them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _LISTS: list[tuple[Callable[[pa.DataType], bool], Callable[[Any], pa.DataType]]]
 def stored_type(kind: pa.DataType) -> pa.DataType:
     """Return the type in which a store keeps values of an Arrow type.
 
-    Dictionaries and run-end-encoded values are kept as plain values, views as strings, bytes and lists, and structs
-    without fields as null, since Parquet has no such structs. The same holds inside lists, structs and maps.
+    Dictionaries and run-end-encoded values become plain values; views become strings, bytes and lists; structs without
+    fields become null, since Parquet has no such structs. The same holds inside lists, structs and maps.
 
     >>> stored_type(pa.dictionary(pa.int8(), pa.string_view()))
     DataType(string)
@@ -53,7 +53,11 @@ def stored_type(kind: pa.DataType) -> pa.DataType:
 
 
 def stored_array(array: pa.Array) -> pa.Array:
-    """Return the values of an array in their `stored_type`."""
+    """Return the values of an array in their `stored_type`.
+
+    This is not a cast: Arrow casts neither run-end-encoded values nor structs without fields, and list views with nulls
+    to damaged lists.
+    """
     kind, given = stored_type(array.type), array.type
     if kind == given:
         return array
@@ -90,7 +94,7 @@ def stored_array(array: pa.Array) -> pa.Array:
 
 
 def can_be_stored(kind: pa.DataType) -> bool:
-    """Return True if Parquet has the type, and documents of it can be put into another order."""
+    """Return True if Parquet has the type, and its values can be reordered."""
     try:
         pq.ParquetWriter(pa.BufferOutputStream(), pa.schema([("values", kind)])).close()
         pa.nulls(0, kind).take(pa.array([], pa.int64()))
@@ -100,7 +104,7 @@ def can_be_stored(kind: pa.DataType) -> bool:
 
 
 def has_null_type(kind: pa.DataType) -> bool:
-    """Return True if the type, or one inside it, is that of values that are all null."""
+    """Return True if the type, or a type inside it, is null."""
     if isinstance(kind, pa.BaseExtensionType):
         return False
     inside = [kind.field(i).type for i in range(kind.num_fields)]
@@ -115,14 +119,14 @@ def united(one: pa.DataType, two: pa.DataType) -> pa.DataType:
     pyarrow.ArrowException
         There is none.
     """
-    if {one, two} == {pa.int64(), pa.uint64()}:  # whole numbers that are seen so far, and one above 2⁶³ − 1
+    if {one, two} == {pa.int64(), pa.uint64()}:  # whole numbers, one of them above 2⁶³ − 1
         return pa.uint64()
     schemas = [pa.schema([("values", kind)]) for kind in (one, two)]
     return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
 
 
 def label_cast(array: pa.Array, kind: pa.DataType) -> pa.Array:
-    """Return labels in another type; numbers do not become text, nor truth values numbers, as they would by a cast.
+    """Return labels in another type; unlike by a cast, numbers never become text, nor booleans numbers.
 
     Raises
     ------
@@ -141,10 +145,10 @@ def label_cast(array: pa.Array, kind: pa.DataType) -> pa.Array:
 
 
 def changed_families(one: pa.DataType, two: pa.DataType) -> list[str]:
-    """Return the families of the first two types, also inside lists and structs, that a cast would mix; or none.
+    """Return the two families of types that a cast from *one* to *two* would mix, or an empty list.
 
     Dates, datetimes with and without a time zone, times of the day, durations, text, bytes, booleans and numbers are
-    families: Arrow casts many values from one to another without an error.
+    families: Arrow casts many values from one to another without an error. Lists and structs are compared inside.
 
     >>> changed_families(pa.list_(pa.timestamp("us")), pa.list_(pa.date32()))
     ['datetime', 'date']
@@ -163,7 +167,7 @@ def changed_families(one: pa.DataType, two: pa.DataType) -> list[str]:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Return True if the values of a stored type are text."""
+    """Return True for a stored type of text."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 

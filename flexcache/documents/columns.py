@@ -1,4 +1,4 @@
-"""The columns of documents in the types that a store keeps, checked: ids, the input, labels."""
+"""Checked columns of documents, in the types that a store keeps: ids, the input, labels."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flexcache.documents.arrow_types import can_be_stored, has_null_type, is_text, label_cast, stored_array, united
+from flexcache.documents.arrow_types import can_be_stored, is_text, label_cast, stored_array, united
+from flexcache.documents.ids import invalid_id
 from flexcache.documents.messages import MESSAGES, read_messages
-from flexcache.documents.records import bad_id
+from flexcache.documents.roles import ONE_TYPE
 from flexcache.errors import DocumentsError
-from flexcache.images.encoded import encode
+from flexcache.images.encoded import encode_image
 
 MAX_TOKEN = 2**31 - 1
 CONTENTS: dict[str, pa.DataType] = {
@@ -22,13 +23,16 @@ CONTENTS: dict[str, pa.DataType] = {
     "messages": MESSAGES,
     "image": pa.large_binary(),
 }
-"""The inputs that a document may have, and their types in the batches."""
+"""The kinds of input of a document, and their types in the batches."""
 
 
 def content_of(batch: pa.RecordBatch) -> str:
-    """Return the input of documents, ``text``, ``tokens``, ``messages`` or ``image``: the name of the second column.
+    """Return the input of documents: ``text``, ``tokens``, ``messages`` or ``image``.
 
-    A label may have one of these names too, so the names alone do not say what the input is.
+    The input is the second column. A label may have one of these names too, so the position decides.
+
+    >>> content_of(pa.RecordBatch.from_pydict({"id": ["a"], "tokens": [[5]], "text": ["a label"]}))
+    'tokens'
     """
     return str(batch.schema.names[1])
 
@@ -79,7 +83,7 @@ def check_id_type(kind: pa.DataType, where: str) -> None:
     """Raise DocumentsError if the values of a type cannot be ids."""
     whole = pa.types.is_integer(kind) or (pa.types.is_decimal(kind) and kind.scale == 0)
     if not (whole or is_text(kind) or _is_uuid(kind) or pa.types.is_null(kind)):
-        raise bad_id(str(kind), where)
+        raise invalid_id(str(kind), where)
 
 
 def label_column(array: pa.Array, kind: pa.DataType, name: str, where: str) -> pa.Array:
@@ -98,14 +102,12 @@ def label_column(array: pa.Array, kind: pa.DataType, name: str, where: str) -> p
             where=where,
             expected=str(kind),
             found=str(error).splitlines()[0],
-            remedy="write it in one type throughout, or leave it out by flexcache.open_documents(…, labels=[…])",
+            remedy=ONE_TYPE,
         ) from error
 
 
 def filled_type(kind: pa.DataType, found: pa.DataType) -> pa.DataType:
-    """Return *kind* with the types that are unknown in it, as all values were null so far, taken from *found*."""
-    if not has_null_type(kind):
-        return kind
+    """Return *kind* with the types that are unknown so far, since all values were null, taken from *found*."""
     try:
         return united(kind, found)
     except pa.ArrowException:
@@ -121,7 +123,7 @@ def read_ids(array: pa.Array, place: str, start: int) -> pa.Array:
         They are neither text nor whole numbers, or one is null.
     """
     check_id_type(array.type, f"{place}s from {start}")
-    _refuse_null(array, "id", place, start)
+    _check_no_null(array, "id", place, start)
     if _is_uuid(array.type):
         return pa.array(map(str, array.to_pylist()), pa.string())
     return array.cast(pa.string())
@@ -133,7 +135,7 @@ def read_content(content: str, array: pa.Array, place: str, start: int) -> pa.Ar
     Raises
     ------
     DocumentsError
-        A value is null, or none of these.
+        A value is null, or is none of these.
     """
     return {"text": _text, "tokens": _tokens, "messages": _messages}[content](array, place, start)
 
@@ -141,7 +143,7 @@ def read_content(content: str, array: pa.Array, place: str, start: int) -> pa.Ar
 def read_images(array: pa.Array, names: pa.Array, place: str, folder: Path | None) -> pa.Array:
     """Return images as encoded bytes; paths are relative to *folder*."""
     found = [
-        encode(value, f"{place}document {name!r}", folder)
+        encode_image(value, f"{place}document {name!r}", folder)
         for name, value in zip(names.to_pylist(), array.to_pylist(), strict=True)
     ]
     return pa.array(found, pa.large_binary())
@@ -151,7 +153,7 @@ def _is_uuid(kind: pa.DataType) -> bool:
     return getattr(kind, "extension_name", None) == "arrow.uuid"
 
 
-def _refuse_null(array: pa.Array, what: str, place: str, start: int) -> None:
+def _check_no_null(array: pa.Array, what: str, place: str, start: int) -> None:
     if array.null_count:
         index = start + pc.index(array.is_null(), True).as_py()
         raise DocumentsError(
@@ -163,7 +165,7 @@ def _refuse_null(array: pa.Array, what: str, place: str, start: int) -> None:
             + (
                 ""
                 if what == "id"
-                else f"; where another column is the input, give flexcache.open_documents(…, {what}=None)"
+                else f"; if another column is the input, give flexcache.open_documents(…, {what}=None)"
             ),
         )
 
@@ -177,9 +179,9 @@ def _text(array: pa.Array, place: str, start: int) -> pa.Array:
             expected="string",
             found=str(array.type),
             remedy="name the column that holds the text: flexcache.open_documents(…, text='body')"
-            + ("; where every text is missing (NaN), leave these rows out" if pa.types.is_floating(array.type) else ""),
+            + ("; if every text is missing (NaN), leave these rows out" if pa.types.is_floating(array.type) else ""),
         )
-    _refuse_null(array, "text", place, start)
+    _check_no_null(array, "text", place, start)
     return array.cast(pa.string())
 
 
@@ -201,11 +203,11 @@ def _tokens(array: pa.Array, place: str, start: int) -> pa.Array:
             where=f"{place}s from {start}",
             expected=expected,
             found=str(kind),
-            remedy="words are no token ids: give the text that they are of, or tokenize them"
+            remedy="words are not token ids: give the text, or tokenize the words"
             if words
             else "give token ids as lists of integers, in Parquet, JSON Lines, a table or dicts",
         )
-    _refuse_null(array, "tokens", place, start)
+    _check_no_null(array, "tokens", place, start)
     flat = pc.list_flatten(array) if fits else pa.nulls(0)
     flat = flat.cast(pa.int64()) if pa.types.is_null(flat.type) else flat
     if len(flat):
@@ -215,7 +217,7 @@ def _tokens(array: pa.Array, place: str, start: int) -> pa.Array:
             at = pc.index(wrong, True).as_py()
             index = start + pc.list_parent_indices(array)[at].as_py()
             raise DocumentsError(
-                "a token that is none",
+                "an invalid token id",
                 where=f"{place} {index}",
                 expected=expected,
                 found=str(flat[at].as_py()),
@@ -225,5 +227,5 @@ def _tokens(array: pa.Array, place: str, start: int) -> pa.Array:
 
 
 def _storage(array: pa.Array) -> pa.Array:
-    """Return what an extension type is made of: the text of JSON, the numbers of a tensor."""
+    """Return the values that an extension type stores: the text of JSON, the numbers of a tensor."""
     return array.storage if isinstance(array.type, pa.BaseExtensionType) else array

@@ -1,4 +1,4 @@
-"""Digests of what documents hold, so that a store is not resumed with others of the same number and size."""
+"""Digests of documents, so that a store is not resumed with other documents of the same number and size."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from flexcache.documents.sources import CorpusFile
+from flexcache.documents.sources.source import CorpusFile
 
 DIGEST = "xxh3_128"
 WHOLE = 1 << 30
-"""Bytes up to which the files of a corpus are read whole; of larger ones, as many in blocks at even distances."""
+"""Bytes up to which all files of a corpus are hashed; of larger corpora, as many bytes in evenly spaced blocks."""
 BLOCK = 64 << 10
 
 
 def digest_files(files: Sequence[CorpusFile]) -> str:
-    """Return the XXH3-128 of the contents of files: of all bytes up to 1 GiB, else of a sample of that size."""
+    """Return the XXH3-128 of the contents of files: of all bytes up to 1 GiB, or of a sample of that size."""
     sizes = [file.path.stat().st_size for file in files]
     share = min(1.0, WHOLE / max(1, sum(sizes)))
     hasher = xxhash.xxh3_128()
@@ -34,14 +34,14 @@ def digest_files(files: Sequence[CorpusFile]) -> str:
 
 
 def update_batch(hasher: Any, batch: pa.RecordBatch) -> None:
-    """Feed the values of a record batch to a hasher, whatever buffers they lie in."""
+    """Feed the values of a record batch to a hasher, independently of the layout of its buffers."""
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         hasher.update(f"{name}:".encode())
         _update(hasher, column)
 
 
 def same_corpus(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return True if two descriptions are of one corpus; earlier versions described it without a digest."""
+    """Return True if two descriptions fit one corpus; earlier versions described it without a digest."""
     both = before.get(DIGEST) and now.get(DIGEST)
     one, other = ({key: value for key, value in told.items() if both or key != DIGEST} for told in (before, now))
     return one == other

@@ -1,4 +1,4 @@
-"""Whether an id occurred before, in 16 bytes of memory a document."""
+"""Ids of documents: the check that no two are equal, and the error for an invalid one."""
 
 from __future__ import annotations
 
@@ -9,14 +9,22 @@ import xxhash
 from flexcache.errors import DocumentsError
 
 
-class Ids:
-    """The ids seen so far, as sorted runs of 64-bit hashes whose sizes fall by half at least."""
+class SeenIds:
+    """The ids so far, in 16 bytes of memory a document: sorted runs of 64-bit hashes, each at most half the one before.
+
+    >>> ids = SeenIds()
+    >>> ids.add_ids(pa.array(["a", "b"]), 0)
+    >>> ids.add_ids(pa.array(["a"]), 2)
+    Traceback (most recent call last):
+    ...
+    flexcache.errors.DocumentsError: two documents have the id 'a'...
+    """
 
     def __init__(self) -> None:
-        self._runs: list[tuple[np.ndarray, np.ndarray]] = []  # hashes in order; their documents
+        self._runs: list[tuple[np.ndarray, np.ndarray]] = []  # sorted hashes, and their documents
 
-    def add(self, names: pa.Array, start: int) -> None:
-        """Take the ids of a batch, or raise `DocumentsError` for one that was there before."""
+    def add_ids(self, names: pa.Array, start: int) -> None:
+        """Add the ids of documents from *start* on; raise DocumentsError for an id that occurred before."""
         texts = names.cast(pa.binary()).to_pylist()
         hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, texts), np.uint64, len(texts))
         order = np.argsort(hashes, kind="stable")
@@ -42,6 +50,13 @@ class Ids:
         return DocumentsError(
             f"two documents have the id {name.decode()!r}",
             where=f"documents {first} and {second}",
-            expected="an id of its own for each document",
+            expected="a different id for each document",
             remedy="make the ids unique, or give flexcache.open_documents(…, unique_ids=False)",
         )
+
+
+def invalid_id(found: str, where: str | None) -> DocumentsError:
+    """Return the error for an id that is neither text nor a whole number."""
+    return DocumentsError(
+        "an id that is neither text nor a whole number", where=where, expected="text or a whole number", found=found
+    )

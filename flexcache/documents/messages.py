@@ -1,4 +1,4 @@
-"""Chat messages: who says what, in one form."""
+"""Chat messages in one form: a list of role and content."""
 
 from __future__ import annotations
 
@@ -20,38 +20,43 @@ def read_messages(value: Any, where: str) -> list[dict[str, str]]:
     Raises
     ------
     DocumentsError
-        It is no list of messages, or a message has more than a role and a text.
+        The value is not a list of messages, or a message has more than a role and a text.
+
+    Examples
+    --------
+    >>> read_messages('[{"role": "user", "content": "Hello"}]', "document 0")
+    [{'role': 'user', 'content': 'Hello'}]
     """
     if isinstance(value, str):
-        value = _parsed(value, where)
+        value = _parse_json(value, where)
     value = value.tolist() if hasattr(value, "tolist") else list(value) if isinstance(value, tuple) else value
     if not isinstance(value, list) or not value:
-        raise _bad(where, "no messages" if value in (None, []) else type(value).__name__)
+        raise _invalid(where, "no messages" if value in (None, []) else type(value).__name__)
     return [_message(message, f"{where}, message {number}") for number, message in enumerate(value)]
 
 
-def _parsed(text: str, where: str) -> Any:
+def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _bad(where, f"a str that is not JSON: {text[:60]!r}") from error
+        raise _invalid(where, f"a str that is not JSON: {text[:60]!r}") from error
 
 
 def _message(message: Any, where: str) -> dict[str, str]:
     if isinstance(message, list) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in message):
         message = dict(message)  # a map of Arrow
     if not isinstance(message, Mapping):
-        raise _bad(where, type(message).__name__)
+        raise _invalid(where, type(message).__name__)
     more = [str(name) for name, value in message.items() if name not in KEYS and value is not None]
     if more:
-        raise _bad(where, f"{', '.join(more)} as well")
+        raise _invalid(where, f"{', '.join(more)} as well")
     for name in KEYS:
         if not isinstance(message.get(name), str):
-            raise _bad(where, f"{name}: {repr(message.get(name))[:60]}")
+            raise _invalid(where, f"{name}: {repr(message.get(name))[:60]}")
     return {name: message[name] for name in KEYS}
 
 
-def _bad(where: str, found: str) -> DocumentsError:
+def _invalid(where: str, found: str) -> DocumentsError:
     return DocumentsError(
         "messages that cannot be read",
         where=where,

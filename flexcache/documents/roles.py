@@ -1,4 +1,4 @@
-"""Roles of the columns of documents: the id, the input of the model, labels."""
+"""Roles of the columns of documents: id, input of the model, labels."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ RESERVED = (
     *("id", "text", "tokens", "messages_xxh3_128", "image_xxh3_128", "token_id", "position", "document"),
     *("source_index", "n_tokens", "row_start", "n_rows"),
 )
-"""Names that a label cannot have; ``text`` can be one where the input is tokens or images."""
+"""Names that a label cannot have; ``text`` is allowed if the input is tokens or images."""
+ONE_TYPE = "write it in one type throughout, or leave it out by flexcache.open_documents(…, labels=[…])"
+"""The remedy for a column with values of several types."""
 
 
 @dataclass(frozen=True)
 class Roles:
     """The column names of a document's id, text, tokens, messages and image in the source.
 
-    With *images_first*, an image is the input of documents that have one, whatever else they have.
+    With *images_first*, an image is the input of all documents that have one.
     """
 
     id: str
@@ -32,15 +34,15 @@ class Roles:
 
     @property
     def contents(self) -> dict[str, str]:
-        """The columns that may be the input, by name, with their kinds."""
+        """The columns that can be the input, by name, with their kinds."""
         kinds = {"text": self.text, "tokens": self.tokens, "messages": self.messages, "image": self.image}
         return {column: kind for kind, column in kinds.items() if column}
 
     def present(self, names: Collection[str]) -> list[str]:
-        """Return the input of documents with these columns: one, or none, or both of text and tokens.
+        """Return the input of documents with these columns: one column, or none, or both text and tokens.
 
-        A column that was named in place of the default comes before one that is called as the default is. Among these,
-        text or tokens come before messages, and messages before images.
+        A column that was named in place of a default comes before those with a default name. After that, text or tokens
+        come before messages, and messages before images.
 
         >>> Roles("id", "text", "tokens", "messages", "image").present(["image", "messages", "text"])
         ['text']
@@ -55,7 +57,7 @@ class Roles:
         return plain or list(there)[:1]
 
     def filled(self, schema: pa.Schema) -> list[str]:
-        """Return the columns, without one of texts or tokens that is null throughout, if there is another input."""
+        """Return the columns; text or tokens that are null throughout are left out if there is another input."""
         null = [field.name for field in schema if pa.types.is_null(field.type)]
         left = [name for name in schema.names if name not in null or name not in (self.text, self.tokens)]
         return left if self.present(left) else list(schema.names)
@@ -67,7 +69,7 @@ def content_column(names: list[str], roles: Roles, where: str | None) -> str:
     Raises
     ------
     DocumentsError
-        None is, or text and tokens are.
+        No column is, or both text and tokens are.
     """
     present = roles.present(names)
     if len(present) != 1:
@@ -76,13 +78,13 @@ def content_column(names: list[str], roles: Roles, where: str | None) -> str:
 
 
 def content_error(names: list[str], roles: Roles, where: str | None, *, both: bool) -> DocumentsError:
-    """Return the error for a document, or a file, that has not exactly one of text and tokens."""
+    """Return the error for a document, or a file, without input, or with both text and tokens."""
     wanted = list(roles.contents)
     found, expected = ", ".join(names) or "nothing", " or ".join(wanted)
     if both:
         keep = [name for name in names if name not in {roles.id, roles.text, roles.tokens, *RESERVED}]
         return DocumentsError(
-            "both text and tokens are there",
+            "there are both text and tokens",
             where=where,
             expected=expected,
             found=found,
@@ -110,7 +112,7 @@ def label_columns(
     content: str,
     where: str | None,
 ) -> list[str]:
-    """Return the columns that are labels: the *wanted* ones, or all others than the id and the input.
+    """Return the columns that are labels: the *wanted* ones, or all except the id and the input.
 
     Raises
     ------
@@ -139,7 +141,7 @@ def label_columns(
             )
         if content == "image" and name == "image":
             raise DocumentsError(
-                "a label cannot be called 'image' where the documents are images of another column",
+                "a label cannot be called 'image' if the documents are images of another column",
                 where=where,
                 remedy="rename the column, or leave it out by flexcache.open_documents(…, labels=[…])",
             )

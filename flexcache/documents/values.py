@@ -12,12 +12,12 @@ import pyarrow as pa
 
 
 def exact_array(values: list[Any]) -> pa.Array:
-    """Return *values* as an Arrow array of the type that Arrow infers, with nanoseconds where a value has them.
+    """Return *values* as an Arrow array of the type that Arrow infers, with nanoseconds if a value has them.
 
     Raises
     ------
     pyarrow.ArrowException
-        The values have no common type, or Arrow's would change one of them; see `exact_type`.
+        The values have no common type, or Arrow's type would change one of them; see `exact_type`.
 
     Examples
     --------
@@ -35,9 +35,9 @@ def exact_array(values: list[Any]) -> pa.Array:
 def exact_type(values: Iterable[Any], kind: pa.DataType) -> pa.DataType:
     """Return *kind*, the type that Arrow infers for *values*, in the unit that holds their times exactly.
 
-    Arrow takes the type of the first value, and converts the others without an error: a datetime after a date loses
-    its time, a datetime with a time zone among those without one is shifted, a number after a timedelta becomes one,
-    text among bytes becomes bytes. Lists and structs are checked inside.
+    Arrow uses the type of the first value, and converts the others without an error: a datetime after a date loses its
+    time, a datetime with a time zone among those without one is shifted, a number after a timedelta becomes a
+    timedelta, text among bytes becomes bytes. The values of lists and structs are checked too.
 
     Raises
     ------

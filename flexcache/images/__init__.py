@@ -1,9 +1,9 @@
-"""Images as documents: the encoded bytes that a store keeps, the pixels a model reads, and which token is which patch.
+"""Images as documents: the encoded bytes that a store keeps, and the pixels that a model reads.
 
-`flexcache.images.input` and `flexcache.images.processor` need torch or transformers; the rest does not.
+`flexcache.images.input` needs torch and `flexcache.images.processor` needs transformers; the rest needs neither.
 """
 
-from flexcache.images.encoded import decode, encode
+from flexcache.images.encoded import decode_image, encode_image
 from flexcache.patches import Patches
 
-__all__ = ["Patches", "decode", "encode"]
+__all__ = ["Patches", "decode_image", "encode_image"]

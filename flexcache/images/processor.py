@@ -1,4 +1,4 @@
-"""Image processors: what makes of a picture the pixels that a model reads."""
+"""Image processors: from PIL images to the pixels that a model reads."""
 
 from __future__ import annotations
 
@@ -12,19 +12,23 @@ import xxhash
 from flexcache.errors import ConfigError, MismatchError
 
 VARIABLE = ("pixel_attention_mask", "spatial_shapes", "image_grid_thw", "image_sizes", "num_patches")
-"""What processors give beside the pixels where images keep sizes of their own."""
+"""Further outputs of processors that keep the sizes of images."""
 
 
 class ImageProcessor:
     """An image processor of transformers, or any callable from a list of PIL images to their pixels.
 
-    Pixels are float, of shape (images, channels, height, width), alone or as ``pixel_values`` of a mapping. A processor
-    of texts and images (CLIP's) is asked for the part that reads images.
+    The result is an array of float pixels, of shape (images, channels, height, width), or a mapping with it as
+    ``pixel_values``. For a processor of texts and images, such as CLIP's, its image processor is used.
 
     Raises
     ------
     ConfigError
-        It is nothing of the kind.
+        *processor* is neither.
+
+    >>> processor = ImageProcessor(lambda images: np.ones((len(images), 3, 8, 8)))
+    >>> processor(["an image", "another image"]).shape
+    (2, 3, 8, 8)
     """
 
     def __init__(self, processor: Any) -> None:
@@ -35,22 +39,26 @@ class ImageProcessor:
                 "the documents are images, and no image processor is given",
                 expected="AutoImageProcessor.from_pretrained(…), or a function from PIL images to pixels",
                 found="None" if inner is None else type(inner).__name__,
-                remedy="pass the model's image processor in the place of the tokenizer",
+                remedy="pass the model's image processor in place of the tokenizer",
             )
         self._inner: Any = inner
-        self._settled = hasattr(inner, "to_dict") and hasattr(inner, "model_input_names")
+        self._from_transformers = hasattr(inner, "to_dict") and hasattr(inner, "model_input_names")
 
-    def __call__(self, pictures: Sequence[Any]) -> np.ndarray:
+    def __call__(self, images: Sequence[Any]) -> np.ndarray:
         """Return the pixels of PIL images: float32, shape (images, channels, height, width).
 
         Raises
         ------
         ConfigError
-            The processor fails, or gives something else.
+            The processor fails, or returns something else.
         """
         try:
-            found = self._inner(images=list(pictures), return_tensors="np") if self._settled else self._inner(pictures)
-        except Exception as error:  # a processor's own
+            found = (
+                self._inner(images=list(images), return_tensors="np")
+                if self._from_transformers
+                else self._inner(images)
+            )
+        except Exception as error:  # a processor can raise any error
             raise ConfigError(
                 "the image processor fails",
                 where=type(self._inner).__name__,
@@ -61,19 +69,19 @@ class ImageProcessor:
             more = [name for name in VARIABLE if name in found]
             found = found.get("pixel_values")
         pixels = np.asarray(found.detach().cpu() if hasattr(found, "detach") else found, np.float32)
-        if more or pixels.ndim != 4 or len(pixels) != len(pictures):
+        if more or pixels.ndim != 4 or len(pixels) != len(images):
             raise ConfigError(
-                "the image processor gives no pixels of one size",
+                "the image processor does not return pixels of one size",
                 where=type(self._inner).__name__,
-                expected=f"shape ({len(pictures)}, channels, height, width)",
+                expected=f"shape ({len(images)}, channels, height, width)",
                 found=f"shape {pixels.shape}" + (f", and {', '.join(more)}" if more else ""),
-                remedy="models that read images of any size, patch by patch, cannot be captured: take one that resizes",
+                remedy="models that read images of any size, patch by patch, cannot be captured: use one that resizes",
             )
         return pixels
 
     def describe(self) -> dict[str, Any]:
-        """Return what it is: its class, its settings and their digest; of a function, digests of its code."""
-        if not self._settled:
+        """Return its class, its settings and their digest; for a function, digests of its code."""
+        if not self._from_transformers:
             from flexcache.provenance import origin
 
             return {"class": type(self._inner).__name__, **origin(self._inner)}
@@ -84,29 +92,29 @@ class ImageProcessor:
         return {"class": name, "settings": settings, "xxh3_128": xxhash.xxh3_128_hexdigest(text.encode())}
 
 
-def stored_processor(said: Mapping[str, Any], where: str) -> ImageProcessor:
-    """Return the processor of transformers that a store was captured with, made anew from the settings that it keeps.
+def stored_processor(description: Mapping[str, Any], where: str) -> ImageProcessor:
+    """Return the image processor of a capture, rebuilt from its `ImageProcessor.describe`.
 
     Raises
     ------
     MismatchError
-        The store had a function, or the installed transformers has no such class, or makes another processor of it.
+        The processor was a function, or the installed transformers has no such class, or rebuilds another processor.
     """
     import transformers
     from transformers.image_processing_utils import BaseImageProcessor
 
-    name, settings = str(said.get("class")), said.get("settings")
+    name, settings = str(description.get("class")), description.get("settings")
     found = getattr(transformers, name, None) if settings else None
     if not (isinstance(found, type) and issubclass(found, BaseImageProcessor)):
         raise MismatchError(
-            "the image processor of the store cannot be made anew from what the store says",
+            "the image processor cannot be rebuilt from the settings in the store",
             where=where,
             expected="an image processor of the installed transformers",
-            found=name if settings else f"a function, {said.get('function', name)}",
-            remedy="pass the processor in the place of the tokenizer",
+            found=name if settings else f"a function, {description.get('function', name)}",
+            remedy="pass the processor in place of the tokenizer",
         )
     processor = ImageProcessor(found.from_dict(dict(settings or {})))
-    if processor.describe().get("xxh3_128") != said.get("xxh3_128"):
+    if processor.describe().get("xxh3_128") != description.get("xxh3_128"):
         raise MismatchError(
             "the image processor is not the one that filled the store",
             where=where,

@@ -13,7 +13,7 @@ from flexcache import hooks
 from flexcache.documents import open_documents
 from flexcache.hooks.locate.vision import reads_images
 from flexcache.identity import model_key
-from flexcache.images.input import reader_of
+from flexcache.images.input import model_input
 from flexcache.model import (
     describe_tokenizer,
     encoder_vocabulary,
@@ -209,7 +209,7 @@ def capture(
         targets = locate(model, spec, transforms, objective, group.remote_modules())
         group.check(targets)
         corpus = open_documents(documents, images_first=reads_images(model))
-        tokenizer = reader_of(model, tokenizer, corpus.content)
+        tokenizer = model_input(model, tokenizer, corpus.content)
         example = check_images(model, spec, targets, tokenizer, group)
         source = Source(
             documents=corpus,

@@ -13,7 +13,7 @@ from flexcache.documents import Documents, open_documents
 from flexcache.documents.digest import same_corpus
 from flexcache.errors import ConfigError, MismatchError
 from flexcache.identity import comparable, model_key
-from flexcache.images.input import stored_input
+from flexcache.images.input import stored_image_input
 from flexcache.model import (
     CHAT_TEMPLATE,
     describe_tokenizer,
@@ -140,7 +140,7 @@ def extend(
     tokenizer = tokenizer_of(tokenizer, model)
     objective = objective_of(objective, tokenizer)
     if store.images:
-        tokenizer = stored_input(store, model, tokenizer)
+        tokenizer = stored_image_input(store, model, tokenizer)
     asked = _asked(store, sites, layers, transforms, objective)
     if corpus is None and asked is None:
         raise ConfigError(

@@ -16,7 +16,7 @@ from flexcache.hooks.locate.names import peel
 from flexcache.identity import check_model, comparable
 from flexcache.identity.behavior import repeatable
 from flexcache.identity.record import CHANGED_MODEL, STEADY
-from flexcache.images.input import stored_input
+from flexcache.images.input import stored_image_input
 from flexcache.model import evaluating
 from flexcache.recording.arguments import model_of, objective_of, tokenizer_of
 from flexcache.recording.forward.batch import Batch, BatchReader
@@ -102,7 +102,7 @@ def recompute(
     chosen = np.sort(np.random.default_rng(seed).choice(committed, min(units, len(committed)), replace=False)).tolist()
     example = None
     if store.images:
-        tokenizer = stored_input(store, model, tokenizer)
+        tokenizer = stored_image_input(store, model, tokenizer)
         example = tokenizer.example(model)
     with closing(ModelParallelGroup(model)) as group:
         given = group.describe_model(model, example)

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from flexcache.documents.columns import content_of
 from flexcache.errors import ConfigError, DocumentsError
-from flexcache.images.encoded import decode
+from flexcache.images.encoded import decode_image
 from flexcache.options import SequenceOptions
 from flexcache.plan import ranges
 from flexcache.sequences.chat import check_template, find_turns, generated_tokens, render_chat
@@ -77,7 +77,7 @@ def _encode_images(batch: pa.RecordBatch, image_input: Any) -> Encoded:
             remedy="capture them; a forward of your own takes documents of texts or tokens",
         )
     for name, image in zip(batch.column("id").to_pylist(), batch.column(1)):
-        decode(image.as_py(), f"document {name!r}")
+        decode_image(image.as_py(), f"document {name!r}")
     lengths = np.full(len(batch), image_input.patches.tokens, np.int64)
     return Encoded(batch, list_array(image_input.tokens_of(len(batch)), lengths), np.zeros(len(batch), bool))
 

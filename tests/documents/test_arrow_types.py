@@ -165,7 +165,7 @@ def test_text_that_is_not_utf_8_is_refused(column: str) -> None:
 
 
 def test_a_token_that_is_too_large_for_any_signed_number_is_refused() -> None:
-    with pytest.raises(DocumentsError, match="a token that is none"):
+    with pytest.raises(DocumentsError, match="an invalid token id"):
         next(open_documents(pa.table({"tokens": pa.array([[2**64 - 1]], pa.list_(pa.uint64()))})).batches())
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from flexcache.documents import digest as module
 from flexcache.documents import open_documents
 from flexcache.documents.digest import digest_files
-from flexcache.documents.sources import CorpusFile
+from flexcache.documents.sources.source import CorpusFile
 
 VALUES = st.fixed_dictionaries(
     {

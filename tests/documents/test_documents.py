@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexcache.documents import RESERVED, Documents, open_documents
-from flexcache.documents import sources as document_sources
+from flexcache.documents.sources import csv_source
 from flexcache.errors import DocumentsError
 
 
@@ -248,7 +248,7 @@ def test_csv_labels_get_a_type_only_where_every_filled_field_has_it(tmp_path, fi
 
 
 def test_a_csv_text_longer_than_a_block_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(document_sources, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(csv_source, "BLOCK_BYTES", 1000)
     long = "word " * 20_000
     (tmp_path / "a.csv").write_text("text,n\n" + "short,1\n" * 500 + f"{long},2\n" * 3)
     documents = open_documents(tmp_path / "a.csv")
@@ -269,7 +269,7 @@ def test_labels_of_a_generator_that_change_their_type_late_are_refused():
     records = [{"text": "x", "score": 1}] * 3 + [{"text": "x", "score": 1.5}]
     assert "document 3" in refusal(iter(records), batch_rows=2)
     late = [{"text": "x"}] * 3 + [{"text": "x", "late": 1}]
-    assert "'late' was not there at first" in refusal(iter(late), batch_rows=2)
+    assert "'late' is missing in the first documents" in refusal(iter(late), batch_rows=2)
 
 
 def test_a_generator_is_read_lazily_and_once():
@@ -409,12 +409,12 @@ def test_empty_texts_and_empty_token_lists_are_left_to_the_tokenizer(tmp_path):
         ([{"id": "a", "text": "x"}, {"text": "x"}], {}, ["some have none", "document 1"]),
         ([{"text": "x"}, {"id": "a", "text": "x"}], {}, ["some have none", "document 1"]),
         ([{"text": "x"}], {"id": "key"}, ["some have none", "document 0"]),
-        ([{"tokens": [1]}, {"tokens": [2, -3]}], {}, ["a token that is none", "document 1", "-3"]),
-        ([{"tokens": [2**31]}], {}, ["a token that is none", "2147483648"]),
+        ([{"tokens": [1]}, {"tokens": [2, -3]}], {}, ["an invalid token id", "document 1", "-3"]),
+        ([{"tokens": [2**31]}], {}, ["an invalid token id", "2147483648"]),
         ([{"tokens": [1.5]}], {}, ["whole numbers", "double"]),
         ([{"tokens": [True]}], {}, ["whole numbers", "bool"]),
-        ([{"tokens": [1, None]}], {}, ["a token that is none", "None"]),
-        ([{"tokens": [None]}], {}, ["a token that is none", "None"]),
+        ([{"tokens": [1, None]}], {}, ["an invalid token id", "None"]),
+        ([{"tokens": [None]}], {}, ["an invalid token id", "None"]),
         ([{"tokens": "abc"}], {}, ["whole numbers", "string"]),
         ([{"text": "x", "a": 1}, {"text": "x", "a": "y"}], {}, ["'a'", "document 1"]),
         ([{"text": "x", "a": object()}], {}, ["'a'", "document 0", "object"]),
@@ -424,9 +424,9 @@ def test_empty_texts_and_empty_token_lists_are_left_to_the_tokenizer(tmp_path):
             ["no label column 'lable'", "did you mean label?"],
         ),
         ([{"text": "x", "label": 1}], {"labels": ["label", "label"]}, ["named twice"]),
-        ([{"text": "x", 5: 1}], {}, ["column's name"]),
-        ({"text": ["x"]}, {}, ["no corpus", "pyarrow.table"]),
-        (5, {}, ["no corpus", "int"]),
+        ([{"text": "x", 5: 1}], {}, ["a column name that is not text"]),
+        ({"text": ["x"]}, {}, ["not a corpus", "pyarrow.table"]),
+        (5, {}, ["not a corpus", "int"]),
         ([{"text": "x"}], {"format": "jsonlines"}, ["no format 'jsonlines'"]),
         ([{"text": "x"}], {"batch_rows": 0}, ["batch_rows"]),
         (pa.table({"text": ["x", None]}), {}, ["null", "document 1"]),
@@ -503,8 +503,8 @@ def test_a_truncated_parquet_page_is_refused(tmp_path):
 def test_files_that_are_not_there_are_refused_with_the_nearest_name(tmp_path):
     write_jsonl(tmp_path / "corpus.jsonl", RECORDS)
     assert "did you mean corpus.jsonl?" in refusal(tmp_path / "corpsu.jsonl")
-    assert "no file there" in refusal(str(tmp_path / "*.csv"))
-    assert "no file there" in refusal(tmp_path, format="csv")
+    assert "no files of documents" in refusal(str(tmp_path / "*.csv"))
+    assert "no files of documents" in refusal(tmp_path, format="csv")
     assert "give dicts" in refusal(["some text", "another"])
 
 

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 import flexcache
-from flexcache.documents import open_documents
-from flexcache.documents.huggingface import load_dataset
+from flexcache.documents import load_dataset, open_documents
 from flexcache.errors import ConfigError, DocumentsError
 from tests.corpora import build_store, lengths, token_documents
 from tests.pipelines.conftest import checkpoint, config, corpus  # noqa: F401
@@ -186,7 +185,7 @@ def test_a_stream_may_leave_out_keys_if_its_first_documents_have_them() -> None:
     stream = datasets.IterableDataset.from_generator(lambda: iter([{"text": "a"}, {"text": "b", "label": 1}]))
     (batch,) = open_documents(stream).batches()
     assert batch["label"].to_pylist() == [None, 1]
-    with pytest.raises(DocumentsError, match="'label' was not there at first"):
+    with pytest.raises(DocumentsError, match="'label' is missing in the first documents"):
         list(open_documents(stream, batch_rows=1).batches())
     assert len(list(open_documents(stream, batch_rows=1, labels=[]).batches())) == 2
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from flexcache.documents import open_documents
 from flexcache.errors import DocumentsError
-from flexcache.images import Patches, decode, encode
+from flexcache.images import Patches, decode_image, encode_image
 from tests.vision import arrays
 
 ARRAYS = arrays(5)
@@ -104,8 +104,8 @@ def test_what_is_in_memory_becomes_png_without_loss(tmp_path: Path) -> None:
         (grey[..., None], np.dstack([grey] * 3)),
         (clear, ARRAYS[1]),
     ):
-        assert np.array_equal(decode(encode(value, ""), ""), expected)
-    assert encode({"bytes": None, "path": "a"}, "", _written(tmp_path)) == FILES[0]
+        assert np.array_equal(decode_image(encode_image(value, ""), ""), expected)
+    assert encode_image({"bytes": None, "path": "a"}, "", _written(tmp_path)) == FILES[0]
 
 
 def _written(folder: Path) -> Path:
@@ -116,7 +116,7 @@ def _written(folder: Path) -> Path:
 def test_a_picture_is_turned_as_its_file_says() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter to the left
-    turned = decode(jpeg(ARRAYS[0], exif=exif), "")
+    turned = decode_image(jpeg(ARRAYS[0], exif=exif), "")
     assert np.asarray(turned).shape == (ARRAYS[0].shape[1], ARRAYS[0].shape[0], 3)
 
 
@@ -124,10 +124,10 @@ def test_a_picture_is_turned_as_its_file_says() -> None:
     ("value", "message"),
     [
         (None, "a document without image: it is null"),
-        (7, "an image that is none"),
-        (np.zeros((4, 4, 3), np.float32), "an array that is no image"),
-        (np.zeros((3, 8, 8), np.uint8), "an array that is no image"),
-        (np.zeros((0, 8, 3), np.uint8), "an array that is no image"),
+        (7, "not an image"),
+        (np.zeros((4, 4, 3), np.float32), "an array that is not an image"),
+        (np.zeros((3, 8, 8), np.uint8), "an array that is not an image"),
+        (np.zeros((0, 8, 3), np.uint8), "an array that is not an image"),
         (Image.new("CMYK", (4, 4)), "cannot be kept as PNG"),
         (Image.new("I;16", (4, 4)), "more than eight bits"),
         ("nowhere.png", "the file of an image cannot be read"),
@@ -143,7 +143,7 @@ def test_what_is_no_picture_is_refused_with_the_document(value: Any, message: st
 @pytest.mark.parametrize("content", [b"", b"no picture", FILES[0][:-30], jpeg(ARRAYS[0])[:20]])
 def test_damaged_bytes_are_refused(content: bytes) -> None:
     with pytest.raises(DocumentsError, match="cannot be decoded") as error:
-        decode(content, "document 'x'")
+        decode_image(content, "document 'x'")
     assert error.value.where == "document 'x'"
 
 
@@ -151,7 +151,7 @@ def test_a_file_of_sixteen_bits_is_refused() -> None:
     sink = io.BytesIO()
     Image.new("I;16", (4, 4)).save(sink, "PNG")
     with pytest.raises(DocumentsError, match="more than eight bits"):
-        decode(sink.getvalue(), "document 'deep'")
+        decode_image(sink.getvalue(), "document 'deep'")
 
 
 def test_texts_with_pictures_beside_them_stay_texts() -> None:

@@ -74,7 +74,7 @@ def test_text_and_tokens_need_a_choice_and_the_remedy_works(tokens: list[Any], t
         with pytest.raises(DocumentsError, match=r"tokens=None, labels=\['n'\]") as caught:
             open_documents(source)
         assert "text=None" in str(caught.value), name
-    with pytest.raises(DocumentsError, match="words are no token ids"):
+    with pytest.raises(DocumentsError, match="words are not token ids"):
         open_documents([{"tokens": ["A", "FILM"]}]).batches().__next__()
 
 
@@ -134,7 +134,7 @@ def test_a_vision_transformer_reads_the_image_of_documents_that_have_a_text_as_w
         ({"messages": CHAT, "turn": 1}, {}, "turn"),
         ({"text": "a", "text_xxh3_128": "h"}, {"keep_text": False}, "text_xxh3_128"),
         ({"tokens": [1], "unit": [1]}, {"token_labels": ["unit"]}, "unit"),
-        ({"text": "a", "places of kept tokens": 1}, {}, "places of kept tokens"),
+        ({"text": "a", "positions of rows": 1}, {}, "positions of rows"),
         ({"text": "a", "tokens of the encoder": 1}, {}, "tokens of the encoder"),
     ],
 )

@@ -168,12 +168,12 @@ def test_a_corpus_that_drifts_has_a_larger_error(config: Path, capsys: pytest.Ca
 
 
 def test_parquet_row_groups_outside_of_the_sample_are_not_read(tmp_path: Path) -> None:
-    from flexcache.documents.runs import Part, spread
+    from flexcache.documents.runs import spread_runs
 
     table = pa.table({"id": [str(i) for i in range(1000)], "text": [f"w{i % 7}" for i in range(1000)]})
     pq.write_table(table, tmp_path / "texts.parquet", row_group_size=10, compression="none")
     documents = flexcache.open_documents(tmp_path / "texts.parquet")
-    runs = spread(1000, 4, seed=1)
+    runs = spread_runs(1000, 4, seed=1)
     content = bytearray((tmp_path / "texts.parquet").read_bytes())
     file = pq.ParquetFile(tmp_path / "texts.parquet")
     for group in range(file.num_row_groups):
@@ -182,7 +182,7 @@ def test_parquet_row_groups_outside_of_the_sample_are_not_read(tmp_path: Path) -
             start = column.dictionary_page_offset or column.data_page_offset
             content[start : start + 8] = b"\xff" * 8
     (tmp_path / "texts.parquet").write_bytes(content)
-    found = [name for batch in Part(documents, runs).batches() for name in batch.column("id").to_pylist()]
+    found = [name for batch in documents.select_runs(runs).batches() for name in batch.column("id").to_pylist()]
     assert found == [str(i) for run in runs for i in run]
     with pytest.raises(flexcache.errors.DocumentsError):
         list(documents.batches())

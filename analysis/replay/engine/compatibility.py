@@ -16,7 +16,7 @@ from flexcache.identity.describe import describe_model
 from flexcache.identity.record import OTHERS
 from flexcache.identity.structure import structure
 from flexcache.identity.weights import combine, digest_tensors
-from flexcache.images.input import stored_input
+from flexcache.images.input import stored_image_input
 from flexcache.model import evaluating
 from flexcache.recording.forward.image_inputs import padding
 from flexcache.recording.recompute import check_rows
@@ -152,7 +152,7 @@ def _rest(before: Mapping[str, Any], model: nn.Module, files: Any) -> dict[str, 
 
 def _reads_of(store: Store, model: nn.Module, processor: Any) -> Any:
     """Return the token id for padding, or how the model reads images."""
-    return padding(model, stored_input(store, model, processor) if store.images else None)
+    return padding(model, stored_image_input(store, model, processor) if store.images else None)
 
 
 def refuse_images(store: Store) -> None:

@@ -26,7 +26,7 @@ from flexcache.hooks.locate.hook_point import HookPoint
 from flexcache.hooks.locate.names import modules, peel
 from flexcache.hooks.read.activation_hooks import accepts, eager
 from flexcache.hooks.read.measure import input_device
-from flexcache.images.input import stored_input
+from flexcache.images.input import stored_image_input
 from flexcache.model import evaluating
 from flexcache.recording.forward.batch import Batch, BatchReader
 from flexcache.recording.forward.image_inputs import padding, tensors
@@ -72,7 +72,7 @@ class Engine:
         path, blocks = hooks.find_blocks(self.model)
         self._blocks = [f"{path}.{number}" for number in range(len(blocks))]
         self.depth = len(blocks)
-        self._pad = padding(self.model, stored_input(store, self.model, processor) if store.images else None)
+        self._pad = padding(self.model, stored_image_input(store, self.model, processor) if store.images else None)
         self._points: dict[tuple[str, int | None], HookPoint] = {}
         self._conditions: dict[str, list[str]] = {}
         self._container: Container | None = None

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from flexcache.documents.runs import Part, spread
+from flexcache.documents.runs import spread_runs
 from flexcache.errors import DocumentsError
 from flexcache.plan import Plan, unit_rows
 from flexcache.recording.planning.planning import Estimate, Progress, Source, planned, tokenized
@@ -73,10 +73,10 @@ def sample(
             where=str(source.documents.describe()["kind"]),
             expected="files, a table, or a list",
         )
-    runs = spread(count, size, seed)
+    runs = spread_runs(count, size, seed)
     most = source.spec.max_tokens
     unbounded = replace(source, spec=source.spec.model_copy(update={"max_tokens": None}))
-    corpus = tokenized(unbounded, Part(source.documents, runs), folder, progress)
+    corpus = tokenized(unbounded, source.documents.select_runs(runs), folder, progress)
     read = sum(len(run) for run in runs)
     tokens = int(corpus.lengths.sum(dtype=np.int64)) * count / read
     scale = count / read * (1 if most is None else min(1.0, most / tokens))

@@ -149,7 +149,7 @@ class Store(Mapping[str, xr.DataArray]):
     def image(self, document: Any) -> bytes:
         """Return the encoded image of a document, given by id or number, unchanged.
 
-            flexcache.images.decode(store.image("cat-7"))
+            flexcache.images.decode_image(store.image("cat-7"))
 
         Raises
         ------

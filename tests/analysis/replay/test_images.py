@@ -51,7 +51,7 @@ def test_scores_of_classes_and_processors_that_are_functions(tmp_path: Path) -> 
     torch.manual_seed(0)
     model = hf.ViTForImageClassification._from_config(settings).eval()
     store = flexcache.capture(model, by_hand, DOCUMENTS, tmp_path / "run.zarr", **QUIET)
-    with pytest.raises(MismatchError, match="cannot be made anew"):
+    with pytest.raises(MismatchError, match="cannot be rebuilt"):
         replay.identity_error(store, model)
     assert replay.identity_error(store, model, layer=1, processor=by_hand) == 0.0
 

@@ -1,4 +1,8 @@
-"""Documents of Parquet files."""
+"""Documents of Parquet files.
+
+Files are read by `pyarrow.parquet`, not by `pyarrow.dataset`, which decodes a whole row group at once, however large it
+is, and casts bytes to text.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flexcache.documents.arrow_types import stored_type
-from flexcache.documents.sources import CorpusFile, Near, OfFiles, unreadable
+from flexcache.documents.sources.file_errors import unreadable_file
+from flexcache.documents.sources.source import CorpusFile, LocatedBatch, Source
 from flexcache.errors import DocumentsError
 
 
-class ParquetSource(OfFiles):
+class ParquetSource(Source):
     """Parquet files with compatible columns; a label that a file lacks is null there."""
 
     kind = "parquet"
@@ -33,15 +38,15 @@ class ParquetSource(OfFiles):
                 remedy="write them with one schema, or open them one at a time",
             ) from error
 
-    def read(self, columns: list[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
-        """Yield (where, batch); see `Source`. Pages are decoded when needed, however large a row group is."""
+    def read_batches(self, columns: list[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
+        """Yield (place, batch); see `Source`. Pages are decoded when needed, however large a row group is."""
         for file in self.files:
             with self._open(file) as parquet:
                 for batch in self._batches(file, parquet, columns, rows):
                     yield file.name, batch
 
-    def groups(self, columns: list[str], rows: int, runs: Sequence[range]) -> Iterator[Near]:
-        """Yield (index of the first document, where, batch) of the row groups that have documents of *runs*."""
+    def _locate_batches(self, columns: list[str], rows: int, runs: Sequence[range]) -> Iterator[LocatedBatch]:
+        """Yield the batches of the row groups that have documents of *runs*; other row groups are not decoded."""
         first = 0
         for file in self.files:
             with self._open(file) as parquet:
@@ -49,10 +54,8 @@ class ParquetSource(OfFiles):
                     held = range(first, first + parquet.metadata.row_group(number).num_rows)
                     first = held.stop
                     wanted = [run for run in runs if run.start < held.stop and held.start < run.stop]
-                    if not wanted:
-                        continue
                     at = held.start
-                    for batch in self._batches(file, parquet, columns, rows, [number]):
+                    for batch in self._batches(file, parquet, columns, rows, [number]) if wanted else ():
                         yield at, file.name, batch
                         at += batch.num_rows
                         if at >= wanted[-1].stop:
@@ -72,7 +75,7 @@ class ParquetSource(OfFiles):
             try:
                 batch = next(batches, None)
             except (pa.ArrowException, OSError) as error:
-                raise unreadable(file, "Parquet", error) from error
+                raise unreadable_file(file, "Parquet", error) from error
             if batch is None:
                 break
             arrays = [
@@ -88,11 +91,11 @@ class ParquetSource(OfFiles):
         try:
             return pq.ParquetFile(file.path, pre_buffer=False, buffer_size=1 << 20)
         except (pa.ArrowException, OSError) as error:
-            raise unreadable(file, "Parquet", error) from error
+            raise unreadable_file(file, "Parquet", error) from error
 
 
 def _unified(schemas: list[pa.Schema]) -> pa.Schema:
-    """Return the columns of all, in types that hold the values of all."""
+    """Return the columns of all files, in types that hold the values of all."""
     try:
         return pa.unify_schemas(schemas, promote_options="permissive")
     except pa.ArrowException:

@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face library: by name or as they are, in memory or streamed."""
+"""Documents of a dataset of the Hugging Face library, in memory or streamed."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flexcache.documents.arrow_types import has_null_type, stored_array, stored_type
-from flexcache.documents.sources import CorpusFile, OfFiles
+from flexcache.documents.sources.source import Source
 from flexcache.errors import ConfigError, DocumentsError
 
 
-class DatasetSource(OfFiles):
+class DatasetSource(Source):
     """A ``datasets.Dataset`` or ``IterableDataset``, read in Arrow batches, a few at a time.
 
-    A column of class labels, such as ``label``, keeps its numbers, and ``label_name`` has their names.
+    A column of class labels, such as ``label``, keeps its numbers; a column ``label_name`` with their names is added.
 
     Parameters
     ----------
     about
-        What identifies it: name, configuration, split, revision. Of one that was made in this process, nothing does.
+        Name, configuration, split and revision; empty for a dataset that was made in this process.
     rows
-        Documents of a stream that are read for the types of columns that its features leave open.
+        Documents of a stream that are read to find the types that its features leave open.
     labels
-        Those that are kept, or None for all columns, so that one that comes late is refused.
+        The labels that are kept, or None for all columns; then a column that appears later is an error.
 
     Raises
     ------
@@ -50,7 +50,6 @@ class DatasetSource(OfFiles):
         self._all = labels is None
         self._dataset, self.about = dataset, about or {}
         self.count: int | None = len(dataset) if hasattr(dataset, "__len__") else None
-        self.files: list[CorpusFile] = []
         self._features: dict[str, Any] = dict(dataset.features or {})
         self._data = self._schema(rows)
         columns: list[tuple[str, pa.DataType]] = []
@@ -60,7 +59,7 @@ class DatasetSource(OfFiles):
             names = class_names(self._features.get(field.name))
             if names is not None and (added := f"{field.name}_name") not in self._data.names:
                 self._names[added] = field.name, names
-                columns.append((added, _named(pa.nulls(0, field.type), names).type))
+                columns.append((added, name_classes(pa.nulls(0, field.type), names).type))
         self.schema = pa.schema(columns)
 
     @property
@@ -68,15 +67,20 @@ class DatasetSource(OfFiles):
         """The columns of the dataset, without the names of its classes."""
         return self._data
 
-    def read(self, columns: list[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
-        """Yield (where, batch); see `flexcache.documents.sources.Source`."""
+    @property
+    def details(self) -> dict[str, Any]:
+        """Name, configuration, split and revision, as ``dataset``."""
+        return {"dataset": self.about}
+
+    def read_batches(self, columns: list[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
+        """Yield (place, batch); see `Source`."""
         needed = list(dict.fromkeys(self._names[name][0] if name in self._names else name for name in columns))
         dataset = self._dataset.select_columns(needed) if self._features else self._dataset
         whole = self._all and not self._features and set(columns).issuperset(self.schema.names)
         for table in self._tables(dataset, rows, None if whole else needed):
             if whole and (late := [name for name in table.column_names if name not in needed]):
                 raise DocumentsError(
-                    f"column {late[0]!r} was not there at first",
+                    f"column {late[0]!r} is missing in the first documents",
                     where=self.about.get("name", "the dataset"),
                     expected=", ".join(needed),
                     remedy="state the features of the dataset, or choose the labels:"
@@ -87,7 +91,7 @@ class DatasetSource(OfFiles):
                 table = table.append_column(name, pa.nulls(len(table), stored_type(self.schema.field(name).type)))
             for batch in table.combine_chunks().to_batches():
                 arrays = [
-                    _named(batch.column(self._names[name][0]), self._names[name][1])
+                    name_classes(batch.column(self._names[name][0]), self._names[name][1])
                     if name in self._names
                     else batch.column(name)
                     for name in columns
@@ -110,8 +114,8 @@ class DatasetSource(OfFiles):
     def _tables(self, dataset: Any, rows: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Yield up to *rows* documents at a time, with those of *columns* that they have.
 
-        The library refuses a batch of a stream in which a value is null in one document and not in another. Such
-        documents are read one at a time, and put together here.
+        The library raises an error for a batch of a stream in which a value is null in one document and not in another.
+        Such documents are read one at a time, and joined here.
         """
         done = 0
         tables = iter(dataset.with_format("arrow").iter(batch_size=rows))
@@ -120,7 +124,7 @@ class DatasetSource(OfFiles):
                 table = next(tables, None)
             except pa.ArrowException:
                 break
-            except Exception as error:  # the library and its file systems raise many kinds
+            except Exception as error:  # the library and its file systems raise many types
                 raise self._unreadable(error) from error
             if table is None:
                 return
@@ -142,7 +146,7 @@ class DatasetSource(OfFiles):
             "the dataset cannot be read",
             where=self.about.get("name"),
             found=_first_line(error),
-            remedy="check that it can be iterated; of a generator, state its features=datasets.Features(…)",
+            remedy="check that it can be iterated; for a generator, state its features=datasets.Features(…)",
         )
 
 
@@ -151,16 +155,16 @@ def _with(table: pa.Table, columns: Sequence[str] | None) -> pa.Table:
 
 
 def is_dataset(source: Any) -> bool:
-    """Return True if *source* is one of the library's datasets, or several splits of one, without importing it."""
+    """Return True for a dataset of the library, or several splits of one, without importing the library."""
     return type(source).__module__.partition(".")[0] == "datasets" and hasattr(source, "select_columns")
 
 
 def check_one_split(source: Any) -> None:
-    """Raise DocumentsError if *source* holds several datasets by name, as splits of one."""
+    """Raise DocumentsError if *source* is a mapping of datasets, such as the splits of one."""
     if isinstance(source, Mapping) and (is_dataset(source) or any(map(is_dataset, source.values()))):
         names = list(map(str, source))
         raise DocumentsError(
-            "a dataset of several splits, and one is needed",
+            "a dataset with several splits, where one is needed",
             expected="one of its splits",
             found=", ".join(names) or "no split",
             remedy=f"give one, as in documents[{names[0]!r}] or load_dataset(…, split={names[0]!r})" if names else None,
@@ -168,19 +172,19 @@ def check_one_split(source: Any) -> None:
 
 
 def _check_no_transform(dataset: Any) -> None:
-    """Raise DocumentsError if a dataset has a transform, since its Arrow batches are those before the transform."""
+    """Raise DocumentsError if a dataset has a transform, which its Arrow batches do not contain."""
     told = getattr(dataset, "format", None) or {}
     if told.get("type") == "custom":
         raise DocumentsError(
-            "the dataset has a transform, which its stored documents do not show",
+            "the dataset has a transform, which is not applied to its stored documents",
             expected="a dataset without set_transform or with_transform",
             found=f"the transform {told.get('format_kwargs', {}).get('transform')!r}",
-            remedy="apply it with dataset.map(…, batched=True); or give dataset.with_format(None), to ignore it",
+            remedy="apply it with dataset.map(…, batched=True); or give dataset.with_format(None) to ignore it",
         )
 
 
 def class_names(feature: Any) -> list[str] | None:
-    """Return the names of the classes that a feature, or the elements of a list of it, has; None where it has none."""
+    """Return the class names of a feature, or of the elements of a list feature; None for other features."""
     while True:
         if isinstance(feature, list) and feature:
             feature = feature[0]
@@ -192,8 +196,12 @@ def class_names(feature: Any) -> list[str] | None:
     return list(map(str, names)) if type(feature).__name__ == "ClassLabel" and names else None
 
 
-def _named(numbers: pa.Array, names: list[str]) -> pa.Array:
-    """Return the names of class numbers, null for a number that has none, such as -1; of lists, lists of names."""
+def name_classes(numbers: pa.Array, names: list[str]) -> pa.Array:
+    """Return the names of class numbers, or lists of names for lists; null for a number without name, such as -1.
+
+    >>> name_classes(pa.array([1, -1, 0]), ["no", "yes"]).to_pylist()
+    ['yes', None, 'no']
+    """
     numbers = stored_array(numbers)
     if pa.types.is_integer(numbers.type):
         known = pc.and_(pc.greater_equal(numbers, 0), pc.less(numbers, len(names)))
@@ -203,7 +211,7 @@ def _named(numbers: pa.Array, names: list[str]) -> pa.Array:
         return pa.nulls(len(numbers), pa.string())
     lengths = pc.fill_null(pc.list_value_length(numbers), 0).to_numpy()
     offsets = pa.array(np.append(0, np.cumsum(lengths)).astype(np.int32))
-    return pa.ListArray.from_arrays(offsets, _named(numbers.flatten(), names), mask=numbers.is_null())
+    return pa.ListArray.from_arrays(offsets, name_classes(numbers.flatten(), names), mask=numbers.is_null())
 
 
 def load_dataset(
@@ -219,11 +227,11 @@ def load_dataset(
     Parameters
     ----------
     config
-        The name of one of its configurations.
+        Name of one of its configurations.
     split
-        Also a part of one, such as ``"train[:1000]"``, where it is not streamed.
+        Name of a split, or a part of one, such as ``"train[:1000]"``, unless it is streamed.
     streaming
-        Read it as it comes, without loading it to the disk first.
+        Read the dataset over the network, without downloading it first.
 
     Raises
     ------
@@ -231,12 +239,19 @@ def load_dataset(
         The library is not installed.
     DocumentsError
         There is no such dataset, configuration or split.
+
+    Examples
+    --------
+    ::
+
+        documents = load_dataset("stanfordnlp/imdb", split="test")
+        flexcache.capture(model, tokenizer, documents, "imdb.zarr")
     """
     try:
         import datasets
     except ImportError as error:
         raise ConfigError(
-            "datasets by name need the library of that name",
+            "a dataset by name needs the library datasets",
             found=str(error),
             remedy="pip install flexcache-activations[datasets]",
         ) from error
@@ -244,7 +259,7 @@ def load_dataset(
         found = datasets.load_dataset(
             os.path.expanduser(name), config, split=split, revision=revision, streaming=streaming
         )
-    except Exception as error:  # the library raises many kinds
+    except Exception as error:  # the library raises many types
         raise DocumentsError(
             f"dataset {name!r} cannot be opened",
             where=", ".join(f"{key} {value}" for key, value in (("config", config), ("split", split)) if value),
