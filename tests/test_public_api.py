@@ -12,11 +12,11 @@ PUBLIC = {
     "flexcache": "Choice Documents FlexCacheError FlexModel Generation HookFunction LogitDifference ModelSource"
     " NextTokenLoss Packing Recorder Removal Site Store Transform Windows capture copy exchange export extend generate"
     " import_folder merge open open_documents recompute record repair training verify",
-    "flexcache.documents": "Documents RESERVED open_documents",
+    "flexcache.documents": "CSV_NULLS Documents RESERVED load_dataset open_documents",
     "flexcache.exchange": "export import_folder",
     "flexcache.hooks": "Activation ActivationHooks FlexModel HookFunction HookPoint check_identity edits find_blocks"
     " find_hook_points measure user_hooks",
-    "flexcache.images": "Patches decode encode",
+    "flexcache.images": "Patches decode_image encode_image",
     "flexcache.parallel": "Distribution Mesh Stages",
     "flexcache.recording": "Batch LogitDifference NextTokenLoss Objective Recorder Transform",
     "flexcache.store": "Removal Repair Store Verification copy merge repair rows_in select verify",
