@@ -72,7 +72,7 @@ EMPTY = {
 
 
 @pytest.mark.parametrize("name", CONVERTED)
-def test_types_that_parquet_has_not_become_types_that_it_has(name: str) -> None:
+def test_types_without_a_parquet_type_are_converted_to_one_that_has_it(name: str) -> None:
     array, kind = CONVERTED[name]
     for part in (array, array.slice(1), array.slice(1, 1), array.slice(0, 0)):
         found = stored_array(part)
@@ -114,7 +114,7 @@ def test_a_type_that_no_store_can_keep_is_refused_before_any_document_is_read() 
         pa.array(["ab"], pa.large_string()),
     ],
 )
-def test_text_and_ids_of_every_text_type(array: pa.Array, tmp_path: Path) -> None:
+def test_text_and_ids_of_every_text_type_are_read(array: pa.Array, tmp_path: Path) -> None:
     (batch,) = open_documents(pa.table({"id": array, "text": array})).batches()
     assert batch.to_pydict() == {"id": ["ab"], "text": ["ab"]}
 
@@ -142,13 +142,13 @@ def test_whole_numbers_and_uuids_of_every_type_are_ids(array: pa.Array, name: st
         pa.list_(pa.uint64()),
     ],
 )
-def test_tokens_of_every_list_type(kind: pa.DataType) -> None:
+def test_tokens_of_every_list_type_are_read(kind: pa.DataType) -> None:
     (batch,) = open_documents(pa.table({"tokens": pa.array([[1, 2], [3, 4]], kind)})).batches()
     assert batch["tokens"].to_pylist() == [[1, 2], [3, 4]]
 
 
 @pytest.mark.parametrize("kind", [pa.list_(VIEW, 2), pa.list_view(VIEW), pa.large_list(DICTIONARY)])
-def test_labels_of_tokens_of_every_list_type(kind: pa.DataType, tmp_path: Path) -> None:
+def test_labels_of_tokens_of_every_list_type_are_read(kind: pa.DataType, tmp_path: Path) -> None:
     table = pa.table({"tokens": [[5, 6], [7, 8]], "tag": pa.array([["u", "v"], ["w", None]], kind)})
     store = build_store(tmp_path / "run.zarr", table, token_labels=["tag"])
     found = dict(zip(store.coordinates["token_id"].values.tolist(), store.token_label("tag").to_pylist()))

@@ -1,4 +1,4 @@
-"""Digests of corpora: equal where the documents are, however they come; another for any other value."""
+"""Digests of corpora: equal for equal documents of any source, different for any other value."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_equal_documents_have_equal_digests_and_others_do_not(rows: list, others
     assert open_documents(table).digest() == open_documents(whole).digest()
 
 
-def test_a_generator_is_known_once_it_was_read_and_is_read_for_it_only_if_asked() -> None:
+def test_a_generator_has_a_digest_once_it_was_read_and_is_read_for_it_only_on_request() -> None:
     rows = [{"text": str(number)} for number in range(3000)]
     documents = open_documents(iter(rows))
     assert documents.digest() is None
@@ -55,7 +55,7 @@ def test_a_generator_is_known_once_it_was_read_and_is_read_for_it_only_if_asked(
     assert begun.digest(read=True) is None
 
 
-def test_files_are_known_by_their_bytes(tmp_path: Path) -> None:
+def test_the_digest_of_files_depends_on_their_bytes(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "abc"}\n')
     before = open_documents(path).describe()

@@ -26,7 +26,7 @@ def rows(source, **options) -> list[dict]:
     return table(open_documents(source, **options)).to_pylist()
 
 
-def refusal(source, **options) -> str:
+def error_of(source, **options) -> str:
     with pytest.raises(DocumentsError) as caught:
         rows(source, **options)
     return str(caught.value)
@@ -87,7 +87,7 @@ def test_an_object_like_a_hugging_face_dataset_is_read_by_its_iteration():
     assert table(documents).to_pylist() == table(documents).to_pylist() == RECORDS
 
 
-def test_documents_are_returned_as_they_are():
+def test_opening_documents_again_returns_them_unchanged():
     documents = open_documents(RECORDS)
     assert open_documents(documents) is documents
 
@@ -177,7 +177,7 @@ def test_whole_numbers_are_ids_as_text(tmp_path):
     assert rows(pa.table({"id": [7], "text": ["x"]}))[0]["id"] == "7"
 
 
-def test_other_column_names_and_a_choice_of_labels():
+def test_columns_can_have_other_names_and_labels_can_be_chosen():
     records = [{"key": "a", "body": "x", "one": 1, "two": 2.5}]
     documents = open_documents(records, id="key", text="body", labels=["two"])
     assert documents.schema.names == ["id", "text", "two"]
@@ -267,9 +267,9 @@ def test_labels_that_change_their_type_late_are_unified_in_files_and_lists(tmp_p
 
 def test_labels_of_a_generator_that_change_their_type_late_are_refused():
     records = [{"text": "x", "score": 1}] * 3 + [{"text": "x", "score": 1.5}]
-    assert "document 3" in refusal(iter(records), batch_rows=2)
+    assert "document 3" in error_of(iter(records), batch_rows=2)
     late = [{"text": "x"}] * 3 + [{"text": "x", "late": 1}]
-    assert "'late' is missing in the first documents" in refusal(iter(late), batch_rows=2)
+    assert "'late' is missing in the first documents" in error_of(iter(late), batch_rows=2)
 
 
 def test_a_generator_is_read_lazily_and_once():
@@ -340,7 +340,7 @@ print(rows, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert float(grown) < 60  # MiB, of 170 MiB of text
 
 
-def test_describe_is_json_and_tells_another_corpus_apart(tmp_path):
+def test_a_description_is_json_and_differs_for_another_corpus(tmp_path):
     def describe(records, name="a.jsonl"):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
@@ -363,7 +363,7 @@ def test_describe_is_json_and_tells_another_corpus_apart(tmp_path):
 def test_an_id_that_occurs_twice_is_named_with_both_indices(batch_rows, apart):
     records = [{"id": f"n{index}", "text": "x"} for index in range(40)]
     records[7 + apart]["id"] = "n7"
-    message = refusal(records, batch_rows=batch_rows)
+    message = error_of(records, batch_rows=batch_rows)
     assert "'n7'" in message
     assert f"documents 7 and {7 + apart}" in message
     assert len(rows(records, batch_rows=batch_rows, unique_ids=False)) == 40
@@ -376,7 +376,7 @@ def test_ids_are_refused_exactly_where_a_set_would_refuse_them(names, batch_rows
     if len(set(names)) == len(names):
         assert rows(records, batch_rows=batch_rows) == records
     else:
-        assert "two documents have the id" in refusal(records, batch_rows=batch_rows)
+        assert "two documents have the id" in error_of(records, batch_rows=batch_rows)
 
 
 def test_an_empty_corpus_has_no_batches(tmp_path):
@@ -439,8 +439,8 @@ def test_empty_texts_and_empty_token_lists_are_left_to_the_tokenizer(tmp_path):
         (pa.table([["x"], ["y"]], ["text", "text"]), {}, ["same name"]),
     ],
 )
-def test_what_cannot_be_used_is_refused_with_the_place(source, options, parts):
-    message = refusal(source, **options)
+def test_documents_that_cannot_be_used_are_refused_with_their_place(source, options, parts):
+    message = error_of(source, **options)
     for part in parts:
         assert part in message
 
@@ -448,14 +448,14 @@ def test_what_cannot_be_used_is_refused_with_the_place(source, options, parts):
 @pytest.mark.parametrize("name", sorted(set(RESERVED) - {"id", "text", "tokens"}))
 def test_a_label_with_a_reserved_name_is_refused_and_can_be_left_out(name):
     source = [{"text": "x", name: 1, "good": 2}]
-    assert "labels=['good']" in refusal(source)
+    assert "labels=['good']" in error_of(source)
     assert rows(source, labels=["good"]) == [{"id": "0", "text": "x", "good": 2}]
 
 
 @pytest.mark.parametrize("name", ["id", "text", "tokens"])
 def test_a_second_column_with_the_name_of_a_role_is_refused_as_a_label(name):
     source = pa.table({"key": ["a"], "body": ["x"], name: ["y"]})
-    assert f"cannot be called '{name}'" in refusal(source, id="key", text="body", tokens=None)
+    assert f"cannot be called '{name}'" in error_of(source, id="key", text="body", tokens=None)
 
 
 def _broken(tmp_path: Path, name: str, content: bytes) -> Path:
@@ -486,7 +486,7 @@ def _broken(tmp_path: Path, name: str, content: bytes) -> Path:
     ],
 )
 def test_broken_files_are_refused_with_the_place(tmp_path, name, content, parts):
-    message = refusal(_broken(tmp_path, name, content))
+    message = error_of(_broken(tmp_path, name, content))
     for part in parts:
         assert part in message
 
@@ -497,28 +497,28 @@ def test_a_truncated_parquet_page_is_refused(tmp_path):
     content = bytearray(path.read_bytes())
     content[40:120] = bytes(80)
     path.write_bytes(content)
-    assert "Parquet file that cannot be read" in refusal(path)
+    assert "Parquet file that cannot be read" in error_of(path)
 
 
-def test_files_that_are_not_there_are_refused_with_the_nearest_name(tmp_path):
+def test_missing_files_are_refused_with_the_nearest_name(tmp_path):
     write_jsonl(tmp_path / "corpus.jsonl", RECORDS)
-    assert "did you mean corpus.jsonl?" in refusal(tmp_path / "corpsu.jsonl")
-    assert "no files of documents" in refusal(str(tmp_path / "*.csv"))
-    assert "no files of documents" in refusal(tmp_path, format="csv")
-    assert "give dicts" in refusal(["some text", "another"])
+    assert "did you mean corpus.jsonl?" in error_of(tmp_path / "corpsu.jsonl")
+    assert "no files of documents" in error_of(str(tmp_path / "*.csv"))
+    assert "no files of documents" in error_of(tmp_path, format="csv")
+    assert "give dicts" in error_of(["some text", "another"])
 
 
 def test_a_folder_of_several_formats_needs_the_format(tmp_path):
     write(RECORDS, tmp_path / "a.jsonl")
     write(RECORDS[:1], tmp_path / "a.csv")
-    assert "several formats" in refusal(tmp_path)
+    assert "several formats" in error_of(tmp_path)
     assert len(rows(tmp_path, format="csv")) == 1
 
 
 def test_csv_files_with_other_columns_are_refused(tmp_path):
     (tmp_path / "a.csv").write_text("text,n\nx,1\n")
     (tmp_path / "b.csv").write_text("text,m\nx,1\n")
-    message = refusal(tmp_path)
+    message = error_of(tmp_path)
     assert "different columns" in message
     assert "b.csv" in message
 
@@ -553,12 +553,12 @@ def test_a_json_array_is_read_across_the_blocks_of_its_file(tmp_path):
     ],
 )
 def test_a_json_array_that_is_broken_is_refused_with_the_place(tmp_path, content, where):
-    message = refusal(_broken(tmp_path, "a.json", content))
+    message = error_of(_broken(tmp_path, "a.json", content))
     assert "JSON array" in message
     assert f"a.json, {where}" in message
 
 
-def test_null_fields_of_csv_are_a_choice_and_part_of_what_identifies_the_corpus(tmp_path):
+def test_null_fields_of_csv_can_be_chosen_and_identify_the_corpus(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("id,text,n,code\nNA,NA,1,x\nb,y,NA,NA\nc,z,,\n")
     first, *others = rows(path)
@@ -589,10 +589,10 @@ def test_whole_numbers_up_to_64_bits_are_labels(tmp_path):
     values = [1, 2, 2**64 - 1]
     for batch_rows in (1, 3):
         assert [row["n"] for row in rows([{"text": "x", "n": n} for n in values], batch_rows=batch_rows)] == values
-    assert "give it as text" in refusal([{"text": "x", "n": 2**64}])
+    assert "give it as text" in error_of([{"text": "x", "n": 2**64}])
 
 
-def test_values_of_numpy_and_pandas_keep_what_they_are():
+def test_values_of_numpy_and_pandas_keep_their_types():
     pandas = pytest.importorskip("pandas")
     for value, expected in [
         (np.datetime64("2020-01-02", "D"), "date32[day]"),
@@ -608,7 +608,7 @@ def test_values_of_numpy_and_pandas_keep_what_they_are():
         assert [row["n"] is None for row in table(documents).to_pylist()] == [False, True, True, True, True]
 
 
-def test_names_with_dots_and_spaces_and_no_letters_are_labels(tmp_path):
+def test_names_with_dots_or_spaces_or_without_letters_are_labels(tmp_path):
     records = [{"id": "a", "text": "x", "a.b": 1, "a": {"b": 2}, "c d": 3, "": 4, "é/ü": 5}]
     for source in (records, write(records, tmp_path / "a.parquet"), write(records, tmp_path / "a.jsonl")):
         assert rows(source) == records

@@ -66,7 +66,7 @@ def test_only_the_columns_that_are_asked_for_are_read() -> None:
     assert [name for batch in documents.batches() for name in batch.schema.names][:3] == ["id", "tokens", "score"]
 
 
-def test_a_folder_by_name_whole_or_streamed(folder: Path) -> None:
+def test_a_folder_is_a_dataset_by_name_whole_or_streamed(folder: Path) -> None:
     whole = open_documents(load_dataset(str(folder), split="train[:5]"))
     assert (whole.count, whole.labels) == (5, ("label",))
     assert whole.describe()["dataset"] == {"name": str(folder), "split": "train[:5]"}
@@ -117,7 +117,7 @@ def test_a_capture_by_the_name_of_a_dataset(
     assert "must say one place" in text
 
 
-def test_mistakes_say_what_is_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_name_the_splits_and_configurations_that_exist(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DocumentsError, match="train"):
         load_dataset(str(folder), split="tset")
     with pytest.raises(DocumentsError, match="cannot be opened"):
@@ -168,7 +168,7 @@ def _streams(records: list[dict[str, Any]], feature: Any, folder: Path) -> dict[
 
 @pytest.mark.parametrize("batch_rows", [2, 1024])
 @pytest.mark.parametrize("kind", LABELS)
-def test_streams_whose_first_labels_are_null(kind: str, batch_rows: int, tmp_path: Path) -> None:
+def test_labels_that_are_null_at_the_start_of_a_stream_are_read(kind: str, batch_rows: int, tmp_path: Path) -> None:
     label, feature = LABELS[kind]
     records = [{"text": f"t{n}", "label": None if n != 5 else label} for n in range(7)]
     for name, stream in _streams(records, feature, tmp_path).items():

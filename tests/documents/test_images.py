@@ -1,4 +1,4 @@
-"""Images as documents: where they come from, what is kept of them, and what is refused."""
+"""Images as documents: their sources, their encoding, and errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FILES = [jpeg(array) for array in ARRAYS]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Pictures in two folders, and something that is none."""
+    """Images in two folders, and a file that is not an image."""
     root = tmp_path / "pictures"
     for number, content in enumerate(FILES):
         path = root / ("cats" if number % 2 else "dogs") / f"{number}.jpg"
@@ -46,7 +46,7 @@ def read(documents: Any) -> pa.Table:
     return pa.Table.from_batches(list(documents.batches()), documents.schema)
 
 
-def test_a_folder_of_pictures_has_them_by_name_with_their_folder_as_a_label(folder: Path) -> None:
+def test_images_of_a_folder_have_their_names_as_ids_and_their_folders_as_labels(folder: Path) -> None:
     documents = open_documents(folder)
     table = read(documents)
     assert table.column("id").to_pylist() == ["cats/1.jpg", "cats/3.jpg", "dogs/0.jpg", "dogs/2.jpg", "dogs/4.jpg"]
@@ -80,7 +80,7 @@ def test_paths_in_a_table_are_relative_to_it(
     assert ("'3'" if kind != "jsonl" else "line 4") in str(error.value.where)
 
 
-def test_bytes_in_parquet_and_datasets_of_hugging_face(tmp_path: Path) -> None:
+def test_encoded_images_are_read_from_parquet_and_datasets(tmp_path: Path) -> None:
     import datasets
 
     pq.write_table(pa.table({"id": list("abcde"), "image": FILES}), tmp_path / "bytes.parquet")
@@ -94,7 +94,7 @@ def test_bytes_in_parquet_and_datasets_of_hugging_face(tmp_path: Path) -> None:
         assert table.column("label").to_pylist() == [0, 1, 0, 1, 1]
 
 
-def test_what_is_in_memory_becomes_png_without_loss(tmp_path: Path) -> None:
+def test_images_in_memory_become_png_without_loss(tmp_path: Path) -> None:
     grey = ARRAYS[0][..., 0]
     clear = np.dstack([ARRAYS[1], np.full(ARRAYS[1].shape[:2], 255, np.uint8)])
     for value, expected in (
@@ -113,7 +113,7 @@ def _written(folder: Path) -> Path:
     return folder
 
 
-def test_a_picture_is_turned_as_its_file_says() -> None:
+def test_an_image_is_rotated_by_its_exif_data() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter to the left
     turned = decode_image(jpeg(ARRAYS[0], exif=exif), "")
@@ -133,7 +133,7 @@ def test_a_picture_is_turned_as_its_file_says() -> None:
         ("nowhere.png", "the file of an image cannot be read"),
     ],
 )
-def test_what_is_no_picture_is_refused_with_the_document(value: Any, message: str) -> None:
+def test_an_invalid_image_is_refused_with_its_document(value: Any, message: str) -> None:
     documents = [{"id": "good", "image": ARRAYS[0]}, {"id": "bad", "image": value}]
     with pytest.raises(DocumentsError, match=message) as error:
         read(open_documents(documents))
@@ -147,21 +147,21 @@ def test_damaged_bytes_are_refused(content: bytes) -> None:
     assert error.value.where == "document 'x'"
 
 
-def test_a_file_of_sixteen_bits_is_refused() -> None:
+def test_an_image_of_sixteen_bits_is_refused() -> None:
     sink = io.BytesIO()
     Image.new("I;16", (4, 4)).save(sink, "PNG")
     with pytest.raises(DocumentsError, match="more than eight bits"):
         decode_image(sink.getvalue(), "document 'deep'")
 
 
-def test_texts_with_pictures_beside_them_stay_texts() -> None:
+def test_documents_with_text_and_image_are_texts() -> None:
     table = pa.table({"text": ["a", "b"], "image": FILES[:2]})
     assert open_documents(table).schema.names == ["id", "text", "image"]
     with pytest.raises(DocumentsError, match="are mixed"):
         read(open_documents([{"text": "a"}, {"image": ARRAYS[0]}]))
 
 
-def test_the_places_of_patches() -> None:
+def test_patches_have_positions_in_the_sequence() -> None:
     patches = Patches(("cls", "register_0"), 2, 3, ("detection_0",))
     assert patches.tokens == 9
     assert patches.specials == {"cls": 0, "register_0": 1, "detection_0": 8}

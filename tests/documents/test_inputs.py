@@ -1,4 +1,4 @@
-"""Which column of documents is the input: the same for every kind of source, and the others are labels."""
+"""The input column of documents: the same for every kind of source; the other columns are labels."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_capture_of_texts_that_have_messages_too_does_not_ask_for_a_chat_templ
 
 
 @pytest.mark.parametrize("given", [list, iter, open_documents])
-def test_a_vision_transformer_reads_the_image_of_documents_that_have_a_text_as_well(
+def test_a_vision_transformer_reads_the_image_of_documents_that_also_have_a_text(
     given: Callable[..., Any], tmp_path: Path
 ) -> None:
     pictures = arrays(2)
@@ -138,7 +138,7 @@ def test_a_vision_transformer_reads_the_image_of_documents_that_have_a_text_as_w
         ({"text": "a", "tokens of the encoder": 1}, {}, "tokens of the encoder"),
     ],
 )
-def test_a_label_with_the_name_of_a_column_that_is_made_is_refused(
+def test_a_label_with_the_name_of_an_added_column_is_refused(
     record: dict[str, Any], options: dict[str, Any], name: str, tmp_path: Path
 ) -> None:
     tokenizer = None if "tokens" in record else characters
@@ -148,7 +148,7 @@ def test_a_label_with_the_name_of_a_column_that_is_made_is_refused(
     assert not (tmp_path / "run.zarr").exists()
 
 
-def test_names_of_sequence_columns_are_labels_of_tokens_where_the_store_does_not_make_them(tmp_path: Path) -> None:
+def test_labels_of_tokens_may_have_names_of_columns_that_this_store_does_not_add(tmp_path: Path) -> None:
     record = {"tokens": [5, 6], "context": ["u", "v"], "image": [1, 2]}
     store = build_store(tmp_path / "run.zarr", [record], token_labels=["context", "image"])
     assert store.token_label("context").to_pylist() == ["u", "v"]
@@ -163,7 +163,7 @@ def test_a_column_that_cannot_be_a_label_can_be_left_out() -> None:
     assert open_documents(records, labels=["n"]).labels == ("n",)
 
 
-def test_a_configuration_says_null_for_a_column_that_is_not_the_input(tmp_path: Path) -> None:
+def test_null_in_a_configuration_excludes_a_column_from_being_the_input(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "A", "tokens": [5], "n": "NA"}))
     path = str(tmp_path / "a.jsonl")
     assert DocumentsSource(path=path, text=None).open().content == "tokens"

@@ -1,4 +1,4 @@
-"""Documents that are given in a way that is nearly right: the error names the mistake."""
+"""Errors for common mistakes in documents: each names the mistake."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.models import tiny
 pd = pytest.importorskip("pandas")
 
 
-def refusal(source: Any, **options: Any) -> str:
+def error_of(source: Any, **options: Any) -> str:
     with pytest.raises(DocumentsError) as caught:
         for _ in open_documents(source, **options).batches():
             pass
@@ -33,25 +33,25 @@ def test_a_table_without_rows_holds_no_documents(tmp_path: Path) -> None:
         assert (documents.count, list(documents.batches())) == (0, [])
         with pytest.raises(DocumentsError, match="there are no documents"):
             flexcache.capture(model, None, source, tmp_path / "run.zarr", progress=False)
-    assert "every text is missing" in refusal(pd.DataFrame({"text": [float("nan")] * 2}))
+    assert "every text is missing" in error_of(pd.DataFrame({"text": [float("nan")] * 2}))
 
 
 @pytest.mark.parametrize("name", [None, "text"])
-def test_a_series_is_to_be_a_data_frame_and_the_remedy_works(name: str | None) -> None:
+def test_a_series_is_refused_and_the_remedy_works(name: str | None) -> None:
     documents = pd.Series(["a", "b"], name=name)
-    assert "documents.to_frame('text')" in refusal(documents)
+    assert "documents.to_frame('text')" in error_of(documents)
     (batch,) = open_documents(documents.to_frame("text")).batches()
     assert batch["text"].to_pylist() == ["a", "b"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "latin1"])
 @pytest.mark.parametrize("header", ["text,n", "text,größe"])
-def test_a_csv_file_in_another_encoding_says_so(encoding: str, header: str, tmp_path: Path) -> None:
+def test_the_error_for_a_csv_file_names_its_encoding(encoding: str, header: str, tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     text = f"{header}\n" + "x,1\n" * 40_000 + "ä,1\n"
     path.write_bytes(text.encode(encoding))
     name = "latin1" if encoding == "latin1" else "UTF-16"
-    message = refusal(path)
+    message = error_of(path)
     assert f"its encoding is not UTF-8 but perhaps {name}" in message
     assert f"iconv -f {name} -t utf-8" in message
     path.write_bytes(text.encode("utf-8-sig"))
@@ -61,10 +61,10 @@ def test_a_csv_file_in_another_encoding_says_so(encoding: str, header: str, tmp_
 @pytest.mark.parametrize("sign", [";", "\t", "|"])
 @pytest.mark.parametrize("line", ["x{0}y", "a, b{0}y"])
 @pytest.mark.parametrize("header", ["text{0}n", '"id"{0}"text"', "body{0}n"])
-def test_a_csv_file_with_another_delimiter_says_so(sign: str, line: str, header: str, tmp_path: Path) -> None:
+def test_the_error_for_a_csv_file_names_its_delimiter(sign: str, line: str, header: str, tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text(f"{header}\n{line}\n".format(sign))
-    message = refusal(path)
+    message = error_of(path)
     assert "delimiter is not a comma" in message
     assert f"sep={sign!r}" in message
     path.write_text(f"text,a{sign}b\nx,y{sign}z\n")
@@ -74,10 +74,10 @@ def test_a_csv_file_with_another_delimiter_says_so(sign: str, line: str, header:
 @pytest.mark.parametrize(
     "values", [[1, True], [date(2020, 1, 2), datetime(2020, 1, 2, 3)], ["a", b"b"], [1, "a"]], ids=str
 )
-def test_values_of_different_types_are_called_that(values: list[Any]) -> None:
+def test_values_of_different_types_are_refused_as_such(values: list[Any]) -> None:
     for source in (pd.DataFrame({"text": ["a", "b"], "n": values}), [{"text": "a", "n": values}]):
-        assert "values of different types" in refusal(source)
-    assert "changes its type" in refusal([{"text": "a", "n": value} for value in values])
+        assert "values of different types" in error_of(source)
+    assert "changes its type" in error_of([{"text": "a", "n": value} for value in values])
 
 
 def test_remedies_name_arguments_of_open_documents(tmp_path: Path) -> None:
@@ -93,4 +93,4 @@ def test_remedies_name_arguments_of_open_documents(tmp_path: Path) -> None:
         (tmp_path / "a.docx", "format='jsonl'"),
         (tmp_path, "format='csv'"),
     ):
-        assert re.search(rf"flexcache\.open_documents\(…, {re.escape(argument)}", refusal(source)), argument
+        assert re.search(rf"flexcache\.open_documents\(…, {re.escape(argument)}", error_of(source)), argument

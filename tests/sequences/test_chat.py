@@ -1,4 +1,4 @@
-"""Chats through a template: whose each token is, and rows of chosen roles and turns."""
+"""Rendered chats: the message of each token, and rows chosen by roles and turns."""
 
 from __future__ import annotations
 
@@ -107,12 +107,14 @@ def test_every_token_has_the_role_and_the_turn_of_its_message(suffix: str, chatt
         ({"roles": ["system"]}, {"a": [2, 3, 4]}),
     ],
 )
-def test_rows_of_chosen_roles_and_turns(rows: Any, kept: dict[str, list[int]], chatty: Any, tmp_path: Path) -> None:
+def test_rows_can_be_chosen_by_roles_and_turns(
+    rows: Any, kept: dict[str, list[int]], chatty: Any, tmp_path: Path
+) -> None:
     store = build_store(tmp_path / "run.zarr", CHATS, tokenizer=chatty, rows=rows)
     assert {name: positions(store, name) for name in store.documents["id"].to_pylist()} == kept
 
 
-def test_generation_tags_add_what_ends_the_assistants_messages(tokenizer: Any, tmp_path: Path) -> None:
+def test_generation_tags_include_the_end_of_the_assistants_messages(tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.chat_template = TAGGED
     store = build_store(tmp_path / "run.zarr", CHATS[:1], tokenizer=tokenizer, rows={"roles": ["assistant"]})
     assert positions(store, "a") == [12, 13, 14, 15, 22, 23, 24, 25]
@@ -156,14 +158,16 @@ def test_a_model_runs_the_rendered_chat_and_more_chats_are_added(chatty: Any, tm
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
     ],
 )
-def test_templates_that_hide_whose_a_token_is(template: str, message: str, tokenizer: Any, tmp_path: Path) -> None:
+def test_templates_that_hide_the_message_of_a_token_are_refused(
+    template: str, message: str, tokenizer: Any, tmp_path: Path
+) -> None:
     tokenizer.chat_template = template
     with pytest.raises(DocumentsError, match=message):
         build_store(tmp_path / "run.zarr", CHATS, tokenizer=tokenizer)
     assert not (tmp_path / "run.zarr").exists()
 
 
-def test_a_system_message_that_goes_into_the_next_one_has_no_tokens(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_system_message_inside_the_next_message_has_no_tokens(tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' and messages | length == 1 %}{{ raise_exception('no user') }}{% endif %}"
         "{% for m in messages %}{% if m['role'] != 'system' %}{{ '<s>' + m['role'] + ' ' }}"
@@ -185,13 +189,13 @@ def test_a_system_message_that_goes_into_the_next_one_has_no_tokens(tokenizer: A
         (["fox"], "message 0"),
     ],
 )
-def test_messages_that_cannot_be_read(messages: Any, found: str, chatty: Any, tmp_path: Path) -> None:
+def test_invalid_messages_are_refused(messages: Any, found: str, chatty: Any, tmp_path: Path) -> None:
     with pytest.raises(DocumentsError, match="messages that cannot be read") as caught:
         build_store(tmp_path / "run.zarr", [{"id": "a", "messages": messages}], tokenizer=chatty)
     assert found in str(caught.value)
 
 
-def test_a_tokenizer_without_a_template_and_roles_without_chats(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_tokenizer_without_a_template_and_roles_without_chats_are_refused(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="without a chat template"):
         build_store(tmp_path / "run.zarr", CHATS, tokenizer=tokenizer)
     with pytest.raises(DocumentsError, match="no chats"):

@@ -50,7 +50,7 @@ def contexts(documents: list[list[Any]], length: int, separator: Any, bos: Any) 
     st.sampled_from([None, "sep"]),
     st.sampled_from([None, "bos"]),
 )
-def test_sequences_are_those_of_plain_concatenation(sizes: list[int], length: int, separator: Any, bos: Any) -> None:
+def test_packed_sequences_equal_plain_concatenation(sizes: list[int], length: int, separator: Any, bos: Any) -> None:
     sequences = ContinuousPacking(np.array(sizes), length, PackingTokens(1 if separator else None, 1 if bos else None))
     expected = contexts([[(d, t) for t in range(n)] for d, n in enumerate(sizes)], length, separator, bos)
     segments = sequences.segments(np.arange(len(sequences.lengths)))
@@ -68,7 +68,7 @@ def test_sequences_are_those_of_plain_concatenation(sizes: list[int], length: in
     assert sequences.linked.tolist() == [i > 0 and owners[i][0] == owners[i - 1][-1] for i in range(len(owners))]
 
 
-def test_rows_are_what_the_model_gives_on_each_sequence(tmp_path: Path) -> None:
+def test_rows_equal_the_models_output_on_each_sequence(tmp_path: Path) -> None:
     model = tiny("llama")
     documents = [{**item, "at": list(range(len(item["tokens"])))} for item in DOCUMENTS]
     store = flexcache.capture(
@@ -105,7 +105,7 @@ def test_rows_are_what_the_model_gives_on_each_sequence(tmp_path: Path) -> None:
             assert line["tokens"][place] == tokens[names[document]][start]
 
 
-def test_more_documents_begin_a_sequence_of_their_own(tmp_path: Path) -> None:
+def test_documents_added_to_a_store_begin_a_new_sequence(tmp_path: Path) -> None:
     model, path = tiny("llama"), tmp_path / "run.zarr"
     flexcache.capture(model, None, DOCUMENTS, path, layers=[1], packing=PACKING, **QUIET)
     with pytest.raises(DocumentsError, match="other contents"):
@@ -119,7 +119,7 @@ def test_more_documents_begin_a_sequence_of_their_own(tmp_path: Path) -> None:
     assert flexcache.verify(path).sound
 
 
-def test_the_tokenizer_says_which_tokens_are_between(tokenizer: Any, tmp_path: Path) -> None:
+def test_the_tokenizer_defines_the_tokens_between_documents(tokenizer: Any, tmp_path: Path) -> None:
     texts = [{"id": "a", "text": "the quick brown fox jumps"}, {"id": "b", "text": "over the lazy dog"}]
     store = build_store(tmp_path / "run.zarr", texts, tokenizer=tokenizer, packing={"length": 8})
     assert store.tokens["tokens"].to_pylist() == [[1, 4, 5, 6, 7, 8, 2, 9], [1, 4, 10, 11]]
@@ -145,7 +145,7 @@ def isolated(sizes: list[int], length: int, opening: int) -> list[list[tuple[int
 
 
 @given(st.lists(st.integers(1, 25), min_size=1, max_size=12), st.integers(4, 12), st.sampled_from([None, 1]))
-def test_isolated_documents_are_whole_where_they_fit(sizes: list[int], length: int, bos: Any) -> None:
+def test_isolated_documents_are_not_split_if_they_fit(sizes: list[int], length: int, bos: Any) -> None:
     sequences, opening = IsolatedPacking(np.array(sizes), length, PackingTokens(None, bos)), int(bos is not None)
     segments = sequences.segments(np.arange(len(sequences.lengths)))
     found: list[list[tuple[int, int, int]]] = [[] for _ in sequences.lengths]
@@ -163,7 +163,7 @@ def test_isolated_documents_are_whole_where_they_fit(sizes: list[int], length: i
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", pytest.param("gemma3", marks=pytest.mark.slow)])
-def test_rows_of_isolated_documents_are_those_of_documents_alone(family: str, tmp_path: Path) -> None:
+def test_rows_of_isolated_documents_equal_those_of_documents_alone(family: str, tmp_path: Path) -> None:
     model, path = tiny(family), tmp_path / "run.zarr"
     packing = {"length": 24, "bos": 1, "isolate": True}
     sites = ["resid_post", "resid_post.grad"]
@@ -190,7 +190,7 @@ def test_rows_of_isolated_documents_are_those_of_documents_alone(family: str, tm
     assert store.token_labels == ()
 
 
-def test_isolated_documents_added_to_a_store(tmp_path: Path) -> None:
+def test_isolated_documents_can_be_added_to_a_store(tmp_path: Path) -> None:
     model, path = tiny("llama"), tmp_path / "run.zarr"
     packing = {"length": 24, "bos": None, "isolate": True}
     flexcache.capture(model, None, DOCUMENTS, path, layers=[1], packing=packing, **QUIET)
@@ -206,7 +206,7 @@ def test_isolated_documents_added_to_a_store(tmp_path: Path) -> None:
     ("family", "found"),
     [("opt", "changes with the document in front of it"), ("bloom", "no position_ids"), ("bert", "changes with")],
 )
-def test_a_model_that_does_not_keep_documents_apart_is_refused(family: str, found: str, tmp_path: Path) -> None:
+def test_a_model_that_does_not_isolate_documents_is_refused(family: str, found: str, tmp_path: Path) -> None:
     packing = {"length": 24, "bos": 1, "isolate": True}
     with pytest.raises(ConfigError, match=f"keep packed documents apart[\\s\\S]*{found}"):
         flexcache.capture(tiny(family), None, DOCUMENTS, tmp_path / "run.zarr", packing=packing, **QUIET)
@@ -231,15 +231,15 @@ APART = {
     *("stablelm_parallel", "starcoder2", "gpt_bigcode", "gpt_bigcode_heads", "gpt_neo", "codegen", "cohere", "cohere2"),
     *("nemotron", "persimmon", "helium", "qwen3_moe", "olmoe", "deepseek_v3"),
 }
-"""Families that keep packed documents apart, as docs/configuration.md says."""
+"""Families that isolate packed documents, as listed in docs/configuration.md."""
 OTHERS = {"albert", "t5", "t5_encoder"}
-"""Families without one stack of blocks of their own, or with relative positions that are an encoder's."""
+"""Families without one stack of blocks, or with relative positions of an encoder."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", sorted({*FAMILIES} - OTHERS))
-def test_which_families_keep_documents_apart(family: str, dtype: torch.dtype) -> None:
+def test_families_isolate_documents_as_documented(family: str, dtype: torch.dtype) -> None:
     model = tiny(family, dtype)
     spec = Spec.model_validate({"sites": {"resid_post": "all"}})
     shown = nullcontext() if family in APART else pytest.raises(ConfigError, match="keep packed documents apart")
@@ -247,7 +247,7 @@ def test_which_families_keep_documents_apart(family: str, dtype: torch.dtype) ->
         check_isolation(model, locate(model, spec), 0, group)
 
 
-def test_what_a_forward_of_isolated_documents_takes() -> None:
+def test_a_forward_of_isolated_documents_gets_positions_and_no_mask() -> None:
     tokens = (np.arange(5, 12, dtype=np.int32), np.arange(3, dtype=np.int32))
     begins = (np.array([0, 3, 4]), np.array([0]))
     batch = Batch(0, 0, range(10), np.arange(2), tokens, ((0, 7), (0, 3)), begins=begins)
@@ -271,7 +271,7 @@ def test_what_a_forward_of_isolated_documents_takes() -> None:
         ({"packing": {"length": 16, "isolate": True, "separator": 2}}, "nothing would see it"),
     ],
 )
-def test_packing_that_cannot_be(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_invalid_packing_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         build_store(tmp_path / "run.zarr", DOCUMENTS, **options)
     assert not (tmp_path / "run.zarr").exists()

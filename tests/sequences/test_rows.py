@@ -1,4 +1,4 @@
-"""Which tokens are rows, and the labels of single tokens."""
+"""The choice of tokens that become rows, and the labels of single tokens."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_every_third_token_is_kept_with_its_own_activation(dtype: str, tmp_path:
     assert all(item.equal for item in flexcache.recompute(model, some.path, units=100))
 
 
-def test_a_fraction_is_the_documents_own_whatever_comes_before_it(tmp_path: Path) -> None:
+def test_the_fraction_of_a_document_does_not_depend_on_other_documents(tmp_path: Path) -> None:
     rows = {"fraction": 0.3, "seed": 5}
     one = kept(build_store(tmp_path / "one.zarr", DOCUMENTS, rows=rows))
     other = kept(build_store(tmp_path / "other.zarr", DOCUMENTS[::-1], rows=rows))
@@ -79,7 +79,7 @@ def test_documents_without_rows_are_left_out_and_counted(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("take", ["last", "first", "mean"])
-def test_one_row_of_the_chosen_tokens(take: str, tmp_path: Path) -> None:
+def test_one_row_is_kept_of_the_chosen_tokens(take: str, tmp_path: Path) -> None:
     documents = [{**item, "spans": [{"start": 1, "end": 4}, {"start": 6, "end": 8}]} for item in DOCUMENTS]
     store = build_store(
         tmp_path / "run.zarr", documents, rows={"token_spans": "spans", "take": take}, dtype="float32", layers=[3]
@@ -94,7 +94,7 @@ def test_one_row_of_the_chosen_tokens(take: str, tmp_path: Path) -> None:
 
 
 @given(st.lists(st.lists(st.booleans(), max_size=6), min_size=1, max_size=6))
-def test_first_and_last_of_the_kept_tokens_of_each_document(masks: list[list[bool]]) -> None:
+def test_the_first_or_last_kept_token_of_each_document_is_found(masks: list[list[bool]]) -> None:
     sizes = np.array([len(mask) for mask in masks])
     flat = np.array([value for mask in masks for value in mask], bool)
     for rows, end in (("first", 0), ("last", -1)):
@@ -115,7 +115,7 @@ TEXTS = [
 ]  # fmt: skip
 
 
-def test_special_tokens_and_spans_of_characters(tokenizer: Any, tmp_path: Path) -> None:
+def test_special_tokens_are_dropped_and_spans_of_characters_are_kept(tokenizer: Any, tmp_path: Path) -> None:
     plain = kept(build_store(tmp_path / "plain.zarr", TEXTS, tokenizer=tokenizer, rows={"specials": False}))
     assert plain == {"a": [1, 2, 3, 4], "b": [1, 2, 3, 4], "c": [1, 2]}
     spans = build_store(tmp_path / "spans.zarr", TEXTS, tokenizer=tokenizer, rows={"character_spans": "spans"})
@@ -185,6 +185,6 @@ def test_columns_that_do_not_fit_are_refused_by_document(options: dict[str, Any]
         ({"specials": False}, "not known which they are"),
     ],
 )
-def test_rules_that_cannot_be(rows: Any, message: str, tmp_path: Path) -> None:
+def test_invalid_rules_are_refused(rows: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         build_store(tmp_path / "run.zarr", DOCUMENTS, rows=rows)

@@ -1,4 +1,4 @@
-"""Long documents in windows: every token once, of the first window that has it."""
+"""Long documents in windows: one row for every token, of the first window that has it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _one_thread() -> None:
 
 
 @given(st.data())
-def test_windows_cover_every_chosen_token_once_in_the_first_that_has_it(data: st.DataObject) -> None:
+def test_every_chosen_token_is_a_row_of_the_first_window_that_has_it(data: st.DataObject) -> None:
     length = data.draw(st.integers(1, 9))
     stride = data.draw(st.integers(1, length))
     sizes = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=8))
@@ -68,7 +68,7 @@ def window_states(model: torch.nn.Module, tokens: list[int], length: int, stride
 
 
 @pytest.mark.parametrize("rows", ["all", "last", {"every": 3}])
-def test_rows_are_what_the_model_gives_on_each_window(rows: Any, tmp_path: Path) -> None:
+def test_rows_equal_the_models_output_on_each_window(rows: Any, tmp_path: Path) -> None:
     model = tiny("llama")
     store = flexcache.capture(
         model, None, DOCUMENTS, tmp_path / "run.zarr", layers=[1], rows=rows, windows=WINDOWS, **QUIET
@@ -106,14 +106,14 @@ def test_documents_stay_in_one_piece_across_batches_and_units(tmp_path: Path) ->
         assert position[start : start + count].tolist() == list(range(count))
 
 
-def test_windows_that_hold_every_document_change_nothing(tmp_path: Path) -> None:
+def test_windows_longer_than_every_document_change_nothing(tmp_path: Path) -> None:
     plain = build_store(tmp_path / "plain.zarr")
     windowed = build_store(tmp_path / "windowed.zarr", windows={"length": 64, "stride": 32})
     assert shard_hashes(plain.path) == shard_hashes(windowed.path)
     assert plain.tokens.equals(windowed.tokens)
 
 
-def test_more_documents_come_in_windows_too(tmp_path: Path) -> None:
+def test_documents_added_to_a_store_are_split_into_windows_too(tmp_path: Path) -> None:
     model, path = tiny("llama"), tmp_path / "run.zarr"
     new = [{**d, "id": f"new-{d['id']}"} for d in DOCUMENTS]
     flexcache.capture(model, None, DOCUMENTS, path, layers=[1], windows=WINDOWS, **QUIET)
@@ -138,7 +138,7 @@ def test_more_documents_come_in_windows_too(tmp_path: Path) -> None:
         ({"windows": {"length": 12}, "rows": "mean"}, "mean of a document"),
     ],
 )
-def test_windows_that_cannot_be(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_invalid_windows_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         build_store(tmp_path / "run.zarr", **options)
     assert not (tmp_path / "run.zarr").exists()
