@@ -117,7 +117,7 @@ def test_a_capture_by_the_name_of_a_dataset(
     assert "must say one place" in text
 
 
-def test_errors_name_the_splits_and_configurations_that_exist(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_a_dataset_by_name_say_what_is_wrong(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DocumentsError, match="train"):
         load_dataset(str(folder), split="tset")
     with pytest.raises(DocumentsError, match="cannot be opened"):
