@@ -10,7 +10,10 @@ from flexcache.errors import DocumentsError
 
 
 class SeenIds:
-    """The ids so far, in 16 bytes of memory a document: sorted runs of 64-bit hashes, each at most half the one before.
+    """The ids seen so far, as sorted runs of 64-bit hashes, each at most half as long as the one before.
+
+    Memory is 16 bytes a document.
+
 
     >>> ids = SeenIds()
     >>> ids.add_ids(pa.array(["a", "b"]), 0)

@@ -59,12 +59,20 @@ def document_columns(
 
 
 def text_digests(texts: Sequence[str | None]) -> list[str | None]:
-    """Return the XXH3-128 of each text, None for None."""
+    """Return the XXH3-128 of each text, None for None.
+
+    >>> text_digests(["a cat", None])
+    ['2b8f3709fb5984f5cb684ce13fa398fd', None]
+    """
     return [None if text is None else xxhash.xxh3_128_hexdigest(text.encode()) for text in texts]
 
 
 def messages_digests(chats: list[list[dict[str, str]]]) -> list[str]:
-    """Return the XXH3-128 of the messages of each chat."""
+    """Return the XXH3-128 of the messages of each chat.
+
+    >>> messages_digests([[{"role": "user", "content": "Hello"}]]) == text_digests(["user\\0Hello"])
+    True
+    """
     return [
         xxhash.xxh3_128_hexdigest("\0".join(text for m in chat for text in (m["role"], m["content"])).encode())
         for chat in chats
@@ -72,5 +80,9 @@ def messages_digests(chats: list[list[dict[str, str]]]) -> list[str]:
 
 
 def image_digests(images: pa.Array) -> list[str]:
-    """Return the XXH3-128 of each encoded image."""
+    """Return the XXH3-128 of each encoded image.
+
+    >>> image_digests(pa.array([b"a cat"], pa.large_binary())) == text_digests(["a cat"])
+    True
+    """
     return [xxhash.xxh3_128_hexdigest(image.as_buffer()) for image in images]

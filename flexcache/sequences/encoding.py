@@ -32,6 +32,12 @@ def encode_documents(batch: pa.RecordBatch, tokenizer: Tokenizer | None, options
         Texts without a tokenizer; a tokenizer that does not return one list for each text.
     ConfigError
         Places of tokens in the text are needed, and the tokenizer does not know them.
+
+    Examples
+    --------
+    >>> batch = pa.RecordBatch.from_pydict({"id": ["a"], "text": ["cat"]})
+    >>> encode_documents(batch, lambda texts: [list(text.encode()) for text in texts], SequenceOptions()).flat.tolist()
+    [99, 97, 116]
     """
     limit = options.max_length if options.whole else None
     content = content_of(batch)

@@ -78,6 +78,15 @@ def tokenize_corpus(
         with one, an unknown token id, more tokens than positions; labels or spans that do not fit their documents.
     ConfigError
         See `SequenceOptions.check`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from flexcache import open_documents
+    >>> documents = open_documents([{"tokens": [5, 6, 7]}, {"tokens": [8]}])
+    >>> corpus = tokenize_corpus(documents, None, Path(tempfile.mkdtemp()), SequenceOptions(rows="last"))
+    >>> corpus.lengths.tolist(), corpus.rows.tolist()
+    ([3, 1], [1, 1])
     """
     options.check()
     check_sequence_length(options, positions[0])
