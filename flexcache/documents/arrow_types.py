@@ -166,6 +166,11 @@ def changed_families(one: pa.DataType, two: pa.DataType) -> list[str]:
     return next(filter(None, (changed_families(*pair) for pair in pairs)), [])
 
 
+def is_list(kind: pa.DataType) -> bool:
+    """Return True for a stored type of lists."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
 def is_text(kind: pa.DataType) -> bool:
     """Return True for a stored type of text."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flexcache.documents.arrow_types import can_be_stored, is_text, label_cast, stored_array, united
+from flexcache.documents.arrow_types import can_be_stored, is_list, is_text, label_cast, stored_array, united
 from flexcache.documents.ids import invalid_id
 from flexcache.documents.messages import MESSAGES, read_messages
 from flexcache.documents.roles import ONE_TYPE
@@ -53,7 +53,7 @@ def plain_column(array: pa.Array, name: str, where: str) -> pa.Array:
             f"column {name!r} has values that cannot be read",
             where=where,
             found=str(error).splitlines()[0],
-            remedy="write the column anew; text must be UTF-8",
+            remedy="write the column again; text must be UTF-8",
         ) from error
 
 
@@ -193,11 +193,10 @@ def _messages(array: pa.Array, place: str, start: int) -> pa.Array:
 def _tokens(array: pa.Array, place: str, start: int) -> pa.Array:
     array = _storage(array)
     kind: Any = array.type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     expected = f"lists of whole numbers from 0 to {MAX_TOKEN}"
-    fits = is_list and (pa.types.is_integer(kind.value_type) or pa.types.is_null(kind.value_type))
+    fits = is_list(kind) and (pa.types.is_integer(kind.value_type) or pa.types.is_null(kind.value_type))
     if not fits and not pa.types.is_null(kind):
-        words = is_list and is_text(kind.value_type)
+        words = is_list(kind) and is_text(kind.value_type)
         raise DocumentsError(
             "a tokens column that does not hold whole numbers",
             where=f"{place}s from {start}",

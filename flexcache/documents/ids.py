@@ -14,7 +14,6 @@ class SeenIds:
 
     Memory is 16 bytes a document.
 
-
     >>> ids = SeenIds()
     >>> ids.add_ids(pa.array(["a", "b"]), 0)
     >>> ids.add_ids(pa.array(["a"]), 2)

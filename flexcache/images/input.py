@@ -148,7 +148,7 @@ def model_input(model: torch.nn.Module, tokenizer: Any, content: str) -> Any:
             f"the model reads {reads}, and the documents are {are}",
             where=type(model).__name__,
             found=content,
-            remedy="give documents with an image each"
+            remedy="give documents with images"
             if reads == "images"
             else "use a vision transformer, or the vision tower of a model of texts and images: model.vision_model"
             " (side: vision in a configuration)",

@@ -75,7 +75,7 @@ def _in_messages(encoded: Encoded, choice: Choice) -> np.ndarray:
     """Return True for each token of a message of the chosen roles and turns."""
     if encoded.chats is None or encoded.turn is None:
         raise DocumentsError(
-            "rows are chosen by roles or turns, but the documents are no chats",
+            "rows are chosen by roles or turns, but the documents are not chats",
             expected="documents with messages",
             remedy="give messages, or choose tokens by spans or a mask",
         )

@@ -127,7 +127,7 @@ def _needs_places(batch: pa.RecordBatch, tokenizer: Tokenizer, options: Sequence
     needed = by_spans or (options.choice is not None and options.choice.character_spans is not None)
     if needed and not getattr(tokenizer, "is_fast", False):
         raise ConfigError(
-            "the tokenizer does not say where in the text its tokens are",
+            "the tokenizer does not return the places of tokens in the text",
             expected="a fast tokenizer of transformers, for spans of characters",
             found=type(tokenizer).__name__,
             remedy="give spans of tokens instead, with documents of tokens",

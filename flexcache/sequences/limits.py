@@ -17,7 +17,7 @@ def check_sequence_length(options: SequenceOptions, positions: int | None) -> No
     length = None if options.isolated else _sequence_length(options)
     if positions is not None and length is not None and length > positions:
         raise ConfigError(
-            "sequences are to be longer than the model can read",
+            "sequences are longer than the model can read",
             expected=f"at most {positions} tokens, which the model has positions for",
             found=f"{length} tokens",
             remedy=f"give windows or packing a length of at most {positions}",
@@ -33,7 +33,7 @@ def check_document_lengths(encoded: Encoded, options: SequenceOptions, positions
             f"document {encoded.document_id(longer[0])!r} is longer than the model can read",
             expected=f"at most {positions} tokens, which the model has positions for",
             found=f"{int(lengths[longer[0]])} tokens",
-            remedy=f"truncate documents with max_length={positions}, or cut them with windows",
+            remedy=f"truncate documents with max_length={positions}, or split them into windows",
         )
 
 

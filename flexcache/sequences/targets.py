@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from flexcache.documents.arrow_types import is_list
 from flexcache.documents.columns import content_of
 from flexcache.errors import DocumentsError
 from flexcache.options import DecoderInputs
 from flexcache.sequences.encoded import Encoded, list_array
 from flexcache.sequences.encoding import Tokenizer
-from flexcache.sequences.token_columns import is_list
 
 TARGET, TARGET_TOKENS = "target", "target_tokens"
 

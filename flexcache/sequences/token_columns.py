@@ -8,13 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from flexcache.documents.arrow_types import is_list
 from flexcache.errors import DocumentsError, nearest
 from flexcache.sequences.encoded import Encoded
-
-
-def is_list(kind: pa.DataType) -> bool:
-    """Return True for the type of a column of lists."""
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def is_spans(kind: pa.DataType) -> bool:
@@ -52,7 +48,9 @@ def token_values(encoded: Encoded, column: str) -> pa.Array:
     """
     kind = column_type(encoded, column)
     if not is_list(kind):
-        raise DocumentsError(f"column {column!r} holds no lists", expected="a list, one entry a token", found=str(kind))
+        raise DocumentsError(
+            f"column {column!r} holds no lists", expected="lists with one entry for each token", found=str(kind)
+        )
     lists = encoded.documents.column(column)
     lengths = pc.fill_null(pc.list_value_length(lists), -1).to_numpy()
     cut = encoded.truncated & (encoded.content == "tokens")
@@ -60,7 +58,7 @@ def token_values(encoded: Encoded, column: str) -> pa.Array:
     if len(wrong):
         at = int(wrong[0])
         raise DocumentsError(
-            f"column {column!r} has not one entry for each token",
+            f"column {column!r} does not have one entry for each token",
             where=f"document {encoded.document_id(at)!r}",
             expected=f"{encoded.lengths[at]} entries" + (" of the truncated text" if encoded.truncated[at] else ""),
             found="null" if lengths[at] < 0 else f"{lengths[at]}",

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 
 from flexcache.documents.roles import Roles
-from flexcache.documents.sources.file_errors import unreadable_file
+from flexcache.documents.sources.file_errors import reading_file, unreadable_file
 from flexcache.documents.sources.source import CorpusFile, Source
 from flexcache.errors import DocumentsError
 
@@ -84,14 +84,12 @@ class CsvSource(Source):
     def read_batches(self, columns: list[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
         """Yield (place, batch); see `Source`."""
         for file in self.files:
-            try:
+            with reading_file(file, "CSV"):
                 for batch in self._read_strings(file, self.schema.names):
                     arrays = [self._typed(batch.column(name), name) for name in columns]
                     whole = pa.RecordBatch.from_arrays(arrays, columns)
                     for start in range(0, whole.num_rows, rows):
                         yield file.name, whole.slice(start, rows)
-            except (pa.ArrowException, OSError) as error:
-                raise unreadable_file(file, "CSV", error) from error
 
     def _read_header(self, file: CorpusFile) -> list[str]:
         with pcsv.open_csv(file.path, self._options(), _PARSE) as reader:

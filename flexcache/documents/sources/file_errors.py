@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyarrow as pa
 
 from flexcache.documents.sources.source import CorpusFile
 from flexcache.errors import DocumentsError
+
+
+@contextmanager
+def reading_file(file: CorpusFile, kind: str) -> Iterator[None]:
+    """Raise `unreadable_file` for an error of Arrow or the system."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise unreadable_file(file, kind, error) from error
 
 
 def unreadable_file(file: CorpusFile, kind: str, error: Exception) -> DocumentsError:

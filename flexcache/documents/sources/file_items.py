@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 
 import pyarrow as pa
 
-from flexcache.documents.sources.file_errors import not_utf8, unreadable_file
+from flexcache.documents.sources.file_errors import not_utf8, reading_file
 from flexcache.documents.sources.files import plain_suffix
 from flexcache.documents.sources.json_array import array_items, is_array
 from flexcache.documents.sources.source import CorpusFile, Item
@@ -49,12 +49,12 @@ def jsonl_items(files: list[CorpusFile]) -> Iterator[Item]:
 def text_items(files: list[CorpusFile]) -> Iterator[Item]:
     """Yield one document for each text file: its name relative to the corpus is the id."""
     for file in files:
+        with reading_file(file, "text"):
+            content = file.path.read_bytes()
         try:
-            yield file.name, {"id": file.name, "text": file.path.read_bytes().decode("utf-8-sig")}
+            yield file.name, {"id": file.name, "text": content.decode("utf-8-sig")}
         except UnicodeDecodeError as error:
             raise not_utf8(file.name, error) from error
-        except OSError as error:
-            raise unreadable_file(file, "text", error) from error
 
 
 def image_items(files: list[CorpusFile]) -> Iterator[Item]:
@@ -81,9 +81,6 @@ def _lines(file: CorpusFile) -> Iterator[bytes]:
 
 def _blocks(file: CorpusFile) -> Iterator[bytes]:
     """Yield the bytes of a file, compressed or not, a MiB at a time."""
-    try:
-        with pa.input_stream(str(file.path), compression="detect") as stream:
-            while block := stream.read(1 << 20):
-                yield block
-    except (pa.ArrowException, OSError) as error:
-        raise unreadable_file(file, "JSON Lines", error) from error
+    with reading_file(file, "JSON Lines"), pa.input_stream(str(file.path), compression="detect") as stream:
+        while block := stream.read(1 << 20):
+            yield block

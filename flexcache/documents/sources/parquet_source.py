@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flexcache.documents.arrow_types import stored_type
-from flexcache.documents.sources.file_errors import unreadable_file
+from flexcache.documents.sources.file_errors import reading_file
 from flexcache.documents.sources.source import CorpusFile, LocatedBatch, Source
 from flexcache.errors import DocumentsError
 
@@ -70,28 +70,19 @@ class ParquetSource(Source):
         groups: Sequence[int] | None = None,
     ) -> Iterator[pa.RecordBatch]:
         there = [name for name in columns if name in parquet.schema_arrow.names]
-        batches = parquet.iter_batches(batch_size=rows, columns=there, row_groups=groups)
-        while True:
-            try:
-                batch = next(batches, None)
-            except (pa.ArrowException, OSError) as error:
-                raise unreadable_file(file, "Parquet", error) from error
-            if batch is None:
-                break
-            arrays = [
-                batch.column(name)
-                if name in there
-                else pa.nulls(batch.num_rows, stored_type(self.schema.field(name).type))
-                for name in columns
-            ]
-            yield pa.RecordBatch.from_arrays(arrays, columns)
+        missing = {name: stored_type(self.schema.field(name).type) for name in columns if name not in there}
+        with reading_file(file, "Parquet"):
+            for batch in parquet.iter_batches(batch_size=rows, columns=there, row_groups=groups):
+                arrays = [
+                    pa.nulls(batch.num_rows, missing[name]) if name in missing else batch.column(name)
+                    for name in columns
+                ]
+                yield pa.RecordBatch.from_arrays(arrays, columns)
 
     @staticmethod
     def _open(file: CorpusFile) -> pq.ParquetFile:
-        try:
+        with reading_file(file, "Parquet"):
             return pq.ParquetFile(file.path, pre_buffer=False, buffer_size=1 << 20)
-        except (pa.ArrowException, OSError) as error:
-            raise unreadable_file(file, "Parquet", error) from error
 
 
 def _unified(schemas: list[pa.Schema]) -> pa.Schema:

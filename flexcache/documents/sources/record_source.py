@@ -69,22 +69,13 @@ class RecordSource(Source):
 
     def with_roles(self, roles: Roles) -> RecordSource:
         """Return the same documents with other roles; the source of a generator cannot be read after that."""
-        if self._items is None:
-            raise _read_already()
-        items, rows = self._items, self._rows
-        if self._once:
-            self._items = None
-        return RecordSource(self.kind, items, roles, files=self.files, once=self._once, rows=rows, labels=self._labels)
+        options: dict[str, Any] = {"files": self.files, "once": self._once, "rows": self._rows, "labels": self._labels}
+        return RecordSource(self.kind, self._start_pass(), roles, **options)
 
     def read_batches(self, columns: list[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
         """Yield (place, batch); see `Source`."""
-        if self._items is None:
-            raise _read_already()
-        items = self._items()
-        if self._once:
-            self._items = None
         known = {*self.schema.names, self._roles.id, *self._roles.contents}
-        for chunk in _chunks(items, rows):
+        for chunk in _chunks(self._start_pass()(), rows):
             for place, record in (checked := [self._checked(*item) for item in chunk]):
                 if self._labels is None and not known.issuperset(record):
                     late = next(name for name in record if name not in known)
@@ -92,14 +83,22 @@ class RecordSource(Source):
                         f"column {late!r} is missing in the first documents",
                         where=place,
                         expected=", ".join(self.schema.names),
-                        remedy="give every document every label (None where unknown), or give a list",
+                        remedy="give every document every label (None if unknown), or give a list",
                     )
-            yield (
-                "",
-                pa.RecordBatch.from_arrays(
-                    [self._column(checked, name, self._type(name)) for name in columns], columns
-                ),
+            arrays = [self._column(checked, name, self._type(name)) for name in columns]
+            yield "", pa.RecordBatch.from_arrays(arrays, columns)
+
+    def _start_pass(self) -> Callable[[], Iterable[Item]]:
+        """Return the function that starts a pass; raise DocumentsError for a second pass over a generator."""
+        items = self._items
+        if items is None:
+            raise DocumentsError(
+                "the documents come from a generator, which was read already",
+                remedy="give a list, a file, or an object that can be iterated again",
             )
+        if self._once:
+            self._items = None
+        return items
 
     def _find_types(self, types: dict[str, pa.DataType], chunk: list[Item]) -> None:
         checked = [self._checked(*item) for item in chunk]
@@ -179,13 +178,6 @@ class RecordSource(Source):
         if has_id and not isinstance(record[roles.id], str) and not _is_whole(record[roles.id]):
             raise invalid_id(type(record[roles.id]).__name__, where)
         return where, record
-
-
-def _read_already() -> DocumentsError:
-    return DocumentsError(
-        "the documents come from a generator, which was read already",
-        remedy="give a list, a file, or an object that can be iterated again",
-    )
 
 
 def iterable_items(documents: Iterable[Any]) -> Iterator[Item]:
