@@ -99,7 +99,8 @@ def run(
     said = (
         "read again, as nothing changed" if found.reused else f"{found.provenance['rows_read']:,} rows, each read once"
     )
-    console.print(f"results  {shown(results_path(folder, site))}  ({said})", markup=False, highlight=False, soft_wrap=True)
+    path = shown(results_path(folder, site))
+    console.print(f"results  {path}  ({said})", markup=False, highlight=False, soft_wrap=True)
     return found
 
 
