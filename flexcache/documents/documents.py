@@ -27,7 +27,7 @@ from flexcache.documents.digest import DIGEST, digest_files, update_batch
 from flexcache.documents.ids import SeenIds
 from flexcache.documents.roles import Roles, content_column, label_columns
 from flexcache.documents.sources.record_source import RecordSource
-from flexcache.documents.sources.source import Source
+from flexcache.documents.sources.source import DocumentSource
 from flexcache.errors import DocumentsError, nearest
 from flexcache.images.encoded import AT_A_TIME
 
@@ -55,7 +55,7 @@ class Documents:
     """
 
     def __init__(
-        self, source: Source, roles: Roles, labels: Sequence[str] | None, *, batch_rows: int, unique_ids: bool
+        self, source: DocumentSource, roles: Roles, labels: Sequence[str] | None, *, batch_rows: int, unique_ids: bool
     ) -> None:
         self._source, self._roles, self._wanted = source, roles, labels
         self._rows, self._asked_rows = batch_rows, batch_rows
@@ -231,7 +231,7 @@ class DocumentRuns:
         return self._documents.describe()
 
 
-def _describe_files(source: Source) -> list[dict[str, Any]]:
+def _describe_files(source: DocumentSource) -> list[dict[str, Any]]:
     """Return name and size of each file; the images of a folder, which may be millions, are one entry."""
     files = [{"name": file.name, "bytes": file.path.stat().st_size} for file in source.files]
     if source.kind != "image":

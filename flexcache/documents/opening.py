@@ -14,7 +14,7 @@ from flexcache.documents.sources.file_items import image_items, jsonl_items, tex
 from flexcache.documents.sources.files import FORMATS, FileName, find_files
 from flexcache.documents.sources.parquet_source import ParquetSource
 from flexcache.documents.sources.record_source import RecordSource, iterable_items
-from flexcache.documents.sources.source import Source
+from flexcache.documents.sources.source import DocumentSource
 from flexcache.documents.sources.table_source import TableSource, as_table
 from flexcache.errors import DocumentsError, nearest
 
@@ -97,7 +97,7 @@ def _open_source(
     rows: int,
     labels: Sequence[str] | None,
     csv_nulls: Sequence[str],
-) -> tuple[Source, Roles]:
+) -> tuple[DocumentSource, Roles]:
     check_one_split(source)
     if isinstance(source, DatasetSource):
         return source, roles

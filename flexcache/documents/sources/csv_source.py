@@ -12,7 +12,7 @@ import pyarrow.csv as pcsv
 
 from flexcache.documents.roles import Roles
 from flexcache.documents.sources.file_errors import reading_file, unreadable_file
-from flexcache.documents.sources.source import CorpusFile, Source
+from flexcache.documents.sources.source import CorpusFile, DocumentSource
 from flexcache.errors import DocumentsError
 
 BLOCK_BYTES = 8 << 20
@@ -25,7 +25,7 @@ _FRACTION = r"^([-+]?(0|[1-9][0-9]{0,14})?(\.[0-9]*)?([eE][-+]?[0-9]+)?|[-+]?inf
 _BOOLEAN = r"^([tT]rue|[fF]alse)$"
 
 
-class CsvSource(Source):
+class CsvSource(DocumentSource):
     """CSV files with a header and the same columns; read once when opened, for their types.
 
     The id, the input and the column of images stay as written. In other columns a field among *nulls* is null, and so
@@ -82,7 +82,7 @@ class CsvSource(Source):
         return {} if set(self.nulls) == set(CSV_NULLS) else {"csv_nulls": sorted(self.nulls)}
 
     def read_batches(self, columns: list[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
-        """Yield (place, batch); see `Source`."""
+        """Yield (place, batch); see `DocumentSource`."""
         for file in self.files:
             with reading_file(file, "CSV"):
                 for batch in self._read_strings(file, self.schema.names):

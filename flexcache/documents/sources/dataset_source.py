@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flexcache.documents.arrow_types import has_null_type, stored_array, stored_type
-from flexcache.documents.sources.source import Source
+from flexcache.documents.sources.source import DocumentSource
 from flexcache.errors import ConfigError, DocumentsError
 
 
-class DatasetSource(Source):
+class DatasetSource(DocumentSource):
     """A ``datasets.Dataset`` or ``IterableDataset``, read in Arrow batches, a few at a time.
 
     A column of class labels, such as ``label``, keeps its numbers; a column ``label_name`` with their names is added.
@@ -73,7 +73,7 @@ class DatasetSource(Source):
         return {"dataset": self.about}
 
     def read_batches(self, columns: list[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
-        """Yield (place, batch); see `Source`."""
+        """Yield (place, batch); see `DocumentSource`."""
         needed = list(dict.fromkeys(self._names[name][0] if name in self._names else name for name in columns))
         dataset = self._dataset.select_columns(needed) if self._features else self._dataset
         whole = self._all and not self._features and set(columns).issuperset(self.schema.names)

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 
 from flexcache.documents.arrow_types import stored_type
 from flexcache.documents.sources.file_errors import reading_file
-from flexcache.documents.sources.source import CorpusFile, LocatedBatch, Source
+from flexcache.documents.sources.source import CorpusFile, DocumentSource, LocatedBatch
 from flexcache.errors import DocumentsError
 
 
-class ParquetSource(Source):
+class ParquetSource(DocumentSource):
     """Parquet files with compatible columns; a label that a file lacks is null there."""
 
     kind = "parquet"
@@ -39,7 +39,7 @@ class ParquetSource(Source):
             ) from error
 
     def read_batches(self, columns: list[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
-        """Yield (place, batch); see `Source`. Pages are decoded when needed, however large a row group is."""
+        """Yield (place, batch); see `DocumentSource`. Pages are decoded when needed, however large a row group is."""
         for file in self.files:
             with self._open(file) as parquet:
                 for batch in self._batches(file, parquet, columns, rows):

@@ -15,7 +15,7 @@ from flexcache.documents.ids import invalid_id
 from flexcache.documents.messages import read_messages
 from flexcache.documents.roles import Roles, content_error
 from flexcache.documents.sources.record_columns import joined_type, plain_value, record_column
-from flexcache.documents.sources.source import CorpusFile, Item, Source
+from flexcache.documents.sources.source import CorpusFile, DocumentSource, Item
 from flexcache.errors import DocumentsError
 from flexcache.images.encoded import encode_image, image_memory
 
@@ -23,7 +23,7 @@ CHUNK_BYTES = 32 << 20
 """Bytes of documents that end a chunk of dicts, even if it has fewer documents than a batch."""
 
 
-class RecordSource(Source):
+class RecordSource(DocumentSource):
     """Dicts, one for each document.
 
     Parameters
@@ -73,7 +73,7 @@ class RecordSource(Source):
         return RecordSource(self.kind, self._start_pass(), roles, **options)
 
     def read_batches(self, columns: list[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
-        """Yield (place, batch); see `Source`."""
+        """Yield (place, batch); see `DocumentSource`."""
         known = {*self.schema.names, self._roles.id, *self._roles.contents}
         for chunk in _chunks(self._start_pass()(), rows):
             for place, record in (checked := [self._checked(*item) for item in chunk]):

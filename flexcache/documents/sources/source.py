@@ -27,7 +27,7 @@ LocatedBatch = tuple[int, str, pa.RecordBatch]
 """The index of the first document of a batch, the place of the batch, and the batch."""
 
 
-class Source(ABC):
+class DocumentSource(ABC):
     """Documents as record batches in corpus order, of which at most a few are in memory.
 
     Attributes
@@ -55,7 +55,7 @@ class Source(ABC):
         """More values that identify the corpus, as JSON-able values."""
         return {}
 
-    def with_roles(self, roles: Roles) -> Source:
+    def with_roles(self, roles: Roles) -> DocumentSource:
         """Return the same documents with other roles of their columns."""
         return self
 

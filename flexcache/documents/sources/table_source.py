@@ -7,12 +7,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from flexcache.documents.sources.source import Source
+from flexcache.documents.sources.source import DocumentSource
 from flexcache.documents.values import exact_type
 from flexcache.errors import DocumentsError
 
 
-class TableSource(Source):
+class TableSource(DocumentSource):
     """An Arrow table in memory."""
 
     kind = "table"
@@ -21,7 +21,7 @@ class TableSource(Source):
         self.table, self.schema, self.count = table, table.schema, table.num_rows
 
     def read_batches(self, columns: list[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
-        """Yield (place, batch); see `Source`."""
+        """Yield (place, batch); see `DocumentSource`."""
         for batch in self.table.select(columns).to_batches(max_chunksize=rows):
             yield "the table", batch
 
