@@ -1,4 +1,4 @@
-"""Which token of an image is which patch: special tokens by name, and a grid of patches, row by row."""
+"""The layout of the tokens of an image: special tokens by name, and a grid of patches, row by row."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Patches:
-    """The tokens of an image, in the order in which a vision transformer has them.
+    """The tokens of an image, in the order of a vision transformer.
 
-    A token's position is its place in the sequence. The patch in row *r* and column *c* has the position
-    ``first + r * columns + c``; rows count from the top, columns from the left, of the image as the model reads it,
+    The position of a token is its place in the sequence. The patch in row *r* and column *c* has the position
+    ``first + r * columns + c``. Rows count from the top and columns from the left of the image that the model reads,
     after resizing and cropping.
 
     Attributes
     ----------
     before, after : tuple of str
-        Names of the special tokens in front of the patches and behind them: ``cls``, ``distillation``, ``register_0``,
-        ….
+        Names of the special tokens before and after the patches: ``cls``, ``distillation``, ``register_0``, ….
     rows, columns : int
-        Of the grid of patches.
+        Size of the grid of patches.
 
     >>> patches = Patches(("cls",), 2, 3)
     >>> patches.tokens, patches.position(1, 0), patches.place([0, 4])[0].tolist()
@@ -37,17 +36,17 @@ class Patches:
 
     @property
     def tokens(self) -> int:
-        """Tokens of an image."""
+        """Number of tokens of an image."""
         return self.first + self.rows * self.columns + len(self.after)
 
     @property
     def first(self) -> int:
-        """Position of the first patch: how many special tokens come before it."""
+        """Position of the first patch: the number of special tokens before it."""
         return len(self.before)
 
     @property
     def specials(self) -> dict[str, int]:
-        """The special tokens by name, with their positions."""
+        """Positions of the special tokens, by name."""
         behind = self.first + self.rows * self.columns
         return dict(zip((*self.before, *self.after), (*range(self.first), *range(behind, self.tokens)), strict=True))
 
@@ -64,14 +63,14 @@ class Patches:
         return self.first + row * self.columns + column
 
     def place(self, positions: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Return row and column of the patches at *positions*, -1 for special tokens: int64, of their shape."""
+        """Return row and column of the patches at *positions*, -1 for special tokens: int64, same shape."""
         offset = np.asarray(positions, np.int64) - self.first
         special = (offset < 0) | (offset >= self.rows * self.columns)
         row, column = np.divmod(offset, self.columns)
         return np.where(special, -1, row), np.where(special, -1, column)
 
     def name(self, position: int) -> str:
-        """Return what is at a position: the name of a special token, or row and column of a patch, as ``"2,3"``.
+        """Return the name of a special token, or the row and column of a patch, as ``"2,3"``.
 
         >>> Patches(("cls",), 2, 3).name(5)
         '1,1'
@@ -82,14 +81,14 @@ class Patches:
         return next((name for name, place in self.specials.items() if place == position), f"#{position}")
 
     def map(self, values: Any) -> np.ndarray:
-        """Return values of one image's tokens, shape (tokens, …), as a picture of its patches: (rows, columns, …).
+        """Return values of one image's tokens, shape (tokens, …), on the grid of its patches, shape (rows, columns, …).
 
-        Special tokens are left out. Values of the patches alone, shape (rows · columns, …), are taken as well.
+        Values of special tokens are dropped. Values of the patches alone, shape (rows · columns, …), are accepted too.
 
         Raises
         ------
         ValueError
-            They are as many as neither.
+            *values* has another length.
         """
         array, count = np.asarray(values), self.rows * self.columns
         if len(array) not in (count, self.tokens):
@@ -98,12 +97,12 @@ class Patches:
         return patches.reshape(self.rows, self.columns, *array.shape[1:])
 
     def to_json(self) -> dict[str, Any]:
-        """Return the layout as plain values."""
+        """Return the layout as values for JSON."""
         return {**asdict(self), "before": list(self.before), "after": list(self.after)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Patches:
-        """Read what `to_json` wrote."""
+        """Return the layout from the values of `to_json`."""
         return cls(
             tuple(map(str, data["before"])), int(data["rows"]), int(data["columns"]), tuple(map(str, data["after"]))
         )
