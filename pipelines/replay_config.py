@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 EDITS = {
     "identity": "Identity",
     "zero": "Zero",
-    "mean": "Mean",
+    "mean": "StoreMean",
     "scale": "Scale",
     "clamp": "Clamp",
     "set": "SetNeurons",

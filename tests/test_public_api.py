@@ -27,8 +27,9 @@ PUBLIC = {
     " Sweep by_position calibration confusion heat_map load load_direction save_dataset sweep sweeps transfer"
     " transfer_map transfer_matrix",
     "analysis.replay": "Alternatives ByLayer Chain Clamp Edit Engine Erase Function Grid Identity Interchange"
-    " Interpolate Mean Metric Noise NormMatched Outcome Patch Placed ProjectOut Resample Scale SetNeurons Start Steer"
-    " Sweep Zero attribution grid identity_error load load_rest obstacles projection same_length sweep verify",
+    " Interpolate Mean Metric Noise NormMatched Outcome Patch Placed PlacedEdit ProjectOut Resample"
+    " Scale SetNeurons Start Steer StoreMean Sweep Zero attribution find_incompatibilities grid"
+    " identity_error load load_rest obstacles projection same_length sweep verify",
     "analysis.report": "write",
     "analysis.statistics.onepass": "DocumentSample Grouping PassResult RowBlock State Statistic grouping read",
 }

@@ -1,34 +1,29 @@
-"""Replay: change a cached activation, and run only the rest of the model."""
+"""Replay: edit cached activations and run only the rest of the model."""
 
 from __future__ import annotations
 
+from analysis.replay.edits.by_layer import ByLayer
+from analysis.replay.edits.directions import ProjectOut, Steer
 from analysis.replay.edits.donors import Interchange, Interpolate, Patch, Resample, same_length
 from analysis.replay.edits.edit import Alternatives, Chain, Edit
 from analysis.replay.edits.erase import Erase
-from analysis.replay.edits.standard import (
-    ByLayer,
-    Clamp,
-    Function,
-    Identity,
-    Mean,
-    Noise,
-    NormMatched,
-    ProjectOut,
-    Scale,
-    SetNeurons,
-    Steer,
-    Zero,
-)
-from analysis.replay.engine.compatibility import obstacles
-from analysis.replay.engine.engine import Engine, Start
-from analysis.replay.engine.hooking import Placed
+from analysis.replay.edits.features import Clamp, Identity, Mean, Scale, SetNeurons, StoreMean, Zero
+from analysis.replay.edits.function import Function
+from analysis.replay.edits.noise import Noise, NormMatched
+from analysis.replay.engine.compatibility import find_incompatibilities
+from analysis.replay.engine.engine import Engine
+from analysis.replay.engine.forward_hooks import PlacedEdit
 from analysis.replay.engine.identity import identity_error
-from analysis.replay.engine.rest import load_rest
+from analysis.replay.engine.partial_loading import load_rest
+from analysis.replay.engine.starts import Start
 from analysis.replay.sweeps.attribution import attribution, verify
 from analysis.replay.sweeps.grid import Grid, grid
 from analysis.replay.sweeps.metrics import Metric, Outcome, projection
 from analysis.replay.sweeps.results import Sweep, load
 from analysis.replay.sweeps.sweep import sweep
+
+# Earlier names
+Placed, obstacles = PlacedEdit, find_incompatibilities
 
 __all__ = [
     "Alternatives",
@@ -50,15 +45,18 @@ __all__ = [
     "Outcome",
     "Patch",
     "Placed",
+    "PlacedEdit",
     "ProjectOut",
     "Resample",
     "Scale",
     "SetNeurons",
     "Start",
     "Steer",
+    "StoreMean",
     "Sweep",
     "Zero",
     "attribution",
+    "find_incompatibilities",
     "grid",
     "identity_error",
     "load",

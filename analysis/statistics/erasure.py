@@ -1,8 +1,8 @@
-"""LEACE: an affine map after which no linear predictor can tell a concept, and that changes as little as possible."""
+"""LEACE: the affine map of least change after which no linear predictor finds a concept."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,18 +15,13 @@ from flexcache.errors import AnalysisError
 from flexcache.site import Layers
 from flexcache.store.read.store import Store
 
+PRECISION = 1e-10
+"""Singular values below this share of the largest are rounding errors of float64."""
+
 
 @dataclass(frozen=True, eq=False)
 class LEACE(Covariance):
-    """Erasers of the classes of ``groups``, from the covariance and the class means alone.
-
-    Least-squares concept erasure of Belrose et al. (2023, arXiv 2306.03819): r(x) = x - W⁺ P W (x - mean), with
-    W the symmetric whitening and P the projection onto the whitened cross-covariance with the classes. Its
-    guarantee, that the covariance with every class is 0 and no linear predictor beats a constant, is for the rows
-    it was fitted to. No singular value is rounded away but those at the precision of float64.
-    """
-
-    precision: float = field(default=1e-10)
+    """LEACE erasers of the classes of ``groups``, from the covariance and the class means alone; see `fit_eraser`."""
 
     def result(self, state: State) -> xr.Dataset:
         """Return mean, and left and right factors (feature, direction): r(x) = x - left @ (rightᵀ (x - mean))."""
@@ -39,21 +34,15 @@ class LEACE(Covariance):
             )
         share = counts / n
         cross = ((state["group_mean"] - state["mean"]) * share[:, None]).T  # cov(x, one-hot class), (feature, class)
-        values, vectors = np.linalg.eigh(state["gram"] / n)
-        full = values > max(values[-1], 0.0) * self.precision * 1e-4
-        vectors, root = vectors[:, full], np.sqrt(values[full])
-        whitened = (vectors / root) @ (vectors.T @ cross)
-        left, sizes, _ = np.linalg.svd(whitened, full_matrices=False)
-        kept = sizes > sizes[0] * self.precision if sizes[0] > 0 else np.zeros(len(sizes), bool)
-        basis = np.where(kept, left, 0.0)  # as many directions for every layer; what is not needed is 0
-        turned = vectors.T @ basis
+        left, right = fit_eraser(state["gram"] / n, cross)
+        empty = np.zeros((len(left), min(cross.shape) - left.shape[1]))  # as many directions in every layer
         return xr.Dataset(
             {
                 "n": ((), n),
                 "mean": ("feature", state["mean"]),
-                "left": (("feature", "direction"), (vectors * root) @ turned),
-                "right": (("feature", "direction"), (vectors / root) @ turned),
-                "rank": ((), int(kept.sum())),
+                "left": (("feature", "direction"), np.hstack([left, empty])),
+                "right": (("feature", "direction"), np.hstack([right, empty])),
+                "rank": ((), left.shape[1]),
             }
         )
 
@@ -70,7 +59,7 @@ def leace(
     token_types: Any = None,
     **where: Any,
 ) -> xr.Dataset:
-    """Return an eraser of a label for every layer, to be used by `erase`.
+    """Return an eraser of a label for every layer; `erase` applies it.
 
     Parameters
     ----------
@@ -96,5 +85,32 @@ def erase(values: np.ndarray, found: xr.Dataset) -> np.ndarray:
     found
         One layer of what `leace` returned: ``found.sel(layer=12)``.
     """
-    values = np.asarray(values, np.float64)
-    return np.asarray(values - (values - found["mean"].values) @ found["right"].values @ found["left"].values.T)
+    mean, left, right = (found[name].values for name in ("mean", "left", "right"))
+    return np.asarray(apply_eraser(np.asarray(values, np.float64), mean, left, right))
+
+
+def fit_eraser(covariance: np.ndarray, cross: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the factors *left* and *right* of a LEACE eraser, both of shape (features, k); see `apply_eraser`.
+
+    Least-squares concept erasure of Belrose et al. (2023, arXiv 2306.03819): r(x) = x - W⁺ P W (x - mean), with W the
+    whitening and P the projection onto the whitened cross-covariance with the concept. On the rows of the fit, the
+    covariance of the erased activations with the concept is 0, so that no linear predictor beats a constant.
+    Directions without variance are left as they are.
+
+    Parameters
+    ----------
+    covariance : ndarray of shape (features, features)
+    cross : ndarray of shape (features, concepts)
+        Covariance of the activations with the concepts, such as one-hot classes.
+    """
+    values, vectors = np.linalg.eigh(covariance)
+    kept = values > max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
+    root, vectors = np.sqrt(values[kept]), vectors[:, kept]
+    basis, sizes, _ = np.linalg.svd((vectors / root).T @ cross, full_matrices=False)
+    basis = basis[:, sizes > sizes.max(initial=0.0) * PRECISION]
+    return (vectors * root) @ basis, (vectors / root) @ basis
+
+
+def apply_eraser(values: Any, mean: Any, left: Any, right: Any) -> Any:
+    """Return rows of arrays or tensors without the concept of an eraser, shape (rows, features)."""
+    return values - ((values - mean) @ right) @ left.T

@@ -9,7 +9,7 @@ from torch import nn
 
 from flexcache.errors import HookError
 from flexcache.hooks import FlexModel, HookFunction
-from flexcache.hooks.flexmodel.edits import Add, Compose, Edit, Mean, ProjectOut, Scale, SwapRows, Zero
+from flexcache.hooks.flexmodel.edits import Add, BatchMean, Compose, Edit, Mean, ProjectOut, Scale, SwapRows, Zero
 from tests.models import HIDDEN, tiny, token_ids
 
 
@@ -28,7 +28,7 @@ EDITS = {
     "zero": Zero(),
     "neurons": Zero([1, -1]),
     "mean": Mean(VECTOR),
-    "batch mean": Mean(),
+    "batch mean": BatchMean(),
     "scale": Scale(-0.5),
     "add": Add(VECTOR, alpha=3.0),
     "project": ProjectOut(DIRECTIONS),
@@ -112,7 +112,7 @@ def test_directions_may_repeat(x: torch.Tensor) -> None:
         (ProjectOut(torch.ones(2, 7)), "directions of 8 features"),
         (SwapRows([0, 0, 1]), "an order of the 3 rows"),
         (Scale(2.0, positions=5), "positions from -5 to 4"),
-        (Edit(), "no edit by itself"),
+        (Edit(), "does not define an edit"),
     ],
 )
 def test_what_does_not_fit_is_named(edit: Edit, message: str, x: torch.Tensor) -> None:
@@ -133,6 +133,7 @@ def test_what_does_not_fit_is_named(edit: Edit, message: str, x: torch.Tensor) -
         (lambda: Add([1.0, 2.0]), "vector to be a tensor of floating-point numbers"),
         (lambda: Add(VECTOR, alpha="1"), "alpha to be a number"),
         (lambda: Mean(torch.arange(8)), "a tensor of torch.int64"),
+        (lambda: Mean(), r"BatchMean\(\)"),
         (lambda: ProjectOut([[1.0]]), "directions to be a tensor"),
         (lambda: SwapRows([1.0, 0.0]), "order to be a list"),
         (lambda: Compose(Scale(2.0), 3), "editing functions"),

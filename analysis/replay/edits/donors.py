@@ -1,4 +1,4 @@
-"""Edits that bring in activations of other documents: patched, interpolated, interchanged, resampled."""
+"""Edits that use the activations of other documents: patch, interpolate, interchange, resample."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from numpy.typing import NDArray
 from analysis.arguments import check_whole
 from analysis.dataset import columns
 from analysis.dataset.opens_store import opens_store
+from analysis.replay.edits.by_layer import ByLayer
+from analysis.replay.edits.directions import array_basis, random_basis
 from analysis.replay.edits.edit import Chain, Edit
 from analysis.replay.edits.edit_context import EditContext
-from analysis.replay.edits.standard import ByLayer, NormMatched, Numbers, orthonormal, random_basis
+from analysis.replay.edits.features import Numbers
+from analysis.replay.edits.noise import NormMatched
+from flexcache.hooks.flexmodel.edit_operations import project
 from flexcache.store.read.store import Store
 
 Donor = str | Mapping[str, str] | tuple[tuple[str, str], ...]
@@ -24,17 +28,17 @@ Align = str | Mapping[int, int] | tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Donated(Edit):
+class DonorEdit(Edit):
     """An edit by the activations of another document, the *donor*, at the same site and layer of the store.
 
     Parameters
     ----------
     donor
-        One document's id for all, or which document's rows each gets: a mapping from id to id.
+        The id of one document for all, or a mapping from each document's id to its donor's id.
     align
-        Which token of the donor a token gets: the one at the same position, counted from the ``"start"`` or the
-        ``"end"``, or by pairs (position, donor's position). Documents that have no donor, or whose donor has no such
-        token, are left out of the results.
+        Which token of the donor a token gets: the token at the same position, counted from the ``"start"`` or from the
+        ``"end"``, or pairs (position, donor's position). Documents without a donor, or whose donor has no such token,
+        are left out of the results.
     """
 
     donor: Donor
@@ -42,118 +46,128 @@ class Donated(Edit):
 
     def __post_init__(self) -> None:
         if not isinstance(self.donor, str):
-            pairs = self._pairs(self.donor, "donor as a document's id, or a mapping from id to id")
+            pairs = self._list_pairs(self.donor, "donor as a document's id, or a mapping from id to id")
             self._set("donor", tuple((str(a), str(b)) for a, b in pairs))
         if isinstance(self.align, str):
             if self.align not in ("start", "end"):
-                raise self._unmeant('align as "start", "end" or pairs of positions', repr(self.align))
+                raise self.settings_error('align as "start", "end" or pairs of positions', repr(self.align))
         else:
             expected = 'align as "start", "end" or pairs of positions'
-            pairs = self._pairs(self.align, expected)
+            pairs = self._list_pairs(self.align, expected)
             try:
                 self._set("align", tuple((index(a), index(b)) for a, b in pairs))
             except TypeError:
-                raise self._unmeant(expected, repr(self.align)[:80]) from None
+                raise self.settings_error(expected, repr(self.align)[:80]) from None
 
-    def _pairs(self, value: Any, expected: str) -> list[Any]:
+    def _list_pairs(self, value: Any, expected: str) -> list[Any]:
         """Return the pairs of a mapping, or of a list of pairs."""
         pairs = value.items() if isinstance(value, Mapping) else value
         found = list(pairs) if isinstance(pairs, Iterable) else []
         if not found or any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in found):
-            raise self._unmeant(expected, repr(value)[:80])
+            raise self.settings_error(expected, repr(value)[:80])
         return found
 
-    def donors(self, spot: EditContext) -> NDArray[np.int64]:
-        """Return the line of each token's donor in the store, −1 where there is none."""
-        return donor_lines(self.donor, spot.source.numbers, spot.documents)
-
-    def donated(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
-        """Return the donors' activations, and *x* itself where there are none."""
-        donors = self.donors(spot)
+    def read_donors(self, x: torch.Tensor, context: EditContext) -> torch.Tensor:
+        """Return the activation of each token's donor, or *x* itself if it has none."""
+        donors = donor_lines(self.donor, context.source.numbers, context.documents)
         if isinstance(self.align, str):
-            positions = spot.positions.copy()
+            positions = context.positions.copy()
             if self.align == "end":
-                positions += spot.lengths(donors) - spot.lengths(spot.documents)
+                positions += context.document_lengths(donors) - context.document_lengths(context.documents)
         else:
             pairs = dict(self.align)
-            positions = np.array([pairs.get(int(position), -1) for position in spot.positions], np.int64)
-        values, known = spot.rows_of(donors, positions, x)
+            positions = np.array([pairs.get(int(position), -1) for position in context.positions], np.int64)
+        values, known = context.read_activations(donors, positions, x)
         return torch.where(known[:, None], values, x)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Patch(Donated):
-    """Replace by the donor's activation (activation patching; Zhang & Nanda 2023, arXiv 2309.16042)."""
+class Patch(DonorEdit):
+    """Replace by the donor's activation (activation patching; Zhang & Nanda 2023, arXiv 2309.16042).
 
-    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
+    >>> Patch({"doc-1": "doc-2"}, align="end")
+    Patch(donor=(('doc-1', 'doc-2'),), align='end')
+    """
+
+    def change(self, x: torch.Tensor, context: EditContext) -> torch.Tensor:
         """Return the donors' activations."""
-        return self.donated(x, spot)
+        return self.read_donors(x, context)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Interpolate(Donated):
-    """Go the part *t* of the way to the donor's activation."""
+class Interpolate(DonorEdit):
+    """Move the share *t* of the distance to the donor's activation.
+
+    >>> Interpolate("doc-2", t=[0.5, 1]).strengths
+    (0.5, 1.0)
+    """
 
     t: Numbers = 0.5
     strength_field: ClassVar[str] = "t"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._numbers("t")
+        self._check_numbers("t")
 
-    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
-        """Return what is in between."""
-        return x + self._one(self.t) * (self.donated(x, spot) - x)
+    def change(self, x: torch.Tensor, context: EditContext) -> torch.Tensor:
+        """Return the points between."""
+        return x + self._one_strength(self.t) * (self.read_donors(x, context) - x)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Interchange(Donated):
-    """Replace the part within the span of *directions*, (features,) or (k, features), by the donor's part.
+class Interchange(DonorEdit):
+    """Replace the component in the span of *directions*, (features,) or (k, features), by the donor's component.
 
     Interchange of a subspace: Geiger et al. 2023, arXiv 2303.02536.
+
+    >>> Interchange("doc-2", directions=[0.0, 1.0])
+    Interchange(donor='doc-2', align='start', directions=array(2,))
     """
 
     directions: NDArray[Any] | tuple[()] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._array("directions", (1, 2))
+        self._check_array("directions", (1, 2))
 
-    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
-        """Return *x* with the donors' part along the directions."""
-        basis = self._fit(orthonormal(np.asarray(self.directions)), x)
-        return x + ((self.donated(x, spot) - x) @ basis.T) @ basis
+    def change(self, x: torch.Tensor, context: EditContext) -> torch.Tensor:
+        """Return *x* with the donors' components along the directions."""
+        basis = self._fit(array_basis(np.asarray(self.directions)), x)
+        return x + project(self.read_donors(x, context) - x, basis)
 
     def with_random_directions(self, seed: int, features: int) -> Edit | None:
-        """Return the same with as many random directions."""
+        """Return the edit with as many random directions."""
         return Interchange(self.donor, self.align, random_basis(np.asarray(self.directions), seed))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Resample(Edit):
-    """Replace by the activation at the same position of another document, drawn at random (resample ablation).
+    """Replace by the activation at the same position of a randomly drawn other document (resample ablation).
 
-    Each document gets one other document, of those that are at least as long; where there is none, it is left out.
+    Each document gets one other document that is at least as long; a document without one is left out.
+
+    >>> Resample(seed=7)
+    Resample(seed=7)
     """
 
     seed: int = 0
 
-    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
-        """Return what was drawn."""
-        lengths, drawn = spot.source.lengths, {}
-        for document in np.unique(spot.documents).tolist():
+    def change(self, x: torch.Tensor, context: EditContext) -> torch.Tensor:
+        """Return the activations of the drawn documents."""
+        lengths, drawn = context.source.lengths, {}
+        for document in np.unique(context.documents).tolist():
             others = np.flatnonzero(lengths >= lengths[document])
             others = others[others != document]
             rng = np.random.default_rng([self.seed, document])
             drawn[document] = int(rng.choice(others)) if len(others) else -1
-        donors = np.array([drawn[document] for document in spot.documents.tolist()], np.int64)
-        values, known = spot.rows_of(donors, spot.positions, x)
+        donors = np.array([drawn[document] for document in context.documents.tolist()], np.int64)
+        values, known = context.read_activations(donors, context.positions, x)
         return torch.where(known[:, None], values, x)
 
 
-def donated(edit: Edit) -> Iterator[Donated]:
-    """Yield an edit, or the edits that it is made of, where they have donors."""
-    if isinstance(edit, Donated):
+def iterate_donor_edits(edit: Edit) -> Iterator[DonorEdit]:
+    """Yield the edits with donors among an edit and those that it contains."""
+    if isinstance(edit, DonorEdit):
         yield edit
     parts: tuple[Edit, ...] = ()
     if isinstance(edit, Chain):
@@ -163,11 +177,11 @@ def donated(edit: Edit) -> Iterator[Donated]:
     elif isinstance(edit, NormMatched):
         parts = (edit.edit,)
     for part in parts:
-        yield from donated(part)
+        yield from iterate_donor_edits(part)
 
 
 def donor_ids(donor: Donor) -> list[str]:
-    """Return the ids that a donor names, both of documents and of their donors."""
+    """Return all ids in a setting of donors, those of documents and those of their donors."""
     if isinstance(donor, str):
         return [donor]
     return [str(name) for pair in (donor.items() if isinstance(donor, Mapping) else donor) for name in pair]
@@ -184,21 +198,27 @@ def donor_lines(donor: Donor, numbers: Mapping[str, int], documents: NDArray[np.
 
 @opens_store
 def same_length(store: Store, seed: int = 0, differing: str | None = None) -> dict[str, str]:
-    """Return a donor of equal length for each document that has one, drawn at random, by id.
+    """Return a randomly drawn donor of equal length for each document that has one: a mapping from id to id.
+
+    ::
+
+        donors = replay.same_length(store, differing="label")
+        replay.Patch(donors)
 
     Parameters
     ----------
     differing
         A column of the documents in which the donor must differ, such as a label. Documents without a value there
-        (null, NaN or an empty text) have no donor and are none.
+        (null, NaN or an empty text) have no donor and are not donors.
 
     Raises
     ------
     AnalysisError
-        *seed* is no whole number; the documents have no such column, or it holds no text, numbers, booleans or dates.
+        *seed* is not a whole number; the documents have no such column, or it holds something other than text, numbers,
+        booleans or dates.
     """
     given: Any = seed
-    remedy = f"name the argument of a column: differing={given!r}" if isinstance(given, str) else None
+    remedy = f"pass a column by keyword: differing={given!r}" if isinstance(given, str) else None
     check_whole("seed", given, 0, remedy=remedy)
     table, rng = store.documents, np.random.default_rng(seed)
     ids, lengths = table["id"].to_pylist(), table["n_tokens"].to_numpy()

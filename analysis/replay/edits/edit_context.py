@@ -1,4 +1,4 @@
-"""Where an edit is made: which tokens of which documents, and what else the store knows there."""
+"""The tokens that an edit changes, and what a store holds about them and about other documents."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ from flexcache.errors import AnalysisError, FlexCacheError, nearest
 from flexcache.store.read.store import Store
 
 MEAN_BLOCK = 8192
-"""Rows in memory at once when a mean is taken."""
+"""Rows in memory at once when a mean is computed."""
 
 
 class StoreRows:
-    """What edits may ask of a store: rows of other documents, and means; means are kept once taken."""
+    """The rows of a store by document, and means over its rows; a mean is computed once and kept.
+
+    Attributes
+    ----------
+    row_start, lengths : ndarray of int64, shape (documents,)
+        First row and number of tokens of each document.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -31,10 +37,10 @@ class StoreRows:
 
     @cached_property
     def numbers(self) -> dict[str, int]:
-        """Line of each document, by id."""
+        """Line of each document in the store's table, by id."""
         return {str(name): line for line, name in enumerate(self.store.documents["id"].to_pylist())}
 
-    def check(self, ids: Iterable[str], where: str, kind: type[FlexCacheError] = AnalysisError) -> None:
+    def check_documents(self, ids: Iterable[str], where: str, kind: type[FlexCacheError] = AnalysisError) -> None:
         """Raise AnalysisError, or *kind*, if the store lacks a document of *ids*."""
         unknown = [str(name) for name in ids if str(name) not in self.numbers]
         if unknown:
@@ -45,8 +51,8 @@ class StoreRows:
                 remedy=nearest(unknown[0], [*self.numbers]),
             )
 
-    def rows(self, site: str, layer: int | None, rows: NDArray[np.int64]) -> torch.Tensor:
-        """Return stored rows as they are stored, or as float32 where that is int8, shape (rows, features).
+    def read_rows(self, site: str, layer: int | None, rows: NDArray[np.int64]) -> torch.Tensor:
+        """Return rows in their storage dtype, or in float32 if that is int8: shape (rows, features).
 
         Raises
         ------
@@ -62,8 +68,8 @@ class StoreRows:
             )
         return as_tensor(self.store.read(site, layer, rows, raw=self.store.arrays[site].dtype != "int8"))
 
-    def mean(self, site: str, layer: int | None, position: int | None) -> torch.Tensor:
-        """Return the mean over all committed rows, or those of a position: float32, shape (features,)."""
+    def mean_row(self, site: str, layer: int | None, position: int | None) -> torch.Tensor:
+        """Return the mean over all committed rows, or over those of one position: float32, shape (features,)."""
         key = (site, layer, position)
         if key not in self._means:
             rows = self.store.committed_rows
@@ -71,7 +77,7 @@ class StoreRows:
                 rows = rows[np.asarray(self.store.coordinates["position"].values)[rows] == position]
             total: Any = 0.0
             for start in range(0, len(rows), MEAN_BLOCK):
-                total = total + self.rows(site, layer, rows[start : start + MEAN_BLOCK]).double().sum(0)
+                total = total + self.read_rows(site, layer, rows[start : start + MEAN_BLOCK]).double().sum(0)
             self._means[key] = (total / len(rows)).float()
         return self._means[key]
 
@@ -85,11 +91,11 @@ class EditContext:
     site, layer, module
         Where in the model.
     lines, documents, positions : ndarray of int64, shape (tokens,)
-        Of each token: the line in the forward, the document's line in the store, the position in the document.
+        For each token: the line of the forward, the document's line in the store, the position in the document.
     seed : int
-        Of what is drawn at random; the same tokens get the same, whatever else is in the batch.
+        Seed of random draws. A token gets the same draw whatever else is in the batch.
     left_out : set of int
-        Lines of the forward that the edit could not be made in, such as a document without a donor.
+        Lines of the forward in which the edit could not be made, such as a document without a donor.
     """
 
     source: StoreRows
@@ -102,20 +108,21 @@ class EditContext:
     seed: int = 0
     left_out: set[int] = field(default_factory=set)
 
-    def lengths(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return how many tokens documents have."""
+    def document_lengths(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the number of tokens of each document."""
         return self.source.lengths[documents]
 
-    def rows_of(
+    def read_activations(
         self, documents: NDArray[np.int64], positions: NDArray[np.int64], like: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the stored activations of other documents here, and where there are any.
+        """Return the stored activations of other documents at this site and layer.
 
-        A document of −1, or a position that the document does not have, leaves the line of its token out.
+        A document of −1, or a position that the document does not have, adds the line of its token to `left_out`.
 
         Returns
         -------
-        values, known : Tensor of *like*'s shape and dtype, and of bool (tokens,)
+        values : Tensor of the shape and dtype of *like*; zeros where not known
+        known : Tensor of bool, shape (tokens,)
         """
         known = (documents >= 0) & (positions >= 0)
         known[known] = positions[known] < self.source.lengths[documents[known]]
@@ -123,18 +130,18 @@ class EditContext:
         values = torch.zeros_like(like)
         if known.any():
             rows = self.source.row_start[documents[known]] + positions[known]
-            values[torch.from_numpy(known).to(like.device)] = self.source.rows(self.site, self.layer, rows).to(
+            values[torch.from_numpy(known).to(like.device)] = self.source.read_rows(self.site, self.layer, rows).to(
                 like.device, like.dtype
             )
         return values, torch.from_numpy(known).to(like.device)
 
-    def mean(self, over: str, like: torch.Tensor) -> torch.Tensor:
-        """Return the store's mean for each token: over all rows, or over those of the same position."""
-        places = [None] * len(self.positions) if over == "all" else self.positions.tolist()
-        return torch.stack([self.source.mean(self.site, self.layer, place) for place in places]).to(like)
+    def store_mean(self, over: str, like: torch.Tensor) -> torch.Tensor:
+        """Return the store's mean for each token: over ``"all"`` rows, or over those of the same ``"position"``."""
+        positions = [None] * len(self.positions) if over == "all" else self.positions.tolist()
+        return torch.stack([self.source.mean_row(self.site, self.layer, position) for position in positions]).to(like)
 
-    def noise(self, like: torch.Tensor, salt: int = 0) -> torch.Tensor:
-        """Return a direction of length 1 for each token, uniform on the sphere; of *like*'s shape and dtype."""
+    def unit_noise(self, like: torch.Tensor, salt: int = 0) -> torch.Tensor:
+        """Return a direction of length 1 for each token, uniform on the sphere, of the shape and dtype of *like*."""
         drawn = [
             np.random.default_rng([self.seed, salt, int(d), int(p)]).standard_normal(like.shape[-1])
             for d, p in zip(self.documents, self.positions, strict=True)
@@ -144,7 +151,7 @@ class EditContext:
 
 
 def as_tensor(values: NDArray[Any]) -> torch.Tensor:
-    """Return stored values as a tensor of the same dtype, bfloat16 as well."""
+    """Return stored values as a tensor of the same dtype, including bfloat16."""
     if values.dtype.itemsize == 2 and values.dtype != np.float16:
         return torch.from_numpy(np.ascontiguousarray(values).view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(np.ascontiguousarray(values))

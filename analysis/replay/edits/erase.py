@@ -1,4 +1,4 @@
-"""LEACE: the least change of activations after which no linear probe finds a concept."""
+"""LEACE as an edit: the least change of activations after which no linear probe finds a concept."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from numpy.typing import NDArray
 
 from analysis.dataset.probe_dataset import build_dataset
 from analysis.dataset.readable import Rows
+from analysis.replay.edits.directions import random_basis
 from analysis.replay.edits.edit import Edit
 from analysis.replay.edits.edit_context import EditContext
-from analysis.replay.edits.standard import random_basis
+from analysis.statistics.erasure import apply_eraser, fit_eraser
 from flexcache.errors import AnalysisError
 from flexcache.store.read.store import Store
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Erase(Edit):
-    """Erase a concept from activations: ``x − left · right · (x − mean)``, as `fit` or `fit_store` found it.
+    """Erase a concept from activations: ``x − left · right · (x − mean)``, fitted by `fit` or `fit_store`.
 
     Method: Belrose et al. 2023, "LEACE: Perfect linear concept erasure in closed form", arXiv 2306.03819. On the data
     of the fit, the covariance of the erased activations with the concept is zero, so that no linear predictor beats a
-    constant; elsewhere it is an estimate.
+    constant; on other data this holds approximately.
+
+    >>> Erase.fit([[0.0, 1.0], [2.0, 0.0], [0.5, 3.0]], [0, 1, 0])
+    Erase(left=array(2, 1), right=array(1, 2), mean=array(2,))
 
     Parameters
     ----------
@@ -39,15 +43,15 @@ class Erase(Edit):
     mean: NDArray[Any]
 
     def __post_init__(self) -> None:
-        self._array("left", (2,))
-        self._array("right", (2,))
-        self._array("mean")
+        self._check_array("left", (2,))
+        self._check_array("right", (2,))
+        self._check_array("mean")
 
     @classmethod
     def fit(cls, X: NDArray[Any], y: NDArray[Any]) -> Erase:
-        """Fit to activations (samples, features), and classes (samples,) or values (samples,) or (samples, k).
+        """Fit to activations (samples, features), and to classes (samples,) or values (samples,) or (samples, k).
 
-        Computed in float64. Directions in which the samples hardly vary are left as they are.
+        Computed in float64. Directions in which the samples hardly vary stay as they are.
 
         Raises
         ------
@@ -61,15 +65,10 @@ class Erase(Edit):
         Z = Z.reshape(len(Z), -1) - Z.reshape(len(Z), -1).mean(0)
         mean = X.mean(0)
         X = X - mean
-        value, vector = np.linalg.eigh(X.T @ X / len(X))
-        kept = value > value.max() * len(value) * np.finfo(np.float64).eps
-        if not kept.any() or not Z.any():
+        if not X.any() or not Z.any():
             raise AnalysisError("there is nothing to erase", found="a concept, or activations, that never vary")
-        root, vector = np.sqrt(value[kept]), vector[:, kept]
-        cross = (vector / root).T @ (X.T @ Z / len(X))  # in whitened coordinates
-        basis, size, _ = np.linalg.svd(cross, full_matrices=False)
-        basis = basis[:, size > size.max() * 1e-9]
-        return cls((vector * root) @ basis, (basis.T / root) @ vector.T, mean)
+        left, right = fit_eraser(X.T @ X / len(X), X.T @ Z / len(X))
+        return cls(left, right.T, mean)
 
     @classmethod
     def fit_store(cls, store: Store, target: str, site: str, layer: int, rows: Rows | None = "last") -> Erase:
@@ -77,12 +76,12 @@ class Erase(Edit):
         dataset = build_dataset(store, site, target, rows=rows, layers=layer)
         return cls.fit(dataset.read_layer(layer), dataset.y)
 
-    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
+    def change(self, x: torch.Tensor, context: EditContext) -> torch.Tensor:
         """Return *x* without the concept."""
-        right = self._fit(self.right, x)
-        return x - ((x - self._fit(self.mean, x)) @ right.T) @ torch.from_numpy(np.array(self.left.T)).to(x)
+        mean, left, right = (self._fit(value, x) for value in (self.mean, self.left.T, self.right))
+        return apply_eraser(x, mean, left.T, right.T)
 
     def with_random_directions(self, seed: int, features: int) -> Edit | None:
-        """Return an orthogonal projection along as many random directions, about the same mean."""
+        """Return an orthogonal projection along as many random directions, around the same mean."""
         basis = random_basis(self.right, seed)
         return Erase(basis.T, basis, self.mean)

@@ -1,4 +1,4 @@
-"""What stands between a store and an exact replay with a model at hand."""
+"""Compare a store with the model that is to replay it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from analysis.replay.engine.partial_loading import PartialLoad, partial_load
 from flexcache.errors import AnalysisError, MismatchError, nearest
 from flexcache.hooks.locate.hook_point import HookPoint
 from flexcache.identity import differences, identity_of, known, model_record
@@ -28,17 +29,20 @@ from flexcache.store.read.store import Store
 
 NAMES = ("rows", "site", "units", "weights", "behavior", "attention")
 REFUSED = ("rows", "site", "units")
-"""Without these there is nothing to go on from."""
-EXACT_ASIDE = ("flexcache-activations", "attention", "compute_dtype")
+"""Reasons that cannot be accepted: without these rows a replay has nothing to start from."""
+NO_CONDITION = ("flexcache-activations", "attention", "compute_dtype")
+"""Entries of a fingerprint that are compared elsewhere."""
 
 
-def obstacles(store: Store, model: nn.Module, processor: Any = None) -> dict[str, str]:
-    """Return what stands in the way of a replay, by short name.
+def find_incompatibilities(store: Store, model: nn.Module, processor: Any = None) -> dict[str, str]:
+    """Return the reasons why a store cannot be replayed with a model, by short name; empty if it can.
 
-    ``weights`` stands for another class, configuration or weights than those of the capture; ``behavior`` for a model
-    with the same weights that computes something else on a small fixed input, for example since a hook steers it, an
-    adapter is off or an activation function was replaced; ``attention`` for another attention kernel. A model whose
-    skipped blocks were not loaded is compared by the files of its checkpoint, see `analysis.replay.load_rest`.
+    ``weights``: another class, configuration or weights than those of the capture. ``behavior``: a model with the same
+    weights that computes something else on a small fixed input, because a hook steers it, an adapter is off or an
+    activation function was replaced, for example. ``attention``: another attention kernel. A model whose skipped blocks
+    were not loaded is compared by the files of its checkpoint, see `analysis.replay.load_rest`. ::
+
+        replay.find_incompatibilities(store, model)  # {"attention": "attention was sdpa, and is eager now"}
 
     Parameters
     ----------
@@ -47,60 +51,60 @@ def obstacles(store: Store, model: nn.Module, processor: Any = None) -> dict[str
     """
     found = dict(store.replayable.reasons)
     if "weights" not in found:
-        found |= _model(store, model, processor)
-    attention = {one.get("attention") for record in store.ledger for one in conditions_of(record.fingerprint)}
+        found |= _compare_model(store, model, processor)
+    attention = {one.get("attention") for record in store.ledger for one in unit_conditions(record.fingerprint)}
     now = fingerprint(model)["attention"]
     if attention and attention != {now}:
         found["attention"] = f"attention was {', '.join(map(str, sorted(map(str, attention))))}, and is {now} now"
     return found
 
 
-def conditions_of(fingerprint: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the conditions of a unit: several where it was merged from units of different ones."""
+def unit_conditions(fingerprint: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the conditions of a unit: several if it was merged from units of different conditions."""
     merged = fingerprint.get("merged")
     return list(merged) if isinstance(merged, list) else [fingerprint]
 
 
-def admit(store: Store, model: nn.Module, accept: Collection[str] = (), processor: Any = None) -> list[str]:
-    """Return notes on what was accepted by name, if nothing else stands in the way.
+def check_compatible(store: Store, model: nn.Module, accept: Collection[str] = (), processor: Any = None) -> list[str]:
+    """Return notes on the incompatibilities that were accepted by name, if there are no others.
 
     Raises
     ------
     MismatchError
-        Something does.
+        There is another incompatibility.
     AnalysisError
-        *accept* names what there is not, or what cannot be accepted.
+        *accept* holds an unknown name, or one that cannot be accepted.
     """
     for name in accept:
         if name not in NAMES or name in REFUSED:
             allowed = tuple(name for name in NAMES if name not in REFUSED)
             raise AnalysisError(f"{name!r} cannot be accepted", remedy=nearest(name, allowed))
-    found = obstacles(store, model, processor)
-    open_ones = {name: text for name, text in found.items() if name not in accept}
-    if open_ones:
-        free = [name for name in open_ones if name not in REFUSED]
+    found = find_incompatibilities(store, model, processor)
+    rejected = {name: text for name, text in found.items() if name not in accept}
+    if rejected:
+        acceptable = [name for name in rejected if name not in REFUSED]
         raise MismatchError(
             "the store cannot be replayed with this model",
             where=str(store.path),
-            expected="a row for every token, and the model and attention that filled it",
-            found="; ".join(open_ones.values()),
-            remedy=f"accept={free} goes on all the same, and the results say so"
-            if len(free) == len(open_ones)
+            expected="a row for every token, and the model and attention of the capture",
+            found="; ".join(rejected.values()),
+            remedy=f"accept={acceptable} replays it all the same, and the results say so"
+            if len(acceptable) == len(rejected)
             else "capture resid_post with rows: all",
         )
     notes = [f"Accepted: {text}." for text in found.values()]
     if "weights" not in found and identity_of(model_record(store.provenance)) is None:
-        notes.append("The store is of an earlier version: its model was compared by a sample of the weights only.")
+        notes.append("The store was written by an earlier version: only a sample of the weights was compared.")
     return notes
 
 
-def conditions(store: Store, model: nn.Module, dtype: str) -> list[str]:
-    """Return why bits may differ from the capture's: none where a replay is exact.
+def inexactness_notes(store: Store, model: nn.Module, dtype: str) -> list[str]:
+    """Return why bits may differ from the capture's; nothing if a replay is exact.
 
     Parameters
     ----------
     dtype
-        That of the array the replay reads.
+        Storage dtype of the array that the replay starts from.
     """
     now, notes = fingerprint(model), []
     if dtype != now["compute_dtype"]:
@@ -109,83 +113,68 @@ def conditions(store: Store, model: nn.Module, dtype: str) -> list[str]:
     changed = [
         f"{name} {earlier[name]}, now {now.get(name)}"
         for name in sorted(earlier)
-        if name not in EXACT_ASIDE and earlier[name] != now.get(name)
+        if name not in NO_CONDITION and earlier[name] != now.get(name)
     ]
     if changed:
         notes.append("Captured under other conditions, which may change bits: " + "; ".join(changed) + ".")
     return notes
 
 
-def _model(store: Store, model: nn.Module, processor: Any) -> dict[str, str]:
+def _compare_model(store: Store, model: nn.Module, processor: Any) -> dict[str, str]:
     before = recorded_model(store)
-    files = getattr(model, "replayed_checkpoint", None)
-    if files is not None:
-        return _rest(model_record(store.provenance), model, files)
+    partial = partial_load(model)
+    if partial is not None:
+        return _compare_partial(model_record(store.provenance), model, partial)
     if not known(before):
         return {}
-    reads = _reads_of(store, model, processor)
+    inputs = padding(model, stored_image_input(store, model, processor) if store.images else None)
     now = fingerprint(model)
-    given = describe_model(model, now, example=None if isinstance(reads, int) else reads.example(model))
+    given = describe_model(model, now, example=None if isinstance(inputs, int) else inputs.example(model))
     found = differences(before, given)
-    kind = f"the model is not that of the capture, a {before.get('class')}: "
+    intro = f"the model is not that of the capture, a {before.get('class')}: "
     if found:
         held = any(line.startswith(("weights", "class", "config", OTHERS)) for line in found)
-        return {"weights" if held else "behavior": kind + "; ".join(found)}
+        return {"weights" if held else "behavior": intro + "; ".join(found)}
     with evaluating(model), closing(ModelParallelGroup(model)) as group:
         try:
-            check_rows(model, store, reads, group, now)
+            check_rows(model, store, inputs, group, now)
         except MismatchError as error:
-            return {"behavior": kind + str(error.found)}
+            return {"behavior": intro + str(error.found)}
     return {}
 
 
-def _rest(before: Mapping[str, Any], model: nn.Module, files: Any) -> dict[str, str]:
-    """Compare a model whose skipped blocks were not loaded: its checkpoint, what was loaded of it, and hooks."""
-    if files != before.get("files"):
+def _compare_partial(before: Mapping[str, Any], model: nn.Module, partial: PartialLoad) -> dict[str, str]:
+    """Compare a partly loaded model: the files of its checkpoint, the weights that were loaded, and hooks."""
+    if partial.files != before.get("files"):
         return {"weights": "the checkpoint's files are not those of the capture"}
-    if combine(digest_tensors(model).weights) != getattr(model, "replayed_weights", None):
+    if combine(digest_tensors(model).weights) != partial.weights:
         return {"weights": "the weights were changed after they were loaded"}
     hooks = structure(model)["hooks"]
     held = (identity_of(before) or {}).get("structure", {}).get("hooks", [])
     return {} if hooks == held else {"behavior": f"hooks: {held or 'none'} before, {hooks or 'none'} now"}
 
 
-def _reads_of(store: Store, model: nn.Module, processor: Any) -> Any:
-    """Return the token id for padding, or how the model reads images."""
-    return padding(model, stored_image_input(store, model, processor) if store.images else None)
-
-
-def refuse_images(store: Store) -> None:
-    """Refuse a question about next tokens, where the documents are images.
-
-    Raises
-    ------
-    AnalysisError
-    """
+def check_no_images(store: Store) -> None:
+    """Raise AnalysisError if the documents are images: their models predict no next tokens."""
     if store.images:
         raise AnalysisError(
-            "edits are judged by the logits of next tokens, and the documents are images",
+            "edits are measured by the logits of next tokens, but the documents are images",
             where=str(store.path),
             expected="a store of texts or tokens",
-            remedy="run edits by analysis.replay.Engine, or attribution with an objective of your own",
+            remedy="run edits with analysis.replay.Engine, or attribution with an objective of your own",
         )
 
 
-def on_meta(module: nn.Module) -> bool:
-    """Whether a module has weights that were not loaded."""
+def has_unloaded_weights(module: nn.Module) -> bool:
+    """Return True if a module has weights that were not loaded."""
     return any(parameter.device == torch.device("meta") for parameter in module.parameters())
 
 
-def refuse_half(point: HookPoint) -> None:
-    """Refuse an edit at a site where the model goes on with what it has beside it as well.
-
-    Raises
-    ------
-    AnalysisError
-    """
+def check_editable(point: HookPoint) -> None:
+    """Raise AnalysisError if a parallel path of the model bypasses the site: an edit would have a partial effect."""
     if point.array in INEFFECTIVE:
         raise AnalysisError(
-            f"{point.array} can be read and not edited",
+            f"{point.array} can be read but not edited",
             where=str(point),
             expected="a site that everything after it goes through",
             remedy="edit resid_pre, attn_out or mlp_out instead",
@@ -193,7 +182,7 @@ def refuse_half(point: HookPoint) -> None:
 
 
 def check_store_and_model(store: Any, model: Any) -> None:
-    """Raise AnalysisError if *store* is no opened store, or *model* no PyTorch module."""
+    """Raise AnalysisError if *store* is not an opened store, or *model* not a PyTorch module."""
     if isinstance(store, nn.Module) and isinstance(model, Store | str):
         raise AnalysisError(
             "store and model are swapped",

@@ -1,11 +1,11 @@
-"""Forwards of a store's own batches, whole or from a stored residual stream on, with edits on the way."""
+"""Forwards of a store's own batches, complete or from a stored residual stream, with edits."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -15,10 +15,29 @@ from numpy.typing import NDArray
 from torch import nn
 
 from analysis.replay.edits.edit_context import EditContext, StoreRows
-from analysis.replay.edits.edit_context import as_tensor as tensor_of
-from analysis.replay.engine.compatibility import admit, check_store_and_model, conditions, on_meta, refuse_half
-from analysis.replay.engine.hooking import Placed, Ran, editing, reading, reading_at
-from analysis.replay.engine.skip import Container, as_tensor, as_tuple, skipping, unambiguous, watching
+from analysis.replay.engine.block_skipping import (
+    Container,
+    as_tensor,
+    as_tuple,
+    observe_containers,
+    skip_blocks,
+    unambiguous_lines,
+)
+from analysis.replay.engine.compatibility import (
+    check_compatible,
+    check_editable,
+    check_store_and_model,
+    has_unloaded_weights,
+    inexactness_notes,
+)
+from analysis.replay.engine.forward_hooks import (
+    ForwardResult,
+    PlacedEdit,
+    capture_activation,
+    edit_activation,
+    limit_head,
+)
+from analysis.replay.engine.starts import BEGINNING, Start, find_start, read_residual, stack_residuals
 from flexcache import hooks
 from flexcache.errors import AnalysisError, FlexCacheError
 from flexcache.hooks.locate.encoder_decoder import encoded, is_encoder_decoder
@@ -34,38 +53,32 @@ from flexcache.site import Site
 from flexcache.store.read.store import Store
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a replay begins: how many blocks are skipped, and the stored site and layer that stand for them."""
-
-    skipped: int
-    site: str = ""
-    layer: int | None = None
-
-
 class Engine:
-    """Runs a model over a store's batches as the capture did, or only what comes after a stored residual stream.
+    """Run a model over a store's batches as the capture did, or only the blocks after a stored residual stream.
 
-    Masks, positions and everything else are the model's own: the model is called as always, with token ids, or with the
-    pixels of the images that the store keeps, and blocks that are skipped return what is stored. The model is left as
-    it was.
+    Masks, positions and everything else are the model's own: the model is called as always, with token ids or with the
+    pixels of the images in the store, and skipped blocks return the stored rows. The model is restored afterwards. ::
+
+        engine = replay.Engine(store, model)
+        for batch in engine.batches():
+            logits = engine.run(batch, engine.start_at("resid_post", 12)).logits
 
     Parameters
     ----------
     processor
-        Of images: the image processor of the capture, where the store cannot say it because it was a function.
+        For stores of images: the image processor of the capture, needed if it was a function.
 
     Raises
     ------
     AnalysisError
-        *store* is no store, or *model* no loaded model.
+        *store* is not a store, or *model* not a loaded model.
     MismatchError
         The store cannot be replayed with this model, see `analysis.replay.engine.compatibility`.
     """
 
     def __init__(self, store: Store, model: nn.Module, accept: Collection[str] = (), processor: Any = None) -> None:
         check_store_and_model(store, model)
-        self.notes = admit(store, model, accept, processor)
+        self.notes = check_compatible(store, model, accept, processor)
         self.store, self.model = store, peel(model)
         self.source = StoreRows(store)
         self._named = modules(self.model)
@@ -74,27 +87,24 @@ class Engine:
         self.depth = len(blocks)
         self._pad = padding(self.model, stored_image_input(store, self.model, processor) if store.images else None)
         self._points: dict[tuple[str, int | None], HookPoint] = {}
-        self._conditions: dict[str, list[str]] = {}
+        self._notes: dict[str, list[str]] = {}
         self._container: Container | None = None
-        self._one = replace(ONE, context=ONE.tokens) if is_encoder_decoder(self.model) else ONE
+        self._example = replace(EXAMPLE, context=EXAMPLE.tokens) if is_encoder_decoder(self.model) else EXAMPLE
         self._reader = BatchReader(store.path, mean=False)
         self._defaults = {"use_cache": False} if accepts(self.model, "use_cache") else {}
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
-        self.ends: dict[int, torch.Tensor] = {}
-        """Logits at the ends of documents, as `analysis.replay.sweeps.sweep_plan.last_logits` keeps them."""
         self._head: nn.Module | None = head if isinstance(head, nn.Module) else None
-
-    # What there is to run
+        self._last_logits: dict[int, torch.Tensor] = {}
 
     def batches(self, documents: Collection[int] | None = None) -> Iterator[Batch]:
         """Yield the capture's batches of committed units that hold any of *documents*, each document once.
 
-        A unit's batches are those of the budget it was run with, as the ledger has it.
+        A unit's batches follow the token budget that the ledger recorded for it.
         """
         wanted = None if documents is None else np.asarray(sorted(documents))
         for unit in self.store.committed_units.tolist():
             for batch in self._reader.unit(unit, self.store.ledger.read(unit).batch_tokens):
-                whole = batch.keep[0][0] == 0  # the rest of a document that straddles units was run with its front
+                whole = batch.keep[0][0] == 0  # the rest of a document that spans units was run with its beginning
                 if whole and (wanted is None or np.isin(batch.documents, wanted).any()) and self._has_rows(batch):
                     yield batch
 
@@ -103,77 +113,66 @@ class Engine:
         return next(self.batches([document]))
 
     def start_at(self, site: str, layer: int | None, *, stored: bool = True) -> Start:
-        """Return the latest start that the store allows for an edit at a site and layer.
-
-        Raises
-        ------
-        AnalysisError
-            *stored* is asked for, and the residual stream just before is not in the store.
-        """
-        wanted = 0 if layer is None else layer + 1 if site == "resid_post" else layer
-        for skipped in range(wanted, 0, -1):
-            for name, number in (("resid_post", skipped - 1), ("resid_pre", skipped)):
-                if name in self.store.arrays and number in self.store.layers(name):
-                    return Start(skipped, name, number)
-            if stored:
-                break
-        if stored and wanted:
-            raise AnalysisError(
-                "the residual stream to go on from is not stored",
-                where=f"{site}, layer {layer}",
-                expected=f"resid_post of layer {wanted - 1}, or resid_pre of layer {wanted}",
-                found=", ".join(f"{name} {list(self.store.layers(name))}" for name in self.store.sites),
-                remedy="capture it, or choose one of the stored layers",
-            )
-        return Start(0)
+        """Return the latest start that the store allows for an edit; see `analysis.replay.engine.starts.find_start`."""
+        return find_start(self.store, site, layer, stored=stored)
 
     @cached_property
     def vocabulary(self) -> int:
         """Length of the last dim of the logits."""
         weight = getattr(self._head, "weight", None)
         if weight is None:
-            return int(self.run(self._one).logits.shape[-1])
+            return int(self.run(self._example).logits.shape[-1])
         return int(getattr(self._head, "out_features", len(weight)))
 
     def point(self, site: str, layer: int | None) -> HookPoint:
-        """Return where a site is in the model."""
+        """Return the hook point of a site and layer."""
         if (site, layer) not in self._points:
             found = hooks.find_hook_points(self.model, Site.parse(site), "all" if layer is None else layer)
             self._points[site, layer] = found[0]
         return self._points[site, layer]
 
     def notes_on(self, start: Start) -> list[str]:
-        """Return why a replay from here is not exact, see `analysis.replay.engine.compatibility.conditions`."""
+        """Return why a replay from this start is not exact, see `compatibility.inexactness_notes`."""
         if not start.skipped:
             return []
         dtype = self.store.arrays[start.site].dtype
-        if dtype not in self._conditions:
-            self._conditions[dtype] = conditions(self.store, self.model, dtype)
-        return self._conditions[dtype]
+        if dtype not in self._notes:
+            self._notes[dtype] = inexactness_notes(self.store, self.model, dtype)
+        return self._notes[dtype]
 
-    # Running
+    def last_logits(self, document: int) -> torch.Tensor:
+        """Return the logits at a document's last token, in its own batch: float32, shape (vocabulary,).
+
+        The logits of the other documents of the batch are kept for later calls.
+        """
+        if document not in self._last_logits:
+            batch = self.batch_of(document)
+            last = np.array([[len(tokens) - 1] for tokens in batch.tokens])
+            logits = self.run(batch, read=last).logits[:, 0].float().cpu()
+            self._last_logits |= dict(zip(batch.documents.tolist(), logits, strict=True))
+        return self._last_logits[document]
 
     @torch.no_grad()
     def run(
         self,
         batch: Batch,
-        start: Start | Sequence[Start] = Start(0),
-        placed: Sequence[Placed] = (),
+        start: Start | Sequence[Start] = BEGINNING,
+        placed: Sequence[PlacedEdit] = (),
         *,
         read: NDArray[np.int64] | None = None,
         points: Sequence[tuple[str, int | None]] = (),
-    ) -> Ran:
-        """Run a batch, from *start* on.
+    ) -> ForwardResult:
+        """Run a batch from *start* to the end of the model.
 
         Parameters
         ----------
         start
-            Several stack the batch along its first dim, once for each, for as many edits side by side; in the order
-            of the blocks they begin at.
+            Several starts stack the batch along its first dim, once for each, in the order of the blocks they start at:
+            this runs as many edits side by side.
         read
-            Positions to compute logits at, shape (sequences, read); all by default. The head runs on those alone.
+            Positions at which logits are computed, shape (sequences, read); all by default.
         points
-            Sites and layers to return; of what lies in a block, the lines that have begun there.
+            Sites and layers to return. For a site in a block, the lines that have reached this block are returned.
 
         Raises
         ------
@@ -181,134 +180,111 @@ class Engine:
             The model fails when blocks are skipped; an edit is at a site that cannot be edited.
         """
         for one in placed:
-            refuse_half(one.point)
+            check_editable(one.point)
         copies = [start] if isinstance(start, Start) else list(start)
         starts = [copy.skipped for copy in copies for _ in range(batch.shape[0])]
-        assert starts == sorted(starts), "copies are in the order of the blocks that they begin at"
+        assert starts == sorted(starts), "copies are in the order of the blocks that they start at"
         lines, longest = len(starts), batch.shape[1]
         device = input_device(self.model)
-        container = self._contained(copies[-1]) if starts[-1] else as_tensor
+        container = self._find_container(copies[-1]) if starts[-1] else as_tensor
         if starts[0] < starts[-1]:
-            starts += [starts[-1]] * (unambiguous(lines, longest) - lines)
+            starts += [starts[-1]] * (unambiguous_lines(lines, longest) - lines)
         inputs = {
             name: _repeated(values, len(starts))
             for name, values in tensors(self.model, batch.inputs(self._pad)).items()
         }
-        ran = Ran(torch.empty(0), {})
+        result = ForwardResult(torch.empty(0), {})
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
             stack.enter_context(eager(self.model))
             if read is not None and self._head is not None:
-                stack.enter_context(reading(self._head, _repeated(torch.from_numpy(read), len(starts)).to(device)))
+                stack.enter_context(limit_head(self._head, _repeated(torch.from_numpy(read), len(starts)).to(device)))
             for point in dict.fromkeys(one.point for one in placed):
                 module = self._named[point.module]
-                edits = [(one, self._spot(one, module, batch, ran)) for one in placed if one.point == point]
-                shape = (self._begun(point, starts), longest)
-                stack.enter_context(editing(module, point, edits, shape, batch.shape[0]))
-            for place in points:
-                point = self.point(*place)
-                shape = (self._begun(point, starts), longest)
+                edits = [(one, self._context(one, module, batch, result)) for one in placed if one.point == point]
+                shape = (self._lines_at(point, starts), longest)
+                stack.enter_context(edit_activation(module, point, edits, shape, batch.shape[0]))
+            for key in points:
+                point = self.point(*key)
+                shape = (self._lines_at(point, starts), longest)
                 if shape[0]:
-                    stack.enter_context(reading_at(self._named[point.module], point, place, shape, ran))
+                    stack.enter_context(capture_activation(self._named[point.module], point, key, shape, result))
             if starts[-1]:
-                residual = self._residuals(batch, copies, len(starts), device)
-                stack.enter_context(skipping(self.model, starts, residual, container))
-                output = self._guarded(inputs, starts)
+                dtype = next(self.model.parameters()).dtype
+                residual = stack_residuals(self.source, batch, copies, len(starts), dtype).to(device)
+                stack.enter_context(skip_blocks(self.model, starts, residual, container))
+                output = self._call_skipping(inputs, starts)
             else:
-                with watching(self.model) as found:
+                with observe_containers(self.model) as found:
                     output = self._call(inputs)
                 self._container = self._container or found[0]
-        ran.logits = _logits(output)[:lines]
-        return ran
+        result.logits = _logits(output)[:lines]
+        return result
 
-    def reaches(self, start: Start, place: tuple[str, int | None]) -> bool:
-        """Whether a replay from here computes, or begins with, what is at a site and layer; before, nothing changes."""
-        block = self._block(point := self.point(*place))
+    def reaches(self, start: Start, key: tuple[str, int | None]) -> bool:
+        """Return True if a replay from *start* computes, or starts with, the value at a site and layer."""
+        block = self._block(point := self.point(*key))
         return block is None or start.skipped <= block + (
             point.module == self._blocks[block] and point.side == "output"
         )
 
     def residual(self, batch: Batch, start: Start) -> torch.Tensor:
         """Return the stored residual stream of a batch, padded with zeros: shape (sequences, longest, hidden)."""
-        return self._residual(batch, start, input_device(self.model))
-
-    # Private
+        dtype = next(self.model.parameters()).dtype
+        return read_residual(self.source, batch, start, dtype).to(input_device(self.model))
 
     def _has_rows(self, batch: Batch) -> bool:
         first = self.source.row_start[batch.documents]
         last = first + self.source.lengths[batch.documents] - 1
         return bool(np.isin(last // self.store.shard_rows, self.store.committed_units).all())
 
-    def _residual(self, batch: Batch, start: Start, device: torch.device) -> torch.Tensor:
-        lengths = np.array([len(tokens) for tokens in batch.tokens])
-        first = self.source.row_start[batch.documents]
-        together = len(lengths) == 1 or bool((first[1:] == (first + lengths)[:-1]).all())
-        rows: Any = (
-            slice(int(first[0]), int(first[0] + lengths.sum()))
-            if together
-            else np.concatenate([np.arange(a, a + n) for a, n in zip(first, lengths, strict=True)])
-        )
-        stored = self.store.arrays[start.site].dtype != "int8"
-        values = tensor_of(self.store.read(start.site, start.layer, rows, raw=stored))
-        dtype = next(self.model.parameters()).dtype
-        padded = torch.zeros((*batch.shape, values.shape[1]), dtype=dtype)
-        padded[torch.from_numpy(batch.attention_mask()).bool()] = values.to(dtype)
-        return padded.to(device)
-
-    def _residuals(self, batch: Batch, copies: Sequence[Start], lines: int, device: torch.device) -> torch.Tensor:
-        """Return what each line begins with; zeros where no block is skipped."""
-        stored = {copy: self._residual(batch, copy, device) for copy in dict.fromkeys(copies) if copy.skipped}
-        nothing = torch.zeros_like(next(iter(stored.values())))
-        whole = [stored.get(copy, nothing) for copy in copies]
-        return torch.cat([*whole, *[whole[-1][:1]] * (lines - len(copies) * batch.shape[0])])
-
     def _block(self, point: HookPoint) -> int | None:
-        """Return the number of the block that a hook point is at or in; None for one outside."""
+        """Return the number of the block that contains a hook point; None if no block does."""
         inside = (n for n, block in enumerate(self._blocks) if f"{point.module}.".startswith(f"{block}."))
         return next(inside, None)
 
-    def _begun(self, point: HookPoint, starts: Sequence[int]) -> int:
-        """Return how many lines pass a hook point: in a block, those that have begun there."""
+    def _lines_at(self, point: HookPoint, starts: Sequence[int]) -> int:
+        """Return how many lines pass a hook point: in a block, those that have reached it."""
         block = self._block(point)
         return len(starts) if block is None or point.module in self._blocks else bisect_right(starts, block)
 
-    def _spot(self, placed: Placed, module: nn.Module, batch: Batch, ran: Ran) -> EditContext:
+    def _context(self, placed: PlacedEdit, module: nn.Module, batch: Batch, result: ForwardResult) -> EditContext:
         lines, positions = placed.tokens
         documents = batch.documents[lines % batch.shape[0]]
         where = (placed.point.array, placed.point.layer, module)
-        return EditContext(self.source, *where, lines, documents, positions, placed.seed, ran.left_out)
+        return EditContext(self.source, *where, lines, documents, positions, placed.seed, result.left_out)
 
     def _call(self, inputs: Mapping[str, torch.Tensor]) -> Any:
         return self.model(**encoded(self.model, inputs), **self._defaults)
 
-    def _guarded(self, inputs: Mapping[str, torch.Tensor], starts: Sequence[int]) -> Any:
+    def _call_skipping(self, inputs: Mapping[str, torch.Tensor], starts: Sequence[int]) -> Any:
         try:
             return self._call(inputs)
         except (FlexCacheError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # whatever a model's own code raises where a block's work is missing
+        except Exception as error:  # a model's own code can raise anything where the output of a block is missing
             raise AnalysisError(
-                "the model cannot go on where blocks are skipped",
+                "the model fails when blocks are skipped",
                 where=f"{type(self.model).__name__}, the first {starts[0]} to {starts[-1]} blocks skipped",
                 found=f"{type(error).__name__}: {str(error)[:300]}",
-                remedy="its blocks hand on more than the residual stream; such a model cannot be replayed",
+                remedy="its blocks pass on more than the residual stream; such a model cannot be replayed",
             ) from error
 
-    def _contained(self, start: Start) -> Container:
-        """Return how blocks pack their output: from a block that runs, where nothing has run yet."""
+    def _find_container(self, start: Start) -> Container:
+        """Return how blocks pack their output; if nothing has run yet, run a small forward to see."""
         if self._container is None:
             blocks = hooks.find_blocks(self.model)[1]
-            if not any(on_meta(block) for block in blocks):
-                self.run(self._one if isinstance(self._pad, int) else next(self.batches()))
+            if not any(has_unloaded_weights(block) for block in blocks):
+                self.run(self._example if isinstance(self._pad, int) else next(self.batches()))
             elif start.skipped < len(blocks):
-                self._container = self._tried(start)
+                self._container = self._try_containers(start)
         return self._container or as_tensor
 
-    def _tried(self, start: Start) -> Container:
+    def _try_containers(self, start: Start) -> Container:
         device = input_device(self.model)
         stored = self.store.arrays[start.site]
         if isinstance(self._pad, int):
-            arrays, length = self._one.inputs(self._pad), 2
+            arrays, length = self._example.inputs(self._pad), 2
             inputs = {name: torch.from_numpy(values).to(device) for name, values in arrays.items()}
         else:
             inputs, length = self._pad.example(self.model)(1, 0), self._pad.patches.tokens
@@ -317,22 +293,22 @@ class Engine:
             try:
                 with (
                     torch.no_grad(),
-                    watching(self.model) as found,
-                    skipping(self.model, [start.skipped], given, container),
+                    observe_containers(self.model) as found,
+                    skip_blocks(self.model, [start.skipped], given, container),
                 ):
                     self._call(inputs)
-            except Exception:  # the other one, then
+            except Exception:  # the other container may fit
                 continue
             if type(found[-1](given)) is type(container(given)):
                 return container
         return as_tensor
 
 
-ONE = Batch(0, 0, range(2), np.zeros(1, np.int64), (np.ones(2, np.int32),), ((0, 2),))
+EXAMPLE = Batch(0, 0, range(2), np.zeros(1, np.int64), (np.ones(2, np.int32),), ((0, 2),))
 
 
 def _repeated(values: torch.Tensor, lines: int) -> torch.Tensor:
-    """Return sequences over and over, *lines* in all."""
+    """Return sequences repeated up to *lines* in all."""
     return values.repeat(-(-lines // len(values)), *[1] * (values.ndim - 1))[:lines]
 
 

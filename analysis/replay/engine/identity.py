@@ -10,18 +10,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from analysis.replay.engine.engine import Engine, Start
+from analysis.replay.engine.engine import Engine
+from analysis.replay.engine.starts import Start
 from flexcache.errors import AnalysisError
 from flexcache.recording.forward.batch import Batch
 from flexcache.store.read.store import Store
 
 ROUNDING = 0.05
-"""Where the store is not exact: the most that differences may be, as root mean squares, of the logits' own spread."""
+"""Largest relative root mean square, in units of the logits' spread, that a replay of an inexact store may have."""
 
 
 @dataclass(frozen=True)
 class Discrepancy:
-    """How far a replay is from the forward: the largest difference of logits, and the relative root mean square."""
+    """Distance of a replay from the forward: the largest difference of logits, and the relative root mean square."""
 
     largest: float
     relative: float
@@ -40,19 +41,21 @@ def identity_error(
     accept: Collection[str] = (),
     processor: Any = None,
 ) -> float:
-    """Return the largest difference between logits of whole forwards and of those that go on from the store.
+    """Return the largest difference between the logits of complete forwards and of replays that change nothing.
 
-    It is 0.0 exactly wherever the storage dtype is the compute dtype and the conditions are the capture's. Of a model
-    without a head, its last hidden states are compared.
+    It is exactly 0.0 if the storage dtype is the compute dtype and the conditions are the capture's. For a model
+    without a head, the last hidden states are compared. ::
+
+        replay.identity_error(store, model, layer=12)  # 0.0
 
     Parameters
     ----------
     layer
-        Where the replay begins; negative from the end.
+        Layer after which the replay starts; negative from the end.
     documents
-        Ids; by default all that are committed.
+        Ids; all committed documents by default.
     accept
-        Obstacles to ignore, by name: ``"weights"``, ``"attention"``.
+        Incompatibilities to ignore, by name: ``"weights"``, ``"behavior"``, ``"attention"``.
     processor
         As for `Engine`.
 
@@ -68,23 +71,25 @@ def identity_error(
     chosen = None if documents is None else [engine.source.numbers[name] for name in documents]
     worst = Discrepancy(0.0, 0.0)
     for batch in engine.batches(chosen):
-        worst |= misfit(engine, batch, start, engine.run(batch).logits)
+        worst |= measure_discrepancy(engine, batch, start, engine.run(batch).logits)
     return worst.largest
 
 
-def misfit(engine: Engine, batch: Batch, start: Start, logits: torch.Tensor) -> Discrepancy:
-    """Return how far a replay of a batch that changes nothing is from *logits* of its whole forward."""
-    return compare(engine.run(batch, start).logits, logits, batch)
+def measure_discrepancy(engine: Engine, batch: Batch, start: Start, logits: torch.Tensor) -> Discrepancy:
+    """Return the distance of a replay that changes nothing from the *logits* of the batch's complete forward."""
+    return compare_logits(engine.run(batch, start).logits, logits, batch)
 
 
-def compare(mine: torch.Tensor, logits: torch.Tensor, batch: Batch, read: np.ndarray | None = None) -> Discrepancy:
-    """Return how far logits are from others, padding aside."""
+def compare_logits(
+    replayed: torch.Tensor, logits: torch.Tensor, batch: Batch, read: np.ndarray | None = None
+) -> Discrepancy:
+    """Return the distance between logits, without padding."""
     real = torch.from_numpy(batch.attention_mask() if read is None else np.ones(read.shape)).bool()
-    if mine.ndim == 2:  # scores of whole sequences, such as classes of images
-        mine, logits, real = mine[:, None], logits[:, None], torch.ones((len(mine), 1), dtype=torch.bool)
+    if replayed.ndim == 2:  # scores of whole sequences, such as classes of images
+        replayed, logits, real = replayed[:, None], logits[:, None], torch.ones((len(replayed), 1), dtype=torch.bool)
     largest, square, spread = 0.0, 0.0, 0.0
-    for line in range(len(mine)):  # a sequence at a time: logits are large
-        ours, theirs = (values[line][real[line].to(values.device)].float() for values in (mine, logits))
+    for line in range(len(replayed)):  # a sequence at a time: logits are large
+        ours, theirs = (values[line][real[line].to(values.device)].float() for values in (replayed, logits))
         difference = ours - theirs
         largest = max(largest, float(difference.abs().max()))
         square += float(difference.square().sum(dtype=torch.float64))
@@ -92,14 +97,10 @@ def compare(mine: torch.Tensor, logits: torch.Tensor, batch: Batch, read: np.nda
     return Discrepancy(largest, (square / spread) ** 0.5 if spread else float(largest > 0))
 
 
-def refuse_misfit(engine: Engine, start: Start, found: Discrepancy, notes: Collection[str], copies: int = 1) -> None:
-    """Refuse a model whose replay is not its forward.
-
-    Raises
-    ------
-    AnalysisError
-        With the error that was found: of any size where the replay should be exact, else beyond `ROUNDING`.
-    """
+def check_discrepancy(
+    engine: Engine, start: Start, found: Discrepancy, notes: Collection[str], copies: int = 1
+) -> None:
+    """Raise AnalysisError if a replay differs from the forward; if it is not exact, by more than `ROUNDING`."""
     exact = not notes and copies == 1
     if not np.isfinite(found.relative) or (found.largest > 0 if exact else found.relative > ROUNDING):
         raise AnalysisError(
@@ -107,5 +108,5 @@ def refuse_misfit(engine: Engine, start: Start, found: Discrepancy, notes: Colle
             where=f"{type(engine.model).__name__}, the first {start.skipped} blocks skipped",
             expected="equal logits, bit for bit" if exact else f"logits to {ROUNDING:.0%} of their spread",
             found=f"largest difference {found.largest:.3g}, {found.relative:.2%} of the spread",
-            remedy="the model's blocks hand on more than the residual stream, or hooks of yours change it",
+            remedy="the model's blocks pass on more than the residual stream, or your own hooks change it",
         )

@@ -1,29 +1,31 @@
-"""Checks of what a caller gives to a replay, before any work is done."""
+"""Checks of the arguments of a sweep, before any work is done."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import index
 from typing import Any
 
 from torch import nn
 
-from analysis.replay.edits.edit_context import StoreRows
 from analysis.replay.engine.compatibility import check_store_and_model, shown
+from analysis.replay.engine.engine import Engine
 from analysis.replay.sweeps.grid import Grid, grid
 from flexcache.errors import AnalysisError
 from flexcache.store.read.store import Store
 
+Answers = Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Sequence[int]] | None
+ModelLoader = Callable[[], nn.Module]
 Pair = tuple[int, int]
 
 
-def loaded(store: Any, model: Any) -> nn.Module:
-    """Return a model, loaded if *model* is a function without arguments.
+def load_model(store: Any, model: Any) -> nn.Module:
+    """Return a model; if *model* is a function without arguments, call it to load the model.
 
     Raises
     ------
     AnalysisError
-        It is neither a module nor such a function, or *store* is no store.
+        *model* is neither a module nor such a function, or *store* is not a store.
     """
     function = callable(model) and not isinstance(model, type | nn.Module)
     found = model() if function and isinstance(store, Store) else model
@@ -32,13 +34,13 @@ def loaded(store: Any, model: Any) -> nn.Module:
     return checked
 
 
-def checked_grid(at: Any) -> Grid:
-    """Return where a sweep makes its edits; by default the last token at every layer.
+def check_grid(at: Any) -> Grid:
+    """Return the grid of a sweep; by default the last token at every layer.
 
     Raises
     ------
     AnalysisError
-        *at* is no `Grid`.
+        *at* is not a `Grid`.
     """
     if at is None:
         return grid()
@@ -46,16 +48,14 @@ def checked_grid(at: Any) -> Grid:
         return at
     options = repr(at) if isinstance(at, str) else f"layers={at}" if type(at) is int else '"resid_post"'
     raise AnalysisError(
-        "a sweep is made on a grid",
+        "a sweep needs a grid",
         expected="what replay.grid returns",
         found=shown(at),
         remedy=f"write at=replay.grid({options})",
     )
 
 
-def checked_answers(
-    answers: Any, source: StoreRows, documents: Sequence[str] | None, vocabulary: int
-) -> Pair | dict[str, Pair] | None:
+def parse_answers(answers: Any, engine: Engine, documents: Sequence[str] | None) -> Pair | dict[str, Pair] | None:
     """Return answers as one pair of token ids for all documents, or as a pair by document id.
 
     Parameters
@@ -66,13 +66,14 @@ def checked_answers(
     Raises
     ------
     AnalysisError
-        A pair is not two ids below *vocabulary*; a document is not in the store; there are more or fewer pairs than
+        A pair is not two token ids of the model; a document is not in the store; there are more or fewer pairs than
         documents.
     """
     if answers is None:
         return None
+    source, vocabulary = engine.source, engine.vocabulary
     if isinstance(answers, Mapping):
-        source.check(answers, "answers")
+        source.check_documents(answers, "answers")
         pairs = {str(name): _pair(pair, vocabulary, f"answers of {name!r}") for name, pair in answers.items()}
         names = source.numbers if documents is None else documents
         if not any(str(name) in pairs for name in names):
@@ -111,6 +112,6 @@ def _pair(value: Any, vocabulary: int, where: str) -> Pair:
             where=where,
             expected=f"two token ids from 0 to {vocabulary - 1}",
             found=shown(value),
-            remedy="a tokenizer gives the ids of a text: tokenizer(text, add_special_tokens=False).input_ids",
+            remedy="a tokenizer returns the ids of a text: tokenizer(text, add_special_tokens=False).input_ids",
         )
     return first, second

@@ -1,4 +1,4 @@
-"""Attribution: what patching each token would do, estimated from stored gradients alone; then the best replayed."""
+"""Attribution: the effect of patching each token, estimated from stored gradients; the largest are then replayed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import nn
 from analysis.dataset.opens_store import opens_store
 from analysis.replay.edits.donors import Donor, Patch, donor_ids, donor_lines
 from analysis.replay.edits.edit_context import StoreRows
-from analysis.replay.engine.compatibility import refuse_images
+from analysis.replay.engine.compatibility import check_no_images
 from analysis.replay.engine.engine import Engine
-from analysis.replay.engine.hooking import Placed, Ran
-from analysis.replay.engine.identity import compare, refuse_misfit
+from analysis.replay.engine.forward_hooks import ForwardResult, PlacedEdit
+from analysis.replay.engine.identity import check_discrepancy, compare_logits
 from flexcache.errors import AnalysisError
 from flexcache.recording.forward.batch import Batch
 from flexcache.recording.forward.objective import NextTokenLoss, Objective
@@ -36,28 +36,29 @@ def attribution(
     method: Method = "patching",
     layers: Collection[int] | None = None,
 ) -> xr.DataArray:
-    """Return how much the objective would change if each token's activation were its donor's; without the model.
+    """Return the estimated change of the objective if each token's activation were its donor's, without the model.
 
     ``"patching"``: the gradient at the document times the difference to the donor (attribution patching; Nanda 2023;
     Kramár et al. 2024, arXiv 2403.00745). ``"ig"``: the mean of the gradients at the document and at the donor, times
     the difference: integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365) by the trapezoidal rule on the two
-    ends, which are what a store has. Both are first guesses: saturation and cancellation give false negatives.
+    ends that a store holds. Both are estimates: saturation and cancellation cause false negatives. One layer is in
+    memory at a time. ::
 
-    One layer is in memory at a time.
+        estimate = replay.attribution(store, replay.same_length(store), method="ig")
 
     Parameters
     ----------
     donor
-        A document's id for all, or by document. Tokens are aligned by position; those that the donor lacks are left
-        out.
+        The id of one document for all, or a mapping from id to id. Tokens are aligned by position; tokens that the
+        donor lacks are left out.
     site
-        Stored, with its gradient ``<site>.grad``, at the same layers.
+        A stored site whose gradient ``<site>.grad`` is stored too.
     layers
-        By default all that both were captured at.
+        All layers with both by default.
 
     Returns
     -------
-    DataArray with dims (layer, token), of the objective's units; coordinates document (id) and position
+    DataArray with dims (layer, token), in units of the objective; coordinates document (id), position and donor (id)
 
     Raises
     ------
@@ -104,27 +105,33 @@ def verify(
     objective: Objective | None = None,
     accept: Collection[str] = (),
 ) -> xr.Dataset:
-    """Replay the *top* cells exactly, largest estimates first, and compare.
+    """Replay the *top* cells with the largest estimates, and compare the exact effects with the estimates.
+
+    ::
+
+        exact = replay.verify(store, model, estimate, top=50)
+        exact.attrs["rank_correlation"]
 
     Parameters
     ----------
     attributed
         What `attribution` returned.
     objective
-        That of the capture, by default the loss of the next token; its change is summed over a document's tokens.
+        The objective of the capture, by default the loss of the next token; its change is summed over the
+        tokens of a document.
 
     Returns
     -------
-    Dataset with dim cell: ``attributed`` and ``exact``, with coordinates layer, document, position; its attribute
-    ``rank_correlation`` is Spearman's, ``identity_error`` as in a sweep
+    Dataset with dim cell: ``attributed`` and ``exact``, with coordinates layer, document, position; the attribute
+    ``rank_correlation`` is Spearman's, ``identity_error`` is as in a sweep
 
     Raises
     ------
     AnalysisError, MismatchError
-        See `analysis.replay.sweeps.sweep`.
+        See `analysis.replay.sweep`.
     """
     if objective is None:
-        refuse_images(store)
+        check_no_images(store)
     engine, objective = Engine(store, model, accept), objective or NextTokenLoss()
     order = np.argsort(-np.abs(attributed.values), axis=None, kind="stable")[:top]
     rows, tokens = np.unravel_index(order, attributed.shape)
@@ -141,14 +148,14 @@ def verify(
         mine = [n for n, cell in enumerate(cells) if engine.source.numbers[cell[1]] in place]
         for layer in sorted({cells[n][0] for n in mine}):
             start = engine.start_at(attributed.attrs["site"], layer)
-            found = compare(engine.run(batch, start).logits, base.logits, batch)
-            refuse_misfit(engine, start, found, engine.notes_on(start))
+            found = compare_logits(engine.run(batch, start).logits, base.logits, batch)
+            check_discrepancy(engine, start, found, engine.notes_on(start))
             worst = max(worst, found.largest)
             for together in _rounds([n for n in mine if cells[n][0] == layer], cells):
                 lines = np.array([place[engine.source.numbers[cells[n][1]]] for n in together], np.int64)
                 positions = np.array([cells[n][2] for n in together], np.int64)
                 patch = Patch({cells[n][1]: cells[n][3] for n in together})
-                placed = Placed(engine.point(attributed.attrs["site"], layer), patch, (lines, positions))
+                placed = PlacedEdit(engine.point(attributed.attrs["site"], layer), patch, (lines, positions))
                 after = _per_document(objective, engine.run(batch, start, [placed]), batch)
                 exact[together] = (after - before)[lines]
     estimate = attributed.values[rows, tokens]
@@ -168,9 +175,9 @@ def verify(
 
 
 def _aligned(store: Store, donor: Donor) -> tuple[StoreRows, NDArray[np.int64], NDArray[np.int64]]:
-    """Return the rows that have a donor's row at their position, and those rows."""
+    """Return the rows whose donor has a row at the same position, and these donors' rows."""
     source = StoreRows(store)
-    source.check(donor_ids(donor), "donor")
+    source.check_documents(donor_ids(donor), "donor")
     lines = donor_lines(donor, source.numbers, np.arange(len(source.lengths)))
     rows = store.committed_rows
     document = np.asarray(store.coordinates["document"].values)[rows]
@@ -201,7 +208,7 @@ def _owner(source: StoreRows, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     return order[np.searchsorted(source.row_start[order], rows, side="right") - 1]
 
 
-def _per_document(objective: Objective, ran: Ran, batch: Batch) -> NDArray[np.float64]:
+def _per_document(objective: Objective, ran: ForwardResult, batch: Batch) -> NDArray[np.float64]:
     output: Any = _Output(ran.logits)
     with torch.no_grad():
         value = objective(output, batch)
@@ -209,14 +216,14 @@ def _per_document(objective: Objective, ran: Ran, batch: Batch) -> NDArray[np.fl
 
 
 class _Output:
-    """What an objective reads of a model's output."""
+    """The part of a model's output that an objective reads."""
 
     def __init__(self, logits: torch.Tensor) -> None:
         self.logits = logits
 
 
 def _rounds(numbers: list[int], cells: list[tuple[Any, ...]]) -> list[list[int]]:
-    """Part cells so that no document has two in one forward."""
+    """Split cells so that no document has two cells in one forward."""
     rounds: list[list[int]] = []
     for number in numbers:
         for group in rounds:

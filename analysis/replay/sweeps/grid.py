@@ -1,4 +1,4 @@
-"""Which cells a sweep visits: a site, layers, and which tokens of each document."""
+"""The grid of a sweep: a site, layers, and the tokens of each document that are edited."""
 
 from __future__ import annotations
 
@@ -15,40 +15,42 @@ from flexcache.site import Layers, plain_layers, resolve_layers
 from flexcache.store.read.store import Store
 
 WORDS = ("last", "first", "all", "each")
-Place = int | str | dict[str, tuple[int, ...]]
-"""One entry of the position dim: a number, a word, or chosen positions by document id."""
+Positions = int | str | dict[str, tuple[int, ...]]
+"""One entry of the position dim: a number, a word, or positions by document id."""
 
 
 @dataclass(frozen=True)
 class Grid:
     """Layers × positions of one site; made by `grid`.
 
+    >>> grid(layers=[8, 12], positions=[0, "last"])
+    Grid(site='resid_post', layers=(8, 12), positions={'0': 0, 'last': 'last'})
+
     Attributes
     ----------
-    positions : mapping from label to Place
-        What the position dim of the results is called, and which tokens of a document it means.
+    positions : mapping from label to Positions
+        Labels of the position dim of the results, and the tokens of a document that each stands for.
     """
 
     site: str
     layers: Layers
-    positions: Mapping[str, Place]
+    positions: Mapping[str, Positions]
 
-    def resolve(self, store: Store, depth: int) -> tuple[tuple[int | None, ...], dict[str, Place]]:
-        """Return the layers, and the positions with ``"each"`` spelt out.
+    def resolve(self, store: Store, depth: int) -> tuple[tuple[int | None, ...], dict[str, Positions]]:
+        """Return the layers, and the positions with ``"each"`` resolved to numbers.
 
-        Layers are those of the store where it holds the site or the residual stream before it; all of *depth* are those
-        that a replay can start at.
+        ``"all"`` layers are those of a model of *depth* blocks at which the store allows a replay to start.
         """
         positions = dict(self.positions)
         if "each" in positions:
             longest = int(store.documents["n_tokens"].to_numpy().max())
             del positions["each"]
-            positions |= {str(place): place for place in range(longest)}
+            positions |= {str(position): position for position in range(longest)}
         if "." in self.site:
             return (None,), positions
         if self.layers != "all":
             return resolve_layers(self.layers, depth), positions
-        return tuple(_startable(store, self.site, depth)), positions
+        return tuple(_layers_to_start_at(store, self.site, depth)), positions
 
 
 def grid(
@@ -56,7 +58,10 @@ def grid(
     layers: Layers = "all",
     positions: str | int | Sequence[int | str] | Mapping[str, Mapping[str, Sequence[int]]] = "last",
 ) -> Grid:
-    """Say where a sweep makes its edits.
+    """Return where a sweep makes its edits.
+
+    >>> grid("attn_out", layers=5, positions={"subject": {"doc-1": [2, 3]}}).positions
+    {'subject': {'doc-1': (2, 3)}}
 
     Parameters
     ----------
@@ -67,77 +72,80 @@ def grid(
     positions
         ``"last"`` or ``"first"`` token of each document, ``"all"`` of them at once, ``"each"`` position one by one; a
         number, negative from the document's end; a list of these, one by one; or names for positions that differ by
-        document: ``{"subject": {"doc-1": [2, 3], …}}``. Documents that have no such token are left out.
+        document: ``{"subject": {"doc-1": [2, 3], …}}``. Documents without such a token are left out.
 
     Raises
     ------
     AnalysisError
-        Positions that cannot be read.
+        The site or the positions cannot be read.
     """
     if not isinstance(site, str):
         raise AnalysisError("a site cannot be read", expected="a name or a module path", found=repr(site)[:80])
-    found: dict[str, Place] = {}
+    found: dict[str, Positions] = {}
     if isinstance(positions, Mapping):
         for name, by_document in positions.items():
             if not isinstance(by_document, Mapping):
-                raise _unread(by_document, "positions by document id, such as {'subject': {'doc-1': [2, 3]}}", name)
+                raise _position_error(
+                    by_document, "positions by document id, such as {'subject': {'doc-1': [2, 3]}}", name
+                )
             found[str(name)] = {
-                str(key): tuple(number(place, f"{name}, {key}") for place in several(places))
-                for key, places in by_document.items()
+                str(key): tuple(parse_position(one, f"{name}, {key}") for one in as_list(given))
+                for key, given in by_document.items()
             }
     else:
-        for place in several(positions):
-            word = isinstance(place, str) and place in WORDS
-            found[str(place)] = place if word else number(place)
+        for one in as_list(positions):
+            found[str(one)] = one if isinstance(one, str) and one in WORDS else parse_position(one)
     if not found:
         raise AnalysisError("no position is given", remedy='write positions="last"')
     return Grid(site, plain_layers(layers), found)
 
 
-def chosen(place: Place, lengths: NDArray[np.int64], ids: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the tokens that a place means in documents: their lines, and their positions, each once."""
+def select_tokens(
+    positions: Positions, lengths: NDArray[np.int64], ids: Sequence[str]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the lines and positions of the tokens that *positions* selects in documents, each token once."""
     lines: list[int] = []
-    positions: list[int] = []
+    found: list[int] = []
     for line, length in enumerate(lengths.tolist()):
-        if isinstance(place, dict):
-            asked: Any = place.get(ids[line], ())
-        elif place == "all":
+        if isinstance(positions, dict):
+            asked: Any = positions.get(ids[line], ())
+        elif positions == "all":
             asked = range(length)
         else:
-            asked = (-1,) if place == "last" else (0,) if place == "first" else (place,)
-        found = sorted({p + length if p < 0 else p for p in asked if -length <= p < length})
-        lines += [line] * len(found)
-        positions += found
-    return np.array(lines, np.int64), np.array(positions, np.int64)
+            asked = (-1,) if positions == "last" else (0,) if positions == "first" else (positions,)
+        inside = sorted({p + length if p < 0 else p for p in asked if -length <= p < length})
+        lines += [line] * len(inside)
+        found += inside
+    return np.array(lines, np.int64), np.array(found, np.int64)
 
 
-def reachable(place: Place, lengths: Mapping[str, int]) -> bool:
-    """Return True if any document, of *lengths* by id, has a token at a place."""
-    if isinstance(place, dict):
-        asked = ((p, lengths.get(name, 0)) for name, places in place.items() for p in places)
+def has_tokens(positions: Positions, lengths: Mapping[str, int]) -> bool:
+    """Return True if *positions* selects a token in any document; *lengths* by document id."""
+    if isinstance(positions, dict):
+        asked = ((p, lengths.get(name, 0)) for name, chosen in positions.items() for p in chosen)
         return any(-length <= p < length for p, length in asked)
-    return isinstance(place, str) or any(-length <= place < length for length in lengths.values())
+    return isinstance(positions, str) or any(-length <= positions < length for length in lengths.values())
 
 
-def several(places: Any) -> list[Any]:
-    """Return a list of what may be given as one, or as several."""
-    return list(places) if isinstance(places, Iterable) and not isinstance(places, str | Mapping) else [places]
+def as_list(value: Any) -> list[Any]:
+    """Return one value or several as a list."""
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str | Mapping) else [value]
 
 
-def number(place: Any, where: str | None = None) -> int:
-    """Return a position as an int; raise AnalysisError if it is no whole number."""
-    if isinstance(place, bool) or not hasattr(place, "__index__"):
-        raise _unread(place, "a whole number" + ("" if where else f", or one of {', '.join(WORDS)}"), where)
-    return index(place)
+def parse_position(value: Any, where: str | None = None) -> int:
+    """Return a position as an int, or raise AnalysisError if it is not a whole number."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise _position_error(value, "a whole number" + ("" if where else f", or one of {', '.join(WORDS)}"), where)
+    return index(value)
 
 
-def _unread(place: Any, expected: str, where: str | None) -> AnalysisError:
+def _position_error(value: Any, expected: str, where: str | None) -> AnalysisError:
     return AnalysisError(
-        "a position cannot be read", where=where, expected=expected, found=" ".join(repr(place).split())[:80]
+        "a position cannot be read", where=where, expected=expected, found=" ".join(repr(value).split())[:80]
     )
 
 
-def _startable(store: Store, site: str, depth: int) -> list[int]:
+def _layers_to_start_at(store: Store, site: str, depth: int) -> list[int]:
     post = set(store.layers("resid_post")) if "resid_post" in store.arrays else set()
     pre = set(store.layers("resid_pre")) if "resid_pre" in store.arrays else set()
     ready = {0} | {layer + 1 for layer in post} | pre  # blocks that can be the first to run

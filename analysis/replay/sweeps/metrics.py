@@ -1,4 +1,4 @@
-"""Metrics of an edit for each document, from the logits with it and without, computed in float64."""
+"""Metrics of an edit for each document, from the logits with and without the edit, computed in float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from flexcache.errors import AnalysisError, FlexCacheError, nearest
 
 @dataclass(frozen=True)
 class Outcome:
-    """One document after an edit, and as it was.
+    """One document with an edit and without, as metrics get it.
+
+    ::
+
+        def entropy(outcome: replay.Outcome) -> float:
+            return float(torch.distributions.Categorical(logits=outcome.logits[-1]).entropy())
 
     Attributes
     ----------
@@ -24,13 +29,12 @@ class Outcome:
         At `positions`, with the edit and without.
     positions : ndarray of int64, shape (read,)
     tokens : ndarray of int32
-        The document's.
+        The document's token ids.
     answer : tuple of (token, other), or None
     donor : Tensor, float32, shape (vocabulary,), or None
         Logits at the end of the donor's own forward.
     residuals, base_residuals : dict
-        Tensors of shape (tokens, features), by name of the site and layer.
-        What the metric's `reads` asked for.
+        Tensors of shape (tokens, features) by site and layer, for the metric's `reads`.
     document : int
         Line in the store.
     """
@@ -48,16 +52,22 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number for each document.
+    """A number for each document, computed from its `Outcome`.
+
+    ::
+
+        replay.Metric("top", lambda outcome: float(outcome.logits[-1].max()))
 
     Parameters
     ----------
     name
-        In the results.
+        Name in the results.
     function
-        Of an `Outcome`; NaN where it has no meaning.
+        Function of an `Outcome`; NaN if it is undefined.
     reads
-        Sites and layers whose activations it needs; layers may be negative from the end.
+        Sites and layers whose activations it needs; a negative layer counts from the end.
+    answers, donors
+        The metric needs answers, or logits of donors.
     """
 
     name: str
@@ -77,7 +87,7 @@ def kl(outcome: Outcome) -> float:
 
 
 def loss(outcome: Outcome) -> float:
-    """Return the mean loss of the next token with the edit, in nats; NaN where no token that is read has a next."""
+    """Return the mean loss of the next token with the edit, in nats; NaN if no token that is read has a next one."""
     return _loss(outcome, outcome.logits)
 
 
@@ -87,7 +97,7 @@ def loss_change(outcome: Outcome) -> float:
 
 
 def logit_diff(outcome: Outcome) -> float:
-    """Return the logit of the answer less that of the other, at the last token, with the edit."""
+    """Return the logit of the answer less that of the other token, at the last token, with the edit."""
     return _difference(outcome, outcome.logits[-1])
 
 
@@ -102,22 +112,22 @@ def prob(outcome: Outcome) -> float:
 
 
 def rank(outcome: Outcome) -> float:
-    """Return how many tokens are likelier than the answer at the last token, with the edit."""
+    """Return how many tokens are more likely than the answer at the last token, with the edit."""
     if not outcome.answer:
         return float("nan")
     return float((outcome.logits[-1] > outcome.logits[-1, outcome.answer[0]]).sum())
 
 
 def flips(outcome: Outcome) -> float:
-    """Return the share of tokens at which the likeliest next token is another one."""
+    """Return the share of tokens whose most likely next token changes."""
     return float((outcome.logits.argmax(-1) != outcome.base.argmax(-1)).double().mean())
 
 
 def recovered(outcome: Outcome) -> float:
-    """Return which part of the way from the document's logit difference to its donor's the edit goes.
+    """Return the recovered fraction of the change from the document's logit difference to its donor's.
 
-    0 is without the edit, 1 what the donor has at its own last token (Zhang & Nanda 2023, arXiv 2309.16042). NaN
-    without a donor, or where both are the same.
+    0 is the logit difference without the edit, 1 the donor's at its own last token (Zhang & Nanda 2023, arXiv
+    2309.16042). NaN without a donor, or if both are equal.
     """
     if outcome.donor is None or outcome.answer is None:
         return float("nan")
@@ -133,12 +143,16 @@ def cosine(outcome: Outcome) -> float:
 
 
 def projection(name: str, vector: Any, site: str = "resid_post", layer: int = -1, bias: float = 0.0) -> Metric:
-    """Return a metric: what a linear probe says of the last token read, at a later layer, with the edit.
+    """Return a metric: the value of a linear probe at a later layer, for the last token read, with the edit.
+
+    ::
+
+        replay.projection("sentiment", direction.unit, layer=24)
 
     Parameters
     ----------
     vector, bias
-        The probe's, for activations as they are: shape (features,).
+        Those of the probe for activations that are not normalised: shape (features,).
     """
     weights = torch.as_tensor(np.asarray(vector, np.float64))
 
@@ -166,17 +180,17 @@ NAMED = {
 }
 
 
-Asked = str | Metric | Callable[[Outcome], float]
-"""A metric as it is asked for: by name, itself, or as a function."""
+MetricLike = str | Metric | Callable[[Outcome], float]
+"""A metric: by name, as a `Metric`, or as a function of an `Outcome`."""
 
 
-def find(metrics: Asked | Sequence[Asked], answers: bool) -> tuple[Metric, ...]:
-    """Return one or several metrics, given by name or as functions of an Outcome.
+def resolve_metrics(metrics: MetricLike | Sequence[MetricLike], answers: bool) -> tuple[Metric, ...]:
+    """Return one or several metrics that are given by name or as functions of an Outcome.
 
     Raises
     ------
     AnalysisError
-        Something is no metric, two are called alike, or one needs answers and there are none.
+        A value is not a metric, two metrics have the same name, or one needs answers and there are none.
     """
     found: list[Metric] = []
     several = isinstance(metrics, Iterable) and not isinstance(metrics, str)
@@ -192,7 +206,7 @@ def find(metrics: Asked | Sequence[Asked], answers: bool) -> tuple[Metric, ...]:
             found.append(Metric(getattr(metric, "__name__", type(metric).__name__), metric))
         else:
             raise AnalysisError(
-                "that is not a metric",
+                "this is not a metric",
                 expected=f"a function of an Outcome, or one of {', '.join(NAMED)}",
                 found=repr(metric)[:80],
             )
@@ -203,14 +217,14 @@ def find(metrics: Asked | Sequence[Asked], answers: bool) -> tuple[Metric, ...]:
     if needy and not answers:
         raise AnalysisError(
             f"metric {needy[0]} needs answers",
-            expected="two tokens for each document: that whose logit counts, and that it is compared with",
+            expected="two tokens for each document: the one whose logit counts, and the one it is compared with",
             remedy="give answers=(token, other), or a mapping from document id to such pairs",
         )
     return tuple(found)
 
 
-def score(metric: Metric, outcome: Outcome) -> float:
-    """Return the value of a metric.
+def compute_metric(metric: Metric, outcome: Outcome) -> float:
+    """Return the value of a metric for one document.
 
     Raises
     ------

@@ -34,7 +34,7 @@ def swept(made: Any, **options: Any) -> Any:
 class Broken(Edit):
     """Fails in its own code."""
 
-    def change(self, x: torch.Tensor, spot: EditContext) -> torch.Tensor:
+    def change(self, x: torch.Tensor, context: EditContext) -> torch.Tensor:
         """Raise KeyError."""
         raise KeyError("a bug of mine")
 
@@ -45,7 +45,7 @@ class Returns(Edit):
 
     nothing: bool = False
 
-    def change(self, x: torch.Tensor, spot: EditContext) -> Any:
+    def change(self, x: torch.Tensor, context: EditContext) -> Any:
         """Return another shape than *x*."""
         return None if self.nothing else x.mean(0)
 
@@ -174,7 +174,7 @@ def test_a_metric_that_fails_or_returns_no_number_is_named(made: Any) -> None:
 
         assert (swept(made, metrics=number)["value"].sel(arm="edit") == 2).all()
     for metrics in (None, 5, [None]):
-        with pytest.raises(AnalysisError, match="that is not a metric"):
+        with pytest.raises(AnalysisError, match="this is not a metric"):
             swept(made, metrics=metrics)
 
 
@@ -203,9 +203,9 @@ def test_store_and_model_are_checked_first(made: Any) -> None:
         ({"edit": replay.Zero}, r"Zero\(\) with brackets"),
         ({"edit": [replay.Zero(), replay.Mean]}, r"Mean\(\) with brackets"),
         ({"edit": lambda x: x}, "replay.Function"),
-        ({"edit": None}, "no edit"),
-        ({"edit": "zero"}, "no edit"),
-        ({"edit": {"zero": {}}}, "no edit"),
+        ({"edit": None}, "not an edit"),
+        ({"edit": "zero"}, "not an edit"),
+        ({"edit": {"zero": {}}}, "not an edit"),
         ({"readout": 1.5}, "whole number"),
         ({"readout": None}, "whole number"),
     ],

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
 from analysis import replay
-from analysis.replay.edits.edit import Edit, alternatives, from_json, labels
+from analysis.replay.edits.edit import Edit, from_json, label_edits, list_edits
 from analysis.replay.edits.edit_context import EditContext, StoreRows
 from analysis.replay.sweeps.inference import sign_flip
 from analysis.statistics.bootstrap import mean_interval
@@ -25,8 +25,8 @@ ALL: list[Edit] = [
     replay.Identity(),
     replay.Zero(),
     replay.Zero((3, 5)),
-    replay.Mean(over="position"),
-    replay.Mean(dims=(1,), value=VECTOR),
+    replay.StoreMean(over="position"),
+    replay.StoreMean(dims=(1,), value=VECTOR),
     replay.Scale(0.5),
     replay.Scale([1, 2], dims=(0,)),
     replay.Clamp(-0.1, 0.1),
@@ -52,7 +52,7 @@ def doubled(module: Any, activation: torch.Tensor, save_ctx: Any, modules: Any) 
 
 
 @pytest.fixture(scope="module")
-def spot(captured: Callable[..., Any]) -> EditContext:
+def context(captured: Callable[..., Any]) -> EditContext:
     """Five tokens of three documents in layer 1."""
     store, model = captured()
     source = StoreRows(store)
@@ -65,8 +65,8 @@ def spot(captured: Callable[..., Any]) -> EditContext:
 
 
 @pytest.fixture
-def x(spot: EditContext) -> torch.Tensor:
-    return spot.source.rows("resid_post", 1, spot.source.row_start[spot.documents] + spot.positions)
+def x(context: EditContext) -> torch.Tensor:
+    return context.source.read_rows("resid_post", 1, context.source.row_start[context.documents] + context.positions)
 
 
 @pytest.mark.parametrize("edit", ALL, ids=repr)
@@ -81,79 +81,79 @@ def test_an_edit_is_a_value_that_prints_and_is_written_without_pickle(edit: Edit
 
 
 @pytest.mark.parametrize("edit", [e for e in ALL if len(e.strengths) == 1 and "ByLayer" not in repr(e)], ids=repr)
-def test_a_change_keeps_shape_and_leaves_its_argument_alone(edit: Edit, x: torch.Tensor, spot: EditContext) -> None:
+def test_a_change_keeps_shape_and_leaves_its_argument_alone(edit: Edit, x: torch.Tensor, context: EditContext) -> None:
     before = x.clone()
     single = edit.at_strength(edit.strengths[0])
-    after = single.change(x, spot)
+    after = single.change(x, context)
     assert after.shape == x.shape
     assert torch.equal(x, before)
     assert torch.isfinite(after).all()
-    assert torch.equal(after, single.change(x, spot)), "the same twice"
+    assert torch.equal(after, single.change(x, context)), "the same twice"
 
 
-def test_edits_do_what_they_say(x: torch.Tensor, spot: EditContext) -> None:
-    zero = replay.Zero((3, 5)).change(x, spot)
+def test_edits_do_what_they_say(x: torch.Tensor, context: EditContext) -> None:
+    zero = replay.Zero((3, 5)).change(x, context)
     assert (zero[:, [3, 5]] == 0).all()
     assert np.array_equal(np.delete(zero.numpy(), [3, 5], 1), np.delete(x.numpy(), [3, 5], 1))
-    assert torch.equal(replay.Scale(0.5).change(x, spot), x / 2)
-    assert replay.Clamp(-0.1, 0.1).change(x, spot).abs().max() <= 0.1
-    assert replay.SetNeurons((3, 9), (1.0, -1.0)).change(x, spot)[:, [3, 9]].tolist() == [[1, -1]] * 5
-    steered = replay.Steer(VECTOR, 2).change(x, spot)
+    assert torch.equal(replay.Scale(0.5).change(x, context), x / 2)
+    assert replay.Clamp(-0.1, 0.1).change(x, context).abs().max() <= 0.1
+    assert replay.SetNeurons((3, 9), (1.0, -1.0)).change(x, context)[:, [3, 9]].tolist() == [[1, -1]] * 5
+    steered = replay.Steer(VECTOR, 2).change(x, context)
     np.testing.assert_allclose((steered - x).numpy(), np.tile(2 * VECTOR, (5, 1)), atol=1e-5)
-    flat = replay.ProjectOut(np.stack([VECTOR, 2 * VECTOR])).change(x, spot)
+    flat = replay.ProjectOut(np.stack([VECTOR, 2 * VECTOR])).change(x, context)
     np.testing.assert_allclose(flat @ torch.from_numpy(VECTOR).float(), 0, atol=1e-5)
-    noise = replay.Noise(0.1).change(x, spot)
+    noise = replay.Noise(0.1).change(x, context)
     np.testing.assert_allclose((noise - x).norm(dim=1), 0.1 * x.norm(dim=1), rtol=1e-5)
-    matched = replay.NormMatched(replay.Steer(VECTOR, 3)).change(x, spot)
+    matched = replay.NormMatched(replay.Steer(VECTOR, 3)).change(x, context)
     np.testing.assert_allclose((matched - x).norm(dim=1), np.full(5, 3 * np.linalg.norm(VECTOR)), rtol=1e-5)
 
 
-def test_means_are_the_stores(x: torch.Tensor, spot: EditContext) -> None:
-    store = spot.source.store
+def test_means_are_the_stores(x: torch.Tensor, context: EditContext) -> None:
+    store = context.source.store
     rows, position = store.read("resid_post", 1), store.coordinates["position"].values
-    whole = replay.Mean().change(x, spot)
+    whole = replay.StoreMean().change(x, context)
     np.testing.assert_allclose(whole, np.tile(rows.mean(0), (5, 1)), atol=1e-5)
-    by_position = replay.Mean(dims=(4,), over="position").change(x, spot)
-    for line, place in enumerate(spot.positions):
+    by_position = replay.StoreMean(dims=(4,), over="position").change(x, context)
+    for line, place in enumerate(context.positions):
         assert float(by_position[line, 4]) == pytest.approx(rows[position == place, 4].mean(), abs=1e-5)
     assert torch.equal(by_position[:, :4], x[:, :4])
 
 
-def test_patches_take_the_donors_row_at_the_aligned_position(x: torch.Tensor, spot: EditContext) -> None:
-    store = spot.source.store
+def test_patches_take_the_donors_row_at_the_aligned_position(x: torch.Tensor, context: EditContext) -> None:
+    store = context.source.store
     ids = store.documents["id"].to_pylist()
-    lengths = spot.source.lengths
+    lengths = context.source.lengths
     longest = int(lengths.argmax())
-    patched = replay.Patch(ids[longest]).change(x, spot)
-    expected = store.read("resid_post", 1, store.rows(ids[longest]))[spot.positions]
+    patched = replay.Patch(ids[longest]).change(x, context)
+    expected = store.read("resid_post", 1, store.rows(ids[longest]))[context.positions]
     assert np.array_equal(patched, expected)
-    ends = replay.Patch(ids[longest], align="end").change(x, spot)
-    places = spot.positions + lengths[longest] - lengths[spot.documents]
+    ends = replay.Patch(ids[longest], align="end").change(x, context)
+    places = context.positions + lengths[longest] - lengths[context.documents]
     assert np.array_equal(ends, store.read("resid_post", 1, store.rows(ids[longest]))[places])
-    spot.left_out.clear()
-    pairs = replay.Patch(ids[longest], align={0: 2}).change(x, spot)
+    context.left_out.clear()
+    pairs = replay.Patch(ids[longest], align={0: 2}).change(x, context)
     assert np.array_equal(pairs[0], store.read("resid_post", 1, store.rows(ids[longest]))[2])
     assert torch.equal(pairs[1:], x[1:])
-    assert spot.left_out == {0, 1, 2}
-    spot.left_out.clear()
+    assert context.left_out == {0, 1, 2}
+    context.left_out.clear()
     basis = np.eye(HIDDEN)[:2]
-    swapped = replay.Interchange(ids[longest], directions=basis).change(x, spot)
+    swapped = replay.Interchange(ids[longest], directions=basis).change(x, context)
     np.testing.assert_allclose(swapped[:, :2], expected[:, :2], atol=1e-5)
     np.testing.assert_allclose(swapped[:, 2:], x[:, 2:], atol=1e-5)
-    half = replay.Interpolate(ids[longest], t=0.5).change(x, spot)
+    half = replay.Interpolate(ids[longest], t=0.5).change(x, context)
     np.testing.assert_allclose(half, (x.numpy() + expected) / 2, atol=1e-6)
 
 
-def test_a_resampled_document_is_another_one_at_the_same_positions(x: torch.Tensor, spot: EditContext) -> None:
-    store = spot.source.store
-    found = replay.Resample(1).change(x, spot).numpy()
+def test_a_resampled_document_is_another_one_at_the_same_positions(x: torch.Tensor, context: EditContext) -> None:
+    store = context.source.store
+    found = replay.Resample(1).change(x, context).numpy()
     rows, position = store.read("resid_post", 1), store.coordinates["position"].values
     document = store.coordinates["document"].values
     owners = []
     for line in range(5):
         (row,) = np.flatnonzero((rows == found[line]).all(1))
-        assert position[row] == spot.positions[line]
-        assert document[row] != spot.documents[line]
+        assert position[row] == context.positions[line]
+        assert document[row] != context.documents[line]
         owners.append(document[row])
     assert owners[0] == owners[1]
     assert owners[3] == owners[4]
@@ -202,7 +202,7 @@ def test_leace_is_fitted_to_the_stores_rows(captured: Callable[..., Any]) -> Non
         (lambda: replay.Zero(3), "Zero"),  # type: ignore[arg-type]
         (lambda: replay.Clamp(), "Clamp"),
         (lambda: replay.SetNeurons((1, 2), (1.0, 2.0, 3.0)), "SetNeurons"),
-        (lambda: replay.Mean(over="document"), "Mean"),
+        (lambda: replay.StoreMean(over="document"), "StoreMean"),
         (lambda: replay.Patch("a", align="middle"), "Patch"),
         (lambda: replay.Noise("much"), "Noise"),  # type: ignore[arg-type]
     ],
@@ -213,6 +213,11 @@ def test_settings_that_make_no_sense_are_refused_at_once(make: Callable[[], Edit
     assert error.value.where == message
 
 
+def test_the_earlier_name_of_the_stores_mean_is_read() -> None:
+    assert from_json({"kind": "Mean", "over": "position"}) == replay.Mean(over="position")
+    assert repr(replay.Mean()) == "StoreMean(dims=None, over='all', value=None)"
+
+
 def test_only_kinds_of_this_package_are_read() -> None:
     with pytest.raises(AnalysisError, match="no edit 'Zeroo'") as error:
         from_json({"kind": "Zeroo"})
@@ -221,12 +226,12 @@ def test_only_kinds_of_this_package_are_read() -> None:
         from_json({"kind": "Zero", "dim": [1]})
 
 
-def test_several_strengths_need_a_choice(x: torch.Tensor, spot: EditContext) -> None:
+def test_several_strengths_need_a_choice(x: torch.Tensor, context: EditContext) -> None:
     edit = replay.Steer(VECTOR, [0, 1]) >> replay.Zero((1,))
     assert edit.strengths == (0.0, 1.0)
     with pytest.raises(AnalysisError, match="one strength"):
-        edit.change(x, spot)
-    assert (edit.at_strength(1.0).change(x, spot)[:, 1] == 0).all()
+        edit.change(x, context)
+    assert (edit.at_strength(1.0).change(x, context)[:, 1] == 0).all()
 
 
 def test_random_directions_are_as_long_and_as_many() -> None:
@@ -268,6 +273,6 @@ def test_the_bootstrap_draws_groups_and_not_documents() -> None:
 
 def test_edits_of_one_kind_are_numbered_in_results() -> None:
     edits = replay.Patch("a") | replay.Zero((1,)) | replay.Patch("b")
-    assert labels(alternatives(edits)) == ["Patch(donor='a')", "Zero(dims=(1,))", "Patch(donor='b')"]
+    assert label_edits(list_edits(edits)) == ["Patch(donor='a')", "Zero(dims=(1,))", "Patch(donor='b')"]
     pairs = replay.Patch({"a": "b"}) | replay.Patch({"b": "a"})
-    assert labels(alternatives(pairs)) == ["Patch 1", "Patch 2"]
+    assert label_edits(list_edits(pairs)) == ["Patch 1", "Patch 2"]

@@ -9,7 +9,7 @@ import torch
 
 import flexcache
 from analysis import replay
-from analysis.replay import Engine, Placed
+from analysis.replay import Engine, PlacedEdit
 from flexcache.errors import AnalysisError, MismatchError
 from flexcache.hooks import find_blocks
 from tests.corpora import build_store, token_documents
@@ -87,7 +87,7 @@ def test_the_model_is_put_back_when_the_forward_fails(captured: Captured) -> Non
     batch = next(engine.batches())
     engine.run(batch)
     model.model.layers[3].register_forward_hook(lambda *_: (_ for _ in ()).throw(ValueError("own")))
-    with pytest.raises(AnalysisError, match="cannot go on") as error:
+    with pytest.raises(AnalysisError, match="fails when blocks are skipped") as error:
         engine.run(batch, engine.start_at("resid_post", 1))
     assert "own" in str(error.value.found)
     assert not any("forward" in vars(block) for block in model.model.layers)
@@ -110,7 +110,7 @@ def test_an_edit_changes_nothing_before_its_position(family: str, captured: Capt
     batch = max(engine.batches(), key=lambda batch: batch.shape[1])
     start, place = engine.start_at("resid_post", 1), batch.shape[1] // 2
     lines = np.flatnonzero([len(tokens) > place for tokens in batch.tokens])
-    edit = Placed(engine.point("resid_post", 1), replay.Zero(), (lines, np.full(len(lines), place)))
+    edit = PlacedEdit(engine.point("resid_post", 1), replay.Zero(), (lines, np.full(len(lines), place)))
     change = (engine.run(batch, start, [edit]).logits - engine.run(batch).logits).abs().amax(-1)
     assert (change[:, :place] == 0).all()
     assert (change[lines, place] > 0).all()
@@ -126,7 +126,7 @@ def test_an_edit_equals_that_of_a_plain_hook_on_the_whole_model(captured: Captur
         ("mlp_out", 2, model.model.layers[2].mlp),
         ("attn_out", 2, model.model.layers[2].self_attn.o_proj),
     ):
-        placed = Placed(engine.point(site, layer), replay.Zero(), (lines, np.zeros_like(lines)))
+        placed = PlacedEdit(engine.point(site, layer), replay.Zero(), (lines, np.zeros_like(lines)))
         found = engine.run(batch, engine.start_at(site, layer), [placed]).logits
 
         def zero(_: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -137,7 +137,7 @@ def test_an_edit_equals_that_of_a_plain_hook_on_the_whole_model(captured: Captur
         handle = module.register_forward_hook(zero)
         assert torch.equal(found, engine.run(batch).logits), site
         handle.remove()
-    neurons = Placed(engine.point("mlp_post", 2), replay.SetNeurons((5,), 3.0), (lines, np.zeros_like(lines)))
+    neurons = PlacedEdit(engine.point("mlp_post", 2), replay.SetNeurons((5,), 3.0), (lines, np.zeros_like(lines)))
     found = engine.run(batch, engine.start_at("mlp_post", 2), [neurons]).logits
 
     def three(_: Any, args: Any) -> Any:
@@ -159,7 +159,7 @@ def test_the_residual_stream_of_a_donor_gives_its_logits(captured: Captured) -> 
     tokens = np.divmod(np.arange(batch.shape[0] * 9), 9)
     base = engine.run(batch).logits
     for layer in range(DEPTH):
-        placed = Placed(engine.point("resid_post", layer), replay.Patch(donor), tokens)
+        placed = PlacedEdit(engine.point("resid_post", layer), replay.Patch(donor), tokens)
         found = engine.run(batch, engine.start_at("resid_post", layer), [placed]).logits
         assert torch.equal(found, base.roll(-1, 0))
     assert not torch.equal(base, base.roll(-1, 0))
@@ -188,7 +188,7 @@ def test_a_store_of_other_weights_is_refused_or_accepted_by_name(captured: Captu
 def test_another_attention_implementation_is_refused_by_name(captured: Captured) -> None:
     store, _ = captured()
     other = tiny("llama", attn_implementation="eager")
-    assert set(replay.obstacles(store, other)) == {"attention"}
+    assert set(replay.find_incompatibilities(store, other)) == {"attention"}
     with pytest.raises(AnalysisError, match="cannot be accepted"):
         Engine(store, other, accept=["rows"])
 
@@ -230,7 +230,7 @@ def test_a_resid_pre_is_as_good_as_the_resid_post_before_it(captured: Captured) 
 
 def test_a_model_that_hands_on_more_is_refused_by_the_identity_check(tmp_path: Any) -> None:
     """Blocks that also count, in a place of their own, how many of them ran."""
-    from analysis.replay.engine.identity import misfit, refuse_misfit
+    from analysis.replay.engine.identity import check_discrepancy, measure_discrepancy
 
     def leaky() -> torch.nn.Module:
         model = tiny("llama")
@@ -244,9 +244,9 @@ def test_a_model_that_hands_on_more_is_refused_by_the_identity_check(tmp_path: A
     store = flexcache.capture(leaky(), None, documents, tmp_path / "run.zarr", progress=False)
     engine = Engine(store, leaky())
     batch, start = next(engine.batches()), engine.start_at("resid_post", 1)
-    found = misfit(engine, batch, start, engine.run(batch).logits)
+    found = measure_discrepancy(engine, batch, start, engine.run(batch).logits)
     with pytest.raises(AnalysisError, match="not the model's own forward") as error:
-        refuse_misfit(engine, start, found, ())
+        check_discrepancy(engine, start, found, ())
     assert f"{found.largest:.3g}" in str(error.value)
 
 
@@ -255,7 +255,7 @@ def test_an_edit_of_queries_in_a_fused_projection_equals_that_of_a_plain_hook(ca
     engine = Engine(store, model)
     batch = max(engine.batches(), key=lambda batch: batch.shape[1])
     lines, last = np.arange(batch.shape[0]), np.array([len(tokens) - 1 for tokens in batch.tokens])
-    placed = Placed(engine.point("q", 2), replay.Zero(), (lines, last))
+    placed = PlacedEdit(engine.point("q", 2), replay.Zero(), (lines, last))
     found = engine.run(batch, engine.start_at("q", 2), [placed]).logits
 
     def zero(_: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -276,6 +276,6 @@ def test_a_site_beside_which_the_model_goes_on_is_not_edited(site: str, captured
     store, model = captured("mixtral")
     engine = Engine(store, model)
     batch = next(engine.batches())
-    placed = Placed(engine.point(site, 1), replay.Zero(), (np.array([0]), np.array([0])))
-    with pytest.raises(AnalysisError, match=f"{site} can be read and not edited"):
+    placed = PlacedEdit(engine.point(site, 1), replay.Zero(), (np.array([0]), np.array([0])))
+    with pytest.raises(AnalysisError, match=f"{site} can be read but not edited"):
         engine.run(batch, engine.start_at("resid_post", 0), [placed])

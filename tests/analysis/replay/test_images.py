@@ -61,9 +61,9 @@ def test_an_edit_of_one_patch_changes_what_follows(tmp_path: Path) -> None:
     store = flexcache.capture(model, processor(), DOCUMENTS, tmp_path / "run.zarr", **QUIET)
     engine = replay.Engine(store, model)
     (batch, *_) = engine.batches()
-    start, spot = engine.start_at("resid_post", 0), store.patches.position(1, 1)
-    place = (np.array([0]), np.array([spot]))
-    edited = engine.run(batch, start, [replay.Placed(engine.point("resid_post", 0), replay.Zero(), place)]).logits
+    start, context = engine.start_at("resid_post", 0), store.patches.position(1, 1)
+    place = (np.array([0]), np.array([context]))
+    edited = engine.run(batch, start, [replay.PlacedEdit(engine.point("resid_post", 0), replay.Zero(), place)]).logits
     plain = engine.run(batch).logits
     changed = (edited != plain).flatten(1).any(1).tolist()
     assert changed == [True, *[False] * (len(changed) - 1)]

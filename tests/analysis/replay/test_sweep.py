@@ -260,7 +260,7 @@ def test_a_sweep_goes_on_where_it_stopped(made: Any, tmp_path: Path, monkeypatch
     store, model = made
     asked: dict[str, Any] = {"edit": replay.Zero(), "metrics": ["kl"], "folder": tmp_path / "out", **QUIET}
     module = sys.modules["analysis.replay.sweeps.sweep"]  # its name in the package is the function
-    real, calls = module.answer, []
+    real, calls = module.run_batch, []
 
     def failing(*arguments: Any) -> Any:
         calls.append(1)
@@ -268,10 +268,10 @@ def test_a_sweep_goes_on_where_it_stopped(made: Any, tmp_path: Path, monkeypatch
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(module, "answer", failing)
+    monkeypatch.setattr(module, "run_batch", failing)
     with pytest.raises(KeyboardInterrupt):
         replay.sweep(store, model, **asked)
-    monkeypatch.setattr(module, "answer", real)
+    monkeypatch.setattr(module, "run_batch", real)
     assert len(list((tmp_path / "out/parts").glob("*.npz"))) == 1
     runs: list[int] = []
     model.register_forward_hook(lambda *_: runs.append(1))

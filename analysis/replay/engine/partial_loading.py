@@ -1,9 +1,10 @@
-"""Loads the part of a checkpoint that a replay runs: not the blocks that are skipped."""
+"""Load the part of a checkpoint that a replay runs, without the blocks that are skipped."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,35 @@ from flexcache.model import ModelSource
 from flexcache.paths import local_path
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+ATTRIBUTE = "_flexcache_partial_load"
+
+
+@dataclass(frozen=True)
+class PartialLoad:
+    """Identity of a partly loaded model: hashes of its checkpoint's files, and of the weights that were loaded."""
+
+    files: Any
+    weights: str
+
+
+def partial_load(model: nn.Module) -> PartialLoad | None:
+    """Return the identity that `load_rest` gave to a model; None for a model that was loaded whole."""
+    found: PartialLoad | None = getattr(model, ATTRIBUTE, None)
+    return found
 
 
 def load_rest(source: ModelSource, after: int) -> nn.Module:
-    """Return a model whose blocks up to *after* have no weights, for replays that go on from there, or later.
+    """Return a model whose blocks up to *after* have no weights, for replays that start after that block or later.
 
-    Of its checkpoint only what the rest needs is read, and only that takes memory. Which checkpoint it is, is known by
-    the hashes of its files: replaying a store refuses others.
+    Only the tensors that the other blocks need are read from the checkpoint and take memory. The checkpoint is
+    identified by the hashes of its files: a replay raises MismatchError for another one than the capture's. ::
+
+        rest = replay.load_rest(flexcache.ModelSource(name="path/to/model"), after=19)
 
     Raises
     ------
     ConfigError
-        The checkpoint is not a folder of safetensors whose tensors are named as in the model.
+        The checkpoint is not a local folder of safetensors, or its tensors are named differently than in the model.
     """
     folder = local_path(source.name)
     model = source.skeleton()
@@ -37,15 +55,15 @@ def load_rest(source: ModelSource, after: int) -> nn.Module:
         raise ConfigError("there is no such block", expected=f"0 to {len(blocks) - 1}", found=str(after))
     skipped = re.compile(rf"{re.escape(path)}\.({'|'.join(map(str, range(after + 1)))})\.")
     wanted = {name for name in model.state_dict() if not skipped.match(name)}
-    held = _held(folder)
-    names = _names(model, wanted, held, folder)
+    held = _tensor_files(folder)
+    names = _locate_tensors(model, wanted, held, folder)
     dtype = next(model.parameters()).dtype
     given = {}
     for name, (key, file) in names.items():
-        given[name] = _read(file, key)
+        given[name] = _read_tensor(file, key)
         if source.dtype != "auto" and given[name].is_floating_point():
             given[name] = given[name].to(dtype)
-    _initialise_buffers(model, skipped)  # before the weights: models' own code may draw some of them anew
+    _initialise_buffers(model, skipped)  # before the weights: the model's own code may draw some of them anew
     model.load_state_dict(given, strict=False, assign=True)
     tie: Any = getattr(model, "tie_weights", None)
     if tie is not None:
@@ -56,13 +74,12 @@ def load_rest(source: ModelSource, after: int) -> nn.Module:
         if value.is_meta and not skipped.match(name)
     ]
     if left:
-        raise _misnamed(folder, left)
-    model.replayed_checkpoint = source.weights()  # type: ignore[assignment]
-    model.replayed_weights = combine(digest_tensors(model).weights)  # type: ignore[assignment]
+        raise _naming_error(folder, left)
+    setattr(model, ATTRIBUTE, PartialLoad(source.weights(), combine(digest_tensors(model).weights)))
     return model.eval()
 
 
-def _held(folder: Path) -> dict[str, Path]:
+def _tensor_files(folder: Path) -> dict[str, Path]:
     from safetensors import safe_open
 
     if (folder / INDEX).is_file():
@@ -79,8 +96,10 @@ def _held(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), folder / SINGLE)
 
 
-def _names(model: nn.Module, wanted: set[str], held: dict[str, Path], folder: Path) -> dict[str, tuple[str, Path]]:
-    """Return where each tensor is, the model's own prefix or none before its name; tied ones are found later."""
+def _locate_tensors(
+    model: nn.Module, wanted: set[str], held: dict[str, Path], folder: Path
+) -> dict[str, tuple[str, Path]]:
+    """Return key and file of each tensor, whose key may have or lack the model's prefix; tied tensors are left out."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     found = {}
@@ -89,11 +108,11 @@ def _names(model: nn.Module, wanted: set[str], held: dict[str, Path], folder: Pa
         if key is not None:
             found[name] = (key, held[key])
         elif name not in tied:
-            raise _misnamed(folder, [name])
+            raise _naming_error(folder, [name])
     return found
 
 
-def _read(file: Path, key: str) -> torch.Tensor:
+def _read_tensor(file: Path, key: str) -> torch.Tensor:
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as opened:
@@ -102,7 +121,7 @@ def _read(file: Path, key: str) -> torch.Tensor:
 
 
 def _initialise_buffers(model: nn.Module, skipped: re.Pattern[str]) -> None:
-    """Compute what no checkpoint holds, such as rotary frequencies, as the model's own code does on loading."""
+    """Compute buffers that no checkpoint holds, such as rotary frequencies, by the model's own code."""
     own: Any = getattr(model, "_init_weights", None)
     for name, module in model.named_modules():
         pending = [key for key, value in module._buffers.items() if value is not None and value.is_meta]
@@ -125,9 +144,9 @@ def _initialise_buffers(model: nn.Module, skipped: re.Pattern[str]) -> None:
             )
 
 
-def _misnamed(folder: Path, names: list[str]) -> ConfigError:
+def _naming_error(folder: Path, names: list[str]) -> ConfigError:
     return ConfigError(
-        "the checkpoint names its tensors otherwise than the model does",
+        "the checkpoint's tensors are named differently than the model's",
         where=str(folder),
         expected=", ".join(sorted(names)[:5]),
         remedy="load the whole model, or save it again with save_pretrained",

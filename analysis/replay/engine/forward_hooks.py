@@ -1,4 +1,4 @@
-"""Hooks of one forward: edits, what is read on the way, and where the head computes logits."""
+"""Hooks of one forward: apply edits, capture activations, and compute logits at chosen positions only."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from analysis.replay.edits.edit import Edit, apply
+from analysis.replay.edits.edit import Edit, apply_edit
 from analysis.replay.edits.edit_context import EditContext
 from flexcache.hooks.locate.hook_point import HookPoint
 
 
 @dataclass(frozen=True)
-class Placed:
-    """An edit, where it is made.
+class PlacedEdit:
+    """An edit, and where in a forward it is made.
+
+    ::
+
+        first_tokens = (np.arange(batch.shape[0]), np.zeros(batch.shape[0], int))
+        replay.PlacedEdit(engine.point("resid_post", 12), replay.Zero(), first_tokens)
 
     Attributes
     ----------
@@ -37,14 +42,14 @@ class Placed:
 
 
 @dataclass
-class Ran:
-    """What a forward gave.
+class ForwardResult:
+    """The logits and captured activations of a forward.
 
     Attributes
     ----------
     logits : Tensor, shape (lines, read, vocabulary)
-        At the positions that were asked for; of a model without logits its first output, (lines, longest, features). Of
-        one that classifies whole sequences or images, shape (lines, classes).
+        At the positions that were asked for. For a model without logits, its first output: (lines, longest, features).
+        For a model that classifies whole sequences or images: (lines, classes).
     residuals : mapping from (site, layer) to Tensor of shape (lines, longest, features)
     left_out : set of int
         Lines in which an edit could not be made.
@@ -56,12 +61,16 @@ class Ran:
 
 
 @contextmanager
-def editing(
-    module: nn.Module, point: HookPoint, edits: Sequence[tuple[Placed, EditContext]], shape: tuple[int, int], each: int
+def edit_activation(
+    module: nn.Module,
+    point: HookPoint,
+    edits: Sequence[tuple[PlacedEdit, EditContext]],
+    shape: tuple[int, int],
+    each: int,
 ) -> Iterator[None]:
-    """Apply all *edits* to a module's value at a hook point, of *shape* (lines, longest, …), at their tokens.
+    """Apply *edits* to a module's value at a hook point, of *shape* (lines, longest, …), at their tokens.
 
-    An edit gets the copies of the batch, of *each* lines, that its tokens are in.
+    An edit gets the copies of the batch, of *each* lines, that contain its tokens.
     """
     made = [one for one in edits if len(one[0].tokens[0])]
 
@@ -69,12 +78,12 @@ def editing(
         if not made:
             return values
         whole = point.shaped(values, shape).clone()
-        for placed, spot in made:
+        for placed, context in made:
             lines, positions = placed.tokens
             first, last = int(lines.min()) // each * each, int(lines.max()) // each * each + each
             index = (torch.from_numpy(lines - first).to(values.device), torch.from_numpy(positions).to(values.device))
             part = whole[first:last]
-            part.copy_(apply(placed.edit, part, index, spot))
+            part.copy_(apply_edit(placed.edit, part, index, context))
         return whole.reshape(values.shape)
 
     def on_output(_: nn.Module, args: Any, output: Any) -> Any:
@@ -93,13 +102,13 @@ def editing(
 
 
 @contextmanager
-def reading_at(
-    module: nn.Module, point: HookPoint, place: tuple[str, int | None], shape: tuple[int, int], ran: Ran
+def capture_activation(
+    module: nn.Module, point: HookPoint, key: tuple[str, int | None], shape: tuple[int, int], result: ForwardResult
 ) -> Iterator[None]:
-    """Put what is at a hook point into ``ran.residuals[place]``, edits included."""
+    """Put the value at a hook point, after edits, into ``result.residuals[key]``."""
 
     def keep(values: torch.Tensor) -> None:
-        ran.residuals[place] = point.shaped(values, shape).clone()
+        result.residuals[key] = point.shaped(values, shape).clone()
 
     if point.side == "input":
         handle = module.register_forward_pre_hook(
@@ -112,8 +121,8 @@ def reading_at(
 
 
 @contextmanager
-def reading(head: nn.Module, positions: torch.Tensor) -> Iterator[None]:
-    """Let the head of a model compute logits at *positions* alone, shape (lines, read)."""
+def limit_head(head: nn.Module, positions: torch.Tensor) -> Iterator[None]:
+    """Compute a model's logits only at *positions*, shape (lines, read)."""
 
     def choose(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         index = positions[..., None].expand(*positions.shape, args[0].shape[-1])

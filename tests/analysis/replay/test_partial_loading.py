@@ -7,7 +7,7 @@ import torch
 
 import flexcache
 from analysis import replay
-from analysis.replay.engine.identity import Discrepancy, compare
+from analysis.replay.engine.identity import Discrepancy, compare_logits
 from flexcache.errors import ConfigError, MismatchError
 from flexcache.model import ModelSource
 from tests.corpora import token_documents
@@ -36,7 +36,7 @@ def test_the_rest_of_a_model_gives_what_the_whole_gives(saved: tuple[flexcache.S
         for layer in (2, 3):
             start = rest.start_at("resid_post", layer)
             mine, theirs = rest.run(batch, start).logits, whole.run(batch).logits
-            assert compare(mine, theirs, batch) == Discrepancy(0.0, 0.0)
+            assert compare_logits(mine, theirs, batch) == Discrepancy(0.0, 0.0)
 
 
 def test_another_checkpoint_is_refused(saved: tuple[flexcache.Store, ModelSource], tmp_path: Path) -> None:
