@@ -1,4 +1,4 @@
-"""What `flexcache replay` reads: where edits are made, which, and what is measured."""
+"""Configuration of `flexcache replay`: grid, edits, metrics and attribution."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ EDITS = {
     "erase": "Erase",
     "function": "Function",
 }
-"""What edits are called in a file, and in `analysis.replay`."""
+"""Names of edits in a file, and in `analysis.replay`."""
 
 
 class Cells(Options):
-    """Where edits are made; see `analysis.replay.sweeps.grid`."""
+    """The grid of the edits; see `analysis.replay.grid`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -56,7 +56,7 @@ class Cells(Options):
 
 
 class AttributionSource(Options):
-    """Attribution from stored gradients, and how many of the largest are replayed."""
+    """Attribution from stored gradients; the *top* largest cells are replayed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -72,11 +72,11 @@ class ReplayConfig(Options):
 
     model: Annotated[ModelSource, BeforeValidator(model_or_name)]
     at: Cells = Cells()
-    edits: list[dict[str, Any]] = Field(min_length=1, description="a kind and its settings, or a list of them in turn")
+    edits: list[dict[str, Any]] = Field(min_length=1, description="a kind and its settings, or a chain of several")
     metrics: list[str] = Field(["kl", "loss"])
     baselines: list[str] = Field(["identity"])
-    answers: Any = Field(None, description="two tokens, by id or text; or by document id")
-    documents: list[str] | int | None = Field(None, description="ids, or how many from the front; all by default")
+    answers: Any = Field(None, description="two tokens, by id or text; or a pair by document id")
+    documents: list[str] | int | None = Field(None, description="ids, or a number of first documents; all by default")
     readout: str | list[int] = "all"
     copies: int = Field(1, ge=1)
     groups: str = "document"
@@ -85,13 +85,13 @@ class ReplayConfig(Options):
     scheduler: str | None = None
     workers: int = Field(2, ge=1)
     threads: int | None = Field(
-        None, ge=1, description="intra-op threads of torch on a CPU; as in the capture by default"
+        None, ge=1, description="intra-op threads of torch on a CPU; those of the capture by default"
     )
     attribution: AttributionSource | None = None
 
 
 def read_replay(path: Path, changes: list[str] | tuple[str, ...] = ()) -> ReplayConfig:
-    """Read a configuration file, with changes such as ``readout=last`` or ``model.dtype=float32``.
+    """Return the configuration of a file, with changes such as ``readout=last`` or ``model.dtype=float32``.
 
     Raises
     ------
@@ -103,9 +103,9 @@ def read_replay(path: Path, changes: list[str] | tuple[str, ...] = ()) -> Replay
 def make_edit(store: Store, at: Cells, depth: int, given: Mapping[str, Any], where: str) -> Edit:
     """Return the edit that a file describes: ``{zero: {dims: [507]}}``, or ``{chain: [{…}, {…}]}``.
 
-    A direction, of steer, project_out and interchange, is the path of an ``.npy`` file, or ``{target: label}``: the
-    difference of the means of its two classes, in each layer its own. ``erase: {target: label}`` is LEACE, fitted
-    to the store in each layer. Donors, of patch, interpolate and interchange, are an id, a mapping from id to id, or
+    A direction (steer, project_out, interchange) is the path of an ``.npy`` file, or ``{target: label}``: the
+    difference of the means of the label's two classes, computed for each layer. ``erase: {target: label}`` is LEACE,
+    fitted to the store for each layer. A donor (patch, interpolate, interchange) is an id, a mapping from id to id, or
     ``{same_length: seed, differing: label}``.
 
     Raises
@@ -162,7 +162,7 @@ def make_edit(store: Store, at: Cells, depth: int, given: Mapping[str, Any], whe
 
 
 def donors(store: Store, given: Any) -> Any:
-    """Return donors as `analysis.replay.Patch` takes them."""
+    """Return the donors of a configuration as a setting of `analysis.replay.Patch`."""
     from analysis.replay import same_length
 
     if isinstance(given, Mapping) and "same_length" in given:
@@ -173,12 +173,12 @@ def donors(store: Store, given: Any) -> Any:
 def difference_of_means(
     store: Store, site: str, layer: int, target: str, rows: Any = "last", unit: bool = False
 ) -> np.ndarray:
-    """Return the mean of one class less that of the other, the later in sorted order first: float64 (features,).
+    """Return the mean of the second class less the mean of the first, in sorted order: float64, shape (features,).
 
     Raises
     ------
     ConfigError
-        The target has not two classes.
+        The target does not have two classes.
     """
     from analysis.dataset.probe_dataset import build_dataset
 
@@ -195,7 +195,7 @@ def difference_of_means(
 
 
 def read_answers(given: Any, tokenizer: Any) -> Any:
-    """Return answers as token ids; a text must be one token."""
+    """Return answers as token ids; a text must be a single token."""
     if given is None:
         return None
     if isinstance(given, Mapping):

@@ -58,7 +58,7 @@ def expected(name: str, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_an_edit_is_its_formula_and_leaves_its_input(name: str, x: torch.Tensor) -> None:
+def test_an_edit_equals_its_formula_and_does_not_modify_its_input(name: str, x: torch.Tensor) -> None:
     before = x.clone()
     torch.testing.assert_close(apply(EDITS[name], x), expected(name, x), rtol=1e-12, atol=1e-12)
     assert torch.equal(x, before)
@@ -90,7 +90,7 @@ def test_a_steering_vector_can_be_trained(x: torch.Tensor) -> None:
     assert torch.equal(vector.grad, torch.full((8,), 2.0 * 15, dtype=torch.float64))
 
 
-def test_half_precision_is_kept_and_projection_computed_in_float32(x: torch.Tensor) -> None:
+def test_half_precision_is_kept_and_projections_are_computed_in_float32(x: torch.Tensor) -> None:
     half = (1000 * x).bfloat16()
     for edit in EDITS.values():
         assert apply(edit, half).dtype == torch.bfloat16
@@ -115,7 +115,7 @@ def test_directions_may_repeat(x: torch.Tensor) -> None:
         (Edit(), "does not define an edit"),
     ],
 )
-def test_what_does_not_fit_is_named(edit: Edit, message: str, x: torch.Tensor) -> None:
+def test_an_edit_that_does_not_fit_the_activation_raises_an_error(edit: Edit, message: str, x: torch.Tensor) -> None:
     with pytest.raises(HookError, match=message) as error:
         apply(edit, x)
     assert error.value.remedy
@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_named(edit: Edit, message: str, x: torch.Tensor) -
         (lambda: Compose(Scale(2.0), 3), "editing functions"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_when_it_is_made(make: Any, message: str) -> None:
+def test_invalid_settings_raise_an_error_when_the_edit_is_made(make: Any, message: str) -> None:
     with pytest.raises(HookError, match=message) as error:
         make()
     assert error.value.where
@@ -160,7 +160,7 @@ def test_an_edit_prints_what_it_is() -> None:
     assert str(Compose(ProjectOut(DIRECTIONS))) == "Compose(edits=(ProjectOut(positions=None, directions=(2, 8)),))"
 
 
-def test_in_a_model_an_edit_is_a_hook_that_returns_it() -> None:
+def test_an_edit_in_a_model_equals_a_plain_hook() -> None:
     vector = torch.randn(HIDDEN)
     edit = Compose(Add(vector, positions=-1), SwapRows([1, 2, 0]))
     model = tiny("llama")

@@ -87,7 +87,7 @@ def test_a_sweep_from_the_command_line(asked: Path, capsys: pytest.CaptureFixtur
         ("model=nowhere", "cannot be loaded", 2),
     ],
 )
-def test_mistakes_end_in_one_message(
+def test_a_mistake_ends_in_one_message(
     change: str, message: str, status: int, asked: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     simple = ("--set", "attribution=null", "--set", "edits=[{zero: {}}]", "--set", "metrics=[kl]")

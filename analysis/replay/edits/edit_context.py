@@ -1,4 +1,4 @@
-"""The tokens that an edit changes, and what a store holds about them and about other documents."""
+"""Context of an edit: the tokens that it changes, and the rows of their store."""
 
 from __future__ import annotations
 

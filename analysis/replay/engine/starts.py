@@ -1,4 +1,4 @@
-"""Where a replay starts, and the stored residual stream that it starts from."""
+"""Start of a replay, and the stored residual stream that it starts from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far an effect is to be believed: intervals and tests over whole groups of documents."""
+"""Tests of effects over whole groups of documents."""
 
 from __future__ import annotations
 

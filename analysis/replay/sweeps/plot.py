@@ -1,4 +1,4 @@
-"""Pictures of a sweep: heat maps, curves over layers, dose and response; and attribution against exact replay."""
+"""Figures of a sweep: heat maps, curves over layers and strengths, and attribution against exact replay."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ NAMES = {
 def plot(results: xr.Dataset, path: str | Path | None = None, metric: str | None = None) -> Figure:
     """Draw the means of a metric; uses no pyplot.
 
-    With several positions, a heat map of layer × position for each edit at its largest strength, the cells whose 95 %
-    interval against no change holds zero hatched. With several strengths, dose and response, a curve for each layer of
-    up to six. Else curves over layers.
+    With several positions: a heat map of layer × position for each edit at its largest strength, with a dot in cells
+    whose 95 % interval includes no effect. With several strengths: a curve over strengths for up to six layers.
+    Otherwise: curves over layers.
 
     Parameters
     ----------
     path
-        Where to write it, PNG, SVG or PDF.
+        File to write: PNG, SVG or PDF.
     metric
-        By default the first.
+        The first metric by default.
 
     Raises
     ------
@@ -88,7 +88,7 @@ def heat_maps(results: xr.Dataset, metric: str) -> Figure:
 
 
 def dose_response(results: xr.Dataset, metric: str) -> Figure:
-    """Return the metric over strengths, for up to six layers, beside the controls of the middle one."""
+    """Return the metric over strengths for up to six layers, with the controls of the middle layer."""
     effect = estimate_effects(results).sel(metric=metric).isel(position=0)
     figure = Figure(figsize=(8, 4.4), layout="constrained", facecolor=PAPER)
     axes = figure.subplots()
@@ -98,7 +98,7 @@ def dose_response(results: xr.Dataset, metric: str) -> Figure:
     edits = [str(name) for name in effect["edit"].values]
     for number, (edit, layer) in enumerate((edit, layer) for edit in edits for layer in shown):
         for arm in names_along(results, "arm") if layer == middle else ("edit",):
-            if arm == "identity":  # a flat line at what strength 0 does
+            if arm == "identity":  # a flat line at the value of strength 0
                 continue
             at = effect.sel(edit=edit, layer=layer, arm=arm)
             label = f"layer {layer}" if arm == "edit" else arm.replace("_", " ")
@@ -110,7 +110,7 @@ def dose_response(results: xr.Dataset, metric: str) -> Figure:
 
 
 def curves(results: xr.Dataset, metric: str) -> Figure:
-    """Return the metric over layers, of each edit beside its controls."""
+    """Return the metric over layers for each edit and its controls."""
     effect = estimate_effects(results).sel(metric=metric).isel(position=0)
     figure = Figure(figsize=(8, 4.4), layout="constrained", facecolor=PAPER)
     axes = figure.subplots()
@@ -128,7 +128,7 @@ def curves(results: xr.Dataset, metric: str) -> Figure:
 
 
 def scatter(exact: xr.Dataset, path: str | Path | None = None) -> Figure:
-    """Draw attributed against exact effects, as `attribution.verify` returns them."""
+    """Draw attributed against exact effects, as `verify` returns them."""
     figure = Figure(figsize=(5.2, 4.8), layout="constrained", facecolor=PAPER)
     axes = figure.subplots()
     estimate, found = exact["attributed"].values, exact["exact"].values
@@ -160,7 +160,7 @@ def _curve(axes: Axes, x: Any, at: xr.Dataset, colour: str, style: Any, label: s
 
 
 def _strongest(effect: xr.Dataset) -> xr.Dataset:
-    """Return an edit's effects at the largest strength at which it was made."""
+    """Return an edit's effects at the largest strength for which there are values."""
     made = np.flatnonzero(
         np.isfinite(effect["mean"].transpose("alpha", ...).values).reshape(effect.sizes["alpha"], -1).any(1)
     )

@@ -1,4 +1,4 @@
-"""What a sweep of edits found."""
+"""Results of a sweep of edits."""
 
 from __future__ import annotations
 
@@ -28,21 +28,26 @@ FILE = "results.zarr"
 
 @dataclass(frozen=True)
 class Sweep(SweepResults):
-    """Effects of edits, document by document, beside their controls; made by `sweep`, read again by `load`.
+    """Effects of edits and their controls by document; made by `sweep`, read again by `load`.
+
+    ::
+
+        found = replay.sweep(store, model, edit=replay.Zero())
+        found.effect().sel(arm="edit", metric="kl")
 
     ``results`` is an `xarray.Dataset`:
 
-    ===========================  =======================================================  =======================
+    ===========================  =======================================================  ==============================
     variable                     dims                                                     meaning
-    ===========================  =======================================================  =======================
-    ``value``                    arm, layer, position, edit, alpha, document, metric      NaN where not made
+    ===========================  =======================================================  ==============================
+    ``value``                    arm, layer, position, edit, alpha, document, metric      NaN if the edit was not made
     ``identity_error``           layer                                                    largest logit difference
     ``identity_error_relative``  layer                                                    of root mean squares
     ``skipped``                  layer                                                    blocks that did not run
-    ===========================  =======================================================  =======================
+    ===========================  =======================================================  ==============================
 
     *arm* is ``edit`` and the baselines; *alpha* is the strength, 1 for an edit that has none; *layer* is −1 for a
-    module path. What was asked, and notes on what is not exact, are in ``results.attrs``.
+    module path. ``results.attrs`` holds the plan of the sweep, and notes on values that are not exact.
     """
 
     def effect(
@@ -53,30 +58,30 @@ class Sweep(SweepResults):
         Parameters
         ----------
         groups
-            ``"document"``, or a column of *store*'s documents whose equal values are drawn, and flipped, together. A
-            document without a value there is a group of its own.
+            ``"document"``, or a column of *store*'s documents: documents of equal value are resampled and flipped
+            together. A document without a value is its own group.
 
         Returns
         -------
-        Dataset with dims (arm, layer, position, edit, alpha, metric): ``mean``; ``ci_low, ci_high``, 95 % of a group
-        bootstrap; ``documents``; and ``p_<baseline>`` without arm, two-sided, of a sign-flip test of the edit against
-        it
+        Dataset with dims (arm, layer, position, edit, alpha, metric): ``mean``; ``ci_low, ci_high``, the 95 % interval
+        of a group bootstrap; ``documents``, the number of values; and ``p_<baseline>`` without arm, the two-sided
+        p-value of a sign-flip test of the edit against the baseline
 
         Raises
         ------
         AnalysisError
-            There is no such column, or no store to take it from, or the store lacks a document of the sweep.
+            There is no such column, no store was given, or the store lacks a document of the sweep.
         """
         group = _groups(self.results["document"].values, store, groups)
         return estimate_effects(self.results, group, resamples, seed).assign_attrs(groups=groups)
 
     def to_dataframe(self) -> DataFrame:
-        """Return one line for each arm, layer, position, edit, alpha and document, a column for each metric."""
+        """Return a row for each arm, layer, position, edit, alpha and document, with a column for each metric."""
         frame = self.results["value"].to_dataset("metric").to_dataframe()
         return frame.dropna(how="all").reset_index()
 
     def plot(self, path: str | Path | None = None, metric: str | None = None) -> Figure:
-        """Draw a metric: layer × position as a heat map, else curves over layers or strengths."""
+        """Draw a metric: a heat map of layer × position, or curves over layers or strengths."""
         from analysis.replay.sweeps.plot import plot
 
         return plot(self.results, path, metric=metric)
@@ -100,12 +105,16 @@ class Sweep(SweepResults):
 
 
 def load(folder: str | Path) -> Sweep:
-    """Read what `Sweep.save` wrote.
+    """Return the sweep that `Sweep.save` wrote.
+
+    ::
+
+        replay.load("replayed")
 
     Raises
     ------
     AnalysisError
-        There is no sweep in the folder, or it was written by another version.
+        There is no sweep in the folder, or another version wrote it.
     """
     path = local_path(folder) / FILE
     if not (path / "zarr.json").is_file():

@@ -243,7 +243,7 @@ class ProjectOut(Edit):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SwapRows(Edit):
-    """Give row *i* of the batch the activations of row ``order[i]`` (interchange between examples).
+    """Replace the activations of row *i* of the batch by those of row ``order[i]`` (interchange between examples).
 
     The rows are those of the whole batch, on however many ranks it is. ::
 

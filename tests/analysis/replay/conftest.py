@@ -24,7 +24,7 @@ Made = tuple[flexcache.Store, nn.Module]
 
 @pytest.fixture(scope="session")
 def captured(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
-    """Makes a store of a family's residual streams once, and gives it with a fresh model."""
+    """Return a function that captures a family's residual stream once, and returns the store with a fresh model."""
     made: dict[str, Path] = {}
 
     def make(family: str = "llama", compute: torch.dtype = torch.float32, **options: object) -> Made:

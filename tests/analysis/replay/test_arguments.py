@@ -32,7 +32,7 @@ def swept(made: Any, **options: Any) -> Any:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Broken(Edit):
-    """Fails in its own code."""
+    """An edit that fails in its own code."""
 
     def change(self, x: torch.Tensor, context: EditContext) -> torch.Tensor:
         """Raise KeyError."""
@@ -41,7 +41,7 @@ class Broken(Edit):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Returns(Edit):
-    """Returns the mean of the tokens, or nothing."""
+    """An edit that returns the mean of the tokens, or None."""
 
     nothing: bool = False
 
@@ -64,13 +64,13 @@ class Returns(Edit):
         ({"documents": ["dok-1"]}, "did you mean doc-1"),
     ],
 )
-def test_an_unknown_document_is_an_error_with_the_nearest_ids(options: Any, near: str, made: Any) -> None:
+def test_an_unknown_document_raises_an_error_with_the_nearest_ids(options: Any, near: str, made: Any) -> None:
     with pytest.raises((AnalysisError, StoreError), match="the store has no document") as error:
         swept(made, **options)
     assert near in str(error.value.remedy)
 
 
-def test_a_position_that_no_document_has_is_an_error_or_a_note(made: Any) -> None:
+def test_a_position_that_no_document_has_gives_an_error_or_a_note(made: Any) -> None:
     for positions in (99, [6, -7], {"subject": {"doc-1": [6]}}):
         with pytest.raises(AnalysisError, match="no document has a token") as error:
             swept(made, at=replay.grid(layers=1, positions=positions))
@@ -133,7 +133,7 @@ def test_answers_may_be_a_pair_for_each_document_in_order(made: Any) -> None:
 
 
 @pytest.mark.parametrize("site", ["resid_post", "mlp_out"])
-def test_a_bug_in_an_edit_is_reported_as_that_of_the_edit(site: str, made: Any) -> None:
+def test_an_exception_in_an_edit_names_the_edit(site: str, made: Any) -> None:
     def wrong(module: Any, activation: torch.Tensor, save_ctx: Any, modules: Any) -> torch.Tensor:
         return activation @ torch.ones(3)
 
@@ -153,7 +153,7 @@ def test_a_bug_in_an_edit_is_reported_as_that_of_the_edit(site: str, made: Any) 
             swept(made, at=at, edit=edit)
 
 
-def test_a_metric_that_fails_or_returns_no_number_is_named(made: Any) -> None:
+def test_an_error_names_the_metric_that_fails_or_returns_no_number(made: Any) -> None:
     def broken(outcome: Any) -> float:
         return {}["nothing"]  # type: ignore[no-any-return]
 
@@ -210,7 +210,7 @@ def test_store_and_model_are_checked_first(made: Any) -> None:
         ({"readout": None}, "whole number"),
     ],
 )
-def test_a_grid_and_edits_are_checked_before_the_work(options: Any, message: str, made: Any) -> None:
+def test_grid_and_edits_are_checked_before_any_forward(options: Any, message: str, made: Any) -> None:
     with pytest.raises(AnalysisError, match=message):
         swept(made, **options)
 
@@ -218,7 +218,7 @@ def test_a_grid_and_edits_are_checked_before_the_work(options: Any, message: str
 @pytest.mark.parametrize(
     "positions", [None, 1.5, "middle", True, [1, None], [], {}, {"x": [1]}, {"x": {"doc-1": [1.5]}}]
 )
-def test_positions_that_cannot_be_read_are_refused(positions: Any) -> None:
+def test_invalid_positions_raise_an_error(positions: Any) -> None:
     with pytest.raises(AnalysisError, match="position"):
         replay.grid(positions=positions)
     assert replay.grid(positions=np.int64(3)).positions == {"3": 3}
@@ -254,14 +254,14 @@ def test_positions_that_cannot_be_read_are_refused(positions: Any) -> None:
         lambda: replay.Function(None),  # type: ignore[arg-type]
     ],
 )
-def test_edits_that_cannot_be_meant_are_refused_when_they_are_made(make: Callable[[], Any]) -> None:
+def test_invalid_settings_of_edits_raise_an_error_when_the_edit_is_made(make: Callable[[], Any]) -> None:
     with pytest.raises(AnalysisError) as error:
         make()
     assert isinstance(error.value, FlexCacheError)
     assert error.value.expected
 
 
-def test_numbers_of_numpy_are_strengths_and_features() -> None:
+def test_numpy_numbers_are_accepted_as_strengths_and_features() -> None:
     assert replay.Scale(np.float32(2)).strengths == (2.0,)
     assert replay.Scale(torch.tensor([1.0, 2.0])).strengths == (1.0, 2.0)  # type: ignore[arg-type]
     assert replay.Zero(np.arange(2)).dims == (0, 1)  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ def made(captured: Captured) -> tuple[Any, Any]:
 
 
 def losses(model: Any, document: dict[str, Any], layer: int, values: torch.Tensor) -> torch.Tensor:
-    """The summed loss as a function of a block's output, by plain PyTorch."""
+    """Return the summed loss as a function of a block's output, in plain PyTorch."""
     handle = model.model.layers[layer].register_forward_hook(lambda *_: values)
     ids = torch.tensor([document["tokens"]])
     logits = model(ids, use_cache=False).logits
@@ -78,7 +78,7 @@ def test_the_top_cells_are_replayed_exactly_and_compared(made: Any, tmp_path: Pa
     assert (tmp_path / "scatter.png").exists()
 
 
-def test_what_attribution_needs_is_said(made: Any, captured: Captured) -> None:
+def test_attribution_without_gradients_or_donors_raises_an_error(made: Any, captured: Captured) -> None:
     store, _ = made
     plain, _ = captured()
     with pytest.raises(AnalysisError, match="needs activations and their gradients") as error:

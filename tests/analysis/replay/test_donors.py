@@ -32,7 +32,7 @@ def documents(labels: pa.Array) -> Any:
 
 
 @pytest.mark.parametrize("kind", list(LABELS))
-def test_a_document_without_a_label_neither_has_a_donor_nor_is_one(kind: str) -> None:
+def test_a_document_without_a_label_has_no_donor_and_is_no_donor(kind: str) -> None:
     labels = [None if value in ("", " ") or value != value else value for value in LABELS[kind].to_pylist()]
     known = dict(zip("abcdefgh", labels))
     expected = {name for name, label in known.items() if label is not None}
@@ -49,7 +49,7 @@ def test_without_a_label_every_other_document_of_the_length_may_be_a_donor() -> 
     assert pairs == {(a, b) for a in "abcdefgh" for b in "abcdefgh" if a != b}
 
 
-def test_a_column_that_is_no_label_is_refused() -> None:
+def test_a_column_that_is_not_a_label_raises_an_error() -> None:
     with pytest.raises(AnalysisError, match="no column 'lable'"):
         replay.same_length(documents(LABELS["codes"]), differing="lable")
     for column in (pa.array([["a"]] * 8), pa.array([None] * 8)):
@@ -58,7 +58,7 @@ def test_a_column_that_is_no_label_is_refused() -> None:
 
 
 @pytest.mark.parametrize("seed", ["label", 1.5, -1, None])
-def test_a_seed_that_is_no_whole_number_is_refused(seed: Any) -> None:
+def test_a_seed_that_is_not_a_whole_number_raises_an_error(seed: Any) -> None:
     with pytest.raises(AnalysisError, match="seed cannot be used") as caught:
         replay.same_length(documents(LABELS["codes"]), seed)
     assert (caught.value.remedy or "").endswith("differing='label'") == (seed == "label")

@@ -53,7 +53,7 @@ def doubled(module: Any, activation: torch.Tensor, save_ctx: Any, modules: Any) 
 
 @pytest.fixture(scope="module")
 def context(captured: Callable[..., Any]) -> EditContext:
-    """Five tokens of three documents in layer 1."""
+    """Return the context of five tokens of three documents in layer 1."""
     store, model = captured()
     source = StoreRows(store)
     lengths = source.lengths
@@ -70,7 +70,7 @@ def x(context: EditContext) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("edit", ALL, ids=repr)
-def test_an_edit_is_a_value_that_prints_and_is_written_without_pickle(edit: Edit) -> None:
+def test_an_edit_survives_json_and_prints_its_settings(edit: Edit) -> None:
     again = from_json(json.loads(json.dumps(edit.to_json())))
     assert again == edit
     assert hash(again) == hash(edit)
@@ -81,7 +81,9 @@ def test_an_edit_is_a_value_that_prints_and_is_written_without_pickle(edit: Edit
 
 
 @pytest.mark.parametrize("edit", [e for e in ALL if len(e.strengths) == 1 and "ByLayer" not in repr(e)], ids=repr)
-def test_a_change_keeps_shape_and_leaves_its_argument_alone(edit: Edit, x: torch.Tensor, context: EditContext) -> None:
+def test_a_change_keeps_the_shape_and_does_not_modify_its_input(
+    edit: Edit, x: torch.Tensor, context: EditContext
+) -> None:
     before = x.clone()
     single = edit.at_strength(edit.strengths[0])
     after = single.change(x, context)
@@ -91,7 +93,7 @@ def test_a_change_keeps_shape_and_leaves_its_argument_alone(edit: Edit, x: torch
     assert torch.equal(after, single.change(x, context)), "the same twice"
 
 
-def test_edits_do_what_they_say(x: torch.Tensor, context: EditContext) -> None:
+def test_each_edit_equals_its_formula(x: torch.Tensor, context: EditContext) -> None:
     zero = replay.Zero((3, 5)).change(x, context)
     assert (zero[:, [3, 5]] == 0).all()
     assert np.array_equal(np.delete(zero.numpy(), [3, 5], 1), np.delete(x.numpy(), [3, 5], 1))
@@ -108,7 +110,7 @@ def test_edits_do_what_they_say(x: torch.Tensor, context: EditContext) -> None:
     np.testing.assert_allclose((matched - x).norm(dim=1), np.full(5, 3 * np.linalg.norm(VECTOR)), rtol=1e-5)
 
 
-def test_means_are_the_stores(x: torch.Tensor, context: EditContext) -> None:
+def test_store_means_are_means_over_the_stores_rows(x: torch.Tensor, context: EditContext) -> None:
     store = context.source.store
     rows, position = store.read("resid_post", 1), store.coordinates["position"].values
     whole = replay.StoreMean().change(x, context)
@@ -144,7 +146,7 @@ def test_patches_take_the_donors_row_at_the_aligned_position(x: torch.Tensor, co
     np.testing.assert_allclose(half, (x.numpy() + expected) / 2, atol=1e-6)
 
 
-def test_a_resampled_document_is_another_one_at_the_same_positions(x: torch.Tensor, context: EditContext) -> None:
+def test_resampling_takes_the_same_positions_of_one_other_document(x: torch.Tensor, context: EditContext) -> None:
     store = context.source.store
     found = replay.Resample(1).change(x, context).numpy()
     rows, position = store.read("resid_post", 1), store.coordinates["position"].values
@@ -207,18 +209,18 @@ def test_leace_is_fitted_to_the_stores_rows(captured: Callable[..., Any]) -> Non
         (lambda: replay.Noise("much"), "Noise"),  # type: ignore[arg-type]
     ],
 )
-def test_settings_that_make_no_sense_are_refused_at_once(make: Callable[[], Edit], message: str) -> None:
+def test_invalid_settings_raise_an_error_at_once(make: Callable[[], Edit], message: str) -> None:
     with pytest.raises(AnalysisError, match="cannot be made of this") as error:
         make()
     assert error.value.where == message
 
 
-def test_the_earlier_name_of_the_stores_mean_is_read() -> None:
+def test_the_earlier_name_of_store_mean_still_works() -> None:
     assert from_json({"kind": "Mean", "over": "position"}) == replay.Mean(over="position")
     assert repr(replay.Mean()) == "StoreMean(dims=None, over='all', value=None)"
 
 
-def test_only_kinds_of_this_package_are_read() -> None:
+def test_only_edits_of_this_package_are_made_from_json() -> None:
     with pytest.raises(AnalysisError, match="no edit 'Zeroo'") as error:
         from_json({"kind": "Zeroo"})
     assert "did you mean Zero" in str(error.value)
@@ -226,7 +228,7 @@ def test_only_kinds_of_this_package_are_read() -> None:
         from_json({"kind": "Zero", "dim": [1]})
 
 
-def test_several_strengths_need_a_choice(x: torch.Tensor, context: EditContext) -> None:
+def test_an_edit_with_several_strengths_cannot_be_applied(x: torch.Tensor, context: EditContext) -> None:
     edit = replay.Steer(VECTOR, [0, 1]) >> replay.Zero((1,))
     assert edit.strengths == (0.0, 1.0)
     with pytest.raises(AnalysisError, match="one strength"):
@@ -234,7 +236,7 @@ def test_several_strengths_need_a_choice(x: torch.Tensor, context: EditContext) 
     assert (edit.at_strength(1.0).change(x, context)[:, 1] == 0).all()
 
 
-def test_random_directions_are_as_long_and_as_many() -> None:
+def test_random_directions_have_the_same_length_and_number() -> None:
     steer = replay.Steer(VECTOR, 2).with_random_directions(1, HIDDEN)
     assert isinstance(steer, replay.Steer)
     assert np.linalg.norm(steer.vector) == pytest.approx(np.linalg.norm(VECTOR))
@@ -271,7 +273,7 @@ def test_the_bootstrap_draws_groups_and_not_documents() -> None:
     assert float(narrow[1][0] - narrow[0][0]) < float(high[0] - low[0]) / 4
 
 
-def test_edits_of_one_kind_are_numbered_in_results() -> None:
+def test_edits_of_the_same_name_are_numbered_in_results() -> None:
     edits = replay.Patch("a") | replay.Zero((1,)) | replay.Patch("b")
     assert label_edits(list_edits(edits)) == ["Patch(donor='a')", "Zero(dims=(1,))", "Patch(donor='b')"]
     pairs = replay.Patch({"a": "b"}) | replay.Patch({"b": "a"})

@@ -22,11 +22,11 @@ REPLAYED = [
     and family != "t5_encoder"  # its first block makes the position bias of all
 ]
 FLOAT32_INSIDE = ("mamba", "mamba2")
-"""Their residual stream is float32 in a bfloat16 model, and is rounded where it is stored."""
+"""Families whose residual stream is float32 in a bfloat16 model, and is rounded when it is stored."""
 UNSTEADY = ("qwen3_moe", "olmoe", "jamba")
-"""Their experts round in the last bit by how memory is aligned: which of them do depends on the processor."""
+"""Families whose experts round the last bit depending on memory alignment, on some processors."""
 QUICK = ("llama", "gpt2", "gpt_neox", "gemma3", "bert", "mixtral")
-"""Families that are tried in bfloat16 by default; the others with ``-m slow``."""
+"""Families that are tested in bfloat16 by default; the others with ``-m slow``."""
 Captured = Callable[..., Any]
 
 
@@ -55,7 +55,7 @@ def test_a_replay_that_changes_nothing_is_the_forward_bit_for_bit(
         assert replay.identity_error(store, model, "resid_post", layer) <= most
 
 
-def test_a_model_whose_first_block_makes_what_others_need_is_refused(captured: Captured) -> None:
+def test_a_model_whose_blocks_need_outputs_of_the_first_is_rejected(captured: Captured) -> None:
     store, model = captured("t5_encoder")
     assert replay.identity_error(store, model, "resid_post", 1) > 0
     with pytest.raises(AnalysisError, match="not the model's own forward"):
@@ -81,7 +81,7 @@ def test_skipped_blocks_do_not_run(captured: Captured) -> None:
     assert not any("forward" in vars(block) for block in find_blocks(model)[1])
 
 
-def test_the_model_is_put_back_when_the_forward_fails(captured: Captured) -> None:
+def test_the_model_is_restored_when_the_forward_fails(captured: Captured) -> None:
     store, model = captured()
     engine = Engine(store, model)
     batch = next(engine.batches())
@@ -165,7 +165,7 @@ def test_the_residual_stream_of_a_donor_gives_its_logits(captured: Captured) -> 
     assert not torch.equal(base, base.roll(-1, 0))
 
 
-def test_batches_are_the_captures_own_also_across_units(captured: Captured) -> None:
+def test_batches_are_those_of_the_capture_also_across_units(captured: Captured) -> None:
     documents = token_documents([11, 5, 17, 3] * 16, vocabulary=VOCABULARY)
     store, model = captured(documents=documents)
     assert store.n_units > 1
@@ -174,7 +174,7 @@ def test_batches_are_the_captures_own_also_across_units(captured: Captured) -> N
     assert replay.identity_error(store, model, layer=1) == 0.0
 
 
-def test_a_store_of_other_weights_is_refused_or_accepted_by_name(captured: Captured) -> None:
+def test_a_store_of_other_weights_is_rejected_unless_accepted_by_name(captured: Captured) -> None:
     store, model = captured()
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1
@@ -185,7 +185,7 @@ def test_a_store_of_other_weights_is_refused_or_accepted_by_name(captured: Captu
     assert replay.identity_error(store, model, accept=["weights"]) == 0.0
 
 
-def test_another_attention_implementation_is_refused_by_name(captured: Captured) -> None:
+def test_another_attention_implementation_is_named_as_incompatible(captured: Captured) -> None:
     store, _ = captured()
     other = tiny("llama", attn_implementation="eager")
     assert set(replay.find_incompatibilities(store, other)) == {"attention"}
@@ -193,7 +193,7 @@ def test_another_attention_implementation_is_refused_by_name(captured: Captured)
         Engine(store, other, accept=["rows"])
 
 
-def test_what_is_stored_says_whether_it_can_be_replayed(captured: Captured, tmp_path: Any) -> None:
+def test_a_store_names_the_reasons_why_it_cannot_be_replayed(captured: Captured, tmp_path: Any) -> None:
     store, model = captured()
     assert store.replayable
     assert "nothing stands" in str(store.replayable)
@@ -206,7 +206,7 @@ def test_what_is_stored_says_whether_it_can_be_replayed(captured: Captured, tmp_
     assert set(build_store(tmp_path / "foreign.zarr").replayable.reasons) == {"weights"}
 
 
-def test_a_layer_that_is_not_stored_is_named(captured: Captured) -> None:
+def test_an_error_names_the_layer_that_is_not_stored(captured: Captured) -> None:
     store, model = captured(layers=[0, 3])
     with pytest.raises(AnalysisError, match="not stored") as error:
         replay.identity_error(store, model, layer=2)
@@ -214,7 +214,7 @@ def test_a_layer_that_is_not_stored_is_named(captured: Captured) -> None:
     assert Engine(store, model).start_at("mlp_out", 3, stored=False).skipped == 1
 
 
-def test_another_storage_dtype_is_near_and_not_exact(captured: Captured) -> None:
+def test_a_narrower_storage_dtype_is_close_but_not_exact(captured: Captured) -> None:
     store, model = captured(dtype="bfloat16")
     assert "bfloat16" in store.arrays["resid_post"].dtype
     assert 0 < replay.identity_error(store, model, layer=1) < 0.1
@@ -222,14 +222,14 @@ def test_another_storage_dtype_is_near_and_not_exact(captured: Captured) -> None
     assert "exact only to the rounding" in engine.notes_on(engine.start_at("resid_post", 1))[0]
 
 
-def test_a_resid_pre_is_as_good_as_the_resid_post_before_it(captured: Captured) -> None:
+def test_a_replay_can_start_from_resid_pre(captured: Captured) -> None:
     store, model = captured(sites="resid_pre")
     assert replay.identity_error(store, model, "resid_pre", 2) == 0.0
     assert Engine(store, model).start_at("resid_post", 1).site == "resid_pre"
 
 
-def test_a_model_that_hands_on_more_is_refused_by_the_identity_check(tmp_path: Any) -> None:
-    """Blocks that also count, in a place of their own, how many of them ran."""
+def test_the_identity_check_rejects_a_model_with_other_state_between_blocks(tmp_path: Any) -> None:
+    """The blocks count how many of them ran, outside the residual stream."""
     from analysis.replay.engine.identity import check_discrepancy, measure_discrepancy
 
     def leaky() -> torch.nn.Module:
@@ -272,7 +272,7 @@ def test_an_edit_of_queries_in_a_fused_projection_equals_that_of_a_plain_hook(ca
 
 
 @pytest.mark.parametrize("site", ["resid_mid", "router_logits"])
-def test_a_site_beside_which_the_model_goes_on_is_not_edited(site: str, captured: Captured) -> None:
+def test_a_site_that_a_parallel_path_bypasses_cannot_be_edited(site: str, captured: Captured) -> None:
     store, model = captured("mixtral")
     engine = Engine(store, model)
     batch = next(engine.batches())

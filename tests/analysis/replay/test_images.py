@@ -1,4 +1,4 @@
-"""Replay of images: from a stored residual stream on, with the pixels and the processor that the store keeps."""
+"""Replay of image models: the store's pixels and processor, and a stored residual stream."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_replay_from_any_layer_gives_the_same_bits(family: str, dtype: torch.d
     assert [replay.identity_error(store, model, layer=layer) for layer in range(DEPTH)] == [0.0] * DEPTH
 
 
-def test_scores_of_classes_and_processors_that_are_functions(tmp_path: Path) -> None:
+def test_class_scores_and_a_function_as_processor_replay_exactly(tmp_path: Path) -> None:
     settings = tiny_vision("vit").config
     settings.num_labels = 5
     torch.manual_seed(0)
@@ -56,20 +56,20 @@ def test_scores_of_classes_and_processors_that_are_functions(tmp_path: Path) -> 
     assert replay.identity_error(store, model, layer=1, processor=by_hand) == 0.0
 
 
-def test_an_edit_of_one_patch_changes_what_follows(tmp_path: Path) -> None:
+def test_an_edit_of_one_patch_changes_the_output(tmp_path: Path) -> None:
     model = tiny_vision("vit")
     store = flexcache.capture(model, processor(), DOCUMENTS, tmp_path / "run.zarr", **QUIET)
     engine = replay.Engine(store, model)
     (batch, *_) = engine.batches()
-    start, context = engine.start_at("resid_post", 0), store.patches.position(1, 1)
-    place = (np.array([0]), np.array([context]))
+    start, patch = engine.start_at("resid_post", 0), store.patches.position(1, 1)
+    place = (np.array([0]), np.array([patch]))
     edited = engine.run(batch, start, [replay.PlacedEdit(engine.point("resid_post", 0), replay.Zero(), place)]).logits
     plain = engine.run(batch).logits
     changed = (edited != plain).flatten(1).any(1).tolist()
     assert changed == [True, *[False] * (len(changed) - 1)]
 
 
-def test_questions_about_next_tokens_are_refused(tmp_path: Path) -> None:
+def test_sweeps_and_attribution_by_next_tokens_raise_an_error(tmp_path: Path) -> None:
     model = tiny_vision("vit")
     store = flexcache.capture(model, processor(), DOCUMENTS, tmp_path / "run.zarr", **QUIET)
     with pytest.raises(AnalysisError, match="the documents are images"):

@@ -27,7 +27,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[flexcache.Sto
     return store, source
 
 
-def test_the_rest_of_a_model_gives_what_the_whole_gives(saved: tuple[flexcache.Store, ModelSource]) -> None:
+def test_a_partly_loaded_model_computes_the_same_logits(saved: tuple[flexcache.Store, ModelSource]) -> None:
     store, source = saved
     whole, rest = replay.Engine(store, source.load()), replay.Engine(store, replay.load_rest(source, after=2))
     held = sum(p.numel() for p in rest.model.parameters() if not p.is_meta)
@@ -39,7 +39,7 @@ def test_the_rest_of_a_model_gives_what_the_whole_gives(saved: tuple[flexcache.S
             assert compare_logits(mine, theirs, batch) == Discrepancy(0.0, 0.0)
 
 
-def test_another_checkpoint_is_refused(saved: tuple[flexcache.Store, ModelSource], tmp_path: Path) -> None:
+def test_another_checkpoint_is_rejected(saved: tuple[flexcache.Store, ModelSource], tmp_path: Path) -> None:
     store, source = saved
     model = source.load()
     with torch.no_grad():
@@ -52,7 +52,7 @@ def test_another_checkpoint_is_refused(saved: tuple[flexcache.Store, ModelSource
         replay.load_rest(source, after=4)
 
 
-def test_a_checkpoint_that_is_renamed_on_loading_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_whose_tensors_are_renamed_on_loading_raises_an_error(tmp_path: Path) -> None:
     tiny("gpt_neox").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="names its tensors otherwise"):
         replay.load_rest(ModelSource(name=str(tmp_path)), after=1)

@@ -33,7 +33,7 @@ def swept(captured: Callable[..., Any]) -> tuple[Any, replay.Sweep]:
     return store, sweep
 
 
-def test_the_page_stands_alone_and_escapes_what_stems_from_data(swept: Any, tmp_path: Path) -> None:
+def test_the_page_loads_nothing_and_escapes_all_data(swept: Any, tmp_path: Path) -> None:
     store, sweep = swept
     page = replayed.write(store, sweep, tmp_path / "deep/report.html", command=f"flexcache replay {EVIL}").read_text()
     HTMLParser().feed(page)
@@ -44,7 +44,7 @@ def test_the_page_stands_alone_and_escapes_what_stems_from_data(swept: Any, tmp_
     assert "a replay that changes nothing is the forward, bit for bit" in page
 
 
-def test_the_table_is_of_the_effects(swept: Any, tmp_path: Path) -> None:
+def test_the_table_shows_the_effects(swept: Any, tmp_path: Path) -> None:
     store, sweep = swept
     page = replayed.write(store, sweep, tmp_path / "report.html").read_text()
     effect = sweep.effect(store)

@@ -37,7 +37,7 @@ def donors() -> dict[str, str]:
 
 
 def logits(model: Any, document: dict[str, Any], layer: int = -1, edit: Any = None) -> np.ndarray:
-    """A plain forward of one document, with an edit of a block's output by a plain hook."""
+    """Return the logits of one document in a plain forward, with a block's output edited by a plain hook."""
     handle = None
     if edit is not None:
         handle = model.model.layers[layer].register_forward_hook(lambda _, args, output: edit(output.clone()))
@@ -48,7 +48,7 @@ def logits(model: Any, document: dict[str, Any], layer: int = -1, edit: Any = No
     return found
 
 
-def test_metrics_are_those_of_plain_forwards(made: Any) -> None:
+def test_metrics_equal_those_of_plain_forwards(made: Any) -> None:
     store, model = made
     metrics = ["kl", "loss", "loss_change", "logit_diff", "logit_diff_change", "prob", "rank", "flips"]
     at = replay.grid(layers=[1, 2], positions=[2, "last"])
@@ -86,7 +86,7 @@ def test_metrics_are_those_of_plain_forwards(made: Any) -> None:
     assert r.results["skipped"].values.tolist() == [2, 3]
 
 
-def test_the_whole_residual_of_a_donor_recovers_everything(made: Any) -> None:
+def test_patching_all_tokens_recovers_the_donors_logits(made: Any) -> None:
     store, model = made
     r = replay.sweep(
         store,
@@ -109,7 +109,7 @@ def test_the_whole_residual_of_a_donor_recovers_everything(made: Any) -> None:
     assert (cosine.sel(arm="edit", alpha=1.0) < 0.9999).all()
 
 
-def test_steering_scales_and_its_controls_are_as_long(made: Any) -> None:
+def test_steering_scales_and_its_controls_have_equal_norms(made: Any) -> None:
     store, model = made
     vector = np.random.default_rng(0).standard_normal(HIDDEN)
     lengths: dict[str, list[float]] = {}
@@ -132,7 +132,7 @@ def test_steering_scales_and_its_controls_are_as_long(made: Any) -> None:
     assert (value.sel(arm="identity") == 0).all()
 
 
-def test_several_edits_in_one_forward_are_the_same_and_the_error_is_measured(made: Any) -> None:
+def test_several_edits_in_one_forward_agree_and_the_error_is_measured(made: Any) -> None:
     store, model = made
     at = replay.grid(layers=[0, 2], positions="each")
     edit = replay.Patch(donors()) | replay.Zero()
@@ -145,8 +145,8 @@ def test_several_edits_in_one_forward_are_the_same_and_the_error_is_measured(mad
 
 
 @pytest.mark.parametrize("family", [*REPLAYED[::6], *(pytest.param(f, marks=pytest.mark.slow) for f in REPLAYED[2::4])])
-def test_edits_of_different_layers_in_one_forward_are_the_same(family: str, captured: Captured) -> None:
-    """Lines of one forward begin at blocks of their own; some numbers of lines divide the 6 tokens of a sequence."""
+def test_edits_of_different_layers_in_one_forward_agree(family: str, captured: Captured) -> None:
+    """Each line of a forward starts at its own block; some numbers of lines divide the 6 tokens of a sequence."""
     store, model = captured(family, documents=DOCUMENTS, batch_tokens=18)
     at = replay.grid(positions=[0, 4])
     edit = replay.Scale(1.5) | replay.Patch(donors())
@@ -168,7 +168,7 @@ def test_edits_inside_blocks_of_different_layers_go_through_one_forward(site: st
     assert np.allclose(one.results["value"], many.results["value"], atol=1e-5, equal_nan=True)
 
 
-def test_a_block_runs_on_the_lines_that_have_begun(made: Any) -> None:
+def test_a_block_runs_only_on_the_lines_that_have_reached_it(made: Any) -> None:
     store, model = made
     engine = Engine(store, model)
     batch = next(engine.batches())
@@ -183,7 +183,7 @@ def test_a_block_runs_on_the_lines_that_have_begun(made: Any) -> None:
 
 
 @pytest.mark.parametrize("copies", [1, 30])
-def test_what_lies_before_an_edit_is_as_it_was(copies: int, made: Any) -> None:
+def test_sites_before_an_edit_are_unchanged(copies: int, made: Any) -> None:
     store, model = made
     places = (("resid_post", 1), ("mlp_out", 1), ("resid_post", 3))
 
@@ -201,8 +201,8 @@ def test_what_lies_before_an_edit_is_as_it_was(copies: int, made: Any) -> None:
     assert (value.sel(metric="resid_post 1", layer=[2, 3]) == 0).all()
 
 
-def test_what_several_edits_in_one_forward_cost_in_exactness_is_found(made: Any) -> None:
-    """A model whose outputs depend, a little, on how many lines there are."""
+def test_the_error_of_several_edits_in_one_forward_is_found(made: Any) -> None:
+    """The outputs of the model depend slightly on the number of lines."""
     store, model = made
     model.model.norm.register_forward_hook(lambda _, args, output: output * (1 + 1e-3 * len(output)))
     asked: dict[str, Any] = {"at": replay.grid(layers=1, positions=[0, 1]), "edit": replay.Zero(), "metrics": ["kl"]}
@@ -211,7 +211,7 @@ def test_what_several_edits_in_one_forward_cost_in_exactness_is_found(made: Any)
     assert replay.sweep(store, model, copies=2, **asked, **QUIET).results["identity_error"] > 1e-4
 
 
-def test_documents_that_are_not_asked_about_are_left_alone(made: Any) -> None:
+def test_documents_outside_the_sweep_are_not_edited(made: Any) -> None:
     store, model = made
     asked = [DOCUMENTS[4]["id"], DOCUMENTS[1]["id"]]
     whole = replay.sweep(store, model, edit=replay.Zero(), metrics=["kl"], **QUIET)
@@ -248,7 +248,7 @@ def test_documents_without_a_token_or_a_donor_are_left_out(captured: Captured) -
     assert np.isfinite(ends.results["value"].sel(arm="edit")).sum() == 2
 
 
-def test_the_head_at_the_last_token_alone_gives_the_same(made: Any) -> None:
+def test_running_the_head_on_the_last_token_gives_the_same_values(made: Any) -> None:
     store, model = made
     r = replay.sweep(store, model, edit=replay.Zero(), metrics=["logit_diff"], answers=(3, 4), readout="last", **QUIET)
     whole = replay.sweep(store, model, edit=replay.Zero(), metrics=["logit_diff"], answers=(3, 4), **QUIET)
@@ -256,7 +256,7 @@ def test_the_head_at_the_last_token_alone_gives_the_same(made: Any) -> None:
     assert (r.results["identity_error"] == 0).all()
 
 
-def test_a_sweep_goes_on_where_it_stopped(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_sweep_resumes(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, model = made
     asked: dict[str, Any] = {"edit": replay.Zero(), "metrics": ["kl"], "folder": tmp_path / "out", **QUIET}
     module = sys.modules["analysis.replay.sweeps.sweep"]  # its name in the package is the function
@@ -285,7 +285,7 @@ def test_a_sweep_goes_on_where_it_stopped(made: Any, tmp_path: Path, monkeypatch
         replay.sweep(store, model, **{**asked, "metrics": ["flips"]})
 
 
-def test_saved_results_are_read_again_as_they_were(made: Any, tmp_path: Path) -> None:
+def test_saved_results_load_identically(made: Any, tmp_path: Path) -> None:
     store, model = made
     r = replay.sweep(store, model, edit=replay.Zero() | replay.Scale([0.5, 2]), metrics=["kl"], **QUIET)
     r.save(tmp_path)
@@ -299,7 +299,7 @@ def load_tiny() -> Any:
     return tiny("llama")
 
 
-def test_workers_give_what_one_process_gives(made: Any) -> None:
+def test_worker_processes_give_the_same_results(made: Any) -> None:
     store, model = made
     here = replay.sweep(store, model, edit=replay.Zero(), metrics=["kl"], **QUIET)
     there = replay.sweep(
@@ -308,7 +308,7 @@ def test_workers_give_what_one_process_gives(made: Any) -> None:
     assert there.results.identical(here.results)
 
 
-def test_effects_have_intervals_and_tests_against_their_controls(made: Any) -> None:
+def test_effects_have_intervals_and_tests_against_controls(made: Any) -> None:
     store, model = made
     r = replay.sweep(store, model, replay.grid(layers=1), replay.Zero(), ["kl"], ["identity", "norm_matched"], **QUIET)
     effect = r.effect()
@@ -346,14 +346,14 @@ def test_effects_have_intervals_and_tests_against_their_controls(made: Any) -> N
         ({"scheduler": "processes"}, "load the model on each"),
     ],
 )
-def test_questions_that_make_no_sense_are_refused(options: dict[str, Any], message: str, made: Any) -> None:
+def test_invalid_arguments_of_a_sweep_raise_an_error(options: dict[str, Any], message: str, made: Any) -> None:
     store, model = made
     with pytest.raises((AnalysisError, StoreError, Exception), match=message) as error:
         replay.sweep(store, model, **{"edit": replay.Zero(), "metrics": ["kl"], **QUIET, **options})
     assert type(error.value).__name__ in ("AnalysisError", "StoreError", "SiteError")
 
 
-def test_pictures_are_drawn_for_grids_doses_and_layers(made: Any, tmp_path: Path) -> None:
+def test_figures_are_drawn_for_positions_strengths_and_layers(made: Any, tmp_path: Path) -> None:
     store, model = made
     edits = replay.Zero() | replay.Patch(donors())
     grid = replay.sweep(store, model, replay.grid(positions="each"), edits, ["kl"], **QUIET)
