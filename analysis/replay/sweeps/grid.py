@@ -24,7 +24,7 @@ class Grid:
     """Layers × positions of one site; made by `grid`.
 
     >>> grid(layers=[8, 12], positions=[0, "last"])
-    Grid(site='resid_post', layers=(8, 12), positions={'0': 0, 'last': 'last'})
+    Grid(site='resid_post', layers=[8, 12], positions={'0': 0, 'last': 'last'})
 
     Attributes
     ----------

@@ -16,7 +16,7 @@ from analysis.replay.engine.compatibility import check_no_images
 from analysis.replay.engine.engine import Engine
 from analysis.replay.sweeps.arguments import Answers, ModelLoader, check_grid, load_model
 from analysis.replay.sweeps.batch_result import BatchResult, run_batch, worst_discrepancies
-from analysis.replay.sweeps.execution import Execution
+from analysis.replay.sweeps.execution_options import ExecutionOptions
 from analysis.replay.sweeps.grid import Grid
 from analysis.replay.sweeps.metrics import MetricLike
 from analysis.replay.sweeps.results import FORMAT, Sweep
@@ -43,7 +43,8 @@ def sweep(
     readout: str | Sequence[int] = "all",
     seed: int = 0,
     accept: Collection[str] = (),
-    **execution: Any,
+    options: ExecutionOptions | None = None,
+    **named: Any,
 ) -> Sweep:
     """Make edits at each layer and position, run only the rest of the model, and measure the effects.
 
@@ -79,21 +80,21 @@ def sweep(
         Seed of random edits and baselines.
     accept
         Names of incompatibilities to ignore, see `find_incompatibilities`.
-    execution
-        Fields of `analysis.replay.sweeps.execution.Execution`: ``copies=1``, ``folder=None``, ``scheduler=None``,
-        ``workers=2``, ``progress=True``.
+    options, named
+        An `ExecutionOptions`, and its fields as keywords, which take precedence: copies, folder, scheduler, workers,
+        progress.
 
     Raises
     ------
     MismatchError
         The store cannot be replayed with this model, or *folder* holds another sweep.
     AnalysisError
-        The identity check fails; an argument cannot be used; an edit or metric fails; a named document is not in the
-        store; no document has a token at any of the positions; the documents are images.
+        The identity check fails; an argument is unknown or cannot be used; an edit or metric fails; a named document is
+        not in the store; no document has a token at any of the positions; the documents are images.
     ConfigError, OutputError
         *folder* cannot be written to, at the beginning or later: then the error says where the results are.
     """
-    run = Execution(**execution)
+    run = ExecutionOptions.merge(options, named)
     output = None if run.folder is None else output_folder(run.folder)
     first = load_model(store, model)
     check_no_images(store)
@@ -125,7 +126,7 @@ def _run_batches(
     model: nn.Module | ModelLoader,
     plan: SweepPlan,
     batches: list[Batch],
-    run: Execution,
+    run: ExecutionOptions,
     accept: Collection[str],
     advance: Callable[[], None],
 ) -> Iterable[tuple[Batch, BatchResult]]:

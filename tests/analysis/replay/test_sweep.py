@@ -344,6 +344,7 @@ def test_effects_have_intervals_and_tests_against_controls(made: Any) -> None:
         ({"edit": replay.Steer(np.ones(3))}, "does not fit"),
         ({"at": replay.grid("mlp_out", layers=9)}, "no layer 9"),
         ({"scheduler": "processes"}, "load the model on each"),
+        ({"copy": 2}, "did you mean copies"),
     ],
 )
 def test_invalid_arguments_of_a_sweep_raise_an_error(options: dict[str, Any], message: str, made: Any) -> None:
