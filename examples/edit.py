@@ -1,4 +1,4 @@
-"""Edit: steer the residual stream, and leave no trace afterwards.   python examples/edit.py [MODEL]"""
+"""Steer the residual stream, and restore the model afterwards.   python examples/edit.py [MODEL]"""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import torch
 from models import model_and_ids
 
 from flexcache import FlexModel, HookFunction
-from flexcache.hooks.flexmodel.edits import Add, ProjectOut
+from flexcache.hooks import edits
 
 model, ids = model_and_ids()
 with torch.no_grad():
     before = model(input_ids=ids).logits
 
-    # Towards the token that the model now thinks least likely: its row of the unembedding is the direction.
+    # Steer towards the least likely next token: its row of the unembedding is the direction.
     token = int(before[0, -1].argmin())
     direction = model.lm_head.weight[token]
     direction = direction / direction.norm()
     flex = FlexModel(model, None)  # None: nothing is recorded
     flex.register_forward_hook(
-        HookFunction("model.layers.2", editing_function=Add(direction, alpha=40.0, positions=-1))
+        HookFunction("model.layers.2", editing_function=edits.Add(direction, alpha=40.0, positions=-1))
     )
     steered = flex(input_ids=ids).logits
 
@@ -27,8 +27,8 @@ with torch.no_grad():
 
     print(f"token {token}: rank {rank(before)} before, {rank(steered)} steered")
 
-    # Any function will do. This one has the direction taken out again, two blocks later.
-    remove = ProjectOut(direction)
+    # Any function can edit. This one removes the direction again, before the last norm.
+    remove = edits.ProjectOut(direction)
     flex.register_forward_pre_hook(
         HookFunction(
             "model.norm", editing_function=lambda module, x, save_ctx, modules: remove(module, x, save_ctx, modules)

@@ -28,8 +28,8 @@ from flexcache.store.read.recorded_model import recorded_model
 from flexcache.store.read.store import Store
 
 NAMES = ("rows", "site", "units", "weights", "behavior", "attention")
-REFUSED = ("rows", "site", "units")
-"""Reasons that cannot be accepted: without these rows a replay has nothing to start from."""
+REQUIRED = ("rows", "site", "units")
+"""Reasons that cannot be accepted: a replay needs these rows to start from."""
 NO_CONDITION = ("flexcache-activations", "attention", "compute_dtype")
 """Entries of a fingerprint that are compared elsewhere."""
 
@@ -76,13 +76,13 @@ def check_compatible(store: Store, model: nn.Module, accept: Collection[str] = (
         *accept* holds an unknown name, or one that cannot be accepted.
     """
     for name in accept:
-        if name not in NAMES or name in REFUSED:
-            allowed = tuple(name for name in NAMES if name not in REFUSED)
+        if name not in NAMES or name in REQUIRED:
+            allowed = tuple(name for name in NAMES if name not in REQUIRED)
             raise AnalysisError(f"{name!r} cannot be accepted", remedy=nearest(name, allowed))
     found = find_incompatibilities(store, model, processor)
     rejected = {name: text for name, text in found.items() if name not in accept}
     if rejected:
-        acceptable = [name for name in rejected if name not in REFUSED]
+        acceptable = [name for name in rejected if name not in REQUIRED]
         raise MismatchError(
             "the store cannot be replayed with this model",
             where=str(store.path),
