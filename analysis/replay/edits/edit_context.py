@@ -66,7 +66,7 @@ class StoreRows:
                 expected=f"one of {', '.join(self.store.sites)}",
                 remedy="capture this site as well, or edit at a site that was captured",
             )
-        return as_tensor(self.store.read(site, layer, rows, raw=self.store.arrays[site].dtype != "int8"))
+        return stored_tensor(self.store.read(site, layer, rows, raw=self.store.arrays[site].dtype != "int8"))
 
     def mean_row(self, site: str, layer: int | None, position: int | None) -> torch.Tensor:
         """Return the mean over all committed rows, or over those of one position: float32, shape (features,)."""
@@ -150,7 +150,7 @@ class EditContext:
         return (noise / noise.norm(dim=-1, keepdim=True)).to(like)
 
 
-def as_tensor(values: NDArray[Any]) -> torch.Tensor:
+def stored_tensor(values: NDArray[Any]) -> torch.Tensor:
     """Return stored values as a tensor of the same dtype, including bfloat16."""
     if values.dtype.itemsize == 2 and values.dtype != np.float16:
         return torch.from_numpy(np.ascontiguousarray(values).view(np.int16)).view(torch.bfloat16)

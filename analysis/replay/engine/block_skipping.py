@@ -109,18 +109,18 @@ def container_of(output: Any) -> Container:
         The output holds no residual stream.
     """
     if isinstance(output, torch.Tensor):
-        return as_tensor
+        return tensor_output
     if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor):
         rest = (None,) * (len(output) - 1)
-        return as_tuple if not rest else lambda residual: (residual, *rest)
+        return tuple_output if not rest else lambda residual: (residual, *rest)
     raise AnalysisError("a block returns no residual stream", expected="a tensor", found=type(output).__name__)
 
 
-def as_tensor(residual: torch.Tensor) -> Any:
+def tensor_output(residual: torch.Tensor) -> Any:
     """Return the residual stream as a block that returns a tensor."""
     return residual
 
 
-def as_tuple(residual: torch.Tensor) -> Any:
+def tuple_output(residual: torch.Tensor) -> Any:
     """Return the residual stream as a block that returns a tuple."""
     return (residual,)

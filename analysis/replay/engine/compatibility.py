@@ -200,12 +200,12 @@ def check_store_and_model(store: Any, model: Any) -> None:
         raise AnalysisError(
             "a replay needs a loaded model",
             expected="a torch.nn.Module",
-            found=shown(model),
+            found=short_repr(model),
             remedy='load it: flexcache.ModelSource(name="…").load()',
         )
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """Return a value for an error message, on one line of at most 80 characters."""
     text = type(value).__name__ if isinstance(value, nn.Module) else " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}…"

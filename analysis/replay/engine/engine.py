@@ -17,10 +17,10 @@ from torch import nn
 from analysis.replay.edits.edit_context import EditContext, StoreRows
 from analysis.replay.engine.block_skipping import (
     Container,
-    as_tensor,
-    as_tuple,
     observe_containers,
     skip_blocks,
+    tensor_output,
+    tuple_output,
     unambiguous_lines,
 )
 from analysis.replay.engine.compatibility import (
@@ -37,7 +37,7 @@ from analysis.replay.engine.forward_hooks import (
     edit_activation,
     limit_head,
 )
-from analysis.replay.engine.starts import BEGINNING, Start, find_start, read_residual, stack_residuals
+from analysis.replay.engine.starts import BEGINNING, Start, find_start, stack_residuals
 from flexcache import hooks
 from flexcache.errors import AnalysisError, FlexCacheError
 from flexcache.hooks.locate.encoder_decoder import encoded, is_encoder_decoder
@@ -186,7 +186,7 @@ class Engine:
         assert starts == sorted(starts), "copies are in the order of the blocks that they start at"
         lines, longest = len(starts), batch.shape[1]
         device = input_device(self.model)
-        container = self._find_container(copies[-1]) if starts[-1] else as_tensor
+        container = self._find_container(copies[-1]) if starts[-1] else tensor_output
         if starts[0] < starts[-1]:
             starts += [starts[-1]] * (unambiguous_lines(lines, longest) - lines)
         inputs = {
@@ -227,11 +227,6 @@ class Engine:
         return block is None or start.skipped <= block + (
             point.module == self._blocks[block] and point.side == "output"
         )
-
-    def residual(self, batch: Batch, start: Start) -> torch.Tensor:
-        """Return the stored residual stream of a batch, padded with zeros: shape (sequences, longest, hidden)."""
-        dtype = next(self.model.parameters()).dtype
-        return read_residual(self.source, batch, start, dtype).to(input_device(self.model))
 
     def _has_rows(self, batch: Batch) -> bool:
         first = self.source.row_start[batch.documents]
@@ -278,7 +273,7 @@ class Engine:
                 self.run(self._example if isinstance(self._pad, int) else next(self.batches()))
             elif start.skipped < len(blocks):
                 self._container = self._try_containers(start)
-        return self._container or as_tensor
+        return self._container or tensor_output
 
     def _try_containers(self, start: Start) -> Container:
         device = input_device(self.model)
@@ -289,7 +284,7 @@ class Engine:
         else:
             inputs, length = self._pad.example(self.model)(1, 0), self._pad.patches.tokens
         given = torch.zeros((1, length, stored.features), dtype=next(self.model.parameters()).dtype, device=device)
-        for container in (as_tensor, as_tuple):
+        for container in (tensor_output, tuple_output):
             try:
                 with (
                     torch.no_grad(),
@@ -301,7 +296,7 @@ class Engine:
                 continue
             if type(found[-1](given)) is type(container(given)):
                 return container
-        return as_tensor
+        return tensor_output
 
 
 EXAMPLE = Batch(0, 0, range(2), np.zeros(1, np.int64), (np.ones(2, np.int32),), ((0, 2),))

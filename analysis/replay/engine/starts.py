@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from analysis.replay.edits.edit_context import StoreRows, as_tensor
+from analysis.replay.edits.edit_context import StoreRows
 from flexcache.errors import AnalysisError
 from flexcache.recording.forward.batch import Batch
 from flexcache.store.read.store import Store
@@ -69,8 +69,7 @@ def read_residual(source: StoreRows, batch: Batch, start: Start, dtype: torch.dt
         if contiguous
         else np.concatenate([np.arange(a, a + n) for a, n in zip(first, lengths, strict=True)])
     )
-    raw = source.store.arrays[start.site].dtype != "int8"
-    values = as_tensor(source.store.read(start.site, start.layer, rows, raw=raw))
+    values = source.read_rows(start.site, start.layer, rows)
     padded = torch.zeros((*batch.shape, values.shape[1]), dtype=dtype)
     padded[torch.from_numpy(batch.attention_mask()).bool()] = values.to(dtype)
     return padded

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from analysis.replay.engine.compatibility import check_store_and_model, shown
+from analysis.replay.engine.compatibility import check_store_and_model, short_repr
 from analysis.replay.engine.engine import Engine
 from analysis.replay.sweeps.grid import Grid, grid
 from flexcache.errors import AnalysisError
@@ -50,7 +50,7 @@ def check_grid(at: Any) -> Grid:
     raise AnalysisError(
         "a sweep needs a grid",
         expected="what replay.grid returns",
-        found=shown(at),
+        found=short_repr(at),
         remedy=f"write at=replay.grid({options})",
     )
 
@@ -77,7 +77,7 @@ def parse_answers(answers: Any, engine: Engine, documents: Sequence[str] | None)
         pairs = {str(name): _pair(pair, vocabulary, f"answers of {name!r}") for name, pair in answers.items()}
         names = source.numbers if documents is None else documents
         if not any(str(name) in pairs for name in names):
-            raise AnalysisError("no document of the sweep has answers", where="answers", found=shown(answers))
+            raise AnalysisError("no document of the sweep has answers", where="answers", found=short_repr(answers))
         return pairs
     given = answers.tolist() if hasattr(answers, "tolist") else answers
     if not isinstance(given, list | tuple) or not any(isinstance(part, list | tuple) for part in map(_plain, given)):
@@ -111,7 +111,7 @@ def _pair(value: Any, vocabulary: int, where: str) -> Pair:
             "answers cannot be read",
             where=where,
             expected=f"two token ids from 0 to {vocabulary - 1}",
-            found=shown(value),
+            found=short_repr(value),
             remedy="a tokenizer returns the ids of a text: tokenizer(text, add_special_tokens=False).input_ids",
         )
     return first, second
