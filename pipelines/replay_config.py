@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -143,21 +144,24 @@ def make_edit(store: Store, at: Cells, depth: int, given: Mapping[str, Any], whe
                 if n is not None
             }
             return replay.ByLayer(fits)
-        field = next((name for name in ("vector", "directions") if name in options), None)
-        if field is None:
+        direction = next((name for name in ("vector", "directions") if name in options), None)
+        if direction is None:
             return made(**options)
-        given_direction = options.pop(field)
+        given_direction = options.pop(direction)
         if isinstance(given_direction, str):
-            return made(**{field: np.load(given_direction, allow_pickle=False)}, **options)
+            return made(**{direction: np.load(given_direction, allow_pickle=False)}, **options)
         by_layer = {}
         for layer in at.grid().resolve(store, depth)[0]:
             if layer is not None:
                 vector = difference_of_means(store, at.site, layer, **given_direction)
-                by_layer[int(layer)] = made(**{field: vector}, **options)
+                by_layer[int(layer)] = made(**{direction: vector}, **options)
         return replay.ByLayer(by_layer)
     except (TypeError, KeyError, OSError, ValueError) as error:
         raise ConfigError(
-            f"edit {kind} cannot be made of this", where=where, expected=made.__doc__, found=f"{error}"
+            f"edit {kind} cannot be made of this",
+            where=where,
+            expected=f"settings {', '.join(field.name for field in fields(made))}",
+            found=f"{error}",
         ) from error
 
 

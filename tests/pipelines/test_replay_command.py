@@ -9,6 +9,7 @@ import yaml
 
 import flexcache
 from analysis import replay
+from analysis.replay.edits.edit import from_json
 from pipelines import replay_config
 from tests.models import HIDDEN
 from tests.pipelines.test_cli import run
@@ -63,11 +64,11 @@ def test_a_sweep_from_the_command_line(asked: Path, capsys: pytest.CaptureFixtur
     by_label = np.array(store.documents["label"].to_pylist())
     X = store.read("resid_post", 2, store.rows(position=-1)).astype(np.float64)
     again = found.results.attrs["question"]["edits"][1]
-    steer = replay.edit.from_json(again)
+    steer = from_json(again)
     vector = X[by_label == "yes"].mean(0) - X[by_label == "no"].mean(0)
     np.testing.assert_allclose(dict(steer.edits)[2].vector, vector, atol=1e-6)
     assert vector.shape == (HIDDEN,)
-    assert "identity error" in run(capsys, "replay", "run.zarr", asked, "-o", "out", "-q"), "goes on"
+    assert "identity error" in run(capsys, "replay", "run.zarr", asked, "-o", "out", "-q"), "resumed"
     wrong = ("--set", "metrics=[flips]")
     assert "another sweep" in run(capsys, "replay", "run.zarr", asked, "-o", "out", "-q", *wrong, status=1)
 
