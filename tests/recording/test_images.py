@@ -96,7 +96,7 @@ def test_the_pictures_are_kept_as_they_were_found(tmp_path: Path) -> None:
     assert store.image("1") == store.image("2") == sink.getvalue()
     assert np.array_equal(decode_image(store.image("3"), ""), DOCUMENTS[2]["image"])
     assert "image" not in store.tokens.column_names
-    with pytest.raises(StoreError, match="no images"):
+    with pytest.raises(StoreError, match="are not images"):
         text = [{"tokens": [3, 4]}]
         flexcache.capture(tiny("llama"), None, text, tmp_path / "text.zarr", layers=[0], progress=False).image(0)
 

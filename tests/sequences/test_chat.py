@@ -198,7 +198,7 @@ def test_invalid_messages_are_refused(messages: Any, found: str, chatty: Any, tm
 def test_a_tokenizer_without_a_template_and_roles_without_chats_are_refused(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="without a chat template"):
         build_store(tmp_path / "run.zarr", CHATS, tokenizer=tokenizer)
-    with pytest.raises(DocumentsError, match="no chats"):
+    with pytest.raises(DocumentsError, match="are not chats"):
         build_store(tmp_path / "run.zarr", rows={"roles": ["user"]})
 
 
