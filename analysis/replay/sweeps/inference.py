@@ -10,16 +10,16 @@ from numpy.typing import NDArray
 from analysis.statistics.bootstrap import sum_by_group
 
 EXACT = 12
-"""Groups up to which all assignments of signs are tried."""
+"""Largest number of groups for which all combinations of signs are tried."""
 
 
 def sign_flip(
     values: NDArray[np.float64], group: NDArray[np.int64], flips: int = 2000, seed: int = 0
 ) -> NDArray[np.float64]:
-    """Return p-values, two-sided, of the hypothesis that differences are symmetric about zero.
+    """Return two-sided p-values of the hypothesis that differences are symmetric about zero: a sign-flip test.
 
-    The signs of whole groups are flipped: all ways for up to `EXACT` groups, else *flips* at random, the observed one
-    among them (Phipson & Smyth 2010).
+    The signs of whole groups are flipped: all combinations for up to `EXACT` groups, otherwise *flips* random ones that
+    include the observed one (Phipson & Smyth 2010).
 
     Parameters
     ----------
