@@ -34,11 +34,12 @@ from benchmarks.timing import console, interleave, ratio, show
 from flexcache.documents import open_documents
 from flexcache.identity.describe import describe_model
 from flexcache.model import describe_tokenizer
-from flexcache.recording.forward.batch import Batch, BatchReader
-from flexcache.recording.forward.capture_targets import CaptureTargets, locate, measure_arrays
+from flexcache.recording.forward.batch import Batch
+from flexcache.recording.forward.batch_reader import BatchReader
+from flexcache.recording.forward.capture_targets import CaptureTargets, find_targets, measure_arrays
 from flexcache.recording.planning.planning import Source, plan_store
 from flexcache.recording.run.fingerprint import fingerprint
-from flexcache.recording.run.forward_loop import run
+from flexcache.recording.run.forward_loop import run_pending_units
 from flexcache.recording.run.recorder import DEFAULT_BUFFER, Recorder
 from flexcache.spec import Spec
 from pipelines import assets
@@ -63,7 +64,7 @@ class Bench:
         self.targets: dict[str, CaptureTargets] = {}
         for name, layers in (("all", "all"), ("one", [ONE_LAYER])):
             spec = Spec.model_validate({"sites": {"resid_post": layers}})
-            located = locate(self.model, spec)
+            located = find_targets(self.model, spec)
             self.targets[name] = located
             plan = Source(
                 self.corpus,
@@ -74,8 +75,8 @@ class Bench:
                 describe_tokenizer(tokenizer),
             )
             self.amount = plan_store(folder / f"{name}.planned", plan)
-        reader = BatchReader(folder / "all.planned", mean=False)
-        self.batches = [batch for unit in range(self.amount.units) for batch in reader.unit(unit)]
+        reader = BatchReader(folder / "all.planned")
+        self.batches = [batch for unit in range(self.amount.units) for batch in reader.read_unit(unit)]
         self.bytes = self.amount.rows * 30 * 576 * (2 if DTYPE == "bfloat16" else 4)
         self.depth = len(self.targets["all"].points)
         self.result = folder / "result"
@@ -95,7 +96,7 @@ class Bench:
         shutil.rmtree(self.result, ignore_errors=True)
         shutil.copytree(self.folder / f"{name}.planned", self.result)
         recorder = Recorder(self.result, fingerprint=fingerprint(self.model))
-        run(self.model, self.targets[name], recorder, 0)
+        run_pending_units(self.model, self.targets[name], recorder, 0)
 
     def hooks_and_save(self) -> None:
         self._fresh()

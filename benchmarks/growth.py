@@ -80,11 +80,11 @@ STEPS: dict[str, tuple[str, str]] = {
     "claim and commit a unit": (
         "from flexcache.recording.run.recorder import Recorder\nimport numpy as np\n"
         "values = np.zeros((65536, 16), np.float32)\n"
-        "recorder = Recorder(path, buffer_bytes=8 << 20)\nrecorder.__enter__()\nlast = recorder.claim()",
-        "unit = last\nfor batch in recorder.begin(unit):\n"
-        "    with recorder.filling(batch):\n"
+        "recorder = Recorder(path, buffer_bytes=8 << 20)\nrecorder.__enter__()\nlast = recorder.claim_unit()",
+        "unit = last\nfor batch in recorder.begin_unit(unit):\n"
+        "    with recorder.unit_writer.fill_batch(batch):\n"
         "        recorder.put('resid_post', values[: len(batch.rows)], rows=batch.rows, layer=0)\n"
-        "assert recorder.commit()\nrecorder.claim()",
+        "assert recorder.commit_unit()\nrecorder.claim_unit()",
     ),
 }
 
@@ -151,8 +151,8 @@ def planned(place: Path, tokens: int) -> dict[str, list[float]]:
         store,
         "",
         "from flexcache.recording.run.recorder import Recorder\n"
-        "recorder = Recorder(path)\nrecorder.largest()\n"
-        "with recorder:\n    recorder.begin(recorder.claim())\n    recorder.abandon()",
+        "recorder = Recorder(path)\nrecorder.largest_batch()\n"
+        "with recorder:\n    recorder.begin_unit(recorder.claim_unit())\n    recorder.abandon_unit()",
     )
     console.print(f"{tokens:.0e}: {found}", style="dim", highlight=False)
     shutil.rmtree(store)
@@ -253,11 +253,11 @@ def link_records(path: Path, units: int) -> None:
 def commit(path: Path, unit: int) -> None:
     values = np.random.default_rng(unit).standard_normal((UNIT, 16)).astype(np.float32)
     with flexcache.Recorder(path, buffer_bytes=8 << 20) as recorder:
-        assert recorder.claim() == unit
-        for batch in recorder.begin(unit):
-            with recorder.filling(batch):
+        assert recorder.claim_unit() == unit
+        for batch in recorder.begin_unit(unit):
+            with recorder.unit_writer.fill_batch(batch):
                 recorder.put("resid_post", values[: len(batch.rows)], rows=batch.rows, layer=0)
-        assert recorder.commit()
+        assert recorder.commit_unit()
 
 
 # On the disk
@@ -279,12 +279,12 @@ def on_disk(place: Path, rows: int, features: int) -> None:
         place / "run.zarr", documents, sites={"resid_post": (1, features)}, model="noise", batch_tokens=16_384
     ) as recorder:
         planning = time.perf_counter() - began
-        for unit in recorder.units():
+        for unit in recorder.claim_units():
             start = time.perf_counter()
-            for batch in recorder.begin(unit):
-                with recorder.filling(batch):
+            for batch in recorder.begin_unit(unit):
+                with recorder.unit_writer.fill_batch(batch):
                     recorder.put("resid_post", values[: len(batch.rows)], rows=batch.rows, layer=0)
-            recorder.commit()
+            recorder.commit_unit()
             per_unit.append(time.perf_counter() - start)
     store = flexcache.open(place / "run.zarr")
     assert store.complete

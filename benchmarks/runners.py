@@ -186,10 +186,10 @@ def all_layers(folder: Path, documents: int, rounds: int) -> None:
 
 def planned(path: Path) -> list[dict[str, torch.Tensor]]:
     """Return the batches of a store, as inputs of a forward."""
-    from flexcache.recording.forward.batch import BatchReader
+    from flexcache.recording.forward.batch_reader import BatchReader
 
-    reader, store = BatchReader(path, mean=False), flexcache.open(path)
-    found = [batch for unit in range(store.n_units) for batch in reader.unit(unit)]
+    reader, store = BatchReader(path), flexcache.open(path)
+    found = [batch for unit in range(store.n_units) for batch in reader.read_unit(unit)]
     return [
         {"input_ids": torch.from_numpy(batch.input_ids(0)), "attention_mask": torch.from_numpy(batch.attention_mask())}
         for batch in found

@@ -27,10 +27,10 @@ from benchmarks.timing import console, interleave, ratio, show
 from flexcache.documents import open_documents
 from flexcache.identity.describe import describe_model
 from flexcache.model import describe_tokenizer
-from flexcache.recording.forward.capture_targets import CaptureTargets, locate, measure_arrays
+from flexcache.recording.forward.capture_targets import CaptureTargets, find_targets, measure_arrays
 from flexcache.recording.planning.planning import Source, plan_store
 from flexcache.recording.run.fingerprint import fingerprint
-from flexcache.recording.run.forward_loop import run
+from flexcache.recording.run.forward_loop import run_pending_units
 from flexcache.recording.run.recorder import Recorder
 from flexcache.spec import Spec
 from pipelines import assets
@@ -41,7 +41,7 @@ def prepared() -> tuple[torch.nn.Module, Any, Spec, CaptureTargets]:
     source = smollm2()
     model = source.load()
     spec = Spec.model_validate({"sites": {"resid_post": "all"}, "batch_tokens": 1024})
-    return model, source.tokenizer(), spec, locate(model, spec)
+    return model, source.tokenizer(), spec, find_targets(model, spec)
 
 
 def work() -> None:
@@ -50,7 +50,7 @@ def work() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         recorder = Recorder(line.strip(), fingerprint=fingerprint(model))
-        run(model, targets, recorder, 0)
+        run_pending_units(model, targets, recorder, 0)
         stats = recorder.stats
         print(
             json.dumps({"units": stats.units, "claiming": stats.claiming, "committing": stats.committing}), flush=True

@@ -33,7 +33,7 @@ def load(config: CaptureConfig, progress: bool) -> Loaded:
     from flexcache.hooks.read.measure import input_device
     from flexcache.images.input import model_input
     from flexcache.model import longest_input
-    from flexcache.recording.forward.capture_targets import locate
+    from flexcache.recording.forward.capture_targets import find_targets
     from flexcache.recording.forward.image_inputs import check_images
 
     check_target(config.store)
@@ -46,7 +46,7 @@ def load(config: CaptureConfig, progress: bool) -> Loaded:
     documents = open_documents(documents, images_first=reads_images(skeleton))
     tokenizer = config.load_tokenizer(documents)
     spec = config.spec(skeleton)
-    targets = locate(skeleton, spec, **config.functions(tokenizer))
+    targets = find_targets(skeleton, spec, **config.functions(tokenizer))
     if config.generate is None:
         check_images(skeleton, spec, targets, model_input(skeleton, tokenizer, documents.content))
     spec.within(longest_input(skeleton, tokenizer)).check()

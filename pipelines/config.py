@@ -295,11 +295,11 @@ class CaptureConfig(Options):
 
     def spec(self, skeleton: Any = None) -> Spec:
         """Return the same as `capture_options`, as the store keeps it; what a decoder reads is said with a model."""
-        from flexcache.recording.forward.decoder_inputs import decoder_inputs
+        from flexcache.recording.forward.decoder_inputs import infer_decoder_inputs
 
         options = self.capture_options()
         mode = options.pop("decoder_inputs")
-        options["decoder"] = None if skeleton is None else decoder_inputs(skeleton, mode)
+        options["decoder"] = None if skeleton is None else infer_decoder_inputs(skeleton, mode)
         sites = parse_sites(options.pop("sites"), options.pop("layers"), optional=bool(self.transforms))
         return validate(Spec, {"sites": sites, **options, **parse_rows(options["rows"])}, str(self.store))
 

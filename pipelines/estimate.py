@@ -276,9 +276,9 @@ def _batched(model: Any, config: CaptureConfig, source: Source) -> Source:
 
 def _reading(model: Any, config: CaptureConfig, source: Source) -> CaptureTargets:
     from flexcache.hooks.read.measure import input_device
-    from flexcache.recording.forward.capture_targets import locate
+    from flexcache.recording.forward.capture_targets import find_targets
 
-    return locate(model, source.spec, **config.functions(source.tokenizer, input_device(model)))
+    return find_targets(model, source.spec, **config.functions(source.tokenizer, input_device(model)))
 
 
 def _try(

@@ -46,14 +46,14 @@ def source_of(config: CaptureConfig, skeleton: Any) -> Source:
     from flexcache.hooks.locate.vision import reads_images
     from flexcache.images.input import model_input
     from flexcache.model import describe_tokenizer, encoder_vocabulary, longest_input, positions, vocabulary
-    from flexcache.recording.forward.capture_targets import locate, measure_arrays
+    from flexcache.recording.forward.capture_targets import find_targets, measure_arrays
     from flexcache.recording.forward.image_inputs import check_images
 
     documents = open_documents(config.open_documents(), images_first=reads_images(skeleton))
     tokenizer = model_input(skeleton, config.load_tokenizer(documents), documents.content)
     spec = config.spec(skeleton).within(longest_input(skeleton, tokenizer))
     spec.check()
-    targets = locate(skeleton, spec, **config.functions(tokenizer))
+    targets = find_targets(skeleton, spec, **config.functions(tokenizer))
     example = check_images(skeleton, spec, targets, tokenizer)
     return Source(
         documents=documents,

@@ -119,13 +119,13 @@ def import_folder(
         stacks = {layer: TensorStack(found[layer]) for layer in recorder.store.arrays[site].slices}
         source = offsets[recorder.store.documents.column("source_index").to_numpy()]
         position, document = (recorder.store.coordinates[name].values for name in ("position", "document"))
-        progress(recorder.done, recorder.store.n_rows)
+        progress(recorder.rows_done, recorder.store.n_rows)
         for batch in recorder.batches():
             span = slice(batch.rows.start, batch.rows.stop)
             rows = source[document[span]] + position[span]
             for layer, stack in stacks.items():
                 recorder.put(site, stack.gather_rows(rows), rows=batch.rows, layer=layer)
-            progress(recorder.done + len(batch.rows), recorder.store.n_rows)
+            progress(recorder.rows_done + len(batch.rows), recorder.store.n_rows)
     return Store(target)
 
 

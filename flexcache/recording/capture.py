@@ -26,16 +26,17 @@ from flexcache.model import (
 from flexcache.options import Choice, DecoderInputMode, Packing, Windows, parse_rows
 from flexcache.recording.arguments import model_of, objective_of, tokenizer_of
 from flexcache.recording.checks.attention_isolation import check_isolation
-from flexcache.recording.checks.padding import check_batching, find_batching, notice, recorded
-from flexcache.recording.forward.capture_targets import locate, measure_arrays
-from flexcache.recording.forward.decoder_inputs import decoder_inputs as read_by_decoder
-from flexcache.recording.forward.image_inputs import check_images, described_patches, padding
-from flexcache.recording.forward.objective import OBJECTIVE, Objective, describe
+from flexcache.recording.checks.padding import batching_notice, check_batching, find_batching, has_batching
+from flexcache.recording.forward.capture_targets import find_targets, measure_arrays
+from flexcache.recording.forward.decoder_inputs import infer_decoder_inputs
+from flexcache.recording.forward.image_inputs import check_images, describe_patches, padding
+from flexcache.recording.forward.objective import OBJECTIVE, Objective, describe_objective
 from flexcache.recording.forward.transform import Transform
 from flexcache.recording.planning.planning import Source, check_same, plan_store, stored_identity
 from flexcache.recording.recompute import check_rows
+from flexcache.recording.run.cuda_transfer import transfer_for
 from flexcache.recording.run.fingerprint import fingerprint, model_notices
-from flexcache.recording.run.forward_loop import allocation, complete
+from flexcache.recording.run.forward_loop import complete_store
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.recording.run.progress import CaptureProgress
 from flexcache.recording.run.recorder import DEFAULT_BUFFER, Recorder
@@ -187,7 +188,7 @@ def capture(
         {
             "sites": parse_sites(sites, layers, optional=bool(transforms)),
             "transforms": {transform.name: transform.describe() for transform in transforms},
-            "objective": None if objective is None else describe(objective),
+            "objective": None if objective is None else describe_objective(objective),
             **parse_rows(rows),
             "dtype": dtype,
             "max_length": longest_input(model, tokenizer) if max_length is None else max_length,
@@ -195,7 +196,7 @@ def capture(
             "windows": windows,
             "packing": packing,
             "token_labels": token_labels,
-            "decoder": read_by_decoder(model, decoder_inputs),
+            "decoder": infer_decoder_inputs(model, decoder_inputs),
             "batch_tokens": batch_tokens,
             "seed": seed,
             "compression": compression,
@@ -206,11 +207,11 @@ def capture(
     )
     spec.check()
     with evaluating(model), CaptureProgress(progress) as bars, closing(ModelParallelGroup(model)) as group:
-        targets = locate(model, spec, transforms, objective, group.remote_modules())
-        group.check(targets)
+        targets = find_targets(model, spec, transforms, objective, group.remote_modules())
+        group.check_targets(targets)
         corpus = open_documents(documents, images_first=reads_images(model))
         tokenizer = model_input(model, tokenizer, corpus.content)
-        example = check_images(model, spec, targets, tokenizer, group)
+        example = check_images(model, spec, targets, tokenizer, group.processes)
         source = Source(
             documents=corpus,
             tokenizer=tokenizer,
@@ -221,13 +222,13 @@ def capture(
             vocabulary=vocabulary(model),
             encoder_vocabulary=encoder_vocabulary(model),
             positions=positions(model),
-            notes={"user_hooks": hooks.user_hooks(model)} | described_patches(tokenizer),
+            notes={"user_hooks": hooks.user_hooks(model)} | describe_patches(tokenizer),
         )
         hooks.check_identity(model, targets.points, example=example, reader=group.read_example, alone=group.alone)
         if spec.isolated:
             check_isolation(model, targets, pad_id(model, tokenizer), group)
         pad = padding(model, tokenizer)
-        verdict = None if group.alone and recorded(path) else find_batching(model, targets, pad, spec, group)
+        verdict = None if group.alone and has_batching(path) else find_batching(model, targets, pad, spec, group)
         if verdict is not None:
             notes = {**(source.notes or {}), **verdict.describe()}
             source = replace(source, batching=verdict.batching, notes=notes)
@@ -246,7 +247,7 @@ def capture(
             fingerprint=now,
             buffer_bytes=running.buffer_bytes,
             allow_mixed=allow_mixed,
-            allocate=allocation(model),
+            transfer=transfer_for(model),
             batch_tokens=spec.batch_tokens,
             keys=group.keys(targets.points, [(OBJECTIVE, None)] if OBJECTIVE in stored["arrays"] else ()),
             heartbeat_timeout=running.heartbeat_timeout,
@@ -255,8 +256,8 @@ def capture(
             check_rows(model, recorder.store, pad, group, now, most_tokens=recorder.batch_tokens)
         if (changed or stored_batching(recorder.store.provenance) is None) and recorder.pending():
             check_batching(recorder.store, verdict or find_batching(model, targets, pad, spec, group))
-        if said := notice(recorder.store):
+        if said := batching_notice(recorder.store):
             bars.say(said)
         unchanged = partial(group.check_unchanged, model, source.model, str(path), example)
-        complete(model, tokenizer, targets, recorder, bars, group, unchanged=unchanged)
+        complete_store(model, tokenizer, targets, recorder, bars, group, unchanged=unchanged)
     return Store(path)

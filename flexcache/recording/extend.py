@@ -28,9 +28,9 @@ from flexcache.recording.argument_order import either_order
 from flexcache.recording.arguments import model_of, objective_of, tokenizer_of
 from flexcache.recording.checks.attention_isolation import check_isolation
 from flexcache.recording.checks.padding import check_batching, find_batching
-from flexcache.recording.forward.capture_targets import CaptureTargets, locate, measure_arrays
+from flexcache.recording.forward.capture_targets import CaptureTargets, find_targets, measure_arrays
 from flexcache.recording.forward.image_inputs import check_images, padding
-from flexcache.recording.forward.objective import OBJECTIVE, Objective, describe
+from flexcache.recording.forward.objective import OBJECTIVE, Objective, describe_objective
 from flexcache.recording.forward.transform import Transform
 from flexcache.recording.planning.extension_request import (
     Extension,
@@ -42,8 +42,9 @@ from flexcache.recording.planning.extension_request import (
 )
 from flexcache.recording.planning.planning import check_same
 from flexcache.recording.recompute import check_rows
+from flexcache.recording.run.cuda_transfer import transfer_for
 from flexcache.recording.run.fingerprint import check_fingerprint, fingerprint, model_notices
-from flexcache.recording.run.forward_loop import allocation, complete
+from flexcache.recording.run.forward_loop import complete_store
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.recording.run.progress import CaptureProgress
 from flexcache.recording.run.recorder import DEFAULT_BUFFER, Recorder
@@ -156,9 +157,9 @@ def extend(
             bars.say(line)
 
         def read(spec: Spec) -> tuple[CaptureTargets, list[ArraySpec]]:
-            targets = locate(model, spec, transforms, objective, group.remote_modules())
-            group.check(targets)
-            example = check_images(model, spec, targets, tokenizer, group)
+            targets = find_targets(model, spec, transforms, objective, group.remote_modules())
+            group.check_targets(targets)
+            example = check_images(model, spec, targets, tokenizer, group.processes)
             arrays = measure_arrays(model, spec, targets, group.read_example, example)
             hooks.check_identity(model, targets.points, example=example, reader=group.read_example, alone=group.alone)
             if spec.isolated:
@@ -211,16 +212,15 @@ def extend(
                     fingerprint=now,
                     buffer_bytes=running.buffer_bytes,
                     allow_mixed=allow_mixed,
-                    allocate=allocation(model),
+                    transfer=transfer_for(model),
                     batch_tokens=running.batch_tokens,
                     keys=group.keys(targets.points, [(OBJECTIVE, None)] if (OBJECTIVE, None) in wanted else ()),
-                    carried=found.carried,
+                    existing=found.carried,
                     heartbeat_timeout=running.heartbeat_timeout,
+                    on_start=found.transaction.check_open if group.alone else lambda: None,
                 )
-            if group.alone:
-                recorder.on_start = found.transaction.check_open
             unchanged = partial(group.check_unchanged, model, parse_metadata, str(path), example)
-            complete(model, tokenizer, targets, recorder, bars, group, root, unchanged=unchanged)
+            complete_store(model, tokenizer, targets, recorder, bars, group, root, unchanged=unchanged)
         except AlreadyCommittedError:
             bars.say("other processes have completed it meanwhile")
         ExtensionTransaction(root).commit(bars.committing())
@@ -261,7 +261,7 @@ def _asked(
     changes = {
         "sites": parse_sites(() if sites is None else sites, layers, optional=bool(transforms)),
         "transforms": {transform.name: transform.describe() for transform in transforms},
-        "objective": None if objective is None else describe(objective),
+        "objective": None if objective is None else describe_objective(objective),
     }
     return validate(Spec, {**store.spec, **changes}, "extend")
 
@@ -286,7 +286,7 @@ def _check_objective(store: Store, targets: CaptureTargets, objective: Objective
             store,
             "the objective",
             store.spec.get("objective"),
-            None if objective is None else describe(objective),
+            None if objective is None else describe_objective(objective),
         )
 
 

@@ -148,9 +148,9 @@ def _extension(path: Path, source: Source, new_only: bool, options: dict[str, An
         found = more_documents(path, source.documents, source.tokenizer, new_only=new_only, max_tokens=most)
     if found is None:
         return Recorder(path, **options)
-    recorder = Recorder(found.transaction.folder, **options, keys=found.keys, carried=found.carried)
-    recorder.on_start, recorder.on_complete = found.transaction.check_open, found.transaction.commit
-    return recorder
+    transaction = found.transaction
+    options |= {"on_start": transaction.check_open, "on_complete": transaction.commit}
+    return Recorder(transaction.folder, **options, keys=found.keys, existing=found.carried)
 
 
 def _check_shapes(sites: Any) -> None:

@@ -19,14 +19,15 @@ from flexcache.identity.record import CHANGED_MODEL, STEADY
 from flexcache.images.input import stored_image_input
 from flexcache.model import evaluating
 from flexcache.recording.arguments import model_of, objective_of, tokenizer_of
-from flexcache.recording.forward.batch import Batch, BatchReader
+from flexcache.recording.forward.batch import Batch, Padding
+from flexcache.recording.forward.batch_reader import BatchReader
 from flexcache.recording.forward.batch_rows import rows_of
-from flexcache.recording.forward.capture_targets import CaptureTargets, locate
-from flexcache.recording.forward.image_inputs import Padding, padding
+from flexcache.recording.forward.capture_targets import CaptureTargets, find_targets
+from flexcache.recording.forward.image_inputs import padding
 from flexcache.recording.forward.objective import Objective
 from flexcache.recording.forward.transform import Transform
+from flexcache.recording.run.batch_forward import open_forward
 from flexcache.recording.run.fingerprint import fingerprint
-from flexcache.recording.run.forward_loop import forwards
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.spec import DTYPES, Spec
 from flexcache.store.read.store import Store
@@ -120,16 +121,16 @@ def _recomputed(
     objective: Objective | None,
     progress: Callable[[int], None],
 ) -> list[Recomputed]:
-    targets = locate(model, Spec.model_validate(store.spec), transforms, objective)
+    targets = find_targets(model, Spec.model_validate(store.spec), transforms, objective)
     now = fingerprint(model)
-    reader = BatchReader(store.path, mean=store.spec.get("rows") == "mean")
+    reader = BatchReader(store.path)
     conditions = {}
 
     def batches() -> Iterator[Batch]:
         for unit in chosen:
             record = store.ledger.read(unit)
             conditions[unit] = record.fingerprint == now
-            for batch in reader.unit(unit, record.batch_tokens):
+            for batch in reader.read_unit(unit, record.batch_tokens):
                 yield batch
                 progress(len(batch.rows))
 
@@ -172,14 +173,14 @@ def check_rows(
         return
     records = [store.ledger.read(unit) for unit in store.committed_units[:UNITS_LOOKED_AT].tolist()]
     alike = [(record.unit, record.batch_tokens) for record in records if record.fingerprint == now]
-    reader = BatchReader(store.path, mean=store.spec.get("rows") == "mean")
+    reader = BatchReader(store.path)
     room = most_tokens or everything.batch_tokens
-    batches = [batch for unit, budget in alike for batch in reader.unit(unit, budget)]
+    batches = [batch for unit, budget in alike for batch in reader.read_unit(unit, budget)]
     batches = [batch for batch in batches if batch.shape[0] * batch.shape[1] <= room]
     if not batches:
         return
     longest = max(batches, key=lambda batch: max(end for _, end in batch.keep))
-    targets = locate(model, everything.model_copy(update={"sites": sites, "transforms": {}, "objective": None}))
+    targets = find_targets(model, everything.model_copy(update={"sites": sites, "transforms": {}, "objective": None}))
     try:
         found = _compare(model, store, targets, pad, group, [longest])
     except (DamagedError, torch.OutOfMemoryError):  # `verify` names the one, and batches that fit are found later
@@ -212,10 +213,9 @@ def _compare(
 ) -> dict[tuple[int, str, int | None], tuple[bool, float]]:
     """Return, by unit, array and layer, if rows are equal, and their difference relative to the largest value."""
     worst: dict[tuple[int, str, int | None], tuple[bool, float, float]] = {}
-    current: list[Batch] = []
 
-    def compare(name: str, layer: int | None, values: torch.Tensor) -> None:
-        batch, dtype = current[0], DTYPES[store.arrays[name].dtype]
+    def compare(batch: Batch, name: str, layer: int | None, values: torch.Tensor) -> None:
+        dtype = DTYPES[store.arrays[name].dtype]
         (content, spans), *_ = rows_of(batch, values, dtype)
         found = np.concatenate([content[start : start + count] for start, count in spans]).view(dtype)
         held = store.read(name, layer, slice(batch.rows.start, batch.rows.stop), raw=True).reshape(-1)
@@ -225,8 +225,7 @@ def _compare(
         scale = max(scale, float(np.abs(held.astype(np.float32)).max()))
         worst[batch.unit, name, layer] = equal and same, max(largest, apart), scale
 
-    with evaluating(model), forwards(model, targets, pad, compare, group) as forward:
+    with evaluating(model), open_forward(model, targets, pad, compare, group) as forward:
         for batch in batches:
-            current[:] = [batch]
             forward(batch)
     return {key: (equal, largest / max(scale, 1e-30)) for key, (equal, largest, scale) in worst.items()}

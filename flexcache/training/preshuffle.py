@@ -106,7 +106,7 @@ def preshuffle(
     ) as recorder:
         starts = recorder.store.documents.column("source_index").to_numpy() * BLOCK_ROWS
         position, document = (np.asarray(recorder.store.coordinates[name].values) for name in ("position", "document"))
-        progress(recorder.done, store.n_rows)
+        progress(recorder.rows_done, store.n_rows)
         for batch in recorder.batches():
             span = slice(batch.rows.start, batch.rows.stop)
             rows = order[starts[document[span]] + position[span]]
@@ -114,7 +114,7 @@ def preshuffle(
             for name, layer in recorder.keys:
                 values = _gathered(store, name, layer, rows, forward)
                 recorder.put(name, values, rows=batch.rows, layer=layer)
-            progress(recorder.done + len(batch.rows), store.n_rows)
+            progress(recorder.rows_done + len(batch.rows), store.n_rows)
     return Store(target)
 
 

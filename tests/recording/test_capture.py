@@ -15,7 +15,7 @@ import torch
 import flexcache
 from flexcache.errors import CaptureError, ConfigError, DocumentsError, MismatchError, RangeError, SiteError
 from flexcache.hooks import find_blocks
-from flexcache.recording.forward.batch import BatchReader
+from flexcache.recording.forward.batch_reader import BatchReader
 from tests.corpora import lengths, token_documents
 from tests.models import DEPTH, NEURONS, VOCABULARY, tiny
 from tests.recording.test_recorder import shard_hashes
@@ -37,12 +37,12 @@ def hooked_rows(model: torch.nn.Module, store: flexcache.Store, module: torch.nn
         value = args[0] if side == "input" else output
         seen.append((value if isinstance(value, torch.Tensor) else value[0]).detach().clone())
 
-    reader = BatchReader(store.path, mean=store.spec["rows"] == "mean")
+    reader = BatchReader(store.path)
     rows = []
     handle = module.register_forward_hook(after)
     try:
         for unit in range(store.n_units):
-            for batch in reader.unit(unit):
+            for batch in reader.read_unit(unit):
                 seen.clear()
                 with torch.no_grad():
                     model(

@@ -1,4 +1,4 @@
-"""Decoders beside an encoder: targets that are read, stored with what the encoder read, gone on with, and replayed."""
+"""Encoder-decoder models: targets are captured with their contexts, resumed, extended and replayed."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ import flexcache
 from analysis import replay
 from flexcache.errors import AnalysisError, ConfigError, DocumentsError, MismatchError
 from flexcache.model import pad_id
-from flexcache.recording.forward.batch import Batch, BatchReader, split
-from flexcache.recording.forward.decoder_inputs import decoder_inputs
+from flexcache.recording.forward.batch import Batch, split
+from flexcache.recording.forward.batch_reader import BatchReader
+from flexcache.recording.forward.decoder_inputs import infer_decoder_inputs
 from flexcache.recording.recompute import recompute
 from tests.models import DEPTH, VOCABULARY, tiny
 from tests.recording.test_recorder import shard_hashes
 
 
 def documents(count: int = 40, seed: int = 0) -> list[dict[str, Any]]:
-    """Pairs of which every third has a long context."""
+    """Return pairs of which every third has a long context."""
     rng = np.random.default_rng(seed)
 
     def drawn(most: int) -> list[int]:
@@ -50,8 +51,8 @@ def captured(path: Path, family: str = "bart", **options: Any) -> tuple[nn.Modul
 
 
 def batches(store: flexcache.Store) -> list[Batch]:
-    reader = BatchReader(store.path, mean=False)
-    return [batch for unit in range(store.n_units) for batch in reader.unit(unit)]
+    reader = BatchReader(store.path)
+    return [batch for unit in range(store.n_units) for batch in reader.read_unit(unit)]
 
 
 @pytest.mark.parametrize(("family", "start"), [("t5", 0), ("mbart", "last")])
@@ -97,7 +98,7 @@ def test_a_smaller_budget_bounds_both_sides_and_keeps_rows_and_contexts(tmp_path
     assert [line.tolist() for half in halves for line in half.context or ()] == [
         c.tolist() for c in batch.context or ()
     ]
-    largest = BatchReader(store.path, mean=False).largest()
+    largest = BatchReader(store.path).read_largest()
     assert largest.extent[0] * largest.extent[1] == store.plan["largest_batch"][2]
 
 
@@ -115,7 +116,7 @@ def order(store: flexcache.Store) -> np.ndarray:
     return np.argsort(store.documents["source_index"].to_numpy())
 
 
-def test_a_capture_that_is_gone_on_with_has_the_bytes_of_one(tmp_path: Path) -> None:
+def test_a_resumed_capture_has_the_same_bytes_as_an_uninterrupted_one(tmp_path: Path) -> None:
     sites = ["resid_post", "cross_attn_out", "resid_post.grad"]
     model, whole = captured(tmp_path / "whole.zarr", sites=sites, layers=[2])
     path = tmp_path / "broken.zarr"
@@ -143,16 +144,16 @@ def test_documents_and_sites_are_added_to_a_store_of_a_decoder(tmp_path: Path) -
             flexcache.extend(model, None, begun.path, [{**DOCUMENTS[0], **other}], progress=False)
 
 
-def test_targets_as_they_are_given(tmp_path: Path) -> None:
+def test_targets_can_be_given_as_decoder_inputs(tmp_path: Path) -> None:
     _, store = captured(tmp_path / "run.zarr", sites=["resid_post"], layers=[0], decoder_inputs="as_given", rows="last")
     lines = order(store)
     ends = [store.coordinates["token_id"].values[store.rows(document=line)].tolist() for line in lines]
     assert ends == [text["target_tokens"][-1:] for text in DOCUMENTS]
     with pytest.raises(ConfigError, match="encoder and a decoder"):
-        decoder_inputs(tiny("llama"), "as_given")
+        infer_decoder_inputs(tiny("llama"), "as_given")
 
 
-def test_a_replay_of_the_decoder_is_exact_where_its_blocks_hand_on_the_residual_stream_alone(tmp_path: Path) -> None:
+def test_a_replay_of_the_decoder_is_exact_if_its_blocks_pass_on_only_the_residual_stream(tmp_path: Path) -> None:
     options: dict[str, Any] = {"sites": ["resid_post"], "documents": DOCUMENTS[:8]}
     model, store = captured(tmp_path / "bart.zarr", **options)
     for layer in range(DEPTH):
@@ -182,7 +183,7 @@ def test_a_document_that_cannot_be_read_is_named(change: dict[str, Any], why: st
     assert not (tmp_path / "run.zarr").exists()
 
 
-def test_documents_without_target_and_what_cannot_go_with_one_are_refused(tmp_path: Path) -> None:
+def test_documents_without_a_target_and_options_that_exclude_one_are_refused(tmp_path: Path) -> None:
     bare = [{"id": "a", "tokens": [5, 6]}]
     with pytest.raises(DocumentsError, match="no target") as error:
         captured(tmp_path / "run.zarr", documents=bare, sites=["resid_post"])
@@ -196,7 +197,7 @@ def test_documents_without_target_and_what_cannot_go_with_one_are_refused(tmp_pa
             captured(tmp_path / "run.zarr", sites=["resid_post"], **options)
 
 
-def test_a_label_that_is_called_target_stays_one_where_there_is_no_decoder(tmp_path: Path) -> None:
+def test_a_label_named_target_stays_a_label_without_a_decoder(tmp_path: Path) -> None:
     texts = [{"id": "a", "tokens": [5, 6, 7], "target": "x", "context": ["u", "v", "w"]}]
     options: dict[str, Any] = {"token_labels": ["context"], "layers": [0], "progress": False}
     store = flexcache.capture(tiny("llama"), None, texts, tmp_path / "run.zarr", **options)

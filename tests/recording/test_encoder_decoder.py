@@ -1,4 +1,4 @@
-"""Models with an encoder and a decoder: the side is said, and its rows are what the whole model's encoder computes."""
+"""Either side of an encoder-decoder model can be captured; rows are those that the whole model computes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 
 import flexcache
 from flexcache.errors import ConfigError, DocumentsError, MismatchError
-from flexcache.recording.forward.batch import BatchReader
+from flexcache.recording.forward.batch_reader import BatchReader
 from pipelines import capture, extend, plan
 from pipelines.config import CaptureConfig, read_config
 from tests.corpora import token_documents
@@ -31,7 +31,7 @@ DOCUMENTS = token_documents([5, 9, 3, 12, 7, 8] * 5, vocabulary=VOCABULARY)
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_the_encoder_alone(family: str, tmp_path: Path) -> None:
+def test_the_encoder_can_be_captured_alone(family: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = hf.AutoModelForSeq2SeqLM.from_config(MODELS[family]).eval()
@@ -50,7 +50,7 @@ def test_the_encoder_alone(family: str, tmp_path: Path) -> None:
         lambda _, args, output: seen.append(output if isinstance(output, torch.Tensor) else output[0])
     )
     for unit in range(store.n_units):
-        for batch in BatchReader(store.path, mean=False).unit(unit):
+        for batch in BatchReader(store.path).read_unit(unit):
             seen.clear()
             ids, mask = torch.from_numpy(batch.input_ids(0)), torch.from_numpy(batch.attention_mask())
             with torch.no_grad():

@@ -11,7 +11,8 @@ import torch
 import flexcache
 from flexcache.errors import CaptureError, ConfigError, MismatchError, SiteError
 from flexcache.hooks import find_blocks
-from flexcache.recording.forward.batch import Batch, BatchReader
+from flexcache.recording.forward.batch import Batch
+from flexcache.recording.forward.batch_reader import BatchReader
 from tests.corpora import lengths, token_documents
 from tests.models import DEPTH, VOCABULARY, tiny
 
@@ -33,10 +34,10 @@ def keep(kept: dict[int, torch.Tensor], number: int, side: str, _: Any, args: An
 def plain_gradients(
     model: torch.nn.Module, store: flexcache.Store, modules: list[tuple[torch.nn.Module, str]], loss_of: Any
 ) -> list[np.ndarray]:
-    """What `retain_grad` keeps in a plain forward and backward, weights and all, on the store's own batches."""
+    """Return what `retain_grad` keeps in a plain forward and backward pass over the batches of a store."""
     found: list[list[torch.Tensor]] = [[] for _ in modules]
     for unit in range(store.n_units):
-        for batch in BatchReader(store.path, mean=False).unit(unit):
+        for batch in BatchReader(store.path).read_unit(unit):
             kept: dict[int, torch.Tensor] = {}
             handles = []
             for number, (module, side) in enumerate(modules):
@@ -89,7 +90,7 @@ def test_gradients_are_those_of_plain_autograd_bit_for_bit(family: str, dtype: s
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_the_objective_itself_is_stored_on_the_rows_it_belongs_to(tmp_path: Path) -> None:
+def test_the_values_of_an_objective_are_stored_on_their_rows(tmp_path: Path) -> None:
     model = tiny("llama")
     store = flexcache.capture(model, None, DOCUMENTS, tmp_path / "run.zarr", sites="resid_post.grad", **QUIET)
     assert store.arrays["objective"].features == 1
@@ -107,7 +108,7 @@ def test_the_objective_itself_is_stored_on_the_rows_it_belongs_to(tmp_path: Path
     assert {"resid_post.grad", "objective"} <= set(store.dataset().data_vars)
 
 
-def test_a_logit_difference_and_a_function_of_ones_own(tmp_path: Path) -> None:
+def test_a_logit_difference_and_a_custom_function_are_objectives(tmp_path: Path) -> None:
     model = tiny("llama")
     last = find_blocks(model)[1][DEPTH - 1]
     options: dict[str, Any] = {"sites": "resid_post.grad", "layers": [0, -1], **QUIET}
@@ -154,7 +155,7 @@ def test_module_paths_have_gradients_too(tmp_path: Path) -> None:
     assert store["model.layers.1.mlp"].dims == store["model.layers.1.mlp.grad"].dims
 
 
-def test_mistakes_are_named_before_anything_is_written(tmp_path: Path) -> None:
+def test_invalid_objectives_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     path, model = tmp_path / "run.zarr", tiny("llama")
     options: dict[str, Any] = {"sites": "resid_post.grad", **QUIET}
     with pytest.raises(ConfigError, match="no site whose gradient"):

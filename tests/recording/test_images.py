@@ -1,4 +1,4 @@
-"""Captures of images: what a store holds, that it stands on its own, and what is refused."""
+"""Captures of images: the content of a store, its independence of the files, and refused options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from analysis.readout import examples
 from analysis.statistics import moments
 from flexcache.errors import AnalysisError, ConfigError, DocumentsError, MismatchError, SiteError, StoreError
 from flexcache.images import decode_image
-from flexcache.recording.forward.batch import BatchReader
+from flexcache.recording.forward.batch_reader import BatchReader
 from tests.models import tiny
 from tests.recording.test_recorder import shard_hashes
 from tests.vision import DEPTH, GRID, image_documents, processor, tiny_vision
@@ -35,13 +35,13 @@ def _one_thread() -> None:
 
 
 def states(model: torch.nn.Module, image: np.ndarray) -> torch.Tensor:
-    """What the model itself gives of one picture: hidden states, shape (depth + 1, tokens, hidden)."""
+    """Return the hidden states of one image, shape (depth + 1, tokens, hidden)."""
     pixels = processor()(images=[Image.fromarray(image)], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         return torch.cat(model(pixel_values=pixels, output_hidden_states=True).hidden_states)
 
 
-def test_a_store_holds_what_the_model_gives_of_each_picture_token_by_token(tmp_path: Path) -> None:
+def test_a_store_holds_the_hidden_states_of_each_image_by_token(tmp_path: Path) -> None:
     model = tiny_vision("dinov2_registers")
     store = flexcache.capture(
         model, processor(), DOCUMENTS, tmp_path / "run.zarr", sites=["resid_pre", "resid_post"], **QUIET
@@ -61,15 +61,15 @@ def test_a_store_holds_what_the_model_gives_of_each_picture_token_by_token(tmp_p
         assert np.allclose(store.read("resid_post", 0, rows), expected[1], atol=1e-5)
 
 
-def test_a_store_holds_what_a_hook_sees_on_its_own_batches_bit_for_bit(tmp_path: Path) -> None:
+def test_rows_equal_those_of_a_plain_hook_on_the_same_batches_bit_for_bit(tmp_path: Path) -> None:
     model = tiny_vision("vit", torch.bfloat16)
     store = flexcache.capture(model, processor(), DOCUMENTS, tmp_path / "run.zarr", layers=[1], **QUIET)
     seen: list[torch.Tensor] = []
     handle = model.layers[1].register_forward_hook(lambda _, args, output: seen.append(output.clone()))
-    reader, rows = BatchReader(store.path, mean=False), []
+    reader, rows = BatchReader(store.path), []
     assert store.n_units > 1
     for unit in range(store.n_units):
-        for batch in reader.unit(unit):
+        for batch in reader.read_unit(unit):
             assert batch.images is not None
             pixels = processor()(images=[decode_image(image, "") for image in batch.images], return_tensors="pt")
             with torch.no_grad():
@@ -79,7 +79,7 @@ def test_a_store_holds_what_a_hook_sees_on_its_own_batches_bit_for_bit(tmp_path:
     assert np.array_equal(store.read("resid_post", 1), torch.cat(rows).float().numpy())
 
 
-def test_the_pictures_are_kept_as_they_were_found(tmp_path: Path) -> None:
+def test_image_files_are_stored_unchanged(tmp_path: Path) -> None:
     sink = io.BytesIO()
     Image.fromarray(DOCUMENTS[1]["image"]).save(sink, "JPEG", quality=90)
     (tmp_path / "a.jpg").write_bytes(sink.getvalue())
@@ -102,7 +102,7 @@ def test_the_pictures_are_kept_as_they_were_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", ["last", "first", "mean", {"specials": False}])
-def test_rows_of_images(rows: Any, tmp_path: Path) -> None:
+def test_some_rows_of_images_can_be_chosen(rows: Any, tmp_path: Path) -> None:
     model = tiny_vision("deit")
     store = flexcache.capture(model, processor(), DOCUMENTS[:6], tmp_path / "run.zarr", layers=[0], rows=rows, **QUIET)
     for document in DOCUMENTS[:3]:
@@ -116,7 +116,7 @@ def test_rows_of_images(rows: Any, tmp_path: Path) -> None:
         assert np.allclose(found, expected, atol=1e-5)
 
 
-def test_resume_recompute_and_extension_need_the_store_alone(tmp_path: Path) -> None:
+def test_resume_recompute_and_extension_need_only_the_store(tmp_path: Path) -> None:
     model, folder = tiny_vision("clip_vision"), tmp_path / "pictures"
     folder.mkdir()
     for number, document in enumerate(DOCUMENTS):
@@ -138,7 +138,7 @@ def test_resume_recompute_and_extension_need_the_store_alone(tmp_path: Path) -> 
     assert all(part.equal for part in flexcache.recompute(model, whole.path, units=9))
 
 
-def test_more_pictures_come_behind_those_of_a_store(tmp_path: Path) -> None:
+def test_a_store_is_extended_by_more_images(tmp_path: Path) -> None:
     model = tiny_vision("vit")
     store = flexcache.capture(model, processor(), DOCUMENTS[:9], tmp_path / "run.zarr", layers=[0], **QUIET)
     old = store.read("resid_post", 0)
@@ -154,7 +154,7 @@ def test_more_pictures_come_behind_those_of_a_store(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_function_is_an_image_processor_as_well(tmp_path: Path) -> None:
+def test_a_function_may_be_the_image_processor(tmp_path: Path) -> None:
     model = tiny_vision("vit")
     store = flexcache.capture(model, by_hand, DOCUMENTS[:4], tmp_path / "hand.zarr", layers=[0], **QUIET)
     same = flexcache.capture(model, processor(), DOCUMENTS[:4], tmp_path / "run.zarr", layers=[0], **QUIET)
@@ -170,7 +170,7 @@ def by_hand(pictures: list[Image.Image]) -> np.ndarray:
     return (np.stack(resized).transpose(0, 3, 1, 2) / 255 - 0.5) / 0.5
 
 
-def test_probes_labels_of_patches_and_statistics_work_as_on_texts(tmp_path: Path) -> None:
+def test_probes_labels_and_statistics_work_on_patches(tmp_path: Path) -> None:
     model = tiny_vision("vit")
     labelled = [{**document, "half": [None, *(["upper"] * 5 + ["lower"] * 4)]} for document in DOCUMENTS]
     store = flexcache.capture(model, processor(), labelled, tmp_path / "run.zarr", token_labels=["half"], **QUIET)
@@ -190,7 +190,7 @@ def test_probes_labels_of_patches_and_statistics_work_as_on_texts(tmp_path: Path
     assert sweep.results.sizes["layer"] == DEPTH
 
 
-def test_units_are_small_where_pictures_are_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_units_of_large_images_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flexcache.plan.SHARD_BYTES", 50_000)
     options = {**QUIET, "batch_tokens": 480, "layers": [0]}
     small = [{"image": np.full((4, 4, 3), number, np.uint8)} for number in range(60)]
@@ -217,9 +217,9 @@ def test_the_page_on_images_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert names["sweep"].results.sizes["layer"] == DEPTH
 
 
-def test_gradients_of_an_objective_of_ones_own(tmp_path: Path) -> None:
+def test_gradients_of_a_custom_objective(tmp_path: Path) -> None:
     model = tiny_vision("vit")
-    with pytest.raises(ConfigError, match="objective of your own"):
+    with pytest.raises(ConfigError, match="need a custom objective"):
         flexcache.capture(model, processor(), DOCUMENTS[:4], tmp_path / "no.zarr", sites=["resid_post.grad"], **QUIET)
     store = flexcache.capture(
         model,
@@ -248,7 +248,7 @@ def first_feature(output: Any, batch: Any) -> torch.Tensor:
         ({"rows": {"character_spans": "bright"}}, "rows by character_spans is for texts"),
     ],
 )
-def test_what_is_for_texts_is_refused_of_images(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_options_for_texts_are_refused_for_images(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         flexcache.capture(tiny_vision("vit"), processor(), DOCUMENTS, tmp_path / "run.zarr", **options, **QUIET)
     assert not (tmp_path / "run.zarr").exists()
@@ -272,7 +272,7 @@ def test_model_documents_and_processor_must_belong_together(tmp_path: Path) -> N
     assert not path.exists()
 
 
-def test_a_damaged_picture_is_named_before_anything_runs(tmp_path: Path) -> None:
+def test_a_damaged_image_is_named_before_anything_runs(tmp_path: Path) -> None:
     sink = io.BytesIO()
     Image.fromarray(DOCUMENTS[0]["image"]).save(sink, "PNG")
     cut = [*DOCUMENTS[:3], {"id": "cut", "image": sink.getvalue()[:-400], "bright": True}]

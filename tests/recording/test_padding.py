@@ -1,4 +1,4 @@
-"""Models that do not honour the attention mask: every document is stored as if it were alone."""
+"""Models that ignore the attention mask: every document is stored as if it were alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 import flexcache
 from flexcache.errors import CaptureError, ConfigError, PlanError
-from flexcache.recording.forward.batch import BatchReader
+from flexcache.recording.forward.batch_reader import BatchReader
 from flexcache.recording.forward.objective import NextTokenLoss
 from flexcache.store.format.metadata import stored_batching
 from tests.corpora import lengths, token_documents
@@ -27,7 +27,7 @@ SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "i
 
 
 class Bidirectional(hf.LlamaForCausalLM):
-    """A decoder made into an encoder that drops its mask."""
+    """Return a decoder that was made into an encoder and drops its mask."""
 
     def forward(self, input_ids: Any = None, attention_mask: Any = None, **more: Any) -> Any:
         count = input_ids.shape[1]
@@ -36,7 +36,7 @@ class Bidirectional(hf.LlamaForCausalLM):
 
 
 class Mixer(nn.Module):
-    """A convolution over the sequence, that reads both neighbours of a token, or the two before it."""
+    """A convolution over the sequence that reads both neighbours of a token, or the two before it."""
 
     def __init__(self, causal: bool) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ LEAKING: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 def alone(model: nn.Module, module: str, tokens: Sequence[int]) -> np.ndarray:
-    """What a plain hook sees of a document alone."""
+    """Return the activations that a plain hook sees for a document alone."""
     seen: list[torch.Tensor] = []
     handle = model.get_submodule(module).register_forward_hook(
         lambda _, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
@@ -109,7 +109,7 @@ def alone(model: nn.Module, module: str, tokens: Sequence[int]) -> np.ndarray:
 
 
 def check_alone(store: flexcache.Store, model: nn.Module, site: str, documents: Any = DOCUMENTS) -> None:
-    """Compare every row with the document alone; bfloat16 on a CPU rounds a token alike in every batch."""
+    """Compare every row with the document alone; bfloat16 on a CPU rounds a token in the same way in every batch."""
     for document in documents:
         found = store.read(site, None, store.rows(document=document["id"]))
         expected = alone(model, site, document["tokens"])
@@ -117,9 +117,9 @@ def check_alone(store: flexcache.Store, model: nn.Module, site: str, documents: 
 
 
 def shapes(store: flexcache.Store, batch_tokens: int | None = None) -> list[set[tuple[int, ...]]]:
-    """The lengths that there are in each batch, on either side."""
-    reader = BatchReader(store.path, mean=False)
-    batches = [batch for unit in range(store.n_units) for batch in reader.unit(unit, batch_tokens)]
+    """Return the sets of lengths in each batch, for either side."""
+    reader = BatchReader(store.path)
+    batches = [batch for unit in range(store.n_units) for batch in reader.read_unit(unit, batch_tokens)]
     sides = [[batch.tokens] if batch.context is None else [batch.tokens, batch.context] for batch in batches]
     return [set(zip(*([len(line) for line in side] for side in both), strict=True)) for both in sides]
 
@@ -148,9 +148,7 @@ def test_rows_are_those_of_documents_alone(family: str, tmp_path: Path, capsys: 
 
 
 @pytest.mark.parametrize("make", [lambda: tiny("llama"), lambda: tiny("bert"), lambda: convolutions(True)])
-def test_a_model_that_padding_does_not_reach_is_planned_as_before(
-    make: Callable[[], nn.Module], tmp_path: Path
-) -> None:
+def test_a_model_that_ignores_padding_has_padded_batches(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     model = make()
     site = "layers.1" if isinstance(model, Convolutions) else "resid_post"
     store = flexcache.capture(model, None, DOCUMENTS, tmp_path / "run.zarr", sites=site, **QUIET)
@@ -163,7 +161,7 @@ def test_a_model_that_padding_does_not_reach_is_planned_as_before(
         assert (store.path / name).read_bytes() == (other / name).read_bytes()
 
 
-def test_sequences_that_one_scale_connects_are_run_alone(tmp_path: Path) -> None:
+def test_sequences_that_share_a_scale_are_run_alone(tmp_path: Path) -> None:
     model, site = quantised(), "model.layers.3"
     store = flexcache.capture(model, None, DOCUMENTS, tmp_path / "run.zarr", sites=site, **QUIET)
     assert batching(store) == "single"
@@ -184,7 +182,7 @@ def test_gradients_are_those_of_documents_alone(tmp_path: Path) -> None:
             assert np.allclose(found, expected, atol=1e-5)
 
 
-def test_an_objective_that_is_a_mean_over_the_batch_is_of_one_document(tmp_path: Path) -> None:
+def test_an_objective_that_is_a_mean_over_the_batch_gets_batches_of_one_document(tmp_path: Path) -> None:
     model = tiny("llama")
 
     def mean(output: Any, batch: Any) -> torch.Tensor:
@@ -206,7 +204,7 @@ def test_an_objective_that_is_a_mean_over_the_batch_is_of_one_document(tmp_path:
 @pytest.mark.parametrize(
     "options", [{"windows": {"length": 8, "stride": 6}}, {"packing": {"length": 16, "separator": 2, "bos": 1}}]
 )
-def test_sequences_that_are_not_whole_documents(options: dict[str, Any], tmp_path: Path) -> None:
+def test_rows_of_windows_and_packings_are_those_of_sequences_alone(options: dict[str, Any], tmp_path: Path) -> None:
     model, site = convolutions(False), "layers.1"
     store = flexcache.capture(model, None, DOCUMENTS, tmp_path / "run.zarr", sites=site, **options, **QUIET)
     assert all(len(one) == 1 for one in shapes(store))
@@ -219,7 +217,7 @@ def test_sequences_that_are_not_whole_documents(options: dict[str, Any], tmp_pat
             assert np.abs(store.read(site, None, rows) - expected).max() < 1e-5
 
 
-def test_an_encoder_that_drops_its_mask_beside_a_decoder(tmp_path: Path) -> None:
+def test_an_encoder_that_drops_its_mask_gets_contexts_of_equal_length(tmp_path: Path) -> None:
     model = tiny("bart")
     model.get_encoder().register_forward_pre_hook(
         lambda _, args, given: (args, {**given, "attention_mask": None}), with_kwargs=True
@@ -264,13 +262,13 @@ def test_a_resumed_capture_keeps_the_batches(tmp_path: Path) -> None:
 
 
 def forget(store: flexcache.Store) -> None:
-    """Make a store what an earlier version left, whose padded batches nobody had questioned."""
+    """Turn a store into one of an earlier version, which did not test padded batches."""
     text = (store.path / "zarr.json").read_text(encoding="utf-8")
     assert '"batching"' in text
     (store.path / "zarr.json").write_text(text.replace('"batching"', '"before"'), encoding="utf-8")
 
 
-def test_padded_batches_of_a_store_are_not_completed_by_a_model_that_leaks(tmp_path: Path) -> None:
+def test_a_model_that_leaks_cannot_complete_a_store_of_padded_batches(tmp_path: Path) -> None:
     model = convolutions(False)
     store = flexcache.capture(model, None, DOCUMENTS, tmp_path / "run.zarr", sites="embed", **QUIET)
     assert batching(store) == "padded"
@@ -295,7 +293,7 @@ def test_a_store_of_an_earlier_version_is_completed_unless_its_batches_leak(tmp_
 
 
 class Pairs(Convolutions):
-    """A model that cannot read a single token, as those that pool pairs."""
+    """A model that cannot run on a single token, as those that pool pairs."""
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
         if input_ids.shape[1] < 2:

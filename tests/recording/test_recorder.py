@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import flexcache
 from flexcache.errors import CaptureError, ConfigError, DocumentsError, MismatchError, PlanError, RangeError, StoreError
-from flexcache.recording.forward.batch import BatchReader
+from flexcache.recording.forward.batch_reader import BatchReader
 from flexcache.store.write.slabs import SlabPool
 from tests.corpora import (
     SITES,
@@ -62,7 +62,7 @@ def test_batches_cover_every_row_once_in_order(tmp_path: Path) -> None:
     assert recorder.store.complete
 
 
-def test_padded_activations_and_kept_rows_store_the_same(tmp_path: Path) -> None:
+def test_padded_activations_and_kept_rows_are_stored_as_the_same_bytes(tmp_path: Path) -> None:
     build_store(tmp_path / "put.zarr", DOCUMENTS, dtype="float32")
     with open_recorder(tmp_path / "record.zarr", DOCUMENTS, dtype="float32") as recorder:
         for batch in recorder.batches():
@@ -123,7 +123,7 @@ def test_memory_is_bounded_by_the_buffer(tmp_path: Path) -> None:
         open_recorder(tmp_path / "run.zarr", DOCUMENTS, buffer_bytes=1000)
 
 
-def test_a_pool_waits_for_a_slab_and_ends_the_wait_when_told() -> None:
+def test_a_pool_waits_for_a_slab_and_stops_waiting_when_it_is_told() -> None:
     pool = SlabPool(4096, 1)
     pool.take_slab()
 
@@ -134,7 +134,7 @@ def test_a_pool_waits_for_a_slab_and_ends_the_wait_when_told() -> None:
         pool.take_slab(check)
 
 
-# The order of things
+# Order and shape
 
 
 def test_rows_in_the_wrong_order_or_shape_are_refused(tmp_path: Path) -> None:
@@ -204,10 +204,10 @@ def test_overflow_of_float16_is_named_with_the_value_that_overflows(tmp_path: Pa
         assert part in str(caught.value)
 
 
-# Going on
+# Resuming
 
 
-def test_a_recorder_goes_on_after_the_committed_units(tmp_path: Path) -> None:
+def test_a_recorder_resumes_after_the_committed_units(tmp_path: Path) -> None:
     whole = build_store(tmp_path / "whole.zarr", DOCUMENTS)
     recorder = open_recorder(tmp_path / "run.zarr", DOCUMENTS)
     with pytest.raises(RuntimeError), recorder:
@@ -244,7 +244,7 @@ def test_other_conditions_are_refused_unless_mixing_is_allowed(tmp_path: Path) -
     with pytest.raises(RuntimeError), recorder:
         for batch in recorder.batches():
             if batch.unit == 1:
-                recorder._writer.drain()
+                recorder._session.writer.drain()
                 raise RuntimeError("stop")
             put_batch(recorder, batch)
     with pytest.raises(MismatchError, match="threads: 2 before, 4 now"):
@@ -270,7 +270,8 @@ def test_files_in_progress_of_a_dead_process_are_removed_and_of_a_living_one_kep
     (path / "ledger" / "0" / "1.json").unlink()
     code = "import sys, os; from tests.corpora import *"
     code += "; r = open_recorder(Path(sys.argv[1]), token_documents(lengths(200)))"
-    code += "; r.__enter__(); r.begin(r.claim()); print(r._worker.id, flush=True); os.kill(os.getpid(), 9)"
+    code += "; r.__enter__(); r.begin_unit(r.claim_unit())"
+    code += "; print(r._session.worker.id, flush=True); os.kill(os.getpid(), 9)"
     dead = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True)
     folder = path / ".partial" / dead.stdout.strip()
     assert folder.is_dir(), dead.stderr
@@ -278,8 +279,8 @@ def test_files_in_progress_of_a_dead_process_are_removed_and_of_a_living_one_kep
         for batch in living.batches():
             assert not folder.exists()
             with open_recorder(path, DOCUMENTS) as other:
-                assert other.claim() is None
-                assert living._writer.folder.exists()
+                assert other.claim_unit() is None
+                assert living._session.writer.folder.exists()
             put_batch(living, batch)
     assert not (path / ".partial").exists()
     assert not (path / ".claims").exists()
@@ -288,7 +289,7 @@ def test_files_in_progress_of_a_dead_process_are_removed_and_of_a_living_one_kep
 # The disk
 
 
-def test_a_store_that_cannot_fit_is_refused_before_anything_is_written(
+def test_a_store_larger_than_the_disk_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import shutil
@@ -319,7 +320,7 @@ def test_a_failing_disk_is_one_clear_error_and_the_rest_is_kept(
     with pytest.raises(CaptureError, match="disk") as caught, recorder:
         for batch in recorder.batches():
             if batch.unit == 2:
-                recorder._writer.drain()
+                recorder._session.writer.drain()
                 failing = True
             put_batch(recorder, batch)
     failing = False
@@ -356,9 +357,9 @@ def test_a_disk_without_direct_writes_gets_the_same_bytes(tmp_path: Path, monkey
 
 def test_the_largest_batch_is_the_largest(tmp_path: Path) -> None:
     store = build_store(tmp_path / "run.zarr", DOCUMENTS)
-    reader = BatchReader(store.path, mean=False)
-    sizes = [int(np.prod(batch.shape)) for unit in range(store.n_units) for batch in reader.unit(unit)]
-    assert int(np.prod(reader.largest().shape)) == max(sizes)
+    reader = BatchReader(store.path)
+    sizes = [int(np.prod(batch.shape)) for unit in range(store.n_units) for batch in reader.read_unit(unit)]
+    assert int(np.prod(reader.read_largest().shape)) == max(sizes)
 
 
 def test_texts_are_tokenized_by_any_callable_and_kept_or_hashed(tmp_path: Path) -> None:
@@ -393,7 +394,7 @@ def test_texts_without_a_tokenizer_are_refused(tmp_path: Path) -> None:
         open_recorder(tmp_path / "run.zarr", [{"id": "a", "text": "b"}])
 
 
-def test_a_place_that_is_taken_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_store_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "run.zarr").mkdir()
     (tmp_path / "run.zarr" / "mine").write_text("mine")
     with pytest.raises(StoreError, match="exists and is not a store"):
@@ -401,7 +402,7 @@ def test_a_place_that_is_taken_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "run.zarr" / "mine").read_text() == "mine"
 
 
-def test_options_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
+def test_invalid_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="batch_tokens"):
         open_recorder(tmp_path / "run.zarr", DOCUMENTS, batch_tokens=0)
     with pytest.raises(ConfigError, match="dtype"):

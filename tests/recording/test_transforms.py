@@ -26,7 +26,7 @@ def _one_thread() -> None:
 
 
 class Encoder(torch.nn.Module):
-    """The encoding half of a sparse autoencoder."""
+    """The encoder of a sparse autoencoder."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Encoder(torch.nn.Module):
 
 
 def entropy(pattern: torch.Tensor) -> torch.Tensor:
-    """(sequences, heads, queries, keys) to (sequences, queries, heads)."""
+    """Map (sequences, heads, queries, keys) to (sequences, queries, heads)."""
     return -(pattern * pattern.clamp_min(1e-9).log()).sum(-1).transpose(1, 2)
 
 
@@ -47,7 +47,7 @@ def own_token(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     return logits.gather(2, ids[..., None])[..., 0]
 
 
-def test_an_encoder_is_stored_beside_and_instead_of_its_activation(tmp_path: Path) -> None:
+def test_a_transform_is_stored_with_or_without_its_activation(tmp_path: Path) -> None:
     model, encoder = tiny("llama"), Encoder()
     sae = Transform("sae", "resid_post", encoder, layers=[1, 3])
     store = flexcache.capture(
@@ -90,7 +90,7 @@ def test_attention_patterns_are_reduced_as_they_are_computed(tmp_path: Path) -> 
         flexcache.capture(model, None, DOCUMENTS, tmp_path / "b.zarr", sites="pattern", **QUIET)
 
 
-def test_a_function_may_read_the_batch_and_give_one_number_a_token(tmp_path: Path) -> None:
+def test_a_function_may_take_the_batch_and_return_one_number_per_token(tmp_path: Path) -> None:
     model = tiny("llama")
     store = flexcache.capture(
         model, None, DOCUMENTS, tmp_path / "run.zarr",
@@ -114,7 +114,7 @@ def test_gradients_are_transformed_too(tmp_path: Path) -> None:
     assert np.allclose(store.read("norm", 2)[:, 0], expected, rtol=1e-5)
 
 
-def test_mistakes_are_named_before_anything_is_written(tmp_path: Path) -> None:
+def test_invalid_transforms_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     model, path = tiny("llama"), tmp_path / "run.zarr"
 
     def capture(*transforms: Transform, sites: Any = None) -> None:
@@ -124,7 +124,7 @@ def test_mistakes_are_named_before_anything_is_written(tmp_path: Path) -> None:
         Transform("resid_post", "resid_post", entropy)
     with pytest.raises(SiteError, match="did you mean resid_post"):
         Transform("a", "resid_pots", entropy)
-    with pytest.raises(CaptureError, match="gives no value for each token"):
+    with pytest.raises(CaptureError, match="returned no value for each token"):
         capture(Transform("a", "resid_post", lambda x: x.mean(dim=(0, 1))))
     with pytest.raises(CaptureError, match="the function of transform a failed"):
         capture(Transform("a", "resid_post", torch.nn.Linear(3, 3)))
@@ -133,7 +133,7 @@ def test_mistakes_are_named_before_anything_is_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_origin_tells_functions_apart_and_not_runs() -> None:
+def test_a_fingerprint_of_a_function_differs_between_functions_but_not_between_runs() -> None:
     def scaled(x: torch.Tensor, by: float) -> torch.Tensor:
         return x * by
 

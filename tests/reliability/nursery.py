@@ -33,14 +33,14 @@ def capture(path: str, heartbeat_timeout: float = 1e6) -> flexcache.Store:
 
 
 def child(path: str, log: str, heartbeat_timeout: float) -> None:
-    begin = Recorder.begin
+    begin = Recorder.begin_unit
 
     def noted(self: Recorder, unit: int) -> Any:
         with open(log, "a") as file:
             file.write(f"{unit} {os.getpid()}\n")
         return begin(self, unit)
 
-    Recorder.begin = noted  # type: ignore[method-assign]
+    Recorder.begin_unit = noted  # type: ignore[method-assign]
     try:
         capture(path, heartbeat_timeout)
     except BaseException:

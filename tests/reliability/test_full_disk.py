@@ -40,7 +40,7 @@ def test_a_full_disk_is_one_error_and_with_room_the_run_goes_on(
 ) -> None:
     """Somebody else fills the disk, but for *room* bytes, when the second unit begins."""
     whole = capture(tmp_path / "whole.zarr")
-    path, ballast, begin = small_disk / "run.zarr", small_disk / "ballast", Recorder.begin
+    path, ballast, begin = small_disk / "run.zarr", small_disk / "ballast", Recorder.begin_unit
 
     def filled(self: Recorder, unit: int) -> object:
         if unit == 1:
@@ -48,12 +48,12 @@ def test_a_full_disk_is_one_error_and_with_room_the_run_goes_on(
                 file.write(bytes(shutil.disk_usage(small_disk).free - room))
         return begin(self, unit)
 
-    monkeypatch.setattr(Recorder, "begin", filled)
+    monkeypatch.setattr(Recorder, "begin_unit", filled)
     with pytest.raises(CaptureError) as refused:
         capture(path)
     assert "the disk is full" in str(refused.value)
     assert "make room" in str(refused.value)
-    monkeypatch.setattr(Recorder, "begin", begin)
+    monkeypatch.setattr(Recorder, "begin_unit", begin)
     before = committed(path)
     assert before, "the first unit was committed"
     with pytest.raises((CaptureError, PlanError)):

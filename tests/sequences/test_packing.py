@@ -16,8 +16,9 @@ import flexcache
 from flexcache.errors import ConfigError, DocumentsError
 from flexcache.model import evaluating
 from flexcache.recording.checks.attention_isolation import check_isolation
-from flexcache.recording.forward.batch import Batch, BatchReader, split
-from flexcache.recording.forward.capture_targets import locate
+from flexcache.recording.forward.batch import split, unplanned_batch
+from flexcache.recording.forward.batch_reader import BatchReader
+from flexcache.recording.forward.capture_targets import find_targets
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.sequences.packing import ContinuousPacking, IsolatedPacking, PackingTokens
 from flexcache.spec import Spec
@@ -76,7 +77,7 @@ def test_rows_equal_the_models_output_on_each_sequence(tmp_path: Path) -> None:
     )
     expected = contexts([item["tokens"] for item in DOCUMENTS], 16, 2, 1)
     assert store.n_units > 1
-    batches = [batch for unit in range(store.n_units) for batch in BatchReader(store.path, mean=False).unit(unit)]
+    batches = [batch for unit in range(store.n_units) for batch in BatchReader(store.path).read_unit(unit)]
     found = [tokens.tolist() for batch in batches for tokens in batch.tokens]
     once = [tokens for i, tokens in enumerate(found) if not i or tokens != found[i - 1]]  # of those that two units run
     assert once == expected
@@ -244,13 +245,13 @@ def test_families_isolate_documents_as_documented(family: str, dtype: torch.dtyp
     spec = Spec.model_validate({"sites": {"resid_post": "all"}})
     shown = nullcontext() if family in APART else pytest.raises(ConfigError, match="keep packed documents apart")
     with evaluating(model), closing(ModelParallelGroup(model)) as group, shown:
-        check_isolation(model, locate(model, spec), 0, group)
+        check_isolation(model, find_targets(model, spec), 0, group)
 
 
 def test_a_forward_of_isolated_documents_gets_positions_and_no_mask() -> None:
     tokens = (np.arange(5, 12, dtype=np.int32), np.arange(3, dtype=np.int32))
     begins = (np.array([0, 3, 4]), np.array([0]))
-    batch = Batch(0, 0, range(10), np.arange(2), tokens, ((0, 7), (0, 3)), begins=begins)
+    batch = unplanned_batch(tokens, begins=begins)
     given = batch.inputs(pad=9, width=8)
     assert given["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 9], [0, 1, 2, 9, 9, 9, 9, 9]]
     assert given["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 2, 0], [0, 1, 2, 0, 0, 0, 0, 0]]

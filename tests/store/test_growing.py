@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import flexcache
 from flexcache.errors import DamagedError, DocumentsError, MismatchError, StoreError
-from flexcache.recording.forward.batch import BatchReader
+from flexcache.recording.forward.batch_reader import BatchReader
 from flexcache.store.format.extension import STAGED
 from flexcache.store.manage.copy import copy
 from flexcache.store.manage.extension_transaction import ExtensionTransaction
@@ -324,8 +324,8 @@ def test_any_corpora_one_after_the_other(
         assert store.complete
         check_values(store)
         assert store.documents.num_rows == len(documents)
-        reader = BatchReader(path, mean=False)
-        rows_run = [row for unit in range(store.n_units) for batch in reader.unit(unit) for row in batch.rows]
+        reader = BatchReader(path)
+        rows_run = [row for unit in range(store.n_units) for batch in reader.read_unit(unit) for row in batch.rows]
         assert rows_run == list(range(store.n_rows))
     assert flexcache.verify(path).sound
     if rows == "all":

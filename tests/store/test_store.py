@@ -220,7 +220,7 @@ def test_uncommitted_units_are_an_error_or_left_out(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="stop"), recorder:
         for batch in recorder.batches():
             if batch.unit == 2:
-                recorder._writer.drain()
+                recorder._session.writer.drain()
                 raise RuntimeError("stop")
             put_batch(recorder, batch)
     store = flexcache.open(tmp_path / "run.zarr")

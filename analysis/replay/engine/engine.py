@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -47,8 +46,9 @@ from flexcache.hooks.read.activation_hooks import accepts, eager
 from flexcache.hooks.read.measure import input_device
 from flexcache.images.input import stored_image_input
 from flexcache.model import evaluating
-from flexcache.recording.forward.batch import Batch, BatchReader
-from flexcache.recording.forward.image_inputs import padding, tensors
+from flexcache.recording.forward.batch import Batch, unplanned_batch
+from flexcache.recording.forward.batch_reader import BatchReader
+from flexcache.recording.forward.image_inputs import padding, to_tensors
 from flexcache.site import Site
 from flexcache.store.read.store import Store
 
@@ -89,8 +89,9 @@ class Engine:
         self._points: dict[tuple[str, int | None], HookPoint] = {}
         self._notes: dict[str, list[str]] = {}
         self._container: Container | None = None
-        self._example = replace(EXAMPLE, context=EXAMPLE.tokens) if is_encoder_decoder(self.model) else EXAMPLE
-        self._reader = BatchReader(store.path, mean=False)
+        context = TWO_TOKENS if is_encoder_decoder(self.model) else None
+        self._example = unplanned_batch(TWO_TOKENS, context=context)
+        self._reader = BatchReader(store.path)
         self._defaults = {"use_cache": False} if accepts(self.model, "use_cache") else {}
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         self._head: nn.Module | None = head if isinstance(head, nn.Module) else None
@@ -103,7 +104,7 @@ class Engine:
         """
         wanted = None if documents is None else np.asarray(sorted(documents))
         for unit in self.store.committed_units.tolist():
-            for batch in self._reader.unit(unit, self.store.ledger.read(unit).batch_tokens):
+            for batch in self._reader.read_unit(unit, self.store.ledger.read(unit).batch_tokens):
                 whole = batch.keep[0][0] == 0  # the rest of a document that spans units was run with its beginning
                 if whole and (wanted is None or np.isin(batch.documents, wanted).any()) and self._has_rows(batch):
                     yield batch
@@ -191,7 +192,7 @@ class Engine:
             starts += [starts[-1]] * (unambiguous_lines(lines, longest) - lines)
         inputs = {
             name: _repeated(values, len(starts))
-            for name, values in tensors(self.model, batch.inputs(self._pad)).items()
+            for name, values in to_tensors(self.model, batch.inputs(self._pad)).items()
         }
         result = ForwardResult(torch.empty(0), {})
         with ExitStack() as stack:
@@ -299,7 +300,7 @@ class Engine:
         return tensor_output
 
 
-EXAMPLE = Batch(0, 0, range(2), np.zeros(1, np.int64), (np.ones(2, np.int32),), ((0, 2),))
+TWO_TOKENS = [np.ones(2, np.int32)]
 
 
 def _repeated(values: torch.Tensor, lines: int) -> torch.Tensor:

@@ -137,8 +137,7 @@ def worst_discrepancies(results: Sequence[BatchResult]) -> list[Discrepancy]:
 
 def _select_documents(batch: Batch, lines: NDArray[np.int64]) -> Batch:
     """Return a batch of some of a batch's documents."""
-    tokens, keep = tuple(batch.tokens[line] for line in lines), tuple(batch.keep[line] for line in lines)
-    return replace(batch, documents=batch.documents[lines], tokens=tokens, keep=keep)
+    return replace(batch, sequences=tuple(batch.sequences[line] for line in lines))
 
 
 def _select_copy(

@@ -22,8 +22,8 @@ from flexcache.store.write.row_encoding import (
 def rows_of(batch: Batch, values: Any, dtype: np.dtype) -> list[EncodedRows]:
     """Return the rows of padded activations, shape (sequences, longest, …), as bytes in the storage dtype.
 
-    Nothing is copied where nothing is cast or averaged, since this runs inside hooks: the bytes are then those of
-    the activations, padding included, and the spans say which of them are rows. Of int8, a second piece has the scales.
+    This runs inside hooks, so nothing is copied unless it is cast or averaged: the bytes are then those of the
+    activations, padding included, and the spans say which of them are rows. For int8, a second piece has the scales.
 
     Raises
     ------
@@ -39,7 +39,7 @@ def _rows_of(batch: Batch, values: Any, dtype: np.dtype) -> EncodedRows:
     same = str(values.dtype).removeprefix("torch.") == dtype.name
     if batch.mean:
         return single_piece(encode_bytes(batch.kept(host(values) if is_torch(values) else values), dtype))
-    if same and batch.picked is None:
+    if same and batch.spans is not None:
         content = encode_bytes(values, dtype)
         width = len(content) // (batch.shape[0] * batch.shape[1])
         return content, [(start * width, count * width) for start, count in batch.spans]
@@ -47,6 +47,6 @@ def _rows_of(batch: Batch, values: Any, dtype: np.dtype) -> EncodedRows:
         import torch
 
         return single_piece(
-            encode_bytes(torch.cat([values[line][places] for line, places in enumerate(batch.places)]), dtype)
+            encode_bytes(torch.cat([values[line][kept] for line, kept in enumerate(batch.kept_positions)]), dtype)
         )
     return single_piece(encode_bytes(batch.kept(values), dtype))

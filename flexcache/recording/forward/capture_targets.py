@@ -1,4 +1,4 @@
-"""What a capture reads of a model in every forward, and the arrays that this fills."""
+"""The hook points that a capture reads in every forward, and the arrays that they fill."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from flexcache.errors import CaptureError, ConfigError, SiteError
 from flexcache.hooks.locate.encoder_decoder import TARGET
 from flexcache.hooks.read.activation_hooks import batch_shape
 from flexcache.hooks.read.measure import Example, Reader, read_example
-from flexcache.recording.forward.batch import Batch
-from flexcache.recording.forward.objective import OBJECTIVE, NextTokenLoss, Objective, by_token, checked
+from flexcache.recording.forward.batch import Batch, unplanned_batch
+from flexcache.recording.forward.objective import OBJECTIVE, NextTokenLoss, Objective, check_value, spread_by_token
 from flexcache.recording.forward.transform import Transform
 from flexcache.site import ONCE, Site
 from flexcache.spec import DTYPES, ArraySpec, Spec
@@ -24,16 +24,16 @@ from flexcache.store.format.int8 import with_scales
 
 @dataclass(frozen=True)
 class CaptureTargets:
-    """ActivationHooks, and what is made of the tensors that they read.
+    """Hook points, with the transforms and the objective that apply to them.
 
     Attributes
     ----------
     sources : mapping from str to tuple of HookPoint
-        By a site as the user wrote it, or by the name of a transform.
+        By the site as the user wrote it, or by the name of a transform.
     transforms : mapping from str to Transform
         By the name of the array that each fills.
     objective : Objective or None
-        What is differentiated, where a hook point is a gradient.
+        The scalar that is differentiated, if a hook point is a gradient.
     """
 
     sources: Mapping[str, tuple[hooks.HookPoint, ...]]
@@ -42,25 +42,25 @@ class CaptureTargets:
 
     @property
     def points(self) -> tuple[hooks.HookPoint, ...]:
-        """The points of all sources."""
+        """The hook points of all sources."""
         return tuple(point for points in self.sources.values() for point in points)
 
 
-def locate(
+def find_targets(
     model: torch.nn.Module,
     spec: Spec,
     transforms: Sequence[Transform] = (),
     objective: Objective | None = None,
     remote_modules: Collection[str] = (),
 ) -> CaptureTargets:
-    """Find the sites of a spec, and of transforms, in a model; *remote_modules* as for `flexcache.hooks.locate.search`.
+    """Find the sites of a spec and of transforms in a model; *remote_modules* as for `flexcache.hooks.locate.search`.
 
     Raises
     ------
     SiteError
-        A site matches nothing, or two sites mean the same array.
+        A site matches no module, or two sites name the same array.
     ConfigError
-        Two transforms of one name; an objective without a gradient to store.
+        Two transforms have one name, or there is an objective but no gradient to store.
     """
     sources = {
         text: hooks.find_hook_points(model, Site.parse(text), layers, remote_modules)
@@ -70,7 +70,7 @@ def locate(
     for transform in transforms:
         if transform.name in sources:
             raise ConfigError(f"two arrays would be named {transform.name}", remedy="rename the transform")
-        found = hooks.find_hook_points(model, transform.place, transform.layers, remote_modules)
+        found = hooks.find_hook_points(model, transform.parsed_site, transform.layers, remote_modules)
         several = len(found) > 1 and found[0].layer is None
         sources[transform.name] = tuple(
             replace(point, array=f"{transform.name}.{point.module}" if several else transform.name) for point in found
@@ -79,7 +79,7 @@ def locate(
     gradients = any(point.gradient for points in sources.values() for point in points)
     if objective is not None and not gradients:
         raise ConfigError(
-            "an objective is given, and no site whose gradient is to be stored",
+            "there is an objective, but no site whose gradient is to be stored",
             expected="a site that ends in .grad, such as resid_post.grad",
             found=", ".join(sources),
         )
@@ -93,14 +93,14 @@ def measure_arrays(
     reader: Reader = read_example,
     example: Example | None = None,
 ) -> list[ArraySpec]:
-    """Return the arrays of a store: names, widths and dtypes, by one small forward.
+    """Return the arrays of a store: names, features and dtypes, measured by one small forward.
 
     Raises
     ------
     SiteError
         See `flexcache.hooks.read.measure`.
     CaptureError
-        What is read cannot be stored; a transform or the objective fails.
+        An activation cannot be stored, or a transform or the objective fails.
     """
 
     def through(point: hooks.HookPoint, values: torch.Tensor, inputs: Any) -> torch.Tensor:
@@ -117,8 +117,8 @@ def measure_arrays(
             model, tuple(dict.fromkeys(plain.values())), example=example, through=through, reader=reader
         )
     except SiteError as error:
-        if "example=" in (error.remedy or ""):  # which hooks take, and a capture does not
-            error.remedy = "run the model's forward yourself, and store the activations with flexcache.record"
+        if "example=" in (error.remedy or ""):  # an argument of the hooks, which a capture has not
+            error.remedy = "run the model's forward yourself, and store its activations with flexcache.record"
         raise
     arrays: list[ArraySpec] = []
     for text, points in targets.sources.items():
@@ -146,9 +146,9 @@ def _objective_by_token(model: torch.nn.Module, objective: Objective, reader: Re
     inputs, _, output = reader(model, (), example)
     batch = _example(model, inputs)
     try:
-        return by_token(checked(objective(output, batch), batch), batch) is not None
+        return spread_by_token(check_value(objective(output, batch), batch), batch) is not None
     except Exception:
-        if next(iter(inputs.values())).device.type == "meta":  # no values to compute with: only the plan is asked for
+        if next(iter(inputs.values())).device.type == "meta":  # there are no values, and only a plan is wanted
             return True
         raise
 
@@ -157,9 +157,8 @@ def _example(model: torch.nn.Module, inputs: Any) -> Batch:
     given = inputs.get(TARGET, inputs.get("input_ids"))
     shape = batch_shape(model, (), inputs)
     ids = torch.full(shape, -1) if given is None else torch.ones(shape) if given.device.type == "meta" else given.cpu()
-    tokens = tuple(line.int().numpy() for line in ids)
-    documents = torch.arange(shape[0]).numpy()
-    return Batch(0, 0, range(math.prod(shape)), documents, tokens, ((0, shape[1]),) * shape[0])
+    tokens = [line.int().numpy() for line in ids]
+    return unplanned_batch(tokens)
 
 
 def _feature_dim(text: str, transform: Transform | None) -> str:

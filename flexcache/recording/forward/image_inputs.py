@@ -1,9 +1,9 @@
-"""What a capture of images needs beside that of texts: what is refused, its example, and what a store says of it."""
+"""Forward inputs from images: checks of a capture, its example, and its provenance."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,24 +13,19 @@ from flexcache.hooks.locate.vision import compute_dtype
 from flexcache.hooks.read.measure import Example, input_device
 from flexcache.images.input import ImageInput
 from flexcache.model import pad_id
+from flexcache.recording.forward.batch import Padding
 from flexcache.recording.forward.capture_targets import CaptureTargets
 from flexcache.recording.forward.objective import LogitDifference, NextTokenLoss
 from flexcache.spec import Spec
 
-if TYPE_CHECKING:
-    from flexcache.recording.run.model_parallel_group import ModelParallelGroup
-
-Padding = int | ImageInput
-"""What makes the inputs of a forward whole: the id of the token for padding; of images, what makes pixels of them."""
-
 
 def padding(model: torch.nn.Module, tokenizer: Any) -> Padding:
-    """Return the id of padding, or, where the tokenizer is an `ImageInput`, that."""
+    """Return the id of the padding token, or the tokenizer itself if it is an `ImageInput`."""
     return tokenizer if isinstance(tokenizer, ImageInput) else pad_id(model, tokenizer)
 
 
-def tensors(model: torch.nn.Module, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Return the inputs of a forward on the model's device; pixels in the dtype of its weights."""
+def to_tensors(model: torch.nn.Module, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Return the inputs of a forward as tensors on the model's device, pixel values in the dtype of its weights."""
     device = input_device(model)
     held = {name: torch.from_numpy(values) for name, values in arrays.items()}
     return {
@@ -40,33 +35,38 @@ def tensors(model: torch.nn.Module, arrays: Mapping[str, np.ndarray]) -> dict[st
 
 
 def check_images(
-    model: torch.nn.Module, spec: Spec, targets: CaptureTargets, tokenizer: Any, group: ModelParallelGroup | None = None
+    model: torch.nn.Module, spec: Spec, targets: CaptureTargets, tokenizer: Any, processes: int = 1
 ) -> Example | None:
-    """Return what makes small examples of the images of a capture; None where it is of texts.
+    """Return the function that makes small example images for a capture; None for a capture of texts.
+
+    Parameters
+    ----------
+    processes
+        The number of processes that share the model.
 
     Raises
     ------
     ConfigError
-        Images are read, and options are for texts, the objective is of next tokens, or processes share the model.
+        The capture is of images, and an option or the objective is for texts, or several processes share the model.
     """
     if not isinstance(tokenizer, ImageInput):
         return None
     spec.check_images()
     if isinstance(targets.objective, NextTokenLoss | LogitDifference):
         raise ConfigError(
-            "gradients of a vision transformer need an objective of your own",
+            "gradients of a vision transformer need a custom objective",
             expected="a function of the model's output and the batch, as lambda output, batch: output.logits[:, 3]",
             found=type(targets.objective).__name__,
         )
-    if group is not None and not group.alone:
+    if processes > 1:
         raise ConfigError(
-            "a model that reads images is run by one process",
-            found=f"{group.sizes.tp * group.sizes.pp * group.sizes.dp} processes that share its weights",
-            remedy="give each process the whole model: they compute different units of one store",
+            "a model that reads images can be captured only by processes that each hold all of it",
+            found=f"{processes} processes that share its weights",
+            remedy="load the whole model in each process: they compute different units of one store",
         )
     return tokenizer.example(model)
 
 
-def described_patches(tokenizer: Any) -> dict[str, Any]:
-    """Return the layout of an image's tokens for the provenance; nothing of texts."""
+def describe_patches(tokenizer: Any) -> dict[str, Any]:
+    """Return the layout of the tokens of an image for the provenance; empty for texts."""
     return {"patches": tokenizer.patches.to_json()} if isinstance(tokenizer, ImageInput) else {}

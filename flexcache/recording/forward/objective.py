@@ -1,4 +1,4 @@
-"""Objectives: scalars of a model's output, whose gradients at sites are stored."""
+"""Objectives: scalars of a model's output whose gradients at sites are stored."""
 
 from __future__ import annotations
 
@@ -18,23 +18,29 @@ OBJECTIVE = "objective"
 
 
 class Objective(Protocol):
-    """What is differentiated: the sum of what this returns.
+    """A function of a model's output, the sum of whose values is differentiated.
 
-    A tensor of shape (sequences, longest) or (sequences,) is stored as well, on the rows of its tokens or sequences,
-    as the array ``objective``; a scalar is not. So that a row does not depend on which batch it came in, each sequence
-    should add a term of its own, as a sum does and a mean over the batch does not.
+    Values of shape (sequences, longest) or (sequences,) are also stored, on the rows of their tokens or sequences, as
+    the array ``objective``; a scalar is not. Each sequence should contribute a term of its own, as in a sum but not in
+    a mean over the batch, so that a row does not depend on its batch.
+
+    >>> def first_logit(output, batch):
+    ...     return output.logits[:, 0, 0]
     """
 
     def __call__(self, output: Any, batch: Batch) -> torch.Tensor:
-        """Return the objective of a model's output, right-padded, for a batch."""
+        """Return the objective for a batch, from the right-padded output of a model."""
         ...
 
 
 @dataclass(frozen=True)
 class NextTokenLoss:
-    """The cross-entropy of what each token predicts of the next, in nats, in float32; 0 at the last of a sequence.
+    """The cross-entropy of the next token at each position, in nats, in float32; 0 at the last token of a sequence.
 
-    Where documents of a sequence do not see each other, it is 0 at the last of each.
+    If packed documents are isolated, it is 0 at the last token of each document.
+
+    >>> NextTokenLoss()
+    NextTokenLoss()
     """
 
     def __call__(self, output: Any, batch: Batch) -> torch.Tensor:
@@ -59,7 +65,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """The logit of one token less that of another, after each sequence's last token, in float32.
+    """The logit of one token minus that of another, at the last token of each sequence, in float32.
 
     Tokens are ids, or texts of one token each, which `flexcache.capture` looks up in its tokenizer.
 
@@ -76,14 +82,14 @@ class LogitDifference:
         last = torch.tensor([len(tokens) - 1 for tokens in batch.tokens], device=logits.device)
         if isinstance(self.token, str) or isinstance(self.other, str):
             raise CaptureError(
-                "tokens given as text have no ids here",
+                "tokens that are given as texts have no ids here",
                 found=repr(self),
                 remedy="pass the objective to flexcache.capture with a tokenizer, or give token ids",
             )
         ends = logits[torch.arange(len(last), device=logits.device), last].float()
         if not all(-ends.shape[1] <= token < ends.shape[1] for token in (self.token, self.other)):
             raise CaptureError(
-                "the objective names a token that the model has no logit of",
+                "the objective names a token for which the model has no logit",
                 expected=f"ids from 0 to {ends.shape[1] - 1}",
                 found=f"{self.token} and {self.other}",
             )
@@ -96,42 +102,38 @@ def logits_of(output: Any) -> torch.Tensor:
     Raises
     ------
     CaptureError
+        It has none.
     """
     logits = getattr(output, "logits", None)
     if not isinstance(logits, torch.Tensor) or logits.ndim != 3:
         raise CaptureError(
-            "the model's output has no logits to make an objective of",
+            "the model's output has no logits for the objective",
             expected="output.logits of shape (sequences, longest, vocabulary)",
             found=type(output).__name__,
-            remedy="load the model with its head (AutoModelForCausalLM), or give an objective of your own",
+            remedy="load the model with its head (AutoModelForCausalLM), or give a custom objective",
         )
     return logits
 
 
-def describe(objective: Objective) -> dict[str, Any]:
-    """Return what a store says of its objective."""
+def describe_objective(objective: Objective) -> dict[str, Any]:
+    """Return the record of an objective for a store."""
     return origin(objective)
 
 
-def checked(value: Any, batch: Batch) -> torch.Tensor:
-    """Return what an objective gave, if it can be differentiated.
-
-    Raises
-    ------
-    CaptureError
-    """
+def check_value(value: Any, batch: Batch) -> torch.Tensor:
+    """Return the value of an objective; raise CaptureError if it cannot be differentiated."""
     shapes = ((), (batch.shape[0],), batch.shape)
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or tuple(value.shape) not in shapes:
         raise CaptureError(
-            "the objective gives nothing that can be differentiated",
+            "the objective returned nothing that can be differentiated",
             expected=f"a tensor of shape {batch.shape}, ({batch.shape[0]},) or ()",
             found=f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__,
         )
     return value
 
 
-def by_token(value: torch.Tensor, batch: Batch) -> torch.Tensor | None:
-    """Return an objective's value as rows are stored, shape (sequences, longest, 1); None for a scalar."""
+def spread_by_token(value: torch.Tensor, batch: Batch) -> torch.Tensor | None:
+    """Return the values of an objective by token, shape (sequences, longest, 1); None for a scalar."""
     if value.ndim == 0:
         return None
     spread = value if value.ndim == 2 else value[:, None].expand(batch.shape)

@@ -1,4 +1,4 @@
-"""Transforms: functions of an activation, stored instead of it or beside it."""
+"""Transforms: functions of an activation whose results are stored, with or without the activation."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class Transform:
     Attributes
     ----------
     name : str
-        Of the array: a word of letters, digits, underscores and dots.
+        Name of the array: letters, digits, underscores and dots.
     site : str
         A site, or ``"pattern"``: attention probabilities, shape (sequences, heads, queries, keys), for which the
         model must be loaded with ``attn_implementation="eager"``.
     function : callable
-        From activations, a tensor of shape (sequences, longest, features…) on the model's device, to a tensor of
-        shape (sequences, longest) or (sequences, longest, features…); padding included, which is dropped afterwards.
-        A row must depend on its own sequence alone. It is called without gradients, and must not change what it gets.
+        Maps activations, a tensor of shape (sequences, longest, features…) on the model's device, to a tensor of
+        shape (sequences, longest) or (sequences, longest, features…), both with padding, which is dropped afterwards.
+        A row must depend on its own sequence alone. It is called without gradients, and must not change its argument.
     layers : "all", int, str or list of int
-        For a standard site or the pattern.
+        Layers of a standard site or of the pattern.
     batch : bool
-        Give the function the `Batch` as a second argument: its token ids and lengths.
+        Pass the `Batch` to the function as a second argument, for its token ids and lengths.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Transform:
     batch: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be a name or a function, before anything is run."""
+        """Raise ConfigError if the name, the function or the site cannot be used."""
         if not re.fullmatch(r"[A-Za-z][\w.]*", self.name) or self.name in STANDARD or self.name == PATTERN:
             raise ConfigError(
                 f"transform {self.name!r} cannot have this name",
@@ -58,11 +58,11 @@ class Transform:
             raise ConfigError(
                 f"transform {self.name} has no function", expected="a callable", found=type(self.function).__name__
             )
-        _ = self.place
+        _ = self.parsed_site
 
     @property
-    def place(self) -> Site:
-        """The site, parsed."""
+    def parsed_site(self) -> Site:
+        """The site as a `Site`."""
         return Site(PATTERN, "pattern") if self.site == PATTERN else Site.parse(self.site)
 
     @property
@@ -71,7 +71,7 @@ class Transform:
         return f"feature_{self.name}"
 
     def describe(self) -> dict[str, Any]:
-        """Return what a store says of where its values come from."""
+        """Return the record of the transform for a store."""
         layers = list(self.layers) if isinstance(self.layers, list | tuple | range) else self.layers
         return {"site": str(self.site), "layers": layers, "batch": self.batch, **origin(self.function)}
 
@@ -81,7 +81,7 @@ class Transform:
         Raises
         ------
         CaptureError
-            The function failed, or gave something else.
+            The function failed, or returned another shape.
         """
         import torch
 
@@ -98,7 +98,7 @@ class Transform:
             ) from error
         if not isinstance(found, torch.Tensor) or tuple(found.shape[:2]) != batch.shape:
             raise CaptureError(
-                f"transform {self.name} gives no value for each token",
+                f"transform {self.name} returned no value for each token",
                 expected=f"shape ({batch.shape[0]}, {batch.shape[1]}, …) for (sequences, longest, features)",
                 found=str(tuple(found.shape)) if isinstance(found, torch.Tensor) else type(found).__name__,
             )

@@ -9,28 +9,24 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from flexcache import hooks
 from flexcache.errors import CaptureError
-from flexcache.hooks.read.measure import input_device
 from flexcache.model import evaluating
 from flexcache.recording.checks.attention_isolation import check_isolation
-from flexcache.recording.forward.batch import Batch, BatchReader
-from flexcache.recording.forward.batch_rows import rows_of
+from flexcache.recording.forward.batch import Batch, Padding
+from flexcache.recording.forward.batch_reader import BatchReader
 from flexcache.recording.forward.capture_targets import CaptureTargets
-from flexcache.recording.forward.image_inputs import Padding
-from flexcache.recording.run.cuda_sink import CudaLane
-from flexcache.recording.run.forward_loop import Sink, allocation, forwards
+from flexcache.recording.run.batch_forward import Sink, open_forward
+from flexcache.recording.run.cuda_transfer import transfer_for
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.spec import DTYPES, Spec
 from flexcache.store.read.store import Store
 from flexcache.store.write.range_error import range_error
 from flexcache.store.write.row_encoding import Unstorable
-from flexcache.store.write.shard_file import Copy, copy_bytes
 from flexcache.store.write.slabs import LARGEST_SLAB
 
 BATCHES_AT_LEAST = 4
@@ -91,20 +87,17 @@ def try_batches(
         A batch does not fit into the memory of the device; RangeError where a value does not fit the storage dtype.
     """
     store = Store(plan)
-    reader = BatchReader(plan, mean=store.spec.get("rows") == "mean")
-    now: list[Batch] = []
-    sink = _forgetting(store, model, now)
+    reader = BatchReader(plan)
     measured: list[tuple[int, float]] = []
     with evaluating(model), closing(ModelParallelGroup(model)) as group, ExitStack() as stack:
         example = None if isinstance(pad, int) else pad.example(model)
         hooks.check_identity(model, targets.points, example=example, reader=group.read_example, alone=group.alone)
         if Spec.model_validate(store.spec).isolated:
             check_isolation(model, targets, pad, group)
-        forward = stack.enter_context(forwards(model, targets, pad, sink, group))
-        largest = reader.largest()
+        forward = stack.enter_context(open_forward(model, targets, pad, _discarding_sink(store, model), group))
+        largest = reader.read_largest()
         spent = 0.0
         for batch in _endless(reader, store.n_units, largest, seed):
-            now[:] = [batch]
             began = time.perf_counter()
             try:
                 forward(batch)
@@ -138,7 +131,7 @@ def try_batches(
 def _endless(reader: BatchReader, units: int, largest: Batch, seed: int) -> Iterator[Batch]:
     """Yield the largest batch, then all in random order, again and again."""
     yield largest
-    batches = [batch for unit in range(units) for batch in reader.unit(unit)]
+    batches = [batch for unit in range(units) for batch in reader.read_unit(unit)]
     generator = np.random.default_rng(seed)
     while True:
         yield from (batches[place] for place in generator.permutation(len(batches)))
@@ -151,31 +144,23 @@ def _error(measured: list[tuple[int, float]]) -> float:
     return 2 * statistics.stdev(rest.tolist()) * float(np.sqrt(len(rest)) / tokens.sum())
 
 
-def _forgetting(store: Store, model: torch.nn.Module, now: list[Batch]) -> Sink:
-    """Return what takes rows as a recorder does, into one slab over and over."""
-    device = input_device(model)
-    slab = allocation(model)(LARGEST_SLAB)
-    lane = CudaLane(device) if device.type == "cuda" else None
+def _discarding_sink(store: Store, model: torch.nn.Module) -> Sink:
+    """Return a sink that copies rows as a recorder does, always into the same slab."""
+    transfer = transfer_for(model)
+    slab = transfer.allocate(LARGEST_SLAB)
 
-    def take(array: str, layer: int | None, values: torch.Tensor) -> None:
+    def copy_rows(batch: Batch, array: str, layer: int | None, values: torch.Tensor) -> None:
         if array not in store.arrays:  # an objective whose values are not stored
             return
-        dtype = DTYPES[store.arrays[array].dtype]
-        copy: Copy = copy_bytes
-        pieces: list[tuple[Any, list[tuple[int, int]]]]
         try:
-            if lane is None or dtype == np.int8:
-                pieces = [*rows_of(now[0], values, dtype)]
-            else:
-                content, _ = lane.rows(now[0], values, getattr(torch, dtype.name))
-                pieces, copy = [(content, [(0, len(content))])], lane.copy
+            pieces = transfer.rows_of(batch, values, DTYPES[store.arrays[array].dtype])
         except Unstorable as error:
-            row = now[0].rows.start + error.row
+            row = batch.rows.start + error.row
             raise range_error(store, array, layer, row, error.feature, error.value) from None
         for content, spans in pieces:
             for start, count in spans:
                 for at in range(start, start + count, LARGEST_SLAB):
-                    copy(slab, 0, content, at, min(LARGEST_SLAB, start + count - at))
+                    transfer.copy(slab, 0, content, at, min(LARGEST_SLAB, start + count - at))
         slab.fences.clear()  # nothing waits for bytes that nobody reads
 
-    return take
+    return copy_rows

@@ -1,4 +1,4 @@
-"""Rows that a growing store has already, with which the unit that it shares with new documents begins."""
+"""The rows of a store that is extended, at the front of the unit that they share with new documents."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from flexcache.store.read.store import Store
 BLOCK = 4 << 20
 
 EXISTING_ROWS = "carried"
-"""In a fingerprint: the conditions of the rows at the front of a unit, where they are not those of the others."""
+"""Key in a fingerprint: the conditions of the rows at the front of a unit, if the other rows had others."""
 
 
 class ExistingRows:
-    """The rows of a store, as bytes, for the store that it grows into.
+    """The rows of a store, as bytes, for the store that extends it.
 
     Parameters
     ----------
     store
-        Opened before it grew.
+        Opened before the extension.
 
     Attributes
     ----------
     stop : int
-        The row after the last that is there.
+        The number of rows, and so the first new row.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self.stop = store.n_rows
 
-    def rows(self, unit: int) -> int:
-        """Return how many rows of a unit are there."""
+    def rows_in(self, unit: int) -> int:
+        """Return the number of existing rows in a unit."""
         return max(0, self.stop - unit * self._store.shard_rows)
 
-    def blocks(self, key: ArrayKey, unit: int) -> Iterator[tuple[np.ndarray, int]]:
-        """Yield the rows of a unit that are there as bytes, with their number, after a check of their shard.
+    def read_blocks(self, key: ArrayKey, unit: int) -> Iterator[tuple[np.ndarray, int]]:
+        """Check the shard of a unit, and yield its existing rows as bytes, with their number.
 
         Raises
         ------
         DamagedError
-            The shard is not as it was written.
+            The shard has other bytes than were written.
         """
         name, layer = key
-        if not self.rows(unit):
+        if not self.rows_in(unit):
             return
         shard = shard_name(name, layer, unit)
         record, path = self._record(unit).files[shard], self._store.path / shard
@@ -60,9 +60,9 @@ class ExistingRows:
             values = reader.scan(layer, start, min(start + step, self.stop), raw=True)
             yield np.ascontiguousarray(values).view(np.uint8).reshape(-1), len(values)
 
-    def fingerprint(self, unit: int, now: dict[str, Any], batch_tokens: int) -> dict[str, Any]:
-        """Return the fingerprint of a unit that is computed now, behind the rows that are there."""
-        if not self.rows(unit):
+    def combine_fingerprints(self, unit: int, now: dict[str, Any], batch_tokens: int) -> dict[str, Any]:
+        """Return the fingerprint of a unit whose other rows are computed under the conditions *now*."""
+        if not self.rows_in(unit):
             return now
         before = self._record(unit)
         if before.fingerprint == now and before.batch_tokens == batch_tokens:

@@ -1,4 +1,4 @@
-"""What the bits of a forward depend on beside model and plan."""
+"""The fingerprint of a forward: the conditions, other than model and plan, on which its bits depend."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ PACKAGES = (
 
 
 def fingerprint(model: torch.nn.Module, tensor: int = 1) -> dict[str, Any]:
-    """Return device, thread count, attention kernel and versions: two processes with equal ones give equal bytes.
+    """Return device, thread count, attention kernel and versions: processes with equal ones compute equal bytes.
 
-    bfloat16 on a CPU changes bits with the thread count, every kernel may with the version of torch, and sums over
-    *tensor* shards of the weights are taken in another order.
+    The thread count changes bits of bfloat16 on a CPU, the version of torch those of any kernel, and *tensor*
+    parallelism the order in which sums over shards of the weights are taken.
     """
     import torch
 
@@ -56,7 +56,7 @@ def fingerprint(model: torch.nn.Module, tensor: int = 1) -> dict[str, Any]:
 
 
 def model_notices(before: dict[str, Any], now: dict[str, Any], accepted: list[str]) -> list[str]:
-    """Return what to say of the model at hand, where it may continue a store that was begun by another one."""
+    """Return lines for the user about a model that resumes a store which another one began."""
     if accepted:
         return ["the model is not the one of the store, as was allowed; the ledger says so:", *accepted]
     if identity_of(before) is None:
@@ -65,12 +65,12 @@ def model_notices(before: dict[str, Any], now: dict[str, Any], accepted: list[st
 
 
 def check_fingerprint(store: Store, now: dict[str, Any], allow_mixed: bool) -> None:
-    """Refuse to go on with a store under other conditions than its latest unit was computed in.
+    """Raise MismatchError if the latest unit of a store was computed under other conditions than *now*.
 
     Raises
     ------
     MismatchError
-        They differ, and mixing is not allowed.
+        The conditions differ, and mixing is not allowed.
     """
     if allow_mixed:
         return
@@ -80,12 +80,7 @@ def check_fingerprint(store: Store, now: dict[str, Any], allow_mixed: bool) -> N
 
 
 def check_alike(path: Place, earlier: dict[str, Any], now: dict[str, Any], who: str) -> None:
-    """Refuse two fingerprints in one store.
-
-    Raises
-    ------
-    MismatchError
-    """
+    """Raise MismatchError if two fingerprints of one store differ."""
     different = [
         f"{name}: {earlier.get(name)} before, {now.get(name)} now"
         for name in sorted({*earlier, *now} - {EXISTING_ROWS} - ({"model"} if "model" in now else set()))
@@ -93,9 +88,9 @@ def check_alike(path: Place, earlier: dict[str, Any], now: dict[str, Any], who: 
     ]
     if different == [f"model: {earlier.get('model')} before, None now"]:
         raise MismatchError(
-            f"{who} with another model than its own, as was allowed",
+            f"{who} with another model than its own, which was allowed then",
             where=str(path),
-            remedy="delete the ledger records of those units, whose fingerprint has model, to compute them again; or"
+            remedy="delete the ledger records of the units whose fingerprint has a model, to compute them again; or"
             " allow mixing (allow_mixed=True, --allow-mixed)",
         )
     if different:
@@ -103,13 +98,13 @@ def check_alike(path: Place, earlier: dict[str, Any], now: dict[str, Any], who: 
             f"{who} under other conditions, which may change the bits of activations",
             where=str(path),
             found="; ".join(different),
-            remedy="go on under the same conditions, or allow mixing (allow_mixed=True, --allow-mixed): the"
+            remedy="resume under the same conditions, or allow mixing (allow_mixed=True, --allow-mixed): the"
             " ledger records which unit had which",
         )
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that take part."""
+    """Return the versions of Python and of the packages on which results depend."""
     found = {name: _version(name) for name in PACKAGES}
     return {"python": sys.version.split()[0], **{name: text for name, text in found.items() if text}}
 

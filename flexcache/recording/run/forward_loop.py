@@ -1,50 +1,37 @@
-"""Runs a model over the batches of claimed units, and records what is read of it."""
+"""Run a model over the batches of claimed units, and record its activations."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
-from flexcache import hooks
 from flexcache.errors import CaptureError
-from flexcache.hooks.read.activation_hooks import activations_only
 from flexcache.hooks.read.measure import input_device
 from flexcache.model import native_bfloat16
-from flexcache.parallel.fsdp import settle
 from flexcache.paths import shown
-from flexcache.recording.forward.batch import Batch
+from flexcache.recording.forward.batch import Batch, Padding
 from flexcache.recording.forward.capture_targets import CaptureTargets
-from flexcache.recording.forward.image_inputs import Padding, padding, tensors
-from flexcache.recording.forward.objective import OBJECTIVE, by_token, checked
-from flexcache.recording.run.cuda_sink import CudaLane, pinned_slab
+from flexcache.recording.forward.image_inputs import padding
+from flexcache.recording.forward.objective import OBJECTIVE
+from flexcache.recording.run.batch_forward import FAILURES, Sink, open_forward
 from flexcache.recording.run.model_parallel_group import DONE, IDLE, ModelParallelGroup
 from flexcache.recording.run.progress import CaptureProgress, time_table
 from flexcache.recording.run.recorder import Recorder
-from flexcache.site import PATTERN
 from flexcache.store.format.text import size
 from flexcache.store.write.election import POLL
-from flexcache.store.write.slabs import Slab, anonymous_slab
 
 SLOW = (
     "this processor has no instructions for bfloat16: a forward may take 40 times as long as in float32. "
     "Load the model in float32; dtype: bfloat16 still stores two bytes a value"
 )
 
-FAILURES = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError)
-"""Errors that the code of a model raises on inputs that it cannot run."""
 
-Sink = Callable[[str, int | None, torch.Tensor], None]
-"""Takes the name of an array, a layer, and values of shape (sequences, longest, features…)."""
-
-
-def complete(
+def complete_store(
     model: torch.nn.Module,
     tokenizer: Any,
     targets: CaptureTargets,
@@ -54,14 +41,14 @@ def complete(
     name: Any = None,
     unchanged: Callable[[], None] = lambda: None,
 ) -> None:
-    """Fill a recorder's pending units, after a try of the largest batch, and say what it took.
+    """Try the largest batch, fill a recorder's pending units, and print what it took.
 
-    *name* is the store's for people, where the recorder fills a part of it that is not in place yet.
+    *name* is shown for the store, if the recorder fills an extension that is not in place yet.
 
     Raises
     ------
     CaptureError
-        See `run`.
+        See `run_pending_units`.
     """
     store, name = recorder.store, shown(recorder.store.path if name is None else name)
     if not recorder.pending():
@@ -71,7 +58,7 @@ def complete(
         bars.say(SLOW)
     began, pad = time.perf_counter(), padding(model, tokenizer)
     try_largest(model, targets, recorder, pad, bars, group)
-    run(model, targets, recorder, pad, bars, group, unchanged)
+    run_pending_units(model, targets, recorder, pad, bars, group, unchanged)
     stats, seconds = recorder.stats, time.perf_counter() - began
     bars.console.print(time_table(stats, seconds))
     speed = f"{stats.tokens / seconds:,.0f} tokens/s, {size(stats.bytes / seconds)}/s"
@@ -80,17 +67,12 @@ def complete(
 
 
 def in_bfloat16(model: torch.nn.Module) -> bool:
-    """Return whether a model computes in bfloat16 on a processor."""
+    """Return True if a model computes in bfloat16 on a CPU."""
     first = next(model.parameters(), None)
     return first is not None and first.dtype == torch.bfloat16 and input_device(model).type == "cpu"
 
 
-def allocation(model: torch.nn.Module) -> Callable[[int], Slab]:
-    """Return what makes the slabs for a model: pinned memory where it is on a GPU."""
-    return pinned_slab if input_device(model).type == "cuda" else anonymous_slab
-
-
-def run(
+def run_pending_units(
     model: torch.nn.Module,
     targets: CaptureTargets,
     recorder: Recorder,
@@ -99,53 +81,53 @@ def run(
     group: ModelParallelGroup | None = None,
     unchanged: Callable[[], None] = lambda: None,
 ) -> None:
-    """Fill a recorder's pending units: every batch is run as far as its sites need, and its kept rows are recorded.
+    """Fill a recorder's pending units: run every batch as far as its sites need, and record its kept rows.
 
-    Where a batch does not fit into the memory of the device, its unit is begun again with smaller batches, and so
-    are those that follow; the ledger records the budget of each. Before a unit is committed, *unchanged* may raise an
-    error: then nothing of the unit is kept.
+    If a batch does not fit into the memory of the device, its unit starts again with smaller batches, which later units
+    keep; the ledger records the budget of each unit. Before a unit is committed, *unchanged* may raise an error: then
+    nothing of the unit is kept.
 
     Raises
     ------
     CaptureError
-        One sequence alone does not fit, a forward fails, or the disk refuses. Where a model is on several processes, a
-        batch that does not fit.
+        One sequence alone does not fit, or any batch if the model is on several processes; a forward fails; the disk
+        refuses.
     """
-    group = group or ModelParallelGroup(model)
-    with forwards(model, targets, pad, _sink(recorder, input_device(model)), group) as forward, recorder:
-        advance: Callable[[], None] = bars.capturing(recorder) if bars else lambda: None
+    group, bars = group or ModelParallelGroup(model), bars or CaptureProgress(show=False)
+    with open_forward(model, targets, pad, _sink(recorder), group) as forward, recorder:
+        bar = bars.capturing(recorder)
         batches: deque[Batch] = deque()
         unit = IDLE
         while True:
             if not batches:
                 if unit >= 0:
                     unchanged()
-                    group.commit(recorder)
-                unit = group.claim(recorder)
-                batches.extend(recorder.begin(unit) if unit >= 0 else ())
-            running, done = group.agree(bool(batches), unit == DONE)
+                    group.commit_unit(recorder)
+                unit = group.claim_unit(recorder)
+                batches.extend(recorder.begin_unit(unit) if unit >= 0 else ())
+            running, done = group.agree_on_work(bool(batches), unit == DONE)
             if batches:
                 batch, full = batches.popleft(), ""
                 try:
-                    with recorder.filling(batch):
+                    with recorder.unit_writer.fill_batch(batch):
                         forward(batch)
                 except torch.OutOfMemoryError as error:
                     full = str(error)
                 except FAILURES as error:
                     raise _failed(recorder, batch, error) from error
                 if full:  # not above: the error holds the tensors of the forward
-                    recorder.abandon()
-                    smaller_batches(recorder, full, bars, group)
+                    recorder.abandon_unit()
+                    lower_batch_tokens(recorder, full, bars, group)
                     batches.clear()
                     unit = IDLE
-                advance()
+                bar.advance()
             elif running:
                 forward(None)
             elif done:
-                advance()
+                bar.advance()
                 return
             else:
-                recorder.on_wait(len(recorder.pending()))
+                bar.wait(len(recorder.pending()))
                 time.sleep(POLL)
 
 
@@ -157,23 +139,23 @@ def try_largest(
     bars: CaptureProgress | None = None,
     group: ModelParallelGroup | None = None,
 ) -> None:
-    """Run the largest batch and keep nothing, so that a lack of memory shows, and is met, before anything is written.
+    """Run the largest batch once as a dry run, so that an out-of-memory error is handled before anything is written.
 
     Raises
     ------
     CaptureError
-        See `run`.
+        See `run_pending_units`.
     """
-    group = group or ModelParallelGroup(model)
-    with forwards(model, targets, pad, lambda array, layer, values: None, group) as forward:
+    group, bars = group or ModelParallelGroup(model), bars or CaptureProgress(show=False)
+    with open_forward(model, targets, pad, lambda batch, array, layer, values: None, group) as forward:
         while True:
             try:
-                return forward(recorder.largest())
+                return forward(recorder.largest_batch())
             except torch.OutOfMemoryError as error:
                 full = str(error)
             except FAILURES as error:
-                raise _failed(recorder, recorder.largest(), error) from error
-            smaller_batches(recorder, full, bars, group)
+                raise _failed(recorder, recorder.largest_batch(), error) from error
+            lower_batch_tokens(recorder, full, bars, group)
 
 
 def _failed(recorder: Recorder, batch: Batch, error: Exception) -> CaptureError:
@@ -183,26 +165,26 @@ def _failed(recorder: Recorder, batch: Batch, error: Exception) -> CaptureError:
         where=f"{recorder.store.path}, unit {batch.unit}, batch {batch.index}",
         expected=f"a forward of {sequences} × {longest} tokens",
         found=f"{type(error).__name__}: {error}",
-        remedy="a new store with documents that the model can run; units that are committed are kept",
+        remedy="capture documents that the model can run into a new store; committed units are kept",
     )
 
 
-def smaller_batches(recorder: Recorder, found: str, bars: CaptureProgress | None, group: ModelParallelGroup) -> None:
-    """Halve the budget of tokens after a batch did not fit into the device's memory.
+def lower_batch_tokens(recorder: Recorder, found: str, bars: CaptureProgress, group: ModelParallelGroup) -> None:
+    """Halve the budget of tokens after an out-of-memory error.
 
     Raises
     ------
     CaptureError
-        The largest batch is one sequence already, or others are in the middle of the same forward.
+        The largest batch is one sequence already, or other processes are in the same forward.
     """
-    sequences, longest = recorder.largest().extent
+    sequences, longest = recorder.largest_batch().extent
     if sequences == 1:
         raise CaptureError(
             "one sequence alone does not fit into the device's memory",
             where=str(recorder.store.path),
             expected=f"room for a forward of {longest} tokens",
             found=found.partition("\n")[0],
-            remedy="lower max_length, in a new store, or spread the model over more devices",
+            remedy="lower max_length in a new store, or distribute the model over more devices",
         )
     budget = math.ceil(sequences / 2) * longest
     if not group.alone:
@@ -210,94 +192,20 @@ def smaller_batches(recorder: Recorder, found: str, bars: CaptureProgress | None
             "a batch does not fit into the device's memory, and other processes are in the same forward",
             where=str(recorder.store.path),
             found=found.partition("\n")[0],
-            remedy=f"run it again with batch_tokens {budget}: units that are committed are kept",
+            remedy=f"run it again with batch_tokens {budget}: committed units are kept",
         )
-    recorder.batch_tokens = budget
+    recorder.lower_batch_tokens(budget)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if bars:
-        bars.say(f"out of memory: going on with batches of {recorder.batch_tokens:,} tokens")
+    bars.say(f"out of memory: continuing with batches of {budget:,} tokens")
 
 
-@contextmanager
-def forwards(
-    model: torch.nn.Module, targets: CaptureTargets, pad: Padding, sink: Sink, group: ModelParallelGroup
-) -> Iterator[Callable[[Batch | None], None]]:
-    """Give a function that runs the model over a batch, right-padded, and feeds what is read of it to *sink*.
+def _sink(recorder: Recorder) -> Sink:
+    """Return the sink of a recorder's keys; the values of an objective may not be among them."""
+    put_padded, without = recorder.unit_writer.put_padded, (OBJECTIVE, None) not in recorder.keys
 
-    On several processes each sink gets what its process writes. Without a batch, one token is run and nothing is read,
-    for others who share the weights. The forward stops after the last site; with an objective it runs to the end, and
-    back.
-    """
-    objective, gathering = targets.objective, group.gathering
-    numbers = {point: number for number, point in enumerate(targets.points)}
-    now: list[Batch] = []
+    def put_values(batch: Batch, array: str, layer: int | None, values: torch.Tensor) -> None:
+        if not (without and array == OBJECTIVE):
+            put_padded(array, layer, values)
 
-    def take(point: hooks.HookPoint, tensor: torch.Tensor) -> None:
-        if not now:
-            return
-        batch, values = now[0], tensor.detach()
-        if gathering is not None:
-            whole = gathering.whole(point, numbers[point], values)
-            if whole is None:
-                return
-            longest = batch.shape[1]
-            values = point.shaped(whole, (batch.shape[0], gathering.width(longest)))
-            values = values[:, :, :longest, :longest] if point.side == PATTERN else values[:, :longest]
-        transform = targets.transforms.get(point.array)
-        sink(point.array, point.layer, values if transform is None else transform(values, batch))
-
-    def forward(batch: Batch | None) -> None:
-        now[:] = [] if batch is None else [batch]
-        batch = ONE_TOKEN if batch is None else batch
-        width = None if gathering is None else gathering.width(batch.shape[1])
-        inputs = tensors(model, batch.inputs(pad, width))
-        if gathering is not None:
-            inputs |= gathering.inputs(inputs["input_ids"])
-            inputs = inputs if gathering.masked else {k: v for k, v in inputs.items() if k != "attention_mask"}
-        if objective is None:
-            points.forward(**inputs)
-            return
-        value = points.differentiate(lambda output: checked(objective(output, batch), batch), **inputs)
-        spread = by_token(value, batch)
-        if spread is not None and now and group.leads:
-            sink(OBJECTIVE, None, spread)
-
-    own = targets.points if gathering is None else gathering.owned(targets.points)
-    stop = objective is None and (gathering is None or gathering.stop)
-    flowing = nullcontext() if objective is None else activations_only(model)
-    try:
-        with flowing, hooks.ActivationHooks(model, own, take, stop=stop, shape=gathering is None) as points:
-            yield forward
-    finally:
-        settle(model)
-
-
-ONE_TOKEN = Batch(0, 0, range(1), np.zeros(1, np.int64), (np.zeros(1, np.int32),), ((0, 1),))
-
-
-def _sink(recorder: Recorder, device: torch.device) -> Sink:
-    """Return what takes the values of a recorder's keys: of an objective alone there may be values beside them."""
-    into, keys = _into(recorder, device), set(recorder.keys)
-
-    def take(array: str, layer: int | None, values: torch.Tensor) -> None:
-        if array != OBJECTIVE or (OBJECTIVE, None) in keys:
-            into(array, layer, values)
-
-    return take
-
-
-def _into(recorder: Recorder, device: torch.device) -> Sink:
-    if device.type != "cuda":
-        return recorder.record
-    lane = CudaLane(device)
-    dtypes = {name: getattr(torch, array.dtype) for name, array in recorder.store.arrays.items()}
-
-    def take(array: str, layer: int | None, values: torch.Tensor) -> None:
-        if recorder.store.arrays[array].dtype == "int8":  # scaled on the host
-            recorder.record(array, layer, values)
-            return
-        content, n_rows = lane.rows(recorder.current(), values, dtypes[array])
-        recorder.append(array, layer, content, n_rows, lane.copy)
-
-    return take
+    return put_values

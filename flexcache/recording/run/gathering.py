@@ -1,4 +1,4 @@
-"""Whole activations from the pieces that the ranks of a distributed model hold, each on the one rank that writes it."""
+"""Gather the shards of an activation from the ranks of a distributed model to the one rank that writes it."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from flexcache.parallel.stages import Stages
 from flexcache.site import PATTERN
 
 AGREEMENT = 1e-3
-"""How far copies of a gradient may differ, relative to its mean magnitude, and still be copies."""
+"""Bound on the difference of copies of a gradient, relative to the sum of its magnitudes."""
 
 
 @dataclass(frozen=True)
 class Shards:
-    """How the tensor-parallel ranks hold an activation between them.
+    """The split of an activation over the tensor-parallel ranks.
 
     Attributes
     ----------
     dim : int
-        The dim of which each holds a part, counted from the end.
+        The dim that is split, counted from the end.
     sizes : tuple of int, or None
-        Of each rank's part, where that dim is one of features; None where it is the tokens, in equal parts.
+        Size of each rank's shard of a dim of features; None for the dim of tokens, in equal shards.
     """
 
     dim: int
@@ -45,11 +45,11 @@ class Shards:
 
 
 class Gathering:
-    """Reads whole activations of a model that several ranks hold.
+    """Gathers whole activations of a model that several ranks hold.
 
-    `read_example` learns, from one small forward that all ranks run alike, how each activation is sharded, and checks
-    that the ranks that seem to hold all of it hold the same. From then on, `whole` sends the pieces of an activation to
-    the one rank that owns it, within the hook that reads it. Owners take turns, so that every rank writes its share.
+    `learn_sharding` finds out how each activation is sharded, by one small forward that all ranks run alike, and checks
+    that ranks which seem to hold all of it hold the same values. Then `gather_activation` sends the shards of an
+    activation to the one rank that owns it, inside the hook. Owners take turns, so that every rank writes its share.
     """
 
     def __init__(self, model: nn.Module, distribution: Distribution) -> None:
@@ -66,48 +66,57 @@ class Gathering:
         self.stop = mesh.sizes.pp == 1
         self._stream = self._residual_stream()
         self.masked = True
-        """Whether the forward takes an attention mask: not where tokens are sharded, nor in stages of torch."""
+        """False if the forward takes no attention mask: where tokens are sharded, and in pipeline stages of torch."""
 
     @property
     def tensor(self) -> int:
         """Number of tensor-parallel ranks."""
         return len(self._peers)
 
-    def owned(self, points: Iterable[HookPoint]) -> tuple[HookPoint, ...]:
-        """Return the points on modules that this rank's pipeline stage has."""
+    def owned_points(self, points: Iterable[HookPoint]) -> tuple[HookPoint, ...]:
+        """Return the points on modules of this rank's pipeline stage."""
         return tuple(point for point in points if self._has(point.module))
 
-    def writes(self, points: Sequence[HookPoint]) -> tuple[HookPoint, ...]:
-        """Return those points whose activations this rank records: every n-th of its stage's, of n ranks."""
-        return tuple(point for point in self.owned(points) if self._owner(points.index(point)) == self._here)
+    def written_points(self, points: Sequence[HookPoint]) -> tuple[HookPoint, ...]:
+        """Return the points whose activations this rank writes: every n-th of its stage's, for n ranks."""
+        return tuple(point for point in self.owned_points(points) if self._owner(points.index(point)) == self._here)
 
-    def inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return what else the forward needs: positions, since a rank may see a shard of the tokens only."""
+    def position_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return position ids as a keyword of the forward, since a rank may see only a shard of the tokens."""
         if self.tensor == 1 or not accepts(self._model, "position_ids"):
             return {}
         return {"position_ids": torch.arange(ids.shape[1], device=ids.device)[None]}
 
-    def width(self, longest: int) -> int:
-        """Return the length to which sequences are padded, so that the ranks' shards of the tokens are equal."""
+    def padded_length(self, longest: int) -> int:
+        """Return the length to which sequences are padded, so that all ranks have equal shards of the tokens."""
         return -(-longest // self.tensor) * self.tensor
 
     # Learning
 
+    def learn_sharding(self, points: Sequence[HookPoint]) -> None:
+        """Learn how the activations at *points* are sharded, by a small forward unless an earlier one showed it.
+
+        Collective.
+        """
+        plain = dict.fromkeys(replace(point, gradient=False) for point in points)
+        if not self._keys.keys() >= plain.keys():
+            self.read_example(self._model, tuple(plain))
+
     def read_example(self, model: nn.Module, points: Sequence[HookPoint], example: Any = None) -> Read:
-        """Read whole activations of a small example at *points*, on every rank, and learn how they are sharded.
+        """Return whole activations of a small example at *points*, on every rank, and learn how they are sharded.
 
         Collective.
 
         Raises
         ------
         LayoutError
-            How an activation is sharded cannot be told; on some rank at least.
+            The sharding of an activation cannot be inferred, on one rank at least.
         """
         mesh, distribution = self._distribution.mesh, self._distribution
         shape = (EXAMPLE_SHAPE[0], EXAMPLE_SHAPE[1] * self.tensor)
         inputs = example_inputs(model, example, shape)
         if isinstance(inputs, Mapping):
-            inputs = {**inputs, **self.inputs(inputs["input_ids"])}
+            inputs = {**inputs, **self.position_inputs(inputs["input_ids"])}
             shape = batch_shape(model, (), inputs)
         raw: dict[HookPoint, torch.Tensor] = {}
         known: dict[HookPoint, Any] = {}
@@ -116,7 +125,7 @@ class Gathering:
             known[point] = local = localize(tensor, str(point))
             raw[point] = local.tensor.clone()
 
-        mine = self.owned(dict.fromkeys((*points, *self._stream)))
+        mine = self.owned_points(dict.fromkeys((*points, *self._stream)))
         with ActivationHooks(model, mine, sink, stop=False, shape=False) as opened:
             output = opened.forward(**inputs)
         for point in (*points, *self._stream):
@@ -138,7 +147,7 @@ class Gathering:
                     pieces.append(Piece(keys[point], 0, raw[point], layouts[point]))
             distribution.end()
         whole, _ = distribution.exchange(pieces, range(len(mesh.ranks)), [str(point) for point in keys])
-        self._learn(mine, raw, layouts, shape)
+        self._store_sharding(mine, raw, layouts, shape)
         sharded = any(held is not None and held.sizes is None for held in self._shards.values())
         if self.masked and (sharded or isinstance(model, Stages)):
             self.masked = False
@@ -153,20 +162,20 @@ class Gathering:
     def _roots(
         self, model: nn.Module, inputs: Any
     ) -> list[tuple[nn.Module, tuple[Any, ...], Mapping[str, Any], set[nn.Module]]]:
-        """Return the modules from whose inputs shapes follow, with those inputs, and the modules in each."""
+        """Return the root modules whose inputs determine shapes, with those inputs and the set of modules in each."""
         if isinstance(model, Stages):
             parts = zip(model.parts, model.inputs, strict=True)
             return [(part, (given,), {}, set(modules(part).values())) for part, given in parts]
         return [(unwrap(model), (), inputs, set(self._named.values()))]
 
-    def _learn(
+    def _store_sharding(
         self,
         points: Sequence[HookPoint],
         raw: Mapping[HookPoint, torch.Tensor],
         layouts: Mapping[HookPoint, Layout],
         shape: Sequence[int],
     ) -> None:
-        """Keep how each activation is sharded, with the size of each rank's part."""
+        """Store the sharding of each activation, with the size of each rank's shard."""
         sharded = [point for point in points if layouts[point].sharded is not None]
         dims = [int(layouts[point].sharded or 0) for point in sharded]
         own = [raw[point].shape[dim] for point, dim in zip(sharded, dims, strict=True)]
@@ -177,7 +186,7 @@ class Gathering:
             parts = tuple(told[number] for told in sizes)
             if sum(parts) != whole[dim]:
                 raise LayoutError(
-                    "the pieces of an activation do not add up",
+                    "the shards of an activation do not add up",
                     where=str(point),
                     expected=f"{whole[dim]} along dim {dim}",
                     found=" + ".join(map(str, parts)),
@@ -186,7 +195,7 @@ class Gathering:
             self._shards[point] = Shards(dim - len(whole), None if tokens else parts)
 
     def _residual_stream(self) -> tuple[HookPoint, ...]:
-        """Return points where it enters the first block and leaves the last, that show whether tokens are sharded."""
+        """Return points before the first block and after the last, which show if tokens are sharded."""
         if self.tensor == 1:
             return ()
         try:
@@ -196,17 +205,11 @@ class Gathering:
         return HookPoint("stream", None, f"{path}.0", "input"), HookPoint("stream", None, f"{path}.{len(blocks) - 1}")
 
     def _check_causal(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
-        """Refuse a model that needs a mask for padding, where its blocks could take none.
-
-        Raises
-        ------
-        LayoutError
-            Another last token changes what is read of the tokens before it.
-        """
+        """Raise LayoutError if a model without an attention mask lets a token change activations of earlier tokens."""
         others = dict(inputs)
         others["input_ids"] = torch.cat([inputs["input_ids"][:, :-1], inputs["input_ids"][:, :1]], dim=1)
         path, blocks = find_blocks(model)
-        last = self.owned([HookPoint("stream", None, f"{path}.{len(blocks) - 1}")])
+        last = self.owned_points([HookPoint("stream", None, f"{path}.{len(blocks) - 1}")])
         read: list[torch.Tensor] = []
 
         def sink(point: HookPoint, tensor: torch.Tensor) -> None:
@@ -221,17 +224,17 @@ class Gathering:
         changed = bool(earlier) and not torch.allclose(earlier[0], earlier[1], rtol=1e-4, atol=1e-5)
         if any(self._distribution.gathered(changed)):
             raise LayoutError(
-                "a model that is distributed so takes no attention mask, and needs one",
+                "a model that is distributed this way takes no attention mask, and needs one",
                 where=type(unwrap(model)).__name__,
-                expected="causal attention, which never sees the padding at the right",
+                expected="causal attention, which never sees padding at the right",
                 found="activations that depend on later tokens",
-                remedy="distribute it without sequence parallelism, or by transformers itself",
+                remedy="distribute it without sequence parallelism, or with transformers itself",
             )
 
     # Gathering
 
-    def whole(self, point: HookPoint, number: int, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Return the whole activation on the rank that owns the hook point of that number, None on the others.
+    def gather_activation(self, point: HookPoint, number: int, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Return the whole activation on the rank that owns hook point *number*, None on the others.
 
         Collective on the tensor-parallel ranks.
         """
@@ -239,7 +242,7 @@ class Gathering:
         owner, shards = self._owner(number), self._shards[replace(point, gradient=False)]
         if shards is None:
             if point.gradient and point not in self._compared and self.tensor > 1:
-                self._compare(point, local)
+                self._check_equal(point, local)
             return local if owner == self._here else None
         if owner != self._here:
             transfer(self._distribution.group, [(owner, local)], [])
@@ -254,8 +257,8 @@ class Gathering:
         transfer(self._distribution.group, [], others)
         return torch.cat(pieces, dim=shards.dim)
 
-    def _compare(self, point: HookPoint, gradient: torch.Tensor) -> None:
-        """Refuse a gradient of which each rank has only what flows through its own shard."""
+    def _check_equal(self, point: HookPoint, gradient: torch.Tensor) -> None:
+        """Raise LayoutError if each rank has only the part of a gradient that flows through its own shard."""
         self._compared.add(point)
         bits = torch.stack([gradient.double().sum(), gradient.double().abs().sum()]).cpu().view(torch.int64)
         told = swap(self._distribution.group, self._peers, self._here, bits.tolist())
@@ -270,7 +273,7 @@ class Gathering:
             )
 
     def remote_modules(self) -> set[str]:
-        """Return the names of modules that other pipeline stages have and this one has not. Collective."""
+        """Return the names of modules that only other pipeline stages have. Collective."""
         if self.stop:
             return set()
         own = [name for name in self._named if name and self._has(name)]

@@ -1,4 +1,4 @@
-"""The processes that hold one model between them, and compute each unit together."""
+"""The processes that share one model and compute each unit together."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ from flexcache.store.read.selection import ArrayKey
 
 IDLE, DONE = -1, -2
 PAUSE = 0.2
-"""Seconds between two looks for a unit, while others of the same weights run on."""
+"""Seconds between two searches for a unit while other processes with the same weights run."""
 RUN_AGAIN = (
-    "the model changed during the run: leave its hooks and adapters as they are, and run the same call again; the unit"
-    " that was computed last is not kept"
+    "the model changed during the run: leave its hooks and adapters as they are, and run the same call again; the last"
+    " unit is not kept"
 )
 
 
 class ModelParallelGroup:
     """This process, alone or with those that hold other shards and stages of the same model.
 
-    The first of them, the leader, claims a unit and tells the others; each computes its part of every forward and
-    writes the files of its own sites and layers; when all of their files are in place, the leader commits the unit.
+    The first of them, the leader, claims a unit and broadcasts it; each process computes its part of every forward and
+    writes the files of its own sites and layers; when all files are in place, the leader commits the unit.
 
-    Where the weights themselves are sharded over data-parallel crews (FSDP, ZeRO-3), every forward takes all of them:
-    crews tell each other before each forward whether they have a batch, and one that has none runs a single token.
+    Where the weights are sharded over data-parallel groups (FSDP, ZeRO-3), every forward needs all groups: before each
+    forward they agree on whether any has a batch, and a group that has none runs a single token.
 
-    Making one is collective where the model is distributed, and so is what it does.
+    If the model is distributed, the constructor and all methods are collective.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -55,34 +55,39 @@ class ModelParallelGroup:
         mesh = self._distribution.mesh
         self._members = tuple(rank for rank, at in enumerate(mesh.coordinates) if at.dp == mesh.here.dp)
         self._here = mesh.rank
-        self._looked = 0.0
+        self._searched = 0.0
         self.in_step = mesh.sizes.dp > 1
         self.gathering = None if self._distribution.alone else Gathering(model, self._distribution)
         self.sizes = mesh.sizes
-        self._two_sided = is_encoder_decoder(model)
+        self._is_encoder_decoder = is_encoder_decoder(model)
 
     @property
     def alone(self) -> bool:
-        """Whether this process has the whole model, and waits for no other in a forward."""
+        """True if this process has the whole model, and waits for no other in a forward."""
         return self._distribution.alone
 
     @property
+    def processes(self) -> int:
+        """Number of processes that share the model's weights; 1 if this one has the whole model."""
+        return len(self._distribution.mesh.ranks)
+
+    @property
     def leads(self) -> bool:
-        """Whether this process claims and commits the units."""
+        """True if this process claims and commits the units."""
         return self._here == self._members[0]
 
     def close(self) -> None:
-        """Give back the process group."""
+        """Release the process group."""
         self._distribution.close()
 
     def read_example(self, model: nn.Module, points: Sequence[HookPoint], example: Any = None) -> Read:
-        """Read whole activations of a small example, on every rank."""
+        """Return whole activations of a small example, on every rank."""
         read = read_example if self.gathering is None else self.gathering.read_example
         return read(model, points, example)
 
     def describe_model(self, model: nn.Module, example: Any = None) -> dict[str, Any]:
-        """Return a record of what the model computes; collective, see `flexcache.identity.describe.describe_model`."""
-        ranks = len(self._distribution.mesh.ranks)
+        """Return the identity of the model, see `flexcache.identity.describe.describe_model`. Collective."""
+        ranks = self.processes
         conditions = fingerprint(model, self.sizes.tp) | ({"processes": ranks} if ranks > 1 else {})
         reader, gathered = self.read_example, self._distribution.gathered
         return describe_model(model, conditions, reader=reader, gathered=gathered, example=example)
@@ -90,7 +95,7 @@ class ModelParallelGroup:
     def check_unchanged(self, model: nn.Module, before: dict[str, Any], where: str, example: Any = None) -> None:
         """Raise MismatchError if a model computes something else on the fixed input than at the start of a run.
 
-        Nothing is checked where the model is on several processes, which run their units apart.
+        A model on several processes is not checked, because they finish their units at different times.
         """
         if not self.alone:
             return
@@ -101,27 +106,24 @@ class ModelParallelGroup:
 
     def keys(self, points: Sequence[HookPoint], extra: Sequence[ArrayKey] = ()) -> list[ArrayKey]:
         """Return the sites and layers that this process writes; *extra* ones are the leader's."""
-        mine = points if self.gathering is None else self.gathering.writes(points)
+        mine = points if self.gathering is None else self.gathering.written_points(points)
         return [(point.array, point.layer) for point in mine] + (list(extra) if self.leads else [])
 
     def remote_modules(self) -> set[str]:
-        """Return the names of modules that other stages of a pipeline have."""
+        """Return the names of modules that only other pipeline stages have."""
         return set() if self.gathering is None else self.gathering.remote_modules()
 
-    def check(self, targets: CaptureTargets) -> None:
-        """Refuse what cannot be read of a model on several processes.
+    def check_targets(self, targets: CaptureTargets) -> None:
+        """Raise ConfigError if *targets* cannot be read from a model on several processes.
 
-        Raises
-        ------
-        ConfigError
-            Gradients under transformers' pipeline: what it sends between stages is outside of autograd. A decoder
-            beside its encoder.
+        Those are gradients through a pipeline, whose transfers between stages are outside of autograd, and
+        encoder-decoder models.
         """
-        if self._two_sided and not self.alone:
+        if self._is_encoder_decoder and not self.alone:
             raise ConfigError(
-                "a decoder is captured beside its encoder by processes that each have the whole model",
+                "an encoder and its decoder are captured only by processes that each have the whole model",
                 found=f"tensor parallel {self.sizes.tp}, data parallel {self.sizes.dp}, {self.sizes.pp} stages",
-                remedy="load the whole model in each process; several may fill one store side by side",
+                remedy="load the whole model in each process; several may fill one store at the same time",
             )
         if self.sizes.pp > 1 and targets.objective is not None:
             raise ConfigError(
@@ -131,38 +133,38 @@ class ModelParallelGroup:
                 remedy="use tensor parallel or FSDP instead, or leave the .grad sites out",
             )
 
-    def gathered(self, value: Any) -> list[Any]:
-        """Return what each process of the model gives. Collective."""
+    def gather_values(self, value: Any) -> list[Any]:
+        """Return the values of all processes of the model. Collective."""
         return self._distribution.gathered(value)
 
     # Units
 
-    def claim(self, recorder: Recorder) -> int:
-        """Return the unit to compute next, `IDLE` if others have all that are left, or `DONE`."""
+    def claim_unit(self, recorder: Recorder) -> int:
+        """Return the unit to compute next, `IDLE` if others have all pending units, or `DONE`."""
         unit = IDLE
-        if self.leads and not (self.in_step and time.monotonic() - self._looked < PAUSE):
-            found = recorder.claim()
+        if self.leads and not (self.in_step and time.monotonic() - self._searched < PAUSE):
+            found = recorder.claim_unit()
             if found is not None:
                 return self._tell(found)
-            self._looked = time.monotonic()
+            self._searched = time.monotonic()
             unit = IDLE if recorder.pending() else DONE
         return self._tell(unit)
 
-    def commit(self, recorder: Recorder) -> None:
+    def commit_unit(self, recorder: Recorder) -> None:
         """Put this process's files of the unit in place; once all have, the leader commits it.
 
         Raises
         ------
         CaptureError
-            On every process, if one of them could not; and as `Recorder.commit`.
+            One of the processes could not write its files; raised on all of them.
         """
         if len(self._members) == 1:
-            recorder.commit()
+            recorder.commit_unit()
             return
         error: FlexCacheError | None = None
         files: dict[str, FileRecord] | None = None
         try:
-            files = recorder.place()
+            files = recorder.place_files()
         except FlexCacheError as raised:
             error = raised
         told = {"files": None if files is None else {name: asdict(file) for name, file in files.items()}}
@@ -174,16 +176,16 @@ class ModelParallelGroup:
                 found=parts[failed]["error"] if self.leads else "see the error of that process",
             )
         if not self.leads:
-            recorder.leave()
-        elif any(part["files"] is None for part in parts):  # taken for gone, after a suspension: others go on with it
-            recorder.abandon()
+            recorder.leave_unit()
+        elif any(part["files"] is None for part in parts):  # taken for gone, after a suspension: others compute it
+            recorder.abandon_unit()
         else:
-            recorder.commit({name: FileRecord(**file) for part in parts for name, file in part["files"].items()})
+            recorder.commit_unit({name: FileRecord(**file) for part in parts for name, file in part["files"].items()})
 
     # Forwards in step
 
-    def agree(self, running: bool, done: bool) -> tuple[bool, bool]:
-        """Return whether any crew that shares the weights has a batch to run, and whether all of them are done."""
+    def agree_on_work(self, running: bool, done: bool) -> tuple[bool, bool]:
+        """Return if any group that shares the weights has a batch to run, and if all of them are done."""
         if not self.in_step:
             return running, done
         state = torch.tensor([int(running), int(not done)])

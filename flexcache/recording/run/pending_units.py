@@ -10,58 +10,74 @@ import numpy as np
 from flexcache.store.read.store import Store
 
 FEW = 1000
-"""Units left, of which each is looked at by itself."""
+"""Up to this many pending units are checked one by one against the ledger."""
 QUICK = 0.02
-"""Seconds that a listing of the ledger may take to be made at any time."""
+"""A listing of the ledger that takes at most so many seconds may be repeated at any time."""
 SELDOM = 100.0
-"""Longer ones are made after so many times the seconds that the last took."""
+"""A slower one is repeated after so many times the seconds that it took."""
 
 
 class PendingUnits:
-    """What is left to do in a store that others may fill as well.
+    """The units that are left in a store that several processes may fill.
 
-    A process marks what it commits itself, and asks for the record of a unit before it takes it. So the ledger need not
-    be listed for each unit, which would take a time that grows with the square of the units; a short one is, a long one
-    now and then.
+    A process marks the units that it commits, and reads the record of a unit before it starts on it. Listing the ledger
+    for each unit would take a time that grows with the square of their number, so a long ledger is listed seldom.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._mask: np.ndarray | None = None
         self._listed = self._seconds = 0.0
 
-    def look(self) -> bool:
-        """List the ledger for what others have committed, unless that is slow and was done lately; whether it was."""
+    @property
+    def _committed(self) -> np.ndarray:
+        if self._mask is None:
+            self._mask = self._store.committed.copy()
+        return self._mask
+
+    def refresh(self) -> None:
+        """List the ledger."""
         began = time.perf_counter()
-        if self._seconds > QUICK and began < self._listed + SELDOM * self._seconds:
-            return False
         self._store.refresh()
+        self._mask = self._store.committed.copy()
         self._listed = time.perf_counter()
         self._seconds = self._listed - began
+
+    def refresh_if_due(self) -> bool:
+        """List the ledger unless that is slow and was done lately; return True if it was listed."""
+        if self._seconds > QUICK and time.perf_counter() < self._listed + SELDOM * self._seconds:
+            return False
+        self.refresh()
         return True
 
-    def mark(self, unit: int) -> None:
+    def mark_committed(self, unit: int) -> None:
         """Note that a unit is committed."""
-        self._store.committed[unit] = True
+        self._committed[unit] = True
 
-    def has(self, unit: int) -> bool:
-        """Whether a unit is committed, by its own record."""
-        if not self._store.committed[unit] and self._store.ledger.has(unit):
-            self.mark(unit)
-        return bool(self._store.committed[unit])
+    def is_committed(self, unit: int) -> bool:
+        """Return True if a unit is committed, by its own record."""
+        if not self._committed[unit] and self._store.ledger.has(unit):
+            self.mark_committed(unit)
+        return bool(self._committed[unit])
 
     def __iter__(self) -> Iterator[int]:
         """Yield units that have no record at this moment, in order."""
-        return (unit for unit in map(int, np.flatnonzero(~self._store.committed)) if not self.has(unit))
+        return (unit for unit in map(int, np.flatnonzero(~self._committed)) if not self.is_committed(unit))
 
-    def units(self) -> list[int]:
+    def list_units(self) -> list[int]:
         """Return the units that are not committed, in order; if many are left, as of the last listing."""
-        self.look()
-        left: list[int] = np.flatnonzero(~self._store.committed).tolist()
+        self.refresh_if_due()
+        left: list[int] = np.flatnonzero(~self._committed).tolist()
         return left if len(left) > FEW else list(self)
 
     @property
+    def none_left(self) -> bool:
+        """True if every unit is committed, as far as is known."""
+        return bool(self._committed.all())
+
+    @property
     def rows_done(self) -> int:
-        """Rows of the units that are committed."""
-        committed, shard_rows = self._store.committed, self._store.shard_rows
+        """Rows of the committed units."""
+        committed, shard_rows = self._committed, self._store.shard_rows
         missing = self._store.n_units * shard_rows - self._store.n_rows  # of the last unit, which may be part empty
         return int(np.count_nonzero(committed)) * shard_rows - missing * int(committed[-1])

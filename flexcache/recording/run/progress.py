@@ -1,4 +1,4 @@
-"""Progress for people who wait: rate, time left, and how long writing held up the forward."""
+"""Progress bars: rate, time left, and how long writing stalled the forward."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from flexcache.store.format.text import size
 
 
 class CaptureProgress:
-    """A bar on the terminal's error stream; silent where *show* is false."""
+    """Progress bars on the error stream of the terminal; silent if *show* is false."""
 
     def __init__(self, show: bool) -> None:
         self.console = Console(stderr=True, quiet=not show)
@@ -52,24 +52,24 @@ class CaptureProgress:
         self._bars.stop()
 
     def planning(self, total: int | None) -> _Planning:
-        """Start the bar of the tokenizer; the result is called with documents and tokens done."""
+        """Start the bar of planning; the result is called with documents and tokens done."""
         return _Planning(self._bars, total)
 
     def generating(self, total: int | None) -> _Planning:
-        """Start the bar of completions; the result is called with documents and new tokens done."""
+        """Start the bar of generation; the result is called with documents and new tokens done."""
         return _Planning(self._bars, total, "generating (documents)")
 
     def capturing(self, recorder: Recorder) -> _Capturing:
-        """Start the bar of the capture; the result is called after every batch."""
+        """Start the bar of a capture."""
         return _Capturing(self._bars, recorder)
 
     def trying(self, seconds: float) -> Callable[[float], None]:
-        """Return what shows how long a model has been tried, of some seconds."""
+        """Start the bar of a trial of some seconds; the result is called with the seconds spent."""
         task = self._bars.add_task("trying the model (seconds)", total=round(seconds), rate="")
         return lambda spent: self._bars.update(task, completed=min(round(spent), round(seconds)))
 
     def committing(self) -> Callable[[int, int], None]:
-        """Return what shows how many files of an extension are in place, called with done and total."""
+        """Start the bar of the files of an extension; the result is called with files in place and in all."""
         task = self._bars.add_task("putting in place (files)", total=None, rate="")
         return lambda done, total: self._bars.update(task, completed=done, total=total)
 
@@ -89,42 +89,43 @@ class _Planning:
         self._bars.update(self._task, completed=documents, rate=f"{tokens / seconds:,.0f} tokens/s")
 
     def done(self, made: bool) -> None:
-        """End the bar; it disappears where the plan was there, or another process made it."""
+        """End the bar; hide it if this process made no plan."""
         self._bars.update(self._task, visible=made)
         self._bars.stop_task(self._task)
 
     def wait(self) -> None:
-        """Say that another process plans."""
+        """Show that another process makes the plan."""
         self._bars.update(self._task, rate="another process makes the plan; waiting for it")
 
 
 class _Capturing:
-    """Rows of the whole store, whoever computes them; the rates are this process's own."""
+    """Shows the rows of the whole store that are done, and the rates of this process."""
 
     def __init__(self, bars: Progress, recorder: Recorder) -> None:
         self._bars, self._recorder = bars, recorder
         self._began = time.perf_counter()
         self._task = bars.add_task(
-            "capturing (rows)", total=recorder.store.n_rows, completed=recorder.done, rate="", start=True
+            "capturing (rows)", total=recorder.store.n_rows, completed=recorder.rows_done, rate="", start=True
         )
-        recorder.on_wait = self._wait
 
-    def __call__(self) -> None:
+    def advance(self) -> None:
+        """Show the rows that are done, and the rates so far."""
         stats = self._recorder.stats
         seconds = max(1e-6, time.perf_counter() - self._began)
-        written = self._recorder.written
+        written = self._recorder.bytes_put
         rate = f"{stats.tokens / seconds:,.0f} tokens/s, {size(written / seconds)}/s"
-        self._show(f"{rate}, stalled {self._recorder.waited / seconds:.0%}")
+        self._show(f"{rate}, stalled {self._recorder.seconds_stalled / seconds:.0%}")
 
-    def _wait(self, units: int) -> None:
+    def wait(self, units: int) -> None:
+        """Show that other processes have all units that are left."""
         self._show(f"waiting for {units} unit{'s' if units > 1 else ''} of other processes")
 
     def _show(self, rate: str) -> None:
-        self._bars.update(self._task, completed=self._recorder.done, rate=rate)
+        self._bars.update(self._task, completed=self._recorder.rows_done, rate=rate)
 
 
 def time_table(stats: RunStats, seconds: float) -> Table:
-    """Return where the time of a capture went."""
+    """Return a table of where the time of a capture went, of *seconds* in all."""
     table = Table(title="where the time went", title_justify="left", show_header=False, box=None)
     computing = stats.forward - stats.copying - stats.waiting
     shares = {
@@ -137,5 +138,5 @@ def time_table(stats: RunStats, seconds: float) -> Table:
     }
     for name, spent in shares.items():
         table.add_row(name, f"{spent:.1f} s", f"{spent / max(1e-9, seconds):.0%}")
-    table.add_row("writer thread, beside the forward", f"{stats.writing:.1f} s", "")
+    table.add_row("writer thread, in parallel", f"{stats.writing:.1f} s", "")
     return table

@@ -1,4 +1,4 @@
-"""Where the time of a recording went, kept in the store's run log."""
+"""Timing and throughput of one run, kept in the run log of the store."""
 
 from __future__ import annotations
 
@@ -15,7 +15,17 @@ from flexcache.store.storage.location import Place
 
 @dataclass
 class RunStats:
-    """Where the time of a recording went, in seconds, and what came of it."""
+    """Timing and throughput counters of one run.
+
+    Attributes
+    ----------
+    units, rows, tokens, bytes : int
+        Units, rows and bytes that this process committed, and tokens that it ran.
+    forward, copying, waiting : float
+        Seconds in forwards; those of them spent copying rows in hooks, and waiting for the disk.
+    writing, claiming, committing : float
+        Seconds in the writer thread, and between forwards.
+    """
 
     began: float = field(default_factory=time.perf_counter)
     units: int = 0
@@ -29,8 +39,17 @@ class RunStats:
     claiming: float = 0.0
     committing: float = 0.0
 
-    def write(self, root: Place, error: BaseException | None, direct: bool) -> None:
-        """Write the run log of a store; it is not part of the content, and a failed run keeps its own error."""
+    def add_unit(self, rows: int, size: int) -> None:
+        """Count a unit of so many rows and bytes that this process committed."""
+        self.units += 1
+        self.rows += rows
+        self.bytes += size
+
+    def write_log(self, root: Place, error: BaseException | None, direct: bool) -> None:
+        """Write the run log of a store, which is no part of its content.
+
+        If the run failed with *error*, a failure to write the log is ignored.
+        """
         seconds = time.perf_counter() - self.began
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
         outcome = "finished" if error is None else f"{type(error).__name__}: {error}".splitlines()[0]

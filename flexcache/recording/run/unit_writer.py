@@ -1,51 +1,57 @@
-"""The intake: takes the rows of a unit's batches into the shards that are open, checked and in order."""
+"""Write the rows of a unit's batches into its open shards."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from flexcache.errors import CaptureError, SiteError, nearest
 from flexcache.recording.forward.batch import Batch
-from flexcache.recording.forward.batch_rows import rows_of
 from flexcache.recording.run.existing_rows import ExistingRows
+from flexcache.recording.run.row_transfer import Rows, RowTransfer
 from flexcache.recording.run.run_stats import RunStats
 from flexcache.spec import DTYPES
 from flexcache.store.format.int8 import is_scale, scale_name
+from flexcache.store.format.ledger import FileRecord
 from flexcache.store.format.shard import ShardLayout, shard_name
 from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
 from flexcache.store.write.backends import slabs_for
 from flexcache.store.write.range_error import place, range_error
-from flexcache.store.write.row_encoding import EncodedRows, Unstorable, encode_rows
+from flexcache.store.write.row_encoding import Unstorable, encode_rows
 from flexcache.store.write.shard_file import Copy, NonFinite, ShardFile, copy_bytes
 from flexcache.store.write.shard_writer import WriterThread
 
 
 class UnitWriter:
-    """The open shards of one unit, and what may be put into them.
+    """The open shards of one unit: takes the rows of its batches, checked and in order.
 
     Parameters
     ----------
     keys
         The sites and layers that this process writes; all by default.
+    transfer
+        Copies the rows of padded activations into slabs.
     stats
-        Where the time for copying rows is noted.
+        Counts seconds and tokens.
 
     Attributes
     ----------
     keys : list of (str, int or None)
         Without the scales of int8, which come with their rows.
-    batch : Batch or None
-        The one whose rows are taken.
+    unit : int or None
+        The unit whose shards are open.
+    rows_done : int
+        Rows of the unit whose batches are filled.
     """
 
-    def __init__(self, store: Store, keys: Sequence[ArrayKey] | None, stats: RunStats) -> None:
-        self._store, self._tally = store, stats
+    def __init__(self, store: Store, keys: Sequence[ArrayKey] | None, transfer: RowTransfer, stats: RunStats) -> None:
+        self._store, self._transfer, self._stats = store, transfer, stats
         arrays = store.arrays
         every = [(name, layer) for name, array in arrays.items() for layer in array.slices]
         self.keys: list[ArrayKey] = [key for key in (every if keys is None else keys) if not is_scale(key[0], arrays)]
@@ -54,89 +60,96 @@ class UnitWriter:
         self._layouts = {
             name: ShardLayout(store.n_rows, store.shard_rows, array.row_bytes) for name, array in arrays.items()
         }
-        self._files: dict[ArrayKey, ShardFile] = {}
-        self.batch: Batch | None = None
+        self._shards: dict[ArrayKey, ShardFile] = {}
+        self._batch: Batch | None = None
+        self.unit: int | None = None
+        self.rows_done = 0
 
     @property
     def row_bytes(self) -> int:
         """Bytes of a row of everything that this process writes."""
         return sum(self._store.arrays[name].row_bytes for name, _ in self._writes)
 
-    def slabs(self, buffer_bytes: int) -> tuple[int, int]:
-        """Return the bytes of a slab and their number, see `flexcache.store.write.backends.slabs_for`."""
+    def slab_sizes(self, buffer_bytes: int) -> tuple[int, int]:
+        """Return the bytes of a slab and the number of slabs, see `flexcache.store.write.backends.slabs_for`."""
         layouts, count = self._layouts.values(), max(1, len(self._writes))
         chunk = max(a.chunk_rows * a.row_bytes for a in layouts) if self._store.compressed else None
         return slabs_for(self._store.path, count, buffer_bytes, max(a.file_bytes(0) for a in layouts), chunk)
 
     # The shards of a unit
 
-    def open(self, unit: int, writer: WriterThread) -> None:
-        """Begin the shards of a unit."""
-        self._files = {(name, layer): self._open(name, layer, unit, writer) for name, layer in self._writes}
+    @property
+    def unit_rows(self) -> range:
+        """The rows of the open unit."""
+        assert self.unit is not None
+        start = self.unit * self._store.shard_rows
+        return range(start, min(start + self._store.shard_rows, self._store.n_rows))
 
-    def carry(self, carried: ExistingRows, unit: int) -> None:
-        """Begin them with the rows that a growing store has."""
-        for key, file in self._files.items():
-            for content, n_rows in carried.blocks(key, unit):
-                self.guard(file.append, content, [(0, n_rows * file.layout.row_bytes)])
+    def open_unit(self, unit: int, writer: WriterThread) -> None:
+        """Open the shards of a unit."""
+        self._shards = {(name, layer): self._open_shard(name, layer, unit, writer) for name, layer in self._writes}
+        self.unit, self.rows_done = unit, 0
 
-    def finish(self) -> list[ShardFile]:
-        """Complete the shards, and hand them over."""
-        files = list(self._files.values())
-        for file in files:
-            self.guard(file.finish)
-        self._files = {}
-        return files
+    def copy_existing_rows(self, existing: ExistingRows) -> None:
+        """Begin the shards with the rows of the store that is extended."""
+        assert self.unit is not None
+        for key, file in self._shards.items():
+            for content, n_rows in existing.read_blocks(key, self.unit):
+                with self._locating_values():
+                    file.append(content, [(0, n_rows * file.layout.row_bytes)])
+        self.rows_done = existing.rows_in(self.unit)
 
-    def discard(self) -> None:
-        """Give the shards up."""
-        for file in self._files.values():
+    def place_shards(self, writer: WriterThread) -> dict[str, FileRecord]:
+        """Finish the shards and move them into place, flushed; return their records for the ledger."""
+        began = time.perf_counter()
+        with self._locating_values():
+            for file in self._shards.values():
+                file.finish()
+            files, self._shards = list(self._shards.values()), {}
+            placed: dict[str, FileRecord] = writer.commit_shards(files)
+        self._stats.committing += time.perf_counter() - began
+        return placed
+
+    def close_unit(self) -> None:
+        """Forget a unit whose shards are in place."""
+        self.unit, self.rows_done = None, 0
+
+    def discard_shards(self) -> None:
+        """Remove what was written of the unit."""
+        for file in self._shards.values():
             file.discard()
         self.clear()
 
     def clear(self) -> None:
-        """Forget shards and batch."""
-        self._files, self.batch = {}, None
-
-    def guard(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """Call what may find a value that is not finite, and say where that is.
-
-        Raises
-        ------
-        RangeError
-        """
-        try:
-            return call(*arguments)
-        except NonFinite as error:
-            raise range_error(self._store, error.array, error.layer, error.row, error.feature, error.value) from None
+        """Forget shards, batch and unit."""
+        self._shards, self._batch = {}, None
+        self.close_unit()
 
     # Rows
 
-    def current(self) -> Batch:
-        """Return the batch whose rows are taken.
+    @contextmanager
+    def fill_batch(self, batch: Batch) -> Iterator[None]:
+        """Accept the rows of a batch of the unit; raise CaptureError on exit if some are missing."""
+        self._batch = batch
+        began = time.perf_counter()
+        yield
+        self._stats.forward += time.perf_counter() - began
+        self._stats.tokens += batch.n_tokens
+        self._check_filled(batch)
+        self._batch = None
+        self.rows_done += len(batch.rows)
 
-        Raises
-        ------
-        CaptureError
-            There is none.
-        """
-        if self.batch is None:
-            raise CaptureError(
-                "there is no batch to put rows for", remedy="put rows inside the loop over recorder.batches()"
-            )
-        return self.batch
-
-    def put(self, site: str, layer: int | None, values: Any, rows: Any) -> None:
-        """Take rows; see `Recorder.put`."""
-        file = self._file(site, layer)
+    def put_rows(self, site: str, layer: int | None, values: Any, rows: Any) -> None:
+        """Store rows; see `Recorder.put`."""
+        file = self._shard(site, layer)
         first, count = _span(rows)
         self._check_rows(file, first, count, values.shape)
-        self._take(file, encode_rows, values)
+        self._append(file, copy_bytes, encode_rows, values)
 
-    def record(self, site: str, layer: int | None, values: Any) -> None:
-        """Take the kept rows of padded activations; see `Recorder.record`."""
-        file = self._file(site, layer)
-        batch = self.current()
+    def put_padded(self, site: str, layer: int | None, values: Any) -> None:
+        """Store the kept rows of padded activations; see `Recorder.record`."""
+        file = self._shard(site, layer)
+        batch = self._current_batch()
         features = self._store.arrays[site].features
         shape = tuple(values.shape)
         if shape[:2] != batch.shape or math.prod(shape[2:]) != features:
@@ -145,21 +158,27 @@ class UnitWriter:
                 expected=f"({batch.shape[0]}, {batch.shape[1]}, {features}) for (sequences, longest, features)",
                 found=str(shape),
             )
-        self._take(file, rows_of, batch, values)
+        self._append(file, self._transfer.copy, self._transfer.rows_of, batch, values)
 
-    def append(self, site: str, layer: int | None, content: Any, n_rows: int, copy: Copy) -> None:
-        """Take bytes; see `Recorder.append`."""
-        file = self._file(site, layer)
-        self.guard(file.append, content, [(0, n_rows * file.layout.row_bytes)], copy)
+    # Private
 
-    def check_whole(self, batch: Batch) -> None:
-        """Refuse a batch of which rows are missing.
+    def _current_batch(self) -> Batch:
+        if self._batch is None:
+            raise CaptureError(
+                "there is no batch to put rows for", remedy="put rows inside the loop over recorder.batches()"
+            )
+        return self._batch
 
-        Raises
-        ------
-        CaptureError
-        """
-        for file in self._files.values():
+    @contextmanager
+    def _locating_values(self) -> Iterator[None]:
+        """Name the site, layer and document of a value that is not finite, as RangeError."""
+        try:
+            yield
+        except NonFinite as error:
+            raise range_error(self._store, error.array, error.layer, error.row, error.feature, error.value) from None
+
+    def _check_filled(self, batch: Batch) -> None:
+        for file in self._shards.values():
             if _next_row(file) != batch.rows.stop:
                 raise CaptureError(
                     f"rows of {place(file.array, file.layer)} are missing",
@@ -169,33 +188,30 @@ class UnitWriter:
                     remedy="put every site and layer of the plan before the next batch",
                 )
 
-    # Private
-
-    def _open(self, name: str, layer: int | None, unit: int, writer: WriterThread) -> ShardFile:
+    def _open_shard(self, name: str, layer: int | None, unit: int, writer: WriterThread) -> ShardFile:
         dtype = DTYPES[self._store.arrays[name].dtype]
         shard = shard_name(name, layer, unit)
         return ShardFile(writer, shard, self._layouts[name], unit, dtype, name, layer, self._store.compressed)
 
-    def _take(self, file: ShardFile, convert: Callable[..., list[EncodedRows]], *arguments: Any) -> None:
+    def _append(self, file: ShardFile, copy: Copy, convert: Callable[..., Sequence[Rows]], *arguments: Any) -> None:
         began = time.perf_counter()
         try:
             pieces = convert(*arguments, file.dtype)
         except Unstorable as error:
             row = _next_row(file) + error.row
             raise range_error(self._store, file.array, file.layer, row, error.feature, error.value) from None
-        for target, (content, spans) in zip(self._with_scales(file), pieces, strict=True):
-            self.guard(target.append, content, spans, copy_bytes)
-        self._tally.copying += time.perf_counter() - began
-
-    def _with_scales(self, file: ShardFile) -> list[ShardFile]:
         scaled = file.dtype == np.int8
-        return [file, self._files[scale_name(file.array), file.layer]] if scaled else [file]
+        targets = [file, self._shards[scale_name(file.array), file.layer]] if scaled else [file]
+        with self._locating_values():
+            for target, (content, spans) in zip(targets, pieces, strict=True):
+                target.append(content, spans, copy)
+        self._stats.copying += time.perf_counter() - began
 
-    def _file(self, site: str, layer: int | None) -> ShardFile:
+    def _shard(self, site: str, layer: int | None) -> ShardFile:
         try:
-            return self._files[(site, layer)]
+            return self._shards[(site, layer)]
         except KeyError:
-            self.current()
+            self._current_batch()
             if site not in self._store.arrays:
                 raise SiteError(f"the plan has no site {site!r}", remedy=nearest(site, self._store.sites)) from None
             raise SiteError(
@@ -204,7 +220,7 @@ class UnitWriter:
             ) from None
 
     def _check_rows(self, file: ShardFile, first: int, count: int, shape: tuple[int, ...]) -> None:
-        batch = self.current()
+        batch = self._current_batch()
         features = self._store.arrays[file.array].features
         expected_first = _next_row(file)
         if first != expected_first or first + count > batch.rows.stop:

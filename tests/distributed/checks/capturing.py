@@ -130,13 +130,13 @@ def tensor_parallel_in_uneven_shards() -> None:
 
 @check(2)
 def files_of_tensor_parallel_ranks_are_shared_out_evenly() -> None:
-    from flexcache.recording.forward.capture_targets import locate
+    from flexcache.recording.forward.capture_targets import find_targets
     from flexcache.recording.run.model_parallel_group import ModelParallelGroup
     from flexcache.spec import Spec
 
     model = loaded("llama", tp_size=2)
     group = ModelParallelGroup(model)
-    targets = locate(model, Spec(sites={"resid_post": "all", "mlp_post": "all"}))
+    targets = find_targets(model, Spec(sites={"resid_post": "all", "mlp_post": "all"}))
     keys: list[Any] = [None, None]
     dist.all_gather_object(keys, group.keys(targets.points))
     assert not set(keys[0]) & set(keys[1])
