@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from flexcache.errors import ConfigError, FlexCacheError
 from flexcache.parallel.launch import launch
-from flexcache.store.storage.location import place
+from flexcache.store.storage.location import parse_location
 from pipelines.plain import make_encodable
 
 app = typer.Typer(
@@ -27,7 +27,8 @@ console = Console()
 
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML file; pipelines/configs has examples.")]
 StorePath = Annotated[
-    Any, typer.Argument(parser=place, metavar="STORE", help="A store, such as run.zarr or s3://bucket/run.zarr.")
+    Any,
+    typer.Argument(parser=parse_location, metavar="STORE", help="A store, such as run.zarr or s3://bucket/run.zarr."),
 ]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the file; may be repeated.")
@@ -224,7 +225,10 @@ def repair(
 def copy(
     source: StorePath,
     target: Annotated[
-        Any, typer.Argument(parser=place, metavar="TARGET", help="Where it goes; one that was begun is gone on with.")
+        Any,
+        typer.Argument(
+            parser=parse_location, metavar="TARGET", help="Where it goes; one that was begun is gone on with."
+        ),
     ],
     dtype: Annotated[AnyDtype | None, typer.Option(help="Convert to this dtype.")] = None,
     compression: Annotated[Codec | None, typer.Option(help="Convert to this codec.")] = None,
@@ -274,10 +278,14 @@ def preshuffle(
 @app.command()
 def merge(
     sources: Annotated[
-        list[Any], typer.Argument(parser=place, metavar="STORES", help="Two stores or more, over the same plan.")
+        list[Any],
+        typer.Argument(parser=parse_location, metavar="STORES", help="Two stores or more, over the same plan."),
     ],
     target: Annotated[
-        Any, typer.Option("--output", "-o", parser=place, help="The new store; one that was begun is gone on with.")
+        Any,
+        typer.Option(
+            "--output", "-o", parser=parse_location, help="The new store; one that was begun is gone on with."
+        ),
     ],
     quiet: Quiet = False,
 ) -> None:

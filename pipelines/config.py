@@ -18,8 +18,8 @@ from flexcache.paths import local_path
 from flexcache.provenance import load
 from flexcache.recording.forward.transform import Transform
 from flexcache.spec import AnyDType, Spec, parse_sites, validate
-from flexcache.store.storage.location import Place, local, place
-from flexcache.store.storage.object_path import RemotePath
+from flexcache.store.storage.location import StoreLocation, local, parse_location
+from flexcache.store.storage.object_path import ObjectPath
 from flexcache.store.write.worker import HEARTBEAT_TIMEOUT
 
 
@@ -151,10 +151,10 @@ def _documents(value: Any) -> Any:
     return {"path": value} if isinstance(value, str | list) else value
 
 
-def _store(value: Any) -> Place:
-    if not isinstance(value, str | Path | RemotePath) or not str(value):
+def _store(value: Any) -> StoreLocation:
+    if not isinstance(value, str | Path | ObjectPath) or not str(value):
         raise ValueError("a path or a URL is expected")
-    return place(value)
+    return parse_location(value)
 
 
 class CaptureConfig(Options):

@@ -12,10 +12,10 @@ from flexcache.store.format.text import size
 from flexcache.store.read.display import sites, summary
 from flexcache.store.read.store import Store
 from flexcache.store.storage.atomic_files import file_sizes
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 
 
-def run(path: Place, console: Console) -> None:
+def run(path: StoreLocation, console: Console) -> None:
     """Print a store."""
     store = Store(path)
     on_disk = sum(file_sizes(path).values())
@@ -40,7 +40,7 @@ def run(path: Place, console: Console) -> None:
     for name, value in store.provenance.items():
         origin.add_row(escape(name), escape(json.dumps(value, ensure_ascii=False) if value else "–"))
     console.print(origin)
-    logs: list[Place] = [*(path / "runs").glob("*.json")]
+    logs: list[StoreLocation] = [*(path / "runs").glob("*.json")]
     for run_path in sorted(logs, key=str):
         try:
             content = json.loads(run_path.read_bytes())

@@ -12,7 +12,7 @@ from rich.table import Table
 from flexcache.paths import shown
 from flexcache.recording.planning.planning import Estimate, Source, estimate
 from flexcache.store.format.text import size
-from flexcache.store.storage.location import Place, local
+from flexcache.store.storage.location import StoreLocation, local
 from flexcache.store.write.create import check_free_space
 from pipelines.config import CaptureConfig
 
@@ -77,7 +77,7 @@ def table_of(kind: str, config: CaptureConfig, source: Source) -> Table:
     return table
 
 
-def place_of(store: Place) -> Path:
+def place_of(store: StoreLocation) -> Path:
     """Return the folder, of those there are, that a store will be in.
 
     Raises

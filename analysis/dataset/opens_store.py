@@ -9,7 +9,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from flexcache.store.read.store import Store
-from flexcache.store.storage.object_path import RemotePath
+from flexcache.store.storage.object_path import ObjectPath
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,7 +31,7 @@ def opens_store(function: Callable[P, R]) -> Callable[P, R]:
     def called(*args: P.args, **named: P.kwargs) -> R:
         bound: Any = signature.bind(*args, **named)
         for name in ("store", "other"):
-            if isinstance(bound.arguments.get(name), str | bytes | os.PathLike | RemotePath):
+            if isinstance(bound.arguments.get(name), str | bytes | os.PathLike | ObjectPath):
                 bound.arguments[name] = Store(bound.arguments[name])
         return function(*bound.args, **bound.kwargs)
 

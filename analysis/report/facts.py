@@ -11,7 +11,7 @@ from flexcache.store.format.text import layer_text, size
 from flexcache.store.read.display import sites as site_lines
 from flexcache.store.read.display import summary
 from flexcache.store.read.store import Store
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 
 Lines = list[tuple[str, str]]
 
@@ -80,7 +80,7 @@ def _dropped(dropped: dict[str, int]) -> str:
 
 def _speed(store: Store) -> Lines:
     tokens = seconds = 0.0
-    logs: list[Place] = [*(store.path / "runs").glob("*.json")]
+    logs: list[StoreLocation] = [*(store.path / "runs").glob("*.json")]
     for path in sorted(logs, key=str):
         try:
             run: dict[str, Any] = json.loads(path.read_text("utf-8"))

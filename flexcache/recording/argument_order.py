@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from flexcache.errors import ConfigError
-from flexcache.store.storage.location import place
-from flexcache.store.storage.object_path import RemotePath
+from flexcache.store.storage.location import parse_location
+from flexcache.store.storage.object_path import ObjectPath
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,14 +60,14 @@ def _in_order(first: Any, second: Any = None) -> tuple[Any, Any]:
 
 
 def _may_be_path(given: Any) -> bool:
-    return isinstance(given, str | bytes | os.PathLike | RemotePath) or hasattr(given, "arrays")
+    return isinstance(given, str | bytes | os.PathLike | ObjectPath) or hasattr(given, "arrays")
 
 
 def _is_store(given: Any) -> bool:
     if not _may_be_path(given):
         return False
     try:
-        found = place(given)
-        return (found / "zarr.json").exists() if isinstance(found, Path | RemotePath) else False
+        found = parse_location(given)
+        return (found / "zarr.json").exists() if isinstance(found, Path | ObjectPath) else False
     except (ConfigError, OSError):
         return False

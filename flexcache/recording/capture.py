@@ -45,7 +45,7 @@ from flexcache.spec import SitesLike, Spec, check_running, listed, parse_sites, 
 from flexcache.store.format.metadata import stored_batching
 from flexcache.store.format.schema import read_attributes
 from flexcache.store.read.store import Store
-from flexcache.store.storage.location import Place, place
+from flexcache.store.storage.location import StoreLocation, parse_location
 from flexcache.store.write.create import check_target
 from flexcache.store.write.worker import HEARTBEAT_TIMEOUT
 
@@ -54,7 +54,7 @@ def capture(
     model: Any,
     tokenizer: Any,
     documents: Any,
-    path: str | os.PathLike | Place,
+    path: str | os.PathLike | StoreLocation,
     *,
     sites: SitesLike | None = None,
     layers: Layers = "all",
@@ -175,7 +175,7 @@ def capture(
     CaptureError
         The disk refused a write. Committed units are kept.
     """
-    path = place(path)
+    path = parse_location(path)
     check_target(path)
     running = check_running(buffer_bytes, heartbeat_timeout, model_info, "capture")
     transforms, token_labels = listed(transforms, Transform, "transforms"), listed(token_labels, str, "token_labels")

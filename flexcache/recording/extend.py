@@ -54,7 +54,7 @@ from flexcache.store.format.metadata import stored_batching
 from flexcache.store.manage.extension_transaction import AlreadyCommittedError, ExtensionTransaction
 from flexcache.store.manage.staging import merge_arrays
 from flexcache.store.read.store import Store
-from flexcache.store.storage.location import Place, local
+from flexcache.store.storage.location import StoreLocation, local
 from flexcache.store.write.worker import HEARTBEAT_TIMEOUT
 
 
@@ -63,7 +63,7 @@ def extend(
     model: Any,
     tokenizer: Any,
     documents: Any = None,
-    path: str | os.PathLike | Place | None = None,
+    path: str | os.PathLike | StoreLocation | None = None,
     *,
     sites: SitesLike | None = None,
     layers: Layers = "all",

@@ -19,13 +19,13 @@ from flexcache.spec import ArraySpec, Spec, check_running, listed, validate
 from flexcache.store.format.int8 import with_scales
 from flexcache.store.format.schema import read_attributes
 from flexcache.store.manage.staging import merge_arrays
-from flexcache.store.storage.location import Place, local, place
+from flexcache.store.storage.location import StoreLocation, local, parse_location
 from flexcache.store.write.create import check_target
 from flexcache.store.write.worker import HEARTBEAT_TIMEOUT
 
 
 def record(
-    path: str | Place,
+    path: str | StoreLocation,
     documents: Any,
     *,
     sites: Mapping[str, tuple[int, int] | int],
@@ -78,7 +78,7 @@ def record(
 
     Other parameters, and errors, are those of `flexcache.capture`.
     """
-    path = place(path)
+    path = parse_location(path)
     check_target(path)
     running = check_running(buffer_bytes, heartbeat_timeout, fingerprint, "record")
     _check_shapes(sites)

@@ -13,7 +13,7 @@ import flexcache
 from flexcache.errors import UnreachableError
 from flexcache.store.manage.copy import copy
 from flexcache.store.storage import retry
-from flexcache.store.storage.object_path import RemotePath
+from flexcache.store.storage.object_path import ObjectPath
 from tests.corpora import build_store, lengths, open_recorder, put_batch, token_documents
 from tests.recording.test_recorder import shard_hashes
 from tests.remote.conftest import connect, environment
@@ -70,18 +70,18 @@ def test_a_planning_that_is_killed_is_done_again(s3: Any, monkeypatch: pytest.Mo
     class Killed(BaseException):
         pass
 
-    put = RemotePath.write_bytes
+    put = ObjectPath.write_bytes
 
-    def killed(self: RemotePath, content: bytes) -> None:
+    def killed(self: ObjectPath, content: bytes) -> None:
         if self.name == "plan.json":
             raise Killed
         put(self, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RemotePath, "write_bytes", killed)
+        patch.setattr(ObjectPath, "write_bytes", killed)
         with pytest.raises(Killed):
             open_recorder("s3://bucket/planned/run.zarr", DOCUMENTS)
-    assert (RemotePath("s3://bucket/planned/run.zarr") / "documents.parquet").is_file()
+    assert (ObjectPath("s3://bucket/planned/run.zarr") / "documents.parquet").is_file()
     assert build_store("s3://bucket/planned/run.zarr", DOCUMENTS).complete
     assert flexcache.verify("s3://bucket/planned/run.zarr").sound
 

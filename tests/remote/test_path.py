@@ -8,28 +8,28 @@ import pytest
 
 from flexcache.errors import UnreachableError
 from flexcache.store.storage import retry
-from flexcache.store.storage.location import place
+from flexcache.store.storage.location import parse_location
 from flexcache.store.storage.multipart_upload import abort_uploads, begin_upload
-from flexcache.store.storage.object_path import PIECE_BYTES, PIECES, RemotePath
-from flexcache.store.write.object_worker import RemoteClaims, RemoteWorker
+from flexcache.store.storage.object_path import PIECE_BYTES, PIECES, ObjectPath
+from flexcache.store.write.object_worker import ObjectClaims, ObjectWorker
 
 
 def test_names_are_those_of_paths() -> None:
-    path = RemotePath("memory://bucket/run.zarr/")
+    path = ObjectPath("memory://bucket/run.zarr/")
     assert str(path) == "memory://bucket/run.zarr"
     assert (path.name, path.stem, path.suffix) == ("run.zarr", "run", ".zarr")
-    assert path / "ledger" / "0.json" == RemotePath("memory://bucket/run.zarr/ledger/0.json")
+    assert path / "ledger" / "0.json" == ObjectPath("memory://bucket/run.zarr/ledger/0.json")
     assert path.with_name("b") == path.parent / "b"
     assert (path / "x").is_relative_to(path)
-    assert not RemotePath("memory://bucket/run.zarr2").is_relative_to(path)
-    assert str(RemotePath("memory://run.zarr").with_name("b")) == "memory://b"
+    assert not ObjectPath("memory://bucket/run.zarr2").is_relative_to(path)
+    assert str(ObjectPath("memory://run.zarr").with_name("b")) == "memory://b"
     assert pickle.loads(pickle.dumps(path)) == path
-    assert {path: 1}[RemotePath("memory://bucket/run.zarr")] == 1
+    assert {path: 1}[ObjectPath("memory://bucket/run.zarr")] == 1
 
 
 def test_objects_are_put_read_listed_and_removed(everywhere: str) -> None:
-    root = place(everywhere)
-    assert isinstance(root, RemotePath)
+    root = parse_location(everywhere)
+    assert isinstance(root, ObjectPath)
     assert not root.exists()
     for name in ("a.json", "b/c.json", "b/d/e"):
         (root / name).write_bytes(name.encode() * 3)
@@ -51,8 +51,8 @@ def test_objects_are_put_read_listed_and_removed(everywhere: str) -> None:
 
 
 def test_a_replaced_object_has_another_status(everywhere: str) -> None:
-    path = place(everywhere) / "zarr.json"
-    assert isinstance(path, RemotePath)
+    path = parse_location(everywhere) / "zarr.json"
+    assert isinstance(path, ObjectPath)
     path.write_bytes(b"one")
     before = path.stat()
     assert path.stat() == before
@@ -61,7 +61,7 @@ def test_a_replaced_object_has_another_status(everywhere: str) -> None:
 
 
 def test_a_file_seeks_and_long_objects_come_in_order(everywhere: str) -> None:
-    path = place(everywhere) / "long"
+    path = parse_location(everywhere) / "long"
     content = bytes(range(256)) * ((PIECES + 1) * PIECE_BYTES // 256) + b"end"
     upload = begin_upload(path)  # type: ignore[arg-type]
     for number, start in enumerate(range(0, len(content), 7 << 20)):
@@ -77,7 +77,7 @@ def test_a_file_seeks_and_long_objects_come_in_order(everywhere: str) -> None:
 
 
 def test_an_answer_that_is_cut_short_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = RemotePath("memory://cut/object")
+    path = ObjectPath("memory://cut/object")
     path.write_bytes(bytes(range(100)))
     whole, asked = path.fs.cat_ranges, []
 
@@ -93,20 +93,20 @@ def test_an_answer_that_is_cut_short_is_asked_for_again(monkeypatch: pytest.Monk
 
 
 def test_an_upload_that_is_aborted_never_appears(s3: Any) -> None:
-    root = RemotePath("s3://bucket/aborted")
+    root = ObjectPath("s3://bucket/aborted")
     upload = begin_upload(root / "one")
     upload.put(0, b"x" * (5 << 20))
     upload.abort()
     assert not (root / "one").exists()
     begin_upload(root / "two").put(0, bytes(5 << 20))  # and left, as by a process that is killed
-    begin_upload(RemotePath("s3://bucket/aborted-not") / "three").put(0, bytes(5 << 20))
+    begin_upload(ObjectPath("s3://bucket/aborted-not") / "three").put(0, bytes(5 << 20))
     assert abort_uploads(root) == 1
     assert abort_uploads(root) == 0
-    assert abort_uploads(RemotePath("s3://bucket/aborted-not")) == 1
+    assert abort_uploads(ObjectPath("s3://bucket/aborted-not")) == 1
 
 
 def test_of_many_that_create_at_once_one_does(s3: Any) -> None:
-    path, found = RemotePath("s3://bucket/created/once"), []
+    path, found = ObjectPath("s3://bucket/created/once"), []
     barrier = threading.Barrier(8)
 
     def run(number: int) -> None:
@@ -123,10 +123,10 @@ def test_of_many_that_create_at_once_one_does(s3: Any) -> None:
 
 
 def test_a_claim_is_one_workers_until_it_ends(everywhere: str) -> None:
-    root = place(everywhere)
-    assert isinstance(root, RemotePath)
-    first, second = RemoteWorker(root, {"threads": 3}), RemoteWorker(root)
-    claims, others = RemoteClaims(first), RemoteClaims(second)
+    root = parse_location(everywhere)
+    assert isinstance(root, ObjectPath)
+    first, second = ObjectWorker(root, {"threads": 3}), ObjectWorker(root)
+    claims, others = ObjectClaims(first), ObjectClaims(second)
     assert claims.take_claim([0, 1]) == "0"
     assert others.take_claim([0, 1]) == "1"
     assert others.take_claim([0, 1]) is None
@@ -144,11 +144,11 @@ def test_a_claim_is_one_workers_until_it_ends(everywhere: str) -> None:
 
 
 def test_a_worker_that_stands_still_is_gone_after_a_while(everywhere: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = place(everywhere)
-    assert isinstance(root, RemotePath)
-    sleeping, watcher = RemoteWorker(root), RemoteWorker(root, heartbeat_timeout=100)
-    assert RemoteClaims(sleeping).take_claim([5]) == "5"
-    claims, now = RemoteClaims(watcher), 1000.0
+    root = parse_location(everywhere)
+    assert isinstance(root, ObjectPath)
+    sleeping, watcher = ObjectWorker(root), ObjectWorker(root, heartbeat_timeout=100)
+    assert ObjectClaims(sleeping).take_claim([5]) == "5"
+    claims, now = ObjectClaims(watcher), 1000.0
     monkeypatch.setattr("flexcache.store.write.object_worker.time.monotonic", lambda: now)
     assert claims.take_claim([5]) is None
     now += 99

@@ -18,9 +18,9 @@ from analysis.statistics import moments
 from flexcache.errors import CaptureError, ConfigError, DamagedError, MismatchError, StoreError, UncommittedError
 from flexcache.store.manage.copy import copy
 from flexcache.store.read.object_reader import GAP_BYTES
-from flexcache.store.storage.location import place
+from flexcache.store.storage.location import parse_location
 from flexcache.store.storage.multipart_upload import PART_BYTES
-from flexcache.store.storage.object_path import RemotePath
+from flexcache.store.storage.object_path import ObjectPath
 from pipelines.cli import app
 from tests.corpora import build_store, lengths, open_recorder, put_batch, token_documents
 from tests.models import tiny
@@ -51,7 +51,7 @@ def test_a_copy_there_and_back_has_the_bytes_of_its_source(compression: str, eve
     origin = local(tmp_path / "run.zarr", compression=compression)
     there = copy(origin.path, f"{everywhere}/run.zarr")
     assert there.complete
-    assert isinstance(there.path, RemotePath)
+    assert isinstance(there.path, ObjectPath)
     assert records(there) == records(origin)
     assert flexcache.verify(there.path).sound
     back = copy(there.path, tmp_path / "back.zarr")
@@ -202,7 +202,7 @@ def test_a_recording_there_is_one_in_a_folder(compression: str, everywhere: str,
     back = copy(there.path, tmp_path / "back.zarr")
     assert shard_hashes(back.path) == shard_hashes(here.path)
     assert there.tokens.equals(here.tokens)
-    log = [json.loads(path.read_bytes()) for path in (place(f"{everywhere}/run.zarr") / "runs").glob("*.json")]
+    log = [json.loads(path.read_bytes()) for path in (parse_location(f"{everywhere}/run.zarr") / "runs").glob("*.json")]
     assert [entry["outcome"] for entry in log] == ["finished"]
 
 
@@ -241,10 +241,10 @@ def test_other_documents_are_refused(base: str) -> None:
 
 
 def test_a_place_with_other_objects_is_refused(base: str) -> None:
-    (place(base) / "run.zarr" / "notes.txt").write_bytes(b"mine")
+    (parse_location(base) / "run.zarr" / "notes.txt").write_bytes(b"mine")
     with pytest.raises(StoreError, match="is not a store"):
         open_recorder(f"{base}/run.zarr", DOCUMENTS)
-    assert (place(base) / "run.zarr" / "notes.txt").read_bytes() == b"mine"
+    assert (parse_location(base) / "run.zarr" / "notes.txt").read_bytes() == b"mine"
 
 
 # When something is wrong

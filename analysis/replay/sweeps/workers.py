@@ -17,11 +17,11 @@ from analysis.replay.sweeps.sweep_plan import SweepPlan
 from flexcache.errors import AnalysisError
 from flexcache.recording.forward.batch import Batch
 from flexcache.store.read.store import Store
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 
 
 def run_batches_on_workers(
-    store: Place,
+    store: StoreLocation,
     load: ModelLoader,
     plan: SweepPlan,
     batches: list[Batch],

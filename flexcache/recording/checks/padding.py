@@ -35,7 +35,7 @@ from flexcache.site import PATTERN
 from flexcache.spec import Spec
 from flexcache.store.format.metadata import stored_batching
 from flexcache.store.read.store import Store
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 
 LONGEST = 131
 """Most tokens of the long sequence of the example; the short ones have half as many, more than common chunks of 64."""
@@ -89,7 +89,7 @@ def batching_notice(store: Store) -> str:
     return "" if kind == "padded" else f"{store.provenance['batching'].get('because')}: {NOTICES[kind]}"
 
 
-def has_batching(path: Place) -> bool:
+def has_batching(path: StoreLocation) -> bool:
     """Return True if the path has a store that was planned with `find_batching`."""
     return (path / "zarr.json").exists() and stored_batching(Store(path).provenance) is not None
 

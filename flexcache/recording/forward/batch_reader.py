@@ -13,7 +13,7 @@ from flexcache.plan import Largest, parts
 from flexcache.recording.forward.batch import Batch, PlannedSequence, split
 from flexcache.store.format.schema import BEGINS, CONTEXT, SEQUENCES, read_attributes
 from flexcache.store.read.parquet import open_table
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 
 
 class BatchReader:
@@ -25,7 +25,7 @@ class BatchReader:
         The table of sequences is missing or damaged.
     """
 
-    def __init__(self, root: Place) -> None:
+    def __init__(self, root: StoreLocation) -> None:
         self._path = root / SEQUENCES
         spec = read_attributes(root)["spec"]
         self._mean = spec.get("rows") == "mean"

@@ -22,7 +22,7 @@ from flexcache.sequences import Corpus, Positions, TokenizedCorpus, tokenize_cor
 from flexcache.spec import ArraySpec, Spec
 from flexcache.store.format.dataset_card import card
 from flexcache.store.format.text import size
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 from flexcache.store.write.create import check_free_space, check_names, create, create_once, total_bytes
 
 Progress = Callable[[int, int], None]
@@ -206,7 +206,7 @@ def estimate(source: Source, progress: Progress = lambda documents, tokens: None
 
 
 def plan_store(
-    path: Place,
+    path: StoreLocation,
     source: Source,
     progress: Progress = lambda documents, tokens: None,
     on_wait: Callable[[], None] = lambda: None,
@@ -234,7 +234,7 @@ def plan_store(
     return create_once(path, lambda folder: _plan(path, folder, source, progress), on_wait)
 
 
-def _plan(path: Place, folder: Path, source: Source, progress: Progress) -> Estimate:
+def _plan(path: StoreLocation, folder: Path, source: Source, progress: Progress) -> Estimate:
     plan, corpus, amount = make_plan(source, folder, progress)
     check_free_space(path, amount.bytes)
     content = {
@@ -256,7 +256,7 @@ def _plan(path: Place, folder: Path, source: Source, progress: Progress) -> Esti
 
 
 def check_same(
-    stored: dict[str, Any], given: dict[str, Any], path: Place, *, allow_changed_model: bool = False
+    stored: dict[str, Any], given: dict[str, Any], path: StoreLocation, *, allow_changed_model: bool = False
 ) -> list[str]:
     """Return what differs between the model of a store and the one at hand, if that is allowed.
 

@@ -10,7 +10,7 @@ from flexcache.errors import MismatchError
 from flexcache.identity.record import IDENTITY, identity_of, structural
 from flexcache.recording.run.existing_rows import EXISTING_ROWS
 from flexcache.store.read.store import Store
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,7 @@ def check_fingerprint(store: Store, now: dict[str, Any], allow_mixed: bool) -> N
         check_alike(store.path, store.ledger.read(units[-1]).fingerprint, now, "the store was begun")
 
 
-def check_alike(path: Place, earlier: dict[str, Any], now: dict[str, Any], who: str) -> None:
+def check_alike(path: StoreLocation, earlier: dict[str, Any], now: dict[str, Any], who: str) -> None:
     """Raise MismatchError if two fingerprints of one store differ."""
     different = [
         f"{name}: {earlier.get(name)} before, {now.get(name)} now"

@@ -21,7 +21,7 @@ from flexcache.store.format.metadata import largest_batch
 from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
 from flexcache.store.storage.disk_errors import clear_errors
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 from flexcache.store.write.election import claim_until_done
 from flexcache.store.write.slabs import SlabPool
 from flexcache.store.write.worker import HEARTBEAT_TIMEOUT
@@ -80,7 +80,7 @@ class Recorder:
 
     def __init__(
         self,
-        path: str | Place,
+        path: str | StoreLocation,
         *,
         fingerprint: dict[str, Any] | None = None,
         buffer_bytes: int = DEFAULT_BUFFER,

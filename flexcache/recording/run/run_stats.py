@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 from flexcache.errors import UnreachableError
 from flexcache.store.storage.atomic_files import write_json
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 
 
 @dataclass
@@ -45,7 +45,7 @@ class RunStats:
         self.rows += rows
         self.bytes += size
 
-    def write_log(self, root: Place, error: BaseException | None, direct: bool) -> None:
+    def write_log(self, root: StoreLocation, error: BaseException | None, direct: bool) -> None:
         """Write the run log of a store, which is no part of its content.
 
         If the run failed with *error*, a failure to write the log is ignored.

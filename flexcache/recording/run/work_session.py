@@ -10,7 +10,7 @@ from flexcache.recording.run.fingerprint import check_alike
 from flexcache.recording.run.pending_units import PendingUnits
 from flexcache.recording.run.run_stats import RunStats
 from flexcache.store.storage.disk_errors import clear_errors
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 from flexcache.store.write.backends import AnyWorker, claims_of, start_work, writer_of
 from flexcache.store.write.claims import Claiming
 from flexcache.store.write.shard_writer import WriterThread
@@ -28,7 +28,7 @@ class WorkSession:
 
     def __init__(
         self,
-        path: Place,
+        path: StoreLocation,
         fingerprint: dict[str, Any],
         heartbeat_timeout: float,
         pool: SlabPool,

@@ -10,7 +10,7 @@ import numpy as np
 from flexcache.errors import UncommittedError
 from flexcache.store.format.ledger import Ledger
 from flexcache.store.format.reference import StoreReference
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 
 
 class CommittedUnits:
@@ -22,7 +22,7 @@ class CommittedUnits:
         Called once, before the first listing; raises an error if another store is at the path.
     """
 
-    def __init__(self, path: Place, n_units: int, check: Callable[[], None] | None = None) -> None:
+    def __init__(self, path: StoreLocation, n_units: int, check: Callable[[], None] | None = None) -> None:
         self.path, self.n_units = path, n_units
         self.ledger = Ledger(path)
         self._check = check

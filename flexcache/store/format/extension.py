@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 
 STAGED = ".growing"
 """Folder of a staged extension, a store of its own until it is committed."""
@@ -12,7 +12,7 @@ COMMITTING = "placing"
 """File in that folder: it marks an extension that is complete and is being committed."""
 
 
-def staged_folder(path: Place) -> Path | None:
+def staged_folder(path: StoreLocation) -> Path | None:
     """Return the folder of the extension that is staged in the store at *path*, None if there is none."""
     if not isinstance(path, Path):  # a store on object storage is not extended in place
         return None
@@ -20,7 +20,7 @@ def staged_folder(path: Place) -> Path | None:
     return folder if (folder / "zarr.json").is_file() else None
 
 
-def committing_folder(path: Place) -> Path | None:
+def committing_folder(path: StoreLocation) -> Path | None:
     """Return the folder of the extension that is being committed, None if there is none."""
     folder = staged_folder(path)
     return folder if folder is not None and (folder / COMMITTING).exists() else None

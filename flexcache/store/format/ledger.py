@@ -15,8 +15,8 @@ import xxhash
 from flexcache.errors import DamagedError
 from flexcache.store.format.self_checksum import check_checksum, with_checksum
 from flexcache.store.storage.atomic_files import blocks, fsync_folder, write_json
-from flexcache.store.storage.location import Place
-from flexcache.store.storage.object_path import RemotePath
+from flexcache.store.storage.location import StoreLocation
+from flexcache.store.storage.object_path import ObjectPath
 from flexcache.store.storage.path_safety import MOST_JSON, check_inside
 
 _KEYS = {"schema", "unit", "rows", "batch_tokens", "fingerprint", "files"}
@@ -35,7 +35,7 @@ class FileRecord:
         return f"{self.size} bytes with XXH3-128 {self.xxh3_128}"
 
 
-def measure_file(path: Place) -> FileRecord | None:
+def measure_file(path: StoreLocation) -> FileRecord | None:
     """Return the size and checksum of a file, None if it is missing; memory is one mebibyte, or 32 on object storage.
 
     Raises
@@ -55,14 +55,16 @@ def measure_file(path: Place) -> FileRecord | None:
     return FileRecord(size, hasher.hexdigest())
 
 
-def check_file(path: Place, record: FileRecord, remedy: str | None = None) -> None:
+def check_file(path: StoreLocation, record: FileRecord, remedy: str | None = None) -> None:
     """Raise DamagedError if a file is missing or its bytes are not those of its record."""
     found = measure_file(path)
     if found != record:
         raise damaged_file(path, record, found, remedy)
 
 
-def damaged_file(path: Place, record: FileRecord, found: FileRecord | None, remedy: str | None = None) -> DamagedError:
+def damaged_file(
+    path: StoreLocation, record: FileRecord, found: FileRecord | None, remedy: str | None = None
+) -> DamagedError:
     """Return the error for a file that is missing, or whose bytes are not those of its record."""
     return DamagedError(
         "a file of the store is missing" if found is None else "a file of the store has other bytes than were written",
@@ -112,11 +114,11 @@ class Ledger:
     while others write.
     """
 
-    def __init__(self, root: Place, pass_name: str = "0") -> None:
+    def __init__(self, root: StoreLocation, pass_name: str = "0") -> None:
         self.root = root
         self.folder = root / "ledger" / pass_name
 
-    def path(self, unit: int) -> Place:
+    def path(self, unit: int) -> StoreLocation:
         """Return the path of the record of a unit, which need not exist."""
         return self.folder / f"{unit}.json"
 
@@ -178,7 +180,7 @@ class Ledger:
         return record
 
     def _names(self) -> list[str]:
-        if isinstance(self.folder, RemotePath):
+        if isinstance(self.folder, ObjectPath):
             return [path.name for path in self.folder.iterdir()]
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.folder) as entries:
             return [entry.name for entry in entries]

@@ -11,7 +11,7 @@ from flexcache.store.format.ledger import FileRecord, measure_file
 from flexcache.store.format.schema import PLAN_RECORD
 from flexcache.store.format.self_checksum import check_checksum, with_checksum
 from flexcache.store.storage.atomic_files import write_json
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.path_safety import MOST_JSON, check_inside
 
 _KEYS = ("schema", "files")
@@ -23,7 +23,7 @@ def write_plan_record(store: Path, names: Iterable[str]) -> None:
     write_json(store / PLAN_RECORD, with_checksum({"schema": 1, "files": files}))
 
 
-def read_plan_record(root: Place) -> dict[str, FileRecord]:
+def read_plan_record(root: StoreLocation) -> dict[str, FileRecord]:
     """Return the records of files by their names.
 
     Raises

@@ -11,7 +11,7 @@ import numpy as np
 from flexcache.errors import MismatchError, StoreError
 from flexcache.store.format.metadata import parse_metadata
 from flexcache.store.format.schema import read_attributes
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class StoreReference:
 
     Attributes
     ----------
-    path : Path or RemotePath
+    path : Path or ObjectPath
     stamp : tuple of int
         Inode and time of ``zarr.json`` when the reference was made. They change when another store takes its place, so
         that caches of a process and keys of Dask do not mix the two.
@@ -33,7 +33,7 @@ class StoreReference:
         Size of the store and of its units when it was opened. An extension adds rows and keeps these numbers.
     """
 
-    path: Place
+    path: StoreLocation
     stamp: tuple[int, int]
     committed: int
     created: str
@@ -77,7 +77,7 @@ class StoreReference:
 
 
 def make_reference(
-    path: Place, provenance: dict[str, Any], plan: dict[str, Any], committed: np.ndarray
+    path: StoreLocation, provenance: dict[str, Any], plan: dict[str, Any], committed: np.ndarray
 ) -> StoreReference:
     """Return a reference to an open store; *committed* is the mask of committed units, shape (units,)."""
     path, rows, shard_rows = path.absolute(), int(plan["rows"]), int(plan["shard_rows"])
@@ -91,7 +91,7 @@ def created_at(provenance: dict[str, Any]) -> str:
     return str(provenance.get("created", ""))
 
 
-def stamp(path: Place) -> tuple[int, int]:
+def stamp(path: StoreLocation) -> tuple[int, int]:
     """Return inode and modification time of a store's metadata; (0, 0) if the store was removed."""
     try:
         status = (path / "zarr.json").stat()

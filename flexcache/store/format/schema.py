@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from flexcache.errors import DamagedError, StoreError, VersionError
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.path_safety import MOST_JSON, check_inside
 
 SCHEMA = 1
@@ -22,7 +22,7 @@ RESERVED = frozenset({"ledger", "runs", "layer", "token", *COORDINATES})
 PLAN_RECORD = "ledger/plan.json"
 
 
-def read_attributes(path: Place) -> dict[str, Any]:
+def read_attributes(path: StoreLocation) -> dict[str, Any]:
     """Return the attributes of a store, from its ``zarr.json``.
 
     Raises

@@ -16,15 +16,15 @@ from flexcache.store.manage.row_copy import Progress, RowCopy
 from flexcache.store.manage.store_contents import describe_origin
 from flexcache.store.read.selection import keys, select
 from flexcache.store.read.store import Store
-from flexcache.store.storage.location import Place, place
+from flexcache.store.storage.location import StoreLocation, parse_location
 from flexcache.store.write.create import total_bytes
 
 CODECS = ("none", "zstd")
 
 
 def copy(
-    source: str | Place,
-    target: str | Place,
+    source: str | StoreLocation,
+    target: str | StoreLocation,
     *,
     sites: Sequence[str] | None = None,
     layers: Layers = "all",
@@ -73,7 +73,7 @@ def copy(
     dtype = dtype_name(dtype)
     _check_choice("dtype", dtype, tuple(DTYPES))
     _check_choice("compression", compression, CODECS)
-    origin, path = Store(source), place(target)
+    origin, path = Store(source), parse_location(target)
     check_separate(origin.path, path)
     check_not_extending(origin.path)
     chosen = [array for array in select(origin, sites, layers) if not is_scale(array.name, origin.arrays)]
@@ -95,7 +95,7 @@ def copy(
     return store
 
 
-def check_separate(source: Place, target: Place) -> None:
+def check_separate(source: StoreLocation, target: StoreLocation) -> None:
     """Refuse a target that is the source, or inside of it, or around it."""
     one, other = (f"{path.resolve()}/" for path in (source, target))
     if one.startswith(other) or other.startswith(one):

@@ -19,7 +19,7 @@ from flexcache.store.format.text import shorten, size
 from flexcache.store.manage.file_transfer import copy_verified
 from flexcache.store.manage.store_contents import differing_tables, plan_files, shared_files
 from flexcache.store.read.store import Store
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.path_safety import check_inside
 from flexcache.store.write.create import check_free_space, create_once, publish_store, total_bytes
 from flexcache.store.write.skeleton import create_arrays, write_skeleton
@@ -66,7 +66,7 @@ class DerivedStore:
         }
 
 
-def prepare_store(path: Place, derived: DerivedStore) -> Store:
+def prepare_store(path: StoreLocation, derived: DerivedStore) -> Store:
     """Create a derived store without activations at *path*, or return the one that an equal call has begun there.
 
     Raises

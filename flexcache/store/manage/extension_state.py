@@ -7,12 +7,12 @@ from flexcache.store.format.extension import committing_folder, staged_folder
 from flexcache.store.format.ledger import FileRecord, Ledger, UnitRecord
 from flexcache.store.manage.store_contents import plan_files
 from flexcache.store.read.store import Store
-from flexcache.store.storage.location import Place, place
+from flexcache.store.storage.location import StoreLocation, parse_location
 
 
-def check_not_extending(path: str | Place, staged: bool = False) -> None:
+def check_not_extending(path: str | StoreLocation, staged: bool = False) -> None:
     """Raise StoreError if an extension is being committed to a store or, with *staged*, if one is staged at all."""
-    found = place(path)
+    found = parse_location(path)
     committing = committing_folder(found) is not None
     if committing or (staged and staged_folder(found) is not None):
         raise StoreError(
@@ -23,7 +23,7 @@ def check_not_extending(path: str | Place, staged: bool = False) -> None:
         )
 
 
-def staged_records(path: Place) -> tuple[dict[str, FileRecord], dict[int, UnitRecord]]:
+def staged_records(path: StoreLocation) -> tuple[dict[str, FileRecord], dict[int, UnitRecord]]:
     """Return the records of an extension that is being committed, of files by name and of units by number."""
     folder = committing_folder(path)
     if folder is None:

@@ -24,7 +24,7 @@ from flexcache.store.manage.store_contents import plan_files
 from flexcache.store.read.store import Store
 from flexcache.store.storage.atomic_files import commit_files, fsync_folder, write_durably
 from flexcache.store.storage.disk_errors import clear_errors
-from flexcache.store.storage.location import Place, local
+from flexcache.store.storage.location import StoreLocation, local
 from flexcache.store.write.claims import Claims
 from flexcache.store.write.create import publish_store
 from flexcache.store.write.election import POLL, elect
@@ -42,7 +42,7 @@ class ExtensionTransaction:
         The store, and the staged store inside it.
     """
 
-    def __init__(self, path: str | Place) -> None:
+    def __init__(self, path: str | StoreLocation) -> None:
         self.path = local(path, "flexcache extend")
         self.folder = self.path / STAGED
 

@@ -15,11 +15,11 @@ import xxhash
 
 from flexcache.store.format.ledger import FileRecord, check_file, damaged_file, measure_file
 from flexcache.store.storage.atomic_files import blocks, commit_files
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.multipart_upload import PART_BYTES, Upload, begin_upload
-from flexcache.store.storage.object_path import RemotePath
+from flexcache.store.storage.object_path import ObjectPath
 from flexcache.store.write.backends import AnyWorker
-from flexcache.store.write.object_worker import RemoteWorker
+from flexcache.store.write.object_worker import ObjectWorker
 from flexcache.store.write.worker import Worker
 
 AT_ONCE = 8
@@ -31,7 +31,7 @@ _FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 class FileTransfer(Protocol):
     """Files of a unit on their way to a store."""
 
-    def add_file(self, source: Place, name: str, record: FileRecord) -> None:
+    def add_file(self, source: StoreLocation, name: str, record: FileRecord) -> None:
         """Transfer one file under a temporary name.
 
         Raises
@@ -49,7 +49,7 @@ class FileTransfer(Protocol):
 
 def start_transfer(worker: AnyWorker) -> FileTransfer:
     """Return a transfer of files to the store of a worker."""
-    return UploadTransfer(worker.root) if isinstance(worker, RemoteWorker) else LocalTransfer(worker)
+    return UploadTransfer(worker.root) if isinstance(worker, ObjectWorker) else LocalTransfer(worker)
 
 
 class LocalTransfer:
@@ -59,7 +59,7 @@ class LocalTransfer:
         self._worker = worker
         self._copied: dict[str, tuple[Path, FileRecord]] = {}
 
-    def add_file(self, source: Place, name: str, record: FileRecord) -> None:
+    def add_file(self, source: StoreLocation, name: str, record: FileRecord) -> None:
         """Copy one file into the folder of the worker."""
         temporary = self._worker.folder / uuid.uuid4().hex
         copy_verified(source, temporary, record)
@@ -80,12 +80,12 @@ class LocalTransfer:
 class UploadTransfer:
     """Files that are uploaded to object storage in parts, eight at a time, and completed together."""
 
-    def __init__(self, root: RemotePath) -> None:
+    def __init__(self, root: ObjectPath) -> None:
         self._root = root
         self._threads = ThreadPoolExecutor(AT_ONCE, "flexcache-upload")
         self._open: dict[str, tuple[Upload, FileRecord]] = {}
 
-    def add_file(self, source: Place, name: str, record: FileRecord) -> None:
+    def add_file(self, source: StoreLocation, name: str, record: FileRecord) -> None:
         """Upload one file; it does not appear before `commit_all`."""
         upload = begin_upload(self._root / name)
         self._open[name] = upload, record
@@ -122,7 +122,7 @@ class UploadTransfer:
         self._open.clear()
 
 
-def copy_verified(source: Place, target: Path, record: FileRecord) -> None:
+def copy_verified(source: StoreLocation, target: Path, record: FileRecord) -> None:
     """Copy a file, by reference if the file system can, and check the bytes of the copy.
 
     Raises
@@ -145,8 +145,8 @@ def copy_verified(source: Place, target: Path, record: FileRecord) -> None:
         )
 
 
-def _clone(source: Place, target: Path) -> None:
-    if isinstance(source, RemotePath):
+def _clone(source: StoreLocation, target: Path) -> None:
+    if isinstance(source, ObjectPath):
         with target.open("wb") as write:
             write.writelines(source.blocks())
         return
@@ -167,7 +167,7 @@ def _clone(source: Place, target: Path) -> None:
             shutil.copyfileobj(read, write, 1 << 20)
 
 
-def _parts(source: Place) -> Iterator[bytes]:
+def _parts(source: StoreLocation) -> Iterator[bytes]:
     """Yield the bytes of a file in pieces of the size of an upload part."""
     waiting = bytearray()
     for block in blocks(source):

@@ -19,11 +19,13 @@ from flexcache.store.manage.store_contents import describe_origin, differing_tab
 from flexcache.store.read.recorded_model import recorded_model
 from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
-from flexcache.store.storage.location import Place, place
+from flexcache.store.storage.location import StoreLocation, parse_location
 from flexcache.store.write.create import total_bytes
 
 
-def merge(sources: Sequence[str | Place], target: str | Place, progress: Progress = lambda done, total: None) -> Store:
+def merge(
+    sources: Sequence[str | StoreLocation], target: str | StoreLocation, progress: Progress = lambda done, total: None
+) -> Store:
     """Join stores that were captured from one model over the same plan; the same call goes on where one stopped.
 
     Arrays of one site with different layers become one array. A site and layer that two stores have must be the same
@@ -43,7 +45,7 @@ def merge(sources: Sequence[str | Place], target: str | Place, progress: Progres
     DamagedError
         A file of a source is not as it was written.
     """
-    stores, path = [Store(source) for source in sources], place(target)
+    stores, path = [Store(source) for source in sources], parse_location(target)
     if len(stores) < 2:
         raise ConfigError("a merge needs two stores or more", found=f"{len(stores)}")
     for store in stores:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from flexcache.errors import StoreError
 from flexcache.store.format.ledger import Ledger
 from flexcache.store.manage.verify import Finding, Verification, verify
-from flexcache.store.storage.location import Place, place
+from flexcache.store.storage.location import StoreLocation, parse_location
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Repair:
     beyond: tuple[Finding, ...]
 
 
-def repair(path: str | Place, progress: Callable[[int, int], None] = lambda files, size: None) -> Repair:
+def repair(path: str | StoreLocation, progress: Callable[[int, int], None] = lambda files, size: None) -> Repair:
     """Verify a store, and take back every unit of which a file or the record is damaged.
 
     Only ledger records of damaged units are removed. Their files are replaced when the unit is computed again, by the
@@ -48,7 +48,7 @@ def repair(path: str | Place, progress: Callable[[int, int], None] = lambda file
     """
     found = verify(path, progress)
     units = tuple(sorted({finding.unit for finding in found.findings if finding.unit is not None}))
-    ledger = Ledger(place(path))
+    ledger = Ledger(parse_location(path))
     try:
         for unit in units:
             ledger.take_back(unit)

@@ -16,8 +16,8 @@ from flexcache.store.manage.extension_state import staged_records
 from flexcache.store.manage.remove import NOTE
 from flexcache.store.read.store import Store
 from flexcache.store.storage.atomic_files import is_temporary, relative_files
-from flexcache.store.storage.location import Place
-from flexcache.store.storage.object_path import RemotePath
+from flexcache.store.storage.location import StoreLocation
+from flexcache.store.storage.object_path import ObjectPath
 from flexcache.store.storage.path_safety import check_inside
 from flexcache.store.write.claims import CLAIMS
 from flexcache.store.write.worker import PARTIAL
@@ -62,7 +62,7 @@ class Verification:
         return not self.findings
 
 
-def verify(path: str | Place, progress: Callable[[int, int], None] = lambda files, size: None) -> Verification:
+def verify(path: str | StoreLocation, progress: Callable[[int, int], None] = lambda files, size: None) -> Verification:
     """Read every file of a store and compare it with the ledger; memory is one mebibyte.
 
     Parameters
@@ -126,7 +126,7 @@ def _records(store: Store, findings: list[Finding]) -> Iterator[tuple[int | None
             findings.append(Finding(f"ledger/0/{unit}.json", unit, f"cannot be read: {error.found or error.message}"))
 
 
-def _arriving(path: Place) -> dict[str, FileRecord]:
+def _arriving(path: StoreLocation) -> dict[str, FileRecord]:
     """Return what files are to be, of an extension that is on its way to its place."""
     files, units = staged_records(path)
     return {**files, **{name: file for record in units.values() for name, file in record.files.items()}}
@@ -138,11 +138,11 @@ def _expected(store: Store, unit: int) -> Iterator[str]:
             yield shard_name(name, layer, unit)
 
 
-def _inside(root: Place, path: Place) -> bool:
-    return isinstance(path, RemotePath) or path.resolve().is_relative_to(Path(str(root)).resolve())
+def _inside(root: StoreLocation, path: StoreLocation) -> bool:
+    return isinstance(path, ObjectPath) or path.resolve().is_relative_to(Path(str(root)).resolve())
 
 
-def _problem(root: Place, name: str, record: FileRecord) -> str | None:
+def _problem(root: StoreLocation, name: str, record: FileRecord) -> str | None:
     path = root / name
     if ".." in Path(name).parts or Path(name).is_absolute() or not _inside(root, path):
         return "leads out of the store"

@@ -13,7 +13,7 @@ from xarray.core import indexing
 
 from flexcache.errors import DamagedError, StoreError, UnreachableError
 from flexcache.store.format.reference import StoreReference
-from flexcache.store.storage.location import Place, zarr_source
+from flexcache.store.storage.location import StoreLocation, zarr_source
 from flexcache.store.storage.path_safety import check_tree_inside
 
 DENSE = 4
@@ -105,7 +105,7 @@ def coordinate_variable(reference: StoreReference, name: str, dtype: np.dtype) -
     return xr.Variable(("token",), indexing.LazilyIndexedArray(array))
 
 
-def unreadable(kind: str, path: Place, error: Exception) -> StoreError:
+def unreadable(kind: str, path: StoreLocation, error: Exception) -> StoreError:
     """Return the error for a table or coordinate of a store that its reader refused."""
     if isinstance(error, UnreachableError):
         return error

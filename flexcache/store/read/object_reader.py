@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from flexcache.store.read.shard_reader import RowReader, convert
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.object_path import PIECE_BYTES, PIECES, Span
 
 GAP_BYTES = 128 << 10
@@ -98,6 +98,6 @@ def _batches(runs: Iterator[tuple[int, int]], rows: np.ndarray, width: int) -> I
         yield group
 
 
-def reader_class(root: Place) -> type[RowReader]:
+def reader_class(root: StoreLocation) -> type[RowReader]:
     """Return what reads rows there."""
     return RowReader if isinstance(root, Path) else RangeReader

@@ -13,23 +13,23 @@ from flexcache.store.format.extension import committing_folder
 from flexcache.store.format.schema import read_attributes
 from flexcache.store.format.table_validation import check_lines
 from flexcache.store.read.coordinates import unreadable
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.path_safety import check_inside
 
 
-def open_table(path: Place) -> pq.ParquetFile:
+def open_table(path: StoreLocation) -> pq.ParquetFile:
     """Open a Parquet file; on object storage, reading a row group takes a few requests."""
     check_inside(path.parent, path)
     return pq.ParquetFile(path if isinstance(path, Path) else path.open())
 
 
-def read_table(path: Place, columns: list[str] | None = None) -> pa.Table:
+def read_table(path: StoreLocation, columns: list[str] | None = None) -> pa.Table:
     """Read a Parquet file, or some of its columns."""
     check_inside(path.parent, path)
     return pq.read_table(path if isinstance(path, Path) else path.open(), columns=columns)
 
 
-def read_first_lines(path: Place, count: int) -> pa.Table:
+def read_first_lines(path: StoreLocation, count: int) -> pa.Table:
     """Return the first *count* lines of a Parquet file without reading the others.
 
     Raises
@@ -45,7 +45,7 @@ def read_first_lines(path: Place, count: int) -> pa.Table:
         raise unreadable("table", path, error) from error
 
 
-def read_store_table(root: Place, name: str, n_rows: int, columns: list[str] | None = None) -> pa.Table:
+def read_store_table(root: StoreLocation, name: str, n_rows: int, columns: list[str] | None = None) -> pa.Table:
     """Return the lines of a table of a store that belong to its first *n_rows* rows.
 
     Raises
@@ -61,7 +61,7 @@ def read_store_table(root: Place, name: str, n_rows: int, columns: list[str] | N
         raise unreadable("table", root / name, error) from error
 
 
-def _check_length(root: Place, name: str, n_rows: int) -> None:
+def _check_length(root: StoreLocation, name: str, n_rows: int) -> None:
     """Raise ValueError, before a table is read, if it has more lines than the store has rows."""
     if not isinstance(root, Path):
         return

@@ -13,10 +13,10 @@ from flexcache.patches import Patches
 from flexcache.store.format.schema import SEQUENCES
 from flexcache.store.read.coordinates import unreadable
 from flexcache.store.read.parquet import open_table
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 
 
-def read_patches(provenance: Mapping[str, Any], where: Place) -> Patches:
+def read_patches(provenance: Mapping[str, Any], where: StoreLocation) -> Patches:
     """Return the layout of the tokens of an image.
 
     Raises
@@ -35,7 +35,7 @@ def read_patches(provenance: Mapping[str, Any], where: Place) -> Patches:
         ) from error
 
 
-def read_image(path: Place, row: int) -> bytes:
+def read_image(path: StoreLocation, row: int) -> bytes:
     """Return the encoded image that a row belongs to; reads one row group of the sequences.
 
     Raises

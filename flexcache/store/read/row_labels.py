@@ -12,7 +12,7 @@ from flexcache.errors import StoreError, nearest
 from flexcache.plan import ranges
 from flexcache.sequences.labels import SEQUENCE_COLUMNS
 from flexcache.store.format.schema import CONTEXT
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 
 
 def label_names(tokens: pa.Table, spec: Mapping[str, Any]) -> tuple[str, ...]:
@@ -21,7 +21,7 @@ def label_names(tokens: pa.Table, spec: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for name in tokens.column_names if name not in own)
 
 
-def row_labels(tokens: pa.Table, spec: Mapping[str, Any], name: str, where: Place) -> pa.Array:
+def row_labels(tokens: pa.Table, spec: Mapping[str, Any], name: str, where: StoreLocation) -> pa.Array:
     """Return the label of the token of each row.
 
     Parameters

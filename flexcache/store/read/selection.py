@@ -16,7 +16,7 @@ from flexcache.site import Layers, plain_layers, resolve_layers
 from flexcache.spec import ArraySpec
 from flexcache.store.format.int8 import scale_name
 from flexcache.store.read.store_view import StoreView
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 
 ArrayKey = tuple[str, int | None]
 """Name of an array, and a layer of it; None for an array without layers."""
@@ -49,7 +49,7 @@ def keys(arrays: Sequence[ArraySpec]) -> list[ArrayKey]:
     return [(array.name, layer) for array in arrays for layer in array.slices]
 
 
-def layer_number(array: ArraySpec, layer: int | None, where: Place) -> int | None:
+def layer_number(array: ArraySpec, layer: int | None, where: StoreLocation) -> int | None:
     """Return a captured layer as a number from 0; None for an array without layers.
 
     Raises
@@ -76,7 +76,7 @@ def layer_number(array: ArraySpec, layer: int | None, where: Place) -> int | Non
     return number
 
 
-def row_numbers(rows: Any, n_rows: int, where: Place) -> np.ndarray:
+def row_numbers(rows: Any, n_rows: int, where: StoreLocation) -> np.ndarray:
     """Return rows, given by number or as a mask of shape (n_rows,), as numbers from 0.
 
     Raises
@@ -109,7 +109,7 @@ def row_numbers(rows: Any, n_rows: int, where: Place) -> np.ndarray:
     return np.where(numbers < 0, numbers + n_rows, numbers)
 
 
-def document_numbers(document: Any, documents: pa.Table, where: Place) -> np.ndarray:
+def document_numbers(document: Any, documents: pa.Table, where: StoreLocation) -> np.ndarray:
     """Return documents, given by id or number, as indices into the table of documents; None selects all.
 
     Raises

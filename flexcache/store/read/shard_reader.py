@@ -17,7 +17,7 @@ from flexcache.spec import DTYPES, ArraySpec
 from flexcache.store.format.committed_units import CommittedUnits, shared_units
 from flexcache.store.format.reference import StoreReference
 from flexcache.store.format.shard import ShardLayout, shard_name
-from flexcache.store.storage.location import Place, zarr_source
+from flexcache.store.storage.location import StoreLocation, zarr_source
 from flexcache.store.storage.path_safety import MOST_JSON, check_inside
 
 OPEN_SHARDS = 256
@@ -60,7 +60,7 @@ class RowReader:
         self._bits = np.dtype(f"<u{self.dtype.itemsize}")
         self._units = units
         self._scales = scales
-        self._maps: OrderedDict[Place, np.ndarray] = OrderedDict()
+        self._maps: OrderedDict[StoreLocation, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
         self._local = threading.local()
 
@@ -102,7 +102,7 @@ class RowReader:
             )
         return found
 
-    def path(self, layer: int | None, shard: int) -> Place:
+    def path(self, layer: int | None, shard: int) -> StoreLocation:
         """Return where a shard file is."""
         return self.root / shard_name(self.array.name, layer, shard)
 
@@ -217,7 +217,7 @@ class RowReader:
                 self._maps.popitem(last=False)
         return rows
 
-    def _check_size(self, path: Place, shard: int) -> None:
+    def _check_size(self, path: StoreLocation, shard: int) -> None:
         check_inside(self.root, path)
         expected = self.layout.file_bytes(shard)
         try:
@@ -245,7 +245,7 @@ def shared_reader(
     return reader
 
 
-def _read_into(handle: int, target: np.ndarray, offset: int, path: Place) -> None:
+def _read_into(handle: int, target: np.ndarray, offset: int, path: StoreLocation) -> None:
     view = target.data.cast("B")
     while len(view):
         count = os.preadv(handle, [view], offset)

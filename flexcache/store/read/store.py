@@ -32,7 +32,7 @@ from flexcache.store.read.row_labels import label_names, row_labels
 from flexcache.store.read.selection import document_numbers, layer_number, row_numbers, select_positions
 from flexcache.store.read.shard_reader import RowReader
 from flexcache.store.read.xarray_arrays import data_array
-from flexcache.store.storage.location import Place, place
+from flexcache.store.storage.location import StoreLocation, parse_location
 
 
 class Store(Mapping[str, xr.DataArray]):
@@ -61,13 +61,13 @@ class Store(Mapping[str, xr.DataArray]):
         There is no store at *path*. VersionError if a newer version wrote it, DamagedError if its metadata is damaged.
     """
 
-    def __init__(self, path: str | os.PathLike | Place) -> None:
-        found = place(path)
+    def __init__(self, path: str | os.PathLike | StoreLocation) -> None:
+        found = parse_location(path)
         metadata = parse_metadata(read_attributes(found), str(found / "zarr.json"))
         self._open(found, metadata, CommittedUnits(found, int(metadata.plan["units"])))
         self.refresh()
 
-    def _open(self, path: Place, metadata: StoreMetadata, units: CommittedUnits) -> None:
+    def _open(self, path: StoreLocation, metadata: StoreMetadata, units: CommittedUnits) -> None:
         self.path, self._units = path, units
         self.arrays, self.spec = metadata.arrays, metadata.spec
         self.plan, self.provenance = metadata.plan, metadata.provenance

@@ -9,14 +9,14 @@ import numpy as np
 import pyarrow as pa
 
 from flexcache.spec import ArraySpec
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 
 
 class StoreView(Protocol):
     """An open store, see `flexcache.Store`."""
 
     @property
-    def path(self) -> Place:
+    def path(self) -> StoreLocation:
         """Location of the store."""
 
     @property

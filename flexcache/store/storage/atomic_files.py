@@ -12,15 +12,15 @@ from typing import Any
 
 import xxhash
 
-from flexcache.store.storage.location import Place
-from flexcache.store.storage.object_path import RemotePath
+from flexcache.store.storage.location import StoreLocation
+from flexcache.store.storage.object_path import ObjectPath
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
-def fsync_folder(folder: Place) -> None:
+def fsync_folder(folder: StoreLocation) -> None:
     """Flush a folder's entries, so that a rename or a new file in it outlives a power failure."""
-    if isinstance(folder, RemotePath):  # what was put there outlives it already
+    if isinstance(folder, ObjectPath):  # what was put there outlives it already
         return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -29,9 +29,9 @@ def fsync_folder(folder: Place) -> None:
         os.close(handle)
 
 
-def write_durably(path: Place, content: bytes) -> None:
+def write_durably(path: StoreLocation, content: bytes) -> None:
     """Write a file so that readers see the old content or the new, never a part, also after a power failure."""
-    if isinstance(path, RemotePath):
+    if isinstance(path, ObjectPath):
         path.write_bytes(content)
         return
     temporary = temporary_name(path)
@@ -70,7 +70,7 @@ def temporaries(root: Path) -> list[Path]:
     ]
 
 
-def write_json(path: Place, value: Any) -> None:
+def write_json(path: StoreLocation, value: Any) -> None:
     """Write a value as JSON, durably; equal values give equal bytes."""
     write_durably(path, json_bytes(value))
 
@@ -80,7 +80,7 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def digest(path: Place) -> str:
+def digest(path: StoreLocation) -> str:
     """Return the XXH3-128 of a file's bytes as 32 hex digits; memory is one mebibyte, or 32 on object storage."""
     hasher = xxhash.xxh3_128()
     for block in blocks(path):
@@ -88,9 +88,9 @@ def digest(path: Place) -> str:
     return hasher.hexdigest()
 
 
-def blocks(path: Place, size: int = 1 << 20) -> Iterator[memoryview]:
+def blocks(path: StoreLocation, size: int = 1 << 20) -> Iterator[memoryview]:
     """Yield the bytes of a file in order; a block is valid until the next one is asked for."""
-    if isinstance(path, RemotePath):
+    if isinstance(path, ObjectPath):
         yield from (memoryview(block) for block in path.blocks())
         return
     buffer = bytearray(size)
@@ -126,17 +126,17 @@ def fsync_tree(root: Path) -> None:
         fsync_folder(Path(folder))
 
 
-def file_sizes(root: Place) -> dict[str, int]:
+def file_sizes(root: StoreLocation) -> dict[str, int]:
     """Return the bytes of every file below *root*, by relative POSIX path."""
-    if isinstance(root, RemotePath):
+    if isinstance(root, ObjectPath):
         return root.sizes()
     return {name: (root / name).stat().st_size for name in relative_files(root)}
 
 
-def relative_files(root: Place, skip: Iterable[str] = ()) -> list[str]:
+def relative_files(root: StoreLocation, skip: Iterable[str] = ()) -> list[str]:
     """Return the files below *root* as sorted relative POSIX paths, without the top-level names in *skip*."""
     left_out = set(skip)
-    if isinstance(root, RemotePath):
+    if isinstance(root, ObjectPath):
         return sorted(name for name in root.sizes() if name.partition("/")[0] not in left_out)
     found = []
     for folder, folders, names in os.walk(root):

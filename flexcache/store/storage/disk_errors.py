@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from flexcache.errors import CaptureError, FlexCacheError
-from flexcache.store.storage.location import Place
-from flexcache.store.storage.object_path import RemotePath
+from flexcache.store.storage.location import StoreLocation
+from flexcache.store.storage.object_path import ObjectPath
 from flexcache.store.storage.retry import unreachable
 
 
 @contextmanager
-def clear_errors(root: Place) -> Iterator[None]:
+def clear_errors(root: StoreLocation) -> Iterator[None]:
     """Turn errors of the operating system into that which a user sees."""
     try:
         yield
@@ -22,9 +22,9 @@ def clear_errors(root: Place) -> Iterator[None]:
         raise disk_error(error, root) from error
 
 
-def disk_error(error: OSError, root: Place) -> FlexCacheError:
+def disk_error(error: OSError, root: StoreLocation) -> FlexCacheError:
     """Return the error that a user sees for one of the operating system's, or of object storage."""
-    if isinstance(root, RemotePath):
+    if isinstance(root, ObjectPath):
         return unreachable(str(root), error)
     root = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)

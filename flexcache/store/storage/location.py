@@ -7,15 +7,15 @@ from typing import Any
 
 from flexcache.errors import StoreError
 from flexcache.paths import FILE_URLS, local_path
-from flexcache.store.storage.object_path import RemotePath
+from flexcache.store.storage.object_path import ObjectPath
 from flexcache.store.storage.object_zarr import ObjectStore
 
-Place = Path | RemotePath
+StoreLocation = Path | ObjectPath
 
 COPY = "copy the store to a disk with flexcache copy, do it there, and copy the result back"
 
 
-def place(path: Any) -> Place:
+def parse_location(path: Any) -> StoreLocation:
     """Return a path, URL or opened store as its place; folders are absolute, see `flexcache.paths.local_path`.
 
     Raises
@@ -23,20 +23,20 @@ def place(path: Any) -> Place:
     ConfigError
         It is no path, no file can have that name, or nothing that is installed can open this kind of URL.
 
-    >>> place("file:///data/run.zarr/")
+    >>> parse_location("file:///data/run.zarr/")
     PosixPath('/data/run.zarr')
     """
     opened = getattr(path, "path", None)  # of a Store
-    if isinstance(opened, Path | RemotePath):
+    if isinstance(opened, Path | ObjectPath):
         return opened
-    if isinstance(path, RemotePath):
+    if isinstance(path, ObjectPath):
         return path
     if isinstance(path, str) and path.partition("://")[1] and path.partition("://")[0] not in FILE_URLS:
-        return RemotePath(path)
+        return ObjectPath(path)
     return local_path(path)
 
 
-def beyond_links(path: Place) -> Place:
+def beyond_links(path: StoreLocation) -> StoreLocation:
     """Return where a new store is made: the target, if the path is a link, to an empty folder or to nothing yet."""
     return path.resolve() if isinstance(path, Path) and path.is_symlink() else path
 
@@ -49,7 +49,7 @@ def local(path: Any, what: str, remedy: str = COPY) -> Path:
     StoreError
         It is on object storage.
     """
-    found = place(path)
+    found = parse_location(path)
     if isinstance(found, Path):
         return found
     raise StoreError(
@@ -59,6 +59,6 @@ def local(path: Any, what: str, remedy: str = COPY) -> Path:
     )
 
 
-def zarr_source(path: Place) -> Any:
+def zarr_source(path: StoreLocation) -> Any:
     """Return a place as zarr-python takes it."""
     return path if isinstance(path, Path) else ObjectStore(path)

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from typing import Any, Protocol
 
-from flexcache.store.storage.object_path import RemotePath
+from flexcache.store.storage.object_path import ObjectPath
 from flexcache.store.storage.retry import attempt, unreachable
 
 PART_BYTES = 5 << 20
@@ -34,7 +34,7 @@ class Upload(Protocol):
         """Give the parts up; errors are not told."""
 
 
-def begin_upload(path: RemotePath) -> Upload:
+def begin_upload(path: ObjectPath) -> Upload:
     """Return the upload of an object: in independent parts on S3, as a file of fsspec's elsewhere."""
     return MultipartUpload(path) if hasattr(path.fs, "call_s3") else FileUpload(path)
 
@@ -44,7 +44,7 @@ class MultipartUpload:
 
     ordered = False
 
-    def __init__(self, path: RemotePath) -> None:
+    def __init__(self, path: ObjectPath) -> None:
         self.path = path
         bucket, _, key = path.key.partition("/")
         self._place = {"Bucket": bucket, "Key": key}
@@ -106,7 +106,7 @@ class FileUpload:
 
     ordered = True
 
-    def __init__(self, path: RemotePath) -> None:
+    def __init__(self, path: ObjectPath) -> None:
         self.path = path
         self._file: Any = None
 
@@ -143,7 +143,7 @@ class FileUpload:
 
 
 @contextlib.contextmanager
-def told(path: RemotePath) -> Any:
+def told(path: ObjectPath) -> Any:
     """Turn a driver's errors into that which a user sees."""
     try:
         yield
@@ -151,7 +151,7 @@ def told(path: RemotePath) -> Any:
         raise unreachable(path.url, error) from error
 
 
-def abort_uploads(root: RemotePath) -> int:
+def abort_uploads(root: ObjectPath) -> int:
     """Abort every multipart upload below a place, and return how many there were; elsewhere than on S3, none."""
     if not hasattr(root.fs, "call_s3"):
         return 0

@@ -45,7 +45,7 @@ class Status:
     st_mtime_ns: int
 
 
-class RemotePath:
+class ObjectPath:
     """One object, or all that begin with its name and a slash, at a URL such as ``s3://bucket/run.zarr``.
 
     There are no folders: `mkdir` does nothing, and a name exists while an object has it or begins with it. Requests
@@ -98,44 +98,44 @@ class RemotePath:
         return Path(self.name).suffix
 
     @property
-    def parent(self) -> RemotePath:
+    def parent(self) -> ObjectPath:
         """What comes before the last slash."""
         kind, _, rest = self.url.partition("://")
-        return RemotePath(f"{kind}://{rest.rpartition('/')[0]}")
+        return ObjectPath(f"{kind}://{rest.rpartition('/')[0]}")
 
-    def with_name(self, name: str) -> RemotePath:
+    def with_name(self, name: str) -> ObjectPath:
         """Return another name at the same place."""
         return self.parent / name
 
-    def absolute(self) -> RemotePath:
+    def absolute(self) -> ObjectPath:
         """Return itself: a URL is absolute."""
         return self
 
-    def resolve(self) -> RemotePath:
+    def resolve(self) -> ObjectPath:
         """Return itself: there are no links."""
         return self
 
-    def is_relative_to(self, other: RemotePath) -> bool:
+    def is_relative_to(self, other: ObjectPath) -> bool:
         """Whether it lies below another place."""
         return f"{self.url}/".startswith(f"{other.url}/")
 
-    def __truediv__(self, name: object) -> RemotePath:
-        return RemotePath(f"{self.url}{'' if self.url.endswith('://') else '/'}{name}")
+    def __truediv__(self, name: object) -> ObjectPath:
+        return ObjectPath(f"{self.url}{'' if self.url.endswith('://') else '/'}{name}")
 
     def __str__(self) -> str:
         return self.url
 
     def __repr__(self) -> str:
-        return f"RemotePath({self.url!r})"
+        return f"ObjectPath({self.url!r})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, RemotePath) and other.url == self.url
+        return isinstance(other, ObjectPath) and other.url == self.url
 
     def __hash__(self) -> int:
         return hash(self.url)
 
-    def __reduce__(self) -> tuple[type[RemotePath], tuple[str]]:
-        return RemotePath, (self.url,)
+    def __reduce__(self) -> tuple[type[ObjectPath], tuple[str]]:
+        return ObjectPath, (self.url,)
 
     # What is there
 
@@ -169,14 +169,14 @@ class RemotePath:
         """Whether there are objects below it."""
         return any(True for _ in self.iterdir())
 
-    def iterdir(self) -> Iterator[RemotePath]:
+    def iterdir(self) -> Iterator[ObjectPath]:
         """Yield what is directly below it, in no order."""
         for entry in self._listed(lambda: self.fs.ls(self.key, detail=False)):
             name = entry.rstrip("/").rpartition("/")[2]
             if entry.strip("/") != self.key.strip("/"):
                 yield self / name
 
-    def glob(self, pattern: str) -> Iterator[RemotePath]:
+    def glob(self, pattern: str) -> Iterator[ObjectPath]:
         """Yield what is directly below it, with a name that matches."""
         return (path for path in self.iterdir() if fnmatchcase(path.name, pattern))
 
@@ -295,7 +295,7 @@ class RemotePath:
 class _Object(io.RawIOBase):
     """An object as a raw file; a read is a request."""
 
-    def __init__(self, path: RemotePath) -> None:
+    def __init__(self, path: ObjectPath) -> None:
         self._remote, self._size, self._at = path, path.stat().st_size, 0
 
     def readable(self) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 
-from flexcache.store.storage.object_path import RemotePath
+from flexcache.store.storage.object_path import ObjectPath
 
 
 class ObjectStore(Store):
@@ -18,7 +18,7 @@ class ObjectStore(Store):
     supports_deletes = False
     supports_listing = True
 
-    def __init__(self, root: RemotePath) -> None:
+    def __init__(self, root: ObjectPath) -> None:
         super().__init__(read_only=True)
         self.root = root
 

@@ -7,13 +7,13 @@ import stat
 from pathlib import Path
 
 from flexcache.errors import DamagedError
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 
 MOST_JSON = 64 << 20
 """Bytes of the largest file of metadata or records that is read."""
 
 
-def check_inside(root: Place, path: Place, most: int | None = None) -> None:
+def check_inside(root: StoreLocation, path: StoreLocation, most: int | None = None) -> None:
     """Refuse a file that leads out of its store, or is none, or has more than *most* bytes; a missing one is none.
 
     Raises
@@ -33,7 +33,7 @@ def check_inside(root: Place, path: Place, most: int | None = None) -> None:
     _check_link(root, path)
 
 
-def check_tree_inside(root: Place, folder: Place) -> None:
+def check_tree_inside(root: StoreLocation, folder: StoreLocation) -> None:
     """Refuse a folder of a store if it, or anything in it, leads out of the store or is neither a folder nor a file.
 
     Raises

@@ -4,38 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.multipart_upload import PART_BYTES
-from flexcache.store.storage.object_path import RemotePath
+from flexcache.store.storage.object_path import ObjectPath
 from flexcache.store.write.claims import Claiming, Claims
-from flexcache.store.write.object_worker import RemoteClaims, RemoteWorker
-from flexcache.store.write.object_writer import RemoteWriter
+from flexcache.store.write.object_worker import ObjectClaims, ObjectWorker
+from flexcache.store.write.object_writer import ObjectWriter
 from flexcache.store.write.shard_writer import Writer, WriterThread
 from flexcache.store.write.slabs import SlabPool, size_slabs
 from flexcache.store.write.worker import HEARTBEAT_TIMEOUT, Worker
 
-AnyWorker = Worker | RemoteWorker
+AnyWorker = Worker | ObjectWorker
 
 
 def start_work(
-    root: Place, conditions: dict[str, Any] | None = None, heartbeat_timeout: float = HEARTBEAT_TIMEOUT
+    root: StoreLocation, conditions: dict[str, Any] | None = None, heartbeat_timeout: float = HEARTBEAT_TIMEOUT
 ) -> AnyWorker:
     """Start this process as a worker on the store at *root*."""
-    kind = RemoteWorker if isinstance(root, RemotePath) else Worker
+    kind = ObjectWorker if isinstance(root, ObjectPath) else Worker
     return kind(root, conditions, heartbeat_timeout)  # type: ignore[arg-type]
 
 
 def claims_of(worker: AnyWorker) -> Claiming:
     """Return the claims of a worker, at first none."""
-    return RemoteClaims(worker) if isinstance(worker, RemoteWorker) else Claims(worker)
+    return ObjectClaims(worker) if isinstance(worker, ObjectWorker) else Claims(worker)
 
 
 def writer_of(worker: AnyWorker, pool: SlabPool) -> WriterThread:
     """Start the writer of a worker."""
-    return RemoteWriter(worker, pool) if isinstance(worker, RemoteWorker) else Writer(worker, pool)
+    return ObjectWriter(worker, pool) if isinstance(worker, ObjectWorker) else Writer(worker, pool)
 
 
-def slabs_for(root: Place, files: int, buffer_bytes: int, largest: int, chunk: int | None) -> tuple[int, int]:
+def slabs_for(root: StoreLocation, files: int, buffer_bytes: int, largest: int, chunk: int | None) -> tuple[int, int]:
     """Return the bytes of a slab and their number, see `flexcache.store.write.slabs.size_slabs`.
 
     On object storage a slab is a part of an upload.
@@ -54,7 +54,7 @@ def slabs_for(root: Place, files: int, buffer_bytes: int, largest: int, chunk: i
     CaptureError
         The buffer is too small.
     """
-    if not isinstance(root, RemotePath):
+    if not isinstance(root, ObjectPath):
         return size_slabs(files, buffer_bytes, largest=largest, exact=chunk)
     if chunk is None:
         return size_slabs(files, buffer_bytes, exact=min(PART_BYTES, largest))

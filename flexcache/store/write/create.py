@@ -21,9 +21,9 @@ from flexcache.store.format.schema import ATTRIBUTE, COORDINATES, DOCUMENTS, PLA
 from flexcache.store.format.shard import ShardLayout
 from flexcache.store.storage.atomic_files import fsync_folder, fsync_tree, relative_files
 from flexcache.store.storage.disk_errors import clear_errors
-from flexcache.store.storage.location import Place, beyond_links
+from flexcache.store.storage.location import StoreLocation, beyond_links
 from flexcache.store.storage.multipart_upload import PART_BYTES, begin_upload
-from flexcache.store.storage.object_path import RemotePath
+from flexcache.store.storage.object_path import ObjectPath
 from flexcache.store.write.backends import claims_of, start_work
 from flexcache.store.write.election import elect
 from flexcache.store.write.skeleton import create_arrays, create_coordinate, write_skeleton
@@ -37,7 +37,7 @@ OTHER_ENTRIES = (DOCUMENTS, SEQUENCES, "README.md", "ledger")
 """Entries of a new store in addition to its arrays and coordinates."""
 
 
-def check_target(path: Place) -> None:
+def check_target(path: StoreLocation) -> None:
     """Raise StoreError if there is no store at *path* and none can be created.
 
     Raises
@@ -48,14 +48,14 @@ def check_target(path: Place) -> None:
     if (path / "zarr.json").exists():
         return
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
-    if isinstance(path, RemotePath):
+    if isinstance(path, ObjectPath):
         taken = taken and not _is_incomplete(path)
     if taken and not (path / "zarr.json").exists():  # another process may have created it meanwhile
         raise StoreError(
             f"{path} exists and is not a store",
             remedy="choose another path, or remove it if it is not needed",
         )
-    if isinstance(path, RemotePath) or taken:
+    if isinstance(path, ObjectPath) or taken:
         return
     path = path.resolve()
     planned = _planning(path)
@@ -79,19 +79,19 @@ def check_target(path: Place) -> None:
         ) from None
 
 
-def _planning(path: Place) -> Place:
+def _planning(path: StoreLocation) -> StoreLocation:
     """Return the folder next to *path* in which its store is prepared."""
     return path.with_name(f".{path.name}.planning")
 
 
-def _is_incomplete(path: RemotePath) -> bool:
+def _is_incomplete(path: ObjectPath) -> bool:
     """Return True if the objects at *path* were uploaded by a process that ended before the store was visible."""
     return all(
         name.split("/")[0] in {*COORDINATES, *OTHER_ENTRIES} or name.endswith("/zarr.json") for name in path.sizes()
     )
 
 
-def create_once(path: Place, make: Callable[[Path], T], on_wait: Callable[[], None] = lambda: None) -> T | None:
+def create_once(path: StoreLocation, make: Callable[[Path], T], on_wait: Callable[[], None] = lambda: None) -> T | None:
     """Run *make* in one of the processes that ask for a store at *path*, and return its result.
 
     The others wait, and one of them takes over if the process ends early.
@@ -145,9 +145,9 @@ def total_bytes(arrays: list[ArraySpec], n_rows: int, shard_rows: int) -> int:
     return total
 
 
-def check_free_space(path: Place, needed: int) -> None:
+def check_free_space(path: StoreLocation, needed: int) -> None:
     """Raise PlanError if fewer than *needed* bytes are free on the disk of *path*."""
-    if isinstance(path, RemotePath):
+    if isinstance(path, ObjectPath):
         return
     place = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
     free = shutil.disk_usage(place).free
@@ -162,7 +162,7 @@ def check_free_space(path: Place, needed: int) -> None:
 
 
 def create(
-    path: Place,
+    path: StoreLocation,
     folder: Path,
     plan: Plan,
     corpus: TokenizedCorpus,
@@ -203,9 +203,9 @@ def create(
     publish_store(store, path)
 
 
-def publish_store(store: Path, path: Place) -> None:
+def publish_store(store: Path, path: StoreLocation) -> None:
     """Make a store that was written to a folder visible at *path* in one step: a rename, or the upload of zarr.json."""
-    if isinstance(path, RemotePath):
+    if isinstance(path, ObjectPath):
         _send(store, path)
         return
     fsync_tree(store)
@@ -218,7 +218,7 @@ def publish_store(store: Path, path: Place) -> None:
     fsync_folder(path.parent)
 
 
-def _send(store: Path, path: RemotePath) -> None:
+def _send(store: Path, path: ObjectPath) -> None:
     if (path / "zarr.json").exists():  # another process, which considered this one gone, was faster
         return
     last = (PLAN_RECORD, "zarr.json")

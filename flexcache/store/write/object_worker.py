@@ -17,12 +17,12 @@ from typing import Any
 from flexcache.errors import UnreachableError
 from flexcache.store.storage.atomic_files import json_bytes
 from flexcache.store.storage.multipart_upload import abort_uploads
-from flexcache.store.storage.object_path import RemotePath
+from flexcache.store.storage.object_path import ObjectPath
 from flexcache.store.write.claims import Claiming
 from flexcache.store.write.worker import ALIVE, BEATS, HEARTBEAT_TIMEOUT, PARTIAL, ended, identity
 
 
-class RemoteWorker:
+class ObjectWorker:
     """This process at work on a store, as `Worker`, with an object that it keeps rewriting.
 
     Clocks are not compared: a worker is gone when its object is gone, when its object has not changed for
@@ -32,12 +32,12 @@ class RemoteWorker:
     ----------
     folder : Path
         Of this process alone, on its own disk, for files in progress; it is made when first asked for.
-    alive : RemotePath
+    alive : ObjectPath
         The object, ``<root>/.partial/<id>/alive``.
     """
 
     def __init__(
-        self, root: RemotePath, conditions: dict[str, Any] | None = None, heartbeat_timeout: float = HEARTBEAT_TIMEOUT
+        self, root: ObjectPath, conditions: dict[str, Any] | None = None, heartbeat_timeout: float = HEARTBEAT_TIMEOUT
     ) -> None:
         self.root = root
         self.conditions = conditions or {}
@@ -77,7 +77,7 @@ class RemoteWorker:
         """Return what a claim of this worker says of it."""
         return json_bytes({**identity(os.getpid()), "id": self.id, "conditions": self.conditions})
 
-    def gone(self, path: RemotePath) -> bool:
+    def gone(self, path: ObjectPath) -> bool:
         """Whether the worker has ended that wrote this claim or `alive` object; one that is missing tells nothing."""
         try:
             content = path.read_bytes()
@@ -116,7 +116,7 @@ class RemoteWorker:
                     self._write()
 
 
-class RemoteClaims(Claiming):
+class ObjectClaims(Claiming):
     """Claims of a store on object storage; each is an object.
 
     Where the storage cannot let one of many create an object, two workers may compute the same unit. They commit the
@@ -124,16 +124,16 @@ class RemoteClaims(Claiming):
     """
 
     refused = UnreachableError
-    worker: RemoteWorker
-    folder: RemotePath
+    worker: ObjectWorker
+    folder: ObjectPath
 
     def _names(self) -> Iterator[str]:
         return (path.name for path in self.folder.iterdir())
 
-    def _create(self, path: RemotePath) -> bool:
+    def _create(self, path: ObjectPath) -> bool:
         return path.create(self.worker.tells())
 
-    def _remove(self, path: RemotePath) -> None:
+    def _remove(self, path: ObjectPath) -> None:
         path.unlink(missing_ok=True)
 
     def _tidy(self, finished: bool) -> None:

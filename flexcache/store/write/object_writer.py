@@ -8,8 +8,8 @@ from typing import Any
 
 from flexcache.store.format.shard import index_bytes
 from flexcache.store.storage.multipart_upload import PART_BYTES, Upload, begin_upload
-from flexcache.store.storage.object_path import RemotePath
-from flexcache.store.write.object_worker import RemoteWorker
+from flexcache.store.storage.object_path import ObjectPath
+from flexcache.store.write.object_worker import ObjectWorker
 from flexcache.store.write.shard_file import ShardFile
 from flexcache.store.write.shard_writer import WriterThread, checked
 from flexcache.store.write.slabs import Slab, SlabPool
@@ -18,7 +18,7 @@ LANES = 8
 """Parts on their way at once, each with its slab."""
 
 
-class RemoteWriter(WriterThread):
+class ObjectWriter(WriterThread):
     """One thread that checks and hashes slabs in the order in which they were filled, and eight that send them.
 
     A slab goes back to the pool when it has arrived, so the pool bounds the memory. What was compressed waits for as
@@ -27,8 +27,8 @@ class RemoteWriter(WriterThread):
 
     direct = False
 
-    def __init__(self, worker: RemoteWorker, pool: SlabPool) -> None:
-        self.root: RemotePath = worker.root
+    def __init__(self, worker: ObjectWorker, pool: SlabPool) -> None:
+        self.root: ObjectPath = worker.root
         self.folder = worker.folder
         self._lanes = [ThreadPoolExecutor(1, f"flexcache-upload-{number}") for number in range(LANES)]
         self._next = 0

@@ -23,7 +23,7 @@ from flexcache.store.format.ledger import FileRecord
 from flexcache.store.format.shard import index_bytes
 from flexcache.store.storage.atomic_files import commit_files
 from flexcache.store.storage.disk_errors import disk_error
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 from flexcache.store.write.shard_file import ShardFile, check_finite
 from flexcache.store.write.slabs import PAGE, Slab, SlabPool
 from flexcache.store.write.worker import Worker
@@ -44,7 +44,7 @@ class WriterThread(ABC):
         True if files bypass the page cache (O_DIRECT), which takes 3–4 times less CPU time.
     """
 
-    root: Place
+    root: StoreLocation
     folder: Path
     direct: bool
 

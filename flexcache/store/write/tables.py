@@ -15,7 +15,7 @@ from flexcache.plan import Plan
 from flexcache.sequences import TokenizedCorpus
 from flexcache.store.format.schema import DOCUMENTS, SEQUENCES
 from flexcache.store.read.parquet import open_table
-from flexcache.store.storage.location import Place
+from flexcache.store.storage.location import StoreLocation
 from flexcache.store.write.unit_tables import UnitTables
 
 GROUP_TOKENS = 1 << 20
@@ -26,7 +26,7 @@ def write_tables(
     plan: Plan,
     corpus: TokenizedCorpus,
     coordinates: dict[str, zarr.Array],
-    before: Place | None = None,
+    before: StoreLocation | None = None,
     n_before: int = 0,
 ) -> None:
     """Write ``documents.parquet``, ``sequences.parquet`` and the coordinates; memory is about that of a unit.
@@ -63,7 +63,7 @@ def write_tables(
 class _TableWriter:
     """A Parquet file whose row groups hold whole units, about a million tokens each, after those of *before*."""
 
-    def __init__(self, path: Path, before: Place | None = None) -> None:
+    def __init__(self, path: Path, before: StoreLocation | None = None) -> None:
         self._path, self._before = path, before
         self._writer: pq.ParquetWriter | None = None
         self._pending: list[pa.Table] = []

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flexcache.store.storage.atomic_files import json_bytes, temporaries
-from flexcache.store.storage.object_path import RemotePath
+from flexcache.store.storage.object_path import ObjectPath
 
 PARTIAL = ".partial"
 ALIVE = "alive"
@@ -134,7 +134,7 @@ class Worker:
                     os.utime(path)
 
 
-def describe(path: Path | RemotePath) -> dict[str, Any]:
+def describe(path: Path | ObjectPath) -> dict[str, Any]:
     """Return the content of a heartbeat file: host, pid, conditions; empty if it cannot be read."""
     try:
         found = json.loads(path.read_bytes())
