@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-import fsspec
+import boto3
 import pytest
 
 BUCKET = "bucket"
@@ -37,17 +37,13 @@ def environment(address: str) -> dict[str, str]:
     }
 
 
-_clients: list[Any] = []  # kept: what is collected with a connection still open is a warning
-
-
 def connect(address: str) -> Any:
-    """A client of this server, made anew: clients remember their address."""
-    from flexcache.store.storage import object_path as path
+    """Return boto3's client of this server; clients of the library remember their address, and are opened anew."""
+    from flexcache.store.storage import object_client
 
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    path._filesystem.cache_clear()
-    _clients.append(path.filesystem("s3"))
-    return _clients[-1]
+    for key in [key for key in object_client._clients if key[1] == "s3"]:
+        object_client._clients.pop(key).multipart.close()
+    return boto3.client("s3", endpoint_url=address)
 
 
 @pytest.fixture(scope="session")
@@ -57,8 +53,9 @@ def s3(server: str) -> Iterator[Any]:
         for name, value in environment(server).items():
             patch.setenv(name, value)
         client = connect(server)
-        client.mkdir(BUCKET)
+        client.create_bucket(Bucket=BUCKET)
         yield client
+        client.close()
 
 
 def _fresh(kind: str, request: pytest.FixtureRequest) -> str:

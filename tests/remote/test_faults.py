@@ -53,7 +53,7 @@ def test_a_recording_that_is_killed_goes_on_to_the_same_bytes(units: int, s3: An
     assert kept
     assert not store.complete
     times = {unit: store.ledger.path(unit).stat() for unit in kept}
-    begin = s3.call_s3("create_multipart_upload", Bucket="bucket", Key=f"killed-{units}/run.zarr/resid_post/c/0/2/0")
+    begin = s3.create_multipart_upload(Bucket="bucket", Key=f"killed-{units}/run.zarr/resid_post/c/0/2/0")
     assert begin["UploadId"]  # as a process leaves it that is killed while it sends
     resumed = build_store(target, DOCUMENTS, dtype="bfloat16")
     assert resumed.complete
@@ -63,7 +63,7 @@ def test_a_recording_that_is_killed_goes_on_to_the_same_bytes(units: int, s3: An
     back = copy(target, tmp_path / "back.zarr")
     assert shard_hashes(back.path) == shard_hashes(here.path)
     assert not [name for name in resumed.path.sizes() if name.startswith(".")]
-    assert not s3.call_s3("list_multipart_uploads", Bucket="bucket", Prefix=f"killed-{units}/").get("Uploads")
+    assert not s3.list_multipart_uploads(Bucket="bucket", Prefix=f"killed-{units}/").get("Uploads")
 
 
 def test_a_planning_that_is_killed_is_done_again(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def test_a_storage_that_is_gone_is_one_clear_error_and_the_same_call_goes_on(
     monkeypatch.setattr(retry, "FIRST_WAIT", 0.001)
     proxy = DroppingProxy(server, 10**9)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
-    connect(proxy.address).retries = 1
+    connect(proxy.address)
     recorder = open_recorder(target, DOCUMENTS)
     with pytest.raises(UnreachableError, match="run the same command again"), recorder:
         for batch in recorder.batches():
@@ -138,7 +138,7 @@ def test_reading_from_a_storage_that_is_gone_is_one_clear_error(
     monkeypatch.setattr(retry, "FIRST_WAIT", 0.001)
     proxy = DroppingProxy(server, 1, after=0)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
-    connect(proxy.address).retries = 1
+    connect(proxy.address)
     for read in (lambda: store.read("model.embed"), lambda: store.tokens, lambda: store.ledger.read(0)):
         with pytest.raises(UnreachableError, match="does not answer"):
             read()

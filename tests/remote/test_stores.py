@@ -169,7 +169,9 @@ FOREIGN = """
 import sys
 import numpy as np
 import zarr
-group = zarr.open_group(sys.argv[1], mode="r")
+from obstore.store import S3Store
+objects = S3Store.from_url(sys.argv[1], client_options={"allow_http": True})
+group = zarr.open_group(zarr.storage.ObjectStore(objects), mode="r")
 np.save(sys.argv[2], group["resid_post"][3])
 assert "flexcache" not in sys.modules
 """
@@ -274,11 +276,15 @@ def test_no_store_there_is_one_clear_error(base: str) -> None:
         flexcache.open(f"{base}/nothing.zarr")
 
 
-def test_a_driver_that_is_missing_is_named() -> None:
-    with pytest.raises(ConfigError, match="pip install gcsfs"):
+def test_a_kind_of_url_that_is_unknown_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for url in ("nonsense://bucket/run.zarr", "https://example.org/run.zarr"):
+        with pytest.raises(ConfigError, match="cannot be opened") as caught:
+            flexcache.open(url)
+        assert "s3://" in str(caught.value.expected)
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(ConfigError, match="cannot be opened") as caught:
         flexcache.open("gs://bucket/run.zarr")
-    with pytest.raises(ConfigError, match="fsspec knows"):
-        flexcache.open("nonsense://bucket/run.zarr")
+    assert "flexcache-activations[remote]" in str(caught.value.remedy)
 
 
 def test_what_needs_a_folder_says_so(base: str, source: flexcache.Store) -> None:

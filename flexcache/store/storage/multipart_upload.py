@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any, Protocol
 
+from flexcache.errors import FlexCacheError
 from flexcache.store.storage.object_path import ObjectPath
-from flexcache.store.storage.retry import attempt, unreachable
+from flexcache.store.storage.retry import attempt, translated, unreachable
 
 PART_BYTES = 5 << 20
 """The least that S3 takes as a part, the last one aside."""
@@ -35,25 +37,23 @@ class Upload(Protocol):
 
 
 def begin_upload(path: ObjectPath) -> Upload:
-    """Return the upload of an object: in independent parts on S3, as a file of fsspec's elsewhere."""
-    return MultipartUpload(path) if hasattr(path.fs, "call_s3") else FileUpload(path)
+    """Return the upload of an object: independent parts on S3, one stream elsewhere."""
+    return MultipartUpload(path) if path.client.multipart is not None else StreamUpload(path)
 
 
 class MultipartUpload:
-    """A multipart upload of S3: parts may arrive in any order, and each is sent again if its request fails."""
+    """A multipart upload to S3: parts may arrive in any order, and each is sent again if its request fails."""
 
     ordered = False
 
     def __init__(self, path: ObjectPath) -> None:
         self.path = path
-        bucket, _, key = path.key.partition("/")
-        self._place = {"Bucket": bucket, "Key": key}
         self._id: str | None = None
         self._tags: dict[int, str] = {}
         self._lock = threading.Lock()
 
     def put(self, number: int, content: bytes | memoryview) -> None:
-        """Send a part of at least 5 MiB, the last one aside.
+        """Send a part of at least 5 MiB; the last part may be shorter.
 
         Raises
         ------
@@ -63,12 +63,12 @@ class MultipartUpload:
             self.path.write_bytes(bytes(content))
             return
         self._begin()
-        found = self._call("upload_part", PartNumber=number + 1, Body=bytes(content))
+        found = self._call("upload_part", UploadId=self._id, PartNumber=number + 1, Body=bytes(content))
         with self._lock:
             self._tags[number + 1] = found["ETag"]
 
     def complete(self) -> None:
-        """Make the object appear, whole.
+        """Make the whole object appear.
 
         Raises
         ------
@@ -78,37 +78,40 @@ class MultipartUpload:
             return
         parts = [{"PartNumber": number, "ETag": tag} for number, tag in sorted(self._tags.items())]
         try:
-            self._call("complete_multipart_upload", MultipartUpload={"Parts": parts})
+            self._call("complete_multipart_upload", UploadId=self._id, MultipartUpload={"Parts": parts})
         except FileNotFoundError:  # the answer to an earlier attempt was lost: it is complete
             self.path.stat()
         self._id = None
 
     def abort(self) -> None:
-        """Drop the parts that are there."""
+        """Delete the parts that were sent."""
         if self._id is not None:
             with contextlib.suppress(Exception):
-                self._call("abort_multipart_upload")
+                self._call("abort_multipart_upload", UploadId=self._id)
             self._id = None
 
     def _begin(self) -> None:
         with self._lock:
             if self._id is None:
-                found = attempt(self.path.url, lambda: self.path.fs.call_s3("create_multipart_upload", **self._place))
-                self._id = str(found["UploadId"])
+                self._id = str(self._call("create_multipart_upload")["UploadId"])
 
     def _call(self, method: str, **arguments: Any) -> Any:
-        place = {**self._place, "UploadId": self._id}
-        return attempt(self.path.url, lambda: self.path.fs.call_s3(method, **place, **arguments))
+        path = self.path
+
+        def request() -> Any:
+            return getattr(path.client.multipart, method)(Bucket=path.bucket, Key=path.key, **arguments)
+
+        return attempt(path.url, request)
 
 
-class FileUpload:
-    """A file of fsspec's that is open for writing; how often a part is sent again is the driver's to say."""
+class StreamUpload:
+    """An object that obstore writes front to back; its client repeats requests for parts."""
 
     ordered = True
 
     def __init__(self, path: ObjectPath) -> None:
         self.path = path
-        self._file: Any = None
+        self._writer: Any = None
 
     def put(self, number: int, content: bytes | memoryview) -> None:
         """Send the next part.
@@ -117,50 +120,56 @@ class FileUpload:
         ------
         UnreachableError
         """
-        if self._file is None:
-            self._file = attempt(self.path.url, lambda: self.path.fs.open(self.path.key, "wb", block_size=PART_BYTES))
-        with told(self.path):
-            self._file.write(bytes(content))
+        with _clear_errors(self.path):
+            if self._writer is None:
+                self._writer = _open_writer(self.path)
+            self._writer.write(bytes(content))
 
     def complete(self) -> None:
-        """Make the object appear, whole.
+        """Make the whole object appear.
 
         Raises
         ------
         UnreachableError
         """
-        with told(self.path):
-            self._file.close()
+        with _clear_errors(self.path):
+            self._writer.close()
+        self._writer = None
 
     def abort(self) -> None:
-        """Drop what was written: where a driver cannot, an object may stay that belongs to no committed unit."""
-        if self._file is not None and not self._file.closed:
+        """Delete the parts that were sent."""
+        if self._writer is not None:
             with contextlib.suppress(Exception):
-                self._file.discard()
-            with contextlib.suppress(Exception):
-                self._file.closed = True  # so that nothing that is collected later closes, and completes, it
-            self._file = None
+                self._writer.__exit__(InterruptedError, InterruptedError(), None)
+            self._writer = None
+
+
+def _open_writer(path: ObjectPath) -> Any:
+    import obstore
+
+    return obstore.open_writer(path.client.objects, path.key, buffer_size=PART_BYTES, max_concurrency=1)
 
 
 @contextlib.contextmanager
-def told(path: ObjectPath) -> Any:
-    """Turn a driver's errors into that which a user sees."""
+def _clear_errors(path: ObjectPath) -> Iterator[None]:
+    """Turn a client's errors into the one that a user sees."""
     try:
         yield
+    except FlexCacheError:
+        raise
     except Exception as error:
-        raise unreachable(path.url, error) from error
+        raise unreachable(path.url, translated(error)) from error
 
 
 def abort_uploads(root: ObjectPath) -> int:
-    """Abort every multipart upload below a place, and return how many there were; elsewhere than on S3, none."""
-    if not hasattr(root.fs, "call_s3"):
+    """Abort every multipart upload below *root*, and return their number; 0 elsewhere than on S3."""
+    client = root.client.multipart
+    if client is None:
         return 0
-    bucket, _, prefix = root.key.partition("/")
-    call = root.fs.call_s3
-    found = attempt(root.url, lambda: call("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/"))
-    uploads = found.get("Uploads", [])
+    place = {"Bucket": root.bucket, "Prefix": f"{root.key}/"}
+    uploads = attempt(root.url, lambda: client.list_multipart_uploads(**place)).get("Uploads", [])
     for upload in uploads:
         with contextlib.suppress(FileNotFoundError):
-            place = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
-            attempt(root.url, lambda place=place: call("abort_multipart_upload", **place))  # type: ignore[misc]
+            one = {"Bucket": root.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+            attempt(root.url, lambda one=one: client.abort_multipart_upload(**one))  # type: ignore[misc]
     return len(uploads)

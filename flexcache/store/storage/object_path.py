@@ -1,27 +1,23 @@
-"""A place on object storage, with that part of pathlib's Path which stores need."""
+"""A location on object storage, with the part of pathlib's Path that stores need."""
 
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 from zlib import crc32
 
-from flexcache.errors import ConfigError
+from flexcache.store.storage.object_client import SCHEMES, ObjectClient, check_scheme, open_client
 from flexcache.store.storage.retry import attempt
 
 PIECE_BYTES = 4 << 20
-"""Of a long read: so much is asked for at a time…"""
+"""Bytes of one request of a long read."""
 PIECES = 8
-"""…and so many of these at once."""
+"""Requests of a long read that are on their way at a time."""
 SMALL_READ = 1 << 20
-
-_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 Result = TypeVar("Result")
 Span = tuple[int, int]
@@ -46,39 +42,44 @@ class Status:
 
 
 class ObjectPath:
-    """One object, or all that begin with its name and a slash, at a URL such as ``s3://bucket/run.zarr``.
+    """One object, or all objects whose names begin with its name and a slash, such as ``s3://bucket/run.zarr``.
 
     There are no folders: `mkdir` does nothing, and a name exists while an object has it or begins with it. Requests
-    that fail for a while are made again, see `flexcache.store.storage.retry`. Nothing that was listed is remembered.
-    Options and credentials are fsspec's: its configuration and the environment.
+    that fail for a while are repeated, see `flexcache.store.storage.retry`. Listings are never cached.
+    Options and credentials come from the environment. It pickles as its URL.
 
     Raises
     ------
     ConfigError
-        There is no driver for this kind of URL, or it is not installed.
+        There is no client for this kind of URL, or it is not installed.
+
+    >>> ObjectPath("memory://bucket/run.zarr") / "zarr.json"
+    ObjectPath('memory://bucket/run.zarr/zarr.json')
     """
 
-    __slots__ = ("_path", "url")
+    __slots__ = ("_bucket", "key", "url")
 
     def __init__(self, url: str) -> None:
-        kind, _, rest = url.partition("://")
-        self.url = f"{kind}://{rest.rstrip('/')}"
-        self._path = filesystem(self.protocol)._strip_protocol(self.url)
+        scheme, _, rest = url.partition("://")
+        check_scheme(scheme)
+        rest = rest.rstrip("/")
+        self.url = f"{scheme}://{rest}"
+        self._bucket, _, self.key = ("", "", rest.lstrip("/")) if scheme == "memory" else rest.partition("/")
 
     @property
-    def protocol(self) -> str:
-        """What stands before the ``://``."""
+    def scheme(self) -> str:
+        """The part of the URL before ``://``."""
         return self.url.partition("://")[0]
 
     @property
-    def fs(self) -> Any:
-        """The fsspec file system."""
-        return filesystem(self.protocol)
+    def bucket(self) -> str:
+        """The bucket or container; empty in memory."""
+        return self._bucket
 
     @property
-    def key(self) -> str:
-        """The name by which the file system knows it: bucket and key, for S3."""
-        return str(self._path)
+    def client(self) -> ObjectClient:
+        """The clients of its bucket, in this process."""
+        return open_client(self.scheme, self._bucket)
 
     # Names
 
@@ -146,11 +147,8 @@ class ObjectPath:
         ------
         FileNotFoundError
         """
-        info = self._do(lambda: self.fs.info(self.key))
-        if info["type"] != "file":
-            raise FileNotFoundError(2, "no such object", self.url)
-        tag, changed = (str(info.get(key, "")) for key in ("ETag", "LastModified"))
-        changed = changed or str(info.get("created", ""))
+        info = self._do(lambda objects: _obstore().head(objects, self.key))
+        tag, changed = info.get("e_tag") or "", info["last_modified"].isoformat()
         return Status(int(info["size"]), crc32(tag.encode()), crc32(changed.encode()))
 
     def is_file(self) -> bool:
@@ -170,11 +168,10 @@ class ObjectPath:
         return any(True for _ in self.iterdir())
 
     def iterdir(self) -> Iterator[ObjectPath]:
-        """Yield what is directly below it, in no order."""
-        for entry in self._listed(lambda: self.fs.ls(self.key, detail=False)):
-            name = entry.rstrip("/").rpartition("/")[2]
-            if entry.strip("/") != self.key.strip("/"):
-                yield self / name
+        """Yield the objects and common prefixes directly below it, in no order."""
+        found = self._listed(lambda objects: _obstore().list_with_delimiter(objects, self.key or None))
+        names = {entry["path"] for entry in found["objects"]} | set(found["common_prefixes"]) if found else set()
+        return (self / name.rpartition("/")[2] for name in names if name != self.key)
 
     def glob(self, pattern: str) -> Iterator[ObjectPath]:
         """Yield what is directly below it, with a name that matches."""
@@ -182,9 +179,11 @@ class ObjectPath:
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of every object below it, by relative name."""
-        found = self._listed(lambda: self.fs.find(self.key, detail=True))
-        start = len(self.key.rstrip("/")) + 1
-        return {name[start:]: int(info["size"]) for name, info in dict(found).items()}
+        start = len(self.key) + 1 if self.key else 0
+        found = self._listed(lambda objects: _obstore().list(objects, self.key or None).collect())
+        sizes = {entry["path"][start:]: int(entry["size"]) for entry in found if entry["path"] != self.key}
+        folders = {name.rpartition("/")[0] for name in sizes}  # some tools put an empty object for a folder
+        return {name: size for name, size in sizes.items() if size or name not in folders}
 
     # Reading
 
@@ -195,12 +194,14 @@ class ObjectPath:
         ------
         FileNotFoundError
         """
-        options = {"max_concurrency": 1} if hasattr(self.fs, "call_s3") else {}  # else it asks for the size first
-        return self._do(lambda: bytes(self.fs.cat_file(self.key, **options)))
+        return self._do(lambda objects: bytes(_obstore().get(objects, self.key).bytes()))
 
     def read_from(self, start: int) -> bytes:
-        """Return the object from a byte on, or its last bytes where that is negative."""
-        return self._do(lambda: bytes(self.fs.cat_file(self.key, start=start)))
+        """Return the object from byte *start* to its end; its last bytes where *start* is negative."""
+        if start < 0 and SCHEMES[self.scheme] == "az":  # which cannot read from the end
+            start = max(0, start + self.stat().st_size)
+        part = {"offset": start} if start >= 0 else {"suffix": -start}
+        return self._do(lambda objects: bytes(_obstore().get(objects, self.key, options={"range": part}).bytes()))
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """Return the whole object as text."""
@@ -215,14 +216,16 @@ class ObjectPath:
         UnreachableError
             Also where fewer bytes come than were asked for, again and again.
         """
-        starts, stops = [start for start, _ in spans], [stop for _, stop in spans]
 
-        def request() -> list[bytes]:
-            found = self.fs.cat_ranges([self.key] * len(spans), starts, stops, on_error="raise")
+        def read_span(span: Span) -> bytes:
+            return bytes(_obstore().get_range(self.client.objects, self.key, start=span[0], end=span[1]))
+
+        def request(objects: Any) -> list[bytes]:
+            found = list(map(read_span, spans) if len(spans) == 1 else self.client.threads.map(read_span, spans))
             short = [span for span, part in zip(spans, found, strict=True) if len(part) != span[1] - span[0]]
             if short:
                 raise EOFError(f"bytes {short[0][0]} to {short[0][1]} came in part only")
-            return list(found)
+            return found
 
         return self._do(request) if spans else []
 
@@ -243,24 +246,23 @@ class ObjectPath:
 
     def write_bytes(self, content: bytes) -> None:
         """Put an object in one step, in the place of any that is there."""
-        self._do(lambda: self._put(content, "overwrite"))
+        self._put(content, "overwrite")
 
     def create(self, content: bytes) -> bool:
         """Put an object that is not there, in one step; return whether this call did.
 
-        S3 and Google's storage decide that for one of many that ask at once. Others only look whether it is there
-        first, so that two may believe to be the one.
+        The storage decides which of many simultaneous calls creates it.
         """
         try:
-            self._do(lambda: self._put(content, "create"))
+            self._put(content, "create")
         except FileExistsError:
-            return self._do(lambda: self.read_bytes()) == content  # the answer to an earlier attempt was lost
+            return self.read_bytes() == content  # True where the answer to an earlier attempt was lost
         return True
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove the object."""
         try:
-            self._do(lambda: self.fs.rm_file(self.key))
+            self._do(lambda objects: _obstore().delete(objects, self.key))
         except FileNotFoundError:
             if not missing_ok:
                 raise
@@ -276,20 +278,23 @@ class ObjectPath:
     # Private
 
     def _put(self, content: bytes, mode: str) -> None:
-        try:
-            self.fs.pipe_file(self.key, content, mode=mode)
-        except FileNotFoundError:  # a file system with folders
-            self.fs.makedirs(self.fs._parent(self.key), exist_ok=True)
-            self.fs.pipe_file(self.key, content, mode=mode)
+        self._do(lambda objects: _obstore().put(objects, self.key, content, mode=mode, use_multipart=False))
 
-    def _listed(self, request: Callable[[], Any]) -> Any:
+    def _listed(self, request: Callable[[Any], Any]) -> Any:
         try:
             return self._do(request)
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:  # there is no such bucket
             return ()
 
-    def _do(self, request: Callable[[], Result]) -> Result:
-        return attempt(self.url, request)
+    def _do(self, request: Callable[[Any], Result]) -> Result:
+        return attempt(self.url, lambda: request(self.client.objects))
+
+
+def _obstore() -> Any:
+    """Return obstore, which is installed for object storage only."""
+    import obstore
+
+    return obstore
 
 
 class _Object(io.RawIOBase):
@@ -320,30 +325,3 @@ class _Object(io.RawIOBase):
         view[:count] = self._remote.read_spans([(self._at, stop)])[0]
         self._at = stop
         return count
-
-
-def filesystem(protocol: str) -> Any:
-    """Return fsspec's file system for a kind of URL; it remembers no listing, since others write too.
-
-    Raises
-    ------
-    ConfigError
-    """
-    return _filesystem(protocol, os.getpid())
-
-
-@lru_cache(maxsize=16)
-def _filesystem(protocol: str, process: int) -> Any:
-    """Return the file system of this process: connections do not outlive a fork."""
-    try:
-        import fsspec
-
-        return fsspec.filesystem(protocol, use_listings_cache=False)
-    except (ImportError, ValueError) as error:
-        package = _PACKAGES.get(protocol, f"fsspec's driver for {protocol}")
-        known = isinstance(error, ImportError)
-        raise ConfigError(
-            f"{protocol}:// cannot be opened",
-            found=" ".join(str(error).split())[:300],
-            remedy=f"pip install {package}" if known else "use a kind of URL that fsspec knows, or a path",
-        ) from error
