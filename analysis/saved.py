@@ -18,7 +18,8 @@ import flexcache
 from flexcache.errors import AnalysisError
 from flexcache.paths import local_path
 from flexcache.store.read.store import Store
-from flexcache.store.storage.atomic_files import digest, temporary_name
+from flexcache.store.storage.atomic_files import temporary_name
+from flexcache.store.storage.backend import digest
 
 FORMAT = "flexcache statistics 1"
 ATTRIBUTE = "flexcache_statistics"

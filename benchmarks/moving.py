@@ -24,7 +24,8 @@ from benchmarks.read import build
 from benchmarks.timing import interleave, ratio, show
 from flexcache.exchange.exporting import export
 from flexcache.store.manage.copy import copy
-from flexcache.store.storage.atomic_files import digest, fsync_tree, relative_files
+from flexcache.store.storage.atomic_files import fsync_tree
+from flexcache.store.storage.backend import digest, relative_files
 
 
 def variants(store: flexcache.Store, folder: Path) -> dict[str, Callable[[], None]]:

@@ -18,7 +18,7 @@ from flexcache.errors import ConfigError
 from flexcache.options import Options
 from flexcache.parallel.launch import launch
 from flexcache.spec import AnyDType
-from flexcache.store.storage.atomic_files import digest
+from flexcache.store.storage.backend import digest
 
 if TYPE_CHECKING:
     import torch

@@ -18,8 +18,7 @@ from flexcache.paths import local_path
 from flexcache.provenance import load
 from flexcache.recording.forward.transform import Transform
 from flexcache.spec import AnyDType, Spec, parse_sites, validate
-from flexcache.store.storage.location import StoreLocation, local, parse_location
-from flexcache.store.storage.object_path import ObjectPath
+from flexcache.store.storage.location import StoreLocation, is_location, local, parse_location
 from flexcache.store.write.worker import HEARTBEAT_TIMEOUT
 
 
@@ -152,7 +151,7 @@ def _documents(value: Any) -> Any:
 
 
 def _store(value: Any) -> StoreLocation:
-    if not isinstance(value, str | Path | ObjectPath) or not str(value):
+    if not is_location(value) or isinstance(value, bytes) or not str(value):
         raise ValueError("a path or a URL is expected")
     return parse_location(value)
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 from flexcache.model import ModelSource, native_bfloat16
 from flexcache.paths import output_folder, shown
 from flexcache.store.format.text import size
-from flexcache.store.storage.atomic_files import relative_files
+from flexcache.store.storage.backend import relative_files
 from pipelines import assets, capture, probe
 from pipelines.config import CaptureConfig, DocumentsSource
 

@@ -11,14 +11,14 @@ from rich.table import Table
 from flexcache.store.format.text import size
 from flexcache.store.read.display import sites, summary
 from flexcache.store.read.store import Store
-from flexcache.store.storage.atomic_files import file_sizes
+from flexcache.store.storage.backend import storage_of
 from flexcache.store.storage.location import StoreLocation
 
 
 def run(path: StoreLocation, console: Console) -> None:
     """Print a store."""
     store = Store(path)
-    on_disk = sum(file_sizes(path).values())
+    on_disk = sum(storage_of(path).file_sizes().values())
     facts = Table(title=f"[bold]{escape(str(path))}[/]", title_justify="left", show_header=False, box=None)
     for name, value in {**summary(store), "on disk": size(on_disk)}.items():
         facts.add_row(name, escape(value))

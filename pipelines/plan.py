@@ -12,6 +12,7 @@ from rich.table import Table
 from flexcache.paths import shown
 from flexcache.recording.planning.planning import Estimate, Source, estimate
 from flexcache.store.format.text import size
+from flexcache.store.storage.backend import disk_path
 from flexcache.store.storage.location import StoreLocation, local
 from flexcache.store.write.create import check_free_space
 from pipelines.config import CaptureConfig
@@ -33,8 +34,8 @@ def run(config: CaptureConfig, console: Console, progress: bool = True) -> Estim
     table = table_of("plan", config, source)
     for name, value in amount.lines():
         table.add_row(name, value)
-    if isinstance(config.store, Path):
-        table.add_row("free disk", size(shutil.disk_usage(place_of(config.store)).free))
+    if (folder := disk_path(config.store)) is not None:
+        table.add_row("free disk", size(shutil.disk_usage(place_of(folder)).free))
     console.print(table)
     check_free_space(config.store, amount.bytes)
     return amount

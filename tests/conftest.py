@@ -11,3 +11,5 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("default")
+
+pytest_plugins = ["tests.object_storage"]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from flexcache.store.read.store import Store
-from flexcache.store.storage.object_path import ObjectPath
+from flexcache.store.storage.location import is_location
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,7 +30,7 @@ def opens_store(function: Callable[P, R]) -> Callable[P, R]:
     def called(*args: P.args, **named: P.kwargs) -> R:
         bound: Any = signature.bind(*args, **named)
         for name in ("store", "other"):
-            if isinstance(bound.arguments.get(name), str | bytes | os.PathLike | ObjectPath):
+            if is_location(bound.arguments.get(name)):
                 bound.arguments[name] = Store(bound.arguments[name])
         return function(*bound.args, **bound.kwargs)
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from flexcache.errors import ConfigError
-from flexcache.store.storage.location import parse_location
-from flexcache.store.storage.object_path import ObjectPath
+from flexcache.store.storage.location import is_location, parse_location
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,14 +57,13 @@ def _in_order(first: Any, second: Any = None) -> tuple[Any, Any]:
 
 
 def _may_be_path(given: Any) -> bool:
-    return isinstance(given, str | bytes | os.PathLike | ObjectPath) or hasattr(given, "arrays")
+    return is_location(given) or hasattr(given, "arrays")
 
 
 def _is_store(given: Any) -> bool:
     if not _may_be_path(given):
         return False
     try:
-        found = parse_location(given)
-        return (found / "zarr.json").exists() if isinstance(found, Path | ObjectPath) else False
+        return (parse_location(given) / "zarr.json").exists()
     except (ConfigError, OSError):
         return False

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from flexcache.errors import DamagedError
 from flexcache.store.read.store import Store
+from flexcache.store.storage.backend import disk_path
 from flexcache.training.order import Ints, Order
 
 ALIGNED = 4096
@@ -143,7 +144,7 @@ class PoolReader:
         unit = first // source.store.shard_rows
         path = self._path(source, unit)
         elsewhere = not near or (last - 1) // source.store.shard_rows != unit
-        if source.store.compressed or source.scaled or elsewhere or not isinstance(path, Path):
+        if source.store.compressed or source.scaled or elsewhere or disk_path(path) is None:
             out[:] = reader.gather(source.layer, wanted, not source.scaled).view(source.bits)
             return
         whole = last - first == len(wanted)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from flexcache.errors import ConfigError
+from flexcache.store.storage.backend import disk_path
 from flexcache.training.normalization import Normalize, as_tensor, estimate_normalization
 from flexcache.training.order import Ints, Order, turns
 from flexcache.training.pools import ArraySource, PoolReader
@@ -143,11 +144,15 @@ class Stream(IterableDataset[StreamBatch]):
     def loader(self, num_workers: int = 0, **options: Any) -> Loader:
         """Return a DataLoader over this stream whose position can be saved; *options* go to the DataLoader.
 
+        Workers start by forkserver if a store is on object storage, whose clients do not survive a fork.
+
         ::
 
             loader = stream.loader(num_workers=4)
             torch.save(loader.state_dict(), "position.pt")
         """
+        if num_workers and any(disk_path(source.store.path) is None for source in self.sources.values()):
+            options.setdefault("multiprocessing_context", "forkserver")
         return Loader(self, num_workers, **options)
 
     def _state(self, batches: int, workers: int, of_rank: bool) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from flexcache.spec import dtype_name, is_whole, listed
 from flexcache.store.read.row_alignment import matching_rows
 from flexcache.store.read.selection import layer_number, row_numbers, select
 from flexcache.store.read.store import Store
-from flexcache.store.storage.object_path import ObjectPath
+from flexcache.store.storage.location import is_location
 from flexcache.training.normalization import Normalize
 from flexcache.training.order import Ints, Order
 from flexcache.training.pools import ArraySource
@@ -90,7 +90,7 @@ def stream(
         An argument is unknown or cannot be used; a row or layer is given twice, or none is given; the stores have no
         row in common; *drop_last* is set and no rank has a whole batch.
     """
-    if isinstance(store, str | bytes | os.PathLike | ObjectPath):
+    if is_location(store):
         store = Store(store)
     stores: Mapping[str, Store] = {"": store} if isinstance(store, Store) else store  # a store is a mapping as well
     options = ReaderOptions.from_keywords(reading)

@@ -21,7 +21,7 @@ from flexcache.exchange.importing import import_folder
 from flexcache.store.manage.copy import copy
 from flexcache.store.manage.merge import merge
 from flexcache.store.manage.remove import NOTE, Removal
-from flexcache.store.storage.atomic_files import digest, relative_files
+from flexcache.store.storage.backend import digest, relative_files
 from tests.corpora import SITES, activation, lengths, open_recorder, padded_activation, token_documents
 
 OLD = token_documents(lengths(90, longest=20))

@@ -15,8 +15,8 @@ from flexcache.store.manage.copy import copy
 from flexcache.store.storage import retry
 from flexcache.store.storage.object_path import ObjectPath
 from tests.corpora import build_store, lengths, open_recorder, put_batch, token_documents
+from tests.object_storage import connect, environment
 from tests.recording.test_recorder import shard_hashes
-from tests.remote.conftest import connect, environment
 from tests.remote.proxy import DroppingProxy
 
 ROOT = Path(__file__).parents[2]

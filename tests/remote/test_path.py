@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import socket
 import threading
 from typing import Any
 
@@ -8,11 +9,12 @@ import obstore
 import pytest
 
 from flexcache.errors import UnreachableError
-from flexcache.store.storage import retry
+from flexcache.store.storage import object_client, retry
 from flexcache.store.storage.location import parse_location
 from flexcache.store.storage.multipart_upload import abort_uploads, begin_upload
 from flexcache.store.storage.object_path import PIECE_BYTES, PIECES, ObjectPath
 from flexcache.store.write.object_worker import ObjectClaims, ObjectWorker
+from tests.object_storage import connect
 
 
 def test_names_are_those_of_paths() -> None:
@@ -198,3 +200,68 @@ def test_what_goes_on_failing_is_one_clear_error(monkeypatch: pytest.MonkeyPatch
     assert not waits
     with pytest.raises(FileNotFoundError):
         retry.attempt("s3://bucket/x", lambda: fail(FileNotFoundError()))
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_created_object_whose_answer_was_lost_is_ours(
+    ours: bool, everywhere: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, put, puts = ObjectPath(f"{everywhere}/claim"), obstore.put, []
+    if not ours:
+        path.write_bytes(b"of another process")
+
+    def lost(*arguments: Any, **options: Any) -> Any:
+        puts.append(1)
+        found = put(*arguments, **options)
+        if len(puts) == 1:
+            raise obstore.exceptions.GenericError("connection closed before the answer")
+        return found
+
+    monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(obstore, "put", lost)
+    assert path.create(b"mine") == ours
+    assert len(puts) == (2 if ours else 1)
+
+
+def test_a_silent_server_is_one_clear_error(s3: Any, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections, and answers none
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(object_client, "_READ_SECONDS", 0.05)
+        monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
+        connect(server)
+        path = ObjectPath("s3://bucket/x")
+        for request in (path.read_bytes, lambda: begin_upload(path).put(1, b"")):
+            with pytest.raises(UnreachableError, match="does not answer"):
+                request()
+    monkeypatch.undo()
+    connect(server)
+
+
+def test_a_stream_that_is_aborted_never_appears() -> None:
+    path = ObjectPath("memory://aborted/stream")
+    upload = begin_upload(path)
+    for number in range(3):
+        upload.put(number, bytes(6 << 20))
+    upload.abort()
+    upload.abort()
+    assert not path.exists()
+
+
+def test_what_the_clients_raise_becomes_a_built_in_exception(s3: Any) -> None:
+    missing = ObjectPath("s3://no-such-bucket/x")
+    with pytest.raises(FileNotFoundError):
+        missing.read_bytes()
+    assert list(missing.iterdir()) == []
+    assert missing.sizes() == {}
+    assert not missing.exists()
+    with pytest.raises(FileNotFoundError):
+        begin_upload(missing).put(0, bytes(5 << 20))
+    denied = obstore.exceptions.GenericError("list request: Server returned non-2xx status code: 403 Forbidden")
+    assert isinstance(retry.translated(denied), PermissionError)
+
+
+def test_an_empty_object_for_a_folder_is_no_file(s3: Any) -> None:
+    for key in ("marked/", "marked/run.zarr/", "marked/run.zarr/ledger/", "marked/run.zarr/ledger/0.json"):
+        s3.put_object(Bucket="bucket", Key=key, Body=b"")
+    assert ObjectPath("s3://bucket/marked").sizes() == {"run.zarr/ledger/0.json": 0}
+    assert [path.name for path in ObjectPath("s3://bucket/marked/run.zarr").iterdir()] == ["ledger"]

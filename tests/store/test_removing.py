@@ -16,6 +16,7 @@ import flexcache
 import flexcache.store.format.plan_record as plan_record
 import flexcache.store.manage.remove as removing
 import flexcache.store.storage.atomic_files as files
+import flexcache.store.storage.backend as backend
 from flexcache.errors import DamagedError, SiteError, StoreError
 from flexcache.store.manage.copy import copy
 from flexcache.store.manage.remove import NOTE, Removal
@@ -130,7 +131,7 @@ def test_a_kill_at_any_step_leaves_a_store_that_reads_and_the_same_call_finishes
     for kill in kills:
         steps = kill
         with pytest.MonkeyPatch.context() as patch:
-            for module in (files, removing):
+            for module in (files, backend, removing):
                 patch.setattr(module, "write_durably", dying(files.write_durably))
             patch.setattr(plan_record, "write_json", dying(files.write_json))
             patch.setattr(Path, "unlink", dying(Path.unlink))
@@ -163,7 +164,7 @@ def test_what_cannot_be_removed_is_refused_and_nothing_changes(source: flexcache
         Removal(path, ["resid_post"], 1)
     with pytest.raises(SiteError, match="no site left"):
         Removal(path, ["*"])
-    assert files.relative_files(path) == files.relative_files(source.path)
+    assert backend.relative_files(path) == backend.relative_files(source.path)
 
 
 def test_a_store_that_is_being_filled_is_left_alone(path: Path) -> None:

@@ -22,7 +22,7 @@ from flexcache.errors import AnalysisError, nearest
 from flexcache.site import Layers
 from flexcache.store.format.reference import StoreReference
 from flexcache.store.read.store import Store
-from flexcache.store.storage.location import zarr_source
+from flexcache.store.storage.backend import storage_of
 
 BLOCK_BYTES = 8 << 20  # of values as float64
 SCAN_SHARE = 0.5  # of sampled rows in a shard from which reading all of it is quicker
@@ -191,7 +191,7 @@ def blocks(
 def unit_coordinates(reference: StoreReference, start: int, stop: int) -> dict[str, np.ndarray]:
     """Return position, token id and document of the rows of a unit; the layers of a unit share them."""
     return {
-        name: np.asarray(zarr.open_array(zarr_source(reference.path / name), mode="r")[start:stop])
+        name: np.asarray(zarr.open_array(storage_of(reference.path / name).zarr_store(), mode="r")[start:stop])
         for name in COORDINATES
     }
 

@@ -14,7 +14,7 @@ from flexcache.plan import Plan, unit_rows
 from flexcache.recording.planning.planning import Estimate, Progress, Source, planned, tokenized
 from flexcache.sequences import TokenizedCorpus
 from flexcache.store.format.schema import COORDINATES, DOCUMENTS, SEQUENCES
-from flexcache.store.storage.atomic_files import relative_files
+from flexcache.store.storage.backend import relative_files
 from flexcache.store.write.create import check_names, create, total_bytes
 
 DOCUMENTS_TOKENIZED = 2048

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from flexcache.errors import UnreachableError
-from flexcache.store.storage.atomic_files import write_json
+from flexcache.store.storage.atomic_files import json_bytes
+from flexcache.store.storage.backend import storage_of
 from flexcache.store.storage.location import StoreLocation
 
 
@@ -56,16 +57,14 @@ class RunStats:
         figures = {name: round(value, 3) for name, value in vars(self).items() if name != "began"}
         try:
             (root / "runs").mkdir(exist_ok=True)
-            write_json(
-                root / "runs" / f"{stamp}-{os.getpid()}.json",
-                {
-                    "host": socket.gethostname(),
-                    "outcome": outcome,
-                    "seconds": round(seconds, 3),
-                    "direct_io": direct,
-                    **figures,
-                },
-            )
+            log = {
+                "host": socket.gethostname(),
+                "outcome": outcome,
+                "seconds": round(seconds, 3),
+                "direct_io": direct,
+                **figures,
+            }
+            storage_of(root / "runs").write_bytes(f"{stamp}-{os.getpid()}.json", json_bytes(log))
         except (OSError, UnreachableError):
             if error is None:
                 raise

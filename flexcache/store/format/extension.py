@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flexcache.store.storage.backend import disk_path
 from flexcache.store.storage.location import StoreLocation
 
 STAGED = ".growing"
@@ -14,9 +15,10 @@ COMMITTING = "placing"
 
 def staged_folder(path: StoreLocation) -> Path | None:
     """Return the folder of the extension that is staged in the store at *path*, None if there is none."""
-    if not isinstance(path, Path):  # a store on object storage is not extended in place
+    root = disk_path(path)
+    if root is None:  # a store on object storage is not extended in place
         return None
-    folder = path / STAGED
+    folder = root / STAGED
     return folder if (folder / "zarr.json").is_file() else None
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,9 +12,9 @@ import xxhash
 
 from flexcache.errors import DamagedError
 from flexcache.store.format.self_checksum import check_checksum, with_checksum
-from flexcache.store.storage.atomic_files import blocks, fsync_folder, write_json
+from flexcache.store.storage.atomic_files import json_bytes
+from flexcache.store.storage.backend import storage_of
 from flexcache.store.storage.location import StoreLocation
-from flexcache.store.storage.object_path import ObjectPath
 from flexcache.store.storage.path_safety import MOST_JSON, check_inside
 
 _KEYS = {"schema", "unit", "rows", "batch_tokens", "fingerprint", "files"}
@@ -47,7 +45,7 @@ def measure_file(path: StoreLocation) -> FileRecord | None:
     try:
         if not path.is_file():
             return None
-        for block in blocks(path):
+        for block in storage_of(path.parent).read_blocks(path.name):
             hasher.update(block)
             size += len(block)
     except FileNotFoundError:  # removed meanwhile
@@ -117,6 +115,7 @@ class Ledger:
     def __init__(self, root: StoreLocation, pass_name: str = "0") -> None:
         self.root = root
         self.folder = root / "ledger" / pass_name
+        self._storage = storage_of(self.folder)
 
     def path(self, unit: int) -> StoreLocation:
         """Return the path of the record of a unit, which need not exist."""
@@ -124,7 +123,7 @@ class Ledger:
 
     def units(self) -> list[int]:
         """Return the committed units, sorted, by the file names alone."""
-        return sorted(int(match[1]) for name in self._names() if (match := _RECORD.fullmatch(name)))
+        return sorted(int(match[1]) for name in self._storage.list_names() if (match := _RECORD.fullmatch(name)))
 
     def has(self, unit: int) -> bool:
         """Return True if a unit is committed."""
@@ -132,7 +131,7 @@ class Ledger:
 
     def commit(self, record: UnitRecord) -> None:
         """Commit a unit: write its record durably and atomically."""
-        write_json(self.path(record.unit), record_json(record))
+        self._storage.write_bytes(f"{record.unit}.json", json_bytes(record_json(record)))
 
     def take_back(self, unit: int) -> None:
         """Remove the record of a unit durably, so that the unit is no longer committed.
@@ -142,8 +141,7 @@ class Ledger:
         OSError
             The disk refuses.
         """
-        self.path(unit).unlink(missing_ok=True)
-        fsync_folder(self.folder)
+        self._storage.delete(f"{unit}.json")
 
     def read(self, unit: int) -> UnitRecord:
         """Return the record of a unit.
@@ -178,13 +176,6 @@ class Ledger:
                 remedy="delete this record and run the same capture again: it recomputes this unit alone",
             ) from error
         return record
-
-    def _names(self) -> list[str]:
-        if isinstance(self.folder, ObjectPath):
-            return [path.name for path in self.folder.iterdir()]
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.folder) as entries:
-            return [entry.name for entry in entries]
-        return []
 
     def __iter__(self) -> Iterator[UnitRecord]:
         return (self.read(unit) for unit in self.units())

@@ -14,7 +14,8 @@ from typing import Protocol
 import xxhash
 
 from flexcache.store.format.ledger import FileRecord, check_file, damaged_file, measure_file
-from flexcache.store.storage.atomic_files import blocks, commit_files
+from flexcache.store.storage.atomic_files import commit_files
+from flexcache.store.storage.backend import disk_path, storage_of
 from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.multipart_upload import PART_BYTES, Upload, begin_upload
 from flexcache.store.storage.object_path import ObjectPath
@@ -146,11 +147,12 @@ def copy_verified(source: StoreLocation, target: Path, record: FileRecord) -> No
 
 
 def _clone(source: StoreLocation, target: Path) -> None:
-    if isinstance(source, ObjectPath):
+    path = disk_path(source)
+    if path is None:
         with target.open("wb") as write:
-            write.writelines(source.blocks())
+            write.writelines(storage_of(source.parent).read_blocks(source.name))
         return
-    with source.open("rb") as read, target.open("wb") as write:
+    with path.open("rb") as read, target.open("wb") as write:
         left = os.fstat(read.fileno()).st_size
         try:
             while left:
@@ -170,7 +172,7 @@ def _clone(source: StoreLocation, target: Path) -> None:
 def _parts(source: StoreLocation) -> Iterator[bytes]:
     """Yield the bytes of a file in pieces of the size of an upload part."""
     waiting = bytearray()
-    for block in blocks(source):
+    for block in storage_of(source.parent).read_blocks(source.name):
         waiting += block
         while len(waiting) >= PART_BYTES:
             yield bytes(waiting[:PART_BYTES])

@@ -15,9 +15,9 @@ from flexcache.store.format.shard import shard_name
 from flexcache.store.manage.extension_state import staged_records
 from flexcache.store.manage.remove import NOTE
 from flexcache.store.read.store import Store
-from flexcache.store.storage.atomic_files import is_temporary, relative_files
+from flexcache.store.storage.atomic_files import is_temporary
+from flexcache.store.storage.backend import disk_path, relative_files
 from flexcache.store.storage.location import StoreLocation
-from flexcache.store.storage.object_path import ObjectPath
 from flexcache.store.storage.path_safety import check_inside
 from flexcache.store.write.claims import CLAIMS
 from flexcache.store.write.worker import PARTIAL
@@ -139,7 +139,8 @@ def _expected(store: Store, unit: int) -> Iterator[str]:
 
 
 def _inside(root: StoreLocation, path: StoreLocation) -> bool:
-    return isinstance(path, ObjectPath) or path.resolve().is_relative_to(Path(str(root)).resolve())
+    folder, file = disk_path(root), disk_path(path)
+    return folder is None or file is None or file.resolve().is_relative_to(folder.resolve())
 
 
 def _problem(root: StoreLocation, name: str, record: FileRecord) -> str | None:

@@ -13,7 +13,8 @@ from xarray.core import indexing
 
 from flexcache.errors import DamagedError, StoreError, UnreachableError
 from flexcache.store.format.reference import StoreReference
-from flexcache.store.storage.location import StoreLocation, zarr_source
+from flexcache.store.storage.backend import storage_of
+from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.path_safety import check_tree_inside
 
 DENSE = 4
@@ -45,7 +46,7 @@ class CoordinateArray(BackendArray):
         """
         check_tree_inside(self.path.parent, self.path)
         try:
-            found = zarr.open_array(zarr_source(self.path), mode="r")
+            found = zarr.open_array(storage_of(self.path).zarr_store(), mode="r")
             whole = found.ndim == 1 and found.shape[0] >= self.shape[0]  # longer where the store has grown meanwhile
             if not whole or np.dtype(found.dtype) != self.dtype:
                 raise ValueError(f"it is {found.dtype} of shape {found.shape}")

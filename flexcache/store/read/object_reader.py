@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
 from flexcache.store.read.shard_reader import RowReader, convert
+from flexcache.store.storage.backend import disk_path
 from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.object_path import PIECE_BYTES, PIECES, Span
 
@@ -100,4 +100,4 @@ def _batches(runs: Iterator[tuple[int, int]], rows: np.ndarray, width: int) -> I
 
 def reader_class(root: StoreLocation) -> type[RowReader]:
     """Return what reads rows there."""
-    return RowReader if isinstance(root, Path) else RangeReader
+    return RangeReader if disk_path(root) is None else RowReader

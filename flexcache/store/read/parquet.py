@@ -13,6 +13,7 @@ from flexcache.store.format.extension import committing_folder
 from flexcache.store.format.schema import read_attributes
 from flexcache.store.format.table_validation import check_lines
 from flexcache.store.read.coordinates import unreadable
+from flexcache.store.storage.backend import disk_path, storage_of
 from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.path_safety import check_inside
 
@@ -20,13 +21,13 @@ from flexcache.store.storage.path_safety import check_inside
 def open_table(path: StoreLocation) -> pq.ParquetFile:
     """Open a Parquet file; on object storage, reading a row group takes a few requests."""
     check_inside(path.parent, path)
-    return pq.ParquetFile(path if isinstance(path, Path) else path.open())
+    return pq.ParquetFile(disk_path(path) or storage_of(path.parent).open_file(path.name))
 
 
 def read_table(path: StoreLocation, columns: list[str] | None = None) -> pa.Table:
     """Read a Parquet file, or some of its columns."""
     check_inside(path.parent, path)
-    return pq.read_table(path if isinstance(path, Path) else path.open(), columns=columns)
+    return pq.read_table(disk_path(path) or storage_of(path.parent).open_file(path.name), columns=columns)
 
 
 def read_first_lines(path: StoreLocation, count: int) -> pa.Table:
@@ -63,11 +64,12 @@ def read_store_table(root: StoreLocation, name: str, n_rows: int, columns: list[
 
 def _check_length(root: StoreLocation, name: str, n_rows: int) -> None:
     """Raise ValueError, before a table is read, if it has more lines than the store has rows."""
-    if not isinstance(root, Path):
+    folder = disk_path(root)
+    if folder is None:
         return
-    with pq.ParquetFile(root / name) as file:
+    with pq.ParquetFile(folder / name) as file:
         lines = file.metadata.num_rows
-    if lines > n_rows and lines > _rows_on_disk(root):
+    if lines > n_rows and lines > _rows_on_disk(folder):
         raise ValueError(f"it has {lines} lines for {n_rows} rows")
 
 

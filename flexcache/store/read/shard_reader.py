@@ -17,7 +17,8 @@ from flexcache.spec import DTYPES, ArraySpec
 from flexcache.store.format.committed_units import CommittedUnits, shared_units
 from flexcache.store.format.reference import StoreReference
 from flexcache.store.format.shard import ShardLayout, shard_name
-from flexcache.store.storage.location import StoreLocation, zarr_source
+from flexcache.store.storage.backend import storage_of
+from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.path_safety import MOST_JSON, check_inside
 
 OPEN_SHARDS = 256
@@ -82,7 +83,7 @@ class RowReader:
         where = self.root / self.array.name
         check_inside(self.root, where / "zarr.json", MOST_JSON)
         try:
-            found = zarr.open_array(zarr_source(where), mode="r")
+            found = zarr.open_array(storage_of(where).zarr_store(), mode="r")
         except Exception as error:  # zarr and its codecs raise many kinds
             raise DamagedError(
                 "an array of the store cannot be read",

@@ -1,4 +1,4 @@
-"""Durable files: written beside their place, flushed to the disk, then renamed."""
+"""Write local files durably: to a temporary name, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -6,22 +6,15 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path, PurePath
 from typing import Any
-
-import xxhash
-
-from flexcache.store.storage.location import StoreLocation
-from flexcache.store.storage.object_path import ObjectPath
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
-def fsync_folder(folder: StoreLocation) -> None:
+def fsync_folder(folder: Path) -> None:
     """Flush a folder's entries, so that a rename or a new file in it outlives a power failure."""
-    if isinstance(folder, ObjectPath):  # what was put there outlives it already
-        return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -29,11 +22,8 @@ def fsync_folder(folder: StoreLocation) -> None:
         os.close(handle)
 
 
-def write_durably(path: StoreLocation, content: bytes) -> None:
+def write_durably(path: Path, content: bytes) -> None:
     """Write a file so that readers see the old content or the new, never a part, also after a power failure."""
-    if isinstance(path, ObjectPath):
-        path.write_bytes(content)
-        return
     temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
@@ -70,7 +60,7 @@ def temporaries(root: Path) -> list[Path]:
     ]
 
 
-def write_json(path: StoreLocation, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON, durably; equal values give equal bytes."""
     write_durably(path, json_bytes(value))
 
@@ -78,25 +68,6 @@ def write_json(path: StoreLocation, value: Any) -> None:
 def json_bytes(value: Any) -> bytes:
     """Return the bytes of a value as the store's JSON files hold it."""
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def digest(path: StoreLocation) -> str:
-    """Return the XXH3-128 of a file's bytes as 32 hex digits; memory is one mebibyte, or 32 on object storage."""
-    hasher = xxhash.xxh3_128()
-    for block in blocks(path):
-        hasher.update(block)
-    return hasher.hexdigest()
-
-
-def blocks(path: StoreLocation, size: int = 1 << 20) -> Iterator[memoryview]:
-    """Yield the bytes of a file in order; a block is valid until the next one is asked for."""
-    if isinstance(path, ObjectPath):
-        yield from (memoryview(block) for block in path.blocks())
-        return
-    buffer = bytearray(size)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            yield memoryview(buffer)[:count]
 
 
 def commit_files(root: Path, files: Iterable[tuple[Path, str]]) -> None:
@@ -124,24 +95,3 @@ def fsync_tree(root: Path) -> None:
             with (Path(folder) / name).open("rb") as file:
                 os.fsync(file.fileno())
         fsync_folder(Path(folder))
-
-
-def file_sizes(root: StoreLocation) -> dict[str, int]:
-    """Return the bytes of every file below *root*, by relative POSIX path."""
-    if isinstance(root, ObjectPath):
-        return root.sizes()
-    return {name: (root / name).stat().st_size for name in relative_files(root)}
-
-
-def relative_files(root: StoreLocation, skip: Iterable[str] = ()) -> list[str]:
-    """Return the files below *root* as sorted relative POSIX paths, without the top-level names in *skip*."""
-    left_out = set(skip)
-    if isinstance(root, ObjectPath):
-        return sorted(name for name in root.sizes() if name.partition("/")[0] not in left_out)
-    found = []
-    for folder, folders, names in os.walk(root):
-        if Path(folder) == root:
-            folders[:] = [name for name in folders if name not in left_out]
-            names = [name for name in names if name not in left_out]
-        found += [(Path(folder) / name).relative_to(root).as_posix() for name in names]
-    return sorted(found)

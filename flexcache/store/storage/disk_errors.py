@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from flexcache.errors import CaptureError, FlexCacheError
+from flexcache.store.storage.backend import disk_path
 from flexcache.store.storage.location import StoreLocation
-from flexcache.store.storage.object_path import ObjectPath
 from flexcache.store.storage.retry import unreachable
 
 
 @contextmanager
 def clear_errors(root: StoreLocation) -> Iterator[None]:
-    """Turn errors of the operating system into that which a user sees."""
+    """Turn errors of the operating system into the one that a user sees."""
     try:
         yield
     except OSError as error:
@@ -24,14 +24,15 @@ def clear_errors(root: StoreLocation) -> Iterator[None]:
 
 def disk_error(error: OSError, root: StoreLocation) -> FlexCacheError:
     """Return the error that a user sees for one of the operating system's, or of object storage."""
-    if isinstance(root, ObjectPath):
+    folder = disk_path(root)
+    if folder is None:
         return unreachable(str(root), error)
-    root = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+    folder = next(one for one in (folder, *folder.absolute().parents) if one.exists())
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     failure = CaptureError(
         "the disk is full" if full else "the disk refused a write",
-        where=str(error.filename or root),
-        found=f"{error.strerror or error} ({shutil.disk_usage(root).free / 1e9:.2f} GB free)",
+        where=str(error.filename or folder),
+        found=f"{error.strerror or error} ({shutil.disk_usage(folder).free / 1e9:.2f} GB free)",
         remedy=("make room" if full else "mend the disk")
         + ", then run the same command again: committed units are kept, and it goes on after them",
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import TypeIs
 
 from flexcache.errors import StoreError
 from flexcache.paths import FILE_URLS, local_path
 from flexcache.store.storage.object_path import ObjectPath
-from flexcache.store.storage.object_zarr import ObjectStore
 
 StoreLocation = Path | ObjectPath
 
@@ -36,6 +38,11 @@ def parse_location(path: Any) -> StoreLocation:
     return local_path(path)
 
 
+def is_location(value: Any) -> TypeIs[str | bytes | os.PathLike[Any] | ObjectPath]:
+    """Return True if *value* is a path or a URL, as text, bytes or an object."""
+    return isinstance(value, str | bytes | os.PathLike | ObjectPath)
+
+
 def beyond_links(path: StoreLocation) -> StoreLocation:
     """Return where a new store is made: the target, if the path is a link, to an empty folder or to nothing yet."""
     return path.resolve() if isinstance(path, Path) and path.is_symlink() else path
@@ -57,8 +64,3 @@ def local(path: Any, what: str, remedy: str = COPY) -> Path:
         where=str(found),
         remedy=remedy,
     )
-
-
-def zarr_source(path: StoreLocation) -> Any:
-    """Return a place as zarr-python takes it."""
-    return path if isinstance(path, Path) else ObjectStore(path)

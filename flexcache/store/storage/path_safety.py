@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 from flexcache.errors import DamagedError
+from flexcache.store.storage.backend import disk_path
 from flexcache.store.storage.location import StoreLocation
 
 MOST_JSON = 64 << 20
@@ -20,17 +21,18 @@ def check_inside(root: StoreLocation, path: StoreLocation, most: int | None = No
     ------
     DamagedError
     """
-    if not isinstance(path, Path) or not isinstance(root, Path):  # an object of a storage, which is nothing else
+    folder, file = disk_path(root), disk_path(path)
+    if folder is None or file is None:  # an object is always a regular file inside its store
         return
     try:
-        found = path.stat()
+        found = file.stat()
     except OSError:  # it is missing, which whoever reads it says
         return
     if not stat.S_ISREG(found.st_mode):
-        raise _refused("is a folder, a pipe or a device, not a file", path)
+        raise _refused("is a folder, a pipe or a device, not a file", file)
     if most is not None and found.st_size > most:
-        raise _refused(f"has {found.st_size} bytes, where at most {most} are read", path)
-    _check_link(root, path)
+        raise _refused(f"has {found.st_size} bytes, where at most {most} are read", file)
+    _check_link(folder, file)
 
 
 def check_tree_inside(root: StoreLocation, folder: StoreLocation) -> None:
@@ -40,16 +42,17 @@ def check_tree_inside(root: StoreLocation, folder: StoreLocation) -> None:
     ------
     DamagedError
     """
-    if not isinstance(folder, Path) or not isinstance(root, Path):
+    top, below = disk_path(root), disk_path(folder)
+    if top is None or below is None:
         return
-    _check_link(root, folder)
-    for place, folders, names in os.walk(folder):
+    _check_link(top, below)
+    for place, folders, names in os.walk(below):
         for path in (Path(place) / name for name in folders):
             if path.is_symlink():
-                _check_link(root, path)
+                _check_link(top, path)
         for path in (Path(place) / name for name in names):
             if not stat.S_ISREG(path.lstat().st_mode):
-                check_inside(root, path)
+                check_inside(top, path)
 
 
 def _check_link(root: Path, path: Path) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from flexcache.store.storage.backend import disk_path
 from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.multipart_upload import PART_BYTES
-from flexcache.store.storage.object_path import ObjectPath
 from flexcache.store.write.claims import Claiming, Claims
 from flexcache.store.write.object_worker import ObjectClaims, ObjectWorker
 from flexcache.store.write.object_writer import ObjectWriter
@@ -21,7 +21,7 @@ def start_work(
     root: StoreLocation, conditions: dict[str, Any] | None = None, heartbeat_timeout: float = HEARTBEAT_TIMEOUT
 ) -> AnyWorker:
     """Start this process as a worker on the store at *root*."""
-    kind = ObjectWorker if isinstance(root, ObjectPath) else Worker
+    kind = ObjectWorker if disk_path(root) is None else Worker
     return kind(root, conditions, heartbeat_timeout)  # type: ignore[arg-type]
 
 
@@ -54,7 +54,7 @@ def slabs_for(root: StoreLocation, files: int, buffer_bytes: int, largest: int, 
     CaptureError
         The buffer is too small.
     """
-    if not isinstance(root, ObjectPath):
+    if disk_path(root) is not None:
         return size_slabs(files, buffer_bytes, largest=largest, exact=chunk)
     if chunk is None:
         return size_slabs(files, buffer_bytes, exact=min(PART_BYTES, largest))

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from flexcache.store.storage.backend import storage_of
 from flexcache.store.write.worker import Worker, describe
 
 CLAIMS = ".claims"
@@ -36,6 +37,7 @@ class Claiming(ABC):
     def __init__(self, worker: Any) -> None:
         self.worker = worker
         self.folder = worker.root / CLAIMS
+        self.storage = storage_of(self.folder)
         self._held: dict[str, int] = {}
 
     def take_claim(self, names: Iterable[str | int]) -> str | None:
@@ -93,17 +95,13 @@ class Claiming(ABC):
     def _newest(self) -> dict[str, int]:
         """Return the latest generation of each claim."""
         found: dict[str, int] = {}
-        for name in self._names():
+        for name in self.storage.list_names():
             if match := _NAME.fullmatch(name):
                 found[match[1]] = max(found.get(match[1], -1), int(match[2]))
         return found
 
     def _path(self, name: str, generation: int) -> Any:
         return self.folder / f"{name}.{generation}"
-
-    @abstractmethod
-    def _names(self) -> Iterable[str]:
-        """Return the names of all existing claims."""
 
     @abstractmethod
     def _create(self, path: Any) -> bool:
@@ -123,11 +121,6 @@ class Claims(Claiming):
 
     worker: Worker
     folder: Path
-
-    def _names(self) -> list[str]:
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
-            return [entry.name for entry in entries]
-        return []
 
     def _remove(self, path: Path) -> None:
         self.worker.touches.discard(path)
@@ -154,11 +147,7 @@ class Claims(Claiming):
 
     def _write(self, path: Path) -> bool:
         """Create a claim as a separate file, for file systems without hard links."""
-        try:
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileExistsError:
-            return False
-        with os.fdopen(handle, "wb") as file:
-            file.write(self.worker.alive.read_bytes())
-        self.worker.touches.add(path)
-        return True
+        created = self.storage.create_bytes(path.name, self.worker.alive.read_bytes())
+        if created:
+            self.worker.touches.add(path)
+        return created

@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,11 +18,9 @@ from flexcache.sequences import TokenizedCorpus
 from flexcache.spec import ArraySpec
 from flexcache.store.format.schema import ATTRIBUTE, COORDINATES, DOCUMENTS, PLAN_RECORD, RESERVED, SCHEMA, SEQUENCES
 from flexcache.store.format.shard import ShardLayout
-from flexcache.store.storage.atomic_files import fsync_folder, fsync_tree, relative_files
+from flexcache.store.storage.backend import disk_path, storage_of
 from flexcache.store.storage.disk_errors import clear_errors
 from flexcache.store.storage.location import StoreLocation, beyond_links
-from flexcache.store.storage.multipart_upload import PART_BYTES, begin_upload
-from flexcache.store.storage.object_path import ObjectPath
 from flexcache.store.write.backends import claims_of, start_work
 from flexcache.store.write.election import elect
 from flexcache.store.write.skeleton import create_arrays, create_coordinate, write_skeleton
@@ -47,17 +44,18 @@ def check_target(path: StoreLocation) -> None:
     """
     if (path / "zarr.json").exists():
         return
+    folder = disk_path(path)
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
-    if isinstance(path, ObjectPath):
+    if folder is None:
         taken = taken and not _is_incomplete(path)
     if taken and not (path / "zarr.json").exists():  # another process may have created it meanwhile
         raise StoreError(
             f"{path} exists and is not a store",
             remedy="choose another path, or remove it if it is not needed",
         )
-    if isinstance(path, ObjectPath) or taken:
+    if folder is None or taken:
         return
-    path = path.resolve()
+    path = folder.resolve()
     planned = _planning(path)
     if len(os.fsencode(planned.name)) > NAME_BYTES:
         raise StoreError(
@@ -84,11 +82,10 @@ def _planning(path: StoreLocation) -> StoreLocation:
     return path.with_name(f".{path.name}.planning")
 
 
-def _is_incomplete(path: ObjectPath) -> bool:
+def _is_incomplete(path: StoreLocation) -> bool:
     """Return True if the objects at *path* were uploaded by a process that ended before the store was visible."""
-    return all(
-        name.split("/")[0] in {*COORDINATES, *OTHER_ENTRIES} or name.endswith("/zarr.json") for name in path.sizes()
-    )
+    names = storage_of(path).list_files()
+    return all(name.split("/")[0] in {*COORDINATES, *OTHER_ENTRIES} or name.endswith("/zarr.json") for name in names)
 
 
 def create_once(path: StoreLocation, make: Callable[[Path], T], on_wait: Callable[[], None] = lambda: None) -> T | None:
@@ -129,9 +126,9 @@ def create_once(path: StoreLocation, make: Callable[[Path], T], on_wait: Callabl
         finally:
             claims.close()
             worker.close()
-            if isinstance(root, Path):
+            if (folder := disk_path(root)) is not None:
                 with contextlib.suppress(OSError):
-                    root.rmdir()
+                    folder.rmdir()
     return None
 
 
@@ -147,9 +144,10 @@ def total_bytes(arrays: list[ArraySpec], n_rows: int, shard_rows: int) -> int:
 
 def check_free_space(path: StoreLocation, needed: int) -> None:
     """Raise PlanError if fewer than *needed* bytes are free on the disk of *path*."""
-    if isinstance(path, ObjectPath):
+    folder = disk_path(path)
+    if folder is None:
         return
-    place = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
+    place = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     free = shutil.disk_usage(place).free
     if needed > free:
         raise PlanError(
@@ -205,31 +203,7 @@ def create(
 
 def publish_store(store: Path, path: StoreLocation) -> None:
     """Make a store that was written to a folder visible at *path* in one step: a rename, or the upload of zarr.json."""
-    if isinstance(path, ObjectPath):
-        _send(store, path)
-        return
-    fsync_tree(store)
-    path = path.resolve()
-    try:
-        store.rename(path)
-    except OSError:
-        if not (path / "zarr.json").exists():  # else another process, which considered this one gone, was faster
-            raise
-    fsync_folder(path.parent)
-
-
-def _send(store: Path, path: ObjectPath) -> None:
-    if (path / "zarr.json").exists():  # another process, which considered this one gone, was faster
-        return
-    last = (PLAN_RECORD, "zarr.json")
-    for name in [name for name in relative_files(store) if name not in last]:
-        upload = begin_upload(path / name)
-        with (store / name).open("rb") as file:
-            for number, part in enumerate(iter(partial(file.read, PART_BYTES), b"")):
-                upload.put(number, part)
-        upload.complete()
-    (path / PLAN_RECORD).write_bytes((store / PLAN_RECORD).read_bytes())
-    (path / "zarr.json").create((store / "zarr.json").read_bytes())
+    storage_of(path).publish(store, (PLAN_RECORD, "zarr.json"))
 
 
 def check_names(arrays: list[ArraySpec]) -> None:

@@ -10,7 +10,6 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +126,8 @@ class ObjectClaims(Claiming):
     worker: ObjectWorker
     folder: ObjectPath
 
-    def _names(self) -> Iterator[str]:
-        return (path.name for path in self.folder.iterdir())
-
     def _create(self, path: ObjectPath) -> bool:
-        return path.create(self.worker.tells())
+        return self.storage.create_bytes(path.name, self.worker.tells())
 
     def _remove(self, path: ObjectPath) -> None:
         path.unlink(missing_ok=True)

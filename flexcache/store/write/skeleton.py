@@ -15,7 +15,7 @@ from flexcache.store.format.bfloat16 import BFloat16
 from flexcache.store.format.plan_record import write_plan_record
 from flexcache.store.format.schema import COORDINATES
 from flexcache.store.format.shard import ShardLayout
-from flexcache.store.storage.atomic_files import relative_files
+from flexcache.store.storage.backend import relative_files
 
 COORDINATE_CHUNK = 1 << 20
 """Rows of a chunk of a coordinate, at most."""

@@ -1,4 +1,4 @@
-"""An S3 server on loopback, and memory, as places for stores."""
+"""Fixtures of object storage: an S3 server on loopback, and memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-import boto3
 import pytest
 
 BUCKET = "bucket"
@@ -39,11 +38,13 @@ def environment(address: str) -> dict[str, str]:
 
 def connect(address: str) -> Any:
     """Return boto3's client of this server; clients of the library remember their address, and are opened anew."""
+    import boto3
+
     from flexcache.store.storage import object_client
 
     for key in [key for key in object_client._clients if key[1] == "s3"]:
         object_client._clients.pop(key).multipart.close()
-    return boto3.client("s3", endpoint_url=address)
+    return boto3.Session().client("s3", endpoint_url=address)
 
 
 @pytest.fixture(scope="session")
