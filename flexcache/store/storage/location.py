@@ -1,4 +1,4 @@
-"""Where a store is: a folder, or a place on object storage; and the few things that differ between the two."""
+"""Parse the location of a store: a local path, or a URL of object storage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from typing_extensions import TypeIs
 
-from flexcache.errors import StoreError
+from flexcache.errors import ConfigError, StoreError
 from flexcache.paths import FILE_URLS, local_path
 from flexcache.store.storage.object_path import ObjectPath
 
@@ -18,12 +18,12 @@ COPY = "copy the store to a disk with flexcache copy, do it there, and copy the 
 
 
 def parse_location(path: Any) -> StoreLocation:
-    """Return a path, URL or opened store as its place; folders are absolute, see `flexcache.paths.local_path`.
+    """Return the location of a path, URL or opened store; folders are absolute, see `flexcache.paths.local_path`.
 
     Raises
     ------
     ConfigError
-        It is no path, no file can have that name, or nothing that is installed can open this kind of URL.
+        It is no path, no file or object can have that name, or this kind of URL cannot be opened.
 
     >>> parse_location("file:///data/run.zarr/")
     PosixPath('/data/run.zarr')
@@ -34,8 +34,17 @@ def parse_location(path: Any) -> StoreLocation:
     if isinstance(path, ObjectPath):
         return path
     if isinstance(path, str) and path.partition("://")[1] and path.partition("://")[0] not in FILE_URLS:
-        return ObjectPath(path)
+        return _parse_url(path)
     return local_path(path)
+
+
+def _parse_url(url: str) -> ObjectPath:
+    path = ObjectPath(url)
+    if path.key and {"", ".", ".."}.intersection(path.key.split("/")):
+        raise ConfigError(
+            "no object can have that name", where=url, found="an empty part, . or ..", remedy="give the URL without it"
+        )
+    return path
 
 
 def is_location(value: Any) -> TypeIs[str | bytes | os.PathLike[Any] | ObjectPath]:
@@ -44,12 +53,12 @@ def is_location(value: Any) -> TypeIs[str | bytes | os.PathLike[Any] | ObjectPat
 
 
 def beyond_links(path: StoreLocation) -> StoreLocation:
-    """Return where a new store is made: the target, if the path is a link, to an empty folder or to nothing yet."""
+    """Return the location of a new store: the target, if the path is a link to an empty folder or to nothing yet."""
     return path.resolve() if isinstance(path, Path) and path.is_symlink() else path
 
 
 def local(path: Any, what: str, remedy: str = COPY) -> Path:
-    """Return a place that must be a folder, for *what* only file systems can do.
+    """Return the path of a store that must be in a folder, since *what* needs a file system.
 
     Raises
     ------

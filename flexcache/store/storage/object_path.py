@@ -26,14 +26,14 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Status:
-    """What is known of an object, by the names that a file's status has.
+    """Size and identity of an object, under the names of a file's status.
 
     Attributes
     ----------
     st_size : int
-        Its bytes.
+        Bytes.
     st_ino, st_mtime_ns : int
-        Numbers that change when it is replaced, made of what the storage tells: a tag, or a time.
+        Numbers that change when the object is replaced: CRC-32 of its ETag, and of its time of modification.
     """
 
     st_size: int
@@ -57,14 +57,14 @@ class ObjectPath:
     ObjectPath('memory://bucket/run.zarr/zarr.json')
     """
 
-    __slots__ = ("_bucket", "key", "url")
+    __slots__ = ("bucket", "key", "url")
 
     def __init__(self, url: str) -> None:
         scheme, _, rest = url.partition("://")
         check_scheme(scheme)
         rest = rest.rstrip("/")
         self.url = f"{scheme}://{rest}"
-        self._bucket, _, self.key = ("", "", rest.lstrip("/")) if scheme == "memory" else rest.partition("/")
+        self.bucket, _, self.key = ("", "", rest.lstrip("/")) if scheme == "memory" else rest.partition("/")
 
     @property
     def scheme(self) -> str:
@@ -72,20 +72,15 @@ class ObjectPath:
         return self.url.partition("://")[0]
 
     @property
-    def bucket(self) -> str:
-        """The bucket or container; empty in memory."""
-        return self._bucket
-
-    @property
     def client(self) -> ObjectClient:
         """The clients of its bucket, in this process."""
-        return open_client(self.scheme, self._bucket)
+        return open_client(self.scheme, self.bucket)
 
     # Names
 
     @property
     def name(self) -> str:
-        """What comes after the last slash."""
+        """The part of the URL after the last slash."""
         return self.url.rpartition("/")[2]
 
     @property
@@ -100,12 +95,12 @@ class ObjectPath:
 
     @property
     def parent(self) -> ObjectPath:
-        """What comes before the last slash."""
+        """The location one level up."""
         kind, _, rest = self.url.partition("://")
         return ObjectPath(f"{kind}://{rest.rpartition('/')[0]}")
 
     def with_name(self, name: str) -> ObjectPath:
-        """Return another name at the same place."""
+        """Return the location with another last part."""
         return self.parent / name
 
     def absolute(self) -> ObjectPath:
@@ -117,7 +112,7 @@ class ObjectPath:
         return self
 
     def is_relative_to(self, other: ObjectPath) -> bool:
-        """Whether it lies below another place."""
+        """Return True if it is *other*, or lies below it."""
         return f"{self.url}/".startswith(f"{other.url}/")
 
     def __truediv__(self, name: object) -> ObjectPath:
@@ -141,7 +136,7 @@ class ObjectPath:
     # What is there
 
     def stat(self) -> Status:
-        """Return the size of the object, and what tells it from another of the same name.
+        """Return the size of the object, and numbers that differ from those of another object of the same name.
 
         Raises
         ------
@@ -152,7 +147,7 @@ class ObjectPath:
         return Status(int(info["size"]), crc32(tag.encode()), crc32(changed.encode()))
 
     def is_file(self) -> bool:
-        """Whether there is an object of this name."""
+        """Return True if an object has this name."""
         try:
             self.stat()
         except FileNotFoundError:
@@ -160,11 +155,11 @@ class ObjectPath:
         return True
 
     def exists(self) -> bool:
-        """Whether an object has this name, or begins with it and a slash."""
+        """Return True if an object has this name, or a name that begins with it and a slash."""
         return self.is_file() or self.is_dir()
 
     def is_dir(self) -> bool:
-        """Whether there are objects below it."""
+        """Return True if there are objects below it."""
         return any(True for _ in self.iterdir())
 
     def iterdir(self) -> Iterator[ObjectPath]:
@@ -174,7 +169,7 @@ class ObjectPath:
         return (self / name.rpartition("/")[2] for name in names if name != self.key)
 
     def glob(self, pattern: str) -> Iterator[ObjectPath]:
-        """Yield what is directly below it, with a name that matches."""
+        """Yield the objects and common prefixes directly below it whose names match."""
         return (path for path in self.iterdir() if fnmatchcase(path.name, pattern))
 
     def sizes(self) -> dict[str, int]:
@@ -214,7 +209,7 @@ class ObjectPath:
         ------
         FileNotFoundError
         UnreachableError
-            Also where fewer bytes come than were asked for, again and again.
+            Also if every attempt returns fewer bytes than requested.
         """
 
         def read_span(span: Span) -> bytes:
@@ -230,26 +225,26 @@ class ObjectPath:
         return self._do(request) if spans else []
 
     def blocks(self) -> Iterator[bytes]:
-        """Yield the bytes of the object in order, in pieces of 4 MiB, 8 of which are on their way at once."""
+        """Yield the bytes of the object in order, in pieces of 4 MiB, 8 of which are requested at a time."""
         size = self.stat().st_size
         cuts = [(start, min(start + PIECE_BYTES, size)) for start in range(0, size, PIECE_BYTES)]
         for number in range(0, len(cuts), PIECES):
             yield from self.read_spans(cuts[number : number + PIECES])
 
     def open(self, mode: str = "rb") -> io.BufferedReader:
-        """Return a file to read, which seeks."""
+        """Open the object as a buffered file for reading, with seeking."""
         if mode != "rb":
-            raise ValueError(f"objects are opened to be read, not {mode!r}")
+            raise ValueError(f"objects are opened for reading only, not with mode {mode!r}")
         return io.BufferedReader(_Object(self), SMALL_READ)
 
     # Writing
 
     def write_bytes(self, content: bytes) -> None:
-        """Put an object in one step, in the place of any that is there."""
+        """Put an object in one request; replace the one that exists."""
         self._put(content, "overwrite")
 
     def create(self, content: bytes) -> bool:
-        """Put an object that is not there, in one step; return whether this call did.
+        """Put an object that does not exist; return True if this call created it.
 
         The storage decides which of many simultaneous calls creates it.
         """
@@ -298,7 +293,7 @@ def _obstore() -> Any:
 
 
 class _Object(io.RawIOBase):
-    """An object as a raw file; a read is a request."""
+    """A raw file over an object; each read is one request."""
 
     def __init__(self, path: ObjectPath) -> None:
         self._remote, self._size, self._at = path, path.stat().st_size, 0

@@ -1,4 +1,8 @@
-"""Objects as a store of zarr-python's, to read; with the requests, and the patience, of all the others."""
+"""Open objects with zarr-python for reading.
+
+zarr's own `ObjectStore` takes no prefix within a bucket, and a request that fails or breaks off midway ends its read;
+here every request is repeated as all others are.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from flexcache.store.storage.object_path import ObjectPath
 
 
 class ObjectStore(Store):
-    """What lies below a place on object storage, read-only."""
+    """A read-only zarr store of the objects below a URL."""
 
     supports_writes = False
     supports_deletes = False
@@ -29,7 +33,7 @@ class ObjectStore(Store):
         return str(self.root)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """Return an object or a part of it; None where it is not there."""
+        """Return an object or a part of it; None if it does not exist."""
         try:
             content = await asyncio.to_thread(self._read, key, byte_range)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -43,16 +47,16 @@ class ObjectStore(Store):
         return list(await asyncio.gather(*(self.get(key, prototype, part) for key, part in key_ranges)))
 
     async def exists(self, key: str) -> bool:
-        """Whether an object is there."""
+        """Return True if an object exists."""
         return await asyncio.to_thread((self.root / key).is_file)
 
     async def set(self, key: str, value: Buffer) -> None:
-        """Refuse."""
-        raise ValueError("the store was opened to be read")
+        """Raise ValueError: the store is read-only."""
+        raise ValueError("the store was opened for reading")
 
     async def delete(self, key: str) -> None:
-        """Refuse."""
-        raise ValueError("the store was opened to be read")
+        """Raise ValueError: the store is read-only."""
+        raise ValueError("the store was opened for reading")
 
     async def list(self) -> AsyncIterator[str]:
         """Yield the names of all objects."""
@@ -60,13 +64,13 @@ class ObjectStore(Store):
             yield name
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-        """Yield the names of the objects that begin so."""
+        """Yield the names of the objects that begin with *prefix*."""
         async for name in self.list():
             if name.startswith(prefix):
                 yield name
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        """Yield what is directly below a name."""
+        """Yield the names directly below *prefix*."""
         for path in await asyncio.to_thread(lambda: list((self.root / prefix).iterdir())):
             yield path.name
 

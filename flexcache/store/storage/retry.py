@@ -68,7 +68,7 @@ def translated(error: Exception) -> Exception:
     )
     if type(error).__name__ == "AlreadyExistsError":
         return FileExistsError(17, "the object exists", str(error).partition("\n")[0])
-    if status == 404:
+    if status == 404 or (isinstance(error, ValueError) and "parse path" in str(error)):  # as "a//b", which none has
         return FileNotFoundError(2, "no such object", str(error).partition("\n")[0])
     if status in (401, 403):
         return PermissionError(13, str(error).partition("\n")[0])
