@@ -1,4 +1,4 @@
-"""Objects that are written in parts, front to back, and appear when they are complete, or with their only part."""
+"""Upload objects in parts. An object appears when its upload is complete, or with its only part."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from flexcache.store.storage.object_path import ObjectPath
 from flexcache.store.storage.retry import attempt, translated, unreachable
 
 PART_BYTES = 5 << 20
-"""The least that S3 takes as a part, the last one aside."""
+"""Bytes of the smallest part that S3 accepts, except for the last part."""
 
 
 class Upload(Protocol):
-    """An object that is being written. One thread at a time puts a part.
+    """An object that is being uploaded. One thread at a time sends a part.
 
     Attributes
     ----------
     ordered : bool
-        Whether a part must have arrived before the next is put.
+        True if a part must have arrived before the next one is sent.
     """
 
     ordered: bool
@@ -30,10 +30,10 @@ class Upload(Protocol):
         """Send part *number*, counted from 0."""
 
     def complete(self) -> None:
-        """Make the object appear, whole."""
+        """Make the whole object appear."""
 
     def abort(self) -> None:
-        """Give the parts up; errors are not told."""
+        """Delete the parts that were sent; raise nothing."""
 
 
 def begin_upload(path: ObjectPath) -> Upload:

@@ -1,4 +1,4 @@
-"""A process that fills a store on object storage, and its claims: objects that one process alone can create."""
+"""Workers and claims on object storage: a heartbeat object, and objects that only one process can create."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flexcache.store.write.worker import ALIVE, BEATS, HEARTBEAT_TIMEOUT, PARTIA
 
 
 class ObjectWorker:
-    """This process at work on a store, as `Worker`, with an object that it keeps rewriting.
+    """This process at work on a store: like `Worker`, with a heartbeat object that it keeps rewriting.
 
     Clocks are not compared: a worker is gone when its object is gone, when its object has not changed for
     *heartbeat_timeout* seconds of the watcher's clock, or when its process on this machine has ended.
@@ -30,9 +30,9 @@ class ObjectWorker:
     Attributes
     ----------
     folder : Path
-        Of this process alone, on its own disk, for files in progress; it is made when first asked for.
+        Private folder on the local disk for files in progress; it is created on first use.
     alive : ObjectPath
-        The object, ``<root>/.partial/<id>/alive``.
+        The heartbeat object, ``<root>/.partial/<id>/alive``.
     """
 
     def __init__(
@@ -53,18 +53,18 @@ class ObjectWorker:
 
     @property
     def folder(self) -> Path:
-        """A folder on this machine."""
+        """The private folder on the local disk."""
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="flexcache-"))
         return self._folder
 
     @property
     def lost(self) -> bool:
-        """Whether others took this worker for gone."""
+        """True if others considered this worker gone."""
         return not self.alive.is_file()
 
     def close(self) -> None:
-        """Stop, and remove the object and the folder."""
+        """Stop the heartbeat, and remove its object and the folder."""
         self._stopped.set()
         self._thread.join()
         with contextlib.suppress(UnreachableError):  # others will see that it has ended
@@ -73,11 +73,11 @@ class ObjectWorker:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def tells(self) -> bytes:
-        """Return what a claim of this worker says of it."""
+        """Return the content of this worker's claims: its process, id and conditions."""
         return json_bytes({**identity(os.getpid()), "id": self.id, "conditions": self.conditions})
 
     def gone(self, path: ObjectPath) -> bool:
-        """Whether the worker has ended that wrote this claim or `alive` object; one that is missing tells nothing."""
+        """Return True if the worker that wrote this claim or heartbeat object is gone; False if the object is missing."""
         try:
             content = path.read_bytes()
             if ended(content):
@@ -97,7 +97,7 @@ class ObjectWorker:
         return now - since >= self._heartbeat_timeout
 
     def sweep(self) -> None:
-        """Remove the objects of workers that are gone."""
+        """Remove the heartbeat objects of workers that are gone."""
         for place in list((self.root / PARTIAL).iterdir()):
             alive = place / ALIVE
             if place.name != self.id and self.gone(alive):
@@ -118,8 +118,8 @@ class ObjectWorker:
 class ObjectClaims(Claiming):
     """Claims of a store on object storage; each is an object.
 
-    Where the storage cannot let one of many create an object, two workers may compute the same unit. They commit the
-    same bytes, so that work is lost and nothing else.
+    On a server that ignores ``If-None-Match``, two workers may compute the same unit. They commit the same bytes, so
+    that only work is lost.
     """
 
     refused = UnreachableError

@@ -1,4 +1,4 @@
-"""The writer of a store on object storage: parts of shards are sent as they are filled, several at a time."""
+"""Write shards to object storage: parts are sent as they are filled, several at a time."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from flexcache.store.write.shard_writer import WriterThread, checked
 from flexcache.store.write.slabs import Slab, SlabPool
 
 LANES = 8
-"""Parts on their way at once, each with its slab."""
+"""Parts that are sent at the same time, each with its slab."""
 
 
 class ObjectWriter(WriterThread):
-    """One thread that checks and hashes slabs in the order in which they were filled, and eight that send them.
+    """One thread checks and hashes slabs in the order in which they were filled, and eight threads send them.
 
-    A slab goes back to the pool when it has arrived, so the pool bounds the memory. What was compressed waits for as
-    much as a part, which is bounded as well: 5 MiB for each open file.
+    A slab returns to the pool when it has arrived, so the pool bounds the memory. Compressed chunks wait until they
+    fill a part, which is bounded as well: 5 MiB for each open file.
     """
 
     direct = False
@@ -36,7 +36,7 @@ class ObjectWriter(WriterThread):
         super().__init__(pool)
 
     def stop(self) -> None:
-        """End the threads, and abort what was not put in place."""
+        """End the threads, and abort uploads that were not completed."""
         super().stop()
         for lane in self._lanes:
             lane.shutdown(cancel_futures=True)
@@ -47,7 +47,7 @@ class ObjectWriter(WriterThread):
     # Jobs, which run in the thread.
 
     def write(self, file: ShardFile, slab: Slab) -> None:
-        """Check and hash one slab, and send it on."""
+        """Check, hash and send one slab."""
         content = checked(file, slab)
         sending = self._sending.get(file)
         if sending is None:
@@ -72,7 +72,7 @@ class ObjectWriter(WriterThread):
         sending.waiting.clear()
 
     def put_in_place(self, files: Sequence[ShardFile]) -> None:
-        """Wait for the parts of a unit's files, and complete them."""
+        """Wait for the parts of a unit's files, and complete their uploads."""
         for file in files:
             for sent in self._sending[file].sent:
                 sent.result()
@@ -82,7 +82,7 @@ class ObjectWriter(WriterThread):
             del self._sending[file]
 
     def discard(self, files: Sequence[ShardFile]) -> None:
-        """Abort the uploads of a unit that is given up."""
+        """Abort the uploads of an abandoned unit."""
         for file in files:
             if (sending := self._sending.pop(file, None)) is not None:
                 for sent in sending.sent:
@@ -119,7 +119,7 @@ class ObjectWriter(WriterThread):
 
 
 class _Sending:
-    """A file whose parts are on their way."""
+    """A file whose parts are being sent."""
 
     def __init__(self, upload: Upload) -> None:
         self.upload = upload
