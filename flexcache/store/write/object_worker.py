@@ -77,7 +77,7 @@ class ObjectWorker:
         return json_bytes({**identity(os.getpid()), "id": self.id, "conditions": self.conditions})
 
     def gone(self, path: ObjectPath) -> bool:
-        """Return True if the worker that wrote this claim or heartbeat object is gone; False if the object is missing."""
+        """Return True if the worker that wrote this claim or heartbeat object is gone; False if it is missing."""
         try:
             content = path.read_bytes()
             if ended(content):
