@@ -154,7 +154,7 @@ class Ledger:
         path = self.path(unit)
         check_inside(self.root, path, MOST_JSON)
         try:
-            written = path.read_bytes()
+            written = self._storage.read_bytes(f"{unit}.json")
             data = json.loads(written)
             check_checksum(data, written, _KEYS)
             files = {name: FileRecord(int(f["size"]), str(f["xxh3_128"])) for name, f in data["files"].items()}

@@ -1,4 +1,4 @@
-"""Rows of a store on object storage, by ranges of bytes that are fetched several at a time."""
+"""Read rows of a store on object storage, by byte ranges that are fetched several at a time."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from flexcache.store.format.shard import shard_name
 from flexcache.store.read.shard_reader import RowReader, convert
-from flexcache.store.storage.backend import disk_path
+from flexcache.store.storage.backend import disk_path, storage_of
 from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.object_path import PIECE_BYTES, PIECES, Span
 
 GAP_BYTES = 128 << 10
-"""Rows no farther apart than this are fetched by one request, with what is between them."""
+"""Rows at most this many bytes apart are fetched by one request, with the bytes between them."""
 
 RUNS = 64
-"""Requests for scattered rows that are under way at once."""
+"""Requests for scattered rows that are sent at the same time."""
 
 
 class RangeReader(RowReader):
     """Reads rows of one array by requests for ranges of its shards; any number of threads may use one reader.
 
-    At most 32 MiB are held at a time beside the result. The length of a shard is asked for once.
+    At most 32 MiB are held at a time in addition to the result. The length of a shard is requested once.
     """
 
     def _gather_shard(
@@ -59,7 +60,7 @@ class RangeReader(RowReader):
                 convert(held, out[begin:end], slice(None), self.dtype)
 
     def _fetch(self, layer: int | None, shard: int, spans: list[Span]) -> list[bytes]:
-        return self.path(layer, shard).read_spans(spans)  # type: ignore[union-attr]
+        return storage_of(self.root).read_ranges(shard_name(self.array.name, layer, shard), spans)
 
     def _check_once(self, layer: int | None, shard: int) -> None:
         path = self.path(layer, shard)
