@@ -114,7 +114,7 @@ def test_a_part_that_another_process_makes_is_waited_for(model: Any, tmp_path: P
     shared.mkdir()
     other = Worker(shared)
     claims = Claims(other)
-    assert claims.take([1]) == "1"
+    assert claims.take_claim([1]) == "1"
     told: list[int] = []
 
     def finish(documents: int, tokens: int) -> None:
@@ -137,7 +137,7 @@ def test_a_part_of_a_process_that_is_gone_is_taken_over(model: Any, tmp_path: Pa
     shared = tmp_path / "shared"
     shared.mkdir()
     other = Worker(shared)
-    Claims(other).take([1])
+    Claims(other).take_claim([1])
     other.close()  # with its claim left behind, as a kill does
     flexcache.generate(model, None, PROMPTS, shared, DRAWN)
     assert contents(shared) == contents(tmp_path / "whole")

@@ -97,7 +97,7 @@ def test_stores_of_two_models_with_equal_weights_are_told_apart(
     with adapted.disable_adapter():
         off = flexcache.capture(adapted, None, DOCUMENTS, tmp_path / "off.zarr", sites=["resid_pre"], **QUIET)
         same = flexcache.capture(adapted, None, DOCUMENTS, tmp_path / "same.zarr", **QUIET)
-    with pytest.raises(MismatchError, match=r"(?s)do not belong together.*adapter default"):
+    with pytest.raises(MismatchError, match=r"(?s)cannot be merged.*adapter default"):
         merge([store.path, off.path], tmp_path / "both.zarr")
     asked: dict[str, Any] = {"site": "resid_post", "layers": [1], "rows": "last", "resamples": 10, "baselines": ()}
     found = probes.sweep(store, "label", cv=3, **asked)

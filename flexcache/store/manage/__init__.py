@@ -1,1 +1,1 @@
-"""Change whole stores: extend, copy, merge, remove, verify and repair."""
+"""Manage whole stores: extend, copy, merge, remove, verify and repair."""

@@ -1,4 +1,4 @@
-"""Copying a store: all of it or some arrays and layers, as it is or in another dtype or codec."""
+"""Copy a store: all of it or some arrays and layers, unchanged or in another dtype or codec."""
 
 from __future__ import annotations
 
@@ -32,26 +32,28 @@ def copy(
     compression: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Store:
-    """Copy a store, complete or not, to another place; the same call goes on where one stopped.
+    """Copy a store, complete or not, to another location; the same call resumes an interrupted copy.
 
-    Every file is checked against the source's ledger on its way, and every unit is committed in the target by a record
-    of its own. What is not converted is copied byte for byte, and the target's records of those files are the source's.
+        flexcache.copy("run.zarr", "small.zarr", sites=["resid_post"], layers="8:16", dtype="int8")
+
+    Every file is checked against the ledger of the source, and every unit is committed in the target by a record.
+    Files that need no conversion are copied byte for byte and keep their records.
 
     Parameters
     ----------
     sites, layers
-        What to take, see `flexcache.store.read.selection.select`; everything by default.
+        Sites and layers to copy, see `flexcache.store.select`; all by default.
     dtype
-        ``bfloat16``, ``float16``, ``float32`` or ``int8``; as it is by default. A narrower dtype rounds to nearest,
-        ties to even; of int8, see `flexcache.store.format.int8`.
+        ``bfloat16``, ``float16``, ``float32`` or ``int8``; unchanged by default. A narrower dtype rounds to nearest,
+        ties to even; for int8 see `flexcache.store.format.int8`.
     compression
-        ``none`` or ``zstd``; as it is by default.
+        ``none`` or ``zstd``; unchanged by default.
     progress
-        Called with the bytes of rows that are there, and that there will be.
+        Called with the bytes of rows copied so far, and in total.
 
     Returns
     -------
-    The target. It is complete where the source is.
+    The target. It is complete if the source is.
 
     Raises
     ------
@@ -60,15 +62,15 @@ def copy(
     SiteError
         The source has no such site or layer.
     RangeError
-        A value overflows the dtype, named with site, layer, row and value.
+        A value overflows the dtype; the error names site, layer, row and value.
     StoreError
-        The source is no store; or source and target are one inside the other.
+        The source is not a store, or one of source and target is inside the other.
     MismatchError
         The target is another store.
     DamagedError
-        A file of the source is not as it was written.
+        A file of the source is damaged.
     PlanError
-        The disk has no room for the target.
+        The disk has too little free space.
     """
     dtype = dtype_name(dtype)
     _check_choice("dtype", dtype, tuple(DTYPES))
@@ -96,14 +98,14 @@ def copy(
 
 
 def check_separate(source: StoreLocation, target: StoreLocation) -> None:
-    """Refuse a target that is the source, or inside of it, or around it."""
+    """Raise StoreError if source and target are the same, or one is inside the other."""
     one, other = (f"{path.resolve()}/" for path in (source, target))
     if one.startswith(other) or other.startswith(one):
         raise StoreError(
-            "source and target are the same place, or one is inside the other",
+            "source and target are the same, or one is inside the other",
             where=str(target),
             found=str(source),
-            remedy="choose a target beside the source",
+            remedy="choose a target outside the source",
         )
 
 
@@ -113,7 +115,7 @@ def _check_choice(what: str, value: str | None, choices: tuple[str, ...]) -> Non
 
 
 def _changes(origin: Store, arrays: list[ArraySpec], compression: str | None) -> dict[str, Any]:
-    """Return what a copy changes, array by array; empty for one that changes nothing."""
+    """Return the changes that a copy makes, by kind and array; empty for an exact copy."""
     kept = {array.name: array for array in arrays}
     found: dict[str, Any] = {}
     if left_out := [name for name in origin.sites if name not in kept]:
@@ -131,7 +133,7 @@ def _changes(origin: Store, arrays: list[ArraySpec], compression: str | None) ->
 
 
 def _needed(derived: DerivedStore) -> int:
-    """Return the bytes a copy will take, by the ledger where files stay as they are."""
+    """Return the bytes that a copy needs, from the ledger if files are copied unchanged."""
     origin = derived.origin
     same = derived.spec["compression"] == origin.spec.get("compression", "none")
     if (

@@ -1,4 +1,4 @@
-"""What a store takes of a file system: bytes, files and folders, from its arrays and its plan. Pure arithmetic."""
+"""Compute the bytes, files and folders that a store needs, from its arrays and plan; pure arithmetic."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from flexcache.store.write.skeleton import coordinate_chunk
 
 @dataclass(frozen=True)
 class Footprint:
-    """A complete store on a disk, but for its tables and coordinates, whose bytes depend on the texts.
+    """Disk usage of a complete store, without the bytes of tables and coordinates, which depend on the texts.
 
     Attributes
     ----------
     shard_files : int
-        One for each unit and each captured layer of a site.
+        Number of shards: one for each unit and each captured layer of a site.
     shard_bytes : int
-        Of all of them, before compression.
+        Bytes of all shards before compression.
     ledger_bytes : int
-        Of the records, one for each unit.
+        Bytes of the ledger records, one for each unit.
     files, folders : int
-        Of the whole store, itself included, without the notes of runs; together its inodes.
+        Number of files and folders of the store, including its own folder but not the logs of runs.
     """
 
     shard_files: int
@@ -39,22 +39,22 @@ class Footprint:
 
     @property
     def inodes(self) -> int:
-        """Files and folders."""
+        """Number of files and folders."""
         return self.files + self.folders
 
 
 def footprint(
     arrays: Sequence[ArraySpec], n_rows: int, shard_rows: int, fingerprint: dict[str, Any] | None = None
 ) -> Footprint:
-    """Return what a complete store of *n_rows* in units of *shard_rows* takes.
+    """Return the disk usage of a complete store of *n_rows* in units of *shard_rows*.
 
     A shard is a file in a folder of its own, as Zarr names chunks (``resid_post/c/12/7/0``), so a unit takes two inodes
-    a layer, and one for its ledger record.
+    per layer, and one for its ledger record.
 
     Parameters
     ----------
     fingerprint
-        As the records of the ledger will repeat it.
+        Fingerprint in each ledger record.
     """
     units = -(-n_rows // shard_rows)
     slices = sum(len(array.slices) for array in arrays)

@@ -1,4 +1,4 @@
-"""Joining stores over one plan that hold different sites or layers of one model."""
+"""Merge stores over one plan that hold different sites or layers of one model."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from flexcache.store.storage.location import StoreLocation, parse_location
 from flexcache.store.write.create import total_bytes
 
 
-def merge(
-    sources: Sequence[str | StoreLocation], target: str | StoreLocation, progress: Progress = lambda done, total: None
-) -> Store:
-    """Join stores that were captured from one model over the same plan; the same call goes on where one stopped.
+def merge(sources: Sequence[str | StoreLocation], target: str | StoreLocation, progress: Progress = lambda done, total: None) -> Store:
+    """Merge stores that were captured from one model over the same plan; the same call resumes an interrupted merge.
 
-    Arrays of one site with different layers become one array. A site and layer that two stores have must be the same
-    files. Files are copied byte for byte, and checked, as by `copy`. A unit is in the target once every source has it.
+        flexcache.merge(["layers-0-15.zarr", "layers-16-31.zarr"], "run.zarr")
+
+    Layers of one site become one array. A site and layer that two stores have must be the same files. Files are checked
+    and copied byte for byte, as by `copy`. A unit is copied once every source has it.
 
     Returns
     -------
-    The target. It is complete where all sources are.
+    The target. It is complete if all sources are.
 
     Raises
     ------
     ConfigError
-        Fewer than two stores.
+        There are fewer than two sources.
     MismatchError
-        They differ in plan, documents, model, form of an array or codec, or have other bytes for one site and layer:
-        with what differs. Or the target is another store.
+        The sources differ in plan, documents, model, codec or the form of an array, or have different bytes for one
+        site and layer; the error lists the differences. Or the target is another store.
     DamagedError
-        A file of a source is not as it was written.
+        A file of a source is damaged.
     """
     stores, path = [Store(source) for source in sources], parse_location(target)
     if len(stores) < 2:
@@ -53,7 +53,7 @@ def merge(
         check_not_extending(store.path)
     for other in stores[1:]:
         _check_alike(stores[0], other)
-    arrays, owners = _join(stores)
+    arrays, owners = _merge_arrays(stores)
     history = {"merged_from": [describe_origin(store) for store in stores]}
     share = min(len(store.committed_units) for store in stores) / max(1, stores[0].n_units)
     needed = int(total_bytes(arrays, stores[0].n_rows, stores[0].shard_rows) * share)
@@ -82,11 +82,11 @@ def _check_alike(one: Store, other: Store) -> None:
             different.append(f"array {name}: {first} and {second}")
         elif not different:
             different += _differing_files(one, other, name)
-    _refuse(one, other, different)
+    _raise_differences(one, other, different)
 
 
 def _differing_files(one: Store, other: Store, name: str) -> list[str]:
-    """Return which shards of the layers that both have differ, in units that both have committed."""
+    """Return the shards that differ, of layers and units that both stores have."""
     layers = [layer for layer in one.arrays[name].slices if layer in other.arrays[name].slices]
     found = []
     for unit in sorted(set(one.committed_units.tolist()) & set(other.committed_units.tolist())) if layers else []:
@@ -96,20 +96,20 @@ def _differing_files(one: Store, other: Store, name: str) -> list[str]:
     return found
 
 
-def _refuse(one: Store, other: Store, different: list[str]) -> None:
+def _raise_differences(one: Store, other: Store, different: list[str]) -> None:
     if different:
         raise MismatchError(
-            "the stores do not belong together",
+            "the stores cannot be merged",
             where=f"{one.path} and {other.path}",
             expected="one model over the same plan, and the same bytes where both have a site and layer",
             found="\n    ".join(["", *different[:12], *(["…"] if len(different) > 12 else [])]),
-            remedy="capture both from the same documents with the same options and unit size; flexcache rm drops a"
-            " site or layer that only one of them should give",
+            remedy="capture both from the same documents with the same options and unit size; flexcache rm removes"
+            " a site or layer that only one of them should contribute",
         )
 
 
-def _join(stores: list[Store]) -> tuple[list[ArraySpec], dict[ArrayKey, Store]]:
-    """Return the arrays of all stores, and which store each layer of them is taken from: the first that has it."""
+def _merge_arrays(stores: list[Store]) -> tuple[list[ArraySpec], dict[ArrayKey, Store]]:
+    """Return the merged arrays, and the store that each layer is copied from: the first that has it."""
     arrays: dict[str, ArraySpec] = {}
     owners: dict[ArrayKey, Store] = {}
     for store in stores:
@@ -119,12 +119,12 @@ def _join(stores: list[Store]) -> tuple[list[ArraySpec], dict[ArrayKey, Store]]:
                 arrays[name] = replace(before, layers=tuple(sorted({*before.layers, *array.layers})))
             for layer in array.slices:
                 owners.setdefault((name, layer), store)
-    joined = list(arrays.values())
-    return joined, {(array.name, layer): owners[array.name, layer] for array in joined for layer in array.slices}
+    merged = list(arrays.values())
+    return merged, {(array.name, layer): owners[array.name, layer] for array in merged for layer in array.slices}
 
 
 def _spec(stores: list[Store], arrays: list[ArraySpec]) -> dict[str, Any]:
-    """Return the spec of one capture of everything."""
+    """Return the spec of one capture of all arrays."""
     sites: dict[str, Any] = {}
     layers = {array.site: list(array.layers) for array in arrays if array.layers is not None}
     for store in stores:

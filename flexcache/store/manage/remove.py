@@ -1,4 +1,4 @@
-"""Dropping sites and layers from a store, in steps of which each leaves a store that reads correctly."""
+"""Remove sites and layers from a store, in steps that each leave a store that reads correctly."""
 
 from __future__ import annotations
 
@@ -28,36 +28,40 @@ from flexcache.store.write.claims import CLAIMS, Claims
 from flexcache.store.write.worker import Worker
 
 NOTE = "removing.json"
-"""What is being removed, from before the first change until after the last."""
+"""File that lists what is being removed; it exists from before the first change until after the last."""
 
 Progress = Callable[[int, int], None]
 
 
 class Removal:
-    """What is to be removed from a store, and the doing of it.
+    """A planned removal of sites or layers from a store; `run` applies it.
 
-    The order is: a note of what is removed, the store's description, the ledger's records, the files, and the note is
-    taken away. After the description, readers no longer know of what is removed, while all else reads as before; a
-    removal that stops anywhere is finished by the next one, whatever that one is asked to remove.
+        removal = flexcache.Removal("run.zarr", ["attn_weights"])
+        print(removal.bytes())
+        removal.run()
+
+    The removal first writes a note of what is removed, then changes the metadata, then the ledger records, then deletes
+    the files, and last the note. Once the metadata is changed, readers no longer see what is removed; all else reads as
+    before. If a removal is interrupted, the next one finishes it, whatever it is asked to remove.
 
     Parameters
     ----------
     sites, layers
-        See `flexcache.store.read.selection.select`.
+        Sites and layers to remove, see `flexcache.store.select`.
 
     Attributes
     ----------
     gone : list of (str, int or None)
-        The arrays and layers that go.
+        The arrays and layers to remove.
     unfinished : bool
-        Whether an earlier removal was stopped, and this one only finishes it.
+        True if an earlier removal was interrupted, so that this one only finishes it.
 
     Raises
     ------
     SiteError
-        The store has no such site or layer, or would have none left.
+        The store has no such site or layer, or would have no site left.
     StoreError
-        The path is no store.
+        There is no store at *path*.
     """
 
     def __init__(self, path: str | Path, sites: Sequence[str] | None = None, layers: Layers = "all") -> None:
@@ -70,20 +74,20 @@ class Removal:
                 "the store would have no site left",
                 where=str(self.path),
                 found=", ".join(store.sites),
-                remedy="remove the folder, if nothing of it is needed",
+                remedy="delete the folder if nothing in it is needed",
             )
 
     def bytes(self) -> int:
-        """Return the bytes of the files that go."""
+        """Return the bytes of the files to remove."""
         return sum(file.stat().st_size for folder in self._folders() for file in folder.rglob("*") if file.is_file())
 
     def run(self, progress: Progress = lambda done, total: None) -> int:
-        """Remove, and return the bytes freed.
+        """Apply the removal, and return the bytes freed.
 
         Raises
         ------
         StoreError
-            Another process fills the store, or an extension of it has begun.
+            Another process fills the store, or an extension is unfinished.
         CaptureError
             The disk refuses.
         """
@@ -101,20 +105,20 @@ class Removal:
         except OSError as error:
             raise disk_error(error, self.path) from error
 
-    # Steps, each of which may be done again
+    # Steps, each of which can be repeated
 
     def _remove(self, progress: Progress) -> int:
         if not self.unfinished:
             write_json(self.path / NOTE, {"schema": 1, "remove": [list(key) for key in self.gone]})
-        self._describe()
-        self._strike()
-        freed = self._delete(progress)
+        self._change_metadata()
+        self._change_records()
+        freed = self._delete_files(progress)
         (self.path / NOTE).unlink()
         fsync_folder(self.path)
         return freed
 
-    def _describe(self) -> None:
-        """Take what goes out of the store's metadata, its card, and the record of its plan."""
+    def _change_metadata(self) -> None:
+        """Remove the arrays and layers from the metadata, the dataset card and the plan record."""
         store = Store(self.path)
         left = self._left(store)
         if left != list(store.arrays.values()):
@@ -140,8 +144,8 @@ class Removal:
             self.path, [name for name in plan_files(store) if name not in {f"{array}/zarr.json" for array in whole}]
         )
 
-    def _strike(self) -> None:
-        """Take what goes out of the ledger's records."""
+    def _change_records(self) -> None:
+        """Remove the files from the ledger records."""
         ledger = Store(self.path).ledger
         prefixes = tuple(f"{name}/c/" if layer is None else f"{name}/c/{layer}/" for name, layer in self.gone)
         for record in ledger:
@@ -149,7 +153,7 @@ class Removal:
             if len(files) < len(record.files):
                 ledger.commit(replace(record, files=files))
 
-    def _delete(self, progress: Progress) -> int:
+    def _delete_files(self, progress: Progress) -> int:
         total, freed = self.bytes(), 0
         progress(0, total)
         for folder in self._folders():
@@ -176,7 +180,7 @@ class Removal:
         return left
 
     def _folders(self) -> list[Path]:
-        """Return the folders of what goes: those of layers, and of arrays of which nothing is left."""
+        """Return the folders to remove: those of layers, and of arrays without layers left."""
         arrays = Store(self.path).arrays
         known = {key for array in arrays.values() for key in keys([array])}
         whole = {name for name, _ in self.gone if not any(n == name for n, _ in known - set(self.gone))}
@@ -188,7 +192,7 @@ class Removal:
             listed = json.loads((self.path / NOTE).read_bytes())["remove"]
             found: list[ArrayKey] = [(str(name), None if layer is None else int(layer)) for name, layer in listed]
             if any(Path(name).name != name or name in ("", "..") for name, _ in found):
-                raise ValueError("a site lies outside of the store")
+                raise ValueError("a site is outside the store")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DamagedError(
                 "the note of an earlier removal cannot be read",
@@ -210,7 +214,7 @@ class Removal:
 
 
 def _write_metadata(path: Path, content: dict[str, Any], left: list[ArraySpec]) -> None:
-    """Rewrite the metadata of the group, with that of its arrays, in one step."""
+    """Rewrite the metadata of the group, including that of its arrays, in one step."""
     arrays = {array.name: array for array in left}
     before = set(read_attributes(path)["arrays"])
 

@@ -1,4 +1,4 @@
-"""Repair: units that a damaged file belongs to are taken back, to be computed again."""
+"""Repair a store: take damaged units back, so that a capture recomputes them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from flexcache.store.storage.location import StoreLocation, parse_location
 
 @dataclass(frozen=True)
 class Repair:
-    """What `repair` did.
+    """Result of `repair`.
+
+        repaired = flexcache.repair("run.zarr")
+        print(repaired.units, repaired.beyond)
 
     Attributes
     ----------
     found : Verification
-        The state before.
+        State before the repair.
     units : tuple of int
-        Taken back: no longer committed, so that the next capture computes these units and no others again.
+        Units that are no longer committed, so that the next capture recomputes them and no others.
     beyond : tuple of Finding
-        Damage to the plan, metadata or tables, which no capture writes again.
+        Damage to the plan, metadata or tables, which no capture repairs.
     """
 
     found: Verification
@@ -31,10 +34,13 @@ class Repair:
 
 
 def repair(path: str | StoreLocation, progress: Callable[[int, int], None] = lambda files, size: None) -> Repair:
-    """Verify a store, and take back every unit of which a file or the record is damaged.
+    """Verify a store, and take back each unit whose files or ledger record are damaged.
 
-    Only ledger records of damaged units are removed. Their files are replaced when the unit is computed again, by the
-    same capture as before; until then readers count these units as not there.
+        flexcache.repair("run.zarr")
+        flexcache.capture(...)      # the same call as before recomputes the damaged units
+
+    Only ledger records are removed. The files of a unit are replaced when the same capture recomputes it; until then,
+    the unit counts as not committed.
 
     Parameters
     ----------
@@ -44,7 +50,7 @@ def repair(path: str | StoreLocation, progress: Callable[[int, int], None] = lam
     Raises
     ------
     StoreError
-        The path is no store at all, or a record cannot be removed.
+        There is no store at *path*, or a record cannot be removed.
     """
     found = verify(path, progress)
     units = tuple(sorted({finding.unit for finding in found.findings if finding.unit is not None}))

@@ -30,7 +30,7 @@ BUFFER = 64 << 20
 BLOCK = 4 << 20
 
 Progress = Callable[[int, int], None]
-"""``progress(done, total)`` in bytes of the target's rows."""
+"""``progress(done, total)`` in bytes of the rows of the target."""
 
 
 class RowCopy:
@@ -57,7 +57,7 @@ class RowCopy:
         self._unit_bytes = sum(target.arrays[name].row_bytes for name, _ in self.sources)
 
     def available(self) -> list[int]:
-        """Return the units that are committed in every source."""
+        """Return the units that are committed in all sources."""
         units = set(range(self.target.n_units))
         for store in self._stores:
             store.refresh()
@@ -65,7 +65,7 @@ class RowCopy:
         return sorted(units)
 
     def pending(self) -> list[int]:
-        """Return the units that are committed in every source and not in the target."""
+        """Return the units that are committed in all sources but not in the target."""
         self.target.refresh()
         return sorted(set(self.available()) - set(self.target.committed_units.tolist()))
 
@@ -83,7 +83,9 @@ class RowCopy:
         """
         total = self._bytes(self.available())
         progress(total - self._bytes(self.pending()), total)
-        if not self.pending() and not (self.target.path / PARTIAL).exists():  # else something is to be swept
+        if (
+            not self.pending() and not (self.target.path / PARTIAL).exists()
+        ):  # otherwise files in progress may have to be removed
             return
         with clear_errors(self.target.path):
             self._run(total, progress)
@@ -203,7 +205,7 @@ class RowCopy:
 
     def _slabs(self, converted: list[ArrayKey]) -> tuple[int, int]:
         layouts = [self._layouts[name] for name, _ in converted]
-        several = 1 + bool(self._scales)  # files that are open at a time
+        several = 1 + bool(self._scales)  # files that are open at the same time
         chunk = max(layout.chunk_rows * layout.row_bytes for layout in layouts) if self.target.compressed else None
         largest = max(layout.file_bytes(0) for layout in layouts)
         return slabs_for(self.target.path, several, max(BUFFER, 4 * (chunk or 0)), largest, chunk)

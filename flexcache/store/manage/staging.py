@@ -1,4 +1,4 @@
-"""The metadata, tables and coordinates of a store as it will be once documents, layers or sites are added to it."""
+"""Write the metadata, tables and coordinates of an extended store, for documents, layers or sites that are added."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from flexcache.store.write.tables import write_tables
 
 
 def merge_arrays(store: Store, arrays: list[ArraySpec]) -> tuple[list[ArraySpec], list[ArrayKey]]:
-    """Return the arrays of a store with *arrays* added, and which arrays and layers are new."""
+    """Return the arrays of a store with *arrays* added, and the keys of the new layers."""
     found = dict(store.arrays)
     new: list[ArrayKey] = []
     for array in arrays:
@@ -54,18 +54,18 @@ def stage_arrays(store: Store, folder: Path, arrays: list[ArraySpec], spec: dict
     Parameters
     ----------
     arrays
-        All that the store will have.
+        All arrays of the extended store.
     spec
-        As it will be.
+        Spec of the extended store.
     request
-        What was asked for, for the history.
+        The request, for the history.
 
     Raises
     ------
     PlanError
-        The disk has no room for what is new.
+        The disk has too little free space for the new rows.
     DamagedError
-        A table or coordinate of the store is not as it was written.
+        A table or coordinate of the store is damaged.
     """
     needed = total_bytes(arrays, store.n_rows, store.shard_rows)
     needed -= total_bytes(list(store.arrays.values()), store.n_rows, store.shard_rows)
@@ -76,7 +76,7 @@ def stage_arrays(store: Store, folder: Path, arrays: list[ArraySpec], spec: dict
 
 
 def plan_extension(store: Store, corpus: TokenizedCorpus) -> Plan:
-    """Return the plan of documents that come after those of a store, in units of the same size."""
+    """Return the plan of documents that follow those of a store, in units of the same size."""
     spec, rows = store.spec, store.n_rows
     shared = rows // store.shard_rows if rows % store.shard_rows else None
     batches = 0
@@ -99,23 +99,23 @@ def plan_extension(store: Store, corpus: TokenizedCorpus) -> Plan:
 
 
 def stage_documents(store: Store, folder: Path, plan: Plan, corpus: TokenizedCorpus, entry: dict[str, Any]) -> None:
-    """Write a store of the same arrays with more documents into *folder*; its ledger has the units that stay.
+    """Write a store of the same arrays with more documents into *folder*; its ledger has the unchanged units.
 
     Parameters
     ----------
     plan
-        See `plan_extension`.
+        Result of `plan_extension`.
     entry
-        For the history: what was asked for, and the versions that planned it.
+        Entry for the history: the request, and the versions of the software.
 
     Raises
     ------
     PlanError
-        The disk has no room for what is new.
+        The disk has too little free space for the new rows.
     DocumentsError
-        A label does not fit that of the store.
+        A label has another type than in the store.
     DamagedError
-        A coordinate of the store is not as it was written.
+        A coordinate of the store is damaged.
     """
     arrays = list(store.arrays.values())
     total = total_bytes(arrays, plan.n_rows, store.shard_rows)
@@ -153,7 +153,7 @@ def stage_documents(store: Store, folder: Path, plan: Plan, corpus: TokenizedCor
 
 
 def _content(store: Store, plan: Plan, corpus: TokenizedCorpus, total: int, entry: dict[str, Any]) -> dict[str, Any]:
-    """Return the attributes that the store will have."""
+    """Return the attributes of the extended store."""
     given = read_attributes(store.path)
     before = given["plan"]
     run, padded, largest = plan.forwards()

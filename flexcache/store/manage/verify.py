@@ -1,4 +1,4 @@
-"""Verification: every file of a store against the size and checksum with which it was written."""
+"""Verify every file of a store against the size and checksum with which it was written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from flexcache.store.write.worker import PARTIAL
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong: with a file, and the unit it belongs to where it belongs to one.
+    """A problem of a file, with its unit if it belongs to one.
 
     A *stray* file is in no record; it does no harm.
     """
@@ -38,16 +38,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found.
+    """Result of `verify`.
+
+        for finding in flexcache.verify("run.zarr").findings:
+            print(finding.file, finding.problem)
 
     Attributes
     ----------
     files, bytes : int
-        Checked, and found whole or not.
+        Number and size of the files that were checked.
     units, committed : int
-        Of the plan, and of those how many are committed.
+        Number of units in the plan, and of committed units.
     findings : tuple of Finding
-        Empty where the store is sound.
+        Problems; empty if the store is sound.
     """
 
     files: int
@@ -58,34 +61,36 @@ class Verification:
 
     @property
     def sound(self) -> bool:
-        """Whether nothing is wrong. A store may be sound and not complete."""
+        """True if there are no findings. A store can be sound and incomplete."""
         return not self.findings
 
 
 def verify(path: str | StoreLocation, progress: Callable[[int, int], None] = lambda files, size: None) -> Verification:
-    """Read every file of a store and compare it with the ledger; memory is one mebibyte.
+    """Read every file of a store and compare it with its record; memory is one mebibyte.
+
+        assert flexcache.verify("run.zarr").sound
 
     Parameters
     ----------
     progress
-        Called with the files and bytes done so far.
+        Called with the files and bytes checked so far.
 
     Raises
     ------
     StoreError
-        The path is no store at all.
+        There is no store at *path*.
     """
     store = Store(path)
     findings: list[Finding] = []
     known: set[str] = set()
     files = size = 0
-    arriving = _arriving(store.path)
+    committing = _committing_files(store.path)
     for unit, name, record in _records(store, findings):
         if name in known:
             findings.append(Finding(name, unit, "is named by two records"))
         known.add(name)
         problem = _problem(store.path, name, record)
-        if problem and name in arriving and _problem(store.path, name, arriving[name]) is None:
+        if problem and name in committing and _problem(store.path, name, committing[name]) is None:
             problem = None
         if problem:
             findings.append(Finding(name, unit, problem))
@@ -101,12 +106,12 @@ def verify(path: str | StoreLocation, progress: Callable[[int, int], None] = lam
         if name not in known and not any(finding.unit == unit for finding in findings)
     ]
     findings += [Finding(name, unit, "is not named by its unit's record") for unit, name in missing]
-    begun |= set(arriving)  # and the files of a unit whose process ended before its record
+    begun |= set(committing)  # with files of a unit whose process ended before it wrote the record
     for name in relative_files(store.path, skip=("ledger", "runs", PARTIAL, CLAIMS, STAGED)):
         if name == NOTE:
-            findings.append(Finding(name, None, "a removal has begun and not ended: flexcache rm finishes it"))
+            findings.append(Finding(name, None, "a removal is unfinished: run flexcache rm to finish it"))
         elif name not in known and name not in begun and not is_temporary(name):
-            findings.append(Finding(name, None, "is in no record: it is not part of the store", stray=True))
+            findings.append(Finding(name, None, "is in no record, so it is not part of the store", stray=True))
     return Verification(files, size, store.n_units, len(store.committed_units), tuple(findings))
 
 
@@ -126,8 +131,8 @@ def _records(store: Store, findings: list[Finding]) -> Iterator[tuple[int | None
             findings.append(Finding(f"ledger/0/{unit}.json", unit, f"cannot be read: {error.found or error.message}"))
 
 
-def _arriving(path: StoreLocation) -> dict[str, FileRecord]:
-    """Return what files are to be, of an extension that is on its way to its place."""
+def _committing_files(path: StoreLocation) -> dict[str, FileRecord]:
+    """Return the records of the files of an extension that is being committed."""
     files, units = staged_records(path)
     return {**files, **{name: file for record in units.values() for name, file in record.files.items()}}
 

@@ -1,4 +1,4 @@
-"""The coordinates of a store's rows: token id, position and document, read where they are used."""
+"""Read the coordinates of rows lazily: token id, position and document."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.path_safety import check_tree_inside
 
 DENSE = 4
-"""Where at least every fourth row of a span is asked for, all of the span is read."""
+"""If at least one of so many rows of a span is requested, the whole span is read."""
 
 
 class CoordinateArray(BackendArray):
-    """One coordinate of the rows of a store, as xarray indexes it; kept in memory once all of it was read.
+    """Lazy array of one coordinate of the rows; kept in memory once all of it has been read.
 
-    It pickles as its location, without its values.
+    It is pickled as its location, without values.
     """
 
     def __init__(self, reference: StoreReference, name: str, dtype: np.dtype) -> None:
@@ -37,17 +37,17 @@ class CoordinateArray(BackendArray):
 
     @cached_property
     def zarr(self) -> zarr.Array:
-        """The array as zarr-python opens it.
+        """The array, opened by zarr-python.
 
         Raises
         ------
         DamagedError
-            It is not of its type, shorter than the rows, or cannot be read.
+            The array has another type, is shorter than the rows, or cannot be read.
         """
         check_tree_inside(self.path.parent, self.path)
         try:
             found = zarr.open_array(storage_of(self.path).zarr_store(), mode="r")
-            whole = found.ndim == 1 and found.shape[0] >= self.shape[0]  # longer where the store has grown meanwhile
+            whole = found.ndim == 1 and found.shape[0] >= self.shape[0]  # longer if the store was extended meanwhile
             if not whole or np.dtype(found.dtype) != self.dtype:
                 raise ValueError(f"it is {found.dtype} of shape {found.shape}")
         except Exception as error:  # zarr and its codecs raise many kinds
@@ -94,12 +94,12 @@ def shared_coordinate(reference: StoreReference, name: str, dtype: np.dtype) -> 
 
 
 def coordinate_variable(reference: StoreReference, name: str, dtype: np.dtype) -> xr.Variable:
-    """Return a coordinate of the rows of a store, opened now and read when used; a part of it is read by itself.
+    """Return a coordinate of the rows, which is opened now and read when used, in part if only a part is used.
 
     Raises
     ------
     DamagedError
-        It is not of its type, shorter than the rows, or cannot be read.
+        The array has another type, is shorter than the rows, or cannot be read.
     """
     array = CoordinateArray(reference, name, dtype)
     _ = array.zarr
@@ -107,7 +107,7 @@ def coordinate_variable(reference: StoreReference, name: str, dtype: np.dtype) -
 
 
 def unreadable(kind: str, path: StoreLocation, error: Exception) -> StoreError:
-    """Return the error for a table or coordinate of a store that its reader refused."""
+    """Return the error for a table or coordinate that its library cannot read."""
     if isinstance(error, UnreachableError):
         return error
     return DamagedError(

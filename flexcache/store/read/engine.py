@@ -1,4 +1,4 @@
-"""The xarray engine of stores."""
+"""Register stores as an xarray engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flexcache.store.read.store import Store
 
 
 class FlexCacheEngine(BackendEntrypoint):
-    """``xarray.open_dataset("run.zarr", engine="flexcache")``: what `Store.dataset` returns."""
+    """Engine for ``xarray.open_dataset("run.zarr", engine="flexcache")``, with the result of `Store.dataset`."""
 
     description = "Activation stores written by FlexCache"
     open_dataset_parameters = ("filename_or_obj", "drop_variables")
@@ -25,5 +25,5 @@ class FlexCacheEngine(BackendEntrypoint):
         return dataset.drop_vars(dropped, errors="ignore")
 
     def guess_can_open(self, filename_or_obj: Any) -> bool:
-        """Never claim a path unasked: plain Zarr readers open stores too."""
+        """Return False: a store is opened by this engine only on request, since plain Zarr readers open stores too."""
         return False

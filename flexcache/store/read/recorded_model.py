@@ -1,4 +1,4 @@
-"""The model that the rows of a store come from, units of other models included."""
+"""Return the record of the model that filled a store, including units of other models."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 from flexcache.identity.record import OTHERS, comparable, model_record, other_models
 
 LOOKED_AT = 4096
-"""Most ledger records that are read; of a larger store, as many at even distances."""
+"""Maximum number of ledger records to read; in a larger store, they are evenly spaced."""
 
 
 def recorded_model(store: Any) -> dict[str, Any]:
     """Return the record of the model that filled a store, for `flexcache.identity.differences`.
 
-    If some units were computed by another model, which a capture refuses unless it is allowed by name, the record has
-    their marks, and differs from that of any one model.
+    If some units were computed by another model, which a capture allows only on request, the record contains their
+    marks, and differs from the record of any single model.
     """
     found = comparable(model_record(getattr(store, "provenance", None) or {}))
     ledger, units = getattr(store, "ledger", None), getattr(store, "committed_units", ())

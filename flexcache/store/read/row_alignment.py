@@ -1,9 +1,8 @@
-"""Rows of two stores that are the same token of the same document."""
+"""Align the rows of two stores by document and token position."""
 
 from __future__ import annotations
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from flexcache.errors import AnalysisError
@@ -11,7 +10,10 @@ from flexcache.store.read.store import Store
 
 
 def rows_in(store: Store, other: Store) -> np.ndarray:
-    """Return for each row of *other* the number of the row of *store* with the same document id and position.
+    """Return, for each row of *other*, the number of the row of *store* with the same document id and position.
+
+        same = flexcache.store.rows_in(store, other)
+        store.read("resid_post", 8, same) - other.read("resid_post", 8)
 
     Returns
     -------
@@ -20,7 +22,7 @@ def rows_in(store: Store, other: Store) -> np.ndarray:
     Raises
     ------
     AnalysisError
-        A document or position is not in *store*, or its token is another one.
+        A document or position is not in *store*, or has another token there.
     """
     found = matching_rows(store, other)
     if (found < 0).any():
@@ -36,7 +38,7 @@ def rows_in(store: Store, other: Store) -> np.ndarray:
 
 
 def matching_rows(store: Store, other: Store) -> np.ndarray:
-    """Return as `rows_in`, with -1 where *store* has no such row."""
+    """Return the rows as `rows_in` does, but -1 for rows that *store* does not have."""
     ids = store.documents["id"].combine_chunks()
     document = pc.index_in(other.documents["id"].combine_chunks(), value_set=ids)
     document = pc.fill_null(document, -1).to_numpy(zero_copy_only=False).astype(np.int64)
@@ -54,16 +56,11 @@ def matching_rows(store: Store, other: Store) -> np.ndarray:
     if differs.any():
         row = int(np.flatnonzero(differs)[0])
         raise AnalysisError(
-            "the stores have different tokens at the same place",
-            where=f"document {pa_value(other.documents['id'], coordinates['document'][row])!r}, "
+            "the stores have different tokens at the same position",
+            where=f"document {other.documents['id'][int(coordinates['document'][row])].as_py()!r}, "
             f"position {coordinates['position'][row]}",
             expected=f"token {own['token_id'][found[row]]} as in {store.path}",
             found=f"token {coordinates['token_id'][row]} in {other.path}",
             remedy="compare stores that were captured with the same tokenizer",
         )
     return found
-
-
-def pa_value(column: pa.ChunkedArray, row: int) -> object:
-    """Return one value of a column."""
-    return column[int(row)].as_py()

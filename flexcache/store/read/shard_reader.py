@@ -1,4 +1,4 @@
-"""The row reader: rows of one array, gathered through mmap or scanned with large reads."""
+"""Read rows of one array: gather them through mmap, or scan them with large reads."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ GATHER_BYTES = 256 << 10
 
 
 class RowReader:
-    """Reads rows of one array of a store. Any number of threads may use one reader.
+    """Reader of rows of one array of a store. Any number of threads may use one reader.
 
-    It pickles as the location of its store and the description of its array. The unpickled readers of an array are one
-    object in each process, which opens files when it first reads.
+    It is pickled as the location of its store and the spec of its array. In each process, the unpickled readers of an
+    array are one object, which opens files when it first reads.
 
     Gathers go through memory maps of the shard files, at most 256 of them open. Contiguous scans read the files
     in large pieces instead, since a Dask worker counts mapped pages as its own memory. Compressed arrays are
@@ -39,11 +39,11 @@ class RowReader:
     Parameters
     ----------
     reference
-        The store.
+        Reference to the store.
     units
-        Which of its units may be read.
+        Its committed units, which may be read.
     scales
-        Reads the scales of int8 rows.
+        Reader of the scales of int8 rows.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class RowReader:
 
     @cached_property
     def foreign(self) -> zarr.Array | None:
-        """The array as zarr-python opens it, where it is compressed.
+        """The array opened by zarr-python if it is compressed, otherwise None.
 
         Raises
         ------
         DamagedError
-            It cannot be read, or is not as the store describes it.
+            The array cannot be read, or its shape differs from that in the metadata.
         """
         if not self.compressed:
             return None
@@ -93,10 +93,12 @@ class RowReader:
             ) from error
         shape = (self.layout.n_rows, self.array.features)
         expected = shape if self.array.depth is None else (self.array.depth, *shape)
-        longer = found.ndim == len(expected) and found.shape[-2] >= self.layout.n_rows  # it has grown meanwhile
+        longer = (
+            found.ndim == len(expected) and found.shape[-2] >= self.layout.n_rows
+        )  # the store was extended meanwhile
         if not longer or (*found.shape[:-2], found.shape[-1]) != (*expected[:-2], expected[-1]):
             raise DamagedError(
-                "an array of the store is not as described",
+                "an array of the store has another shape than in the metadata",
                 where=str(where),
                 expected=str(expected),
                 found=str(found.shape),
@@ -104,11 +106,11 @@ class RowReader:
         return found
 
     def path(self, layer: int | None, shard: int) -> StoreLocation:
-        """Return where a shard file is."""
+        """Return the path of a shard."""
         return self.root / shard_name(self.array.name, layer, shard)
 
     def gather(self, layer: int | None, rows: np.ndarray, raw: bool) -> np.ndarray:
-        """Return rows in the order asked for, shape (rows, features), as stored or as float32."""
+        """Return rows in the requested order, shape (rows, features), as stored or as float32."""
         found = self._gather(layer, rows, raw)
         if self._scales is not None and not raw:
             found *= self._scales.gather(layer, rows, raw=True)
@@ -130,7 +132,7 @@ class RowReader:
         return out.view(self.dtype) if raw else out
 
     def scan(self, layer: int | None, start: int, stop: int, raw: bool, out: np.ndarray | None = None) -> np.ndarray:
-        """Return rows *start* … *stop*, shape (rows, features), reading files front to back; into *out* if given."""
+        """Return rows *start* … *stop*, shape (rows, features), by sequential reads; into *out* if given."""
         dtype = self._bits if raw else np.dtype(np.float32)
         shape = (max(0, stop - start), self.array.features)
         out = np.empty(shape, dtype) if out is None else out[: shape[0]].view(dtype)
@@ -146,7 +148,7 @@ class RowReader:
         return out.view(self.dtype) if raw else out
 
     def close(self) -> None:
-        """Unmap the files. Arrays that were read stay valid, since they are copies."""
+        """Unmap the files. Arrays that were read remain valid, since they are copies."""
         with self._lock:
             self._maps.clear()
 
@@ -167,7 +169,7 @@ class RowReader:
                 np.take(mapped, local, axis=0, out=out, mode="clip")
                 return
         step = max(1, GATHER_BYTES // self.layout.row_bytes)
-        for start in range(0, len(local), step):  # through a buffer that stays in the processor's cache
+        for start in range(0, len(local), step):  # through a buffer that stays in the CPU cache
             chosen = local[start : start + step]
             piece = self._buffer(len(chosen))
             np.take(mapped, chosen, axis=0, out=piece, mode="clip")
@@ -257,7 +259,7 @@ def _read_into(handle: int, target: np.ndarray, offset: int, path: StoreLocation
 
 
 def convert(bits: np.ndarray, out: np.ndarray, places: slice | np.ndarray, dtype: np.dtype) -> None:
-    """Put stored values, given as unsigned integers, into *out*: as they are, or widened to float32 exactly."""
+    """Copy stored values, given as unsigned integers, into *out*, unchanged or converted exactly to float32."""
     if out.dtype == bits.dtype:
         out[places] = bits
     elif isinstance(places, slice):
