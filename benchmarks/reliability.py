@@ -33,8 +33,8 @@ import torch
 import flexcache
 from benchmarks.capture import Bench
 from benchmarks.timing import console, interleave, ratio, show
-from flexcache.store.storage.backend import relative_files
-from tests.reliability.acts import ACTS, OLD, content, fill, make_base
+from flexcache.store.storage.atomic_files import relative_files
+from tests.reliability.commands import COMMANDS, OLD, content, fill, make_base
 from tests.reliability.steps import BROKEN, FULL, killed
 from tests.reliability.test_damage import DAMAGES
 from tests.reliability.trial import Trial
@@ -46,9 +46,9 @@ Row = tuple[str, str, str]
 def disturb(base: Path, kills: int, faults: int, dice: random.Random) -> list[Row]:
     """Disturb every command alike often, and count."""
     found: Counter[str] = Counter()
-    for name in ACTS:
+    for name in COMMANDS:
         trial = Trial(name, base, base.with_name("work"))
-        for number in range(-(-kills // len(ACTS))):
+        for number in range(-(-kills // len(COMMANDS))):
             if number % 2:
                 result = trial.disturb(kill_after=dice.uniform(0, trial.seconds))
             else:
@@ -56,7 +56,7 @@ def disturb(base: Path, kills: int, faults: int, dice: random.Random) -> list[Ro
             found["kills"] += result.outcome.killed
             found["kills survived"] += result.outcome.killed and result.clear and not result.lost
             found["bytes lost"] += result.lost
-        for number in range(-(-faults // len(ACTS))):
+        for number in range(-(-faults // len(COMMANDS))):
             result = trial.disturb(dice.randrange(len(trial.steps)), (FULL, BROKEN)[number % 2])
             found["faults"] += 1
             found["faults survived"] += result.clear and not result.lost

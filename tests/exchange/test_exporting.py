@@ -19,7 +19,7 @@ from flexcache.errors import ConfigError, MismatchError, PlanError, SiteError, S
 from flexcache.exchange import table
 from flexcache.exchange.exporting import FORMATS, export, label
 from tests.corpora import build_store, lengths, token_documents
-from tests.store.test_copying import partial_store
+from tests.store.test_copy import partial_store
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "float16", "float32", "bfloat16-zstd"])

@@ -235,7 +235,7 @@ def test_a_pickle_that_would_run_something_is_refused(tmp_path: Path) -> None:
     ],
     ids=lambda item: str(item)[:40],
 )
-def test_what_cannot_be_meant_is_refused_before_anything_is_written(
+def test_invalid_arguments_raise_an_error_before_anything_is_written(
     tensors: dict[str, tuple[int, ...]],
     options: dict[str, Any],
     error: type[FlexCacheError],

@@ -1,4 +1,4 @@
-"""Runs something in a process that was forked for it, and may be killed or refused at any of its steps."""
+"""Run a function in a forked process, which can be killed or fail at any of its steps."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from flexcache.errors import FlexCacheError
 from tests.reliability.steps import Steps, counted
 
 LONGEST = 60.0
-"""Seconds after which a process that was forked counts as hanging."""
+"""Seconds after which a forked process counts as hanging."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a forked process ended.
+    """Result of a forked process.
 
     Attributes
     ----------
     killed : bool
     error : str
-        A FlexCacheError as a user sees it.
+        Text of a FlexCacheError.
     failure : str
-        The traceback of any other exception.
+        Traceback of any other exception.
     steps : list of str
-        Taken on the file system, where it was not killed.
+        Steps on the file system, if it was not killed.
     seconds : float
     """
 
@@ -49,7 +49,7 @@ def fork(
     act: Callable[[str], None] = lambda name: None,
     kill_after: float | None = None,
 ) -> Outcome:
-    """Run *call* with *act* at its step *at* below *root*, or killed *kill_after* seconds."""
+    """Run *call* with *act* at its step *at* below *root*, or kill it after *kill_after* seconds."""
     with TemporaryFile("w+") as told, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, which are not used after it
         began = time.perf_counter()

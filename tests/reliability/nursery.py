@@ -1,10 +1,10 @@
-"""A process that has loaded torch and a tiny model, and forks one that captures for each line it is given.
+"""Fork a capturing process for each input line, from a process that has loaded torch and a tiny model.
 
-Starting Python and torch anew for each of many processes would take longer than all they do.
+Starting Python and torch for each of many processes would take longer than their work.
 
     python -m tests.reliability.nursery STORE LOG     a line "start" or "start 0.5" (timeout); answers with a pid
-                                                      a line "step 17 STORE": a small capture, killed at that of its
-                                                      steps on the file system; -1 counts them into STORE.steps
+                                                      a line "step 17 STORE": a small capture, killed at this step
+                                                      on the file system; -1 counts the steps into STORE.steps
 """
 
 from __future__ import annotations
@@ -75,5 +75,5 @@ def main(path: str, log: str) -> None:
 if __name__ == "__main__":
     import signal
 
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no remains of children
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that children leave no zombies
     main(sys.argv[1], sys.argv[2])

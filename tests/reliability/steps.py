@@ -1,4 +1,4 @@
-"""Every step that a process takes on the file system, counted, so that it can be killed or refused at any of them."""
+"""Count the steps of a process on the file system, so that it can be killed or fail at any of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 class Steps:
-    """Counts steps below a folder; calls *act* with the name of the one that is numbered *at*, before it is taken."""
+    """Counter of steps below a folder; calls *act* with the name of step *at* before it happens."""
 
     def __init__(self, root: Path, at: int = -1, act: Callable[[str], None] = lambda name: None) -> None:
         self.root, self.at, self.act = str(root), at, act
@@ -56,7 +56,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 
 @contextmanager
 def counted(steps: Steps) -> Iterator[Steps]:
-    """While open, the steps of this process are counted. The audit hook stays, since none can be removed."""
+    """Count the steps of this process while open. The audit hook stays, since it cannot be removed."""
     if not _hooked:
         sys.addaudithook(_audit)
         _hooked.append(True)
@@ -85,7 +85,7 @@ def killed(name: str) -> None:
 
 
 def refused(number: int) -> Callable[[str], None]:
-    """Return an act that fails as a disk does."""
+    """Return an act that raises an error of the operating system."""
 
     def act(name: str) -> None:
         raise OSError(number, os.strerror(number))

@@ -1,4 +1,4 @@
-"""Whatever uses a model with a store, or two stores together, refuses a model that computes something else."""
+"""All functions that use a model with a store, or two stores, raise an error for a model that computes differently."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _one_thread() -> None:
 
 
 def late(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-    """Steer tokens that the fixed input does not have."""
+    """Steer tokens that are not in the fixed input."""
     return torch.cat([output[:, :26], output[:, 26:] + 0.1], dim=1)
 
 
@@ -62,13 +62,17 @@ USES: dict[str, Callable[[torch.nn.Module, flexcache.Store], Any]] = {
 
 
 @pytest.mark.parametrize("use", USES)
-def test_an_adapter_that_is_off_is_refused_by_name(use: str, adapted: peft.PeftModel, store: flexcache.Store) -> None:
+def test_a_disabled_adapter_raises_an_error_that_names_it(
+    use: str, adapted: peft.PeftModel, store: flexcache.Store
+) -> None:
     with adapted.disable_adapter(), pytest.raises(MismatchError, match="adapter default: active.*inactive"):
         USES[use](adapted, store)
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_steering_hook_is_refused_by_name(use: str, adapted: peft.PeftModel, store: flexcache.Store) -> None:
+def test_a_steering_hook_raises_an_error_that_names_it(
+    use: str, adapted: peft.PeftModel, store: flexcache.Store
+) -> None:
     block = adapted.base_model.model.model.layers[1]
     handle = block.register_forward_hook(lambda module, args, output: output + 0.1)
     try:
@@ -78,9 +82,7 @@ def test_a_steering_hook_is_refused_by_name(use: str, adapted: peft.PeftModel, s
         handle.remove()
 
 
-def test_what_stands_in_the_way_of_a_replay_is_weights_or_behavior(
-    adapted: peft.PeftModel, store: flexcache.Store
-) -> None:
+def test_an_obstacle_to_a_replay_is_weights_or_behavior(adapted: peft.PeftModel, store: flexcache.Store) -> None:
     assert replay.obstacles(store, adapted) == {}
     assert replay.identity_error(store, adapted, layer=1) == 0
     with adapted.disable_adapter():
@@ -93,7 +95,7 @@ def test_what_stands_in_the_way_of_a_replay_is_weights_or_behavior(
 def test_stores_of_two_models_with_equal_weights_are_told_apart(
     adapted: peft.PeftModel, store: flexcache.Store, tmp_path: Path
 ) -> None:
-    """The adapter is on in one and off in the other: probes are not transferred, and stores not merged."""
+    """The adapter is enabled in one store only, so probes are not transferred and stores not merged."""
     with adapted.disable_adapter():
         off = flexcache.capture(adapted, None, DOCUMENTS, tmp_path / "off.zarr", sites=["resid_pre"], **QUIET)
         same = flexcache.capture(adapted, None, DOCUMENTS, tmp_path / "same.zarr", **QUIET)
@@ -124,7 +126,7 @@ def test_a_hook_on_later_tokens_is_found_by_a_stored_batch(
         handle.remove()
 
 
-def test_an_adapter_that_goes_off_during_a_run_ends_it_before_the_unit_is_committed(
+def test_an_adapter_disabled_during_a_run_ends_it_before_the_unit_is_committed(
     adapted: peft.PeftModel, tmp_path: Path
 ) -> None:
     calls: list[int] = []
@@ -151,7 +153,7 @@ def test_an_adapter_that_goes_off_during_a_run_ends_it_before_the_unit_is_commit
     assert not flexcache.open(path).complete
 
 
-def test_a_store_with_units_of_another_model_is_known_as_such(tmp_path: Path) -> None:
+def test_units_of_another_model_are_part_of_the_recorded_model(tmp_path: Path) -> None:
     path, model = tmp_path / "run.zarr", tiny("llama")
     flexcache.capture(model, None, DOCUMENTS, path, **QUIET)
     asked: dict[str, Any] = {"site": "resid_post", "layers": [1], "rows": "last", "resamples": 10, "baselines": ()}
@@ -183,7 +185,7 @@ def test_a_live_model_that_is_scored_must_be_that_of_the_direction(tmp_path: Pat
     assert direction.score_model(model, tokenizer, texts, allow_changed_model=True)[0].shape == (3,)
 
 
-def test_the_rest_of_a_checkpoint_that_was_changed_is_refused(tmp_path: Path) -> None:
+def test_a_changed_rest_of_a_checkpoint_raises_an_error(tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path / "model")
     source = flexcache.ModelSource(name=str(tmp_path / "model"))
     info = {"files": source.weights()}
@@ -197,7 +199,7 @@ def test_the_rest_of_a_checkpoint_that_was_changed_is_refused(tmp_path: Path) ->
     assert "changed after they were loaded" in replay.obstacles(store, rest)["weights"]
 
 
-def test_a_steered_model_with_experts_is_refused_although_its_forwards_do_not_repeat_to_the_bit(tmp_path: Path) -> None:
+def test_a_steered_model_with_experts_raises_an_error_although_its_forwards_differ_in_bits(tmp_path: Path) -> None:
     path, model = tmp_path / "run.zarr", tiny("mixtral")
     flexcache.capture(model, None, DOCUMENTS, path, **QUIET)
     flexcache.capture(tiny("mixtral"), None, DOCUMENTS, path, **QUIET)

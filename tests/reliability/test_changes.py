@@ -1,4 +1,4 @@
-"""What may change between two runs of a capture: refused with the difference, or the same bytes."""
+"""A change between two runs of a capture raises an error with the difference, or the bytes stay the same."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def quantized(change: Change = lambda model: None) -> nn.Module:
 
 @dataclass
 class Row:
-    """One change before the second run; *says* is what the error says, or SAME where it changes nothing."""
+    """One change before the second run; *says* is the expected error text, or SAME if nothing may change."""
 
     what: str
     says: str
@@ -266,7 +266,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[], nn.Module]], Path]:
-    """A store of each kind of model, whose last unit is not there."""
+    """A store of each kind of model without its last unit."""
     made: dict[Any, Path] = {}
 
     def make(model: Callable[[], nn.Module]) -> Path:
@@ -294,7 +294,7 @@ def _undone() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("row", ROWS, ids=repr)
-def test_a_change_between_two_runs_is_refused_or_changes_no_byte(
+def test_a_change_between_two_runs_raises_an_error_or_changes_no_byte(
     row: Row, begun: Callable[[Callable[[], nn.Module]], Path], tmp_path: Path
 ) -> None:
     whole, path = begun(row.make), tmp_path / "run.zarr"
@@ -327,7 +327,7 @@ def test_the_documentation_has_a_line_for_each_change() -> None:
     assert {what: result.startswith("continues") for what, result in lines[1:]} == held
 
 
-def test_a_changed_model_is_allowed_by_name_and_the_ledger_says_so(tmp_path: Path) -> None:
+def test_a_changed_model_can_be_allowed_and_the_ledger_records_it(tmp_path: Path) -> None:
     path, model = tmp_path / "run.zarr", plain()
     store = flexcache.capture(model, None, DOCUMENTS, path, **QUIET)
     last = store.n_units - 1

@@ -1,4 +1,4 @@
-"""Damaged bytes: verify names the file, repair takes exactly its unit back, and the next capture restores the bytes."""
+"""Verify names a damaged file, repair takes back exactly its unit, and the next capture restores the bytes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> flexcache.Store:
 
 
 @pytest.mark.parametrize("damage", list(DAMAGES))
-def test_a_damaged_shard_is_named_and_its_unit_alone_is_computed_again(
+def test_a_damaged_shard_is_named_and_only_its_unit_is_recomputed(
     damage: str, whole: flexcache.Store, tmp_path: Path
 ) -> None:
     path = tmp_path / "run.zarr"
@@ -96,10 +96,10 @@ def test_a_damaged_record_is_taken_back(damage: str, whole: flexcache.Store, tmp
     "name",
     ["documents.parquet", "sequences.parquet", "token_id/c/0", "position/zarr.json", "README.md", "ledger/plan.json"],
 )
-def test_a_damaged_plan_is_named_and_not_hidden(name: str, whole: flexcache.Store, tmp_path: Path) -> None:
+def test_a_damaged_plan_is_reported(name: str, whole: flexcache.Store, tmp_path: Path) -> None:
     path = tmp_path / "run.zarr"
     shutil.copytree(whole.path, path)
-    if name == "ledger/plan.json":  # another size of a file, well formed
+    if name == "ledger/plan.json":  # well-formed record with another file size
         (path / name).write_text((path / name).read_text().replace('"size": ', '"size": 1', 1))
     else:
         truncate(path / name)
@@ -109,7 +109,7 @@ def test_a_damaged_plan_is_named_and_not_hidden(name: str, whole: flexcache.Stor
     assert flexcache.open(path).complete
 
 
-def test_units_computed_again_are_equal_and_a_wrong_value_is_found(whole: flexcache.Store, tmp_path: Path) -> None:
+def test_recomputed_units_are_equal_and_a_wrong_value_is_found(whole: flexcache.Store, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     model = tiny("llama")
     found = flexcache.recompute(model, whole.path, units=2)

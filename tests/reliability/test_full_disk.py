@@ -1,4 +1,4 @@
-"""Disks that are really full, and files that may really not grow: nothing here is injected."""
+"""Full disks and file size limits that are real, not injected."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def small_disk() -> Iterator[Path]:
-    """A file system of 8 MiB, in memory; only root may mount one."""
+    """A file system of 8 MiB in memory; only root may mount it."""
     place = Path(mkdtemp(prefix="flexcache-disk-"))
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(place)], capture_output=True, check=False
@@ -30,15 +30,15 @@ def small_disk() -> Iterator[Path]:
         place.rmdir()
         pytest.skip(f"no file system can be mounted: {mounted.stderr.decode().strip()[:80]}")
     yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)  # a store of the test may still be mapped
+    subprocess.run(["umount", "--lazy", str(place)], check=True)  # files of the store may still be mapped
     place.rmdir()
 
 
 @pytest.mark.parametrize("room", [0, 4096, 20_000, 60_000])
-def test_a_full_disk_is_one_error_and_with_room_the_run_goes_on(
+def test_a_full_disk_raises_one_error_and_the_run_resumes_with_free_space(
     room: int, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody else fills the disk, but for *room* bytes, when the second unit begins."""
+    """Another process fills the disk except *room* bytes when the second unit begins."""
     whole = capture(tmp_path / "whole.zarr")
     path, ballast, begin = small_disk / "run.zarr", small_disk / "ballast", Recorder.begin_unit
 
@@ -65,7 +65,7 @@ def test_a_full_disk_is_one_error_and_with_room_the_run_goes_on(
     check_resumed(path, whole, before)
 
 
-def test_a_file_that_may_not_grow_is_one_error_and_without_the_limit_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_file_size_limit_raises_one_error_and_the_run_resumes_without_it(tmp_path: Path) -> None:
     whole = capture(tmp_path / "whole.zarr")
     path = tmp_path / "run.zarr"
     largest = max(file.stat().st_size for file in (whole.path / "resid_post").rglob("0") if file.is_file())

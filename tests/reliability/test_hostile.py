@@ -1,7 +1,7 @@
-"""A stranger's store: whatever its metadata, ledger and tables say, reading it is right or a clear error.
+"""Reading an untrusted store, with any metadata, ledger and tables, gives right values or a clear error.
 
-Hypothesis changes any value of any JSON file of a small store, and what comes is read in every way. Nothing but a
-FlexCacheError may be raised, and what is read without one is what was written.
+Hypothesis changes any value of any JSON file of a small store, which is then read in every way. Only a FlexCacheError
+may be raised, and values that are read without an error must be those that were written.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ HOSTILE = [
 
 
 def places(content: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Every place in a JSON value."""
+    """Return the path of every value inside a JSON value."""
     if at:
         yield at
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
@@ -61,7 +61,7 @@ PLACES = [(name, at) for name in FILES for at in places(json.loads((GOLDEN / nam
 
 
 def read_all(path: Path) -> None:
-    """Read a store in every way; what is read must be what was written."""
+    """Read a store in every way, and check the values."""
     store = flexcache.open(path)
     repr(store)
     store._repr_html_()
@@ -102,7 +102,7 @@ def changed(path: Path, name: str, at: tuple[Any, ...], new: Any, remove: bool) 
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(PLACES), st.sampled_from(HOSTILE), st.booleans())
-def test_any_value_of_the_metadata_may_be_wrong(
+def test_any_wrong_value_in_the_metadata_raises_a_clear_error(
     place: Path, where: tuple[str, tuple[Any, ...]], new: Any, remove: bool
 ) -> None:
     changed(place, *where, new, remove)
@@ -116,7 +116,7 @@ def test_any_value_of_the_metadata_may_be_wrong(
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[" * 100_000, b"null", b"\xff\xfe", b'{"a":' * 50_000, b"12345678" * 9000]
 )
-def test_a_file_of_nonsense_is_a_clear_error(name: str, content: bytes, place: Path) -> None:
+def test_a_file_of_nonsense_raises_a_clear_error(name: str, content: bytes, place: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(GOLDEN, place)
     (place / name).write_bytes(content)

@@ -24,7 +24,7 @@ KILLS, PROCESSES, SECONDS = 50, 3, 240
 
 
 class Nursery:
-    """Forks processes that capture into one store, and knows which are alive."""
+    """Processes that capture into one store, forked by `tests.reliability.nursery`."""
 
     def __init__(self, path: Path, log: Path) -> None:
         self.log = log
@@ -76,7 +76,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> flexcache.Store:
 
 
 def check(path: Path, undisturbed: flexcache.Store, killed: Collection[int] = ()) -> None:
-    """The store is as if nobody had been killed; files in progress are of those who were killed while they left."""
+    """Check that the store is as without kills; only processes killed while closing may leave files in progress."""
     store = flexcache.open(path)
     assert store.complete
     assert shard_hashes(path) == shard_hashes(undisturbed.path)
@@ -88,10 +88,10 @@ def check(path: Path, undisturbed: flexcache.Store, killed: Collection[int] = ()
     assert {describe(file)["pid"] for file in left} <= set(killed)
 
 
-def test_fifty_kills_and_joins_among_three_processes_lose_and_change_nothing(
+def test_fifty_kills_and_restarts_of_three_processes_lose_and_change_nothing(
     undisturbed: flexcache.Store, tmp_path: Path
 ) -> None:
-    """At most one unit a kill is computed twice, and what is left at the end is a store as of one process."""
+    """At most one unit per kill is computed twice, and the final store is that of one process."""
     dice, kills, began = random.Random(4), 0, time.monotonic()
     for run in range(1000):
         path, log = tmp_path / f"{run}.zarr", tmp_path / f"{run}.log"
@@ -130,7 +130,7 @@ def test_fifty_kills_and_joins_among_three_processes_lose_and_change_nothing(
 @pytest.mark.parametrize(
     "processes", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
 )
-def test_so_many_processes_give_the_bytes_of_one(processes: int, undisturbed: flexcache.Store, tmp_path: Path) -> None:
+def test_several_processes_write_the_bytes_of_one(processes: int, undisturbed: flexcache.Store, tmp_path: Path) -> None:
     path, log = tmp_path / "run.zarr", tmp_path / "log"
     nursery = Nursery(path, log)
     running = [nursery.start() for _ in range(processes)]
@@ -142,8 +142,8 @@ def test_so_many_processes_give_the_bytes_of_one(processes: int, undisturbed: fl
     assert len(log.read_text().splitlines()) == undisturbed.n_units
 
 
-def test_a_process_that_sleeps_through_its_units_end_does_no_harm(undisturbed: flexcache.Store, tmp_path: Path) -> None:
-    """A worker stopped for longer than the heartbeat timeout loses its unit and its files, and takes another unit."""
+def test_a_process_suspended_beyond_its_timeout_does_no_harm(undisturbed: flexcache.Store, tmp_path: Path) -> None:
+    """A worker suspended for longer than the heartbeat timeout loses its unit and files, and takes another unit."""
     path, log = tmp_path / "run.zarr", tmp_path / "log"
     nursery = Nursery(path, log)
     sleeper = nursery.start("0.5")

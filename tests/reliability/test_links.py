@@ -1,4 +1,4 @@
-"""Links, pipes, devices and crafted tables in a stranger's store: nothing outside is read, nothing is waited for."""
+"""Links, pipes, devices and crafted tables in an untrusted store: nothing outside is read, and nothing blocks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", [*FILES, *FOLDERS])
 @pytest.mark.parametrize("kind", ["plain", "zstd"])
-def test_a_link_out_of_the_store_is_refused_by_name_though_it_leads_to_the_right_bytes(
+def test_a_link_out_of_the_store_raises_an_error_although_it_leads_to_the_right_bytes(
     name: str, kind: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "run.zarr"
@@ -54,13 +54,13 @@ def test_a_link_out_of_the_store_is_refused_by_name_though_it_leads_to_the_right
     except DamagedError as error:
         assert "leads out of it" in str(error)  # noqa: PT017
         assert name in str(error)  # noqa: PT017
-    else:  # records are read by those who compute and verify alone
+    else:  # records are read only by capture and verify
         problems = [finding.problem for finding in flexcache.verify(path).findings]
         assert name.startswith("ledger")
         assert any("leads out of it" in problem for problem in problems)
 
 
-def test_a_store_may_itself_be_a_link_and_links_inside_of_it_are_followed(path: Path) -> None:
+def test_a_store_may_be_a_link_and_links_inside_it_are_followed(path: Path) -> None:
     (path.parent / "link.zarr").symlink_to(path)
     (path / "resid_post/c/0/0/0").rename(path / "resid_post/c/0/0/moved")
     (path / "resid_post/c/0/0/0").symlink_to("moved")
@@ -82,7 +82,7 @@ for path in map(Path, sys.argv[1:]):
 """
 
 
-def test_a_pipe_or_a_device_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_or_a_device_raises_an_error_without_waiting(tmp_path: Path) -> None:
     makes: list[Callable[[Path], object]] = [os.mkfifo, lambda path: path.symlink_to("/dev/zero")]
     cases = [(name, tmp_path / f"{kind}-{i}.zarr", kind) for kind in range(2) for i, name in enumerate(FILES)]
     for name, path, kind in cases:
@@ -93,21 +93,21 @@ def test_a_pipe_or_a_device_is_not_waited_for(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     for (name, path, _), said in zip(cases, done.stdout.splitlines(), strict=True):
-        if name.startswith("ledger"):  # of use to those who compute and verify alone
+        if name.startswith("ledger"):  # used only by capture and verify
             assert not flexcache.verify(path).sound
         else:
             assert "not a file" in said or "is not a store" in said, (name, said)
 
 
-def test_metadata_and_records_of_absurd_length_are_not_read(path: Path) -> None:
+def test_metadata_and_records_of_excessive_length_are_not_read(path: Path) -> None:
     for name in ("ledger/0/0.json", "zarr.json"):
         with (path / name).open("ab") as file:
-            file.truncate(10**13)  # a hole: nothing is written
+            file.truncate(10**13)  # a sparse file: nothing is written
         with pytest.raises(DamagedError, match="at most"):
             flexcache.open(path).ledger.read(0)
 
 
-def test_a_copy_takes_nothing_from_outside(path: Path) -> None:
+def test_a_copy_reads_nothing_outside_the_store(path: Path) -> None:
     shard = path / "resid_post/c/0/0/0"
     shard.rename(path.parent / "outside")
     shard.symlink_to(path.parent / "outside")
@@ -122,8 +122,8 @@ def swap(path: Path, table: pa.Table) -> None:
     pq.write_table(table, path / "documents.parquet")
 
 
-def test_a_table_with_more_lines_than_rows_is_refused_before_it_is_read(path: Path) -> None:
-    """A billion lines of one value are a small file."""
+def test_a_table_with_more_lines_than_rows_raises_an_error_before_it_is_read(path: Path) -> None:
+    """A billion lines of one value make a small file."""
     lines = pa.chunked_array([pa.array([0] * (1 << 20), pa.int64())] * 8)
     swap(path, pa.table(dict.fromkeys(("row_start", "n_rows", "n_tokens", "source_index", "id"), lines)))
     assert (path / "documents.parquet").stat().st_size < 1 << 20
@@ -131,8 +131,8 @@ def test_a_table_with_more_lines_than_rows_is_refused_before_it_is_read(path: Pa
         flexcache.open(path).documents  # noqa: B018
 
 
-def test_a_column_that_claims_to_be_pickled_python_stays_bytes(path: Path) -> None:
-    """Arrow once unpickled what the metadata of a column said; and pandas does so still, for those who ask it."""
+def test_a_column_declared_as_pickled_python_stays_bytes(path: Path) -> None:
+    """Arrow once unpickled columns by their metadata, and pandas still does on request."""
     table = pq.read_table(path / "documents.parquet")
     evil = b"cos\nsystem\n(S'touch " + str(path.parent / "executed").encode() + b"'\ntR."
     extension = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": evil}
@@ -148,7 +148,7 @@ def test_a_column_that_claims_to_be_pickled_python_stays_bytes(path: Path) -> No
 
 @pytest.mark.parametrize("column", ["row_start", "n_rows", "id", "n_tokens"])
 @pytest.mark.parametrize("change", ["gone", "text", "negative", "huge", "null", "float"])
-def test_a_column_of_another_kind_is_a_clear_error_or_of_no_harm(column: str, change: str, path: Path) -> None:
+def test_a_column_of_another_type_raises_a_clear_error_or_does_no_harm(column: str, change: str, path: Path) -> None:
     table = pq.read_table(path / "documents.parquet")
     index, count = table.column_names.index(column), len(table)
     values = {

@@ -1,8 +1,8 @@
-"""A store that is captured, extended, copied, thinned, damaged and repaired in any order, and killed at any step of it.
+"""A store is captured, extended, copied, reduced, damaged and repaired in any order, with kills at any step.
 
-Hypothesis draws what happens; a model of documents, sites and layers says what must be there, and numpy what each value
-must be. A kill is a SIGKILL of a process that was forked for the operation, before any of its steps on the file system;
-the same operation is then done again, perhaps to be killed again.
+Hypothesis draws the operations; a model of documents, sites and layers gives the expected content, and numpy each
+expected value. A kill is a SIGKILL of a process that was forked for the operation, before any of its steps on the file
+system; the same operation is then repeated, and possibly killed again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from flexcache.store.manage.copy import copy
 from flexcache.store.manage.extension_transaction import ExtensionTransaction
 from flexcache.store.manage.remove import NOTE, Removal
 from tests.corpora import activation, token_documents
-from tests.reliability.acts import UNSTABLE, fill
+from tests.reliability.commands import UNSTABLE, fill
 from tests.reliability.forked import fork
 from tests.reliability.steps import killed
 from tests.reliability.test_damage import flip, truncate
@@ -47,7 +47,7 @@ KILL = st.none() | st.integers(0, 300)
 
 @dataclass(frozen=True)
 class Model:
-    """What a store must hold, and how it is asked for."""
+    """Expected content of a store, and the options that give it."""
 
     documents: tuple[dict[str, Any], ...]
     first: tuple[dict[str, Any], ...]
@@ -65,7 +65,7 @@ class Model:
         }
 
     def agrees(self, store: flexcache.Store) -> bool:
-        """Whether a store has these documents, sites and layers, and each document its tokens."""
+        """Return True if a store has these documents, sites and layers, and each document its tokens."""
         if {site: store.layers(site) for site in store.sites} != dict.fromkeys(self.sites, self.layers):
             return False
         ids, tokens = store.documents.column("id").to_pylist(), np.asarray(store.coordinates["token_id"].values)
@@ -78,7 +78,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Doing:
-    """An operation that may be done again, what the store holds after it, and where it then is."""
+    """An operation that can be repeated, with the content and location of the store after it."""
 
     kind: str
     call: Callable[[], object]
@@ -88,7 +88,7 @@ class Doing:
 
 @dataclass(frozen=True)
 class Reader:
-    """A store that was opened before, and which rows it had."""
+    """A store that was opened earlier, and the rows that it had."""
 
     store: flexcache.Store
     token_id: np.ndarray
@@ -114,7 +114,7 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         shutil.rmtree(self.folder)
 
-    # What happens
+    # Operations
 
     @initialize(
         corpus=CORPUS, rows=st.sampled_from(["all", "last"]), compression=st.sampled_from(["none", "zstd"]), kill=KILL
@@ -183,7 +183,7 @@ class Machine(RuleBasedStateMachine):
         DAMAGES[damage](path / name)
         assert [(finding.file, finding.unit) for finding in flexcache.verify(path).findings] == [(name, unit)]
         self.broken = {unit}
-        self.readers.clear()  # what they have mapped may be what was damaged
+        self.readers.clear()  # their mapped files may be the damaged ones
 
         def repair() -> None:
             flexcache.repair(path)
@@ -198,7 +198,7 @@ class Machine(RuleBasedStateMachine):
         token_id, position = (np.asarray(store.coordinates[name].values) for name in ("token_id", "position"))
         self.readers = [*self.readers[-3:], Reader(store, token_id, position)]
 
-    # What must hold
+    # Invariants
 
     @invariant()
     def everything_reads_as_it_must(self) -> None:
@@ -238,7 +238,7 @@ class Machine(RuleBasedStateMachine):
     # Private
 
     def _held(self) -> Model:
-        """Return what the store holds, once what was begun is finished."""
+        """Return the content of the store after finishing an unfinished operation."""
         self._finish()
         assert self.model is not None
         return self.model

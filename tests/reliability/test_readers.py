@@ -1,4 +1,4 @@
-"""Readers in one process while another captures and extends: what they see is always right, and never half."""
+"""Readers always see a consistent store while another process captures and extends it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import xarray as xr
 
 import flexcache
 from tests.corpora import activation
-from tests.reliability.acts import MORE, NEW, OLD, fill, lost
+from tests.reliability.commands import MORE, NEW, OLD, fill, lost
 
 PAUSE = 0.01
 """Seconds that each put takes, so that there is time to look."""
@@ -33,7 +33,7 @@ def write(path: str) -> None:
 
 
 def check(store: flexcache.Store) -> tuple[int, int, int]:
-    """Read all that is committed; return how much there is."""
+    """Read all committed rows; return their number."""
     rows = store.committed_rows
     at = {name: np.asarray(variable.values) for name, variable in store.coordinates.items()}
     assert len(at["token_id"]) == store.n_rows
@@ -48,7 +48,7 @@ def check(store: flexcache.Store) -> tuple[int, int, int]:
 
 
 def check_foreign(path: Path) -> None:
-    """What has not been captured is NaN to a reader that knows no ledger; all else is right."""
+    """A reader that does not know the ledger sees NaN for rows that are not captured, and right values elsewhere."""
     with xr.open_zarr(path) as dataset:
         token_id, position = dataset["token_id"].values, dataset["position"].values
         found = dataset["resid_post"][3].values

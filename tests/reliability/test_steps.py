@@ -1,4 +1,4 @@
-"""A process killed, and a disk that refuses, at every step that a capture takes on the file system."""
+"""A capture is killed, or the disk fails, at every step on the file system."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FORGIVEN = ("mkdir", "rmdir", "remove", "open")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: hundreds of captures are flushed here."""
+    """A folder in memory if there is one, since hundreds of captures are flushed here."""
     memory = Path("/dev/shm")
     path = Path(mkdtemp(dir=memory)) if os.access(memory, os.W_OK) else tmp_path
     yield path
@@ -45,7 +45,7 @@ def some(count: int, wanted: int) -> list[int]:
 
 
 def committed(path: Path) -> dict[str, int]:
-    """The files of committed units, by when they were written."""
+    """Return the times at which the files of committed units were written."""
     if not (path / "zarr.json").exists():
         return {}
     store = flexcache.open(path)
@@ -96,7 +96,7 @@ def refused_at(folder: Path, wanted: int | None) -> dict[str, int]:
         try:
             with counted(steps):
                 capture(path)
-        except CaptureError as raised:  # anything else is not clear
+        except CaptureError as raised:  # any other error is not clear
             error = str(raised)
         assert "run the same command again" in error or at >= len(steps.taken) or steps.taken[at] in FORGIVEN
         before = committed(path)
@@ -110,14 +110,14 @@ def refused_at(folder: Path, wanted: int | None) -> dict[str, int]:
     return found
 
 
-def test_a_capture_killed_at_any_step_goes_on_to_the_same_bytes_and_computes_no_committed_unit_again(
+def test_a_capture_killed_at_any_step_resumes_to_the_same_bytes_and_recomputes_no_committed_unit(
     folder: Path,
 ) -> None:
     found = killed_at(folder, KILLS)
     assert found["units kept"] > KILLS / 2
 
 
-def test_a_disk_that_refuses_any_step_is_one_clear_error_and_loses_nothing(folder: Path) -> None:
+def test_a_disk_that_refuses_any_step_raises_one_clear_error_and_loses_nothing(folder: Path) -> None:
     found = refused_at(folder, FAULTS)
     assert found["errors"] > FAULTS / 2
 

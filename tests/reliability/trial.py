@@ -1,4 +1,4 @@
-"""An act that is killed or refused at a step, or killed at a moment; looked at, and then done again undisturbed."""
+"""Disturb a command by a kill or an error, check its store, then repeat the command undisturbed."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexcache.errors import FlexCacheError
-from tests.reliability.acts import ACTS, content, lost
+from tests.reliability.commands import COMMANDS, content, lost
 from tests.reliability.forked import Outcome, fork
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a disturbance.
+    """Result of a disturbed command.
 
     Attributes
     ----------
     outcome, again : Outcome
-        Of the act that was disturbed, and of the same one after it.
+        Outcomes of the disturbed command and of its repetition.
     lost : int
-        Bytes that were wrong or missing after the one or the other.
+        Bytes that were wrong or missing after either of them.
     """
 
     outcome: Outcome
@@ -30,37 +30,37 @@ class Result:
 
     @property
     def clear(self) -> bool:
-        """Whether every error was one that a user understands, and the act came to its end."""
+        """True if all errors were clear to a user, and the repetition succeeded."""
         return not (self.outcome.failure or self.again.failure or self.again.error)
 
 
 class Trial:
-    """An act, with what it comes to when nobody disturbs it.
+    """A command, with its result when nothing disturbs it.
 
     Attributes
     ----------
     steps : list of str
-        That it takes on the file system.
+        Steps of the command on the file system.
     seconds : float
-        That it takes.
+        Duration of the command.
     """
 
     def __init__(self, name: str, base: Path, folder: Path) -> None:
-        self.act, self._base, self._folder = ACTS[name], base, folder
+        self.command, self._base, self._folder = COMMANDS[name], base, folder
         self._repairs = name == "repair"
         self._prepare()
         undisturbed = fork(self._run, folder)
         assert not undisturbed.error + undisturbed.failure, undisturbed
         self.steps, self.seconds = undisturbed.steps, undisturbed.seconds
-        self._whole, self._sources = content(folder / self.act.target), self._read()
+        self._whole, self._sources = content(folder / self.command.target), self._read()
         shutil.rmtree(folder)
 
     def disturb(
         self, at: int = -1, how: Callable[[str], None] = lambda name: None, kill_after: float | None = None
     ) -> Result:
-        """Do the act with *how* at its step *at*, or killed *kill_after* seconds; then do it again."""
+        """Run the command with *how* at its step *at*, or kill it after *kill_after* seconds; then run it again."""
         self._prepare()
-        target = self._folder / self.act.target
+        target = self._folder / self.command.target
         outcome = fork(self._run_on, self._folder, at, how, kill_after)
         gone = 0 if self._repairs else lost(target)
         again = fork(self._run, self._folder)
@@ -76,13 +76,13 @@ class Trial:
 
     def _prepare(self) -> None:
         self._folder.mkdir()
-        self.act.prepare(self._base, self._folder)
+        self.command.prepare(self._base, self._folder)
 
     def _run(self) -> None:
-        self.act.run(self._folder)
+        self.command.run(self._folder)
 
     def _run_on(self) -> None:
-        """Do it, and once more in the same process where it was refused."""
+        """Run the command, and again in the same process if it failed."""
         try:
             self._run()
         except FlexCacheError:
@@ -90,4 +90,4 @@ class Trial:
             raise
 
     def _read(self) -> dict[str, dict[str, str]]:
-        return {path.name: content(path) for path in self._folder.glob(self.act.source)}
+        return {path.name: content(path) for path in self._folder.glob(self.command.source)}

@@ -41,7 +41,7 @@ def claimer(folder: Path) -> subprocess.Popen:
     return process
 
 
-def test_of_many_that_claim_at_once_one_gets_each_unit(tmp_path: Path) -> None:
+def test_each_unit_is_claimed_by_exactly_one_of_many_workers(tmp_path: Path) -> None:
     workers = [Worker(tmp_path) for _ in range(6)]
     found: list[str] = []
     barrier = threading.Barrier(len(workers))
@@ -63,14 +63,14 @@ def test_of_many_that_claim_at_once_one_gets_each_unit(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [CLAIMS]
 
 
-def test_a_process_that_was_killed_is_gone_at_once_and_a_living_one_is_not(tmp_path: Path) -> None:
+def test_a_killed_process_is_gone_at_once_and_a_living_one_is_not(tmp_path: Path) -> None:
     process = claimer(tmp_path)
     worker = Worker(tmp_path, heartbeat_timeout=1e6)
     claims = Claims(worker)
     assert claims.take_claim([0]) is None
     assert [other["conditions"] for other in claims.others()] == [{"threads": 3}]
     process.send_signal(signal.SIGKILL)
-    while claims.take_claim([0]) is None:  # a killed process is not waited for: its remains count as its end
+    while claims.take_claim([0]) is None:  # a zombie counts as ended, so nobody waits for it
         pass
     assert (tmp_path / CLAIMS / "0.1").exists()
     assert claims.holds(0)
@@ -84,7 +84,7 @@ def test_a_process_that_was_killed_is_gone_at_once_and_a_living_one_is_not(tmp_p
 
 
 def from_elsewhere(folder: Path, name: str) -> Path:
-    """A claim of a process on another machine."""
+    """Write the claim of a process on another machine."""
     other = folder / PARTIAL / "elsewhere" / ALIVE
     other.parent.mkdir(parents=True)
     other.write_text(json.dumps({"host": "far", "machine": "boot pid:[1]", "pid": os.getpid(), "started": "7"}))
@@ -93,7 +93,7 @@ def from_elsewhere(folder: Path, name: str) -> Path:
     return other
 
 
-def test_a_claim_from_elsewhere_is_taken_over_when_it_stands_still_on_the_watchers_clock(tmp_path: Path) -> None:
+def test_a_claim_from_another_machine_times_out_on_the_observers_clock(tmp_path: Path) -> None:
     other = from_elsewhere(tmp_path, "5.0")
     worker = Worker(tmp_path, heartbeat_timeout=100)
     claims, now = Claims(worker), 1000.0
@@ -101,7 +101,7 @@ def test_a_claim_from_elsewhere_is_taken_over_when_it_stands_still_on_the_watche
         assert claims.take_claim([5]) is None
         now += 99
         assert claims.take_claim([5]) is None
-        os.utime(other, (1, 1))  # its clock may show any time: it has moved
+        os.utime(other, (1, 1))  # its clock may show any time; only changes count
         assert claims.take_claim([5]) is None
         now += 99
         worker.sweep()
@@ -116,7 +116,7 @@ def test_a_claim_from_elsewhere_is_taken_over_when_it_stands_still_on_the_watche
     worker.close()
 
 
-def test_a_claim_that_cannot_be_read_is_kept_until_it_stands_still(tmp_path: Path) -> None:
+def test_an_unreadable_claim_is_kept_until_it_times_out(tmp_path: Path) -> None:
     (tmp_path / CLAIMS).mkdir()
     worker = Worker(tmp_path, heartbeat_timeout=10)
     claims, now = Claims(worker), 0.0
@@ -132,7 +132,7 @@ def test_a_claim_that_cannot_be_read_is_kept_until_it_stands_still(tmp_path: Pat
     worker.close()
 
 
-def test_without_hard_links_claims_are_files_of_their_own_that_are_touched_as_well(
+def test_without_hard_links_claims_are_separate_files_with_a_heartbeat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -154,7 +154,7 @@ def test_without_hard_links_claims_are_files_of_their_own_that_are_touched_as_we
     second.close()
 
 
-def test_a_worker_whose_folder_was_removed_knows_that_it_is_lost(tmp_path: Path) -> None:
+def test_a_worker_detects_that_its_folder_was_removed(tmp_path: Path) -> None:
     worker, other = Worker(tmp_path), Worker(tmp_path)
     assert not worker.lost
     claims = Claims(worker)
@@ -169,7 +169,7 @@ def test_a_worker_whose_folder_was_removed_knows_that_it_is_lost(tmp_path: Path)
 
 
 class Machine(RuleBasedStateMachine):
-    """Workers that claim, finish, fall asleep and wake; their file moves only while they are awake."""
+    """Workers claim, finish, get suspended and resumed; their heartbeat advances only while they run."""
 
     @initialize()
     def start(self) -> None:
@@ -191,7 +191,7 @@ class Machine(RuleBasedStateMachine):
             return
         name = self.claims[who].take_claim(n for n in range(3) if str(n) not in self.committed)
         if name is not None:
-            # one that slept may have lost a claim that it still works on, and take it again from who fell asleep since
+            # a suspended worker may lose its claim, and take it again from one suspended since
             assert name not in self.begun[who] or who in self.slept
             awake = [w for w in range(3) if w != who and w not in self.asleep and w not in self.slept]
             assert not any(name in self.begun[w] for w in awake), "taken from one that was never asleep"
@@ -246,10 +246,8 @@ TestClaimsInAnyOrder = Machine.TestCase
 TestClaimsInAnyOrder.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-def test_a_worker_that_is_just_starting_is_not_taken_for_one_that_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its folder gets its name last; others may look in between."""
+def test_a_starting_worker_does_not_count_as_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder gets its final name last; others may look before that."""
     watcher, rename = Worker(tmp_path), Path.rename
 
     def late(self: Path, target: Path) -> Path:

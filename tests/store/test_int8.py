@@ -1,4 +1,4 @@
-"""Rows as int8 with a scale each: written, read, copied, extended and studied like any others, within their error."""
+"""Int8 rows with scales are written, read, copied, extended and analysed like others, within their error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from flexcache.training import stream
 from tests.corpora import expected_rows, lengths, open_recorder, token_documents
 from tests.models import VOCABULARY, tiny
 from tests.recording.test_recorder import shard_hashes
-from tests.store.test_growing import NEW, OLD, fill
+from tests.store.test_extension import NEW, OLD, fill
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> flexcache.Store:
 
 
 def within(found: np.ndarray, exact: np.ndarray) -> bool:
-    """Whether every value is within half a step of its row."""
+    """Return True if every value is within half a quantization step of its row."""
     step = np.abs(exact).max(axis=1, keepdims=True) / 127
     return bool((np.abs(found - exact) <= step * (0.5 + 1e-5) + 2e-43).all())
 
@@ -47,14 +47,14 @@ def within(found: np.ndarray, exact: np.ndarray) -> bool:
         elements=st.floats(width=32, allow_nan=False, allow_infinity=False),
     )
 )
-def test_a_value_is_off_by_half_a_step_at_most(rows: np.ndarray) -> None:
+def test_the_error_of_a_value_is_at_most_half_a_step(rows: np.ndarray) -> None:
     values, scales = quantize(rows)
     assert values.dtype == np.int8
     assert np.abs(values.astype(int)).max() <= 127
     assert within(values * scales, rows)
 
 
-def test_what_is_read_is_what_was_put_within_its_error(store: flexcache.Store) -> None:
+def test_int8_rows_read_as_written_within_the_error_bound(store: flexcache.Store) -> None:
     assert store.sites == ("resid_post", "model.embed")
     assert flexcache.verify(store.path).sound
     rows = np.random.default_rng(0).integers(0, store.n_rows, 50)
@@ -80,7 +80,7 @@ def test_what_is_read_is_what_was_put_within_its_error(store: flexcache.Store) -
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
-def test_copies_in_both_directions(store: flexcache.Store, compression: str, tmp_path: Path) -> None:
+def test_a_store_is_copied_to_int8_and_back(store: flexcache.Store, compression: str, tmp_path: Path) -> None:
     again = copy(store.path, tmp_path / "again.zarr", compression=compression)
     wide = copy(again.path, tmp_path / "wide.zarr", dtype="float32", compression="none")
     assert wide.spec["dtype"] == "float32"
@@ -102,7 +102,7 @@ def test_copies_in_both_directions(store: flexcache.Store, compression: str, tmp
     assert not (again.path / "resid_post.scale").exists()
 
 
-def test_it_grows_and_is_resumed(store: flexcache.Store, tmp_path: Path) -> None:
+def test_an_int8_store_is_extended_and_resumed(store: flexcache.Store, tmp_path: Path) -> None:
     path = tmp_path / "run.zarr"
     recorder = open_recorder(path, OLD, dtype="int8")
     with recorder:
@@ -139,7 +139,7 @@ def test_capture_recompute_and_stream(tmp_path: Path) -> None:
             assert np.array_equal(np.sort(seen.numpy(), axis=0), np.sort(expected, axis=0))
 
 
-def test_what_is_refused(store: flexcache.Store, tmp_path: Path) -> None:
+def test_a_nonfinite_value_or_a_missing_scale_array_raises_an_error(store: flexcache.Store, tmp_path: Path) -> None:
     recorder = open_recorder(tmp_path / "nan.zarr", OLD, dtype="int8")
     with pytest.raises(RangeError, match="not finite"), recorder:
         for batch in recorder.batches():

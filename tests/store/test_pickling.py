@@ -1,4 +1,4 @@
-"""Stores and all that is made of them go through pickle, copies and other processes as their location."""
+"""Stores and objects made from them are pickled as their location, and read in other processes."""
 
 from __future__ import annotations
 
@@ -57,35 +57,35 @@ def check_equal(found: flexcache.Store, store: flexcache.Store) -> None:
 
 
 @through
-def test_a_store_is_the_same_after_it(way: Callable[[Any], Any], store: flexcache.Store) -> None:
+def test_a_store_is_equal_after_pickling(way: Callable[[Any], Any], store: flexcache.Store) -> None:
     store.documents, store.tokens, store.coordinates["position"].values  # held in memory from now on
     store.read("resid_post", 3, [5, 6])
     check_equal(way(store), store)
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("*.zarr")))
-def test_a_store_of_every_kind_is_the_same_after_it(name: str) -> None:
+def test_a_store_of_every_kind_is_equal_after_pickling(name: str) -> None:
     store = flexcache.open(FOLDER / name)
     check_equal(pickle.loads(pickle.dumps(store)), store)
     for label in store.token_labels:
         assert pickle.loads(pickle.dumps(store)).token_label(label).equals(store.token_label(label))
 
 
-def test_int8_rows_are_the_same_after_it(store: flexcache.Store, tmp_path: Path) -> None:
+def test_int8_rows_are_equal_after_pickling(store: flexcache.Store, tmp_path: Path) -> None:
     small = copy_store(store.path, tmp_path / "int8.zarr", dtype="int8", compression="zstd")
     check_equal(pickle.loads(pickle.dumps(small)), small)
     assert pickle.loads(pickle.dumps(small["resid_post"])).identical(small["resid_post"])
 
 
 @through
-def test_lazy_arrays_are_the_same_after_it(way: Callable[[Any], Any], store: flexcache.Store) -> None:
+def test_lazy_arrays_are_equal_after_pickling(way: Callable[[Any], Any], store: flexcache.Store) -> None:
     arrays = [store["resid_post"], store.raw("resid_post"), store["model.embed"], store.dataset(committed=True)]
     parts = [store["resid_post"].sel(layer=3).isel(token=slice(5, 900, 3)), store.dataset().chunk({"token": 100})]
     for lazy in [*arrays, *parts, xr.open_dataset(store.path, engine="flexcache")]:
         assert way(lazy).identical(lazy)
 
 
-def test_a_lazy_array_pickles_small_and_without_what_was_read(store: flexcache.Store) -> None:
+def test_a_lazy_array_is_pickled_without_the_values_that_were_read(store: flexcache.Store) -> None:
     lazy = store["resid_post"]
     store.documents, store.tokens, lazy["position"].values, lazy.values  # held in memory from now on
     assert len(pickle.dumps(lazy)) < 4500 < 4 * store.n_rows
@@ -94,7 +94,7 @@ def test_a_lazy_array_pickles_small_and_without_what_was_read(store: flexcache.S
     assert max(len(cloudpickle.dumps(task)) for task in graph.values()) < 1500
 
 
-def test_however_often_a_store_is_unpickled_a_process_opens_and_lists_it_once(
+def test_a_process_opens_and_lists_a_store_once_however_often_it_is_unpickled(
     store: flexcache.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
@@ -114,7 +114,7 @@ def test_however_often_a_store_is_unpickled_a_process_opens_and_lists_it_once(
     assert len(set(opened) - {"ledger"}) == 2, "the reader of arrays and that of the store"
 
 
-def test_the_same_array_has_the_same_dask_name_until_another_store_takes_its_place(tmp_path: Path) -> None:
+def test_an_array_keeps_its_dask_name_until_another_store_takes_its_place(tmp_path: Path) -> None:
     path = tmp_path / "run.zarr"
     first = build_store(path, DOCUMENTS[:30])["resid_post"]
     assert flexcache.open(path)["resid_post"].data.name == first.data.name
@@ -122,7 +122,7 @@ def test_the_same_array_has_the_same_dask_name_until_another_store_takes_its_pla
     assert build_store(path, DOCUMENTS[:30])["resid_post"].data.name != first.data.name
 
 
-def test_a_store_that_was_pickled_half_written_shows_what_was_committed_then_or_more(tmp_path: Path) -> None:
+def test_a_store_pickled_while_being_written_shows_at_least_the_units_committed_then(tmp_path: Path) -> None:
     path = tmp_path / "run.zarr"
     with open_recorder(path, DOCUMENTS) as recorder:
         batches = recorder.batches()
@@ -144,7 +144,7 @@ def test_a_store_that_was_pickled_half_written_shows_what_was_committed_then_or_
     assert store.complete
 
 
-def test_a_unit_that_was_taken_back_is_not_read_by_a_process_that_knew_it(tmp_path: Path) -> None:
+def test_a_unit_that_was_taken_back_is_not_read_by_a_process_that_has_listed_it(tmp_path: Path) -> None:
     store = build_store(tmp_path / "run.zarr", DOCUMENTS)
     pickle.loads(pickle.dumps(store["resid_post"])).compute()
     store.ledger.take_back(0)
@@ -152,7 +152,7 @@ def test_a_unit_that_was_taken_back_is_not_read_by_a_process_that_knew_it(tmp_pa
         pickle.loads(pickle.dumps(flexcache.open(store.path)["resid_post"])).compute()
 
 
-def test_a_store_that_has_grown_meanwhile_keeps_the_rows_and_layers_that_it_had(tmp_path: Path) -> None:
+def test_an_unpickled_store_keeps_its_rows_and_layers_after_an_extension(tmp_path: Path) -> None:
     store = build_store(tmp_path / "run.zarr", DOCUMENTS[:30])
     expected = store.dataset().load()
     pickled = pickle.dumps((store, store.dataset()))
@@ -172,7 +172,7 @@ def test_a_store_that_has_grown_meanwhile_keeps_the_rows_and_layers_that_it_had(
     check_equal(grown, flexcache.open(store.path))
 
 
-def test_a_process_that_finds_no_store_or_another_one_says_so(tmp_path: Path) -> None:
+def test_unpickling_raises_an_error_if_the_store_is_missing_or_replaced(tmp_path: Path) -> None:
     store = build_store(tmp_path / "run.zarr", DOCUMENTS[:20])
     lazy, whole = pickle.dumps(store["resid_post"]), pickle.dumps(store)
     moved = store.path.rename(tmp_path / "moved.zarr")
@@ -188,7 +188,7 @@ def test_a_process_that_finds_no_store_or_another_one_says_so(tmp_path: Path) ->
     assert pickle.loads(lazy).identical(store["resid_post"])
 
 
-def test_views_targets_and_results_are_the_same_after_it(store: flexcache.Store) -> None:
+def test_views_targets_and_results_are_equal_after_pickling(store: flexcache.Store) -> None:
     odd = targets.function("odd", lambda tokens: tokens["token_id"] % 2)
     for target in (odd, targets.coordinate("position"), pickle.loads(pickle.dumps(odd))):
         again = pickle.loads(pickle.dumps(target))
@@ -216,7 +216,7 @@ def test_targets_of_lists_of_labels_pickle(tmp_path: Path) -> None:
 
 
 @through
-def test_every_error_keeps_all_its_parts(way: Callable[[Any], Any]) -> None:
+def test_every_error_keeps_all_its_parts_after_pickling(way: Callable[[Any], Any]) -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     for kind in kinds:
         error = kind("text", where="here", expected="this", found="that", remedy="so")
@@ -229,7 +229,7 @@ def test_every_error_keeps_all_its_parts(way: Callable[[Any], Any]) -> None:
         assert vars(found) == vars(error)
 
 
-def test_an_error_with_a_constructor_of_its_own_keeps_its_parts() -> None:
+def test_an_error_with_its_own_constructor_keeps_its_parts_after_pickling() -> None:
     found = pickle.loads(pickle.dumps(OfAShardError(7)))
     assert (found.shard, str(found)) == (7, "shard 7\n  what to do: look")
 
@@ -240,7 +240,7 @@ class OfAShardError(errors.StoreError):
         self.shard = shard
 
 
-def test_another_process_reads_it_without_torch(store: flexcache.Store, tmp_path: Path) -> None:
+def test_another_process_reads_an_unpickled_store_without_torch(store: flexcache.Store, tmp_path: Path) -> None:
     (tmp_path / "pickled").write_bytes(pickle.dumps((store, store["resid_post"])))
     code = (
         "import pickle, sys; store, lazy = pickle.load(open('pickled', 'rb'));"
@@ -251,7 +251,7 @@ def test_another_process_reads_it_without_torch(store: flexcache.Store, tmp_path
     assert done.stdout.split() == [*map(str, expected), "False"]
 
 
-def test_a_store_that_was_opened_by_a_relative_path_is_found_from_another_folder(
+def test_a_store_opened_by_a_relative_path_is_found_from_another_folder(
     store: flexcache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(store.path.parent)

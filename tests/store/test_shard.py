@@ -51,7 +51,7 @@ def test_an_index_counts_missing_chunks_as_missing() -> None:
 
 @pytest.mark.parametrize("name", list(DTYPES))
 @given(data=st.data())
-def test_values_that_are_not_finite_are_found_as_numpy_finds_them(name: str, data: st.DataObject) -> None:
+def test_nonfinite_values_are_found_as_by_numpy(name: str, data: st.DataObject) -> None:
     dtype = DTYPES[name]
     bits = data.draw(
         st.lists(st.integers(0, 2 ** (8 * dtype.itemsize) - 1), max_size=20).map(
@@ -65,7 +65,7 @@ def test_values_that_are_not_finite_are_found_as_numpy_finds_them(name: str, dat
 
 @pytest.mark.parametrize("name", [name for name in DTYPES if name != "int8"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_one_value_that_is_not_finite_is_found_among_many(name: str, value: float) -> None:
+def test_one_nonfinite_value_is_found_among_many(name: str, value: float) -> None:
     values = np.linspace(-1e4, 1e4, 5000).astype(DTYPES[name])
     assert first_nonfinite(values.view(np.uint8), DTYPES[name]) is None
     values[4321] = value

@@ -38,7 +38,7 @@ def stored(store: flexcache.Store, layer: int, features: int = 24) -> np.ndarray
 # The same store, five readers
 
 
-def test_the_row_reader_returns_what_was_put(store: flexcache.Store) -> None:
+def test_the_row_reader_returns_the_written_rows(store: flexcache.Store) -> None:
     rows = np.random.default_rng(0).integers(0, store.n_rows, 500)
     for layer in (0, 3):
         expected = stored(store, layer)
@@ -63,7 +63,7 @@ def test_tensorstore_reads_the_same(store: flexcache.Store) -> None:
     assert np.array_equal(np.asarray(array[3].read().result()).view(np.uint8), stored(store, 3).view(np.uint8))
 
 
-def test_xarray_opens_it_with_coordinates_and_without_warnings(store: flexcache.Store) -> None:
+def test_xarray_opens_a_store_with_coordinates_and_without_warnings(store: flexcache.Store) -> None:
     with xr.open_zarr(store.path) as dataset:
         assert set(dataset.coords) == {"token_id", "position", "document"}
         assert dataset["resid_post"].dims == ("layer", "token", "hidden")
@@ -72,13 +72,13 @@ def test_xarray_opens_it_with_coordinates_and_without_warnings(store: flexcache.
         assert np.array_equal(dataset["token_id"].values, store.coordinates["token_id"].values)
 
 
-def test_xarray_opens_it_where_flexcache_is_not_imported(plain: flexcache.Store) -> None:
+def test_xarray_opens_a_store_if_flexcache_is_not_imported(plain: flexcache.Store) -> None:
     code = f"import xarray as xr; print(float(xr.open_zarr({str(plain.path)!r})['resid_post'][3, 0, 0]))"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) == float(stored(plain, 3)[0, 0])
 
 
-def test_the_flexcache_engine_is_the_dataset_of_the_store(plain: flexcache.Store) -> None:
+def test_the_flexcache_engine_opens_the_dataset_of_the_store(plain: flexcache.Store) -> None:
     with xr.open_dataset(plain.path, engine="flexcache") as dataset:
         assert dataset["resid_post"].sel(layer=3).values.tobytes() == stored(plain, 3).tobytes()
         assert list(dataset.layer.values) == [0, 3]
@@ -168,7 +168,7 @@ def test_rows_are_found_by_document_and_position(plain: flexcache.Store) -> None
 
 
 @pytest.mark.parametrize("rows", ["last", "first", "mean"])
-def test_one_row_a_document(tmp_path: Path, rows: str) -> None:
+def test_a_store_may_have_one_row_per_document(tmp_path: Path, rows: str) -> None:
     documents = token_documents(lengths(50))
     store = build_store(tmp_path / "run.zarr", documents, rows=rows, dtype="float32")
     assert store.n_rows == 50
@@ -194,10 +194,10 @@ def test_sequences_hold_the_tokens_of_every_batch(plain: flexcache.Store) -> Non
     assert len(table) >= 260
 
 
-# Refusals
+# Errors
 
 
-def test_reading_what_is_not_there_says_what_is(plain: flexcache.Store) -> None:
+def test_reading_a_missing_site_or_row_names_the_existing_ones(plain: flexcache.Store) -> None:
     with pytest.raises(SiteError, match="did you mean resid_post"):
         plain.read("resid_pots", 0)
     with pytest.raises(SiteError, match="layer 2 of resid_post was not captured"):
@@ -215,7 +215,7 @@ def test_reading_what_is_not_there_says_what_is(plain: flexcache.Store) -> None:
     assert np.array_equal(plain.read("resid_post", 0, mask), plain.read("resid_post", 0, [3, 9]))
 
 
-def test_uncommitted_units_are_an_error_or_left_out(tmp_path: Path) -> None:
+def test_uncommitted_units_raise_an_error_or_are_left_out(tmp_path: Path) -> None:
     recorder = open_recorder(tmp_path / "run.zarr", token_documents(lengths(260)), dtype="float32")
     with pytest.raises(RuntimeError, match="stop"), recorder:
         for batch in recorder.batches():
@@ -237,7 +237,7 @@ def test_uncommitted_units_are_an_error_or_left_out(tmp_path: Path) -> None:
     assert np.isnan(xr.open_zarr(store.path)["resid_post"].values[0, -1, 0])
 
 
-def test_what_is_no_store_is_said_to_be_none(tmp_path: Path) -> None:
+def test_opening_something_else_than_a_store_raises_an_error(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no such folder"):
         flexcache.open(tmp_path / "nothing")
     zarr.create_group(tmp_path / "foreign.zarr")
@@ -249,7 +249,7 @@ def test_what_is_no_store_is_said_to_be_none(tmp_path: Path) -> None:
         flexcache.open(tmp_path / "broken.zarr")
 
 
-def test_a_store_of_a_newer_version_is_refused_by_name(plain: flexcache.Store, tmp_path: Path) -> None:
+def test_a_store_of_a_newer_version_raises_a_version_error(plain: flexcache.Store, tmp_path: Path) -> None:
     shutil.copytree(plain.path, tmp_path / "newer.zarr")
     metadata = tmp_path / "newer.zarr" / "zarr.json"
     content = json.loads(metadata.read_text())
@@ -260,7 +260,7 @@ def test_a_store_of_a_newer_version_is_refused_by_name(plain: flexcache.Store, t
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc", "a/../../b", ".."])
-def test_a_store_whose_arrays_lead_out_of_it_is_refused(plain: flexcache.Store, tmp_path: Path, name: str) -> None:
+def test_arrays_that_lead_out_of_the_store_raise_an_error(plain: flexcache.Store, tmp_path: Path, name: str) -> None:
     shutil.copytree(plain.path, tmp_path / "hostile.zarr")
     metadata = tmp_path / "hostile.zarr" / "zarr.json"
     content = json.loads(metadata.read_text())
@@ -272,7 +272,7 @@ def test_a_store_whose_arrays_lead_out_of_it_is_refused(plain: flexcache.Store, 
 
 
 @pytest.mark.parametrize("change", ["missing", "short", "long"])
-def test_a_shard_of_another_length_is_refused(plain: flexcache.Store, tmp_path: Path, change: str) -> None:
+def test_a_shard_of_another_length_raises_an_error(plain: flexcache.Store, tmp_path: Path, change: str) -> None:
     shutil.copytree(plain.path, tmp_path / "run.zarr")
     shard = tmp_path / "run.zarr" / "resid_post" / "c" / "0" / "1" / "0"
     content = shard.read_bytes()
@@ -288,7 +288,7 @@ def test_a_shard_of_another_length_is_refused(plain: flexcache.Store, tmp_path: 
 # Display
 
 
-def test_a_store_shows_what_a_person_wants_to_know(plain: flexcache.Store) -> None:
+def test_the_text_of_a_store_shows_its_main_facts(plain: flexcache.Store) -> None:
     text = repr(plain)
     for part in ("arithmetic", "complete", "resid_post", "0, 3", "float32", "label, score", f"{plain.n_rows:,}"):
         assert part in text
@@ -297,7 +297,7 @@ def test_a_store_shows_what_a_person_wants_to_know(plain: flexcache.Store) -> No
     assert "resid_post" in markup
 
 
-def test_the_html_of_a_store_escapes_what_comes_from_it(tmp_path: Path) -> None:
+def test_the_html_of_a_store_escapes_its_text(tmp_path: Path) -> None:
     store = build_store(tmp_path / "run.zarr", token_documents([3, 4]), model="<script>alert(1)</script>")
     assert "<script>" not in store._repr_html_()
 
@@ -310,7 +310,7 @@ def test_a_store_is_a_mapping(plain: flexcache.Store) -> None:
     assert plain.layers("model.embed") == ()
 
 
-def test_a_store_opens_and_reads_where_torch_is_not_installed(plain: flexcache.Store) -> None:
+def test_a_store_opens_and_reads_without_torch(plain: flexcache.Store) -> None:
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys(["torch", "transformers", "accelerate"]))
@@ -323,7 +323,7 @@ assert flexcache.verify(store.path).sound
 
 
 @pytest.mark.parametrize("raw", [False, True])
-def test_a_scan_passes_every_committed_row_in_order(store: flexcache.Store, raw: bool) -> None:
+def test_a_scan_yields_all_committed_rows_in_order(store: flexcache.Store, raw: bool) -> None:
     expected = stored(store, 3)
     seen = 0
     for rows, block in store.scan("resid_post", 3, raw=raw, block_bytes=5000):

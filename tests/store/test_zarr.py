@@ -1,4 +1,4 @@
-"""Shards of our writer, read by zarr-python of the installed version, through each of its codec pipelines."""
+"""Read shards of the writer with the installed zarr-python, through each of its codec pipelines."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ PIPELINES = [
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_every_pipeline_of_zarr_reads_the_bits_that_were_written(
+def test_every_codec_pipeline_of_zarr_reads_the_written_bits(
     dtype: str, compression: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         "flexcache.store.format.shard.INNER_CHUNK_BYTES", 512
-    )  # several inner chunks a shard, the last in part
+    )  # several inner chunks per shard, the last one partial
     values = np.random.default_rng(0).normal(size=(2, sum(LENGTHS), 20))
     store = value_store(tmp_path / "run.zarr", values, LENGTHS, dtype=dtype, compression=compression)
     stored, unsigned = DTYPES[dtype], f"u{DTYPES[dtype].itemsize}"
@@ -46,7 +46,7 @@ def test_every_pipeline_of_zarr_reads_the_bits_that_were_written(
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
-def test_zarr_writes_and_reads_back_every_number_that_bfloat16_has(pipeline: str, tmp_path: Path) -> None:
+def test_zarr_writes_and_reads_back_every_bfloat16_value(pipeline: str, tmp_path: Path) -> None:
     bits = np.arange(2**16, dtype=np.uint16)
     bits = bits[~np.isnan(bits.view(DTYPES["bfloat16"]).astype(np.float32))]
     with zarr.config.set({"codec_pipeline.path": pipeline}):

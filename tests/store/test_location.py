@@ -1,4 +1,4 @@
-"""Paths of stores as people write them, and the permissions of what is written."""
+"""Spellings of the path of a store, and permissions of the files that are written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DOCS = [{"id": str(i), "tokens": [5 + i, 6, 7], "label": "ab"[i % 2]} for i in r
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder; the home folder is in it."""
+    """Change to a new folder, which contains the home folder."""
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
@@ -30,7 +30,7 @@ def capture(path: Any, **options: Any) -> flexcache.Store:
     return flexcache.capture(tiny("llama"), None, DOCS, path, layers=[0], progress=False, **options)
 
 
-def test_a_store_is_made_and_opened_wherever_its_path_may_be_written(here: Path) -> None:
+def test_a_store_is_created_and_opened_by_any_spelling_of_its_path(here: Path) -> None:
     (here / "empty").mkdir()
     (here / "link").symlink_to("empty")
     (here / "dangling").symlink_to("home/later.zarr")
@@ -91,7 +91,7 @@ def test_a_store_reads_after_the_current_folder_has_changed(here: Path, monkeypa
         ("taken/run.zarr", "is not a folder"),
     ],
 )
-def test_a_path_that_cannot_be_used_is_one_clear_error(path: Any, says: str, here: Path) -> None:
+def test_an_unusable_path_raises_one_clear_error(path: Any, says: str, here: Path) -> None:
     (here / "loop").symlink_to("loop")
     (here / "taken").write_text("x")
     before = sorted(os.listdir(here))
@@ -102,7 +102,7 @@ def test_a_path_that_cannot_be_used_is_one_clear_error(path: Any, says: str, her
     assert sorted(os.listdir(here)) == before
 
 
-def test_documents_are_found_by_home_bytes_url_and_glob(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_are_found_by_home_folder_bytes_url_and_glob(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = here / "home" / "with [brackets]"
     folder.mkdir()
     (folder / "one.jsonl").write_text('{"id": "a", "text": "x"}\n')
@@ -117,7 +117,7 @@ def test_documents_are_found_by_home_bytes_url_and_glob(here: Path, monkeypatch:
         flexcache.open_documents({"id": "a", "text": "x"})
 
 
-def test_new_files_have_the_permissions_that_the_umask_leaves(here: Path) -> None:
+def test_new_files_have_the_permissions_of_the_umask(here: Path) -> None:
     from analysis import probes
     from analysis.survey import survey
     from flexcache.exchange.exporting import export
@@ -142,7 +142,7 @@ def test_new_files_have_the_permissions_that_the_umask_leaves(here: Path) -> Non
     assert not wrong
 
 
-def test_a_path_is_absolute_and_its_links_stay(here: Path) -> None:
+def test_a_path_becomes_absolute_and_keeps_its_links(here: Path) -> None:
     (here / "link").symlink_to("home")
     assert local_path("link/x") == here / "link" / "x"
     assert local_path("link/../x") == here / "x"

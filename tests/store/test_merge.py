@@ -17,7 +17,7 @@ from flexcache.store.manage.merge import merge
 from flexcache.store.manage.row_copy import RowCopy
 from tests.corpora import build_store, lengths, token_documents
 from tests.recording.test_recorder import shard_hashes
-from tests.store.test_copying import partial_store
+from tests.store.test_copy import partial_store
 
 LAYERS = [0, 1, 3, 4]
 
@@ -30,10 +30,10 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @settings(max_examples=7)
 @given(data=st.data())
-def test_a_split_store_is_merged_into_itself(
+def test_merging_the_parts_of_a_store_gives_the_store(
     whole: flexcache.Store, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """Any split, also one in which parts overlap, in any order."""
+    """The parts may overlap and come in any order."""
     folder = tmp_path_factory.mktemp("parts")
     keys = [*LAYERS, None]
     count = data.draw(st.integers(2, 3))
@@ -63,7 +63,7 @@ def test_a_split_store_is_merged_into_itself(
     shutil.rmtree(folder)
 
 
-def test_separate_captures_are_merged_and_captured_on(tmp_path: Path) -> None:
+def test_separate_captures_are_merged_and_the_capture_resumes(tmp_path: Path) -> None:
     documents = token_documents(lengths(260))
     first = partial_store(tmp_path / "first.zarr", 3)
     second = build_store(
@@ -82,9 +82,7 @@ def test_separate_captures_are_merged_and_captured_on(tmp_path: Path) -> None:
     assert np.array_equal(merged.read("resid_post", 3), flexcache.open(first.path).read("resid_post", 3))
 
 
-def test_a_merge_that_is_stopped_goes_on(
-    whole: flexcache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_merge_resumes(whole: flexcache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [copy(whole.path, tmp_path / f"{layer}.zarr", layers=[layer]).path for layer in LAYERS]
     bring, left = RowCopy._copy_unit, 2
 
@@ -104,7 +102,7 @@ def test_a_merge_that_is_stopped_goes_on(
     assert shard_hashes(merge(parts, tmp_path / "merged.zarr").path) == shard_hashes(whole.path)
 
 
-# Refusals
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -123,7 +121,7 @@ def test_a_merge_that_is_stopped_goes_on(
     ],
     ids=str,
 )
-def test_stores_that_do_not_belong_together_are_refused_with_what_differs(
+def test_merging_different_stores_raises_an_error_that_lists_the_differences(
     change: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     documents = token_documents(lengths(200))
@@ -136,7 +134,7 @@ def test_stores_that_do_not_belong_together_are_refused_with_what_differs(
     assert not (tmp_path / "c.zarr").exists()
 
 
-def test_two_versions_of_one_layer_are_refused(tmp_path: Path) -> None:
+def test_merging_two_versions_of_one_layer_raises_an_error(tmp_path: Path) -> None:
     store = build_store(tmp_path / "a.zarr", token_documents(lengths(200)))
     with flexcache.record(
         tmp_path / "b.zarr",
@@ -152,7 +150,9 @@ def test_two_versions_of_one_layer_are_refused(tmp_path: Path) -> None:
         merge([store.path, tmp_path / "b.zarr"], tmp_path / "c.zarr")
 
 
-def test_a_merge_refuses_odd_places_and_damage(whole: flexcache.Store, tmp_path: Path) -> None:
+def test_a_merge_with_an_invalid_target_or_a_damaged_source_raises_an_error(
+    whole: flexcache.Store, tmp_path: Path
+) -> None:
     part = copy(whole.path, tmp_path / "part.zarr", sites=["model.embed"])
     other = copy(whole.path, tmp_path / "other.zarr", sites=["resid_post"])
     with pytest.raises(ConfigError, match="two stores or more"):

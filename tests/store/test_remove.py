@@ -27,7 +27,7 @@ from tests.recording.test_recorder import shard_hashes
 
 
 class Killed(BaseException):
-    """As good as SIGKILL: nothing of ours runs after it."""
+    """Simulated SIGKILL: no handler catches it."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,9 @@ def path(source: flexcache.Store, tmp_path: Path) -> Path:
     return tmp_path / "run.zarr"
 
 
-def test_what_is_left_is_as_copied_without_what_went(source: flexcache.Store, path: Path, tmp_path: Path) -> None:
+def test_a_removal_leaves_the_same_store_as_a_copy_without_the_removed_sites(
+    source: flexcache.Store, path: Path, tmp_path: Path
+) -> None:
     freed = Removal(path, ["resid_post"], "0:3").run()
     store = flexcache.open(path)
     assert store.layers("resid_post") == (3,)
@@ -67,7 +69,7 @@ def test_what_is_left_is_as_copied_without_what_went(source: flexcache.Store, pa
     assert "layers" in (path / "README.md").read_text()
 
 
-def test_a_site_goes_with_its_folder(path: Path) -> None:
+def test_removing_a_site_removes_its_folder(path: Path) -> None:
     Removal(path, ["model.*"]).run()
     store = flexcache.open(path)
     assert store.sites == ("resid_post",)
@@ -79,7 +81,7 @@ def test_a_site_goes_with_its_folder(path: Path) -> None:
         assert list(dataset.data_vars) == ["resid_post"]
 
 
-def test_a_capture_goes_on_with_what_is_left(tmp_path: Path) -> None:
+def test_a_capture_resumes_with_the_remaining_sites(tmp_path: Path) -> None:
     documents = token_documents(lengths(260))
     recorder = open_recorder(tmp_path / "run.zarr", documents)
     with pytest.raises(KeyboardInterrupt), recorder:
@@ -108,7 +110,7 @@ def check_readable(path: Path, source: flexcache.Store) -> None:
 
 @settings(max_examples=10)
 @given(data=st.data(), whole=st.booleans())
-def test_a_kill_at_any_step_leaves_a_store_that_reads_and_the_same_call_finishes(
+def test_a_kill_at_any_step_leaves_a_readable_store_and_the_same_call_finishes(
     source: flexcache.Store, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, whole: bool
 ) -> None:
     path = tmp_path_factory.mktemp("kills") / "run.zarr"
@@ -136,7 +138,7 @@ def test_a_kill_at_any_step_leaves_a_store_that_reads_and_the_same_call_finishes
             patch.setattr(plan_record, "write_json", dying(files.write_json))
             patch.setattr(Path, "unlink", dying(Path.unlink))
             patch.setattr(removing.shutil, "rmtree", dying(shutil.rmtree))
-            with contextlib.suppress(Killed, SiteError):  # SiteError where an earlier turn has finished
+            with contextlib.suppress(Killed, SiteError):  # SiteError if an earlier attempt has finished
                 Removal(path, sites, layers).run()
         check_readable(path, source)
         if (path / NOTE).exists():
@@ -154,10 +156,10 @@ def test_a_kill_at_any_step_leaves_a_store_that_reads_and_the_same_call_finishes
     shutil.rmtree(path.parent)
 
 
-# Refusals
+# Errors
 
 
-def test_what_cannot_be_removed_is_refused_and_nothing_changes(source: flexcache.Store, path: Path) -> None:
+def test_an_invalid_removal_raises_an_error_and_changes_nothing(source: flexcache.Store, path: Path) -> None:
     with pytest.raises(SiteError, match="did you mean resid_post"):
         Removal(path, ["resid_pots"])
     with pytest.raises(SiteError, match="layer 1 of resid_post is not in the store"):
@@ -167,7 +169,7 @@ def test_what_cannot_be_removed_is_refused_and_nothing_changes(source: flexcache
     assert backend.relative_files(path) == backend.relative_files(source.path)
 
 
-def test_a_store_that_is_being_filled_is_left_alone(path: Path) -> None:
+def test_a_store_that_another_process_fills_is_not_changed(path: Path) -> None:
     worker = Worker(path)
     claims = Claims(worker)
     assert claims.take_claim([0]) == "0"
@@ -181,7 +183,7 @@ def test_a_store_that_is_being_filled_is_left_alone(path: Path) -> None:
 
 
 @pytest.mark.parametrize("note", ["{", '{"remove": [["../outside", null]]}', '{"remove": [["..", null]]}', "[]"])
-def test_a_note_that_cannot_be_meant_is_refused(path: Path, note: str) -> None:
+def test_a_malformed_removal_note_raises_an_error(path: Path, note: str) -> None:
     (path / NOTE).write_text(note)
     with pytest.raises(DamagedError, match="cannot be read"):
         Removal(path, ["model.embed"])

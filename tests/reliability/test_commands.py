@@ -1,4 +1,4 @@
-"""Every command that makes or changes a store, killed and refused at the steps that it takes on the file system."""
+"""Every command that creates or changes a store is killed and fails at its steps on the file system."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tempfile import mkdtemp
 import pytest
 
 from flexcache.errors import FlexCacheError
-from tests.reliability.acts import ACTS, make_base
+from tests.reliability.commands import COMMANDS, make_base
 from tests.reliability.forked import fork
 from tests.reliability.steps import BROKEN, FULL, killed
 from tests.reliability.trial import Trial
@@ -23,7 +23,7 @@ TRIES = 3
 
 @pytest.fixture(scope="module")
 def base() -> Iterator[Path]:
-    """A store in memory where there is room for it: what is made of it is flushed hundreds of times."""
+    """A store in memory if there is room, since its copies are flushed hundreds of times."""
     memory = Path("/dev/shm")
     folder = Path(mkdtemp(dir=memory if os.access(memory, os.W_OK) else None))
     yield make_base(folder / "base.zarr")
@@ -31,8 +31,8 @@ def base() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("tries", [TRIES, pytest.param(10**6, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", list(ACTS))
-def test_killed_or_refused_at_any_step_it_loses_nothing_and_the_same_command_ends_in_the_same_bytes(
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_a_command_killed_or_refused_at_any_step_loses_nothing_and_resumes_to_the_same_bytes(
     name: str, tries: int, base: Path
 ) -> None:
     trial = Trial(name, base, base.with_name("work"))
@@ -49,19 +49,19 @@ def test_killed_or_refused_at_any_step_it_loses_nothing_and_the_same_command_end
 
 
 @pytest.mark.parametrize("name", ["capture", "copy"])
-def test_a_process_that_may_remove_nothing_does_not_wait_for_itself(name: str, base: Path) -> None:
-    """What it could not give up must not look like the claim of another that is alive, should it do the same anew."""
-    folder, act = base.with_name("work"), ACTS[name]
+def test_a_process_without_permission_to_delete_does_not_wait_for_itself(name: str, base: Path) -> None:
+    """A claim that a process could not release must not look like that of another live process when it starts again."""
+    folder, command = base.with_name("work"), COMMANDS[name]
     for at, step in enumerate(Trial(name, base, folder).steps):
         if step == "remove":
             folder.mkdir()
-            act.prepare(base, folder)
+            command.prepare(base, folder)
 
             def twice() -> None:
                 with contextlib.suppress(FlexCacheError):
-                    act.run(folder)
-                shutil.rmtree(folder / act.target, ignore_errors=True)
-                act.run(folder)
+                    command.run(folder)
+                shutil.rmtree(folder / command.target, ignore_errors=True)
+                command.run(folder)
 
             outcome = fork(twice, folder, at, BROKEN)
             assert not outcome.error + outcome.failure, outcome

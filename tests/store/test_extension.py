@@ -1,4 +1,4 @@
-"""More documents, layers and sites in a store that is there, with its bytes, numbers and readers as before."""
+"""Extending a store by documents, layers and sites keeps its bytes, row numbers and readers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MORE: dict[str, Any] = {"sites": {**SITES, "mlp_out": (5, 24)}, "layers": [0, 1,
 
 
 class Killed(BaseException):
-    """As good as SIGKILL: nothing of ours runs after it."""
+    """Simulated SIGKILL: no handler catches it."""
 
 
 def killed(name: str) -> None:
@@ -49,13 +49,13 @@ def killed(name: str) -> None:
 
 
 def bury(path: Path) -> None:
-    """Let the workers that a `Killed` left behind be of a process that has ended; claims are links to these files."""
+    """Let the workers that a `Killed` left behind belong to an ended process; claims are links to these files."""
     for alive in path.rglob(ALIVE):
         alive.write_text(json.dumps(json.loads(alive.read_text()) | {"started": "never"}))
 
 
 def fill(recorder: flexcache.Recorder) -> list[int]:
-    """Put the values of whatever the recorder asks for; return the rows that it asked for."""
+    """Write the values of all rows that the recorder requests; return these rows."""
     asked: list[int] = []
     with recorder:
         for batch in recorder.batches():
@@ -76,7 +76,7 @@ def add_sites(path: Path, **options: Any) -> list[int]:
 
 
 def check_values(store: flexcache.Store) -> None:
-    """Every row of every site is what its token and position say."""
+    """Check that every row of every site has the value of its token and position."""
     at = {name: np.asarray(variable.values) for name, variable in store.coordinates.items()}
     for name, array in store.arrays.items():
         for layer in array.slices:
@@ -85,7 +85,7 @@ def check_values(store: flexcache.Store) -> None:
 
 
 def check_documents(store: flexcache.Store, documents: list[dict[str, Any]]) -> None:
-    """The tables hold the documents, each with all of its tokens in order."""
+    """Check that the tables hold the documents, each with all of its tokens in order."""
     by_id = {document["id"]: document for document in documents}
     assert sorted(store.documents.column("id").to_pylist()) == sorted(by_id)
     assert store.plan["documents"] == len(documents)
@@ -109,7 +109,7 @@ def path(before: flexcache.Store, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("options", [{}, {"compression": "zstd"}, {"rows": "last"}, {"rows": "mean"}])
-def test_documents_come_behind_those_that_are_there(options: dict[str, Any], tmp_path: Path) -> None:
+def test_new_documents_follow_the_existing_ones(options: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "run.zarr"
     old = build_store(path, OLD, **options)
     copied = shutil.copytree(path, tmp_path / "old.zarr")
@@ -140,7 +140,7 @@ def test_documents_come_behind_those_that_are_there(options: dict[str, Any], tmp
     assert not (path / STAGED).exists()
 
 
-def test_sites_and_layers_give_the_store_of_one_capture(path: Path, tmp_path: Path) -> None:
+def test_added_sites_and_layers_give_the_store_of_one_capture(path: Path, tmp_path: Path) -> None:
     whole = build_store(tmp_path / "whole.zarr", OLD, **MORE)
     asked = add_sites(path)
     store = flexcache.open(path)
@@ -153,11 +153,11 @@ def test_sites_and_layers_give_the_store_of_one_capture(path: Path, tmp_path: Pa
     check_values(store)
     with xr.open_zarr(path) as dataset:
         assert dataset["resid_post"].attrs["layers"] == [0, 1, 3, 4]
-    with open_recorder(path, OLD, **MORE) as recorder:  # the capture of all of it goes on with this store
+    with open_recorder(path, OLD, **MORE) as recorder:  # a capture of all of it resumes this store
         assert recorder.pending() == []
 
 
-def test_what_is_there_is_not_asked_for_again(path: Path) -> None:
+def test_existing_rows_are_not_requested_again(path: Path) -> None:
     assert add_sites(path)
     assert add_sites(path) == []
     assert add_documents(path, **MORE)
@@ -170,7 +170,7 @@ def test_what_is_there_is_not_asked_for_again(path: Path) -> None:
     assert flexcache.verify(path).sound
 
 
-def test_a_corpus_that_has_grown_gives_its_new_documents(path: Path) -> None:
+def test_an_extended_corpus_adds_only_its_new_documents(path: Path) -> None:
     mixed = [*NEW[:3], *OLD, *NEW[3:]]
     with pytest.raises(DocumentsError, match=r"some of the documents are in the store already"):
         open_recorder(path, mixed, extend=True)
@@ -182,7 +182,7 @@ def test_a_corpus_that_has_grown_gives_its_new_documents(path: Path) -> None:
     assert not ExtensionTransaction(path).staged
 
 
-def test_labels_of_new_documents(path: Path) -> None:
+def test_new_documents_may_have_other_labels(path: Path) -> None:
     add_documents(path, [{"id": "a", "tokens": [5, 6], "score": 3, "mood": "fair"}, {"id": "b", "tokens": [7]}])
     table = flexcache.open(path).documents.to_pylist()
     assert table[0]["mood"] is None
@@ -194,7 +194,7 @@ def test_labels_of_new_documents(path: Path) -> None:
         open_recorder(path, [{"id": "c", "tokens": [5], "score": "high"}], extend=True)
 
 
-def test_another_request_while_one_is_unfinished(path: Path) -> None:
+def test_a_different_request_raises_an_error_while_an_extension_is_unfinished(path: Path) -> None:
     open_recorder(path, NEW, extend=True)
     for documents, options in ((NEW[:50], {}), (OLD, MORE)):
         with pytest.raises(MismatchError, match="another extension"):
@@ -209,7 +209,7 @@ def test_another_request_while_one_is_unfinished(path: Path) -> None:
     assert add_sites(path)
 
 
-def test_what_cannot_be_added(path: Path, tmp_path: Path) -> None:
+def test_an_invalid_extension_raises_an_error(path: Path, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="another form"):
         open_recorder(path, OLD, extend=True, sites={**MORE["sites"], "resid_post": (5, 12)})
     with pytest.raises(MismatchError, match=r"spec.dtype: bfloat16 in the store, float32 now"):
@@ -247,7 +247,7 @@ def foreign(path: Path, n_rows: int) -> bytes:
 
 @pytest.mark.parametrize("kind", ["documents", "sites", "zstd"])
 @pytest.mark.parametrize("tries", [10, pytest.param(1000, marks=pytest.mark.slow)])
-def test_every_step_reads_as_before_or_as_after_and_the_same_call_goes_on(
+def test_a_kill_at_any_step_leaves_the_old_or_new_store_and_the_same_call_resumes(
     kind: str, tries: int, tmp_path: Path
 ) -> None:
     options = {"compression": "zstd"} if kind == "zstd" else {}
@@ -287,7 +287,7 @@ def test_every_step_reads_as_before_or_as_after_and_the_same_call_goes_on(
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
-def test_a_reader_that_was_open_reads_what_was_there(compression: str, tmp_path: Path) -> None:
+def test_an_open_reader_keeps_reading_the_old_rows(compression: str, tmp_path: Path) -> None:
     path = tmp_path / "run.zarr"
     options: dict[str, Any] = {"sites": {"wide": 32768}, "rows": "last", "compression": compression, "dtype": "float32"}
     fill(open_recorder(path, OLD, **options))
@@ -311,7 +311,7 @@ def test_a_reader_that_was_open_reads_what_was_there(compression: str, tmp_path:
     parts=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=40), min_size=2, max_size=4),
     rows=st.sampled_from(["all", "last", "first"]),
 )
-def test_any_corpora_one_after_the_other(
+def test_a_store_can_be_extended_by_any_sequence_of_corpora(
     parts: list[list[int]], rows: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("grown") / "run.zarr"
@@ -332,8 +332,8 @@ def test_any_corpora_one_after_the_other(
         check_documents(store, documents)
 
 
-def test_tables_that_are_placed_before_the_metadata_are_read(tmp_path: Path) -> None:
-    """An extension that is killed in between leaves more documents than the metadata has rows."""
+def test_tables_that_are_committed_before_the_metadata_are_readable(tmp_path: Path) -> None:
+    """An extension killed between the two leaves more documents than the metadata has rows."""
     path = tmp_path / "run.zarr"
     build_store(path, OLD[:1], rows="last")
     open_recorder(path, NEW[:7], rows="last", extend=True)

@@ -51,7 +51,7 @@ def records(store: flexcache.Store) -> list[Any]:
     return [store.ledger.read(unit) for unit in store.committed_units.tolist()]
 
 
-# As it is
+# Unchanged
 
 
 @pytest.mark.parametrize("kind", ["source", "compressed"])
@@ -78,7 +78,7 @@ def test_a_copy_has_the_bytes_and_the_records_of_its_source(
     assert change["changed"] == {}
 
 
-def test_a_copy_of_a_copy_is_the_copy_and_tells_both_steps(source: flexcache.Store, tmp_path: Path) -> None:
+def test_a_copy_of_a_copy_is_equal_and_records_both_steps(source: flexcache.Store, tmp_path: Path) -> None:
     first = copy(source.path, tmp_path / "first.zarr")
     second = copy(first.path, tmp_path / "second.zarr")
     assert shard_hashes(second.path) == shard_hashes(first.path)
@@ -86,7 +86,7 @@ def test_a_copy_of_a_copy_is_the_copy_and_tells_both_steps(source: flexcache.Sto
     assert [step["copied_from"]["store"] for step in second.provenance["history"]] == ["run.zarr", "first.zarr"]
 
 
-def test_a_partial_store_is_copied_and_followed_and_the_copy_can_be_captured_on(tmp_path: Path) -> None:
+def test_a_copy_of_a_partial_store_follows_it_and_can_resume_the_capture(tmp_path: Path) -> None:
     origin = partial_store(tmp_path / "run.zarr", 2)
     store = copy(origin.path, tmp_path / "copy.zarr")
     assert store.committed_units.tolist() == [0, 1]
@@ -102,7 +102,7 @@ def test_a_partial_store_is_copied_and_followed_and_the_copy_can_be_captured_on(
 
 
 @pytest.mark.parametrize("change", [{}, {"dtype": "float32"}, {"compression": "zstd"}], ids=str)
-def test_a_copy_that_is_stopped_anywhere_goes_on(
+def test_an_interrupted_copy_resumes_at_any_point(
     change: dict[str, str], source: flexcache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = copy(source.path, tmp_path / "whole.zarr", **change)
@@ -135,7 +135,7 @@ def test_a_copy_that_is_stopped_anywhere_goes_on(
 
 
 def test_kills_lose_nothing(source: flexcache.Store, tmp_path: Path) -> None:
-    """SIGKILL while units are copied, each a little later than the one before; a last copy finishes."""
+    """SIGKILL comes a little later in each copy; a last copy finishes."""
     target = tmp_path / "copy.zarr"
     code = f"from flexcache.store.manage.copy import copy; copy({str(source.path)!r}, {str(target)!r}, dtype='float32')"
     for wait in (0.0, 0.02, 0.05):
@@ -169,7 +169,7 @@ def test_a_copy_works_where_the_kernel_cannot_copy_ranges(
 # Converted
 
 
-def test_float32_and_back_is_the_same_store(source: flexcache.Store, tmp_path: Path) -> None:
+def test_a_copy_to_float32_and_back_gives_the_same_store(source: flexcache.Store, tmp_path: Path) -> None:
     wide = copy(source.path, tmp_path / "wide.zarr", dtype="float32")
     assert wide.reader("resid_post").dtype == np.float32
     assert wide.spec["dtype"] == "float32"
@@ -182,7 +182,7 @@ def test_float32_and_back_is_the_same_store(source: flexcache.Store, tmp_path: P
     assert shard_hashes(narrow.path) == shard_hashes(source.path)
 
 
-def test_the_codec_changes_bytes_and_no_value(
+def test_another_codec_changes_bytes_but_no_values(
     source: flexcache.Store, compressed: flexcache.Store, tmp_path: Path
 ) -> None:
     packed = copy(source.path, tmp_path / "packed.zarr", compression="zstd")
@@ -204,7 +204,7 @@ def test_the_codec_changes_bytes_and_no_value(
     st.sampled_from(["all", "0", [3], "0:2"]),
     st.sampled_from([None, ["resid_post"], ["model.*"], ["resid_post", "model.embed"]]),
 )
-def test_a_copy_reads_as_numpy_casts(
+def test_a_converted_copy_reads_as_numpy_casts(
     source: flexcache.Store,
     tmp_path_factory: pytest.TempPathFactory,
     dtype: str,
@@ -227,7 +227,7 @@ def test_a_copy_reads_as_numpy_casts(
     shutil.rmtree(target.parent)
 
 
-def test_some_layers_are_as_if_only_they_had_been_captured(source: flexcache.Store, tmp_path: Path) -> None:
+def test_a_copy_of_some_layers_equals_a_capture_of_only_those(source: flexcache.Store, tmp_path: Path) -> None:
     store = copy(source.path, tmp_path / "copy.zarr", sites=["resid_post"], layers=[-2])
     assert store.sites == ("resid_post",)
     assert store.layers("resid_post") == (3,)
@@ -245,7 +245,7 @@ def test_some_layers_are_as_if_only_they_had_been_captured(source: flexcache.Sto
     }
 
 
-def test_an_overflow_of_float16_names_its_place_and_leaves_a_store_that_reads(tmp_path: Path) -> None:
+def test_a_float16_overflow_is_located_and_leaves_a_readable_store(tmp_path: Path) -> None:
     recorder = open_recorder(tmp_path / "run.zarr", token_documents(lengths(260)), dtype="float32")
     with recorder:
         for batch in recorder.batches():
@@ -266,12 +266,12 @@ def test_an_overflow_of_float16_names_its_place_and_leaves_a_store_that_reads(tm
     assert (store.read("resid_post", 3, store.committed_rows) == 1).all()
 
 
-# Refusals
+# Errors
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "table"])
 @pytest.mark.parametrize("change", [{}, {"dtype": "float32"}], ids=str)
-def test_a_damaged_source_is_named_and_its_unit_is_not_committed(
+def test_a_damaged_source_file_is_named_and_its_unit_is_not_committed(
     source: flexcache.Store, tmp_path: Path, damage: str, change: dict[str, str]
 ) -> None:
     path = tmp_path / "run.zarr"
@@ -291,7 +291,7 @@ def test_a_damaged_source_is_named_and_its_unit_is_not_committed(
         assert 1 not in flexcache.open(tmp_path / "copy.zarr").committed_units
 
 
-def test_a_target_that_is_something_else_is_refused(source: flexcache.Store, tmp_path: Path) -> None:
+def test_a_copy_to_another_store_raises_an_error(source: flexcache.Store, tmp_path: Path) -> None:
     copy(source.path, tmp_path / "copy.zarr")
     for change in ({"dtype": "float32"}, {"compression": "zstd"}, {"layers": "0"}, {"sites": ["resid_post"]}):
         with pytest.raises(MismatchError, match="another store"):
@@ -321,7 +321,7 @@ def test_a_target_that_is_something_else_is_refused(source: flexcache.Store, tmp
     ],
     ids=str,
 )
-def test_what_cannot_be_meant_is_refused_before_anything_is_written(
+def test_invalid_arguments_raise_an_error_before_anything_is_written(
     source: flexcache.Store, tmp_path: Path, options: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):

@@ -1,6 +1,6 @@
-"""All that changes or makes stores, each a command that can be given again: what it begins from, and what it ends in.
+"""The commands that create or change stores, each of which can be repeated, with their start and expected result.
 
-Values are those of `tests.corpora.activation`, so that every row of every store can be computed again.
+Values are those of `tests.corpora.activation`, so that every row of every store can be recomputed.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ NEW = [{**document, "id": f"new-{document['id']}"} for document in token_documen
 MORE: dict[str, Any] = {"sites": {**SITES, "mlp_out": (5, 24)}, "layers": [0, 1, 3, 4]}
 OPTIONS: dict[str, Any] = {"batch_tokens": 64}
 UNSTABLE = ("zarr.json", "README.md", "ledger/plan.json")
-"""Files that say when a store was made; `flexcache.verify` checks the others' bytes, and these, by what they say."""
+"""Files that contain the time at which a store was created; `flexcache.verify` checks them by their records."""
 
 
 @dataclass(frozen=True)
-class Act:
-    """A command: it is given a folder, with the store ``base.zarr`` beside it, and makes or changes *target* in it.
+class Command:
+    """A command that creates or changes *target* in a folder, from the store ``base.zarr``.
 
     Attributes
     ----------
     prepare : callable
-        Puts what it begins from into the folder, from the base.
+        Writes the initial state into the folder, given the base.
     run : callable
         The command itself.
     source : str
-        What it reads and must not change, as a pattern.
+        Pattern of the files that it reads and must not change.
     """
 
     prepare: Callable[[Path, Path], object]
@@ -61,7 +61,7 @@ def fill(path: Path, documents: list[dict[str, Any]], **options: Any) -> None:
 
 
 def make_base(path: Path) -> Path:
-    """Make the store that acts begin from."""
+    """Make the store that commands begin from."""
     fill(path, OLD)
     return path
 
@@ -107,27 +107,27 @@ def _import(folder: Path) -> None:
     )
 
 
-ACTS: dict[str, Act] = {
-    "capture": Act(lambda base, folder: None, lambda folder: fill(folder / "run.zarr", OLD)),
-    "extend by documents": Act(_copied("run.zarr"), lambda folder: fill(folder / "run.zarr", NEW, extend=True)),
-    "extend by sites": Act(_copied("run.zarr"), lambda folder: fill(folder / "run.zarr", OLD, extend=True, **MORE)),
-    "repair": Act(_damaged, _repair),
-    "rm": Act(_copied("run.zarr"), _remove),
-    "copy": Act(
+COMMANDS: dict[str, Command] = {
+    "capture": Command(lambda base, folder: None, lambda folder: fill(folder / "run.zarr", OLD)),
+    "extend by documents": Command(_copied("run.zarr"), lambda folder: fill(folder / "run.zarr", NEW, extend=True)),
+    "extend by sites": Command(_copied("run.zarr"), lambda folder: fill(folder / "run.zarr", OLD, extend=True, **MORE)),
+    "repair": Command(_damaged, _repair),
+    "rm": Command(_copied("run.zarr"), _remove),
+    "copy": Command(
         _copied("source.zarr"), lambda folder: copy(folder / "source.zarr", folder / "run.zarr"), source="source*"
     ),
-    "copy, converted": Act(
+    "copy, converted": Command(
         _copied("source.zarr"),
         lambda folder: copy(folder / "source.zarr", folder / "run.zarr", dtype="float32", compression="zstd"),
         source="source*",
     ),
-    "merge": Act(
+    "merge": Command(
         _parts,
         lambda folder: merge([folder / "source-0.zarr", folder / "source-1.zarr"], folder / "run.zarr"),
         source="source*",
     ),
-    "import": Act(_tensors, _import, source="source*"),
-    "export": Act(
+    "import": Command(_tensors, _import, source="source*"),
+    "export": Command(
         _copied("source.zarr"),
         lambda folder: export(folder / "source.zarr", folder / "out", "npy"),
         target="out",
@@ -137,7 +137,7 @@ ACTS: dict[str, Act] = {
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Return the checksum of every file below a folder, by name; of a store, of those that do not say when."""
+    """Return the checksum of each file below a folder, by name; without the files of a store that contain a time."""
     return {
         name: digest(folder / name)
         for name in relative_files(folder, skip=("runs", ".partial", ".claims"))
@@ -146,7 +146,7 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def lost(path: Path) -> int:
-    """Return the bytes of a store that are not as they were written: of committed rows, and by what `verify` finds."""
+    """Return the number of wrong bytes in a store: in committed rows, and by the findings of `verify`."""
     if not (path / "zarr.json").exists():
         return 0
     store, wrong = flexcache.open(path), 0
@@ -157,6 +157,6 @@ def lost(path: Path) -> int:
             expected = activation(at["token_id"][rows], at["position"][rows], layer or 0, array.features)
             found = store.read(name, layer, rows)
             wrong += found.nbytes * (not np.array_equal(found, expected.astype(ml_dtypes.bfloat16).astype(np.float32)))
-    half = UNSTABLE if (path / NOTE).exists() else ()  # rewritten, until the record of the plan is
+    half = UNSTABLE if (path / NOTE).exists() else ()  # changed before the plan record
     findings = [f for f in flexcache.verify(path).findings if not f.stray and Path(f.file).name not in (*half, NOTE)]
     return wrong + sum(max(1, (path / f.file).stat().st_size) if (path / f.file).exists() else 1 for f in findings)
