@@ -33,7 +33,7 @@ import torch
 import flexcache
 from benchmarks.capture import Bench
 from benchmarks.timing import console, interleave, ratio, show
-from flexcache.store.storage.atomic_files import relative_files
+from flexcache.store.storage.backend import relative_files
 from tests.reliability.commands import COMMANDS, OLD, content, fill, make_base
 from tests.reliability.steps import BROKEN, FULL, killed
 from tests.reliability.test_damage import DAMAGES

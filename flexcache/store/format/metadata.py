@@ -65,7 +65,7 @@ def _array(name: str, data: Any) -> ArraySpec:
     keys = {"name", "site", "layers", "depth", "features", "feature_dim", "dtype"}
     _agree(isinstance(data, Mapping) and set(data) == keys, f"array {name!r} is not described by {sorted(keys)}")
     inside = PurePosixPath(name).name == name and name not in ("", ".", "..") and "\x00" not in name
-    _agree(inside and data["name"] == name, f"array {name!r} lies outside of the store")
+    _agree(inside and data["name"] == name, f"array {name!r} is outside the store")
     for key in ("site", "feature_dim", "dtype"):
         _agree(isinstance(data[key], str), f"{key} of {name} is {data[key]!r}")
     _agree(data["dtype"] in DTYPES, f"dtype of {name} is {data['dtype']!r}")
@@ -106,7 +106,7 @@ def stored_batching(provenance: Mapping[str, Any]) -> Batching | None:
 
 
 def _mapping(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    _agree(isinstance(content[name], Mapping), f"{name} is no mapping")
+    _agree(isinstance(content[name], Mapping), f"{name} is not a mapping")
     found: Mapping[str, Any] = content[name]
     return found
 

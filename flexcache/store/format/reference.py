@@ -70,8 +70,8 @@ class StoreReference:
             raise MismatchError(
                 "another store has taken the place of the one that was opened",
                 where=str(self.path),
-                expected=f"{self.n_rows} rows or more, created {self.created or 'at no known time'}",
-                found=f"{found.plan['rows']} rows, created {created_at(found.provenance) or 'at no known time'}",
+                expected=f"{self.n_rows} rows or more, created {self.created or 'at an unknown time'}",
+                found=f"{found.plan['rows']} rows, created {created_at(found.provenance) or 'at an unknown time'}",
                 remedy="open the store again",
             )
 

@@ -101,7 +101,7 @@ def _raise_differences(one: Store, other: Store, different: list[str]) -> None:
         raise MismatchError(
             "the stores cannot be merged",
             where=f"{one.path} and {other.path}",
-            expected="one model over the same plan, and the same bytes where both have a site and layer",
+            expected="one model over the same plan, and the same bytes for each site and layer that both have",
             found="\n    ".join(["", *different[:12], *(["…"] if len(different) > 12 else [])]),
             remedy="capture both from the same documents with the same options and unit size; flexcache rm removes"
             " a site or layer that only one of them should contribute",

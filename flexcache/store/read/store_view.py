@@ -25,7 +25,7 @@ class StoreView(Protocol):
 
     @property
     def spec(self) -> Mapping[str, Any]:
-        """What was captured."""
+        """Spec of the capture."""
 
     @property
     def plan(self) -> Mapping[str, Any]:

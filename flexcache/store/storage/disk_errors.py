@@ -1,4 +1,4 @@
-"""Turn errors of the operating system or of object storage into errors that a user can act on."""
+"""Translate errors of the operating system or of object storage into errors that a user can act on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flexcache.store.storage.retry import unreachable
 
 @contextmanager
 def clear_errors(root: StoreLocation) -> Iterator[None]:
-    """Turn errors of the operating system into the one that a user sees."""
+    """Re-raise an OSError as the error that a user can act on."""
     try:
         yield
     except OSError as error:
@@ -23,7 +23,7 @@ def clear_errors(root: StoreLocation) -> Iterator[None]:
 
 
 def disk_error(error: OSError, root: StoreLocation) -> FlexCacheError:
-    """Return the error that a user sees for one of the operating system's, or of object storage."""
+    """Return the error to show for an error of the operating system or of object storage."""
     folder = disk_path(root)
     if folder is None:
         return unreachable(str(root), error)
@@ -33,8 +33,8 @@ def disk_error(error: OSError, root: StoreLocation) -> FlexCacheError:
         "the disk is full" if full else "the disk refused a write",
         where=str(error.filename or folder),
         found=f"{error.strerror or error} ({shutil.disk_usage(folder).free / 1e9:.2f} GB free)",
-        remedy=("make room" if full else "mend the disk")
-        + ", then run the same command again: committed units are kept, and it goes on after them",
+        remedy=("make room" if full else "repair the disk")
+        + ", then run the same command again: committed units are kept, and it continues after them",
     )
     failure.__cause__ = error
     return failure

@@ -108,7 +108,7 @@ class ShardFile:
     def finish(self) -> None:
         """Append padding and index, and pass the last slab to the writer."""
         if self.rows_left:
-            raise ValueError(f"{self.name} still misses {self.rows_left} rows")
+            raise ValueError(f"{self.name} lacks {self.rows_left} rows")
         if padding := self.layout.padding(self.shard):
             self._append(np.zeros(padding, dtype=np.uint8), 0, padding, copy_bytes)
         if self.codec is None:
