@@ -241,7 +241,7 @@ def link_records(path: Path, units: int) -> None:
     ledger = Ledger(path)
     for unit in (0, 1, 2, 3):
         commit(path, unit)
-    record = ledger.read(0)
+    record = ledger.read_record(0)
     for first in range(REAL_UNITS, units, LINKS):
         ledger.commit(replace(record, unit=first))
         for unit in range(first + 1, min(first + LINKS, units)):

@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["identity", "massive", "sentiment", "patching"])
     options = parser.parse_args()
     store = flexcache.open(options.store)
-    recorded = store.ledger.read(int(store.committed_units[0])).fingerprint
+    recorded = store.ledger.read_record(int(store.committed_units[0])).fingerprint
     torch.set_num_threads(recorded["threads"] or 1)
     model = ModelSource(name=str(assets.smollm2()), dtype=recorded["compute_dtype"], device="cpu").load()
     ids = [str(name) for name in store.documents["id"].to_pylist()]

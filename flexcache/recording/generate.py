@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,9 +31,10 @@ from flexcache.recording.run.fingerprint import fingerprint
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.sequences.chat import check_template
 from flexcache.store.storage.atomic_files import write_durably, write_json
-from flexcache.store.write.claims import Claims
-from flexcache.store.write.election import POLL, elect
-from flexcache.store.write.worker import HEARTBEAT_TIMEOUT, Worker
+from flexcache.store.write.backends import AnyWorker
+from flexcache.store.write.claims import Claiming
+from flexcache.store.write.election import POLL, elect, working
+from flexcache.store.write.worker import HEARTBEAT_TIMEOUT
 
 PART = 64
 """Documents of a file of completions: what is made, and resumed, as a whole."""
@@ -150,8 +151,11 @@ def generate(
             )
     writer = _Writer(model, tokenizer, generation)
     done = new = 0
-    with evaluating(model), _claiming(completions, heartbeat_timeout) as claims:
-        _agree(completions.folder / REQUEST, asked, claims)
+    with (
+        evaluating(model),
+        working(completions.folder, lambda: completions.complete, heartbeat_timeout) as (worker, claims),
+    ):
+        _agree(worker, completions.folder / REQUEST, asked, claims)
         left: dict[int, pa.Table] = {}  # others are at work on those, a part each
         for number, part in _then_none(enumerate(_parts(corpus))):
             left |= {} if part is None else {number: part}
@@ -167,27 +171,15 @@ def generate(
     return completions.open()
 
 
-@contextmanager
-def _claiming(completions: Completions, heartbeat_timeout: float) -> Iterator[Claims]:
-    """Give what claims parts for this process, and give all of them up in the end."""
-    worker = Worker(completions.folder, heartbeat_timeout=heartbeat_timeout)
-    claims = Claims(worker)
-    try:
-        yield claims
-    finally:
-        claims.close(completions.complete)
-        worker.close()
-
-
-def _agree(path: Path, asked: dict[str, Any], claims: Claims) -> None:
+def _agree(worker: AnyWorker, path: Path, asked: dict[str, Any], claims: Claiming) -> None:
     """Write what is asked for, where no process has, and refuse anything else."""
-    if elect(claims.worker, claims, REQUEST, path.exists):
+    if elect(worker, claims, REQUEST, path.exists):
         write_json(path, asked)
         claims.release(REQUEST)
     check_same(json.loads(path.read_bytes()), asked, path.parent)
 
 
-def _made(writer: _Writer, completions: Completions, claims: Claims, number: int, prompts: pa.Table) -> bool:
+def _made(writer: _Writer, completions: Completions, claims: Claiming, number: int, prompts: pa.Table) -> bool:
     """Make a part that is not there and that nobody is at work on; return whether it is there."""
     path = completions.part(number)
     if path.exists():

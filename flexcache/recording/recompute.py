@@ -128,7 +128,7 @@ def _recomputed(
 
     def batches() -> Iterator[Batch]:
         for unit in chosen:
-            record = store.ledger.read(unit)
+            record = store.ledger.read_record(unit)
             conditions[unit] = record.fingerprint == now
             for batch in reader.read_unit(unit, record.batch_tokens):
                 yield batch
@@ -171,7 +171,7 @@ def check_rows(
     sites = {site: layers for site, layers in everything.sites.items() if not site.endswith(".grad")}
     if not group.alone or not sites:
         return
-    records = [store.ledger.read(unit) for unit in store.committed_units[:UNITS_LOOKED_AT].tolist()]
+    records = [store.ledger.read_record(unit) for unit in store.committed_units[:UNITS_LOOKED_AT].tolist()]
     alike = [(record.unit, record.batch_tokens) for record in records if record.fingerprint == now]
     reader = BatchReader(store.path)
     room = most_tokens or everything.batch_tokens

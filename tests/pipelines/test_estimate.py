@@ -54,7 +54,7 @@ def test_bytes_and_records_of_the_ledger(config: Path, capsys: pytest.CaptureFix
     run(capsys, "capture", config, "-q", "--set", "batch_tokens=16")
     store = flexcache.open("run.zarr")
     records = [store.ledger.path(unit) for unit in store.ledger.units()]
-    fingerprint = store.ledger.read(0).fingerprint
+    fingerprint = store.ledger.read_record(0).fingerprint
     expected = footprint(list(store.arrays.values()), store.n_rows, store.shard_rows, fingerprint).ledger_bytes
     assert sum(path.stat().st_size for path in records) == pytest.approx(expected, rel=0.02)
 

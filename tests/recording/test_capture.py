@@ -200,7 +200,7 @@ def test_weights_that_accelerate_keeps_elsewhere_give_the_same_bytes(tmp_path: P
     assert next(model.parameters()).device.type == "meta"
     store = flexcache.capture(model, None, DOCUMENTS, tmp_path / "run.zarr", **QUIET)
     assert shard_hashes(store.path) == shard_hashes(whole.path)
-    assert store.ledger.read(0).fingerprint == whole.ledger.read(0).fingerprint
+    assert store.ledger.read_record(0).fingerprint == whole.ledger.read_record(0).fingerprint
 
 
 def limit_memory(model: torch.nn.Module, tokens: int, after: int = 0) -> list[torch.Size]:
@@ -222,7 +222,7 @@ def test_out_of_memory_goes_on_with_smaller_batches_that_the_ledger_records(afte
     model = tiny("llama")
     limit_memory(model, 70, after)
     store = flexcache.capture(model, None, DOCUMENTS, tmp_path / "run.zarr", **QUIET)
-    budgets = [store.ledger.read(unit).batch_tokens for unit in range(store.n_units)]
+    budgets = [store.ledger.read_record(unit).batch_tokens for unit in range(store.n_units)]
     assert budgets[-1] <= 70
     assert (budgets[0] == 128) == (after > 3)
     assert sorted(budgets, reverse=True) == budgets
@@ -250,7 +250,7 @@ def test_a_store_is_gone_on_with_in_smaller_batches_but_not_in_larger_ones(tmp_p
     seen = limit_memory(model, 10**9)
     flexcache.capture(model, None, DOCUMENTS, path, **options)
     assert max(shape.numel() for shape in seen) <= 64
-    assert [store.ledger.read(unit).batch_tokens for unit in (0, last)] == [128, 64]
+    assert [store.ledger.read_record(unit).batch_tokens for unit in (0, last)] == [128, 64]
     changed = {name for name, digest in shard_hashes(path).items() if before[name] != digest}
     assert all(name.split("/")[-2] == str(last) for name in map(str, changed))
     with pytest.raises(MismatchError, match="spec.batch_tokens: 128 in the store, 256 now"):

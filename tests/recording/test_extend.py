@@ -148,7 +148,7 @@ def test_a_batch_budget_of_its_own_is_told_apart(model: torch.nn.Module, tmp_pat
     shared = before.n_rows // before.shard_rows
     assert before.n_rows % before.shard_rows
     store = flexcache.extend(model, None, path, NEW, batch_tokens=64, **QUIET)
-    record = store.ledger.read(shared)
+    record = store.ledger.read_record(shared)
     assert record.batch_tokens == 64
     assert record.fingerprint["carried"]["batch_tokens"] == 128
     assert not any(item.wrong for item in flexcache.recompute(model, path, units=1000))

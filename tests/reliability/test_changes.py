@@ -334,7 +334,7 @@ def test_a_changed_model_can_be_allowed_and_the_ledger_records_it(tmp_path: Path
     (path / "ledger" / "0" / f"{last}.json").unlink()
     model.model.layers[1].register_forward_hook(steer)
     flexcache.capture(model, None, DOCUMENTS, path, **QUIET, allow_changed_model=True)
-    marks = [store.ledger.read(unit).fingerprint.get("model") for unit in (0, last)]
+    marks = [store.ledger.read_record(unit).fingerprint.get("model") for unit in (0, last)]
     assert marks[0] is None
     assert marks[1] is not None
     with pytest.raises(MismatchError, match="with another model than its own"):

@@ -88,7 +88,7 @@ def test_a_damaged_record_is_taken_back(damage: str, whole: flexcache.Store, tmp
         DAMAGES[damage](record)
     assert flexcache.repair(path).units == (2,)
     capture(path)
-    assert flexcache.open(path).ledger.read(2) == whole.ledger.read(2)
+    assert flexcache.open(path).ledger.read_record(2) == whole.ledger.read_record(2)
     assert flexcache.verify(path).sound
 
 

@@ -80,8 +80,8 @@ def check(path: Path, undisturbed: flexcache.Store, killed: Collection[int] = ()
     store = flexcache.open(path)
     assert store.complete
     assert shard_hashes(path) == shard_hashes(undisturbed.path)
-    assert [store.ledger.read(unit) for unit in range(store.n_units)] == [
-        undisturbed.ledger.read(unit) for unit in range(store.n_units)
+    assert [store.ledger.read_record(unit) for unit in range(store.n_units)] == [
+        undisturbed.ledger.read_record(unit) for unit in range(store.n_units)
     ]
     assert flexcache.verify(path).sound
     left = [*path.glob(".claims/*"), *path.glob(".partial/*/alive")]

@@ -104,7 +104,7 @@ def test_metadata_and_records_of_excessive_length_are_not_read(path: Path) -> No
         with (path / name).open("ab") as file:
             file.truncate(10**13)  # a sparse file: nothing is written
         with pytest.raises(DamagedError, match="at most"):
-            flexcache.open(path).ledger.read(0)
+            flexcache.open(path).ledger.read_record(0)
 
 
 def test_a_copy_reads_nothing_outside_the_store(path: Path) -> None:

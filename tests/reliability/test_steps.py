@@ -49,7 +49,7 @@ def committed(path: Path) -> dict[str, int]:
     if not (path / "zarr.json").exists():
         return {}
     store = flexcache.open(path)
-    records = [store.ledger.read(unit) for unit in store.committed_units.tolist()]
+    records = [store.ledger.read_record(unit) for unit in store.committed_units.tolist()]
     return {name: (path / name).stat().st_mtime_ns for record in records for name in record.files}
 
 
@@ -58,7 +58,7 @@ def check_resumed(path: Path, whole: flexcache.Store, before: dict[str, int]) ->
     assert flexcache.verify(path).sound
     store = flexcache.open(path)
     assert store.complete
-    assert [store.ledger.read(u) for u in range(store.n_units)] == [whole.ledger.read(u) for u in range(store.n_units)]
+    assert list(store.ledger) == list(whole.ledger)
     assert {name: (path / name).stat().st_mtime_ns for name in before} == before, "a committed unit was written again"
 
 

@@ -139,7 +139,7 @@ def test_reading_from_a_storage_that_is_gone_is_one_clear_error(
     proxy = DroppingProxy(server, 1, after=0)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
     connect(proxy.address)
-    for read in (lambda: store.read("model.embed"), lambda: store.tokens, lambda: store.ledger.read(0)):
+    for read in (lambda: store.read("model.embed"), lambda: store.tokens, lambda: store.ledger.read_record(0)):
         with pytest.raises(UnreachableError, match="does not answer"):
             read()
     proxy.close()

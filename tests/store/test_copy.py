@@ -48,7 +48,7 @@ def partial_store(path: Path, units: int) -> flexcache.Store:
 
 
 def records(store: flexcache.Store) -> list[Any]:
-    return [store.ledger.read(unit) for unit in store.committed_units.tolist()]
+    return [store.ledger.read_record(unit) for unit in store.committed_units.tolist()]
 
 
 # Unchanged
@@ -175,7 +175,10 @@ def test_a_copy_to_float32_and_back_gives_the_same_store(source: flexcache.Store
     assert wide.spec["dtype"] == "float32"
     for layer in (0, 3):
         assert np.array_equal(wide.read("resid_post", layer), source.read("resid_post", layer))
-    assert wide.ledger.read(0).fingerprint["converted_from"] == {"resid_post": "bfloat16", "model.embed": "bfloat16"}
+    assert wide.ledger.read_record(0).fingerprint["converted_from"] == {
+        "resid_post": "bfloat16",
+        "model.embed": "bfloat16",
+    }
     assert wide.provenance["history"][-1]["changed"]["dtype"]["resid_post"] == ["bfloat16", "float32"]
     assert flexcache.verify(wide.path).sound
     narrow = copy(wide.path, tmp_path / "narrow.zarr", dtype="bfloat16")

@@ -73,7 +73,7 @@ def test_separate_captures_are_merged_and_the_capture_resumes(tmp_path: Path) ->
     assert merged.committed_units.tolist() == [0, 1, 2]
     assert merged.layers("resid_post") == (0, 1, 3)
     assert merged.spec["sites"]["resid_post"] == [0, 1, 3]
-    assert merged.ledger.read(0).fingerprint == {"merged": [{}, {"device": "another"}]}
+    assert merged.ledger.read_record(0).fingerprint == {"merged": [{}, {"device": "another"}]}
     assert flexcache.verify(merged.path).sound
     build_store(first.path, documents, dtype="bfloat16")
     merged = merge([first.path, second.path], tmp_path / "merged.zarr")

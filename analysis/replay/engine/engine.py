@@ -104,7 +104,7 @@ class Engine:
         """
         wanted = None if documents is None else np.asarray(sorted(documents))
         for unit in self.store.committed_units.tolist():
-            for batch in self._reader.read_unit(unit, self.store.ledger.read(unit).batch_tokens):
+            for batch in self._reader.read_unit(unit, self.store.ledger.read_record(unit).batch_tokens):
                 whole = batch.keep[0][0] == 0  # the rest of a document that spans units was run with its beginning
                 if whole and (wanted is None or np.isin(batch.documents, wanted).any()) and self._has_rows(batch):
                     yield batch

@@ -21,7 +21,7 @@ from flexcache.recording.run.fingerprint import versions
 from flexcache.sequences import Corpus, Positions, TokenizedCorpus, tokenize_corpus
 from flexcache.spec import ArraySpec, Spec
 from flexcache.store.format.dataset_card import card
-from flexcache.store.format.text import size
+from flexcache.store.format.text import join_lines, size
 from flexcache.store.storage.location import StoreLocation
 from flexcache.store.write.create import check_free_space, check_names, create, create_once, total_bytes
 
@@ -283,7 +283,7 @@ def check_same(
         raise MismatchError(
             "the store was made from something else",
             where=str(path),
-            found="\n    ".join(["", *different[:12], *(["…"] if len(different) > 12 else [])]),
+            found=join_lines(different),
             remedy="give the same configuration to go on with it, or another path for a new store",
         )
     return check_model(stored_model, model, str(path), allow=allow_changed_model)

@@ -70,4 +70,4 @@ class ExistingRows:
         return {**now, EXISTING_ROWS: {"fingerprint": before.fingerprint, "batch_tokens": before.batch_tokens}}
 
     def _record(self, unit: int) -> UnitRecord:
-        return self._store.ledger.read(unit)
+        return self._store.ledger.read_record(unit)

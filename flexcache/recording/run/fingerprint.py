@@ -76,7 +76,7 @@ def check_fingerprint(store: Store, now: dict[str, Any], allow_mixed: bool) -> N
         return
     units = store.ledger.units()
     if units:
-        check_alike(store.path, store.ledger.read(units[-1]).fingerprint, now, "the store was begun")
+        check_alike(store.path, store.ledger.read_record(units[-1]).fingerprint, now, "the store was begun")
 
 
 def check_alike(path: StoreLocation, earlier: dict[str, Any], now: dict[str, Any], who: str) -> None:

@@ -143,7 +143,7 @@ class Ledger:
         """
         self._storage.delete(f"{unit}.json")
 
-    def read(self, unit: int) -> UnitRecord:
+    def read_record(self, unit: int) -> UnitRecord:
         """Return the record of a unit.
 
         Raises
@@ -178,4 +178,4 @@ class Ledger:
         return record
 
     def __iter__(self) -> Iterator[UnitRecord]:
-        return (self.read(unit) for unit in self.units())
+        return (self.read_record(unit) for unit in self.units())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 TABLE_COLUMNS = frozenset(
@@ -32,6 +32,15 @@ def shorten(value: Any, length: int = 160) -> str:
         value = json.dumps(value, ensure_ascii=False)
     text = "nothing" if value is None else str(value)
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def join_lines(lines: Sequence[str], most: int = 12) -> str:
+    """Return at most *most* lines as an indented list for an error text, with an ellipsis for the others.
+
+    >>> join_lines(["a", "b", "c"], 2)
+    '\\n    a\\n    b\\n    …'
+    """
+    return "\n    ".join(["", *lines[:most], *(["…"] if len(lines) > most else [])])
 
 
 def size(count: float) -> str:

@@ -15,7 +15,7 @@ from flexcache.site import STANDARD
 from flexcache.spec import ArraySpec
 from flexcache.store.format.dataset_card import card
 from flexcache.store.format.schema import ATTRIBUTE, read_attributes
-from flexcache.store.format.text import shorten, size
+from flexcache.store.format.text import join_lines, shorten, size
 from flexcache.store.manage.file_transfer import copy_verified
 from flexcache.store.manage.store_contents import differing_tables, plan_files, shared_files
 from flexcache.store.read.store import Store
@@ -110,7 +110,7 @@ def _check_begun_alike(store: Store, derived: DerivedStore) -> None:
         raise MismatchError(
             "the target is another store",
             where=str(store.path),
-            found="\n    ".join(["", *different[:16], *(["…"] if len(different) > 16 else [])]),
+            found=join_lines(different, 16),
             remedy="give the command that began it to resume it, or choose another target",
         )
 

@@ -29,7 +29,7 @@ def staged_records(path: StoreLocation) -> tuple[dict[str, FileRecord], dict[int
     if folder is None:
         return {}, {}
     ledger = Ledger(folder)
-    return plan_files(Store(folder)), {unit: ledger.read(unit) for unit in ledger.units()}
+    return plan_files(Store(folder)), {unit: ledger.read_record(unit) for unit in ledger.units()}
 
 
 def incomplete(store: Store) -> StoreError:

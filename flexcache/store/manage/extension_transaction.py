@@ -25,9 +25,10 @@ from flexcache.store.read.store import Store
 from flexcache.store.storage.atomic_files import commit_files, fsync_folder, write_durably
 from flexcache.store.storage.disk_errors import clear_errors
 from flexcache.store.storage.location import StoreLocation, local
+from flexcache.store.write.backends import AnyWorker
 from flexcache.store.write.claims import Claims
 from flexcache.store.write.create import publish_store
-from flexcache.store.write.election import POLL, elect
+from flexcache.store.write.election import POLL, elect, working
 from flexcache.store.write.worker import ALIVE, PARTIAL, Worker
 
 Progress = Callable[[int, int], None]
@@ -178,10 +179,10 @@ class ExtensionTransaction:
 
     def _record(self, staged: Ledger, ledger: Ledger, unit: int) -> tuple[UnitRecord, list[str]] | None:
         """Return the new record of a unit and its new files; None if the unit does not change."""
-        new = staged.read(unit)
+        new = staged.read_record(unit)
         if not ledger.has(unit):
             return new, list(new.files)
-        old = ledger.read(unit)
+        old = ledger.read_record(unit)
         changed = [name for name, file in new.files.items() if old.files.get(name) != file]
         if not changed and old.rows == new.rows:
             return None
@@ -201,7 +202,7 @@ class ExtensionTransaction:
         arrays = sorted(changed - set(chunks) - set(last))
         return [*chunks, *arrays, *(name for name in last if name in changed)]
 
-    def _remove(self, worker: Worker) -> None:
+    def _remove(self, worker: AnyWorker) -> None:
         runs = self.folder / "runs"
         for run in sorted(runs.glob("*.json")):
             (self.path / "runs").mkdir(exist_ok=True)
@@ -212,15 +213,10 @@ class ExtensionTransaction:
     # Private
 
     @contextmanager
-    def _elected(self, on_wait: Callable[[], None], done: Callable[[], bool]) -> Iterator[Worker | None]:
+    def _elected(self, on_wait: Callable[[], None], done: Callable[[], bool]) -> Iterator[AnyWorker | None]:
         """Yield a worker of the store if this process is elected; None once another process has *done* the work."""
-        worker = Worker(self.path)
-        claims = Claims(worker)
-        try:
+        with working(self.path) as (worker, claims):
             yield worker if elect(worker, claims, "grow", done, on_wait) else None
-        finally:
-            claims.close()
-            worker.close()
 
     def _check_complete(self) -> None:
         staged, store = Store(self.folder), Store(self.path)

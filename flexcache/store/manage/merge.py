@@ -10,7 +10,7 @@ from flexcache.errors import ConfigError, MismatchError
 from flexcache.identity import differences
 from flexcache.spec import ArraySpec
 from flexcache.store.format.shard import shard_name
-from flexcache.store.format.text import shorten
+from flexcache.store.format.text import join_lines, shorten
 from flexcache.store.manage.copy import check_separate
 from flexcache.store.manage.derive import DerivedStore, prepare_store
 from flexcache.store.manage.extension_state import check_not_extending
@@ -90,7 +90,7 @@ def _differing_files(one: Store, other: Store, name: str) -> list[str]:
     layers = [layer for layer in one.arrays[name].slices if layer in other.arrays[name].slices]
     found = []
     for unit in sorted(set(one.committed_units.tolist()) & set(other.committed_units.tolist())) if layers else []:
-        first, second = (store.ledger.read(unit).files for store in (one, other))
+        first, second = (store.ledger.read_record(unit).files for store in (one, other))
         shards = [shard_name(name, layer, unit) for layer in layers]
         found += [f"{shard} has other bytes" for shard in shards if first.get(shard) != second.get(shard)]
     return found
@@ -102,7 +102,7 @@ def _raise_differences(one: Store, other: Store, different: list[str]) -> None:
             "the stores cannot be merged",
             where=f"{one.path} and {other.path}",
             expected="one model over the same plan, and the same bytes for each site and layer that both have",
-            found="\n    ".join(["", *different[:12], *(["…"] if len(different) > 12 else [])]),
+            found=join_lines(different),
             remedy="capture both from the same documents with the same options and unit size; flexcache rm removes"
             " a site or layer that only one of them should contribute",
         )

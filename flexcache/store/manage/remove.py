@@ -22,10 +22,11 @@ from flexcache.store.manage.store_contents import plan_files
 from flexcache.store.read.selection import ArrayKey, keys, select
 from flexcache.store.read.store import Store
 from flexcache.store.storage.atomic_files import fsync_folder, write_durably, write_json
-from flexcache.store.storage.disk_errors import disk_error
+from flexcache.store.storage.disk_errors import clear_errors
 from flexcache.store.storage.location import local
-from flexcache.store.write.claims import CLAIMS, Claims
-from flexcache.store.write.worker import Worker
+from flexcache.store.write.backends import AnyWorker
+from flexcache.store.write.claims import CLAIMS, Claiming
+from flexcache.store.write.election import working
 
 NOTE = "removing.json"
 """File that lists what is being removed; it exists from before the first change until after the last."""
@@ -92,18 +93,9 @@ class Removal:
             The disk refuses.
         """
         check_not_extending(self.path, staged=True)
-        try:
-            worker = Worker(self.path)
-            claims = Claims(worker)
-            try:
-                self._check_alone(worker, claims)
-                return self._remove(progress)
-            finally:
-                claims.close(finished=Store(self.path).complete)
-                worker.sweep()
-                worker.close()
-        except OSError as error:
-            raise disk_error(error, self.path) from error
+        with clear_errors(self.path), working(self.path, lambda: Store(self.path).complete) as (worker, claims):
+            self._check_alone(worker, claims)
+            return self._remove(progress)
 
     # Steps, each of which can be repeated
 
@@ -202,7 +194,7 @@ class Removal:
             ) from error
         return found
 
-    def _check_alone(self, worker: Worker, claims: Claims) -> None:
+    def _check_alone(self, worker: AnyWorker, claims: Claiming) -> None:
         worker.sweep()
         if claims.take_claim(["remove"]) is None or next(iter(claims.others()), None):
             raise StoreError(

@@ -17,8 +17,8 @@ from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
 from flexcache.store.storage.disk_errors import clear_errors
 from flexcache.store.storage.path_safety import check_inside
-from flexcache.store.write.backends import AnyWorker, claims_of, slabs_for, start_work, writer_of
-from flexcache.store.write.election import claim_until_done
+from flexcache.store.write.backends import AnyWorker, slabs_for, writer_of
+from flexcache.store.write.election import claim_until_done, working
 from flexcache.store.write.range_error import range_error
 from flexcache.store.write.row_encoding import Unstorable, encode_rows
 from flexcache.store.write.shard_file import NonFinite, ShardFile
@@ -83,45 +83,40 @@ class RowCopy:
         """
         total = self._bytes(self.available())
         progress(total - self._bytes(self.pending()), total)
-        if (
-            not self.pending() and not (self.target.path / PARTIAL).exists()
-        ):  # otherwise files in progress may have to be removed
+        left_over = (self.target.path / PARTIAL).exists()  # files in progress of a worker that ended
+        if not self.pending() and not left_over:
             return
-        with clear_errors(self.target.path):
-            self._run(total, progress)
+        with clear_errors(self.target.path), working(self.target.path, self._is_complete) as (worker, claims):
+
+            def claim() -> str | None:
+                worker.sweep()
+                return claims.take_claim(self.pending())
+
+            writer = None
+            try:
+                if converted := [key for key in self.sources if not self._is_unchanged(key)]:
+                    writer = writer_of(worker, SlabPool(*self._slabs(converted)))
+                for name in claim_until_done(claim, lambda: len(self.pending())):
+                    if not self.target.ledger.has(int(name)):
+                        self._copy_unit(int(name), worker, writer)
+                    claims.release(name)
+                    progress(total - self._bytes(self.pending()), total)
+            finally:
+                if writer is not None:
+                    writer.stop()
 
     # Private
 
-    def _run(self, total: int, progress: Progress) -> None:
-        worker = start_work(self.target.path)
-        claims, writer = claims_of(worker), None
-
-        def claim() -> str | None:
-            worker.sweep()
-            return claims.take_claim(self.pending())
-
-        try:
-            if converted := [key for key in self.sources if not self._is_unchanged(key)]:
-                writer = writer_of(worker, SlabPool(*self._slabs(converted)))
-            for name in claim_until_done(claim, lambda: len(self.pending())):
-                if not self.target.ledger.has(int(name)):
-                    self._copy_unit(int(name), worker, writer)
-                claims.release(name)
-                progress(total - self._bytes(self.pending()), total)
-        finally:
-            if writer is not None:
-                writer.stop()
-            self.target.refresh()
-            claims.close(finished=self.target.complete)
-            worker.sweep()
-            worker.close()
+    def _is_complete(self) -> bool:
+        self.target.refresh()
+        return self.target.complete
 
     def _copy_unit(self, unit: int, worker: AnyWorker, writer: WriterThread | None) -> None:
         with closing(start_transfer(worker)) as transfer:
             self._commit_unit(unit, transfer, writer)
 
     def _commit_unit(self, unit: int, transfer: FileTransfer, writer: WriterThread | None) -> None:
-        records = {id(store): store.ledger.read(unit) for store in self._stores}
+        records = {id(store): store.ledger.read_record(unit) for store in self._stores}
         shards: list[ShardFile] = []
         for key, source in self.sources.items():
             name = shard_name(*key, unit)

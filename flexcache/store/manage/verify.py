@@ -125,7 +125,7 @@ def _records(store: Store, findings: list[Finding]) -> Iterator[tuple[int | None
         yield None, name, record
     for unit in store.committed_units.tolist():
         try:
-            for name, record in store.ledger.read(unit).files.items():
+            for name, record in store.ledger.read_record(unit).files.items():
                 yield unit, name, record
         except DamagedError as error:
             findings.append(Finding(f"ledger/0/{unit}.json", unit, f"cannot be read: {error.found or error.message}"))

@@ -23,5 +23,5 @@ def recorded_model(store: Any) -> dict[str, Any]:
     if ledger is None or not len(units):
         return found
     chosen = np.unique(np.linspace(0, len(units) - 1, min(len(units), LOOKED_AT)).astype(np.int64))
-    marks = other_models(ledger.read(int(units[at])).fingerprint for at in chosen)
+    marks = other_models(ledger.read_record(int(units[at])).fingerprint for at in chosen)
     return {**found, OTHERS: marks} if marks else found

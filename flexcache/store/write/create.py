@@ -21,8 +21,7 @@ from flexcache.store.format.shard import ShardLayout
 from flexcache.store.storage.backend import disk_path, storage_of
 from flexcache.store.storage.disk_errors import clear_errors
 from flexcache.store.storage.location import StoreLocation, beyond_links
-from flexcache.store.write.backends import claims_of, start_work
-from flexcache.store.write.election import elect
+from flexcache.store.write.election import elect, working
 from flexcache.store.write.skeleton import create_arrays, create_coordinate, write_skeleton
 from flexcache.store.write.tables import write_tables
 
@@ -118,14 +117,11 @@ def create_once(path: StoreLocation, make: Callable[[Path], T], on_wait: Callabl
         path = beyond_links(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         root = _planning(path)
-        worker = start_work(root)
-        claims = claims_of(worker)
         try:
-            if elect(worker, claims, "plan", (path / "zarr.json").exists, on_wait):
-                return make(worker.folder)
+            with working(root) as (worker, claims):
+                if elect(worker, claims, "plan", (path / "zarr.json").exists, on_wait):
+                    return make(worker.folder)
         finally:
-            claims.close()
-            worker.close()
             if (folder := disk_path(root)) is not None:
                 with contextlib.suppress(OSError):
                     folder.rmdir()

@@ -4,15 +4,41 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
-from flexcache.store.write.backends import AnyWorker
+from flexcache.store.storage.location import StoreLocation
+from flexcache.store.write.backends import AnyWorker, claims_of, start_work
 from flexcache.store.write.claims import Claiming
+from flexcache.store.write.worker import HEARTBEAT_TIMEOUT
 
 POLL = 0.1
 """Seconds between two attempts to claim what other processes hold."""
 
 T = TypeVar("T")
+
+
+@contextmanager
+def working(
+    root: StoreLocation, finished: Callable[[], bool] = lambda: False, heartbeat_timeout: float = HEARTBEAT_TIMEOUT
+) -> Iterator[tuple[AnyWorker, Claiming]]:
+    """Start a worker on the store at *root* with its claims, and release and close both at the end.
+
+    Parameters
+    ----------
+    finished
+        Called at the end; if it returns True, stale claims of other workers are removed as well.
+    """
+    worker = start_work(root, heartbeat_timeout=heartbeat_timeout)
+    claims = claims_of(worker)
+    try:
+        yield worker, claims
+    finally:
+        try:
+            claims.close(finished())
+            worker.sweep()
+        finally:
+            worker.close()
 
 
 def claim_until_done(
