@@ -34,6 +34,8 @@ def copy(
 ) -> Store:
     """Copy a store, complete or not, to another location; the same call resumes an interrupted copy.
 
+    ::
+
         flexcache.copy("run.zarr", "small.zarr", sites=["resid_post"], layers="8:16", dtype="int8")
 
     Every file is checked against the ledger of the source, and every unit is committed in the target by a record.

@@ -26,6 +26,8 @@ from flexcache.store.write.create import total_bytes
 def merge(sources: Sequence[str | StoreLocation], target: str | StoreLocation, progress: Progress = lambda done, total: None) -> Store:
     """Merge stores that were captured from one model over the same plan; the same call resumes an interrupted merge.
 
+    ::
+
         flexcache.merge(["layers-0-15.zarr", "layers-16-31.zarr"], "run.zarr")
 
     Layers of one site become one array. A site and layer that two stores have must be the same files. Files are checked

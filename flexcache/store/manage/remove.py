@@ -37,6 +37,8 @@ Progress = Callable[[int, int], None]
 class Removal:
     """A planned removal of sites or layers from a store; `run` applies it.
 
+    ::
+
         removal = flexcache.Removal("run.zarr", ["attn_weights"])
         print(removal.bytes())
         removal.run()

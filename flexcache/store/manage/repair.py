@@ -15,6 +15,8 @@ from flexcache.store.storage.location import StoreLocation, parse_location
 class Repair:
     """Result of `repair`.
 
+    ::
+
         repaired = flexcache.repair("run.zarr")
         print(repaired.units, repaired.beyond)
 
@@ -35,6 +37,8 @@ class Repair:
 
 def repair(path: str | StoreLocation, progress: Callable[[int, int], None] = lambda files, size: None) -> Repair:
     """Verify a store, and take back each unit whose files or ledger record are damaged.
+
+    ::
 
         flexcache.repair("run.zarr")
         flexcache.capture(...)      # the same call as before recomputes the damaged units

@@ -40,6 +40,8 @@ class Finding:
 class Verification:
     """Result of `verify`.
 
+    ::
+
         for finding in flexcache.verify("run.zarr").findings:
             print(finding.file, finding.problem)
 
@@ -67,6 +69,8 @@ class Verification:
 
 def verify(path: str | StoreLocation, progress: Callable[[int, int], None] = lambda files, size: None) -> Verification:
     """Read every file of a store and compare it with its record; memory is one mebibyte.
+
+    ::
 
         assert flexcache.verify("run.zarr").sound
 

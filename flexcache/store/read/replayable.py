@@ -16,6 +16,8 @@ RESIDUAL = ("resid_post", "resid_pre")
 class Replayable:
     """Result of the check; true if a replay is possible.
 
+    ::
+
         if not store.replayable:
             print(store.replayable.reasons)
 

@@ -12,6 +12,8 @@ from flexcache.store.read.store import Store
 def rows_in(store: Store, other: Store) -> np.ndarray:
     """Return, for each row of *other*, the number of the row of *store* with the same document id and position.
 
+    ::
+
         same = flexcache.store.rows_in(store, other)
         store.read("resid_post", 8, same) - other.read("resid_post", 8)
 

@@ -25,6 +25,8 @@ ArrayKey = tuple[str, int | None]
 def select(store: StoreView, sites: str | Sequence[str] | None = None, layers: Layers = "all") -> list[ArraySpec]:
     """Return the arrays of a store that match, each with its matching layers.
 
+    ::
+
         flexcache.store.select(store, ["resid_*"], "8:24")
 
     Parameters

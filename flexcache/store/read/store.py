@@ -38,6 +38,8 @@ from flexcache.store.storage.location import StoreLocation, parse_location
 class Store(Mapping[str, xr.DataArray]):
     """A store of activations, read-only: a mapping from site to a lazy float32 DataArray.
 
+    ::
+
         store = flexcache.open("run.zarr")
         store["resid_post"].sel(layer=8)        # xarray.DataArray (token, hidden), lazy
         store.read("resid_post", 8, [0, 5])     # numpy array of shape (2, features)
@@ -97,7 +99,9 @@ class Store(Mapping[str, xr.DataArray]):
     def layers(self, site: str) -> tuple[int, ...]:
         """Return the captured layers of a site; empty for a module path.
 
-        store.layers("resid_post")              # (0, 8, 16)
+        ::
+
+            store.layers("resid_post")              # (0, 8, 16)
         """
         return self._array(site).layers or ()
 
@@ -105,20 +109,26 @@ class Store(Mapping[str, xr.DataArray]):
     def documents(self) -> pa.Table:
         """The documents in row order: id, source_index, n_tokens, text, labels, row_start, n_rows.
 
-        store.documents.to_pandas()
+        ::
+
+            store.documents.to_pandas()
         """
         return read_store_table(self.path, DOCUMENTS, self.n_rows)
 
     def head(self, count: int = 1) -> pa.Table:
         """Return the first *count* documents without reading the others.
 
-        store.head(5).to_pylist()
+        ::
+
+            store.head(5).to_pylist()
         """
         return read_first_lines(self.path / DOCUMENTS, count)
 
     @cached_property
     def tokens(self) -> pa.Table:
         """The sequences in row order with their token ids: document, unit, batch, start, tokens, keep_start, ….
+
+        ::
 
             store.tokens["tokens"][0].as_py()       # token ids of the first sequence
 
@@ -149,6 +159,8 @@ class Store(Mapping[str, xr.DataArray]):
     def image(self, document: Any) -> bytes:
         """Return the encoded image of a document, given by id or number, unchanged.
 
+        ::
+
             flexcache.images.decode_image(store.image("cat-7"))
 
         Raises
@@ -164,7 +176,9 @@ class Store(Mapping[str, xr.DataArray]):
     def coordinates(self) -> dict[str, xr.Variable]:
         """Token id, position and document of each row, read when used; -1 for token and position of a mean.
 
-        store.coordinates["token_id"].values    # int32 array of shape (rows,)
+        ::
+
+            store.coordinates["token_id"].values    # int32 array of shape (rows,)
         """
         return {name: coordinate_variable(self.reference, name, np.dtype(dtype)) for name, dtype in COORDINATES.items()}
 
@@ -175,6 +189,8 @@ class Store(Mapping[str, xr.DataArray]):
 
     def token_label(self, name: str) -> pa.Array:
         """Return the label of the token of each row, null for a token without one.
+
+        ::
 
             store.token_label("part_of_speech")     # pyarrow array of length n_rows
 
@@ -190,8 +206,10 @@ class Store(Mapping[str, xr.DataArray]):
     def refresh(self) -> None:
         """List the ledger again, to find units that other processes have committed.
 
-        store.refresh()
-        store.complete
+        ::
+
+            store.refresh()
+            store.complete
         """
         self._units.refresh()
 
@@ -229,6 +247,8 @@ class Store(Mapping[str, xr.DataArray]):
     def raw(self, site: str) -> xr.DataArray:
         """Return a lazy array of a site in its stored dtype. Reductions of numpy fail or are wrong on bfloat16.
 
+        ::
+
             store.raw("resid_post").dtype           # bfloat16
 
         Rows of an int8 site are whole numbers; multiply each by its scale, ``raw(site + ".scale")``.
@@ -237,6 +257,8 @@ class Store(Mapping[str, xr.DataArray]):
 
     def dataset(self, *, committed: bool = False) -> xr.Dataset:
         """Return all sites as one lazy float32 dataset; layers that a site lacks are NaN.
+
+        ::
 
             store.dataset(committed=True).sel(layer=8).mean("token").compute()
 
@@ -253,6 +275,8 @@ class Store(Mapping[str, xr.DataArray]):
 
     def read(self, site: str, layer: int | None = None, rows: Any = slice(None), *, raw: bool = False) -> np.ndarray:
         """Read rows of one layer into memory.
+
+        ::
 
             store.read("resid_post", layer=-1, rows=store.rows(position=-1))
 
@@ -294,6 +318,8 @@ class Store(Mapping[str, xr.DataArray]):
     ) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield all committed rows of one layer in order, in blocks that share one buffer.
 
+        ::
+
             for rows, values in store.scan("resid_post", 8):
                 total += values.sum(0)
 
@@ -323,6 +349,8 @@ class Store(Mapping[str, xr.DataArray]):
     def rows(self, document: Any = None, position: int | slice | None = None) -> np.ndarray:
         """Return the row numbers of documents and positions, document by document.
 
+        ::
+
             store.rows("doc-3", slice(0, 10))       # first ten tokens of a document
             store.rows(position=-1)                 # last token of each document
 
@@ -347,7 +375,9 @@ class Store(Mapping[str, xr.DataArray]):
     def reader(self, site: str) -> RowReader:
         """Return the row reader of a site; there is one per store and site.
 
-        store.reader("resid_post").gather(8, numpy.array([5, 3]), raw=True)
+        ::
+
+            store.reader("resid_post").gather(8, numpy.array([5, 3]), raw=True)
         """
         if site not in self._readers:
             array = self._array(site)
