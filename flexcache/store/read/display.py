@@ -11,10 +11,10 @@ from flexcache.store.format.committed_units import CommittedUnits
 from flexcache.store.format.extension import staged_folder
 from flexcache.store.format.schema import read_attributes
 from flexcache.store.format.text import TABLE_COLUMNS, layer_text, size
-from flexcache.store.read.store_view import StoreView
+from flexcache.store.read.open_store import OpenStore
 
 
-def summary(store: StoreView) -> dict[str, str]:
+def summary(store: OpenStore) -> dict[str, str]:
     """Return the main facts about a store as short texts."""
     model = store.provenance.get("model", {})
     plan = store.plan
@@ -30,7 +30,7 @@ def summary(store: StoreView) -> dict[str, str]:
     }
 
 
-def _extension(store: StoreView) -> str:
+def _extension(store: OpenStore) -> str:
     folder = staged_folder(store.path)
     if folder is None:
         return ""
@@ -39,7 +39,7 @@ def _extension(store: StoreView) -> str:
     return f"; an extension has begun: {done} of {units} units"
 
 
-def sites(store: StoreView) -> list[tuple[str, str, str, str]]:
+def sites(store: OpenStore) -> list[tuple[str, str, str, str]]:
     """Return the name, layers, shape and dtype of each site as text."""
     lines = []
     for name in store.sites:
@@ -49,12 +49,12 @@ def sites(store: StoreView) -> list[tuple[str, str, str, str]]:
     return lines
 
 
-def array_bytes(store: StoreView) -> int:
+def array_bytes(store: OpenStore) -> int:
     """Return the bytes of the rows of all arrays."""
     return sum(len(array.slices) * array.row_bytes for array in store.arrays.values()) * store.n_rows
 
 
-def text(store: StoreView) -> str:
+def text(store: OpenStore) -> str:
     """Return the store as lines of text."""
     facts = summary(store)
     lines = [f"<flexcache.Store {shown(store.path)}>"]
@@ -70,7 +70,7 @@ def text(store: StoreView) -> str:
     return "\n".join(lines)
 
 
-def html(store: StoreView) -> str:
+def html(store: OpenStore) -> str:
     """Return the store as small HTML tables; all text of the store is escaped."""
     facts = "".join(
         f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(value)}</td></tr>"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexcache.identity import known, model_record
-from flexcache.store.read.store_view import StoreView
+from flexcache.store.read.open_store import OpenStore
 
 RESIDUAL = ("resid_post", "resid_pre")
 
@@ -36,7 +36,7 @@ class Replayable:
         return "; ".join(self.reasons.values()) or "the store can be replayed"
 
 
-def replayable(store: StoreView) -> Replayable:
+def replayable(store: OpenStore) -> Replayable:
     """Return the obstacles to running the rest of a store's model on its rows.
 
     `analysis.replay.engine.compatibility` checks the model that is to run them.
@@ -60,6 +60,6 @@ def replayable(store: StoreView) -> Replayable:
     return Replayable(reasons)
 
 
-def _has_windows(store: StoreView) -> bool:
+def _has_windows(store: OpenStore) -> bool:
     """Return True if a document was cut into several windows."""
     return int(np.max(store.tokens.column("start").to_numpy())) > 0

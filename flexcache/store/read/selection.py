@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from flexcache.errors import ConfigError, SiteError, StoreError, nearest
+from flexcache.errors import ConfigError, SiteError, nearest
 from flexcache.site import Layers, plain_layers, resolve_layers
 from flexcache.spec import ArraySpec
 from flexcache.store.format.int8 import scale_name
-from flexcache.store.read.store_view import StoreView
+from flexcache.store.read.open_store import OpenStore
 from flexcache.store.storage.location import StoreLocation
 
 ArrayKey = tuple[str, int | None]
 """Name of an array, and a layer of it; None for an array without layers."""
 
 
-def select(store: StoreView, sites: str | Sequence[str] | None = None, layers: Layers = "all") -> list[ArraySpec]:
+def select(store: OpenStore, sites: str | Sequence[str] | None = None, layers: Layers = "all") -> list[ArraySpec]:
     """Return the arrays of a store that match, each with its matching layers.
 
     ::
@@ -111,47 +109,7 @@ def row_numbers(rows: Any, n_rows: int, where: StoreLocation) -> np.ndarray:
     return np.where(numbers < 0, numbers + n_rows, numbers)
 
 
-def document_numbers(document: Any, documents: pa.Table, where: StoreLocation) -> np.ndarray:
-    """Return documents, given by id or number, as indices into the table of documents; None selects all.
-
-    Raises
-    ------
-    StoreError
-        There is no such document.
-    """
-    count = len(documents)
-    if document is None:
-        return np.arange(count)
-    asked = [document] if isinstance(document, str) or not isinstance(document, Iterable) else list(document)
-    if asked and all(isinstance(item, str) for item in asked):
-        found = pc.index_in(pa.array(asked), value_set=documents.column("id").combine_chunks())
-        if found.null_count:
-            missing = asked[found.to_pylist().index(None)]
-            raise StoreError(f"the store has no document {missing!r}", where=str(where))
-        return found.to_numpy(zero_copy_only=False).astype(np.int64)
-    numbers = np.array([int(item) for item in asked], dtype=np.int64)
-    if len(numbers) and not (-count <= numbers.min() and numbers.max() < count):
-        raise StoreError(f"documents are numbered 0 to {count - 1}", found=str(document))
-    return numbers % max(1, count)
-
-
-def select_positions(found: np.ndarray, position: int | slice, lengths: np.ndarray) -> np.ndarray:
-    """Return a mask of the rows at a position, or in a slice of positions.
-
-    Parameters
-    ----------
-    found, lengths : ndarray of shape (rows,)
-        Position of each row in its document, and number of tokens of that document.
-    """
-    if not isinstance(position, slice):
-        return found == (position + lengths if position < 0 else position)
-    if position.step not in (None, 1):
-        raise ValueError("a slice of positions has no step")
-    low, high = (np.where(e < 0, e + lengths, e) if e is not None else None for e in (position.start, position.stop))
-    return (found >= (0 if low is None else low)) & (found < (lengths if high is None else high))
-
-
-def _arrays(store: StoreView, sites: Sequence[str] | None) -> list[ArraySpec]:
+def _arrays(store: OpenStore, sites: Sequence[str] | None) -> list[ArraySpec]:
     if sites is None:
         return list(store.arrays.values())
     chosen: set[str] = set()
@@ -166,7 +124,7 @@ def _arrays(store: StoreView, sites: Sequence[str] | None) -> list[ArraySpec]:
     return [array for array in store.arrays.values() if array.name in chosen]
 
 
-def _narrow(store: StoreView, array: ArraySpec, layers: Layers) -> ArraySpec:
+def _narrow(store: OpenStore, array: ArraySpec, layers: Layers) -> ArraySpec:
     if array.layers is None or array.depth is None or layers == "all":
         return array
     asked = resolve_layers(layers, array.depth)
