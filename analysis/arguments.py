@@ -1,4 +1,4 @@
-"""Checks of arguments that several analyses take."""
+"""Check arguments that several analyses share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from flexcache.errors import AnalysisError
 from flexcache.spec import is_whole
 
 MOST_SEED = 2**32 - 1
-"""The largest seed of scikit-learn."""
+"""Largest seed that scikit-learn accepts."""
 
 
 def check_whole(name: str, value: Any, least: int, most: int | None = None, remedy: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The bar of a sweep: how far it is, how long it took and will take."""
+"""Progress bar with elapsed and remaining time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def bar(progress: bool) -> Progress:
-    """Return a bar on the error stream, which shows on a terminal alone and disappears when it is done."""
+    """Return a progress bar on standard error; it is shown only on a terminal and removed when done."""
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),

@@ -1,4 +1,4 @@
-"""Results as Zarr, with what they were computed from; read again instead of computed again."""
+"""Save results as Zarr with their provenance, and load them instead of computing them again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ATTRIBUTE = "flexcache_statistics"
 
 
 def identity(store: Store) -> dict[str, Any]:
-    """Return what a store is and how much of it there was: results of another identity are of other rows."""
+    """Return the identity of a store and of its committed rows; results with another identity come from other rows."""
     return {
         "store": store.path.name,
         "metadata_xxh3_128": digest(store.path / "zarr.json"),
@@ -37,16 +37,16 @@ def identity(store: Store) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that results depend on."""
+    """Return the versions of the packages that results depend on."""
     names = ("numpy", "scipy", "xarray", "dask", "zarr")
     return {"flexcache": flexcache.__version__, **{name: version(name) for name in names}}
 
 
 def save(results: Mapping[str, xr.Dataset], path: str | Path, provenance: Mapping[str, Any]) -> Path:
-    """Write results as one Zarr v3 group, a subgroup each, replacing what was there, in one step.
+    """Write results as one Zarr v3 group with a subgroup each; results that are there are replaced in one step.
 
-    Numbers and booleans are arrays with dimension names, which any Zarr reader opens; coordinates of text are lists
-    in the attributes, since Zarr v3 has no settled data type for them.
+    Numbers and booleans are arrays with dimension names, which any Zarr reader opens. Text coordinates are lists in
+    the attributes, because Zarr v3 has no settled data type for text.
     """
     path = local_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,18 +66,20 @@ def save(results: Mapping[str, xr.Dataset], path: str | Path, provenance: Mappin
 
 
 def check_free(path: Path) -> None:
-    """Raise AnalysisError if something else than saved results is at *path*."""
+    """Raise AnalysisError if *path* exists and is not a folder of saved results."""
     if os.path.lexists(path) and not (path / "zarr.json").exists():
-        raise AnalysisError("something else is where the results go", where=str(path), remedy="choose another folder")
+        raise AnalysisError(
+            "the path of the results is taken by something else", where=str(path), remedy="choose another folder"
+        )
 
 
 def load(path: str | Path) -> tuple[dict[str, xr.Dataset], dict[str, Any]]:
-    """Read what `save` wrote: the results, and their provenance.
+    """Load results and provenance that `save` wrote.
 
     Raises
     ------
     AnalysisError
-        There are no results, or another version wrote them.
+        The folder holds no results, or results of another version.
     """
     path = local_path(path)
     try:
@@ -104,10 +106,10 @@ def load(path: str | Path) -> tuple[dict[str, xr.Dataset], dict[str, Any]]:
 
 
 def reusable(path: str | Path, provenance: Mapping[str, Any]) -> bool:
-    """Return whether there are results at *path* of the same store, rows, questions and versions."""
+    """Return True if *path* holds results of the same store, rows, arguments and versions."""
     try:
         found = dict(zarr.open_group(local_path(path), mode="r").attrs)[ATTRIBUTE]
-    except Exception:  # whatever is there is not it
+    except Exception:  # anything unreadable is not reusable
         return False
     return isinstance(found, dict) and all(found.get(key) == value for key, value in _plain(provenance).items())
 

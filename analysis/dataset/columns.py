@@ -1,4 +1,4 @@
-"""Columns of a documents table as targets and groups."""
+"""Convert columns of a documents table into targets and groups."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _KINDS = (
     pa.types.is_floating,
 )
 LABELS = (*_KINDS, pa.types.is_temporal, pa.types.is_decimal)
-"""Kinds of columns whose values may be compared."""
+"""Types of columns whose values can be compared."""
 
 
 def column(table: pa.Table, name: str, role: str, kinds: Sequence[Callable[[pa.DataType], bool]] = _KINDS) -> pa.Array:
-    """Return a column of text, numbers or booleans, or of other *kinds*; *role* is what it is for, said in errors."""
+    """Return a column of text, numbers or booleans, or of other *kinds*; *role* names its use in errors."""
     if name not in table.column_names:
         raise AnalysisError(
             f"the documents have no column {name!r} ({role})",
@@ -37,26 +37,26 @@ def column(table: pa.Table, name: str, role: str, kinds: Sequence[Callable[[pa.D
     if not any(test(kind) for test in kinds):
         raise AnalysisError(
             f"column {name!r} cannot be a {role}",
-            expected=f"text, numbers{', dates' if kinds is LABELS else ''} or booleans, one a document",
+            expected=f"text, numbers{', dates' if kinds is LABELS else ''} or booleans, one per document",
             found=str(kind),
         )
     return column
 
 
 def valid(column: pa.Array) -> NDArray[np.bool_]:
-    """Return where there is a value, neither null nor NaN."""
+    """Return a mask of the values that are neither null nor NaN."""
     return np.asarray(pc.invert(pc.is_null(column, nan_is_null=True)))
 
 
 def codes(column: pa.Array) -> NDArray[np.int64]:
-    """Return a number for each value, equal values alike, from 0 without gaps."""
+    """Return a code for each value, from 0 without gaps; equal values get equal codes."""
     if pa.types.is_floating(column.type):
         column = pc.add(column.cast(pa.float64()), 0.0)  # -0.0 and 0.0 are one value
     return np.asarray(column.dictionary_encode().indices).astype(np.int64)
 
 
 def label_codes(column: pa.Array) -> NDArray[np.int64]:
-    """Return a number for each value, equal values alike, and −1 where there is none: null, NaN or an empty text."""
+    """Return a code for each value, and −1 for a missing one: null, NaN or an empty text."""
     known = valid(column)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         known &= np.asarray(pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(column), ""), False))
@@ -71,7 +71,7 @@ def target(column: pa.Array, name: str, task: str) -> tuple[NDArray[Any], tuple[
     Raises
     ------
     AnalysisError
-        One value only, or values that the task cannot use.
+        There is only one value, or the task cannot use the values.
     """
     values: list[Any] = column.to_pylist()
     classes: tuple[Any, ...] = ()

@@ -8,7 +8,7 @@ from flexcache.site import Layers, plain_layers, resolve_layers
 
 
 def choose_layers(store: Readable, site: str, layers: Layers) -> tuple[int | None, ...]:
-    """Return the captured layers that *layers* means, ascending; (None,) for a site without layers.
+    """Return the captured layers that *layers* names, in ascending order; (None,) for a site without layers.
 
     Raises
     ------
@@ -18,7 +18,7 @@ def choose_layers(store: Readable, site: str, layers: Layers) -> tuple[int | Non
     captured, layers = tuple(store.layers(site)), plain_layers(layers)
     if not captured:
         if layers != "all":
-            raise AnalysisError(f"{site} is a module and has no layers", remedy='leave layers out, or write "all"')
+            raise AnalysisError(f"{site} is a module and has no layers", remedy='leave layers out, or pass "all"')
         return (None,)
     if layers == "all":
         return captured

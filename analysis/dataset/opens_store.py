@@ -1,4 +1,4 @@
-"""Stores given by their paths: opened before an analysis begins."""
+"""Open stores that are given by their paths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 
 def opens_store(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function take the path or URL of a store for its parameters *store* and *other*.
+    """Decorate a function so that *store* and *other* may be the path or URL of a store.
 
     >>> @opens_store
     ... def count(store: Store) -> int:

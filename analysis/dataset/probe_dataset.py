@@ -1,4 +1,4 @@
-"""A question put to a store: which rows answer it, and what is known about each."""
+"""Build a probe dataset: the rows of a store that have a target, with target and group."""
 
 from __future__ import annotations
 
@@ -15,20 +15,27 @@ from analysis.dataset import columns
 from analysis.dataset.layer_choice import choose_layers
 from analysis.dataset.opens_store import opens_store
 from analysis.dataset.readable import Readable, Rows, Task
-from analysis.dataset.row_choice import _choose_rows, _row_of
+from analysis.dataset.row_choice import choose_rows, row_offsets
 from analysis.dataset.targets import DocumentTarget, TokenTarget, check_target
 from flexcache.errors import AnalysisError, nearest
 from flexcache.site import Layers
 
-BLOCK = 8192  # rows in memory at once when documents are averaged
+BLOCK = 8192
+"""Rows in memory at once when documents are pooled."""
 
 
 @dataclass(frozen=True)
 class ProbeDataset:
-    """Samples of one site with their target and group; made by `build_dataset`.
+    """Samples of one site with targets and groups; made by `build_dataset`.
 
-    A *sample* is one feature vector: a document's row, the mean or maximum of its rows, or, with ``rows="all"``, every
-    one of them; with ``rows="tokens"``, the matrix of its rows. Nothing is read before `read_layer`.
+    ::
+
+        dataset = probe_dataset.build_dataset(store, "resid_post", "label", rows="mean")
+        X, y = dataset.read_layer(12), dataset.y
+
+    A *sample* is one feature vector: a row of a document, the mean or maximum of its rows, or, with ``rows="all"``,
+    each of its rows. With ``rows="tokens"`` it is the matrix of the rows of a document. Activations are read only by
+    `read_layer` and `read_samples`.
     """
 
     store: Readable = field(repr=False)
@@ -44,7 +51,7 @@ class ProbeDataset:
     y: NDArray[Any]
     """(n_samples,) int64 positions in ``classes``, or float64 values."""
     group: NDArray[np.int64]
-    """(n_samples,) numbers of the groups that folds may not split."""
+    """(n_samples,) numbers of the groups that folds must not split."""
     document: NDArray[np.int64]
     """(n_samples,) positions in ``row_start``, ``texts`` and the other columns of the kept documents."""
     source: NDArray[np.int64]
@@ -52,10 +59,10 @@ class ProbeDataset:
     row_start: NDArray[np.int64]
     n_rows: NDArray[np.int64]
     row: NDArray[np.int64] | None
-    """(n_samples,) rows of the store, one a sample; None where a sample is made of several."""
+    """(n_samples,) rows of the store, one per sample; None if a sample is made of several rows."""
     texts: tuple[str, ...] | None = field(repr=False)
     dropped: dict[str, int]
-    """How many documents were left out, by reason."""
+    """Number of documents that were left out, by reason."""
 
     @property
     def n_samples(self) -> int:
@@ -73,15 +80,14 @@ class ProbeDataset:
         return int(self.group.max()) + 1
 
     def read_layer(self, layer: int | None) -> NDArray[Any]:
-        """Return the samples of one layer, float32 ``(n_samples, features)``; of tokens, an array of such matrices.
+        """Return the samples of one layer, float32 ``(n_samples, features)``; an array of matrices for tokens.
 
-        Holds that one matrix; what is made of several rows reads at most `BLOCK` of them at a time, and averages in
-        float64.
+        Memory is that one matrix. Pooled samples read at most `BLOCK` rows at a time and average in float64.
 
         Raises
         ------
         AnalysisError
-            A value is not finite, or the matrix would not fit into memory.
+            A value is not finite, or the matrix does not fit into memory.
         """
         self._check_memory(layer)
         if self.rows == "tokens":
@@ -94,17 +100,17 @@ class ProbeDataset:
         return self._finite(layer, self._pooled(layer))
 
     def read_samples(self, layer: int | None, part: slice) -> NDArray[np.float32]:
-        """Return some of the samples of one layer, where each is one row."""
+        """Return the samples of one layer in the slice *part*; each sample must be one row."""
         assert self.row is not None
         return self._finite(layer, _matrix(self.store.read(self.site, layer=layer, rows=self.row[part])), part.start)
 
     @property
     def features(self) -> int:
-        """Length of a feature vector."""
+        """Number of features of a sample."""
         return int(_matrix(self.store.read(self.site, layer=self.layers[0], rows=self.row_start[:1])).shape[1])
 
     def bytes_per_layer(self) -> int:
-        """Bytes held at the peak of a probe in memory: float32 rows, float64 rows, and their standardised copy."""
+        """Return the peak bytes of a probe in memory: float32 rows, float64 rows, and their standardised copy."""
         count = int(self.n_rows.sum()) if self.rows == "tokens" else self.n_samples
         return count * self.features * (4 + 8 + 8)
 
@@ -114,11 +120,11 @@ class ProbeDataset:
         needed, memory = self.bytes_per_layer(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > memory:
             raise AnalysisError(
-                "one layer of every row does not fit into memory",
+                "one layer of all rows does not fit into memory",
                 where=self.site,
                 expected=f"at most {memory / 2**30:.1f} GiB",
                 found=f"{self.n_samples:,} samples need {needed / 2**30:.1f} GiB",
-                remedy='use a linear probe, which reads blocks; write rows="mean" or rows="last"; or select documents',
+                remedy='use a linear probe, which reads blocks; set rows="mean" or rows="last"; or select documents',
             )
 
     def _pooled(self, layer: int | None) -> NDArray[np.float32]:
@@ -170,36 +176,40 @@ def build_dataset(
     layers: Layers = "all",
     task: Task | None = None,
 ) -> ProbeDataset:
-    """Join a store's rows with what its documents say about them.
+    """Build a probe dataset from the rows of a store and the columns of its documents.
+
+    ::
+
+        dataset = probe_dataset.build_dataset(store, "resid_post", "label", rows="last", layers=[12])
 
     Parameters
     ----------
     store
-        What `flexcache.open` returned.
+        A store as `flexcache.open` returns it, or its path.
     site
-        The name of an array of the store.
+        Name of an array of the store.
     target
-        A column of ``store.documents``; or what is known of each token, see `analysis.targets`. Text, booleans and
-        integers are classes, floating-point numbers a regression, unless *task* says otherwise. Documents, and
-        tokens, without a value (null or NaN) are left out, and counted in `ProbeDataset.dropped`.
+        A column of ``store.documents``, or a target of `analysis.targets`. Text, booleans and integers are classes;
+        floating-point numbers are a regression, unless *task* is given. Documents and tokens without a value (null or
+        NaN) are left out and counted in `ProbeDataset.dropped`.
     groups
-        ``"document"``: the rows of a document stay together. A column's name: so do the documents that share
-        its value. ``None``: every row for itself, which leaks what identifies a document.
+        ``"document"`` keeps the rows of a document together. The name of a column keeps documents with the same value
+        together. ``None`` makes each row its own group, which leaks the identity of a document.
     rows
-        ``"last"`` or ``"first"`` token, the ``"mean"`` or ``"max"`` over tokens, or ``"all"`` rows of each document;
-        a token position, negative from the document's end, where documents without it are left out; ``"tokens"`` for
-        probes that read a document's rows together. By default the row that the store holds for each document, or the
-        last of many; all rows for a target of tokens.
+        ``"last"`` or ``"first"`` token, ``"mean"`` or ``"max"`` over tokens, or ``"all"`` rows of each document; a
+        token position, negative from the end of the document (documents without it are left out); or ``"tokens"`` for
+        probes that read all rows of a document together. By default the row that the store holds for each document,
+        or the last one of several; all rows for a token target.
     layers
-        ``"all"`` captured ones, a number, a list, or a slice as text. Negative numbers count back from the
-        model's last layer.
+        ``"all"`` captured layers, a number, a list, or a slice as text. Negative numbers count from the last layer of
+        the model.
     task
-        ``"classification"`` or ``"regression"``, where the column's type would say otherwise.
+        ``"classification"`` or ``"regression"``, to override the type of the column.
 
     Raises
     ------
     AnalysisError
-        A column, site, layer or row that the store does not have; a target with fewer than two values.
+        The store does not have the column, site, layer or row; the target has fewer than two values.
     """
     table = store.documents
     if site not in store.sites:
@@ -214,9 +224,9 @@ def build_dataset(
     if task not in (*get_args(Task), None):
         raise AnalysisError(f"task cannot be {task!r}", remedy=nearest(str(task), get_args(Task)))
     by_token = isinstance(target, TokenTarget)
-    rows = "all" if by_token and rows is None else _choose_rows(store, rows)
+    rows = "all" if by_token and rows is None else choose_rows(store, rows)
     if by_token and rows in ("mean", "max", "tokens"):
-        raise AnalysisError(f"a target of tokens cannot be read from the {rows} of a document", remedy='rows="all"')
+        raise AnalysisError(f"a token target cannot be read from the {rows} of a document", remedy='rows="all"')
     n_rows = table["n_rows"].to_numpy().astype(np.int64)
     name = target if isinstance(target, str) else target.name
     if isinstance(target, str):
@@ -226,7 +236,7 @@ def build_dataset(
     valid = np.ones(len(table), bool) if values is None else columns.valid(values)
     keys = None if groups in (None, "document") else columns.column(table, str(groups), "groups")
     grouped = np.ones(len(table), bool) if keys is None else columns.valid(keys)
-    chosen = _row_of(store, rows, n_rows)
+    chosen = row_offsets(store, rows, n_rows)
     reasons = {
         "no target": ~valid,
         "no group": valid & ~grouped,
@@ -289,7 +299,7 @@ def build_dataset(
 
 
 def _within(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return 0 … n−1 for each count, one after the other."""
+    """Return 0 … n−1 for each count, concatenated."""
     ends = np.cumsum(counts)
     return np.arange(ends[-1]) - np.repeat(ends - counts, counts)
 
@@ -297,7 +307,7 @@ def _within(counts: NDArray[np.int64]) -> NDArray[np.int64]:
 def _blocks(
     row_start: NDArray[np.int64], n_rows: NDArray[np.int64]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Yield (rows, the document of each), at most `BLOCK` rows at a time; a document may be split."""
+    """Yield (rows, document of each row), at most `BLOCK` rows at a time; a document may be split."""
     ends = np.cumsum(n_rows)
     for low in range(0, int(ends[-1]), BLOCK):
         place = np.arange(low, min(low + BLOCK, int(ends[-1])))

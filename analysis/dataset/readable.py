@@ -12,32 +12,32 @@ RowWord = Literal["last", "first", "mean", "max", "all", "tokens"]
 
 
 Rows = RowWord | int
-"""Which rows of a document: a word, or the row of a token position, negative from the end."""
+"""The rows of a document that are used: a word, or a token position; negative positions count from the end."""
 
 
 Task = Literal["classification", "regression"]
 
 
 class Readable(Protocol):
-    """What an analysis needs of a store; `flexcache.open` returns one."""
+    """The part of a store that an analysis needs; `flexcache.open` returns one."""
 
     @property
     def documents(self) -> pa.Table:
-        """One row a document, with ``row_start`` and ``n_rows``."""
+        """One row per document, with ``row_start`` and ``n_rows``."""
         ...
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The names of the arrays."""
+        """Names of the arrays."""
         ...
 
     @property
     def spec(self) -> Mapping[str, Any]:
-        """The capture's settings; ``spec["rows"]`` is the row selection."""
+        """Settings of the capture; ``spec["rows"]`` is the row selection."""
         ...
 
     def layers(self, site: str) -> tuple[int, ...]:
-        """Return the captured layers, none where the site is a module path."""
+        """Return the captured layers; none if the site is a module path."""
         ...
 
     def read(self, site: str, layer: int | None = None, rows: Any = ...) -> NDArray[Any]:

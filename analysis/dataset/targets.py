@@ -1,4 +1,4 @@
-"""Targets beside the plain columns of the documents: of single tokens, and of one label among several."""
+"""Targets in addition to the plain columns of the documents: of single tokens, and of one label among several."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COORDINATES = ("token_id", "position", "document")
 
 
 class _Target:
-    """Base of the two kinds of target; it pickles with its function, which may be a lambda or a closure."""
+    """Base of the two kinds of target; its function, which may be a lambda or a closure, is pickled with it."""
 
     name: str
     values: Callable[[Any], pa.Array]
@@ -34,12 +34,15 @@ def _unpickled(kind: Callable[[str, Any], Any], name: str, values: bytes) -> Any
 class TokenTarget(_Target):
     """A target with a value for each row of a store; made by `coordinate`, `function` and `spans`.
 
+    >>> TokenTarget("row", lambda store: pa.array(range(store.n_rows))).name
+    'row'
+
     Attributes
     ----------
     name
-        What it is called in results.
+        Name in results.
     values
-        Of a store: one value a row, as an Arrow array; null for rows that have none.
+        Function of a store that returns one value per row as an Arrow array, null for rows without a value.
     """
 
     name: str
@@ -50,12 +53,15 @@ class TokenTarget(_Target):
 class DocumentTarget(_Target):
     """A target with a value for each document of a store; made by `labels`.
 
+    >>> DocumentTarget("long", lambda store: [n > 100 for n in store.documents["n_tokens"].to_pylist()]).name
+    'long'
+
     Attributes
     ----------
     name
-        What it is called in results.
+        Name in results.
     values
-        Of a store: one value a document, as an Arrow array; null for documents that have none.
+        Function of a store that returns one value per document as an Arrow array, null for documents without a value.
     """
 
     name: str
@@ -67,15 +73,15 @@ class DocumentTarget(_Target):
         Raises
         ------
         AnalysisError
-            The function of the target gave another number of values.
+            The function returned another number of values.
         """
         found = self.values(store)
         found = found if isinstance(found, pa.Array) else pa.array(found, from_pandas=True)
         if len(found) != len(documents):
             raise AnalysisError(
-                "a target gave another number of values",
+                "a target returned another number of values",
                 where=self.name,
-                expected=f"{len(documents)}, one a document",
+                expected=f"{len(documents)}, one per document",
                 found=str(len(found)),
             )
         return found
@@ -88,16 +94,20 @@ def check_target(target: Any) -> None:
             "that is not a target",
             expected="the name of a column of the documents, or a target of analysis.targets",
             found=type(target).__name__,
-            remedy="values of your own: analysis.targets.DocumentTarget(name, lambda store: values), one a document, or"
-            " analysis.targets.function(name, lambda tokens: values), one a row",
+            remedy="for your own values: analysis.targets.DocumentTarget(name, lambda store: values), one per document,"
+            " or analysis.targets.function(name, lambda tokens: values), one per row",
         )
 
 
 def read(store: Any, text: str) -> list[str | TokenTarget | DocumentTarget]:
-    """Return the targets that a text means for a store.
+    """Return the targets that a name stands for in a store.
 
-    A column of the documents; of a column of lists of words, a target for each word; of a column of lists of
-    ``{start, end, label}``, the labels of tokens; a label that the tokens were captured with; or ``token_id``,
+    ::
+
+        targets.read(store, "topics")       # a column of lists: one target for each word
+
+    The name is a column of the documents: plain values are one target, lists of words one target for each word, lists
+    of ``{start, end, label}`` a token target. Or it is a label that the tokens were captured with, or ``token_id``,
     ``position`` or ``document``.
     """
     table = store.documents
@@ -112,9 +122,13 @@ def read(store: Any, text: str) -> list[str | TokenTarget | DocumentTarget]:
 
 
 def labels(store: Any, column: str) -> list[DocumentTarget]:
-    """Return a target for each word in a column of lists of words: whether the document has it.
+    """Return one target for each word in a column of lists of words: True if the document has the word.
 
-    Documents with null in place of a list are left out; null and NaN within a list are no word.
+    ::
+
+        probes.sweeps(store, targets.labels(store, "topics"), ["resid_post"])
+
+    Documents with null instead of a list are left out; null and NaN inside a list are ignored.
     """
 
     def has(word: str) -> Callable[[Any], pa.Array]:
@@ -128,12 +142,15 @@ def labels(store: Any, column: str) -> list[DocumentTarget]:
 
 
 def coordinate(name: str) -> TokenTarget:
-    """Return ``token_id``, ``position`` or ``document`` as the target of each token.
+    """Return ``token_id``, ``position`` or ``document`` as a target of tokens.
+
+    >>> coordinate("position").name
+    'position'
 
     Raises
     ------
     AnalysisError
-        There is no such coordinate.
+        Tokens do not have the coordinate.
     """
     if name not in COORDINATES:
         raise AnalysisError(f"tokens have no {name!r}", remedy=nearest(name, COORDINATES))
@@ -141,15 +158,18 @@ def coordinate(name: str) -> TokenTarget:
 
 
 def function(name: str, of: Callable[[Mapping[str, NDArray[Any]]], Any]) -> TokenTarget:
-    """Return what a function says of the tokens.
+    """Return a target of tokens whose values a function computes.
+
+    >>> function("early", lambda tokens: tokens["position"] < 4).name
+    'early'
 
     Parameters
     ----------
     name
-        What it is called in results.
+        Name in results.
     of
-        Takes the coordinates of all rows by name: token_id, position and document (line of the documents table), each
-        of shape (rows,). Returns a value for each row; None or NaN for rows to leave out.
+        Function of the coordinates of all rows by name: token_id, position and document (row of the documents table),
+        each of shape (rows,). It returns a value for each row; None or NaN leaves the row out.
     """
 
     def values(store: Any) -> pa.Array:
@@ -158,9 +178,9 @@ def function(name: str, of: Callable[[Mapping[str, NDArray[Any]]], Any]) -> Toke
         found = found if isinstance(found, pa.Array) else pa.array(found, from_pandas=True)
         if len(found) != len(told["position"]):
             raise AnalysisError(
-                "a function of tokens gave another number of values",
+                "a function of tokens returned another number of values",
                 where=name,
-                expected=f"{len(told['position'])}, one a row",
+                expected=f"{len(told['position'])}, one per row",
                 found=str(len(found)),
             )
         return found
@@ -169,15 +189,18 @@ def function(name: str, of: Callable[[Mapping[str, NDArray[Any]]], Any]) -> Toke
 
 
 def spans(column: str, outside: str | None = None) -> TokenTarget:
-    """Return the labels of spans of tokens, from a column of the documents.
+    """Return the labels of token spans in a column of the documents as a target of tokens.
+
+    >>> spans("entities", outside="O").name
+    'entities'
 
     Parameters
     ----------
     column
-        A list for each document, of structs ``start``, ``end`` (token positions, the end excluded) and ``label``. Of
-        spans that overlap, the later one counts.
+        Column with a list for each document, of structs ``start``, ``end`` (token positions, end excluded) and
+        ``label``. If spans overlap, the later one counts.
     outside
-        The label of tokens in no span; by default they are left out.
+        Label of tokens outside all spans; they are left out by default.
     """
 
     def values(store: Any) -> pa.Array:

@@ -1,4 +1,4 @@
-"""What token ids mean: their text, and classes of tokens to group rows by."""
+"""Text of token ids, and classes of tokens to group rows by."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ TYPES = ("special", "word start", "word inside", "number", "punctuation", "space
 class Vocabulary:
     """The text of every token id.
 
+    >>> Vocabulary(("the", " cat")).text(1)
+    ' cat'
+
     Attributes
     ----------
     texts : tuple of str
-        As they stand in a text, with their space in front where they have one.
+        Tokens as they appear in text, with their leading space.
     special : frozenset of int
-        Ids that no text gives, such as the end of a document.
+        Ids of special tokens, such as the end of a document.
     """
 
     texts: tuple[str, ...]
     special: frozenset[int] = frozenset()
 
     def text(self, token: int) -> str:
-        """Return the text of a token, ``#7`` for an id that the vocabulary does not have."""
+        """Return the text of a token; ``#7`` for an id that is not in the vocabulary."""
         return self.texts[token] if 0 <= token < len(self.texts) else f"#{token}"
 
 
@@ -40,11 +43,14 @@ class Vocabulary:
 class TokenTypes:
     """A class for every token id, to group rows by.
 
+    >>> TokenTypes(("vowel", "other"), np.array([0, 1, 1])).names
+    ('vowel', 'other')
+
     Attributes
     ----------
     names : tuple of str
     codes : ndarray of shape (vocabulary,)
-        Places in *names*; -1 is in no class.
+        Indices into *names*; -1 for tokens in no class.
     """
 
     names: tuple[str, ...]
@@ -52,18 +58,23 @@ class TokenTypes:
 
 
 def vocabulary(store: Store | None = None, tokenizer: Any = None) -> Vocabulary | None:
-    """Return the vocabulary of a tokenizer, or of the model that a store was made with; None where that is not at hand.
+    """Return the vocabulary of a tokenizer, or of the model of a store; None if neither is available.
+
+    ::
+
+        words = tokens.vocabulary(store)
+        words = tokens.vocabulary(tokenizer="path/to/model")
 
     Parameters
     ----------
     tokenizer
-        A transformers tokenizer, or a folder or name to load one from, which needs transformers and is never given
-        leave to run code of its own.
+        A transformers tokenizer, or a folder or name to load one from; that needs transformers, and never runs remote
+        code.
 
     Raises
     ------
     AnalysisError
-        A tokenizer that was asked for cannot be loaded.
+        The given tokenizer cannot be loaded.
     """
     if tokenizer is None and store is not None:
         name = str(store.provenance.get("model", {}).get("name", ""))
@@ -71,7 +82,7 @@ def vocabulary(store: Store | None = None, tokenizer: Any = None) -> Vocabulary 
             return None
         try:
             tokenizer = _load(name)
-        except Exception:  # a store is read without its model, too
+        except Exception:  # a store can be read without its model
             return None
     elif isinstance(tokenizer, str | Path):
         try:
@@ -81,7 +92,7 @@ def vocabulary(store: Store | None = None, tokenizer: Any = None) -> Vocabulary 
                 "the tokenizer cannot be loaded",
                 where=str(tokenizer),
                 found=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
-                remedy="give the folder of the model that the store was made with",
+                remedy="give the folder of the model that the store was captured from",
             ) from error
     if tokenizer is None:
         return None
@@ -90,7 +101,12 @@ def vocabulary(store: Store | None = None, tokenizer: Any = None) -> Vocabulary 
 
 
 def token_types(words: Vocabulary) -> TokenTypes:
-    """Return the class of every token: special, start of a word, inside of one, number, punctuation, space or other."""
+    """Return the class of every token: special, word start, word inside, number, punctuation, space or other.
+
+    >>> types = token_types(Vocabulary((" cat", "s", "7", "<eos>"), frozenset({3})))
+    >>> [types.names[code] for code in types.codes]
+    ['word start', 'word inside', 'number', 'special']
+    """
     codes = np.array([TYPES.index(_type(text, i in words.special)) for i, text in enumerate(words.texts)], np.int64)
     return TokenTypes(TYPES, codes)
 
@@ -102,19 +118,21 @@ def _load(name: str) -> Any:
 
 
 def _texts(tokens: list[str | None]) -> tuple[str, ...]:
-    """Return tokens as they stand in a text, whether marked at word starts (Ġ, ▁) or inside of words (##)."""
+    """Return tokens as they appear in text, from marks at word starts (Ġ, ▁) or inside words (##)."""
     pieces = [token or "" for token in tokens]
     if any(piece.startswith("Ġ") for piece in pieces):
         return tuple(_from_bytes(piece) for piece in pieces)
     if any(piece.startswith("▁") for piece in pieces):
         return tuple(piece.replace("▁", " ") for piece in pieces)
-    if any(piece.startswith("##") for piece in pieces):  # last, for headings in Markdown are tokens of others, too
+    if any(
+        piece.startswith("##") for piece in pieces
+    ):  # last, because other vocabularies have ## as a Markdown heading
         return tuple(piece[2:] if piece.startswith("##") else " " + piece for piece in pieces)
     return tuple(pieces)
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Return the byte of each character of byte-level BPE: printable ones are themselves, the others follow 256."""
+    """Return the byte of each character of byte-level BPE: printable bytes are themselves, others are 256 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -1,4 +1,4 @@
-"""Probes: what of a label can be read from each layer, and what could be read without the model."""
+"""Probes: how well a label can be read from each layer, compared with baselines that need no model."""
 
 from __future__ import annotations
 

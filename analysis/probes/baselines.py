@@ -1,4 +1,4 @@
-"""What a probe has to beat, on the same folds."""
+"""Baselines of a probe, evaluated on the same folds."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from analysis.probes.score import Prediction
 from flexcache.errors import AnalysisError
 
 WITHOUT_MODEL = ("majority", "tfidf", "tokens", "length")
-"""Baselines that read no activation; the same at every layer."""
+"""Baselines that read no activation and are equal at every layer."""
 OF_LAYERS = ("shuffled", "random", "control")
-"""Baselines that are fitted to activations, layer by layer."""
+"""Baselines that are fitted to the activations of each layer."""
 NAMES = (*WITHOUT_MODEL, *OF_LAYERS)
 
 
 def majority(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int) -> Prediction:
-    """Always say the training samples' commonest class, the first of several, by the classes' shares; or the mean."""
+    """Predict the most common class of the training samples, with the class shares as probabilities; or the mean."""
     predicted = np.empty_like(dataset.y)
     if dataset.task == "regression":
         for number in range(cv):
@@ -43,15 +43,15 @@ def majority(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int) -> Predict
 
 
 def tfidf(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int) -> Prediction:
-    """Fit words and pairs of words, without any model: what the text alone gives away.
+    """Predict from words and pairs of words, without the model.
 
     TF-IDF of 1- and 2-grams, learnt from the training documents of each fold, and scikit-learn's
-    `LogisticRegression` or `Ridge` with their own defaults. Every row of a document gets its prediction.
+    `LogisticRegression` or `Ridge` with their defaults. Every row of a document gets the prediction of the document.
 
     Raises
     ------
     AnalysisError
-        The store has no texts, or there is no word in them.
+        The store has no texts, or the texts have no word.
     """
     if dataset.texts is None:
         raise AnalysisError("the store kept no texts", remedy="capture with the text, or leave tfidf out")
@@ -60,47 +60,47 @@ def tfidf(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int) -> Prediction
 
 
 def tokens(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int) -> Prediction:
-    """Fit the bag of each document's token ids, weighted by TF-IDF, as `tfidf` does words: needs no text.
+    """Predict from the bag of token ids of each document, weighted by TF-IDF as in `tfidf`; needs no text.
 
     Raises
     ------
     AnalysisError
-        The store tells no tokens.
+        The store has no token ids.
     """
     table: Any = getattr(dataset.store, "tokens", None)
     if table is None:
-        raise AnalysisError("the store tells no tokens")
+        raise AnalysisError("the store has no token ids")
     if getattr(dataset.store, "images", False):
         raise AnalysisError("the tokens of images have no ids")
     owner = np.asarray(table["document"])
     lists = table["tokens"].combine_chunks()
     counts = np.diff(lists.offsets.to_numpy())
     ids = lists.flatten().to_numpy(zero_copy_only=False)
-    _, first = np.unique(owner, return_index=True)  # a document that two units run is told twice
-    told = np.isin(np.arange(len(owner)), first)
+    _, first = np.unique(owner, return_index=True)  # a document in two units is listed twice
+    kept = np.isin(np.arange(len(owner)), first)
     rows, columns = np.repeat(owner, counts), ids
-    inside = np.repeat(told, counts)
+    inside = np.repeat(kept, counts)
     shape = (len(dataset.store.documents), int(ids.max(initial=0)) + 1)
     bags = csr_matrix((np.ones(int(inside.sum())), (rows[inside], columns[inside])), shape)
     return _by_document(dataset, fold, cv, bags[dataset.source], TfidfTransformer, "the bag of tokens")
 
 
 def length(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int) -> Prediction:
-    """Fit how many tokens a document has, by its logarithm."""
+    """Predict from the logarithm of the number of tokens of a document."""
     size = np.log(dataset.store.documents["n_tokens"].to_numpy().astype(float)[dataset.source])[:, None]
     return _by_document(dataset, fold, cv, size, StandardScaler, "length")
 
 
 def shuffle(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int, seed: int) -> NDArray:
-    """Return the target moved to other documents, ``(n_samples,)``: what is found where nothing is.
+    """Return the target, moved at random to other documents, ``(n_samples,)``.
 
-    Where a group has one value throughout, whole groups exchange values, so that what lives in a group stays
-    together; otherwise documents exchange them across all groups, or, where tokens have targets of their own, tokens.
+    If every group has a single value, whole groups exchange values. Otherwise documents exchange values across all
+    groups, or tokens do, if tokens have targets of their own.
 
     Raises
     ------
     AnalysisError
-        No shuffle leaves every class in every training side.
+        No shuffle keeps every class in every training side.
     """
     rng = np.random.default_rng(seed)
     unit = np.arange(dataset.n_samples)
@@ -120,15 +120,15 @@ def shuffle(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int, seed: int) 
 
 
 def control(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int, seed: int) -> NDArray[np.int64]:
-    """Return a label drawn for each kind of token, ``(n_samples,)``, with the shares of the target's classes.
+    """Return a label drawn for each token id, ``(n_samples,)``, with the class shares of the target.
 
-    A probe that learns it knows the tokens by heart: what it does better on the target is its selectivity
-    (Hewitt & Liang 2019, arXiv 1909.03368).
+    A probe that learns this control task has memorised the tokens. By how much it does better on the target is its
+    selectivity (Hewitt & Liang 2019, arXiv 1909.03368).
 
     Raises
     ------
     AnalysisError
-        A sample is not one token, or a drawn class is missing from a training side.
+        A sample is not a single token, or a drawn class is missing from a training side.
     """
     coordinates: Any = getattr(dataset.store, "coordinates", None)
     if dataset.row is None or coordinates is None or dataset.task != "classification":
@@ -147,14 +147,14 @@ def control(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int, seed: int) 
 def _by_document(
     dataset: ProbeDataset, fold: NDArray[np.int64], cv: int, features: Any, transformer: Callable[[], Any], what: str
 ) -> Prediction:
-    """Fit features of documents, each with the targets of all its samples, and predict samples by their document."""
+    """Fit to features of documents, with the targets of all their samples, and predict samples by their document."""
     probabilities = np.empty((dataset.n_samples, len(dataset.classes))) if dataset.classes else None
     predicted, decision = np.empty_like(dataset.y), np.zeros(dataset.n_samples)
     for number in range(cv):
         test = fold == number
         train = np.flatnonzero(~test)
         _, first = np.unique(dataset.document[train], return_index=True)
-        once = train[first] if _constant(dataset, train) else train
+        once = train[first] if _one_target_per_document(dataset, train) else train
         model = Ridge() if dataset.task == "regression" else LogisticRegression(max_iter=10_000)
         fitted = make_pipeline(transformer(), model)
         with warnings.catch_warnings():
@@ -174,7 +174,7 @@ def _by_document(
     return Prediction(predicted, decision if len(dataset.classes) == 2 else predicted.astype(float), probabilities)
 
 
-def _constant(dataset: ProbeDataset, chosen: NDArray[np.int64]) -> bool:
-    """Whether a document's samples have one target."""
+def _one_target_per_document(dataset: ProbeDataset, chosen: NDArray[np.int64]) -> bool:
+    """Return True if the samples of each document share one target."""
     _, first, place = np.unique(dataset.document[chosen], return_index=True, return_inverse=True)
     return bool((dataset.y[chosen] == dataset.y[chosen][first][place]).all())

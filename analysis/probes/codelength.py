@@ -1,4 +1,4 @@
-"""Online coding: how many bits a probe needs to tell the labels, when each part is told by what came before."""
+"""Online coding: the bits that a probe needs for the labels, when each part is coded by a probe of the parts before."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ if TYPE_CHECKING:
     from analysis.probes.crossfit import Fitted
 
 LEAST = 8
-"""Samples of each class from which on a probe tells the labels; before, they are told evenly."""
+"""Samples of each class from which a probe codes the labels; earlier labels get a uniform code."""
 SHARES = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Growing parts of the samples, whole groups in a drawn order.
+    """Growing prefixes of the samples, by whole groups in random order.
 
     Attributes
     ----------
     sets : (parts, n_samples)
-        Each is trained on to tell the next; the first is told evenly.
+        Training set of each part; the first one gets a uniform code.
     nexts : (parts, n_samples)
+        Samples that are coded by the probe of each training set.
     uniform : float
-        Bits that all labels take when every class is equally likely.
+        Bits of all labels if every class is equally likely.
     """
 
     sets: NDArray[np.bool_]
@@ -38,22 +39,19 @@ class Prefixes:
     uniform: float
 
     def bits(self, fitted: Fitted) -> float:
-        """Return the codelength of the labels, in bits, by probes that were fitted to `sets`.
-
-        They are of one strength, that of the weights which are kept.
-        """
+        """Return the codelength of the labels in bits, by probes that were fitted to `sets` at one strength."""
         total = self.sets[0].sum() * np.log2(fitted.classes)
         for number, following in enumerate(self.nexts):
             at = np.flatnonzero(following)
             probability = fitted.predict(number, 0, at).probability
             assert probability is not None
-            told = probability[np.arange(len(at)), self.y[at]]
-            total -= np.log2(np.maximum(told, np.finfo(np.float64).tiny)).sum()
+            likelihood = probability[np.arange(len(at)), self.y[at]]
+            total -= np.log2(np.maximum(likelihood, np.finfo(np.float64).tiny)).sum()
         return float(total)
 
 
 def prefixes(dataset: ProbeDataset, seed: int) -> Prefixes | None:
-    """Return the parts of Voita & Titov (2020, arXiv 2003.12298), from the first with `LEAST` of every class on."""
+    """Return the prefixes of Voita & Titov (2020, arXiv 2003.12298), starting with `LEAST` samples of every class."""
     order = np.random.default_rng(seed).permutation(dataset.n_groups)
     rank = np.empty(dataset.n_groups, np.int64)
     rank[order] = np.arange(dataset.n_groups)

@@ -1,4 +1,4 @@
-"""Folds: which sample is tested when, the same for every layer, probe and baseline."""
+"""Assign samples to test folds, equally for every layer, probe and baseline."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from flexcache.spec import is_whole
 
 
 def splitter(dataset: ProbeDataset, cv: int, seed: int) -> BaseCrossValidator:
-    """Return the scikit-learn splitter that `assign` uses, all of them shuffled by *seed*.
+    """Return the scikit-learn splitter that `assign` uses, shuffled by *seed*.
 
-    ``StratifiedGroupKFold`` for classes; ``StratifiedKFold`` where every sample is a group of its own, which
-    balances the same classes faster; ``GroupKFold`` for numbers.
+    ``StratifiedGroupKFold`` for classes; ``StratifiedKFold``, which is faster, if every sample is its own group;
+    ``GroupKFold`` for a regression.
     """
     if dataset.task == "regression":
         return GroupKFold(cv, shuffle=True, random_state=seed)
@@ -25,18 +25,18 @@ def splitter(dataset: ProbeDataset, cv: int, seed: int) -> BaseCrossValidator:
 
 
 def assign(dataset: ProbeDataset, cv: int, seed: int) -> NDArray[np.int64]:
-    """Return the fold in which each sample is tested, ``(n_samples,)`` of 0 … cv−1. No group is in two folds.
+    """Return the fold in which each sample is tested, ``(n_samples,)`` of 0 … cv−1; no group is in two folds.
 
     Raises
     ------
     AnalysisError
-        A *cv* or *seed* that is no such number; fewer groups than folds, a class in fewer groups than folds, or a class
-        that is missing from the training side of a fold.
+        *cv* or *seed* is not a valid number; there are fewer groups than folds; a class is in fewer groups than folds,
+        or missing from the training side of a fold.
     """
     if not is_whole(cv) or cv < 2:
         expected = "cv as a whole number of at least 2"
         raise AnalysisError(
-            "there must be at least two folds", expected=expected, found=f"cv={cv!r}", remedy="write cv=5"
+            "there must be at least two folds", expected=expected, found=f"cv={cv!r}", remedy="set cv=5"
         )
     check_whole("seed", seed, 0, MOST_SEED)
     if dataset.n_groups < cv:
@@ -75,9 +75,9 @@ def assign(dataset: ProbeDataset, cv: int, seed: int) -> NDArray[np.int64]:
 
 
 def trainable(y: NDArray[np.int64], fold: NDArray[np.int64], cv: int, *, without: int) -> bool:
-    """Whether every class is still there when any *without* folds are left out.
+    """Return True if every class remains when any *without* folds are left out.
 
-    That is so when each class is in more than *without* folds.
+    That is the case if each class is in more than *without* folds.
     """
     present = np.unique(np.stack([y, fold]), axis=1)[0]
     return cv > without and bool((np.bincount(present, minlength=int(y.max()) + 1) > without).all())

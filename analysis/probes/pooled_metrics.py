@@ -1,6 +1,6 @@
-"""Metrics that need all held-out samples at once: expected calibration error, recall at a false positive rate.
+"""Metrics of all held-out samples at once: expected calibration error, and recall at a false positive rate.
 
-Bins of confidence and the top one percent of negatives hold too few samples of a single fold to be estimated there.
+Bins of confidence and the top one percent of negatives hold too few samples of one fold for an estimate per fold.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ Ints = NDArray[np.int64]
 
 BINS = 15
 RATE = 0.01
-"""Share of negatives that may be above the threshold of the recall."""
+"""Largest share of negatives above the threshold of the recall."""
 
 
 def bin_gaps(y: NDArray, probability: Floats) -> Floats:
     """Return confidence − correctness of each sample in the column of its bin, ``(n_samples, BINS)``.
 
-    Bins have equal width over [0, 1]; the confidence is the probability of the likeliest class.
+    Bins have equal width over [0, 1]; the confidence is the probability of the most likely class.
     """
     confidence = probability.max(1)
     place = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
@@ -27,9 +27,9 @@ def bin_gaps(y: NDArray, probability: Floats) -> Floats:
 
 
 def calibration_shares(y: NDArray, probability: Floats) -> Floats:
-    """Return the share of each sample in the calibration error, ``(n_samples,)``; their mean is the error.
+    """Return the contribution of each sample to the calibration error, ``(n_samples,)``; their mean is the error.
 
-    A share is negative where a sample is on the other side than its bin.
+    A contribution is negative if the gap of the sample has the opposite sign to that of its bin.
     """
     gaps = bin_gaps(y, probability)
     return np.asarray(gaps @ np.sign(gaps.sum(0)))
@@ -38,16 +38,16 @@ def calibration_shares(y: NDArray, probability: Floats) -> Floats:
 def calibration_replicates(gaps: Floats, drawn: Floats) -> Floats:
     """Return replicates of the calibration error whose percentiles are an interval, ``(resamples,)``.
 
-    The sum of absolute gaps is too large by what noise adds: nothing where every gap is clear, and at most what it
-    would be without any gap. Half of the replicates are less this most, so that the interval reaches from the low end
-    of the one case to the high end of the other. Signs stay as observed, because resampling adds noise once more.
+    Noise makes the sum of absolute gaps too large: by nothing if every gap is clear, and at most by its value without
+    any gap. That maximum is subtracted from half of the replicates, so that the interval reaches from the low end of
+    one case to the high end of the other. Signs stay as observed, because resampling adds noise once more.
 
     Parameters
     ----------
     gaps
         Mean gaps of the sample, ``(BINS,)``.
     drawn
-        Those of each resample, ``(resamples, BINS)``.
+        Mean gaps of each resample, ``(resamples, BINS)``.
     """
     noise = np.nan_to_num(drawn - gaps)
     error = noise.std(0)
@@ -59,12 +59,12 @@ def calibration_replicates(gaps: Floats, drawn: Floats) -> Floats:
 
 
 def standardised(y: NDArray, decision: Floats, fold: Ints, group: Ints) -> Floats:
-    """Return decisions less a location and divided by a scale of their fold, so that folds may be ranked together.
+    """Return decisions standardised by location and scale of their fold, so that folds can be ranked together.
 
-    Probes of different folds may differ in both. They are the mean and the standard deviation of the fold's negatives,
-    shrunk towards those of all folds as far as folds differ by the chance of which groups they hold. The false positive
-    rate is then of all folds together (covariate-adjusted ROC curve, Janes & Pepe 2009). NaN in a fold without
-    negatives, which has no threshold.
+    Location and scale are mean and standard deviation of the negatives of the fold, because probes of different folds
+    may differ in both. They are shrunk towards those of all folds as far as folds differ by chance, through the groups
+    that they hold. The false positive rate is then that of all folds together (covariate-adjusted ROC curve, Janes &
+    Pepe 2009). NaN in a fold without negatives, which has no threshold.
     """
     negative = y != 1
     folds = np.unique(fold[negative])
@@ -81,7 +81,7 @@ def standardised(y: NDArray, decision: Floats, fold: Ints, group: Ints) -> Float
 
 
 def _moments(values: Floats, group: Ints) -> tuple[float, float, float, float]:
-    """Return mean and variance, and the squared standard error of each when whole groups are sampled."""
+    """Return mean and variance, and their squared standard errors when whole groups are sampled."""
     mean, variance = float(values.mean()), float(values.var())
     place = np.unique(group, return_inverse=True)[1]
     count = int(place.max()) + 1
@@ -94,7 +94,7 @@ def _moments(values: Floats, group: Ints) -> tuple[float, float, float, float]:
 
 def _shrunk(values: Floats, error: Floats) -> Floats:
     """Return values shrunk towards their mean by their squared errors (random effects, DerSimonian & Laird 1986)."""
-    weight = 1 / (error + 1e-100)  # 0 where the error is unknown
+    weight = 1 / (error + 1e-100)  # 0 if the error is unknown
     if len(values) < 2 or not weight.any():
         return np.full_like(values, values.mean()) if len(values) else values
     total = weight.sum()
@@ -105,28 +105,30 @@ def _shrunk(values: Floats, error: Floats) -> Floats:
     return np.asarray(mean + between / (between + error + 1e-100) * (values - mean))
 
 
-def found_positives(y: NDArray, standard: Floats) -> NDArray[np.bool_]:
-    """Return which positives are above the threshold that at most `RATE` of the negatives reach, ``(n_samples,)``."""
+def positives_above_threshold(y: NDArray, standard: Floats) -> NDArray[np.bool_]:
+    """Return a mask of the positives above the threshold that at most `RATE` of the negatives reach."""
     negatives = np.sort(standard[(y != 1) & ~np.isnan(standard)])[::-1]
     if not len(negatives):
         return np.zeros(len(y), bool)
-    threshold = negatives[int(RATE * len(negatives) + 1e-9)]  # the first one that may not be above it
+    threshold = negatives[int(RATE * len(negatives) + 1e-9)]  # the first negative that must not be above the threshold
     return np.asarray((y == 1) & (standard > threshold))
 
 
 def recall_replicates(y: NDArray, standard: Floats, weights: Floats) -> Floats:
     """Return the recall at a false positive rate of `RATE` under each row of weights ``(resamples, n_samples)``.
 
-    With weights that are exponential, the weight of the negatives that reach a score is distributed as the false
-    positive rate there (Rubin 1981, "The Bayesian bootstrap"). The recall is interpolated between negatives; above the
-    largest of them it falls linearly to 0, so that few negatives give a wide interval.
+    With exponential weights, the weight of the negatives that reach a score is distributed like the false positive rate
+    there (Rubin 1981, "The Bayesian bootstrap"). The recall is interpolated between negatives; above the largest one
+    it falls linearly to 0, so that few negatives give a wide interval.
     """
     kept = ~np.isnan(standard)
     order = np.flatnonzero(kept)[np.argsort(-standard[kept], kind="stable")]
     positive, values = y[order] == 1, standard[order]
     if positive.all() or not positive.any():
         return np.full(len(weights), np.nan)
-    ends = np.searchsorted(-values, np.unique(-values[~positive]), "right")  # how many samples reach each negative
+    ends = np.searchsorted(
+        -values, np.unique(-values[~positive]), "right"
+    )  # number of samples that reach each negative
     reached = np.zeros((2, len(weights), len(ends) + 1))
     for at, chosen in enumerate((~positive, positive)):
         reached[at, :, 1:] = np.cumsum(weights[:, order] * chosen, axis=1)[:, ends - 1]

@@ -1,10 +1,9 @@
 """Metrics as ratios of sums over folds, with fold intervals, a group bootstrap and a band over layers.
 
-Each metric is a numerator and a denominator in every fold, and the *pooled* value divides their sums. A fold's
-value, their quotient, is what scikit-learn gives for that fold; predictions of different folds are not ranked
-against each other. Two metrics, ece and recall@1%, need more samples than a fold has. They are computed from all
-held-out samples together (`analysis.probes.pooled_metrics`); a fold's value is the mean share of its samples in the
-pooled one.
+Each metric has a numerator and a denominator in every fold, and the *pooled* value divides their sums. The quotient in
+one fold is the value of scikit-learn for that fold; predictions of different folds are not ranked against each other.
+Two metrics, ece and recall@1%, need more samples than a fold has. They are computed from all held-out samples together
+(`analysis.probes.pooled_metrics`); the value of a fold is the mean contribution of its samples.
 
 ===========  ==========================================  ==================================
 metric       numerator                                   denominator
@@ -20,11 +19,11 @@ r2           SST − SSE                                   SST, about the fold's
 pearson      correlation · samples                       samples
 ===========  ==========================================  ==================================
 
-F1 is of the second of two classes, or the mean over more. The expected calibration error is that of Guo et al. (2017,
-arXiv 1706.04599): the absolute gap between mean confidence and accuracy in 15 bins of equal width of the likeliest
-class's probability, weighted by their samples. The recall is of the second class, above the threshold that at most one
-negative in a hundred reaches, with decisions of folds brought to one scale. Smaller is better for log_loss, brier and
-ece.
+F1 is that of the second of two classes, or the mean over more than two. The expected calibration error follows Guo et
+al. (2017, arXiv 1706.04599): the absolute gap between mean confidence and accuracy in 15 bins of equal width of the
+probability of the most likely class, weighted by their samples. The recall is that of the second class, above the
+threshold that at most one negative in a hundred reaches, with the decisions of all folds on one scale. Smaller is
+better for log_loss, brier and ece.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class Prediction:
     predicted : (n_samples,)
         Codes of classes, or values.
     decision : (n_samples,)
-        What ranks the second class above the first; the value itself in a regression.
+        Score that ranks the second class above the first; the value itself in a regression.
     probability : (n_samples, n_classes), or None
     """
 
@@ -67,13 +66,13 @@ class Prediction:
     probability: Floats | None = None
 
     def select_samples(self, at: NDArray[Any]) -> Prediction:
-        """Return some of the samples, by mask or number."""
+        """Return the predictions of some samples, by mask or number."""
         probability = None if self.probability is None else self.probability[at]
         return Prediction(self.predicted[at], self.decision[at], probability)
 
 
 def metrics(task: str, classes: int, ranked: bool, probable: bool) -> tuple[Metric, ...]:
-    """Return the metrics of a target, by what a probe gives: decisions that rank, and probabilities."""
+    """Return the metrics of a target for a probe with or without ranking decisions and probabilities."""
     if task == "regression":
         return ("r2", "pearson")
     found: tuple[Metric, ...] = ("accuracy",)
@@ -86,7 +85,7 @@ def metrics(task: str, classes: int, ranked: bool, probable: bool) -> tuple[Metr
 def parts(
     metric: Metric, y: NDArray, prediction: Prediction, fold: Ints, cv: int, group: Ints | None = None
 ) -> tuple[Floats, Floats]:
-    """Return numerator and denominator in each fold, ``(cv,)`` each; samples are independent without a *group*."""
+    """Return numerator and denominator in each fold, ``(cv,)`` each; without *group*, samples are independent."""
     if metric in POOLED:
         shares, counted = _shares(metric, y, prediction, fold, np.arange(len(y)) if group is None else group)
         top, bottom = (np.bincount(fold, values, cv).astype(np.float64) for values in (shares, counted))
@@ -96,14 +95,14 @@ def parts(
 
 
 def ratio(top: NDArray, bottom: NDArray) -> NDArray:
-    """Return top / bottom, NaN where there was nothing to measure."""
+    """Return top / bottom, and NaN where the denominator is 0."""
     return np.divide(top, bottom, out=np.full(np.shape(top), np.nan), where=np.asarray(bottom) > 0)
 
 
 def fold_interval(values: Floats, level: float = 0.95) -> tuple[Floats, Floats]:
-    """Return the ends of mean ± half width over the last dim, the folds.
+    """Return the ends of the interval mean ± half width over the last dim, the folds.
 
-    Student's t with the variance factor 1/K + 1/(K−1) in place of 1/K, because training sets overlap
+    Student's t with the variance factor 1/K + 1/(K−1) instead of 1/K, because training sets overlap
     (Nadeau & Bengio 2003, "Inference for the generalization error").
     """
     cv = values.shape[-1]
@@ -116,9 +115,9 @@ def replicates(
 ) -> Floats:
     """Return replicates of the pooled metrics, ``(n_metrics, resamples)``, whose percentiles are an interval.
 
-    Whole groups are drawn with replacement, the same draws for the same *seed*, so that predictions of different layers
-    may be compared draw by draw; the fitted probes stay as they are (cluster bootstrap: Davison & Hinkley 1997, 3.8).
-    For recall@1% groups have exponential weights instead, and ece is freed of the noise that resampling adds, see
+    Whole groups are drawn with replacement. Draws are equal for equal *seed*, so that predictions of different layers
+    can be compared draw by draw; the fitted probes stay fixed (cluster bootstrap: Davison & Hinkley 1997, 3.8).
+    recall@1% uses exponential weights of groups instead, and ece is corrected for the noise that resampling adds; see
     `analysis.probes.pooled_metrics`.
     """
     values = np.full((len(wanted), resamples), np.nan)
@@ -142,16 +141,16 @@ def replicates(
 
 
 def band(pooled: Floats, values: Floats, level: float = 0.95) -> tuple[Floats, Floats]:
-    """Return a band that holds all layers' true scores at once, from ``(n_layers,)`` and ``(n_layers, resamples)``.
+    """Return a simultaneous band for the true scores of all layers, ``(n_layers,)`` each.
 
-    As wide at each layer as the *level* quantile of the largest deviation over layers, each divided by its standard
-    error (the max-t band of Montiel Olea & Plagborg-Møller 2019).
+    *pooled* has shape ``(n_layers,)`` and *values* ``(n_layers, resamples)``. The width is the *level* quantile of the
+    largest deviation over layers, in standard errors (the max-t band of Montiel Olea & Plagborg-Møller 2019).
     """
     if np.isnan(values).all():
         return np.full_like(pooled, np.nan), np.full_like(pooled, np.nan)
     error = np.nanstd(values, axis=1, ddof=1)
     away = np.abs(values - pooled[:, None]) / np.where(error > 0, error, np.inf)[:, None]
-    away = away[:, ~np.isnan(away).all(axis=0)]  # a resample may have one class alone, and no score at any layer
+    away = away[:, ~np.isnan(away).all(axis=0)]  # a resample of one class only has no score at any layer
     reach = np.quantile(np.nanmax(away, axis=0), level)
     return pooled - reach * error, pooled + reach * error
 
@@ -161,13 +160,13 @@ def _masks(fold: Ints, cv: int) -> list[NDArray[np.bool_]]:
 
 
 def _shares(metric: Metric, y: NDArray, said: Prediction, fold: Ints, group: Ints) -> tuple[Floats, Floats]:
-    """Return what each sample adds to the numerator and to the denominator of a metric of all samples."""
+    """Return the contribution of each sample to numerator and denominator of a metric of all samples."""
     if metric == "ece":
         assert said.probability is not None
         return pooled_metrics.calibration_shares(y, said.probability), np.ones(len(y))
     standard = pooled_metrics.standardised(y, said.decision, fold, group)
     counted = (y == 1) & ~np.isnan(standard)
-    return pooled_metrics.found_positives(y, standard).astype(float), counted.astype(float)
+    return pooled_metrics.positives_above_threshold(y, standard).astype(float), counted.astype(float)
 
 
 def _ece_replicates(y: NDArray, said: Prediction, group: Ints, resamples: int, seed: int) -> Floats:
@@ -195,7 +194,7 @@ def _weighted(metric: Metric, y: NDArray, said: Prediction, weights: Floats) -> 
     if metric == "f1":
         return _f1(y, said.predicted, weights) * weights.sum(1), weights.sum(1)
     if metric == "r2":
-        # About the fold's mean as it was observed: a resample's own mean would bias every R² downwards.
+        # About the observed mean of the fold: the mean of the resample would bias every R² downwards.
         sst = weights @ (y - y.mean()) ** 2
         return sst - weights @ (y - said.predicted) ** 2, sst
     if metric == "pearson":
@@ -207,7 +206,7 @@ def _weighted(metric: Metric, y: NDArray, said: Prediction, weights: Floats) -> 
 
 
 def _calibration(metric: Metric, y: NDArray, probability: Floats) -> Floats:
-    """Return each sample's log-loss, or Brier score: of two classes the square, of more their sum over classes."""
+    """Return the log-loss or Brier score of each sample; Brier sums over classes if there are more than two."""
     if metric == "log_loss":
         return np.asarray(-np.log(np.maximum(probability[np.arange(len(y)), y], np.finfo(np.float64).eps)))
     if probability.shape[1] == 2:

@@ -1,4 +1,4 @@
-"""Probes on other data: other stores, other layers, other labels, other positions."""
+"""Evaluate probes on other data: other stores, layers, labels or positions."""
 
 from __future__ import annotations
 
@@ -36,31 +36,36 @@ def transfer(
     resamples: int = 1000,
     seed: int = 0,
 ) -> xr.Dataset:
-    """Score a sweep's weights, fitted to all of its samples, on another store; nothing is fitted.
+    """Score the weights of a sweep, fitted to all of its samples, on another store, without fitting.
+
+    ::
+
+        found = probes.transfer(sweep, other_store, "label")
+        found["score"].sel(metric="accuracy")
 
     Parameters
     ----------
     sweep
-        Of a linear probe.
+        Sweep of a linear probe.
     target
-        By default the sweep's. Of another one, classes are matched by name; with none in common, two are matched in
-        order.
+        Target of the sweep by default. Classes of another target are matched by name; if none match and both have two
+        classes, in order.
     layers
-        By default those of the sweep.
+        Layers of the sweep by default.
     across
-        Whether weights of each layer are also tried on the activations of every other.
+        Also apply the weights of each layer to the activations of every other layer.
     groups, rows
-        As for `analysis.probe_dataset.build_dataset`; of *groups*, whole ones are drawn in the bootstrap.
+        See `analysis.probe_dataset.build_dataset`; the bootstrap draws whole groups.
 
     Returns
     -------
-    Dataset with dims (trained, tested, metric), or (layer, metric) where not *across*: ``score``, ``ci_low`` and
+    Dataset with dims (trained, tested, metric), or (layer, metric) without *across*: ``score``, ``ci_low`` and
     ``ci_high``
 
     Raises
     ------
     AnalysisError
-        The probe is not linear, the store was made by another model, or it does not hold what is needed.
+        The probe is not linear, or the store comes from another model or lacks site, layers or target.
     """
     asked = sweep.results.attrs
     chosen = [layer for layer in sweep.layers if layers is None or layer in layers]
@@ -84,11 +89,11 @@ def transfer(
     for column, layer in enumerate(chosen):
         X = dataset.read_layer(None if layer < 0 else layer)[kept].astype(np.float64)
         for row in range(len(chosen)) if across else [column]:
-            said = _said(sweep, sweep.layers.index(chosen[row]), X, probable)
-            drawn = score.replicates(metrics, y, said, everything, group, resamples=resamples, seed=seed)
+            prediction = _predict(sweep, sweep.layers.index(chosen[row]), X, probable)
+            drawn = score.replicates(metrics, y, prediction, everything, group, resamples=resamples, seed=seed)
             low, high = percentile_interval(drawn)
             for m, metric in enumerate(metrics):
-                top, bottom = score.parts(metric, y, said, everything, 1, group)
+                top, bottom = score.parts(metric, y, prediction, everything, 1, group)
                 found[row, column, m] = score.ratio(top.sum(), bottom.sum()), low[m], high[m]
     names = ("score", "ci_low", "ci_high")
     attrs = {"target": dataset.target, "trained_on": asked["target"], "metric": metrics[0], "samples": int(kept.sum())}
@@ -109,22 +114,27 @@ def transfer(
 def transfer_matrix(
     sweeps: Mapping[str, Sweep], stores: Mapping[str, tuple[Readable, str]], layer: int | None = None, **options: Any
 ) -> xr.Dataset:
-    """Score every sweep on every store and label, each by the weights of one layer.
+    """Score every sweep on every store and label, with the weights of one layer each.
+
+    ::
+
+        found = probes.transfer_matrix({"films": sweep}, {"films": (store, "label"), "books": (other, "label")})
+        probes.transfer_map(found)
 
     Parameters
     ----------
     sweeps
-        By name.
+        Sweeps by name.
     stores
-        A store and a target, by name.
+        Pairs of store and target by name.
     layer
-        By default each sweep's best.
+        The best layer of each sweep by default.
     options
-        Of `transfer`.
+        Arguments of `transfer`.
 
     Returns
     -------
-    Dataset with dims (trained, tested): ``score``, ``ci_low``, ``ci_high``, of the first metric
+    Dataset with dims (trained, tested): ``score``, ``ci_low``, ``ci_high`` of the first metric
     """
     values = np.full((3, len(sweeps), len(stores)), np.nan)
     metric = ""
@@ -152,15 +162,20 @@ def by_position(
     positions: Sequence[int],
     **options: Any,
 ) -> xr.Dataset:
-    """Sweep the layers at each of several token positions: what can be read where.
+    """Sweep the layers at each of several token positions.
+
+    ::
+
+        found = probes.by_position(store, "label", "resid_post", positions=[0, 4, -1])
+        probes.heat_map(found)
 
     Parameters
     ----------
     positions
-        Negative ones count from a document's end. Documents without the token are left out, so that positions may
-        differ in their documents; ``documents`` says how many there were.
+        Token positions; negative ones count from the end of a document. Documents without the token are left out, so
+        positions may differ in their documents; ``documents`` is their number.
     options
-        Of `analysis.probes.sweep`.
+        Arguments of `analysis.probes.sweep`.
 
     Returns
     -------
@@ -179,7 +194,7 @@ def by_position(
 
 
 def _matched(dataset: ProbeDataset, classes: Sequence[Any]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Return targets in the codes of other classes, and which samples have one."""
+    """Return the targets as codes of *classes*, and a mask of the samples that have one."""
     if dataset.task == "regression":
         return dataset.y, np.ones(dataset.n_samples, bool)
     place = {str(name): code for code, name in enumerate(classes)}
@@ -196,7 +211,7 @@ def _matched(dataset: ProbeDataset, classes: Sequence[Any]) -> tuple[NDArray[Any
     return y[y >= 0], y >= 0
 
 
-def _said(sweep: Sweep, at: int, X: NDArray[np.float64], probable: bool) -> Prediction:
+def _predict(sweep: Sweep, at: int, X: NDArray[np.float64], probable: bool) -> Prediction:
     assert sweep.coef is not None
     assert sweep.intercept is not None
     decision = X @ sweep.coef[at].T + sweep.intercept[at]

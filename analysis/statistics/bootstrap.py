@@ -47,9 +47,9 @@ def resample_groups(
 def percentile_interval(values: Floats, level: float = 0.95) -> tuple[Floats, Floats]:
     """Return the ends of the percentile interval over the last dim, the resamples; NaN is ignored.
 
-    >>> low, high = percentile_interval(np.arange(101.0), level=0.9)
+    >>> low, high = percentile_interval(np.arange(101.0), level=0.5)
     >>> float(low), float(high)
-    (5.0, 95.0)
+    (25.0, 75.0)
     """
     low, high = np.nanpercentile(values, [50 * (1 - level), 50 * (1 + level)], axis=-1)
     return low, high

@@ -1,4 +1,4 @@
-"""Estimators, in the conventions of scikit-learn."""
+"""Estimators that follow the conventions of scikit-learn."""
 
 from __future__ import annotations
 

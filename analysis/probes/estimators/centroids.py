@@ -1,4 +1,4 @@
-"""Probes made of class means: mass-mean, nearest centroid, linear discriminants."""
+"""Probes from class means: mass-mean, nearest centroid, linear discriminants."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from sklearn.base import ClassifierMixin
 
 from analysis.probes.estimators.design import Design, Floats
 from analysis.probes.estimators.linear import LinearProbe, LogOdds, Solved
-from analysis.probes.estimators.moments import gather
+from analysis.probes.estimators.moments import gather_moments
 from flexcache.errors import AnalysisError
 
 
 class _OfMeans(ClassifierMixin, LinearProbe):
-    """A probe whose decision follows from the means of the classes, their shares and a covariance."""
+    """Base of probes whose decision follows from class means, class shares and a covariance."""
 
     def solve(self, design: Design, targets: Floats, sets: NDArray[np.bool_], strengths: Floats) -> Solved:
         """Fit every training set at every strength; see `LinearProbe.solve`."""
         both = np.concatenate([1 - targets, targets], axis=1) if targets.shape[1] == 1 else targets
-        moments = gather(design, both, sets)
+        moments = gather_moments(design, both, sets)
         if (moments.target == 0).any():
             raise AnalysisError("a class is missing from a training set", remedy="ask for fewer folds")
         coef = np.empty((len(sets), len(strengths), both.shape[1], design.shape[1]))
@@ -38,14 +38,19 @@ class _OfMeans(ClassifierMixin, LinearProbe):
 
     @abstractmethod
     def _decide(self, means: Floats, share: Floats, within: Floats, strength: float) -> tuple[Floats, Floats]:
-        """Return coefficients (classes, features) and intercepts (classes,), of features about the mean of all rows."""
+        """Return coefficients (classes, features) and intercepts (classes,) for features centred on the overall mean."""
 
 
 class NearestCentroid(_OfMeans):
-    """The class whose mean is nearest, in Euclidean distance of the activations; scikit-learn's `NearestCentroid`.
+    """Predict the class whose mean is nearest in Euclidean distance, as scikit-learn's `NearestCentroid` does.
 
-    The decision is half the squared distance to the other class's mean less that to its own, up to what all classes
-    share.
+    The decision is half the squared distance to the mean of the other class minus that to the own class, up to a term
+    that all classes share.
+
+    >>> import numpy as np
+    >>> X, y = np.array([[0.0, 1], [1, 1], [4, 1], [5, 2]] * 5), np.array([0, 0, 1, 1] * 5)
+    >>> NearestCentroid().fit(X, y).predict([[0.0, 1.0], [6.0, 1.0]]).tolist()
+    [0, 1]
     """
 
     def _decide(self, means: Floats, share: Floats, within: Floats, strength: float) -> tuple[Floats, Floats]:
@@ -53,16 +58,21 @@ class NearestCentroid(_OfMeans):
 
 
 class MassMean(_OfMeans):
-    """The difference of class means as a direction (Marks & Tegmark 2023, arXiv 2310.06824).
+    """Use the difference of class means as the direction (Marks & Tegmark 2023, arXiv 2310.06824).
 
     With two classes the direction is exactly that of `NearestCentroid`; with more, each class is compared with the mean
-    of all class means. With *iid*, the direction is tilted by the inverse of the covariance within classes, as the
-    paper does for data like that which was fitted; it is then that of `LDA` without shares.
+    of all class means. With *iid*, the direction is multiplied by the inverse of the covariance within classes, as the
+    paper does for in-distribution data; it is then that of `LDA` without shares.
+
+    >>> import numpy as np
+    >>> X, y = np.array([[0.0, 1], [1, 1], [4, 1], [5, 2]] * 5), np.array([0, 0, 1, 1] * 5)
+    >>> MassMean().fit(X, y).coef_.tolist()
+    [[4.0, 0.5]]
 
     Parameters
     ----------
     iid
-        Whether to tilt. Needs more samples than features.
+        Multiply by the inverse covariance; needs more samples than features.
     """
 
     def __init__(self, *, iid: bool = False) -> None:
@@ -77,15 +87,21 @@ class MassMean(_OfMeans):
 
 
 class LDA(LogOdds, _OfMeans):
-    """Linear discriminant analysis: Gaussian classes of one covariance; scikit-learn's with ``solver="lsqr"``.
+    """Linear discriminant analysis: Gaussian classes with one covariance, as scikit-learn's with ``solver="lsqr"``.
+
+    >>> import numpy as np
+    >>> X, y = np.array([[0.0, 1], [1, 1], [4, 1], [5, 2]] * 5), np.array([0, 0, 1, 1] * 5)
+    >>> LDA().fit(X, y).predict([[0.0, 1.0], [6.0, 1.0]]).tolist()
+    [0, 1]
 
     Parameters
     ----------
     shrinkage
-        Share by which the covariance is drawn towards a multiple of the identity; 0 is none, which needs more samples
+        Share by which the covariance is shrunk towards a multiple of the identity; 0 means none and needs more samples
         than features.
     shrinkages
-        Several, to choose from inside the folds: numbers, or how many from 1 to 10⁻³. *shrinkage* is then not used.
+        Several values to choose from inside the folds: numbers, or their count from 1 to 10⁻³. *shrinkage* is then
+        not used.
     """
 
     strength_name: ClassVar[str] = "shrinkages"
@@ -96,7 +112,7 @@ class LDA(LogOdds, _OfMeans):
 
     @property
     def strengths(self) -> Floats:
-        """The shrinkages that are tried, the largest first."""
+        """Shrinkages to try, the largest first."""
         if self.shrinkages is None:
             found = np.array([self.shrinkage], np.float64)
         elif isinstance(self.shrinkages, int):

@@ -1,4 +1,4 @@
-"""The rows that probes are fitted to: in memory, or read again in blocks at each pass."""
+"""Design matrix of linear probes: in memory, or read in blocks at each pass."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ Floats = NDArray[np.float64]
 Read = Callable[[slice], NDArray[np.floating]]
 
 BLOCK = 8192
-"""Rows of a block that is read again at each pass."""
+"""Rows of a block that is read at each pass."""
 
 
 class Design:
     """Rows of one layer, (rows, features), for products with many vectors at once.
 
-    Products are with the rows in *common units*: less `middle`, divided by `unit`, which are of all rows. Whatever a
-    training set has of its own, its mean and deviation, comes on top of that and is not seen here.
+    Products use the rows in *common units*: `middle` subtracted and divided by `unit`, both of all rows. Mean and
+    deviation of a single training set are applied by the caller.
 
     Parameters
     ----------
     rows
-        A matrix; or a function that reads some of its rows, with *shape*: then one block is in memory at a time, and
-        every product is a pass over what is read.
+        A matrix; or, with *shape*, a function that reads a slice of its rows. Then one block is in memory at a time,
+        and every product is a pass over the rows.
     """
 
     def __init__(self, rows: NDArray[np.floating] | Read, shape: tuple[int, int] | None = None) -> None:
@@ -35,7 +35,7 @@ class Design:
         self._common: Floats | None = None
 
     def blocks(self) -> Iterator[tuple[slice, Floats]]:
-        """Yield the rows as they are, in float64."""
+        """Yield blocks of rows with their slices, in float64, not standardised."""
         if self._whole is not None:
             yield slice(0, self.shape[0]), self._whole
             return
@@ -45,12 +45,12 @@ class Design:
 
     @cached_property
     def middle(self) -> Floats:
-        """The mean of all rows, (features,)."""
+        """Mean of all rows, (features,)."""
         return np.asarray(sum(block.sum(0) for _, block in self.blocks()) / self.shape[0])
 
     @cached_property
     def unit(self) -> Floats:
-        """The deviation of all rows, (features,); 1 where there is none."""
+        """Standard deviation of all rows, (features,); 1 for constant features."""
         square = sum(((block - self.middle) ** 2).sum(0) for _, block in self.blocks()) / self.shape[0]
         return np.where(square > self._floor(self.middle), np.sqrt(square), 1.0)
 
@@ -62,7 +62,7 @@ class Design:
         return np.maximum(values, 0.0), vectors
 
     def spread(self, sets: NDArray[np.bool_]) -> tuple[Floats, Floats]:
-        """Return mean and deviation of the features in each set, (sets, features); the deviation of a constant is 1."""
+        """Return mean and standard deviation of the features in each set, (sets, features); 1 for constant features."""
         share = sets / sets.sum(1, keepdims=True)
         mean = sum(share[:, part] @ (block - self.middle) for part, block in self.blocks())
         square = sum(share[:, part] @ (block - self.middle) ** 2 for part, block in self.blocks()) - mean**2
@@ -99,5 +99,5 @@ class Design:
         return self._common
 
     def _floor(self, mean: Floats) -> Floats:
-        """Return the variance up to which a feature counts as constant: what rounding makes of its mean."""
+        """Return the variance up to which a feature counts as constant: the rounding error of its mean."""
         return np.asarray((10 * np.finfo(np.float64).eps * np.abs(mean)) ** 2)

@@ -1,4 +1,4 @@
-"""Iterative null-space projection: probes fitted one after the other, each without what the earlier ones read."""
+"""Iterative null-space projection: fit probes one after another, each without the directions of the earlier ones."""
 
 from __future__ import annotations
 
@@ -13,26 +13,30 @@ from analysis.probes.estimators.logistic import Logistic
 
 
 class INLP(ClassifierMixin, TransformerMixin, BaseEstimator):
-    """The directions that a probe finds, and finds again when they are projected out (Ravfogel et al. 2020).
+    """Iterative null-space projection (Ravfogel et al. 2020, arXiv 2004.07667).
 
-    arXiv 2004.07667.
-    Each round fits the probe to activations less all directions so far. It predicts as the first round's probe does;
-    `transform` takes all directions out.
+    Each round fits the probe to activations without the directions of the rounds before. Predictions are those of the
+    first round; `transform` removes all directions.
+
+    ::
+
+        inlp = probes.INLP(rounds=4).fit(X, y)
+        inlp.transform(X)           # activations without the directions
 
     Parameters
     ----------
     rounds
-        How many at most. It stops before where the probe says no more than the commonest class does, in sample.
+        Largest number of rounds. Stops earlier if the probe is no better in sample than the most common class.
     probe
-        A linear probe, by default `Logistic`.
+        A linear probe; `Logistic` by default.
 
     Attributes
     ----------
     classes_ : ndarray, (n_classes,)
     directions_ : ndarray, (n_directions, n_features)
-        Orthonormal, in the order in which they were found.
+        Orthonormal directions, in the order of the rounds.
     accuracies_ : ndarray, (n_rounds,)
-        In sample, of each round.
+        In-sample accuracy of each round.
     """
 
     def __init__(self, rounds: int = 8, probe: Any = None) -> None:
@@ -61,17 +65,17 @@ class INLP(ClassifierMixin, TransformerMixin, BaseEstimator):
         return self
 
     def transform(self, X: ArrayLike) -> NDArray[np.float64]:
-        """Return activations without the directions, about the mean of those that were fitted."""
+        """Return activations without the directions, relative to the mean of the fitted activations."""
         check_is_fitted(self)
         X = validate_data(self, X, reset=False, dtype=np.float64)
         return np.asarray(X - (X - self.mean_) @ self.directions_.T @ self.directions_)
 
     def decision_function(self, X: ArrayLike) -> NDArray[np.float64]:
-        """Return the first round's decision."""
+        """Return the decisions of the first round."""
         check_is_fitted(self)
         return np.asarray(self.first_.decision_function(X))
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """Return the first round's classes."""
+        """Return the classes predicted by the first round."""
         check_is_fitted(self)
         return np.asarray(self.first_.predict(X))

@@ -1,4 +1,4 @@
-"""What all linear probes share: a decision, and the solution of many training sets at once."""
+"""Base of linear probes: decisions, and solutions for many training sets at once."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from flexcache.errors import AnalysisError
 
 @dataclass(frozen=True)
 class Solved:
-    """Linear probes, one for each training set and strength.
+    """Solutions of linear probes, one for each training set and strength.
 
     Attributes
     ----------
     coef : (sets, strengths, outputs, features)
-        In the units of the activations. One output for two classes, else one a class; one a target of numbers.
+        In the units of the activations. One output for two classes, else one per class, or one per regression target.
     intercept : (sets, strengths, outputs)
     """
 
@@ -42,11 +42,11 @@ class LinearProbe(BaseEstimator):
     coef_ : ndarray, (1 or n_classes or n_targets, n_features)
     intercept_ : ndarray, (1 or n_classes or n_targets,)
     strength_ : float
-        The one that was used; of several given, chosen by cross-validation over the rows that were fitted.
+        Strength that was used; if several are given, chosen by cross-validation over the fitted rows.
     """
 
     strength_name: ClassVar[str] = ""
-    """The parameter that is a strength of regularisation, where there is one."""
+    """Name of the parameter that is the regularisation strength, or an empty text."""
 
     classes_: NDArray[Any] | None
     coef_: Floats
@@ -59,18 +59,19 @@ class LinearProbe(BaseEstimator):
         Parameters
         ----------
         targets : (rows, outputs)
-            Numbers; or classes as 0 and 1, one column for two classes, else one a class.
+            Numbers; or classes as 0 and 1, one column for two classes, else one per class.
         sets : (sets, rows)
+            Members of each training set.
 
         Raises
         ------
         AnalysisError
-            A problem that has no solution, or whose solution was not found.
+            A problem has no solution, or its solution was not found.
         """
 
     @property
     def strengths(self) -> Floats:
-        """The strengths that are tried, those that regularise most first; 0 for a probe that has none."""
+        """Strengths to try, the strongest regularisation first; 0 for a probe without one."""
         value = getattr(self, self.strength_name) if self.strength_name else 0.0
         return np.atleast_1d(np.asarray(value, np.float64))
 
@@ -80,7 +81,7 @@ class LinearProbe(BaseEstimator):
         Raises
         ------
         AnalysisError
-            A target of one class, or a problem whose solution was not found.
+            The target has one class, or the solution was not found.
         """
         X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True)
         targets = self._targets(y)
@@ -94,7 +95,7 @@ class LinearProbe(BaseEstimator):
         return self
 
     def decision_function(self, X: ArrayLike) -> NDArray[np.float64]:
-        """Return ``(n_samples,)``, or with three and more classes or targets ``(n_samples, n)``."""
+        """Return decisions, ``(n_samples,)``, or ``(n_samples, n)`` for three or more classes, or several targets."""
         check_is_fitted(self)
         found = validate_data(self, X, reset=False, dtype=np.float64) @ self.coef_.T + self.intercept_
         return found[:, 0] if found.shape[1] == 1 else found
@@ -120,7 +121,7 @@ class LinearProbe(BaseEstimator):
         return one_hot(codes, len(self.classes_))
 
     def _choose(self, X: Floats, y: NDArray, design: Design, targets: Floats) -> int:
-        """Return the place of the strength with the best score in five folds of the rows."""
+        """Return the index of the strength with the best score in five folds of the rows."""
         kind = KFold if self.classes_ is None else StratifiedKFold
         splits = list(kind(5, shuffle=True, random_state=0).split(X, y))
         sets = np.ones((len(splits), len(X)), bool)

@@ -1,4 +1,4 @@
-"""Logistic regression, certified to be at its optimum."""
+"""Logistic regression with a certified distance to the optimum."""
 
 from __future__ import annotations
 
@@ -14,28 +14,32 @@ from analysis.probes.estimators.newton import solve
 from flexcache.errors import AnalysisError
 
 STRONGEST, WEAKEST = -4.0, 0.0
-"""Powers of ten between which `Cs` lie where their number is given."""
+"""Powers of ten between which `Cs` lie if their count is given."""
 
 
 class Logistic(ClassifierMixin, LogOdds):
     """L2-regularised logistic regression on standardised features, binary or multinomial.
 
     Minimises ``‖w‖² / 2 + C · Σ log-loss`` over standardised features; the intercept is not regularised. Solved by
-    Newton's method in float64, all folds and strengths side by side (`analysis.probes.estimators.newton`). How far the
-    coefficients can be from the optimum is then known from the gradient: a probe that is not there is an error, not a
-    warning.
+    Newton's method in float64, all folds and strengths at once (`analysis.probes.estimators.newton`). The gradient
+    bounds the distance of the coefficients from the optimum; a probe that does not reach it is an error, not a warning.
+
+    >>> import numpy as np
+    >>> X, y = np.array([[0.0, 1], [1, 1], [4, 1], [5, 2]] * 5), np.array([0, 0, 1, 1] * 5)
+    >>> Logistic(C=1.0).fit(X, y).predict([[0.0, 1.0], [6.0, 1.0]]).tolist()
+    [0, 1]
 
     Parameters
     ----------
     C
-        Inverse strength of the penalty. The default is strong, for hundreds of features that are correlated;
-        scikit-learn's own is 1.
+        Inverse strength of the penalty. The default is strong, for hundreds of correlated features; the default of
+        scikit-learn is 1.
     Cs
-        Several, to choose from inside the folds: numbers, or how many from 10⁻⁴ to 1. *C* is then not used.
+        Several values to choose from inside the folds: numbers, or their count from 10⁻⁴ to 1. *C* is then not used.
     tol
-        How far from the optimum the standardised coefficients may be, as a share of their length.
+        Largest distance of the standardised coefficients from the optimum, as a share of their length.
     max_iter
-        Steps of Newton's method.
+        Largest number of Newton steps.
 
     Attributes
     ----------
@@ -44,10 +48,11 @@ class Logistic(ClassifierMixin, LogOdds):
         In the units of the activations: ``X @ coef_.T + intercept_`` is the decision.
     intercept_ : ndarray, (1 or n_classes,)
     mean_, scale_ : ndarray, (n_features,)
-        What the features were standardised by; the scale of a constant feature is 1.
+        Mean and scale of the standardisation; the scale of a constant feature is 1.
     n_iter_ : int
+        Number of Newton steps.
     distance_ : float
-        The bound that `tol` is for.
+        Bound of the distance from the optimum, at most `tol`.
     """
 
     strength_name: ClassVar[str] = "Cs"
@@ -62,7 +67,7 @@ class Logistic(ClassifierMixin, LogOdds):
 
     @property
     def strengths(self) -> Floats:
-        """The values of C that are tried."""
+        """Values of C to try."""
         if self.Cs is None:
             found = np.array([self.C], np.float64)
         elif isinstance(self.Cs, int):
@@ -79,7 +84,7 @@ class Logistic(ClassifierMixin, LogOdds):
         Raises
         ------
         AnalysisError
-            The optimum was not reached, or there is only one class.
+            The optimum was not reached, or the target has one class.
         """
         return super().fit(X, y)
 

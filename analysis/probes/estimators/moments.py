@@ -1,4 +1,4 @@
-"""Sums over rows from which the closed forms follow, for every training set by adding up the parts it is made of."""
+"""Moments of the rows of every training set, for probes with a closed form."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from analysis.probes.estimators.design import Design, Floats
 
 @dataclass(frozen=True)
 class Moments:
-    """Counts, sums and products of the rows of some training sets, about `middle`; what a closed form needs of them.
+    """Moments of the rows of some training sets, relative to `middle`.
 
     Attributes
     ----------
     middle : (features,)
-        What features are less by, so that a large mean does not cancel.
+        Offset that is subtracted from features, to avoid cancellation by a large mean.
     n : (sets,)
     mean : (sets, features)
-        Less `middle`.
+        Means of the features, relative to `middle`.
     target : (sets, targets)
-        Means of the targets; of classes coded 0 and 1, their shares.
+        Means of the targets; the class shares, for classes coded 0 and 1.
     cross : (sets, targets, features)
-        Mean product of each target with the features, less `middle`.
+        Mean product of each target with the features, relative to `middle`.
     gram : (sets, features, features)
-        Mean product of the features, less `middle`.
+        Mean product of the features, relative to `middle`.
     """
 
     middle: Floats
@@ -39,12 +39,12 @@ class Moments:
 
     @cached_property
     def covariance(self) -> Floats:
-        """Of the features, divided by n, (sets, features, features)."""
+        """Covariance of the features, divided by n, (sets, features, features)."""
         return self.gram - self.mean[:, :, None] * self.mean[:, None, :]
 
     @property
     def scale(self) -> Floats:
-        """Deviation of the features, (sets, features); 1 where there is next to none."""
+        """Standard deviation of the features, (sets, features); 1 for constant features."""
         square = np.einsum("sii->si", self.covariance)
         whole = np.einsum("sii->si", self.gram)
         floor = (10 * np.finfo(np.float64).eps * np.abs(self.middle)) ** 2 + 1e-13 * whole
@@ -57,22 +57,22 @@ class Moments:
 
     @cached_property
     def means(self) -> Floats:
-        """Of targets coded 0 and 1: the mean of each class, less `middle`, (sets, classes, features)."""
+        """Mean of each class relative to `middle`, (sets, classes, features), for targets coded 0 and 1."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return self.cross / self.target[:, :, None]
 
     @cached_property
     def within(self) -> Floats:
-        """Of targets coded 0 and 1: the covariance within classes, divided by n, (sets, features, features)."""
+        """Covariance within classes, divided by n, (sets, features, features), for targets coded 0 and 1."""
         means = np.nan_to_num(self.means)
         return self.gram - np.einsum("sc,sci,scj->sij", self.target, means, means)
 
 
-def gather(design: Design, targets: Floats, sets: NDArray[np.bool_]) -> Moments:
+def gather_moments(design: Design, targets: Floats, sets: NDArray[np.bool_]) -> Moments:
     """Return the moments of every set in one pass over the rows.
 
-    Rows that the same sets hold are one part: for the folds of a cross-validation and every pair of them left out, the
-    parts are the folds, and each is summed up once.
+    Rows that belong to the same sets form one part, and each part is summed once. For a cross-validation with single
+    folds and pairs of folds left out, the parts are the folds.
     """
     middle = design.middle
     kinds, part_of = np.unique(sets, axis=1, return_inverse=True)

@@ -1,4 +1,4 @@
-"""Probes trained by gradient steps, in torch: a multilayer perceptron, and attention over a document's tokens."""
+"""Probes trained by gradient descent in torch: a multilayer perceptron, and attention over the tokens of a document."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class _Neural(ClassifierMixin, BaseEstimator):
-    """A network on standardised features, by AdamW with early stopping on documents held out of the training side."""
+    """Base of networks on standardised features, trained by AdamW with early stopping on held-out training samples."""
 
     classes_: NDArray[Any]
 
@@ -91,7 +91,7 @@ class _Neural(ClassifierMixin, BaseEstimator):
 
 
 class Inputs:
-    """Standardised features of samples: one vector each, or the tokens of each, padded."""
+    """Standardised features of samples: one vector each, or a padded matrix of tokens each."""
 
     def __init__(self, X: NDArray[np.floating], lengths: NDArray[np.int64] | None = None) -> None:
         self.X = X.astype(np.float32)
@@ -102,12 +102,12 @@ class Inputs:
         return len(self.X) if self.lengths is None else len(self.lengths)
 
     def parts(self, size: int) -> Iterator[NDArray[np.int64]]:
-        """Yield the numbers of all samples, some at a time."""
+        """Yield the indices of all samples, at most *size* at a time."""
         for first in range(0, len(self), size):
             yield np.arange(first, min(first + size, len(self)))
 
     def to_tensors(self, part: NDArray[np.int64]) -> tuple[torch.Tensor, ...]:
-        """Return what the network takes of some samples."""
+        """Return the network inputs of some samples."""
         import torch
 
         if self.lengths is None or self.starts is None:
@@ -121,28 +121,32 @@ class Inputs:
 
 
 class MLP(_Neural):
-    """A perceptron with one hidden layer of ReLUs: what can be read by more than a line (classes only).
+    """A perceptron with one hidden layer of ReLUs, for labels that no linear probe can read (classes only).
 
-    It has more freedom than a linear probe, so look at its selectivity as well (Hewitt & Liang 2019, 1909.03368).
+    It is more expressive than a linear probe, so check its selectivity as well (Hewitt & Liang 2019, 1909.03368).
+
+    ::
+
+        probes.sweep(store, "label", "resid_post", probes.MLP(hidden=32))
 
     Parameters
     ----------
     hidden
         Units of the hidden layer.
     epochs, learning_rate, weight_decay, batch_size
-        Of AdamW.
+        Settings of AdamW.
     patience, held_out
-        Training stops after that many epochs without a better loss on that share of the training samples, and goes
-        back to the best.
+        Training stops after *patience* epochs without a better loss on the share *held_out* of the training samples,
+        and restores the best weights.
     seed
-        Of the weights, the batches and the samples held out.
+        Seed of the weights, the batches and the held-out samples.
 
     Attributes
     ----------
     classes_ : ndarray, (n_classes,)
     network_ : torch.nn.Module
     n_iter_ : int
-        Epochs.
+        Number of epochs.
     validation_loss_ : float
     """
 
@@ -169,26 +173,30 @@ class MLP(_Neural):
         return self._probabilities(Inputs((X - self.mean_) / self.scale_))
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """Return the likeliest class of each sample."""
+        """Return the most likely class of each sample."""
         return np.asarray(self.classes_[self.predict_proba(X).argmax(1)])
 
 
 class AttentionPooled(_Neural):
-    """A linear probe of a weighted mean of a document's tokens, with weights by learned queries (classes only).
+    """A linear probe on a weighted mean of the tokens of a document, with learned weights (classes only).
 
-    Each head scores every token by one vector, and pools the tokens by the softmax of the scores; a linear map reads
-    what was pooled. A sample is a matrix, (tokens, n_features): in a sweep, ``rows="tokens"``.
+    Each head scores every token with one vector, and pools the tokens by the softmax of the scores; a linear map reads
+    the pooled vectors. A sample is a matrix, (tokens, n_features): use ``rows="tokens"`` in a sweep.
+
+    ::
+
+        probes.sweep(store, "label", "resid_post", probes.AttentionPooled(), rows="tokens")
 
     Parameters
     ----------
     hidden
-        Heads.
+        Number of heads.
 
-    Others, and the attributes, are those of `MLP`.
+    Other parameters and the attributes are those of `MLP`.
     """
 
     pooled: ClassVar[bool] = True
-    """It reads the tokens of a document together."""
+    """Samples are the matrices of all tokens of a document."""
 
     def __init__(
         self,
@@ -232,7 +240,7 @@ class AttentionPooled(_Neural):
         return self._probabilities(self._inputs(X))
 
     def predict(self, X: Sequence[NDArray]) -> NDArray[Any]:
-        """Return the likeliest class of each sample."""
+        """Return the most likely class of each sample."""
         return np.asarray(self.classes_[self.predict_proba(X).argmax(1)])
 
     def _inputs(self, X: Sequence[NDArray]) -> Inputs:
@@ -241,7 +249,7 @@ class AttentionPooled(_Neural):
 
 
 def _pooling(features: int, heads: int, classes: int) -> torch.nn.Module:
-    """Return the network of `AttentionPooled`; torch is imported only here, so that importing probes does not."""
+    """Return the network of `AttentionPooled`; torch is imported here so that importing probes does not need it."""
     import torch
     from torch import nn
 

@@ -1,11 +1,11 @@
-"""Logistic regressions of many training sets and strengths over the same rows at once, by Newton's method.
+"""Solve logistic regressions of many training sets and strengths over the same rows at once, by Newton's method.
 
-Every problem minimises ``‖w‖² / 2 + C · Σ log-loss`` over the rows of its own training set, standardised by that set's
-mean and deviation; the intercept is free. All of them share the rows, so that one product of matrices serves all: a
-step of conjugate gradients for 150 problems is two passes over the rows. Newton's equations are solved inexactly
-(Dembo, Eisenstat & Steihaug 1982), preconditioned by the eigenvectors of the rows' own covariance, with a halving line
-search. The objective is strongly convex in the coefficients, so the gradient bounds how far they are from the optimum;
-that bound is the certificate.
+Every problem minimises ``‖w‖² / 2 + C · Σ log-loss`` over the rows of its training set, standardised by the mean and
+deviation of that set; the intercept is not penalised. All problems share the rows, so one matrix product serves all of
+them: a step of conjugate gradients for 150 problems is two passes over the rows. Newton's equations are solved
+inexactly (Dembo, Eisenstat & Steihaug 1982), preconditioned by the eigenvectors of the covariance of the rows, with a
+halving line search. The objective is strongly convex in the coefficients, so the gradient bounds their distance from
+the optimum; that bound is the certificate.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from analysis.probes.estimators.design import Design, Floats
 
 HALVINGS = 30
 CG = 400
-"""Steps of conjugate gradients at most, in one of Newton's."""
+"""Largest number of conjugate gradient steps in one Newton step."""
 ARRAYS = 8
-"""Arrays of one number a row, problem and class that are in memory at once."""
+"""Number of arrays (rows, problems, classes) that are in memory at once."""
 
 
 @dataclass
 class Optimum:
-    """What was found, for each training set, strength and class.
+    """Solutions for each training set, strength and class.
 
     Attributes
     ----------
@@ -35,11 +35,11 @@ class Optimum:
         In the units of the rows.
     intercept : ndarray, (sets, strengths, classes or 1)
     mean, scale : ndarray, (sets, features)
-        What the features of each set were standardised by.
+        Mean and scale of the standardisation of each set.
     distance : ndarray, (sets, strengths)
-        At most so far, relative to their length, are the standardised coefficients from the optimum.
+        Bound of the distance of the standardised coefficients from the optimum, relative to their length.
     steps : int
-        Of Newton's method.
+        Number of Newton steps.
     """
 
     coef: Floats
@@ -60,19 +60,19 @@ def solve(
     max_iter: int,
     budget: int = 2 << 30,
 ) -> Optimum:
-    """Solve all problems.
+    """Solve the problems of all sets and strengths.
 
     Parameters
     ----------
     truth : (rows, classes) of 0 and 1; (rows, 1) for two classes, 1 for the second
     sets : (sets, rows)
-        Which rows each problem is trained on.
+        Training rows of each set.
     strengths : (strengths,)
         C, inverse strengths of the penalty.
     tol
-        Relative distance to the optimum at which a problem is done.
+        Relative distance from the optimum at which a problem is solved.
     budget
-        Bytes for decisions and the like: as many sets go side by side as it allows, at least one.
+        Bytes for decisions and similar arrays; sets are solved together as far as it allows, at least one at a time.
     """
     each = ARRAYS * 8 * truth.size * len(strengths)
     together = max(1, budget // max(1, each))
@@ -108,7 +108,7 @@ def _solve(
 
 
 class _Problems:
-    """Problems side by side: coefficients (features, problems, classes), decisions (rows, problems, classes)."""
+    """Problems solved together: coefficients (features, problems, classes), decisions (rows, problems, classes)."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class _Problems:
         self.design, self.truth = design, truth[:, None]
         self.member = np.repeat(sets.T.astype(np.float64), len(strengths), axis=1) / np.repeat(
             sets.sum(1), len(strengths)
-        )  # each row's share of the mean loss, (rows, problems)
+        )  # share of each row in the mean loss, (rows, problems)
         self.mean = np.repeat(mean.T, len(strengths), axis=1)[..., None]
         self.scale = np.repeat(scale.T, len(strengths), axis=1)[..., None]
         self.ridge = 1 / (np.tile(strengths, len(sets)) * np.repeat(sets.sum(1), len(strengths)))[None, :, None]
@@ -136,18 +136,18 @@ class _Problems:
         self._refresh(np.ones(count, bool))
 
     def coefficients(self) -> tuple[Floats, Floats]:
-        """Return coefficients and intercepts; of several classes, intercepts of mean 0: only differences count."""
+        """Return coefficients and intercepts; intercepts of several classes have mean 0, as only differences count."""
         return self.w, self.b - self.b.mean(1, keepdims=True) if self.b.shape[1] > 1 else self.b
 
     def distance(self) -> Floats:
-        """Return a bound of each problem's relative distance from the optimum, (problems,)."""
-        slope = (self.slope - self.mean * self.offset[None]) / self.scale  # by the standardised coefficients
+        """Return a bound of the relative distance of each problem from its optimum, (problems,)."""
+        slope = (self.slope - self.mean * self.offset[None]) / self.scale  # gradient for the standardised coefficients
         length = np.sqrt(((self.scale * self.w) ** 2).sum((0, 2)))
         gradient = np.sqrt((slope**2).sum((0, 2)) + (self.offset**2).sum(1))
         return gradient / self.ridge[0, :, 0] / np.maximum(length, 1e-3)
 
     def step(self, left: NDArray[np.bool_]) -> bool:
-        """Take a step of Newton's method in the problems that are *left*; false where none could be taken."""
+        """Take a Newton step in the problems *left*; return False if no step was possible."""
         at = np.flatnonzero(left)
         direction, turn = self._direction(at)
         along = self._product(direction)
@@ -172,7 +172,7 @@ class _Problems:
     def _refresh(self, left: NDArray[np.bool_]) -> None:
         """Compute probabilities and gradients of the problems that changed."""
         if left.all():
-            self.decision = self._product(self.w) + self.b  # without what rounding has added up
+            self.decision = self._product(self.w) + self.b  # recomputed without accumulated rounding errors
             self.probability = _probability(self.decision)
             wrong = self.member[..., None] * (self.probability - self.truth)
             self.slope, self.offset = self._transposed(wrong) + self.penalty * self.w, wrong.sum(0)
@@ -184,7 +184,7 @@ class _Problems:
         self.offset[at] = wrong.sum(0)
 
     def _loss(self, at: NDArray[np.int64], size: Floats | float, direction: Floats, along: Floats) -> Floats:
-        """Return the objectives, divided by C · n, some way along a direction."""
+        """Return the objectives, divided by C · n, at a step along a direction."""
         size = np.broadcast_to(size, (len(at),))
         decision = self.decision[:, at] + size[None, :, None] * along
         w = self.w[:, at] + size[None, :, None] * direction
@@ -197,9 +197,9 @@ class _Problems:
         return np.asarray((self.member[:, at] * loss).sum(0) + (self.penalty[:, at] * w**2).sum((0, 2)) / 2)
 
     def _direction(self, at: NDArray[np.int64]) -> tuple[Floats, Floats]:
-        """Solve Newton's equations by preconditioned conjugate gradients, to a share that falls with the gradient.
+        """Solve Newton's equations by preconditioned conjugate gradients, to a tolerance that falls with the gradient.
 
-        Problems that are done go along until a quarter are, and are then put aside together.
+        Solved problems stay in the batch until they are a quarter of it, and are then removed together.
         """
         p, member, penalty = self.probability[:, at], self.member[:, at, None], self.penalty[:, at]
         weight = member * p * (1 - p) if p.shape[2] == 1 else None
@@ -255,7 +255,7 @@ class _Problems:
         return found, found0
 
     def _turned(self, r: Floats, levels: NDArray[np.float32]) -> Floats:
-        """Return what the preconditioner makes of residuals; single precision does for it."""
+        """Return the preconditioned residuals; single precision suffices."""
         size = np.maximum(np.abs(r).max((0, 2)), np.finfo(np.float64).tiny)[:, None]
         inside = (self.basis.T @ (r / size).astype(np.float32).reshape(len(r), -1)).reshape(r.shape)
         inside *= levels

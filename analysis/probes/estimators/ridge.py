@@ -1,4 +1,4 @@
-"""Ridge regression, for numbers and for classes."""
+"""Ridge regression for numbers and classes."""
 
 from __future__ import annotations
 
@@ -10,26 +10,31 @@ from scipy.linalg import cho_factor, cho_solve
 
 from analysis.probes.estimators.design import Design, Floats
 from analysis.probes.estimators.linear import LinearProbe, Solved
-from analysis.probes.estimators.moments import gather
+from analysis.probes.estimators.moments import gather_moments
 from flexcache.errors import AnalysisError
 
 STRONGEST, WEAKEST = 5.0, 0.0
-"""Powers of ten between which `alphas` lie where their number is given."""
+"""Powers of ten between which `alphas` lie if their count is given."""
 
 
 class Ridge(LinearProbe):
     """Least squares with an L2 penalty on standardised features, solved in closed form in float64.
 
-    Minimises ``‖y − Xw − b‖² + alpha · ‖w‖²``. Floating-point targets, one or several, are a regression. Any other is a
-    set of classes, each coded −1 and 1; the largest decision wins (scikit-learn's `RidgeClassifier`). All folds and
-    strengths follow from sums over the rows of each fold: one pass.
+    Minimises ``‖y − Xw − b‖² + alpha · ‖w‖²``. Floating-point targets, one or several, are a regression. Other targets
+    are classes, each coded −1 and 1; the largest decision wins (scikit-learn's `RidgeClassifier`). All folds and
+    strengths are solved from sums over the rows of each fold, in one pass.
+
+    >>> import numpy as np
+    >>> X, y = np.array([[0.0, 1], [1, 1], [4, 1], [5, 2]] * 5), np.array([0, 0, 1, 1] * 5)
+    >>> Ridge(alpha=1.0).fit(X, y).predict([[0.0, 1.0], [6.0, 1.0]]).tolist()
+    [0, 1]
 
     Parameters
     ----------
     alpha
-        Strength of the penalty; it weighs against a sum over samples, as in scikit-learn, whose default is 1.
+        Strength of the penalty relative to a sum over samples, as in scikit-learn, whose default is 1.
     alphas
-        Several, to choose from inside the folds: numbers, or how many from 1 to 10⁵. *alpha* is then not used.
+        Several values to choose from inside the folds: numbers, or their count from 1 to 10⁵. *alpha* is then not used.
 
     Attributes
     ----------
@@ -38,7 +43,7 @@ class Ridge(LinearProbe):
         In the units of the activations: ``X @ coef_.T + intercept_`` is the decision.
     intercept_ : ndarray, (1 or n_classes or n_targets,)
     mean_, scale_ : ndarray, (n_features,)
-        What the features were standardised by.
+        Mean and scale of the standardisation.
     """
 
     strength_name: ClassVar[str] = "alphas"
@@ -50,7 +55,7 @@ class Ridge(LinearProbe):
 
     @property
     def strengths(self) -> Floats:
-        """The values of alpha that are tried, the largest first."""
+        """Values of alpha to try, the largest first."""
         if self.alphas is None:
             found = np.array([self.alpha], np.float64)
         elif isinstance(self.alphas, int):
@@ -64,7 +69,7 @@ class Ridge(LinearProbe):
     def solve(self, design: Design, targets: Floats, sets: NDArray[np.bool_], strengths: Floats) -> Solved:
         """Fit every training set at every strength; see `LinearProbe.solve`."""
         known = targets if self.classes_ is None else 2 * targets - 1
-        moments = gather(design, known, sets)
+        moments = gather_moments(design, known, sets)
         scale = moments.scale
         self.mean_, self.scale_ = moments.middle + moments.mean[0], scale[0]
         gram = moments.covariance / scale[:, :, None] / scale[:, None, :] * moments.n[:, None, None]
