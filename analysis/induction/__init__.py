@@ -1,1 +1,1 @@
-"""Induction heads: what is kept of attention patterns, and what a store then says of each head."""
+"""Induction heads: scores of attention patterns, captured and then summarised for each head."""

@@ -1,4 +1,4 @@
-"""The picture: two scores by layer and head, and the loss by position."""
+"""Draw two scores by layer and head, and the loss by position."""
 
 from __future__ import annotations
 
@@ -18,14 +18,19 @@ TITLES = {"induction": "induction score", "previous_token": "previous-token scor
 
 
 def plot(scores: xr.Dataset, loss: xr.DataArray, chance: float, path: str | Path | None = None) -> Figure:
-    """Draw what `head_scores` and `loss_by_position` return, the last layer on top. Uses no pyplot.
+    """Draw the results of `head_scores` and `loss_by_position`, the last layer on top, without pyplot.
+
+    ::
+
+        plot(head_scores(store), loss_by_position(store), chance=math.log(vocabulary), path="induction.svg")
+
 
     Parameters
     ----------
     chance
-        Loss in nats of guessing every token alike, drawn as a line.
+        Loss in nats of a uniform guess, drawn as a line.
     path
-        Where to write it, PNG or SVG.
+        Path of the image, PNG or SVG.
     """
     figure = Figure(figsize=(9.5, 4.4), layout="constrained", facecolor=PAPER)
     axes = figure.subplot_mosaic([["induction", LOSS], ["previous_token", LOSS]], width_ratios=[1, 1.5])

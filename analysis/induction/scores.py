@@ -1,4 +1,4 @@
-"""What a store of repeated documents says of each head, and of each position; without the model."""
+"""Scores of each head and losses by position from a store of repeated documents, without the model."""
 
 from __future__ import annotations
 
@@ -18,17 +18,22 @@ LOSS = "loss"
 
 @opens_store
 def half_length(store: Store) -> int:
-    """Return how many tokens of each document are said before they are repeated: half of its length.
+    """Return half the length of the documents, in tokens: the position at which they repeat themselves.
+
+    ::
+
+        half_length("induction.zarr")
+
 
     Raises
     ------
     AnalysisError
-        Documents have different lengths or an odd one, or not all of their tokens are rows.
+        Documents differ in length, have an odd length, or not all of their tokens are rows.
     """
     lengths = np.unique(store.documents.column("n_tokens").to_numpy())
     if len(lengths) != 1 or lengths[0] % 2 or store.spec.get("rows") != "all":
         raise AnalysisError(
-            "the documents have no seam in common",
+            "the documents do not repeat at a common position",
             where=str(store.path),
             expected="documents of one even length, and a row for every token",
             found=f"documents of {lengths.min()} to {lengths.max()} tokens, rows: {store.spec.get('rows')}",
@@ -38,11 +43,15 @@ def half_length(store: Store) -> int:
 
 @opens_store
 def head_scores(store: Store) -> xr.Dataset:
-    """Return the mean over the rows of the second halves of ``induction`` and ``previous_token``.
+    """Return the means of ``induction`` and ``previous_token`` over the rows of second halves.
+
+    ::
+
+        head_scores("induction.zarr")["induction"].max()
 
     Returns
     -------
-    Dataset with dims (layer, head); values from 0 to 1, shares of a head's attention
+    Dataset with dims (layer, head); values from 0 to 1, shares of the attention of a head
 
     Raises
     ------
@@ -65,10 +74,14 @@ def head_scores(store: Store) -> xr.Dataset:
 
 @opens_store
 def loss_by_position(store: Store) -> xr.DataArray:
-    """Return the mean loss of the token at each position, over documents, in nats.
+    """Return the mean loss of the token at each position over documents, in nats.
 
-    A row has the loss of what its token predicts of the next one, so the value for a position is from the row before
-    it, and the first position has none.
+    ::
+
+        loss_by_position("induction.zarr").sel(position=20)
+
+    A row holds the loss of the prediction of the next token, so the value for a position comes from the row before it,
+    and the first position has none.
 
     Returns
     -------
@@ -89,9 +102,13 @@ def loss_by_position(store: Store) -> xr.DataArray:
 
 
 def mean_losses(loss: xr.DataArray) -> dict[str, float]:
-    """Return mean losses in nats: of the first half; of the seam, the first repeated token; of the rest of the copy.
+    """Return mean losses in nats of the first half, of the first repeated token (seam), and of the rest of the copy.
 
-    Nothing foretells where the copy begins, so the seam is no part of what can be copied.
+    The start of the copy cannot be predicted, so the seam is not part of the second half.
+
+    >>> loss = xr.DataArray([3.0, 4.0, 1.0], {"position": [1, 2, 3]}, "position", attrs={"half": 2})
+    >>> mean_losses(loss)
+    {'first half': 3.0, 'seam': 4.0, 'second half': 1.0}
     """
     half, position = loss.attrs["half"], loss["position"].values
     parts = {"first half": position < half, "seam": position == half, "second half": position > half}
@@ -99,7 +116,7 @@ def mean_losses(loss: xr.DataArray) -> dict[str, float]:
 
 
 def save(scores: xr.Dataset, path: Path) -> Path:
-    """Write a line for every layer and head: layer, head, induction, previous_token."""
+    """Write a CSV file with a line for every layer and head: layer, head, induction, previous_token."""
     with path.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(("layer", "head", *SCORES))

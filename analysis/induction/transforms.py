@@ -1,6 +1,6 @@
-"""Functions for `flexcache.Transform`: of an attention pattern, how much a head attends to one particular token.
+"""Functions for `flexcache.Transform` that reduce an attention pattern to the attention paid to one token.
 
-They take documents that say the same twice, [A B C … A B C …], and find the two halves by the length of a document.
+They expect documents that repeat themselves, [A B C … A B C …], and find the halves from the length of a document.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def induction(pattern: Tensor, batch: Batch) -> Tensor:
-    """Return the attention that each token pays to the token after its own earlier occurrence; 0 in the first half.
+    """Return the attention of each token to the token after its earlier occurrence; 0 in the first half.
 
-    With halves of T tokens, position i looks for position i − T + 1.
+    With halves of T tokens, that is the attention of position i to position i − T + 1.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ def induction(pattern: Tensor, batch: Batch) -> Tensor:
 
 
 def previous_token(pattern: Tensor) -> Tensor:
-    """Return the attention that each token pays to the one before it; 0 at the first.
+    """Return the attention of each token to the token before it; 0 at the first token.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def previous_token(pattern: Tensor) -> Tensor:
 
 
 def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Return the loss of what each token predicts of the next, in nats; 0 at the last of a sequence.
+    """Return the loss of the prediction of the next token at each token, in nats; 0 at the end of a sequence.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The tokens that excite a neuron or a direction most, in their context, as text and as coloured HTML."""
+"""Tokens with the largest activations of a neuron or direction, in context, as text and coloured HTML."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from flexcache.errors import AnalysisError
 from flexcache.store.read.store import Store
 
 SPARE = 4
+"""Rows kept for each example that is shown, so that a document may be skipped."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,44 +28,44 @@ class TopRows(Statistic):
     Attributes
     ----------
     directions : ndarray of shape (directions, features), or a tuple of int
-        Directions, or dims by number.
+        Directions, or indices of features.
     count : int
-        How many rows of each are kept.
+        Number of rows to keep for each.
     """
 
     directions: np.ndarray | tuple[int, ...]
     count: int = 40
 
     def zero(self, features: int) -> State:
-        """Return no rows."""
+        """Return the state of no rows."""
         shape = (self.count, len(self.directions))
         return {"value": np.full(shape, -np.inf), "row": np.full(shape, -1, np.int64)}
 
     def update(self, state: State, block: RowBlock) -> State:
-        """Add rows."""
+        """Return *state* with the rows of *block* added."""
         values = along(block.float64, self.directions)
         count = min(self.count, len(values))
         top = np.argpartition(-values, count - 1, axis=0)[:count]
         return self.merge(state, {"value": np.take_along_axis(values, top, 0), "row": block.rows[top]})
 
     def merge(self, first: State, second: State) -> State:
-        """Return both together, of equal values the lower row first."""
+        """Return the state of the rows of both; of equal values, the lower row comes first."""
         values = np.concatenate([first["value"], second["value"]])
         rows = np.concatenate([first["row"], second["row"]])
         order = np.lexsort((rows, -values), axis=0)[: self.count]
         return {"value": np.take_along_axis(values, order, 0), "row": np.take_along_axis(rows, order, 0)}
 
     def result(self, state: State) -> xr.Dataset:
-        """Return ``value`` and ``row`` (rank, direction), largest first; row -1 where there are fewer."""
+        """Return ``value`` and ``row`` (rank, direction), largest first; row -1 if there are fewer rows."""
         dims = ("rank", "direction")
         return xr.Dataset({"value": (dims, state["value"]), "row": (dims, state["row"])})
 
     def state_bytes(self, features: int) -> int:
-        """Return the bytes of a state."""
+        """Return the bytes of one state."""
         return 16 * self.count * len(self.directions)
 
     def describe(self) -> dict[str, Any]:
-        """Return what was asked."""
+        """Return the arguments as plain values."""
         dims = self.directions
         return {
             "statistic": "examples",
@@ -75,21 +76,26 @@ class TopRows(Statistic):
 
 @dataclass(frozen=True)
 class Example:
-    """A token that excites a direction, in its context.
+    """A token with a large activation of a direction, in context; returned by `top`.
+
+    ::
+
+        for example in examples.top(store, "mlp_post", 12, direction=7):
+            print(example)
 
     Attributes
     ----------
     document : str
-        Its id.
+        Id of the document.
     position : int
-        Of the token in its document.
+        Position of the token in its document.
     value : float
     tokens : tuple of str
-        The token and those around it.
+        The token and its context.
     values : tuple of float
-        Of each of *tokens*.
+        Value of each of *tokens*.
     place : int
-        Of the token in *tokens*.
+        Index of the token in *tokens*.
     """
 
     document: str
@@ -117,25 +123,31 @@ def top(
     words: Vocabulary | None = None,
     **where: Any,
 ) -> list[Example]:
-    """Return the tokens with the largest value of a dim or direction, largest first.
+    """Return the tokens with the largest value of a feature or direction, largest first.
+
+    ::
+
+        found = examples.top(store, "mlp_post", 12, direction=7, count=5)
+        print(found[0])
 
     Parameters
     ----------
     direction
-        The number of a dim, such as a neuron of ``mlp_post``, or a vector of as many numbers as the site has features.
+        Index of a feature, such as a neuron of ``mlp_post``, or a vector with as many numbers as the site has features.
     context
-        How many tokens to show before and after.
+        Number of tokens to show before and after.
     per_document
-        At most so many tokens of one document.
+        Largest number of tokens of one document.
     words
-        By default the vocabulary of the store's model where it is at hand; else tokens are shown as ``#id``.
+        The vocabulary; by default that of the model of the store, if it is available. Otherwise tokens are shown as
+        ``#id``.
     where
-        scheduler, workers and progress, see `analysis.statistics.onepass.read`.
+        scheduler, workers and progress; see `analysis.statistics.onepass.read`.
 
     Raises
     ------
     AnalysisError
-        A direction of another length; a dim that the site does not have.
+        The direction has another length, or the site does not have the feature.
     """
     directions = checked(store, site, [direction])
     found = read(
@@ -167,7 +179,7 @@ def shown(
     per_document: int = 1,
     words: Vocabulary | None = None,
 ) -> list[list[Example]]:
-    """Return the examples of each direction of one layer of a `TopRows` result."""
+    """Return the examples of each direction for one layer of a `TopRows` result."""
     words = words or vocabulary(store) or Vocabulary(())
     document = store.coordinates["document"].values
     rows, values = found["row"].values, found["value"].values
@@ -188,11 +200,17 @@ def shown(
 
 
 def html(examples: Sequence[Example]) -> str:
-    """Return examples as HTML: a line each, tokens coloured by their value, warm above 0 and cool below.
+    """Return examples as HTML, one line each, with tokens coloured by value: warm above 0, cool below.
 
-    Colours come from the CSS variables ``--warm`` and ``--cool``, with fallbacks for a notebook; texts are escaped.
+    ::
+
+        IPython.display.HTML(examples.html(examples.top(store, "mlp_post", 12, direction=7)))
+
+    Colours come from the CSS variables ``--warm`` and ``--cool``, with defaults for a notebook; texts are escaped.
     """
-    scale = max((abs(example.value) for example in examples), default=1.0) or 1.0  # not of a massive neighbour
+    scale = (
+        max((abs(example.value) for example in examples), default=1.0) or 1.0
+    )  # the scale ignores massive values in the context
     lines = []
     for example in examples:
         spans = []
@@ -212,12 +230,12 @@ def html(examples: Sequence[Example]) -> str:
 
 
 def checked(store: Store, site: str, directions: Sequence[int | ArrayLike]) -> np.ndarray | tuple[int, ...]:
-    """Return dims as a tuple, or directions as a matrix.
+    """Return feature indices as a tuple, or directions as a matrix.
 
     Raises
     ------
     AnalysisError
-        They are not of the site's length.
+        The store does not have the site, or an index or length does not fit it.
     """
     if site not in store.arrays:
         raise AnalysisError(f"the store has no site {site!r}", where=str(store.path))
@@ -225,7 +243,7 @@ def checked(store: Store, site: str, directions: Sequence[int | ArrayLike]) -> n
     if all(isinstance(item, int | np.integer) for item in directions):
         dims = tuple(int(item) for item in directions)  # type: ignore[arg-type]
         if any(not 0 <= dim < features for dim in dims):
-            raise AnalysisError(f"{site} has dims 0 to {features - 1}", found=str(list(dims)))
+            raise AnalysisError(f"{site} has features 0 to {features - 1}", found=str(list(dims)))
         return dims
     matrix = np.atleast_2d(np.asarray(directions, np.float64))
     if matrix.ndim != 2 or matrix.shape[1] != features:
@@ -236,7 +254,7 @@ def checked(store: Store, site: str, directions: Sequence[int | ArrayLike]) -> n
 
 
 def along(values: np.ndarray, directions: np.ndarray | tuple[int, ...]) -> np.ndarray:
-    """Return (rows, directions): values of dims, or products with directions."""
+    """Return the values of features, or products with directions, (rows, directions)."""
     return values[:, list(directions)] if isinstance(directions, tuple) else values @ directions.T
 
 
@@ -256,7 +274,7 @@ def _example(
     rows = np.arange(max(start, row - context), min(stop, row + context + 1))
     values = along(store.read(site, layer, rows).astype(np.float64), direction)[:, 0]
     ids, positions = (store.coordinates[name].values[rows].tolist() for name in ("token_id", "position"))
-    if store.images and min(positions) >= 0:  # not of means
+    if store.images and min(positions) >= 0:  # means have no position
         texts = tuple(f" {store.patches.name(position)}" for position in positions)
     else:
         texts = tuple(words.text(token) if token >= 0 else "(mean)" for token in ids)

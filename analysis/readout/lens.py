@@ -1,6 +1,6 @@
-"""The logit lens: what the model would say after each layer, from stored residuals, the final norm and the unembedding.
+"""Logit lens: predictions after each layer, from stored residuals, the final norm and the unembedding.
 
-Needs torch, for the norm is the model's own; nothing else of the model is loaded.
+Needs torch, because the norm is that of the model; nothing else of the model is loaded.
 """
 
 from __future__ import annotations
@@ -28,24 +28,31 @@ if TYPE_CHECKING:
 
 ROWS = 1024
 LOGIT_BYTES = 64 << 20
-CHUNK = 8192  # tokens of the vocabulary at a time
+CHUNK = 8192
+"""Tokens of the vocabulary in one product."""
 NORMS = ("model.norm", "transformer.ln_f", "gpt_neox.final_layer_norm", "model.decoder.final_layer_norm", "norm")
-OUTPUTS = ("lm_head", "embed_out", "output")  # in files, where a name differs from that of the module
+OUTPUTS = ("lm_head", "embed_out", "output")
+"""Names of the unembedding in checkpoint files, which may differ from the name of the module."""
 
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """What turns a final residual into logits.
+    """Final norm and unembedding, which turn a residual into logits.
+
+    ::
+
+        head = lens.Head.load("path/to/model")          # or lens.Head.of(model)
+        head.log_probabilities(store.read("resid_post", 12, rows=[0, 1]))
 
     Attributes
     ----------
     norm : callable
-        The model's final norm, on float32.
+        The final norm of the model, on float32.
     weight : Tensor of shape (vocabulary, hidden)
         The unembedding.
     bias : Tensor of shape (vocabulary,), or None
     scale : float
-        What logits are multiplied with.
+        Factor of the logits.
     softcap : float, or None
         c of ``c tanh(logits / c)``.
     """
@@ -58,12 +65,12 @@ class Head:
 
     @classmethod
     def of(cls, model: Any) -> Head:
-        """Return the head of a causal language model that is loaded.
+        """Return the head of a loaded causal language model.
 
         Raises
         ------
         AnalysisError
-            Its final norm or unembedding is not found.
+            The final norm or unembedding is not found.
         """
         named, output = dict(model.named_modules()), model.get_output_embeddings()
         norm = next((named[name] for name in NORMS if name in named), None)
@@ -90,7 +97,7 @@ class Head:
 
     @classmethod
     def load(cls, folder: str | Path) -> Head:
-        """Return the head of a checkpoint folder; of its safetensors only the norm and the unembedding are read.
+        """Load the head of a checkpoint folder; only the norm and the unembedding are read from its safetensors.
 
         Raises
         ------
@@ -114,7 +121,7 @@ class Head:
             wanted = {f"{place}.{name}": (place, name) for name, _ in named[str(place)].named_parameters()}
             stored = [name for name in (output, *OUTPUTS) if f"{name}.weight" in files]
             if not stored and config.get_text_config().tie_word_embeddings:
-                stored = [source]  # tied weights are stored once
+                stored = [source]  # tied weights are stored only once
             unembedding = stored[0]
             loaded: dict[str, torch.Tensor] = {}
             for name in [*wanted, f"{unembedding}.weight", f"{output}.bias"]:
@@ -138,9 +145,9 @@ class Head:
             ) from error
 
     def log_probabilities(self, residual: np.ndarray) -> torch.Tensor:
-        """Return log-probabilities, float64, (rows, vocabulary), of residuals of shape (rows, hidden).
+        """Return log-probabilities, float64 (rows, vocabulary), of residuals (rows, hidden).
 
-        Logits are float32, as a model computes them.
+        Logits are float32, as in the model.
         """
         import torch
         from torch.nn import functional
@@ -170,18 +177,23 @@ def compute(
     layers: Layers = "all",
     **where: Any,
 ) -> xr.Dataset:
-    """Return what the model would predict after each layer (nostalgebraist 2020), and how that becomes the last one.
+    """Return the predictions after each layer (nostalgebraist 2020), compared with those of the last layer.
+
+    ::
+
+        found = lens.compute(store, "path/to/model", rows=2048)
+        found["agreement"], found["loss"]
 
     Parameters
     ----------
     head
-        A `Head`, or the checkpoint folder; by default the one that the store was made with.
+        A `Head` or a checkpoint folder; by default that of the model of the store.
     rows
-        About how many rows, whole documents of a seeded sample. Logits are made a few rows at a time.
+        Approximate number of rows, whole documents of a seeded sample. Logits are computed for a few rows at a time.
     layers
-        The last of them is what the others are compared with.
+        Layers to read; the others are compared with the last of them.
     where
-        scheduler, workers and progress, see `analysis.statistics.onepass.read`.
+        scheduler, workers and progress; see `analysis.statistics.onepass.read`.
 
     Returns
     -------
@@ -191,8 +203,8 @@ def compute(
     Raises
     ------
     AnalysisError
-        *head* is neither a head nor a path; there is no head; its hidden size is another one; the store pools
-        documents.
+        *head* is neither a head nor a path; no head is found; its hidden size does not fit the site; or the rows of the
+        store are means of documents.
     """
     statistic = Rows(rows, DocumentSample.of_rows(rows, store.n_rows, seed))
     head = chosen_head(store, head, site)
@@ -202,12 +214,7 @@ def compute(
 
 
 def chosen_head(store: Store, head: Head | str | Path | None, site: str) -> Head:
-    """Return the head to use, checked against the site.
-
-    Raises
-    ------
-    AnalysisError
-    """
+    """Return the head to use; raise AnalysisError if there is none or it does not fit the site."""
     if store.spec.get("rows", "all") == "mean":
         raise AnalysisError("means of documents predict no token", where=str(store.path), expected="rows of tokens")
     if head is not None and not isinstance(head, Head | str | bytes | os.PathLike):
@@ -239,14 +246,19 @@ def chosen_head(store: Store, head: Head | str | Path | None, site: str) -> Head
 
 
 def of_rows(store: Store, head: Head, values: Mapping[int, np.ndarray], rows: np.ndarray) -> xr.Dataset:
-    """Return the lens of some rows of several layers.
+    """Return the logit lens of given rows of several layers.
 
-    ``kl`` (layer, row): KL of the final prediction from the layer's, in nats, Σ p_last (log p_last − log p_layer); 0 at
-    the last layer, and never negative. ``entropy`` (layer, row), in nats. ``rank`` (layer, row): how many tokens are
-    more probable than the document's next one; ``log_probability`` (layer, row) of it; NaN and -1 at the end of a
-    document. ``agrees`` (layer, row): the most probable token is that of the last layer. Over rows, with the first
-    token left out: ``kl_mean``, ``entropy_mean``, ``agreement``, ``rank_median``, ``loss`` (layer). Logits are float32;
-    what follows from them is computed in float64.
+    ::
+
+        values = {layer: store.read("resid_post", layer, rows) for layer in (0, 12, 29)}
+        lens.of_rows(store, head, values, rows)["kl_mean"]
+
+    ``kl`` (layer, row): KL divergence of the layer's prediction from the final one in nats, Σ p_last (log p_last −
+    log p_layer); 0 at the last layer and never negative. ``entropy`` (layer, row), in nats. ``rank`` (layer, row):
+    number of tokens that are more probable than the next token of the document; ``log_probability`` (layer, row) of
+    that token; -1 and NaN at the end of a document. ``agrees`` (layer, row): True if the most probable token is that
+    of the last layer. Over rows without first tokens: ``kl_mean``, ``entropy_mean``, ``agreement``, ``rank_median``,
+    ``loss`` (layer). Logits are float32; everything else is computed in float64.
     """
     import torch
 
@@ -275,8 +287,8 @@ def of_rows(store: Store, head: Head, values: Mapping[int, np.ndarray], rows: np
                 data["log_probability"][i, at] = own
                 rank[i, at] = (guess[known] > own[:, None]).sum(1)
     inner = position > 0 if (position > 0).any() else np.ones(len(rows), bool)
-    told = inner & (target >= 0)
-    dims, many = ("layer", "row"), told.any()
+    scored = inner & (target >= 0)
+    dims, many = ("layer", "row"), scored.any()
     return xr.Dataset(
         {
             **{name: (dims, found) for name, found in data.items()},
@@ -285,8 +297,8 @@ def of_rows(store: Store, head: Head, values: Mapping[int, np.ndarray], rows: np
             "kl_mean": ("layer", data["kl"][:, inner].mean(1)),
             "entropy_mean": ("layer", data["entropy"][:, inner].mean(1)),
             "agreement": ("layer", agrees[:, inner].mean(1)),
-            "rank_median": ("layer", np.median(rank[:, told], axis=1) if many else np.full(len(layers), np.nan)),
-            "loss": ("layer", -data["log_probability"][:, told].mean(1) if many else np.full(len(layers), np.nan)),
+            "rank_median": ("layer", np.median(rank[:, scored], axis=1) if many else np.full(len(layers), np.nan)),
+            "loss": ("layer", -data["log_probability"][:, scored].mean(1) if many else np.full(len(layers), np.nan)),
         },
         {"layer": layers, "row": rows, "position": ("row", position)},
         {"n": int(inner.sum())},
@@ -294,7 +306,7 @@ def of_rows(store: Store, head: Head, values: Mapping[int, np.ndarray], rows: np
 
 
 def next_tokens(store: Store, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the token that follows each row in its document, -1 where none does, and the position of each row."""
+    """Return the next token of each row in its document, -1 if there is none, and the position of each row."""
     about = {name: np.asarray(variable.values) for name, variable in store.coordinates.items()}
     position, document = about["position"][rows].astype(np.int64), about["document"][rows]
     after = np.minimum(rows + 1, store.n_rows - 1)

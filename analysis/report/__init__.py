@@ -1,4 +1,4 @@
-"""One HTML page that says what was captured, what a probe found in it, and how much to believe it."""
+"""Write a self-contained HTML page about a capture, the result of a probe, and its reliability."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Charts as SVG that take their colours from the page, light or dark."""
+"""Draw charts as SVG with the colours of the page, light or dark."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ PALETTE = {"--one": "#0a6ebd", "--two": "#bc4c00", "--three": "#1a7f37", "--four
 
 
 def themed(figure: Figure, prefix: str, label: str, variables: Mapping[str, str]) -> str:
-    """Return a figure as an ``<svg>`` element without background, every colour a CSS variable, text as text.
+    """Return a figure as an ``<svg>`` element without background; colours are CSS variables, text stays text.
 
     Parameters
     ----------
     prefix
-        Of the ids in it, as a page may hold several charts.
+        Prefix of the ids, because a page may hold several charts.
     label
-        What it shows, for those who cannot see it.
+        Description for screen readers.
     variables
         CSS variables by colour.
     """
@@ -77,7 +77,7 @@ def curves(
 
 
 def heatmap(values: np.ndarray, names: Sequence[str], label: str) -> str:
-    """Return a square matrix of numbers from 0 to 1 as SVG: one colour, darker the larger; numbers as tooltips."""
+    """Return a square matrix of numbers from 0 to 1 as SVG: larger numbers are darker; tooltips show the numbers."""
     n, cell = len(values), 16
     left, top = 34, 6
     parts = []

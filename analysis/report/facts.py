@@ -1,4 +1,4 @@
-"""What a report says of the store and of the question, as (name, text) lines."""
+"""Facts about a store and a sweep for a report, as (name, text) lines."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROWS = {
 
 
 def captured(store: Store) -> Lines:
-    """Return what the store holds, and how fast it was captured where its runs were recorded."""
+    """Return the content of the store, and the speed of the capture if its runs were recorded."""
     lines = [(name, text) for name, text in summary(store).items() if name != "units"]
     for name, layers, shape, dtype in site_lines(store):
         lines.append((name, f"{shape}, {dtype}" + ("" if layers == "–" else f", layers {layers}")))
@@ -34,7 +34,7 @@ def captured(store: Store) -> Lines:
 
 
 def asked(sweep: Sweep) -> Lines:
-    """Return the question that was put to the store."""
+    """Return the settings of the sweep."""
     what = sweep.results.attrs
     layers = tuple(int(layer) for layer in sweep.results["layer"].values)
     lines = [
@@ -54,7 +54,7 @@ def asked(sweep: Sweep) -> Lines:
 
 
 def snippet(sweep: Sweep, path: str) -> str:
-    """Return Python that asks the same question again."""
+    """Return Python code that repeats the sweep."""
     what = sweep.results.attrs
     name = what["probe"].split("(")[0]
     ours = name in probes.__all__
@@ -85,7 +85,7 @@ def _speed(store: Store) -> Lines:
         try:
             run: dict[str, Any] = json.loads(path.read_text("utf-8"))
             tokens, seconds = tokens + float(run["tokens"]), seconds + float(run["seconds"])
-        except (OSError, ValueError, KeyError, TypeError):  # a run's record is a courtesy
+        except (OSError, ValueError, KeyError, TypeError):  # the record of a run is optional
             continue
     if not tokens or not seconds:
         return []

@@ -1,4 +1,4 @@
-"""The page: facts, curves and table into the template beside this file."""
+"""Fill the page of a probe sweep: facts, curves and table."""
 
 from __future__ import annotations
 
@@ -29,25 +29,29 @@ def write(
     title: str | None = None,
     command: str | None = None,
 ) -> Path:
-    """Write one self-contained HTML file: no script, nothing fetched, readable on light and dark.
+    """Write one self-contained HTML file about a probe sweep: no script, no network, light and dark colours.
+
+    ::
+
+        report.write(store, probes.sweep(store, "label", "resid_post"), "report.html")
 
     Parameters
     ----------
     store
-        What was probed.
+        The store that was probed, or its path.
     sweep
-        What `analysis.probes.sweep` found in it.
+        Result of `analysis.probes.sweep` for it.
     path
-        Where to write; folders are made.
+        Path of the file; folders are made.
     title
-        The heading, by default the question.
+        Heading; target and site by default.
     command
-        The command line that made the report, shown under "Do it again" beside the Python.
+        Command line that made the report, shown under "Do it again" with the Python code.
 
     Returns
     -------
     Path
-        The file. Whatever stems from data is escaped in it.
+        The file. All texts from data are escaped.
     """
     what = sweep.results.attrs
     best = sweep.best
@@ -66,7 +70,7 @@ def write(
         baselines=_baselines(sweep),
         charts=[(NAMES[metric], Markup(chart.svg(sweep, metric))) for metric in sweep.metrics[:SHOWN]],
         others=_others(sweep),
-        pictures=[(text, Markup(drawn)) for text, drawn in chart.pictures(sweep)],
+        pictures=[(text, Markup(drawn)) for text, drawn in chart.result_figures(sweep)],
         metrics=[NAMES[metric] for metric in sweep.metrics[:SHOWN]],
         lines=_lines(sweep),
         shuffled="shuffled" in sweep.arms,
@@ -83,7 +87,7 @@ def write(
 
 
 def _baselines(sweep: Sweep) -> list[dict[str, Any]]:
-    """Return each baseline's name, score and interval; of those fitted to layers, at the best."""
+    """Return name, score and interval of each baseline; baselines fitted to layers are at the best layer."""
     best, found = sweep.best, []
     for arm in sweep.arms[1:]:
         at = sweep.results.sel(arm=arm, metric=best.metric, layer=-1 if best.layer is None else best.layer)
@@ -101,7 +105,7 @@ def _baselines(sweep: Sweep) -> list[dict[str, Any]]:
 
 
 def _lines(sweep: Sweep) -> list[dict[str, Any]]:
-    """Return the table's lines: the layers, then the baselines that have none."""
+    """Return the rows of the table: the layers, then the baselines without layers."""
     best, layers = sweep.best, [int(layer) for layer in sweep.results["layer"].values]
     top = -1 if best.layer is None else best.layer
     found = [
@@ -137,7 +141,7 @@ def _cells(sweep: Sweep, arm: str, layer: int) -> list[tuple[str, str, str]]:
 
 
 def _others(sweep: Sweep) -> list[tuple[str, str, str]]:
-    """Return every metric of the nested predictions, and what else was measured at the best layer."""
+    """Return every metric of the nested predictions, and further measures at the best layer."""
     data, best = sweep.results, sweep.best
     found = [
         (

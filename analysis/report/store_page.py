@@ -1,4 +1,4 @@
-"""The page of a store: what it is, and what its statistics say, for a person."""
+"""Write the page of a store with its statistics."""
 
 from __future__ import annotations
 
@@ -35,25 +35,29 @@ def write(
     title: str | None = None,
     command: str | None = None,
 ) -> Path:
-    """Write one self-contained HTML file: no script, nothing fetched, readable on light and dark.
+    """Write one self-contained HTML file about a store: no script, no network, light and dark colours.
+
+    ::
+
+        store_page.write(store, survey(store), "store.html")
 
     Parameters
     ----------
     store
-        What was studied.
+        A store, or its path.
     found
-        What `analysis.survey.survey` found in it; parts that it lacks are left out.
+        Result of `analysis.survey.survey` for it; parts that it lacks are left out.
     words
-        The vocabulary, for the text of tokens; by default that of the store's model where it is at hand.
+        Vocabulary for the text of tokens; by default that of the model of the store, if it is available.
     path
-        Where to write; folders are made.
+        Path of the file; folders are made.
     command
-        The command line that made the statistics.
+        Command line that made the statistics.
 
     Returns
     -------
     Path
-        The file. Whatever stems from data is escaped in it.
+        The file. All texts from data are escaped.
     """
     name = str(store.provenance.get("model", {}).get("name", "")).rstrip("/").rsplit("/", 1)[-1]
     return write_page(
@@ -83,7 +87,7 @@ def _layers(result: xr.Dataset) -> np.ndarray:
 
 
 def _cards(found: Survey) -> list[tuple[str, str, str]]:
-    """Return the numbers to see first: name, number, what it says."""
+    """Return the most important numbers: name, number, explanation."""
     cards = []
     if "total" in found:
         norm = found["total"]["norm_mean"].values
@@ -177,7 +181,7 @@ def _anisotropy(found: Survey) -> Markup | None:
 
 
 def _massive(found: Survey, store: Store) -> list[dict[str, Any]] | None:
-    """Return a line for each dim with massive activations, largest first."""
+    """Return a line for each feature with massive activations, largest first."""
     if "outliers" not in found:
         return None
     dims: dict[int, dict[str, Any]] = {}
@@ -221,7 +225,7 @@ def _lens(found: Survey) -> dict[str, Any] | None:
 
 
 def _examples(found: Survey, store: Store, words: Vocabulary | None) -> list[dict[str, Any]]:
-    """Return, for a few layers, the dims of the heaviest tails whose tops are not first tokens, with their tokens."""
+    """Return examples of the features with the heaviest tails, for a few layers, without those of first tokens."""
     if "examples" not in found or "total" not in found:
         return []
     top, kurtosis, position = found["examples"], found["total"]["kurtosis"], store.coordinates["position"].values

@@ -1,4 +1,4 @@
-"""Pages from the templates beside this file: what stems from data is escaped, a name that is missing is an error."""
+"""Fill the page templates of this folder; texts from data are escaped, and a missing name is an error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def source(template: str) -> str:
 
 
 def write_page(template: str, path: str | Path, **values: Any) -> Path:
-    """Fill a template, write it, and return where; folders are made."""
+    """Fill a template, write the page with its folders, and return its path."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(source(template)).render(**values)
     path = local_path(path)

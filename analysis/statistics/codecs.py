@@ -1,4 +1,4 @@
-"""What a dtype or codec would save, cost and lose on a store's own activations."""
+"""Measure size, speed and error of dtypes and codecs on the activations of a store."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Codec:
     Attributes
     ----------
     name : str
-        The dtype, and the codec behind a plus sign.
+        The dtype, and a codec after a plus sign.
     encode : callable
-        From rows as stored and the same rows in float32 to chunks of bytes.
+        Function of the stored rows and the same rows in float32 that returns chunks of bytes.
     decode : callable
-        From the chunks and the shape of the rows to float32.
+        Function of the chunks and the shape of the rows that returns float32.
     """
 
     name: str
@@ -52,16 +52,16 @@ class Codec:
 
 @dataclass(frozen=True)
 class Loss:
-    """What a codec loses on the sampled rows of one layer.
+    """Error of a codec on the sampled rows of one layer.
 
     Attributes
     ----------
     mean, largest : float
-        Of ‖x − x̂‖ ÷ ‖x‖ over the rows; infinite where a value overflows.
+        Mean and maximum of ‖x − x̂‖ ÷ ‖x‖ over the rows; infinite if a value overflows.
     cosine : float
-        The least cosine of a row and what is read back.
+        Smallest cosine between a row and the decoded row.
     spread : float
-        The largest magnitude of a row ÷ its median magnitude, as a median over the rows: what one scale has to span.
+        Largest magnitude of a row ÷ its median magnitude, as a median over the rows: the range that one scale covers.
     """
 
     site: str
@@ -74,15 +74,15 @@ class Loss:
 
 @dataclass(frozen=True)
 class CodecResult:
-    """A codec on a store.
+    """Size, speed and errors of a codec on a store.
 
     Attributes
     ----------
     size, write, read : float
-        Bytes, seconds to encode and write, and seconds to read and decode into float32, each ÷ that of rows as they
-        are stored now without compression, in the same rounds.
+        Bytes, seconds to encode and write, and seconds to read and decode into float32, each divided by that of the
+        stored dtype without compression in the same rounds.
     losses : tuple of Loss
-        By site and layer.
+        Errors by site and layer.
     """
 
     codec: str
@@ -102,12 +102,16 @@ class CodecResult:
         return max(self.losses, key=lambda loss: loss.mean)
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything, as plain values."""
+        """Return all fields as plain values."""
         return asdict(self)
 
 
 def codecs(stored: np.dtype) -> list[Codec]:
-    """Return what rows of a dtype could be stored as, themselves first."""
+    """Return the codecs to compare for rows of a dtype; the first one stores them as they are.
+
+    >>> [codec.name for codec in codecs(np.dtype(np.float16))]
+    ['float16', 'float16 + zstd', 'bfloat16', 'int8', 'int8 + zstd']
+    """
     plain = [_cast(stored)]
     others = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)]
     narrower = [_cast(dtype) for dtype in others if dtype.itemsize <= stored.itemsize and dtype != stored]
@@ -127,22 +131,27 @@ def compare(
     folder: Path | None = None,
     progress: bool = True,
 ) -> list[CodecResult]:
-    """Encode, write, read and decode sampled rows of every layer under every codec, in turn.
+    """Encode, write, read and decode sampled rows of every layer with every codec, in turn.
+
+    ::
+
+        for result in codecs.compare(store, ["resid_post"]):
+            print(result.codec, result.size, result.mean)
 
     Parameters
     ----------
     sites, layers
         See `flexcache.store.read.selection.select`.
     sample_bytes
-        Bytes of rows, as stored, that are taken of each layer: consecutive ones of a random committed unit.
+        Bytes of stored rows to sample from each layer: consecutive rows of a random committed unit.
     rounds
-        The times are medians over so many rounds, each of all codecs one after the other.
+        Number of rounds, each of all codecs one after another; times are medians over rounds.
     folder
-        Where the result files go; the system's temporary folder by default.
+        Folder for temporary files; the temporary folder of the system by default.
 
     Returns
     -------
-    list of CodecResult, the rows as they are stored first
+    list of CodecResult, the stored dtype first
 
     Raises
     ------
@@ -197,7 +206,7 @@ def _try(
     for number in range(rounds + 1):
         for codec in tried:
             chunks, wrote, read, back = _round(codec, raw, exact, path)
-            if number:  # the first one touches fresh memory
+            if number:  # the first round touches fresh memory
                 times[codec.name].append((wrote, read))
                 continue
             found = results.setdefault(codec.name, {"bytes": [], "write": [], "read": [], "losses": []})
@@ -257,7 +266,7 @@ def _from_int8(chunks: EncodedChunks, shape: tuple[int, ...]) -> Floats:
 
 
 def _packed(codec: Codec) -> Codec:
-    """Return a codec with Zstandard behind it, in chunks as large as an inner chunk."""
+    """Return a codec followed by Zstandard, in chunks of the size of an inner chunk."""
     zstd = Zstd(level=ZSTD_LEVEL)
 
     def encode(raw: NDArray[Any], exact: Floats) -> EncodedChunks:

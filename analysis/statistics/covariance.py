@@ -1,4 +1,4 @@
-"""The covariance of a site's dims, and with it how each class differs: what PCA, whitening and LEACE are made of."""
+"""Covariance of the features of a site, and class means: the base of PCA, whitening and LEACE."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import xarray as xr
 from analysis.statistics.onepass import DocumentSample, Grouping, RowBlock, State, Statistic
 
 ROWS = 65_536
-"""Rows from which covariances are taken by default: n² work a row makes them the slow part of a read."""
+"""Default number of rows for covariances, whose cost per row is the square of the number of features."""
 
 
 @dataclass(frozen=True, eq=False)
 class Covariance(Statistic):
-    """Mean and centred Gram matrix of the rows, and the mean of each group of them.
+    """Mean and centred Gram matrix of the rows, and the mean of each group.
 
     Blocks are centred on their own mean in float64 and combined by Chan, Golub & LeVeque (1979).
 
     Attributes
     ----------
     sample : DocumentSample, or None
-        Which documents; a covariance is bound by computation, not by reading.
+        Sampled documents; a covariance is limited by computation, not by reading.
     groups : Grouping
-        Groups whose means are kept beside, such as the classes of a label. Rows of no group are left out everywhere.
+        Groups whose means are kept too, such as the classes of a label. Rows in no group are ignored.
     """
 
     sample: DocumentSample | None = None
     groups: Grouping = field(default_factory=Grouping)
 
     def zero(self, features: int) -> State:
-        """Return no rows."""
+        """Return the state of no rows."""
         return {
             "n": np.zeros((), np.int64),
             "mean": np.zeros(features),
@@ -42,7 +42,7 @@ class Covariance(Statistic):
         }
 
     def update(self, state: State, block: RowBlock) -> State:
-        """Add rows."""
+        """Return *state* with the rows of *block* added."""
         values = block.float64
         codes = self.groups.codes(block)
         if (codes < 0).any():
@@ -60,7 +60,7 @@ class Covariance(Statistic):
         return self.merge(state, new)
 
     def merge(self, first: State, second: State) -> State:
-        """Return both together."""
+        """Return the state of the rows of both."""
         n_first, n_second = float(first["n"]), float(second["n"])
         n = max(1.0, n_first + n_second)
         delta = second["mean"] - first["mean"] if n_first and n_second else np.zeros_like(first["mean"])
@@ -92,11 +92,11 @@ class Covariance(Statistic):
         return xr.Dataset(found, self.groups.coordinates())
 
     def state_bytes(self, features: int) -> int:
-        """Return the bytes of a state, and of another that is merged into it."""
+        """Return the bytes of one state and of another that is merged into it."""
         return 16 * features * (features + 1 + self.groups.size)
 
     def describe(self) -> dict[str, Any]:
-        """Return what was asked."""
+        """Return the arguments as plain values."""
         found: dict[str, Any] = {"statistic": type(self).__name__.lower(), "by": self.groups.describe()}
         if self.sample is not None:
             found |= asdict(self.sample)

@@ -59,16 +59,21 @@ def leace(
     token_types: Any = None,
     **where: Any,
 ) -> xr.Dataset:
-    """Return an eraser of a label for every layer; `erase` applies it.
+    """Return an eraser of a label for every layer, for `erase`.
+
+    ::
+
+        eraser = erasure.leace(store, "resid_post", "label")
+        erasure.erase(store.read("resid_post", 12), eraser.sel(layer=12))
 
     Parameters
     ----------
     target
-        A column of the documents, ``token_type``, ``token_id`` or ``position``; rows without a value are left out.
+        A column of the documents, ``token_type``, ``token_id`` or ``position``; rows without a value are ignored.
     rows
-        About how many rows to fit it to, whole documents of a seeded sample; None for all.
+        Approximate number of rows to fit to, whole documents of a seeded sample; None means all.
     where
-        scheduler, workers and progress, see `analysis.statistics.onepass.read`.
+        scheduler, workers and progress; see `analysis.statistics.onepass.read`.
     """
     sample = DocumentSample.of_rows(rows, store.n_rows, seed)
     statistic = LEACE(sample, grouping(store, [target], token_types=token_types))
@@ -79,11 +84,15 @@ def leace(
 def erase(values: np.ndarray, found: xr.Dataset) -> np.ndarray:
     """Return rows of one layer without the concept.
 
+    ::
+
+        clean = erasure.erase(store.read("resid_post", 12), eraser.sel(layer=12))
+
     Parameters
     ----------
     values : ndarray of shape (rows, features)
     found
-        One layer of what `leace` returned: ``found.sel(layer=12)``.
+        One layer of the result of `leace`: ``found.sel(layer=12)``.
     """
     mean, left, right = (found[name].values for name in ("mean", "left", "right"))
     return np.asarray(apply_eraser(np.asarray(values, np.float64), mean, left, right))

@@ -1,4 +1,4 @@
-"""The shape of a cloud of activations: spectra, effective rank, principal components, whitening, projections."""
+"""Spectra, effective rank, principal components, whitening and projections of activations."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from flexcache.store.read.store import Store
 
 @dataclass(frozen=True, eq=False)
 class PCA(Covariance):
-    """Principal components, by the eigenvectors of the covariance: one read, where an SVD needs all rows at once.
+    """Principal components from the covariance in one read; an SVD would need all rows in memory.
 
     Attributes
     ----------
     components : int, or None
-        How many directions are kept; the spectrum is always whole.
+        Number of directions to keep; the spectrum is always complete.
     """
 
     components: int | None = None
@@ -35,9 +35,9 @@ class PCA(Covariance):
     def result(self, state: State) -> xr.Dataset:
         """Return spectrum and directions of one layer.
 
-        ``variance`` (component): eigenvalues, descending, divided by n - 1. ``share``: of their sum. ``direction``
-        (kept, feature): orthonormal, the largest entry of each positive. ``effective_rank``: exp of the entropy of the
-        shares (Roy & Vetterli 2007). ``participation_ratio``: (Σλ)² / Σλ². ``mean`` (feature) and ``n``.
+        ``variance`` (component): eigenvalues, descending, divided by n - 1. ``share``: their share of the sum.
+        ``direction`` (kept, feature): orthonormal, the largest entry of each positive. ``effective_rank``: exp of the
+        entropy of the shares (Roy & Vetterli 2007). ``participation_ratio``: (Σλ)² / Σλ². ``mean`` (feature) and ``n``.
         """
         n = int(state["n"])
         if n < 2:
@@ -76,17 +76,22 @@ def pca(
 ) -> xr.Dataset:
     """Return spectrum, effective rank and principal components of every layer.
 
+    ::
+
+        found = geometry.pca(store, "resid_post", components=16, skip=1)
+        found["effective_rank"], found.sel(layer=12)["direction"]
+
     Parameters
     ----------
     components
-        How many directions to keep; all by default.
+        Number of directions to keep; all by default.
     rows
-        About how many rows to take, whole documents of a seeded sample; None for all. ``n`` says how many it were.
+        Approximate number of rows, whole documents of a seeded sample; None means all. ``n`` is the exact number.
     skip
-        How many of the first tokens of each document are left out; with them, one massive activation may be the first
-        component, and all of the variance.
+        Number of first tokens of each document to leave out; otherwise one massive activation may be the first
+        component and nearly all of the variance.
     where
-        scheduler, workers and progress, see `analysis.statistics.onepass.read`.
+        scheduler, workers and progress; see `analysis.statistics.onepass.read`.
 
     Returns
     -------
@@ -100,11 +105,15 @@ def pca(
 def projected(values: np.ndarray, found: xr.Dataset, components: int | None = None) -> np.ndarray:
     """Return rows of one layer in the coordinates of its principal components, as ``sklearn.decomposition.PCA`` does.
 
+    ::
+
+        geometry.projected(store.read("resid_post", 12), found.sel(layer=12), components=2)
+
     Parameters
     ----------
     values : ndarray of shape (rows, features)
     found
-        One layer of what `pca` returned: ``found.sel(layer=12)``.
+        One layer of the result of `pca`: ``found.sel(layer=12)``.
     """
     directions = found["direction"].values[:components]
     return np.asarray((np.asarray(values, np.float64) - found["mean"].values) @ directions.T)
@@ -113,16 +122,20 @@ def projected(values: np.ndarray, found: xr.Dataset, components: int | None = No
 def whitened(
     values: np.ndarray, found: xr.Dataset, kind: Literal["pca", "zca"] = "zca", floor: float = 1e-12
 ) -> np.ndarray:
-    """Return rows of one layer with unit covariance; directions with next to no variance become 0.
+    """Return rows of one layer with unit covariance; directions with almost no variance become 0.
+
+    ::
+
+        geometry.whitened(store.read("resid_post", 12), found.sel(layer=12))
 
     Parameters
     ----------
     found
-        One layer of what `pca` returned, with all components.
+        One layer of the result of `pca`, with all components.
     kind
-        ``pca`` in the coordinates of the components, or ``zca``, turned back to the original ones.
+        ``pca`` for the coordinates of the components, or ``zca`` for the original ones.
     floor
-        Share of the largest variance up to which a direction counts as empty.
+        Share of the largest variance up to which a direction becomes 0.
     """
     directions, variance = found["direction"].values, found["variance"].values[: found.sizes["kept"]]
     full = variance > floor * variance[0]
@@ -137,13 +150,17 @@ def project(
 ) -> Store:
     """Write the principal components of every row as a small new store over the same documents.
 
-    Its site has the name, layers and tokens of the original one, and *components* features;
-    `flexcache.store.rows_in` finds the rows that belong together. Resumes where it was interrupted.
+    ::
+
+        small = geometry.project(store, geometry.pca(store, "resid_post"), "small.zarr", components=16)
+
+    The site keeps its name, layers and tokens, and has *components* features; `flexcache.store.rows_in` matches the
+    rows of both stores. An interrupted call can be repeated to resume.
 
     Raises
     ------
     AnalysisError
-        *found* is not of this store's site, or the store does not keep every token.
+        *found* is not a result for a site of the store, or the store does not hold every token.
     """
     site = str(found.attrs.get("site", ""))
     rows = store.spec.get("rows", "all")
@@ -179,7 +196,7 @@ def project(
 
 
 def store_documents(store: Store) -> list[dict[str, Any]]:
-    """Return the documents of a store with their tokens and labels, to make another store of them."""
+    """Return the documents of a store with tokens and labels, for another store over the same documents."""
     tokens: dict[int, list[int]] = {}
     table = store.tokens.select(["document", "tokens"])
     for number, ids in zip(table["document"].to_pylist(), table["tokens"].to_pylist()):

@@ -1,4 +1,4 @@
-"""Some rows of every layer, kept: for what has no mergeable statistic, such as comparing each layer with each."""
+"""Keep some rows of every layer, for comparisons that have no mergeable statistic."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ class Rows(Statistic):
     Attributes
     ----------
     expected : int
-        About how many rows that will be, for the bound on memory.
+        Approximate number of rows, for the bound on memory.
     """
 
     expected: int
     sample: DocumentSample | None = None
 
     def zero(self, features: int) -> State:
-        """Return no rows."""
+        """Return the state of no rows."""
         return {"values": np.empty((0, features), np.float32), "row": np.empty(0, np.int64)}
 
     def update(self, state: State, block: RowBlock) -> State:
-        """Add rows."""
+        """Return *state* with the rows of *block* added."""
         return self.merge(state, {"values": widen(block.stored), "row": block.rows})
 
     def merge(self, first: State, second: State) -> State:
-        """Return both together."""
+        """Return the state of the rows of both."""
         return {name: np.concatenate([first[name], second[name]]) for name in first}
 
     def result(self, state: State) -> xr.Dataset:
-        """Return ``values`` (row, feature), with the row numbers as coordinate."""
+        """Return ``values`` (row, feature), with row numbers as coordinate."""
         return xr.Dataset({"values": (("row", "feature"), state["values"])}, {"row": state["row"]})
 
     def state_bytes(self, features: int) -> int:
-        """Return about the bytes of all kept rows of a layer."""
+        """Return the approximate bytes of the kept rows of a layer."""
         return 4 * features * self.expected
 
     def describe(self) -> dict[str, Any]:
-        """Return what was asked."""
+        """Return the arguments as plain values."""
         found: dict[str, Any] = {"statistic": "rows"}
         return found | (asdict(self.sample) if self.sample else {})

@@ -1,4 +1,4 @@
-"""Mean, variance, skew, kurtosis, extremes and norms of every dim, by groups of rows, in one read."""
+"""Mean, variance, skew, kurtosis, extremes and norms of every feature, by groups of rows, in one read."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ SUMS = ("mean", "m2", "m3", "m4")
 
 @dataclass(frozen=True, eq=False)
 class Moments(Statistic):
-    """Central moments up to *order* of every dim and of the rows' norms, per group of rows.
+    """Central moments up to *order* of every feature and of the row norms, per group of rows.
 
-    Each block is centred on its own mean in float64 before powers are taken, and blocks are combined by the
-    formulas of Pébay (2008, Sandia report SAND2008-6212), so that neither a large mean nor one huge value cancels or
-    overflows.
+    Each block is centred on its own mean in float64 before powers are computed, and blocks are combined by the formulas
+    of Pébay (2008, Sandia report SAND2008-6212), so that a large mean does not cancel and a huge value does not
+    overflow.
 
     Attributes
     ----------
     groups : Grouping
     order : int
-        2 for mean and variance alone, which is twice as quick; 4 with skew, kurtosis, extremes and norms.
+        2 for mean and variance alone, which is twice as fast; 4 adds skew, kurtosis, extremes and norms.
     """
 
     groups: Grouping = field(default_factory=Grouping)
@@ -42,7 +42,7 @@ class Moments(Statistic):
             raise AnalysisError("moments are of order 2 or 4", found=str(self.order))
 
     def zero(self, features: int) -> State:
-        """Return no rows: in order 4, the last column of every array is the rows' norm."""
+        """Return the state of no rows; in order 4, the last column of every array is the norm of the rows."""
         shape = (self.groups.size, features + int(self.order == 4))
         state = {name: np.zeros(shape) for name in SUMS[: self.order]}
         if self.order == 4:
@@ -50,12 +50,12 @@ class Moments(Statistic):
         return {"n": np.zeros(self.groups.size, np.int64), **state}
 
     def update(self, state: State, block: RowBlock) -> State:
-        """Add rows; those of no group are left out."""
+        """Return *state* with the rows of *block* added; rows in no group are ignored."""
         if not self.groups.keys:
-            _add(state, slice(0, 1), self._one(block) if self.order == 4 else _quick(block))
+            _add(state, slice(0, 1), self._one(block) if self.order == 4 else _two_moments(block))
             return state
         codes = self.groups.codes(block)
-        for place, values in block.pieces():
+        for place, values in block.float64_pieces():
             inside = np.flatnonzero(codes[place] >= 0)
             order = inside[np.argsort(codes[place][inside], kind="stable")]
             if len(order):
@@ -64,7 +64,7 @@ class Moments(Statistic):
         return state
 
     def merge(self, first: State, second: State) -> State:
-        """Return both together."""
+        """Return the state of the rows of both."""
         total = {name: values.copy() for name, values in first.items()}
         _add(total, slice(None), second)
         return total
@@ -73,7 +73,7 @@ class Moments(Statistic):
         """Return n, mean, variance; in order 4 also skew, kurtosis, min, max, and norm_ of mean, variance, min, max.
 
         The variance is divided by n - 1; skew and kurtosis are those of the sample (``scipy.stats.skew`` and
-        ``kurtosis`` with ``bias=True``; kurtosis is 0 for a Gaussian). NaN where a group has too few rows or no spread.
+        ``kurtosis`` with ``bias=True``; kurtosis is 0 for a Gaussian). NaN if a group has too few rows or no spread.
         """
         groups, n = self.groups, state["n"].astype(np.float64)[:, None]
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -94,38 +94,38 @@ class Moments(Statistic):
         return xr.Dataset({"n": groups.unfold(state["n"]), **data}, groups.coordinates())
 
     def state_bytes(self, features: int) -> int:
-        """Return the bytes of a state."""
+        """Return the bytes of one state."""
         return self.groups.size * (features + 1) * 8 * (self.order + 2)
 
     def describe(self) -> dict[str, Any]:
-        """Return what was asked."""
+        """Return the arguments as plain values."""
         return {"statistic": "moments", "by": self.groups.describe(), "order": self.order}
 
     def _one(self, block: RowBlock) -> State:
-        """Return the state of a block as one group, shapes (1, features + 1); first its mean, then powers around it."""
+        """Return the state of a block as one group, shapes (1, features + 1): first the mean, then powers around it."""
         low, high = np.full(block.features, np.inf), np.full(block.features, -np.inf)
         total, norms = np.zeros(block.features), np.empty(len(block))
-        for place, values in block.pieces():
+        for place, values in block.float64_pieces():
             np.minimum(low, values.min(0), out=low)
             np.maximum(high, values.max(0), out=high)
             total += values.sum(0)
             norms[place] = np.sqrt(np.einsum("ij,ij->i", values, values))
         mean, norm = total / len(block), norms.mean()
-        ends = {"min": _beside(low, norms.min()), "max": _beside(high, norms.max())}
+        ends = {"min": _append_norm(low, norms.min()), "max": _append_norm(high, norms.max())}
         sums = {name: np.zeros(block.features) for name in SUMS[1 : self.order]}
-        for _, values in block.pieces():
+        for _, values in block.float64_pieces():
             values -= mean
             square = values * values
             sums["m2"] += square.sum(0)
             sums["m3"] += np.einsum("ij,ij->j", square, values)
             sums["m4"] += np.einsum("ij,ij->j", square, square)
         norms -= norm
-        powers = {name: _beside(sums[name], (norms**power).sum()) for power, name in enumerate(sums, 2)}
-        found = {"mean": _beside(mean, norm), **powers, **ends}
+        powers = {name: _append_norm(sums[name], (norms**power).sum()) for power, name in enumerate(sums, 2)}
+        found = {"mean": _append_norm(mean, norm), **powers, **ends}
         return {"n": np.array([len(block)]), **{name: values[None] for name, values in found.items()}}
 
     def _several(self, values: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> State:
-        """Return the state of rows in the order of their groups, shapes (groups, features + 1)."""
+        """Return the state of rows that are sorted by group, shapes (groups, features + 1)."""
         state = {"n": counts}
         if self.order == 4:
             norms = np.sqrt(np.einsum("ij,ij->i", values, values))
@@ -157,13 +157,17 @@ def compute(
 ) -> xr.Dataset:
     """Return the moments of a site.
 
+    ::
+
+        moments.compute(store, "resid_post", by=["layer", "position"])["norm_mean"]
+
     Parameters
     ----------
     by
         ``layer``, ``position``, ``token_id``, ``token_type``, columns of the documents; see
-        `analysis.statistics.onepass.grouping`. Without ``layer``, the rows of all layers are one population.
+        `analysis.statistics.onepass.grouping`. Without ``layer``, the rows of all layers are pooled.
     order
-        2 is mean and variance alone, and is quicker.
+        2 computes mean and variance alone, which is faster.
     scheduler, workers, progress
         See `analysis.statistics.onepass.read`.
 
@@ -175,7 +179,7 @@ def compute(
     Raises
     ------
     AnalysisError
-        A site, layer or column that the store does not have; groups that would not fit into memory.
+        The store does not have the site, layer or column, or the groups would not fit into memory.
     """
     by = listed(by, str, "by")
     groups = grouping(store, by, positions=positions, token_types=token_types)
@@ -191,14 +195,14 @@ def compute(
     return found["moments"] if "layer" in by else found.merged("moments")
 
 
-def _quick(block: RowBlock) -> State:
+def _two_moments(block: RowBlock) -> State:
     """Return mean and m2 of a block as one group, in one pass around the mean of its first piece.
 
-    That piece is a sixteenth of a full block, so what cancels in the end is at most sixteen times what is left.
+    The piece is a sixteenth of a full block, so the term that cancels is at most sixteen times the result.
     """
     pivot: np.ndarray | None = None
     first, second = np.zeros(block.features), np.zeros(block.features)
-    for _, values in block.pieces():
+    for _, values in block.float64_pieces():
         pivot = values.mean(0) if pivot is None else pivot
         values -= pivot
         first += values.sum(0)
@@ -209,12 +213,12 @@ def _quick(block: RowBlock) -> State:
     return {"n": np.array([n]), "mean": (pivot + first / n)[None], "m2": m2[None]}
 
 
-def _beside(values: np.ndarray, norm: float | np.floating) -> np.ndarray:
+def _append_norm(values: np.ndarray, norm: float | np.floating) -> np.ndarray:
     return np.append(values, norm)
 
 
 def _add(state: State, at: Any, new: State) -> None:
-    """Add the groups *new* to the places *at* of *state*."""
+    """Add the groups *new* to the groups *at* of *state*, in place."""
     old_n, new_n = state["n"][at].astype(np.float64)[:, None], new["n"].astype(np.float64)[:, None]
     n = old_n + new_n
     share = np.divide(new_n, n, out=np.zeros_like(n), where=n > 0)

@@ -1,4 +1,4 @@
-"""Outliers: massive activations, rogue dims and the share of the cosine they carry, dead and always-on neurons."""
+"""Outliers: massive activations, rogue features with their share of cosines, dead and always-on neurons."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ PARTS = np.array(["first", "rest"])
 
 @dataclass(frozen=True, eq=False)
 class Extremes(Statistic):
-    """The largest magnitudes of every dim and where they are, and how much each dim adds to cosines.
+    """Largest magnitudes of every feature with their rows, and the contribution of each feature to cosines.
 
-    The first token of documents, position 0, is kept apart from the rest: its activations are of another kind.
+    The first token of documents, position 0, is separate from the rest, because its activations are of another kind.
 
     Attributes
     ----------
     largest : int
-        How many magnitudes of each dim are kept, with their rows.
+        Number of magnitudes kept for each feature, with their rows.
     """
 
     largest: int = 4
 
     def zero(self, features: int) -> State:
-        """Return no rows."""
+        """Return the state of no rows."""
         shape = (len(PARTS), self.largest, features)
         return {
             "n": np.zeros(len(PARTS), np.int64),
@@ -48,7 +48,7 @@ class Extremes(Statistic):
         }
 
     def update(self, state: State, block: RowBlock) -> State:
-        """Add rows."""
+        """Return *state* with the rows of *block* added."""
         for part, chosen in enumerate((block.position == 0, block.position != 0)):
             if not chosen.any():
                 continue
@@ -59,7 +59,7 @@ class Extremes(Statistic):
             state["positive"][part] += (values > 0).sum(0)
             count = min(self.largest, len(values))
             top = np.argpartition(-np.abs(values), count - 1, axis=0)[:count]
-            self._keep(state, part, np.take_along_axis(values, top, 0), rows[top])
+            self._keep_largest(state, part, np.take_along_axis(values, top, 0), rows[top])
             norms = np.sqrt(np.einsum("ij,ij->i", values, values))
             units = values / np.where(norms > 0, norms, 1)[:, None]
             state["unit"][part] += units.sum(0)
@@ -67,21 +67,21 @@ class Extremes(Statistic):
         return state
 
     def merge(self, first: State, second: State) -> State:
-        """Return both together."""
+        """Return the state of the rows of both."""
         total = {name: values.copy() for name, values in first.items()}
         for part in range(len(PARTS)):
-            self._keep(total, part, second["value"][part], second["row"][part])
+            self._keep_largest(total, part, second["value"][part], second["row"][part])
         for name in ("n", "unit", "unit_square", "nonzero", "positive"):
             total[name] += second[name]
         return total
 
     def result(self, state: State) -> xr.Dataset:
-        """Return, by ``part`` (first token or rest), what is largest and who carries the cosine.
+        """Return largest values and contributions to the cosine, by ``part`` (first token or rest).
 
-        ``value`` and ``row`` (part, rank, feature): the largest magnitudes, signed; row -1 where there are fewer rows.
-        ``cosine`` (part): mean cosine of two different rows (Ethayarajh 2019). ``cosine_part`` (part, feature): what
-        each dim adds to it; ``rogue`` is the dim that adds most and ``rogue_share`` its share (Timkey & van Schijndel
-        2021). ``nonzero``, ``positive`` (part, feature): shares of the rows.
+        ``value`` and ``row`` (part, rank, feature): the largest magnitudes, signed; row -1 if there are fewer rows.
+        ``cosine`` (part): mean cosine of two different rows (Ethayarajh 2019). ``cosine_part`` (part, feature): the
+        contribution of each feature; ``rogue`` is the feature with the largest one and ``rogue_share`` its share
+        (Timkey & van Schijndel 2021). ``nonzero``, ``positive`` (part, feature): shares of the rows.
         """
         n = state["n"].astype(np.float64)[:, None]
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -107,15 +107,15 @@ class Extremes(Statistic):
         )
 
     def state_bytes(self, features: int) -> int:
-        """Return the bytes of a state."""
+        """Return the bytes of one state."""
         return len(PARTS) * features * 8 * (2 * self.largest + 4)
 
     def describe(self) -> dict[str, Any]:
-        """Return what was asked."""
+        """Return the arguments as plain values."""
         return {"statistic": "outliers", "largest": self.largest}
 
-    def _keep(self, state: State, part: int, values: np.ndarray, rows: np.ndarray) -> None:
-        """Keep the largest magnitudes of each dim, of equals the lower row."""
+    def _keep_largest(self, state: State, part: int, values: np.ndarray, rows: np.ndarray) -> None:
+        """Keep the largest magnitudes of each feature; of equal ones, the lower row."""
         values = np.concatenate([state["value"][part], values])
         rows = np.concatenate([state["row"][part], rows])
         missing = rows < 0
@@ -128,17 +128,22 @@ class Extremes(Statistic):
 def compute(
     store: Store, site: str, *, largest: int = 4, active: float = 0.01, layers: Layers = "all", **where: Any
 ) -> xr.Dataset:
-    """Return massive activations, rogue dims, and dead and always-on dims of every layer.
+    """Return massive activations, rogue features, and dead and always-on features of every layer.
+
+    ::
+
+        found = outliers.compute(store, "mlp_post")
+        found["dead"].sum("feature")
 
     Parameters
     ----------
     largest
-        How many of the largest magnitudes of each dim are kept.
+        Number of magnitudes kept for each feature.
     active
-        A dim is active in a row where its magnitude is above this share of the median, over dims, of how large dims
-        get (their 99 % quantile of magnitude).
+        A feature is active in a row if its magnitude is above this share of a typical large magnitude: the median over
+        features of their 99 % quantile.
     where
-        scheduler, workers and progress, see `analysis.statistics.onepass.read`.
+        scheduler, workers and progress; see `analysis.statistics.onepass.read`.
 
     Returns
     -------
@@ -151,18 +156,23 @@ def compute(
 
 
 def judged(extremes: xr.Dataset, quantiles: xr.Dataset, active: float = 0.01) -> xr.Dataset:
-    """Return *extremes* with what the distribution of magnitudes says about them.
+    """Return *extremes* with massive, dead and always-on features, judged by the distribution of magnitudes.
 
-    ``median`` (layer): of all magnitudes, to within a factor of two. ``massive`` (layer, part, rank, feature): a
+    ::
+
+        found = onepass.read(store, "mlp_post", {"outliers": Extremes(), "quantiles": Histogram()})
+        outliers.judged(found["outliers"], found["quantiles"])
+
+    ``median`` (layer): median of all magnitudes, to within a factor of two. ``massive`` (layer, part, rank, feature): a
     magnitude of more than 100 that is more than 1,000 times the median (Sun et al. 2024, arXiv 2402.17762).
-    ``activity`` (layer, feature): share of rows in which a dim is active, the threshold rounded to a power of two;
-    ``dead`` where it is 0 and ``always_on`` where it is above 0.99. These are meant
-    for neurons after a non-linearity, ``mlp_post``.
+    ``activity`` (layer, feature): share of rows in which a feature is active, with the threshold rounded to a power of
+    two; ``dead`` if it is 0 and ``always_on`` if it is above 0.99. These are meant for neurons after a non-linearity,
+    ``mlp_post``.
 
     Raises
     ------
     AnalysisError
-        The quantiles are of other layers.
+        Extremes and quantiles are of different layers.
     """
     if not np.array_equal(extremes["layer"], quantiles["layer"]) or "below" not in quantiles:
         raise AnalysisError("extremes and quantiles are not of the same layers", remedy="compute both in one read")
@@ -184,7 +194,14 @@ def judged(extremes: xr.Dataset, quantiles: xr.Dataset, active: float = 0.01) ->
 
 
 def massive(found: xr.Dataset, store: Store) -> list[dict[str, Any]]:
-    """Return the massive activations of all layers, largest first: layer, dim, value, row, document id, position."""
+    """Return the massive activations of all layers, largest first.
+
+    ::
+
+        outliers.massive(outliers.compute(store, "resid_post"), store)[0]["position"]
+
+    Each is a dict with layer, dim, value, row, document id and position.
+    """
     places = np.argwhere(found["massive"].values)
     values, rows = found["value"].values, found["row"].values
     document, position = (store.coordinates[name].values for name in ("document", "position"))

@@ -1,4 +1,4 @@
-"""Quantiles and histograms of every dim, from counts of values by their leading bits: mergeable and exact integers."""
+"""Quantiles and histograms of every feature, from mergeable counts of values by their leading bits."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ BITS = 12
 
 @dataclass(frozen=True, eq=False)
 class Histogram(Statistic):
-    """How often every dim has each value, values counted by the leading *bits* of their float32.
+    """Counts of the values of every feature, by the leading *bits* of their float32.
 
-    The bits are sign, exponent and ``bits - 9`` of the mantissa, so a bin spans a share of ``2^(9 - bits)`` of its
-    value: 12 bits tell values to 12.5 %, and a quantile, given as the bin's middle, to 6.25 %. 16 bits are all of a
-    bfloat16: exact. Extremes are always exact.
+    The bits are sign, exponent and ``bits - 9`` of the mantissa, so the width of a bin is ``2^(9 - bits)`` of its
+    value: 12 bits resolve values to 12.5 %, and quantiles, given as the middle of a bin, to 6.25 %. 16 bits are all
+    bits of a bfloat16, so results are exact. Extremes are always exact.
 
     Attributes
     ----------
     quantiles : tuple of float
-        From 0 to 1.
+        Quantiles from 0 to 1.
     bits : int
-        From 10 to 16.
+        Number of leading bits, from 10 to 16.
     """
 
     quantiles: tuple[float, ...] = QUANTILES
@@ -47,12 +47,12 @@ class Histogram(Statistic):
             raise AnalysisError("quantiles lie from 0 to 1", found=str(list(self.quantiles)))
 
     def zero(self, features: int) -> State:
-        """Return no rows."""
+        """Return the state of no rows."""
         ends = {"min": np.full(features, np.inf), "max": np.full(features, -np.inf)}
         return {"n": np.zeros((), np.int64), "counts": np.zeros((features, 1 << self.bits), np.int64), **ends}
 
     def update(self, state: State, block: RowBlock) -> State:
-        """Add rows."""
+        """Return *state* with the rows of *block* added."""
         values = widen(block.stored) + np.float32(0)  # -0 and 0 are one value
         state["n"] = state["n"] + len(block)
         state["min"] = np.minimum(state["min"], values.min(0))
@@ -63,7 +63,7 @@ class Histogram(Statistic):
         return state
 
     def merge(self, first: State, second: State) -> State:
-        """Return both together."""
+        """Return the state of the rows of both."""
         return {
             "n": first["n"] + second["n"],
             "counts": first["counts"] + second["counts"],
@@ -74,11 +74,11 @@ class Histogram(Statistic):
     def result(self, state: State) -> xr.Dataset:
         """Return the quantiles, and a histogram by powers of two.
 
-        ``quantile`` (quantile, feature): the smallest value that at least that share of the rows do not exceed, as
+        ``value`` (quantile, feature): the smallest value that at least that share of the rows do not exceed, as
         ``numpy.quantile(method="inverted_cdf")``, to within ``error`` times its magnitude; ``low`` and ``high`` are the
-        bin's ends. ``count`` (bin, feature): rows with values between ``bin_low`` and ``bin_high``, powers of two with
-        sign, of which a bin holds the one towards 0. ``below`` (magnitude, feature): share of rows of magnitude
-        under 2^magnitude.
+        ends of its bin. ``count`` (bin, feature): number of values between ``bin_low`` and ``bin_high``, signed powers
+        of two; a bin includes its end towards 0. ``below`` (magnitude, feature): share of magnitudes below
+        2^magnitude.
         """
         n, counts = int(state["n"]), state["counts"]
         edges = self.edges()
@@ -87,7 +87,9 @@ class Histogram(Statistic):
         place = np.stack([(total < r).sum(1) for r in rank])
         low = np.clip(edges[place], state["min"], state["max"])
         high = np.clip(edges[place + 1], state["min"], state["max"])
-        inner = np.where(place < len(edges) // 2, high, low)  # the end towards 0 is the value whose other bits are 0
+        inner = np.where(
+            place < len(edges) // 2, high, low
+        )  # the end towards 0 is the value whose remaining bits are 0
         middle = inner if self.bits == 16 else (low + high) / 2
         for i, q in enumerate(self.quantiles):
             middle[i] = state["min"] if q == 0 else state["max"] if q == 1 else middle[i]
@@ -117,7 +119,7 @@ class Histogram(Statistic):
 
     @property
     def error(self) -> float:
-        """Largest relative error of a quantile; 0 where values are bfloat16 and all bits are counted."""
+        """Largest relative error of a quantile; 0 for 16 bits, which are all bits of a bfloat16."""
         return 0.0 if self.bits == 16 else 2.0 ** (8 - self.bits)
 
     def edges(self) -> np.ndarray:
@@ -129,15 +131,15 @@ class Histogram(Statistic):
         return np.concatenate([-magnitude[:0:-1], magnitude])
 
     def state_bytes(self, features: int) -> int:
-        """Return the bytes of a state."""
+        """Return the bytes of one state."""
         return 8 * (features << self.bits)
 
     def describe(self) -> dict[str, Any]:
-        """Return what was asked."""
+        """Return the arguments as plain values."""
         return {"statistic": "quantiles", "quantiles": list(self.quantiles), "bits": self.bits}
 
     def _order(self, values: np.ndarray) -> np.ndarray:
-        """Return the bin of each value: the order of floats as integers."""
+        """Return the bin of each value; bins are in the order of the values."""
         bits = np.ascontiguousarray(values).view(np.int32)
         half = 1 << (self.bits - 1)
         magnitude = (bits & 0x7FFFFFFF) >> (32 - self.bits)
@@ -157,19 +159,23 @@ def compute(
     layers: Layers = "all",
     **where: Any,
 ) -> xr.Dataset:
-    """Return quantiles of every dim and layer.
+    """Return quantiles of every feature and layer.
 
-    (``dask.array.percentile`` averages the quantiles of chunks, which is no quantile: dask issue 3099.)
+    ::
+
+        quantiles.compute(store, "mlp_post", [0.5, 0.99])["value"]
+
+    (``dask.array.percentile`` averages the quantiles of chunks, which is not a quantile: dask issue 3099.)
 
     Parameters
     ----------
     exact
-        Count all 16 bits of a bfloat16: exact to the value, 512 KiB for each dim. Of a wider dtype the rows of one
+        Count all 16 bits of a bfloat16, which is exact and takes 512 KiB per feature. For wider dtypes, the rows of one
         layer at a time are sorted in memory.
     rows
-        About how many rows, whole documents of a seeded sample; None for all.
+        Approximate number of rows, whole documents of a seeded sample; None means all.
     where
-        scheduler, workers and progress, see `analysis.statistics.onepass.read`.
+        scheduler, workers and progress; see `analysis.statistics.onepass.read`.
 
     Returns
     -------
@@ -185,7 +191,7 @@ def compute(
 
 @dataclass(frozen=True, eq=False)
 class Sorted(Statistic):
-    """Exact quantiles of values wider than 16 bits, by keeping them: float32, all rows of one layer.
+    """Exact quantiles of values wider than 16 bits, from all rows of a layer in memory, float32.
 
     Attributes
     ----------
@@ -199,15 +205,15 @@ class Sorted(Statistic):
     sample: DocumentSample | None = None
 
     def zero(self, features: int) -> State:
-        """Return no rows."""
+        """Return the state of no rows."""
         return {"values": np.empty((0, features), np.float32)}
 
     def update(self, state: State, block: RowBlock) -> State:
-        """Add rows."""
+        """Return *state* with the rows of *block* added."""
         return {"values": np.concatenate([state["values"], widen(block.stored)])}
 
     def merge(self, first: State, second: State) -> State:
-        """Return both together."""
+        """Return the state of the rows of both."""
         return {"values": np.concatenate([first["values"], second["values"]])}
 
     def result(self, state: State) -> xr.Dataset:

@@ -1,4 +1,4 @@
-"""How alike layers, sites and stores are: debiased CKA, CCA and cosine, each beside what chance gives."""
+"""Similarity of layers, sites and stores: debiased CKA, CCA and cosine, each with its distribution under chance."""
 
 from __future__ import annotations
 
@@ -35,17 +35,21 @@ def compute(
 ) -> xr.Dataset:
     """Compare every layer of one or more sites of a store with every other, on the same sampled rows.
 
+    ::
+
+        similarity.compute(store, ["resid_post", "mlp_out"], rows=2048)["cka"]
+
     Parameters
     ----------
     rows
-        About how many rows to compare on, whole documents of a seeded sample; ``n`` in the attributes says how many.
-        Memory is n² float64 for each layer.
+        Approximate number of rows, whole documents of a seeded sample; ``n`` in the attributes is the exact number.
+        Memory is n² float64 values per layer.
     permutations, seed
         See `between`.
     skip
-        How many of the first tokens of each document are left out: CKA and cosine are moved by single huge values.
+        Number of first tokens of each document to leave out, because single huge values dominate CKA and cosine.
     where
-        scheduler, workers and progress, see `analysis.statistics.onepass.read`.
+        scheduler, workers and progress; see `analysis.statistics.onepass.read`.
 
     Returns
     -------
@@ -76,7 +80,11 @@ def stores(
     skip: int = 1,
     layers: Layers = "all",
 ) -> xr.Dataset:
-    """Compare the layers of two stores over the same documents, joined by document and position.
+    """Compare the layers of two stores over the same documents, matched by document and position.
+
+    ::
+
+        similarity.stores(base, tuned, "resid_post")["cka"]
 
     Returns
     -------
@@ -85,7 +93,7 @@ def stores(
     Raises
     ------
     AnalysisError
-        The stores have no row in common, or different tokens at the same place.
+        The stores have too few rows in common, or different tokens at the same position.
     """
     second = other_site or site
     match = matching_rows(store, other)
@@ -114,27 +122,31 @@ def between(
     permutations: int = 100,
     seed: int = 0,
 ) -> xr.Dataset:
-    """Compare matrices over the same rows, each with each.
+    """Compare every matrix with every other, over the same rows.
+
+    ::
+
+        similarity.between({"a": X, "b": Y})["cka"].sel(one="a", two="b")
 
     - ``cka``: linear CKA (Kornblith et al. 2019) by the unbiased HSIC of Song et al. (2012), which is 0 for
-      independent rows however many dims there are; the biased one is not (arXiv 2405.01012).
-    - ``cca``: mean squared canonical correlation of the leading principal components, at most a tenth of the rows of
-      them (SVCCA, Raghu et al. 2017), since CCA of as many dims as rows is 1 for noise.
-    - ``cosine``: mean cosine of a row with the same row; NaN where the numbers of dims differ.
+      independent rows with any number of features; the biased one is not (arXiv 2405.01012).
+    - ``cca``: mean squared canonical correlation of the leading principal components, at most a tenth as many as rows
+      (SVCCA, Raghu et al. 2017), because CCA with as many features as rows is 1 even for noise.
+    - ``cosine``: mean cosine of equal rows; NaN if the numbers of features differ.
 
-    Each comes with ``_null``, the 95 % quantile, and ``_p``, the share, of as many random pairings of the rows that
-    reach it: (1 + count) / (1 + permutations). Rows are paired at random one by one; tokens of one document are not
+    Each has a ``_null``, the 95 % quantile over random pairings of the rows, and a ``_p``, the share of random pairings
+    that reach the value: (1 + count) / (1 + permutations). Rows are paired one by one; tokens of one document are not
     independent, so p is somewhat too small for them.
 
     Parameters
     ----------
     one, two
-        Matrices by name, each of shape (rows, features); *two* is *one* where not given.
+        Matrices by name, each of shape (rows, features); *two* is *one* by default.
 
     Raises
     ------
     AnalysisError
-        The matrices do not have the same rows, or fewer than 4.
+        The matrices have different numbers of rows, or fewer than 4.
     """
     second = one if two is None else two
     sizes = {len(values) for values in (*one.values(), *second.values())}
@@ -152,10 +164,10 @@ def between(
     for name, comparison in (("cka", _CKA), ("cca", _CCA), ("cosine", _Cosine)):
         left: Any = comparison(list(one.values()))
         right: Any = left if two is None else comparison(list(second.values()))
-        value = left.with_(right, None)
+        value = left.compare_with(right, None)
         data[name] = (("one", "two"), value)
         if permutations:
-            chance = np.stack([left.with_(right, order) for order in orders])
+            chance = np.stack([left.compare_with(right, order) for order in orders])
             with np.errstate(invalid="ignore"):
                 data[f"{name}_null"] = (("one", "two"), np.quantile(chance, 0.95, axis=0))
                 data[f"{name}_p"] = (("one", "two"), (1 + (chance >= value).sum(0)) / (1 + permutations))
@@ -163,7 +175,7 @@ def between(
 
 
 class _CKA:
-    """U-centred kernels (Székely & Rizzo 2014), their upper triangles as unit vectors: products are debiased CKA."""
+    """U-centred kernels (Székely & Rizzo 2014) with upper triangles as unit vectors; products are debiased CKA."""
 
     def __init__(self, matrices: list[np.ndarray]) -> None:
         self.n = len(matrices[0])
@@ -172,7 +184,7 @@ class _CKA:
         norms = np.sqrt(np.einsum("ai,ai->a", self.kernels, self.kernels))
         self.kernels /= np.where(norms > 0, norms, 1)[:, None]
 
-    def with_(self, other: _CKA, order: np.ndarray | None) -> np.ndarray:
+    def compare_with(self, other: _CKA, order: np.ndarray | None) -> np.ndarray:
         right = other.kernels
         if order is not None:
             one, two = order[self.upper[0]], order[self.upper[1]]
@@ -182,7 +194,7 @@ class _CKA:
 
 
 class _CCA:
-    """Orthonormal bases of the leading principal components; equal numbers of them, so that they stack."""
+    """Orthonormal bases of the leading principal components, with at most the same number for each matrix."""
 
     def __init__(self, matrices: list[np.ndarray]) -> None:
         kept = max(1, min(len(matrices[0]) // 10, min(values.shape[1] for values in matrices)))
@@ -193,7 +205,7 @@ class _CCA:
             full = sizes[-kept:] > max(sizes[-1], 0.0) * 1e-12
             self.bases.append(np.linalg.qr(centred @ vectors[:, -kept:][:, full])[0])
 
-    def with_(self, other: _CCA, order: np.ndarray | None) -> np.ndarray:
+    def compare_with(self, other: _CCA, order: np.ndarray | None) -> np.ndarray:
         found = np.zeros((len(self.bases), len(other.bases)))
         right = [basis if order is None else basis[order] for basis in other.bases]
         ends = np.cumsum([0, *(basis.shape[1] for basis in right)])
@@ -207,7 +219,7 @@ class _CCA:
 
 
 class _Cosine:
-    """Rows of length 1; matrices of one width together, as (rows, matrices, features)."""
+    """Rows scaled to length 1; matrices of the same width are stacked as (rows, matrices, features)."""
 
     def __init__(self, matrices: list[np.ndarray]) -> None:
         self.count, self.units = len(matrices), {}
@@ -217,7 +229,7 @@ class _Cosine:
             norms = np.linalg.norm(units, axis=2, keepdims=True)
             self.units[width] = (places, units / np.where(norms > 0, norms, 1))
 
-    def with_(self, other: _Cosine, order: np.ndarray | None) -> np.ndarray:
+    def compare_with(self, other: _Cosine, order: np.ndarray | None) -> np.ndarray:
         found = np.full((self.count, other.count), np.nan)
         for width in self.units.keys() & other.units.keys():
             (rows, left), (columns, right) = self.units[width], other.units[width]
@@ -232,7 +244,7 @@ def _centred(values: np.ndarray) -> np.ndarray:
 
 
 def _u_centred(values: np.ndarray) -> np.ndarray:
-    """Return the linear kernel with rows, columns and diagonal taken out so that products are unbiased."""
+    """Return the linear kernel, U-centred so that products are unbiased."""
     centred = _centred(values)
     kernel = centred @ centred.T
     n = len(kernel)

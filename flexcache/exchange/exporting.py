@@ -1,4 +1,4 @@
-"""A store as files of other tools: a file a site and layer, or a table with a column for each."""
+"""Export a store to files of other tools: a file for each site and layer, or a table with a column for each."""
 
 from __future__ import annotations
 
@@ -44,23 +44,27 @@ def export(
     rows: str = "all",
     progress: Progress = lambda done, total: None,
 ) -> list[Path]:
-    """Write activations as safetensors, npy or Parquet files; the same call goes on where one stopped, by file.
+    """Write activations as safetensors, npy or Parquet files; repeat the call to resume, file by file.
 
-    Beside the files are ``documents.parquet``, as in the store; ``export.json``, which says what was exported from
-    what; and for safetensors and npy ``rows.npy``, the row numbers in the store, and ``token_id.npy``. Memory is some
+    ::
+
+        flexcache.export("run.zarr", "exported", "safetensors", sites=["resid_post"], layers=[12])
+
+    The folder also has ``documents.parquet``, as in the store; ``export.json``, which describes the export and its
+    store; and for safetensors and npy ``rows.npy``, the row numbers in the store, and ``token_id.npy``. Memory is about
     100 MB.
 
     Parameters
     ----------
     to
         ``safetensors``: a file ``<site>.layer_<n>.safetensors`` for each layer, with one tensor of that name, shape
-        (rows, features), in the stored dtype. ``npy``: the same, to be opened with ``np.load(…, mmap_mode="r")``;
-        bfloat16 as float32. ``parquet``: a file a unit in ``data/``, a line a row, with a column for each site and
+        (rows, features), in the stored dtype. ``npy``: the same, for ``np.load(…, mmap_mode="r")``, with bfloat16 as
+        float32. ``parquet``: a file for each unit in ``data/``, with a line for each row and a column for each site and
         layer; bfloat16 as float32. See `flexcache.exchange.table`.
     sites, layers
         See `flexcache.store.read.selection.select`.
     rows
-        ``all``, or ``committed`` for those of a partial store.
+        ``all``, or ``committed`` for the committed rows of a partial store.
 
     Returns
     -------
@@ -69,19 +73,19 @@ def export(
     Raises
     ------
     ConfigError
-        There is no such format or choice of rows.
+        The format or choice of rows does not exist.
     SiteError
-        The store has no such site or layer.
+        The store does not have the site or layer.
     UncommittedError
-        Rows are not committed, and all are asked for.
+        Rows are not committed, and *rows* is ``all``.
     MismatchError
         The folder holds another export.
     StoreError
-        The folder is taken by something else.
+        The folder is a file, or holds something else.
     PlanError
-        The disk has no room.
+        The disk has too little room.
     CaptureError
-        The disk refuses.
+        The disk cannot be written.
     """
     if to not in FORMATS:
         raise ConfigError(f"there is no format {to!r}", remedy=nearest(to, FORMATS))
@@ -100,13 +104,17 @@ def export(
 
 
 def label(key: ArrayKey) -> str:
-    """Return the name of a site and layer in files: ``resid_post.layer_12``."""
+    """Return the name of a site and layer in files.
+
+    >>> label(("resid_post", 12))
+    'resid_post.layer_12'
+    """
     name, layer = key
     return name if layer is None else f"{name}.layer_{layer}"
 
 
 class _Export:
-    """One export: its files, and how many bytes of rows are done."""
+    """One export: its files, and its progress in bytes."""
 
     def __init__(self, store: Store, folder: Path, to: str, arrays: list[ArraySpec], progress: Progress) -> None:
         self.store, self.folder, self.to, self.arrays = store, folder, to, arrays
@@ -177,7 +185,9 @@ class _Export:
         path.parent.mkdir(exist_ok=True)
         columns = {label(key): (key, written(self.store.arrays[key[0]], self.to)) for key in self.keys}
         with _put(path) as temporary:
-            table.write(self.store, unit, columns, temporary, lambda rows: self._advance(rows * self.row_bytes))
+            table.write_unit_table(
+                self.store, unit, columns, temporary, lambda rows: self._advance(rows * self.row_bytes)
+            )
         return path
 
     def _advance(self, count: int) -> None:
@@ -186,13 +196,13 @@ class _Export:
 
 
 def written(array: ArraySpec, to: str) -> np.dtype:
-    """Return the dtype in which an array is exported: its own; float32 for int8, and where a format has no bfloat16."""
+    """Return the dtype of an exported array: its own, or float32 for int8 and for bfloat16 in a format without it."""
     lacking = array.dtype == "int8" or (to != "safetensors" and array.dtype == "bfloat16")
     return np.dtype(np.float32) if lacking else DTYPES[array.dtype]
 
 
 def _begin(folder: Path, work: _Export) -> None:
-    """Write the manifest into a new folder, or check that of one that was begun."""
+    """Write the manifest into a new folder, or check the manifest of an earlier call."""
     path, manifest = folder / MANIFEST, work.manifest()
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder} is a file", remedy="choose another folder")
@@ -210,12 +220,12 @@ def _begin(folder: Path, work: _Export) -> None:
                 "the folder holds another export",
                 where=str(folder),
                 found=f"other {', '.join(different)}",
-                remedy="choose another folder, or remove this one; a store that has grown is exported anew",
+                remedy="choose another folder, or remove this one; a store that was extended has to be exported again",
             )
         return
     if folder.exists() and not all(is_temporary(path) for path in folder.iterdir()):
         raise StoreError(
-            f"{folder} is not empty, and no export of a store",
+            f"{folder} is not empty and does not hold an export",
             remedy="choose another folder, or remove it if it is not needed",
         )
     try:
@@ -242,7 +252,7 @@ def _check_committed(store: Store, rows: str) -> None:
 
 
 def _tidy(folder: Path, began: float) -> None:
-    """Remove what exports that were stopped left on its way; nobody has touched it since this one began."""
+    """Remove temporary files of interrupted exports, which are older than *began*."""
     for path in temporaries(folder):
         if path.stat().st_mtime < began:
             path.unlink(missing_ok=True)
@@ -250,7 +260,7 @@ def _tidy(folder: Path, began: float) -> None:
 
 @contextmanager
 def _put(path: Path) -> Iterator[Path]:
-    """Give a temporary name whose file gets its own once it is whole and flushed."""
+    """Yield a temporary path whose file gets the name *path* once it is complete and flushed."""
     temporary = temporary_name(path)
     try:
         yield temporary

@@ -1,4 +1,4 @@
-"""Tensors of activations in a folder of other tools' files, found by name and read where they lie."""
+"""Find tensors of activations in files of other tools, and read them in place."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ ENDINGS = {"safetensors": (".safetensors",), "pt": (".pt", ".pth", ".bin"), "sae
 
 @dataclass(frozen=True)
 class FileTensor:
-    """One tensor of one file.
+    """A tensor in a file.
 
     Attributes
     ----------
     file : str
-        Relative to the folder.
+        Path relative to the folder.
     name : str
-        Of the tensor within its file; empty where the file is the tensor.
+        Name of the tensor in its file; empty if the file is one tensor.
     shape : tuple of int
     open : callable
-        Returns the tensor as a numpy array, mapped from the file where the format allows it.
+        Function that returns the tensor as a numpy array, memory-mapped if the format allows it.
     """
 
     file: str
@@ -43,7 +43,7 @@ class FileTensor:
 
 
 def find_tensors(folder: Path, kind: str) -> list[FileTensor]:
-    """Return all tensors below a folder, files in natural order (``part2`` before ``part10``).
+    """Return all tensors in a folder and its subfolders, files in natural order (``part2`` before ``part10``).
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ def find_tensors(folder: Path, kind: str) -> list[FileTensor]:
     Raises
     ------
     StoreError
-        There is no such folder, or no such file in it.
+        The folder does not exist, or has no file of that kind.
     DamagedError
         A file cannot be read.
     """
@@ -66,12 +66,12 @@ def find_tensors(folder: Path, kind: str) -> list[FileTensor]:
 
 
 def list_tensors(path: Path, name: str) -> list[FileTensor]:
-    """Return the tensors of one file, by its ending; *name* is what to call the file.
+    """Return the tensors of one file, whose format is given by its ending; *name* is its name in messages.
 
     Raises
     ------
     DamagedError
-        It cannot be read.
+        The file cannot be read.
     """
     readers = {".safetensors": _safetensors, ".arrow": _arrow, ".npy": _npy}
     return list(readers.get(path.suffix, _torch)(path, name))
@@ -91,7 +91,7 @@ def _npy(path: Path, file: str) -> Iterator[FileTensor]:
 
 
 def _torch(path: Path, file: str) -> Iterator[FileTensor]:
-    """Read what torch saved, tensors alone: whatever else a pickle could do is refused by ``weights_only``."""
+    """Yield the tensors of a torch file; ``weights_only`` rejects pickles with anything else."""
     import pickle
 
     import torch
@@ -101,7 +101,7 @@ def _torch(path: Path, file: str) -> Iterator[FileTensor]:
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # a file of before torch 1.6 cannot be mapped
+        except RuntimeError:  # files from before torch 1.6 cannot be mapped
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise _unreadable(path, "a file of torch with tensors alone", error) from error
@@ -112,7 +112,7 @@ def _torch(path: Path, file: str) -> Iterator[FileTensor]:
 
 
 def _tensors(content: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Walk through dicts and lists; a place within them is written with dots."""
+    """Yield the leaves of nested dicts and lists with their dotted names."""
     if isinstance(content, dict):
         items: Any = content.items()
     elif isinstance(content, list | tuple):
@@ -125,9 +125,9 @@ def _tensors(content: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _arrow(path: Path, file: str) -> Iterator[FileTensor]:
-    """Read a Hugging Face datasets file, as SAELens' CacheActivationsRunner writes it: nested lists, mapped.
+    """Yield the columns of a Hugging Face datasets file of SAELens' CacheActivationsRunner, memory-mapped.
 
-    A column of activations is a list of tokens of lists of features; ``token_ids`` is a list of tokens.
+    A column of activations holds lists of tokens of lists of features; ``token_ids`` holds lists of tokens.
     """
     try:
         with pa.memory_map(str(path)) as source:
@@ -164,7 +164,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 def _belongs(path: Path, folder: Path, kind: str) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    stored = kind != "saelens" or path.name.startswith("data-")  # datasets leaves cache-*.arrow beside
+    stored = kind != "saelens" or path.name.startswith("data-")  # datasets also writes cache-*.arrow
     return path.suffix in ENDINGS[kind] and path.is_file() and stored and not hidden
 
 
@@ -186,7 +186,7 @@ def _unreadable(path: Path, kind: str, error: Exception) -> DamagedError:
 
 
 class TensorStack:
-    """The rows of several tensors of shape (…, features), one after the other, gathered by number."""
+    """The rows of several tensors of shape (…, features), concatenated and gathered by index."""
 
     def __init__(self, tensors: Sequence[FileTensor]) -> None:
         self.features = tensors[0].shape[-1]
@@ -198,7 +198,7 @@ class TensorStack:
         return int(self._starts[-1])
 
     def gather_rows(self, rows: np.ndarray) -> np.ndarray:
-        """Return rows in the order asked for, shape (rows, features)."""
+        """Return the given rows in their order, shape (rows, features)."""
         out = np.empty((len(rows), self.features), self.dtype)
         owner = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(owner).tolist():

@@ -1,4 +1,4 @@
-"""Activations that others have saved, into a store: planned, checked and committed as a capture is."""
+"""Import activations from files of other tools into a store, planned, checked and committed like a capture."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from flexcache.store.format.text import TABLE_COLUMNS
 from flexcache.store.read.store import Store
 
 LAYER_PATTERN = r"(?:layers?|blocks|h)[._](\d+)"
-"""Where a name says its layer: ``layer_3``, ``model.layers.3``, ``blocks.3.hook_resid_post``, ``transformer.h.3``."""
+"""Layer in the name of a tensor: ``layer_3``, ``model.layers.3``, ``blocks.3.hook_resid_post``, ``transformer.h.3``."""
 BATCH_TOKENS = 4096
 
 Progress = Callable[[int, int], None]
@@ -46,51 +46,57 @@ def import_folder(
     compression: str = "none",
     progress: Progress = lambda done, total: None,
 ) -> Store:
-    """Make a store of the tensors in a folder; the same call goes on where one stopped.
+    """Make a store from the tensors in a folder; repeat the call to resume.
 
-    A tensor has shape (tokens, features), or (documents, tokens, features). Tensors of one layer are joined in the
-    natural order of their files. Nothing is known of padding: what is in a tensor is a row.
+    ::
+
+        flexcache.import_folder("cached_activations", "run.zarr", "saelens", site="resid_post", model="gpt2")
+
+    A tensor has shape (tokens, features) or (documents, tokens, features). Tensors of one layer are concatenated in the
+    natural order of their files. Padding is unknown: every vector in a tensor becomes a row.
 
     Parameters
     ----------
     kind
-        ``safetensors``; ``pt``, what ``torch.save`` writes, tensors in dicts and lists, read by
+        ``safetensors``; ``pt``, files of ``torch.save`` with tensors in dicts and lists, read with
         ``weights_only=True``; or ``saelens``, a folder of SAELens' CacheActivationsRunner.
     site
-        What the tensors are: a standard site, or a name of their own.
+        Site of the tensors: a standard site, or any other name.
     layer_pattern
-        A regular expression with one group, the layer's number; sought in a tensor's name, then in its file's. Tensors
-        without a layer are left out. Where none has one, and the site is no standard one, the tensors have no layer.
+        Regular expression with one group, the layer number, which is searched in the name of a tensor, then in that of
+        its file. Tensors without a layer are left out. If no tensor has one and the site is not a standard site, the
+        tensors have no layer.
     depth
-        Layers of the model; by default one more than the highest layer found.
+        Number of layers of the model; by default one more than the highest layer found.
     token_ids
-        The name of the tensors of token ids in the same files, or a file (.npy, .safetensors, .pt) that holds one,
-        shape (tokens) or (documents, tokens); ``token_ids`` by default for saelens. Without, every id is 0.
+        Name of the tensors of token ids in the same files, or a file (.npy, .safetensors, .pt) with one, shape (tokens)
+        or (documents, tokens); ``token_ids`` by default for saelens. Without token ids, every id is 0.
     documents
-        A Parquet file with a line a document, such as `flexcache.exchange.exporting.export` writes: ``n_rows`` tokens
-        each (one where there is no such column), its ``id``, and labels. By default a document is a line of the first
-        of three dims; of two dims, each token is a document of its own.
+        Parquet file with a line for each document, as `flexcache.exchange.exporting.export` writes it: ``n_rows``, its
+        number of tokens (one without such a column), ``id``, and labels. By default the first of three dims is the
+        document; with two dims, each token is a document.
     model
-        The name of the model that the activations are of.
+        Name of the model of the activations.
     dtype
-        As stored; that of the tensors by default.
+        Stored dtype; that of the tensors by default.
 
     Returns
     -------
-    The store.
+    Store
+        The complete store.
 
     Raises
     ------
     ConfigError
-        An option cannot be meant.
+        An option cannot be used.
     SiteError
-        No tensor has a layer.
+        No tensor has a layer, although the site needs one.
     MismatchError
-        Tensors differ in shape, or documents and token ids do not fit them; or the target is another store.
+        Tensors differ in shape, documents or token ids do not fit them, or the target holds another store.
     DamagedError
         A file cannot be read.
     RangeError
-        A value is not finite, or does not fit the dtype.
+        A value is not finite, or the dtype cannot hold it.
     """
     if kind not in ENDINGS:
         raise ConfigError(f"activations cannot be imported from {kind!r}", remedy=nearest(kind, tuple(ENDINGS)))
@@ -131,7 +137,7 @@ def import_folder(
 
 @dataclass(frozen=True)
 class _Shape:
-    """Tokens in all, and of each document where the tensors say so."""
+    """Number of tokens, and tokens of each document if the tensors have a document dim."""
 
     tokens: int
     lengths: np.ndarray | None
@@ -152,7 +158,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _layers(tensors: Sequence[FileTensor], site: str, pattern: re.Pattern[str]) -> dict[int | None, list[FileTensor]]:
-    """Return the tensors of each layer, in order; of None where there are no layers."""
+    """Return the tensors of each layer, in order; the key is None if there are no layers."""
     found: dict[int | None, list[FileTensor]] = {}
     for tensor in tensors:
         match = pattern.search(tensor.name) or pattern.search(tensor.file)
@@ -177,7 +183,7 @@ def _layers(tensors: Sequence[FileTensor], site: str, pattern: re.Pattern[str]) 
 
 
 def _shape(found: dict[int | None, list[FileTensor]]) -> _Shape:
-    """Check that the tensors of all layers have one form, and return it."""
+    """Return the common shape of the tensors of all layers; raise MismatchError if they differ."""
     first = next(iter(found.values()))
     lead = [tensor.shape[:-1] for tensor in first]
     for layer, tensors in found.items():
@@ -201,7 +207,7 @@ def _shape(found: dict[int | None, list[FileTensor]]) -> _Shape:
                 f"layer {layer} has other tokens than layer {next(iter(found))}",
                 expected=_sum(lead),
                 found=_sum([tensor.shape[:-1] for tensor in tensors]),
-                remedy="every layer has the same tensors; a file may be missing",
+                remedy="every layer needs the same tensors; a file may be missing",
             )
     tokens = sum(math.prod(shape) for shape in lead)
     if not tokens:
@@ -233,11 +239,11 @@ def _token_ids(folder: Path, tensors: list[FileTensor], names: str | None, shape
             expected=f"{shape.tokens} whole numbers",
             found=f"{len(flat)} of {flat.dtype}",
         )
-    return np.maximum(flat, 0).astype(np.int32)  # -1 is what a store has for the token of a mean
+    return np.maximum(flat, 0).astype(np.int32)  # -1 stands for the token of a mean
 
 
 def _documents(shape: _Shape, path: str | Path | None, tokens: np.ndarray) -> tuple[pa.Table, np.ndarray]:
-    """Return the documents that have tokens, and where the tokens of each begin."""
+    """Return the documents that have tokens, and the offset of the tokens of each."""
     table = None if path is None else _table(local_path(path))
     if shape.lengths is not None:
         lengths = shape.lengths
@@ -291,6 +297,6 @@ def _stored(tensor: FileTensor) -> str:
             f"tensors of {tensor.dtype.name} cannot be stored as they are",
             where=str(tensor),
             expected=f"one of {', '.join(DTYPES)}",
-            remedy="say which dtype to store them in (--dtype float32)",
+            remedy="choose the stored dtype (--dtype float32)",
         )
     return tensor.dtype.name

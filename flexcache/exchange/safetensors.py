@@ -1,8 +1,8 @@
-"""The head of a safetensors file: written before rows that are streamed after it, and read without loading any.
+"""Read and write headers of safetensors files, so that tensors can be streamed after them or memory-mapped.
 
-The format: eight bytes with the length of the head, the head as JSON, and the tensors in C order
-(https://huggingface.co/docs/safetensors). The package of that name reads such files too; to write one it needs the
-whole tensor in memory.
+The format is eight bytes with the length of the header, the header as JSON, and the tensors in C order
+(https://huggingface.co/docs/safetensors). The package of that name also reads such files, but needs the whole tensor in
+memory to write one.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ DTYPES: dict[str, np.dtype] = {
     "I32": np.dtype("<i4"),
     "I64": np.dtype("<i8"),
 }
-LARGEST_HEAD = 100 << 20
+LARGEST_HEADER = 100 << 20
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies in a file: dtype, shape, and offset in bytes."""
+    """Location of a tensor in a file: dtype, shape, and offset in bytes."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -47,7 +47,11 @@ class TensorEntry:
 
 
 def header(name: str, dtype: np.dtype, shape: tuple[int, ...], metadata: dict[str, str]) -> bytes:
-    """Return the head of a file that holds one tensor."""
+    """Return the header of a file with one tensor.
+
+    >>> len(header("x", np.dtype("<f4"), (2, 3), {})) % 8
+    0
+    """
     code = next(code for code, known in DTYPES.items() if known == dtype)
     size = math.prod(shape) * dtype.itemsize
     content: dict[str, Any] = {
@@ -60,19 +64,19 @@ def header(name: str, dtype: np.dtype, shape: tuple[int, ...], metadata: dict[st
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """Return the tensors of a file that have a dtype of `DTYPES`, by name, and the file's metadata.
+    """Return the tensors of a file by name, as far as their dtype is in `DTYPES`, and the metadata of the file.
 
     Raises
     ------
     DamagedError
-        It is not a safetensors file, or not whole.
+        The file is not a safetensors file, or is incomplete.
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(LARGEST_HEAD, size):
-                raise ValueError(f"the head would be {length} bytes")
+            if length > min(LARGEST_HEADER, size):
+                raise ValueError(f"the header would be {length} bytes")
             content = json.loads(file.read(length))
         metadata = dict(content.pop("__metadata__", None) or {})
         entries = {}

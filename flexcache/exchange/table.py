@@ -1,7 +1,8 @@
-"""Activations as a table: a line a row, a column a site and layer, for Parquet readers such as Hugging Face datasets.
+"""Write activations as a Parquet table, for readers such as Hugging Face datasets.
 
-Columns: ``row``, ``document`` (its id), ``position``, ``token_id``, the labels of the document, and for each site and
-layer a list of fixed size. A label that has the name of another column gets the prefix ``label_``.
+Each row of the store is a line. Columns are ``row``, ``document`` (its id), ``position``, ``token_id``, the labels of
+the document, and a list of fixed size for each site and layer. A label with the name of another column gets the prefix
+``label_``.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ Columns = Mapping[str, tuple[ArrayKey, np.dtype]]
 
 
 def unit_rows(store: Store, unit: int) -> range:
-    """Return the rows of a unit."""
+    """Return the row numbers of a unit."""
     start = unit * store.shard_rows
     return range(start, min(start + store.shard_rows, store.n_rows))
 
 
-def write(store: Store, unit: int, columns: Columns, path: Path, progress: Callable[[int], None]) -> None:
-    """Write the rows of a unit as one Parquet file, in row groups of at most 32 MB; *progress* is told of rows."""
+def write_unit_table(store: Store, unit: int, columns: Columns, path: Path, progress: Callable[[int], None]) -> None:
+    """Write the rows of a unit as one Parquet file, in row groups of at most 32 MB; *progress* is called with rows."""
     rows = unit_rows(store, unit)
     width = sum(store.arrays[key[0]].features * dtype.itemsize for key, dtype in columns.values())
     step = max(1, GROUP_BYTES // max(1, width))

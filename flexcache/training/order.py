@@ -1,4 +1,4 @@
-"""The order of an epoch: which rows are read together, and in which order they are given."""
+"""Order of an epoch: runs of rows that are read together, and the order of rows in batches."""
 
 from __future__ import annotations
 
@@ -15,20 +15,24 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Order:
-    """Runs of consecutive rows in drawn order, dealt out to consumers, and mixed a pool at a time.
+    """Runs of consecutive rows in random order, shared by consumers, and shuffled pool by pool.
 
-    Everything is a function of the rows, the seed and the epoch; of the runs in drawn order, consumer *c* of *n* takes
-    every n-th. A *pool* is as many runs as fit into it; its rows are given in drawn order, `batch_size` at a time.
-    Batches go across pools: what is left of one begins the next batch.
+    Everything is a function of the rows, the seed and the epoch. Consumer *c* of *n* takes every n-th run of the random
+    order. A *pool* is as many runs as fit into it; its rows are given in random order, `batch_size` at a time. Batches
+    cross pools: the remaining rows of a pool start the next batch.
+
+    >>> order = Order(np.arange(100), unit_rows=50, run_rows=8, pool_rows=32, batch_size=10, seed=0)
+    >>> order.count_batches(epoch=0, consumer=0, consumers=1)
+    10
 
     Attributes
     ----------
     rows : ndarray of int64, sorted
-        The rows to give, each once an epoch.
+        The rows to give, each once per epoch.
     unit_rows : int
-        Rows of a unit; no run straddles two.
+        Rows of a unit; no run crosses units.
     run_rows, pool_rows : int
-        At most so many rows are read at a time, and mixed at a time.
+        Largest number of rows of a run and of a pool.
     batch_size : int
     seed : int
     """
@@ -52,7 +56,7 @@ class Order:
 
     @cached_property
     def runs(self) -> Ints:
-        """First and last place in `rows` of each run, (runs, 2), the last excluded."""
+        """Start and end (excluded) of each run as indices into `rows`, (runs, 2)."""
         piece = self.rows // self.unit_rows * self.unit_rows
         piece = piece + (self.rows - piece) // self.run_rows * self.run_rows
         cuts = np.flatnonzero(np.diff(piece)) + 1
@@ -60,12 +64,12 @@ class Order:
         return np.stack([ends[:-1], ends[1:]], axis=1).astype(np.int64)
 
     def runs_of(self, epoch: int, consumer: int, consumers: int) -> Ints:
-        """Return the runs of a consumer in an epoch, as numbers of `runs`, in the order in which they are read."""
+        """Return the runs of a consumer in an epoch, as indices into `runs`, in reading order."""
         drawn = np.random.default_rng([self.seed, epoch]).permutation(len(self.runs))
         return np.asarray(drawn[consumer::consumers])
 
     def pools_of(self, epoch: int, consumer: int, consumers: int) -> list[Ints]:
-        """Return the runs of each pool."""
+        """Return the runs of each pool of a consumer."""
         mine = self.runs_of(epoch, consumer, consumers)
         sizes = np.diff(self.runs[mine], axis=1)[:, 0]
         cuts, filled = [], 0
@@ -77,20 +81,23 @@ class Order:
         return np.split(mine, cuts) if len(mine) else []
 
     def mixing_order(self, epoch: int, consumer: int, pool: int, size: int) -> Ints:
-        """Return the drawn order of the rows of a pool."""
+        """Return the random order of the rows of a pool, as indices (size,)."""
         return np.random.default_rng([self.seed, epoch, consumer, pool, 1]).permutation(size)
 
     def count_batches(self, epoch: int, consumer: int, consumers: int, drop_last: bool = False) -> int:
-        """Return how many batches a consumer gets in an epoch."""
+        """Return the number of batches of a consumer in an epoch."""
         mine = self.runs[self.runs_of(epoch, consumer, consumers)]
         count = int(np.diff(mine, axis=1).sum())
         return count // self.batch_size if drop_last else -(-count // self.batch_size)
 
 
 def turns(totals: list[int], given: int) -> list[int]:
-    """Return how many batches each of several workers has given after *given* in all, when they take turns.
+    """Return the number of batches that each worker has given after *given* batches in turns.
 
-    A worker that has no more is passed over, as torch's DataLoader does.
+    A worker without further batches is skipped, as in torch's DataLoader.
+
+    >>> turns([3, 1, 2], given=4)
+    [2, 1, 1]
     """
     done = [0] * len(totals)
     while given > 0 and (left := [worker for worker, total in enumerate(totals) if done[worker] < total]):

@@ -1,4 +1,4 @@
-"""PoolReader of rows, read in runs by several threads, one pool ahead of what is being given."""
+"""Read pools of rows in runs by several threads, one pool ahead of the consumer."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from flexcache.store.storage.backend import disk_path
 from flexcache.training.order import Ints, Order
 
 ALIGNED = 4096
-"""Bytes that a read past the page cache begins and ends at multiples of."""
+"""Reads that bypass the page cache start and end at multiples of this number of bytes."""
 TOGETHER = 8
-"""Runs that a thread takes at a time."""
+"""Number of runs that a thread reads as one job."""
 
 
 @dataclass(frozen=True)
 class ArraySource:
-    """One array and layer that rows are read from.
+    """An array and layer from which rows are read.
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class ArraySource:
     site : str
     layer : int, or None
     match : ndarray of int64, or None
-        The row of this store for each row of the stream, where they are others.
+        Row of this store for each row of the stream, if they differ.
     """
 
     store: Store
@@ -47,7 +47,7 @@ class ArraySource:
 
     @property
     def features(self) -> int:
-        """Length of a row."""
+        """Number of features of a row."""
         return self.store.arrays[self.site].features
 
     @property
@@ -57,30 +57,29 @@ class ArraySource:
 
     @property
     def bits(self) -> np.dtype:
-        """The unsigned integers of the size of a value as it is given: as stored, but float32 for int8."""
+        """Unsigned integer dtype with the size of a value as it is given: the stored size, or float32 for int8."""
         return np.dtype(f"<u{4 if self.scaled else self.store.reader(self.site).dtype.itemsize}")
 
     @property
     def scaled(self) -> bool:
-        """Whether rows are int8, to be multiplied by their scale."""
+        """True if rows are int8 and have to be multiplied by their scale."""
         return self.store.arrays[self.site].dtype == "int8"
 
 
 class PoolReader:
-    """Reads the pools of one consumer's epoch in order, each while the one before is given, into two buffers by turns.
+    """Read the pools of one consumer in an epoch, one pool ahead, into two alternating buffers.
 
     Parameters
     ----------
     sources
-        Each gives an array (rows of the pool, features) of the bits that are stored.
+        Sources; each gives an array (rows of the pool, features) of stored bits.
     keep_cache
-        Whether pages that are read stay in the page cache; otherwise files are read past it (O_DIRECT), so that an
-        epoch larger than memory displaces nothing. Where a file system refuses that, pages are given up behind the
-        reader.
+        Keep pages in the page cache. Otherwise reads bypass it (O_DIRECT), so that an epoch larger than memory
+        displaces nothing; if the file system refuses that, pages are dropped after they were read.
     threads
-        How many runs are read at a time.
+        Number of runs that are read at the same time.
     buffers
-        Those of an earlier epoch, or none yet: fresh memory costs as much as reading does.
+        Buffers of an earlier epoch, or an empty list: fresh memory costs as much time as reading.
     """
 
     def __init__(
@@ -91,10 +90,12 @@ class PoolReader:
         self._paths: dict[tuple[int, int], Any] = {}
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="flexcache-runs")
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="flexcache-pool")
-        self._end = weakref.finalize(self, _end_threads, self._ahead, self._readers)  # at exit, while modules are there
+        self._end = weakref.finalize(
+            self, _end_threads, self._ahead, self._readers
+        )  # at exit, while modules still exist
 
     def read_pools(self, pools: Sequence[Ints]) -> Iterator[tuple[Ints, list[NDArray]]]:
-        """Yield the rows of each pool, and of each source their bits, which are valid until the next is asked for."""
+        """Yield the rows of each pool with their bits in each source, which are valid until the next pool."""
         largest, buffers = max((self._size(pool) for pool in pools), default=0), self.buffers
         if len(buffers) < min(2, len(pools)) or (buffers and len(buffers[0][0]) < largest):
             buffers[:] = [
@@ -110,7 +111,7 @@ class PoolReader:
             yield found
 
     def close(self) -> None:
-        """End the threads; once ended, do nothing."""
+        """Stop the threads; further calls do nothing."""
         self._end()
 
     def _size(self, runs: Ints) -> int:
@@ -137,14 +138,14 @@ class PoolReader:
             self._run(source, out[span], rows[span])
 
     def _run(self, source: ArraySource, out: NDArray, rows: Ints) -> None:
-        """Read the rows of a run, which are sorted; few that are not wanted between them are read along."""
+        """Read the sorted rows of a run; a few unneeded rows between them are read as well."""
         wanted = rows if source.match is None else source.match[rows]
         reader, first, last = source.store.reader(source.site), int(wanted[0]), int(wanted[-1]) + 1
         near = last - first <= 2 * len(wanted) + 16 and (source.match is None or bool((np.diff(wanted) > 0).all()))
         unit = first // source.store.shard_rows
         path = self._path(source, unit)
-        elsewhere = not near or (last - 1) // source.store.shard_rows != unit
-        if source.store.compressed or source.scaled or elsewhere or disk_path(path) is None:
+        scattered = not near or (last - 1) // source.store.shard_rows != unit
+        if source.store.compressed or source.scaled or scattered or disk_path(path) is None:
             out[:] = reader.gather(source.layer, wanted, not source.scaled).view(source.bits)
             return
         whole = last - first == len(wanted)
@@ -180,7 +181,7 @@ class PoolReader:
             raise DamagedError("a shard of the store ended early", where=str(path), remedy="run flexcache verify")
 
     def _through_cache(self, path: Path, view: memoryview, offset: int) -> bool:
-        """Read bytes of a file into *view*; return whether there were enough."""
+        """Read bytes of a file into *view*; return False if the file is too short."""
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
@@ -192,9 +193,9 @@ class PoolReader:
         return count >= len(view)
 
     def _past_cache(self, path: Path, view: memoryview, offset: int) -> bool:
-        """Do the same by way of memory of this thread that is aligned, as reads past the page cache have to be.
+        """Read bytes of a file into *view* past the page cache; return False if the file is too short.
 
-        Rows that are aligned themselves are read to where they belong.
+        Such reads must be aligned: unaligned rows go through an aligned buffer of the thread, aligned ones do not.
         """
         address = np.frombuffer(view, np.uint8).ctypes.data
         skip = offset % ALIGNED
@@ -223,7 +224,7 @@ def _end_threads(*executors: ThreadPoolExecutor) -> None:
 
 
 def _aligned(shape: tuple[int, int], dtype: np.dtype) -> NDArray:
-    """Return fresh memory that begins where a read past the page cache may."""
+    """Return fresh memory that is aligned for reads past the page cache."""
     size = shape[0] * shape[1] * dtype.itemsize
     memory = np.empty(size + ALIGNED, np.uint8)
     skip = -memory.ctypes.data % ALIGNED
@@ -231,7 +232,7 @@ def _aligned(shape: tuple[int, int], dtype: np.dtype) -> NDArray:
 
 
 def _fill(handle: int, view: memoryview, offset: int, wanted: int) -> int:
-    """Read into *view* until *wanted* bytes are there, or the file ends; return how many are."""
+    """Read into *view* until it has *wanted* bytes or the file ends; return the number of bytes."""
     at = 0
     while at < wanted and (count := os.preadv(handle, [view[at:]], offset + at)):
         at += count

@@ -1,4 +1,4 @@
-"""A store whose rows are in random order: an exact shuffle of all tokens, made once, to be read front to back."""
+"""Write a store with all rows in random order: an exact shuffle, made once and then read sequentially."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flexcache.store.read.selection import select
 from flexcache.store.read.store import Store
 
 BLOCK_ROWS = 1024
-"""Rows of a document of the result, which has no meaning."""
+"""Rows of a document of the result, which is an arbitrary block of rows."""
 BLOCK_BYTES = 64 << 20
 SOURCE_ROW = "source_row"
 
@@ -38,26 +38,33 @@ def preshuffle(
     seed: int = 0,
     progress: Progress = lambda done, total: None,
 ) -> Store:
-    """Write the rows of a complete store in random order into another; the same call goes on where one stopped.
+    """Write the rows of a complete store in random order into another store; repeat the call to resume.
 
-    Any order of all rows is as likely as any other, and the same for all sites and layers. The result is a store like
-    any other (verified, copied, read by `flexcache.training.stream` or front to back); its documents are blocks of
-    rows without meaning, and the label ``source_row`` of its tokens says where each row was:
-    ``store.token_label("source_row")``. Several processes may make it together.
+    ::
 
-    Rows are gathered in pieces of about 64 MB, each read in file order, so every piece goes once through the source:
-    on a disk much larger than memory that is slow for small pieces, and done once. Memory is about 20 bytes a row for
-    the order and its map, and the piece.
+        from flexcache.training.preshuffle import preshuffle
+
+        shuffled = preshuffle("run.zarr", "shuffled.zarr", seed=0)
+        shuffled.token_label("source_row")      # the row of run.zarr for each row
+
+    Every order of the rows is equally likely, and all sites and layers have the same order. The result is an ordinary
+    store that can be verified, copied, and read by `flexcache.training.stream` or sequentially. Its documents are
+    arbitrary blocks of rows, and the token label ``source_row`` holds the original row. Several processes may write it
+    together.
+
+    Rows are gathered in pieces of about 64 MB. Each piece is read in file order and so passes once through the source,
+    which is slow if the source is much larger than memory, but has to be done only once. Memory is about 20 bytes per
+    row for the order and its map, plus the piece.
 
     Parameters
     ----------
     sites, layers
-        What to take, see `flexcache.store.select`. All of it must have one dtype, and sites with layers the
+        Sites and layers to write; see `flexcache.store.select`. All must have the same dtype, and sites with layers the
         same layers.
     seed
-        Of the order.
+        Seed of the order.
     progress
-        Called with the rows that are there, and that there will be.
+        Function that is called with the number of finished rows and of all rows.
 
     Returns
     -------
@@ -66,19 +73,19 @@ def preshuffle(
     Raises
     ------
     StoreError
-        The source is not complete; one of the two is inside the other.
+        The source is not complete, or one store is inside the other.
     ConfigError
         The sites have different dtypes or layers.
     MismatchError
-        The target is another store.
+        The target holds another store.
     CaptureError
-        The disk refused a write.
+        The disk cannot be written.
     """
     store = Store(source)
     check_separate(store.path, local_path(target))
     if not store.complete:
         raise StoreError(
-            "the store is not complete, and its rows cannot be put in an order yet",
+            "the store is not complete, so its rows cannot be shuffled yet",
             where=str(store.path),
             found=f"{len(store.committed_units)} of {store.n_units} units committed",
             remedy="finish the capture first",
@@ -110,7 +117,7 @@ def preshuffle(
         for batch in recorder.batches():
             span = slice(batch.rows.start, batch.rows.stop)
             rows = order[starts[document[span]] + position[span]]
-            forward = np.argsort(rows)  # the order in the files
+            forward = np.argsort(rows)  # file order
             for name, layer in recorder.keys:
                 values = _gathered(store, name, layer, rows, forward)
                 recorder.put(name, values, rows=batch.rows, layer=layer)
@@ -119,21 +126,21 @@ def preshuffle(
 
 
 def _alike(arrays: Sequence[ArraySpec]) -> tuple[str, Layers]:
-    """Return the one dtype of arrays, and the layers of those that have any."""
+    """Return the common dtype of arrays, and the common layers of arrays that have layers."""
     dtypes = {array.dtype for array in arrays}
     layers = {array.layers for array in arrays if array.layers is not None}
     if len(dtypes) > 1 or len(layers) > 1:
         raise ConfigError(
             "sites that are shuffled together must have one dtype and the same layers",
             found="; ".join(f"{array.name}: {array.dtype}, layers {array.layers}" for array in arrays),
-            remedy="choose sites or layers, or shuffle them one after the other with the same seed: the order is equal",
+            remedy="choose sites or layers, or shuffle them one by one with the same seed, which gives the same order",
         )
     return dtypes.pop(), list(layers.pop()) if layers else "all"
 
 
 def _blocks(store: Store, order: np.ndarray) -> pa.Table:
-    """Return documents of consecutive rows of the order, with their tokens and the rows that they were."""
-    token_id = np.maximum(np.asarray(store.coordinates["token_id"].values)[order], 0)  # a mean has none
+    """Return documents of consecutive rows of the order, with their tokens and original rows."""
+    token_id = np.maximum(np.asarray(store.coordinates["token_id"].values)[order], 0)  # a mean has no token
     offsets = pa.array(np.minimum(np.arange(0, len(order) + BLOCK_ROWS, BLOCK_ROWS), len(order)).astype(np.int32))
     lists: dict[str, Any] = {
         "tokens": pa.ListArray.from_arrays(offsets, pa.array(token_id.astype(np.int32))),

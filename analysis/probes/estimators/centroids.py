@@ -38,7 +38,7 @@ class _OfMeans(ClassifierMixin, LinearProbe):
 
     @abstractmethod
     def _decide(self, means: Floats, share: Floats, within: Floats, strength: float) -> tuple[Floats, Floats]:
-        """Return coefficients (classes, features) and intercepts (classes,) for features centred on the overall mean."""
+        """Return coefficients (classes, features) and intercepts (classes,) for features relative to the mean."""
 
 
 class NearestCentroid(_OfMeans):

@@ -1,4 +1,4 @@
-"""One read of a store, many answers: mergeable statistics over shards, on Dask."""
+"""Compute any number of mergeable statistics in one read of a store, on Dask."""
 
 from __future__ import annotations
 

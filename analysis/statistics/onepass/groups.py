@@ -1,4 +1,4 @@
-"""Groups of rows: by position, token, class of token or label of the document, or several of these at once."""
+"""Group rows by position, token, token class or document label, or by several of these at once."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 1
 
 @dataclass(frozen=True, eq=False)
 class GroupKey:
-    """One thing to group by: a code for each value of a coordinate.
+    """A key to group by: a code for each value of a coordinate.
 
     Attributes
     ----------
     name : str
-        Of the dim of results.
+        Name of the dim in results.
     of : str
-        The coordinate of rows that is looked up: ``position``, ``token_id`` or ``document``.
+        Coordinate of the rows: ``position``, ``token_id`` or ``document``.
     edges : ndarray, or None
-        Codes are between which edges the value lies, the last bucket open.
+        Lower edges of buckets, the last one open; the code is the bucket of the value.
     table : ndarray, or None
-        Codes by value; -1 is in no group. Values beyond the table are in no group either.
+        Codes by value; -1 and values beyond the table are in no group.
     labels : ndarray
-        What each code means.
+        Meaning of each code.
     """
 
     name: str
@@ -44,7 +44,7 @@ class GroupKey:
     table: np.ndarray | None = None
 
     def codes(self, block: RowBlock) -> np.ndarray:
-        """Return the code of each row, -1 where it is in no group."""
+        """Return the code of each row; -1 for rows in no group."""
         values = np.asarray(getattr(block, self.of), np.int64)
         if self.edges is not None:
             return np.searchsorted(self.edges, values, side="right") - 1
@@ -55,18 +55,22 @@ class GroupKey:
 
 @dataclass(frozen=True, eq=False)
 class Grouping:
-    """Some keys and all combinations of their codes. Without keys, one group of all rows."""
+    """All combinations of the codes of some keys; without keys, one group of all rows.
+
+    >>> Grouping().size
+    1
+    """
 
     keys: tuple[GroupKey, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """How many codes each key has."""
+        """Number of codes of each key."""
         return tuple(len(key.labels) for key in self.keys)
 
     @cached_property
     def size(self) -> int:
-        """How many groups there are."""
+        """Number of groups."""
         return int(np.prod(self.shape, dtype=np.int64))
 
     @property
@@ -75,7 +79,7 @@ class Grouping:
         return tuple(key.name for key in self.keys)
 
     def codes(self, block: RowBlock) -> np.ndarray:
-        """Return the group of each row, -1 where it is in none."""
+        """Return the group of each row; -1 for rows in no group."""
         code = np.zeros(len(block), np.int64)
         outside = np.zeros(len(block), bool)
         for key in self.keys:
@@ -89,7 +93,7 @@ class Grouping:
         return xr.Variable((*self.dims, *dims), values.reshape(self.shape + values.shape[1:]))
 
     def coordinates(self) -> dict[str, Any]:
-        """Return the coordinates of results; of position buckets, the first position and the one after the last."""
+        """Return the coordinates of results; position buckets also have their end, which is excluded."""
         found: dict[str, Any] = {key.name: (key.name, key.labels) for key in self.keys}
         for key in self.keys:
             if key.edges is not None:
@@ -98,7 +102,7 @@ class Grouping:
         return found
 
     def describe(self) -> list[str]:
-        """Return the names, for provenance."""
+        """Return the names of the keys, for provenance."""
         return list(self.dims)
 
 
@@ -109,22 +113,27 @@ def grouping(
     positions: Sequence[int] | None = None,
     token_types: Any = None,
 ) -> Grouping:
-    """Return what to group rows by.
+    """Return the groups of rows for some keys.
+
+    ::
+
+        groups = onepass.grouping(store, ["position", "label"], positions=[0, 1, 8, 64])
+        onepass.read(store, "resid_post", {"moments": Moments(groups)})
 
     Parameters
     ----------
     by
-        Any of ``position``; ``token_id``; ``token_type``; the name of a column of ``store.documents`` that holds
-        text, whole numbers or booleans. ``layer`` may be among them and is left to the engine.
+        Any of ``position``, ``token_id``, ``token_type``, and columns of ``store.documents`` that hold text, whole
+        numbers or booleans. ``layer`` is accepted and ignored, because results always have a layer.
     positions
-        First positions of the buckets, ascending; by default 0, 1, 2, 4, 8, … up to the longest document.
+        First positions of the buckets, ascending; 0, 1, 2, 4, 8, … up to the longest document by default.
     token_types
-        What `analysis.tokens.token_types` returned, needed for ``token_type``.
+        Result of `analysis.tokens.token_types`, needed for ``token_type``.
 
     Raises
     ------
     AnalysisError
-        A column that the documents do not have, or whose values are no labels.
+        The documents do not have the column, or its values cannot be labels.
     """
     keys = [
         _key(store, name, positions, token_types) for name in dict.fromkeys(listed(by, str, "by")) if name != "layer"
@@ -155,13 +164,13 @@ def _key(store: Store, name: str, positions: Sequence[int] | None, token_types: 
             raise AnalysisError(
                 "classes of tokens need the vocabulary",
                 where="by token_type",
-                remedy="give token_types=analysis.tokens.token_types(tokenizer)",
+                remedy="give token_types=analysis.tokens.token_types(vocabulary)",
             )
         return GroupKey("token_type", "token_id", np.asarray(token_types.names), table=np.asarray(token_types.codes))
-    return _label(store, name)
+    return _label_key(store, name)
 
 
-def _label(store: Store, name: str) -> GroupKey:
+def _label_key(store: Store, name: str) -> GroupKey:
     table = store.documents
     if name not in table.column_names:
         known = ("layer", "position", "token_id", "token_type", *table.column_names)

@@ -1,4 +1,4 @@
-"""The one read: a task for each shard, states merged in a tree whose order is fixed."""
+"""Read a site once for all statistics: one task for each shard, and states merged in a tree of fixed order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import zarr
 from analysis.dataset.layer_choice import choose_layers
 from analysis.dataset.opens_store import opens_store
 from analysis.statistics.onepass.row_block import RowBlock
-from analysis.statistics.onepass.scheduler import choose
+from analysis.statistics.onepass.scheduler import choose_scheduler
 from analysis.statistics.onepass.statistic import State, Statistic
 from flexcache.errors import AnalysisError, nearest
 from flexcache.site import Layers
@@ -24,8 +24,10 @@ from flexcache.store.format.reference import StoreReference
 from flexcache.store.read.store import Store
 from flexcache.store.storage.backend import storage_of
 
-BLOCK_BYTES = 8 << 20  # of values as float64
-SCAN_SHARE = 0.5  # of sampled rows in a shard from which reading all of it is quicker
+BLOCK_BYTES = 8 << 20
+"""Bytes of a block as float64."""
+SCAN_SHARE = 0.5
+"""Share of sampled rows in a shard above which reading the whole shard is faster."""
 COORDINATES = ("position", "token_id", "document")
 
 States = dict[str, State]
@@ -33,18 +35,23 @@ States = dict[str, State]
 
 @dataclass(frozen=True)
 class PassResult:
-    """What one read of a site found: a state for every layer and statistic.
+    """Result of one read of a site: a state for every layer and statistic.
+
+    ::
+
+        found = onepass.read(store, "resid_post", {"moments": Moments(), "pca": PCA()})
+        found["moments"], found.merged("pca")
 
     Attributes
     ----------
     site : str
     layers : tuple of int, or (None,)
     statistics : dict of Statistic
-        By the names under which results are asked for.
+        Statistics by the names of their results.
     states : dict
         ``states[layer][name]``.
     rows : int
-        Rows read of each layer.
+        Number of rows read of each layer.
     """
 
     site: str
@@ -54,7 +61,7 @@ class PassResult:
     rows: int
 
     def __getitem__(self, name: str) -> xr.Dataset:
-        """Return the results of a statistic, with a dim ``layer`` in front; -1 for a site without layers."""
+        """Return the results of a statistic with a leading dim ``layer``, which is -1 for a site without layers."""
         statistic = self.statistics[name]
         found = [statistic.result(self.states[layer][name]) for layer in self.layers]
         index = xr.IndexVariable("layer", np.array([-1 if layer is None else layer for layer in self.layers]))
@@ -82,9 +89,16 @@ def read(
 ) -> PassResult:
     """Read every committed row of some layers once, for all statistics.
 
-    Each shard is one Dask task, which reads it in blocks with large reads (no memory map: a Dask worker would count
-    mapped pages as its own memory). Where all statistics sample documents, only rows of these are read. The result
-    is the same to the bit for any scheduler and number of workers.
+    ::
+
+        from analysis import moments, onepass, quantiles
+
+        statistics = {"moments": moments.Moments(), "quantiles": quantiles.Histogram()}
+        onepass.read(store, "resid_post", statistics, layers=[0, 12])["quantiles"]
+
+    Each shard is one Dask task, which reads it in large blocks (no memory map: a Dask worker would count mapped pages
+    as its own memory). If all statistics sample documents, only rows of sampled documents are read. Results are equal
+    to the bit for any scheduler and number of workers.
 
     Parameters
     ----------
@@ -92,14 +106,14 @@ def read(
         ``"threads"``; ``"synchronous"``; ``"processes"``, a cluster of worker processes on this machine; the address
         of a scheduler, ``"tcp://…"``, whose workers can open the store by the same path; or a `distributed.Client`.
     workers
-        Threads or processes; by default the number of cores.
+        Number of threads or processes; the number of cores by default.
     progress
-        Show a bar on the terminal.
+        Show a progress bar on a terminal.
 
     Raises
     ------
     AnalysisError
-        A site or layer that the store does not have; no row; states that would not fit into memory.
+        The store does not have the site or layer, or no committed row; or the states would not fit into memory.
     """
     if site not in store.sites:
         raise AnalysisError(f"the store has no site {site!r}", remedy=nearest(site, tuple(store.sites)))
@@ -107,10 +121,10 @@ def read(
     units = store.committed_units.tolist()
     if not units:
         raise AnalysisError("the store has no committed row", where=str(store.path), remedy="complete the capture")
-    place = choose(scheduler, workers)
+    runner = choose_scheduler(scheduler, workers)
     features = store.arrays[site].features
-    _check_memory(statistics, features, len(chosen), len(units), place.workers)
-    run = uuid.uuid4().hex[:12]  # so that runs on one cluster do not meet
+    _check_memory(statistics, features, len(chosen), len(units), runner.workers)
+    run = uuid.uuid4().hex[:12]  # keeps runs on one cluster apart
     job = Job(store, site, dict(statistics))
     graph: dict[Any, Any] = {f"job-{run}": job}
     roots = []
@@ -120,7 +134,7 @@ def read(
             keys.append((f"shard-{run}", -1 if layer is None else layer, unit))
             graph[keys[-1]] = (read_shard, f"job-{run}", layer, unit)
         roots.append(_tree(graph, keys, run))
-    found = place.get(graph, roots, f"reading {site}", len(chosen) * len(units), progress)
+    found = runner.run_graph(graph, roots, f"reading {site}", len(chosen) * len(units), progress)
     states = dict(zip(chosen, cast("list[States]", found)))
     rows = sum(min(store.shard_rows, store.n_rows - unit * store.shard_rows) for unit in units)
     return PassResult(site, chosen, dict(statistics), states, rows)
@@ -128,7 +142,7 @@ def read(
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """Parameters of every task."""
+    """Parameters that all tasks share."""
 
     store: Store
     site: str
@@ -136,7 +150,7 @@ class Job:
 
 
 def read_shard(job: Job, layer: int | None, unit: int) -> States:
-    """Return the states of the rows of one shard."""
+    """Return the states of all statistics for the rows of one shard."""
     store = job.store
     features = store.arrays[job.site].features
     states = {name: statistic.zero(features) for name, statistic in job.statistics.items()}
@@ -152,14 +166,14 @@ def read_shard(job: Job, layer: int | None, unit: int) -> States:
 
 
 def merge_states(job: Job, first: States, second: States) -> States:
-    """Return the states of the rows of both."""
+    """Return the states of all statistics for the rows of both."""
     return {name: statistic.merge(first[name], second[name]) for name, statistic in job.statistics.items()}
 
 
 def blocks(
     store: Store, site: str, layer: int | None, unit: int, statistics: list[Statistic] | None = None
 ) -> Iterator[RowBlock]:
-    """Yield the rows of a shard in order, a block at a time; only those of sampled documents where all sample."""
+    """Yield the rows of a shard in order, in blocks; only rows of sampled documents if all statistics sample."""
     reader = store.reader(site)
     held = reader.layout.rows(unit)
     about = unit_coordinates(store.reference, held.start, held.stop)
@@ -189,7 +203,7 @@ def blocks(
 
 @lru_cache(maxsize=8)
 def unit_coordinates(reference: StoreReference, start: int, stop: int) -> dict[str, np.ndarray]:
-    """Return position, token id and document of the rows of a unit; the layers of a unit share them."""
+    """Return position, token id and document of the rows of a unit, which all layers share."""
     return {
         name: np.asarray(zarr.open_array(storage_of(reference.path / name).zarr_store(), mode="r")[start:stop])
         for name in COORDINATES
@@ -197,7 +211,7 @@ def unit_coordinates(reference: StoreReference, start: int, stop: int) -> dict[s
 
 
 def _tree(graph: dict[Any, Any], keys: list[Any], run: str) -> Any:
-    """Add the merges of *keys* to the graph, neighbours first, and return the last one's key."""
+    """Add the merges of *keys* to the graph, neighbours first, and return the key of the last merge."""
     level = 0
     while len(keys) > 1:
         level += 1
@@ -220,5 +234,5 @@ def _check_memory(statistics: Mapping[str, Statistic], features: int, layers: in
             "the statistics would not fit into memory",
             expected=f"at most {0.8 * memory / 2**30:.1f} GiB",
             found=f"{needed / 2**30:.1f} GiB for {layers} layers, most of it {worst}",
-            remedy="ask for fewer layers or groups at a time, or fewer statistics",
+            remedy="compute fewer layers, groups or statistics at a time",
         )

@@ -1,4 +1,4 @@
-"""A few rows of one site and layer, with what is known about each."""
+"""A block of rows of one site and layer, with their coordinates."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ from functools import cached_property
 import ml_dtypes
 import numpy as np
 
-PIECE = 1 << 16  # values; as float64 they stay in a core's cache
+PIECE = 1 << 16
+"""Values of a piece; as float64 they fit into the cache of a core."""
 
 
 class RowBlock:
-    """Rows of one site and layer, as stored, and their coordinates.
+    """Rows of one site and layer, as stored, with their coordinates.
+
+    >>> numbers = np.arange(3)
+    >>> block = RowBlock(np.ones((3, 2), np.float32), numbers, numbers, numbers, numbers)
+    >>> len(block), block.features
+    (3, 2)
 
     Attributes
     ----------
     stored : ndarray of shape (rows, features)
-        In the storage dtype; valid until the next block is read.
+        Values in the storage dtype; valid until the next block is read.
     rows, position, token_id, document : ndarray of shape (rows,)
-        Row number, and the coordinates of each row.
+        Number and coordinates of each row.
     """
 
     def __init__(
@@ -33,23 +39,23 @@ class RowBlock:
 
     @property
     def features(self) -> int:
-        """Length of a row."""
+        """Number of features of a row."""
         return int(self.stored.shape[1])
 
     @cached_property
     def float64(self) -> np.ndarray:
-        """All values as float64, exactly."""
+        """All values as float64, without rounding."""
         return widen(self.stored).astype(np.float64)
 
-    def pieces(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yield (place, float64 values) a few rows at a time; values may be overwritten by whoever reads them."""
+    def float64_pieces(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield (slice, float64 values) for a few rows at a time; the caller may overwrite the values."""
         step = max(1, PIECE // max(1, self.features))
         for start in range(0, len(self), step):
             place = slice(start, min(start + step, len(self)))
             yield place, widen(self.stored[place]).astype(np.float64)
 
     def select_rows(self, chosen: np.ndarray) -> RowBlock:
-        """Return some of the rows, by mask or number."""
+        """Return a block of some of the rows, by mask or index."""
         return RowBlock(
             self.stored[chosen],
             self.rows[chosen],
@@ -60,7 +66,7 @@ class RowBlock:
 
 
 def widen(values: np.ndarray) -> np.ndarray:
-    """Return stored values as float32, exactly; a shift of bits is four times as quick as a cast of bfloat16."""
+    """Return stored values as float32 without rounding; a bit shift is four times as fast as a cast of bfloat16."""
     if values.dtype == ml_dtypes.bfloat16:
         bits = values.view(np.uint16).astype(np.uint32)
         return np.left_shift(bits, 16, out=bits).view(np.float32)

@@ -1,4 +1,4 @@
-"""A seeded share of the documents, the same on every worker without being told."""
+"""A seeded sample of the documents that every worker can compute on its own."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ import numpy as np
 
 @dataclass(frozen=True)
 class DocumentSample:
-    """Whole documents, each chosen with the same chance by a hash of its number and a seed.
+    """A sample of whole documents, each chosen by a hash of its number and a seed.
 
-    A sample of a smaller share is contained in one of a larger share of the same seed.
+    With the same seed, a sample of a smaller share is contained in one of a larger share.
+
+    >>> sample = DocumentSample.of_rows(100, n_rows=1000, skip=1)
+    >>> sample.share, sample.skip
+    (0.1, 1)
 
     Attributes
     ----------
     share : float
-        Of the documents, from 0 to 1.
+        Share of the documents, from 0 to 1.
     seed : int
     skip : int
-        How many of the first tokens of each document are left out: those have activations of another kind, which would
-        decide any measure that is not robust (Sun et al. 2024, arXiv 2402.17762).
+        Number of first tokens of each document that are left out. Their activations are of another kind and would
+        dominate any measure that is not robust (Sun et al. 2024, arXiv 2402.17762).
     """
 
     share: float
@@ -29,13 +33,13 @@ class DocumentSample:
 
     @classmethod
     def of_rows(cls, rows: int | None, n_rows: int, seed: int = 0, skip: int = 0) -> DocumentSample | None:
-        """Return a sample of about *rows* of *n_rows* rows; None where that is all of them."""
+        """Return a sample of about *rows* of *n_rows* rows; None if that is all of them."""
         if rows is None or rows >= n_rows:
             return cls(1.0, seed, skip) if skip else None
         return cls(rows / max(1, n_rows), seed, skip)
 
     def __call__(self, document: np.ndarray, position: np.ndarray) -> np.ndarray:
-        """Return which rows are in the sample, by document number and position: a mask of the same shape."""
+        """Return a mask of the rows in the sample, from their document numbers and positions."""
         with np.errstate(over="ignore"):
             x = document.astype(np.uint64) + np.uint64(self.seed % 2**32) * np.uint64(0xD1342543DE82EF95)
             x = x + np.uint64(0x9E3779B97F4A7C15)  # splitmix64 (Steele, Lea & Flood 2014)

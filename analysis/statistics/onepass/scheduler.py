@@ -1,4 +1,4 @@
-"""Where tasks run: threads of this process, worker processes of this machine, or a cluster by its address."""
+"""Run tasks in threads of this process, worker processes of this machine, or a cluster given by its address."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from threadpoolctl import threadpool_limits
 from analysis.progress import bar
 from flexcache.errors import AnalysisError, ConfigError, nearest
 
-TIMEOUT = 10  # seconds for which a scheduler may not answer
+TIMEOUT = 10
+"""Seconds to wait for the answer of a scheduler."""
 LOCAL = ("threads", "synchronous", "processes")
 
 
 @dataclass(frozen=True)
 class Scheduler:
-    """Runs a Dask graph; BLAS is kept to one thread, so that products have the same bits everywhere."""
+    """Run Dask graphs, with BLAS limited to one thread so that products have the same bits everywhere."""
 
     name: Any
     workers: int
 
-    def get(self, graph: dict[Any, Any], keys: list[Any], what: str, tasks: int, progress: bool) -> list[Any]:
+    def run_graph(self, graph: dict[Any, Any], keys: list[Any], what: str, tasks: int, progress: bool) -> list[Any]:
         """Return the values of *keys*.
 
         Raises
         ------
         AnalysisError
-            There is no scheduler at the address, or it lost its workers.
+            No scheduler answers at the address, or it lost its workers.
         """
         if self.name in ("threads", "synchronous"):
             with _bar(what, tasks, progress) as advance, threadpool_limits(1), _Counter(advance):
@@ -49,13 +50,13 @@ class Scheduler:
                 return _gather(client, graph, keys, advance)
 
 
-def choose(name: str | Any = "threads", workers: int | None = None) -> Scheduler:
+def choose_scheduler(name: str | Any = "threads", workers: int | None = None) -> Scheduler:
     """Return a scheduler by name, address or client.
 
     Raises
     ------
     ConfigError
-        A name that is none of these.
+        The name is not a known scheduler, or *workers* is less than 1.
     """
     if isinstance(name, str) and name not in LOCAL and "://" not in name:
         raise ConfigError(
@@ -69,7 +70,7 @@ def choose(name: str | Any = "threads", workers: int | None = None) -> Scheduler
 
 
 class _Counter(Callback):
-    """Counts shards as they are done."""
+    """Count shards as they are completed."""
 
     def __init__(self, advance: Any) -> None:
         def after(key: Any, *_: Any) -> None:
@@ -126,7 +127,8 @@ def _gather(client: Any, graph: dict[Any, Any], keys: list[Any], advance: Any) -
         raise AnalysisError(
             "workers died while they read a shard",
             found=str(error).splitlines()[0],
-            remedy="see the workers' logs; often it is memory: fewer layers, groups or statistics, or larger workers",
+            remedy="see the logs of the workers; the usual cause is too little memory: use fewer layers, groups or"
+            " statistics, or larger workers",
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What a statistic is: a mergeable value."""
+"""Base of statistics that are mergeable values."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ from analysis.statistics.onepass.row_block import RowBlock
 from analysis.statistics.onepass.sample import DocumentSample
 
 State = dict[str, np.ndarray]
-"""What was counted of some rows of one layer: plain arrays, so that it travels between processes and is stored."""
+"""Intermediate values for some rows of one layer, as plain arrays that can be sent and stored."""
 
 
 class Statistic(ABC):
-    """A question whose answer for two sets of rows follows from the answers for each.
+    """A statistic whose state for two sets of rows follows from the states for each.
 
-    Instances are frozen and small: what is counted lives in states. ``merge(a, b)`` equals one pass over the rows
-    of both, up to rounding; the engine merges in a fixed order, so results are the same bits on any number of workers.
+    Instances are frozen and small; intermediate values live in states. ``merge(a, b)`` equals one pass over the rows of
+    both, up to rounding. The engine merges in a fixed order, so results have the same bits on any number of workers.
+
+    ::
+
+        state = statistic.update(statistic.zero(features=768), block)
+        statistic.result(statistic.merge(state, other))
     """
 
     sample: DocumentSample | None = None
-    """The documents that are read; all where None."""
+    """Documents that are read; None means all."""
 
     @abstractmethod
     def zero(self, features: int) -> State:
@@ -31,27 +36,27 @@ class Statistic(ABC):
 
     @abstractmethod
     def update(self, state: State, block: RowBlock) -> State:
-        """Return *state* with the rows of *block* added; it may be changed in place."""
+        """Return *state* with the rows of *block* added; *state* may be changed in place."""
 
     @abstractmethod
     def merge(self, first: State, second: State) -> State:
-        """Return the state of the rows of both; changes neither."""
+        """Return the state of the rows of both, and change neither."""
 
     @abstractmethod
     def result(self, state: State) -> xr.Dataset:
-        """Return the answer for one layer."""
+        """Return the result for one layer."""
 
     @abstractmethod
     def state_bytes(self, features: int) -> int:
-        """Return about how many bytes one state takes."""
+        """Return the approximate bytes of one state."""
 
     def describe(self) -> dict[str, Any]:
-        """Return what was asked, as plain values, for provenance."""
+        """Return the arguments as plain values, for provenance."""
         return {"statistic": type(self).__name__}
 
 
-def of_rows(statistic: Statistic, features: int, blocks: list[RowBlock]) -> State:
-    """Return the state of several blocks, one after the other."""
+def state_of_blocks(statistic: Statistic, features: int, blocks: list[RowBlock]) -> State:
+    """Return the state of several blocks, added one after another."""
     state = statistic.zero(features)
     for block in blocks:
         state = statistic.update(state, block)

@@ -19,7 +19,7 @@ from analysis.statistics.covariance import Covariance
 from analysis.statistics.kept_rows import Rows
 from analysis.statistics.moments import Moments
 from analysis.statistics.onepass import RowBlock, State, Statistic
-from analysis.statistics.onepass.statistic import of_rows
+from analysis.statistics.onepass.statistic import state_of_blocks
 from analysis.statistics.outliers import Extremes
 from analysis.statistics.quantiles import Histogram, Sorted
 
@@ -64,8 +64,8 @@ def test_every_kind_of_statistic_is_held_to_the_contract() -> None:
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4), cut=st.integers(0, 4), seed=st.integers(0, 99))
 def test_merging_states_equals_one_pass(statistic: Statistic, sizes: list[int], cut: int, seed: int) -> None:
     rows = blocks(sizes, seed)
-    whole = of_rows(statistic, FEATURES, rows)
-    first, second = (of_rows(statistic, FEATURES, part) for part in (rows[:cut], rows[cut:]))
+    whole = state_of_blocks(statistic, FEATURES, rows)
+    first, second = (state_of_blocks(statistic, FEATURES, part) for part in (rows[:cut], rows[cut:]))
     before = pickle.dumps((first, second))
     merged = statistic.merge(pickle.loads(pickle.dumps(first)), second)
     xr.testing.assert_allclose(answer(statistic, merged), answer(statistic, whole), rtol=1e-9, atol=1e-12)
@@ -74,7 +74,7 @@ def test_merging_states_equals_one_pass(statistic: Statistic, sizes: list[int], 
 
 @pytest.mark.parametrize("statistic", EXAMPLES, ids=lambda s: type(s).__name__)
 def test_states_are_arrays_of_the_stated_size_and_the_question_is_json(statistic: Statistic) -> None:
-    state = [np.asarray(values) for values in of_rows(statistic, FEATURES, blocks([ROWS], 0)).values()]
+    state = [np.asarray(values) for values in state_of_blocks(statistic, FEATURES, blocks([ROWS], 0)).values()]
     assert all(values.dtype != object for values in state)
     assert sum(values.nbytes for values in state) <= 4 * statistic.state_bytes(FEATURES) + 4096
     assert json.loads(json.dumps(statistic.describe()))
