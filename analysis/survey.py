@@ -11,7 +11,7 @@ from typing import Any
 import xarray as xr
 
 from analysis import saved
-from analysis.dataset.opens_store import opens_store
+from analysis.dataset.store_argument import accept_store_path
 from analysis.dataset.tokens import TokenTypes
 from analysis.readout import lens
 from analysis.readout.examples import TopRows
@@ -100,7 +100,7 @@ def load(folder: str | Path, site: str) -> Survey:
     return Survey(site, results, provenance, reused=True)
 
 
-@opens_store
+@accept_store_path
 def survey(
     store: Store,
     site: str = "resid_post",

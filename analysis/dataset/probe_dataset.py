@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from analysis.dataset import columns
+from analysis.dataset import document_columns
 from analysis.dataset.layer_choice import choose_layers
-from analysis.dataset.opens_store import opens_store
 from analysis.dataset.readable import Readable, Rows, Task
 from analysis.dataset.row_choice import choose_rows, row_offsets
+from analysis.dataset.store_argument import accept_store_path
 from analysis.dataset.targets import DocumentTarget, TokenTarget, check_target
 from flexcache.errors import AnalysisError, nearest
 from flexcache.site import Layers
@@ -165,7 +165,7 @@ class ProbeDataset:
         return f"document {table['id'][row].as_py()!r}" if "id" in table.column_names else f"document {row}"
 
 
-@opens_store
+@accept_store_path
 def build_dataset(
     store: Readable,
     site: str,
@@ -230,12 +230,12 @@ def build_dataset(
     n_rows = table["n_rows"].to_numpy().astype(np.int64)
     name = target if isinstance(target, str) else target.name
     if isinstance(target, str):
-        values = columns.column(table, target, "target")
+        values = document_columns.read_column(table, target, "target")
     else:
         values = target.of_documents(table, store) if isinstance(target, DocumentTarget) else None
-    valid = np.ones(len(table), bool) if values is None else columns.valid(values)
-    keys = None if groups in (None, "document") else columns.column(table, str(groups), "groups")
-    grouped = np.ones(len(table), bool) if keys is None else columns.valid(keys)
+    valid = np.ones(len(table), bool) if values is None else document_columns.is_known(values)
+    keys = None if groups in (None, "document") else document_columns.read_column(table, str(groups), "groups")
+    grouped = np.ones(len(table), bool) if keys is None else document_columns.is_known(keys)
     chosen = row_offsets(store, rows, n_rows)
     reasons = {
         "no target": ~valid,
@@ -258,7 +258,7 @@ def build_dataset(
     if isinstance(target, TokenTarget):
         assert row is not None
         of_row = target.values(store)
-        known = columns.valid(of_row.take(pa.array(row)))
+        known = document_columns.is_known(of_row.take(pa.array(row)))
         if not known.all():
             dropped["tokens without a target"] = int((~known).sum())
         row, document = row[known], document[known]
@@ -267,13 +267,13 @@ def build_dataset(
         assert values is not None
         values = values.take(pa.array(kept))
     task = task or ("regression" if pa.types.is_floating(values.type) else "classification")
-    y, classes = columns.target(values, name, task)
+    y, classes = document_columns.encode_target(values, name, task)
     if groups is None:
         group = np.arange(len(document))
     elif keys is None:
         group = np.unique(document, return_inverse=True)[1]
     else:
-        group = np.unique(columns.codes(keys.take(pa.array(kept)))[document], return_inverse=True)[1]
+        group = np.unique(document_columns.value_codes(keys.take(pa.array(kept)))[document], return_inverse=True)[1]
     texts = None
     if "text" in table.column_names:
         texts = tuple(text or "" for text in table["text"].take(pa.array(kept)).to_pylist())

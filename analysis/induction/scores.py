@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from analysis.dataset.opens_store import opens_store
+from analysis.dataset.store_argument import accept_store_path
 from flexcache.errors import AnalysisError
 from flexcache.store.read.store import Store
 
@@ -16,7 +16,7 @@ SCORES = ("induction", "previous_token")
 LOSS = "loss"
 
 
-@opens_store
+@accept_store_path
 def half_length(store: Store) -> int:
     """Return half the length of the documents, in tokens: the position at which they repeat themselves.
 
@@ -41,7 +41,7 @@ def half_length(store: Store) -> int:
     return int(lengths[0]) // 2
 
 
-@opens_store
+@accept_store_path
 def head_scores(store: Store) -> xr.Dataset:
     """Return the means of ``induction`` and ``previous_token`` over the rows of second halves.
 
@@ -72,7 +72,7 @@ def head_scores(store: Store) -> xr.Dataset:
     ).assign_coords(head=np.arange(means[SCORES[0]].sizes["feature_induction"]))
 
 
-@opens_store
+@accept_store_path
 def loss_by_position(store: Store) -> xr.DataArray:
     """Return the mean loss of the token at each position over documents, in nats.
 

@@ -9,9 +9,9 @@ from typing import Any
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, is_classifier, is_regressor
 
-from analysis.dataset.opens_store import opens_store
 from analysis.dataset.probe_dataset import ProbeDataset, build_dataset
 from analysis.dataset.readable import Readable
+from analysis.dataset.store_argument import accept_store_path
 from analysis.dataset.targets import DocumentTarget, TokenTarget
 from analysis.probes.cross_validation import CrossValidation
 from analysis.probes.estimators import LinearProbe, Logistic, Ridge
@@ -27,7 +27,7 @@ SHARE = 0.5
 """Share of the machine's memory that the samples of one layer may take before they are read in blocks at each pass."""
 
 
-@opens_store
+@accept_store_path
 def sweep(
     store: Readable,
     target: Target,
@@ -88,7 +88,7 @@ def sweep(
     return found
 
 
-@opens_store
+@accept_store_path
 def sweeps(
     store: Readable,
     targets: Target | Sequence[Target],

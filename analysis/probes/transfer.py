@@ -10,9 +10,9 @@ import xarray as xr
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 
-from analysis.dataset.opens_store import opens_store
 from analysis.dataset.probe_dataset import ProbeDataset, build_dataset
 from analysis.dataset.readable import Readable, Rows
+from analysis.dataset.store_argument import accept_store_path
 from analysis.dataset.targets import DocumentTarget, TokenTarget
 from analysis.probes import score
 from analysis.probes.estimators.linear import LogOdds, coded
@@ -23,7 +23,7 @@ from analysis.statistics.bootstrap import percentile_interval
 from flexcache.errors import AnalysisError
 
 
-@opens_store
+@accept_store_path
 def transfer(
     sweep: Sweep,
     store: Readable,
@@ -152,7 +152,7 @@ def transfer_matrix(
     )
 
 
-@opens_store
+@accept_store_path
 def by_position(
     store: Readable,
     target: str,

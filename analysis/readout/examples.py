@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike
 
-from analysis.dataset.opens_store import opens_store
+from analysis.dataset.store_argument import accept_store_path
 from analysis.dataset.tokens import Vocabulary, vocabulary
 from analysis.statistics.onepass import RowBlock, State, Statistic, read
 from flexcache.errors import AnalysisError
@@ -110,7 +110,7 @@ class Example:
         return f"{self.value:9.3f}  {before}[[{self.tokens[self.place]}]]{after}".replace("\n", "⏎")
 
 
-@opens_store
+@accept_store_path
 def top(
     store: Store,
     site: str,
@@ -166,7 +166,7 @@ def top(
     )[0]
 
 
-@opens_store
+@accept_store_path
 def shown(
     store: Store,
     site: str,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from analysis.dataset.opens_store import opens_store
+from analysis.dataset.store_argument import accept_store_path
 from analysis.statistics.kept_rows import Rows
 from analysis.statistics.onepass import DocumentSample, read
 from flexcache.errors import AnalysisError
@@ -166,7 +166,7 @@ class Head:
             return torch.log_softmax(logits, dim=-1, dtype=torch.float64)
 
 
-@opens_store
+@accept_store_path
 def compute(
     store: Store,
     head: Head | str | Path | None = None,

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from analysis.dataset.opens_store import opens_store
+from analysis.dataset.store_argument import accept_store_path
 from analysis.probes import Sweep
 from analysis.probes.baselines import WITHOUT_MODEL
 from analysis.probes.table import NAMES, SHOWN, arm_name, caption, interval, number
@@ -20,7 +20,7 @@ from flexcache.store.read.store import Store
 TEMPLATE = "page.html.j2"
 
 
-@opens_store
+@accept_store_path
 def write(
     store: Store,
     sweep: Sweep,

@@ -12,7 +12,7 @@ import xarray as xr
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from analysis.dataset.opens_store import opens_store
+from analysis.dataset.store_argument import accept_store_path
 from analysis.replay.sweeps.plot import NAMES, plot, scatter
 from analysis.replay.sweeps.results import Sweep
 from analysis.report import facts
@@ -25,7 +25,7 @@ LINES = 60
 """Cells in the table; all of them are in results.zarr."""
 
 
-@opens_store
+@accept_store_path
 def write(
     store: Store,
     sweep: Sweep,

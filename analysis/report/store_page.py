@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 from markupsafe import Markup
 
-from analysis.dataset.opens_store import opens_store
+from analysis.dataset.store_argument import accept_store_path
 from analysis.dataset.tokens import Vocabulary
 from analysis.readout import examples
 from analysis.report import facts
@@ -25,7 +25,7 @@ TEMPLATE = "store.html.j2"
 SHOWN_DIMS = 2
 
 
-@opens_store
+@accept_store_path
 def write(
     store: Store,
     found: Survey,

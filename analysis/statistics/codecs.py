@@ -15,7 +15,7 @@ import numpy as np
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
-from analysis.dataset.opens_store import opens_store
+from analysis.dataset.store_argument import accept_store_path
 from analysis.progress import bar
 from flexcache.errors import UncommittedError
 from flexcache.store.format.int8 import quantize
@@ -119,7 +119,7 @@ def codecs(stored: np.dtype) -> list[Codec]:
     return [*plain, _packed(plain[0]), *narrower, coarse, _packed(coarse)]
 
 
-@opens_store
+@accept_store_path
 def compare(
     store: Store,
     sites: Sequence[str] | None = None,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analysis.dataset.opens_store import opens_store
+from analysis.dataset.store_argument import accept_store_path
 from analysis.statistics.covariance import Covariance
 from analysis.statistics.onepass import DocumentSample, State, grouping, read
 from flexcache.errors import AnalysisError
@@ -47,7 +47,7 @@ class LEACE(Covariance):
         )
 
 
-@opens_store
+@accept_store_path
 def leace(
     store: Store,
     site: str,

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 import flexcache
-from analysis.dataset.opens_store import opens_store
+from analysis.dataset.store_argument import accept_store_path
 from analysis.statistics.covariance import ROWS, Covariance
 from analysis.statistics.onepass import DocumentSample, State, read
 from flexcache.errors import AnalysisError
@@ -62,7 +62,7 @@ class PCA(Covariance):
         )
 
 
-@opens_store
+@accept_store_path
 def pca(
     store: Store,
     site: str,
@@ -144,7 +144,7 @@ def whitened(
     return turned if kind == "pca" else turned @ directions
 
 
-@opens_store
+@accept_store_path
 def project(
     store: Store, found: xr.Dataset, path: str | Path, *, components: int = 16, dtype: str = "float32"
 ) -> Store:

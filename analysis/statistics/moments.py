@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analysis.dataset.opens_store import opens_store
+from analysis.dataset.store_argument import accept_store_path
 from analysis.statistics.onepass import Grouping, RowBlock, State, Statistic, grouping, read
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers
@@ -141,7 +141,7 @@ class Moments(Statistic):
         return state
 
 
-@opens_store
+@accept_store_path
 def compute(
     store: Store,
     site: str,

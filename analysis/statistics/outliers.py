@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analysis.dataset.opens_store import opens_store
+from analysis.dataset.store_argument import accept_store_path
 from analysis.statistics.onepass import RowBlock, State, Statistic, read
 from analysis.statistics.quantiles import Histogram
 from flexcache.errors import AnalysisError
@@ -124,7 +124,7 @@ class Extremes(Statistic):
         state["row"][part] = np.take_along_axis(rows, order, 0)
 
 
-@opens_store
+@accept_store_path
 def compute(
     store: Store, site: str, *, largest: int = 4, active: float = 0.01, layers: Layers = "all", **where: Any
 ) -> xr.Dataset:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analysis.dataset.opens_store import opens_store
+from analysis.dataset.store_argument import accept_store_path
 from analysis.statistics.onepass import DocumentSample, RowBlock, State, Statistic, read
 from analysis.statistics.onepass.row_block import widen
 from flexcache.errors import AnalysisError
@@ -146,7 +146,7 @@ class Histogram(Statistic):
         return np.where(bits < 0, half - 1 - magnitude, half + magnitude)
 
 
-@opens_store
+@accept_store_path
 def compute(
     store: Store,
     site: str,

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from analysis.dataset.layer_choice import choose_layers
-from analysis.dataset.opens_store import opens_store
+from analysis.dataset.store_argument import accept_store_path
 from analysis.statistics.kept_rows import Rows
 from analysis.statistics.onepass import DocumentSample, read
 from flexcache.errors import AnalysisError
@@ -21,7 +21,7 @@ ROWS = 1024
 MEASURES = ("cka", "cca", "cosine")
 
 
-@opens_store
+@accept_store_path
 def compute(
     store: Store,
     sites: str | Sequence[str],
@@ -67,7 +67,7 @@ def compute(
     return between(matrices, permutations=permutations, seed=seed)
 
 
-@opens_store
+@accept_store_path
 def stores(
     store: Store,
     other: Store,

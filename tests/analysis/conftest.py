@@ -1,4 +1,4 @@
-"""Stores for the analysis: one made of arrays, which counts what is read, and a real one on disk."""
+"""Stores for analysis tests: one of arrays that counts reads, and a real one on disk."""
 
 from __future__ import annotations
 

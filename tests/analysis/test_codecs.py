@@ -1,4 +1,4 @@
-"""What codecs cost and lose, on stores whose loss is known."""
+"""Size and error of codecs on stores with known errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> flexcache.Store:
     return build_store(tmp_path_factory.mktemp("codecs") / "run.zarr", dtype="float32")
 
 
-def test_loss_and_size_are_those_of_a_copy(store: flexcache.Store, tmp_path: Path) -> None:
+def test_error_and_size_equal_those_of_an_explicit_copy(store: flexcache.Store, tmp_path: Path) -> None:
     results = {result.codec: result for result in compare(store, sample_bytes=1 << 30, rounds=1, progress=False)}
     assert next(iter(results)) == "float32"
     assert results["float32"].size == results["float32"].write == results["float32"].read == 1
@@ -43,7 +43,7 @@ def test_loss_and_size_are_those_of_a_copy(store: flexcache.Store, tmp_path: Pat
     assert results["int8"].worst.mean > results["bfloat16"].worst.mean > results["float16"].worst.mean
 
 
-def test_overflow_is_told(tmp_path: Path) -> None:
+def test_an_overflow_is_an_infinite_error(tmp_path: Path) -> None:
     with open_recorder(tmp_path / "run.zarr", token_documents([5] * 20), sites={"x": 4}, dtype="bfloat16") as recorder:
         for batch in recorder.batches():
             recorder.put("x", np.full((len(batch.rows), 4), 1e6, np.float32), rows=batch.rows)
@@ -55,7 +55,7 @@ def test_overflow_is_told(tmp_path: Path) -> None:
     assert "float32" not in results
 
 
-def test_nothing_to_encode(tmp_path: Path) -> None:
+def test_a_store_without_committed_units_is_refused(tmp_path: Path) -> None:
     open_recorder(tmp_path / "run.zarr", token_documents([5] * 20))
     with pytest.raises(UncommittedError):
         compare(flexcache.open(tmp_path / "run.zarr"))

@@ -1,4 +1,4 @@
-"""The page on Dask runs as it is printed, on two worker processes, which then compute everything that threads do."""
+"""The Dask page runs as printed on two worker processes, which compute the same results as threads."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_every_way_to_read_gives_the_same_numbers(tmp_path: Path, compression: s
     assert opened.chunk({"token": 100}).compute().identical(store.dataset().compute(scheduler="threads"))
 
 
-def test_statistics_views_and_targets_give_the_same_on_workers(page: dict[str, Any], store: flexcache.Store) -> None:
+def test_statistics_datasets_and_targets_are_equal_on_workers(page: dict[str, Any], store: flexcache.Store) -> None:
     client, quiet = page["client"], {"progress": False}
     for compute in (moments.compute, quantiles.compute, geometry.pca):
         assert compute(store, "resid_post", scheduler=client, **quiet).identical(compute(store, "resid_post", **quiet))
@@ -111,7 +111,7 @@ def test_statistics_views_and_targets_give_the_same_on_workers(page: dict[str, A
         assert np.array_equal(sent.read_layer(0), joined.read_layer(0))
 
 
-def test_errors_of_a_worker_are_ours(page: dict[str, Any], tmp_path: Path) -> None:
+def test_errors_of_a_worker_are_errors_of_flexcache(page: dict[str, Any], tmp_path: Path) -> None:
     with open_recorder(tmp_path / "half.zarr", DOCUMENTS):
         pass
     half = flexcache.open(tmp_path / "half.zarr")
@@ -135,7 +135,7 @@ def test_errors_of_a_worker_are_ours(page: dict[str, Any], tmp_path: Path) -> No
         lazy.compute()
 
 
-def test_processes_without_a_cluster_compute_the_same(tmp_path: Path) -> None:
+def test_processes_without_a_cluster_compute_the_same_results(tmp_path: Path) -> None:
     lazy = build_store(tmp_path / "run.zarr", DOCUMENTS, compression="zstd")["resid_post"]
     expected = lazy.compute(scheduler="threads")
     assert np.array_equal(lazy.compute(scheduler="processes", num_workers=1), expected)

@@ -71,7 +71,7 @@ def test_equal_distributions_have_a_divergence_of_zero() -> None:
     assert metrics.kl(outcome(base, base)) == 0
 
 
-def test_tokens_that_cannot_follow_count_nothing_or_everything() -> None:
+def test_tokens_of_probability_zero_give_no_divergence_or_an_infinite_one() -> None:
     base = torch.tensor([[0.0, 1.0, -torch.inf, -1000.0]])
     other = torch.tensor([[1.0, 0.0, -torch.inf, 5.0]])
     p, q = (values.double()[:, [0, 1, 3]].log_softmax(-1) for values in (base, other))

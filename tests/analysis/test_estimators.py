@@ -55,7 +55,7 @@ def test_logistic_is_the_optimum_of_scikit_learn(classes: int, n: int, C: float)
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([2, 3]), st.integers(3, 15), st.integers(1, 4))
-def test_every_set_and_strength_at_once_equals_one_by_one(seed: int, classes: int, d: int, count: int) -> None:
+def test_solving_all_sets_and_strengths_at_once_equals_one_by_one(seed: int, classes: int, d: int, count: int) -> None:
     rng = np.random.default_rng(seed)
     X, y = data(60, d, classes, seed)
     sets = rng.random((count, 60)) < 0.7
@@ -113,13 +113,13 @@ def test_logistic_that_did_not_converge_is_an_error() -> None:
         probes.Logistic(C=1e6, max_iter=1).fit(*data())
 
 
-def test_strengths_that_cannot_be_are_errors() -> None:
+def test_invalid_strengths_are_errors() -> None:
     for probe in (probes.Logistic(0.0), probes.Ridge(alphas=[-1.0, 2.0]), probes.LDA(2.0)):
         with pytest.raises(AnalysisError, match=r"above 0|from 0 to 1"):
             probe.fit(*data())
 
 
-def test_of_several_strengths_the_best_in_cross_validation_is_used() -> None:
+def test_the_best_of_several_strengths_in_cross_validation_is_used() -> None:
     rng = np.random.default_rng(0)
     X = rng.normal(size=(120, 60))
     y = np.where(X[:, 0] + 2 * rng.normal(size=120) > 0, "a", "b")
@@ -172,7 +172,7 @@ def test_nearest_centroid_is_that_of_scikit_learn(classes: int) -> None:
     assert (probes.NearestCentroid().fit(X, y).predict(X) == NearestCentroid().fit(X, y).predict(X)).all()
 
 
-def test_mass_mean_is_the_difference_of_the_means_and_tilted_is_lda() -> None:
+def test_mass_mean_is_the_difference_of_means_and_iid_is_lda() -> None:
     X, y = data()
     X = np.delete(X, 0, 1)
     one, two = (X[y == name].mean(0) for name in ("neg", "pos"))
@@ -184,7 +184,7 @@ def test_mass_mean_is_the_difference_of_the_means_and_tilted_is_lda() -> None:
     assert cosine == pytest.approx(1, abs=1e-9)
 
 
-def test_inlp_takes_out_what_a_probe_can_read() -> None:
+def test_inlp_removes_the_directions_that_a_probe_finds() -> None:
     rng = np.random.default_rng(0)
     y = rng.integers(2, size=400)
     X = rng.normal(size=(400, 20))
@@ -199,7 +199,7 @@ def test_inlp_takes_out_what_a_probe_can_read() -> None:
     assert fitted.score(X, y) == fitted.accuracies_[0]
 
 
-def test_a_perceptron_reads_what_no_line_can() -> None:
+def test_a_perceptron_learns_a_label_that_no_linear_probe_can() -> None:
     rng = np.random.default_rng(0)
     X = rng.normal(size=(600, 5))
     y = np.where(X[:, 0] * X[:, 1] > 0, "same", "other")
@@ -210,7 +210,7 @@ def test_a_perceptron_reads_what_no_line_can() -> None:
     np.testing.assert_array_equal(again.predict_proba(X), fitted.predict_proba(X))
 
 
-def test_attention_finds_the_token_that_tells() -> None:
+def test_attention_pooling_finds_the_informative_token() -> None:
     rng = np.random.default_rng(0)
     lengths, y = rng.integers(20, 60, size=500), rng.integers(2, size=500)
     X = [rng.normal(size=(length, 8)) for length in lengths]

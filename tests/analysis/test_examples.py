@@ -42,7 +42,7 @@ def test_the_top_tokens_of_a_neuron_are_those_of_a_full_sort(store: flexcache.St
         assert "[[" in str(example)
 
 
-def test_a_direction_is_a_product(store: flexcache.Store) -> None:
+def test_a_direction_ranks_rows_by_their_product(store: flexcache.Store) -> None:
     direction = np.array([1.0, -2.0, 0.5, 0.0, 3.0])
     found = examples.top(store, "resid_post", 0, direction, count=1, progress=False)
     values = store.read("resid_post", 0).astype(np.float64) @ direction
@@ -96,7 +96,7 @@ class Tokenizer:
         (("<s>", "▁the", "re", "▁42", "▁", "é", "##"), ("<s>", " the", "re", " 42", " ", "é", "##")),
     ],
 )
-def test_tokens_are_classed_whatever_marks_a_word(pieces: tuple[str, ...], texts: tuple[str, ...]) -> None:
+def test_tokens_are_classified_for_any_marker_of_word_starts(pieces: tuple[str, ...], texts: tuple[str, ...]) -> None:
     words = tokens.vocabulary(tokenizer=Tokenizer(*pieces))
     assert words is not None
     assert words.texts == texts
@@ -105,12 +105,12 @@ def test_tokens_are_classed_whatever_marks_a_word(pieces: tuple[str, ...], texts
     assert named == ["special", "word start", "word inside", "number", "space", "word inside", "punctuation"]
 
 
-def test_word_pieces_are_inside_of_words_where_they_are_marked() -> None:
+def test_marked_word_pieces_are_inside_words() -> None:
     words = tokens.vocabulary(tokenizer=Tokenizer("[CLS]", "the", "##re"))
     assert words is not None
     assert words.texts[1:] == (" the", "re")
 
 
-def test_a_tokenizer_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(AnalysisError, match="cannot be loaded"):
         tokens.vocabulary(tokenizer=tmp_path / "nothing")

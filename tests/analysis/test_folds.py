@@ -58,7 +58,7 @@ def test_folds_that_cannot_be_made_are_refused(array_store: Any, label: str, gro
         folds.assign(build_dataset(store, "resid_post", "label", groups="group"), cv, 0)
 
 
-def test_trainable_says_whether_every_class_survives_leaving_folds_out() -> None:
+def test_trainable_is_true_if_every_class_remains_without_some_folds() -> None:
     y, fold = np.array([0, 0, 0, 1, 1, 1]), np.array([0, 1, 2, 0, 0, 1])
     assert folds.trainable(y, fold, 3, without=1)
     assert not folds.trainable(y, fold, 3, without=2)

@@ -78,7 +78,7 @@ def test_whitened_rows_have_unit_covariance(store: flexcache.Store, kind: str) -
     np.testing.assert_allclose(white.mean(0), 0, atol=1e-8)
 
 
-def test_a_sample_states_how_many_rows_it_took(store: flexcache.Store) -> None:
+def test_a_sample_reports_its_number_of_rows(store: flexcache.Store) -> None:
     found = geometry.pca(store, "resid_post", rows=400, components=2, progress=False)
     n = int(found["n"][0])
     assert 200 < n < 800
@@ -102,7 +102,7 @@ def test_projections_are_a_store_of_the_same_tokens(store: flexcache.Store, tmp_
         geometry.project(store, found.isel(kept=slice(0, 2)), tmp_path / "no.zarr", components=3)
 
 
-def test_rows_of_another_order_are_joined_by_document_and_position(tmp_path: Path) -> None:
+def test_rows_in_another_order_are_matched_by_document_and_position(tmp_path: Path) -> None:
     lengths = [5, 9, 30, 2, 17, 8]
     values = np.arange(sum(lengths), dtype=np.float32)[None, :, None]
     one = value_store(tmp_path / "a.zarr", values, lengths, batch_tokens=32)

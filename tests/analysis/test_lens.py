@@ -28,7 +28,7 @@ def captured(path: Path, family: str, **options: Any) -> tuple[Any, flexcache.St
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_lens_is_the_models_own_prediction_at_the_last_layer(family: str, tmp_path: Path) -> None:
+def test_the_lens_at_the_last_layer_equals_the_prediction_of_the_model(family: str, tmp_path: Path) -> None:
     model, store = captured(tmp_path / "s.zarr", family)
     found = lens.compute(store, lens.Head.of(model), rows=store.n_rows, progress=False)
     assert (found["kl"].values[-1] == 0).all()
@@ -51,7 +51,7 @@ def test_the_lens_is_the_models_own_prediction_at_the_last_layer(family: str, tm
         assert int(last["rank"][-1]) == -1
 
 
-def test_earlier_layers_are_norm_and_unembedding_of_their_residual(tmp_path: Path) -> None:
+def test_the_lens_applies_norm_and_unembedding_at_earlier_layers(tmp_path: Path) -> None:
     model, store = captured(tmp_path / "s.zarr", "llama")
     found = lens.compute(store, lens.Head.of(model), rows=store.n_rows, progress=False)
     with torch.inference_mode():
@@ -67,9 +67,7 @@ def test_earlier_layers_are_norm_and_unembedding_of_their_residual(tmp_path: Pat
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_head_loaded_from_a_folder_reads_no_other_weight(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loading_a_head_reads_no_other_weights(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(family)
     model.save_pretrained(tmp_path / "model")
     whole, loaded = lens.Head.of(model), lens.Head.load(tmp_path / "model")
@@ -77,7 +75,7 @@ def test_a_head_loaded_from_a_folder_reads_no_other_weight(
     torch.testing.assert_close(loaded.log_probabilities(residual), whole.log_probabilities(residual))
 
 
-def test_what_a_lens_cannot_do_is_said(tmp_path: Path) -> None:
+def test_a_lens_that_cannot_be_computed_is_refused(tmp_path: Path) -> None:
     _, store = captured(tmp_path / "s.zarr", "llama", rows="mean")
     with pytest.raises(AnalysisError, match="means of documents"):
         lens.compute(store, None)

@@ -112,7 +112,7 @@ def test_groups_equal_numpy_on_the_rows_of_each(seed: int, groups: int, rows: in
     st.sampled_from([0.0, 1e5, -3e6]),
     st.integers(0, 299),
 )
-def test_mean_and_variance_alone_equal_numpy_also_where_the_first_rows_are_unlike_the_rest(
+def test_mean_and_variance_equal_numpy_even_if_the_first_rows_differ_from_the_rest(
     values: np.ndarray, shift: float, cut: int
 ) -> None:
     values = values.copy()
@@ -183,7 +183,7 @@ def test_a_store_by_layer_position_and_label_equals_numpy(dtype: str, tmp_path: 
     assert int(pooled["n"].sum()) == 2 * store.n_rows
 
 
-def test_classes_of_tokens_are_groups(tmp_path: Path) -> None:
+def test_rows_can_be_grouped_by_token_class(tmp_path: Path) -> None:
     values = np.random.default_rng(1).normal(size=(1, sum(LENGTHS), 3))
     store = value_store(tmp_path / "s.zarr", values, LENGTHS)
     types = TokenTypes(("even", "odd"), np.array([0, 1, 0, 1, 0, 1, 0, 1, -1]))

@@ -47,7 +47,7 @@ def test_extremes_of_parts_equal_numpy_and_scikit_learn_on_the_whole(seed: int, 
             np.testing.assert_allclose(at["positive"], (own > 0).mean(0))
 
 
-def test_what_was_planted_is_found(tmp_path: Path) -> None:
+def test_planted_outliers_are_found(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     values = rng.normal(size=(2, sum(LENGTHS), 12))
     starts = np.cumsum([0, *LENGTHS])[:-1]

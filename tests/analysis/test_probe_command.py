@@ -13,7 +13,7 @@ from pipelines import probe
 EVIL = r"<script>alert('label & co')</script> $\q$"
 
 
-def test_the_command_writes_numbers_plot_and_report_and_says_where(real_store: Any, tmp_path: Any) -> None:
+def test_the_command_writes_numbers_plot_and_report_and_prints_their_paths(real_store: Any, tmp_path: Any) -> None:
     with open(tmp_path / "out.txt", "w") as file:
         console = Console(file=file, width=120)
         sweep = probe.run(
@@ -50,7 +50,7 @@ def test_the_command_line_in_the_report_is_quoted(real_store: Any, tmp_path: Any
     assert words[:6] == ["flexcache", "probe", str(real_store.path), "--target", EVIL, "--site"]
 
 
-def test_several_probes_have_a_folder_each_and_are_tried_elsewhere(real_store: Any, tmp_path: Any) -> None:
+def test_several_probes_get_a_folder_each_and_transfer_to_another_store(real_store: Any, tmp_path: Any) -> None:
     from pipelines.cli import main
 
     out = str(tmp_path / "probes")
@@ -70,7 +70,7 @@ def test_several_probes_have_a_folder_each_and_are_tried_elsewhere(real_store: A
     ("words", "message"),
     [(["x.zarr"], "without --target"), (["transfer", "x"], "probe transfer x"), (["a", "b"], "a b")],
 )
-def test_a_probe_without_what_it_needs_says_how_to_call_it(words: list[str], message: str, capsys: Any) -> None:
+def test_a_probe_command_with_missing_arguments_explains_its_usage(words: list[str], message: str, capsys: Any) -> None:
     from pipelines.cli import main
 
     with pytest.raises(SystemExit) as stopped:

@@ -35,7 +35,9 @@ def test_each_row_selection_equals_plain_numpy(store: Any, rows: Any, expected: 
         np.testing.assert_array_equal(found.read_layer(layer), wanted[layer])
 
 
-def test_a_mean_is_read_in_blocks_even_where_a_document_is_longer(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mean_is_read_in_blocks_even_if_a_document_is_longer_than_a_block(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = build_dataset(store, "resid_post", "label", rows="mean").read_layer(1)
     store.reads.clear()
     monkeypatch.setattr(probe_dataset, "BLOCK", 3)
@@ -55,14 +57,14 @@ def test_documents_without_target_group_or_rows_are_left_out_and_counted(array_s
     np.testing.assert_array_equal(found.read_layer(1), values[1][[0, 3, 4]])
 
 
-def test_groups_of_numbers_leave_nan_out_and_know_one_zero(array_store: Any) -> None:
+def test_numeric_groups_ignore_nan_and_treat_both_zeros_as_equal(array_store: Any) -> None:
     store = array_store(np.zeros((1, 5, 2)), [1] * 5, label=list("abbab"), by=[0.0, -0.0, float("nan"), 1.0, 1.0])
     found = build_dataset(store, "resid_post", "label", groups="by")
     assert found.dropped == {"no group": 1}
     assert found.group.tolist() == [0, 0, 1, 1]
 
 
-def test_nan_in_a_numeric_target_is_no_target(array_store: Any) -> None:
+def test_nan_in_a_numeric_target_is_a_missing_target(array_store: Any) -> None:
     found = build_dataset(array_store(np.zeros((1, 3, 2)), [1, 1, 1], y=[0.5, float("nan"), 2.0]), "resid_post", "y")
     assert found.task == "regression"
     assert found.y.tolist() == [0.5, 2.0]
@@ -84,7 +86,7 @@ def test_the_type_of_the_target_or_the_task_decides(
     assert (found.y.tolist(), found.classes) == (expected, classes)
 
 
-def test_groups_hold_rows_documents_or_a_column_together(store: Any) -> None:
+def test_groups_keep_rows_of_documents_or_equal_values_together(store: Any) -> None:
     counts = store.columns["n_rows"]
     document = np.repeat(np.arange(len(counts)), counts)
     asked = {
@@ -100,7 +102,7 @@ def test_groups_hold_rows_documents_or_a_column_together(store: Any) -> None:
     ("layers", "expected"),
     [("all", (0, 1, 2)), (1, (1,)), (-1, (2,)), ([2, 0], (0, 2)), ("1:", (1, 2)), ("::2", (0, 2))],
 )
-def test_layers_are_chosen_as_at_capture(store: Any, layers: Any, expected: Any) -> None:
+def test_layers_are_resolved_as_in_a_capture(store: Any, layers: Any, expected: Any) -> None:
     assert build_dataset(store, "resid_post", "label", layers=layers).layers == expected
 
 
@@ -111,7 +113,7 @@ def test_a_module_path_has_one_array_and_no_layers(array_store: Any) -> None:
     np.testing.assert_array_equal(found.read_layer(None), values[[1, 3]])
 
 
-def test_a_pooled_store_gives_the_row_it_holds(array_store: Any) -> None:
+def test_a_pooled_store_uses_the_row_that_it_holds(array_store: Any) -> None:
     pooled = array_store(np.zeros((1, 2, 2)), [1, 1], rows="mean", label=["a", "b"])
     assert build_dataset(pooled, "resid_post", "label").rows == "mean"
     assert build_dataset(pooled, "resid_post", "label", rows="all").rows == "mean"
@@ -131,7 +133,7 @@ def test_a_pooled_store_gives_the_row_it_holds(array_store: Any) -> None:
         ({"layers": 9}, "no layer 9"),
     ],
 )
-def test_a_question_the_store_cannot_answer_is_refused_with_what_there_is(
+def test_an_impossible_dataset_is_refused_with_the_available_names(
     make_store: Any, arguments: Any, message: str
 ) -> None:
     store = make_store(spans=[[1]] * 120, one=["same"] * 120, nothing=[None] * 119 + [float("nan")])
@@ -147,7 +149,7 @@ def test_a_row_that_was_not_captured_is_refused(array_store: Any) -> None:
         build_dataset(pooled, "resid_post", "label", rows="first")
 
 
-def test_a_layer_between_captured_ones_is_refused_by_number_and_skipped_by_slice(real_store: Any) -> None:
+def test_a_layer_that_was_not_captured_is_refused_as_a_number_and_skipped_in_a_slice(real_store: Any) -> None:
     target = next(name for name in real_store.documents.column_names if "script" in name)
     with pytest.raises(AnalysisError, match="layer 1 of resid_post was not captured"):
         build_dataset(real_store, "resid_post", target, layers=[0, 1])
@@ -163,7 +165,7 @@ def test_a_value_that_is_not_finite_names_its_document(store: Any) -> None:
         found.read_layer(1)
 
 
-def test_a_real_store_is_read_as_its_own_rows(real_store: Any) -> None:
+def test_samples_of_a_real_store_equal_its_rows(real_store: Any) -> None:
     target = next(name for name in real_store.documents.column_names if "script" in name)
     found = build_dataset(real_store, "resid_post", target)
     np.testing.assert_array_equal(
@@ -173,12 +175,12 @@ def test_a_real_store_is_read_as_its_own_rows(real_store: Any) -> None:
 
 
 @pytest.mark.parametrize("target", [None, 3, ["pos"], {"a": 1}, np.arange(4), b"label"])
-def test_a_value_that_is_no_target_is_refused(store: Any, target: Any) -> None:
+def test_an_invalid_target_is_refused(store: Any, target: Any) -> None:
     with pytest.raises(AnalysisError, match=r"not a target[\s\S]*column of the documents[\s\S]*DocumentTarget\(name"):
         build_dataset(store, "resid_post", target)
 
 
-def test_values_of_ones_own_are_a_target_of_documents(store: Any) -> None:
+def test_a_document_target_takes_any_values(store: Any) -> None:
     values = np.arange(len(store.documents)) % 2
     found = build_dataset(store, "resid_post", DocumentTarget("parity", lambda _: values), rows="last")
     assert np.array_equal(found.y, values[found.source])
@@ -194,11 +196,11 @@ def test_values_of_ones_own_are_a_target_of_documents(store: Any) -> None:
         ({"task": "classify"}, "task cannot be 'classify'"),
     ],
 )
-def test_groups_and_task_that_cannot_be_read_are_refused(store: Any, options: Any, message: str) -> None:
+def test_invalid_groups_and_tasks_are_refused(store: Any, options: Any, message: str) -> None:
     with pytest.raises(AnalysisError, match=message):
         build_dataset(store, "resid_post", "label", **options)
 
 
-def test_a_site_that_is_no_text_is_refused(store: Any) -> None:
+def test_a_site_that_is_not_text_is_refused(store: Any) -> None:
     with pytest.raises(AnalysisError, match="no site None"):
         build_dataset(store, None, "label")  # type: ignore[arg-type]

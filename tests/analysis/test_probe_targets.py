@@ -1,4 +1,4 @@
-"""Targets of tokens and of several labels, and rows of a document, against plain numpy."""
+"""Token targets, targets of several labels, and rows of documents, compared with plain numpy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def coordinates(store: Any) -> dict[str, np.ndarray]:
     return {name: np.asarray(store.coordinates[name].values) for name in targets.COORDINATES}
 
 
-def test_a_coordinate_and_a_function_are_targets_of_every_token(token_store: Any) -> None:
+def test_coordinates_and_functions_are_token_targets(token_store: Any) -> None:
     told = coordinates(token_store)
     dataset = build_dataset(token_store, "resid_post", targets.coordinate("token_id"))
     assert dataset.rows == "all"
@@ -49,7 +49,7 @@ def test_a_coordinate_and_a_function_are_targets_of_every_token(token_store: Any
     assert len(np.unique(dataset.group)) == 60
 
 
-def test_spans_label_tokens_and_documents_hold_their_rows_together(token_store: Any) -> None:
+def test_spans_label_tokens_and_documents_stay_in_one_fold(token_store: Any) -> None:
     told = coordinates(token_store)
     odd = np.array(
         [span == [{"start": 1, "end": 3, "label": "name"}] for span in token_store.documents["spans"].to_pylist()]
@@ -64,7 +64,7 @@ def test_spans_label_tokens_and_documents_hold_their_rows_together(token_store: 
         build_dataset(token_store, "resid_post", targets.spans("tags"))
 
 
-def test_several_labels_are_a_target_each(token_store: Any) -> None:
+def test_each_of_several_labels_is_a_target(token_store: Any) -> None:
     tags = token_store.documents["tags"].to_pylist()
     found = targets.read(token_store, "tags")
     assert [target.name for target in found] == ["tags=blue", "tags=red"]  # type: ignore[union-attr]
@@ -83,7 +83,7 @@ def test_several_labels_are_a_target_each(token_store: Any) -> None:
 
 
 @pytest.mark.parametrize(("words", "missing"), [(["red", "blue"], None), ([1.0, 2.0], float("nan"))])
-def test_a_missing_word_in_a_list_is_no_target(array_store: Any, words: list[Any], missing: Any) -> None:
+def test_a_null_in_a_list_of_words_is_ignored(array_store: Any, words: list[Any], missing: Any) -> None:
     lists = [words, [words[0], missing], [missing], None]
     store = array_store(np.zeros((1, 4, 2)), [1] * 4, tags=lists)
     found = targets.labels(store, "tags")
@@ -94,7 +94,7 @@ def test_a_missing_word_in_a_list_is_no_target(array_store: Any, words: list[Any
 
 
 @pytest.mark.parametrize("position", [0, 4, -1, -5])
-def test_a_position_is_the_row_of_that_token(token_store: Any, position: int) -> None:
+def test_a_position_selects_the_row_of_that_token(token_store: Any, position: int) -> None:
     even = targets.labels(token_store, "tags")[0]
     dataset = build_dataset(token_store, "resid_post", even, rows=position)
     ids = token_store.documents["id"].to_pylist()
@@ -124,7 +124,7 @@ def test_the_maximum_and_the_tokens_of_a_document_equal_numpy(token_store: Any, 
         assert np.array_equal(matrices[at], rows)
 
 
-def test_targets_that_cannot_be_are_refused(token_store: Any) -> None:
+def test_invalid_token_targets_are_refused(token_store: Any) -> None:
     with pytest.raises(AnalysisError, match="tokens have no 'tokenid'"):
         targets.coordinate("tokenid")
     with pytest.raises(AnalysisError, match="cannot be read from the mean"):

@@ -1,4 +1,4 @@
-"""What a sweep measures beside its score, and what its probes are then used for."""
+"""Further measures of a sweep, and uses of its probes."""
 
 from __future__ import annotations
 
@@ -83,13 +83,13 @@ def test_reading_in_blocks_gives_the_same_sweep(store: flexcache.Store, sweep: p
 @pytest.mark.parametrize(
     "probe", [probes.MassMean(), probes.LDA(shrinkages=3), probes.MLP(8, epochs=3), probes.INLP(2)]
 )
-def test_every_kind_of_probe_has_a_sweep(store: flexcache.Store, probe: Any) -> None:
+def test_every_kind_of_probe_can_be_swept(store: flexcache.Store, probe: Any) -> None:
     found = probes.sweep(store, "label", "resid_post", probe, **QUICK)
     assert found.best.layer in (1, 2) or isinstance(probe, probes.MLP)
     assert ("log_loss" in found.metrics) == hasattr(probe, "predict_proba")
 
 
-def test_attention_over_tokens_has_a_sweep(tmp_path: Path) -> None:
+def test_attention_over_tokens_can_be_swept(tmp_path: Path) -> None:
     probe = probes.AttentionPooled(epochs=60, learning_rate=2e-2)
     found = probes.sweep(
         told(tmp_path / "run.zarr", 150, shift=4.0), "label", "resid_post", probe, rows="tokens", layers=1, **QUICK
@@ -98,7 +98,7 @@ def test_attention_over_tokens_has_a_sweep(tmp_path: Path) -> None:
     assert "random" not in found.arms
 
 
-def test_the_codelength_is_that_of_probes_fitted_one_after_the_other(store: flexcache.Store) -> None:
+def test_the_codelength_equals_that_of_probes_fitted_one_after_another(store: flexcache.Store) -> None:
     sweep = probes.sweep(store, "label", "resid_post", probes.Logistic(0.1), baselines=(), **QUICK)
     dataset = build_dataset(store, "resid_post", "label")
     parts = codelength.prefixes(dataset, 0)
@@ -117,7 +117,7 @@ def test_the_codelength_is_that_of_probes_fitted_one_after_the_other(store: flex
     assert float(compression.sel(layer=0)) < float(compression.sel(layer=2))
 
 
-def test_a_control_task_is_the_same_for_tokens_of_one_kind(store: flexcache.Store) -> None:
+def test_a_control_task_gives_equal_labels_to_equal_tokens(store: flexcache.Store) -> None:
     dataset = build_dataset(store, "resid_post", "label", rows="all")
     fold = folds.assign(dataset, 5, 0)
     drawn = baselines.control(dataset, fold, 5, 0)
@@ -128,7 +128,7 @@ def test_a_control_task_is_the_same_for_tokens_of_one_kind(store: flexcache.Stor
         baselines.control(build_dataset(store, "resid_post", "label", rows="mean"), fold, 5, 0)
 
 
-def test_tokens_known_by_heart_have_no_selectivity(tmp_path: Path) -> None:
+def test_memorised_tokens_have_no_selectivity(tmp_path: Path) -> None:
     """Activations that say which token it is, and nothing else: any labelling of tokens is as easy."""
     rng = np.random.default_rng(0)
     lengths = [12] * 60
@@ -147,14 +147,16 @@ def test_tokens_known_by_heart_have_no_selectivity(tmp_path: Path) -> None:
     assert abs(float(found.results["selectivity"].squeeze())) < 0.01
 
 
-def test_a_random_direction_and_length_tell_little(sweep: probes.Sweep) -> None:
+def test_a_random_direction_and_the_length_predict_little(sweep: probes.Sweep) -> None:
     pooled = sweep.results["pooled"].sel(metric="accuracy")
     for arm in ("random", "length", "tokens", "shuffled"):
         assert float(pooled.sel(arm=arm, layer=2)) < 0.75
     assert float(pooled.sel(arm="probe", layer=1)) > 0.8
 
 
-def test_a_direction_is_the_probe_of_all_documents(store: flexcache.Store, sweep: probes.Sweep, tmp_path: Path) -> None:
+def test_a_direction_equals_the_probe_fitted_to_all_documents(
+    store: flexcache.Store, sweep: probes.Sweep, tmp_path: Path
+) -> None:
     dataset = build_dataset(store, "resid_post", "label")
     direction = sweep.to_direction(2)
     strength = float(sweep.results["final_strength"].sel(layer=2))
@@ -181,7 +183,7 @@ def test_a_direction_is_the_probe_of_all_documents(store: flexcache.Store, sweep
         trees.to_direction()
 
 
-def test_weights_come_back_from_a_folder(sweep: probes.Sweep, tmp_path: Path) -> None:
+def test_weights_are_saved_and_loaded(sweep: probes.Sweep, tmp_path: Path) -> None:
     sweep.save(tmp_path)
     again = probes.load(tmp_path)
     assert again.coef is not None
@@ -245,7 +247,7 @@ def test_a_live_model_is_scored_as_its_store(tmp_path: Path) -> None:
         np.testing.assert_allclose(scores, direction.score_store(store, rows), atol=1e-3)
 
 
-def test_positions_are_swept_one_by_one_and_drawn(store: flexcache.Store, tmp_path: Path) -> None:
+def test_positions_are_swept_one_by_one_and_plotted(store: flexcache.Store, tmp_path: Path) -> None:
     found = probes.by_position(
         store, "label", "resid_post", probes.Ridge(), positions=[0, 1, -1], baselines=("majority",), **QUICK
     )
@@ -257,7 +259,7 @@ def test_positions_are_swept_one_by_one_and_drawn(store: flexcache.Store, tmp_pa
     assert (tmp_path / "map.png").stat().st_size > 1000
 
 
-def test_confusion_and_calibration_are_those_of_the_nested_predictions(sweep: probes.Sweep, tmp_path: Path) -> None:
+def test_confusion_and_calibration_use_the_nested_predictions(sweep: probes.Sweep, tmp_path: Path) -> None:
     table = sweep.results["confusion"].values
     assert table.sum() == 80
     assert np.trace(table) / 80 == pytest.approx(sweep.best.score)
@@ -271,7 +273,7 @@ def test_confusion_and_calibration_are_those_of_the_nested_predictions(sweep: pr
         probes.calibration(probes.Sweep(sweep.results.drop_vars("confidence")))
 
 
-def test_what_should_be_known_first_is_noted(tmp_path: Path) -> None:
+def test_warnings_about_the_data_are_in_the_notes(tmp_path: Path) -> None:
     few = told(tmp_path / "few.zarr", 12, shift=4.0)
     notes = " ".join(probes.sweep(few, "label", "resid_post", probes.Ridge(), cv=2, **QUICK).results.attrs["notes"])
     assert "Classes in fewer than 10 groups" in notes

@@ -88,7 +88,7 @@ def test_the_histogram_is_that_of_numpy(values: np.ndarray, bits: int) -> None:
         np.testing.assert_array_equal(found["count"].values[:, feature], expected)
 
 
-def test_levels_and_bits_that_mean_nothing_are_refused() -> None:
+def test_invalid_quantiles_and_bits_are_refused() -> None:
     with pytest.raises(AnalysisError, match="from 0 to 1"):
         Histogram((1.5,))
     with pytest.raises(AnalysisError, match="10 to 16 bits"):

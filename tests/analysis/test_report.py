@@ -46,13 +46,13 @@ def test_everything_from_data_is_escaped(page: str) -> None:
     assert "<b>pos</b> $x" in unescape(page)
 
 
-def test_the_page_fetches_nothing(page: str) -> None:
+def test_the_page_needs_no_network(page: str) -> None:
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)""", page.replace("xlink:href", "href"))
     assert not re.search(r"url\((?!#)", page)
     assert "@import" not in page
 
 
-def test_the_page_is_whole_html_with_a_chart_for_each_metric(page: str) -> None:
+def test_the_page_is_complete_html_with_a_chart_for_each_metric(page: str) -> None:
     parser = Balanced()
     parser.feed(page)
     assert parser.open == []
@@ -65,7 +65,7 @@ def test_the_page_is_whole_html_with_a_chart_for_each_metric(page: str) -> None:
     assert not parser.seen & {"script", "iframe", "link", "img"}
 
 
-def test_the_curves_take_their_colours_from_the_page(page: str) -> None:
+def test_the_curves_use_the_colours_of_the_page(page: str) -> None:
     for drawn in re.findall(r"<svg.*?</svg>", page, re.S):
         assert "var(--probe)" in drawn
         assert "var(--ink)" in drawn
@@ -74,7 +74,7 @@ def test_the_curves_take_their_colours_from_the_page(page: str) -> None:
     assert "prefers-color-scheme: dark" in page
 
 
-def test_the_page_says_what_was_captured_asked_and_found(real_store: Any, page: str) -> None:
+def test_the_page_describes_capture_settings_and_results(real_store: Any, page: str) -> None:
     sweep = probes.sweep(real_store, EVIL, "resid_post", resamples=20, progress=False)
     text = unescape(page)
     accuracy = sweep.results["pooled"].sel(arm="probe", metric="accuracy", layer=2)
@@ -84,7 +84,7 @@ def test_the_page_says_what_was_captured_asked_and_found(real_store: Any, page: 
     compile(re.search(r"import flexcache\n.*?sweep\.best", text, re.S)[0], "snippet", "exec")  # type: ignore[index]
 
 
-def test_the_snippet_asks_the_same_question(real_store: Any) -> None:
+def test_the_snippet_repeats_the_sweep(real_store: Any) -> None:
     from analysis.report import facts
 
     sweep = probes.sweep(real_store, EVIL, "resid_post", probes.Ridge(7.0), rows="mean", cv=3, progress=False)

@@ -40,14 +40,14 @@ def question(metric: str) -> tuple[np.ndarray, score.Prediction]:
 
 
 @pytest.mark.parametrize("metric", list(REFERENCE))
-def test_a_folds_value_is_scikit_learns(metric: score.Metric) -> None:
+def test_the_value_of_a_fold_equals_scikit_learn(metric: score.Metric) -> None:
     y, said = question(metric)
     top, bottom = score.parts(metric, y, said, FOLD, CV)
     expected = [REFERENCE[metric](y[k == FOLD], k == FOLD) for k in range(CV)]
     np.testing.assert_allclose(score.ratio(top, bottom), expected, rtol=1e-12)
 
 
-def test_metrics_of_several_classes_are_scikit_learns() -> None:
+def test_metrics_of_several_classes_equal_scikit_learn() -> None:
     y = RNG.integers(3, size=N)
     raw = RNG.normal(size=(N, 3)) + 1.5 * (y[:, None] == np.arange(3))
     probability = np.exp(raw) / np.exp(raw).sum(1, keepdims=True)
@@ -89,7 +89,7 @@ def test_the_calibration_error_is_binned_once_over_all_folds(folds: int, classes
     assert (len(top), bottom.sum()) == (folds, 200)
 
 
-def test_recall_at_one_percent_is_where_one_negative_in_a_hundred_is_found() -> None:
+def test_the_recall_threshold_lets_one_negative_in_a_hundred_pass() -> None:
     decision = np.concatenate([np.arange(300.0), [298.5, 297.5, 296.5, 100.2]])
     y = np.concatenate([np.zeros(300, int), np.ones(4, int)])
     said = score.Prediction((decision > 0).astype(int), decision)
@@ -100,7 +100,7 @@ def test_recall_at_one_percent_is_where_one_negative_in_a_hundred_is_found() -> 
 
 
 @pytest.mark.parametrize("decimals", [0, 1, 6])
-def test_recall_of_one_fold_is_on_scikit_learns_roc_curve(decimals: int) -> None:
+def test_the_recall_of_one_fold_lies_on_the_roc_curve_of_scikit_learn(decimals: int) -> None:
     rng = np.random.default_rng(decimals)
     y = (rng.random(700) < 0.4).astype(int)
     decision = np.round(rng.normal(size=700) + 2.5 * y, decimals)
@@ -109,7 +109,7 @@ def test_recall_of_one_fold_is_on_scikit_learns_roc_curve(decimals: int) -> None
     assert top[0] / bottom[0] == found[rate <= 0.01].max()
 
 
-def test_the_threshold_of_recall_is_of_all_folds_and_free_of_their_scales() -> None:
+def test_the_recall_threshold_is_common_to_all_folds_and_independent_of_their_scales() -> None:
     rng = np.random.default_rng(0)
     y, fold = (rng.random(1000) < 0.4).astype(int), np.arange(1000) % 5
     decision = rng.normal(size=1000) + 2 * y
@@ -124,7 +124,7 @@ def test_the_threshold_of_recall_is_of_all_folds_and_free_of_their_scales() -> N
         np.testing.assert_array_equal(bottom, np.bincount(fold, y))
 
 
-def test_folds_that_differ_by_chance_alone_are_ranked_as_they_are() -> None:
+def test_folds_that_differ_only_by_chance_are_not_rescaled() -> None:
     rng = np.random.default_rng(1)
     group = np.arange(1200) // 20
     y, fold = (np.arange(60) // 5 % 2)[group], group % 5
@@ -158,7 +158,7 @@ def test_a_fold_without_negatives_has_no_recall() -> None:
     [(600, 0.45, 1.8, 1, 1.0), (200, 0.5, 1.8, 1, 1.0), (600, 0.1, 3.0, 1, 2.0), (1200, 0.45, 1.2, 4, 2.0)],
     ids=["many", "few", "rare", "groups"],
 )
-def test_intervals_of_pooled_metrics_hold_the_truth(
+def test_intervals_of_pooled_metrics_cover_the_truth(
     n: int, share: float, apart: float, size: int, sharper: float
 ) -> None:
     def sample(n: int) -> tuple[np.ndarray, score.Prediction, np.ndarray]:
@@ -185,7 +185,7 @@ def test_intervals_of_pooled_metrics_hold_the_truth(
     assert (np.mean(inside, axis=0) >= 0.9).all()
 
 
-def test_the_band_over_layers_holds_all_of_them_at_once() -> None:
+def test_the_band_covers_all_layers_at_once() -> None:
     rng = np.random.default_rng(0)
     truth, inside, narrow = np.linspace(0.5, 0.8, 8), 0, 0
     for _ in range(200):
@@ -200,7 +200,7 @@ def test_the_band_over_layers_holds_all_of_them_at_once() -> None:
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "auroc"])
-def test_the_bootstrap_is_scoring_the_drawn_groups_themselves(metric: score.Metric) -> None:
+def test_the_bootstrap_equals_scores_of_the_drawn_groups(metric: score.Metric) -> None:
     draws, values = (
         np.concatenate([weights for _, weights in bootstrap.resample_groups(20, 50, seed=1, n_samples=N)]),
         [],
@@ -220,7 +220,7 @@ def test_the_bootstrap_is_scoring_the_drawn_groups_themselves(metric: score.Metr
     assert percentile_interval(drawn[0]) == pytest.approx(tuple(np.percentile(values, [2.5, 97.5])))
 
 
-def test_the_bootstrap_does_not_depend_on_how_much_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bootstrap_does_not_depend_on_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = (["auroc", "ece", "recall@1%"], Y, SAID, FOLD, GROUP)
     whole = score.replicates(*asked, resamples=40, seed=0)
     monkeypatch.setattr(bootstrap, "CHUNK", 7 * N)
@@ -246,14 +246,14 @@ def test_a_clustered_sample_has_a_wider_interval_than_its_rows_suggest() -> None
     assert np.ptp(by_group) > 1.4 * np.ptp(by_row)
 
 
-def test_the_fold_interval_is_nadeau_and_bengios() -> None:
+def test_the_fold_interval_is_that_of_nadeau_and_bengio() -> None:
     values = np.array([0.7, 0.8, 0.9, 0.75, 0.85])
     low, high = score.fold_interval(values)
     half = student.ppf(0.975, 4) * values.std(ddof=1) * np.sqrt(1 / 5 + 1 / 4)
     assert (low, high) == pytest.approx((0.8 - half, 0.8 + half))
 
 
-def test_nothing_to_measure_is_nan() -> None:
+def test_an_undefined_metric_is_nan() -> None:
     said = score.Prediction(np.ones(4), np.arange(4.0))
     top, bottom = score.parts("auroc", np.ones(4, int), said, np.array([0, 0, 1, 1]), 2)
     assert np.isnan(score.ratio(top, bottom)).all()

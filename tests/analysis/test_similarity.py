@@ -38,7 +38,7 @@ def test_cka_is_the_ratio_of_unbiased_hsic(seed: int, n: int, d: int, e: int) ->
     assert float(found["cka"].sel(one="y", two="y")) == pytest.approx(1)
 
 
-def test_noise_of_many_dims_is_unlike_and_its_p_is_large() -> None:
+def test_independent_noise_has_no_similarity_and_a_large_p() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(60, 300)), rng.normal(size=(60, 300))
     found = similarity.between({"x": x, "y": y}, permutations=60).sel(one="x", two="y")
@@ -50,7 +50,7 @@ def test_noise_of_many_dims_is_unlike_and_its_p_is_large() -> None:
         assert 0 < float(found[f"{measure}_null"]) < 0.2
 
 
-def test_what_belongs_together_stands_out_of_its_null() -> None:
+def test_similar_matrices_exceed_their_null_distribution() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(80, 5))
     found = similarity.between({"x": x}, {"turned": 3 * x @ np.linalg.qr(rng.normal(size=(5, 5)))[0]}, permutations=50)
@@ -73,7 +73,7 @@ def test_cca_and_cosine_are_those_of_scikit_learn() -> None:
     assert np.isnan(unequal["cosine"].sel(one="x", two="z"))
 
 
-def test_layers_of_a_store_and_of_two_stores_joined(tmp_path: Path) -> None:
+def test_layers_of_one_store_and_of_two_stores_are_compared(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     base = rng.normal(size=(sum(LENGTHS), 6))
     values = np.stack([base, base + rng.normal(size=base.shape), rng.normal(size=base.shape)])
@@ -94,7 +94,7 @@ def test_layers_of_a_store_and_of_two_stores_joined(tmp_path: Path) -> None:
     assert not np.array_equal(one.read("resid_post", 0, swapped), two.read("resid_post", 0, swapped))
 
 
-def test_matrices_of_different_rows_are_refused() -> None:
+def test_matrices_with_different_rows_are_refused() -> None:
     with pytest.raises(AnalysisError, match="cannot be compared"):
         similarity.between({"x": np.zeros((5, 2)), "y": np.zeros((6, 2))})
     with pytest.raises(AnalysisError, match="cannot be compared"):

@@ -1,4 +1,4 @@
-"""What is known of SmolLM2's geometry, found again in a store of real text. Run it with  pytest -m slow."""
+"""Known geometry of SmolLM2, reproduced in a store of real text. Run it with  pytest -m slow."""
 
 from __future__ import annotations
 

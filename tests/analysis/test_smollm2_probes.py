@@ -1,4 +1,4 @@
-"""What probes find in SmolLM2 reading rated reviews. Run it with  pytest -m slow."""
+"""Probes of SmolLM2 on rated reviews. Run them with  pytest -m slow."""
 
 from __future__ import annotations
 

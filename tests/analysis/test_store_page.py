@@ -57,7 +57,7 @@ def page(found: tuple[flexcache.Store, Survey], tmp_path_factory: pytest.TempPat
     return store_page.write(*found, path, words=WORDS, command="flexcache report 'run & <co>.zarr'")
 
 
-def test_the_page_is_whole_html_that_fetches_nothing_and_escapes_all(page: Path) -> None:
+def test_the_page_is_complete_html_without_network_access_and_escapes_texts(page: Path) -> None:
     text = page.read_text("utf-8")
     parser = Balanced()
     parser.feed(text)
@@ -71,7 +71,7 @@ def test_the_page_is_whole_html_that_fetches_nothing_and_escapes_all(page: Path)
     assert len(ids) == len(set(ids))
 
 
-def test_the_page_has_every_part_and_says_what_was_found(page: Path, found: tuple[flexcache.Store, Survey]) -> None:
+def test_the_page_shows_every_part_with_its_results(page: Path, found: tuple[flexcache.Store, Survey]) -> None:
     text = unescape(page.read_text("utf-8"))
     for words in ("Norms", "Spectra", "How alike layers are", "Outliers", "Logit lens", "Tokens that excite a dim"):
         assert f"<h2>{words}</h2>" in text

@@ -12,7 +12,7 @@ import zarr
 import flexcache
 from analysis import saved
 from analysis.statistics import geometry, moments, outliers, quantiles, similarity
-from analysis.survey import PARTS, load, place, survey
+from analysis.survey import PARTS, load, results_path, survey
 from flexcache.errors import AnalysisError
 from flexcache.store.read.shard_reader import RowReader
 from tests.analysis.stores import value_store
@@ -31,7 +31,9 @@ def few(store: flexcache.Store, folder: Path | None = None, **options: Any) -> A
     return survey(store, similarity_rows=300, permutations=5, folder=folder, progress=False, **options)
 
 
-def test_one_read_gives_what_each_question_gives_alone(store: flexcache.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_read_equals_computing_each_statistic_alone(
+    store: flexcache.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     alone = {
         "total": moments.compute(store, "resid_post", progress=False),
         "moments": moments.compute(store, "resid_post", by=["layer", "label"], progress=False),
@@ -51,7 +53,7 @@ def test_one_read_gives_what_each_question_gives_alone(store: flexcache.Store, m
     assert set(found.results) == {*PARTS, "total"} - {"lens"}
 
 
-def test_results_are_read_again_until_store_or_question_changes(
+def test_results_are_reused_until_store_or_arguments_change(
     store: flexcache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = few(store, tmp_path)
@@ -72,9 +74,9 @@ def test_results_are_read_again_until_store_or_question_changes(
     assert not few(store, tmp_path, only=["moments"]).reused
 
 
-def test_saved_results_are_zarr_that_anyone_opens_with_their_provenance(store: flexcache.Store, tmp_path: Path) -> None:
+def test_saved_results_are_plain_zarr_with_their_provenance(store: flexcache.Store, tmp_path: Path) -> None:
     few(store, tmp_path, only=["moments"])
-    path = place(tmp_path, "resid_post")
+    path = results_path(tmp_path, "resid_post")
     opened = xr.open_zarr(path, group="total", consolidated=False)
     assert opened["mean"].dims == ("layer", "feature")
     provenance = dict(zarr.open_group(path, mode="r").attrs)["flexcache_statistics"]
@@ -84,10 +86,10 @@ def test_saved_results_are_zarr_that_anyone_opens_with_their_provenance(store: f
     assert json.dumps(provenance)
 
 
-def test_what_is_no_result_is_not_read_or_overwritten(store: flexcache.Store, tmp_path: Path) -> None:
+def test_folders_without_results_are_neither_read_nor_overwritten(store: flexcache.Store, tmp_path: Path) -> None:
     with pytest.raises(AnalysisError, match="no saved results"):
         load(tmp_path, "resid_post")
-    path = place(tmp_path, "resid_post")
+    path = results_path(tmp_path, "resid_post")
     path.mkdir()
     (path / "thesis.txt").write_text("irreplaceable")
     with pytest.raises(AnalysisError, match="something else"):
@@ -101,5 +103,7 @@ def test_what_is_no_result_is_not_read_or_overwritten(store: flexcache.Store, tm
 def test_unknown_parts_are_refused_with_the_nearest_name(store: flexcache.Store) -> None:
     with pytest.raises(AnalysisError, match="did you mean quantiles"):
         survey(store, only=["quantile"])
+    with pytest.raises(AnalysisError, match="did you mean scheduler"):
+        survey(store, only=["moments"], schedular="threads")
     with pytest.raises(AnalysisError, match="there are: total"):
         few(store, only=["moments"])["lens"]

@@ -125,7 +125,7 @@ def test_choosing_among_layers_of_noise_stays_at_chance_only_when_nested(array_s
     assert abs(np.mean(nested) - 0.5) < 0.04
 
 
-def test_without_the_inner_choice_the_best_layer_says_so(make_store: Any) -> None:
+def test_the_best_layer_is_marked_if_it_was_not_chosen_inside_the_folds(make_store: Any) -> None:
     sweep = probes.sweep(make_store(), "label", "resid_post", select="none", **QUICK)
     assert not sweep.best.nested
     assert sweep.best.score == sweep.best.on_layer == sweep.results["pooled"].sel(arm="probe", metric="accuracy").max()
@@ -152,7 +152,7 @@ def test_rows_of_a_document_leak_its_identity_unless_they_are_grouped(array_stor
     assert "in both training and test folds" not in " ".join(grouped.results.attrs["notes"])
 
 
-def test_shuffled_labels_are_at_chance_where_the_probe_is_not(make_store: Any) -> None:
+def test_shuffled_labels_score_at_chance_while_the_probe_does_not(make_store: Any) -> None:
     found = probes.sweep(make_store(400), "label", "resid_post", rows="all", **QUICK).results["pooled"]
     accuracy = found.sel(metric="accuracy")
     assert (abs(accuracy.sel(arm="shuffled") - 0.5) < 0.08).all()
@@ -174,13 +174,13 @@ def test_shuffling_keeps_a_group_of_one_value_together(array_store: Any) -> None
     assert (moved[:, 0] != alike.y.reshape(30, 4)[:, 0]).any()
 
 
-def test_one_layer_is_read_at_a_time_and_once(make_store: Any) -> None:
+def test_layers_are_read_one_at_a_time_and_once(make_store: Any) -> None:
     store = make_store()
     probes.sweep(store, "label", "resid_post", **QUICK)
     assert [layer for layer, size in store.reads if size > 1] == [0, 1, 2]
 
 
-def test_the_same_seed_gives_the_same_sweep_and_another_other_folds(make_store: Any) -> None:
+def test_equal_seeds_give_equal_sweeps_and_other_seeds_other_folds(make_store: Any) -> None:
     first, again, other = (
         probes.sweep(make_store(), "label", "resid_post", seed=seed, **QUICK).results for seed in (0, 0, 1)
     )
@@ -216,14 +216,15 @@ def test_a_probe_that_does_not_converge_is_an_error_with_its_place(make_store: A
         ({"select": "best"}, "select cannot be 'best'"),
         ({"probe": probes.Logistic(C=-1.0)}, "C is above 0"),
         ({"cv": 200}, "fewer groups than folds"),
+        ({"resample": 10}, r"sweep has no argument .resample.[\s\S]*did you mean resamples"),
     ],
 )
-def test_a_sweep_that_cannot_be_meant_is_refused(make_store: Any, arguments: Any, message: str) -> None:
+def test_an_impossible_sweep_is_refused(make_store: Any, arguments: Any, message: str) -> None:
     with pytest.raises(AnalysisError, match=message):
         probes.sweep(make_store(), **{"target": "label", "site": "resid_post", **QUICK, **arguments})
 
 
-def test_the_tfidf_baseline_is_left_out_with_a_note_where_there_are_no_words(make_store: Any) -> None:
+def test_the_tfidf_baseline_is_left_out_with_a_note_if_there_are_no_words(make_store: Any) -> None:
     store = make_store()
     store.documents = store.documents.set_column(2, "text", [["?"] * 120])
     sweep = probes.sweep(store, "label", "resid_post", **QUICK)
@@ -234,7 +235,7 @@ def test_the_tfidf_baseline_is_left_out_with_a_note_where_there_are_no_words(mak
     assert "kept no texts" in probes.sweep(store, "label", "resid_post", **QUICK).results.attrs["notes"][0]
 
 
-def test_results_come_back_identical_from_a_folder(make_store: Any, tmp_path: Any) -> None:
+def test_saved_results_load_identically(make_store: Any, tmp_path: Any) -> None:
     saved = [
         probes.sweep(make_store(), "label", "resid_post", KNeighborsClassifier(3), cv=3, **QUICK),
         probes.sweep(make_store(), "score", "resid_post", probes.Ridge(), layers=1, **QUICK),
@@ -312,7 +313,7 @@ def test_a_module_path_has_one_score(array_store: Any) -> None:
         ({"target": np.arange(40)}, "not a target"),
     ],
 )
-def test_arguments_that_cannot_be_used_are_refused(store: Any, options: Any, message: str) -> None:
+def test_invalid_arguments_are_refused(store: Any, options: Any, message: str) -> None:
     with pytest.raises(FlexCacheError, match=message):
         probes.sweep(store, **{"target": "label", "site": "resid_post", **QUICK, **options})
 
@@ -327,7 +328,7 @@ def test_one_baseline_target_or_site_needs_no_list(make_store: Any) -> None:
     assert expected.arms == ("probe", "majority")
 
 
-def test_a_sweep_that_cannot_be_saved_is_kept_elsewhere(make_store: Any) -> None:
+def test_a_sweep_that_cannot_be_saved_goes_to_a_temporary_folder(make_store: Any) -> None:
     found = probes.sweep(make_store(), "label", "resid_post", layers=0, baselines=(), mdl=False, **QUICK)
     with pytest.raises(OutputError, match="cannot be written") as caught:
         found.save("/proc/x")

@@ -38,7 +38,7 @@ def every(store: flexcache.Store) -> list[tuple[str, int | None]]:
     return [(name, layer) for name, array in store.arrays.items() for layer in array.slices]
 
 
-def test_safetensors_reads_what_the_store_reads(store: flexcache.Store, tmp_path: Path) -> None:
+def test_exported_safetensors_equal_the_rows_of_the_store(store: flexcache.Store, tmp_path: Path) -> None:
     files = export(store.path, tmp_path / "out", "safetensors")
     assert sorted(path.name for path in files) == [
         "model.embed.safetensors",
@@ -67,7 +67,7 @@ def test_npy_files_are_memory_mapped(store: flexcache.Store, tmp_path: Path) -> 
     assert np.array_equal(np.load(tmp_path / "out" / "rows.npy"), np.arange(store.n_rows))
 
 
-def test_parquet_has_a_line_a_row_with_its_document_and_labels(
+def test_parquet_has_a_line_per_row_with_document_and_labels(
     store: flexcache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(table, "GROUP_BYTES", 100 * 54 * 4)
@@ -96,7 +96,7 @@ def test_parquet_has_a_line_a_row_with_its_document_and_labels(
         assert np.array_equal(values.astype(np.float32), store.read(*key))
 
 
-def test_documents_and_a_manifest_lie_beside(plain: flexcache.Store, tmp_path: Path) -> None:
+def test_an_export_includes_documents_and_a_manifest(plain: flexcache.Store, tmp_path: Path) -> None:
     for to in FORMATS:
         out = tmp_path / to
         export(plain.path, out, to)
@@ -114,7 +114,7 @@ def test_documents_and_a_manifest_lie_beside(plain: flexcache.Store, tmp_path: P
     st.sampled_from([["resid_post"], ["model.*"], None]),
     st.integers(0, 4),
 )
-def test_an_export_that_is_stopped_goes_on_by_file_to_the_same_bytes(
+def test_an_interrupted_export_resumes_by_file_to_the_same_bytes(
     plain: flexcache.Store, tmp_path_factory: pytest.TempPathFactory, to: str, layers: Any, sites: Any, kept: int
 ) -> None:
     folder = tmp_path_factory.mktemp("export")
@@ -155,7 +155,7 @@ def test_a_failed_write_leaves_no_file_that_looks_whole(
     assert not [name for name in names if "embed" in name]
 
 
-def test_committed_rows_of_a_partial_store(tmp_path: Path) -> None:
+def test_committed_rows_of_a_partial_store_can_be_exported(tmp_path: Path) -> None:
     store = partial_store(tmp_path / "run.zarr", 2)
     for to in FORMATS:
         with pytest.raises(UncommittedError, match="not all rows"):
@@ -172,7 +172,7 @@ def test_committed_rows_of_a_partial_store(tmp_path: Path) -> None:
         export(store.path, tmp_path / "npy", "npy", rows="committed", sites=["model.embed"])
 
 
-def test_what_cannot_be_exported_is_refused_before_anything_is_written(
+def test_an_impossible_export_is_refused_before_writing(
     plain: flexcache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"

@@ -82,7 +82,7 @@ def test_layers_over_several_files_become_one_array(kind: str, dtype: str, tmp_p
     st.sampled_from([None, "documents"]),
     st.booleans(),
 )
-def test_rows_are_those_of_the_tensors(
+def test_imported_rows_equal_the_tensors(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], kind: str, documents: str | None, layered: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("import")
@@ -109,7 +109,7 @@ def test_rows_are_those_of_the_tensors(
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
-def test_what_was_exported_is_imported_with_documents_and_tokens(compression: str, tmp_path: Path) -> None:
+def test_an_export_is_imported_with_documents_and_tokens(compression: str, tmp_path: Path) -> None:
     store = build_store(tmp_path / "run.zarr", token_documents(lengths(120)), compression=compression)
     export(store.path, tmp_path / "out", "safetensors", sites=["resid_post"])
     back = import_folder(
@@ -131,7 +131,7 @@ def test_what_was_exported_is_imported_with_documents_and_tokens(compression: st
     assert back.arrays["resid_post"] == store.arrays["resid_post"]
 
 
-def test_nested_dicts_and_lists_of_torch(tmp_path: Path) -> None:
+def test_nested_dicts_and_lists_of_torch_are_imported(tmp_path: Path) -> None:
     tensors = [values(20, 4, seed=layer) for layer in range(3)]
     (tmp_path / "acts").mkdir()
     torch.save({"run": {"layers": tensors, "step": 3}, "note": "text"}, tmp_path / "acts" / "all.pt")
@@ -146,7 +146,7 @@ def test_nested_dicts_and_lists_of_torch(tmp_path: Path) -> None:
     assert np.array_equal(corpus_rows(store, "mlp_out", 0), tensors[0].numpy())
 
 
-def test_doubles_are_stored_where_a_dtype_is_named(tmp_path: Path) -> None:
+def test_float64_tensors_are_stored_if_a_dtype_is_given(tmp_path: Path) -> None:
     save(tmp_path / "acts", "safetensors", "layer_0", {"x": values(9, 3).double()})
     with pytest.raises(ConfigError, match="float64 cannot be stored"):
         import_folder(tmp_path / "acts", tmp_path / "run.zarr", "safetensors", site="mlp_out")
@@ -201,7 +201,7 @@ def test_a_saelens_cache_is_imported(extension: str, with_ids: bool, tmp_path: P
 # Refusals
 
 
-def test_a_pickle_that_would_run_something_is_refused(tmp_path: Path) -> None:
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> Any:
             return os.mkdir, (str(tmp_path / "pwned"),)
@@ -235,7 +235,7 @@ def test_a_pickle_that_would_run_something_is_refused(tmp_path: Path) -> None:
     ],
     ids=lambda item: str(item)[:40],
 )
-def test_invalid_arguments_raise_an_error_before_anything_is_written(
+def test_an_impossible_import_is_refused_before_writing(
     tensors: dict[str, tuple[int, ...]],
     options: dict[str, Any],
     error: type[FlexCacheError],
@@ -261,7 +261,7 @@ def test_a_value_that_is_not_finite_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [0, 4, 20, 200])
-def test_a_file_that_is_cut_short_is_named(cut: int, tmp_path: Path) -> None:
+def test_a_truncated_file_is_named(cut: int, tmp_path: Path) -> None:
     save(tmp_path / "acts", "safetensors", "layer_0", {"x": values(50, 3)})
     path = tmp_path / "acts" / "layer_0.safetensors"
     path.write_bytes(path.read_bytes()[:cut])
@@ -270,7 +270,7 @@ def test_a_file_that_is_cut_short_is_named(cut: int, tmp_path: Path) -> None:
     assert raised.value.where == str(path)
 
 
-def test_heads_agree_with_the_package(tmp_path: Path) -> None:
+def test_headers_agree_with_the_safetensors_package(tmp_path: Path) -> None:
     tensors = {"a": values(3, 5), "b": values(2, 2).bfloat16(), "c": torch.arange(4), "d": values(0, 3).half()}
     save_file(tensors, tmp_path / "x.safetensors", metadata={"key": "value"})
     entries, metadata = safetensors.read_header(tmp_path / "x.safetensors")

@@ -104,7 +104,7 @@ def test_every_row_is_right_where_documents_differ_in_length(model: AttentionOnl
             assert np.allclose(store.read("induction", layer, rows), found[0, layer], atol=1e-6)
             assert np.allclose(store.read("previous_token", layer, rows), found[1, layer], atol=1e-6)
         assert np.allclose(store.read("loss", None, rows)[:, 0], losses, atol=1e-5)
-    with pytest.raises(AnalysisError, match="no seam in common"):
+    with pytest.raises(AnalysisError, match="do not repeat at a common position"):
         scores.head_scores(store)
     with pytest.raises(AnalysisError, match="2 to 40 tokens"):
         scores.loss_by_position(store)

@@ -188,7 +188,7 @@ def test_unpickling_raises_an_error_if_the_store_is_missing_or_replaced(tmp_path
     assert pickle.loads(lazy).identical(store["resid_post"])
 
 
-def test_views_targets_and_results_are_equal_after_pickling(store: flexcache.Store) -> None:
+def test_datasets_targets_and_results_survive_pickling(store: flexcache.Store) -> None:
     odd = targets.function("odd", lambda tokens: tokens["token_id"] % 2)
     for target in (odd, targets.coordinate("position"), pickle.loads(pickle.dumps(odd))):
         again = pickle.loads(pickle.dumps(target))

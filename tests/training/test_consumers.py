@@ -1,4 +1,4 @@
-"""Trainers of others, fed by the stream, where they are installed."""
+"""Trainers of other packages, fed by the stream, if they are installed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def forever(store: flexcache.Store) -> Iterator[torch.Tensor]:
 
 
 @FOREIGN
-def test_saelens(store: flexcache.Store) -> None:
+def test_saelens_trains_on_the_stream(store: flexcache.Store) -> None:
     pytest.importorskip("sae_lens", exc_type=ImportError)
     from sae_lens import LoggingConfig, TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
@@ -49,7 +49,7 @@ def test_saelens(store: flexcache.Store) -> None:
 
 
 @FOREIGN
-def test_dictionary_learning(store: flexcache.Store, tmp_path: Path) -> None:
+def test_dictionary_learning_trains_on_the_stream(store: flexcache.Store, tmp_path: Path) -> None:
     pytest.importorskip("dictionary_learning.training", exc_type=ImportError)
     from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer
     from dictionary_learning.training import trainSAE
@@ -68,7 +68,7 @@ def test_dictionary_learning(store: flexcache.Store, tmp_path: Path) -> None:
 
 
 @FOREIGN
-def test_sparsify(store: flexcache.Store) -> None:
+def test_sparsify_trains_on_the_stream(store: flexcache.Store) -> None:
     pytest.importorskip("sparsify", exc_type=ImportError)
     from sparsify import SparseCoder, SparseCoderConfig
 

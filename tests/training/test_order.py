@@ -1,4 +1,4 @@
-"""Each row once an epoch, for any rows, consumers, workers and sizes; without any store."""
+"""Property tests of the order of an epoch, without a store."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def orders(draw: st.DrawFn) -> Order:
 
 @settings(max_examples=150, deadline=None)
 @given(orders(), st.integers(1, 3), st.integers(1, 4), st.integers(0, 3))
-def test_every_row_is_one_consumers_and_once(order: Order, ranks: int, workers: int, epoch: int) -> None:
+def test_every_row_goes_to_one_consumer_once(order: Order, ranks: int, workers: int, epoch: int) -> None:
     consumers, seen = ranks * workers, []
     for consumer in range(consumers):
         pools = order.pools_of(epoch, consumer, consumers)
@@ -47,7 +47,7 @@ def test_every_row_is_one_consumers_and_once(order: Order, ranks: int, workers: 
 
 
 @given(orders())
-def test_runs_hold_near_rows_of_one_unit(order: Order) -> None:
+def test_runs_hold_consecutive_rows_of_one_unit(order: Order) -> None:
     for low, high in order.runs:
         rows = order.rows[low:high]
         assert 0 < len(rows) <= order.run_rows
@@ -64,7 +64,7 @@ def test_another_epoch_and_another_seed_have_another_order() -> None:
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(0, 50))
-def test_workers_take_turns_and_those_that_are_done_are_passed_over(totals: list[int], given_in_all: int) -> None:
+def test_workers_take_turns_and_finished_ones_are_skipped(totals: list[int], given_in_all: int) -> None:
     done, left = [0] * len(totals), given_in_all
     while left and done != totals:
         for worker in range(len(totals)):

@@ -1,4 +1,4 @@
-"""Every row once, in an order that is random and told, whatever was stopped on the way."""
+"""Preshuffled stores have every row once, in a random recorded order, even after interruptions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check(found: flexcache.Store, store: flexcache.Store) -> np.ndarray:
     return rows
 
 
-def test_each_row_once_and_its_place_is_told(store: flexcache.Store, tmp_path: Path) -> None:
+def test_every_row_appears_once_with_its_original_row(store: flexcache.Store, tmp_path: Path) -> None:
     found = preshuffle(store.path, tmp_path / "a.zarr")
     rows = check(found, store)
     assert flexcache.verify(found.path).sound
@@ -48,7 +48,9 @@ def test_each_row_once_and_its_place_is_told(store: flexcache.Store, tmp_path: P
     assert len(seen) == store.n_rows
 
 
-def test_one_that_was_stopped_goes_on(store: flexcache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_shuffle_resumes(
+    store: flexcache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = preshuffle(store.path, tmp_path / "whole.zarr")
     calls: list[int] = []
 
@@ -66,14 +68,16 @@ def test_one_that_was_stopped_goes_on(store: flexcache.Store, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_other_dtypes(store: flexcache.Store, dtype: str, tmp_path: Path) -> None:
+def test_every_dtype_can_be_shuffled(store: flexcache.Store, dtype: str, tmp_path: Path) -> None:
     origin = copy(store.path, tmp_path / "origin.zarr", dtype=dtype)
     found = preshuffle(origin.path, tmp_path / "found.zarr")
     rows = found.token_label(SOURCE_ROW).to_numpy()
     assert np.allclose(found.read("resid_post", 3), origin.read("resid_post", 3)[rows], rtol=1e-6)
 
 
-def test_what_is_refused(store: flexcache.Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stores_that_cannot_be_shuffled_are_refused(
+    store: flexcache.Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with open_recorder(tmp_path / "part.zarr", token_documents([5] * 20)):
         pass
     with pytest.raises(StoreError, match="not complete"):

@@ -88,7 +88,7 @@ def test_two_stores_are_joined_by_document_and_position(store: flexcache.Store, 
 
 
 @pytest.mark.parametrize("refuses", ["nothing", "opening", "reading"])
-def test_without_the_page_cache_it_gives_the_same(
+def test_reading_past_the_page_cache_gives_the_same_rows(
     store: flexcache.Store, refuses: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of 12 bytes, so that runs begin and end anywhere; and file systems that know no O_DIRECT."""
@@ -121,7 +121,7 @@ def test_without_the_page_cache_it_gives_the_same(
     assert tried > 1 if refuses == "nothing" else tried == 1
 
 
-def test_rows_that_are_aligned_go_where_they_belong(tmp_path: Path) -> None:
+def test_aligned_rows_are_read_into_place(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=(2, 300, 2048)).astype(np.float32)
     store = value_store(tmp_path / "run.zarr", values, [50] * 6, dtype="bfloat16")
     options: dict[str, Any] = {"batch_size": 16, "run_bytes": 5 << 12, "pool_bytes": 40 << 12, "return_tokens": True}
@@ -135,7 +135,7 @@ def test_rows_that_are_aligned_go_where_they_belong(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep_cache", [False, True])
 @pytest.mark.parametrize("damage", ["ended early", "missing"])
-def test_a_shard_that_is_damaged_is_named(tmp_path: Path, keep_cache: bool, damage: str) -> None:
+def test_a_damaged_shard_is_named(tmp_path: Path, keep_cache: bool, damage: str) -> None:
     values = np.random.default_rng(0).normal(size=(1, 60, 6))
     store = value_store(tmp_path / "run.zarr", values, [20] * 3, dtype="bfloat16")
     shard = store.path / "resid_post" / "c" / "0" / "0" / "0"
@@ -148,7 +148,7 @@ def test_a_shard_that_is_damaged_is_named(tmp_path: Path, keep_cache: bool, dama
 
 
 @pytest.mark.parametrize("stop", [0, 1, 7, 15])
-def test_an_epoch_goes_on_in_the_middle(store: flexcache.Store, stop: int) -> None:
+def test_an_epoch_resumes_in_the_middle(store: flexcache.Store, stop: int) -> None:
     whole = list(training.stream(store, "resid_post", 0, seed=4, **SMALL))
     stream = training.stream(store, "resid_post", 0, seed=4, **SMALL)
     iterator = iter(stream)
@@ -164,7 +164,7 @@ def test_an_epoch_goes_on_in_the_middle(store: flexcache.Store, stop: int) -> No
         training.stream(store, "resid_post", 0, seed=5, **SMALL).load_state_dict(state)
 
 
-def test_ranks_and_workers_share_the_rows_and_a_loader_goes_on(store: flexcache.Store) -> None:
+def test_ranks_and_workers_share_the_rows_and_a_loader_resumes(store: flexcache.Store) -> None:
     seen: list[int] = []
     for rank in range(2):
         stream = training.stream(store, "resid_post", 0, return_tokens=True, rank=rank, ranks=2, **SMALL)
@@ -193,7 +193,7 @@ def test_ranks_and_workers_share_the_rows_and_a_loader_goes_on(store: flexcache.
     assert sorted(seen) == list(range(store.n_rows))
 
 
-def test_chosen_rows_alone_are_given(store: flexcache.Store) -> None:
+def test_only_chosen_rows_are_given(store: flexcache.Store) -> None:
     mask = np.asarray(store.coordinates["position"].values) > 0
     batches = list(training.stream(store, "resid_post", 0, rows=mask, return_tokens=True, **SMALL))
     rows = np.array(rows_of(batches))
@@ -204,7 +204,7 @@ def test_chosen_rows_alone_are_given(store: flexcache.Store) -> None:
     assert sorted(rows_of(list(few))) == [3, 9, 500]
 
 
-def test_a_compressed_store_streams_as_well(tmp_path: Path) -> None:
+def test_a_compressed_store_can_be_streamed(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=(1, 120, 6))
     store = value_store(tmp_path / "z.zarr", values, [12] * 10, compression="zstd")
     batches = list(training.stream(store, "resid_post", return_tokens=True, **SMALL))
@@ -213,7 +213,7 @@ def test_a_compressed_store_streams_as_well(tmp_path: Path) -> None:
     assert np.array_equal(found, store.read("resid_post", 0, rows))
 
 
-def test_values_are_normalised_as_asked(store: flexcache.Store) -> None:
+def test_values_are_normalised_as_requested(store: flexcache.Store) -> None:
     whole = torch.from_numpy(store.read("resid_post", 0))
     options = {**SMALL, "run_bytes": 10**6}  # every row is in the estimate
     center, standard, unit = (
@@ -287,13 +287,13 @@ def test_rows_that_are_not_committed_are_left_out_or_refused(tmp_path: Path) -> 
         ({"thread": 2}, ConfigError, "did you mean threads"),
     ],
 )
-def test_what_cannot_be_streamed_is_refused(store: Any, options: Any, error: Any, message: str) -> None:
+def test_invalid_stream_arguments_are_refused(store: Any, options: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         training.stream(store, **{"site": "resid_post", "layer": 0, **options})
 
 
 @pytest.mark.parametrize("wrong", [{}, {"a": 3}, None])
-def test_a_value_that_is_no_store_is_refused(wrong: Any) -> None:
+def test_a_value_that_is_not_a_store_is_refused(wrong: Any) -> None:
     with pytest.raises(ConfigError, match="no store"):
         training.stream(wrong, "resid_post", 0)
 
@@ -302,7 +302,7 @@ def test_a_value_that_is_no_store_is_refused(wrong: Any) -> None:
     ("dtype", "expected"),
     [("bfloat16", torch.bfloat16), ("torch.float32", torch.float32), (np.float16, torch.float16)],
 )
-def test_a_dtype_may_be_a_name_or_of_numpy(store: flexcache.Store, dtype: Any, expected: torch.dtype) -> None:
+def test_a_dtype_may_be_a_name_or_a_numpy_dtype(store: flexcache.Store, dtype: Any, expected: torch.dtype) -> None:
     assert next(iter(training.stream(store, "resid_post", 0, dtype=dtype, **SMALL))).dtype == expected
 
 
@@ -319,9 +319,7 @@ OTHER: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("other", OTHER, ids=lambda other: next(iter(other)))
 @pytest.mark.parametrize("loads", ["stream", "loader"])
-def test_the_state_of_a_stream_in_another_order_is_refused(
-    store: flexcache.Store, other: dict[str, Any], loads: str
-) -> None:
+def test_a_state_of_another_order_is_refused(store: flexcache.Store, other: dict[str, Any], loads: str) -> None:
     def made(**options: Any) -> Any:
         stream = training.stream(store, "resid_post", 0, **{**SMALL, **options})
         return stream if loads == "stream" else stream.loader()
@@ -341,7 +339,7 @@ def test_the_state_of_a_stream_in_another_order_is_refused(
     assert len(list(again)) == len(again) - 1
 
 
-def test_a_state_is_plain_and_a_loader_resumes_from_that_of_a_stream(store: flexcache.Store, tmp_path: Path) -> None:
+def test_a_state_is_plain_data_and_a_loader_resumes_from_a_stream_state(store: flexcache.Store, tmp_path: Path) -> None:
     options: dict[str, Any] = {**SMALL, "batch_size": np.int64(32), "seed": np.int64(4)}
     stream = training.stream(store, "resid_post", 0, **options)
     next(iter(stream))
@@ -362,7 +360,7 @@ def test_a_state_of_one_process_is_not_shared_by_workers(store: flexcache.Store)
 
 
 @pytest.mark.parametrize("wrong", [{}, None, 3, {"epoch": 0}, "bad batches"])
-def test_a_value_that_is_no_state_is_refused(store: flexcache.Store, wrong: Any) -> None:
+def test_a_value_that_is_not_a_state_is_refused(store: flexcache.Store, wrong: Any) -> None:
     stream = training.stream(store, "resid_post", 0, **SMALL)
     state = {**stream.state_dict(), "batches": -1} if wrong == "bad batches" else wrong
     for one in (stream, stream.loader()):
@@ -370,7 +368,7 @@ def test_a_value_that_is_no_state_is_refused(store: flexcache.Store, wrong: Any)
             one.load_state_dict(state)
 
 
-def test_a_stream_that_is_read_in_part_ends_with_its_interpreter(store: flexcache.Store) -> None:
+def test_a_partly_read_stream_lets_the_interpreter_exit(store: flexcache.Store) -> None:
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""Worker processes of a DataLoader that do not share memory with the process that made the stream."""
+"""Worker processes of a DataLoader that share no memory with the process that made the stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.analysis.stores import value_store
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_a_stream_gives_its_rows_whatever_the_start_method(method: str, tmp_path: Path) -> None:
+def test_a_stream_gives_its_rows_with_any_start_method(method: str, tmp_path: Path) -> None:
     lengths = [9, 14, 20, 6, 11]
     values = np.random.default_rng(0).normal(size=(2, sum(lengths), 6))
     store = value_store(tmp_path / "run.zarr", values, lengths, dtype="bfloat16")

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from analysis.arguments import check_whole
-from analysis.dataset import columns
-from analysis.dataset.opens_store import opens_store
+from analysis.dataset import document_columns
+from analysis.dataset.store_argument import accept_store_path
 from analysis.replay.edits.by_layer import ByLayer
 from analysis.replay.edits.directions import array_basis, random_basis
 from analysis.replay.edits.edit import Chain, Edit
@@ -196,7 +196,7 @@ def donor_lines(donor: Donor, numbers: Mapping[str, int], documents: NDArray[np.
     return np.array([pairs.get(int(document), -1) for document in documents], np.int64)
 
 
-@opens_store
+@accept_store_path
 def same_length(store: Store, seed: int = 0, differing: str | None = None) -> dict[str, str]:
     """Return a randomly drawn donor of equal length for each document that has one: a mapping from id to id.
 
@@ -224,7 +224,9 @@ def same_length(store: Store, seed: int = 0, differing: str | None = None) -> di
     ids, lengths = table["id"].to_pylist(), table["n_tokens"].to_numpy()
     labels = np.arange(len(ids))
     if differing is not None:
-        labels = columns.label_codes(columns.column(table, differing, "label", columns.LABELS))
+        labels = document_columns.label_codes(
+            document_columns.read_column(table, differing, "label", document_columns.LABEL_TYPES)
+        )
     found = {}
     for line in np.flatnonzero(labels >= 0).tolist():
         others = np.flatnonzero((lengths == lengths[line]) & (labels >= 0) & (labels != labels[line]))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import nn
 
-from analysis.dataset.opens_store import opens_store
+from analysis.dataset.store_argument import accept_store_path
 from analysis.replay.edits.donors import Donor, Patch, donor_ids, donor_lines
 from analysis.replay.edits.edit_context import StoreRows
 from analysis.replay.engine.compatibility import check_no_images
@@ -28,7 +28,7 @@ from flexcache.store.read.store import Store
 Method = Literal["patching", "ig"]
 
 
-@opens_store
+@accept_store_path
 def attribution(
     store: Store,
     donor: str | Mapping[str, str],
@@ -96,7 +96,7 @@ def attribution(
     )
 
 
-@opens_store
+@accept_store_path
 def verify(
     store: Store,
     model: nn.Module,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
-from analysis.dataset import columns
+from analysis.dataset import document_columns
 from analysis.replay.sweeps.effects import estimate_effects
 from analysis.sweep_results import SweepResults, check_format, no_saved_sweep
 from flexcache.errors import AnalysisError, nearest
@@ -134,7 +134,9 @@ def _groups(documents: np.ndarray, store: Store | None, groups: str) -> np.ndarr
             expected="a column of the store's documents, and the store" if store is None else "a column",
             remedy="give store= as well" if store is None else nearest(groups, tuple(store.documents.column_names)),
         )
-    codes = columns.label_codes(columns.column(store.documents, groups, "groups", columns.LABELS))
+    codes = document_columns.label_codes(
+        document_columns.read_column(store.documents, groups, "groups", document_columns.LABEL_TYPES)
+    )
     codes = np.where(codes < 0, len(codes) + np.arange(len(codes)), codes)
     of = dict(zip(store.documents["id"].to_pylist(), codes.tolist()))
     missing = [name for name in documents if name not in of]

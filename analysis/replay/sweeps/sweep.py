@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from torch import nn
 
-from analysis.dataset.opens_store import opens_store
+from analysis.dataset.store_argument import accept_store_path
 from analysis.progress import bar
 from analysis.replay.edits.edit import Alternatives, Edit, label_edits
 from analysis.replay.engine.compatibility import check_no_images
@@ -29,7 +29,7 @@ from flexcache.recording.forward.batch import Batch
 from flexcache.store.read.store import Store
 
 
-@opens_store
+@accept_store_path
 def sweep(
     store: Store,
     model: nn.Module | ModelLoader,

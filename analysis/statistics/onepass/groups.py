@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analysis.dataset import columns
+from analysis.dataset import document_columns
 from analysis.statistics.onepass.row_block import RowBlock
 from flexcache.errors import AnalysisError, nearest
 from flexcache.spec import listed
@@ -175,8 +175,8 @@ def _label_key(store: Store, name: str) -> GroupKey:
     if name not in table.column_names:
         known = ("layer", "position", "token_id", "token_type", *table.column_names)
         raise AnalysisError(f"rows cannot be grouped by {name!r}", where=str(store.path), remedy=nearest(name, known))
-    values = columns.column(table, name, "group")
-    valid = columns.valid(values)
+    values = document_columns.read_column(table, name, "group")
+    valid = document_columns.is_known(values)
     found = np.asarray(values.to_pylist(), object)
     if any(isinstance(value, float) for value in found[valid]):
         raise AnalysisError(

@@ -14,7 +14,7 @@ import xarray as xr
 import zarr
 
 from analysis.dataset.layer_choice import choose_layers
-from analysis.dataset.opens_store import opens_store
+from analysis.dataset.store_argument import accept_store_path
 from analysis.statistics.onepass.row_block import RowBlock
 from analysis.statistics.onepass.scheduler import choose_scheduler
 from analysis.statistics.onepass.statistic import State, Statistic
@@ -76,7 +76,7 @@ class PassResult:
         return statistic.result(total)
 
 
-@opens_store
+@accept_store_path
 def read(
     store: Store,
     site: str,

@@ -37,7 +37,7 @@ def bits(found: onepass.PassResult) -> list[bytes]:
     return [v.tobytes() for layer in found.layers for s in found.states[layer].values() for v in s.values()]
 
 
-def test_each_shard_is_read_once_however_many_statistics(
+def test_each_shard_is_read_once_for_any_number_of_statistics(
     store: flexcache.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads: Counter[tuple[Any, ...]] = Counter()
@@ -73,7 +73,7 @@ def test_results_are_the_same_bits_on_any_scheduler_and_number_of_workers(store:
     assert all(bits(other) == bits(found[0]) for other in found[1:])
 
 
-def test_a_scheduler_by_its_address_runs_on_its_worker_processes(store: flexcache.Store) -> None:
+def test_a_scheduler_address_runs_tasks_on_its_workers(store: flexcache.Store) -> None:
     from distributed import LocalCluster
 
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster:
@@ -89,7 +89,7 @@ class Deadly(Moments):
 
 
 @pytest.mark.filterwarnings("ignore")  # of a cluster that lost its workers
-def test_workers_that_die_are_an_error_and_so_is_no_scheduler(
+def test_dying_workers_and_a_missing_scheduler_are_errors(
     store: flexcache.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import dask
@@ -108,7 +108,7 @@ def test_workers_that_die_are_an_error_and_so_is_no_scheduler(
         moments.compute(store, "resid_post", scheduler="tcp://127.0.0.1:9", progress=False)
 
 
-def test_statistics_that_all_sample_read_only_the_sampled_documents(
+def test_only_sampled_documents_are_read_if_all_statistics_sample(
     store: flexcache.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("analysis.statistics.onepass.reading.SCAN_SHARE", 1.0)
@@ -124,7 +124,7 @@ def test_statistics_that_all_sample_read_only_the_sampled_documents(
         np.testing.assert_allclose(found["mean"][layer], rows.mean(0), rtol=1e-12)
 
 
-def test_a_sample_holds_whole_documents_about_its_share_and_those_of_smaller_ones() -> None:
+def test_a_sample_has_whole_documents_and_contains_smaller_samples() -> None:
     documents, position = np.arange(20_000), np.zeros(20_000, np.int64)
     small, large = DocumentSample(0.1, 7)(documents, position), DocumentSample(0.3, 7)(documents, position)
     assert abs(small.mean() - 0.1) < 0.01
@@ -153,7 +153,9 @@ def test_only_committed_units_are_read(tmp_path: Path) -> None:
     assert int(found["n"][0]) == store.n_rows - store.shard_rows
 
 
-def test_what_cannot_run_is_refused_before_it_runs(store: flexcache.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_reads_are_refused_before_they_start(
+    store: flexcache.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match="did you mean threads"):
         moments.compute(store, "resid_post", scheduler="thread")
     with pytest.raises(ConfigError, match="must be a worker"):
@@ -165,7 +167,7 @@ def test_what_cannot_run_is_refused_before_it_runs(store: flexcache.Store, monke
         moments.compute(store, "resid_post")
 
 
-def test_a_store_that_took_the_place_of_another_is_read_anew(tmp_path: Path) -> None:
+def test_a_store_that_replaced_another_one_is_read_again(tmp_path: Path) -> None:
     for seed, lengths in ((1, [5, 6]), (2, [2, 9])):
         values = np.random.default_rng(seed).normal(size=(1, 11, 3))
         store = value_store(tmp_path / "s.zarr", values, lengths)

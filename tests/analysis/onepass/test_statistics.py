@@ -73,7 +73,7 @@ def test_merging_states_equals_one_pass(statistic: Statistic, sizes: list[int], 
 
 
 @pytest.mark.parametrize("statistic", EXAMPLES, ids=lambda s: type(s).__name__)
-def test_states_are_arrays_of_the_stated_size_and_the_question_is_json(statistic: Statistic) -> None:
+def test_states_are_arrays_of_the_stated_size_and_descriptions_are_json(statistic: Statistic) -> None:
     state = [np.asarray(values) for values in state_of_blocks(statistic, FEATURES, blocks([ROWS], 0)).values()]
     assert all(values.dtype != object for values in state)
     assert sum(values.nbytes for values in state) <= 4 * statistic.state_bytes(FEATURES) + 4096

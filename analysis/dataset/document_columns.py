@@ -12,18 +12,20 @@ from numpy.typing import NDArray
 
 from flexcache.errors import AnalysisError, nearest
 
-_KINDS = (
+_VALUE_TYPES = (
     pa.types.is_string,
     pa.types.is_large_string,
     pa.types.is_boolean,
     pa.types.is_integer,
     pa.types.is_floating,
 )
-LABELS = (*_KINDS, pa.types.is_temporal, pa.types.is_decimal)
+LABEL_TYPES = (*_VALUE_TYPES, pa.types.is_temporal, pa.types.is_decimal)
 """Types of columns whose values can be compared."""
 
 
-def column(table: pa.Table, name: str, role: str, kinds: Sequence[Callable[[pa.DataType], bool]] = _KINDS) -> pa.Array:
+def read_column(
+    table: pa.Table, name: str, role: str, kinds: Sequence[Callable[[pa.DataType], bool]] = _VALUE_TYPES
+) -> pa.Array:
     """Return a column of text, numbers or booleans, or of other *kinds*; *role* names its use in errors."""
     if name not in table.column_names:
         raise AnalysisError(
@@ -37,18 +39,18 @@ def column(table: pa.Table, name: str, role: str, kinds: Sequence[Callable[[pa.D
     if not any(test(kind) for test in kinds):
         raise AnalysisError(
             f"column {name!r} cannot be a {role}",
-            expected=f"text, numbers{', dates' if kinds is LABELS else ''} or booleans, one per document",
+            expected=f"text, numbers{', dates' if kinds is LABEL_TYPES else ''} or booleans, one per document",
             found=str(kind),
         )
     return column
 
 
-def valid(column: pa.Array) -> NDArray[np.bool_]:
+def is_known(column: pa.Array) -> NDArray[np.bool_]:
     """Return a mask of the values that are neither null nor NaN."""
     return np.asarray(pc.invert(pc.is_null(column, nan_is_null=True)))
 
 
-def codes(column: pa.Array) -> NDArray[np.int64]:
+def value_codes(column: pa.Array) -> NDArray[np.int64]:
     """Return a code for each value, from 0 without gaps; equal values get equal codes."""
     if pa.types.is_floating(column.type):
         column = pc.add(column.cast(pa.float64()), 0.0)  # -0.0 and 0.0 are one value
@@ -57,15 +59,15 @@ def codes(column: pa.Array) -> NDArray[np.int64]:
 
 def label_codes(column: pa.Array) -> NDArray[np.int64]:
     """Return a code for each value, and −1 for a missing one: null, NaN or an empty text."""
-    known = valid(column)
+    known = is_known(column)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         known &= np.asarray(pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(column), ""), False))
     found = np.full(len(column), -1, np.int64)
-    found[known] = codes(column.filter(pa.array(known)))
+    found[known] = value_codes(column.filter(pa.array(known)))
     return found
 
 
-def target(column: pa.Array, name: str, task: str) -> tuple[NDArray[Any], tuple[Any, ...]]:
+def encode_target(column: pa.Array, name: str, task: str) -> tuple[NDArray[Any], tuple[Any, ...]]:
     """Return float64 values and no classes, or int64 codes and the sorted classes.
 
     Raises

@@ -14,10 +14,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def opens_store(function: Callable[P, R]) -> Callable[P, R]:
+def accept_store_path(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a function so that *store* and *other* may be the path or URL of a store.
 
-    >>> @opens_store
+    >>> @accept_store_path
     ... def count(store: Store) -> int:
     ...     return store.n_rows
     >>> count("nowhere.zarr")
