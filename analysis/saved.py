@@ -45,6 +45,10 @@ def versions() -> dict[str, str]:
 def save(results: Mapping[str, xr.Dataset], path: str | Path, provenance: Mapping[str, Any]) -> Path:
     """Write results as one Zarr v3 group with a subgroup each; results that are there are replaced in one step.
 
+    ::
+
+        saved.save({"moments": moments.compute(store, "resid_post")}, "moments.zarr", saved.identity(store))
+
     Numbers and booleans are arrays with dimension names, which any Zarr reader opens. Text coordinates are lists in
     the attributes, because Zarr v3 has no settled data type for text.
     """
@@ -75,6 +79,10 @@ def check_free(path: Path) -> None:
 
 def load(path: str | Path) -> tuple[dict[str, xr.Dataset], dict[str, Any]]:
     """Load results and provenance that `save` wrote.
+
+    ::
+
+        results, provenance = saved.load("results/resid_post.stats.zarr")
 
     Raises
     ------

@@ -24,9 +24,9 @@ from sklearn.preprocessing import StandardScaler
 import flexcache
 from analysis import probes
 from analysis.dataset.probe_dataset import build_dataset
-from analysis.probes import folds
 from analysis.probes.estimators.design import Design
 from analysis.probes.estimators.linear import one_hot
+from analysis.probes.evaluation import folds
 from benchmarks.memory import added
 from benchmarks.model import smollm2
 from benchmarks.timing import interleave, ratio, show

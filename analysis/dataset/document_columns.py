@@ -46,19 +46,31 @@ def read_column(
 
 
 def is_known(column: pa.Array) -> NDArray[np.bool_]:
-    """Return a mask of the values that are neither null nor NaN."""
+    """Return a mask of the values that are neither null nor NaN.
+
+    >>> is_known(pa.array([1.0, None, float("nan")])).tolist()
+    [True, False, False]
+    """
     return np.asarray(pc.invert(pc.is_null(column, nan_is_null=True)))
 
 
 def value_codes(column: pa.Array) -> NDArray[np.int64]:
-    """Return a code for each value, from 0 without gaps; equal values get equal codes."""
+    """Return a code for each value, from 0 without gaps; equal values get equal codes.
+
+    >>> value_codes(pa.array(["b", "a", "b"])).tolist()
+    [0, 1, 0]
+    """
     if pa.types.is_floating(column.type):
         column = pc.add(column.cast(pa.float64()), 0.0)  # -0.0 and 0.0 are one value
     return np.asarray(column.dictionary_encode().indices).astype(np.int64)
 
 
 def label_codes(column: pa.Array) -> NDArray[np.int64]:
-    """Return a code for each value, and −1 for a missing one: null, NaN or an empty text."""
+    """Return a code for each value, and −1 for a missing one: null, NaN or an empty text.
+
+    >>> label_codes(pa.array(["b", "", None, "b"])).tolist()
+    [0, -1, -1, 0]
+    """
     known = is_known(column)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         known &= np.asarray(pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(column), ""), False))

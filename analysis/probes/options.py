@@ -8,13 +8,17 @@ from typing import Any, Literal, get_args
 
 from analysis.arguments import check_whole
 from analysis.dataset.readable import Rows, Task
-from analysis.probes.baselines import NAMES
 from flexcache.errors import AnalysisError, nearest
 from flexcache.keywords import check_keywords
 from flexcache.site import Layers
 from flexcache.spec import listed
 
 Selection = Literal["inner", "none"]
+WITHOUT_MODEL = ("majority", "tfidf", "tokens", "length")
+"""Baselines that read no activation and are equal at every layer."""
+OF_LAYERS = ("shuffled", "random", "control")
+"""Baselines that are fitted to the activations of each layer."""
+BASELINES = (*WITHOUT_MODEL, *OF_LAYERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,7 @@ class SweepOptions:
     layers: Layers = "all"
     seed: int = 0
     task: Task | None = None
-    baselines: str | Sequence[str] = NAMES
+    baselines: str | Sequence[str] = BASELINES
     select: Selection = "inner"
     resamples: int = 1000
     mdl: bool = True
@@ -69,15 +73,15 @@ class SweepOptions:
     def __post_init__(self) -> None:
         if self.baselines is None:
             raise AnalysisError(
-                "baselines cannot be None", expected=f"some of {', '.join(NAMES)}", remedy="baselines=()"
+                "baselines cannot be None", expected=f"some of {', '.join(BASELINES)}", remedy="baselines=()"
             )
         object.__setattr__(self, "baselines", listed(self.baselines, str, "baselines"))
         check_whole("resamples", self.resamples, 1)
         if self.memory is not None:
             check_whole("memory, in bytes,", self.memory, 1, remedy="for 1 GiB, write memory=2**30")
         for name in self.baselines:
-            if name not in NAMES:
-                raise AnalysisError(f"there is no baseline {name!r}", remedy=nearest(name, NAMES))
+            if name not in BASELINES:
+                raise AnalysisError(f"there is no baseline {name!r}", remedy=nearest(name, BASELINES))
         if self.select not in get_args(Selection):
             raise AnalysisError(
                 f"select cannot be {self.select!r}", remedy=nearest(str(self.select), get_args(Selection))

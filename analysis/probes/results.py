@@ -172,6 +172,10 @@ class Sweep(SweepResults):
 def load(folder: str | Path) -> Sweep:
     """Load a sweep that `Sweep.save` wrote.
 
+    ::
+
+        probes.load("results").best
+
     Raises
     ------
     AnalysisError

@@ -13,9 +13,9 @@ from analysis.dataset.probe_dataset import ProbeDataset, build_dataset
 from analysis.dataset.readable import Readable
 from analysis.dataset.store_argument import accept_store_path
 from analysis.dataset.targets import DocumentTarget, TokenTarget
-from analysis.probes.cross_validation import CrossValidation
 from analysis.probes.estimators import LinearProbe, Logistic, Ridge
 from analysis.probes.estimators.design import Design
+from analysis.probes.evaluation.cross_validation import CrossValidation
 from analysis.probes.options import SweepOptions
 from analysis.probes.results import Sweep
 from analysis.progress import bar

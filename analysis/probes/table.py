@@ -6,8 +6,8 @@ import xarray as xr
 from rich.table import Table
 from rich.text import Text
 
-from analysis.probes.baselines import WITHOUT_MODEL
 from analysis.probes.best_layer import best_layer
+from analysis.probes.options import WITHOUT_MODEL
 from analysis.sweep_results import names_along
 
 NAMES = {

@@ -14,10 +14,10 @@ from analysis.dataset.probe_dataset import ProbeDataset, build_dataset
 from analysis.dataset.readable import Readable, Rows
 from analysis.dataset.store_argument import accept_store_path
 from analysis.dataset.targets import DocumentTarget, TokenTarget
-from analysis.probes import score
 from analysis.probes.estimators.linear import LogOdds, coded
+from analysis.probes.evaluation import score
+from analysis.probes.evaluation.score import Prediction
 from analysis.probes.results import Sweep
-from analysis.probes.score import Prediction
 from analysis.probes.sweep import sweep as sweep_layers
 from analysis.statistics.bootstrap import percentile_interval
 from flexcache.errors import AnalysisError

@@ -25,6 +25,10 @@ SPARE = 4
 class TopRows(Statistic):
     """The rows with the largest values of some directions.
 
+    ::
+
+        onepass.read(store, "mlp_post", {"top": TopRows((7, 42), count=20)})["top"]["row"]
+
     Attributes
     ----------
     directions : ndarray of shape (directions, features), or a tuple of int

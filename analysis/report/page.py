@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from analysis.dataset.store_argument import accept_store_path
 from analysis.probes import Sweep
-from analysis.probes.baselines import WITHOUT_MODEL
+from analysis.probes.options import WITHOUT_MODEL
 from analysis.probes.table import NAMES, SHOWN, arm_name, caption, interval, number
 from analysis.report import chart, facts
 from analysis.report.template import write_page

@@ -18,6 +18,12 @@ ROWS = 65_536
 class Covariance(Statistic):
     """Mean and centred Gram matrix of the rows, and the mean of each group.
 
+    >>> rows = np.arange(4)
+    >>> block = RowBlock(np.array([[0, 1], [2, 1], [4, 1], [6, 3]], np.float32), rows, rows, rows, rows)
+    >>> statistic = Covariance()
+    >>> statistic.result(statistic.update(statistic.zero(2), block))["mean"].values.tolist()
+    [3.0, 1.5]
+
     Blocks are centred on their own mean in float64 and combined by Chan, Golub & LeVeque (1979).
 
     Attributes

@@ -21,7 +21,13 @@ PRECISION = 1e-10
 
 @dataclass(frozen=True, eq=False)
 class LEACE(Covariance):
-    """LEACE erasers of the classes of ``groups``, from the covariance and the class means alone; see `fit_eraser`."""
+    """LEACE erasers of the classes of ``groups``, from the covariance and the class means alone; see `fit_eraser`.
+
+    ::
+
+        groups = onepass.grouping(store, ["label"])
+        onepass.read(store, "resid_post", {"leace": LEACE(groups=groups)})["leace"]
+    """
 
     def result(self, state: State) -> xr.Dataset:
         """Return mean, and left and right factors (feature, direction): r(x) = x - left @ (rightᵀ (x - mean))."""

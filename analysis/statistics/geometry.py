@@ -24,6 +24,11 @@ from flexcache.store.read.store import Store
 class PCA(Covariance):
     """Principal components from the covariance in one read; an SVD would need all rows in memory.
 
+    ::
+
+        found = onepass.read(store, "resid_post", {"pca": PCA(components=16)})["pca"]
+        found["variance"], found["direction"]
+
     Attributes
     ----------
     components : int, or None

@@ -16,6 +16,11 @@ from analysis.statistics.onepass.row_block import widen
 class Rows(Statistic):
     """The rows of a seeded sample of documents, as float32, in row order.
 
+    ::
+
+        sample = onepass.DocumentSample.of_rows(1000, store.n_rows)
+        onepass.read(store, "resid_post", {"rows": Rows(1000, sample)})["rows"]["values"]
+
     Attributes
     ----------
     expected : int

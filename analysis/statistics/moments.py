@@ -23,6 +23,12 @@ SUMS = ("mean", "m2", "m3", "m4")
 class Moments(Statistic):
     """Central moments up to *order* of every feature and of the row norms, per group of rows.
 
+    >>> rows = np.arange(4)
+    >>> block = RowBlock(np.array([[0, 1], [2, 1], [4, 1], [6, 3]], np.float32), rows, rows, rows, rows)
+    >>> statistic = Moments(order=2)
+    >>> statistic.result(statistic.update(statistic.zero(2), block))["mean"].values.tolist()
+    [3.0, 1.5]
+
     Each block is centred on its own mean in float64 before powers are computed, and blocks are combined by the formulas
     of Pébay (2008, Sandia report SAND2008-6212), so that a large mean does not cancel and a huge value does not
     overflow.

@@ -24,6 +24,10 @@ PARTS = np.array(["first", "rest"])
 class Extremes(Statistic):
     """Largest magnitudes of every feature with their rows, and the contribution of each feature to cosines.
 
+    ::
+
+        onepass.read(store, "resid_post", {"outliers": Extremes(largest=8)})["outliers"]["value"]
+
     The first token of documents, position 0, is separate from the rest, because its activations are of another kind.
 
     Attributes

@@ -24,6 +24,10 @@ BITS = 12
 class Histogram(Statistic):
     """Counts of the values of every feature, by the leading *bits* of their float32.
 
+    ::
+
+        onepass.read(store, "mlp_post", {"quantiles": Histogram((0.5, 0.99))})["quantiles"]["value"]
+
     The bits are sign, exponent and ``bits - 9`` of the mantissa, so the width of a bin is ``2^(9 - bits)`` of its
     value: 12 bits resolve values to 12.5 %, and quantiles, given as the middle of a bin, to 6.25 %. 16 bits are all
     bits of a bfloat16, so results are exact. Extremes are always exact.
@@ -192,6 +196,10 @@ def compute(
 @dataclass(frozen=True, eq=False)
 class Sorted(Statistic):
     """Exact quantiles of values wider than 16 bits, from all rows of a layer in memory, float32.
+
+    ::
+
+        onepass.read(store, "mlp_post", {"median": Sorted((0.5,), store.n_rows)})["median"]["value"]
 
     Attributes
     ----------

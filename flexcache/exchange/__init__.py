@@ -1,4 +1,4 @@
-"""Convert stores to and from the files of other tools: safetensors, npy, Parquet, and what torch saves."""
+"""Convert stores to and from files of other tools: safetensors, npy, Parquet and torch."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from flexcache.spec import is_whole
 
 @dataclass(frozen=True, kw_only=True)
 class ReaderOptions:
-    """How a stream reads its rows, and which share of them; each field is also a keyword of `stream`.
+    """Memory, threads, page cache and data-parallel rank of a stream; each field is also a keyword of `stream`.
 
     >>> ReaderOptions(threads=4).pool_bytes
     268435456

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from analysis.dataset.probe_dataset import build_dataset
-from analysis.probes import folds
+from analysis.probes.evaluation import folds
 from flexcache.errors import AnalysisError
 
 

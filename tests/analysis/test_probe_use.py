@@ -16,7 +16,7 @@ import flexcache
 from analysis import probes
 from analysis.dataset import targets
 from analysis.dataset.probe_dataset import build_dataset
-from analysis.probes import baselines, codelength, folds
+from analysis.probes.evaluation import baselines, codelength, folds
 from flexcache.errors import AnalysisError
 from tests.analysis.stores import value_store
 from tests.corpora import token_documents

@@ -9,7 +9,7 @@ from scipy.stats import t as student
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import accuracy_score, brier_score_loss, f1_score, log_loss, r2_score, roc_auc_score, roc_curve
 
-from analysis.probes import score
+from analysis.probes.evaluation import score
 from analysis.statistics import bootstrap
 from analysis.statistics.bootstrap import percentile_interval
 

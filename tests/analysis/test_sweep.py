@@ -161,7 +161,7 @@ def test_shuffled_labels_score_at_chance_while_the_probe_does_not(make_store: An
 
 def test_shuffling_keeps_a_group_of_one_value_together(array_store: Any) -> None:
     from analysis.dataset.probe_dataset import build_dataset
-    from analysis.probes import baselines, folds
+    from analysis.probes.evaluation import baselines, folds
 
     store = array_store(np.zeros((1, 120, 1)), [2] * 60, label=list("ab") * 30, group=[i // 2 for i in range(60)])
     mixed = build_dataset(store, "resid_post", "label", rows="all", groups="group")

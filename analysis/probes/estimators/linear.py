@@ -34,7 +34,12 @@ class Solved:
 
 
 class LinearProbe(BaseEstimator):
-    """A probe whose decision is ``X @ coef_.T + intercept_``, in the units of the activations.
+    """Base of probes whose decision is ``X @ coef_.T + intercept_``, in the units of the activations.
+
+    ::
+
+        probe = probes.Logistic().fit(X, y)         # Ridge, MassMean, NearestCentroid and LDA are others
+        probe.coef_, probe.intercept_
 
     Attributes
     ----------

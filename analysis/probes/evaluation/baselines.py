@@ -16,15 +16,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from analysis.dataset.probe_dataset import ProbeDataset
-from analysis.probes.folds import trainable
-from analysis.probes.score import Prediction
+from analysis.probes.evaluation.folds import trainable
+from analysis.probes.evaluation.score import Prediction
 from flexcache.errors import AnalysisError
-
-WITHOUT_MODEL = ("majority", "tfidf", "tokens", "length")
-"""Baselines that read no activation and are equal at every layer."""
-OF_LAYERS = ("shuffled", "random", "control")
-"""Baselines that are fitted to the activations of each layer."""
-NAMES = (*WITHOUT_MODEL, *OF_LAYERS)
 
 
 def majority(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int) -> Prediction:

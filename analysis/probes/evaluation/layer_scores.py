@@ -9,9 +9,9 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from analysis.dataset.probe_dataset import ProbeDataset
-from analysis.probes import score
+from analysis.probes.evaluation import score
+from analysis.probes.evaluation.score import Prediction
 from analysis.probes.options import SweepOptions
-from analysis.probes.score import Prediction
 from analysis.statistics.bootstrap import percentile_interval
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from analysis.dataset.probe_dataset import ProbeDataset
 
 if TYPE_CHECKING:
-    from analysis.probes.crossfit import Fitted
+    from analysis.probes.evaluation.crossfit import Fitted
 
 LEAST = 8
 """Samples of each class from which a probe codes the labels; earlier labels get a uniform code."""

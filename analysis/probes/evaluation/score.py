@@ -3,7 +3,7 @@
 Each metric has a numerator and a denominator in every fold, and the *pooled* value divides their sums. The quotient in
 one fold is the value of scikit-learn for that fold; predictions of different folds are not ranked against each other.
 Two metrics, ece and recall@1%, need more samples than a fold has. They are computed from all held-out samples together
-(`analysis.probes.pooled_metrics`); the value of a fold is the mean contribution of its samples.
+(`analysis.probes.evaluation.pooled_metrics`); the value of a fold is the mean contribution of its samples.
 
 ===========  ==========================================  ==================================
 metric       numerator                                   denominator
@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-from analysis.probes import pooled_metrics
+from analysis.probes.evaluation import pooled_metrics
 from analysis.statistics.bootstrap import resample_groups
 
 Metric = Literal["accuracy", "auroc", "f1", "log_loss", "brier", "ece", "recall@1%", "r2", "pearson"]
@@ -95,7 +95,11 @@ def parts(
 
 
 def ratio(top: NDArray, bottom: NDArray) -> NDArray:
-    """Return top / bottom, and NaN where the denominator is 0."""
+    """Return top / bottom, and NaN where the denominator is 0.
+
+    >>> ratio(np.array([1.0, 0.0]), np.array([2.0, 0.0])).tolist()
+    [0.5, nan]
+    """
     return np.divide(top, bottom, out=np.full(np.shape(top), np.nan), where=np.asarray(bottom) > 0)
 
 
@@ -118,7 +122,7 @@ def replicates(
     Whole groups are drawn with replacement. Draws are equal for equal *seed*, so that predictions of different layers
     can be compared draw by draw; the fitted probes stay fixed (cluster bootstrap: Davison & Hinkley 1997, 3.8).
     recall@1% uses exponential weights of groups instead, and ece is corrected for the noise that resampling adds; see
-    `analysis.probes.pooled_metrics`.
+    `analysis.probes.evaluation.pooled_metrics`.
     """
     values = np.full((len(wanted), resamples), np.nan)
     for number, metric in enumerate(wanted):

@@ -13,11 +13,11 @@ from sklearn.base import BaseEstimator, clone
 from sklearn.exceptions import ConvergenceWarning
 
 from analysis.dataset.probe_dataset import ProbeDataset
-from analysis.probes import score
 from analysis.probes.estimators import LinearProbe
 from analysis.probes.estimators.design import Design, Floats
 from analysis.probes.estimators.linear import Solved, coded, one_hot
-from analysis.probes.score import Prediction
+from analysis.probes.evaluation import score
+from analysis.probes.evaluation.score import Prediction
 from flexcache.errors import AnalysisError
 
 

@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 
 from analysis.dataset.probe_dataset import ProbeDataset
-from analysis.probes import baselines as base
-from analysis.probes import codelength, crossfit, folds, score
-from analysis.probes.crossfit import Fitted
 from analysis.probes.estimators import LinearProbe, Logistic, Ridge
 from analysis.probes.estimators.design import Design, Floats
 from analysis.probes.estimators.linear import LogOdds
-from analysis.probes.layer_scores import LayerScores
+from analysis.probes.evaluation import baselines as base
+from analysis.probes.evaluation import codelength, crossfit, folds, score
+from analysis.probes.evaluation.crossfit import Fitted
+from analysis.probes.evaluation.layer_scores import LayerScores
+from analysis.probes.evaluation.score import Prediction
 from analysis.probes.options import SweepOptions
 from analysis.probes.results import FORMAT, Sweep
-from analysis.probes.score import Prediction
 from flexcache.errors import AnalysisError
 from flexcache.identity.record import SAMPLE
 from flexcache.store.read.recorded_model import recorded_model

@@ -1,0 +1,1 @@
+"""Evaluate a probe by cross-validation: folds, fits, scores and baselines."""
