@@ -46,7 +46,7 @@ def write(
     title
         Heading; target and site by default.
     command
-        Command line that made the report, shown under "Do it again" with the Python code.
+        Command line that made the report, shown under "Repeat this sweep" with the Python code.
 
     Returns
     -------

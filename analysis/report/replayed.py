@@ -1,4 +1,4 @@
-"""The page of a sweep of edits: pictures, table and what to believe, into the template beside this file."""
+"""Write the page of a replay sweep: figures, table and reliability."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flexcache.store.read.store import Store
 
 TEMPLATE = "replay.html.j2"
 LINES = 60
-"""Cells in the table; all of them are in results.zarr."""
+"""Number of cells in the table; all cells are in results.zarr."""
 
 
 @accept_store_path
@@ -35,19 +35,23 @@ def write(
     command: str | None = None,
     groups: str = "document",
 ) -> Path:
-    """Write one self-contained HTML file: no script, nothing fetched.
+    """Write one self-contained HTML file about a replay sweep: no script, no network.
+
+    ::
+
+        replayed.write(store, replay.load("results"), "replay.html")
 
     Parameters
     ----------
     exact
-        What `analysis.replay.verify` returned, for a picture of attributed against exact effects.
+        Result of `analysis.replay.verify`, for a figure of attributed against exact effects.
     groups
-        A column of the documents whose equal values are drawn together, for intervals and tests.
+        Column of the documents whose equal values are drawn together, for intervals and tests.
 
     Returns
     -------
     Path
-        The file. Whatever stems from data is escaped in it.
+        The file. All texts from data are escaped.
     """
     style = _style(source("page.html.j2"))
     data, asked = sweep.results, sweep.results.attrs["question"]
@@ -80,7 +84,7 @@ def write(
 
 
 def _style(page: str) -> str:
-    """Return the style of the other report, so that both look alike."""
+    """Return the style of the probe report, so that both pages look the same."""
     return page[page.index("<style>") + len("<style>") : page.index("</style>")]
 
 
@@ -116,7 +120,7 @@ def _lines(sweep: Sweep, effect: xr.Dataset) -> list[dict[str, Any]]:
 
 
 def _short(value: Any) -> Any:
-    """Return a question without the bytes of its arrays."""
+    """Return the settings without the bytes of their arrays."""
     if isinstance(value, dict):
         return {k: f"{len(v)} bytes" if k == "base64" else _short(v) for k, v in value.items()}
     return [_short(part) for part in value] if isinstance(value, list) else value

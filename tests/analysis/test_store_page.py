@@ -73,7 +73,14 @@ def test_the_page_is_complete_html_without_network_access_and_escapes_texts(page
 
 def test_the_page_shows_every_part_with_its_results(page: Path, found: tuple[flexcache.Store, Survey]) -> None:
     text = unescape(page.read_text("utf-8"))
-    for words in ("Norms", "Spectra", "How alike layers are", "Outliers", "Logit lens", "Tokens that excite a dim"):
+    for words in (
+        "Norms",
+        "Spectra",
+        "Similarity of layers",
+        "Outliers",
+        "Logit lens",
+        "Tokens with the largest activations",
+    ):
         assert f"<h2>{words}</h2>" in text
     assert text.count("<svg") == 8
     assert "prefers-color-scheme: dark" in text
