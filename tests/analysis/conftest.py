@@ -13,7 +13,7 @@ import flexcache
 
 
 class ArrayStore:
-    """The least that an analysis asks of a store, over arrays in memory: (layer, row, hidden) or (row, hidden)."""
+    """Minimal store for an analysis, over arrays in memory: (layer, row, hidden) or (row, hidden)."""
 
     def __init__(self, values: np.ndarray, counts: Any, rows: str = "all", **columns: Any) -> None:
         self.values = {"resid_post" if values.ndim == 3 else "model.norm": values.astype(np.float32)}
@@ -51,7 +51,7 @@ class ArrayStore:
 def sentiment(
     n: int = 120, layers: int = 3, hidden: int = 7, seed: int = 0, classes: int = 2, **more: Any
 ) -> ArrayStore:
-    """Documents of 1 to 5 rows. From layer 1 on, their label is written into every row, under noise."""
+    """Return a store of documents with 1 to 5 rows; from layer 1 on, their label is in every row, under noise."""
     rng = np.random.default_rng(seed)
     label = rng.integers(classes, size=n)
     counts = rng.integers(1, 6, size=n)
@@ -89,7 +89,7 @@ EVIL = r"<script>alert('label & co')</script> $\q$"
 
 @pytest.fixture(scope="session")
 def real_store(tmp_path_factory: pytest.TempPathFactory) -> flexcache.Store:
-    """A store on disk, filled through the public recorder without any model; its names are hostile."""
+    """Return a store on disk, filled through the public recorder without a model; its names are hostile."""
     rng = np.random.default_rng(0)
     documents = [
         {

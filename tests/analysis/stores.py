@@ -21,7 +21,7 @@ def value_store(
     text: bool = False,
     **options: Any,
 ) -> flexcache.Store:
-    """A store of *values*, shape (layers, tokens, features), one for each token in corpus order."""
+    """Return a store of *values*, shape (layers, tokens, features), for the tokens in corpus order."""
     rng = np.random.default_rng(0)
     documents = []
     for i, length in enumerate(lengths):
@@ -42,7 +42,7 @@ def value_store(
 
 
 def corpus_rows(store: flexcache.Store, starts: np.ndarray) -> np.ndarray:
-    """The number, in corpus order, of the token of every row."""
+    """Return the index of the token of every row in corpus order."""
     source = store.documents["source_index"].to_numpy()
     document, position = store.coordinates["document"].values, store.coordinates["position"].values
     return np.asarray(starts[source[document]] + position)

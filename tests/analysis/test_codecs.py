@@ -37,7 +37,7 @@ def test_error_and_size_equal_those_of_an_explicit_copy(store: flexcache.Store, 
         for loss in results[codec].losses:
             exact, found = store.read(loss.site, loss.layer), other.read(loss.site, loss.layer)
             apart = np.linalg.norm(exact - found, axis=1) / np.linalg.norm(exact, axis=1)
-            assert loss.largest <= apart.max() * 1.001, "of a sample, which is one unit"
+            assert loss.largest <= apart.max() * 1.001, "the sample is one unit"
             assert loss.mean == pytest.approx(apart.mean(), rel=0.3)
             assert loss.cosine <= 1
     assert results["int8"].worst.mean > results["bfloat16"].worst.mean > results["float16"].worst.mean

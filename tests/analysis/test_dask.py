@@ -28,7 +28,7 @@ DOCUMENTS = token_documents(lengths(60))
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """What the code of the page leaves, whose last block, which closes the cluster, runs at the end."""
+    """Yield the variables of the code of the page; its last block, which closes the cluster, runs at the end."""
     folder, before = tmp_path_factory.mktemp("dask"), Path.cwd()
     build_store(folder / "run.zarr", DOCUMENTS, dtype="bfloat16")
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)

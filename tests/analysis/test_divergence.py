@@ -11,7 +11,7 @@ from analysis.statistics import divergence
 
 
 def exact(logits: torch.Tensor) -> np.ndarray:
-    """Log-probabilities in extended precision."""
+    """Return log-probabilities in extended precision."""
     wide = logits.numpy().astype(np.longdouble)
     wide = wide - wide.max(-1, keepdims=True)
     return np.asarray(wide - np.log(np.exp(wide).sum(-1, keepdims=True)))

@@ -141,7 +141,7 @@ def test_after_leace_no_linear_predictor_beats_a_constant(tmp_path: Path) -> Non
     scaled = erased / erased.std(0)
     majority = np.bincount(classes).max() / len(classes)
     assert LogisticRegression(max_iter=200).fit(scaled, classes).score(scaled, classes) == pytest.approx(majority)
-    # least change: what is taken out lies in the span of two directions, and twice is once
+    # least change: the removed part lies in the span of two directions, and erasing twice equals erasing once
     np.testing.assert_allclose(erasure.erase(erased, found.sel(layer=0)), erased, rtol=1e-8, atol=1e-8)
     assert np.linalg.matrix_rank(rows - erased, tol=1e-6 * np.abs(rows).max()) == 2
 

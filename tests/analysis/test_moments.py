@@ -34,7 +34,7 @@ def by_token(count: int) -> Grouping:
 
 
 def whole(values: np.ndarray) -> dict[str, np.ndarray]:
-    """Moments by numpy and scipy, of float64 values in one array."""
+    """Return moments by numpy and scipy, of float64 values in one array."""
     x = values.astype(np.float32).astype(np.float64)
     norms = np.linalg.norm(x, axis=1)
     return {

@@ -26,7 +26,7 @@ QUICK: dict[str, Any] = {"resamples": 20, "progress": False}
 
 
 def told(path: Path, n: int = 80, seed: int = 0, shift: float = 2.0, **options: Any) -> flexcache.Store:
-    """Documents of one to six tokens; their label is written into layer 1 on."""
+    """Return a store of documents with one to six tokens, whose label is in layers from 1 on."""
     rng = np.random.default_rng(seed)
     lengths = [int(k) for k in rng.integers(2, 7, n)]
     label = rng.integers(2, size=n)
@@ -129,7 +129,7 @@ def test_a_control_task_gives_equal_labels_to_equal_tokens(store: flexcache.Stor
 
 
 def test_memorised_tokens_have_no_selectivity(tmp_path: Path) -> None:
-    """Activations that say which token it is, and nothing else: any labelling of tokens is as easy."""
+    """Activations that encode only the token id, so that any labelling of tokens is equally easy."""
     rng = np.random.default_rng(0)
     lengths = [12] * 60
     tokens = rng.integers(0, 8, sum(lengths))

@@ -14,7 +14,7 @@ VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
 class Balanced(HTMLParser):
-    """Fails on a tag that is closed out of order."""
+    """Parser that fails on a tag that is closed out of order."""
 
     def __init__(self) -> None:
         super().__init__()

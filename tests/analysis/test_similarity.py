@@ -16,7 +16,7 @@ from tests.analysis.test_moments import LENGTHS
 
 
 def hsic(x: np.ndarray, y: np.ndarray) -> float:
-    """Unbiased HSIC with linear kernels, by the formula of Song et al. (2012), sums over rows written out."""
+    """Return unbiased HSIC with linear kernels by the formula of Song et al. (2012), with explicit sums over rows."""
     n = len(x)
     k, m = x @ x.T, y @ y.T
     np.fill_diagonal(k, 0)

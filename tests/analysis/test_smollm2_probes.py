@@ -19,7 +19,7 @@ pytestmark = [
 ]
 LAYERS = "3,7,11,15,17,19,23,29"
 CURVE = {3: 0.732, 7: 0.752, 11: 0.786, 15: 0.868, 17: 0.878, 19: 0.890, 23: 0.882, 29: 0.882}
-"""Accuracy on one held-out quarter of 2,000 reviews, whose standard error is .014: another split, and another C."""
+"""Accuracy on one held-out quarter of 2,000 reviews with standard error .014, from another split and another C."""
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_the_layer_curve_the_transfer_and_the_grade(capture: Any) -> None:
 
 
 def test_random_labels_of_documents_are_at_chance_unless_rows_are_split(tmp_path: Path) -> None:
-    """Grouped by document by default; split row by row, a probe recognises the document."""
+    """Folds are grouped by document by default; a probe recognises the document if rows are split one by one."""
     from flexcache.model import ModelSource
     from pipelines import assets
     from pipelines import capture as pipeline

@@ -22,7 +22,7 @@ WORDS = Vocabulary(tuple(f" <w{i}>&" for i in range(300)))
 
 
 class Balanced(HTMLParser):
-    """Fails on a tag that is closed out of order."""
+    """Parser that fails on a tag that is closed out of order."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ def values(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def corpus_rows(store: flexcache.Store, site: str, layer: int | None) -> np.ndarray:
-    """Rows in the order of the files: by document as given, then by position."""
+    """Return rows in the order of the files: by document as given, then by position."""
     source = store.documents.column("source_index").to_numpy()[store.coordinates["document"].values]
     order = np.lexsort((store.coordinates["position"].values, source))
     return store.read(site, layer, order)
@@ -161,7 +161,7 @@ def test_float64_tensors_are_stored_if_a_dtype_is_given(tmp_path: Path) -> None:
 def saelens_folder(
     folder: Path, hook: str, acts: np.ndarray, ids: np.ndarray | None, extension: str = "", files: int = 2
 ) -> None:
-    """The files that datasets writes for Array2D and Sequence columns, batches of four lines."""
+    """Write the files of datasets for Array2D and Sequence columns, in batches of four lines."""
     folder.mkdir()
     step = -(-len(acts) // files)
     for index in range(files):
@@ -198,7 +198,7 @@ def test_a_saelens_cache_is_imported(extension: str, with_ids: bool, tmp_path: P
     assert np.array_equal(store.coordinates["token_id"].values, expected)
 
 
-# Refusals
+# Errors
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> flexcache.Store:
 
 
 def forever(store: flexcache.Store) -> Iterator[torch.Tensor]:
-    """Epoch after epoch, each in another order."""
+    """Yield batches of one epoch after another, each in another order."""
     batches = stream(store, "resid_post", 3, batch_size=256, normalize="standard", drop_last=True)
     return itertools.chain.from_iterable(itertools.repeat(batches))
 

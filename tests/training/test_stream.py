@@ -91,7 +91,7 @@ def test_two_stores_are_joined_by_document_and_position(store: flexcache.Store, 
 def test_reading_past_the_page_cache_gives_the_same_rows(
     store: flexcache.Store, refuses: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows of 12 bytes, so that runs begin and end anywhere; and file systems that know no O_DIRECT."""
+    """Rows of 12 bytes let runs start and end anywhere; some file systems do not support O_DIRECT."""
     through = list(training.stream(store, "resid_post", 1, keep_cache=True, **SMALL))
     opening, reading, direct, tried = os.open, os.preadv, set(), 0
 

@@ -11,7 +11,7 @@ from scipy.linalg import lstsq
 from sklearn.base import ClassifierMixin
 
 from analysis.probes.estimators.design import Design, Floats
-from analysis.probes.estimators.linear import LinearProbe, LogOdds, Solved
+from analysis.probes.estimators.linear import LinearProbe, LogOdds, LinearSolutions
 from analysis.probes.estimators.moments import gather_moments
 from flexcache.errors import AnalysisError
 
@@ -19,7 +19,7 @@ from flexcache.errors import AnalysisError
 class _OfMeans(ClassifierMixin, LinearProbe):
     """Base of probes whose decision follows from class means, class shares and a covariance."""
 
-    def solve(self, design: Design, targets: Floats, sets: NDArray[np.bool_], strengths: Floats) -> Solved:
+    def solve(self, design: Design, targets: Floats, sets: NDArray[np.bool_], strengths: Floats) -> LinearSolutions:
         """Fit every training set at every strength; see `LinearProbe.solve`."""
         both = np.concatenate([1 - targets, targets], axis=1) if targets.shape[1] == 1 else targets
         moments = gather_moments(design, both, sets)
@@ -34,7 +34,7 @@ class _OfMeans(ClassifierMixin, LinearProbe):
                 coef[number, at], intercept[number, at] = w, b - w @ centre
         if targets.shape[1] == 1:  # the second class against the first
             coef, intercept = coef[:, :, 1:] - coef[:, :, :1], intercept[..., 1:] - intercept[..., :1]
-        return Solved(coef, intercept)
+        return LinearSolutions(coef, intercept)
 
     @abstractmethod
     def _decide(self, means: Floats, share: Floats, within: Floats, strength: float) -> tuple[Floats, Floats]:

@@ -19,7 +19,7 @@ from flexcache.errors import AnalysisError
 
 
 @dataclass(frozen=True)
-class Solved:
+class LinearSolutions:
     """Solutions of linear probes, one for each training set and strength.
 
     Attributes
@@ -58,7 +58,7 @@ class LinearProbe(BaseEstimator):
     intercept_: Floats
 
     @abstractmethod
-    def solve(self, design: Design, targets: Floats, sets: NDArray[np.bool_], strengths: Floats) -> Solved:
+    def solve(self, design: Design, targets: Floats, sets: NDArray[np.bool_], strengths: Floats) -> LinearSolutions:
         """Fit every training set at every strength.
 
         Parameters

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import ClassifierMixin
 
 from analysis.probes.estimators.design import Design, Floats
-from analysis.probes.estimators.linear import LogOdds, Solved
+from analysis.probes.estimators.linear import LogOdds, LinearSolutions
 from analysis.probes.estimators.newton import solve
 from flexcache.errors import AnalysisError
 
@@ -20,7 +20,7 @@ STRONGEST, WEAKEST = -4.0, 0.0
 class Logistic(ClassifierMixin, LogOdds):
     """L2-regularised logistic regression on standardised features, binary or multinomial.
 
-    Minimises ``‖w‖² / 2 + C · Σ log-loss`` over standardised features; the intercept is not regularised. Solved by
+    Minimises ``‖w‖² / 2 + C · Σ log-loss`` over standardised features; the intercept is not regularised. LinearSolutions by
     Newton's method in float64, all folds and strengths at once (`analysis.probes.estimators.newton`). The gradient
     bounds the distance of the coefficients from the optimum; a probe that does not reach it is an error, not a warning.
 
@@ -88,7 +88,7 @@ class Logistic(ClassifierMixin, LogOdds):
         """
         return super().fit(X, y)
 
-    def solve(self, design: Design, targets: Floats, sets: NDArray[np.bool_], strengths: Floats) -> Solved:
+    def solve(self, design: Design, targets: Floats, sets: NDArray[np.bool_], strengths: Floats) -> LinearSolutions:
         """Fit every training set at every strength; see `LinearProbe.solve`."""
         found = solve(design, targets, sets, strengths, tol=self.tol, max_iter=self.max_iter)
         away = float(found.distance.max())
@@ -103,4 +103,4 @@ class Logistic(ClassifierMixin, LogOdds):
             )
         self.mean_, self.scale_ = found.mean[0], found.scale[0]
         self.n_iter_, self.distance_ = found.steps, away
-        return Solved(found.coef, found.intercept)
+        return LinearSolutions(found.coef, found.intercept)

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import cho_factor, cho_solve
 
 from analysis.probes.estimators.design import Design, Floats
-from analysis.probes.estimators.linear import LinearProbe, Solved
+from analysis.probes.estimators.linear import LinearProbe, LinearSolutions
 from analysis.probes.estimators.moments import gather_moments
 from flexcache.errors import AnalysisError
 
@@ -66,7 +66,7 @@ class Ridge(LinearProbe):
             raise AnalysisError("alpha is above 0", where="Ridge", found=str(found.tolist()))
         return found
 
-    def solve(self, design: Design, targets: Floats, sets: NDArray[np.bool_], strengths: Floats) -> Solved:
+    def solve(self, design: Design, targets: Floats, sets: NDArray[np.bool_], strengths: Floats) -> LinearSolutions:
         """Fit every training set at every strength; see `LinearProbe.solve`."""
         known = targets if self.classes_ is None else 2 * targets - 1
         moments = gather_moments(design, known, sets)
@@ -82,4 +82,4 @@ class Ridge(LinearProbe):
                 factor = cho_factor(matrix, overwrite_a=True, check_finite=False)
                 coef[number, at] = cho_solve(factor, right[number].T, check_finite=False).T / scale[number]
         middle = moments.middle + moments.mean
-        return Solved(coef, moments.target[:, None] - np.einsum("slkd,sd->slk", coef, middle))
+        return LinearSolutions(coef, moments.target[:, None] - np.einsum("slkd,sd->slk", coef, middle))

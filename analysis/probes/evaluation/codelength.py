@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from analysis.dataset.probe_dataset import ProbeDataset
 
 if TYPE_CHECKING:
-    from analysis.probes.evaluation.crossfit import Fitted
+    from analysis.probes.evaluation.crossfit import FittedProbes
 
 LEAST = 8
 """Samples of each class from which a probe codes the labels; earlier labels get a uniform code."""
@@ -38,7 +38,7 @@ class Prefixes:
     y: NDArray[np.int64]
     uniform: float
 
-    def bits(self, fitted: Fitted) -> float:
+    def bits(self, fitted: FittedProbes) -> float:
         """Return the codelength of the labels in bits, by probes that were fitted to `sets` at one strength."""
         total = self.sets[0].sum() * np.log2(fitted.classes)
         for number, following in enumerate(self.nexts):

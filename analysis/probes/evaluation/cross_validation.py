@@ -17,7 +17,7 @@ from analysis.probes.estimators.design import Design, Floats
 from analysis.probes.estimators.linear import LogOdds
 from analysis.probes.evaluation import baselines as base
 from analysis.probes.evaluation import codelength, crossfit, folds, score
-from analysis.probes.evaluation.crossfit import Fitted
+from analysis.probes.evaluation.crossfit import FittedProbes
 from analysis.probes.evaluation.layer_scores import LayerScores
 from analysis.probes.evaluation.score import Prediction
 from analysis.probes.options import SweepOptions
@@ -84,7 +84,7 @@ class CrossValidation:
         dataset, cv, where = self.dataset, self.options.cv, f"layer {layer}"
         linear = isinstance(self.probe, LinearProbe)
         sets = np.concatenate([*self._sets, *([np.ones((1, dataset.n_samples), bool)] * linear)])
-        fitted = Fitted(self.probe, dataset, rows, dataset.y, sets, where)
+        fitted = FittedProbes(self.probe, dataset, rows, dataset.y, sets, where)
         tried = [crossfit.outer(fitted, self.fold, cv, np.full(cv, s)) for s in range(len(self.strengths))]
         overall = [self._first_score(prediction) for prediction in tried]
         self._final[at] = int(np.argmax(overall))
@@ -101,7 +101,7 @@ class CrossValidation:
         strength = fitted.strengths[[self._final[at]]] if linear else None
         for arm, y in self.targets.items():
             if arm == "random":
-                baseline = Fitted(
+                baseline = FittedProbes(
                     _plain_probe(dataset),
                     dataset,
                     _project_randomly(rows, self.options.seed + at),
@@ -110,11 +110,11 @@ class CrossValidation:
                     f"{where}, {arm}",
                 )
             else:
-                baseline = Fitted(self.probe, dataset, rows, y, self._sets[0], f"{where}, {arm}", strength)
+                baseline = FittedProbes(self.probe, dataset, rows, y, self._sets[0], f"{where}, {arm}", strength)
             self.scores.add_scores(arm, at, y, crossfit.outer(baseline, self.fold, cv, np.zeros(cv, np.int64)))
         if self._prefixes is not None:
             try:
-                coder = Fitted(
+                coder = FittedProbes(
                     self.probe, dataset, rows, dataset.y, self._prefixes.sets, f"{where}, codelength", strength
                 )
                 self._bits[at] = self._prefixes.bits(coder)

@@ -15,7 +15,7 @@ from sklearn.exceptions import ConvergenceWarning
 from analysis.dataset.probe_dataset import ProbeDataset
 from analysis.probes.estimators import LinearProbe
 from analysis.probes.estimators.design import Design, Floats
-from analysis.probes.estimators.linear import Solved, coded, one_hot
+from analysis.probes.estimators.linear import LinearSolutions, coded, one_hot
 from analysis.probes.evaluation import score
 from analysis.probes.evaluation.score import Prediction
 from flexcache.errors import AnalysisError
@@ -32,7 +32,7 @@ def without_pairs(fold: NDArray[np.int64], cv: int) -> NDArray[np.bool_]:
     return (fold != pairs[:, :1]) & (fold != pairs[:, 1:])
 
 
-class Fitted:
+class FittedProbes:
     """One probe, fitted to several training sets at each of its strengths.
 
     Parameters
@@ -68,7 +68,7 @@ class Fitted:
         self.classes = len(dataset.classes)
         self.where = f"{dataset.site}, {where}"
         self.strengths = np.zeros(1)
-        self.solved: Solved | None = None
+        self.solved: LinearSolutions | None = None
         self._others: list[Any] = []
         with warnings.catch_warnings():
             warnings.simplefilter("error", ConvergenceWarning)
@@ -161,7 +161,7 @@ def gather_predictions(parts: Iterator[tuple[NDArray[np.int64], Prediction]], co
     )
 
 
-def outer(fitted: Fitted, fold: NDArray[np.int64], cv: int, chosen: NDArray[np.int64]) -> Prediction:
+def outer(fitted: FittedProbes, fold: NDArray[np.int64], cv: int, chosen: NDArray[np.int64]) -> Prediction:
     """Return out-of-fold predictions: each fold by the set without it (the first *cv* sets), at its chosen strength."""
     tests = [np.flatnonzero(fold == number) for number in range(cv)]
     return gather_predictions(
@@ -170,7 +170,7 @@ def outer(fitted: Fitted, fold: NDArray[np.int64], cv: int, chosen: NDArray[np.i
 
 
 def inner(
-    fitted: Fitted, first: int, y: NDArray[Any], fold: NDArray[np.int64], cv: int, metric: score.Metric
+    fitted: FittedProbes, first: int, y: NDArray[Any], fold: NDArray[np.int64], cv: int, metric: score.Metric
 ) -> NDArray[np.float64]:
     """Return the cross-validated score inside the training side of each fold, ``(n_strengths, cv)``.
 

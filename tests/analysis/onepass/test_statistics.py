@@ -33,7 +33,7 @@ EXAMPLES: list[Statistic] = [
     Extremes(largest=4),
     TopRows((0, 2), count=5),
 ]
-"""One of each kind: a new statistic is added here, and is then held to the contract."""
+"""One of each kind; add new statistics here to test them against the contract."""
 
 
 def blocks(sizes: list[int], seed: int) -> list[RowBlock]:
