@@ -11,7 +11,7 @@ from scipy.linalg import lstsq
 from sklearn.base import ClassifierMixin
 
 from analysis.probes.estimators.design import Design, Floats
-from analysis.probes.estimators.linear import LinearProbe, LogOdds, LinearSolutions
+from analysis.probes.estimators.linear import LinearProbe, LinearSolutions, LogOdds
 from analysis.probes.estimators.moments import gather_moments
 from flexcache.errors import AnalysisError
 

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import ClassifierMixin
 
 from analysis.probes.estimators.design import Design, Floats
-from analysis.probes.estimators.linear import LogOdds, LinearSolutions
+from analysis.probes.estimators.linear import LinearSolutions, LogOdds
 from analysis.probes.estimators.newton import solve
 from flexcache.errors import AnalysisError
 
@@ -20,7 +20,7 @@ STRONGEST, WEAKEST = -4.0, 0.0
 class Logistic(ClassifierMixin, LogOdds):
     """L2-regularised logistic regression on standardised features, binary or multinomial.
 
-    Minimises ``‖w‖² / 2 + C · Σ log-loss`` over standardised features; the intercept is not regularised. LinearSolutions by
+    Minimises ``‖w‖² / 2 + C · Σ log-loss`` over standardised features; the intercept is not regularised. Solved by
     Newton's method in float64, all folds and strengths at once (`analysis.probes.estimators.newton`). The gradient
     bounds the distance of the coefficients from the optimum; a probe that does not reach it is an error, not a warning.
 

@@ -199,7 +199,7 @@ class _Problems:
     def _direction(self, at: NDArray[np.int64]) -> tuple[Floats, Floats]:
         """Solve Newton's equations by preconditioned conjugate gradients, to a tolerance that falls with the gradient.
 
-        LinearSolutions problems stay in the batch until they are a quarter of it, and are then removed together.
+        Solved problems stay in the batch until they are a quarter of it, and are then removed together.
         """
         p, member, penalty = self.probability[:, at], self.member[:, at, None], self.penalty[:, at]
         weight = member * p * (1 - p) if p.shape[2] == 1 else None
