@@ -65,7 +65,7 @@ $(ANNBATCH)/.ready:
 	else rm -rf $(ANNBATCH); echo 'annbatch is left out: it needs Python 3.12 (make PYTHON312=…)'; fi
 
 bench: $(BENCH)/.ready $(ANNBATCH)/.ready  ## ratios against floors and peers, measured in this run, into docs/benchmarks.md
-	$(BENCH)/bin/python -m pipelines.assets
+	$(BENCH)/bin/python -m pipelines.demo.assets
 	HF_HUB_OFFLINE=1 $(BENCH)/bin/python -m benchmarks $(BENCHMARKS)
 
 docs: $(READY)  ## the documentation, into docs/_build

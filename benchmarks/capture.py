@@ -37,12 +37,13 @@ from flexcache.model import describe_tokenizer
 from flexcache.recording.forward.batch import Batch
 from flexcache.recording.forward.batch_reader import BatchReader
 from flexcache.recording.forward.capture_targets import CaptureTargets, find_targets, measure_arrays
-from flexcache.recording.planning.planning import Source, plan_store
+from flexcache.recording.planning.planning import PlanInputs, plan_store
 from flexcache.recording.run.fingerprint import fingerprint
 from flexcache.recording.run.forward_loop import run_pending_units
-from flexcache.recording.run.recorder import DEFAULT_BUFFER, Recorder
-from flexcache.spec import Spec
-from pipelines import assets
+from flexcache.recording.run.recorder import Recorder
+from flexcache.recording.run_options import DEFAULT_BUFFER
+from flexcache.spec import CaptureSpec
+from pipelines.demo import assets
 
 ONE_LAYER = 14
 PEERS = {
@@ -63,10 +64,10 @@ class Bench:
         self.corpus = open_documents(assets.vader_sample(documents))
         self.targets: dict[str, CaptureTargets] = {}
         for name, layers in (("all", "all"), ("one", [ONE_LAYER])):
-            spec = Spec.model_validate({"sites": {"resid_post": layers}})
+            spec = CaptureSpec.model_validate({"sites": {"resid_post": layers}})
             located = find_targets(self.model, spec)
             self.targets[name] = located
-            plan = Source(
+            plan = PlanInputs(
                 self.corpus,
                 tokenizer,
                 measure_arrays(self.model, spec, located),

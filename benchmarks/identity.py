@@ -22,7 +22,7 @@ from flexcache.identity.behavior import behavior
 from flexcache.identity.describe import describe_model, sample_digest
 from flexcache.identity.weights import digest_tensors
 from flexcache.recording.run.fingerprint import fingerprint
-from pipelines import assets
+from pipelines.demo import assets
 
 ONE_BILLION = {
     "vocab_size": 128_256,

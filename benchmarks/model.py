@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flexcache.model import ModelSource, native_bfloat16
-from pipelines import assets
+from pipelines.demo import assets
 
 DTYPE = "bfloat16" if native_bfloat16() else "float32"
 """Without instructions for bfloat16 the forward would take 40 times as long, and hide everything else."""

@@ -30,8 +30,9 @@ from analysis.probes.evaluation import folds
 from benchmarks.memory import added
 from benchmarks.model import smollm2
 from benchmarks.timing import interleave, ratio, show
-from pipelines import assets, capture
+from pipelines import capture
 from pipelines.config import CaptureConfig, DocumentsSource
+from pipelines.demo import assets
 
 CS, ALPHAS, CV = np.logspace(-4, 1, 10), np.logspace(5, 0, 10), 5
 BEFORE = """

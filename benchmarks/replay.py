@@ -30,7 +30,7 @@ from analysis.replay import Engine
 from benchmarks.model import DTYPE, smollm2
 from benchmarks.timing import interleave, ratio, show
 from flexcache.model import ModelSource
-from pipelines import assets
+from pipelines.demo import assets
 
 AFTER = (4, 9, 14, 19, 24, 28)
 POSITIONS = 10

@@ -27,7 +27,7 @@ from analysis.replay.sweeps.plot import dose_response, heat_maps
 from benchmarks.timing import console
 from flexcache.model import ModelSource
 from flexcache.store.read.store import Store
-from pipelines import assets
+from pipelines.demo import assets
 
 LAYER, LATER = 16, 24
 SUFFIX = " Overall, the film was"

@@ -32,7 +32,7 @@ import torch
 import flexcache
 from benchmarks.model import DTYPE, smollm2
 from benchmarks.timing import interleave, ratio, show
-from pipelines import assets
+from pipelines.demo import assets
 
 LAYER, CONTEXT, TOGETHER, TEXTS = 14, 128, 16, 32
 MISSING = ("is not installed", "–", "")

@@ -28,19 +28,19 @@ from flexcache.documents import open_documents
 from flexcache.identity.describe import describe_model
 from flexcache.model import describe_tokenizer
 from flexcache.recording.forward.capture_targets import CaptureTargets, find_targets, measure_arrays
-from flexcache.recording.planning.planning import Source, plan_store
+from flexcache.recording.planning.planning import PlanInputs, plan_store
 from flexcache.recording.run.fingerprint import fingerprint
 from flexcache.recording.run.forward_loop import run_pending_units
 from flexcache.recording.run.recorder import Recorder
-from flexcache.spec import Spec
-from pipelines import assets
+from flexcache.spec import CaptureSpec
+from pipelines.demo import assets
 
 
-def prepared() -> tuple[torch.nn.Module, Any, Spec, CaptureTargets]:
+def prepared() -> tuple[torch.nn.Module, Any, CaptureSpec, CaptureTargets]:
     torch.set_num_threads(1)
     source = smollm2()
     model = source.load()
-    spec = Spec.model_validate({"sites": {"resid_post": "all"}, "batch_tokens": 1024})
+    spec = CaptureSpec.model_validate({"sites": {"resid_post": "all"}, "batch_tokens": 1024})
     return model, source.tokenizer(), spec, find_targets(model, spec)
 
 
@@ -106,7 +106,7 @@ def main() -> None:
 
 def compare(folder: Path, documents: int, rounds: int) -> None:
     model, tokenizer, spec, targets = prepared()
-    source = Source(
+    source = PlanInputs(
         open_documents(assets.vader_sample(documents)),
         tokenizer,
         measure_arrays(model, spec, targets),

@@ -15,10 +15,10 @@ import xxhash
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from flexcache.errors import ConfigError
-from flexcache.options import Options
 from flexcache.parallel.launch import launch
 from flexcache.spec import AnyDType
 from flexcache.store.storage.backend import digest
+from flexcache.validation import Options
 
 if TYPE_CHECKING:
     import torch
@@ -80,21 +80,25 @@ class ModelSource(Options):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     name: Annotated[str, BeforeValidator(_expanded)] = Field(description="a local folder, or a name on the hub")
-    revision: str | None = None
+    revision: str | None = Field(None, description="revision of a model on the hub")
     loader: Literal["auto", "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"] = (
-        "auto"
+        Field("auto", description="the auto class of transformers that loads the model")
     )
     side: Literal["encoder", "decoder", "vision"] | None = Field(
         None,
         description="the part that is meant: of a model with an encoder and a decoder, one of them; of one that sees"
         " and reads (CLIP), the part that sees",
     )
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], AnyDType] = "auto"
-    attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
-    device: str = "auto"
-    parallel: Parallel = Parallel()
-    gguf_file: str | None = None
-    trust_remote_code: bool = False
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], AnyDType] = Field(
+        "auto", description="dtype of the weights; auto is that of the checkpoint"
+    )
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = Field(
+        None, description="implementation of attention; that of transformers by default"
+    )
+    device: str = Field("auto", description="device of the model, such as cuda:0; auto takes a GPU if there is one")
+    parallel: Parallel = Field(Parallel(), description="processes over which transformers spreads the model")
+    gguf_file: str | None = Field(None, description="name of a GGUF file in the folder or repository")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
 
     @model_validator(mode="after")
     def _on_one_process(self) -> Self:

@@ -1,61 +1,32 @@
-"""How documents become sequences and rows: the options of it, as a configuration and a store have them."""
+"""Options that turn documents into sequences and rows, as a configuration and a store hold them."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationInfo,
-    field_validator,
-    model_serializer,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, WithJsonSchema, model_serializer
+from pydantic.json_schema import SkipJsonSchema
 
 from flexcache.errors import ConfigError
+from flexcache.validation import Options
 
 RowSelection = Literal["all", "last", "first", "mean", "some"]
-"""Which tokens are rows; ``some`` is those of a `Choice`."""
+"""The tokens that become rows; ``some`` stands for those of a `Choice`."""
 WORDS = ("all", "last", "first", "mean")
 
 
-class Options(BaseModel):
-    """Base of all options: true and false are not numbers, as they are in Python.
-
-    >>> Windows(length=True)
-    Traceback (most recent call last):
-    ...
-    pydantic_core._pydantic_core.ValidationError: 1 validation error for Windows
-    length
-      a number, not true or false [type=boolean, input_value=True, input_type=bool]
-    """
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _check_no_boolean(cls, value: Any, info: ValidationInfo) -> Any:
-        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
-        given = value if isinstance(value, list | tuple | set) else (value,)
-        if kinds & {int, float} and bool not in kinds and any(isinstance(item, bool) for item in given):
-            raise PydanticCustomError("boolean", "a number, not true or false")
-        return value
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    """Return an annotation and those inside it, such as the members of a union."""
-    return {annotation}.union(*map(_kinds, get_args(annotation))) if annotation.__hash__ else set()
-
-
 class Windows(Options):
-    """Long documents cut into windows that overlap; the first window that sees a token keeps its row."""
+    """Cut long documents into overlapping windows; each token is stored from the first window that contains it.
+
+    >>> Windows(length=1024, stride=512).sizes(max_length=2048)
+    (1024, 512)
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    length: int | None = Field(None, ge=1, description="tokens of a window; by default max_length")
+    length: int | None = Field(None, ge=1, description="tokens of a window; max_length by default")
     stride: int | None = Field(
-        None, ge=1, description="tokens from one window's start to the next's; by default length"
+        None, ge=1, description="tokens from the start of a window to the start of the next; length by default"
     )
 
     def sizes(self, max_length: int | None) -> tuple[int, int]:
@@ -64,11 +35,11 @@ class Windows(Options):
         Raises
         ------
         ConfigError
-            There is no length, it is more than the model reads, or the stride would leave tokens out.
+            No length is known, the length exceeds *max_length*, or the stride would skip tokens.
         """
         length = self.length or max_length
         if length is None:
-            raise ConfigError("windows need a length", remedy="say how many tokens: windows: {length: 1024}")
+            raise ConfigError("windows need a length", remedy="give the number of tokens: windows: {length: 1024}")
         length = _within(length, max_length)
         stride = self.stride or length
         if stride > length:
@@ -79,24 +50,32 @@ class Windows(Options):
 
 
 class Packing(Options):
-    """Documents one after the other in sequences of one length, as models are pretrained."""
+    """Concatenate documents into sequences of one length, as in pretraining.
+
+    >>> Packing(length=1024).size(max_length=2048)
+    1024
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    length: int | None = Field(None, ge=4, description="tokens of a sequence; by default max_length")
-    separator: int | Literal["eos", "bos"] | None = Field("eos", description="between two documents; an id, or null")
+    length: int | None = Field(None, ge=4, description="tokens of a sequence; max_length by default")
+    separator: int | Literal["eos", "bos"] | None = Field(
+        "eos", description="token between two documents: eos, bos, a token id, or null for none"
+    )
     bos: int | Literal["auto", "bos"] | None = Field(
-        "auto", description="in front of each sequence; auto where the tokenizer puts one in front of texts"
+        "auto",
+        description="token in front of each sequence: bos, a token id, null for none, or auto for bos where the"
+        " tokenizer adds one to texts",
     )
     isolate: bool = Field(
-        False, description="attention stays within a document, whose positions begin anew: block-diagonal"
+        False, description="restrict attention to each document and restart its positions (block-diagonal attention)"
     )
 
     @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what stores did not know of when they were made without it."""
-        said: dict[str, Any] = handler(self)
-        return {name: value for name, value in said.items() if name != "isolate" or value}
+    def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit options that are newer than some stores, so that the spec of an older store stays equal."""
+        content: dict[str, Any] = handler(self)
+        return {name: value for name, value in content.items() if name != "isolate" or value}
 
     def size(self, max_length: int | None) -> int:
         """Return the length in tokens.
@@ -104,109 +83,131 @@ class Packing(Options):
         Raises
         ------
         ConfigError
-            There is none, or it is more than the model reads.
+            No length is known, or it exceeds *max_length*.
         """
         length = self.length or max_length
         if length is None:
-            raise ConfigError("packing needs a length", remedy="say how many tokens: packing: {length: 1024}")
+            raise ConfigError("packing needs a length", remedy="give the number of tokens: packing: {length: 1024}")
         return _within(length, max_length)
 
 
 class Choice(Options):
-    """Rules that choose tokens; a token is chosen where all rules that are given choose it.
+    """Rules that choose tokens; a token is chosen if every given rule chooses it.
 
-    The rules are applied in the order of the fields: *every* counts the tokens that those before it left.
+    The rules are applied in the order of the fields: *every* counts the tokens that the rules before it have left.
+
+    >>> Choice(roles=("assistant",), every=4).columns
+    ()
+    >>> Choice(mask="keep").columns
+    ('keep',)
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    specials: bool = Field(True, description="false drops the tokenizer's special tokens")
+    specials: bool = Field(True, description="keep the special tokens of the tokenizer")
     character_spans: str | None = Field(
-        None, description="a column of lists of {start, end}, in characters of the text"
+        None, description="column with lists of {start, end}, in characters of the text"
     )
-    token_spans: str | None = Field(None, description="a column of lists of {start, end}, in tokens of the document")
-    roles: tuple[str, ...] | None = Field(None, description="of a chat: tokens of the messages of these roles")
-    turns: tuple[int, ...] | None = Field(None, description="of a chat: those of these messages, negative from the end")
-    mask: str | None = Field(None, description="a column of lists of true and false, one for each token")
-    every: int | None = Field(None, ge=1, description="the first and every n-th after it")
-    fraction: float | None = Field(None, gt=0, le=1, description="each token with this probability")
-    seed: int = Field(0, ge=0, description="of the fraction; the draw is the document's own, by its id")
+    token_spans: str | None = Field(None, description="column with lists of {start, end}, in tokens of the document")
+    roles: tuple[str, ...] | None = Field(None, description="for chats: roles whose messages are kept")
+    turns: tuple[int, ...] | None = Field(
+        None, description="for chats: numbers of the messages that are kept; negative numbers count from the end"
+    )
+    mask: str | None = Field(None, description="column with lists of true and false, one value for each token")
+    every: int | None = Field(None, ge=1, description="keep the first token and every n-th after it")
+    fraction: float | None = Field(None, gt=0, le=1, description="keep each token with this probability")
+    seed: int = Field(0, ge=0, description="seed of fraction; the draw of a document depends on its id")
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns of the documents that the rules read."""
+        """Columns of the documents that the rules read."""
         return tuple(name for name in (self.character_spans, self.token_spans, self.mask) if name)
 
 
 class Generation(Options):
-    """Completions that a model makes of the documents before it is captured on both."""
+    """Completions that a model generates for the documents before both are captured.
+
+    >>> Generation(max_new_tokens=64, temperature=0.7).batch
+    16
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_new_tokens: int = Field(ge=1)
-    temperature: float = Field(0.0, ge=0, description="0 takes the most likely token")
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0)
-    batch: int = Field(16, ge=1, description="prompts at a time")
+    max_new_tokens: int = Field(ge=1, description="tokens of a completion, at most")
+    temperature: float = Field(0.0, ge=0, description="sampling temperature; 0 takes the most likely token")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample from the most likely tokens of this total probability")
+    top_k: int | None = Field(None, ge=1, description="sample from this number of most likely tokens")
+    seed: int = Field(0, ge=0, description="seed of the sampling")
+    batch: int = Field(16, ge=1, description="prompts in a batch")
 
 
 DecoderInputMode = Literal["shifted", "as_given"]
-"""How a decoder reads a target: one place later, behind the token that it begins with; or exactly as it is given."""
+"""Teacher forcing: the decoder inputs are the target shifted right, behind a start token, or the target as given."""
 
 
 class DecoderInputs(Options):
-    """What the decoder of a model with an encoder reads of a document's target."""
+    """Decoder inputs that an encoder-decoder model receives for the target of a document."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    inputs: DecoderInputMode = "shifted"
+    inputs: DecoderInputMode = Field("shifted", description="the target shifted right (shifted), or as_given")
     start: int | Literal["last"] | None = Field(
-        None, description="what comes before a shifted target: a token id, or its own last token, as in mBART"
+        None,
+        description="what precedes a shifted target: a token id, or last for the last token of the target, as in mBART",
     )
 
 
 class SequenceOptions(Options):
-    """What determines the sequences of a corpus and their rows, for a tokenizer."""
+    """Options that, with a tokenizer, determine the sequences of a corpus and their rows."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rows: RowSelection = Field("all", description="which tokens of a document become rows")
-    choice: Choice | None = Field(None, description="the tokens that rows are all, the last, the first or the mean of")
-    max_length: int | None = Field(None, ge=1, description="tokens of a document after which it is truncated")
-    windows: Windows | None = Field(None, description="long documents in windows, in place of truncation")
-    max_tokens: int | None = Field(None, ge=1, description="of all documents: the one that reaches it is the last")
-    packing: Packing | None = Field(None, description="documents one after the other in sequences of one length")
-    token_labels: tuple[str, ...] = Field((), description="columns with a label for each token")
-    decoder: DecoderInputs | None = Field(None, description="of a model with an encoder and a decoder: what is read")
+    rows: Annotated[
+        RowSelection,
+        WithJsonSchema({"anyOf": [{"enum": list(WORDS)}, {"type": "object"}]}),
+    ] = Field(
+        "all",
+        description="tokens that become rows: all, last, first, or mean of a document; or rules such as {every: 4}, see"
+        " `flexcache.Choice`, with take for the part of the chosen tokens that is kept",
+    )
+    choice: SkipJsonSchema[Choice | None] = Field(
+        None, description="tokens to which rows applies: all, the last, the first, or the mean of the chosen tokens"
+    )
+    max_length: int | None = Field(
+        None, ge=1, description="tokens after which a document is truncated; the longest input of the model by default"
+    )
+    windows: Windows | None = Field(None, description="cut long documents into windows instead of truncating them")
+    max_tokens: int | None = Field(
+        None, ge=1, description="tokens of all documents together; the document that reaches this number is the last"
+    )
+    packing: Packing | None = Field(None, description="concatenate documents into sequences of one length")
+    token_labels: tuple[str, ...] = Field((), description="label columns with a value, or spans, for single tokens")
+    decoder: SkipJsonSchema[DecoderInputs | None] = Field(
+        None, description="decoder inputs of an encoder-decoder model, resolved for the model"
+    )
 
     @model_serializer(mode="wrap")
-    def _as_before(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what only models with an encoder and a decoder have, so that others say what they always did."""
-        said: dict[str, Any] = plain(self)
-        return said if self.decoder is not None else {k: v for k, v in said.items() if k != "decoder"}
+    def _leave_out_decoder(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit `decoder` if it is None, so that the specs of other models stay equal to those of older stores."""
+        content: dict[str, Any] = handler(self)
+        return content if self.decoder is not None else {k: v for k, v in content.items() if k != "decoder"}
 
     @property
     def whole(self) -> bool:
-        """Whether each document is one sequence, truncated where it is too long."""
+        """True if each document is one sequence, truncated if it is too long."""
         return self.windows is None and self.packing is None
 
     @property
     def isolated(self) -> bool:
-        """Whether documents share sequences and do not see each other."""
+        """True if documents share sequences without attending to each other."""
         return self.packing is not None and self.packing.isolate
 
     def within(self, longest: int | None) -> Self:
-        """Return the options for a model that reads at most so many tokens, where max_length is not given."""
+        """Return the options with `max_length` set to *longest* tokens if it is not given."""
         return self if self.max_length else self.model_copy(update={"max_length": longest})
 
     def check_images(self) -> None:
-        """Refuse options that images have no sense for: they are one sequence each, of a number of tokens of its own.
-
-        Raises
-        ------
-        ConfigError
-        """
+        """Raise ConfigError for options that cannot apply to images: an image is one sequence of fixed length."""
         choice = self.choice
         asked = {
             "windows": self.windows is not None,
@@ -225,19 +226,14 @@ class SequenceOptions(Options):
             )
 
     def check(self) -> None:
-        """Refuse options that contradict each other.
-
-        Raises
-        ------
-        ConfigError
-        """
+        """Raise ConfigError if options contradict each other."""
         if self.decoder is not None:
-            self._check_two_sided()
+            self._check_decoder()
         if self.packing is not None:
             self.packing.size(self.max_length)
             if self.packing.isolate and self.packing.separator not in ("eos", None):
                 raise ConfigError(
-                    "isolated documents have no separator, since nothing would see it",
+                    "isolated documents have no separator, since no token would attend to it",
                     expected="packing without separator",
                     found=str(self.packing.separator),
                     remedy="leave it out; the opening token, bos, is then in front of each document",
@@ -247,41 +243,44 @@ class SequenceOptions(Options):
                     "packed documents have no windows, and all of their tokens are rows",
                     expected="packing with rows: all, and without windows",
                     found=f"rows: {self.rows}" if self.windows is None else "windows",
-                    remedy="choose rows when they are read, or leave packing out",
+                    remedy="select rows when you read the store, or leave packing out",
                 )
         if self.windows is not None:
             self.windows.sizes(self.max_length)
             if self.rows == "mean":
                 raise ConfigError(
-                    "the mean of a document is taken of one sequence, and windows make several of it",
+                    "the mean over a document needs the document in one sequence, and windows make several of it",
                     remedy="leave windows out, or keep rows: all and take means afterwards",
                 )
 
-    def _check_two_sided(self) -> None:
+    def _check_decoder(self) -> None:
         if not self.whole:
             raise ConfigError(
-                "a document with a target is one sequence: a decoder attends to all that its encoder reads",
+                "a document with a target is one sequence: a decoder attends to everything that its encoder reads",
                 expected="neither windows nor packing",
                 found="windows" if self.windows is not None else "packing",
-                remedy="leave it out; longer sides are truncated to max_length",
+                remedy="leave it out; longer inputs and targets are truncated to max_length",
             )
         if "context" in self.token_labels:
             raise ConfigError(
-                "token labels cannot be called 'context': sequences.parquet has what the encoder reads under that name",
+                "token labels cannot be called 'context': sequences.parquet has the encoder inputs under that name",
                 remedy="rename the column",
             )
 
 
 def parse_rows(rows: Any) -> dict[str, Any]:
-    """Return ``rows`` and ``choice`` of `SequenceOptions` from what a person writes.
+    """Return ``rows`` and ``choice`` of `SequenceOptions` from the form that a user writes.
 
-    A word, or the rules of a `Choice` as a mapping, with ``take`` for what is kept of the chosen tokens: all (the
-    default), the last, the first or the mean of each document.
+    That form is a word, or the rules of a `Choice` as a mapping, with ``take`` for the part of the chosen tokens that
+    is kept: all (the default), the last, the first, or the mean of each document.
+
+    >>> parse_rows({"every": 4, "take": "last"})
+    {'rows': 'last', 'choice': {'every': 4}}
 
     Raises
     ------
     ConfigError
-        Another form. What is wrong inside of it, `flexcache.spec.validate` says.
+        *rows* has another form. Errors within the rules are left to `flexcache.validation.validate`.
     """
     if isinstance(rows, str):
         if rows not in WORDS:
@@ -311,8 +310,8 @@ def _bad_rows(rows: Any) -> ConfigError:
 def _within(length: int, max_length: int | None) -> int:
     if max_length is not None and length > max_length:
         raise ConfigError(
-            "sequences are to be longer than they may be",
-            expected=f"at most {max_length} tokens, by max_length or by what the model reads",
+            "sequences would be longer than max_length or than the model can read",
+            expected=f"at most {max_length} tokens",
             found=str(length),
         )
     return length

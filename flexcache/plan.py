@@ -1,10 +1,10 @@
-"""The plan: which sequences form which units and batches, and which row is which token. Pure arithmetic.
+"""The plan of a store: it assigns sequences to units and batches, and tokens to rows. Pure arithmetic.
 
-Sequences come in corpus order until a unit is full. Inside a unit they are ordered into batches of similar
-length, the batches are shuffled by a seed, and *then* rows are numbered, so that rows are in the order in which
-they are computed and shards only ever grow at the end. A sequence that straddles a unit boundary is run by both
-units, alone in a batch, so that both see the same bits; it is the last of the one and the first of the other.
-Sequences that share a document stay together, in order, so that its rows are consecutive.
+Sequences fill a unit in corpus order. Inside a unit they are sorted into batches of similar length, the batches are
+shuffled by a seed, and then the rows are numbered. So rows are in the order of their computation, and shards only ever
+grow at the end. A sequence that straddles a unit boundary is run by both units, alone in a batch, so that both compute
+the same bits; it is the last sequence of the one and the first of the other. Sequences that share a document stay
+together, in order, so that the rows of the document are consecutive.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Batching = Literal["padded", "equal_lengths", "single"]
 
 
 def batch_groups(batching: Batching, sides: np.ndarray) -> np.ndarray | None:
-    """Return a group number for each sequence, where only sequences of one group may share a batch; None for any.
+    """Return a group number for each sequence; only sequences of one group may share a batch. None allows any.
 
     Parameters
     ----------
     sides : ndarray of int, shape (sequences, sides)
-        Tokens of each sequence; of a model with an encoder and a decoder, of either side.
+        Tokens of each sequence; for an encoder-decoder model, of encoder and decoder.
 
     >>> batch_groups("equal_lengths", np.array([[5], [3], [5]])).tolist()
     [1, 0, 1]
@@ -47,20 +47,20 @@ def batch_groups(batching: Batching, sides: np.ndarray) -> np.ndarray | None:
 def unit_rows(n_rows: int, longest: int, tokens: int, widest_row: int, batch_tokens: int) -> int:
     """Return R, the rows of a unit and of its shards: a power of two.
 
-    The largest for which the widest shard has at most 256 MiB, there are at least 32 units, and a unit runs at
-    most 2²⁰ tokens; but at least eight times the rows of the longest sequence, and enough for four full batches,
-    without which batches would be part empty. The lower bounds win.
+    R is the largest power of two for which the widest shard has at most 256 MiB, there are at least 32 units, and a
+    unit runs at most 2²⁰ tokens. It is at least eight times the rows of the longest sequence, and enough for four full
+    batches; otherwise batches would be partly empty. The lower bounds take precedence.
 
     Parameters
     ----------
     n_rows, longest
-        Rows of all sequences together, and of the one that keeps most.
+        Rows of all sequences, and of the sequence with the most rows.
     tokens
-        Tokens of all sequences together.
+        Tokens of all sequences.
     widest_row
         Bytes of a row of the widest array.
     batch_tokens
-        Most tokens of a batch.
+        Tokens of a batch, at most.
     """
     rows_of_tokens = n_rows / max(1, tokens)
     most = min(SHARD_BYTES // widest_row, n_rows // UNITS_AT_LEAST, int(UNIT_TOKENS * rows_of_tokens))
@@ -78,7 +78,7 @@ def _power_above(number: int) -> int:
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """The forwards of one unit, a line for each sequence that runs in it, in row order.
+    """The forward passes of one unit, with a line for each sequence in row order.
 
     Attributes
     ----------
@@ -88,10 +88,11 @@ class UnitPlan:
     batches : ndarray of int32, shape (lines,)
         Number of the batch within the unit; never decreasing.
     skip, n_rows : ndarray of int32, shape (lines,)
-        Which of the sequence's rows are of this unit: *n_rows* of them, after *skip* that an earlier unit has.
+        The rows of the sequence in this unit: *n_rows* rows, after *skip* rows of an earlier unit.
     row_start : ndarray of int64, shape (lines,)
+        Number of the first of these rows.
     begins : ndarray of bool, shape (lines,)
-        Whether the sequence's first row is in this unit; a straddling one begins in the earlier one.
+        True if the first row of the sequence is in this unit; a straddling sequence begins in the earlier unit.
     """
 
     unit: int
@@ -104,7 +105,7 @@ class UnitPlan:
 
 
 class Largest(NamedTuple):
-    """The batch of most tokens, padding included: its unit, its number there, and those tokens."""
+    """The batch with the most tokens, padding included: its unit, its number in the unit, and its tokens."""
 
     unit: int
     batch: int
@@ -112,7 +113,7 @@ class Largest(NamedTuple):
 
 
 class Forwards(NamedTuple):
-    """Tokens of all forwards of a plan, without and with padding; and the largest of them."""
+    """Tokens of all forward passes of a plan, without and with padding, and the largest batch."""
 
     run: int
     padded: int
@@ -121,27 +122,26 @@ class Forwards(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Sequences cut into units.
+    """A plan: sequences split into units.
 
     Attributes
     ----------
     lengths : ndarray of int32, shape (sequences,)
         Tokens of each sequence, in corpus order.
     kept : ndarray of int, shape (sequences,)
-        Rows of each, at least one.
+        Rows of each sequence, at least one.
     shard_rows : int
         Rows of a unit, R.
     batch_tokens : int
-        Most tokens of a batch, padding included; a longer sequence is a batch of its own.
+        Tokens of a batch, padding included, at most; a longer sequence is a batch of its own.
     seed : int
-        Of the order of the batches inside each unit.
+        Seed of the order of the batches inside each unit.
     first_row, first_batch : int
-        Where the corpus comes after others: the row it begins with, and the number of its first batch in the unit of
-        that row.
+        For a corpus that is added to others: its first row, and the number of its first batch in the unit of that row.
     linked : ndarray of bool, shape (sequences,), or None
-        Whether a sequence goes on with the document that the one before it ends with.
+        True if a sequence continues the document with which the sequence before it ends.
     groups : ndarray of int, shape (sequences,), or None
-        Only sequences of one group share a batch, see `batch_groups`; None where any may.
+        Only sequences of one group share a batch, see `batch_groups`; None allows any.
     """
 
     lengths: np.ndarray
@@ -156,12 +156,12 @@ class Plan:
 
     @property
     def n_rows(self) -> int:
-        """The row after the last: rows of the whole plan, and of what came before."""
+        """Number of rows, including those before `first_row`."""
         return int(self._ends[-1]) if len(self.lengths) else self.first_row
 
     @property
     def n_units(self) -> int:
-        """Units of the whole plan, and of what came before."""
+        """Number of units, including those before `first_row`."""
         return -(-self.n_rows // self.shard_rows)
 
     @property
@@ -169,7 +169,7 @@ class Plan:
         return self.first_row + np.cumsum(self.kept, dtype=np.int64)
 
     def units(self) -> Iterator[UnitPlan]:
-        """Yield the units in order, from that of the first row; memory is the columns of all sequences and of one."""
+        """Yield the units in order, from that of the first row; memory: columns of all sequences and of one unit."""
         ends = self._ends
         starts = ends - self.kept
         for unit in range(self.first_row // self.shard_rows, self.n_units):
@@ -179,7 +179,7 @@ class Plan:
             yield self._unit(unit, first, starts[first:stop], ends[first:stop], low, high)
 
     def forwards(self) -> Forwards:
-        """Return what the forwards of all units amount to."""
+        """Return the tokens of the forward passes of all units."""
         run = padded = 0
         largest = Largest(0, 0, 0)
         for unit in self.units():
@@ -232,9 +232,9 @@ class Plan:
 
 
 def _shared(linked: np.ndarray | None, count: int, inward: int, outward: int) -> tuple[int, int]:
-    """Return where those of a unit's sequences begin and end that share a document with no other unit.
+    """Return the range of the sequences of a unit that share no document with another unit.
 
-    *linked* may have one entry more than the unit has sequences: whether the unit after it goes on with its last.
+    *linked* may have one entry more than the unit has sequences, for the first sequence of the next unit.
     """
     if linked is None:
         return inward, count - outward
@@ -256,7 +256,7 @@ def order_batches(
     linked: np.ndarray | None = None,
     groups: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Order sequences into batches of similar length, and the batches by a seed.
+    """Sort sequences into batches of similar length, and shuffle the batches by a seed.
 
     A batch closes when another sequence would exceed the budget, or would be padded by more than an eighth
     while the batch already holds a sixteenth of the budget. (On VADER's short texts: 6–8 % padding.) Sequences that
@@ -301,7 +301,7 @@ def _part_sizes(lengths: np.ndarray, budget: int, groups: np.ndarray | None, cho
 
 
 def parts(lengths: list[int], budget: int | None, groups: list[int] | None = None) -> list[tuple[int, int]]:
-    """Split consecutive sequences so that the number of each part times its longest is within *budget*.
+    """Split consecutive sequences into parts whose count × longest length is at most *budget*.
 
     Sequences of different *groups* are never in one part.
     """
@@ -319,7 +319,7 @@ def parts(lengths: list[int], budget: int | None, groups: list[int] | None = Non
 
 
 def padded_sizes(lengths: np.ndarray, batches: np.ndarray) -> np.ndarray:
-    """Return the tokens that each batch runs, padding included; *batches* numbers each document's batch, sorted."""
+    """Return the tokens of each batch, padding included; *batches* holds the batch number of each sequence, sorted."""
     if not len(lengths):
         return np.zeros(0, np.int64)
     begins = np.flatnonzero(np.diff(batches, prepend=-1))

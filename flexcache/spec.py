@@ -1,4 +1,4 @@
-"""What a capture is asked for: the part of a configuration that determines the bytes of a store."""
+"""The spec of a capture, and the arrays of a store."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import ml_dtypes
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
-from flexcache.errors import ConfigError, nearest
-from flexcache.options import Options, SequenceOptions
+from flexcache.errors import ConfigError
+from flexcache.options import Choice, DecoderInputMode, SequenceOptions, parse_rows
 from flexcache.site import Layers, Site, plain_layers
+from flexcache.validation import validate
 
 DTypeName = Literal["bfloat16", "float16", "float32", "int8"]
 DTYPES: dict[str, np.dtype] = {
@@ -26,17 +28,17 @@ SitesLike = str | Sequence[str | Mapping[str, Any]] | Mapping[str, Layers]
 
 
 def parse_sites(sites: Any, layers: Any = "all", optional: bool = False) -> dict[str, Any]:
-    """Return sites as a mapping from each site's canonical text to its layers.
+    """Return sites as a mapping from the canonical text of each site to its layers.
 
-    One site, a list of sites that all take *layers*, a mapping ``{site: layers}``, or a list that mixes names
-    with ``{"site": …, "layers": …}``. A module path names its own layer, so it takes none.
+    *sites* is one site, a list of sites that all take *layers*, a mapping ``{site: layers}``, or a list that mixes
+    names with ``{"site": …, "layers": …}``. A module path names its own layer, so it takes none.
 
     Raises
     ------
     ConfigError
-        Another form, no site at all where one is needed, or one twice.
+        The sites have another form, or a site is missing or given twice.
     SiteError
-        A site that cannot be read.
+        A site cannot be parsed.
     """
     form = "a site, a list of sites, or a mapping from site to layers"
     if isinstance(sites, str):
@@ -67,7 +69,8 @@ def parse_sites(sites: Any, layers: Any = "all", optional: bool = False) -> dict
         if str(site) in result:
             raise ConfigError(f"site {site} is given twice", remedy="write all its layers in one place")
         plain = plain_layers(asked)
-        kept = asked.strip() if isinstance(asked, str) and isinstance(plain, int) else plain  # as stores always had it
+        as_text = isinstance(asked, str) and isinstance(plain, int)  # a number as text is stored as text
+        kept = asked.strip() if as_text else plain
         result[str(site)] = kept if site.standard else "all"
     if not result and not optional:
         raise ConfigError("no site is given", expected=form, remedy="for example sites: [resid_post]")
@@ -75,9 +78,9 @@ def parse_sites(sites: Any, layers: Any = "all", optional: bool = False) -> dict
 
 
 def dtype_name(dtype: Any) -> Any:
-    """Return a dtype's name: of torch, numpy or ml_dtypes, or as text with or without ``torch.``.
+    """Return the name of a dtype of torch, numpy or ml_dtypes, or of text with or without ``torch.``.
 
-    Anything else is returned as it is, for whoever checks it.
+    Anything else is returned unchanged, for the caller to check.
 
     >>> dtype_name("torch.bfloat16"), dtype_name(np.float32), dtype_name(np.dtype("float16")), dtype_name("auto")
     ('bfloat16', 'float32', 'float16', 'auto')
@@ -96,30 +99,124 @@ def dtype_name(dtype: Any) -> Any:
 AnyDType = BeforeValidator(dtype_name)
 
 
-class Spec(SequenceOptions):
-    """What determines the bytes of a store beside model, tokenizer and corpus. Stored in it and compared on resume."""
+SITES_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": ["string", "object"]}},
+        {"type": "object", "additionalProperties": True},
+    ]
+}
+RESOLVED = ("choice", "transforms", "objective", "decoder")
+"""Fields of a `CaptureSpec` that follow from others, from functions, or from the model: a user does not write them."""
 
-    sites: dict[str, Any] = Field(description="layers by site, as `parse_sites` gives them")
-    transforms: dict[str, dict[str, Any]] = Field({}, description="by name, as `Transform.describe` gives them")
-    objective: dict[str, Any] | None = Field(None, description="as `objective.describe` gives it")
-    dtype: Annotated[Literal[DTypeName, "auto"], AnyDType] = Field("auto", description="as stored; auto is as computed")
-    batch_tokens: int = Field(4096, ge=1, description="most tokens of a forward, padding included")
-    seed: int = Field(0, ge=0, description="of the order of batches within a unit")
-    compression: Literal["none", "zstd"] = "none"
-    keep_text: bool = Field(True, description="whether documents.parquet holds the texts or their hashes")
-    empty_documents: Literal["error", "skip"] = "error"
+
+class CaptureSpec(SequenceOptions):
+    """The content of a capture: with model, tokenizer and corpus, it determines the bytes of a store.
+
+    It is stored with the activations and compared when a capture is resumed. Fields can be given as `flexcache.capture`
+    takes them: one site or several, with *layers*; *rows* as a word or as rules. `sites` is then a mapping from each
+    site to its layers.
+
+    >>> spec = CaptureSpec(sites=["resid_post"], layers="0,8", rows={"every": 4}, max_length=512)
+    >>> spec.sites, spec.rows, spec.choice.every
+    ({'resid_post': [0, 8]}, 'some', 4)
+
+    Raises
+    ------
+    ConfigError, SiteError
+        A field is unknown or cannot be used.
+    """
+
+    sites: Annotated[dict[str, Any], WithJsonSchema(SITES_SCHEMA)] = Field(
+        {"resid_post": "all"}, description="a site, a list of sites, or a mapping from site to layers"
+    )
+    transforms: SkipJsonSchema[dict[str, dict[str, Any]]] = Field(
+        {}, description="by name, the description of each `flexcache.Transform`"
+    )
+    objective: SkipJsonSchema[dict[str, Any] | None] = Field(None, description="the description of the objective")
+    dtype: Annotated[Literal[DTypeName, "auto"], AnyDType] = Field(
+        "auto", description="dtype of the stored values: int8 has a scale for each row; auto is the dtype of the model"
+    )
+    batch_tokens: int = Field(4096, ge=1, description="tokens of a forward pass, padding included, at most")
+    seed: int = Field(0, ge=0, description="seed of the order of the batches within a unit")
+    compression: Literal["none", "zstd"] = Field("none", description="codec of the stored values")
+    keep_text: bool = Field(True, description="store the texts of the documents; false stores their hashes")
+    empty_documents: Literal["error", "skip"] = Field("error", description="stop at an empty document, or skip it")
+    layers: Annotated[Any, WithJsonSchema({"type": ["string", "integer", "array"]})] = Field(
+        "all",
+        exclude=True,
+        description="layers of the sites that do not name their own: all, a number, a list, or a range such as 8:24",
+    )
+    decoder_inputs: DecoderInputMode = Field(
+        "shifted",
+        exclude=True,
+        description="decoder inputs of an encoder-decoder model: the target shifted right (shifted), or as_given",
+    )
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Return the names that a user can set."""
+        return tuple(name for name in cls.model_fields if name not in RESOLVED)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_user_forms(cls, data: Any, info: ValidationInfo) -> Any:
+        if not isinstance(data, Mapping) or (info.context or {}).get("stored"):
+            return data
+        fields = dict(data)
+        sites, layers = fields.pop("sites", None), fields.pop("layers", "all")
+        transforms = bool(fields.get("transforms"))
+        if sites is not None or not (isinstance(layers, str) and layers == "all"):
+            default = () if transforms else "resid_post"
+            fields["sites"] = parse_sites(default if sites is None else sites, layers, optional=transforms)
+        elif transforms:
+            fields["sites"] = {}
+        if "token_labels" in fields:
+            fields["token_labels"] = listed(fields["token_labels"], str, "token_labels")
+        if "rows" in fields and "choice" not in fields:
+            fields |= parse_rows(fields["rows"])
+            if fields["choice"] is not None:
+                fields["choice"] = validate(Choice, fields["choice"], "rows")
+        return fields
+
+    @classmethod
+    def from_store(cls, content: Mapping[str, Any]) -> CaptureSpec:
+        """Return the spec that a store holds."""
+        spec = validate(cls, content, "the spec of the store", stored=True)
+        mode = "shifted" if spec.decoder is None else spec.decoder.inputs
+        return spec.model_copy(update={"decoder_inputs": mode})
+
+    def with_fields(self, fields: Mapping[str, Any], where: str) -> CaptureSpec:
+        """Return the spec with some fields replaced; they take the same forms as in the constructor.
+
+        *layers* without *sites* apply to the sites that this spec sets.
+
+        Raises
+        ------
+        ConfigError, SiteError
+            A field is unknown or cannot be used.
+        """
+        kept = self.model_dump(exclude_unset=True)
+        changes = dict(fields)
+        if "decoder_inputs" in self.model_fields_set:
+            kept["decoder_inputs"] = self.decoder_inputs
+        if "rows" in changes:
+            kept.pop("choice", None)
+        if changes.get("sites") is None and "layers" in changes and "sites" in kept:
+            changes["sites"] = list(self.sites)
+        return validate(CaptureSpec, kept | changes, where)
 
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One array of a store.
+    """The form of one array of a store.
 
     Attributes
     ----------
     name : str
-        In the store: a standard site, or a module path.
+        Name in the store: a standard site, or a module path.
     site : str
-        As the user wrote it.
+        The site as the user wrote it.
     layers : tuple of int, or None
         Captured layers of a stacked array; None for a module path.
     depth : int or None
@@ -129,7 +226,7 @@ class ArraySpec:
     feature_dim : str
         Name of the last dim.
     dtype : str
-        As stored.
+        Dtype of the stored values.
     """
 
     name: str
@@ -165,88 +262,12 @@ class ArraySpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ArraySpec:
-        """Read what `to_json` wrote."""
+        """Return the array that `to_json` wrote."""
         layers = data["layers"]
         return cls(**{**data, "layers": None if layers is None else tuple(int(layer) for layer in layers)})
 
 
-Model = TypeVar("Model", bound=BaseModel)
 T = TypeVar("T")
-
-
-def validate(model: type[Model], data: Mapping[str, Any], where: str) -> Model:
-    """Return *data* as a pydantic model, with errors in the project's own words.
-
-    Raises
-    ------
-    ConfigError
-        The first thing that is wrong: an unknown key with the nearest known one, a missing key, a bad value.
-    """
-    try:
-        return model.model_validate(_without_numpy(data))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        path = ".".join(str(part) for part in first["loc"])
-        parent = _model_at(model, first["loc"][:-1])
-        names = tuple(parent.model_fields) if parent else ()
-        if first["type"] == "extra_forbidden":
-            raise ConfigError(
-                f"unknown key {path!r}", where=where, remedy=nearest(str(first["loc"][-1]), names)
-            ) from None
-        if first["type"] == "missing":
-            raise ConfigError(f"key {path!r} is missing", where=where, expected=f"one of {', '.join(names)}") from None
-        raise ConfigError(
-            f"key {path!r} has a value that cannot be used",
-            where=where,
-            expected=first["msg"].removeprefix("Input should be "),
-            found=repr(first["input"]),
-        ) from None
-
-
-def _without_numpy(value: Any) -> Any:
-    """Return plain values in place of numpy's numbers and arrays, and of sets."""
-    if isinstance(value, Mapping):
-        return {key: _without_numpy(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(_without_numpy, value)) if type(value) in (list, tuple) else value
-    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
-
-
-def _model_at(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel] | None:
-    current: Any = model
-    for part in path:
-        field = getattr(current, "model_fields", {}).get(part)
-        if field is None:
-            continue
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        current = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), current)
-    return current if isinstance(current, type) and issubclass(current, BaseModel) else None
-
-
-class Running(Options):
-    """Options of how a capture runs, which do not change what is stored."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-    buffer_bytes: int = Field(ge=1)
-    heartbeat_timeout: float = Field(gt=0)
-    model_info: dict[str, Any] | None
-    batch_tokens: int | None = Field(ge=1)
-    max_tokens: int | None = Field(ge=1)
-
-
-def check_running(
-    buffer_bytes: Any,
-    heartbeat_timeout: Any,
-    model_info: Any,
-    where: str,
-    *,
-    batch_tokens: Any = None,
-    max_tokens: Any = None,
-) -> Running:
-    """Return the options as numbers, or raise ConfigError if one of them cannot be used."""
-    options = {"buffer_bytes": buffer_bytes, "heartbeat_timeout": heartbeat_timeout, "model_info": model_info}
-    return validate(Running, {**options, "batch_tokens": batch_tokens, "max_tokens": max_tokens}, where)
 
 
 def is_whole(value: Any) -> bool:
@@ -259,12 +280,12 @@ def is_whole(value: Any) -> bool:
 
 
 def listed(given: Any, kind: type[T], name: str) -> tuple[T, ...]:
-    """Return one item or several of a kind as a tuple; None is none.
+    """Return one item or several of a kind as a tuple; None becomes an empty tuple.
 
     Raises
     ------
     ConfigError
-        Something of another kind is among them.
+        An item is of another kind.
     """
     if given is None or isinstance(given, kind):
         return () if given is None else (given,)

@@ -1,1 +1,1 @@
-"""The commands, one thin module each. Nothing imports this package."""
+"""The command line. Nothing imports this package."""

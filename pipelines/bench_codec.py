@@ -1,4 +1,4 @@
-"""flexcache bench-codec: what a dtype or codec would save, cost and lose on the activations of a store."""
+"""flexcache bench-codec: measure the size, speed and error of dtypes and codecs on the activations of a store."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(
     output: Path | None = None,
     progress: bool = True,
 ) -> list[CodecResult]:
-    """Compare, print two tables, and write everything as JSON where *output* says so."""
+    """Compare codecs, print two tables, and write all figures as JSON to *output* if it is given."""
     place = None if output is None else output_file(output)
     results = compare(Store(path), sites or None, layers, progress=progress)
     console.print(costs(results))
@@ -37,7 +37,7 @@ def run(
 
 
 def costs(results: Sequence[CodecResult]) -> Table:
-    """Return size, times and error of each codec; everything but the error is ÷ that of the first."""
+    """Return a table of size, times and error of each codec; size and times are relative to the first codec."""
     table = Table("stored as", "bytes", "write", "read", "error", "worst layer", "its error", box=None)
     for result in results:
         worst = result.worst
@@ -55,7 +55,7 @@ def costs(results: Sequence[CodecResult]) -> Table:
 
 
 def losses(result: CodecResult) -> Table:
-    """Return what int8 loses by layer."""
+    """Return a table of the error of int8 by layer."""
     title = "int8 by layer: ‖x − x̂‖ ÷ ‖x‖ of a row, and the largest ÷ the median magnitude in it"
     table = Table("site", "layer", "mean", "largest", "least cosine", "spread", title=title, box=None)
     table.title_justify = "left"

@@ -1,4 +1,4 @@
-"""flexcache capture: a model from a folder or the hub, over a corpus, into a store."""
+"""flexcache capture: run a model from a folder or the hub over a corpus, into a store."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pipelines.config import CaptureConfig
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """What a configuration names, loaded: a model with its weights, its tokenizer, a corpus, functions; and options."""
+class LoadedCapture:
+    """What a configuration names, loaded: model with weights, tokenizer, corpus, and functions."""
 
     model: Any
     tokenizer: Any
     documents: Documents
     functions: dict[str, Any]
-    options: dict[str, Any]
+    model_info: dict[str, Any]
 
 
-def load(config: CaptureConfig, progress: bool) -> Loaded:
-    """Load what a capture needs; what can be wrong with the rest shows before a large model is loaded."""
+def load(config: CaptureConfig, progress: bool) -> LoadedCapture:
+    """Load what a capture needs; everything that can be checked without weights is checked before they are loaded."""
     import transformers
 
     from flexcache.hooks.locate.vision import reads_images
@@ -38,10 +38,9 @@ def load(config: CaptureConfig, progress: bool) -> Loaded:
 
     check_target(config.store)
     documents = config.documents.open()
-    config.model.parallel.config()  # refuses a number of processes that does not fit, before anything is loaded
+    config.model.parallel.config()  # raises ConfigError if the number of processes does not fit
     if not progress:
         transformers.utils.logging.disable_progress_bar()
-    # A misspelt site or function shows before a large model is loaded.
     skeleton = config.skeleton()
     documents = open_documents(documents, images_first=reads_images(skeleton))
     tokenizer = config.load_tokenizer(documents)
@@ -58,51 +57,50 @@ def load(config: CaptureConfig, progress: bool) -> Loaded:
     model = config.load_model()
     if config.generate is not None:
         documents = _completions(config, config.generate, model, tokenizer, documents, progress)
-    options = {
-        "buffer_bytes": config.buffer_mb << 20,
-        "heartbeat_timeout": config.heartbeat_timeout,
-        "model_info": info,
-    }
-    return Loaded(model, tokenizer, documents, config.functions(tokenizer, input_device(model)), options)
+    functions = config.functions(tokenizer, input_device(model))
+    return LoadedCapture(model, tokenizer, documents, functions, info | (config.model_info or {}))
 
 
 def run(
     config: CaptureConfig, *, allow_mixed: bool = False, allow_changed_model: bool = False, progress: bool = True
 ) -> Store:
-    """Capture, or go on with a capture, as the configuration says; beside any others that do the same."""
+    """Capture, or resume a capture, as the configuration says; other processes may do the same at the same time."""
     import flexcache
 
-    progress = progress and launch().rank == 0
+    progress = progress and config.progress and launch().rank == 0
     loaded = load(config, progress)
     store = flexcache.capture(
         loaded.model,
         loaded.tokenizer,
         loaded.documents,
         config.store,
-        **config.capture_options(),
+        config.spec(),
         **loaded.functions,
-        **loaded.options,
-        allow_mixed=allow_mixed,
-        allow_changed_model=allow_changed_model,
-        progress=progress,
+        options=config.run_options(
+            allow_mixed=allow_mixed or config.allow_mixed,
+            allow_changed_model=allow_changed_model or config.allow_changed_model,
+            model_info=loaded.model_info,
+            progress=progress,
+        ),
     )
-    leave()
+    leave_process_group()
     return store
 
 
 def _completions(
     config: CaptureConfig, generation: Generation, model: Any, tokenizer: Any, documents: Documents, progress: bool
 ) -> Documents:
-    """Return prompts with completions, which are made where they are not there yet."""
+    """Return prompts with completions; completions that do not exist yet are made."""
     from flexcache.recording.generate import generate
     from flexcache.recording.run.progress import CaptureProgress
 
     with CaptureProgress(progress) as bars:
         advance = bars.generating(documents.count)
-        return generate(model, tokenizer, documents, config.completions, generation, advance, config.heartbeat_timeout)
+        options = config.run_options()
+        return generate(model, tokenizer, documents, config.completions, generation, advance, options=options)
 
 
-def leave() -> None:
+def leave_process_group() -> None:
     """Leave the process group that transformers made for a model on several processes."""
     import torch
 

@@ -1,4 +1,4 @@
-"""flexcache info: what is in a store, how complete, how big, and what it was made with."""
+"""flexcache info: show the content of a store, its size, how complete it is, and its provenance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flexcache.store.storage.location import StoreLocation
 
 
 def run(path: StoreLocation, console: Console) -> None:
-    """Print a store."""
+    """Print the content of a store, its documents, provenance and runs."""
     store = Store(path)
     on_disk = sum(storage_of(path).file_sizes().values())
     facts = Table(title=f"[bold]{escape(str(path))}[/]", title_justify="left", show_header=False, box=None)

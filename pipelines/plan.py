@@ -1,4 +1,4 @@
-"""flexcache plan: what a capture would cost, and whether it fits, without loading weights."""
+"""flexcache plan: compute the size of a capture, and whether it fits, without loading weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flexcache.paths import shown
-from flexcache.recording.planning.planning import Estimate, Source, estimate
+from flexcache.recording.planning.planning import Estimate, PlanInputs, estimate
 from flexcache.store.format.text import size
 from flexcache.store.storage.backend import disk_path
 from flexcache.store.storage.location import StoreLocation, local
@@ -19,7 +19,7 @@ from pipelines.config import CaptureConfig
 
 
 def run(config: CaptureConfig, console: Console, progress: bool = True) -> Estimate:
-    """Print the plan in numbers; the corpus is tokenized, and nothing is kept.
+    """Print the numbers of a plan; the corpus is tokenized, and nothing is kept.
 
     Raises
     ------
@@ -28,21 +28,21 @@ def run(config: CaptureConfig, console: Console, progress: bool = True) -> Estim
     """
     from flexcache.recording.run.progress import CaptureProgress
 
-    source = source_of(config, config.skeleton())
+    inputs = plan_inputs(config, config.skeleton())
     with CaptureProgress(progress) as bars:
-        amount = estimate(source, bars.planning(source.documents.count))
-    table = table_of("plan", config, source)
+        amount = estimate(inputs, bars.planning(inputs.documents.count))
+    table = table_of("plan", config, inputs)
     for name, value in amount.lines():
         table.add_row(name, value)
     if (folder := disk_path(config.store)) is not None:
-        table.add_row("free disk", size(shutil.disk_usage(place_of(folder)).free))
+        table.add_row("free disk", size(shutil.disk_usage(existing_folder(folder)).free))
     console.print(table)
     check_free_space(config.store, amount.bytes)
     return amount
 
 
-def source_of(config: CaptureConfig, skeleton: Any) -> Source:
-    """Return what a configuration plans from, by a model without weights; no document is read."""
+def plan_inputs(config: CaptureConfig, skeleton: Any) -> PlanInputs:
+    """Return the inputs of the plan of a configuration, from a model without weights; no document is read."""
     from flexcache.documents import open_documents
     from flexcache.hooks.locate.vision import reads_images
     from flexcache.images.input import model_input
@@ -56,7 +56,7 @@ def source_of(config: CaptureConfig, skeleton: Any) -> Source:
     spec.check()
     targets = find_targets(skeleton, spec, **config.functions(tokenizer))
     example = check_images(skeleton, spec, targets, tokenizer)
-    return Source(
+    return PlanInputs(
         documents=documents,
         tokenizer=tokenizer,
         arrays=measure_arrays(skeleton, spec, targets, example=example),
@@ -69,22 +69,22 @@ def source_of(config: CaptureConfig, skeleton: Any) -> Source:
     )
 
 
-def table_of(kind: str, config: CaptureConfig, source: Source) -> Table:
-    """Return a table that says which arrays there will be."""
+def table_of(kind: str, config: CaptureConfig, inputs: PlanInputs) -> Table:
+    """Return a table with a line for each array of the store."""
     table = Table(title=f"{kind} of {shown(config.store)}", title_justify="left", show_header=False, box=None)
-    for array in source.arrays:
+    for array in inputs.arrays:
         layers = "" if array.layers is None else f"{len(array.layers)} of {array.depth} layers, "
         table.add_row(array.name, f"{layers}{array.features} × {array.dtype}, {size(array.row_bytes)} a row")
     return table
 
 
-def place_of(store: StoreLocation) -> Path:
-    """Return the folder, of those there are, that a store will be in.
+def existing_folder(store: StoreLocation) -> Path:
+    """Return the nearest existing folder that will contain a store.
 
     Raises
     ------
     StoreError
-        It is to be on object storage.
+        The store will be on object storage.
     """
     path = local(store, "measuring a disk", remedy="give a path instead: what is not of the disk is the same")
     return next(parent for parent in path.absolute().parents if parent.exists())

@@ -1,4 +1,4 @@
-"""`flexcache probe`: questions to a store, answered with tables, files and reports; and probes tried elsewhere."""
+"""flexcache probe: train probes on a store and write tables, files and reports; score saved probes on another store."""
 
 from __future__ import annotations
 
@@ -63,15 +63,16 @@ def run(
     target, site, cv, groups, rows, layers, seed
         See `analysis.probes.sweep`; groups may also be ``"none"``; a target is read by `analysis.targets.read`.
     probe
-        Names of `PROBES`; those with strengths choose from several. By default logistic for classes, ridge for numbers.
+        Names of `PROBES`; those with strengths choose among several. Logistic for classes and ridge for numbers by
+        default.
     output
-        The folder of the results; by default ``probes/<site>-<target>`` in the current folder. Of several targets,
-        sites or probes, each has a folder in it.
+        The folder of the results; ``probes/<site>-<target>`` in the working folder by default. With several targets,
+        sites or probes, each has a subfolder.
 
     Returns
     -------
     Sweep
-        The first.
+        The first sweep.
 
     Raises
     ------
@@ -137,12 +138,14 @@ def run_transfer(
     output: str | Path | None = None,
     console: Console | None = None,
 ) -> xr.Dataset:
-    """Score saved probes on another store: a table, and ``transfer.json`` in *output*, by default beside the probes.
+    """Score saved probes on another store; print a table and write ``transfer.json`` to *output*.
+
+    *output* is the folder of the probes by default.
 
     Raises
     ------
     AnalysisError
-        There is no saved sweep in *folder*; and see `analysis.probes.transfer`.
+        *folder* holds no saved sweep, or several; see also `analysis.probes.transfer`.
     """
     console = console or Console()
     place = local_path(folder)
@@ -176,7 +179,7 @@ def run_transfer(
         table.add_row("–" if layer < 0 else str(layer), *cells, style="bold" if layer in (best, -1) else None)
     console.print(table)
     if best is not None:
-        console.print(f"In bold the layer that was best on {sweep.results.attrs['target']} itself.", highlight=False)
+        console.print(f"In bold: the layer that was best on {sweep.results.attrs['target']} itself.", highlight=False)
 
     def write(target: Path) -> Path:
         target.mkdir(parents=True, exist_ok=True)
@@ -189,7 +192,7 @@ def run_transfer(
 
 
 def _write(store: flexcache.Store, sweep: Sweep, folder: Path, command: str) -> list[tuple[str, Path]]:
-    """Write the files of a sweep, and return what each is."""
+    """Write the files of a sweep, and return the kind and the path of each."""
     saved = sweep.save(folder)
     sweep.plot(folder / "plot.png")
     files = [("plot", folder / "plot.png"), ("numbers", saved)]

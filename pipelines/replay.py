@@ -1,4 +1,4 @@
-"""`flexcache replay`: edits of a store's activations, the rest of the model run on them, a report."""
+"""flexcache replay: edit activations of a store, run the rest of the model on them, and write a report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.console import Console
 
 from analysis.rescue import write_or_rescue
 from flexcache.paths import output_folder, shown
-from pipelines.replay_config import ReplayConfig, donors, make_edit, read_answers
+from pipelines.config.replay_config import ReplayConfig, donors, make_edit, read_answers
 
 
 def run(
@@ -20,7 +20,7 @@ def run(
     console: Console | None = None,
     progress: bool = True,
 ) -> Path:
-    """Sweep, print the table, and write ``results.zarr``, pictures and ``report.html``; the same command goes on.
+    """Run a sweep, print its table, and write ``results.zarr``, plots and ``report.html``; the same call resumes it.
 
     Returns
     -------
@@ -43,7 +43,7 @@ def run(
     store = flexcache.open(store_path)
     recorded = next(iter(store.ledger), None)
     threads = config.threads or (recorded.fingerprint.get("threads") if recorded else 0)
-    if threads:  # bits in bfloat16 depend on how many there are
+    if threads:  # the bits of bfloat16 results depend on the number of threads
         torch.set_num_threads(int(threads))
     tokenizer = config.model.tokenizer() if _has_text(config.answers) else None
     answers = read_answers(config.answers, tokenizer)
@@ -78,7 +78,9 @@ def run(
         exact = replay.verify(store, model, found, asked.top, accept=config.accept)
     console.print(sweep.table())
     error = float(sweep.results["identity_error"].max())
-    console.print(f"identity error: {error:.3g} at most (logits of a replay that changes nothing less the forward's)")
+    console.print(
+        f"identity error: {error:.3g} at most (logits of a replay without edits minus those of the forward pass)"
+    )
     for note in sweep.results.attrs["notes"]:
         console.print(note, style="yellow", markup=False)
     command = shlex.join(["flexcache", "replay", shown(store.path), str(config_path), "--output", shown(folder)])

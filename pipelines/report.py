@@ -1,4 +1,4 @@
-"""`flexcache report`: one HTML page of a store and its statistics."""
+"""flexcache report: write an HTML page about a store and its statistics."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def run(
     console: Console | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write the page; statistics that are not there yet are computed first.
+    """Write the page; missing statistics are computed first.
 
     Parameters
     ----------
     statistics
-        Folder of the statistics; by default ``stats`` in the current one.
+        Folder of the statistics; ``stats`` in the working folder by default.
     output
-        The page; by default ``SITE.html`` in the folder of the statistics.
+        The page; ``SITE.html`` in the folder of the statistics by default.
     show
-        Open it in the browser.
+        Open the page in the browser.
 
     Other parameters, and errors, are those of `pipelines.stats.run`.
     """

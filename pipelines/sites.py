@@ -1,4 +1,4 @@
-"""flexcache sites: the modules of a model that can be read, their shapes, and how processes share them."""
+"""flexcache sites: list the modules of a model, their shapes and sites, and how processes share them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from flexcache.site import Side
 
 ITSELF = "(the model)"
 TIMEOUT = timedelta(minutes=30)
-"""How long ranks wait for each other while weights are read."""
+"""Time that ranks wait for each other while weights are loaded."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the table: modules at the places of one pattern that are alike."""
+    """A line of the table: equal modules whose paths match one pattern."""
 
     pattern: str
     entries: tuple[Surveyed, ...]
@@ -37,7 +37,7 @@ class Line:
 
     @property
     def times(self) -> str:
-        """How many modules it stands for, ``""`` for one."""
+        """The number of modules in the line, as text; ``""`` for one."""
         return f"× {len(self.entries)}" if len(self.entries) > 1 else ""
 
 
@@ -51,27 +51,27 @@ def run(
     every: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Print the modules of a model; under a launcher of several processes, how they share each activation.
+    """Print the modules of a model; under a launcher, also how its processes share each activation.
 
-    In one process no weights are loaded. Only rank 0 prints.
+    A single process loads no weights. Only rank 0 prints.
 
     Parameters
     ----------
     side
-        The part of a model of several, as in a configuration.
+        The part of a model that has several, as in a configuration.
     match
-        A glob over paths, as in a site.
+        A glob of module paths, as in a site.
     every
-        A line for each module instead of one for those that are alike in every block.
+        Print a line for each module instead of one for equal modules of all blocks.
     as_json
-        A list of objects, one for each module.
+        Print a list of objects, one for each module.
 
     Raises
     ------
     ConfigError
         The model cannot be loaded.
     SiteError
-        Nothing matches, or the model does not run on a small example.
+        No module matches, or the model does not run on a small example.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     source = ModelSource(name=name, revision=revision, side=side)
@@ -94,12 +94,12 @@ def run(
 
 
 def chosen(found: Sequence[Surveyed], match: str | None) -> tuple[Surveyed, ...]:
-    """Return the entries whose path a glob matches; all without one.
+    """Return the entries whose path matches a glob; all entries if it is None.
 
     Raises
     ------
     SiteError
-        Nothing matches.
+        No module matches.
     """
     if match is None:
         return tuple(found)
@@ -112,9 +112,9 @@ def chosen(found: Sequence[Surveyed], match: str | None) -> tuple[Surveyed, ...]
 
 
 def collapse(found: Sequence[Surveyed], shared: dict[Place, Sharding]) -> list[Line]:
-    """Return one line for modules whose paths differ in numbers alone and that are alike in everything shown.
+    """Return one line for modules whose paths differ only in numbers and that are equal in everything shown.
 
-    Where modules of one pattern are not all alike, each line says which numbers it stands for.
+    If modules of one pattern are not all equal, each line lists its numbers.
     """
     groups: dict[tuple[str, tuple[str, ...]], list[Surveyed]] = {}
     for entry in found:
@@ -163,12 +163,12 @@ def _survey(model: Any) -> tuple[Surveyed, ...]:
 
 
 def _with_remedy(error: SiteError, remedy: str) -> SiteError:
-    """Return an error with what helps at the command line, where no example can be passed."""
+    """Return an error with a remedy for the command line, where no example can be passed."""
     return SiteError(error.message, where=error.where, expected=error.expected, found=error.found, remedy=remedy)
 
 
 def _shared(source: ModelSource, kind: Any, found: Sequence[Surveyed]) -> dict[Place, Sharding]:
-    """Load the model over all processes, run it once, and return how they share its activations."""
+    """Load the model over all processes, run it once, and return the sharding of its activations."""
     import torch
     import torch.distributed as dist
 
@@ -206,7 +206,7 @@ def _pattern(path: str) -> str:
 
 
 def _numbers(entries: Sequence[Surveyed]) -> str:
-    """Return the first numbers in which paths differ, runs of them as ``0–2``."""
+    """Return the first numbers in which paths differ, with consecutive ones as ``0–2``."""
     numbers = sorted({int(part) for entry in entries for part in entry.path.split(".") if part.isdecimal()})
     runs: list[list[int]] = []
     for number in numbers:
@@ -246,7 +246,7 @@ def _table(title: str, lines: Sequence[Line], shared: bool) -> Table:
 
 
 def _print(table: Table, console: Console) -> None:
-    """Print a table, into a file or a pipe as wide as it is."""
+    """Print a table; into a file or a pipe, in its full width."""
     if console.is_terminal:
         console.print(table)
         return

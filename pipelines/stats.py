@@ -1,4 +1,4 @@
-"""`flexcache stats`: statistics of a store in one read, kept as Zarr, and the most telling ones as a table."""
+"""flexcache stats: compute statistics of a store in one read, keep them as Zarr, and print a table."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ def run(
     only: Sequence[str] | None = None,
     layers: Layers = "all",
     model: str | None = None,
-    scheduler: str = "threads",
-    workers: int | None = None,
     rows: int | None = None,
-    seed: int = 0,
     output: str | Path | None = None,
     console: Console | None = None,
     progress: bool = True,
+    **options: Any,
 ) -> Survey:
-    """Compute, keep and print statistics.
+    """Compute, save and print statistics.
 
     Parameters
     ----------
     model
-        The checkpoint folder, for classes of tokens and the logit lens; by default the one that made the store, where
-        it is at hand.
+        The checkpoint folder, for classes of tokens and the logit lens; by default the one that made the store, if it
+        exists.
     rows
-        About how many rows covariances are taken from.
+        Approximate number of rows for covariances.
     output
-        Folder for the results; by default ``stats`` in the current one.
+        Folder for the results; ``stats`` in the working folder by default.
+    **options
+        Further options of `analysis.survey.survey`: *seed*, *scheduler*, *workers*.
 
     Other parameters, and errors, are those of `analysis.survey.survey`.
     """
@@ -75,7 +75,7 @@ def run(
         words = tokens.vocabulary(store, model)
         if words is None:
             raise ConfigError(
-                "classes of tokens need the model's tokenizer",
+                "classes of tokens need the tokenizer of the model",
                 where="--by token_type",
                 remedy="give the checkpoint folder: --model FOLDER",
             )
@@ -86,26 +86,24 @@ def run(
         only=only,
         by=by,
         layers=layers,
-        seed=seed,
         token_types=types,
         head=head,
         folder=folder,
-        scheduler=scheduler,
-        workers=workers,
         progress=progress,
+        **options,
         **({} if rows is None else {"rows": rows}),
     )
     console.print(table(found))
-    said = (
-        "read again, as nothing changed" if found.reused else f"{found.provenance['rows_read']:,} rows, each read once"
+    note = (
+        "reused, since nothing changed" if found.reused else f"{found.provenance['rows_read']:,} rows, each read once"
     )
     path = shown(results_path(folder, site))
-    console.print(f"results  {path}  ({said})", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"results  {path}  ({note})", markup=False, highlight=False, soft_wrap=True)
     return found
 
 
 def table(found: Survey) -> Table:
-    """Return a line for each layer, of what was computed."""
+    """Return a table of the statistics with a line for each layer."""
     columns: Columns = {}
     if "total" in found:
         total = found["total"]
@@ -138,7 +136,7 @@ def table(found: Survey) -> Table:
 
 
 def number(value: Any) -> str:
-    """Write a number with three digits, a count whole."""
+    """Format a number with three digits, or a count in full."""
     if isinstance(value, int | np.integer):
         return f"{value:,}"
     return "–" if not np.isfinite(value) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

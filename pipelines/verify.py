@@ -1,4 +1,4 @@
-"""flexcache verify: every file of a store against its checksum; and units against the model."""
+"""flexcache verify: check every file of a store against its checksum, and units against the model."""
 
 from __future__ import annotations
 
@@ -6,23 +6,22 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress
 
 from flexcache.store.format.text import size
 from flexcache.store.manage.verify import Verification, verify
 from flexcache.store.read.display import array_bytes
 from flexcache.store.read.store import Store
+from pipelines.commands.bars import files_bar
 from pipelines.config import CaptureConfig
 
 
 def run(path: Path, console: Console, progress: bool = True) -> Verification:
-    """Check a store and print what is wrong with it."""
+    """Verify a store and print the damaged files."""
     store = Store(path)
     share = len(store.committed_units) / max(1, store.n_units)
-    columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bars:
-        task = bars.add_task("", total=int(array_bytes(store) * share) or None)
-        result = verify(path, lambda files, done: bars.update(task, completed=done))
+    with files_bar("verifying", progress, int(array_bytes(store) * share)) as bar:
+        result = verify(path, bar)
     for finding in result.findings:
         unit = "" if finding.unit is None else f" (unit {finding.unit})"
         console.print(f"[red]✗[/] {escape(finding.file)}{unit} {escape(finding.problem)}", highlight=False)
@@ -34,17 +33,17 @@ def run(path: Path, console: Console, progress: bool = True) -> Verification:
         highlight=False,
     )
     if any(finding.unit is not None for finding in result.findings):
-        console.print("flexcache repair takes the damaged units back, to be computed again", highlight=False)
+        console.print("flexcache repair retracts the damaged units, so that they are computed again", highlight=False)
     return result
 
 
-def again(path: Path, config: CaptureConfig, units: int, console: Console, progress: bool = True) -> bool:
-    """Run random units through the model again; print how far they are from what is stored, and whether all agree."""
+def recompute_units(path: Path, config: CaptureConfig, units: int, console: Console, progress: bool = True) -> bool:
+    """Run random units through the model again, print their differences from the stored values, and return success."""
     from flexcache.hooks.read.measure import input_device
     from flexcache.recording.recompute import recompute
 
-    pictures = Store(path).images  # which the store keeps, with their processor: the files may be gone
-    model, tokenizer = config.load_model(), None if pictures else config.load_tokenizer(config.documents.open())
+    images = Store(path).images  # the store keeps them, with their processor: the files may be gone
+    model, tokenizer = config.load_model(), None if images else config.load_tokenizer(config.documents.open())
     with Progress(*Progress.get_default_columns(), console=Console(stderr=True), disable=not progress) as bars:
         task = bars.add_task("computing again (rows)", total=None)
         found = recompute(

@@ -17,9 +17,10 @@ import transformers
 import typer
 from rich.console import Console
 
-from pipelines import assets, demo
 from pipelines.cli import app
 from pipelines.config import read_config
+from pipelines.demo import assets
+from pipelines.demo import reviews as demo
 from tests.models import tiny
 
 ROOT = Path(__file__).parents[1]

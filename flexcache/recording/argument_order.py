@@ -1,4 +1,4 @@
-"""Two orders of arguments: documents before the store's path, as for capture, or behind it."""
+"""Accept documents and the path of the store in either order."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ R = TypeVar("R")
 
 
 def either_order(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function of (model, tokenizer, documents, path) be called with (model, tokenizer, path, documents) too.
+    """Let a function of (model, tokenizer, documents, path) also accept (model, tokenizer, path, documents).
 
-    The one of the two that is a store is the path; an argument given by name is what its name says.
+    The argument that is a store is the path; arguments given by name keep their names.
     """
 
     @wraps(function)
@@ -35,17 +35,17 @@ def either_order(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _in_order(first: Any, second: Any = None) -> tuple[Any, Any]:
-    """Return documents and path, whichever of two arguments is which.
+    """Return documents and path from two arguments in any order.
 
     Raises
     ------
     ConfigError
-        Both may be the store.
+        Both are stores.
     """
     stores = [_is_store(first), _is_store(second)]
     if all(stores) and first is not second:
         raise ConfigError(
-            "two stores are given, and one is extended",
+            "two stores are given, but only one can be extended",
             expected="documents and the path of a store",
             found=f"{first} and {second}",
             remedy="name them, as in documents=…, path=…",

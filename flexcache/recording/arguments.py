@@ -1,9 +1,10 @@
-"""Models, tokenizers and objectives as callers pass them: loaded by name, and checked before any work."""
+"""Load and check models, tokenizers and objectives as callers pass them, before any work."""
 
 from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,19 +15,20 @@ from flexcache.hooks.locate.names import unwrap, whole
 from flexcache.hooks.locate.vision import reads_images
 from flexcache.model import ModelSource
 from flexcache.parallel.stages import Stages
-from flexcache.recording.forward.objective import LogitDifference, Objective
+from flexcache.recording.forward.objective import LogitDifference, Objective, describe_objective
+from flexcache.recording.forward.transform import Transform
 
 TAKEN = ("input_ids", "attention_mask")
-"""Keywords that the forward of a model of texts takes."""
+"""Keywords of the forward of a language model."""
 
 
 def model_of(model: Any) -> nn.Module:
-    """Return the model to run: one given as a folder or a name on the hub is loaded, on its default device.
+    """Return the model to run; a folder or a name on the hub is loaded, on its default device.
 
     Raises
     ------
     ConfigError
-        It cannot be loaded, is no model, has no weights or configuration, or its forward takes no attention mask.
+        The model cannot be loaded, is not a model, has no weights or configuration, or takes no attention mask.
     """
     if isinstance(model, str | os.PathLike):
         return ModelSource(name=os.fspath(model)).load()
@@ -82,12 +84,12 @@ def _no_model(what: str, found: str, remedy: str) -> ConfigError:
 
 
 def tokenizer_of(tokenizer: Any, model: nn.Module) -> Any:
-    """Return the tokenizer, or for a model of images the processor; one given as a folder or a name is loaded.
+    """Return the tokenizer, or the processor of an image model; a folder or a name is loaded.
 
     Raises
     ------
     ConfigError
-        It cannot be loaded, or is no tokenizer.
+        The tokenizer cannot be loaded, or is not a tokenizer.
     """
     images = reads_images(model)
     if isinstance(tokenizer, str | os.PathLike):
@@ -124,12 +126,12 @@ def _no_tokenizer(what: str, found: str, remedy: str) -> ConfigError:
 
 
 def objective_of(objective: Objective | None, tokenizer: Any) -> Objective | None:
-    """Return an objective whose tokens are ids: those given as text are looked up in the tokenizer.
+    """Return an objective whose tokens are ids; texts are looked up in the tokenizer.
 
     Raises
     ------
     ConfigError
-        A text is not one token, or the objective is no function.
+        A text is not one token, or the objective is not a function.
     """
     if isinstance(objective, LogitDifference):
         token, other = (one_token(value, tokenizer) for value in (objective.token, objective.other))
@@ -144,8 +146,16 @@ def objective_of(objective: Objective | None, tokenizer: Any) -> Objective | Non
     return objective
 
 
+def described(transforms: Sequence[Transform], objective: Objective | None) -> dict[str, Any]:
+    """Return the fields ``transforms`` and ``objective`` of a `CaptureSpec`, which describe functions."""
+    return {
+        "transforms": {transform.name: transform.describe() for transform in transforms},
+        "objective": None if objective is None else describe_objective(objective),
+    }
+
+
 def one_token(value: int | str, tokenizer: Any) -> int:
-    """Return the id of a token given by id, or by a text that is one token.
+    """Return the id of a token that is given by id or as text.
 
     Raises
     ------
@@ -165,7 +175,7 @@ def one_token(value: int | str, tokenizer: Any) -> int:
             ids = tokenizer([value])[0]
     except FlexCacheError:
         raise
-    except Exception:  # whatever it is, it gives no token
+    except Exception:  # the tokenizer rejects the text
         ids = []
     if len(ids) != 1:
         raise ConfigError(

@@ -1,16 +1,17 @@
-"""Capture: a model runs over documents once, and the activations at its sites become a store."""
+"""Capture: run a model over documents once and store the activations at its sites."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 from flexcache import hooks
 from flexcache.documents import open_documents
+from flexcache.errors import ConfigError
 from flexcache.hooks.locate.vision import reads_images
 from flexcache.identity import model_key
 from flexcache.images.input import model_input
@@ -23,31 +24,31 @@ from flexcache.model import (
     positions,
     vocabulary,
 )
-from flexcache.options import Choice, DecoderInputMode, Packing, Windows, parse_rows
-from flexcache.recording.arguments import model_of, objective_of, tokenizer_of
+from flexcache.recording.arguments import described, model_of, objective_of, tokenizer_of
 from flexcache.recording.checks.attention_isolation import check_isolation
 from flexcache.recording.checks.padding import batching_notice, check_batching, find_batching, has_batching
+from flexcache.recording.fields import CaptureFields, split_fields
 from flexcache.recording.forward.capture_targets import find_targets, measure_arrays
 from flexcache.recording.forward.decoder_inputs import infer_decoder_inputs
 from flexcache.recording.forward.image_inputs import check_images, describe_patches, padding
-from flexcache.recording.forward.objective import OBJECTIVE, Objective, describe_objective
+from flexcache.recording.forward.objective import OBJECTIVE, Objective
 from flexcache.recording.forward.transform import Transform
-from flexcache.recording.planning.planning import Source, check_same, plan_store, stored_identity
+from flexcache.recording.planning.planning import PlanInputs, plan_store
+from flexcache.recording.planning.store_identity import check_same, stored_identity
 from flexcache.recording.recompute import check_rows
 from flexcache.recording.run.cuda_transfer import transfer_for
 from flexcache.recording.run.fingerprint import fingerprint, model_notices
 from flexcache.recording.run.forward_loop import complete_store
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.recording.run.progress import CaptureProgress
-from flexcache.recording.run.recorder import DEFAULT_BUFFER, Recorder
-from flexcache.site import Layers
-from flexcache.spec import SitesLike, Spec, check_running, listed, parse_sites, validate
+from flexcache.recording.run.recorder import Recorder
+from flexcache.recording.run_options import RunOptions
+from flexcache.spec import CaptureSpec, listed
 from flexcache.store.format.metadata import stored_batching
 from flexcache.store.format.schema import read_attributes
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import StoreLocation, parse_location
 from flexcache.store.write.create import check_target
-from flexcache.store.write.worker import HEARTBEAT_TIMEOUT
 
 
 def capture(
@@ -55,107 +56,59 @@ def capture(
     tokenizer: Any,
     documents: Any,
     path: str | os.PathLike | StoreLocation,
+    spec: CaptureSpec | None = None,
     *,
-    sites: SitesLike | None = None,
-    layers: Layers = "all",
     transforms: Sequence[Transform] = (),
     objective: Objective | None = None,
-    rows: str | Mapping[str, Any] | Choice = "all",
-    dtype: Any = "auto",
-    max_length: int | None = None,
-    max_tokens: int | None = None,
-    windows: Windows | Mapping[str, Any] | None = None,
-    packing: Packing | Mapping[str, Any] | None = None,
-    token_labels: Sequence[str] = (),
-    decoder_inputs: DecoderInputMode = "shifted",
-    batch_tokens: int = 4096,
-    seed: int = 0,
-    compression: str = "none",
-    keep_text: bool = True,
-    empty_documents: str = "error",
-    buffer_bytes: int = DEFAULT_BUFFER,
-    allow_mixed: bool = False,
-    allow_changed_model: bool = False,
-    heartbeat_timeout: float = HEARTBEAT_TIMEOUT,
-    model_info: dict[str, Any] | None = None,
-    progress: bool = True,
+    options: RunOptions | None = None,
+    **fields: Unpack[CaptureFields],
 ) -> Store:
-    """Run a model over documents and store the activations at *sites*; go on where an earlier run stopped.
+    """Run a model over documents and store the activations at its sites; resume a capture that was begun.
 
-    The model is left as it was: hooks are removed, training mode restored. The forward stops after the last site
-    has fired, so later blocks and the lm_head are never computed.
+        flexcache.capture(model, tokenizer, documents, "run.zarr", sites=["resid_post"], layers="8:16")
 
-    Any number of processes may call this for one store at the same time, under a launcher or not, on one machine or on
-    many that share a file system: one makes the plan, each computes units that no other does, and all return when the
-    store is complete. What was begun by one that ends is computed by another. Processes that hold one model between
-    them (tensor parallel, FSDP, transformers' pipelines) call it together: each writes the activations that it owns.
+    The model is left as it was: hooks are removed, and training mode is restored. The forward pass stops after the last
+    site has fired, so later blocks and the lm_head are never computed.
+
+    Any number of processes may make this call for one store at the same time, under a launcher or not, on one machine
+    or on many that share a file system. One of them makes the plan, each computes units that no other computes, and all
+    return when the store is complete. Units that a process leaves unfinished are computed by another. Processes that
+    hold one model together (tensor parallel, FSDP, pipelines of transformers) make the call together; each writes the
+    activations that it owns.
+
+    Small forward passes first show whether padding changes the rows. If it does, batches hold sequences of one length
+    only, or one sequence. A batch that does not fit into the memory of the device is halved.
 
     Parameters
     ----------
     model
         Any transformers model with token ids as input, or a vision transformer (blocks that read one token a patch), on
-        any device. Of a model with an encoder and a decoder, rows are the decoder's, of documents with a ``target``;
-        for the encoder's, pass ``model.get_encoder()``. In a pipeline of torch, this process's `PipelineStage`, or a
-        list of them; see `flexcache.parallel.stages`. A folder or a name on the hub is loaded, see
+        any device. The rows of an encoder-decoder model are those of its decoder, for documents with a ``target``; pass
+        ``model.get_encoder()`` for those of the encoder. In a pipeline of torch, pass the `PipelineStage` of this
+        process, or a list of them; see `flexcache.parallel.stages`. A folder or a name on the hub is loaded, see
         `flexcache.ModelSource`.
     tokenizer
-        The model's tokenizer; None where documents have ``tokens``. Of a vision transformer, its image processor. A
-        folder or a name is loaded, too.
+        The tokenizer of the model, or the image processor of a vision transformer; None for documents with ``tokens``.
+        A folder or a name on the hub is loaded.
     documents
         Dicts ``{"id", "text" | "tokens" | "messages" | "image", any labels}``, a path, a table or a dataset; see
-        `flexcache.open_documents`. A vision transformer reads the image of documents that have more than one. For an
-        encoder and a decoder, text or tokens are what the encoder reads, and ``target`` or ``target_tokens`` what the
-        decoder does.
+        `flexcache.open_documents`. A vision transformer reads the image of documents that have other inputs, too. For
+        an encoder-decoder model, text or tokens are the input of the encoder, and ``target`` or ``target_tokens`` that
+        of the decoder.
     path
-        The store. Where one made from the same arguments exists, its missing units are captured.
-    sites, layers
-        A site or several, see `flexcache.site`; by default ``resid_post``, or none where transforms are given. *layers*
-        holds for those that do not name their own. A site that ends in ``.grad`` is the gradient of *objective* there,
-        on the same rows.
+        The store. If it was made from the same arguments, its missing units are captured.
+    spec, options
+        What is stored, see `flexcache.spec.CaptureSpec`; and how the capture runs, see
+        `flexcache.recording.run_options.RunOptions`. Their fields can also be given one by one, as *fields*.
     transforms
-        Functions of activations whose results are stored.
+        Functions of activations whose results are stored. With transforms, no site is captured by default.
     objective
-        What gradients are of: `NextTokenLoss` by default, `LogitDifference` of two token ids or texts, or a function of
-        the model's output and the `Batch`, see `flexcache.recording.Objective`. Its value is stored as
-        ``objective``.
-    rows
-        ``"all"`` tokens, the ``"last"`` or ``"first"`` of each document, or the ``"mean"`` over it; or the rules of a
-        `Choice`, such as ``{"every": 4}``, with ``"take"`` for which of the chosen tokens: ``"all"`` by default.
-    dtype
-        As stored: bfloat16, float16, float32, or int8 with a scale for each row, as a name or a dtype
-        of torch or numpy; ``"auto"`` is as computed.
-    max_length
-        Tokens after which a document is truncated; by default what the model can read. A longer document than the model
-        has positions for is refused before anything is planned.
-    max_tokens
-        Tokens of all documents together: the document that reaches them is the last one that is read.
-    windows
-        `Windows`, such as ``{"length": 1024, "stride": 512}``: longer documents are cut into windows instead, and each
-        token's row is of the first window that has it.
-    packing
-        `Packing`, such as ``{"length": 1024}``: documents follow each other in sequences of that length; with
-        ``"isolate": True`` as if each were alone.
-    token_labels
-        Columns of the documents with a label for each token, which go into the table of sequences; see
-        `flexcache.sequences.labels.align_labels`.
-    decoder_inputs
-        Of a model with an encoder and a decoder: ``"shifted"``, targets as the model makes decoder inputs of labels,
-        one place later behind the token to begin with; or ``"as_given"``.
-    batch_tokens
-        Most tokens of a forward, padding included; of an encoder and a decoder, of either. Going on with a store, it
-        may be less than before; where a batch does not fit into the device's memory, it is halved.
-        Documents of similar length share a batch, padded. Small forwards show first that padding reaches nothing that
-        is read; where it does, batches hold sequences of one length only, or one sequence.
-    buffer_bytes
-        Bound on the memory for rows on their way to the disk.
-    allow_mixed
-        Go on with a store that was begun on another device, version or thread count.
-    allow_changed_model
-        Resume a store that was begun by a model which computes something else; the ledger says which units had which.
-    heartbeat_timeout
-        Seconds without a sign of life after which a process on another machine counts as gone.
-    model_info
-        More about the model for the provenance: its ``name``, ``revision``, the hashes of its ``files``.
+        The scalar whose gradients are stored at sites that end in ``.grad``: `NextTokenLoss` by default,
+        `LogitDifference` of two tokens, or a function of the model's output and the `Batch`; see
+        `flexcache.recording.forward.objective.Objective`. Its value is stored as ``objective``.
+    **fields
+        Fields of *spec* and *options*, such as ``sites=["resid_post"]``, ``rows="last"`` or ``buffer_bytes="1 GiB"``.
+        A resumed capture may have smaller *batch_tokens* than before.
 
     Returns
     -------
@@ -164,60 +117,39 @@ def capture(
     Raises
     ------
     SiteError
-        A site or layer that the model does not have, or that its forward does not reach.
+        The model does not have a site or layer, or its forward pass does not reach it.
     DocumentsError, ConfigError, PlanError
-        Before anything is computed.
+        Raised before anything is computed.
     RangeError
         A value is not finite or does not fit *dtype*. Committed units are kept.
     MismatchError
         The store at *path* was made from something else: documents, options, or a model that computes something
-        else, by any of its values or by what it gives on a small fixed input; see docs/reliability.md.
+        else, by any of its values or by its output on a small fixed input; see docs/reliability.md.
     CaptureError
         The disk refused a write. Committed units are kept.
     """
+    where = "flexcache.capture"
     path = parse_location(path)
     check_target(path)
-    running = check_running(buffer_bytes, heartbeat_timeout, model_info, "capture")
-    transforms, token_labels = listed(transforms, Transform, "transforms"), listed(token_labels, str, "token_labels")
+    spec, content, options = split_fields(fields, CaptureFields, spec, options, where)
+    transforms = listed(transforms, Transform, "transforms")
     model = model_of(model)
     tokenizer = tokenizer_of(tokenizer, model)
     objective = objective_of(objective, tokenizer)
-    sites = (() if transforms else "resid_post") if sites is None else sites
-    spec = validate(
-        Spec,
-        {
-            "sites": parse_sites(sites, layers, optional=bool(transforms)),
-            "transforms": {transform.name: transform.describe() for transform in transforms},
-            "objective": None if objective is None else describe_objective(objective),
-            **parse_rows(rows),
-            "dtype": dtype,
-            "max_length": longest_input(model, tokenizer) if max_length is None else max_length,
-            "max_tokens": max_tokens,
-            "windows": windows,
-            "packing": packing,
-            "token_labels": token_labels,
-            "decoder": infer_decoder_inputs(model, decoder_inputs),
-            "batch_tokens": batch_tokens,
-            "seed": seed,
-            "compression": compression,
-            "keep_text": keep_text,
-            "empty_documents": empty_documents,
-        },
-        "capture",
-    )
+    spec = _resolved(spec, content | described(transforms, objective), model, tokenizer, where)
     spec.check()
-    with evaluating(model), CaptureProgress(progress) as bars, closing(ModelParallelGroup(model)) as group:
+    with evaluating(model), CaptureProgress(options.progress) as bars, closing(ModelParallelGroup(model)) as group:
         targets = find_targets(model, spec, transforms, objective, group.remote_modules())
         group.check_targets(targets)
         corpus = open_documents(documents, images_first=reads_images(model))
         tokenizer = model_input(model, tokenizer, corpus.content)
         example = check_images(model, spec, targets, tokenizer, group.processes)
-        source = Source(
+        inputs = PlanInputs(
             documents=corpus,
             tokenizer=tokenizer,
             arrays=measure_arrays(model, spec, targets, group.read_example, example),
             spec=spec,
-            model=group.describe_model(model, example) | (model_info or {}),
+            model=group.describe_model(model, example) | (options.model_info or {}),
             tokenizer_identity=describe_tokenizer(tokenizer, corpus.content == "messages"),
             vocabulary=vocabulary(model),
             encoder_vocabulary=encoder_vocabulary(model),
@@ -230,27 +162,27 @@ def capture(
         pad = padding(model, tokenizer)
         verdict = None if group.alone and has_batching(path) else find_batching(model, targets, pad, spec, group)
         if verdict is not None:
-            notes = {**(source.notes or {}), **verdict.describe()}
-            source = replace(source, batching=verdict.batching, notes=notes)
+            notes = {**(inputs.notes or {}), **verdict.describe()}
+            inputs = replace(inputs, batching=verdict.batching, notes=notes)
         planning = bars.planning(None)
-        amount = plan_store(path, source, planning, planning.wait)
+        amount = plan_store(path, inputs, planning, planning.wait)
         planning.done(amount is not None)
         stored = stored_identity(read_attributes(path))
-        changed = check_same(stored, source.identity(), path, allow_changed_model=allow_changed_model)
-        for line in model_notices(stored["model"], source.model, changed):
+        changed = check_same(stored, inputs.identity(), path, allow_changed_model=options.allow_changed_model)
+        for line in model_notices(stored["model"], inputs.model, changed):
             bars.say(line)
         for name, text in amount.lines() if amount else ():
             bars.say(f"  {name}: {text}")
-        now = fingerprint(model, group.sizes.tp) | ({"model": model_key(source.model)} if changed else {})
+        now = fingerprint(model, group.sizes.tp) | ({"model": model_key(inputs.model)} if changed else {})
         recorder = Recorder(
             path,
             fingerprint=now,
-            buffer_bytes=running.buffer_bytes,
-            allow_mixed=allow_mixed,
+            buffer_bytes=options.buffer_bytes,
+            allow_mixed=options.allow_mixed,
             transfer=transfer_for(model),
             batch_tokens=spec.batch_tokens,
             keys=group.keys(targets.points, [(OBJECTIVE, None)] if OBJECTIVE in stored["arrays"] else ()),
-            heartbeat_timeout=running.heartbeat_timeout,
+            heartbeat_timeout=options.heartbeat_timeout,
         )
         if not changed:
             check_rows(model, recorder.store, pad, group, now, most_tokens=recorder.batch_tokens)
@@ -258,6 +190,19 @@ def capture(
             check_batching(recorder.store, verdict or find_batching(model, targets, pad, spec, group))
         if said := batching_notice(recorder.store):
             bars.say(said)
-        unchanged = partial(group.check_unchanged, model, source.model, str(path), example)
+        unchanged = partial(group.check_unchanged, model, inputs.model, str(path), example)
         complete_store(model, tokenizer, targets, recorder, bars, group, unchanged=unchanged)
     return Store(path)
+
+
+def _resolved(spec: CaptureSpec, fields: dict[str, Any], model: Any, tokenizer: Any, where: str) -> CaptureSpec:
+    """Return a spec with *fields*, and with what follows from the model: its longest input, and decoder inputs."""
+    if lost := sorted({*spec.transforms} - {*fields["transforms"]}):
+        raise ConfigError(
+            f"the function of transform {lost[0]!r} is missing",
+            where=where,
+            remedy="a spec describes transforms; pass their functions as transforms=[…] too",
+        )
+    spec = spec.with_fields(fields, where)
+    decoder = infer_decoder_inputs(model, spec.decoder_inputs)
+    return spec.within(longest_input(model, tokenizer)).model_copy(update={"decoder": decoder})

@@ -1,4 +1,4 @@
-"""Units run through the model again, and compared with what is stored."""
+"""Recompute units with the model and compare them with the stored rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from flexcache.recording.forward.transform import Transform
 from flexcache.recording.run.batch_forward import open_forward
 from flexcache.recording.run.fingerprint import fingerprint
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
-from flexcache.spec import DTYPES, Spec
+from flexcache.spec import DTYPES, CaptureSpec
 from flexcache.store.read.store import Store
 
 UNITS_LOOKED_AT = 4
@@ -38,16 +38,16 @@ LOAD_IT = "load the model as it was captured"
 
 @dataclass(frozen=True)
 class Recomputed:
-    """One site and layer of a unit, computed again.
+    """The comparison of one site and layer of a recomputed unit.
 
     Attributes
     ----------
     equal : bool
-        Every byte is the same.
+        True if every byte is the same.
     difference : float
-        The largest difference, relative to the largest magnitude of what is stored.
+        The largest difference, relative to the largest stored magnitude.
     same_conditions : bool
-        The unit was computed under this process's fingerprint, so that its bytes must be the same.
+        True if the unit was computed under the fingerprint of this process, so that its bytes must be the same.
     """
 
     unit: int
@@ -59,7 +59,7 @@ class Recomputed:
 
     @property
     def wrong(self) -> bool:
-        """Whether the stored values are not what the model gives, under the conditions they were computed in."""
+        """True if the stored values differ although they were computed under the same conditions."""
         return self.same_conditions and not self.equal
 
 
@@ -74,14 +74,15 @@ def recompute(
     objective: Objective | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> list[Recomputed]:
-    """Run some committed units of a store through its model again, and compare every row with what is stored.
+    """Run some committed units of a store through its model again, and compare every row with the stored one.
 
     Parameters
     ----------
     units
-        How many, drawn at random with *seed*.
+        Number of units, drawn at random with *seed*.
     tokenizer
-        For the id of padding, as in the capture. Of images, the image processor, or None for what the store says of it.
+        As in the capture, for the id of padding. For images, the image processor, or None for the one that the store
+        describes.
     transforms, objective
         The functions that the store was captured with.
     progress
@@ -121,7 +122,7 @@ def _recomputed(
     objective: Objective | None,
     progress: Callable[[int], None],
 ) -> list[Recomputed]:
-    targets = find_targets(model, Spec.model_validate(store.spec), transforms, objective)
+    targets = find_targets(model, CaptureSpec.from_store(store.spec), transforms, objective)
     now = fingerprint(model)
     reader = BatchReader(store.path)
     conditions = {}
@@ -151,23 +152,23 @@ def check_rows(
     most_tokens: int | None = None,
     remedy: str = CHANGED_MODEL,
 ) -> None:
-    """Run one committed batch again, of the longest sequences, and compare its rows with what is stored.
+    """Run the committed batch of the longest sequences again, and compare its rows with the stored ones.
 
-    This sees what a small fixed input cannot: hooks that act on later tokens, or on certain ones. The sites of the
-    store are compared, not gradients and transforms. Nothing is done where no unit was computed under the conditions
-    *now*, or where the model is on several processes.
+    This detects what a small fixed input cannot: hooks that act only on later or on certain tokens. Gradients and
+    transforms are not compared. Nothing is done if no unit was computed under the conditions *now*, or if the model is
+    on several processes.
 
     Parameters
     ----------
     most_tokens
-        Tokens of a batch, padding included, that the device has room for.
+        Tokens of a batch, padding included, that fit into the memory of the device.
 
     Raises
     ------
     MismatchError
-        A row is another one: bit for bit, or to a tolerance where forwards do not repeat bit for bit.
+        A row differs, by any bit, or by more than a tolerance if forward passes do not repeat bit for bit.
     """
-    everything = Spec.model_validate(store.spec)
+    everything = CaptureSpec.from_store(store.spec)
     sites = {site: layers for site, layers in everything.sites.items() if not site.endswith(".grad")}
     if not group.alone or not sites:
         return

@@ -22,7 +22,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def model() -> Path:
-    from pipelines import assets
+    from pipelines.demo import assets
 
     try:
         return assets.smollm2()
@@ -33,8 +33,9 @@ def model() -> Path:
 @pytest.fixture(scope="module")
 def store(model: Path, tmp_path_factory: pytest.TempPathFactory) -> flexcache.Store:
     from flexcache.model import ModelSource
-    from pipelines import assets, capture
+    from pipelines import capture
     from pipelines.config import CaptureConfig, DocumentsSource
+    from pipelines.demo import assets
 
     config = CaptureConfig(
         model=ModelSource(name=str(model), dtype="bfloat16"),

@@ -25,9 +25,9 @@ CURVE = {3: 0.732, 7: 0.752, 11: 0.786, 15: 0.868, 17: 0.878, 19: 0.890, 23: 0.8
 @pytest.fixture(scope="module")
 def capture(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from flexcache.model import ModelSource
-    from pipelines import assets
     from pipelines import capture as pipeline
     from pipelines.config import CaptureConfig, DocumentsSource
+    from pipelines.demo import assets
 
     try:
         model = assets.smollm2()
@@ -79,9 +79,9 @@ def test_the_layer_curve_the_transfer_and_the_grade(capture: Any) -> None:
 def test_random_labels_of_documents_are_at_chance_unless_rows_are_split(tmp_path: Path) -> None:
     """Folds are grouped by document by default; a probe recognises the document if rows are split one by one."""
     from flexcache.model import ModelSource
-    from pipelines import assets
     from pipelines import capture as pipeline
     from pipelines.config import CaptureConfig, DocumentsSource
+    from pipelines.demo import assets
 
     config = CaptureConfig(
         model=ModelSource(name=str(assets.smollm2()), dtype="bfloat16"),

@@ -114,7 +114,7 @@ def test_a_capture_by_the_name_of_a_dataset(
     text = run(capsys, "capture", config, "-q", *options, "--set", "documents.split=test", status=1)
     assert "cannot be opened" in text
     text = run(capsys, "capture", config, "-q", "--set", "documents={split: train}", status=2)
-    assert "must say one place" in text
+    assert "must name one place" in text
 
 
 def test_errors_of_a_dataset_by_name_say_what_is_wrong(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

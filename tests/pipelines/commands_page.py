@@ -1,4 +1,4 @@
-"""docs/cli.md, made of the command line itself.
+"""docs/cli.md, generated from the command line.
 
 python -m tests.pipelines.commands_page
 """
@@ -18,14 +18,14 @@ from pipelines.cli import app
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 INTRODUCTION = """# Commands
 
-`flexcache COMMAND --help` says the same; under a launcher such as torchrun, write `-m pipelines COMMAND`. A mistake of
-the user's ends in one message and exit status 1, or 2 for a wrong configuration.
+`flexcache COMMAND --help` prints the same. Under a launcher such as torchrun, write `-m pipelines COMMAND`. A user
+error ends in one message and exit status 1, or 2 for a wrong configuration.
 """
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """An argument or option of a command, as its function declares it."""
+    """An argument or option of a command, from the signature of its function."""
 
     name: str
     kind: Any
@@ -38,7 +38,7 @@ class Parameter:
 
     @property
     def shown(self) -> str:
-        """How it is written on the command line."""
+        """Its form on the command line."""
         if self.argument:
             several = "..." if get_origin(self.kind) is list else ""
             return (self.info.metavar or self.name.upper()) + several
@@ -62,24 +62,26 @@ class Parameter:
 
 
 def page() -> str:
-    """Return the page: a table of commands, and one of arguments and options for each."""
+    """Return the page: a table of commands, and a table of arguments and options for each command."""
     commands = {
         info.name or info.callback.__name__.replace("_", "-"): info.callback
         for info in app.registered_commands
         if info.callback is not None
     }
     rows = [f"| [`{name}`](#flexcache-{name}) | {text(command.__doc__)} |" for name, command in commands.items()]
-    table = "\n".join(["| command | what it does |", "|---|---|", *rows]) + "\n"
+    table = "\n".join(["| command | purpose |", "|---|---|", *rows]) + "\n"
     return "\n".join([INTRODUCTION, table, *(section(name, command) for name, command in commands.items())])
 
 
 def section(name: str, command: Callable[..., Any]) -> str:
-    """Return what a command takes."""
+    """Return the section of a command."""
     found = sorted(parameters(command), key=lambda parameter: not parameter.argument)
     arguments = [parameter.shown for parameter in found if parameter.argument]
     usage = " ".join(["flexcache", name, *arguments, *(["[OPTIONS]"] if len(arguments) < len(found) else [])])
     lines = [f"## flexcache {name}", "", text(command.__doc__), "", f"    {usage}", ""]
-    return "\n".join([*lines, "| | what | default |", "|---|---|---|", *(parameter.line for parameter in found)]) + "\n"
+    return (
+        "\n".join([*lines, "| | meaning | default |", "|---|---|---|", *(parameter.line for parameter in found)]) + "\n"
+    )
 
 
 def parameters(command: Callable[..., Any]) -> list[Parameter]:

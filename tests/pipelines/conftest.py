@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny random Llama and a word tokenizer, as a user would have one."""
+    """A checkpoint folder with a tiny random Llama and a word tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -26,7 +26,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Labelled texts as JSON Lines: odd documents hold the word w5."""
+    """Labelled texts as JSON Lines; odd documents contain the word w5."""
     path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
     lines = []
     for i in range(80):
@@ -38,7 +38,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(tmp_path: Path, checkpoint: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A configuration in a folder of its own, which is also the current one."""
+    """A configuration file in a folder of its own, which is also the working folder."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "config.yaml"
     path.write_text(

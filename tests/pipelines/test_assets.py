@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import assets, assets_cache
-from pipelines.assets import balanced, parse_ground_truth, smollm2, vader, vader_sample
-from pipelines.assets_cache import AssetError, Package, cache_folder, cached, check, download, is_whole
+from pipelines.demo import assets, assets_cache
+from pipelines.demo.assets import balanced, parse_ground_truth, smollm2, vader, vader_sample
+from pipelines.demo.assets_cache import AssetError, Package, cache_folder, cached, check, download, is_whole
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_folder_is_built_once(cache):
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing", "added", "no manifest", "broken manifest"])
-def test_a_damaged_folder_is_built_anew(cache, damage):
+def test_a_damaged_folder_is_rebuilt(cache, damage):
     def build(folder):
         (folder / "a.txt").write_text("a")
 
@@ -113,7 +113,7 @@ def test_a_build_that_fails_leaves_nothing_under_the_final_name(cache):
 def test_a_killed_build_is_detected_and_done_again(cache):
     code = """
 import os, signal
-from pipelines.assets_cache import cached
+from pipelines.demo.assets_cache import cached
 def build(folder):
     (folder / "half.txt").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -131,7 +131,7 @@ cached("thing", build, room=1)
 def test_processes_that_want_the_same_folder_build_it_once(cache, tmp_path):
     code = f"""
 import time
-from pipelines.assets_cache import cached
+from pipelines.demo.assets_cache import cached
 def build(folder):
     with open({str(tmp_path / "built")!r}, "a") as log:
         log.write("x")
@@ -151,7 +151,7 @@ def test_a_full_disk_is_refused_before_anything_is_built(cache):
         assert part in text_of(caught)
 
 
-def test_a_disk_that_fills_while_building_is_told(cache):
+def test_a_disk_that_fills_during_a_build_is_reported(cache):
     def build(folder):
         with open("/dev/full", "wb", buffering=0) as full:
             full.write(b"x")
@@ -162,7 +162,7 @@ def test_a_disk_that_fills_while_building_is_told(cache):
     assert "FLEXCACHE_CACHE" in text_of(caught)
 
 
-def test_a_cache_folder_that_cannot_be_used_is_told(monkeypatch, tmp_path):
+def test_a_cache_folder_that_cannot_be_used_is_reported(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("a file")
     monkeypatch.setenv("FLEXCACHE_CACHE", str(tmp_path / "file"))
     with pytest.raises(AssetError) as caught:
@@ -292,7 +292,7 @@ def test_the_command_reports_an_error_without_a_traceback(tmp_path):
     (tmp_path / "file").write_text("a file")
     environment = {**os.environ, "FLEXCACHE_CACHE": str(tmp_path / "file")}
     run = subprocess.run(
-        [sys.executable, "-m", "pipelines.assets"],
+        [sys.executable, "-m", "pipelines.demo.assets"],
         env=environment,
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""Bad input, one table: each mistake ends in one line that says what to do, and nothing that was written is lost."""
+"""User errors in one table: each ends in one message with a remedy, and nothing that was written is lost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "reliability.md"
 
 @dataclass(frozen=True)
 class Case:
-    """A mistake, and what is said of it; *before* makes it, in the folder of the configuration."""
+    """A mistake and the message it ends in; *before* makes it, in the folder of the configuration."""
 
     what: str
     says: str
@@ -31,7 +31,7 @@ class Case:
     before: Callable[[Path], None] = lambda folder: None
     command: tuple[str, ...] = ("capture", "config.yaml", "-q")
     store: bool = False
-    """Whether a store is there already, and must stay as it is."""
+    """True if a store exists already; it must not change."""
 
     def __repr__(self) -> str:
         return self.what
@@ -118,7 +118,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
-def test_a_mistake_is_one_line_with_a_remedy_and_costs_nothing(
+def test_a_mistake_is_one_message_with_a_remedy_and_loses_nothing(
     case: Case, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, kept = config.parent, {}
@@ -145,8 +145,8 @@ def test_a_mistake_is_one_line_with_a_remedy_and_costs_nothing(
         assert flexcache.verify(folder / "run.zarr").sound, "what was planned stays, and is whole"
 
 
-def test_what_is_odd_but_no_mistake_is_captured(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One token; a document longer than all others together, than the context and than a batch."""
+def test_unusual_but_valid_documents_are_captured(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A document of one token, and one longer than all others together, the context and a batch."""
     long = " ".join(f"w{4 + i % 90}" for i in range(900))
     texts({"id": "one", "text": "w4"}, {"id": "long", "text": long}, {"id": "ünï/cödé", "text": "w5 w6"})(config.parent)
     run(capsys, "capture", config, "-q", "--set", "documents=own.jsonl")

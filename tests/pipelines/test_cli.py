@@ -44,7 +44,7 @@ def test_a_plan_that_cannot_fit_is_refused(
     assert not Path("run.zarr").exists()
 
 
-def test_the_plan_is_that_of_the_capture(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_equals_that_of_the_capture(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = run(capsys, "plan", config)
     run(capsys, "capture", config, "-q")
     plan = flexcache.open("run.zarr").plan
@@ -71,7 +71,7 @@ def test_capture_info_verify_from_the_command_line(config: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("native", [False, True])
-def test_slow_bfloat16_is_said(
+def test_slow_bfloat16_is_reported(
     config: Path, native: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flexcache.recording.run.forward_loop.native_bfloat16", lambda: native)
@@ -86,7 +86,7 @@ def test_slow_bfloat16_is_said(
     "damage",
     ["flip", "truncate", "remove", "empty", "swap", "table", "coordinate", "record", "metadata", "stranger"],
 )
-def test_verify_names_what_is_damaged(damage: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_names_the_damaged_files(damage: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "capture", config, "-q", "--set", "batch_tokens=16")
     shard, other = Path("run.zarr/resid_post/c/1/0/0"), Path("run.zarr/resid_post/c/2/0/0")
     named = "resid_post/c/1/0/0"
@@ -157,7 +157,7 @@ def test_mistakes_end_in_one_message_before_anything_is_written(
     assert not Path("run.zarr").exists()
 
 
-def test_a_configuration_that_is_no_yaml_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_configuration_that_is_not_yaml_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.yaml").write_text("model: [")
     assert "is not YAML" in run(capsys, "capture", tmp_path / "a.yaml", status=2)
     (tmp_path / "b.yaml").write_text("- model")
@@ -173,7 +173,7 @@ def test_another_configuration_on_the_same_store_is_refused(config: Path, capsys
     assert "spec.rows: all in the store, last now" in text
 
 
-def test_a_store_that_is_none_is_said_to_be_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_not_a_store_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("info", "verify"):
         assert "is not a store" in " ".join(run(capsys, command, tmp_path / "no.zarr", status=1).split())
 

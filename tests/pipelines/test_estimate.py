@@ -26,7 +26,7 @@ def inodes(store: Path) -> tuple[int, int]:
     return sum(len(names) for folder, names in found if Path(folder).name != "runs"), len(found)
 
 
-def test_an_estimate_of_the_whole_corpus_is_the_plan_and_the_store(
+def test_an_estimate_of_the_whole_corpus_equals_plan_and_store(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = told(capsys, config, "--tokens-per-second", 1000, "--set", "batch_tokens=16")
@@ -81,7 +81,7 @@ def config_model(config: Path) -> str:
     return config.read_text().splitlines()[0].removeprefix("model: ")
 
 
-def test_the_model_is_tried_and_nothing_is_left(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_model_is_tried_and_no_files_are_left(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = told(capsys, config, "--seconds", 0.2)
     trial = found["trial"]
     assert trial["batches"] >= 4
@@ -92,10 +92,10 @@ def test_the_model_is_tried_and_nothing_is_left(config: Path, capsys: pytest.Cap
     assert found["write_rate"] > 0
     assert [path.name for path in Path().iterdir()] == ["config.yaml"]
     text = run(capsys, "estimate", config, "--seconds", 0.1)
-    assert "peak of the try" in text
+    assert "peak of the trial" in text
 
 
-def test_batches_of_equal_lengths_are_planned_as_they_are_captured(
+def test_batches_of_equal_lengths_are_estimated_as_they_are_captured(
     config: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transformers import FNetConfig, FNetModel
@@ -114,7 +114,7 @@ def test_batches_of_equal_lengths_are_planned_as_they_are_captured(
     assert store.provenance["batching"]["batches"] == "equal_lengths"
 
 
-def test_int8_is_tried_and_planned_as_it_is_captured(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_int8_is_estimated_as_it_is_captured(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = told(capsys, config, "--seconds", 0.1, "--set", "dtype=int8")
     assert found["trial"]["batches"] >= 4
     run(capsys, "capture", config, "-q", "--set", "dtype=int8")
@@ -125,7 +125,7 @@ def test_int8_is_tried_and_planned_as_it_is_captured(config: Path, capsys: pytes
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "table of files"])
-def test_a_sample_stands_for_the_whole(kind: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sample_estimates_the_whole_corpus(kind: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)
     texts = [" ".join(f"w{word}" for word in rng.integers(4, 250, n)) for n in rng.integers(1, 60, 20_000)]
     table = pa.table({"id": [f"d{i}" for i in range(len(texts))], "text": texts})
@@ -188,15 +188,15 @@ def test_parquet_row_groups_outside_of_the_sample_are_not_read(tmp_path: Path) -
         list(documents.batches())
 
 
-def test_what_the_capture_would_refuse_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_estimate_fails_where_the_capture_would_fail(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = run(capsys, "estimate", config, "-q", "--set", "model.parallel={tensor: 2}", status=2)
     assert "--tokens-per-second" in text
     assert "resid_post" in run(capsys, "estimate", config, "--set", "sites=resid_pots", status=1)
 
 
-def test_too_small_a_disk_is_said(
+def test_a_disk_that_is_too_small_is_reported(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(".")
-    monkeypatch.setattr("pipelines.estimate.shutil.disk_usage", lambda path: usage._replace(free=10))
+    monkeypatch.setattr("pipelines.forecast.shutil.disk_usage", lambda path: usage._replace(free=10))
     assert "too little" in run(capsys, "estimate", config, "-q", "--tokens-per-second", 1, "--write-rate", 100)

@@ -1,4 +1,4 @@
-"""flexcache extend, as a user types it."""
+"""flexcache extend, from the command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.recording.test_recorder import shard_hashes
 
 @pytest.fixture
 def started(config: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    """A configuration whose store is complete."""
+    """A configuration with a complete store."""
     run(capsys, "capture", config, "-q")
     return config
 
@@ -34,7 +34,9 @@ def more(started: Path) -> Path:
     return path
 
 
-def test_documents_and_layers(started: Path, more: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_documents_and_layers_are_added(
+    started: Path, more: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = run(capsys, "extend", more)
     assert "in place" in text
     assert "complete" in text
@@ -57,17 +59,17 @@ def test_documents_and_layers(started: Path, more: Path, corpus: Path, capsys: p
     assert flexcache.open("run.zarr").documents.column("id").to_pylist()[-1] == "last"
 
 
-def test_mistakes(started: Path, more: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_end_in_one_message(started: Path, more: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = shard_hashes(Path("run.zarr"))
     assert "dtype: auto in the store, float16" in run(capsys, "extend", more, "--set", "dtype=float16", status=1)
     change = ("--set", "sites=[resid_pre]")
-    assert "at a time" in run(capsys, "extend", more, *change, status=2)
+    assert "cannot be added together" in run(capsys, "extend", more, *change, status=2)
     assert "is not a store" in run(capsys, "extend", more, "--set", "store=none.zarr", status=1)
     assert "no extension has begun" in run(capsys, "extend", more, "--discard")
     assert shard_hashes(Path("run.zarr")) == before
 
 
-def test_one_that_is_unfinished(
+def test_an_unfinished_extension_is_reported_and_discarded(
     started: Path, more: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object, **__: object) -> None:
@@ -82,11 +84,13 @@ def test_one_that_is_unfinished(
             extend.run(read_config(more), progress=False)
     assert "an extension has begun" in run(capsys, "info", "run.zarr")
     assert "another extension" in run(capsys, "extend", started, "--set", "sites=[resid_pre]", status=1)
-    assert "the extension is dropped" in run(capsys, "extend", more, "--discard")
+    assert "the extension is discarded" in run(capsys, "extend", more, "--discard")
     assert not ExtensionTransaction("run.zarr").staged
 
 
-def test_several_processes(started: Path, more: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_processes_extend_one_store(
+    started: Path, more: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = [
         json.dumps({"id": f"v{i}", "text": " ".join(f"w{5 + (i * k) % 90}" for k in range(9))}) for i in range(400)
     ]

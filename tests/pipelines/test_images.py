@@ -1,4 +1,4 @@
-"""Images from the command line: a checkpoint with its image processor, and a folder of pictures."""
+"""Images from the command line: a checkpoint with its image processor, and a folder of images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.vision import DEPTH, GRID, arrays, processor, tiny_vision
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkpoint, pictures and a configuration in a folder of its own, which is also the current one."""
+    """A checkpoint, images and a configuration in a folder of its own, which is also the working folder."""
     monkeypatch.chdir(tmp_path)
     tiny_vision("dinov2_registers").save_pretrained("model")
     processor().save_pretrained("model")
@@ -59,7 +59,7 @@ def test_estimate_and_sites(config: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.slow
-def test_the_part_of_clip_that_sees(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_vision_tower_of_clip_is_captured(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seeing = tiny_vision("clip_vision").config
     words = hf.CLIPTextConfig(
         vocab_size=50, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=48
@@ -84,7 +84,7 @@ def test_the_part_of_clip_that_sees(config: Path, capsys: pytest.CaptureFixture[
         ("documents.labels=[none]", "no label column"),
     ],
 )
-def test_mistakes_show_before_anything_is_written(
+def test_mistakes_fail_before_anything_is_written(
     change: str, message: str, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in run(capsys, "capture", config, "-q", "--set", change, status=1 if "labels" in change else 2)

@@ -12,8 +12,8 @@ import flexcache
 from analysis.induction import plot, scores
 from flexcache.errors import AnalysisError, ConfigError, SiteError
 from flexcache.store.read.store import Store
-from pipelines import induction as pipeline
-from pipelines.induction_model import AttentionOnly, AttentionOnlyConfig, repeated, train
+from pipelines.demo import induction as pipeline
+from pipelines.demo.induction_model import AttentionOnly, AttentionOnlyConfig, repeated, train
 from tests.pipelines.test_cli import run
 
 HALF, SEQUENCES, HEADS, LAYERS = 7, 9, 4, 2
@@ -26,7 +26,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def model() -> AttentionOnly:
-    """Untrained, with queries and keys so large that every head attends to few tokens, and not all alike."""
+    """An untrained model with large queries and keys, so that heads attend to few and different tokens."""
     torch.manual_seed(3)
     made = AttentionOnly(AttentionOnlyConfig()).eval()
     with torch.no_grad():
@@ -48,7 +48,7 @@ def store(model: AttentionOnly, tmp_path_factory: pytest.TempPathFactory) -> Sto
 
 
 def by_hand(model: AttentionOnly, tokens: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Patterns (layer, head, query, key) and losses (token,) of one document, and the patterns' scores, in a loop."""
+    """Compute patterns (layer, head, query, key), losses (token,) and scores of one document in a plain loop."""
     with torch.no_grad():
         output = model(torch.tensor([tokens]))
     patterns = np.stack([pattern[0].numpy() for pattern in output.attentions])
@@ -65,7 +65,7 @@ def by_hand(model: AttentionOnly, tokens: list[int]) -> tuple[np.ndarray, np.nda
     return patterns, losses, found
 
 
-def test_scores_from_the_store_are_those_of_the_models_patterns(model: AttentionOnly, store: Store) -> None:
+def test_scores_from_the_store_equal_those_of_the_patterns(model: AttentionOnly, store: Store) -> None:
     documents = pipeline.documents(model.config.vocab_size, sequences=SEQUENCES, half=HALF)
     found = [by_hand(model, document["tokens"])[2] for document in documents]
     expected = np.stack(found)[:, :, :, HALF:].mean(axis=(0, 3))  # (score, layer, head)
@@ -76,7 +76,7 @@ def test_scores_from_the_store_are_those_of_the_models_patterns(model: Attention
         assert np.allclose(heads[name].transpose("layer", "head"), expected[number], atol=1e-6)
 
 
-def test_losses_by_position_are_those_of_the_models_logits(model: AttentionOnly, store: Store) -> None:
+def test_losses_by_position_equal_those_of_the_logits(model: AttentionOnly, store: Store) -> None:
     documents = pipeline.documents(model.config.vocab_size, sequences=SEQUENCES, half=HALF)
     expected = np.stack([by_hand(model, document["tokens"])[1] for document in documents]).mean(0)
     loss = scores.loss_by_position(store)
@@ -88,7 +88,7 @@ def test_losses_by_position_are_those_of_the_models_logits(model: AttentionOnly,
     assert np.isclose(parts["second half"], expected[HALF:-1].mean(), atol=1e-5)
 
 
-def test_every_row_is_right_where_documents_differ_in_length(model: AttentionOnly, tmp_path: Path) -> None:
+def test_rows_are_right_for_documents_of_different_lengths(model: AttentionOnly, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     documents = [
         {"id": f"{length}", "tokens": repeated(1, length, 64, generator)[0].tolist()} for length in (1, 2, 5, 8, 11, 20)
@@ -122,7 +122,7 @@ def test_a_store_without_the_arrays_or_the_rows_is_refused(model: AttentionOnly,
         scores.head_scores(last)
 
 
-def test_the_store_says_which_functions_made_it(store: Store) -> None:
+def test_the_store_records_the_functions_that_made_it(store: Store) -> None:
     told = store.spec["transforms"]
     names = {name: told[name]["function"] for name in told}
     assert names == {
@@ -166,7 +166,7 @@ def test_a_hidden_size_that_heads_cannot_share_is_refused() -> None:
         AttentionOnlyConfig(hidden_size=62)
 
 
-def test_training_is_repeatable_and_tells_its_progress() -> None:
+def test_training_is_repeatable_and_reports_its_progress() -> None:
     seen: list[tuple[int, float]] = []
     first, second, other = train(3, 12, progress=lambda *now: seen.append(now)), train(3, 12), train(4, 12)
     weights = [torch.cat([p.flatten() for p in model.parameters()]) for model in (first, second, other)]
@@ -186,11 +186,11 @@ def test_a_store_of_another_training_is_refused_before_training(
     assert (tmp_path / "scores.csv").read_bytes() == table
     monkeypatch.setattr(pipeline, "train", lambda *_, **__: pytest.fail("trained"))
     text = run(capsys, *short, "--seed", 1, status=1)
-    assert "trained otherwise" in text
+    assert "another training" in text
     assert "Traceback" not in text
 
 
-def test_the_picture_may_be_svg(store: Store, tmp_path: Path) -> None:
+def test_the_plot_may_be_svg(store: Store, tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "induction.svg"
     plot.plot(scores.head_scores(store), scores.loss_by_position(store), np.log(64), path)
     assert "<svg" in path.read_text()

@@ -1,4 +1,4 @@
-"""The commands that copy, merge, thin, export and import stores, as a user types them."""
+"""The commands that copy, merge, reduce, export and import stores."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.recording.test_recorder import shard_hashes
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> flexcache.Store:
-    """A store named run.zarr in the current folder."""
+    """A store named run.zarr in the working folder."""
     monkeypatch.chdir(tmp_path)
     return build_store(Path("run.zarr"))
 
 
-def test_copy(store: flexcache.Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_copy_converts_selects_and_resumes(store: flexcache.Store, capsys: pytest.CaptureFixture[str]) -> None:
     text = run(capsys, "copy", "run.zarr", "copy.zarr")
     assert "copying" in text
     assert "complete" in text
@@ -37,7 +37,9 @@ def test_copy(store: flexcache.Store, capsys: pytest.CaptureFixture[str]) -> Non
     assert not Path("new.zarr").exists()
 
 
-def test_rm(store: flexcache.Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rm_asks_and_removes(
+    store: flexcache.Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import io
 
     for answer, text in (("n\n", "nothing was removed"), ("y\n", "freed")):
@@ -52,7 +54,7 @@ def test_rm(store: flexcache.Store, capsys: pytest.CaptureFixture[str], monkeypa
     assert flexcache.open("run.zarr").sites == ("resid_post",)
 
 
-def test_export(store: flexcache.Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_writes_files_and_prints_their_size(store: flexcache.Store, capsys: pytest.CaptureFixture[str]) -> None:
     text = run(capsys, "export", "run.zarr", "out", "--to", "npy", "--site", "resid_post", "--layers", "3")
     assert "1 files" in text
     assert np.array_equal(np.load("out/resid_post.layer_3.npy"), store.read("resid_post", 3))
@@ -60,7 +62,7 @@ def test_export(store: flexcache.Store, capsys: pytest.CaptureFixture[str]) -> N
     assert "another export" in run(capsys, "export", "run.zarr", "out", "--to", "npy", "-q", status=1)
 
 
-def test_merge(store: flexcache.Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merge_joins_stores(store: flexcache.Store, capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "copy", "run.zarr", "a.zarr", "--layers", "0", "-q")
     run(capsys, "copy", "run.zarr", "b.zarr", "--layers", "3", "--site", "resid_post", "-q")
     text = run(capsys, "merge", "a.zarr", "b.zarr", "-o", "merged.zarr")
@@ -69,7 +71,7 @@ def test_merge(store: flexcache.Store, capsys: pytest.CaptureFixture[str]) -> No
     assert "two stores or more" in run(capsys, "merge", "a.zarr", "-o", "other.zarr", status=2)
 
 
-def test_import(store: flexcache.Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_import_reads_what_export_wrote(store: flexcache.Store, capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "export", "run.zarr", "out", "--to", "safetensors", "--site", "resid_post", "-q")
     args = ("import", "out", "--from", "safetensors", "--site", "resid_post", "-o", "back.zarr", "--depth", "5")
     text = run(capsys, *args, "--documents", "out/documents.parquet", "--token-ids", "token_id.npy", "--model", "mine")

@@ -1,4 +1,4 @@
-"""Outputs of commands: found unusable before the work, rescued after it, and printed where only ASCII can be."""
+"""Outputs of commands: checked before the work, rescued after it, and printed on ASCII terminals."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize("command", FOLDERS)
-def test_a_folder_that_cannot_be_written_is_found_before_the_work(
+def test_a_folder_that_cannot_be_written_fails_before_the_work(
     command: str, captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -74,7 +74,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_work(
 
 
 @pytest.mark.parametrize("command", ["report", "bench-codec"])
-def test_a_file_that_cannot_be_written_is_found_before_the_work(
+def test_a_file_that_cannot_be_written_fails_before_the_work(
     command: str, captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -85,7 +85,7 @@ def test_a_file_that_cannot_be_written_is_found_before_the_work(
         assert os.listdir(tmp_path) == ["taken"]
 
 
-def test_statistics_do_not_replace_what_is_none(
+def test_statistics_do_not_replace_a_folder_of_other_files(
     captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -94,7 +94,7 @@ def test_statistics_do_not_replace_what_is_none(
     assert "something else" in run(capsys, "stats", str(captured), "--only", "moments", "-q", status=1)
 
 
-def test_results_that_the_disk_refuses_are_written_elsewhere(
+def test_results_that_the_disk_refuses_are_written_to_a_temporary_folder(
     captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -114,7 +114,7 @@ def test_results_that_the_disk_refuses_are_written_elsewhere(
     assert (Path(found[1]) / "report.html").is_file()
 
 
-def test_a_home_folder_is_meant_by_a_tilde_in_commands_and_configurations(
+def test_a_tilde_means_the_home_folder_in_commands_and_configurations(
     config: Path, captured: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     home = config.parent / "home"
@@ -137,7 +137,9 @@ def test_a_home_folder_is_meant_by_a_tilde_in_commands_and_configurations(
     assert not (config.parent / "~").exists()
 
 
-def test_an_adapter_as_a_model_is_called_one(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_in_place_of_a_model_is_named_in_the_error(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "adapter").mkdir()
     said = {"peft_type": "LORA", "base_model_name_or_path": "gpt2"}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(said))
@@ -149,7 +151,7 @@ def test_an_adapter_as_a_model_is_called_one(config: Path, tmp_path: Path, capsy
         flexcache.ModelSource(name="adapter").tokenizer()
 
 
-def test_a_store_that_cannot_be_made_is_found_before_the_model_is_loaded(
+def test_a_store_that_cannot_be_made_fails_before_the_model_is_loaded(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(flexcache.ModelSource, "load", pytest.fail)
@@ -170,7 +172,7 @@ for line in lines:
 """
 
 
-def test_commands_print_on_a_terminal_that_has_only_ascii(captured: Path, tmp_path: Path) -> None:
+def test_commands_print_on_an_ascii_terminal(captured: Path, tmp_path: Path) -> None:
     lines = [
         "info STORE",
         "verify STORE",
@@ -193,7 +195,7 @@ def test_commands_print_on_a_terminal_that_has_only_ascii(captured: Path, tmp_pa
     assert "status 1" in out
 
 
-def test_an_output_that_is_full_or_closed_is_no_traceback(captured: Path) -> None:
+def test_a_full_or_closed_output_causes_no_traceback(captured: Path) -> None:
     root = str(Path(cli.__file__).parents[1])
     command = [sys.executable, "-m", "pipelines", "info", str(captured)]
     env = {**os.environ, "PYTHONPATH": root}

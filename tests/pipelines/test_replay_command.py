@@ -10,7 +10,7 @@ import yaml
 import flexcache
 from analysis import replay
 from analysis.replay.edits.edit import from_json
-from pipelines import replay_config
+from pipelines.config import replay_config
 from tests.models import HIDDEN
 from tests.pipelines.test_cli import run
 
@@ -77,9 +77,9 @@ def test_a_sweep_from_the_command_line(asked: Path, capsys: pytest.CaptureFixtur
     ("change", "message", "status"),
     [
         ("edits=[{zeroo: {}}]", "there is no edit 'zeroo'", 2),
-        ("edits=[{zero: {dim: [1]}}]", "edit zero cannot be made of this", 2),
+        ("edits=[{zero: {dim: [1]}}]", "edit zero cannot be made from these settings", 2),
         ("edits=[{zero: {}, mean: {}}]", "an edit cannot be read", 2),
-        ("edits=[{steer: {vector: no.npy}}]", "edit steer cannot be made of this", 2),
+        ("edits=[{steer: {vector: no.npy}}]", "edit steer cannot be made from these settings", 2),
         ("answers=[w5 w6, 3]", "is not one token", 2),
         ("answers=[3]", "answers cannot be read", 2),
         ("metric=[kl]", "unknown key 'metric'", 2),

@@ -1,4 +1,4 @@
-"""Sequences and rows as a configuration file says them."""
+"""Sequences and rows in a configuration file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_windows_rules_and_labels_from_the_configuration(config: Path, capsys: p
         ("windows={lenght: 3}", "did you mean length"),
     ],
 )
-def test_mistakes_show_before_a_model_is_loaded(
+def test_mistakes_fail_before_a_model_is_loaded(
     change: str, message: str, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flexcache.model.ModelSource.load", lambda self: pytest.fail("the model was loaded"))

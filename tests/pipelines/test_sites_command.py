@@ -39,7 +39,7 @@ def launched(*arguments: object, world: int = 2) -> subprocess.CompletedProcess[
     )
 
 
-def test_blocks_that_are_alike_share_a_line(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_equal_blocks_share_a_line(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = run(capsys, "sites", checkpoint)
     assert line(text, "model.layers.*.mlp.down_proj") == [
         "model.layers.*.mlp.down_proj",
@@ -94,7 +94,7 @@ def test_no_weights_are_read(checkpoint: Path, tmp_path: Path, capsys: pytest.Ca
     assert "resid_post" in run(capsys, "sites", tmp_path)
 
 
-def test_a_model_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "cannot be loaded" in run(capsys, "sites", tmp_path / "nowhere", status=2)
 
 
@@ -111,7 +111,7 @@ def test_a_model_that_reads_no_token_ids_is_refused_with_the_way_in_python(
     assert "in Python" in text
 
 
-def test_blocks_that_differ_say_which_they_are() -> None:
+def test_blocks_that_differ_are_listed_with_their_numbers() -> None:
     model = tiny("llama", device="meta")
     model.model.layers[2].mlp = tiny("llama", device="meta", intermediate_size=80).model.layers[2].mlp
     lines = {found.pattern: found.times for found in collapse(survey(model), {})}
@@ -129,7 +129,7 @@ def test_a_glob_that_matches_the_empty_path_leaves_the_model_itself_out() -> Non
 
 
 @pytest.mark.slow
-def test_two_processes_show_how_they_share_each_activation(tmp_path: Path) -> None:
+def test_two_processes_print_how_they_share_each_activation(tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path)
     done = launched(tmp_path)
     assert done.returncode == 0, done.stderr
@@ -147,7 +147,7 @@ def test_two_processes_show_how_they_share_each_activation(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_experts_that_are_not_explained_are_said_so_in_the_table(tmp_path: Path) -> None:
+def test_experts_with_an_unknown_layout_are_marked_in_the_table(tmp_path: Path) -> None:
     tiny("mixtral").save_pretrained(tmp_path)
     done = launched(tmp_path, "--json", "--match", "model.layers.1.mlp**")
     assert done.returncode == 0, done.stderr
@@ -166,7 +166,7 @@ def test_a_model_that_cannot_be_sharded_is_refused(tmp_path: Path) -> None:
     assert "no `tp_plan`" in done.stderr
 
 
-def test_what_every_rank_refuses_is_said_once(tmp_path: Path) -> None:
+def test_an_error_of_every_rank_is_printed_once(tmp_path: Path) -> None:
     done = launched(tmp_path / "nowhere")
     assert done.returncode != 0
     assert done.stderr.count("error: model") == 1

@@ -1,4 +1,4 @@
-"""Arguments of captures: what is accepted in several forms, and what ends in a clear error before any work."""
+"""Arguments of captures: equivalent forms, and clear errors before any work."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tokenizer() -> Any:
 
 
 class OtherNames(torch.nn.Module):
-    """A model whose forward calls its mask otherwise."""
+    """A model whose forward has another name for its mask."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Failing(Bare):
 
 
 class Pipeline:
-    """What a pipeline of transformers looks like from outside."""
+    """An object like a pipeline of transformers."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.tokenizer = model, None
@@ -97,7 +97,7 @@ def empty(model: Any) -> Any:
         (empty, "meta device"),
     ],
 )
-def test_what_is_no_model_ends_before_any_work(
+def test_an_argument_that_is_not_a_model_fails_before_any_work(
     made: Callable[[Any], Any], says: str, model: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=says):
@@ -105,7 +105,7 @@ def test_what_is_no_model_ends_before_any_work(
     assert not any(tmp_path.iterdir())
 
 
-def test_a_model_that_does_not_run_on_token_ids_is_left_to_a_forward_of_your_own(model: Any, tmp_path: Path) -> None:
+def test_a_model_that_does_not_run_on_token_ids_is_referred_to_record(model: Any, tmp_path: Path) -> None:
     with pytest.raises(SiteError, match="where are the pictures") as caught:
         flexcache.capture(Failing(model), None, DOCS, tmp_path / "run.zarr", **QUIET)
     assert "flexcache.record" in str(caught.value.remedy)
@@ -121,13 +121,15 @@ def test_a_model_that_does_not_run_on_token_ids_is_left_to_a_forward_of_your_own
         (torch.nn.Linear(2, 2), "a model"),
     ],
 )
-def test_what_is_no_tokenizer_ends_before_any_work(given: Any, says: str, model: Any, tmp_path: Path) -> None:
+def test_an_argument_that_is_not_a_tokenizer_fails_before_any_work(
+    given: Any, says: str, model: Any, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=says):
         flexcache.capture(model, given, [{"text": "w5"}], tmp_path / "run.zarr", **QUIET)
     assert not any(tmp_path.iterdir())
 
 
-def test_a_model_and_a_tokenizer_are_loaded_by_their_folder(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_model_and_tokenizer_are_loaded_from_a_folder(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "checkpoint")
     tokenizer.save_pretrained(tmp_path / "checkpoint")
     texts = [{"id": "a", "text": "w5 w6 w7"}]
@@ -162,7 +164,7 @@ def test_a_model_and_a_tokenizer_are_loaded_by_their_folder(model: Any, tokenize
     ],
     ids=str,
 )
-def test_an_option_that_cannot_be_used_is_one_clear_error(options: dict[str, Any], model: Any, tmp_path: Path) -> None:
+def test_an_invalid_option_is_one_clear_error(options: dict[str, Any], model: Any, tmp_path: Path) -> None:
     with pytest.raises((ConfigError, SiteError)):
         flexcache.capture(model, None, DOCS, tmp_path / "run.zarr", **options, **QUIET)
     assert not any(tmp_path.iterdir())
@@ -180,7 +182,7 @@ def test_numbers_as_text_are_read_as_numbers(model: Any, tmp_path: Path) -> None
             flexcache.extend(model, None, DOCS, store.path, **options, **QUIET)
 
 
-def test_one_capture_in_several_spellings_is_one_store(model: Any, tmp_path: Path) -> None:
+def test_equal_options_in_several_forms_give_one_store(model: Any, tmp_path: Path) -> None:
     path = tmp_path / "run.zarr"
     first = flexcache.capture(model, None, DOCS, path, layers=[0, 1], dtype="bfloat16", max_length=8, **QUIET)
     for layers in ("0,1", "0, 1", np.array([0, 1]), (np.int64(0), np.int64(1)), range(2)):
@@ -194,7 +196,7 @@ def test_one_capture_in_several_spellings_is_one_store(model: Any, tmp_path: Pat
     assert [dtype_name(d) for d in (np.float16, np.dtype("float32"), torch.int8)] == ["float16", "float32", "int8"]
 
 
-def test_layers_are_read_alike_everywhere(model: Any, tmp_path: Path) -> None:
+def test_layers_take_the_same_forms_everywhere(model: Any, tmp_path: Path) -> None:
     store = flexcache.capture(model, None, DOCS, tmp_path / "run.zarr", **QUIET)
     assert resolve_layers("0,-1", 12) == (0, 11) == resolve_layers([0, -1], 12)
     for layers in ("0,2", [0, 2], np.array([0, 2])):
@@ -206,7 +208,7 @@ def test_layers_are_read_alike_everywhere(model: Any, tmp_path: Path) -> None:
         store.read("resid_post", layer="0,1")  # type: ignore[arg-type]
 
 
-def test_a_logit_difference_of_words_is_that_of_their_tokens(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_a_logit_difference_of_words_equals_that_of_their_token_ids(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     texts: dict[str, Any] = {"documents": [{"id": "a", "text": "w5 w6"}], "sites": ["resid_post.grad"], **QUIET}
     words, ids = flexcache.LogitDifference("w7", "w8"), flexcache.LogitDifference(7, np.int64(8))  # type: ignore[arg-type]
     stores = [
@@ -272,9 +274,7 @@ MODELS: dict[str, tuple[Callable[[], Any], bool]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_document_longer_than_the_positions_of_the_model_is_refused_before_planning(
-    name: str, tmp_path: Path
-) -> None:
+def test_a_document_longer_than_the_model_fails_before_planning(name: str, tmp_path: Path) -> None:
     made, limited = MODELS[name]
     torch.manual_seed(0)
     model = made().eval()
@@ -289,7 +289,7 @@ def test_a_document_longer_than_the_positions_of_the_model_is_refused_before_pla
         flexcache.capture(model, None, long, tmp_path / "run.zarr", **options)
         return
     with pytest.raises((IndexError, RuntimeError)), torch.no_grad():
-        model(input_ids=ids, attention_mask=mask)  # and this is why
+        model(input_ids=ids, attention_mask=mask)  # the reason for the limit
     with pytest.raises(DocumentsError, match="'long' is longer") as caught:
         flexcache.capture(model, None, long, tmp_path / "run.zarr", **options)
     assert "32 tokens" in str(caught.value.expected)
@@ -305,7 +305,7 @@ def test_a_document_longer_than_the_positions_of_the_model_is_refused_before_pla
     assert cut.n_rows == 64
 
 
-def test_a_store_of_another_forward_checks_its_arguments(tmp_path: Path) -> None:
+def test_record_checks_its_arguments(tmp_path: Path) -> None:
     for sites in (None, {}, ["resid_post"], {"resid_post": (2, 8, 3)}, {"a": 0}):
         with pytest.raises(ConfigError, match="sites"):
             flexcache.record(tmp_path / "run.zarr", DOCS, sites=sites, model="m")  # type: ignore[arg-type]

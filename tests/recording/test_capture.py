@@ -30,7 +30,7 @@ def _one_thread() -> None:
 
 
 def hooked_rows(model: torch.nn.Module, store: flexcache.Store, module: torch.nn.Module, side: str) -> np.ndarray:
-    """What a plain PyTorch hook sees on the store's own batches, row by row."""
+    """Return the rows that a plain PyTorch hook sees on the batches of the store."""
     seen: list[torch.Tensor] = []
 
     def after(_: object, args: tuple, output: object) -> None:
@@ -56,7 +56,7 @@ def hooked_rows(model: torch.nn.Module, store: flexcache.Store, module: torch.nn
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "qwen3", "gemma3", "falcon", "bert"])
-def test_a_store_holds_what_plain_hooks_see_bit_for_bit(family: str, tmp_path: Path) -> None:
+def test_a_store_equals_plain_hooks_bit_for_bit(family: str, tmp_path: Path) -> None:
     model = tiny(family)
     store = flexcache.capture(model, None, DOCUMENTS, tmp_path / "run.zarr", sites=["resid_post", "mlp_post"], **QUIET)
     blocks = find_blocks(model)[1]
@@ -84,7 +84,7 @@ def test_every_dtype_is_stored_as_computed_or_rounded_as_torch_rounds(dtype: str
 
 
 @pytest.mark.parametrize("rows", ["last", "first", "mean"])
-def test_one_row_a_document_is_that_of_the_whole(rows: str, tmp_path: Path) -> None:
+def test_one_row_per_document_equals_that_row_of_a_full_capture(rows: str, tmp_path: Path) -> None:
     model = tiny("llama")
     store = flexcache.capture(model, None, DOCUMENTS, tmp_path / "run.zarr", layers=[1], rows=rows, **QUIET)
     tokens = {item["id"]: item["tokens"] for item in DOCUMENTS}
@@ -127,7 +127,7 @@ def test_later_blocks_and_the_lm_head_never_run(tmp_path: Path) -> None:
     assert store.provenance["user_hooks"] == ["model.layers.2", "lm_head"]
 
 
-def test_running_again_does_nothing_and_another_model_is_refused(tmp_path: Path) -> None:
+def test_a_second_run_does_nothing_and_another_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.zarr"
     flexcache.capture(tiny("llama"), None, DOCUMENTS, path, **QUIET)
     before = {p: p.stat().st_mtime_ns for p in path.rglob("*")}
@@ -168,7 +168,7 @@ def test_overflow_names_site_layer_document_and_value(tmp_path: Path) -> None:
         flexcache.capture(model, None, DOCUMENTS, tmp_path / "nan.zarr", **QUIET)
 
 
-def test_mistakes_are_found_before_anything_is_written(tmp_path: Path) -> None:
+def test_mistakes_fail_before_anything_is_written(tmp_path: Path) -> None:
     model, path = tiny("llama"), tmp_path / "run.zarr"
     with pytest.raises(SiteError, match="did you mean resid_post"):
         flexcache.capture(model, None, DOCUMENTS, path, sites="resid_pots", **QUIET)
@@ -194,7 +194,7 @@ def test_documents_longer_than_the_model_are_truncated_and_counted(tmp_path: Pat
     assert store.provenance["model"]["class"] == "GPT2LMHeadModel"
 
 
-def test_weights_that_accelerate_keeps_elsewhere_give_the_same_bytes(tmp_path: Path) -> None:
+def test_weights_offloaded_by_accelerate_give_the_same_bytes(tmp_path: Path) -> None:
     whole = flexcache.capture(tiny("llama"), None, DOCUMENTS, tmp_path / "whole.zarr", **QUIET)
     model = accelerate.cpu_offload(tiny("llama"), execution_device=torch.device("cpu"))
     assert next(model.parameters()).device.type == "meta"
@@ -204,7 +204,7 @@ def test_weights_that_accelerate_keeps_elsewhere_give_the_same_bytes(tmp_path: P
 
 
 def limit_memory(model: torch.nn.Module, tokens: int, after: int = 0) -> list[torch.Size]:
-    """Let the model run out of memory in forwards of more tokens than these, from the forward numbered *after* on."""
+    """Let the model run out of memory in forward passes of more tokens than these, after *after* forward passes."""
     seen: list[torch.Size] = []
 
     def before(_: object, args: tuple, kwargs: dict) -> None:
@@ -217,8 +217,8 @@ def limit_memory(model: torch.nn.Module, tokens: int, after: int = 0) -> list[to
 
 
 @pytest.mark.parametrize("after", [3, 18])
-def test_out_of_memory_goes_on_with_smaller_batches_that_the_ledger_records(after: int, tmp_path: Path) -> None:
-    """Before the first unit, in the trial of the largest batch, or in the middle of a unit."""
+def test_out_of_memory_continues_with_smaller_batches_that_the_ledger_records(after: int, tmp_path: Path) -> None:
+    """Memory runs out in the dry run of the largest batch, or in the middle of a unit."""
     model = tiny("llama")
     limit_memory(model, 70, after)
     store = flexcache.capture(model, None, DOCUMENTS, tmp_path / "run.zarr", **QUIET)
@@ -232,7 +232,7 @@ def test_out_of_memory_goes_on_with_smaller_batches_that_the_ledger_records(afte
     assert flexcache.verify(store.path).sound
 
 
-def test_a_sequence_that_does_not_fit_alone_is_named(tmp_path: Path) -> None:
+def test_a_sequence_that_does_not_fit_alone_is_named_in_the_error(tmp_path: Path) -> None:
     model = tiny("llama")
     limit_memory(model, 20, after=3)
     with pytest.raises(CaptureError, match="one sequence alone does not fit") as caught:
@@ -240,7 +240,7 @@ def test_a_sequence_that_does_not_fit_alone_is_named(tmp_path: Path) -> None:
     assert "lower max_length" in str(caught.value)
 
 
-def test_a_store_is_gone_on_with_in_smaller_batches_but_not_in_larger_ones(tmp_path: Path) -> None:
+def test_a_store_is_resumed_with_smaller_batches_but_not_with_larger_ones(tmp_path: Path) -> None:
     path, options = tmp_path / "run.zarr", {**QUIET, "batch_tokens": 64}
     store = flexcache.capture(tiny("llama"), None, DOCUMENTS, path, **QUIET)
     before = shard_hashes(path)

@@ -1,4 +1,4 @@
-"""A model run over more documents, layers and sites of a store that is there."""
+"""Extend an existing store by documents, layers and sites."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def capture(model: torch.nn.Module, path: Path, **options: Any) -> flexcache.Sto
 
 
 def check_recomputed(model: torch.nn.Module, path: Path, **functions: Any) -> None:
-    """Every unit is what the model gives on the stored plan, to the byte."""
+    """Check that every unit equals a new run of the model on the stored plan, byte for byte."""
     found = flexcache.recompute(model, path, units=1000, **functions)
     assert {item.unit for item in found} == set(range(flexcache.open(path).n_units))
     assert all(item.equal and item.same_conditions for item in found)
 
 
-def test_documents_layers_and_sites_one_after_the_other(model: torch.nn.Module, tmp_path: Path) -> None:
+def test_documents_layers_and_sites_are_added_one_after_another(model: torch.nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "run.zarr"
     before = capture(model, path, layers=[1])
     held = before.read("resid_post", 1)
@@ -60,7 +60,7 @@ def test_documents_layers_and_sites_one_after_the_other(model: torch.nn.Module, 
     assert asked == ["documents", "arrays", "arrays"]
 
 
-def test_gradients_and_transforms_as_of_one_capture(model: torch.nn.Module, tmp_path: Path) -> None:
+def test_added_gradients_and_transforms_equal_those_of_one_capture(model: torch.nn.Module, tmp_path: Path) -> None:
     double = flexcache.Transform("double", "resid_post", torch.nn.Softplus(), layers=[2])
     asked: dict[str, Any] = {"sites": ["resid_post", "resid_post.grad", "mlp_out.grad"], "transforms": [double]}
     whole = capture(model, tmp_path / "whole.zarr", **asked)
@@ -93,7 +93,7 @@ def test_max_tokens_counts_old_and_new_documents(model: torch.nn.Module, tmp_pat
     check_recomputed(model, path)
 
 
-def test_files_that_max_tokens_ended_go_on(model: torch.nn.Module, tmp_path: Path) -> None:
+def test_a_corpus_that_max_tokens_ended_is_continued(model: torch.nn.Module, tmp_path: Path) -> None:
     corpus, path = tmp_path / "corpus.jsonl", tmp_path / "run.zarr"
     corpus.write_text("\n".join(json.dumps(document) for document in OLD))
     first = flexcache.capture(model, None, corpus, path, layers=[1], max_tokens=100, **QUIET)
@@ -103,7 +103,7 @@ def test_files_that_max_tokens_ended_go_on(model: torch.nn.Module, tmp_path: Pat
     assert sorted(store.documents.column("id").to_pylist()) == sorted(document["id"] for document in OLD)
 
 
-def test_new_documents_at_all_sites_under_a_configuration_that_names_some(
+def test_new_documents_are_captured_at_all_sites_although_some_are_named(
     model: torch.nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "run.zarr"
@@ -120,13 +120,13 @@ def test_new_documents_at_all_sites_under_a_configuration_that_names_some(
 def test_gradients_of_another_objective_are_not_added(model: torch.nn.Module, tmp_path: Path) -> None:
     path, objective = tmp_path / "run.zarr", LogitDifference(5, 6)
     capture(model, path, sites=["resid_post.grad"], layers=[1], objective=objective)
-    with pytest.raises(MismatchError, match="the objective is another one"):
+    with pytest.raises(MismatchError, match="the objective differs"):
         flexcache.extend(model, None, path, NEW, **QUIET)
     flexcache.extend(model, None, path, NEW, objective=objective, **QUIET)
     check_recomputed(model, path, objective=objective)
 
 
-def test_a_damaged_unit_of_a_grown_store_is_repaired(model: torch.nn.Module, tmp_path: Path) -> None:
+def test_a_damaged_unit_of_an_extended_store_is_repaired(model: torch.nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "run.zarr"
     capture(model, path, layers=[1])
     flexcache.extend(model, None, path, NEW, **QUIET)
@@ -142,7 +142,7 @@ def test_a_damaged_unit_of_a_grown_store_is_repaired(model: torch.nn.Module, tmp
     assert shard_hashes(path) == expected
 
 
-def test_a_batch_budget_of_its_own_is_told_apart(model: torch.nn.Module, tmp_path: Path) -> None:
+def test_an_own_batch_budget_is_recorded(model: torch.nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "run.zarr"
     before = capture(model, path, layers=[1])
     shared = before.n_rows // before.shard_rows
@@ -154,13 +154,13 @@ def test_a_batch_budget_of_its_own_is_told_apart(model: torch.nn.Module, tmp_pat
     assert not any(item.wrong for item in flexcache.recompute(model, path, units=1000))
 
 
-def test_what_is_refused(model: torch.nn.Module, tmp_path: Path) -> None:
+def test_contradictory_extensions_are_refused(model: torch.nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "run.zarr"
     capture(model, path, layers=[1])
     files = sorted(p.relative_to(path) for p in path.rglob("*"))
-    with pytest.raises(ConfigError, match="nothing is asked for"):
+    with pytest.raises(ConfigError, match="everything that is asked for"):
         flexcache.extend(model, None, path, **QUIET)
-    with pytest.raises(ConfigError, match="at a time"):
+    with pytest.raises(ConfigError, match="cannot be added together"):
         flexcache.extend(model, None, path, NEW, sites=["mlp_out"], **QUIET)
     other = tiny("llama")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Completions are made once, kept as documents of tokens, and captured with their prompts."""
+"""Generated completions: made once, kept as documents of tokens, and captured with their prompts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import flexcache
 from analysis.replay.engine.identity import identity_error
 from flexcache.errors import ConfigError, DocumentsError, MismatchError
 from flexcache.options import Generation
-from flexcache.recording import generate as generation_module
+from flexcache.recording import completions as completions_module
 from flexcache.store.write.claims import Claims
 from flexcache.store.write.worker import Worker
 from tests.corpora import lengths, token_documents
@@ -34,7 +34,7 @@ DRAWN = Generation(max_new_tokens=6, batch=4, temperature=1.0, seed=3)
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-    monkeypatch.setattr(generation_module, "PART", 4)
+    monkeypatch.setattr(completions_module, "PART", 4)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_completion_ends_with_the_end_token(model: Any, tmp_path: Path) -> Non
     assert len(short[0]["tokens"]) < len(whole[0]["tokens"])
 
 
-def test_what_was_stopped_goes_on_to_the_same_completions(model: Any, tmp_path: Path) -> None:
+def test_stopped_generation_resumes_to_the_same_completions(model: Any, tmp_path: Path) -> None:
     whole = flexcache.generate(model, None, PROMPTS, tmp_path / "whole", DRAWN)
 
     def stop(documents: int, tokens: int) -> None:
@@ -92,7 +92,7 @@ def test_what_was_stopped_goes_on_to_the_same_completions(model: Any, tmp_path: 
     assert torch.equal(torch.random.get_rng_state(), state)
     first = (tmp_path / "two" / "part-000000.parquet").stat().st_mtime_ns
     with pytest.raises(DocumentsError, match="not made yet"):
-        generation_module.Completions(tmp_path / "two").open()
+        completions_module.Completions(tmp_path / "two").open()
     told: list[tuple[int, int]] = []
     again = flexcache.generate(model, None, PROMPTS, tmp_path / "two", DRAWN, lambda *done: told.append(done))
     assert table(again) == table(whole)
@@ -108,7 +108,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_a_part_that_another_process_makes_is_waited_for(model: Any, tmp_path: Path) -> None:
+def test_generation_waits_for_parts_of_other_processes(model: Any, tmp_path: Path) -> None:
     flexcache.generate(model, None, PROMPTS, tmp_path / "whole", DRAWN)
     shared = tmp_path / "shared"
     shared.mkdir()
@@ -132,7 +132,7 @@ def test_a_part_that_another_process_makes_is_waited_for(model: Any, tmp_path: P
     assert not [path for path in shared.iterdir() if path.is_dir()], "nothing of the processes is left"
 
 
-def test_a_part_of_a_process_that_is_gone_is_taken_over(model: Any, tmp_path: Path) -> None:
+def test_generation_takes_over_parts_of_a_process_that_is_gone(model: Any, tmp_path: Path) -> None:
     flexcache.generate(model, None, PROMPTS, tmp_path / "whole", DRAWN)
     shared = tmp_path / "shared"
     shared.mkdir()
@@ -144,7 +144,7 @@ def test_a_part_of_a_process_that_is_gone_is_taken_over(model: Any, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_completions_of_one(config: Path) -> None:  # noqa: F811
+def test_two_processes_make_the_same_completions_as_one(config: Path) -> None:  # noqa: F811
     options = ["--set", "generate={max_new_tokens: 3, temperature: 1.0, batch: 4}"]
     command = [sys.executable, "-m", "pipelines", "capture", str(config), "-q", *options]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
@@ -157,7 +157,7 @@ def test_two_processes_make_the_completions_of_one(config: Path) -> None:  # noq
     assert one.documents.equals(two.documents)
 
 
-def test_prompt_and_completion_are_captured_and_replay(model: Any, tmp_path: Path) -> None:
+def test_prompt_and_completion_are_captured_and_can_be_replayed(model: Any, tmp_path: Path) -> None:
     documents = flexcache.generate(model, None, PROMPTS, tmp_path / "made", DRAWN)
     store = flexcache.capture(model, None, documents, tmp_path / "run.zarr", layers=[1], progress=False)
     assert store.replayable
@@ -172,7 +172,7 @@ def test_prompt_and_completion_are_captured_and_replay(model: Any, tmp_path: Pat
     assert np.isfinite(alone.read("resid_post", 1)).all()
 
 
-def test_the_configuration_makes_them_first(
+def test_a_configuration_generates_completions_before_the_capture(
     config: Path,  # noqa: F811
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -189,7 +189,7 @@ def test_the_configuration_makes_them_first(
     assert store.provenance["tokenizer"]["class"]
     run(capsys, "capture", config, "-q", *options)
     run(capsys, "plan", config, "-q", *options)
-    assert "yet to be made" in run(capsys, "extend", config, "-q", *options, status=2)
+    assert "not made yet" in run(capsys, "extend", config, "-q", *options, status=2)
 
 
 def corpus_lines(path: Path) -> list[str]:
@@ -197,11 +197,11 @@ def corpus_lines(path: Path) -> list[str]:
     return Path(where.removeprefix("documents: ")).read_text().splitlines()
 
 
-def test_prompts_and_models_that_cannot_be(model: Any, tmp_path: Path) -> None:
+def test_unusable_prompts_and_models_are_refused(model: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot generate"):
         flexcache.generate(tiny("bert"), None, PROMPTS, tmp_path / "bert", GREEDY)
     long = Generation(max_new_tokens=int(model.config.max_position_embeddings))
-    with pytest.raises(DocumentsError, match="a prompt that cannot be completed"):
+    with pytest.raises(DocumentsError, match="a prompt cannot be completed"):
         flexcache.generate(model, None, PROMPTS, tmp_path / "long", long)
     with pytest.raises(DocumentsError, match="no tokenizer"):
         flexcache.generate(model, None, [{"id": "a", "text": "w4"}], tmp_path / "text", GREEDY)

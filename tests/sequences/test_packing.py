@@ -21,7 +21,7 @@ from flexcache.recording.forward.batch_reader import BatchReader
 from flexcache.recording.forward.capture_targets import find_targets
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.sequences.packing import ContinuousPacking, IsolatedPacking, PackingTokens
-from flexcache.spec import Spec
+from flexcache.spec import CaptureSpec
 from tests.corpora import build_store, lengths, token_documents
 from tests.models import FAMILIES, VOCABULARY, tiny
 
@@ -242,7 +242,7 @@ OTHERS = {"albert", "t5", "t5_encoder"}
 @pytest.mark.parametrize("family", sorted({*FAMILIES} - OTHERS))
 def test_families_isolate_documents_as_documented(family: str, dtype: torch.dtype) -> None:
     model = tiny(family, dtype)
-    spec = Spec.model_validate({"sites": {"resid_post": "all"}})
+    spec = CaptureSpec.model_validate({"sites": {"resid_post": "all"}})
     shown = nullcontext() if family in APART else pytest.raises(ConfigError, match="keep packed documents apart")
     with evaluating(model), closing(ModelParallelGroup(model)) as group, shown:
         check_isolation(model, find_targets(model, spec), 0, group)
@@ -264,12 +264,12 @@ def test_a_forward_of_isolated_documents_gets_positions_and_no_mask() -> None:
     ("options", "message"),
     [
         ({"packing": {}}, "packing needs a length"),
-        ({"packing": {"length": 100}, "max_length": 50}, "longer than they may be"),
+        ({"packing": {"length": 100}, "max_length": 50}, "would be longer than max_length"),
         ({"packing": {"length": 16}}, "eos token, which is not known"),
         ({"packing": {"length": 16, "separator": 2}, "rows": "last"}, "all of their tokens are rows"),
         ({"packing": PACKING, "windows": {"length": 8}}, "no windows"),
         ({"packing": {"lenght": 16}}, "did you mean length"),
-        ({"packing": {"length": 16, "isolate": True, "separator": 2}}, "nothing would see it"),
+        ({"packing": {"length": 16, "isolate": True, "separator": 2}}, "no token would attend to it"),
     ],
 )
 def test_invalid_packing_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:

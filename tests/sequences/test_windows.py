@@ -133,7 +133,7 @@ def test_documents_added_to_a_store_are_split_into_windows_too(tmp_path: Path) -
     [
         ({"windows": {}, "max_length": None}, "windows need a length"),
         ({"windows": {"length": 12, "stride": 13}}, "leaves tokens out"),
-        ({"windows": {"length": 200}, "max_length": 100}, "longer than they may be"),
+        ({"windows": {"length": 200}, "max_length": 100}, "would be longer than max_length"),
         ({"windows": {"lenght": 200}}, "did you mean length"),
         ({"windows": {"length": 12}, "rows": "mean"}, "mean of a document"),
     ],

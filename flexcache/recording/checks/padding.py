@@ -32,7 +32,7 @@ from flexcache.recording.forward.capture_targets import CaptureTargets
 from flexcache.recording.run.batch_forward import FAILURES
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.site import PATTERN
-from flexcache.spec import Spec
+from flexcache.spec import CaptureSpec
 from flexcache.store.format.metadata import stored_batching
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import StoreLocation
@@ -95,7 +95,7 @@ def has_batching(path: StoreLocation) -> bool:
 
 
 def find_batching(
-    model: torch.nn.Module, targets: CaptureTargets, pad: Padding, spec: Spec, group: ModelParallelGroup
+    model: torch.nn.Module, targets: CaptureTargets, pad: Padding, spec: CaptureSpec, group: ModelParallelGroup
 ) -> Verdict:
     """Return which sequences may share a batch so that each has the same activations as alone.
 

@@ -18,7 +18,7 @@ from flexcache.recording.forward.batch import Batch, unplanned_batch
 from flexcache.recording.forward.objective import OBJECTIVE, NextTokenLoss, Objective, check_value, spread_by_token
 from flexcache.recording.forward.transform import Transform
 from flexcache.site import ONCE, Site
-from flexcache.spec import DTYPES, ArraySpec, Spec
+from flexcache.spec import DTYPES, ArraySpec, CaptureSpec
 from flexcache.store.format.int8 import with_scales
 
 
@@ -48,7 +48,7 @@ class CaptureTargets:
 
 def find_targets(
     model: torch.nn.Module,
-    spec: Spec,
+    spec: CaptureSpec,
     transforms: Sequence[Transform] = (),
     objective: Objective | None = None,
     remote_modules: Collection[str] = (),
@@ -88,7 +88,7 @@ def find_targets(
 
 def measure_arrays(
     model: torch.nn.Module,
-    spec: Spec,
+    spec: CaptureSpec,
     targets: CaptureTargets,
     reader: Reader = read_example,
     example: Example | None = None,
@@ -179,7 +179,7 @@ def _array(
     depth: int | None,
     activation: hooks.Activation,
     feature_dim: str,
-    spec: Spec,
+    spec: CaptureSpec,
     dtype: str = "auto",
 ) -> ArraySpec:
     if dtype == "auto":

@@ -16,7 +16,7 @@ from flexcache.model import pad_id
 from flexcache.recording.forward.batch import Padding
 from flexcache.recording.forward.capture_targets import CaptureTargets
 from flexcache.recording.forward.objective import LogitDifference, NextTokenLoss
-from flexcache.spec import Spec
+from flexcache.spec import CaptureSpec
 
 
 def padding(model: torch.nn.Module, tokenizer: Any) -> Padding:
@@ -35,7 +35,7 @@ def to_tensors(model: torch.nn.Module, arrays: Mapping[str, np.ndarray]) -> dict
 
 
 def check_images(
-    model: torch.nn.Module, spec: Spec, targets: CaptureTargets, tokenizer: Any, processes: int = 1
+    model: torch.nn.Module, spec: CaptureSpec, targets: CaptureTargets, tokenizer: Any, processes: int = 1
 ) -> Example | None:
     """Return the function that makes small example images for a capture; None for a capture of texts.
 

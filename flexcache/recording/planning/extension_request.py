@@ -1,4 +1,4 @@
-"""What a store is to grow by, staged inside of it: more arrays and layers, or more documents."""
+"""Stage an extension inside a store: more arrays and layers, or more documents."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 
 from flexcache.errors import MismatchError
+from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.recording.planning.new_documents import NewDocuments, NothingNewError
 from flexcache.recording.run.existing_rows import ExistingRows
 from flexcache.recording.run.fingerprint import versions
 from flexcache.sequences import Positions, tokenize_corpus
 from flexcache.site import resolve_layers
-from flexcache.spec import ArraySpec, Spec
+from flexcache.spec import ArraySpec, CaptureSpec
 from flexcache.store.manage.extension_state import incomplete
 from flexcache.store.manage.extension_transaction import ExtensionTransaction
 from flexcache.store.manage.staging import merge_arrays, plan_extension, stage_arrays, stage_documents
@@ -25,8 +26,6 @@ from flexcache.store.read.store import Store
 if TYPE_CHECKING:
     from flexcache.documents import Documents
 
-Progress = Callable[[int, int], None]
-
 
 @dataclass(frozen=True)
 class Extension:
@@ -35,13 +34,13 @@ class Extension:
     Attributes
     ----------
     transaction : ExtensionTransaction
-        Commits the extension.
+        Its `commit` commits the extension.
     store : Store
-        Before it grows.
+        The store before the extension.
     keys : list of (str, int or None)
-        The arrays and layers that are captured.
+        The arrays and layers to capture.
     carried : ExistingRows or None
-        The rows that come before new documents.
+        The rows before those of new documents.
     """
 
     transaction: ExtensionTransaction
@@ -51,12 +50,12 @@ class Extension:
 
 
 def opened(path: str | Path) -> Store:
-    """Return a store that can grow, after an extension that is on its way is in place.
+    """Return a store that can be extended; an extension that is being committed is committed first.
 
     Raises
     ------
     StoreError
-        It is no store, or not complete.
+        The path is not a store, or the store is not complete.
     """
     transaction = ExtensionTransaction(path)
     if transaction.committing:
@@ -68,23 +67,23 @@ def opened(path: str | Path) -> Store:
 
 
 def more_arrays(
-    path: Path, arrays: list[ArraySpec], asked: Spec, on_wait: Callable[[], None] = lambda: None
+    path: Path, arrays: list[ArraySpec], asked: CaptureSpec, on_wait: Callable[[], None] = lambda: None
 ) -> Extension | None:
-    """Stage arrays and layers over the documents of a store; None where it has all of them.
+    """Stage arrays and layers over the documents of a store; return None if it has all of them.
 
     Parameters
     ----------
     arrays
-        What is to be there, among other things.
+        Arrays that the store is to have.
     asked
-        The sites, layers, transforms and objective that they come from; the rest is as in the store.
+        The spec with their sites, layers, transforms and objective; the rest is as in the store.
 
     Raises
     ------
     MismatchError
-        An array of the store has the same name and another form; another extension was begun.
+        An array of the store has the same name but another form, or another extension was begun.
     PlanError
-        The disk has no room.
+        The disk does not have enough space.
     """
     store, transaction = opened(path), ExtensionTransaction(path)
     _check_forms(store, arrays)
@@ -120,26 +119,26 @@ def more_documents(
     positions: Positions = (None, None),
     new_only: bool = False,
     max_tokens: int | None = None,
-    progress: Progress = lambda documents, tokens: None,
+    progress: ProgressCallback = ignore_progress,
     on_wait: Callable[[], None] = lambda: None,
 ) -> Extension | None:
-    """Stage documents behind those of a store; None where it has all of them.
+    """Stage documents after those of a store; return None if it has all of them.
 
     Parameters
     ----------
     new_only
         Leave out documents whose ids the store has.
     max_tokens
-        Tokens of all documents together, old and new: the document that reaches them is the last.
+        Tokens of all documents, old and new; the document that reaches this number is the last.
 
     Raises
     ------
     DocumentsError
-        Documents are known and new ones, or known with other contents; see also `flexcache.sequences.tokenize_corpus`.
+        Known and new documents are mixed, or a known id has other contents; see `flexcache.sequences.tokenize_corpus`.
     MismatchError
         Another extension was begun.
     PlanError
-        The disk has no room.
+        The disk does not have enough space.
     """
     transaction = ExtensionTransaction(path)
     opened(path)
@@ -156,7 +155,7 @@ def more_documents(
             NewDocuments(documents, store, new_only),
             tokenizer,
             folder.parent,
-            Spec.model_validate(store.spec).model_copy(update={"max_tokens": left}),
+            CaptureSpec.from_store(store.spec).model_copy(update={"max_tokens": left}),
             vocabulary=vocabulary,
             encoder_vocabulary=encoder_vocabulary,
             positions=positions,
@@ -180,12 +179,12 @@ def more_documents(
 
 
 def tokens_of(store: Store) -> int:
-    """Return how many tokens the documents of a store have together, also those that are not rows."""
+    """Return the number of tokens of all documents of a store, including those that are not rows."""
     return int(pc.sum(store.documents.column("n_tokens")).as_py())
 
 
 def _check_forms(store: Store, arrays: list[ArraySpec]) -> None:
-    """Refuse arrays that the store has in another form."""
+    """Raise MismatchError if the store has an array in another form."""
     for array in arrays:
         before = store.arrays.get(array.name)
         if before is not None and replace(before, layers=None) != replace(array, layers=None):
@@ -197,8 +196,8 @@ def _check_forms(store: Store, arrays: list[ArraySpec]) -> None:
             )
 
 
-def _spec_with(store: Store, asked: Spec, arrays: list[ArraySpec]) -> dict[str, Any]:
-    """Return the spec of a capture of the store's arrays and of those that were asked for."""
+def _spec_with(store: Store, asked: CaptureSpec, arrays: list[ArraySpec]) -> dict[str, Any]:
+    """Return the spec of the store with the arrays that are asked for."""
     stacked = {array.site: array for array in arrays if array.layers is not None}
     sites = dict(store.spec.get("sites", {}))
     for site, layers in asked.sites.items():
@@ -226,7 +225,7 @@ def _spec_with(store: Store, asked: Spec, arrays: list[ArraySpec]) -> dict[str, 
 
 
 def _layers(before: Any, asked: Any, array: ArraySpec | None) -> Any:
-    """Return layers as they were asked for where that is all of them, else their numbers."""
+    """Return layers as they were asked for if the array has exactly these, else the numbers of its layers."""
     if before is None or before == asked or array is None or array.layers is None or array.depth is None:
         return asked
     return asked if tuple(resolve_layers(asked, array.depth)) == array.layers else list(array.layers)
@@ -237,7 +236,7 @@ def _but_layers(said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_equal(store: Store, what: str, before: Any, now: Any) -> None:
-    """Refuse what is another one than in the store.
+    """Raise MismatchError if *before*, of the store, differs from *now*.
 
     Raises
     ------
@@ -245,5 +244,5 @@ def check_equal(store: Store, what: str, before: Any, now: Any) -> None:
     """
     if before != now:
         raise MismatchError(
-            f"{what} is another one than in the store", where=str(store.path), expected=str(before), found=str(now)
+            f"{what} differs from that of the store", where=str(store.path), expected=str(before), found=str(now)
         )

@@ -1,4 +1,4 @@
-"""The documents of a corpus that a store does not have yet."""
+"""Documents of a corpus that a store does not have yet."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flexcache.images.encoded import IMAGE, IMAGE_DIGEST
 from flexcache.options import SequenceOptions
 from flexcache.sequences import encode_documents, image_digests, messages_digests, text_digests
 from flexcache.sequences.targets import TARGET, shift_right, split_target
-from flexcache.spec import Spec
+from flexcache.spec import CaptureSpec
 from flexcache.store.format.schema import CONTEXT
 from flexcache.store.read.store import Store
 
@@ -30,17 +30,17 @@ class NothingNewError(Exception):
 class NewDocuments:
     """A corpus without the documents whose ids a store has; read once, like `Documents`.
 
-    Memory is 16 bytes a document of the store, and its documents table.
+    Memory: 16 bytes for each document of the store, and its documents table.
 
     Parameters
     ----------
     new_only
-        Leave known documents out; otherwise a corpus of known and new ones is refused.
+        Leave out known documents; otherwise a corpus of known and new ones raises DocumentsError.
 
     Attributes
     ----------
     known, new : int
-        Documents so far.
+        Numbers of documents so far.
     """
 
     def __init__(self, documents: Documents, store: Store, new_only: bool) -> None:
@@ -52,7 +52,7 @@ class NewDocuments:
         self._hashes = hashes[self._order]
 
     def describe(self) -> dict[str, Any]:
-        """Return what identifies the whole corpus."""
+        """Return the description of the whole corpus."""
         return self._documents.describe()
 
     def batches(self) -> Iterator[pa.RecordBatch]:
@@ -63,7 +63,7 @@ class NewDocuments:
         DocumentsError
             Known documents and new ones are mixed, or a known id has other contents.
         NothingNewError
-            At the end, where every document is known.
+            At the end, if every document is known.
         """
         for batch in self._documents.batches():
             places = self._places(batch.column("id"))
@@ -86,7 +86,7 @@ class NewDocuments:
             raise NothingNewError
 
     def _places(self, ids: pa.Array) -> np.ndarray:
-        """Return the line of the store's documents that each id has, -1 for none."""
+        """Return the line of each id in the documents of the store, -1 for none."""
         hashes = _hashes(ids)
         at = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
         lines: np.ndarray = np.where(self._hashes[at] == hashes, self._order[at], -1)
@@ -107,8 +107,8 @@ class NewDocuments:
                 )
 
     def _contents(self, known: pa.RecordBatch, places: np.ndarray) -> tuple[list[Any], list[Any]]:
-        """Return what is stored of known documents, and what is given; of two sides, of both."""
-        inputs = Spec.model_validate(self._store.spec).decoder
+        """Return the stored and the given contents of known documents; both sides of encoder-decoder inputs."""
+        inputs = CaptureSpec.from_store(self._store.spec).decoder
         if inputs is None:
             return self._one_side(known, places, "tokens")
         given, target = split_target(known)
@@ -127,7 +127,7 @@ class NewDocuments:
     def _one_side(
         self, known: pa.RecordBatch, places: np.ndarray, tokens_name: str, text_name: str = "text"
     ) -> tuple[list[Any], list[Any]]:
-        """Return what is stored and what is given, by the names that the store has for tokens and text."""
+        """Return the stored and the given contents of one side, by the names of its columns in the store."""
         documents, content = self._store.documents, content_of(known)
         if content == "text":
             texts = known.column(1).to_pylist()
@@ -146,7 +146,7 @@ class NewDocuments:
             if IMAGE_DIGEST not in documents.column_names:
                 return ["no image"] * len(given), ["an image"] * len(given)
             return documents.column(IMAGE_DIGEST).take(pa.array(places)).to_pylist(), given
-        if not Spec.model_validate(self._store.spec).whole:
+        if not CaptureSpec.from_store(self._store.spec).whole:
             return self._rows_of(places, known.column(1).to_pylist())
         lines = np.searchsorted(self._store.tokens.column("document").to_numpy(), places)
         stored = self._store.tokens.column(tokens_name).take(pa.array(lines)).to_pylist()
@@ -154,7 +154,7 @@ class NewDocuments:
         return stored, [given[: self._limit] for given in tokens]
 
     def _rows_of(self, places: np.ndarray, given: list[list[int]]) -> tuple[list[Any], list[Any]]:
-        """Return the token of each stored row of known documents, and what is given there."""
+        """Return the tokens of the stored rows of known documents, and the given tokens at their positions."""
         token_id, position = (self._store.coordinates[name].values for name in ("token_id", "position"))
         lengths = self._store.documents.column("n_tokens").to_pylist()
         stored, now = [], []

@@ -1,4 +1,4 @@
-"""A short try of a capture: how many tokens a second a model runs while its rows are taken, and in what memory."""
+"""Measure the throughput and the memory of a capture in a short trial."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flexcache.recording.forward.capture_targets import CaptureTargets
 from flexcache.recording.run.batch_forward import Sink, open_forward
 from flexcache.recording.run.cuda_transfer import transfer_for
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
-from flexcache.spec import DTYPES, Spec
+from flexcache.spec import DTYPES, CaptureSpec
 from flexcache.store.read.store import Store
 from flexcache.store.write.range_error import range_error
 from flexcache.store.write.row_encoding import Unstorable
@@ -34,17 +34,17 @@ BATCHES_AT_LEAST = 4
 
 @dataclass(frozen=True)
 class Trial:
-    """What a few batches took.
+    """The time and memory of a few batches.
 
     Attributes
     ----------
     batches, tokens : int
-        Batches run, and their tokens, padding included.
+        Batches that were run, and their tokens, padding included.
     seconds : float
     error : float
-        Two standard errors of the rate, as a share of it.
+        Two standard errors of the rate, relative to it.
     host_bytes, device_bytes : int
-        Peak memory of this process; and of the device, 0 where that is the CPU.
+        Peak memory of this process, and of the device; the latter is 0 on a CPU.
     """
 
     batches: int
@@ -70,21 +70,23 @@ def try_batches(
     seed: int = 0,
     progress: Callable[[float], None] = lambda spent: None,
 ) -> Trial:
-    """Run batches of a planned store for some *seconds*, take their rows out of the hooks, and keep none.
+    """Run batches of a planned store for some *seconds*, read their rows from the hooks, and keep none.
 
-    The largest batch is run first, which also warms up. Writing, and the thread that does it, are not part of it.
+    The largest batch is run first, as a warm-up. Writing is not part of the trial.
 
     Parameters
     ----------
     plan
-        A store without activations, whose batches are run in random order, again from the first when they end.
+        A store without activations. Its batches are run in random order, repeatedly.
     progress
         Called with the seconds spent so far.
 
     Raises
     ------
     CaptureError
-        A batch does not fit into the memory of the device; RangeError where a value does not fit the storage dtype.
+        A batch does not fit into the memory of the device.
+    RangeError
+        A value does not fit the storage dtype.
     """
     store = Store(plan)
     reader = BatchReader(plan)
@@ -92,7 +94,7 @@ def try_batches(
     with evaluating(model), closing(ModelParallelGroup(model)) as group, ExitStack() as stack:
         example = None if isinstance(pad, int) else pad.example(model)
         hooks.check_identity(model, targets.points, example=example, reader=group.read_example, alone=group.alone)
-        if Spec.model_validate(store.spec).isolated:
+        if CaptureSpec.from_store(store.spec).isolated:
             check_isolation(model, targets, pad, group)
         forward = stack.enter_context(open_forward(model, targets, pad, _discarding_sink(store, model), group))
         largest = reader.read_largest()
@@ -129,7 +131,7 @@ def try_batches(
 
 
 def _endless(reader: BatchReader, units: int, largest: Batch, seed: int) -> Iterator[Batch]:
-    """Yield the largest batch, then all in random order, again and again."""
+    """Yield the largest batch, then all batches in random order, repeatedly."""
     yield largest
     batches = [batch for unit in range(units) for batch in reader.read_unit(unit)]
     generator = np.random.default_rng(seed)

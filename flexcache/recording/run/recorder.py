@@ -16,6 +16,7 @@ from flexcache.recording.run.row_transfer import HostTransfer, RowTransfer
 from flexcache.recording.run.run_stats import RunStats
 from flexcache.recording.run.unit_writer import UnitWriter
 from flexcache.recording.run.work_session import WorkSession
+from flexcache.recording.run_options import DEFAULT_BUFFER
 from flexcache.store.format.ledger import FileRecord, UnitRecord
 from flexcache.store.format.metadata import largest_batch
 from flexcache.store.read.selection import ArrayKey
@@ -25,8 +26,6 @@ from flexcache.store.storage.location import StoreLocation
 from flexcache.store.write.election import claim_until_done
 from flexcache.store.write.slabs import SlabPool
 from flexcache.store.write.worker import HEARTBEAT_TIMEOUT
-
-DEFAULT_BUFFER = 256 << 20
 
 
 class Recorder:

@@ -122,6 +122,6 @@ def size_slabs(
             "the buffer is too small for so many sites and layers",
             expected=f"at least {(files + 2) * size + reserved:,} bytes for {files} open shards",
             found=f"{buffer_bytes:,} bytes",
-            remedy="raise buffer_bytes (buffer_mb), or capture fewer layers",
+            remedy="raise buffer_bytes, or capture fewer layers",
         )
     return size, (buffer_bytes - reserved) // size

@@ -132,11 +132,11 @@ def tensor_parallel_in_uneven_shards() -> None:
 def files_of_tensor_parallel_ranks_are_shared_out_evenly() -> None:
     from flexcache.recording.forward.capture_targets import find_targets
     from flexcache.recording.run.model_parallel_group import ModelParallelGroup
-    from flexcache.spec import Spec
+    from flexcache.spec import CaptureSpec
 
     model = loaded("llama", tp_size=2)
     group = ModelParallelGroup(model)
-    targets = find_targets(model, Spec(sites={"resid_post": "all", "mlp_post": "all"}))
+    targets = find_targets(model, CaptureSpec(sites={"resid_post": "all", "mlp_post": "all"}))
     keys: list[Any] = [None, None]
     dist.all_gather_object(keys, group.keys(targets.points))
     assert not set(keys[0]) & set(keys[1])

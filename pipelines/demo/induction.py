@@ -1,4 +1,4 @@
-"""flexcache induction: a small model learns to copy, and the store shows which of its heads do it."""
+"""flexcache induction: train a small model to copy, and find its induction heads with a store."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from analysis.rescue import write_or_rescue
 from flexcache import Transform
 from flexcache.errors import MismatchError
 from flexcache.paths import output_folder, shown
-from pipelines.induction_model import STEPS, AttentionOnly, repeated, train
+from pipelines.demo.induction_model import STEPS, AttentionOnly, repeated, train
 
 SEQUENCES, HALF = 64, 24
-"""Held-out documents, and tokens of each of their halves."""
+"""Number of held-out documents, and tokens of each of their halves."""
 HELD_OUT = 10_000
-"""Added to the seed for the documents that are captured."""
+"""Offset of the seed of the captured documents."""
 
 TRANSFORMS = (
     Transform("induction", "pattern", transforms.induction, batch=True),
@@ -44,13 +44,13 @@ def run(output: Path, console: Console, seed: int = 0, steps: int = STEPS, progr
     Raises
     ------
     MismatchError
-        *output* has a store of a model that was trained otherwise.
+        *output* has a store of a model with another training.
     """
     output = output_folder(output)
     began, path, training = time.perf_counter(), output / "induction.zarr", {"seed": seed, "steps": steps}
-    refuse_another(path, training)
+    check_training(path, training)
     console.rule("1 of 3: train", align="left")
-    torch.set_num_threads(1)  # more would gain nothing, and the weights would depend on how many there are
+    torch.set_num_threads(1)  # more gain nothing, and the weights would depend on their number
     model = trained(seed, steps, progress)
     seconds = time.perf_counter() - began
     console.print(f"{sum(p.numel() for p in model.parameters()):,} weights, {steps:,} steps, {seconds:.0f} s")
@@ -79,19 +79,15 @@ def run(output: Path, console: Console, seed: int = 0, steps: int = STEPS, progr
     return heads
 
 
-def refuse_another(path: Path, training: dict[str, Any]) -> None:
-    """Refuse a store of another training before there is one to throw away.
-
-    Raises
-    ------
-    MismatchError
+def check_training(path: Path, training: dict[str, Any]) -> None:
+    """Raise MismatchError if the store of a model with another training exists, before time is spent on training.
     """
     if not path.exists():
         return
     earlier = flexcache.open(path).provenance.get("model", {}).get("training")
     if earlier != training:
         raise MismatchError(
-            "the store is of a model that was trained otherwise",
+            "the store is of a model with another training",
             where=str(path),
             expected=str(training),
             found=str(earlier),
@@ -100,7 +96,7 @@ def refuse_another(path: Path, training: dict[str, Any]) -> None:
 
 
 def trained(seed: int, steps: int, progress: bool = True) -> AttentionOnly:
-    """Train a model behind a bar that shows the loss on the second half."""
+    """Train a model with a progress bar that shows the loss on the second half."""
     bars = Progress(
         TextColumn("training (steps)"),
         BarColumn(),
@@ -118,13 +114,13 @@ def trained(seed: int, steps: int, progress: bool = True) -> AttentionOnly:
 
 
 def documents(vocabulary: int, seed: int = 0, sequences: int = SEQUENCES, half: int = HALF) -> list[dict[str, Any]]:
-    """Return documents of 2 · *half* tokens, that say *half* random tokens twice; the model has not seen them."""
+    """Return held-out documents that repeat *half* random tokens once: 2 · *half* tokens each."""
     ids = repeated(sequences, half, vocabulary, torch.Generator().manual_seed(HELD_OUT + seed))
     return [{"id": f"r{n:03}", "tokens": line, "half": half} for n, line in enumerate(ids.tolist())]
 
 
 def head_table(heads: xr.Dataset) -> Table:
-    """Return the scores of each layer and head."""
+    """Return a table of the scores of each layer and head."""
     table = Table(title="mean attention over the second half", title_justify="left", box=None)
     for name in ("layer", "head", "induction", "previous token"):
         table.add_column(name, justify="right")

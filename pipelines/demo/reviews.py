@@ -1,4 +1,4 @@
-"""flexcache demo: the main job on real input, from download to report."""
+"""flexcache demo: run the main workflow on real input, from download to report."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from flexcache.model import ModelSource, native_bfloat16
 from flexcache.paths import output_folder, shown
 from flexcache.store.format.text import size
 from flexcache.store.storage.backend import relative_files
-from pipelines import assets, capture, probe
+from pipelines import capture, probe
 from pipelines.config import CaptureConfig, DocumentsSource
+from pipelines.demo import assets
 
 SITE = "resid_post"
 
 
 def run(documents: int, output: Path, console: Console) -> None:
-    """Fetch model and texts once, capture every layer, probe every layer for sentiment, write a report."""
+    """Download model and texts, capture every layer, probe every layer for sentiment, and write a report."""
     began, output = time.perf_counter(), output_folder(output)
     console.rule("1 of 3: model and texts", align="left")
     model, texts = assets.smollm2(), assets.vader_sample(documents)
@@ -61,7 +62,7 @@ def run(documents: int, output: Path, console: Console) -> None:
 
 
 def _leave_named(output: Path, model: Path, texts: Path, config: CaptureConfig) -> None:
-    """Leave the model, the texts and the configuration under names that the documentation can use.
+    """Link the model and the texts, and write the configuration, under names that the documentation uses.
 
     The model is a folder of links, with a configuration that states the dtype in which the demo computed.
     """
@@ -73,5 +74,5 @@ def _leave_named(output: Path, model: Path, texts: Path, config: CaptureConfig) 
         link.symlink_to(target)
     stated = json.loads((model / "config.json").read_bytes()) | {"dtype": config.model.dtype}
     (folder / "config.json").write_text(json.dumps(stated, indent=2), encoding="utf-8")
-    settings = config.model_dump(mode="json", exclude_defaults=True) | {"store": shown(config.store)}
+    settings = config.model_dump(mode="json", exclude_unset=True) | {"store": shown(config.store)}
     (output / "smollm2.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")

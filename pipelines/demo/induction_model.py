@@ -21,14 +21,14 @@ from flexcache.errors import ConfigError
 
 STEPS, BATCH, WARMUP = 1500, 32, 50
 SHORTEST, LONGEST = 8, 32
-"""Bounds of the length of a half in training, in tokens."""
+"""Shortest and longest half in training, in tokens."""
 FIRST_HALF = 0.1
-"""Weight of the first half's loss."""
+"""Weight of the loss on the first half."""
 
 
 @dataclass(frozen=True)
 class AttentionOnlyConfig:
-    """What an `AttentionOnly` is built from."""
+    """Configuration of an `AttentionOnly` model."""
 
     vocab_size: int = 64
     hidden_size: int = 64
@@ -37,10 +37,10 @@ class AttentionOnlyConfig:
     max_position_embeddings: int = 128
 
     def __post_init__(self) -> None:
-        """Refuse a hidden size that heads, and pairs of sine and cosine, cannot share."""
+        """Raise ConfigError if the hidden size is odd or not divisible by the number of heads."""
         if self.hidden_size % self.num_attention_heads or self.hidden_size % 2:
             raise ConfigError(
-                "the hidden size cannot be shared out",
+                "the hidden size does not fit the heads",
                 expected=f"an even multiple of {self.num_attention_heads}, the number of heads",
                 found=str(self.hidden_size),
             )
@@ -51,7 +51,7 @@ class AttentionOnlyConfig:
 
 
 class CausalOutput(NamedTuple):
-    """What the model returns.
+    """The output of the model.
 
     Attributes
     ----------
@@ -64,7 +64,7 @@ class CausalOutput(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Causal attention whose queries and keys see positions, and whose values do not."""
+    """Causal attention with positions in queries and keys, and not in values."""
 
     def __init__(self, config: AttentionOnlyConfig) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Block(nn.Module):
 
 
 class AttentionOnly(nn.Module):
-    """A causal language model of embeddings, attention blocks and an unembedding, as `flexcache.capture` takes it."""
+    """A causal language model of embeddings, attention blocks and an unembedding, in the form `flexcache.capture` takes."""
 
     positions: Tensor
 

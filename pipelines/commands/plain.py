@@ -1,4 +1,4 @@
-"""Output on streams that hold ASCII alone: characters that they cannot write are replaced by plain ones."""
+"""Plain replacements for characters that an output stream cannot encode."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ codecs.register_error(HANDLER, _plain)
 
 
 def make_encodable(*streams: Any) -> None:
-    """Let text streams whose encoding lacks some characters write plain ones in their place, rather than fail.
+    """Let text streams replace characters that they cannot encode by plain ones, instead of failing.
 
     >>> stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     >>> make_encodable(stream)

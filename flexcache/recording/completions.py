@@ -1,0 +1,184 @@
+"""Completions of documents: the folder that holds them, and the writer that makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import xxhash
+
+from flexcache.documents import Documents, open_documents
+from flexcache.errors import DocumentsError
+from flexcache.hooks.read.measure import input_device
+from flexcache.model import longest_input, pad_id
+from flexcache.options import Generation
+from flexcache.sequences.chat import check_template
+
+PART = 64
+"""Documents in a file of completions, which is written, and resumed, as a whole."""
+
+
+COMPLETE = "complete"
+
+
+@dataclass(frozen=True)
+class Completions:
+    """A folder of completions.
+
+    Attributes
+    ----------
+    folder : Path
+    """
+
+    folder: Path
+
+    @property
+    def complete(self) -> bool:
+        """True if all completions exist."""
+        return (self.folder / COMPLETE).is_file()
+
+    def open(self) -> Documents:
+        """Return the completions as documents of tokens.
+
+        Raises
+        ------
+        DocumentsError
+            Not all completions exist.
+        """
+        if not self.complete:
+            raise DocumentsError(
+                "the completions are not made yet", where=str(self.folder), remedy="run the capture, which makes them"
+            )
+        return open_documents(str(self.folder / "part-*.parquet"), text=None)
+
+    def part(self, number: int) -> Path:
+        """Return the file of a part."""
+        return self.folder / f"part-{number:06d}.parquet"
+
+    def new_tokens(self, number: int) -> int:
+        """Return the number of tokens that the completions of a part have."""
+        spans = pq.read_table(self.part(number), columns=["generated"]).column("generated").to_pylist()
+        return sum(span["end"] - span["start"] for [span] in spans)
+
+
+class CompletionWriter:
+    """Generates the completions of a part; they depend only on the part, its number and the options."""
+
+    def __init__(self, model: Any, tokenizer: Any, generation: Generation) -> None:
+        self._model, self._tokenizer, self._generation = model, tokenizer, generation
+        self._pad = pad_id(model, tokenizer)
+        self._most = longest_input(model, tokenizer)
+
+    def table(self, part: pa.Table, number: int) -> pa.Table:
+        """Return a part of the corpus with completions."""
+        prompts = self._prompts(part)
+        made: dict[int, list[int]] = {}
+        order = sorted(range(len(prompts)), key=lambda line: len(prompts[line]))
+        with torch.random.fork_rng(devices=[]):
+            for start in range(0, len(order), self._generation.batch):
+                lines = order[start : start + self._generation.batch]
+                torch.manual_seed(xxhash.xxh3_64_intdigest(f"{self._generation.seed} {number} {start}".encode()) >> 1)
+                made |= dict(zip(lines, self._complete([prompts[line] for line in lines]), strict=True))
+        tokens = [prompt + made[line] for line, prompt in enumerate(prompts)]
+        spans = [[{"start": len(p), "end": len(t), "label": "completion"}] for p, t in zip(prompts, tokens)]
+        columns: dict[str, Any] = {
+            "id": part.column("id"),
+            "tokens": pa.array(tokens, pa.list_(pa.int32())),
+            "prompt_tokens": pa.array([len(prompt) for prompt in prompts], pa.int32()),
+            "generated": pa.array(spans),
+        }
+        if self._tokenizer is not None:
+            columns["prompt"] = pa.array([self._text(prompt) for prompt in prompts])
+            columns["completion"] = pa.array([self._text(made[line]) for line in range(len(prompts))])
+        labels = part.column_names[2:]
+        return pa.table(columns | {name: part.column(name) for name in labels})
+
+    @cached_property
+    def _ends(self) -> set[int]:
+        ends = getattr(self._model.generation_config, "eos_token_id", None)
+        return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+    def _text(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _prompts(self, part: pa.Table) -> list[list[int]]:
+        content = part.column_names[1]
+        if content == "tokens":
+            prompts = part.column(1).to_pylist()
+        elif self._tokenizer is None:
+            raise DocumentsError(
+                "the prompts are texts, but there is no tokenizer", remedy="pass the model's tokenizer"
+            )
+        elif content == "messages":
+            check_template(self._tokenizer)
+            chats = part.column(1).to_pylist()
+            rendered = [
+                self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats
+            ]
+            prompts = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        else:
+            prompts = self._open_ended(self._tokenizer(part.column(1).to_pylist())["input_ids"])
+        room = None if self._most is None else self._most - self._generation.max_new_tokens
+        for name, prompt in zip(part.column("id").to_pylist(), prompts):
+            if not prompt or (room is not None and len(prompt) > room):
+                raise DocumentsError(
+                    "a prompt cannot be completed",
+                    where=f"document {name!r}",
+                    expected=f"1 to {room} tokens, so that {self._generation.max_new_tokens} more fit into the model",
+                    found=f"{len(prompt)} tokens",
+                    remedy="shorten the prompt, or max_new_tokens",
+                )
+        return [list(prompt) for prompt in prompts]
+
+    def _open_ended(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Return prompts without the end-of-text token, if the tokenizer adds one."""
+        end, added = self._tokenizer.eos_token_id, self._tokenizer("")["input_ids"]
+        closed = len(added) > 0 and added[-1] == end and (len(added) > 1 or end != self._tokenizer.bos_token_id)
+        return [prompt[:-1] for prompt in prompts] if closed else prompts
+
+    def _complete(self, prompts: list[list[int]]) -> list[list[int]]:
+        from transformers import GenerationConfig
+
+        options = self._generation
+        width = max(map(len, prompts))
+        ids = torch.tensor([[self._pad] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        device = input_device(self._model)
+        drawn = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k or 0}
+        settings = GenerationConfig(
+            max_new_tokens=options.max_new_tokens,
+            do_sample=options.temperature > 0,
+            eos_token_id=sorted(self._ends) or None,
+            pad_token_id=self._pad,
+            **(drawn if options.temperature > 0 else {}),
+        )
+        with torch.no_grad():
+            out = self._model.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
+            )
+        return [self._until_end(line) for line in out[:, width:].cpu().numpy()]
+
+    def _until_end(self, tokens: np.ndarray) -> list[int]:
+        """Return the tokens up to and including the one that ends the completion; the rest is padding."""
+        ends = np.flatnonzero(np.isin(tokens, list(self._ends)))
+        return [int(token) for token in (tokens[: ends[0] + 1] if len(ends) else tokens)]
+
+
+def prompt_parts(corpus: Documents) -> Iterator[pa.Table]:
+    """Yield the documents of a corpus in tables of `PART` documents."""
+    held: list[pa.Table] = []
+    for batch in corpus.batches():
+        held.append(pa.Table.from_batches([batch]))
+        while sum(map(len, held)) >= PART:
+            table = pa.concat_tables(held, promote_options="permissive")
+            yield table.slice(0, PART)
+            held = [table.slice(PART)]
+    if sum(map(len, held)):
+        yield pa.concat_tables(held, promote_options="permissive")

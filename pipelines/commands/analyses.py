@@ -1,0 +1,186 @@
+"""Commands that analyse stores: probe, stats, report, replay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flexcache.errors import ConfigError
+from pipelines.commands.arguments import (
+    Changes,
+    ConfigPath,
+    LayerChoice,
+    Quiet,
+    StorePath,
+    add_working_folder,
+    console,
+    split_names,
+)
+
+
+def probe(
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STORE", help="A store; or transfer FOLDER STORE, to score saved probes on another store."
+        ),
+    ],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Columns of the documents to predict, separated by commas; or token_id, position. For transfer, the"
+            " saved target by default."
+        ),
+    ] = None,
+    site: Annotated[str, typer.Option(help="Sites to probe, separated by commas.")] = "resid_post",
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--probe",
+            help="Probes, separated by commas: logistic, ridge, mass-mean, nearest-centroid, lda, inlp, mlp, attention."
+            " By default logistic for classes, ridge for numbers.",
+        ),
+    ] = None,
+    cv: Annotated[int, typer.Option(help="Folds of the cross-validation.")] = 5,
+    groups: Annotated[
+        str, typer.Option(help="Label column whose values stay within one fold, or document.")
+    ] = "document",
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            help="last, first, mean, max or all tokens of a document; tokens, each as a sample; or a position."
+        ),
+    ] = None,
+    layers: LayerChoice = "all",
+    seed: Annotated[int, typer.Option(help="Seed of folds, shuffles and bootstrap.", min=0)] = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for results, plots and report.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train probes on every captured layer, with baselines and nested grouped cross-validation; or score saved ones."""
+    from pipelines import probe as pipeline
+
+    if places[0] == "transfer" and len(places) == 3:
+        pipeline.run_transfer(places[1], places[2], target, groups=groups, output=output, console=console)
+        return
+    if len(places) != 1 or target is None:
+        raise ConfigError(
+            "a probe needs a store and a target",
+            expected="flexcache probe STORE --target COLUMN, or flexcache probe transfer FOLDER STORE",
+            found=" ".join(["flexcache probe", *places]) + ("" if target else ", without --target"),
+        )
+    position = rows is not None and rows.lstrip("-").isdigit()
+    pipeline.run(
+        places[0],
+        split_names(target),
+        split_names(site),
+        split_names(kind) if kind else None,
+        cv=cv,
+        groups=groups,
+        rows=int(rows or 0) if position else rows,  # type: ignore[arg-type]
+        layers=layers,
+        seed=seed,
+        output=output,
+        console=console,
+        progress=not quiet,
+    )
+
+
+def stats(
+    store: StorePath,
+    site: Annotated[str, typer.Option(help="Site of the statistics.")] = "resid_post",
+    by: Annotated[
+        str, typer.Option(help="Groups of the moments: layer, position, token_id, token_type, label columns.")
+    ] = "layer,position",
+    only: Annotated[
+        str | None,
+        typer.Option(help="Compute only some of moments, pca, quantiles, outliers, similarity, lens, examples."),
+    ] = None,
+    layers: LayerChoice = "all",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint folder, for token types and lens; that of the store by default."),
+    ] = None,
+    scheduler: Annotated[
+        str,
+        typer.Option(
+            help="threads, synchronous, processes, or the address of a Dask scheduler, such as tcp://head:8786."
+        ),
+    ] = "threads",
+    workers: Annotated[
+        int | None, typer.Option(help="Threads or processes; one for each core by default.", min=1)
+    ] = None,
+    rows: Annotated[int | None, typer.Option(help="Approximate number of rows for covariances.", min=2)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampled documents.", min=0)] = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the results; stats by default.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Compute statistics and geometry of a site, reading each shard once; results are kept as Zarr and reused."""
+    from pipelines import stats as pipeline
+
+    pipeline.run(
+        store,
+        site,
+        by=split_names(by),
+        only=split_names(only) if only else None,
+        layers=layers,
+        model=model,
+        scheduler=scheduler,
+        workers=workers,
+        rows=rows,
+        seed=seed,
+        output=output,
+        progress=not quiet,
+    )
+
+
+def report(
+    store: StorePath,
+    site: Annotated[str, typer.Option(help="Site of the report.")] = "resid_post",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint folder, for tokens and lens; that of the store by default."),
+    ] = None,
+    stats: Annotated[Path | None, typer.Option(help="Folder of the statistics; stats by default.")] = None,
+    scheduler: Annotated[str, typer.Option(help="As for stats, if statistics have to be computed.")] = "threads",
+    workers: Annotated[int | None, typer.Option(help="As for stats.", min=1)] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The page; next to the statistics by default.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write an HTML page about a store: norms, spectra, layer similarity, outliers, logit lens, top tokens of dims."""
+    from pipelines import report as pipeline
+
+    pipeline.run(
+        store,
+        site,
+        model=model,
+        statistics=stats,
+        output=output,
+        show=show,
+        scheduler=scheduler,
+        workers=workers,
+        progress=not quiet,
+    )
+
+
+def replay(
+    store: StorePath,
+    config: ConfigPath,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for results, plots and report.")] = None,
+    changes: Changes = None,
+    quiet: Quiet = False,
+) -> None:
+    """Edit cached activations, run only the rest of the model, and report the effects; run it again to resume."""
+    from pipelines import replay as pipeline
+    from pipelines.config.replay_config import read_replay
+
+    settings = read_replay(config, changes or ())
+    if settings.names_functions:
+        add_working_folder()
+    pipeline.run(store, settings, config, output, console, progress=not quiet)

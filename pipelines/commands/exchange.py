@@ -1,0 +1,77 @@
+"""Commands that read and write the files of other tools: export and import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pipelines.commands.arguments import Codec, LayerChoice, Quiet, Sites, StoredDtype, StorePath, console
+
+ImportFormat = Literal["safetensors", "pt", "saelens"]
+ExportFormat = Literal["safetensors", "npy", "parquet"]
+
+
+def export(
+    store: StorePath,
+    out: Annotated[Path, typer.Argument(help="A folder; an export that was begun there is resumed.")],
+    to: Annotated[ExportFormat, typer.Option("--to", help="The format of the files.")],
+    sites: Sites = None,
+    layers: LayerChoice = "all",
+    rows: Annotated[Literal["all", "committed"], typer.Option(help="committed exports a partial store.")] = "all",
+    quiet: Quiet = False,
+) -> None:
+    """Write activations as safetensors, npy or Parquet files, together with the documents."""
+    from flexcache.exchange.exporting import export as export_store
+    from flexcache.paths import output_folder, shown
+    from flexcache.store.format.text import size
+    from pipelines.commands.bars import bytes_bar
+
+    folder = output_folder(out)
+    with bytes_bar("exporting", not quiet) as bar:
+        files = export_store(store, folder, to, sites=sites or None, layers=layers, rows=rows, progress=bar)
+    total = size(sum(path.stat().st_size for path in files))
+    console.print(f"{len(files)} files, {total}, in {shown(folder)}", highlight=False, markup=False)
+
+
+def import_(
+    folder: Annotated[Path, typer.Argument(help="A folder with files of activations.")],
+    target: Annotated[Path, typer.Option("--output", "-o", help="The new store; one that was begun is resumed.")],
+    kind: Annotated[ImportFormat, typer.Option("--from", help="The tool or format that wrote the files.")],
+    site: Annotated[str, typer.Option(help="The site that they hold: resid_post, mlp_post, …, or another name.")],
+    layer_pattern: Annotated[
+        str | None, typer.Option(help="A regular expression whose one group is the layer of a tensor.")
+    ] = None,
+    depth: Annotated[int | None, typer.Option(help="Number of layers of the model.", min=1)] = None,
+    token_ids: Annotated[str | None, typer.Option(help="Name of the tensors of token ids, or a file.")] = None,
+    documents: Annotated[
+        Path | None, typer.Option(help="Parquet file with id, n_rows and labels of each document.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Name of the model.")] = None,
+    dtype: Annotated[
+        StoredDtype | None, typer.Option(help="Dtype of the stored values; that of the files by default.")
+    ] = None,
+    compression: Annotated[Codec, typer.Option(help="Codec of the store.")] = "none",
+    quiet: Quiet = False,
+) -> None:
+    """Make a store from activations that other tools saved: safetensors, torch files, or a SAELens cache."""
+    from flexcache.exchange.importing import LAYER_PATTERN, import_folder
+    from pipelines.commands.bars import rows_bar
+
+    with rows_bar("importing (rows)", not quiet) as bar:
+        store = import_folder(
+            folder,
+            target,
+            kind,
+            site=site,
+            layer_pattern=layer_pattern or LAYER_PATTERN,
+            depth=depth,
+            token_ids=token_ids,
+            documents=documents,
+            model=model,
+            dtype=dtype,
+            compression=compression,
+            progress=bar,
+        )
+    console.print(repr(store), highlight=False, markup=False)
