@@ -16,7 +16,7 @@ from pipelines.config import CaptureConfig
 
 @dataclass(frozen=True)
 class LoadedCapture:
-    """What a configuration names, loaded: model with weights, tokenizer, corpus, and functions."""
+    """The loaded parts of a configuration: model with weights, tokenizer, corpus, and functions."""
 
     model: Any
     tokenizer: Any

@@ -39,10 +39,10 @@ def main(arguments: list[str] | None = None) -> Any:
             return app(arguments, prog_name="flexcache")
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # who reads the output has enough
+    except BrokenPipeError:  # the reader of the output has closed it
         _give_up_output()
         sys.exit(1)
-    except OSError as error:  # such as an output or a standard output that cannot be written
+    except OSError as error:  # such as an output that cannot be written
         said = f"{error.strerror or type(error).__name__}" + (f": {error.filename}" if error.filename else "")
         errors.print(f"[bold red]error:[/] {escape(said)}", highlight=False, soft_wrap=True)
         _give_up_output()
@@ -54,11 +54,11 @@ def main(arguments: list[str] | None = None) -> Any:
             errors.print(escape(rest), highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
-        errors.print("stopped: committed units are kept; the same command goes on after them", highlight=False)
+        errors.print("stopped: committed units are kept; the same command resumes after them", highlight=False)
         sys.exit(130)
 
 
 def _give_up_output() -> None:
-    """Lead the standard output nowhere: what is still buffered would fail again at exit."""
+    """Redirect the standard output to the null device, because buffered text would fail again at exit."""
     if sys.__stdout__ is not None and sys.stdout is sys.__stdout__:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())

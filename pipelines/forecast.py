@@ -161,8 +161,8 @@ class Forecast:
         by = "the model" if self.model_hours >= self.disk_hours else "the disk"
         error = f" ± {self.hours_error:.1%}" if self.hours_error and by == "the model" else ""
         many = self.terms.processes
-        beside = f", {many} processes side by side, if they do not slow each other" if many > 1 else ""
-        return f"{duration(self.hours)}{error}, bound by {by}{beside}"
+        processes = f", {many} processes at the same time, if they do not slow each other" if many > 1 else ""
+        return f"{duration(self.hours)}{error}, bound by {by}{processes}"
 
     def _memory_line(self) -> str:
         held = (

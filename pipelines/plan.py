@@ -86,5 +86,7 @@ def existing_folder(store: StoreLocation) -> Path:
     StoreError
         The store will be on object storage.
     """
-    path = local(store, "measuring a disk", remedy="give a path instead: what is not of the disk is the same")
+    path = local(
+        store, "measuring a disk", remedy="give a local path instead; all numbers except those of the disk are the same"
+    )
     return next(parent for parent in path.absolute().parents if parent.exists())

@@ -24,7 +24,7 @@ def _bytes(value: Any) -> Any:
 
 
 class RunOptions(Options):
-    """How a capture runs: memory, other processes, progress bars, and what may differ from an earlier run.
+    """Options of the run of a capture: memory, heartbeat, progress bars, and accepted differences from an earlier run.
 
     >>> RunOptions(buffer_bytes="64 MiB").buffer_bytes
     67108864

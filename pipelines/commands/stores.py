@@ -28,7 +28,7 @@ TargetPath = Annotated[
 
 
 def info(store: StorePath) -> None:
-    """Show the content of a store, its size, how complete it is, and what it was made with."""
+    """Show the content, size, completeness and provenance of a store."""
     from pipelines import info as pipeline
 
     pipeline.run(store, console)

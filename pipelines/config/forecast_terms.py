@@ -8,7 +8,7 @@ from flexcache.validation import Options
 
 
 class ForecastTerms(Options):
-    """What an estimate takes as given, in addition to the configuration of the capture."""
+    """Given quantities of an estimate, in addition to the configuration of the capture."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
