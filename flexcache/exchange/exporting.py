@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +16,7 @@ from flexcache.errors import ConfigError, DamagedError, MismatchError, PlanError
 from flexcache.exchange import table
 from flexcache.exchange.safetensors import header
 from flexcache.paths import local_path
+from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.site import Layers
 from flexcache.spec import DTYPES, ArraySpec
 from flexcache.store.format.int8 import is_scale
@@ -31,8 +32,6 @@ from flexcache.store.write.create import check_free_space
 FORMATS = ("safetensors", "npy", "parquet")
 MANIFEST = "export.json"
 
-Progress = Callable[[int, int], None]
-
 
 def export(
     store: str | Path,
@@ -42,7 +41,7 @@ def export(
     sites: Sequence[str] | None = None,
     layers: Layers = "all",
     rows: str = "all",
-    progress: Progress = lambda done, total: None,
+    progress: ProgressCallback = ignore_progress,
 ) -> list[Path]:
     """Write activations as safetensors, npy or Parquet files; repeat the call to resume, file by file.
 
@@ -116,7 +115,9 @@ def label(key: ArrayKey) -> str:
 class _Export:
     """One export: its files, and its progress in bytes."""
 
-    def __init__(self, store: Store, folder: Path, to: str, arrays: list[ArraySpec], progress: Progress) -> None:
+    def __init__(
+        self, store: Store, folder: Path, to: str, arrays: list[ArraySpec], progress: ProgressCallback
+    ) -> None:
         self.store, self.folder, self.to, self.arrays = store, folder, to, arrays
         self.keys = keys(arrays)
         self.units = store.committed_units.tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from flexcache.errors import ConfigError, DamagedError, MismatchError, SiteError
 from flexcache.exchange.file_tensors import ENDINGS, FileTensor, TensorStack, find_tensors, list_tensors
 from flexcache.paths import local_path
 from flexcache.plan import ranges
+from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.recording.external_forward import record
 from flexcache.site import STANDARD
 from flexcache.spec import DTYPES
@@ -27,8 +28,6 @@ from flexcache.store.read.store import Store
 LAYER_PATTERN = r"(?:layers?|blocks|h)[._](\d+)"
 """Layer in the name of a tensor: ``layer_3``, ``model.layers.3``, ``blocks.3.hook_resid_post``, ``transformer.h.3``."""
 BATCH_TOKENS = 4096
-
-Progress = Callable[[int, int], None]
 
 
 def import_folder(
@@ -44,7 +43,7 @@ def import_folder(
     model: str | None = None,
     dtype: str | None = None,
     compression: str = "none",
-    progress: Progress = lambda done, total: None,
+    progress: ProgressCallback = ignore_progress,
 ) -> Store:
     """Make a store from the tensors in a folder; repeat the call to resume.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from flexcache.errors import DocumentsError
 from flexcache.options import SequenceOptions
+from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.sequences.choice import choose_tokens, keep_one_token
 from flexcache.sequences.document_columns import ENCODER_TOKENS, document_columns
 from flexcache.sequences.encoded import Encoded
@@ -45,7 +46,7 @@ def tokenize_corpus(
     empty: Literal["error", "skip"] = "error",
     keep_text: bool = True,
     first_index: int = 0,
-    progress: Callable[[int, int], None] = lambda documents, tokens: None,
+    progress: ProgressCallback = ignore_progress,
 ) -> TokenizedCorpus:
     """Tokenize a corpus once and write it into *folder*.
 

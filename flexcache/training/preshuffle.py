@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from flexcache.errors import ConfigError, StoreError
 from flexcache.paths import local_path
+from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.recording.external_forward import record
 from flexcache.site import Layers
 from flexcache.spec import ArraySpec
@@ -26,8 +27,6 @@ BLOCK_ROWS = 1024
 BLOCK_BYTES = 64 << 20
 SOURCE_ROW = "source_row"
 
-Progress = Callable[[int, int], None]
-
 
 def preshuffle(
     source: str | Path,
@@ -36,7 +35,7 @@ def preshuffle(
     sites: Sequence[str] | None = None,
     layers: Layers = "all",
     seed: int = 0,
-    progress: Progress = lambda done, total: None,
+    progress: ProgressCallback = ignore_progress,
 ) -> Store:
     """Write the rows of a complete store in random order into another store; repeat the call to resume.
 

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from flexcache.progress import ProgressCallback
 from flexcache.recording.run.recorder import Recorder
 from flexcache.recording.run.run_stats import RunStats
 from flexcache.store.format.text import size
@@ -68,7 +69,7 @@ class CaptureProgress:
         task = self._bars.add_task("trying the model (seconds)", total=round(seconds), rate="")
         return lambda spent: self._bars.update(task, completed=min(round(spent), round(seconds)))
 
-    def committing(self) -> Callable[[int, int], None]:
+    def committing(self) -> ProgressCallback:
         """Start the bar of the files of an extension; the result is called with files in place and in all."""
         task = self._bars.add_task("putting in place (files)", total=None, rate="")
         return lambda done, total: self._bars.update(task, completed=done, total=total)

@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from flexcache.errors import ConfigError, StoreError
+from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.site import Layers
 from flexcache.spec import DTYPES, ArraySpec, dtype_name
 from flexcache.store.format.int8 import is_scale, with_scales
 from flexcache.store.manage.derive import DerivedStore, narrow_spec, prepare_store
 from flexcache.store.manage.extension_state import check_not_extending
-from flexcache.store.manage.row_copy import Progress, RowCopy
+from flexcache.store.manage.row_copy import RowCopy
 from flexcache.store.manage.store_contents import describe_origin
 from flexcache.store.read.selection import keys, select
 from flexcache.store.read.store import Store
@@ -30,7 +31,7 @@ def copy(
     layers: Layers = "all",
     dtype: Any = None,
     compression: str | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: ProgressCallback = ignore_progress,
 ) -> Store:
     """Copy a store, complete or not, to another location; the same call resumes an interrupted copy.
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flexcache.errors import DamagedError, MismatchError, StoreError
+from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.store.format.extension import COMMITTING, STAGED, committing_folder, staged_folder
 from flexcache.store.format.ledger import Ledger, UnitRecord
 from flexcache.store.format.schema import COORDINATES, DOCUMENTS, PLAN_RECORD, SEQUENCES, read_attributes
@@ -30,8 +31,6 @@ from flexcache.store.write.claims import Claims
 from flexcache.store.write.create import publish_store
 from flexcache.store.write.election import POLL, elect, working
 from flexcache.store.write.worker import ALIVE, PARTIAL, Worker
-
-Progress = Callable[[int, int], None]
 
 
 class ExtensionTransaction:
@@ -97,7 +96,7 @@ class ExtensionTransaction:
             self.check_open()
             raise error
 
-    def commit(self, progress: Progress = lambda done, total: None, on_wait: Callable[[], None] = lambda: None) -> None:
+    def commit(self, progress: ProgressCallback = ignore_progress, on_wait: Callable[[], None] = lambda: None) -> None:
         """Commit the staged extension to the store; if several processes call this, one does it.
 
         Raises
@@ -159,7 +158,7 @@ class ExtensionTransaction:
 
     # Steps of a commit, each of which can be repeated
 
-    def _commit_files(self, progress: Progress) -> None:
+    def _commit_files(self, progress: ProgressCallback) -> None:
         staged, store = Store(self.folder), Store(self.path)
         changed = [pair for unit in range(staged.n_units) if (pair := self._record(staged.ledger, store.ledger, unit))]
         names = [name for record, new in changed for name in new] + self._plan_files()
@@ -169,7 +168,7 @@ class ExtensionTransaction:
         for name in ("zarr.json", PLAN_RECORD):
             write_durably(self.path / name, (self.folder / name).read_bytes())
 
-    def _uncommitted(self, names: list[str], progress: Progress) -> Iterator[tuple[Path, str]]:
+    def _uncommitted(self, names: list[str], progress: ProgressCallback) -> Iterator[tuple[Path, str]]:
         for done, name in enumerate(names):
             if (self.folder / name).exists():
                 yield self.folder / name, name

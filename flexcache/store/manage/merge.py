@@ -8,13 +8,14 @@ from typing import Any
 
 from flexcache.errors import ConfigError, MismatchError
 from flexcache.identity import differences
+from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.spec import ArraySpec
 from flexcache.store.format.shard import shard_name
 from flexcache.store.format.text import join_lines, shorten
 from flexcache.store.manage.copy import check_separate
 from flexcache.store.manage.derive import DerivedStore, prepare_store
 from flexcache.store.manage.extension_state import check_not_extending
-from flexcache.store.manage.row_copy import Progress, RowCopy
+from flexcache.store.manage.row_copy import RowCopy
 from flexcache.store.manage.store_contents import describe_origin, differing_tables
 from flexcache.store.read.recorded_model import recorded_model
 from flexcache.store.read.selection import ArrayKey
@@ -23,7 +24,9 @@ from flexcache.store.storage.location import StoreLocation, parse_location
 from flexcache.store.write.create import total_bytes
 
 
-def merge(sources: Sequence[str | StoreLocation], target: str | StoreLocation, progress: Progress = lambda done, total: None) -> Store:
+def merge(
+    sources: Sequence[str | StoreLocation], target: str | StoreLocation, progress: ProgressCallback = ignore_progress
+) -> Store:
     """Merge stores that were captured from one model over the same plan; the same call resumes an interrupted merge.
 
     ::

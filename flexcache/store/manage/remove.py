@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flexcache.errors import DamagedError, SiteError, StoreError
+from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.site import Layers
 from flexcache.spec import ArraySpec
 from flexcache.store.format.dataset_card import card
@@ -30,8 +31,6 @@ from flexcache.store.write.election import working
 
 NOTE = "removing.json"
 """File that lists what is being removed; it exists from before the first change until after the last."""
-
-Progress = Callable[[int, int], None]
 
 
 class Removal:
@@ -84,7 +83,7 @@ class Removal:
         """Return the bytes of the files to remove."""
         return sum(file.stat().st_size for folder in self._folders() for file in folder.rglob("*") if file.is_file())
 
-    def run(self, progress: Progress = lambda done, total: None) -> int:
+    def run(self, progress: ProgressCallback = ignore_progress) -> int:
         """Apply the removal, and return the bytes freed.
 
         Raises
@@ -101,7 +100,7 @@ class Removal:
 
     # Steps, each of which can be repeated
 
-    def _remove(self, progress: Progress) -> int:
+    def _remove(self, progress: ProgressCallback) -> int:
         if not self.unfinished:
             write_json(self.path / NOTE, {"schema": 1, "remove": [list(key) for key in self.gone]})
         self._change_metadata()
@@ -147,7 +146,7 @@ class Removal:
             if len(files) < len(record.files):
                 ledger.commit(replace(record, files=files))
 
-    def _delete_files(self, progress: Progress) -> int:
+    def _delete_files(self, progress: ProgressCallback) -> int:
         total, freed = self.bytes(), 0
         progress(0, total)
         for folder in self._folders():

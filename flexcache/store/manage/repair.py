@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from flexcache.errors import StoreError
+from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.store.format.ledger import Ledger
 from flexcache.store.manage.verify import Finding, Verification, verify
 from flexcache.store.storage.location import StoreLocation, parse_location
@@ -35,7 +35,7 @@ class Repair:
     beyond: tuple[Finding, ...]
 
 
-def repair(path: str | StoreLocation, progress: Callable[[int, int], None] = lambda files, size: None) -> Repair:
+def repair(path: str | StoreLocation, progress: ProgressCallback = ignore_progress) -> Repair:
     """Verify a store, and take back each unit whose files or ledger record are damaged.
 
     ::

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
 import numpy as np
 
+from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.spec import DTYPES
 from flexcache.store.format.int8 import SCALE, is_scale, scale_name
 from flexcache.store.format.ledger import UnitRecord, check_file
@@ -29,7 +30,6 @@ from flexcache.store.write.worker import PARTIAL
 BUFFER = 64 << 20
 BLOCK = 4 << 20
 
-Progress = Callable[[int, int], None]
 """``progress(done, total)`` in bytes of the rows of the target."""
 
 
@@ -69,7 +69,7 @@ class RowCopy:
         self.target.refresh()
         return sorted(set(self.available()) - set(self.target.committed_units.tolist()))
 
-    def run(self, progress: Progress = lambda done, total: None) -> None:
+    def run(self, progress: ProgressCallback = ignore_progress) -> None:
         """Copy all units that are pending.
 
         Raises

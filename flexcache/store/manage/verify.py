@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from flexcache.errors import DamagedError
+from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.store.format.extension import STAGED
 from flexcache.store.format.ledger import FileRecord, measure_file
 from flexcache.store.format.plan_record import read_plan_record
@@ -67,7 +68,7 @@ class Verification:
         return not self.findings
 
 
-def verify(path: str | StoreLocation, progress: Callable[[int, int], None] = lambda files, size: None) -> Verification:
+def verify(path: str | StoreLocation, progress: ProgressCallback = ignore_progress) -> Verification:
     """Read every file of a store and compare it with its record; memory is one mebibyte.
 
     ::
