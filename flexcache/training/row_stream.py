@@ -144,7 +144,7 @@ class Stream(IterableDataset[StreamBatch]):
     def loader(self, num_workers: int = 0, **options: Any) -> Loader:
         """Return a DataLoader over this stream whose position can be saved; *options* go to the DataLoader.
 
-        Workers start by forkserver if a store is on object storage, whose clients do not survive a fork.
+        Workers start by spawn if a store is on object storage, whose clients do not survive a fork.
 
         ::
 
@@ -152,7 +152,7 @@ class Stream(IterableDataset[StreamBatch]):
             torch.save(loader.state_dict(), "position.pt")
         """
         if num_workers and any(disk_path(source.store.path) is None for source in self.sources.values()):
-            options.setdefault("multiprocessing_context", "forkserver")
+            options.setdefault("multiprocessing_context", "spawn")
         return Loader(self, num_workers, **options)
 
     def _state(self, batches: int, workers: int, of_rank: bool) -> dict[str, Any]:

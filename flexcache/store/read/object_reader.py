@@ -100,5 +100,5 @@ def _batches(runs: Iterator[tuple[int, int]], rows: np.ndarray, width: int) -> I
 
 
 def reader_class(root: StoreLocation) -> type[RowReader]:
-    """Return what reads rows there."""
+    """Return the class of row readers for a store at *root*."""
     return RangeReader if disk_path(root) is None else RowReader
