@@ -65,18 +65,20 @@ def test_a_public_bucket_needs_no_credentials(name: str, bare: pytest.MonkeyPatc
 
 
 def test_an_unknown_option_names_the_known_ones(bare: pytest.MonkeyPatch) -> None:
-    bare.setitem(fsspec.config.conf, "s3", {"anonymous": True})
+    bare.setitem(fsspec.config.conf, "s3", {"anonymous": True, "client_kwargs": {"verify": False}})
     with pytest.raises(ConfigError, match="unknown options for s3") as caught:
         ObjectPath("s3://bucket/client").read_bytes()
-    assert caught.value.found == "anonymous"
+    assert caught.value.found == "anonymous, client_kwargs.verify"
     assert "anon, endpoint_url, key" in str(caught.value.expected)
 
 
-def test_a_container_of_azure_may_name_its_account(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_google_and_azure_reach_their_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_client, "_clients", {})
     monkeypatch.setattr(fsspec.config, "conf", {"az": {"account_key": "a2V5"}})
     client = ObjectPath("abfs://container@account.dfs.core.windows.net/run.zarr").client.objects
     assert (client.config["container_name"], client.config["account_name"]) == ("container", "account")
+    monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+    assert ObjectPath("gs://bucket/run.zarr").client.objects.config["skip_signature"]
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "other")
     assert ObjectPath("az://container/run.zarr").client.objects.config["container_name"] == "container"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from flexcache.errors import ConfigError
 
@@ -24,21 +24,11 @@ _CONNECT_SECONDS, _READ_SECONDS, _REQUEST_LIMIT = 5, 60, timedelta(hours=1)
 
 _OPTIONS = {
     "s3": ("anon", "endpoint_url", "key", "profile", "secret", "token", "client_kwargs"),
-    "gs": ("anon", "token"),
+    "gs": ("token",),
     "az": ("account_key", "account_name", "anon", "sas_token"),
     "memory": (),
 }
 """Options that are taken from fsspec's configuration, where there is one."""
-
-_OBSTORE_NAMES = {
-    "gs": {"anon": "skip_signature", "token": "service_account"},
-    "az": {
-        "account_key": "account_key",
-        "account_name": "account_name",
-        "anon": "skip_signature",
-        "sas_token": "sas_key",
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -168,7 +158,9 @@ def _region(client: Any, bucket: str) -> str:
 def _open_gs(bucket: str, options: dict[str, Any]) -> tuple[Any, Any]:
     from obstore.store import GCSStore
 
-    return GCSStore(bucket, client_options=_client_options(), **_renamed("gs", options)), None
+    token = options.get("token")  # the path of a service account's file; or anon, for public buckets
+    given = {} if token is None else {"skip_signature": True} if token == "anon" else {"service_account": token}
+    return GCSStore(bucket, client_options=_client_options(), config=cast(Any, given)), None
 
 
 def _open_az(bucket: str, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -176,8 +168,11 @@ def _open_az(bucket: str, options: dict[str, Any]) -> tuple[Any, Any]:
     from obstore.store import AzureStore
 
     container, _, host = bucket.partition("@")
-    account = {"account_name": host.partition(".")[0]} if host else {}
-    return AzureStore(container, client_options=_client_options(), **{**_renamed("az", options), **account}), None
+    names = {"anon": "skip_signature", "sas_token": "sas_key"}
+    given = {names.get(name, name): value for name, value in options.items()}
+    if host:
+        given["account_name"] = host.partition(".")[0]
+    return AzureStore(container, client_options=_client_options(), config=cast(Any, given)), None
 
 
 def _open_memory(bucket: str, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -212,7 +207,8 @@ def _configured(kind: str) -> dict[str, Any]:
     options = {
         name: value for scheme, of in SCHEMES.items() if of == kind for name, value in conf.get(scheme, {}).items()
     }
-    unknown = sorted(set(options).difference(_OPTIONS[kind]))
+    nested = set(options.get("client_kwargs", ())).difference(("endpoint_url", "region_name"))
+    unknown = sorted({*set(options).difference(_OPTIONS[kind]), *(f"client_kwargs.{name}" for name in nested)})
     if unknown:
         raise ConfigError(
             f"fsspec's configuration has unknown options for {kind}://",
@@ -221,10 +217,6 @@ def _configured(kind: str) -> dict[str, Any]:
             remedy="remove them; docs/remote.md lists the variables of the environment that do the same",
         )
     return options
-
-
-def _renamed(kind: str, options: dict[str, Any]) -> dict[str, Any]:
-    return {_OBSTORE_NAMES[kind][name]: value for name, value in options.items()}
 
 
 def _is_true(value: Any) -> bool:
