@@ -99,7 +99,7 @@ def run_pending_units(
         batches: deque[Batch] = deque()
         unit = IDLE
         while True:
-            if not batches:
+            if not batches and unit != DONE:
                 if unit >= 0:
                     unchanged()
                     group.commit_unit(recorder)
