@@ -12,7 +12,7 @@ from flexcache.store.write.backends import AnyWorker, claims_of, start_work
 from flexcache.store.write.claims import Claiming
 from flexcache.store.write.worker import HEARTBEAT_TIMEOUT
 
-POLL = 0.1
+POLL = 0.2
 """Seconds between two attempts to claim what other processes hold."""
 
 T = TypeVar("T")
