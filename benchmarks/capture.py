@@ -33,7 +33,7 @@ from benchmarks.peers import hooking
 from benchmarks.timing import console, interleave, ratio, show
 from flexcache.documents import open_documents
 from flexcache.identity.describe import describe_model
-from flexcache.model import describe_tokenizer
+from flexcache.identity.tokenizer import describe_tokenizer
 from flexcache.recording.forward.batch import Batch
 from flexcache.recording.forward.batch_reader import BatchReader
 from flexcache.recording.forward.capture_targets import CaptureTargets, find_targets, measure_arrays

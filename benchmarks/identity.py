@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from benchmarks.timing import interleave, ratio, show
-from flexcache.identity.behavior import behavior
+from flexcache.identity.behavior import record_behavior
 from flexcache.identity.describe import describe_model, sample_digest
 from flexcache.identity.weights import digest_tensors
 from flexcache.recording.run.fingerprint import fingerprint
@@ -66,7 +66,7 @@ def measure(name: str, make: Callable[[], torch.nn.Module], rounds: int) -> None
             "sha256": lambda: sha256(model),
             "before": lambda: sample_digest(model) and None,
             "values": lambda: digest_tensors(model) and None,
-            "behavior": lambda: behavior(model, conditions) and None,
+            "behavior": lambda: record_behavior(model, conditions) and None,
             "all": lambda: describe_model(model, conditions) and None,
         },
         rounds,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from flexcache.model import ModelSource, native_bfloat16
+from flexcache.cpu import has_native_bfloat16
+from flexcache.model import ModelSource
 from pipelines.demo import assets
 
-DTYPE = "bfloat16" if native_bfloat16() else "float32"
+DTYPE = "bfloat16" if has_native_bfloat16() else "float32"
 """Without instructions for bfloat16 the forward would take 40 times as long, and hide everything else."""
 
 

@@ -26,7 +26,7 @@ from benchmarks.model import DTYPE, smollm2
 from benchmarks.timing import console, interleave, ratio, show
 from flexcache.documents import open_documents
 from flexcache.identity.describe import describe_model
-from flexcache.model import describe_tokenizer
+from flexcache.identity.tokenizer import describe_tokenizer
 from flexcache.recording.forward.capture_targets import CaptureTargets, find_targets, measure_arrays
 from flexcache.recording.planning.planning import PlanInputs, plan_store
 from flexcache.recording.run.fingerprint import fingerprint

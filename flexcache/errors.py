@@ -1,12 +1,12 @@
 """Every error a user can meet, in one small tree.
 
     FlexCacheError
-    ├── ConfigError          a configuration that cannot be meant: unknown key, bad value
+    ├── ConfigError          a configuration without a valid meaning: unknown key, bad value
     ├── DocumentsError       a corpus that cannot be read, or an empty document
     ├── SiteError            a site or layer that the model does not have
     ├── PlanError            a plan that cannot be carried out: no room on the disk, nothing to keep
     ├── HookError            a hook that did not fire, or an activation that cannot be read or edited
-    │   └── LayoutError      an activation that cannot be put together from what the processes hold
+    │   └── LayoutError      an activation that cannot be assembled from the pieces on the processes
     ├── CaptureError         a forward that did not deliver what the plan needs
     │   └── RangeError       a value that the storage dtype cannot hold, or that is not finite
     ├── StoreError           a folder that is not what it should be
@@ -15,17 +15,23 @@
     │   ├── UncommittedError rows that have not been captured yet
     │   ├── DamagedError     bytes that are missing or changed
     │   └── UnreachableError object storage that does not answer, or denies access
-    ├── OutputError          results that cannot be written where they should go
+    ├── OutputError          results that cannot be written to their destination
     └── AnalysisError        a question that the data cannot answer
 
-Each says where, what was expected, what was found, and what to do.
+Each error states where it happened, the expected and the found value, and a remedy.
 """
 
 from __future__ import annotations
 
 
 class FlexCacheError(Exception):
-    """Base of all errors; ``str()`` gives the message and, on lines of their own, the parts that are known."""
+    """Base of all errors; ``str()`` gives the message, and each known part on a separate line.
+
+    >>> print(FlexCacheError("no such layer", expected="0 to 11", found="12"))
+    no such layer
+      expected: 0 to 11
+      found: 12
+    """
 
     def __init__(
         self,
@@ -62,7 +68,7 @@ def _rebuild(cls: type[FlexCacheError], arguments: tuple[object, ...]) -> FlexCa
 
 
 class ConfigError(FlexCacheError):
-    """A configuration that cannot be meant."""
+    """A configuration that has no valid meaning."""
 
 
 class DocumentsError(FlexCacheError):
@@ -78,7 +84,7 @@ class HookError(FlexCacheError):
 
 
 class LayoutError(HookError):
-    """An activation that cannot be put together from what the processes hold of it."""
+    """An activation that cannot be assembled from the pieces on the processes."""
 
 
 class PlanError(FlexCacheError):
@@ -118,7 +124,7 @@ class UnreachableError(StoreError):
 
 
 class OutputError(FlexCacheError):
-    """Results that cannot be written where they should go; the remedy says where they are instead."""
+    """Results that cannot be written to their destination; the remedy says where they are instead."""
 
 
 class AnalysisError(FlexCacheError):
@@ -126,7 +132,7 @@ class AnalysisError(FlexCacheError):
 
 
 def nearest(name: str, names: list[str] | tuple[str, ...]) -> str:
-    """Return a sentence part that lists *names*, the one closest to *name* first.
+    """Return part of a sentence that lists *names*, the one closest to *name* first.
 
     >>> nearest("resid_pots", ["mlp_out", "resid_post"])
     'did you mean resid_post? There are: mlp_out, resid_post'

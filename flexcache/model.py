@@ -1,17 +1,15 @@
-"""Models by name: loading through the transformers auto classes, and saying what a model is."""
+"""Models by name: loading through the transformers auto classes."""
 
 from __future__ import annotations
 
 import copy
 import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import xxhash
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from flexcache.errors import ConfigError
@@ -25,10 +23,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 VISION_PARTS = ("vision_model", "vision_tower", "vision_encoder", "visual")
-"""Under which models that see and read have the part that sees."""
-
-
-CHAT_TEMPLATE = "chat_template_xxh3_128"
+"""Attribute names of the vision tower in multimodal models."""
 
 
 def _expanded(name: Any) -> Any:
@@ -37,21 +32,24 @@ def _expanded(name: Any) -> Any:
 
 
 class Parallel(Options):
-    """Over how many processes transformers spreads one model; all those of a launcher are used, as copies of it."""
+    """The numbers of processes over which transformers distributes one model.
+
+    If the launcher started more processes, they hold copies of the model.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tensor: int = Field(1, ge=1, description="processes that share every weight, by the model's tensor-parallel plan")
-    fsdp: int = Field(1, ge=1, description="processes that share the weights, and gather them block by block (FSDP2)")
-    pipeline: int = Field(1, ge=1, description="processes that have a part of the blocks each")
+    tensor: int = Field(1, ge=1, description="processes that share each weight, by the model's tensor-parallel plan")
+    fsdp: int = Field(1, ge=1, description="processes that shard the weights and gather them block by block (FSDP2)")
+    pipeline: int = Field(1, ge=1, description="processes that each hold some of the blocks")
 
     def config(self) -> Any:
-        """Return what transformers loads a distributed model by, or None where it is not distributed.
+        """Return the configuration with which transformers loads a distributed model, or None if it is not distributed.
 
         Raises
         ------
         ConfigError
-            The launcher did not start as many processes, or transformers cannot combine these.
+            The launcher started a number of processes that does not fit, or transformers cannot combine the sizes.
         """
         size, world = self.tensor * self.fsdp * self.pipeline, launch().world
         if size == 1:
@@ -62,7 +60,7 @@ class Parallel(Options):
                 expected=f"tensor {self.tensor} · fsdp {self.fsdp} · pipeline {self.pipeline} = {size} processes"
                 + ("" if self.pipeline > 1 else ", or a multiple"),
                 found=str(world),
-                remedy=f"torchrun --nproc-per-node {size}; several such launchers may fill one store",
+                remedy=f"use torchrun --nproc-per-node {size}; several such launchers may fill one store",
             )
         from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -71,11 +69,16 @@ class Parallel(Options):
                 tp_size=self.tensor, fsdp_size=self.fsdp, pp_size=self.pipeline, dp_replicate_size=world // size
             )
         except ValueError as error:
-            raise ConfigError("transformers cannot distribute a model so", found=str(error)) from error
+            raise ConfigError("transformers cannot combine these parallel sizes", found=str(error)) from error
 
 
 class ModelSource(Options):
-    """A Hugging Face model, as a folder or a hub name, and how to load it."""
+    """A Hugging Face model, as a folder or a hub name, and how to load it.
+
+    >>> source = ModelSource(name="openai-community/gpt2", dtype="bfloat16")
+    >>> source.revision is None, source.parallel.tensor
+    (True, 1)
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -86,8 +89,8 @@ class ModelSource(Options):
     )
     side: Literal["encoder", "decoder", "vision"] | None = Field(
         None,
-        description="the part that is meant: of a model with an encoder and a decoder, one of them; of one that sees"
-        " and reads (CLIP), the part that sees",
+        description="part of the model: the encoder or decoder of an encoder-decoder, or the vision tower of a"
+        " multimodal model (CLIP)",
     )
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], AnyDType] = Field(
         "auto", description="dtype of the weights; auto is that of the checkpoint"
@@ -104,16 +107,16 @@ class ModelSource(Options):
     def _on_one_process(self) -> Self:
         if self.side == "decoder" and self.parallel != Parallel():
             raise ConfigError(
-                "a decoder is captured beside its encoder by processes that each have the whole model",
+                "a decoder with its encoder cannot be captured from a distributed model",
                 where="model.parallel",
                 expected="no parallel with side: decoder",
                 found=f"tensor {self.parallel.tensor} · fsdp {self.parallel.fsdp} · pipeline {self.parallel.pipeline}",
-                remedy="leave parallel out; several processes may fill one store side by side",
+                remedy="leave parallel out; several processes, each with the whole model, may fill one store",
             )
         return self
 
     def config(self) -> Any:
-        """Return the model's configuration; no weights are read."""
+        """Return the model's configuration, without reading weights."""
         from transformers import AutoConfig
 
         with _translated(self.name):
@@ -128,7 +131,7 @@ class ModelSource(Options):
         if distributed is not None:
             options["distributed_config"] = distributed
         with _translated(self.name):
-            model = self._one_side(self._auto_class().from_pretrained(self.name, **options))
+            model = self._select_side(self._auto_class().from_pretrained(self.name, **options))
         return (model if distributed is not None else model.to(self._device())).eval()
 
     def skeleton(self) -> torch.nn.Module:
@@ -140,12 +143,12 @@ class ModelSource(Options):
             options: dict[str, Any] = {} if self.dtype == "auto" else {"dtype": getattr(torch, self.dtype)}
             if self.attention:
                 options["attn_implementation"] = self.attention
-            return self._one_side(self._auto_class().from_config(copy.deepcopy(config), **options)).eval()
+            return self._select_side(self._auto_class().from_config(copy.deepcopy(config), **options)).eval()
 
-    def _one_side(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Return the encoder of a model, or the part that sees, where that is asked for.
+    def _select_side(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Return the encoder or the vision tower of a model, if it is selected.
 
-        For the decoder it is the whole, in which that is read.
+        If the decoder is selected, the whole model is returned.
 
         Raises
         ------
@@ -155,10 +158,10 @@ class ModelSource(Options):
         if self.side is None:
             return model
         if self.side == "vision":
-            return self._seeing(model)
+            return self._vision_tower(model)
         if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise ConfigError(
-                f"model {self.name} has no encoder beside a decoder",
+                f"model {self.name} is not an encoder-decoder",
                 found=type(model).__name__,
                 remedy="leave side out of the configuration",
             )
@@ -167,12 +170,12 @@ class ModelSource(Options):
         encoder: torch.nn.Module = model.get_encoder()  # type: ignore[operator]
         return encoder
 
-    def _seeing(self, model: torch.nn.Module) -> torch.nn.Module:
+    def _vision_tower(self, model: torch.nn.Module) -> torch.nn.Module:
         holders = (model, getattr(model, "base_model", model))
         found = [getattr(holder, name) for name in VISION_PARTS for holder in holders if hasattr(holder, name)]
         if not found:
             raise ConfigError(
-                f"model {self.name} has no part that sees",
+                f"model {self.name} has no vision tower",
                 found=type(model).__name__,
                 remedy="leave side out: a vision transformer is captured as it is",
             )
@@ -180,7 +183,7 @@ class ModelSource(Options):
         return part
 
     def processor(self) -> Any:
-        """Return the model's image processor: the one that works with Pillow and numpy, the same on every machine.
+        """Return the model's image processor on Pillow and numpy, which gives equal results on every machine.
 
         Raises
         ------
@@ -196,7 +199,7 @@ class ModelSource(Options):
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ConfigError(
                 f"the image processor of {self.name} cannot be loaded",
-                expected="preprocessor_config.json beside the weights, of a processor that works with Pillow",
+                expected="preprocessor_config.json in the checkpoint, of a processor that works with Pillow",
                 found=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}",
                 remedy="copy that file from the checkpoint, or save one: processor.save_pretrained(folder)",
             ) from error
@@ -209,7 +212,7 @@ class ModelSource(Options):
             return AutoTokenizer.from_pretrained(self.name, **self._where(), **self._gguf())
 
     def weights(self) -> dict[str, str]:
-        """Return the XXH3-128 of each of the checkpoint's weight files, by file name."""
+        """Return the XXH3-128 of each weight file of the checkpoint, by file name."""
         folder = Path(self.name)
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
@@ -246,7 +249,7 @@ class ModelSource(Options):
 
 
 def _cached(name: str, file: str) -> Path | None:
-    """Return a file of a model on the hub that was loaded before, or None."""
+    """Return a file of a hub model that is in the cache, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
@@ -256,8 +259,8 @@ def _cached(name: str, file: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _refuse_adapter(name: str, folder: Path) -> None:
-    """Raise ConfigError if a folder holds an adapter of PEFT, which is no model without its base."""
+def _check_adapter(name: str, folder: Path) -> None:
+    """Raise ConfigError if a folder holds a PEFT adapter, which is not a model without its base."""
     try:
         said = json.loads((folder / "adapter_config.json").read_bytes())
     except (OSError, ValueError):
@@ -274,145 +277,15 @@ def _refuse_adapter(name: str, folder: Path) -> None:
 
 @contextmanager
 def _translated(name: str) -> Iterator[None]:
-    _refuse_adapter(name, Path(name))
+    _check_adapter(name, Path(name))
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
         if (cached := _cached(name, "adapter_config.json")) is not None:
-            _refuse_adapter(name, cached.parent)
+            _check_adapter(name, cached.parent)
         raise ConfigError(
             f"model {name} cannot be loaded",
             found=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
             remedy="check the name, the revision and the folder; without a network only local folders and cached"
             " models can be loaded",
         ) from error
-
-
-def describe_tokenizer(tokenizer: Any, chat: bool = False) -> dict[str, Any]:
-    """Return what a tokenizer is: its class and a digest of its whole state; and one of its template, for chats."""
-    if chat:
-        template = str(getattr(tokenizer, "chat_template", None))
-        return {**describe_tokenizer(tokenizer), CHAT_TEMPLATE: xxhash.xxh3_128_hexdigest(template.encode())}
-    if tokenizer is None:
-        return {"class": None}
-    if hasattr(tokenizer, "tokens_of"):  # flexcache.images.input.ImageInput
-        described: dict[str, Any] = tokenizer.describe()
-        return described
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        # padding and truncation are settings of the last call, not of the tokenizer
-        state = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
-        text = json.dumps(state, sort_keys=True)
-    elif hasattr(tokenizer, "get_vocab"):
-        text = json.dumps([tokenizer.get_vocab(), str(tokenizer.special_tokens_map)], sort_keys=True)
-    else:
-        return {"class": getattr(tokenizer, "__qualname__", type(tokenizer).__qualname__)}
-    return {"class": type(tokenizer).__name__, "xxh3_128": xxhash.xxh3_128_hexdigest(text.encode())}
-
-
-def longest_input(model: torch.nn.Module, tokenizer: Any) -> int | None:
-    """Return how many tokens the model can read at once, or None where nothing says so, as of images."""
-    from flexcache.hooks.locate.vision import reads_images
-
-    if reads_images(model):
-        return None
-    config = getattr(model, "config", None)
-    limits = [getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
-    known = [int(limit) for limit in limits if isinstance(limit, int) and 0 < limit < 10**9]
-    known += [limit for limit in positions(model) if limit is not None]
-    return min(known, default=None)
-
-
-POSITIONS = re.compile(r"(wpe|position_embeddings?|embed_positions?|positions_embed|pos_embed|pos_encoding)")
-"""Names of modules and buffers that hold a row for each position."""
-OTHER_INPUTS = ("vision", "visual", "image", "audio")
-
-
-def positions(model: torch.nn.Module) -> tuple[int | None, int | None]:
-    """Return how many positions a model, and the encoder of an encoder–decoder, has a table for; None without one.
-
-    Rotary positions, relative ones and ALiBi are computed for any length, whatever the configuration says; only MPT's
-    biases are made for a fixed one.
-    """
-    from flexcache.hooks.locate.encoder_decoder import is_encoder_decoder
-    from flexcache.hooks.locate.names import unwrap
-    from flexcache.hooks.locate.vision import reads_images
-
-    root: Any = unwrap(model)
-    if reads_images(root):
-        return None, None
-    if is_encoder_decoder(root) and hasattr(root, "get_encoder") and hasattr(root, "get_decoder"):
-        return _table_of(root.get_decoder()), _table_of(root.get_encoder())
-    return _table_of(root), None
-
-
-def _table_of(part: torch.nn.Module) -> int | None:
-    config: Any = getattr(part, "config", None)
-    found = [int(config.max_seq_len)] if getattr(config, "model_type", None) == "mpt" else []
-    for path, module in part.named_modules():
-        if any(word in path for word in OTHER_INPUTS) or not POSITIONS.fullmatch(path.rpartition(".")[2]):
-            continue
-        count, padding = getattr(module, "num_embeddings", None), getattr(module, "padding_idx", None)
-        if count is not None and path.endswith("position_embeddings") and padding is not None:
-            found.append(int(count) - int(padding) - 1)  # RoBERTa counts positions from there
-        elif count is not None:
-            found.append(int(count) - int(getattr(module, "offset", 0)))
-    for path, buffer in part.named_buffers():
-        if POSITIONS.fullmatch(path.rpartition(".")[2]) and buffer.ndim > 1:
-            found.append(int(buffer.shape[-2]))
-    return min(found, default=None)
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode, and each back into its own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def native_bfloat16() -> bool:
-    """Return whether torch multiplies matrices of bfloat16 on this processor by kernels made for it.
-
-    They need AVX-512, AMX, or what ARM has for it; without them a forward is some 40 times slower than in float32.
-    """
-    import torch
-
-    try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):  # a build without oneDNN
-        return False
-
-
-def vocabulary(model: torch.nn.Module) -> int | None:
-    """Return how many token ids the model's embedding has, or None where it has none that says so."""
-    from flexcache.hooks.locate.encoder_decoder import embedding
-
-    count = getattr(embedding(model), "num_embeddings", None)
-    return None if count is None else int(count)
-
-
-def encoder_vocabulary(model: torch.nn.Module) -> int | None:
-    """Return how many token ids the encoder of a model knows beside its decoder, or None where nothing says so."""
-    from flexcache.hooks.locate.encoder_decoder import is_encoder_decoder
-    from flexcache.hooks.locate.names import unwrap
-
-    if not is_encoder_decoder(model):
-        return None
-    try:
-        return int(unwrap(model).get_encoder().get_input_embeddings().num_embeddings)  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
-
-
-def pad_id(model: torch.nn.Module, tokenizer: Any) -> int:
-    """Return the token id for padding; where there is none, 0, which the attention mask hides."""
-    for holder in (tokenizer, getattr(model, "config", None)):
-        found = getattr(holder, "pad_token_id", None)
-        if isinstance(found, int) and found >= 0:
-            return found
-    return 0

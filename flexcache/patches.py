@@ -1,4 +1,4 @@
-"""The layout of the tokens of an image: special tokens by name, and a grid of patches, row by row."""
+"""The token of each patch of an image: special tokens by name, and a grid of patches, row by row."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 class Patches:
     """The tokens of an image, in the order of a vision transformer.
 
-    The position of a token is its place in the sequence. The patch in row *r* and column *c* has the position
-    ``first + r * columns + c``. Rows count from the top and columns from the left of the image that the model reads,
+    A token's position is its place in the sequence. The patch in row *r* and column *c* has the position
+    ``first + r * columns + c``. Rows count from the top and columns from the left of the image as the model reads it,
     after resizing and cropping.
 
     Attributes
@@ -46,7 +46,7 @@ class Patches:
 
     @property
     def specials(self) -> dict[str, int]:
-        """Positions of the special tokens, by name."""
+        """The positions of the special tokens by name."""
         behind = self.first + self.rows * self.columns
         return dict(zip((*self.before, *self.after), (*range(self.first), *range(behind, self.tokens)), strict=True))
 
@@ -63,14 +63,14 @@ class Patches:
         return self.first + row * self.columns + column
 
     def place(self, positions: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Return row and column of the patches at *positions*, -1 for special tokens: int64, same shape."""
+        """Return row and column of the patches at *positions*, -1 for special tokens: int64, in their shape."""
         offset = np.asarray(positions, np.int64) - self.first
         special = (offset < 0) | (offset >= self.rows * self.columns)
         row, column = np.divmod(offset, self.columns)
         return np.where(special, -1, row), np.where(special, -1, column)
 
     def name(self, position: int) -> str:
-        """Return the name of a special token, or the row and column of a patch, as ``"2,3"``.
+        """Return the name of a special token, or row and column of a patch, as ``"2,3"``.
 
         >>> Patches(("cls",), 2, 3).name(5)
         '1,1'
@@ -81,14 +81,14 @@ class Patches:
         return next((name for name, place in self.specials.items() if place == position), f"#{position}")
 
     def map(self, values: Any) -> np.ndarray:
-        """Return values of one image's tokens, shape (tokens, …), on the grid of its patches, shape (rows, columns, …).
+        """Return values of one image's tokens, shape (tokens, …), as a map of its patches: (rows, columns, …).
 
-        Values of special tokens are dropped. Values of the patches alone, shape (rows · columns, …), are accepted too.
+        Special tokens are left out. Values of the patches only, shape (rows · columns, …), are accepted too.
 
         Raises
         ------
         ValueError
-            *values* has another length.
+            The number of values is neither.
         """
         array, count = np.asarray(values), self.rows * self.columns
         if len(array) not in (count, self.tokens):

@@ -30,12 +30,12 @@ def local_path(path: Any, kind: type[FlexCacheError] = ConfigError, remedy: str 
     path
         Text, bytes, an `os.PathLike`, or a ``file://`` URL.
     kind, remedy
-        The error to raise, and its remedy where the general one does not fit.
+        The error to raise, and its remedy if the general one does not fit.
 
     Raises
     ------
     ConfigError, or *kind*
-        It is no path, or no file can have that name.
+        It is not a path, or no file can have that name.
 
     >>> local_path("/tmp/../tmp/run.zarr/").name, local_path(b"file:///tmp/run.zarr").parts[1:]
     ('run.zarr', ('tmp', 'run.zarr'))
@@ -79,7 +79,7 @@ def local_path(path: Any, kind: type[FlexCacheError] = ConfigError, remedy: str 
 
 
 def shown(path: Any) -> str:
-    """Return a path for people: relative where it lies below the current folder."""
+    """Return a path for display: relative if it is below the current folder."""
     try:
         below = Path.cwd()
         relative = isinstance(path, Path) and below != Path(below.anchor) and path.is_relative_to(below)
@@ -89,12 +89,12 @@ def shown(path: Any) -> str:
 
 
 def output_folder(path: Any) -> Path:
-    """Return a folder that results can be written to; one that is missing is not made yet.
+    """Return a folder to which results can be written; a missing one is not created.
 
     Raises
     ------
     ConfigError
-        A file is in the way, or nothing can be written there.
+        A file has that name, or nothing can be written there.
     """
     folder = _output(path)
     if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
@@ -104,12 +104,12 @@ def output_folder(path: Any) -> Path:
 
 
 def output_file(path: Any) -> Path:
-    """Return a file that results can be written to; one that is missing is not made yet.
+    """Return a file to which results can be written; a missing one is not created.
 
     Raises
     ------
     ConfigError
-        A folder is in the way, or nothing can be written there.
+        A folder has that name, or nothing can be written there.
     """
     file = _output(path)
     if file.is_dir():
@@ -127,9 +127,9 @@ def output_file(path: Any) -> Path:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise ConfigError if no file can be written in a folder, or where it would be made.
+    """Raise ConfigError if no file can be written in a folder, or in its nearest existing parent.
 
-    A small file is written and removed, since permissions alone do not show a full or read-only disk.
+    A small file is written and removed, since permissions alone do not reveal a full or read-only disk.
     """
     there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     if not there.is_dir():

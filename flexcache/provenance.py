@@ -1,4 +1,4 @@
-"""Where a user's function comes from, for the provenance of what it computes."""
+"""Fingerprints of a user's functions, for the provenance of what they compute."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ import xxhash
 from flexcache.errors import ConfigError, nearest
 
 
-def origin(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return a function's qualified name and digests of its source and of what it holds.
+def callable_fingerprint(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return a function's qualified name and digests of its source and its state.
 
-    What it holds are the weights of a torch module, the arguments of a `functools.partial`, the fields of an object,
-    the variables that a nested function closes over. Two functions with equal answers do the same, other code that
-    they call aside.
+    The state is the weights of a torch module, the arguments of a `functools.partial`, the fields of an object, or the
+    variables that a nested function closes over. Equal fingerprints imply equal behaviour, except for other code that
+    the functions call.
+
+    >>> sorted(callable_fingerprint(len))
+    ['function', 'source_xxh3_128', 'state_xxh3_128']
     """
     inner = function
     while isinstance(inner, partial):
@@ -38,12 +41,16 @@ def origin(function: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
-def load(path: str, where: str) -> Any:
-    """Return what ``package.module:attribute`` names.
+def import_object(path: str, where: str) -> Any:
+    """Return the object that ``package.module:attribute`` names.
+
+    >>> import_object("os.path:join", where="objective").__name__
+    'join'
 
     Raises
     ------
     ConfigError
+        The module cannot be imported, or has no such attribute.
     """
     module, colon, attribute = path.partition(":")
     if not (module and colon and attribute):
@@ -55,7 +62,7 @@ def load(path: str, where: str) -> Any:
             f"module {module} cannot be imported",
             where=where,
             found=str(error),
-            remedy="start from the folder that holds it, or put that on PYTHONPATH",
+            remedy="run from the folder that contains it, or add that folder to PYTHONPATH",
         ) from error
     try:
         for name in attribute.split("."):
@@ -78,14 +85,14 @@ def _held(function: Any) -> Any:
     if inspect.isfunction(function):
         try:
             closed = [cell.cell_contents for cell in function.__closure__ or ()]
-        except ValueError:  # a cell that is not filled yet
+        except ValueError:  # an empty cell
             closed = []
         return [function.__defaults__, function.__kwdefaults__, closed]
     return getattr(function, "__dict__", None)
 
 
 def _update(hasher: Any, value: Any, depth: int) -> None:
-    """Feed a value to a hasher, by its content and not by where it is in memory."""
+    """Feed a value to a hasher by its content, independent of its address in memory."""
     if depth > 8:
         return
     if isinstance(value, Mapping):

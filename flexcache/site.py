@@ -1,4 +1,4 @@
-"""Sites: the places in a model that produce activations, by the field's short names or by module path."""
+"""Sites: places in a model that produce activations, by the field's short names or by module path."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ STANDARD: dict[str, str] = {
     "resid_mid": "the residual stream after a block's attention, before its MLP, or its cross-attention where there is"
     " one; parallel blocks have none",
     "resid_post": "the residual stream that leaves a block",
-    "attn_out": "what attention adds to the residual stream (after a post-norm, where there is one)",
-    "cross_attn_out": "what attention to an encoder's states adds to the residual stream, in a decoder that has one",
-    "mlp_out": "what the MLP adds to the residual stream (after a post-norm, where there is one)",
-    "mlp_pre": "what the MLP's non-linearity reads: its hidden neurons before it (of a gated MLP, the gate's)",
-    "mlp_post": "what the MLP's down-projection reads: its hidden neurons after the non-linearity",
+    "attn_out": "the output of attention, as added to the residual stream (after a post-norm, if there is one)",
+    "cross_attn_out": "the output of attention to an encoder's states, as added to a decoder's residual stream",
+    "mlp_out": "the output of the MLP, as added to the residual stream (after a post-norm, if there is one)",
+    "mlp_pre": "the input of the MLP's non-linearity: its hidden neurons (in a gated MLP, those of the gate)",
+    "mlp_post": "the input of the MLP's down-projection: its hidden neurons after the non-linearity",
     "q": "queries, as projected: before norm and rotary positions, head by head",
     "k": "keys, as projected: before norm and rotary positions, head by head",
     "v": "values, as projected, head by head",
-    "z": "what attention's output projection reads: the heads' results, head by head",
-    "router_logits": "what a mixture of experts scores its experts by, before the softmax",
+    "z": "the input of attention's output projection: the results of the heads, head by head",
+    "router_logits": "the scores of the experts in a mixture of experts, before the softmax",
 }
 ONCE: dict[str, str] = {
-    "embed": "what the embedding of the tokens gives",
+    "embed": "the output of the token embedding",
     "final_norm": "the residual stream after the last norm, which the head reads",
 }
 """Sites that a model has once, not in every block."""
 
-INEFFECTIVE = ("resid_mid", "router_logits")
-"""Sites to read: the model goes on with what it has beside them as well, so a change there is half a change."""
+READ_ONLY = ("resid_mid", "router_logits")
+"""Read-only sites: a parallel path bypasses them, so editing them has only a partial effect."""
 
 FEATURE_DIM = {
     "mlp_pre": "neuron",
@@ -48,7 +48,7 @@ FEATURE_DIM = {
     "router_logits": "expert",
 }
 PATTERN = "pattern"
-"""Attention probabilities, (sequences, heads, queries, keys): not a row a token, so only a transform can read them."""
+"""Attention probabilities, (sequences, heads, queries, keys): not one row for each token, so only for transforms."""
 GRADIENT = ".grad"
 
 
@@ -56,10 +56,15 @@ GRADIENT = ".grad"
 class Site:
     """A place in a model: one of `STANDARD`, present in every block, or a module path or glob with a side.
 
-    `Site.parse("resid_post")` is a standard site, `Site.parse("embed")` one of `ONCE`;
-    `Site.parse("model.layers.*.mlp.up_proj:input")` is what every module that the glob matches reads. A path without a
-    side means the module's output. With ``.grad`` at the end, what is meant is the gradient of the capture's objective
-    with respect to the activation there.
+    >>> Site.parse("resid_post").standard
+    True
+    >>> Site.parse("model.layers.*.mlp.up_proj:input").side
+    'input'
+    >>> Site.parse("mlp_out.grad").array
+    'mlp_out.grad'
+
+    `Site.parse("embed")` is one of `ONCE`. A path without a side means the module's output. With ``.grad`` at the end,
+    the site is the gradient of the capture's objective with respect to the activation.
     """
 
     name: str
@@ -73,8 +78,7 @@ class Site:
         Raises
         ------
         SiteError
-            The text is empty or names a side other than ``input`` and ``output``, or looks like a
-            misspelt standard name.
+            The text is empty, names a side other than ``input`` and ``output``, or looks like a misspelt standard name.
         """
         text = text.strip()
         gradient = text.endswith(GRADIENT)
@@ -106,7 +110,7 @@ class Site:
 
     @property
     def standard(self) -> bool:
-        """Whether the site exists once per block, and is stored as one (layer, token, …) array."""
+        """True if the site exists once in each block, and is stored as one (layer, token, …) array."""
         return self.name in STANDARD
 
     @property
@@ -116,7 +120,7 @@ class Site:
 
     @property
     def activation_array(self) -> str:
-        """The name of the array of the activation itself, where the site is its gradient."""
+        """The name of the array of the activation itself, if the site is its gradient."""
         return self.name if self.standard else array_name(self.name, self.side)
 
     @property
@@ -144,7 +148,7 @@ def plain_layers(layers: Any) -> int | str | list[int]:
     Raises
     ------
     ConfigError
-        Something else, such as text that is no slice, or None.
+        *layers* is something else, such as None or text that is not a slice.
     """
     if isinstance(layers, str):
         text = "".join(layers.split())
@@ -155,7 +159,7 @@ def plain_layers(layers: Any) -> int | str | list[int]:
             return numbers if "," in text else numbers[0]
     else:
         try:
-            one = hasattr(layers, "__index__") and getattr(layers, "ndim", 0) == 0  # an array has it, too
+            one = hasattr(layers, "__index__") and getattr(layers, "ndim", 0) == 0  # arrays have __index__ too
             asked = [layers] if one else list(layers)
             if not any(isinstance(layer, bool) for layer in asked):
                 return index(layers) if one else [index(layer) for layer in asked]
@@ -167,10 +171,10 @@ def plain_layers(layers: Any) -> int | str | list[int]:
 
 
 def resolve_layers(layers: Layers, depth: int) -> tuple[int, ...]:
-    """Return the sorted layer numbers that *layers* means in a model of *depth* blocks.
+    """Return the sorted layer numbers that *layers* selects in a model of *depth* blocks.
 
-    ``"all"``; one number; a list; as text also numbers with commas between, ``"0,8"``, or a slice, ``"8:24"`` or
-    ``"::4"``. Negative numbers count from the end, as in Python.
+    *layers* is ``"all"``, a number, a list of numbers, or text: numbers with commas, ``"0,8"``, or a slice, ``"8:24"``
+    or ``"::4"``. Negative numbers count from the end, as in Python.
 
     >>> resolve_layers("all", 3), resolve_layers([0, -1], 12), resolve_layers("2:8:3", 12), resolve_layers("0, 8", 12)
     ((0, 1, 2), (0, 11), (2, 5), (0, 8))
@@ -178,7 +182,7 @@ def resolve_layers(layers: Layers, depth: int) -> tuple[int, ...]:
     Raises
     ------
     SiteError
-        A layer that the model does not have, or none at all.
+        The model does not have a layer, or none is selected.
     ConfigError
         See `plain_layers`.
     """

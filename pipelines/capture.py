@@ -29,10 +29,10 @@ def load(config: CaptureConfig, progress: bool) -> LoadedCapture:
     """Load what a capture needs; everything that can be checked without weights is checked before they are loaded."""
     import transformers
 
+    from flexcache.hooks.locate.position_tables import longest_input
     from flexcache.hooks.locate.vision import reads_images
     from flexcache.hooks.read.measure import input_device
     from flexcache.images.input import model_input
-    from flexcache.model import longest_input
     from flexcache.recording.forward.capture_targets import find_targets
     from flexcache.recording.forward.image_inputs import check_images
 

@@ -69,12 +69,12 @@ def run(config: CaptureConfig, terms: ForecastTerms, progress: bool = True) -> F
 
 def _batched(model: Any, config: CaptureConfig, inputs: PlanInputs) -> PlanInputs:
     """Return the inputs with the batching that a capture would use for the model."""
-    from flexcache.model import evaluating
+    from flexcache.hooks.locate.evaluation_mode import evaluation_mode
     from flexcache.recording.checks.padding import find_batching
     from flexcache.recording.forward.image_inputs import padding
     from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 
-    with evaluating(model), closing(ModelParallelGroup(model)) as group:
+    with evaluation_mode(model), closing(ModelParallelGroup(model)) as group:
         pad = padding(model, inputs.tokenizer)
         verdict = find_batching(model, _targets(model, config, inputs), pad, inputs.spec, group)
     return replace(inputs, batching=verdict.batching)

@@ -44,9 +44,11 @@ def run(config: CaptureConfig, console: Console, progress: bool = True) -> Estim
 def plan_inputs(config: CaptureConfig, skeleton: Any) -> PlanInputs:
     """Return the inputs of the plan of a configuration, from a model without weights; no document is read."""
     from flexcache.documents import open_documents
+    from flexcache.hooks.locate.position_tables import count_positions, longest_input
     from flexcache.hooks.locate.vision import reads_images
+    from flexcache.hooks.locate.vocabulary import encoder_vocabulary_size, vocabulary_size
+    from flexcache.identity.tokenizer import describe_tokenizer
     from flexcache.images.input import model_input
-    from flexcache.model import describe_tokenizer, encoder_vocabulary, longest_input, positions, vocabulary
     from flexcache.recording.forward.capture_targets import find_targets, measure_arrays
     from flexcache.recording.forward.image_inputs import check_images
 
@@ -63,9 +65,9 @@ def plan_inputs(config: CaptureConfig, skeleton: Any) -> PlanInputs:
         spec=spec,
         model={"name": config.model.name},
         tokenizer_identity=describe_tokenizer(tokenizer, documents.content == "messages"),
-        vocabulary=vocabulary(skeleton),
-        encoder_vocabulary=encoder_vocabulary(skeleton),
-        positions=positions(skeleton),
+        vocabulary=vocabulary_size(skeleton),
+        encoder_vocabulary=encoder_vocabulary_size(skeleton),
+        positions=count_positions(skeleton),
     )
 
 

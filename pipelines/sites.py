@@ -17,8 +17,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from flexcache.errors import ConfigError, FlexCacheError, SiteError, nearest
-from flexcache.hooks.checks.survey import Place, Sharding, Surveyed, survey, survey_sharding
-from flexcache.hooks.locate.search import glob_regex
+from flexcache.hooks.checks.sharding import Sharding, survey_sharding
+from flexcache.hooks.checks.survey import ModuleSide, SurveyedModule, survey
+from flexcache.hooks.locate.names import glob_regex
 from flexcache.model import ModelSource
 from flexcache.site import Side
 
@@ -32,7 +33,7 @@ class Line:
     """A line of the table: equal modules whose paths match one pattern."""
 
     pattern: str
-    entries: tuple[Surveyed, ...]
+    entries: tuple[SurveyedModule, ...]
     cells: tuple[str, ...]
 
     @property
@@ -93,7 +94,7 @@ def run(
     _print(_table(f"{name} on {world} processes" if world > 1 else name, lines, bool(shared)), console)
 
 
-def chosen(found: Sequence[Surveyed], match: str | None) -> tuple[Surveyed, ...]:
+def chosen(found: Sequence[SurveyedModule], match: str | None) -> tuple[SurveyedModule, ...]:
     """Return the entries whose path matches a glob; all entries if it is None.
 
     Raises
@@ -111,12 +112,12 @@ def chosen(found: Sequence[Surveyed], match: str | None) -> tuple[Surveyed, ...]
     return matching
 
 
-def collapse(found: Sequence[Surveyed], shared: dict[Place, Sharding]) -> list[Line]:
+def collapse(found: Sequence[SurveyedModule], shared: dict[ModuleSide, Sharding]) -> list[Line]:
     """Return one line for modules whose paths differ only in numbers and that are equal in everything shown.
 
     If modules of one pattern are not all equal, each line lists its numbers.
     """
-    groups: dict[tuple[str, tuple[str, ...]], list[Surveyed]] = {}
+    groups: dict[tuple[str, tuple[str, ...]], list[SurveyedModule]] = {}
     for entry in found:
         groups.setdefault((_pattern(entry.path), _cells(entry, shared)), []).append(entry)
     patterns = [pattern for pattern, _ in groups]
@@ -129,7 +130,7 @@ def collapse(found: Sequence[Surveyed], shared: dict[Place, Sharding]) -> list[L
     return lines
 
 
-def record(entry: Surveyed, shared: dict[Place, Sharding]) -> dict[str, Any]:
+def record(entry: SurveyedModule, shared: dict[ModuleSide, Sharding]) -> dict[str, Any]:
     """Return a module as plain data.
 
     Shapes are lists of sizes, such as ``["batch", "length", "64"]``, or null without a tensor.
@@ -151,7 +152,7 @@ def record(entry: Surveyed, shared: dict[Place, Sharding]) -> dict[str, Any]:
     return plain
 
 
-def _survey(model: Any) -> tuple[Surveyed, ...]:
+def _survey(model: Any) -> tuple[SurveyedModule, ...]:
     try:
         return survey(model)
     except SiteError as error:
@@ -167,7 +168,7 @@ def _with_remedy(error: SiteError, remedy: str) -> SiteError:
     return SiteError(error.message, where=error.where, expected=error.expected, found=error.found, remedy=remedy)
 
 
-def _shared(source: ModelSource, kind: Any, found: Sequence[Surveyed]) -> dict[Place, Sharding]:
+def _shared(source: ModelSource, kind: Any, found: Sequence[SurveyedModule]) -> dict[ModuleSide, Sharding]:
     """Load the model over all processes, run it once, and return the sharding of its activations."""
     import torch
     import torch.distributed as dist
@@ -205,7 +206,7 @@ def _pattern(path: str) -> str:
     return ".".join("*" if part.isdecimal() else part for part in path.split("."))
 
 
-def _numbers(entries: Sequence[Surveyed]) -> str:
+def _numbers(entries: Sequence[SurveyedModule]) -> str:
     """Return the first numbers in which paths differ, with consecutive ones as ``0–2``."""
     numbers = sorted({int(part) for entry in entries for part in entry.path.split(".") if part.isdecimal()})
     runs: list[list[int]] = []
@@ -217,12 +218,12 @@ def _numbers(entries: Sequence[Surveyed]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
 
 
-def _line(entries: tuple[Surveyed, ...], shared: dict[Place, Sharding]) -> Line:
+def _line(entries: tuple[SurveyedModule, ...], shared: dict[ModuleSide, Sharding]) -> Line:
     path = entries[0].path if len(entries) == 1 else _pattern(entries[0].path)
     return Line(path or ITSELF, entries, _cells(entries[0], shared))
 
 
-def _cells(entry: Surveyed, shared: dict[Place, Sharding]) -> tuple[str, ...]:
+def _cells(entry: SurveyedModule, shared: dict[ModuleSide, Sharding]) -> tuple[str, ...]:
     on_input, on_output = shared.get((entry.path, "input"), ""), shared.get((entry.path, "output"), "")
     return (
         entry.kind + (f", runs {entry.runs} times" if entry.runs > 1 else ""),

@@ -14,7 +14,7 @@ PUBLIC = {
     " import_folder merge open open_documents recompute record repair training verify",
     "flexcache.documents": "CSV_NULLS Documents RESERVED load_dataset open_documents",
     "flexcache.exchange": "export import_folder",
-    "flexcache.hooks": "Activation ActivationHooks FlexModel HookFunction HookPoint check_identity edits find_blocks"
+    "flexcache.hooks": "Activation ActivationHooks FlexModel HookFunction HookPoint check_sites edits find_blocks"
     " find_hook_points measure user_hooks",
     "flexcache.images": "Patches decode_image encode_image",
     "flexcache.parallel": "Distribution Mesh Stages",

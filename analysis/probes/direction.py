@@ -15,7 +15,7 @@ from safetensors.numpy import save
 
 from analysis.dataset.readable import Readable
 from flexcache.errors import AnalysisError, nearest
-from flexcache.identity import differences, known
+from flexcache.identity import differences, has_weight_digests
 from flexcache.identity.record import OTHERS, SAMPLE
 from flexcache.paths import local_path
 from flexcache.store.read.recorded_model import recorded_model
@@ -91,9 +91,9 @@ class Direction:
         import torch
 
         from flexcache import hooks
+        from flexcache.hooks.locate.evaluation_mode import evaluation_mode
         from flexcache.hooks.read.activation_hooks import ActivationHooks
         from flexcache.identity.describe import describe_model
-        from flexcache.model import evaluating
         from flexcache.recording.run.fingerprint import fingerprint
         from flexcache.site import Site
 
@@ -105,7 +105,7 @@ class Direction:
         def keep(_: Any, values: torch.Tensor) -> None:
             found.append(self.score(values[0].float().cpu().numpy().reshape(values.shape[1], -1)))
 
-        with torch.no_grad(), evaluating(model), ActivationHooks(model, points, keep) as running:
+        with torch.no_grad(), evaluation_mode(model), ActivationHooks(model, points, keep) as running:
             for text in texts:
                 running.forward(**tokenizer(text, return_tensors="pt").to(next(model.parameters()).device))
         return found
@@ -119,7 +119,7 @@ class Direction:
     def _check_record(self, theirs: Mapping[str, Any], what: str, remedy: str) -> None:
         mine = self.provenance.get("model_record") or {SAMPLE: self.provenance.get("weights")}
         shared = {name: theirs[name] for name in theirs if name in mine or name == OTHERS}
-        if known(mine) and known(theirs) and (found := differences(mine, shared)):
+        if has_weight_digests(mine) and has_weight_digests(theirs) and (found := differences(mine, shared)):
             raise AnalysisError(
                 f"{what} comes from another model than the one that the probe was fitted to",
                 expected=str(self.provenance.get("model")),

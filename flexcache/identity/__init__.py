@@ -1,25 +1,24 @@
 """Identity of a model: digests of its values, its structure by name, and its outputs on a small fixed input."""
 
+from flexcache.identity.comparison import check_model, differences
 from flexcache.identity.record import (
-    check_model,
-    comparable,
-    differences,
-    for_store,
-    identity_of,
-    known,
+    comparable_record,
+    get_identity,
+    has_weight_digests,
     model_key,
     model_record,
     other_models,
+    stored_record,
 )
 
 __all__ = [
     "check_model",
-    "comparable",
+    "comparable_record",
     "differences",
-    "for_store",
-    "identity_of",
-    "known",
+    "get_identity",
+    "has_weight_digests",
     "model_key",
     "model_record",
     "other_models",
+    "stored_record",
 ]

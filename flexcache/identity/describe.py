@@ -10,17 +10,17 @@ import torch
 import xxhash
 from torch import nn
 
-from flexcache.hooks.locate.names import WRAPPERS, modules, unwrap
-from flexcache.hooks.read.measure import Example, Reader, read_example
-from flexcache.identity.behavior import behavior, fixed_length
+from flexcache.hooks.locate.evaluation_mode import evaluation_mode
+from flexcache.hooks.locate.names import WRAPPERS, modules_by_path, unwrap_model
+from flexcache.hooks.read.measure import Example, ExampleReader, read_example
+from flexcache.identity.behavior import fixed_length, record_behavior
 from flexcache.identity.record import CONFIG, CONFIG_DIGEST, IDENTITY, NAMES, SAMPLE
-from flexcache.identity.structure import structure
-from flexcache.identity.weights import TensorDigests, combine, digest_tensors, fsdp1_owners
-from flexcache.model import evaluating
+from flexcache.identity.structure import describe_structure
+from flexcache.identity.weights import TensorDigests, combine_digests, digest_tensors, fsdp1_owners
 
 SAMPLED_VALUES = 64
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "distributed_config")
-"""Settings that say where a model came from or how it is run."""
+"""Settings that state where a model came from or how it is run."""
 WITHOUT_EFFECT = (
     *VOLATILE,
     *("architectures", "use_cache", "output_attentions", "output_hidden_states", "return_dict"),
@@ -29,40 +29,41 @@ WITHOUT_EFFECT = (
 """Settings that change no activation, or are recorded elsewhere."""
 
 Gathered = Callable[[Any], list[Any]]
-"""Returns what each rank gives; collective."""
+"""Return the value of each rank; collective."""
 
 
 def describe_model(
     model: nn.Module,
     conditions: Mapping[str, Any] | None = None,
     *,
-    reader: Reader = read_example,
+    reader: ExampleReader = read_example,
     gathered: Gathered = lambda own: [own],
     example: Example | None = None,
 ) -> dict[str, Any]:
     """Return a record of what a live model computes, for the provenance of a store.
 
-    The model runs once on a small input, and every value of it is read once: 0.1 seconds for a gigabyte of weights.
-    However the model is distributed, the record of its weights is the same. Collective where it is distributed.
+    The model runs once on a small input, and each of its values is read once: 0.1 seconds for a gigabyte of weights.
+    The record of its weights is the same however the model is distributed. Collective if it is distributed.
 
     Parameters
     ----------
     conditions
-        What the bits of a forward depend on, see `flexcache.recording.run.fingerprint`; None to run nothing.
+        Everything that the bits of a forward depend on, see `flexcache.recording.run.fingerprint`; None to skip the
+        forward.
     reader
         Runs and reads a small forward; collective for a model on several processes.
     gathered
-        Returns what each rank of the model gives.
+        Returns the value of each rank of the model.
     example
         Makes the input of the small forward; by default token ids, or pixels.
 
     Returns
     -------
     dict
-        ``name`` and ``class``; digests of the configuration and of a sample of the weights, by which earlier versions
+        ``name`` and ``class``; digests of the configuration and of a sample of the weights, which earlier versions
         compare; and ``identity``: digests of all weights and buffers, the structure by name, and the behavior on a
-        fixed input, see `flexcache.identity.record.differences`. `flexcache.identity.for_store` leaves out what only
-        names differences.
+        fixed input, see `flexcache.identity.differences`. `flexcache.identity.stored_record` leaves out what is only
+        needed to name differences.
 
     Example
     -------
@@ -70,7 +71,7 @@ def describe_model(
     >>> describe_model(torch.nn.Linear(2, 1))["class"]
     'Linear'
     """
-    root = unwrap(model)
+    root = unwrap_model(model)
     config: Any = getattr(root, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     settings = {key: value for key, value in settings.items() if key not in VOLATILE}
@@ -79,13 +80,13 @@ def describe_model(
     except TypeError:  # keys of several types
         text = json.dumps(_plain(settings))
     kind = next(cls for cls in type(root).__mro__ if not cls.__name__.startswith("FSDP"))
-    with evaluating(model), torch.no_grad():
-        # first the forward: some models compute their rotary frequencies anew for the length of what they read
+    with evaluation_mode(model), torch.no_grad():
+        # first the forward: some models compute their rotary frequencies again for the length of their input
         before = _versions(model)
         tokens = min(gathered(fixed_length(model)))
-        ran = None if conditions is None else behavior(model, conditions, reader, example, tokens)
+        ran = None if conditions is None else record_behavior(model, conditions, reader, example, tokens)
         counting = {name for name, version in _versions(model).items() if before.get(name) != version}
-        parts = structure(model)
+        parts = describe_structure(model)
         found = [TensorDigests(**told) for told in gathered(vars(digest_tensors(model)))]
     weights = {name: value for one in found for name, value in one.weights.items() if name not in counting}
     computed = {name: value for one in found for name, value in one.computed.items() if name not in counting}
@@ -96,7 +97,7 @@ def describe_model(
         SAMPLE: None if _out_of_reach(model) else sample_digest(root),
         IDENTITY: {
             CONFIG: _plain(settings),
-            "weights": combine(weights),
+            "weights": combine_digests(weights),
             "tensors": f"{len(weights)} ({xxhash.xxh3_64_hexdigest(repr(sorted(weights)).encode())})",
             "marks": "".join(xxhash.xxh3_64_hexdigest(weights[name].encode())[:8] for name in sorted(weights)),
             NAMES: sorted(weights),
@@ -110,7 +111,7 @@ def describe_model(
 def sample_digest(model: nn.Module) -> str:
     """Return the XXH3-128 of up to 64 evenly spaced values of each parameter and buffer of the state dict.
 
-    By this stores of earlier versions are compared, which hold no other digest of the weights.
+    Stores of earlier versions, which hold no other digest of the weights, are compared by it.
     """
     hasher = xxhash.xxh3_128()
     for path, tensor in model.state_dict(keep_vars=True).items():
@@ -129,21 +130,21 @@ def sample_digest(model: nn.Module) -> str:
 
 
 def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return what changes when a forward writes to a tensor that is no parameter, such as a counter, by name.
+    """Return, by name, values that change when a forward writes to a tensor that is no parameter, such as a counter.
 
-    FSDP1 replaces views of its flat parameters in every forward, so that nothing is told of the modules in it.
+    FSDP1 replaces views of its flat parameters in every forward, so its modules are left out.
     """
     sharded = fsdp1_owners(model)
     return {
         f"{path}.{key}".lstrip("."): (id(value), value._version)
-        for path, module in modules(model).items()
+        for path, module in modules_by_path(model).items()
         for key, value in {**vars(module), **module._buffers}.items()
         if isinstance(value, torch.Tensor) and not value.is_inference() and module not in sharded
     }
 
 
 def _plain(value: Any) -> Any:
-    """Return settings as values that JSON can hold, without those that have no effect, in an order of their own."""
+    """Return settings as values that JSON can hold, sorted, without those that have no effect."""
     if isinstance(value, Mapping):
         kept = {str(key): part for key, part in value.items() if str(key) not in WITHOUT_EFFECT}
         return {key: _plain(kept[key]) for key in sorted(kept)}
@@ -157,7 +158,7 @@ def _plain(value: Any) -> Any:
 
 
 def _patterns(computed: Mapping[str, str]) -> dict[str, list[str]]:
-    """Return the digests of tensors under names whose numbers are left out, since blocks hold copies of the same."""
+    """Return the digests of tensors by name without block numbers, since blocks hold copies of the same tensor."""
     found: dict[str, set[str]] = {}
     for name, text in computed.items():
         pattern = ".".join("*" if part.isdecimal() else part for part in name.split("."))
@@ -166,7 +167,7 @@ def _patterns(computed: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _out_of_reach(model: nn.Module) -> bool:
-    """Return True if a rank cannot put the model's weights together: FSDP1, a pipeline, ZeRO-3."""
+    """Return True if a rank cannot assemble the model's weights: FSDP1, a pipeline, ZeRO-3."""
     apart = ("FullyShardedDataParallel", "PipelineIdentityLayer", "Stages")
     return any(type(module).__name__ in apart for module in model.modules()) or any(
         hasattr(parameter, "ds_id") for parameter in model.parameters()

@@ -1,59 +1,53 @@
-"""The record of a model in a store, and what differs between two of them; needs no torch."""
+"""The record of a model in a store; needs no torch."""
 
 from __future__ import annotations
 
-import base64
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
-
-from flexcache.errors import MismatchError, StoreError
 
 Record = Mapping[str, Any]
 
 IDENTITY, CONFIG, NAMES = "identity", "config", "names"
 SAMPLE, CONFIG_DIGEST = "weights_sample_xxh3_128", "config_xxh3_128"
 APART = ("name", "revision", "files", IDENTITY, SAMPLE, CONFIG_DIGEST)
-"""Keys of a record that say where a model came from, or that are not compared for equality alone."""
+"""Keys of a record that state where a model came from, or that are not compared for equality only."""
 
-TOLERANCES = {"bfloat16": 6e-2, "float16": 2e-2, "float32": 1e-3, "float64": 1e-6}
-"""Relative to the norm of a group of tokens: how far two forwards under other conditions may be apart."""
-STEADY = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5, "float64": 1e-12}
-"""The same under equal conditions, for models whose forwards do not repeat bit for bit."""
-BUILT_WITH = ("device", "torch", "transformers")
-"""Conditions that may change the bits of tensors which a model computes when it is loaded."""
-UNREADABLE = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
 
 OTHERS = "other_models"
-"""Marks of other models in the record of a store, which some of its units come from."""
-SHOWN = 6
-
-CHANGED_MODEL = (
-    "load the model as it was, or choose another path for a new store; allow_changed_model=True"
-    " (--allow-changed-model) continues all the same, and the ledger records it"
-)
+"""Marks of other models in the record of a store, which computed some of its units."""
 
 
-def for_store(model: Record) -> dict[str, Any]:
-    """Return the record of a live model as a store keeps it: without the names of its tensors."""
+def stored_record(model: Record) -> dict[str, Any]:
+    """Return the record of a live model as a store keeps it: without the names of its tensors.
+
+    >>> stored_record({"class": "Linear", "identity": {"weights": "a1", "names": ["weight"]}})
+    {'class': 'Linear', 'identity': {'weights': 'a1'}}
+    """
     identity = model.get(IDENTITY)
     if not isinstance(identity, Mapping):
         return dict(model)
     return {**model, IDENTITY: {key: value for key, value in identity.items() if key != NAMES}}
 
 
-def comparable(model: Record) -> dict[str, Any]:
-    """Return the part of a record by which models are compared: not where the model came from."""
-    return {key: value for key, value in for_store(model).items() if key in ("class", CONFIG_DIGEST, SAMPLE, IDENTITY)}
+def comparable_record(model: Record) -> dict[str, Any]:
+    """Return the part of a record by which models are compared, without that on where the model came from.
+
+    >>> comparable_record({"name": "my/model", "class": "Linear"})
+    {'class': 'Linear'}
+    """
+    return {
+        key: value for key, value in stored_record(model).items() if key in ("class", CONFIG_DIGEST, SAMPLE, IDENTITY)
+    }
 
 
 def other_models(fingerprints: Iterable[Record]) -> list[str]:
-    """Return the marks of units that another model computed than that of their store, where it was allowed."""
+    """Return the marks of units that were computed by another model than that of their store, with permission.
+
+    >>> other_models([{"model": "1f2e"}, {"torch": "2.9"}])
+    ['1f2e']
+    """
 
     def marks(value: Any) -> Iterator[str]:
         if isinstance(value, Mapping):
@@ -68,239 +62,46 @@ def other_models(fingerprints: Iterable[Record]) -> list[str]:
 
 
 def model_record(provenance: Record) -> Record:
-    """Return the record of the model whose activations a store holds, also if they were put into another order."""
-    model = _mapping(provenance.get("model"))
-    return _mapping(_mapping(model.get("preshuffled")).get("model")) or model
+    """Return the record of the model whose activations a store holds, also if the store is shuffled.
+
+    >>> model_record({"model": {"class": "Linear"}})
+    {'class': 'Linear'}
+    """
+    model = as_mapping(provenance.get("model"))
+    return as_mapping(as_mapping(model.get("preshuffled")).get("model")) or model
 
 
-def known(model: Record) -> bool:
-    """Return True if a record says which weights a model had."""
+def has_weight_digests(model: Record) -> bool:
+    """Return True if a record states the weights of a model.
+
+    >>> has_weight_digests({"class": "Linear"})
+    False
+    """
     return bool(model.get(SAMPLE) or model.get(IDENTITY))
 
 
 def model_key(model: Record) -> str:
-    """Return a short digest of what a model is, for the ledger."""
+    """Return a short digest of a model's identity, for the ledger.
+
+    >>> len(model_key({"class": "Linear"}))
+    16
+    """
     identity = model.get(IDENTITY) or {}
     parts = [model.get("class"), model.get(CONFIG_DIGEST), model.get(SAMPLE), identity.get("weights")]
     parts += [identity.get("structure", {}).get("adapters"), (identity.get("behavior") or {}).get("bits")]
     return xxhash.xxh3_64_hexdigest(repr(parts).encode())
 
 
-def identity_of(model: Record) -> Record | None:
-    """Return the identity in a record, or None if it was written by an earlier version."""
-    held = _mapping(model.get(IDENTITY))
+def get_identity(model: Record) -> Record | None:
+    """Return the identity in a record, or None in records of earlier versions.
+
+    >>> get_identity({"class": "Linear"}) is None
+    True
+    """
+    held = as_mapping(model.get(IDENTITY))
     return held if isinstance(held.get("weights"), str) else None
 
 
-def differences(before: Record, now: Record) -> list[str]:
-    """Return what differs between the models of two records, in words; empty where they compute the same.
-
-    Two models are the same if their classes, configurations and weights are equal, and if their outputs on the fixed
-    input are: bit for bit under equal conditions, within `STEADY` if forwards do not repeat to the bit, and within
-    `TOLERANCES` under other conditions. Then neither hooks nor classes of modules matter. Records of earlier versions
-    are compared by a sample of the weights.
-
-    Raises
-    ------
-    StoreError
-        A record is not of this form.
-    """
-    with _readable():
-        return _differences(before, now)
-
-
-def structural(one: Record, other: Record) -> list[str]:
-    """Return what differs between the structures of two identities, in words.
-
-    Raises
-    ------
-    StoreError
-        An identity is not of this form.
-    """
-    with _readable():
-        return _structural(one, other)
-
-
-@contextmanager
-def _readable() -> Iterator[None]:
-    """Raise StoreError for a record whose parts are of other types, or missing."""
-    try:
-        yield
-    except UNREADABLE as error:
-        raise StoreError(
-            "the record of a model cannot be read",
-            where="provenance.model.identity",
-            found=f"{type(error).__name__}: {str(error)[:200]}",
-            remedy="restore zarr.json from a copy, or choose another path for a new store",
-        ) from error
-
-
-def _differences(before: Record, now: Record) -> list[str]:
-    found = [
-        f"{name}: {before.get(name, 'nothing')} before, {now.get(name, 'nothing')} now"
-        for name in sorted({*before, *now} - {*APART})
-        if before.get(name) != now.get(name)
-    ]
-    one, other = identity_of(before), identity_of(now)
-    if one is None or other is None:
-        if before.get(CONFIG_DIGEST) != now.get(CONFIG_DIGEST):
-            found.append("config: a digest of it differs")
-        samples = before.get(SAMPLE), now.get(SAMPLE)
-        if None not in samples and samples[0] != samples[1]:
-            found.append("weights: a sample of their values differs")
-        return found
-    config = _pairs(_flat(one), _flat(other), CONFIG, None)
-    if _conditions(one, "transformers") != _conditions(other, "transformers"):  # keys come and go with its versions
-        config = [(name, held) for name, held in config if None not in held]
-    found += _some([f"config.{name}: {held[0]} before, {held[1]} now" for name, held in config])
-    found += _weights(one, other)
-    found += _computed(one, other)
-    found += _behavior(one.get("behavior"), other.get("behavior"))
-    return [*_structural(one, other), *found] if found else []
-
-
-def _structural(one: Record, other: Record) -> list[str]:
-    before, now = (_mapping(identity.get("structure")) for identity in (one, other))
-    found = [
-        f"adapter {name}: {held[0]} before, {held[1]} now" for name, held in _pairs(before, now, "adapters", "none")
-    ]
-    if before.get("quantization") != now.get("quantization"):
-        found.append(f"quantization: {before.get('quantization')} before, {now.get('quantization')} now")
-    if before.get("hooks") != now.get("hooks"):
-        hooks = [", ".join(map(str, held.get("hooks") or [])) or "none" for held in (before, now)]
-        found.append(f"hooks: {hooks[0]} before, {hooks[1]} now")
-    found += _some(
-        [f"modules: {held[0]} × {name} before, {held[1]} now" for name, held in _pairs(before, now, "modules", 0)]
-    )
-    settings = _pairs(before, now, "settings", {})
-    found += _some(
-        [f"{name}: {_values(held[0])} before, {_values(held[1])} now" for name, held in settings if all(held)]
-    )
-    return found
-
-
-def check_model(
-    before: Record, now: Record, where: str, *, allow: bool = False, remedy: str = CHANGED_MODEL
-) -> list[str]:
-    """Return what differs between the model of a store and the one at hand, if that is allowed.
-
-    Raises
-    ------
-    MismatchError
-        Something differs, and *allow* is False.
-    """
-    found = differences(before, now)
-    if found and not allow:
-        raise MismatchError(
-            "the model computes something else than the one that the store was made from",
-            where=where,
-            expected=str(before.get("name") or before.get("class") or "the model of the store"),
-            found="\n    ".join(["", *found]),
-            remedy=remedy,
-        )
-    return found
-
-
-def _weights(one: Record, other: Record) -> list[str]:
-    before, now = one.get("weights"), other.get("weights")
-    if before == now or before is None or now is None:
-        return []
-    if one.get("tensors") != other.get("tensors"):
-        return [f"weights: {one.get('tensors')} tensors before, {other.get('tensors')} now, or of other names"]
-    names: Sequence[str] = other.get(NAMES) or []
-    marks = [str(identity.get("marks", "")) for identity in (one, other)]
-    changed = [name for at, name in enumerate(names) if marks[0][8 * at :][:8] != marks[1][8 * at :][:8]]
-    listed = ", ".join(changed[:SHOWN]) + (", …" if len(changed) > SHOWN else "")
-    return [f"weights: {len(changed)} of {len(names)} tensors differ: {listed}" if changed else "weights: they differ"]
-
-
-def _computed(one: Record, other: Record) -> list[str]:
-    """Compare tensors that a model computes on loading, which may change bits with the device; not those that grew."""
-    if _conditions(one, *BUILT_WITH) != _conditions(other, *BUILT_WITH):
-        return []
-    before, now = (_mapping(identity.get("computed")) for identity in (one, other))
-    changed = []
-    for name in sorted({*before} & {*now}):
-        held, given = set(before[name]), set(now[name])
-        shapes = [{text.rpartition(" ")[0] for text in found} for found in (held, given)]
-        if held != given and shapes[0] == shapes[1]:
-            changed.append(name)
-    return [f"buffers: {', '.join(changed[:SHOWN])} differ"] if changed else []
-
-
-def _behavior(one: Record | None, other: Record | None) -> list[str]:
-    if not one or not other or one.get("inputs") != other.get("inputs"):
-        return []
-    before, now = ({name: at for at, name in enumerate(record["names"])} for record in (one, other))
-    common = [name for name in before if name in now]
-    if not common:
-        return []
-    apart = _distances(one, other, common, before, now)
-    alike = one.get("conditions") == other.get("conditions")
-    if alike and one.get("repeatable") and other.get("repeatable"):
-        wrong = [name for name in common if one["bits"][before[name]] != other["bits"][now[name]]]
-        rule = "bit for bit, under the same conditions"
-    else:
-        table = STEADY if alike else TOLERANCES
-        tolerance = max(table.get(str(record.get("dtype")), table["float32"]) for record in (one, other))
-        wrong = [name for name, distance in zip(common, apart) if not distance <= tolerance]
-        rule = f"to {tolerance:g} of their norm, under {'the same' if alike else 'other'} conditions"
-    if not wrong:
-        return []
-    largest = max(distance for name, distance in zip(common, apart) if name in wrong)
-    return [
-        f"outputs on a fixed input, expected to be equal {rule}: {wrong[0]} is the first of {len(wrong)} of"
-        f" {len(common)} that differ, by up to {largest:.2g} of the norm"
-    ]
-
-
-def _distances(one: Record, other: Record, names: list[str], before: Mapping, now: Mapping) -> list[float]:
-    """Return the largest difference of the sketches of each output, relative to the norm of a group of tokens."""
-    a, b = (_sketches(record)[[at[name] for name in names]] for record, at in ((one, before), (other, now)))
-    scale = np.maximum(a[..., 1:], b[..., 1:])
-    with np.errstate(invalid="ignore", divide="ignore"):
-        relative = np.where(a == b, 0.0, np.abs(a - b) / np.where(scale > 0, scale, 1.0))
-    return [float(value) for value in np.nan_to_num(relative, nan=np.inf).max(axis=(1, 2))]
-
-
-def _sketches(record: Record) -> NDArray[np.float64]:
-    content = np.frombuffer(base64.b64decode(record["sketches"]), "<f4")
-    return content.reshape(len(record["names"]), -1, 2).astype(np.float64)
-
-
-def _pairs(before: Record, now: Record, key: str, default: Any) -> list[tuple[str, tuple[Any, Any]]]:
-    held, given = _mapping(before.get(key)), _mapping(now.get(key))
-    pairs = ((name, (held.get(name, default), given.get(name, default))) for name in sorted({*held, *given}))
-    return [(name, pair) for name, pair in pairs if pair[0] != pair[1]]
-
-
-def _conditions(identity: Record, *names: str) -> list[Any]:
-    held = _mapping(_mapping(identity.get("behavior")).get("conditions"))
-    return [held.get(name) for name in names]
-
-
-def _flat(identity: Record) -> dict[str, dict[str, Any]]:
-    """Return the configuration of an identity with dotted names."""
-    found: dict[str, Any] = {}
-
-    def add(prefix: str, value: Any) -> None:
-        if isinstance(value, Mapping) and value:
-            for key, part in value.items():
-                add(f"{prefix}.{key}".lstrip("."), part)
-        else:
-            found[prefix] = json.dumps(value, sort_keys=True)
-
-    add("", identity.get(CONFIG))
-    return {CONFIG: found}
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """Return *value* if it is a mapping, else an empty one."""
     return value if isinstance(value, Mapping) else {}
-
-
-def _values(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{value} in {count}" for value, count in counts.items())
-
-
-def _some(lines: list[str]) -> list[str]:
-    return [*lines[:SHOWN], *([f"… and {len(lines) - SHOWN} more of the kind"] if len(lines) > SHOWN else [])]

@@ -1,4 +1,4 @@
-"""Structure of a model by name, so that an error can say what has changed in it."""
+"""Structure of a model by name, so that an error can state what has changed in it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 
 from torch import nn
 
-from flexcache.hooks.locate.names import modules, unwrap
+from flexcache.hooks.locate.names import modules_by_path, unwrap_model
 from flexcache.hooks.read.user_hooks import user_changes
 
 Structure = dict[str, Any]
 
 FEW = 3
-"""Most values of one setting that are recorded; one that differs from block to block tells nothing."""
+"""Most values of one setting that are recorded; a setting that differs from block to block tells nothing."""
 
 
-def structure(model: nn.Module) -> Structure:
+def describe_structure(model: nn.Module) -> Structure:
     """Return adapters, quantization, hooks of the user, classes of modules and their settings.
 
     Returns
@@ -30,7 +30,7 @@ def structure(model: nn.Module) -> Structure:
         the names of functions; ``modules``: number of modules of each class and form; ``settings``: numbers, texts and
         functions that modules of a class hold, with the number of modules.
     """
-    named = modules(model)
+    named = modules_by_path(model)
     kinds: Counter[str] = Counter()
     settings: dict[str, Counter[str]] = defaultdict(Counter)
     for module in dict.fromkeys(named.values()):
@@ -92,7 +92,7 @@ def _adapters(named: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def _quantization(model: nn.Module) -> str | None:
-    config = getattr(getattr(unwrap(model), "config", None), "quantization_config", None)
+    config = getattr(getattr(unwrap_model(model), "config", None), "quantization_config", None)
     if config is None:
         return None
     told = config.to_dict() if hasattr(config, "to_dict") else config

@@ -13,7 +13,7 @@ import torch
 import xxhash
 from torch import nn
 
-from flexcache.hooks.locate.names import modules
+from flexcache.hooks.locate.names import modules_by_path
 
 CHUNK = 64 << 20
 """Bytes that are copied from a device at a time."""
@@ -26,9 +26,9 @@ class TensorDigests:
     Attributes
     ----------
     weights : dict from str to str
-        Of parameters, persistent buffers and whatever else the state dict of a module holds.
+        Parameters, persistent buffers, and everything else in the state dict of a module.
     computed : dict from str to str
-        Of other tensors, which a model computes when it is loaded, such as rotary frequencies; shape, then digest.
+        Other tensors, which a model computes when it is loaded, such as rotary frequencies; shape, then digest.
     """
 
     weights: dict[str, str]
@@ -38,17 +38,20 @@ class TensorDigests:
 def digest_tensors(model: nn.Module) -> TensorDigests:
     """Return a digest of every tensor of a model, over all of its values.
 
-    A name is the one in the model without wrappers, and a digest is that of the whole tensor, however it is sharded:
-    the result is the same under DDP, FSDP, ZeRO and tensor parallelism. Of a pipeline it covers the blocks of this
-    process. Nothing is cached, because an edit through ``.data`` changes neither the address of a tensor nor its
-    version counter. Collective where tensors are sharded.
+    Names are those in the unwrapped model, and digests those of the whole tensors, so that the result is the same under
+    DDP, FSDP, ZeRO and tensor parallelism. In a pipeline it covers the blocks of this process. Nothing is cached, since
+    an edit through ``.data`` changes neither the address of a tensor nor its version counter. Collective if tensors are
+    sharded.
+
+    >>> sorted(digest_tensors(nn.Linear(2, 1)).weights)
+    ['bias', 'weight']
     """
     weights: dict[str, str] = {}
     computed: dict[str, str] = {}
     tied: dict[nn.Parameter, str] = {}
     offloaded = _offloaded(model)
     owners = fsdp1_owners(model)
-    for owner, members in groupby(modules(model).items(), lambda item: owners.get(item[1])):
+    for owner, members in groupby(modules_by_path(model).items(), lambda item: owners.get(item[1])):
         with _summoned(owner):
             for path, module in members:
                 with _partitioned(module):
@@ -62,8 +65,8 @@ def digest_tensors(model: nn.Module) -> TensorDigests:
     return TensorDigests(weights, computed)
 
 
-def combine(digests: Mapping[str, str]) -> str:
-    """Return the XXH3-128 of named digests, whatever their order."""
+def combine_digests(digests: Mapping[str, str]) -> str:
+    """Return the XXH3-128 of named digests, independent of their order."""
     return xxhash.xxh3_128_hexdigest("\n".join(f"{name} {digests[name]}" for name in sorted(digests)).encode())
 
 
@@ -81,7 +84,7 @@ def _entries(module: nn.Module) -> Iterator[tuple[str, Any, bool]]:
 
 
 def _digest(value: Any) -> str:
-    """Return the shape of a tensor and a digest of it, or of what a tree of tensors and plain values holds."""
+    """Return the shape of a tensor and its digest, or the digest of a tree of tensors and plain values."""
     hasher = xxhash.xxh3_128()
     _update(hasher, value)
     return f"{tuple(getattr(value, 'shape', ()))} {hasher.hexdigest()}"
@@ -123,7 +126,7 @@ def _update_tensor(hasher: Any, tensor: torch.Tensor) -> None:
         flat = content.reshape(-1).view(torch.uint8)
         for part in flat.split(CHUNK):
             there = part.cpu()
-            # not by numpy: what it has seen can never be resized, and FSDP frees parameters by resizing them
+            # not by numpy: a tensor that numpy has seen cannot be resized, and FSDP frees parameters by resizing
             hasher.update((ctypes.c_char * there.numel()).from_address(there.data_ptr()))
 
 
@@ -133,7 +136,7 @@ def _scales(tensor: torch.Tensor) -> list[Any]:
     return [tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points(), tensor.q_per_channel_axis()]
 
 
-# Where a process does not hold the values of a module between forwards
+# Modules whose values a process does not hold between forwards
 
 
 def _summoned(owner: nn.Module | None) -> AbstractContextManager[Any]:
@@ -168,7 +171,7 @@ def _partitioned(module: nn.Module) -> AbstractContextManager[Any]:
 def _offloaded(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the values that accelerate keeps elsewhere while a parameter is on the meta device."""
     found: dict[str, torch.Tensor] = {}
-    for path, module in modules(model).items():
+    for path, module in modules_by_path(model).items():
         hook = getattr(module, "_hf_hook", None)
         for one in getattr(hook, "hooks", [hook]):
             values = getattr(one, "weights_map", None)

@@ -11,7 +11,14 @@ import numpy as np
 import torch
 
 from flexcache.errors import ConfigError, DocumentsError, MismatchError
-from flexcache.hooks.locate.vision import PIXELS, Pixels, compute_dtype, example_pixels, reads_images, token_layout
+from flexcache.hooks.locate.vision import (
+    PIXEL_VALUES,
+    ImageSize,
+    compute_dtype,
+    example_pixels,
+    find_patches,
+    reads_images,
+)
 from flexcache.hooks.read.measure import input_device
 from flexcache.images.encoded import decode_image, pillow
 from flexcache.images.processor import ImageProcessor, stored_processor
@@ -53,7 +60,7 @@ class ImageInput:
     """
 
     processor: ImageProcessor
-    pixels: Pixels
+    pixels: ImageSize
     patches: Patches
     dtype: torch.dtype
 
@@ -70,9 +77,9 @@ class ImageInput:
             return self._check_size(self.processor([decode_image(image, name)]), name)
 
         if len(images) == 1:
-            return {PIXELS: read_pixels(images[0], names[0])}
+            return {PIXEL_VALUES: read_pixels(images[0], names[0])}
         with ThreadPoolExecutor(THREADS) as pool:  # decoders release the GIL
-            return {PIXELS: np.concatenate(list(pool.map(read_pixels, images, names)))}
+            return {PIXEL_VALUES: np.concatenate(list(pool.map(read_pixels, images, names)))}
 
     def _check_size(self, pixels: np.ndarray, name: str) -> np.ndarray:
         """Return *pixels*; raise DocumentsError if they have another size than the model was tried with."""
@@ -121,8 +128,8 @@ def image_input(model: torch.nn.Module, processor: Any) -> ImageInput:
             found=", ".join(f"{size} of {width} × {height}" for (width, height), size in zip(TRIED_SIZES, sizes)),
             remedy="let it crop, or resize to a height and a width: do_center_crop, size={'height': …, 'width': …}",
         )
-    pixels: Pixels = (int(sizes[0][0]), int(sizes[0][1]), int(sizes[0][2]))
-    patches = token_layout(model, pixels, input_device(model))
+    pixels: ImageSize = (int(sizes[0][0]), int(sizes[0][1]), int(sizes[0][2]))
+    patches = find_patches(model, pixels, input_device(model))
     return ImageInput(made, pixels, patches, compute_dtype(model))
 
 

@@ -82,9 +82,9 @@ class ImageProcessor:
     def describe(self) -> dict[str, Any]:
         """Return its class, its settings and their digest; for a function, digests of its code."""
         if not self._from_transformers:
-            from flexcache.provenance import origin
+            from flexcache.provenance import callable_fingerprint
 
-            return {"class": type(self._inner).__name__, **origin(self._inner)}
+            return {"class": type(self._inner).__name__, **callable_fingerprint(self._inner)}
         settings = json.loads(json.dumps(self._inner.to_dict(), default=str))
         settings.pop("_processor_class", None)
         name = type(self._inner).__name__

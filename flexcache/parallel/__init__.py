@@ -1,4 +1,4 @@
-"""Models over several processes: meshes, what each rank holds of an activation, and assembling it."""
+"""Models on several processes: meshes, the piece of an activation that each rank holds, and its assembly."""
 
 from __future__ import annotations
 

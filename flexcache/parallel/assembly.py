@@ -1,4 +1,4 @@
-"""How pieces that ranks hold make up whole activations: pure arithmetic on headers, the same on every rank."""
+"""The assembly of whole activations from the pieces on the ranks: pure arithmetic on headers, equal on every rank."""
 
 from __future__ import annotations
 
@@ -7,53 +7,25 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
 
 from flexcache.errors import LayoutError
-from flexcache.parallel.layout import Layout
+from flexcache.parallel.header import ActivationKey, Header
 from flexcache.parallel.mesh import Coordinate
 
-ALIKE = 1e-2
-"""How far the checksums of what should be the same tensor may differ, relative to its mean magnitude."""
-
-
-class Key(NamedTuple):
-    """Which activation: the number of its hook, and how many times its module had run before in the forward."""
-
-    hook: int
-    call: int
+CHECKSUM_TOLERANCE = 1e-2
+"""The relative difference allowed between the checksums of two copies of a tensor."""
 
 
 @dataclass(frozen=True)
-class Header:
-    """What a rank tells the others of a piece that it holds.
-
-    Attributes
-    ----------
-    chunk
-        Number of the microbatch.
-    sums
-        Two checksums of the values, where copies are to be compared.
-    """
-
-    key: Key
-    chunk: int
-    shape: tuple[int, ...]
-    dtype: str
-    layout: Layout
-    sums: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece's place in a whole: where it begins, and the (rank, number of header) that hold it."""
+class PlacedPart:
+    """A piece in its place in the whole: its start, its shape, and the (rank, number of header) of its holders."""
 
     start: tuple[int, ...]
     shape: tuple[int, ...]
     holders: tuple[tuple[int, int], ...]
 
     def holder(self, receiver: int) -> tuple[int, int]:
-        """Return who gives the piece to a rank: itself if it has the piece."""
+        """Return the rank that sends the piece to *receiver*: *receiver* itself if it holds it."""
         return next((holder for holder in self.holders if holder[0] == receiver), self.holders[0])
 
 
@@ -66,22 +38,23 @@ class Assembly:
     parts
         They tile *shape* exactly.
     addends
-        The parts of its gradient: the same, or where copies share the activation, those of every copy, to be added.
+        The parts of its gradient: equal to *parts*, or, if copies share the activation, those of all copies, to be
+        added.
     """
 
-    key: Key
+    key: ActivationKey
     shape: tuple[int, ...]
     dtype: str
-    parts: tuple[Part, ...]
-    addends: tuple[Part, ...]
+    parts: tuple[PlacedPart, ...]
+    addends: tuple[PlacedPart, ...]
 
 
 def assemble(
     headers: Sequence[Sequence[Header]], coordinates: Sequence[Coordinate], names: Sequence[str]
 ) -> list[Assembly]:
-    """Return the activations that pieces make up, in the order of their keys.
+    """Return the activations that the pieces make up, in the order of their keys.
 
-    Rows follow each other by data-parallel rank, and within one by microbatch: the order of the unsplit batch.
+    Rows are in the order of the unsplit batch: by data-parallel rank, then by microbatch.
 
     Parameters
     ----------
@@ -90,14 +63,14 @@ def assemble(
     coordinates
         By group rank.
     names
-        Of the hooks, for errors.
+        Names of the hooks, for errors.
 
     Raises
     ------
     LayoutError
-        Pieces are missing, do not fit together, or differ where they should be the same.
+        Pieces are missing, do not fit together, or differ although they are copies.
     """
-    found: dict[Key, list[tuple[int, int, Header]]] = defaultdict(list)
+    found: dict[ActivationKey, list[tuple[int, int, Header]]] = defaultdict(list)
     for rank, held in enumerate(headers):
         for number, header in enumerate(held):
             found[header.key].append((rank, number, header))
@@ -108,7 +81,7 @@ class _Pieces:
     """All pieces of one activation."""
 
     def __init__(
-        self, key: Key, held: list[tuple[int, int, Header]], coordinates: Sequence[Coordinate], where: str
+        self, key: ActivationKey, held: list[tuple[int, int, Header]], coordinates: Sequence[Coordinate], where: str
     ) -> None:
         self.key = key
         self.where = where if key.call == 0 else f"{where}, run {key.call}"
@@ -137,7 +110,7 @@ class _Pieces:
             sharded = self.layout.sharded is not None
             for shard in {self.at[rank].tp if sharded else 0 for rank, _, _ in self.held}:
                 self._check_same([header for rank, _, header in self.held if not sharded or self.at[rank].tp == shard])
-        parts: list[Part] = []
+        parts: list[PlacedPart] = []
         shared = 0
         for number, cell in enumerate(sorted(cells)):
             if number == 1 and rows is None:
@@ -151,13 +124,13 @@ class _Pieces:
                 if self.layout.sharded is not None:
                     start[self.layout.sharded] = offset
                     offset += header.shape[self.layout.sharded]
-                parts.append(Part(tuple(start), header.shape, tuple((rank, held) for rank, held, _ in piece)))
+                parts.append(PlacedPart(tuple(start), header.shape, tuple((rank, held) for rank, held, _ in piece)))
         return Assembly(
             self.key, tuple(shape), self.first.dtype, tuple(parts[:shared] if shared else parts), tuple(parts)
         )
 
     def _shards(self, cell: dict[int, list[tuple[int, int, Header]]]) -> list[list[tuple[int, int, Header]]]:
-        """Return the pieces of one data-parallel copy and microbatch, each with all that hold it."""
+        """Return the pieces of one data-parallel copy and microbatch, each with all its holders."""
         sharded = self.layout.sharded
         if sharded is None:
             everyone = [piece for tp in sorted(cell) for piece in cell[tp]]
@@ -207,7 +180,7 @@ class _Pieces:
                 {f"{header.layout.sharded} {header.layout.rows} {header.dtype}" for _, _, header in self.held}
             )
             raise LayoutError(
-                "ranks hold activations that cannot follow each other in one batch",
+                "ranks hold activations that cannot be joined to one batch",
                 where=self.where,
                 expected="the same shape on every rank, the dim of rows aside",
                 found=" and ".join(shapes if len(shapes) > 1 else kinds),
@@ -215,19 +188,19 @@ class _Pieces:
             )
 
     def _check_same(self, headers: Sequence[Header]) -> None:
-        """Check that copies, as far as they were summed, are copies."""
+        """Raise LayoutError if the checksums of copies differ."""
         sums = [header.sums for header in headers if header.sums is not None]
         if not sums:
             return
         numbers = [sum_ for sum_ in sums if not any(math.isnan(value) for value in sum_)]
         scale = max((abs(sum_[1]) for sum_ in numbers), default=0.0)
         spread = max((max(values) - min(values) for values in zip(*numbers, strict=True)), default=0.0)
-        if spread > ALIKE * scale or 0 < len(numbers) < len(sums):
+        if spread > CHECKSUM_TOLERANCE * scale or 0 < len(numbers) < len(sums):
             raise LayoutError(
                 "ranks hold tensors of the same shape and of different values",
                 where=self.where,
                 expected="copies, or shards of one whole",
                 found=f"sums of magnitudes {', '.join(f'{sum_[1]:.4g}' for sum_ in sums[:8])}",
                 remedy="hook the module around it: inside expert-parallel experts, and before a sum over ranks is"
-                " finished, no rank has the activation",
+                " reduced, no rank has the activation",
             )

@@ -1,4 +1,4 @@
-"""What the wrappers of a model say about how it is distributed."""
+"""The distribution of a model, as its wrappers and weights state it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ FSDP_DIMS = ("dp_replicate", "dp_shard", "dp", "fsdp", "data", "data_parallel", 
 TENSOR_DIMS = ("tp", "tensor", "tensor_parallel", "model")
 
 
-def discover(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the global ranks along each axis that the model's wrappers and weights name, this process among them.
+def discover_axes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the global ranks along each axis that the model's wrappers and weights state; this process is one of them.
 
-    Read are DDP's, FSDP's and DeepSpeed's process groups, the device mesh of a transformers model, and the meshes of
-    weights that are DTensors. An axis of one rank, or one that nothing names, is absent. Communicates nothing.
+    They are read from the process groups of DDP, FSDP and DeepSpeed, the device mesh of a transformers model, and the
+    meshes of DTensor weights. An axis of one rank, or one that is not stated, is absent. Communicates nothing.
     """
     found: dict[str, tuple[int, ...]] = {}
     for module in model.modules():
@@ -39,7 +39,7 @@ def discover(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def runs_its_pipeline(model: nn.Module) -> bool:
-    """Whether transformers itself runs the model's pipeline, so that every rank calls the whole model."""
+    """Return True if transformers runs the model's pipeline, so that every rank calls the whole model."""
     return any(getattr(module, "_pp_stage", None) is not None for module in model.modules())
 
 

@@ -1,4 +1,4 @@
-"""What a launcher told this process: torchrun, accelerate launch, or SLURM's srun."""
+"""The environment of a launcher: torchrun, accelerate launch, or SLURM's srun."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Launch(NamedTuple):
-    """This process among those that were launched with it."""
+    """The rank of this process among those of its launcher."""
 
     rank: int
     local_rank: int
@@ -15,7 +15,13 @@ class Launch(NamedTuple):
 
 
 def launch() -> Launch:
-    """Read the environment; a process that no launcher started is the only one."""
+    """Return rank, local rank and world size from the environment; without a launcher the process is the only one.
+
+    ::
+
+        if launch().rank == 0:
+            print("one line for the whole run")
+    """
     for names in (("RANK", "LOCAL_RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")):
         values = [os.environ.get(name, "") for name in names]
         if all(value.isdigit() for value in values):

@@ -1,4 +1,4 @@
-"""What one rank holds of an activation: which part of the whole, and as which kind of tensor."""
+"""The piece of an activation that one rank holds: its place in the whole, and its kind of tensor."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from flexcache.errors import LayoutError
 
 @dataclass(frozen=True)
 class Layout:
-    """How a rank's piece lies in the whole activation.
+    """The place of a rank's piece in the whole activation.
 
     Attributes
     ----------
     shape
-        The shape without tensor parallelism, of this rank's data-parallel rows.
+        The shape without tensor parallelism, of the rows of this data-parallel rank.
     sharded
-        The dim of which each tensor-parallel rank holds a part; None where each holds all of it.
+        The dim of which each tensor-parallel rank holds a part; None if each holds all of it.
     rows
-        The dim along which data-parallel copies and microbatches follow each other; None where they share what they
-        hold, as they do position embeddings.
+        The dim along which data-parallel copies and microbatches are joined; None if they share the tensor, as with
+        position embeddings.
     gradient
-        A gradient of what is shared is the sum of what each copy and microbatch adds to it.
+        True for a gradient; that of a shared tensor is the sum of what each copy and microbatch adds to it.
     """
 
     shape: tuple[int, ...]
@@ -37,14 +37,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class Local:
-    """The plain tensor that a rank holds of an activation, and the way back to what the model had.
+    """The plain tensor that a rank holds of an activation, and the way back to the tensor of the model.
 
     Attributes
     ----------
     tensor
         In the autograd graph of the activation.
     known
-        Whether the type of the activation told its layout; then *sharded* is its sharded dim, and *shape* the whole's.
+        True if the type of the activation states its layout; then *sharded* is its sharded dim and *shape* the whole's.
     """
 
     tensor: torch.Tensor
@@ -55,14 +55,14 @@ class Local:
 
 
 def localize(tensor: torch.Tensor, where: str) -> Local:
-    """Return what this rank holds of *tensor*: a DTensor's local part, an asynchronous collective's result.
+    """Return the part of *tensor* on this rank: the local part of a DTensor, the result of an asynchronous collective.
 
-    A DTensor of sums that are not added up yet is added up first, by all its ranks.
+    A DTensor of partial sums is reduced first, by all its ranks.
 
     Raises
     ------
     LayoutError
-        A DTensor that is sharded along more than one dim, or whose sum only its own module can finish.
+        A DTensor is sharded along several dims, or has a sum that only its own module can reduce.
     """
     if type(tensor) is torch.Tensor or "torch.distributed.tensor" not in sys.modules:
         return Local(tensor, _same)
@@ -76,7 +76,7 @@ def localize(tensor: torch.Tensor, where: str) -> Local:
         return Local(tensor, _same)
     if any(type(placement).__name__ == "_MaskPartial" for placement in tensor.placements):
         raise LayoutError(
-            "the sum of a parallel embedding is not finished where the hook reads it",
+            "the sum of a parallel embedding is not reduced where the hook reads it",
             where=where,
             found=str(tuple(tensor.placements)),
             remedy="wrap the model after parallelize_module, so that the hook reads what the embedding returns",
@@ -101,17 +101,19 @@ def localize(tensor: torch.Tensor, where: str) -> Local:
     return Local(tensor.to_local(), restore, True, dim, tuple(shape))
 
 
-def explain(shape: tuple[int, ...], whole: tuple[int, ...] | None, where: str, tp: int, why: str = "") -> int | None:
-    """Return the dim along which a piece of *shape* is a shard of *whole*, or None where it is all of it.
+def find_sharded_dim(
+    shape: tuple[int, ...], whole: tuple[int, ...] | None, where: str, tp: int, why: str = ""
+) -> int | None:
+    """Return the dim along which a piece of *shape* is a shard of *whole*, or None if it is all of it.
 
     Raises
     ------
     LayoutError
-        No one dim explains the difference, or *whole* is not known; *why* says the reason.
+        No single dim explains the difference, or *whole* is not known, for the reason *why*.
     """
     if whole is None:
         raise LayoutError(
-            "the whole shape of an activation is not known, so its layout cannot be told",
+            "the layout of an activation is not known, since its whole shape is not",
             where=where,
             found=f"{shape} on this rank of {tp} tensor-parallel ones" + (f"; {why}" if why else ""),
             remedy="give the hook function an expected_shape, None for dims that are not sharded",
@@ -129,7 +131,7 @@ def explain(shape: tuple[int, ...], whole: tuple[int, ...] | None, where: str, t
 
 
 class _Wait(torch.autograd.Function):
-    """Finishes an asynchronous collective inside the graph: its own ``wait()`` returns a tensor cut from it."""
+    """Finish an asynchronous collective inside the graph: its own ``wait()`` returns a tensor outside it."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Any) -> torch.Tensor:

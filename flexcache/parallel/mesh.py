@@ -1,4 +1,4 @@
-"""The mesh: which rank of a process group holds which stage, which rows and which shard."""
+"""The mesh: the pipeline stage, the rows and the shard of each rank of a process group."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flexcache.errors import ConfigError
 
 
 class Coordinate(NamedTuple):
-    """Where a rank stands on the axes: pipeline stage, data-parallel copy, tensor-parallel shard."""
+    """The position of a rank on the axes: pipeline stage, data-parallel copy, tensor-parallel shard."""
 
     pp: int
     dp: int
@@ -22,13 +22,16 @@ class Coordinate(NamedTuple):
 AXES = Coordinate._fields
 ORIGIN = Coordinate(0, 0, 0)
 
-Found = Mapping[str, tuple[int, ...]]
-"""Of one rank: the ranks along each axis that the model's wrappers name, in order, itself among them."""
+RankAxes = Mapping[str, tuple[int, ...]]
+"""The ranks along each axis that a rank's wrappers state, in order, itself among them."""
 
 
 @dataclass(frozen=True)
 class Mesh:
     """Coordinates of all ranks of a process group, by group rank.
+
+    >>> Mesh().sizes
+    Coordinate(pp=1, dp=1, tp=1)
 
     Attributes
     ----------
@@ -45,36 +48,31 @@ class Mesh:
     rank: int = 0
 
     @property
-    def here(self) -> Coordinate:
-        """This process's coordinate."""
+    def coordinate(self) -> Coordinate:
+        """The coordinate of this process."""
         return self.coordinates[self.rank]
 
     @property
     def sizes(self) -> Coordinate:
-        """Length of each axis."""
+        """The length of each axis."""
         return Coordinate(*(max(axis) + 1 for axis in zip(*self.coordinates, strict=True)))
 
     @property
-    def plane(self) -> tuple[int, ...]:
-        """Group ranks of this process's pipeline stage: those that together hold an activation of it."""
-        return tuple(rank for rank, at in enumerate(self.coordinates) if at.pp == self.here.pp)
-
-    def at(self, coordinate: Coordinate) -> int:
-        """Return the group rank at a coordinate."""
-        return self.coordinates.index(coordinate)
+    def stage_ranks(self) -> tuple[int, ...]:
+        """Group ranks of this process's pipeline stage, which together hold its activations."""
+        return tuple(rank for rank, at in enumerate(self.coordinates) if at.pp == self.coordinate.pp)
 
 
-def arrange(found: Mapping[int, Found], sizes: Mapping[str, int | None]) -> dict[int, Mesh]:
-    """Return the mesh that each rank is on.
+def build_meshes(found: Mapping[int, RankAxes], sizes: Mapping[str, int | None]) -> dict[int, Mesh]:
+    """Return the mesh of each rank.
 
-    Axes that the wrappers name are taken as they are. The others have the sizes given, and are laid over the ranks
-    row-major in the order (pp, dp, tp), as FlexModel does. Ranks beyond found and given axes are copies that know
-    nothing of each other: each gets a mesh of its own.
+    Axes that the wrappers state are used as they are. The others have the given sizes and are laid over the ranks in
+    row-major order of (pp, dp, tp), as FlexModel does. Ranks beyond all axes are independent copies, with a mesh each.
 
     >>> plain = {rank: {} for rank in range(4)}
-    >>> arrange(plain, {"dp": 2, "tp": 2})[2].here
+    >>> build_meshes(plain, {"dp": 2, "tp": 2})[2].coordinate
     Coordinate(pp=0, dp=1, tp=0)
-    >>> arrange({0: {"tp": (0, 1)}, 1: {"tp": (0, 1)}, 2: {"tp": (2, 3)}, 3: {"tp": (2, 3)}}, {})[3].ranks
+    >>> build_meshes({0: {"tp": (0, 1)}, 1: {"tp": (0, 1)}, 2: {"tp": (2, 3)}, 3: {"tp": (2, 3)}}, {})[3].ranks
     (2, 3)
 
     Parameters
@@ -82,12 +80,12 @@ def arrange(found: Mapping[int, Found], sizes: Mapping[str, int | None]) -> dict
     found
         By global rank.
     sizes
-        As the user gave them; None or absent where not given.
+        As the user gave them; None or absent if not given.
 
     Raises
     ------
     ConfigError
-        A size given is not the size found, or the sizes do not fit the number of ranks.
+        A given size differs from the size found, or the sizes do not fit the number of ranks.
     """
     lengths = _lengths(found, sizes)
     unnamed = [axis for axis in AXES if lengths[axis] > 1 and not any(axis in axes for axes in found.values())]
@@ -112,19 +110,19 @@ def arrange(found: Mapping[int, Found], sizes: Mapping[str, int | None]) -> dict
     return made
 
 
-def _lengths(found: Mapping[int, Found], sizes: Mapping[str, int | None]) -> dict[str, int]:
+def _lengths(found: Mapping[int, RankAxes], sizes: Mapping[str, int | None]) -> dict[str, int]:
     lengths = {}
     for axis in AXES:
         seen = sorted({len(axes[axis]) for axes in found.values() if axis in axes})
         given = sizes.get(axis)
         if given is not None and given < 1:
-            raise ConfigError(f"{_SAID[axis]} is {given}", expected="1 or more")
+            raise ConfigError(f"{_ARGUMENTS[axis]} is {given}", expected="1 or more")
         if len(seen) > 1 or (seen and given is not None and seen != [given]):
             raise ConfigError(
-                f"{_SAID[axis]} does not fit the model",
+                f"{_ARGUMENTS[axis]} does not fit the model",
                 expected=f"{', '.join(map(str, seen))}, as the model is distributed",
                 found=str(given) if len(seen) == 1 else f"sizes {seen} on different ranks",
-                remedy=f"leave {_SAID[axis]} out: it is found in the model",
+                remedy=f"leave {_ARGUMENTS[axis]} out: it is found in the model",
             )
         lengths[axis] = seen[0] if seen else given or 1
     return lengths
@@ -137,8 +135,8 @@ def _coordinate(place: tuple[int, ...], rest: int, unnamed: Sequence[str], lengt
     return Coordinate(**values)
 
 
-def _misfit(found: Mapping[int, Found], lengths: Mapping[str, int]) -> ConfigError:
-    shape = " · ".join(f"{_SAID[axis]} {length}" for axis, length in lengths.items())
+def _misfit(found: Mapping[int, RankAxes], lengths: Mapping[str, int]) -> ConfigError:
+    shape = " · ".join(f"{_ARGUMENTS[axis]} {length}" for axis, length in lengths.items())
     return ConfigError(
         "the parallel sizes do not fit the number of processes",
         expected=f"{shape} = {math.prod(lengths.values())} processes",
@@ -147,4 +145,4 @@ def _misfit(found: Mapping[int, Found], lengths: Mapping[str, int]) -> ConfigErr
     )
 
 
-_SAID = {"pp": "pipeline_parallel_size", "dp": "data_parallel_size", "tp": "tensor_parallel_size"}
+_ARGUMENTS = {"pp": "pipeline_parallel_size", "dp": "data_parallel_size", "tp": "tensor_parallel_size"}

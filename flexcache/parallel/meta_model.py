@@ -1,4 +1,4 @@
-"""An unsharded twin of a model on the meta device, which tells the whole shape of every activation."""
+"""An unsharded copy of a model on the meta device, from which the whole shape of every activation is learned."""
 
 from __future__ import annotations
 
@@ -18,15 +18,19 @@ _VALUE_DEPENDENT = ("attention_mask", "position_ids", "past_key_values", "cache_
 _REPLACED = ("forward", "_hf_hook", "_old_forward", "_compiled_call_impl")
 
 
-class Size(NamedTuple):
-    """The size of a dim: `times` · batch^`batch` · length^`length`."""
+class DimSize(NamedTuple):
+    """The size of a dim: `times` · batch^`batch` · length^`length`.
+
+    >>> str(DimSize(64, 0, 0)), str(DimSize(2, 1, 1)), DimSize(2, 1, 1).of(BatchExtent(3, 5))
+    ('64', '2·batch·length', 30)
+    """
 
     times: int
     batch: int
     length: int
 
-    def of(self, extent: Extent) -> int:
-        """Return the size for a batch of that extent."""
+    def of(self, extent: BatchExtent) -> int:
+        """Return the size for a batch of the given extent."""
         return self.times * extent.batch**self.batch * extent.length**self.length
 
     def __str__(self) -> str:
@@ -34,8 +38,8 @@ class Size(NamedTuple):
         return "·".join(([str(self.times)] if self.times != 1 or not names else []) + names)
 
 
-class Extent(NamedTuple):
-    """Rows and length of a batch, as its first tensor has them."""
+class BatchExtent(NamedTuple):
+    """Rows and length of a batch, from its first tensor."""
 
     batch: int
     length: int
@@ -43,74 +47,76 @@ class Extent(NamedTuple):
 
 @dataclass(frozen=True)
 class ShapeProbe:
-    """A place whose shape is asked for: *read* takes a module's arguments, keywords and output, and finds a tensor."""
+    """A place whose shape is wanted: *read* finds a tensor in a module's arguments, keywords and output."""
 
     key: Hashable
     module: nn.Module
     read: Callable[[tuple[Any, ...], dict[str, Any], Any], torch.Tensor | None]
 
 
-Shape = tuple[Size, ...]
+Shape = tuple[DimSize, ...]
 
 
 @dataclass(frozen=True)
-class Learned:
-    """Shapes at probes, one for each time that a probe's module runs, and the batches that they hold for."""
+class LearnedShapes:
+    """Shapes at probes, one for each run of a probe's module, and the batches for which they hold."""
 
     shapes: dict[Hashable, list[Shape]]
-    here: Extent
+    here: BatchExtent
     any_batch: bool
     any_length: bool
 
-    def covers(self, extent: Extent) -> bool:
-        """Whether the shapes hold for a batch of that extent."""
+    def covers(self, extent: BatchExtent) -> bool:
+        """Return True if the shapes hold for a batch of the given extent."""
         rows = self.any_batch or extent.batch == self.here.batch
         return rows and (self.any_length or extent.length == self.here.length)
 
 
 class MetaModel:
-    """The twin of a module, and what was learned from running it.
+    """A copy of a module on the meta device.
 
-    Its weights take no memory; it has the whole, unsharded shapes, whichever way the module's own are sharded
-    (DTensor, FSDP2, ZeRO-3), and none of its hooks or replaced forwards.
+    Its weights use no memory. It has the whole, unsharded shapes, however the module is sharded (DTensor, FSDP2,
+    ZeRO-3), and none of the module's hooks or replaced forwards.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self._of: dict[int, nn.Module] = {}
-        self._root = _twin(root, self._of)
+        self._root = _meta_copy(root, self._of)
         self._device: AbstractContextManager[Any] = nullcontext()
 
-    def learn(self, probes: Iterable[ShapeProbe], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Learned:
-        """Return the shape at each probe for each time that its module runs, as functions of the batch's extent.
+    def learn_shapes(
+        self, probes: Iterable[ShapeProbe], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> LearnedShapes:
+        """Return the shape at each probe for each run of its module, as functions of the batch's extent.
 
-        The twin runs twice: with inputs of the shapes given, and with more rows and a greater length. Where the
-        second run is refused (a fixed length, say), only rows are varied; where that is refused too, sizes are
-        taken as constant, and the answer holds for this extent alone.
+        The copy runs twice: with inputs of the given shapes, and with more rows and a greater length. If the second
+        run fails (because of a fixed length, for example), only the rows are varied. If that fails too, sizes are
+        assumed to be constant, and the result holds for this extent only.
 
         Raises
         ------
         Exception
-            Whatever the module raises when it runs on the meta device: data-dependent code, for the most part.
+            Any error of the module on the meta device, most often because of data-dependent code.
         """
         probes = list(probes)
-        here = extent_of(args, kwargs)
+        here = batch_extent(args, kwargs)
         error: Exception | None = None
         attempts = itertools.product(_candidates(args, kwargs), (torch.device("meta"), nullcontext()))
-        for inputs, self._device in attempts:  # where the module makes tensors of its own: most belong on meta, too
+        for inputs, self._device in attempts:  # the device of tensors that the module makes: mostly meta
             try:
                 first = self._run(probes, *_on_meta(inputs, here, here))
             except Exception as raised:
                 error = error or raised
                 continue
-            for other in (Extent(here.batch + 3, here.length + 5), Extent(here.batch + 3, here.length)):
+            for other in (BatchExtent(here.batch + 3, here.length + 5), BatchExtent(here.batch + 3, here.length)):
                 try:
                     second = self._run(probes, *_on_meta(inputs, here, other))
                     shapes = {key: _sizes(runs, second[key], here, other) for key, runs in first.items()}
                 except Exception:
                     continue
-                return Learned(shapes, here, any_batch=True, any_length=other.length != here.length)
-            fixed = {key: [tuple(Size(n, 0, 0) for n in shape) for shape in runs] for key, runs in first.items()}
-            return Learned(fixed, here, any_batch=False, any_length=False)
+                return LearnedShapes(shapes, here, any_batch=True, any_length=other.length != here.length)
+            fixed = {key: [tuple(DimSize(n, 0, 0) for n in shape) for shape in runs] for key, runs in first.items()}
+            return LearnedShapes(fixed, here, any_batch=False, any_length=False)
         assert error is not None
         raise error
 
@@ -121,9 +127,9 @@ class MetaModel:
         handles = []
         try:
             for probe in probes:
-                twin = self._of.get(id(probe.module))
-                if twin is not None:
-                    handles.append(twin.register_forward_hook(_recorder(probe, found[probe.key]), with_kwargs=True))
+                copied = self._of.get(id(probe.module))
+                if copied is not None:
+                    handles.append(copied.register_forward_hook(_recorder(probe, found[probe.key]), with_kwargs=True))
             with torch.no_grad(), without_values(self._root), self._device:
                 self._root(*args, **kwargs)
         finally:
@@ -132,23 +138,23 @@ class MetaModel:
         return found
 
 
-def extent_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Extent:
-    """Return rows and length of a batch: the first two dims of its first tensor, a length of 1 where there is none.
+def batch_extent(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BatchExtent:
+    """Return rows and length of a batch: the first two dims of its first tensor, or a length of 1 without a second.
 
     A matrix of floating-point numbers has rows of features, and no length.
     """
     for value in pytree.tree_leaves((args, dict(kwargs))):
         if isinstance(value, torch.Tensor) and value.ndim >= 1:
             sequence = value.ndim >= 3 or (value.ndim == 2 and not value.is_floating_point())
-            return Extent(value.shape[0], value.shape[1] if sequence else 1)
-    return Extent(1, 1)
+            return BatchExtent(value.shape[0], value.shape[1] if sequence else 1)
+    return BatchExtent(1, 1)
 
 
 @contextmanager
 def without_values(model: nn.Module) -> Iterator[None]:
-    """Turn off in a model's configurations what makes transformers look for values of tensors, for the while.
+    """Turn off the settings of a model's configurations that make transformers inspect values of tensors.
 
-    That is the grouped matrix product of mixtures of experts, and GPT-2's warning of padding without a mask.
+    These are the grouped matrix product of mixtures of experts, and GPT-2's warning about padding without a mask.
     """
     held = [getattr(module, "config", None) for module in model.modules()]
     before = {
@@ -174,14 +180,14 @@ def _recorder(probe: ShapeProbe, found: list[tuple[int, ...]]) -> Callable[..., 
     return hook
 
 
-def _twin(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+def _meta_copy(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     if id(module) in made:
         return made[id(module)]
     cls = type(module)
     if any(base.__name__ == "FSDPModule" for base in cls.__mro__):
         cls = cls.__mro__[2]  # fully_shard puts a class of (FSDPModule, the original) in front
-    twin = cls.__new__(cls)
-    made[id(module)] = twin
+    copied = cls.__new__(cls)
+    made[id(module)] = copied
     state = dict(module.__dict__)
     for name in _REPLACED:
         state.pop(name, None)
@@ -192,10 +198,12 @@ def _twin(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
         for name, value in module._parameters.items()
     }
     state["_buffers"] = {name: None if value is None else _meta(value) for name, value in module._buffers.items()}
-    state["_modules"] = {name: None if child is None else _twin(child, made) for name, child in module._modules.items()}
+    state["_modules"] = {
+        name: None if child is None else _meta_copy(child, made) for name, child in module._modules.items()
+    }
     state["training"] = False
-    twin.__dict__.update(state)
-    return twin
+    copied.__dict__.update(state)
+    return copied
 
 
 def _meta(tensor: torch.Tensor) -> torch.Tensor:
@@ -203,7 +211,7 @@ def _meta(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _candidates(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Yield inputs to try: all of them, then without those that transformers looks into, then the first tensor."""
+    """Yield inputs to try: all, then those that transformers does not inspect, then only the first tensor."""
     cache = {"use_cache": True} if "input_ids" in kwargs or "inputs_embeds" in kwargs else {}
     yield args, {k: v for k, v in kwargs.items() if k not in _VALUE_DEPENDENT} | cache
     yield args, dict(kwargs)
@@ -216,9 +224,9 @@ def _candidates(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tu
 
 
 def _on_meta(
-    inputs: tuple[tuple[Any, ...], dict[str, Any]], here: Extent, other: Extent
+    inputs: tuple[tuple[Any, ...], dict[str, Any]], here: BatchExtent, other: BatchExtent
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the inputs on the meta device, dims of the extent *here* resized to *other*."""
+    """Return the inputs on the meta device, with dims of the extent *here* resized to *other*."""
 
     def move(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -234,17 +242,19 @@ def _on_meta(
     return args, kwargs
 
 
-def _sizes(first: list[tuple[int, ...]], second: list[tuple[int, ...]], here: Extent, other: Extent) -> list[Shape]:
+def _sizes(
+    first: list[tuple[int, ...]], second: list[tuple[int, ...]], here: BatchExtent, other: BatchExtent
+) -> list[Shape]:
     try:
         return [shape_rule(a, b, here, other) for a, b in zip(first, second, strict=False)]
     except ValueError:
-        return []  # of this module nothing is known; the others' shapes hold
+        return []  # nothing is known about this module; the shapes of the others hold
 
 
-def shape_rule(first: tuple[int, ...], second: tuple[int, ...], here: Extent, other: Extent) -> Shape:
+def shape_rule(first: tuple[int, ...], second: tuple[int, ...], here: BatchExtent, other: BatchExtent) -> Shape:
     """Return the rule that gives *first* for the extent *here* and *second* for the extent *other*.
 
-    >>> tuple(map(str, shape_rule((2, 7, 64), (5, 12, 64), Extent(2, 7), Extent(5, 12))))
+    >>> tuple(map(str, shape_rule((2, 7, 64), (5, 12, 64), BatchExtent(2, 7), BatchExtent(5, 12))))
     ('batch', 'length', '64')
 
     Raises
@@ -257,11 +267,11 @@ def shape_rule(first: tuple[int, ...], second: tuple[int, ...], here: Extent, ot
     return tuple(_size(a, b, here, other) for a, b in zip(first, second, strict=True))
 
 
-def _size(first: int, second: int, here: Extent, other: Extent) -> Size:
+def _size(first: int, second: int, here: BatchExtent, other: BatchExtent) -> DimSize:
     for batch, length in ((0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2)):
-        unit = Size(1, batch, length).of(here)
+        unit = DimSize(1, batch, length).of(here)
         if unit and first % unit == 0:
-            size = Size(first // unit, batch, length)
+            size = DimSize(first // unit, batch, length)
             if size.of(other) == second:
                 return size
     raise ValueError(f"a dim of {first} for {here} is {second} for {other}")

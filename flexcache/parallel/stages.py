@@ -1,4 +1,4 @@
-"""The stages of torch's pipelining that this process has, as one module that runs forward only."""
+"""The pipeline stages of this process, as one module that runs forward only."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ import torch.distributed as dist
 from torch import nn
 
 from flexcache.errors import ConfigError
-from flexcache.parallel.peers import transfer
+from flexcache.parallel.peers import exchange_tensors
 
 MAX_DIMS = 6
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class PipelineIdentityLayer(nn.Identity):
-    """Stands for a block that another stage has; transformers' own pipelines have a module of this name there."""
+    """A placeholder for a block of another stage; transformers' own pipelines have a module of this name there."""
 
 
 class Stages(nn.Module):
-    """Stages of `torch.distributed.pipelining` that a planned batch passes through, one after the other.
+    """Stages of `torch.distributed.pipelining` that a planned batch passes through one after the other.
 
-    Every process of the pipeline calls it with the same token ids. The first stage reads them; each sends what it
-    returns to the next, and goes on with the next batch while that one computes. No schedule is used: a schedule fixes
+    Every process of the pipeline calls it with the same token ids. The first stage reads them. Each stage sends its
+    output to the next, and starts the next batch while that one computes. No schedule is used, since a schedule fixes
     the shape of its batches, and planned batches differ in shape.
 
-    A stage takes token ids, or the one tensor that the stage before it returns. It gets no attention mask: sequences
-    are padded on the right, which causal attention never sees. Blocks keep the numbers that they have in the whole
-    model, as keys of a ModuleDict: ``model.layers.17``.
+    A stage reads token ids, or the one tensor that the stage before it returns. It receives no attention mask:
+    sequences are padded on the right, where causal attention ignores padding. Blocks have their number in the whole
+    model as the key in a ModuleDict: ``model.layers.17``.
 
-    Making one is collective in the pipeline.
+    Creating it is collective in the pipeline.
 
     Attributes
     ----------
     path : str
-        Of the container of the blocks.
+        Path of the container of the blocks.
     blocks : ModuleList
-        All blocks of the model; those of other processes are stood for.
+        All blocks of the model, with placeholders for those of other processes.
     inputs : list of tensor
-        What each stage of this process was last given.
+        The last input of each stage of this process.
 
     Raises
     ------
@@ -55,7 +55,7 @@ class Stages(nn.Module):
         super().__init__()
         if not stages or not all(hasattr(stage, "submod") and hasattr(stage, "stage_index") for stage in stages):
             raise ConfigError(
-                "this is no stage of a pipeline",
+                "the model is not a pipeline stage",
                 expected="a torch.distributed.pipelining.PipelineStage, or a list of them",
                 found=", ".join(type(stage).__name__ for stage in stages) or "nothing",
             )
@@ -80,11 +80,13 @@ class Stages(nn.Module):
         self.path = max(depths, key=lambda name: depths[name])
         own = {number: block for part in self.parts for number, block in _numbered(part).get(self.path, {}).items()}
         blocks = [own.get(number) or PipelineIdentityLayer() for number in range(depths[self.path])]
-        object.__setattr__(self, "blocks", nn.ModuleList(blocks))  # no child of this module: names stay the model's own
+        object.__setattr__(
+            self, "blocks", nn.ModuleList(blocks)
+        )  # not a child of this module: names stay those of the model
         self.config = SimpleNamespace(vocab_size=max(size for _, size in told), num_hidden_layers=len(blocks))
 
     def forward(self, input_ids: torch.Tensor) -> Any:
-        """Run this process's stages; return what the last stage of all returns, None on other processes."""
+        """Run this process's stages; return the output of the last stage of all, or None on other processes."""
         output, self.inputs = None, []
         for stage in self._stages:
             places, index = stage.stage_index_to_group_rank, stage.stage_index
@@ -100,27 +102,27 @@ class Stages(nn.Module):
     def _send(self, rank: int, tensor: Any) -> None:
         if not isinstance(tensor, torch.Tensor) or tensor.ndim > MAX_DIMS or tensor.dtype not in _DTYPES:
             raise ConfigError(
-                "a stage returns something that the next one cannot be given",
+                "a stage returns something that cannot be sent to the next",
                 expected=f"one tensor of up to {MAX_DIMS} dims, of a floating-point dtype",
                 found=f"{tuple(tensor.shape)} of {tensor.dtype}"
                 if isinstance(tensor, torch.Tensor)
                 else type(tensor).__name__,
             )
         header = [_DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape, *[0] * (MAX_DIMS - tensor.ndim)]
-        transfer(self.group, [(rank, torch.tensor(header, device=tensor.device))], [])
-        transfer(self.group, [(rank, tensor)], [])
+        exchange_tensors(self.group, [(rank, torch.tensor(header, device=tensor.device))], [])
+        exchange_tensors(self.group, [(rank, tensor)], [])
 
     def _receive(self, rank: int, device: torch.device) -> torch.Tensor:
         header = torch.zeros(2 + MAX_DIMS, dtype=torch.int64, device=device)
-        transfer(self.group, [], [(rank, header)])
+        exchange_tensors(self.group, [], [(rank, header)])
         dtype, ndim, *shape = header.tolist()
         tensor = torch.empty(shape[:ndim], dtype=_DTYPES[dtype], device=device)
-        transfer(self.group, [], [(rank, tensor)])
+        exchange_tensors(self.group, [], [(rank, tensor)])
         return tensor
 
 
 def _numbered(part: nn.Module) -> dict[str, dict[int, nn.Module]]:
-    """Return, by the path of each ModuleDict whose keys are numbers, the modules in it by number."""
+    """Return, by the path of each ModuleDict with numbers as keys, its modules by number."""
     return {
         name: {int(key): block for key, block in module.items()}
         for name, module in part.named_modules()

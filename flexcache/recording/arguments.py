@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from flexcache.errors import ConfigError, FlexCacheError
-from flexcache.hooks.locate.names import unwrap, whole
+from flexcache.hooks.locate.names import as_one_module, unwrap_model
 from flexcache.hooks.locate.vision import reads_images
 from flexcache.model import ModelSource
 from flexcache.parallel.stages import Stages
@@ -41,14 +41,14 @@ def model_of(model: Any) -> nn.Module:
     stage = hasattr(model, "submod") or isinstance(model, list)
     if not isinstance(model, nn.Module) and not stage:
         raise _no_model("none", type(model).__name__, "load one, as with AutoModelForCausalLM.from_pretrained(name)")
-    found = whole(model)
+    found = as_one_module(model)
     if not isinstance(found, Stages):
         _check_module(found)
     return found
 
 
 def _check_module(model: nn.Module) -> None:
-    root = unwrap(model)
+    root = unwrap_model(model)
     tensors = [*root.parameters(), *root.buffers()]
     offloaded = any(hasattr(module, "_hf_hook") for module in root.modules())
     if tensors and all(tensor.device.type == "meta" for tensor in tensors) and not offloaded:

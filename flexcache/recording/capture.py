@@ -12,18 +12,13 @@ from typing import Any, Unpack
 from flexcache import hooks
 from flexcache.documents import open_documents
 from flexcache.errors import ConfigError
+from flexcache.hooks.locate.evaluation_mode import evaluation_mode
+from flexcache.hooks.locate.position_tables import count_positions, longest_input
 from flexcache.hooks.locate.vision import reads_images
+from flexcache.hooks.locate.vocabulary import encoder_vocabulary_size, pad_token_id, vocabulary_size
 from flexcache.identity import model_key
+from flexcache.identity.tokenizer import describe_tokenizer
 from flexcache.images.input import model_input
-from flexcache.model import (
-    describe_tokenizer,
-    encoder_vocabulary,
-    evaluating,
-    longest_input,
-    pad_id,
-    positions,
-    vocabulary,
-)
 from flexcache.recording.arguments import described, model_of, objective_of, tokenizer_of
 from flexcache.recording.checks.attention_isolation import check_isolation
 from flexcache.recording.checks.padding import batching_notice, check_batching, find_batching, has_batching
@@ -138,7 +133,7 @@ def capture(
     objective = objective_of(objective, tokenizer)
     spec = _resolved(spec, content | described(transforms, objective), model, tokenizer, where)
     spec.check()
-    with evaluating(model), CaptureProgress(options.progress) as bars, closing(ModelParallelGroup(model)) as group:
+    with evaluation_mode(model), CaptureProgress(options.progress) as bars, closing(ModelParallelGroup(model)) as group:
         targets = find_targets(model, spec, transforms, objective, group.remote_modules())
         group.check_targets(targets)
         corpus = open_documents(documents, images_first=reads_images(model))
@@ -151,14 +146,14 @@ def capture(
             spec=spec,
             model=group.describe_model(model, example) | (options.model_info or {}),
             tokenizer_identity=describe_tokenizer(tokenizer, corpus.content == "messages"),
-            vocabulary=vocabulary(model),
-            encoder_vocabulary=encoder_vocabulary(model),
-            positions=positions(model),
+            vocabulary=vocabulary_size(model),
+            encoder_vocabulary=encoder_vocabulary_size(model),
+            positions=count_positions(model),
             notes={"user_hooks": hooks.user_hooks(model)} | describe_patches(tokenizer),
         )
-        hooks.check_identity(model, targets.points, example=example, reader=group.read_example, alone=group.alone)
+        hooks.check_sites(model, targets.points, example=example, reader=group.read_example, alone=group.alone)
         if spec.isolated:
-            check_isolation(model, targets, pad_id(model, tokenizer), group)
+            check_isolation(model, targets, pad_token_id(model, tokenizer), group)
         pad = padding(model, tokenizer)
         verdict = None if group.alone and has_batching(path) else find_batching(model, targets, pad, spec, group)
         if verdict is not None:

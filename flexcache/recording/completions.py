@@ -16,8 +16,9 @@ import xxhash
 
 from flexcache.documents import Documents, open_documents
 from flexcache.errors import DocumentsError
+from flexcache.hooks.locate.position_tables import longest_input
+from flexcache.hooks.locate.vocabulary import pad_token_id
 from flexcache.hooks.read.measure import input_device
-from flexcache.model import longest_input, pad_id
 from flexcache.options import Generation
 from flexcache.sequences.chat import check_template
 
@@ -73,7 +74,7 @@ class CompletionWriter:
 
     def __init__(self, model: Any, tokenizer: Any, generation: Generation) -> None:
         self._model, self._tokenizer, self._generation = model, tokenizer, generation
-        self._pad = pad_id(model, tokenizer)
+        self._pad = pad_token_id(model, tokenizer)
         self._most = longest_input(model, tokenizer)
 
     def table(self, part: pa.Table, number: int) -> pa.Table:

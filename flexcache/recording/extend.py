@@ -11,15 +11,11 @@ from typing import Any, Unpack
 from flexcache import hooks
 from flexcache.documents import open_documents
 from flexcache.errors import ConfigError
+from flexcache.hooks.locate.evaluation_mode import evaluation_mode
+from flexcache.hooks.locate.position_tables import count_positions
+from flexcache.hooks.locate.vocabulary import encoder_vocabulary_size, pad_token_id, vocabulary_size
 from flexcache.identity import model_key
 from flexcache.images.input import stored_image_input
-from flexcache.model import (
-    encoder_vocabulary,
-    evaluating,
-    pad_id,
-    positions,
-    vocabulary,
-)
 from flexcache.paths import shown
 from flexcache.recording.argument_order import either_order
 from flexcache.recording.arguments import described, model_of, objective_of, tokenizer_of
@@ -148,7 +144,7 @@ def extend(
             where=str(root),
             expected="documents that it does not have, or sites, layers or transforms",
         )
-    with evaluating(model), CaptureProgress(options.progress) as bars, closing(ModelParallelGroup(model)) as group:
+    with evaluation_mode(model), CaptureProgress(options.progress) as bars, closing(ModelParallelGroup(model)) as group:
         example = tokenizer.example(model) if store.images else None
         model_description = group.describe_model(model, example)
         changed = check_source(store, model_description, tokenizer, options.allow_changed_model)
@@ -160,9 +156,9 @@ def extend(
             group.check_targets(targets)
             example = check_images(model, spec, targets, tokenizer, group.processes)
             arrays = measure_arrays(model, spec, targets, group.read_example, example)
-            hooks.check_identity(model, targets.points, example=example, reader=group.read_example, alone=group.alone)
+            hooks.check_sites(model, targets.points, example=example, reader=group.read_example, alone=group.alone)
             if spec.isolated:
-                check_isolation(model, targets, pad_id(model, tokenizer), group)
+                check_isolation(model, targets, pad_token_id(model, tokenizer), group)
             if merge_arrays(store, arrays)[1] or stored_batching(store.provenance) is None:
                 check_batching(store, find_batching(model, targets, padding(model, tokenizer), spec, group))
             return targets, arrays
@@ -191,9 +187,9 @@ def extend(
                     root,
                     corpus,
                     tokenizer,
-                    vocabulary=vocabulary(model),
-                    encoder_vocabulary=encoder_vocabulary(model),
-                    positions=positions(model),
+                    vocabulary=vocabulary_size(model),
+                    encoder_vocabulary=encoder_vocabulary_size(model),
+                    positions=count_positions(model),
                     new_only=new_only or same,
                     max_tokens=max_tokens,
                     progress=planning,

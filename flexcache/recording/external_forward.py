@@ -8,7 +8,7 @@ from typing import Any, Unpack
 
 from flexcache.documents import open_documents
 from flexcache.errors import ConfigError
-from flexcache.model import describe_tokenizer
+from flexcache.identity.tokenizer import describe_tokenizer
 from flexcache.recording.fields import RecordFields, split_fields
 from flexcache.recording.planning.extension_request import more_arrays, more_documents, opened
 from flexcache.recording.planning.planning import PlanInputs, plan_store

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 
 from flexcache.documents import Documents, open_documents
 from flexcache.errors import ConfigError, DocumentsError
-from flexcache.identity import for_store
+from flexcache.hooks.locate.evaluation_mode import evaluation_mode
+from flexcache.identity import stored_record
 from flexcache.identity.describe import describe_model
-from flexcache.model import describe_tokenizer, evaluating
+from flexcache.identity.tokenizer import describe_tokenizer
 from flexcache.options import Generation
 from flexcache.paths import local_path
 from flexcache.progress import ProgressCallback, ignore_progress
@@ -121,7 +122,7 @@ def generate(
     writer = CompletionWriter(model, tokenizer, generation)
     done = new = 0
     with (
-        evaluating(model),
+        evaluation_mode(model),
         working(completions.folder, lambda: completions.complete, heartbeat_timeout) as (worker, claims),
     ):
         _agree(worker, completions.folder / REQUEST, asked, claims)
@@ -172,7 +173,7 @@ def _request(model: Any, tokenizer: Any, corpus: Documents, generation: Generati
     """Return everything that determines the completions."""
     request = {
         "generate": generation.model_dump(mode="json"),
-        "model": for_store(describe_model(model, fingerprint(model))),
+        "model": stored_record(describe_model(model, fingerprint(model))),
         "tokenizer": describe_tokenizer(tokenizer, corpus.content == "messages"),
         "documents": corpus.describe(),
     }

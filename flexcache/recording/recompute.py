@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from flexcache.errors import DamagedError, MismatchError, StoreError
-from flexcache.hooks.locate.names import peel
-from flexcache.identity import check_model, comparable
-from flexcache.identity.behavior import repeatable
-from flexcache.identity.record import CHANGED_MODEL, STEADY
+from flexcache.hooks.locate.evaluation_mode import evaluation_mode
+from flexcache.hooks.locate.names import unwrap_copies
+from flexcache.identity import check_model, comparable_record
+from flexcache.identity.behavior import is_repeatable
+from flexcache.identity.comparison import CHANGED_MODEL, STEADY
 from flexcache.images.input import stored_image_input
-from flexcache.model import evaluating
 from flexcache.recording.arguments import model_of, objective_of, tokenizer_of
 from flexcache.recording.forward.batch import Batch, Padding
 from flexcache.recording.forward.batch_reader import BatchReader
@@ -95,7 +95,7 @@ def recompute(
     MismatchError
         The model is not the one that the store was captured from.
     """
-    store, model = Store(path), peel(model_of(model))
+    store, model = Store(path), unwrap_copies(model_of(model))
     tokenizer = tokenizer_of(tokenizer, model)
     objective = objective_of(objective, tokenizer)
     committed = store.committed_units
@@ -108,7 +108,7 @@ def recompute(
         example = tokenizer.example(model)
     with closing(ModelParallelGroup(model)) as group:
         given = group.describe_model(model, example)
-        check_model(comparable(store.provenance["model"]), given, str(path), remedy=LOAD_IT)
+        check_model(comparable_record(store.provenance["model"]), given, str(path), remedy=LOAD_IT)
         return _recomputed(model, store, chosen, padding(model, tokenizer), group, transforms, objective, progress)
 
 
@@ -186,7 +186,7 @@ def check_rows(
         found = _compare(model, store, targets, pad, group, [longest])
     except (DamagedError, torch.OutOfMemoryError):  # `verify` names the one, and batches that fit are found later
         return
-    exact = repeatable(model)
+    exact = is_repeatable(model)
     wrong = {
         (name, layer): difference
         for (_, name, layer), (equal, difference) in found.items()
@@ -226,7 +226,7 @@ def _compare(
         scale = max(scale, float(np.abs(held.astype(np.float32)).max()))
         worst[batch.unit, name, layer] = equal and same, max(largest, apart), scale
 
-    with evaluating(model), open_forward(model, targets, pad, compare, group) as forward:
+    with evaluation_mode(model), open_forward(model, targets, pad, compare, group) as forward:
         for batch in batches:
             forward(batch)
     return {key: (equal, largest / max(scale, 1e-30)) for key, (equal, largest, scale) in worst.items()}

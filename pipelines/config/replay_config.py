@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 from flexcache.errors import ConfigError, nearest
 from flexcache.model import ModelSource
-from flexcache.provenance import load
+from flexcache.provenance import import_object
 from flexcache.validation import Options, validate
 from pipelines.config.sections import model_or_name
 from pipelines.config.yaml_file import read_yaml
@@ -154,7 +154,7 @@ def make_edit(store: Store, at: Cells, depth: int, given: Mapping[str, Any], whe
     if kind not in EDITS:
         raise ConfigError(f"there is no edit {kind!r}", where=where, remedy=nearest(kind, (*EDITS, "chain")))
     if kind == "function":
-        load(str(settings), where)
+        import_object(str(settings), where)
         return replay.Function(str(settings))
     options: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in dict(settings or {}).items()}
     if "donor" in options:

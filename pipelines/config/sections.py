@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from flexcache.documents import CSV_NULLS, Documents, load_dataset, open_documents
 from flexcache.errors import ConfigError
-from flexcache.provenance import load
+from flexcache.provenance import import_object
 from flexcache.recording.forward.transform import Transform
 from flexcache.validation import Options
 
@@ -75,7 +75,7 @@ class TransformSource(Options):
 
     def load(self, device: Any = None) -> Transform:
         """Import the function and return the transform."""
-        function = load(self.function, f"transform {self.name}")
+        function = import_object(self.function, f"transform {self.name}")
         if device is not None and hasattr(function, "eval") and hasattr(function, "to"):
             function = function.to(device).eval()
         return Transform(self.name, self.site, function, self.layers, self.batch)
@@ -105,7 +105,7 @@ class ObjectiveSource(Options):
         if (self.function is None) == (self.logit_difference is None):
             raise ConfigError("objective must set one key", expected="logit_difference or function")
         if self.function is not None:
-            return load(self.function, "objective")
+            return import_object(self.function, "objective")
         assert self.logit_difference is not None
         token, other = (one_token(value, tokenizer) for value in self.logit_difference)
         return LogitDifference(token, other)

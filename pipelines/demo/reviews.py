@@ -10,7 +10,8 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from flexcache.model import ModelSource, native_bfloat16
+from flexcache.cpu import has_native_bfloat16
+from flexcache.model import ModelSource
 from flexcache.paths import output_folder, shown
 from flexcache.store.format.text import size
 from flexcache.store.storage.backend import relative_files
@@ -30,7 +31,7 @@ def run(documents: int, output: Path, console: Console) -> None:
     console.rule("2 of 3: capture", align="left")
     store_path = output / "smollm2.zarr"
     config = CaptureConfig(
-        model=ModelSource(name=str(model), dtype="bfloat16" if native_bfloat16() else "float32"),
+        model=ModelSource(name=str(model), dtype="bfloat16" if has_native_bfloat16() else "float32"),
         documents=DocumentsSource(path=str(texts)),
         store=store_path,
         sites={SITE: "all"},

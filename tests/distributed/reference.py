@@ -168,11 +168,11 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 def gradient(model: nn.Module, name: str) -> torch.Tensor:
     """Return the whole gradient of a weight of an unsharded name; of FSDP1, inside `summon_full_params`."""
-    from flexcache.hooks.locate.names import WRAPPERS, unwrap
+    from flexcache.hooks.locate.names import WRAPPERS, unwrap_model
 
     found = {
         ".".join(part for part in path.split(".") if part not in WRAPPERS): parameter
-        for path, parameter in unwrap(model).named_parameters()
+        for path, parameter in unwrap_model(model).named_parameters()
     }
     return full(found[name].grad)
 

@@ -30,7 +30,7 @@ def main(folder: Path, only: str) -> None:
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, False, datetime.timedelta(seconds=120)
     )
     results: dict[str, str] = {}
-    heartbeat_timeout = datetime.timedelta(seconds=120)
+    check_timeout = datetime.timedelta(seconds=120)
     joined = False
     for number, (name, function) in enumerate(sorted(checks(world).items())):
         if only not in name:
@@ -51,7 +51,7 @@ def main(folder: Path, only: str) -> None:
         (folder / f"{rank}.json").write_text(json.dumps(results))
         store.set(f"done{number}/{rank}", results[name][:7])
         everyone = [f"done{number}/{other}" for other in range(world)]
-        store.wait(everyone, heartbeat_timeout)
+        store.wait(everyone, check_timeout)
         if any(store.get(key) == b"Traceba" for key in everyone):
             dist.destroy_process_group()  # messages of a check that broke off must not meet those of the next
             joined = False

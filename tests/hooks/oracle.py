@@ -1,4 +1,4 @@
-"""Where each site is, written down by hand for each family, and read with plain PyTorch hooks."""
+"""The place of each site in each family, listed by hand and read with plain PyTorch hooks."""
 
 from __future__ import annotations
 

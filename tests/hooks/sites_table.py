@@ -1,4 +1,4 @@
-"""The table of families and sites in docs/sites.md, made of the very models that the tests run."""
+"""The table of families and sites in docs/sites.md, generated from the models of the tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from flexcache.errors import SiteError
-from flexcache.hooks import HookPoint, check_identity, find_blocks, find_hook_points
+from flexcache.hooks import HookPoint, check_sites, find_blocks, find_hook_points
 from flexcache.site import ONCE, STANDARD, Site
 from tests.models import FAMILIES, TWO_SIDED, tiny
 from tests.vision import VISION, tiny_vision
@@ -52,7 +52,7 @@ def cell(model: torch.nn.Module, site: str) -> tuple[str, list[HookPoint]]:
 
 def holds(model: torch.nn.Module, points: Sequence[HookPoint]) -> bool:
     try:
-        check_identity(model, points)
+        check_sites(model, points)
     except SiteError:
         return False
     return True

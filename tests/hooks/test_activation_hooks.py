@@ -36,7 +36,7 @@ def executed(model: nn.Module) -> list[str]:
     return names
 
 
-def test_the_forward_stops_once_all_taps_have_fired() -> None:
+def test_the_forward_stops_after_all_points_are_read() -> None:
     model = tiny("llama")
     ran = executed(model)
     with ActivationHooks(model, find_hook_points(model, Site("mlp_post"), [0, 1]), ignore) as points:
@@ -55,7 +55,7 @@ def test_the_lm_head_never_runs_for_the_last_block() -> None:
     assert not {"transformer.ln_f", "lm_head"} & set(ran)
 
 
-def test_without_stop_the_output_is_the_models_own() -> None:
+def test_without_stop_the_output_is_that_of_the_model() -> None:
     model, ids = tiny("llama"), token_ids()
     with ActivationHooks(model, find_hook_points(model, Site("resid_post"), 0), ignore, stop=False) as points:
         output = points.forward(input_ids=ids)
@@ -64,7 +64,7 @@ def test_without_stop_the_output_is_the_models_own() -> None:
     assert not output.logits.requires_grad
 
 
-def test_one_registration_serves_many_forwards_of_other_shapes() -> None:
+def test_one_registration_reads_many_forwards_of_different_shapes() -> None:
     model, keep = tiny("llama"), Keep()
     with ActivationHooks(model, find_hook_points(model, Site("resid_post"), 2), keep) as points:
         before = hooks(model)
@@ -76,25 +76,25 @@ def test_one_registration_serves_many_forwards_of_other_shapes() -> None:
         assert hooks(model) >= before
 
 
-def test_other_forwards_of_the_model_are_not_tapped() -> None:
+def test_other_forwards_of_the_model_are_not_read() -> None:
     model, keep = tiny("llama"), Keep()
     with ActivationHooks(model, find_hook_points(model, Site("resid_post")), keep):
         model(input_ids=token_ids())
     assert keep.tensors == {}
 
 
-def test_hooks_are_gone_after_the_context() -> None:
+def test_hooks_are_removed_after_the_context() -> None:
     model = tiny("llama")
     with ActivationHooks(model, find_hook_points(model, Site("resid_pre")), ignore) as points:
         assert hooks(model) == 4
         points.forward(input_ids=token_ids())
         assert hooks(model) == 4
     assert hooks(model) == 0
-    with pytest.raises(SiteError, match="not open"):
+    with pytest.raises(SiteError, match="hooks are not registered"):
         points.forward(input_ids=token_ids())
 
 
-def test_hooks_are_gone_after_an_error_in_the_sink_and_the_error_is_its_own() -> None:
+def test_hooks_are_removed_after_an_error_in_the_sink_which_is_raised_unchanged() -> None:
     def full(point: HookPoint, tensor: torch.Tensor) -> None:
         raise OSError("disk full")
 
@@ -107,7 +107,7 @@ def test_hooks_are_gone_after_an_error_in_the_sink_and_the_error_is_its_own() ->
     assert hooks(model) == 0
 
 
-def test_a_forward_after_a_failed_one_is_whole() -> None:
+def test_a_forward_after_a_failed_one_reads_all_points() -> None:
     model, keep = tiny("llama"), Keep()
     with ActivationHooks(model, find_hook_points(model, Site("resid_post")), keep) as points:
         with pytest.raises(IndexError):
@@ -116,7 +116,7 @@ def test_a_forward_after_a_failed_one_is_whole() -> None:
     assert len(keep.tensors) == 4
 
 
-def test_hooks_are_gone_when_a_later_one_cannot_be_registered() -> None:
+def test_hooks_are_removed_if_a_later_one_cannot_be_registered() -> None:
     model = tiny("llama")
     bad = HookPoint("lm_haed", None, "lm_haed", "output")
     with pytest.raises(SiteError, match="no module 'lm_haed'"):
@@ -141,7 +141,7 @@ class Outer(nn.Module):
         return self.after(x)
 
 
-def test_taps_within_taps_stop_their_own_forward() -> None:
+def test_nested_activation_hooks_each_stop_their_own_forward() -> None:
     model, x, keep = Outer(), torch.randn(2, 3, 5), Keep()
     ran = executed(model)
     with ActivationHooks(model, find_hook_points(model, Site.parse("net.0")), keep) as points:
@@ -153,7 +153,7 @@ def test_taps_within_taps_stop_their_own_forward() -> None:
     assert ran == ["", "net", "net.0", "net.1", "after"]
 
 
-def test_a_tap_sees_what_hooks_of_the_user_return() -> None:
+def test_hooks_read_the_values_that_hooks_of_the_user_return() -> None:
     model, keep = tiny("llama"), Keep()
     model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, args: (args[0] * 0,))
     model.model.layers[1].mlp.register_forward_hook(lambda _, args, output: output + 1)
@@ -164,7 +164,7 @@ def test_a_tap_sees_what_hooks_of_the_user_return() -> None:
     assert keep.tensors["mlp_post.1"].any(), "outer: what the code around the module passes, before other pre-hooks"
 
 
-def test_activations_of_flat_tokens_come_with_batch_and_sequence() -> None:
+def test_activations_of_flat_tokens_are_reshaped_to_batch_and_sequence() -> None:
     model, ids, keep, flat = tiny("opt"), token_ids(), Keep(), []
     model.model.decoder.layers[0].fc2.register_forward_hook(lambda _, args, output: flat.append(output.clone()))
     with ActivationHooks(model, find_hook_points(model, Site("mlp_out"), 0), keep) as points:
@@ -173,11 +173,11 @@ def test_activations_of_flat_tokens_come_with_batch_and_sequence() -> None:
     assert torch.equal(keep.tensors["mlp_out.0"], flat[0].view(3, 7, 64))
 
 
-def test_a_tensor_that_is_not_one_per_token_is_refused_by_name() -> None:
+def test_a_tensor_without_one_row_per_token_raises_with_its_name() -> None:
     model = tiny("gpt2")
     with (
         ActivationHooks(model, find_hook_points(model, Site.parse("transformer.wpe")), ignore) as points,
-        pytest.raises(SiteError, match=r"transformer\.wpe.* not one per token") as error,
+        pytest.raises(SiteError, match=r"transformer\.wpe.* not one for each token") as error,
     ):
         points.forward(input_ids=token_ids())
     assert error.value.found == "(1, 7, 64)"
@@ -191,7 +191,7 @@ def test_a_tensor_that_is_not_one_per_token_is_refused_by_name() -> None:
         ("model:input", "keywords input_ids"),
     ],
 )
-def test_what_is_no_activation_is_refused(text: str, found: str) -> None:
+def test_an_output_that_is_no_activation_raises(text: str, found: str) -> None:
     model = tiny("llama")
     with (
         ActivationHooks(model, find_hook_points(model, Site.parse(text)), ignore) as points,
@@ -202,7 +202,7 @@ def test_what_is_no_activation_is_refused(text: str, found: str) -> None:
     assert error.value.found.startswith(found)
 
 
-def test_an_input_may_come_by_the_keyword_hidden_states() -> None:
+def test_an_input_may_be_passed_as_hidden_states() -> None:
     model, keep, ids, seen = tiny("llama"), Keep(), token_ids(), []
     model.model.layers[1].input_layernorm.register_forward_hook(lambda _, args, output: seen.append(output.clone()))
     with ActivationHooks(model, find_hook_points(model, Site.parse("model.layers.1.self_attn:input")), keep) as points:
@@ -217,7 +217,7 @@ def test_the_output_of_a_whole_model_is_its_first_tensor() -> None:
     assert torch.equal(keep.tensors["model.None"], model.model(input_ids=ids).last_hidden_state)
 
 
-def test_a_module_that_does_not_run_is_named() -> None:
+def test_the_error_names_a_module_that_does_not_run() -> None:
     model = tiny("llama")
     model.model.spare = nn.Linear(2, 2)
     with (
@@ -230,7 +230,7 @@ def test_a_module_that_does_not_run_is_named() -> None:
     assert error.value.where == "model.spare:output"
 
 
-def test_a_module_that_runs_again_is_named() -> None:
+def test_the_error_names_a_module_that_runs_twice() -> None:
     model = tiny("albert")
     layer = "encoder.albert_layer_groups.0.albert_layers.0"
     with (
@@ -242,7 +242,7 @@ def test_a_module_that_runs_again_is_named() -> None:
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["torch.compile", "Module.compile"])
-def test_a_model_that_was_compiled_and_run_before_is_read_all_the_same(whole: bool) -> None:
+def test_a_model_that_was_compiled_and_run_before_is_read(whole: bool) -> None:
     torch._dynamo.reset()
     model, ids, expected, keep = tiny("llama", num_hidden_layers=1), token_ids(), Keep(), Keep()
     points = find_hook_points(model, Site("resid_post"))
@@ -262,7 +262,7 @@ def test_a_model_that_was_compiled_and_run_before_is_read_all_the_same(whole: bo
     torch._dynamo.reset()
 
 
-def test_blocks_compiled_one_by_one_are_read_as_well() -> None:
+def test_blocks_compiled_one_by_one_are_read() -> None:
     torch._dynamo.reset()
     model, ids, keep = tiny("llama", num_hidden_layers=2), token_ids(), Keep()
     for layer in range(2):
@@ -275,7 +275,7 @@ def test_blocks_compiled_one_by_one_are_read_as_well() -> None:
     torch._dynamo.reset()
 
 
-def test_a_wrapped_model_needs_no_other_names() -> None:
+def test_a_wrapped_model_keeps_its_module_names() -> None:
     model, keep, ids = tiny("llama"), Keep(), token_ids()
     wrapped = nn.DataParallel(model)
     with ActivationHooks(wrapped, find_hook_points(wrapped, Site("resid_post"), 1), keep) as points:
@@ -283,17 +283,17 @@ def test_a_wrapped_model_needs_no_other_names() -> None:
     assert torch.equal(keep.tensors["resid_post.1"], model(input_ids=ids, output_hidden_states=True).hidden_states[2])
 
 
-def test_any_module_can_be_read_with_inputs_of_its_own() -> None:
+def test_any_module_can_be_read_with_its_own_inputs() -> None:
     net, keep, x = nn.Sequential(nn.Linear(5, 3), nn.ReLU()), Keep(), torch.randn(2, 7, 5)
     with ActivationHooks(net, find_hook_points(net, Site.parse("0")), keep) as points:
         points.forward(x)
     assert torch.equal(keep.tensors["0.None"], net[0](x))
 
 
-def test_inputs_that_do_not_say_how_many_tokens_they_are_are_refused() -> None:
+def test_inputs_without_a_number_of_tokens_raise() -> None:
     model = tiny("llama")
     with (
         ActivationHooks(model, find_hook_points(model, Site("resid_pre")), ignore) as points,
-        pytest.raises(SiteError, match="how many"),
+        pytest.raises(SiteError, match="number of tokens in the inputs is not known"),
     ):
         points.forward(input_ids=[[1, 2]])

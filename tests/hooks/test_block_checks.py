@@ -1,4 +1,4 @@
-"""A site inside a block that is found wrongly is refused: by algebra, or by what follows from a change."""
+"""A wrong site inside a block raises: by algebra, or by the effect of a change."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flexcache.errors import SiteError
-from flexcache.hooks import ActivationHooks, HookPoint, check_identity, find_hook_points
+from flexcache.hooks import ActivationHooks, HookPoint, check_sites, find_hook_points
 from flexcache.hooks.locate.fused_projection import FusedProjectionSlice
 from flexcache.hooks.read.activation_hooks import activations_only
 from flexcache.site import Site
@@ -31,23 +31,23 @@ WRONG_SPLITS = {
 
 
 @pytest.mark.parametrize("family", WRONG_SPLITS)
-def test_a_fused_projection_that_is_split_as_another_family_does_is_refused(family: str) -> None:
+def test_a_fused_projection_split_like_another_familys_raises(family: str) -> None:
     model = tiny(family)
     points = find_hook_points(model, Site("q"), 1)
-    check_identity(model, points)
-    with pytest.raises(SiteError, match="q of layer 1 is not what its name promises"):
-        check_identity(model, [replace(point, slots=WRONG_SPLITS[family]) for point in points])
+    check_sites(model, points)
+    with pytest.raises(SiteError, match="q of layer 1 is not what its name says"):
+        check_sites(model, [replace(point, fused_slice=WRONG_SPLITS[family]) for point in points])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "bert", "codegen", "opt", "gemma3", "gpt_oss"])
 @pytest.mark.parametrize("site", SWAPS)
-def test_queries_keys_and_values_are_not_taken_for_each_other(family: str, site: str) -> None:
+def test_queries_keys_and_values_are_not_confused(family: str, site: str) -> None:
     model = tiny(family)
     right, other = find_hook_points(model, Site(site), 0)[0], find_hook_points(model, Site(SWAPS[site]), 0)[0]
     wrong = replace(other, array=site)
     if right != wrong:
         with pytest.raises(SiteError, match=f"{site} of layer 0 is not|cannot be told apart"):
-            check_identity(model, [wrong])
+            check_sites(model, [wrong])
 
 
 @pytest.mark.parametrize(
@@ -64,51 +64,51 @@ def test_queries_keys_and_values_are_not_taken_for_each_other(family: str, site:
         ("mixtral", "router_logits", "mlp", "output"),
     ],
 )
-def test_a_wrong_place_is_refused(family: str, site: str, wrong: str, side: str) -> None:
+def test_a_site_at_a_wrong_place_raises(family: str, site: str, wrong: str, side: str) -> None:
     model = tiny(family)
     point = HookPoint(site, 2, f"{BLOCKS[family][0]}.2.{wrong}", side)  # type: ignore[arg-type]
     with pytest.raises(SiteError, match=f"{site} of layer 2|mlp_post of layer 2|attn_out of layer 2|z of layer 2"):
-        check_identity(model, [point])
+        check_sites(model, [point])
 
 
-def test_a_gate_of_another_layer_is_refused() -> None:
+def test_a_gate_of_another_layer_raises() -> None:
     model = tiny("llama")
     points = find_hook_points(model, Site("mlp_pre"), 1)
-    check_identity(model, points)
+    check_sites(model, points)
     points = [replace(point, module="model.layers.2.mlp.act_fn") for point in points]
-    with pytest.raises(SiteError, match="times what its gated MLP multiplies it by"):
-        check_identity(model, points)
+    with pytest.raises(SiteError, match="times the other half in a gated MLP"):
+        check_sites(model, points)
 
 
-def test_a_router_that_gives_probabilities_is_refused() -> None:
+def test_a_router_that_returns_probabilities_raises() -> None:
     model = tiny("mixtral")
     points = find_hook_points(model, Site("router_logits"))
-    check_identity(model, points)
+    check_sites(model, points)
     model.model.layers[1].mlp.gate.register_forward_hook(lambda _, args, output: (output[0].softmax(-1), *output[1:]))
     with pytest.raises(SiteError, match="router_logits of layer 1"):
-        check_identity(model, points)
+        check_sites(model, points)
 
 
-def test_parts_of_a_fused_projection_join_to_the_whole_and_edits_go_back_into_it() -> None:
+def test_slices_of_a_fused_projection_can_be_read_and_replaced() -> None:
     model = tiny("gpt_neox")
     points = [find_hook_points(model, Site(site), 0)[0] for site in "qkv"]
     whole = torch.arange(2 * 3 * 192.0).view(2, 3, 192)
-    parts = [point.from_output(whole) for point in points]
+    parts = [point.read_output(whole) for point in points]
     assert sorted(torch.cat(parts, -1).flatten().tolist()) == whole.flatten().tolist()
     again = torch.zeros_like(whole)
     for point, part in zip(points, parts, strict=True):
-        again = point.into_output(again, part)
+        again = point.replace_output(again, part)
     assert torch.equal(again, whole)
 
 
-def test_a_rank_with_a_part_of_a_fused_projection_is_told_so() -> None:
+def test_a_part_of_a_fused_projection_on_one_rank_raises() -> None:
     point = find_hook_points(tiny("gpt2"), Site("q"), 0)[0]
-    with pytest.raises(SiteError, match="does not have the width that its heads make") as error:
-        point.from_output(torch.zeros(2, 3, 96))
+    with pytest.raises(SiteError, match="width of a fused projection does not fit its heads") as error:
+        point.read_output(torch.zeros(2, 3, 96))
     assert "module path" in str(error.value)
 
 
-def test_the_gradient_of_a_part_is_the_part_of_the_gradient() -> None:
+def test_the_gradient_of_a_slice_is_the_slice_of_the_gradient() -> None:
     model, found = tiny("gpt2"), {}
     points = [
         *find_hook_points(model, Site.parse("q.grad"), 0),
@@ -124,14 +124,14 @@ def test_the_gradient_of_a_part_is_the_part_of_the_gradient() -> None:
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
-def test_a_state_space_model_has_its_residual_stream_and_says_what_it_lacks(family: str) -> None:
+def test_a_state_space_model_has_a_residual_stream_and_no_attention_sites(family: str) -> None:
     model = tiny(family)
-    check_identity(model, [*find_hook_points(model, Site("resid_pre")), *find_hook_points(model, Site("resid_post"))])
+    check_sites(model, [*find_hook_points(model, Site("resid_pre")), *find_hook_points(model, Site("resid_post"))])
     for site in ("attn_out", "mlp_out", "q", "z", "resid_mid"):
         with pytest.raises(SiteError, match=f"no {site} in layer 0") as error:
             find_hook_points(model, Site(site))
         assert error.value.expected == "one of resid_pre, resid_post"
 
 
-def test_every_family_of_the_oracle_has_its_inner_sites_written_down() -> None:
+def test_every_family_of_the_oracle_lists_its_inner_sites() -> None:
     assert INNER.keys() == BLOCKS.keys()

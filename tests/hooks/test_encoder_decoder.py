@@ -1,4 +1,4 @@
-"""Sites of a decoder that attends to an encoder, against plain hooks on the whole model with the same inputs."""
+"""Sites of a decoder that attends to an encoder, compared with plain hooks on the whole model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flexcache.errors import SiteError
-from flexcache.hooks import ActivationHooks, HookPoint, check_identity, find_hook_points
+from flexcache.hooks import ActivationHooks, HookPoint, check_sites, find_hook_points
 from flexcache.site import ONCE, STANDARD, Site
 from tests.models import DEPTH, tiny, token_ids
 
@@ -81,12 +81,12 @@ def by_hand(model: nn.Module, places: dict[str, tuple[str, str]], path: str) -> 
 
 
 @pytest.mark.parametrize("family", ORACLE)
-def test_sites_of_the_decoder_are_those_of_the_whole_models_forward(family: str) -> None:
+def test_sites_of_the_decoder_equal_those_in_a_forward_of_the_whole_model(family: str) -> None:
     model, (path, places) = tiny(family), ORACLE[family]
     truth = by_hand(model, places, path)
     points = [point for site in (*STANDARD, *ONCE) for point in _found(model, site)]
     assert {(point.array, point.layer) for point in points if point.layer is not None} == truth.keys()
-    check_identity(model, points)
+    check_sites(model, points)
     read: dict[HookPoint, torch.Tensor] = {}
     with ActivationHooks(model, points, lambda point, tensor: read.__setitem__(point, tensor.clone())) as opened:
         opened.forward(**inputs())
@@ -96,14 +96,14 @@ def test_sites_of_the_decoder_are_those_of_the_whole_models_forward(family: str)
             assert torch.equal(read[point], expected.reshape(read[point].shape)), point
 
 
-def test_the_identity_has_the_term_of_cross_attention() -> None:
+def test_the_residual_identity_includes_cross_attention() -> None:
     model = tiny("mbart")
     block = model.model.decoder.layers[1]
     block.encoder_attn_layer_norm.register_forward_hook(lambda _, args, output: output + 1)
-    check_identity(model, find_hook_points(model, Site("attn_out")))  # another input is no other algebra
+    check_sites(model, find_hook_points(model, Site("attn_out")))  # another input is no other algebra
     block.encoder_attn.register_forward_hook(lambda _, args, output: (output[0] * 1.5, *output[1:]))
     with pytest.raises(SiteError, match="adds something else") as error:
-        check_identity(model, find_hook_points(model, Site("mlp_out")))
+        check_sites(model, find_hook_points(model, Site("mlp_out")))
     assert "attn_out + cross_attn_out + mlp_out" in str(error.value)
 
 

@@ -64,17 +64,17 @@ def test_a_star_stops_at_dots_and_two_do_not(glob: str, expected: list[str]) -> 
         ("qq", "q"),
     ],
 )
-def test_an_unknown_name_gives_the_nearest_ones(text: str, message: str) -> None:
+def test_the_error_for_an_unknown_name_lists_the_nearest(text: str, message: str) -> None:
     with pytest.raises(SiteError, match=message):
         find_hook_points(tiny("llama"), Site.parse(text))
 
 
-def test_a_layer_beyond_the_model_is_refused() -> None:
+def test_a_layer_that_the_model_does_not_have_raises() -> None:
     with pytest.raises(SiteError, match="no layer 4"):
         find_hook_points(tiny("llama"), Site("resid_post"), [4])
 
 
-def test_a_mixture_of_experts_has_no_mlp_post_and_says_so() -> None:
+def test_a_mixture_of_experts_has_no_mlp_post() -> None:
     with pytest.raises(SiteError, match="mixture of experts") as error:
         find_hook_points(tiny("mixtral"), Site("mlp_post"))
     assert (
@@ -82,7 +82,7 @@ def test_a_mixture_of_experts_has_no_mlp_post_and_says_so() -> None:
     )
 
 
-def test_where_only_some_layers_have_a_site_the_error_names_them() -> None:
+def test_the_error_names_the_layers_that_have_a_site() -> None:
     model = tiny("llama")
     model.model.layers[1].mlp = nn.Linear(64, 64)
     with pytest.raises(SiteError, match=r"no mlp_post in layer 1\n(.*\n)*.*ask for layers \[0, 2, 3\]"):
@@ -90,7 +90,7 @@ def test_where_only_some_layers_have_a_site_the_error_names_them() -> None:
     assert find_hook_points(model, Site("mlp_out"), 1)[0].module == "model.layers.1.mlp"
 
 
-def test_modules_inside_experts_are_refused_and_experts_themselves_are_not() -> None:
+def test_modules_inside_experts_raise_and_the_experts_module_does_not() -> None:
     model = tiny("mixtral")
     assert paths(model, "model.layers.0.mlp.experts") == ["model.layers.0.mlp.experts"]
     with pytest.raises(SiteError, match="inside experts"):
@@ -99,7 +99,7 @@ def test_modules_inside_experts_are_refused_and_experts_themselves_are_not() -> 
         paths(model, "model.layers.0.mlp.experts.act_fn")
 
 
-def test_wrappers_leave_no_trace_in_names() -> None:
+def test_names_have_no_prefixes_of_wrappers() -> None:
     model = tiny("llama")
     plain = find_hook_points(model, Site("attn_out"))
     wrapped = torch.compile(nn.DataParallel(torch.compile(model, backend="aot_eager")), backend="aot_eager")
@@ -117,7 +117,7 @@ def test_a_module_with_two_names_is_found_by_either() -> None:
     assert paths(model, "model.layers.[03].mlp") == ["model.layers.0.mlp", "model.layers.3.mlp"]
 
 
-def test_of_an_encoder_with_a_decoder_the_decoder_is_meant() -> None:
+def test_the_decoder_is_searched_in_an_encoder_decoder() -> None:
     model = tiny("t5", num_layers=4)  # as many blocks on either side
     assert {point.module for point in find_hook_points(model, Site("resid_post"))} == {
         f"decoder.block.{n}" for n in range(4)
@@ -128,7 +128,7 @@ def test_of_an_encoder_with_a_decoder_the_decoder_is_meant() -> None:
         find_hook_points(encoder, Site("router_logits"))
 
 
-def test_blocks_that_stand_for_several_layers_are_refused() -> None:
+def test_blocks_that_several_layers_share_raise() -> None:
     with pytest.raises(SiteError, match="cannot be found") as error:
         find_blocks(tiny("albert"))
     assert "ALBERT" in str(error.value)
@@ -138,7 +138,7 @@ def test_blocks_that_stand_for_several_layers_are_refused() -> None:
         find_blocks(model)
 
 
-def test_a_model_without_a_configuration_has_its_longest_list() -> None:
+def test_without_a_configuration_the_longest_list_is_taken() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -151,7 +151,7 @@ def test_a_model_without_a_configuration_has_its_longest_list() -> None:
         find_blocks(nn.Linear(2, 2))
 
 
-def test_of_a_model_that_sees_the_language_part_is_meant() -> None:
+def test_the_language_part_is_searched_in_a_multimodal_model() -> None:
     text = {
         "vocab_size": 257, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 16,
         "num_key_value_heads": 2, "intermediate_size": 32,

@@ -65,7 +65,7 @@ def hooks_left(model: nn.Module) -> int:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_read_is_what_a_native_hook_reads(family: str, name: str, side: str, dtype: torch.dtype) -> None:
+def test_activations_equal_those_of_a_native_hook(family: str, name: str, side: str, dtype: torch.dtype) -> None:
     model = tiny(family, dtype)
     inputs = {} if family == "bert" else {"use_cache": False}
     expected = native(model, name, side, **inputs) if family != "bert" else None
@@ -88,7 +88,7 @@ def test_what_is_read_is_what_a_native_hook_reads(family: str, name: str, side: 
     assert torch.equal(acts[name][0], expected)
 
 
-def test_what_is_kept_is_a_copy_that_nothing_changes() -> None:
+def test_recorded_activations_are_copies() -> None:
     class InPlace(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -118,7 +118,7 @@ def test_several_forwards_append_and_generation_appends_each_step() -> None:
     assert [x.shape[1] for x in acts[BLOCK][2:]] == [5, 1, 1]
 
 
-def test_a_module_that_runs_twice_gives_two_tensors() -> None:
+def test_a_module_that_runs_twice_records_two_tensors() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -136,7 +136,7 @@ def test_a_module_that_runs_twice_gives_two_tensors() -> None:
     assert torch.equal(acts["f"][1], y)
 
 
-def test_inference_mode_gives_ordinary_tensors() -> None:
+def test_inference_mode_records_ordinary_tensors() -> None:
     acts: dict[str, list[torch.Tensor]] = {}
     flex = FlexModel(tiny("llama"), acts)
     flex.register_forward_hook(HookFunction(BLOCK))
@@ -148,7 +148,7 @@ def test_inference_mode_gives_ordinary_tensors() -> None:
     assert torch.equal(weight.grad, acts[BLOCK][0].sum(dim=(0, 1)))
 
 
-def test_one_tensor_of_several_is_chosen_by_its_number() -> None:
+def test_one_tensor_of_several_is_selected_by_number() -> None:
     model, acts = tiny("llama"), {}
     flex = FlexModel(model, acts)
     flex.register_forward_hook(HookFunction("model.rotary_emb", key="cos"))
@@ -176,7 +176,7 @@ def test_an_expected_shape_is_checked() -> None:
 # What is edited
 
 
-def test_an_edit_is_a_native_hook_that_returns_it_and_what_is_kept_is_before() -> None:
+def test_an_edit_equals_a_native_hook_and_the_value_before_it_is_recorded() -> None:
     model, acts = tiny("llama"), {}
     before = native(model, BLOCK)
     handle = model.get_submodule(BLOCK).register_forward_hook(lambda m, a, o: 2 * o + 1)
@@ -203,7 +203,7 @@ def test_edits_of_inputs_reach_keyword_arguments() -> None:
     assert torch.equal(run(flex), expected)
 
 
-def test_an_edit_in_place_changes_what_the_module_gets_and_nothing_else() -> None:
+def test_an_in_place_edit_changes_only_the_value_that_the_module_receives() -> None:
     """The input of the MLP's norm is the residual stream, which is added again later."""
     model = tiny("llama")
     name = f"{BLOCK}.post_attention_layernorm"
@@ -216,7 +216,7 @@ def test_an_edit_in_place_changes_what_the_module_gets_and_nothing_else() -> Non
         assert torch.equal(run(flex), expected)
 
 
-def test_edits_of_one_module_follow_each_other_in_the_order_of_registration() -> None:
+def test_edits_of_one_module_run_in_the_order_of_registration() -> None:
     model = tiny("llama")
     flex = FlexModel(model, acts := {})
     for side in ("forward", "forward_pre"):
@@ -229,7 +229,7 @@ def test_edits_of_one_module_follow_each_other_in_the_order_of_registration() ->
     assert torch.equal(logits, 2 * acts["forward 2"][0])
 
 
-def test_the_edit_is_given_the_module_the_context_and_the_trainable_modules() -> None:
+def test_an_edit_receives_the_module_the_context_and_the_trainable_modules() -> None:
     model = tiny("llama")
     flex = FlexModel(model, {})
     adapter = nn.Linear(HIDDEN, HIDDEN)
@@ -255,7 +255,7 @@ def test_an_edit_is_cast_back_to_the_dtype_of_the_activation() -> None:
 
 
 @pytest.mark.parametrize(("result", "found"), [(None, "None"), (torch.zeros(2), r"shape \(2,\)")])
-def test_an_edit_that_returns_no_activation_is_an_error_and_leaves_nothing(result: Any, found: str) -> None:
+def test_an_edit_that_returns_no_activation_raises_and_records_nothing(result: Any, found: str) -> None:
     flex = FlexModel(tiny("llama"), acts := {})
     flex.register_forward_hook(HookFunction("model.layers.0"))
     flex.register_forward_hook(HookFunction(BLOCK, editing_function=lambda m, x, c, t: result))
@@ -267,7 +267,7 @@ def test_an_edit_that_returns_no_activation_is_an_error_and_leaves_nothing(resul
 # What is refused
 
 
-def test_a_hook_that_does_not_fire_is_an_error_and_that_forward_leaves_nothing() -> None:
+def test_a_hook_that_does_not_fire_raises_and_records_nothing() -> None:
     class Sometimes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -288,7 +288,7 @@ def test_a_hook_that_does_not_fire_is_an_error_and_that_forward_leaves_nothing()
     assert len(acts["a"]) == 2
 
 
-def test_an_error_in_the_middle_leaves_nothing_and_the_next_forward_is_right() -> None:
+def test_a_forward_that_raises_records_nothing_and_the_next_one_is_right() -> None:
     model = tiny("llama")
     flex = FlexModel(model, acts := {})
     flex.register_forward_hook(HookFunction("model.layers.0"))
@@ -304,7 +304,7 @@ def test_an_error_in_the_middle_leaves_nothing_and_the_next_forward_is_right() -
     assert len(acts["model.layers.0"]) == 1
 
 
-def test_two_hooks_under_one_name_are_an_error_unless_one_has_a_key_or_is_off() -> None:
+def test_two_hooks_under_one_name_raise_unless_one_has_a_key_or_is_off() -> None:
     for second in (HookFunction(BLOCK, key="other"), HookFunction(BLOCK, record=False)):
         flex = FlexModel(tiny("llama"), acts := {})
         flex.register_forward_hook(HookFunction(BLOCK))
@@ -319,7 +319,7 @@ def test_two_hooks_under_one_name_are_an_error_unless_one_has_a_key_or_is_off() 
     assert len(acts[BLOCK]) == 2
 
 
-def test_names_that_are_not_there_are_errors_with_the_nearest() -> None:
+def test_the_error_for_a_missing_name_gives_the_nearest() -> None:
     flex = FlexModel(tiny("llama"), {})
     with pytest.raises(SiteError, match=r"did you mean model\.layers\.1\.mlp\?"):
         flex.register_forward_hook(HookFunction("model.layers.1.mpl"))
@@ -329,7 +329,7 @@ def test_names_that_are_not_there_are_errors_with_the_nearest() -> None:
         flex.register_hook(HookFunction("lm_head.wieght"))
     function = HookFunction(BLOCK)
     flex.register_forward_hook(function)
-    with pytest.raises(HookError, match="registered already"):
+    with pytest.raises(HookError, match="already registered"):
         flex.register_forward_hook(function)
     flex.register_trainable_module("w", nn.Linear(1, 1))
     with pytest.raises(ConfigError, match="trainable module 'w'"):
@@ -360,7 +360,7 @@ def test_the_wrapper_has_the_models_attributes_and_names() -> None:
     assert set(flex.wrapped_module_names) == {n for n, _ in model.named_modules() if n and n != "model.layers"}
 
 
-def test_state_goes_round() -> None:
+def test_the_state_dict_can_be_loaded_again() -> None:
     first, second = FlexModel(tiny("llama"), None), FlexModel(tiny("llama"), None)
     for flex in (first, second):
         flex.register_trainable_module("w", nn.Linear(3, 3))
@@ -377,7 +377,7 @@ def test_state_goes_round() -> None:
         second.load_state_dict({k: v for k, v in state.items() if "w." not in k})
 
 
-def test_modes_and_dtypes_reach_the_model() -> None:
+def test_mode_and_dtype_changes_apply_to_the_model() -> None:
     flex = FlexModel(tiny("llama"), acts := {}).train()
     assert flex.module.training
     flex.eval().to(torch.bfloat16)
@@ -386,7 +386,7 @@ def test_modes_and_dtypes_reach_the_model() -> None:
     assert acts[BLOCK][0].dtype == torch.bfloat16
 
 
-def test_hooks_of_torch_go_onto_the_wrapper() -> None:
+def test_plain_torch_hooks_are_registered_on_the_wrapper() -> None:
     flex = FlexModel(tiny("llama"), None)
     seen = []
     flex.register_forward_hook(lambda m, a, o: seen.append(m))
@@ -394,7 +394,7 @@ def test_hooks_of_torch_go_onto_the_wrapper() -> None:
     assert seen == [flex]
 
 
-def test_the_wrapper_lists_what_is_hooked() -> None:
+def test_the_wrapper_lists_its_hook_functions() -> None:
     flex = FlexModel(tiny("llama"), None)
     flex.create_hook_group("mlps", "model.layers.*.mlp", editing_function=lambda m, x, c, t: x)
     flex.register_forward_pre_hook(HookFunction("lm_head"))
@@ -441,7 +441,7 @@ def test_restore_leaves_no_trace() -> None:
         flex.register_forward_hook(HookFunction(BLOCK))
 
 
-def test_restore_leaves_no_trace_after_an_error_in_a_hook_nor_does_the_garbage_collector() -> None:
+def test_restore_and_garbage_collection_leave_no_trace_after_an_error_in_a_hook() -> None:
     model = tiny("llama")
     logits, names = run(model), list(model.state_dict())
     for end in ("restore", "collect"):
@@ -462,7 +462,7 @@ def test_restore_leaves_no_trace_after_an_error_in_a_hook_nor_does_the_garbage_c
 
 
 @pytest.mark.parametrize("backend", ["aot_eager"])
-def test_a_compiled_model_is_read_although_it_was_compiled_before(backend: str) -> None:
+def test_a_model_compiled_before_wrapping_is_read(backend: str) -> None:
     model = tiny("llama")
     expected = native(model, BLOCK)
     whole = torch.compile(model, backend=backend)
@@ -512,7 +512,7 @@ def test_offloaded_models_are_read_and_edited(where: str, tmp_path: Path) -> Non
     assert not any("flexcache" in (h.__module__ or "") for m in model.modules() for h in m._forward_hooks.values())
 
 
-def test_a_module_called_by_itself_is_read() -> None:
+def test_a_module_called_on_its_own_is_read() -> None:
     model = tiny("llama")
     flex = FlexModel(model, acts := {})
     flex.register_forward_hook(HookFunction("lm_head"))

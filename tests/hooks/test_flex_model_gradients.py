@@ -39,7 +39,7 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> N
         ("gpt_neox", "gpt_neox.layers.2"),
     ],
 )
-def test_backward_hooks_read_what_torchs_own_read(family: str, name: str) -> None:
+def test_backward_hooks_read_the_same_gradients_as_those_of_torch(family: str, name: str) -> None:
     model = tiny(family)
     expected: dict[str, torch.Tensor] = {}
     module = model.get_submodule(name)
@@ -63,7 +63,7 @@ def test_backward_hooks_read_what_torchs_own_read(family: str, name: str) -> Non
     same({key: found[1] for key, found in acts.items()}, expected)
 
 
-def test_outputs_that_are_changed_in_place_later_are_read() -> None:
+def test_gradients_of_outputs_changed_in_place_are_read() -> None:
     """Falcon adds to its MLP's output: there torch's own module hook raises, and a hook on the tensor does not."""
     model = tiny("falcon_parallel")
     name = "transformer.h.1.mlp"
@@ -80,7 +80,7 @@ def test_outputs_that_are_changed_in_place_later_are_read() -> None:
     assert torch.equal(acts[name][0], expected[0])
 
 
-def test_the_gradient_of_an_input_is_what_flows_through_this_module_alone() -> None:
+def test_the_gradient_of_an_input_is_the_part_that_flows_through_this_module() -> None:
     class Residual(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -99,7 +99,7 @@ def test_the_gradient_of_an_input_is_what_flows_through_this_module_alone() -> N
 
 
 @pytest.mark.parametrize("side", ["full_backward", "full_backward_pre"])
-def test_edited_gradients_reach_the_weights_before(side: str) -> None:
+def test_edited_gradients_reach_the_weights_of_earlier_layers(side: str) -> None:
     model = tiny("llama")
     name = f"{BLOCK}.mlp"
     module = model.get_submodule(name)
@@ -153,11 +153,13 @@ def test_trainable_modules_get_the_gradients_of_the_same_edit_by_a_native_hook()
     same(weights(model), expected)
 
 
-def test_a_frozen_model_is_an_error_where_gradients_are_asked_for_and_none_where_they_are_not() -> None:
+def test_a_frozen_model_raises_only_if_gradients_are_read() -> None:
     model = tiny("llama").requires_grad_(False)
     flex = FlexModel(model, acts := {})
     flex.register_full_backward_pre_hook(HookFunction(BLOCK))
-    with pytest.raises(HookError, match=r"no gradient flows.*\n  where: model\.layers\.1 \(full_backward_pre\)"):
+    with pytest.raises(
+        HookError, match=r"no gradient reaches the place.*\n  where: model\.layers\.1 \(full_backward_pre\)"
+    ):
         loss_of(flex)
     with torch.no_grad():
         loss_of(flex)
@@ -166,7 +168,7 @@ def test_a_frozen_model_is_an_error_where_gradients_are_asked_for_and_none_where
     assert len(acts[BLOCK]) == 1
 
 
-def test_a_gradient_that_never_comes_is_warned_of() -> None:
+def test_a_gradient_that_never_arrives_warns() -> None:
     class Dead(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -219,7 +221,7 @@ def test_checkpointed_blocks_are_read_once_and_edited_in_both_runs(reentrant: bo
     assert torch.equal(acts["model.layers.2.mlp"][0], grads[0])
 
 
-def test_a_backward_that_fails_leaves_nothing_and_the_next_one_is_read() -> None:
+def test_a_backward_pass_that_raises_records_nothing_and_the_next_one_is_read() -> None:
     model = tiny("llama")
     flex = FlexModel(model, acts := {})
     fail = [True]

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from flexcache.errors import SiteError
-from flexcache.hooks import find_hook_points
-from flexcache.hooks.read import measure
+from flexcache.hooks import find_hook_points, measure
 from flexcache.site import Site
 from tests.models import NEURONS, tiny
 
@@ -20,14 +19,14 @@ def test_feature_dims_beyond_one_are_kept() -> None:
     assert [activation.shape for activation in measure(model, points).values()] == [(NEURONS,), (4, 16)]
 
 
-def test_a_tensor_with_heads_before_tokens_is_refused() -> None:
+def test_a_tensor_with_heads_before_tokens_raises() -> None:
     model = tiny("gemma3")
-    with pytest.raises(SiteError, match="not one per token") as error:
+    with pytest.raises(SiteError, match="not one for each token") as error:
         measure(model, find_hook_points(model, Site.parse("model.layers.1.self_attn.q_norm")))
     assert error.value.found == "(3, 4, 11, 16)"
 
 
-def test_a_module_that_runs_twice_is_found_although_captures_stop_early() -> None:
+def test_measuring_finds_a_module_that_runs_twice() -> None:
     model = tiny("llama")
     model.model.layers[3].mlp = model.model.layers[0].mlp
     with pytest.raises(SiteError, match="more than once"):
@@ -42,7 +41,7 @@ def test_measuring_without_weights_leaves_the_configuration_as_it_was(family: st
     assert (model.config.to_dict(), getattr(model.config, "_experts_implementation", None)) == before
 
 
-def test_layers_of_one_array_must_be_alike() -> None:
+def test_layers_of_one_array_that_differ_raise() -> None:
     model = tiny("llama")
     mlp = model.model.layers[2].mlp
     mlp.gate_proj, mlp.up_proj, mlp.down_proj = nn.Linear(64, 8), nn.Linear(64, 8), nn.Linear(8, 64)
@@ -52,7 +51,7 @@ def test_layers_of_one_array_must_be_alike() -> None:
     measure(model, find_hook_points(model, Site("mlp_post"), [0, 1, 3]))
 
 
-def test_a_model_of_another_kind_is_measured_with_an_example() -> None:
+def test_a_model_without_token_ids_is_measured_with_an_example() -> None:
     net = nn.Sequential(nn.Linear(5, 3), nn.ReLU())
     points = find_hook_points(net, Site.parse("0"))
     expected = {points[0]: ((3,), torch.float32)}
@@ -67,9 +66,9 @@ def test_a_model_of_another_kind_is_measured_with_an_example() -> None:
 
 @pytest.mark.parametrize(
     ("path", "why"),
-    [("encoder.block.0", "did not run"), ("decoder.block.0.layer.1.EncDecAttention.k", "not one per token")],
+    [("encoder.block.0", "did not run"), ("decoder.block.0.layer.1.EncDecAttention.k", "not one for each token")],
 )
-def test_what_has_the_tokens_of_an_encoder_is_refused_beside_a_decoder(path: str, why: str) -> None:
+def test_modules_that_read_the_encoders_tokens_raise(path: str, why: str) -> None:
     model = tiny("t5")
     with pytest.raises(SiteError, match=why):
         measure(model, find_hook_points(model, Site.parse(path)))
@@ -87,7 +86,7 @@ def test_the_example_has_no_special_tokens() -> None:
     assert torch.equal(seen[0][seen[0] != drawn], seen[1][seen[0] != drawn])
 
 
-def test_weights_that_accelerate_has_offloaded_are_no_obstacle() -> None:
+def test_a_model_offloaded_by_accelerate_is_measured() -> None:
     accelerate = pytest.importorskip("accelerate")
     model = tiny("llama")
     points = find_hook_points(model, Site("mlp_post"))

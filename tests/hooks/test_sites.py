@@ -1,4 +1,4 @@
-"""Every standard site of every family, against plain PyTorch hooks on modules that a person found."""
+"""Every standard site of every family, compared with plain PyTorch hooks on modules listed by hand."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from flexcache.errors import SiteError
-from flexcache.hooks import ActivationHooks, HookPoint, check_identity, find_blocks, find_hook_points
-from flexcache.hooks.read import measure
+from flexcache.hooks import ActivationHooks, HookPoint, check_sites, find_blocks, find_hook_points, measure
 from flexcache.site import Site
 from tests.hooks.oracle import BLOCKS, INNER, read
 from tests.hooks.sites_table import PAGE, with_table
@@ -67,7 +66,7 @@ def test_resid_post_equals_the_hidden_states_of_transformers(family: str) -> Non
 @pytest.mark.parametrize("family", BLOCKS)
 def test_the_residual_identity_holds(family: str, dtype: torch.dtype) -> None:
     model = tiny(family, dtype)
-    check_identity(model, located(model, family, inner=True))
+    check_sites(model, located(model, family, inner=True))
 
 
 NEEDS_WEIGHTS = ("biogpt",)  # its positions are counted by the values of the mask
@@ -83,7 +82,7 @@ def test_a_model_without_weights_measures_the_same(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", BLOCKS)
-def test_blocks_are_where_a_person_finds_them(family: str) -> None:
+def test_blocks_are_found_where_the_oracle_lists_them(family: str) -> None:
     model = tiny(family, device="meta")
     path, blocks = find_blocks(model)
     assert path == BLOCKS[family][0]
@@ -102,11 +101,11 @@ def test_the_embedding_and_the_last_norm_are_those_of_the_model(family: str) -> 
             find_hook_points(model, Site("final_norm"))
         return
     (norm,) = find_hook_points(model, Site("final_norm"))
-    check_identity(model, [norm])
-    with pytest.raises(SiteError, match="final_norm is not what its name promises"):
-        check_identity(model, [replace(norm, module=f"{path}.1")])
+    check_sites(model, [norm])
+    with pytest.raises(SiteError, match="final_norm is not what its name says"):
+        check_sites(model, [replace(norm, module=f"{path}.1")])
 
 
-def test_the_table_in_the_docs_is_what_the_models_say() -> None:
+def test_the_table_in_the_docs_agrees_with_the_models() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert with_table(page) == page, "run python -m tests.hooks.sites_table"

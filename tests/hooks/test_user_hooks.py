@@ -6,13 +6,12 @@ import accelerate
 import torch
 
 import flexcache.hooks
-from flexcache.hooks import ActivationHooks, find_hook_points
-from flexcache.hooks.read import user_hooks
+from flexcache.hooks import ActivationHooks, find_hook_points, user_hooks
 from flexcache.site import Site
 from tests.models import tiny, token_ids
 
 
-def test_modules_with_hooks_of_the_user_are_named() -> None:
+def test_modules_with_hooks_of_the_user_are_listed() -> None:
     model = tiny("llama")
     assert user_hooks(model) == []
     model.register_forward_pre_hook(lambda _, args: None)
@@ -28,7 +27,7 @@ def test_a_replaced_forward_counts() -> None:
     assert user_hooks(model) == ["lm_head"]
 
 
-def test_hooks_of_libraries_and_of_open_taps_do_not_count() -> None:
+def test_hooks_of_libraries_and_of_activation_hooks_do_not_count() -> None:
     model = tiny("llama")
     model(input_ids=token_ids(), output_hidden_states=True)
     assert any(module._forward_hooks for module in model.modules()), "transformers leaves hooks behind"
@@ -38,7 +37,7 @@ def test_hooks_of_libraries_and_of_open_taps_do_not_count() -> None:
     assert user_hooks(torch.compile(tiny("gpt2"), backend="aot_eager")) == []
 
 
-def test_what_accelerate_does_to_a_module_of_the_user_does_not_count() -> None:
+def test_hooks_of_accelerate_on_a_users_module_do_not_count() -> None:
     class Mine(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x)
@@ -49,13 +48,14 @@ def test_what_accelerate_does_to_a_module_of_the_user_does_not_count() -> None:
 def test_the_public_names_are_these() -> None:
     assert flexcache.hooks.__all__ == [
         "Activation",
+        "ActivationHooks",
         "FlexModel",
         "HookFunction",
         "HookPoint",
-        "ActivationHooks",
-        "check_identity",
+        "check_sites",
+        "edits",
         "find_blocks",
-        "locate",
+        "find_hook_points",
         "measure",
         "user_hooks",
     ]

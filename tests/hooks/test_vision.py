@@ -1,4 +1,4 @@
-"""Sites of vision transformers against plain PyTorch hooks, and which token of an image is which patch."""
+"""Sites of vision transformers compared with plain PyTorch hooks, and the token of each patch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import torch
 import transformers as hf
 
 from flexcache.errors import SiteError
-from flexcache.hooks import ActivationHooks, HookPoint, check_identity, find_hook_points
+from flexcache.hooks import ActivationHooks, HookPoint, check_sites, find_hook_points, measure
 from flexcache.hooks.checks.survey import survey
-from flexcache.hooks.locate.vision import default_pixels, image_tokens, token_layout
-from flexcache.hooks.read import measure
+from flexcache.hooks.locate.vision import count_image_tokens, default_image_size, find_patches
 from flexcache.site import Site
 from tests.hooks.oracle import read_at
 from tests.hooks.sites_table import PAGE, with_vision
@@ -105,7 +104,7 @@ def test_every_site_equals_a_plain_hook_and_the_residual_identity_holds(family: 
     for key, tensor in found.items():
         assert tensor.shape[:2] == (2, len(SPECIALS[family]) + GRID**2 + 5 * (family == "yolos"))
         assert torch.equal(tensor.flatten(), expected[key].flatten()), key
-    check_identity(model, points)
+    check_sites(model, points)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -114,14 +113,14 @@ def test_the_embedding_and_the_last_norm_are_those_of_the_model(family: str) -> 
     (embed,) = find_hook_points(model, Site("embed"))
     assert embed.module == EMBEDDINGS
     if family == "clip_vision":  # whose last norm reads the class token alone
-        with pytest.raises(SiteError, match="not one per token"):
-            check_identity(model, find_hook_points(model, Site("final_norm")))
+        with pytest.raises(SiteError, match="not one for each token"):
+            check_sites(model, find_hook_points(model, Site("final_norm")))
     else:
         (norm,) = find_hook_points(model, Site("final_norm"))
         assert norm.module == FINAL_NORM[family]
-        check_identity(model, [norm])
-        with pytest.raises(SiteError, match="final_norm is not what its name promises"):
-            check_identity(model, [replace(norm, module=f"{BLOCKS[family][0]}.1")])
+        check_sites(model, [norm])
+        with pytest.raises(SiteError, match="final_norm is not what its name says"):
+            check_sites(model, [replace(norm, module=f"{BLOCKS[family][0]}.1")])
     assert measure(model, [embed]) == {embed: ((HIDDEN,), torch.float32)}
 
 
@@ -131,9 +130,9 @@ def test_a_model_without_weights_measures_and_surveys_the_same(family: str) -> N
     points = located(model, family)
     assert measure(empty, points) == measure(model, points)
     pixels = (3, SIDE, SIDE)
-    first = token_layout(model, pixels, torch.device("cpu"))
+    first = find_patches(model, pixels, torch.device("cpu"))
     if family != "yolos":  # whose detection tokens come last, as only values can tell
-        assert token_layout(empty, pixels, torch.device("meta")) == first
+        assert find_patches(empty, pixels, torch.device("meta")) == first
     tokens = str(first.tokens)
     block = next(entry for entry in survey(empty) if entry.path == f"{BLOCKS[family][0]}.0")
     assert block.shape("output") == f"batch × {tokens} × {HIDDEN}"
@@ -141,9 +140,9 @@ def test_a_model_without_weights_measures_and_surveys_the_same(family: str) -> N
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_token_is_the_patch_that_the_layout_says(family: str) -> None:
+def test_each_token_is_the_patch_that_the_layout_states(family: str) -> None:
     model = tiny_vision(family)
-    patches = token_layout(model, default_pixels(model), torch.device("cpu"))
+    patches = find_patches(model, default_image_size(model), torch.device("cpu"))
     assert patches.before == SPECIALS[family]
     assert (patches.rows, patches.columns) == (GRID, GRID)
     assert patches.after == (tuple(f"detection_{i}" for i in range(5)) if family == "yolos" else ())
@@ -162,20 +161,20 @@ def test_a_token_is_the_patch_that_the_layout_says(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["beit", pytest.param("data2vec_vision", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("site", ["attn_out", "mlp_out", "resid_mid"])
-def test_a_scale_that_no_module_has_is_refused(family: str, site: str) -> None:
+def test_a_scale_without_a_module_raises(family: str, site: str) -> None:
     model = tiny_vision(family)
-    with pytest.raises(SiteError, match="adds something else|not what its name promises"):
-        check_identity(model, find_hook_points(model, Site(site)))
+    with pytest.raises(SiteError, match="adds something else|not what its name says"):
+        check_sites(model, find_hook_points(model, Site(site)))
 
 
-def test_a_layer_scale_passed_over_is_found_out() -> None:
+def test_a_site_before_its_layer_scale_raises() -> None:
     model = tiny_vision("dinov2")
     points = [
         replace(point, module=f"encoder.layer.{point.layer}.attention.o_proj")
         for point in find_hook_points(model, Site("attn_out"))
     ]
     with pytest.raises(SiteError, match="adds something else"):
-        check_identity(model, points)
+        check_sites(model, points)
 
 
 def test_the_forward_stops_after_the_last_site() -> None:
@@ -183,7 +182,7 @@ def test_the_forward_stops_after_the_last_site() -> None:
     for number, block in enumerate(model.layers):
         block.register_forward_hook(lambda *_, number=number: ran.append(number))
     pixels = noise()
-    image_tokens(model, pixels)
+    count_image_tokens(model, pixels)
     assert ran == []
     with ActivationHooks(model, find_hook_points(model, Site("resid_post"), 0), lambda *_: None) as points:
         points.forward(pixel_values=pixels)
@@ -192,7 +191,7 @@ def test_the_forward_stops_after_the_last_site() -> None:
 
 
 @pytest.mark.slow
-def test_the_table_in_the_docs_is_what_the_models_say() -> None:
+def test_the_table_in_the_docs_agrees_with_the_models() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert with_vision(page) == page, "run python -m tests.hooks.sites_table"
 
@@ -211,8 +210,8 @@ SMALL = {"hidden_size": 48, "num_attention_heads": 3, "num_hidden_layers": 2, "i
         ("Siglip2Vision", SMALL, "cannot run on an image"),
     ],
 )
-def test_what_has_no_row_for_each_patch_is_refused(name: str, settings: dict, message: str) -> None:
+def test_a_model_without_one_row_for_each_patch_raises(name: str, settings: dict, message: str) -> None:
     cls = getattr(hf, f"{name}Model")
     model = cls._from_config(cls.config_class(**{"image_size": 32, "patch_size": 4, **settings}))
     with pytest.raises(SiteError, match=message):
-        token_layout(model.eval(), (3, 32, 32), torch.device("cpu"))
+        find_patches(model.eval(), (3, 32, 32), torch.device("cpu"))

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from flexcache.identity import comparable, differences, for_store
-from flexcache.identity.behavior import GROUPS, SHAPE, behavior, sketch
+from flexcache.identity import comparable_record, differences, stored_record
+from flexcache.identity.behavior import GROUPS, SHAPE, record_behavior, sketch
+from flexcache.identity.comparison import TOLERANCES
 from flexcache.identity.describe import describe_model
-from flexcache.identity.record import TOLERANCES
 from flexcache.recording.run.fingerprint import fingerprint
 from tests.models import FAMILIES, tiny
 
@@ -26,7 +26,7 @@ def _one_thread() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(rows=st.integers(1, 40), features=st.integers(1, 70), seed=st.integers(0, 999))
-def test_a_sketch_tells_how_far_apart_two_outputs_are(rows: int, features: int, seed: int) -> None:
+def test_a_sketch_measures_the_distance_of_two_outputs(rows: int, features: int, seed: int) -> None:
     """Against numpy: norms are exact, projections are linear, and of the size of the norm."""
     rng = np.random.default_rng(seed)
     a, b = rng.standard_normal((2, rows, features)).astype(np.float32)
@@ -48,14 +48,14 @@ def test_projections_of_many_differences_have_the_size_of_their_norms() -> None:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_has_a_record_of_a_few_kilobytes_that_repeats(family: str) -> None:
     first, second = (describe_model(model, fingerprint(model)) for model in (tiny(family), tiny(family)))
-    assert differences(for_store(first), second) == []
+    assert differences(stored_record(first), second) == []
     assert first["identity"]["behavior"]["names"][-1] == "(output)"
-    assert len(json.dumps(for_store(first))) < 16_000
+    assert len(json.dumps(stored_record(first))) < 16_000
 
 
 def test_under_other_conditions_outputs_agree_to_a_tolerance() -> None:
     model = tiny("llama")
-    record = for_store(describe_model(model, fingerprint(model)))
+    record = stored_record(describe_model(model, fingerprint(model)))
 
     def nudge(relative: float) -> list[str]:
         handle = model.model.layers[0].register_forward_hook(lambda module, args, output: output * (1 + relative))
@@ -71,9 +71,9 @@ def test_under_other_conditions_outputs_agree_to_a_tolerance() -> None:
     handle.remove()
 
 
-def test_two_threads_are_other_conditions_and_agree() -> None:
+def test_outputs_of_two_threads_agree_under_other_conditions() -> None:
     model = tiny("llama").bfloat16()
-    record = for_store(describe_model(model, fingerprint(model)))
+    record = stored_record(describe_model(model, fingerprint(model)))
     torch.set_num_threads(2)
     try:
         assert differences(record, describe_model(model, fingerprint(model))) == []
@@ -82,13 +82,13 @@ def test_two_threads_are_other_conditions_and_agree() -> None:
 
 
 def test_a_model_whose_weights_are_not_loaded_has_no_behavior() -> None:
-    assert behavior(tiny("llama").to("meta"), {}) is None
+    assert record_behavior(tiny("llama").to("meta"), {}) is None
 
 
 def test_a_record_of_an_earlier_version_is_compared_by_its_sample() -> None:
     model = tiny("llama")
     now = describe_model(model, fingerprint(model))
-    old = {key: value for key, value in comparable(now).items() if key != "identity"}
+    old = {key: value for key, value in comparable_record(now).items() if key != "identity"}
     assert differences(old, now) == []
     model.model.embed_tokens.weight.data += 1
     assert differences(old, describe_model(model, fingerprint(model))) == ["weights: a sample of their values differs"]
@@ -96,10 +96,10 @@ def test_a_record_of_an_earlier_version_is_compared_by_its_sample() -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
-def test_a_model_of_few_positions_runs_an_input_that_it_can_read(family: str) -> None:
+def test_a_model_with_few_positions_runs_a_shorter_input(family: str) -> None:
     overrides = {"n_positions": 13} if family == "gpt2" else {"max_position_embeddings": 13}
     model = tiny(family, **overrides)
-    assert behavior(model, {}) == behavior(tiny(family, **overrides), {})
+    assert record_behavior(model, {}) == record_behavior(tiny(family, **overrides), {})
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -112,7 +112,7 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_module_without_blocks_is_known_by_its_output() -> None:
+def test_a_module_without_blocks_is_recorded_by_its_output() -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -124,6 +124,6 @@ def test_a_module_without_blocks_is_known_by_its_output() -> None:
     torch.manual_seed(0)
     model = Plain()
     example = lambda sequences, tokens: {"input_ids": torch.arange(sequences * tokens).reshape(sequences, tokens) % 50}  # noqa: E731
-    record = behavior(model, {}, example=example)
+    record = record_behavior(model, {}, example=example)
     assert record is not None
     assert record["names"] == ["(output)"]

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from flexcache.identity.weights import combine, digest_tensors
+from flexcache.identity.weights import combine_digests, digest_tensors
 from tests.models import tiny
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.bool, torch.float8_e4m3fn]
 
 
 def weights(model: nn.Module) -> str:
-    return combine(digest_tensors(model).weights)
+    return combine_digests(digest_tensors(model).weights)
 
 
 class Holder(nn.Module):
@@ -34,7 +34,7 @@ class Holder(nn.Module):
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
-def test_a_change_of_any_bit_of_any_tensor_is_seen(data: st.DataObject) -> None:
+def test_a_change_of_any_bit_of_any_tensor_changes_the_digest(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(DTYPES))
     shape = data.draw(st.lists(st.integers(1, 5), max_size=3))
     value = (torch.rand(shape) * 2).to(dtype)
@@ -51,7 +51,7 @@ def test_a_change_of_any_bit_of_any_tensor_is_seen(data: st.DataObject) -> None:
     assert changed == {name}
 
 
-def test_names_and_shapes_count_as_values_do() -> None:
+def test_names_and_shapes_change_the_digest() -> None:
     digests = {weights(nn.Linear(4, 4, bias=False).requires_grad_(False))}
     model = nn.Linear(4, 4, bias=False)
     for make in (lambda w: w, lambda w: w.reshape(2, 8), lambda w: w.double(), lambda w: w.T.contiguous()):
@@ -63,7 +63,7 @@ def test_names_and_shapes_count_as_values_do() -> None:
     assert weights(a) != weights(b)
 
 
-def test_strides_and_wrappers_do_not_count() -> None:
+def test_strides_and_wrappers_do_not_change_the_digest() -> None:
     model = tiny("llama")
     before = weights(model)
     weight = model.lm_head.weight
@@ -74,7 +74,7 @@ def test_strides_and_wrappers_do_not_count() -> None:
     assert weights(torch.compile(model, backend="aot_eager")) == before
 
 
-def test_weights_that_accelerate_keeps_elsewhere_count(tmp_path: Path) -> None:
+def test_weights_offloaded_by_accelerate_are_digested(tmp_path: Path) -> None:
     """On the meta device there is nothing to read; accelerate has the values in memory, or in files."""
     before = weights(tiny("llama"))
     where: dict[str, Any] = {"execution_device": torch.device("cpu")}
@@ -90,7 +90,7 @@ def test_weights_that_accelerate_keeps_elsewhere_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_wrapper_subclass_is_read_by_its_parts() -> None:
+def test_a_wrapper_subclass_is_digested_by_its_inner_tensors() -> None:
     """Quantized weights of torchao are tensors whose values are other tensors."""
     model = nn.Module()
     model.weight = nn.Parameter(TwoParts(torch.arange(6.0), torch.tensor([0.5])), requires_grad=False)

@@ -1,4 +1,4 @@
-"""Wholes are cut into pieces as ranks would hold them, and put together again."""
+"""Whole tensors are cut into the pieces of ranks, and assembled again."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexcache.errors import LayoutError
-from flexcache.parallel.assembly import Assembly, Header, Key, assemble
+from flexcache.parallel.assembly import Assembly, assemble
+from flexcache.parallel.header import ActivationKey, Header
 from flexcache.parallel.layout import Layout
 from flexcache.parallel.mesh import Coordinate
-from flexcache.parallel.shard_group import cut, join
+from flexcache.parallel.shard_group import join_parts, select_part
 
-KEY = Key(0, 0)
+KEY = ActivationKey(0, 0)
 Held = tuple[list[list[Header]], list[list[torch.Tensor]]]
 
 
@@ -66,7 +67,7 @@ def together(
 ) -> torch.Tensor:
     parts = assembly.addends if gradient else assembly.parts
     places = [(part, tensors[(giver := part.holder(receiver))[0]][giver[1]]) for part in parts]
-    return join(assembly.shape, places, added=gradient and assembly.addends != assembly.parts)
+    return join_parts(assembly.shape, places, added=gradient and assembly.addends != assembly.parts)
 
 
 @given(wholes())
@@ -78,14 +79,14 @@ def test_pieces_make_the_whole_on_every_rank(drawn: tuple) -> None:
         assert torch.equal(together(assembly, tensors, receiver), whole)
     covered = torch.zeros(assembly.shape)
     for part in assembly.parts:
-        cut(covered, part).add_(1)
+        select_part(covered, part).add_(1)
         for rank, number in part.holders:
-            assert torch.equal(tensors[rank][number], cut(whole, part)), "each holder holds that very piece"
+            assert torch.equal(tensors[rank][number], select_part(whole, part)), "each holder holds that very piece"
     assert (covered == 1).all()
 
 
 @given(wholes())
-def test_gradients_of_what_is_shared_are_added(drawn: tuple) -> None:
+def test_gradients_of_shared_tensors_are_added(drawn: tuple) -> None:
     whole, (headers, tensors), coordinates, rows = drawn
     headers = [[replace(h, layout=replace(h.layout, gradient=True)) for h in held] for held in headers]
     copies = len({(at.dp, h.chunk) for at, held in zip(coordinates, headers, strict=True) for h in held})
@@ -93,9 +94,9 @@ def test_gradients_of_what_is_shared_are_added(drawn: tuple) -> None:
     assert torch.equal(together(assembly, tensors, 0, gradient=True), whole if rows is not None else copies * whole)
 
 
-def test_activations_come_in_the_order_of_their_keys() -> None:
+def test_activations_are_in_the_order_of_their_keys() -> None:
     layout = Layout((2,), None, 0)
-    keys = [Key(1, 0), Key(0, 1), Key(0, 0)]
+    keys = [ActivationKey(1, 0), ActivationKey(0, 1), ActivationKey(0, 0)]
     held = [Header(key, 0, (2,), "torch.float32", layout) for key in keys]
     assert [a.key for a in assemble([held], [Coordinate(0, 0, 0)], ["a", "b"])] == sorted(keys)
 
@@ -117,8 +118,8 @@ SHARD = Header(KEY, 0, (2, 3), "torch.float32", Layout((2, 6), 1, 0))
         ([pair()[0], []], DATA, "fired on some ranks only.*data-parallel rank 1, tensor-parallel rank 0, microbatch 0"),
         ([[pair()[0][0], replace(pair()[0][0], chunk=1)], pair()[1]], DATA, "data-parallel rank 1.*microbatch 1"),
         (pair(shape=(2, 9), layout=Layout((2, 9), None, 0)), DATA, r"found: \(2, 6\) and \(2, 9\)"),
-        (pair(dtype="torch.bfloat16"), DATA, "cannot follow each other.*bfloat16"),
-        (pair(shape=(2,), layout=Layout((2,), None, 0)), DATA, "cannot follow each other"),
+        (pair(dtype="torch.bfloat16"), DATA, "cannot be joined to one batch.*bfloat16"),
+        (pair(shape=(2,), layout=Layout((2,), None, 0)), DATA, "cannot be joined to one batch"),
         ([[SHARD], [replace(SHARD, shape=(2, 2))]], TENSOR, r"add up.*expected: 6 along dim 1\n.*found: 3 \+ 2"),
         ([[replace(h[0], sums=(s, s))] for h, s in zip(pair(), (1.0, 1.1))], TENSOR, "different values"),
         ([[replace(h[0], sums=(s, s))] for h, s in zip(pair(), (1.0, float("nan")))], TENSOR, "different values"),
@@ -129,7 +130,7 @@ SHARD = Header(KEY, 0, (2, 3), "torch.float32", Layout((2, 6), 1, 0))
         ),
     ],
 )
-def test_pieces_that_do_not_fit_are_errors(headers: list, mesh: list, message: str) -> None:
+def test_pieces_that_do_not_fit_raise(headers: list, mesh: list, message: str) -> None:
     with pytest.raises(LayoutError, match=f"(?s)site.*|{message}") as caught:
         assemble(headers, mesh, ["the site"])
     import re

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from flexcache.errors import LayoutError
-from flexcache.parallel.layout import explain, localize
+from flexcache.parallel.layout import find_sharded_dim, localize
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def mesh() -> Iterator[DeviceMesh]:
     [((2, 7, 64), (2, 7, 64), None), ((2, 7, 32), (2, 7, 64), 2), ((2, 4, 64), (2, 7, 64), 1), ((0, 3), (2, 3), 0)],
 )
 def test_one_dim_that_differs_is_the_sharded_one(shape: tuple, whole: tuple, dim: int | None) -> None:
-    assert explain(shape, whole, "site", 2) == dim
+    assert find_sharded_dim(shape, whole, "site", 2) == dim
 
 
 @pytest.mark.parametrize(
@@ -36,12 +36,12 @@ def test_one_dim_that_differs_is_the_sharded_one(shape: tuple, whole: tuple, dim
         ((2, 64), None, r"not known.*found: \(2, 64\) on this rank of 2.*because; .*expected_shape|expected_shape"),
     ],
 )
-def test_what_no_one_dim_explains_is_an_error(shape: tuple, whole: tuple | None, message: str) -> None:
+def test_a_difference_in_several_dims_raises(shape: tuple, whole: tuple | None, message: str) -> None:
     with pytest.raises(LayoutError, match=f"(?s){message}"):
-        explain(shape, whole, "site", 2, "because")
+        find_sharded_dim(shape, whole, "site", 2, "because")
 
 
-def test_a_plain_tensor_is_what_it_is() -> None:
+def test_a_plain_tensor_is_returned_as_it_is() -> None:
     x = torch.randn(2, 3)
     local = localize(x, "site")
     assert local.tensor is x
@@ -50,7 +50,7 @@ def test_a_plain_tensor_is_what_it_is() -> None:
 
 
 @pytest.mark.parametrize("placement", [Replicate(), Shard(1), Shard(-1), Partial()])
-def test_a_dtensor_tells_its_layout_and_is_made_again(mesh: DeviceMesh, placement: object) -> None:
+def test_a_dtensor_states_its_layout_and_can_be_restored(mesh: DeviceMesh, placement: object) -> None:
     x = torch.randn(2, 3, requires_grad=True)
     tensor = DTensor.from_local(x, mesh, [placement], run_check=False)
     local = localize(tensor, "site")

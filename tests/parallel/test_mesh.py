@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexcache.errors import ConfigError
-from flexcache.parallel.mesh import AXES, Coordinate, arrange
+from flexcache.parallel.mesh import AXES, Coordinate, build_meshes
 
 LENGTHS = st.tuples(*[st.integers(1, 3)] * 3).map(Coordinate._make)
 
@@ -29,36 +29,36 @@ def test_named_axes_are_kept_and_coordinates_are_a_bijection(lengths: Coordinate
     at = laid_out(lengths, data.draw(st.permutations(range(world))))
     found = {r: {a: along(at, r, a) for a in AXES if getattr(lengths, a) > 1} for r in range(world)}
     given_sizes = {axis: data.draw(st.sampled_from([None, getattr(lengths, axis)])) for axis in AXES}
-    meshes = arrange(found, given_sizes)
+    meshes = build_meshes(found, given_sizes)
     for rank, mesh in meshes.items():
         assert mesh.ranks == tuple(range(world))
         assert mesh.ranks[mesh.rank] == rank
         assert mesh.sizes == lengths
         assert dict(zip(mesh.ranks, mesh.coordinates, strict=True)) == at
-        assert mesh.here == at[rank]
-        assert {mesh.coordinates[r].pp for r in mesh.plane} == {mesh.here.pp}
-        assert len(mesh.plane) == lengths.dp * lengths.tp
+        assert mesh.coordinate == at[rank]
+        assert {mesh.coordinates[r].pp for r in mesh.stage_ranks} == {mesh.coordinate.pp}
+        assert len(mesh.stage_ranks) == lengths.dp * lengths.tp
 
 
 @given(LENGTHS, st.sets(st.sampled_from(AXES)))
-def test_axes_that_nothing_names_are_row_major(lengths: Coordinate, named: set[str]) -> None:
+def test_axes_that_no_wrapper_states_are_row_major(lengths: Coordinate, named: set[str]) -> None:
     world = lengths.pp * lengths.dp * lengths.tp
     at = laid_out(lengths, list(range(world)))
     found = {r: {a: along(at, r, a) for a in named if getattr(lengths, a) > 1} for r in range(world)}
     sizes = {axis: getattr(lengths, axis) for axis in AXES if axis not in named}
-    for rank, mesh in arrange(found, sizes).items():
-        assert mesh.here == at[rank]
+    for rank, mesh in build_meshes(found, sizes).items():
+        assert mesh.coordinate == at[rank]
 
 
 @given(st.integers(2, 3), st.integers(2, 3))
-def test_copies_that_nothing_joins_are_meshes_of_their_own(copies: int, tp: int) -> None:
+def test_independent_copies_have_separate_meshes(copies: int, tp: int) -> None:
     found = {r: {"tp": tuple(range(r // tp * tp, r // tp * tp + tp))} for r in range(copies * tp)}
-    for rank, mesh in arrange(found, {}).items():
+    for rank, mesh in build_meshes(found, {}).items():
         assert mesh.ranks == found[rank]["tp"]
-        assert mesh.here == Coordinate(0, 0, rank % tp)
-    joined = arrange(found, {"dp": copies})
+        assert mesh.coordinate == Coordinate(0, 0, rank % tp)
+    joined = build_meshes(found, {"dp": copies})
     assert joined[tp].ranks == tuple(range(copies * tp))
-    assert joined[tp].here == Coordinate(0, 1, 0)
+    assert joined[tp].coordinate == Coordinate(0, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,6 @@ def test_copies_that_nothing_joins_are_meshes_of_their_own(copies: int, tp: int)
         ({0: {"tp": (0, 1)}, 1: {"tp": (0, 1)}, 2: {}}, {}, "3 in the process group"),
     ],
 )
-def test_sizes_that_do_not_fit_are_errors(found: dict, sizes: dict, message: str) -> None:
+def test_sizes_that_do_not_fit_raise(found: dict, sizes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        arrange(found, sizes)
+        build_meshes(found, sizes)

@@ -72,7 +72,7 @@ def test_the_vision_tower_of_clip_is_captured(config: Path, capsys: pytest.Captu
     run(capsys, "capture", config, "-q", *change, "--set", "model.side=vision")
     assert flexcache.open("clip.zarr").layers("resid_post") == tuple(range(DEPTH))
     assert "batch × 10 × 48" in run(capsys, "sites", "clip", "--side", "vision")
-    assert "has no part that sees" in run(capsys, "sites", "model", "--side", "vision", status=2)
+    assert "has no vision tower" in run(capsys, "sites", "model", "--side", "vision", status=2)
 
 
 @pytest.mark.parametrize(

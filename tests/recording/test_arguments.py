@@ -15,7 +15,7 @@ import flexcache
 from analysis import probes
 from flexcache import training
 from flexcache.errors import ConfigError, DocumentsError, FlexCacheError, MismatchError, SiteError
-from flexcache.model import longest_input, positions
+from flexcache.hooks.locate.position_tables import count_positions, longest_input
 from flexcache.site import resolve_layers
 from flexcache.spec import dtype_name
 from tests.models import tiny
@@ -280,7 +280,7 @@ def test_a_document_longer_than_the_model_fails_before_planning(name: str, tmp_p
     model = made().eval()
     ids = torch.full((1, 33), 5)
     mask = torch.ones_like(ids)
-    assert positions(model)[0] == (32 if limited else None)
+    assert count_positions(model)[0] == (32 if limited else None)
     long = [{"id": "short", "tokens": [5] * 32}, {"id": "long", "tokens": [5] * 33}]
     options: dict[str, Any] = {"sites": ["resid_post"], "layers": [1], "max_length": 40, **QUIET}
     if not limited:

@@ -13,7 +13,7 @@ from torch import nn
 import flexcache
 from analysis import replay
 from flexcache.errors import AnalysisError, ConfigError, DocumentsError, MismatchError
-from flexcache.model import pad_id
+from flexcache.hooks.locate.vocabulary import pad_token_id
 from flexcache.recording.forward.batch import Batch, split
 from flexcache.recording.forward.batch_reader import BatchReader
 from flexcache.recording.forward.decoder_inputs import infer_decoder_inputs
@@ -78,7 +78,7 @@ def test_rows_are_what_the_whole_model_computes_of_targets_shifted_as_labels(
         straddling += len(texts) == 1 and len(batch.rows) < len(batch.tokens[0])
         seen.clear()
         with torch.no_grad():
-            model(**{name: torch.from_numpy(v) for name, v in batch.inputs(pad_id(model, None)).items()})
+            model(**{name: torch.from_numpy(v) for name, v in batch.inputs(pad_token_id(model, None)).items()})
         assert np.array_equal(batch.kept(seen[0].numpy()), store.read("resid_post", 2, batch.rows))
         assert (
             store.coordinates["token_id"].values[batch.rows].tolist()

@@ -86,5 +86,5 @@ def test_a_configuration_says_which_side_and_captures_the_decoder(tmp_path: Path
 
 def test_a_decoder_has_no_encoder(tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="no encoder beside a decoder"):
+    with pytest.raises(ConfigError, match="is not an encoder-decoder"):
         flexcache.ModelSource(name=str(tmp_path), side="encoder").load()

@@ -11,7 +11,7 @@ import torch
 import flexcache
 from flexcache import Transform
 from flexcache.errors import CaptureError, ConfigError, MismatchError, SiteError
-from flexcache.provenance import load, origin
+from flexcache.provenance import callable_fingerprint, import_object
 from flexcache.recording.forward.batch import Batch
 from tests.corpora import lengths, token_documents
 from tests.models import DEPTH, HIDDEN, VOCABULARY, tiny
@@ -137,10 +137,10 @@ def test_a_fingerprint_of_a_function_differs_between_functions_but_not_between_r
     def scaled(x: torch.Tensor, by: float) -> torch.Tensor:
         return x * by
 
-    assert origin(partial(scaled, by=2.0)) == origin(partial(scaled, by=2.0))
-    assert origin(partial(scaled, by=2.0)) != origin(partial(scaled, by=3.0))
-    assert origin(Encoder(0)) == origin(Encoder(0)) != origin(Encoder(1))
-    assert origin(torch.tanh)["source_xxh3_128"] is None
+    assert callable_fingerprint(partial(scaled, by=2.0)) == callable_fingerprint(partial(scaled, by=2.0))
+    assert callable_fingerprint(partial(scaled, by=2.0)) != callable_fingerprint(partial(scaled, by=3.0))
+    assert callable_fingerprint(Encoder(0)) == callable_fingerprint(Encoder(0)) != callable_fingerprint(Encoder(1))
+    assert callable_fingerprint(torch.tanh)["source_xxh3_128"] is None
     found = []
     for matrix in (torch.eye(2), 2 * torch.eye(2), torch.eye(2)):
 
@@ -150,12 +150,12 @@ def test_a_fingerprint_of_a_function_differs_between_functions_but_not_between_r
         def closed(x: torch.Tensor, rotate: Any = rotate) -> torch.Tensor:
             return rotate(x)
 
-        found.append((origin(rotate), origin(closed)))
+        found.append((callable_fingerprint(rotate), callable_fingerprint(closed)))
     assert found[0] == found[2]
     assert found[0][0] != found[1][0]
     assert found[0][1] != found[1][1]
-    assert load("tests.recording.test_transforms:Encoder", "here") is Encoder
+    assert import_object("tests.recording.test_transforms:Encoder", "here") is Encoder
     with pytest.raises(ConfigError, match="cannot be imported"):
-        load("no_such_module:f", "here")
+        import_object("no_such_module:f", "here")
     with pytest.raises(ConfigError, match="did you mean entropy"):
-        load("tests.recording.test_transforms:entrpy", "here")
+        import_object("tests.recording.test_transforms:entrpy", "here")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import flexcache
 from flexcache.errors import ConfigError, DocumentsError
-from flexcache.model import evaluating
+from flexcache.hooks.locate.evaluation_mode import evaluation_mode
 from flexcache.recording.checks.attention_isolation import check_isolation
 from flexcache.recording.forward.batch import split, unplanned_batch
 from flexcache.recording.forward.batch_reader import BatchReader
@@ -244,7 +244,7 @@ def test_families_isolate_documents_as_documented(family: str, dtype: torch.dtyp
     model = tiny(family, dtype)
     spec = CaptureSpec.model_validate({"sites": {"resid_post": "all"}})
     shown = nullcontext() if family in APART else pytest.raises(ConfigError, match="keep packed documents apart")
-    with evaluating(model), closing(ModelParallelGroup(model)) as group, shown:
+    with evaluation_mode(model), closing(ModelParallelGroup(model)) as group, shown:
         check_isolation(model, find_targets(model, spec), 0, group)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from analysis.replay.edits.edit import Edit
 from analysis.replay.edits.edit_context import EditContext
 from flexcache.errors import AnalysisError
-from flexcache.provenance import load, origin
+from flexcache.provenance import callable_fingerprint, import_object
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -34,7 +34,7 @@ class Function(Edit):
 
     def to_json(self) -> dict[str, Any]:
         """Return the function's path or, if it is a callable, a description that cannot be read back."""
-        value = self.function if isinstance(self.function, str) else origin(self.function)
+        value = self.function if isinstance(self.function, str) else callable_fingerprint(self.function)
         return {"kind": "Function", "function": value}
 
     def edit_tokens(
@@ -56,4 +56,4 @@ class Function(Edit):
         return self._load()(context.module, x[None].clone(), None, nn.ModuleDict())[0]
 
     def _load(self) -> Callable[..., torch.Tensor]:
-        return load(self.function, "an edit") if isinstance(self.function, str) else self.function
+        return import_object(self.function, "an edit") if isinstance(self.function, str) else self.function

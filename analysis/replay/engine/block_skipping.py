@@ -12,7 +12,7 @@ from torch import nn
 
 from flexcache.errors import AnalysisError
 from flexcache.hooks.locate.blocks import find_blocks
-from flexcache.hooks.locate.names import inner
+from flexcache.hooks.locate.names import unwrap_module
 
 Container = Callable[[torch.Tensor], Any]
 """Packs a residual stream as a block's output: the tensor itself, or a tuple that begins with it."""
@@ -36,7 +36,7 @@ def skip_blocks(
     residual
         What each line begins with, shape (lines, longest, hidden).
     """
-    blocks = [inner(block) for block in find_blocks(model)[1]][: starts[-1]]
+    blocks = [unwrap_module(block) for block in find_blocks(model)[1]][: starts[-1]]
     own = [block.__dict__.get("forward") for block in blocks]
     try:
         for number, block in enumerate(blocks):

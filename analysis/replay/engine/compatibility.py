@@ -11,19 +11,19 @@ from torch import nn
 
 from analysis.replay.engine.partial_loading import PartialLoad, partial_load
 from flexcache.errors import AnalysisError, MismatchError, nearest
+from flexcache.hooks.locate.evaluation_mode import evaluation_mode
 from flexcache.hooks.locate.hook_point import HookPoint
-from flexcache.identity import differences, identity_of, known, model_record
+from flexcache.identity import differences, get_identity, has_weight_digests, model_record
 from flexcache.identity.describe import describe_model
 from flexcache.identity.record import OTHERS
-from flexcache.identity.structure import structure
-from flexcache.identity.weights import combine, digest_tensors
+from flexcache.identity.structure import describe_structure
+from flexcache.identity.weights import combine_digests, digest_tensors
 from flexcache.images.input import stored_image_input
-from flexcache.model import evaluating
 from flexcache.recording.forward.image_inputs import padding
 from flexcache.recording.recompute import check_rows
 from flexcache.recording.run.fingerprint import fingerprint
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
-from flexcache.site import INEFFECTIVE
+from flexcache.site import READ_ONLY
 from flexcache.store.read.recorded_model import recorded_model
 from flexcache.store.read.store import Store
 
@@ -93,7 +93,7 @@ def check_compatible(store: Store, model: nn.Module, accept: Collection[str] = (
             else "capture resid_post with rows: all",
         )
     notes = [f"Accepted: {text}." for text in found.values()]
-    if "weights" not in found and identity_of(model_record(store.provenance)) is None:
+    if "weights" not in found and get_identity(model_record(store.provenance)) is None:
         notes.append("The store was written by an earlier version: only a sample of the weights was compared.")
     return notes
 
@@ -125,7 +125,7 @@ def _compare_model(store: Store, model: nn.Module, processor: Any) -> dict[str, 
     partial = partial_load(model)
     if partial is not None:
         return _compare_partial(model_record(store.provenance), model, partial)
-    if not known(before):
+    if not has_weight_digests(before):
         return {}
     inputs = padding(model, stored_image_input(store, model, processor) if store.images else None)
     now = fingerprint(model)
@@ -135,7 +135,7 @@ def _compare_model(store: Store, model: nn.Module, processor: Any) -> dict[str, 
     if found:
         held = any(line.startswith(("weights", "class", "config", OTHERS)) for line in found)
         return {"weights" if held else "behavior": intro + "; ".join(found)}
-    with evaluating(model), closing(ModelParallelGroup(model)) as group:
+    with evaluation_mode(model), closing(ModelParallelGroup(model)) as group:
         try:
             check_rows(model, store, inputs, group, now)
         except MismatchError as error:
@@ -147,10 +147,10 @@ def _compare_partial(before: Mapping[str, Any], model: nn.Module, partial: Parti
     """Compare a partly loaded model: the files of its checkpoint, the weights that were loaded, and hooks."""
     if partial.files != before.get("files"):
         return {"weights": "the checkpoint's files are not those of the capture"}
-    if combine(digest_tensors(model).weights) != partial.weights:
+    if combine_digests(digest_tensors(model).weights) != partial.weights:
         return {"weights": "the weights were changed after they were loaded"}
-    hooks = structure(model)["hooks"]
-    held = (identity_of(before) or {}).get("structure", {}).get("hooks", [])
+    hooks = describe_structure(model)["hooks"]
+    held = (get_identity(before) or {}).get("structure", {}).get("hooks", [])
     return {} if hooks == held else {"behavior": f"hooks: {held or 'none'} before, {hooks or 'none'} now"}
 
 
@@ -172,7 +172,7 @@ def has_unloaded_weights(module: nn.Module) -> bool:
 
 def check_editable(point: HookPoint) -> None:
     """Raise AnalysisError if a parallel path of the model bypasses the site: an edit would have a partial effect."""
-    if point.array in INEFFECTIVE:
+    if point.array in READ_ONLY:
         raise AnalysisError(
             f"{point.array} can be read but not edited",
             where=str(point),

@@ -39,13 +39,13 @@ from analysis.replay.engine.forward_hooks import (
 from analysis.replay.engine.starts import BEGINNING, Start, find_start, stack_residuals
 from flexcache import hooks
 from flexcache.errors import AnalysisError, FlexCacheError
-from flexcache.hooks.locate.encoder_decoder import encoded, is_encoder_decoder
+from flexcache.hooks.locate.encoder_decoder import is_encoder_decoder, run_encoder
+from flexcache.hooks.locate.evaluation_mode import evaluation_mode
 from flexcache.hooks.locate.hook_point import HookPoint
-from flexcache.hooks.locate.names import modules, peel
-from flexcache.hooks.read.activation_hooks import accepts, eager
+from flexcache.hooks.locate.names import modules_by_path, unwrap_copies
+from flexcache.hooks.read.activation_hooks import accepts_keyword, uncompiled
 from flexcache.hooks.read.measure import input_device
 from flexcache.images.input import stored_image_input
-from flexcache.model import evaluating
 from flexcache.recording.forward.batch import Batch, unplanned_batch
 from flexcache.recording.forward.batch_reader import BatchReader
 from flexcache.recording.forward.image_inputs import padding, to_tensors
@@ -79,9 +79,9 @@ class Engine:
     def __init__(self, store: Store, model: nn.Module, accept: Collection[str] = (), processor: Any = None) -> None:
         check_store_and_model(store, model)
         self.notes = check_compatible(store, model, accept, processor)
-        self.store, self.model = store, peel(model)
+        self.store, self.model = store, unwrap_copies(model)
         self.source = StoreRows(store)
-        self._named = modules(self.model)
+        self._named = modules_by_path(self.model)
         path, blocks = hooks.find_blocks(self.model)
         self._blocks = [f"{path}.{number}" for number in range(len(blocks))]
         self.depth = len(blocks)
@@ -92,7 +92,7 @@ class Engine:
         context = TWO_TOKENS if is_encoder_decoder(self.model) else None
         self._example = unplanned_batch(TWO_TOKENS, context=context)
         self._reader = BatchReader(store.path)
-        self._defaults = {"use_cache": False} if accepts(self.model, "use_cache") else {}
+        self._defaults = {"use_cache": False} if accepts_keyword(self.model, "use_cache") else {}
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         self._head: nn.Module | None = head if isinstance(head, nn.Module) else None
         self._last_logits: dict[int, torch.Tensor] = {}
@@ -196,8 +196,8 @@ class Engine:
         }
         result = ForwardResult(torch.empty(0), {})
         with ExitStack() as stack:
-            stack.enter_context(evaluating(self.model))
-            stack.enter_context(eager(self.model))
+            stack.enter_context(evaluation_mode(self.model))
+            stack.enter_context(uncompiled(self.model))
             if read is not None and self._head is not None:
                 stack.enter_context(limit_head(self._head, _repeated(torch.from_numpy(read), len(starts)).to(device)))
             for point in dict.fromkeys(one.point for one in placed):
@@ -251,7 +251,7 @@ class Engine:
         return EditContext(self.source, *where, lines, documents, positions, placed.seed, result.left_out)
 
     def _call(self, inputs: Mapping[str, torch.Tensor]) -> Any:
-        return self.model(**encoded(self.model, inputs), **self._defaults)
+        return self.model(**run_encoder(self.model, inputs), **self._defaults)
 
     def _call_skipping(self, inputs: Mapping[str, torch.Tensor], starts: Sequence[int]) -> Any:
         try:

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from analysis.replay.edits.edit import Edit, apply_edit
 from analysis.replay.edits.edit_context import EditContext
 from flexcache.hooks.locate.hook_point import HookPoint
+from flexcache.hooks.locate.hook_scope import hook_scope
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def edit_activation(
     def edited(values: torch.Tensor) -> torch.Tensor:
         if not made:
             return values
-        whole = point.shaped(values, shape).clone()
+        whole = point.reshape_to_tokens(values, shape).clone()
         for placed, context in made:
             lines, positions = placed.tokens
             first, last = int(lines.min()) // each * each, int(lines.max()) // each * each + each
@@ -87,17 +87,17 @@ def edit_activation(
         return whole.reshape(values.shape)
 
     def on_output(_: nn.Module, args: Any, output: Any) -> Any:
-        return point.into_output(output, edited(point.from_output(output)))
+        return point.replace_output(output, edited(point.read_output(output)))
 
     def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        value = edited(point.from_input(args, kwargs))
+        value = edited(point.read_input(args, kwargs))
         return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": value})
 
     if point.side == "input":
         handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
     else:
         handle = module.register_forward_hook(on_output)
-    with _removing(handle):
+    with hook_scope([handle]):
         yield
 
 
@@ -108,15 +108,15 @@ def capture_activation(
     """Put the value at a hook point, after edits, into ``result.residuals[key]``."""
 
     def keep(values: torch.Tensor) -> None:
-        result.residuals[key] = point.shaped(values, shape).clone()
+        result.residuals[key] = point.reshape_to_tokens(values, shape).clone()
 
     if point.side == "input":
         handle = module.register_forward_pre_hook(
-            lambda _, args, kwargs: keep(point.from_input(args, kwargs)), with_kwargs=True
+            lambda _, args, kwargs: keep(point.read_input(args, kwargs)), with_kwargs=True
         )
     else:
-        handle = module.register_forward_hook(lambda _, args, output: keep(point.from_output(output)))
-    with _removing(handle):
+        handle = module.register_forward_hook(lambda _, args, output: keep(point.read_output(output)))
+    with hook_scope([handle]):
         yield
 
 
@@ -128,13 +128,5 @@ def limit_head(head: nn.Module, positions: torch.Tensor) -> Iterator[None]:
         index = positions[..., None].expand(*positions.shape, args[0].shape[-1])
         return (args[0].gather(1, index), *args[1:])
 
-    with _removing(head.register_forward_pre_hook(choose)):
+    with hook_scope([head.register_forward_pre_hook(choose)]):
         yield
-
-
-@contextmanager
-def _removing(handle: RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()

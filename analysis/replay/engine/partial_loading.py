@@ -13,7 +13,7 @@ from torch import nn
 
 from flexcache.errors import ConfigError
 from flexcache.hooks.locate.blocks import find_blocks
-from flexcache.identity.weights import combine, digest_tensors
+from flexcache.identity.weights import combine_digests, digest_tensors
 from flexcache.model import ModelSource
 from flexcache.paths import local_path
 
@@ -75,7 +75,7 @@ def load_rest(source: ModelSource, after: int) -> nn.Module:
     ]
     if left:
         raise _naming_error(folder, left)
-    setattr(model, ATTRIBUTE, PartialLoad(source.weights(), combine(digest_tensors(model).weights)))
+    setattr(model, ATTRIBUTE, PartialLoad(source.weights(), combine_digests(digest_tensors(model).weights)))
     return model.eval()
 
 

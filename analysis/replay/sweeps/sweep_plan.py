@@ -16,7 +16,7 @@ from analysis.replay.sweeps.arguments import Answers, parse_answers
 from analysis.replay.sweeps.grid import Grid, Positions, as_list, has_tokens, parse_position
 from analysis.replay.sweeps.metrics import NAMED, Metric, resolve_metrics
 from flexcache.errors import AnalysisError, StoreError, nearest
-from flexcache.provenance import origin
+from flexcache.provenance import callable_fingerprint
 from flexcache.spec import listed
 
 BASELINES = ("identity", "random_direction", "norm_matched")
@@ -74,7 +74,10 @@ class SweepPlan:
                 for label, positions in self.positions.items()
             },
             "edits": [edit.to_json() for edit in self.edits],
-            "metrics": [metric.name if metric.name in NAMED else origin(metric.function) for metric in self.metrics],
+            "metrics": [
+                metric.name if metric.name in NAMED else callable_fingerprint(metric.function)
+                for metric in self.metrics
+            ],
             "baselines": list(self.baselines),
             "answers": dict(self.answers) if isinstance(self.answers, Mapping) else self.answers,
             "documents": list(self.documents),

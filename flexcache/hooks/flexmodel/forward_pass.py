@@ -1,19 +1,22 @@
-"""A pass through a model: what is registered, what runs, and what was read in it so far."""
+"""A pass through a model: its registered hooks, its step of a pipeline, and the pieces read so far."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from flexcache.hooks.flexmodel.hook_function import HookFunction, Kind
-from flexcache.parallel.distribution import Piece
+from flexcache.parallel.distribution import LocalPiece
 
 
 @dataclass
-class Hook:
-    """A hook function as registered: its kind, its number in the order of registration, and whether it is on."""
+class RegisteredHook:
+    """A registered hook function: its kind, its number in the order of registration, and whether it is active."""
 
     number: int
     function: HookFunction
@@ -22,12 +25,12 @@ class Hook:
 
     @property
     def where(self) -> str:
-        """The hook's name in errors."""
+        """The name of the hook in errors."""
         return f"{self.function.module_name} ({self.kind})"
 
     @property
     def reads_input(self) -> bool:
-        """Whether it is on the input side of its module."""
+        """True if the hook is on the input side of its module."""
         return self.kind in ("forward_pre", "full_backward")
 
 
@@ -40,14 +43,14 @@ class ForwardPass:
     fired
         Numbers of the hooks that fired.
     calls
-        How many times each hook fired, by its number, the microbatch and the root that ran.
+        Number of times that each hook fired, by its number, the microbatch and the root.
     root
-        Identity of the root module that runs: stages may share a module, which runs once in each.
+        Identity of the root module that runs: stages may share a module, which then runs once in each.
     nested
-        It is the backward pass of a block that was run again within another backward pass (reentrant checkpointing).
+        True for the backward pass of a block that runs again inside another backward pass (reentrant checkpointing).
     """
 
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[LocalPiece] = field(default_factory=list)
     fired: set[int] = field(default_factory=set)
     calls: Counter[tuple[int, int, int]] = field(default_factory=Counter)
     root: int = 0
@@ -55,17 +58,17 @@ class ForwardPass:
 
 
 @dataclass
-class Step:
+class PipelineStep:
     """A step of a pipeline schedule.
 
     Attributes
     ----------
     scale
-        By how much the schedule divides the gradients of its stages' weights at the end.
+        The divisor that the schedule applies to the gradients of its stages' weights at the end.
     divides_trainable
-        Trainable modules are among these.
+        True if trainable modules are among these weights.
     chunk
-        Number of the microbatch that runs; None between them.
+        Number of the microbatch that runs; None between microbatches.
     """
 
     microbatches: int
@@ -73,14 +76,39 @@ class Step:
     divides_trainable: bool
     chunk: int | None = None
 
+    @contextmanager
+    def number_microbatches(self, stages: Sequence[Any]) -> Iterator[None]:
+        """Set `chunk` while a stage of torch's pipelining runs a microbatch; restore the stages on exit."""
+        before = [vars(stage).get("forward_one_chunk") for stage in stages]
+        for stage in stages:
+            stage.forward_one_chunk = self._numbered(stage.forward_one_chunk)
+        try:
+            yield
+        finally:
+            for stage, original in zip(stages, before, strict=True):
+                if original is None:
+                    del stage.forward_one_chunk
+                else:
+                    stage.forward_one_chunk = original
+
+    def _numbered(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        def forward_one_chunk(chunk: int, *args: Any, **kwargs: Any) -> Any:
+            self.chunk = chunk
+            try:
+                return run(chunk, *args, **kwargs)
+            finally:
+                self.chunk = None
+
+        return forward_one_chunk
+
 
 def in_backward() -> bool:
-    """Whether autograd is running: a module that runs then is run again, by gradient checkpointing."""
+    """Return True if autograd is running: modules then run again for gradient checkpointing."""
     return torch._C._current_graph_task_id() != -1
 
 
-def own_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy outside of any graph, in contiguous memory; an ordinary tensor also in inference mode."""
+def detached_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous copy outside any graph; in inference mode too it is an ordinary tensor."""
     if not torch.is_inference_mode_enabled() and not tensor.is_inference():
         return tensor.detach().clone(memory_format=torch.contiguous_format)
     with torch.inference_mode(False), torch.no_grad():

@@ -1,4 +1,4 @@
-"""The hook function: which activation to read, and how to edit it."""
+"""The hook function: the activation to read, and the edit."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ BACKWARD: tuple[Kind, ...] = ("full_backward", "full_backward_pre", "tensor")
 
 @dataclass(frozen=True, eq=False)
 class HookFunction:
-    """Reads an activation, unsharded, and may edit it. What it reads is decided by how it is registered.
+    """Read the whole activation of a module, and optionally edit it; the way of registration selects input or output.
 
-    ::
-
-        HookFunction("model.layers.7.mlp")
-        HookFunction("model.layers.7.mlp", editing_function=lambda module, x, save_ctx, modules: 0 * x)
+    >>> mlp = HookFunction("model.layers.7.mlp")
+    >>> mlp.name
+    'model.layers.7.mlp'
+    >>> ablate = HookFunction("model.layers.7.mlp", editing_function=lambda module, x, save_ctx, modules: 0 * x)
 
     Parameters
     ----------
     module_name
-        Dotted path of a module, as the unwrapped model has it: ``module.``, ``_fsdp_wrapped_module.`` and
-        ``_orig_mod.`` may be written or left out. For `FlexModel.register_hook`, the path of a parameter.
+        Dotted path of a module in the unwrapped model: ``module.``, ``_fsdp_wrapped_module.`` and ``_orig_mod.`` may be
+        written or left out. For `FlexModel.register_hook`, the path of a parameter.
     expected_shape
-        The whole shape, None for dims that may be anything. Not needed: shapes are found by themselves. Where given,
-        it is checked, and it stands in where a model cannot run on the meta device.
+        The whole shape, None for dims of any size. Optional, since shapes are found automatically: it is checked if
+        given, and replaces the shape found if a model cannot run on the meta device.
     editing_function
-        Gets the module, the whole activation (a tensor of its own, which it may change in place), the model's
-        `save_ctx` and its trainable modules, and returns a tensor of the same shape, which is cast to the activation's
-        dtype. It runs on every rank that holds the activation, on the same values and with the same state of torch's
+        Receives the module, the whole activation (a separate tensor, which it may change in place), the model's
+        `save_ctx` and its trainable modules. It returns a tensor of the same shape, which is cast to the activation's
+        dtype. It runs on every rank that holds the activation, with the same values and the same state of torch's
         random numbers, and must do the same on each.
     unpack_idx
-        Which tensor to read where a module takes or gives several, counted from 0 in the order of the pytree.
+        The tensor to read if a module has several inputs or outputs, counted from 0 in the order of the pytree.
     key
-        Name in the output dict; the module's name by default.
+        Name in the output dict; by default the module's name.
     record
-        Whether the activation goes into the output dict. What is recorded is the activation before this edit.
+        Put the activation into the output dict. It is recorded before this edit.
     """
 
     module_name: str

@@ -1,4 +1,4 @@
-"""Tensors inside what modules take and give: tuples, dicts, dataclasses of transformers, any pytree."""
+"""Tensors in the inputs and outputs of modules: tuples, dicts, dataclasses of transformers, any pytree."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from flexcache.errors import HookError
 Rebuild = Callable[[torch.Tensor], Any]
 
 
-def tensor_leaf(tree: Any, index: int, where: str) -> tuple[torch.Tensor, Rebuild]:
-    """Return the tensor number *index* of a pytree, and a function that makes the same tree with another in its place.
+def find_tensor(tree: Any, index: int, where: str) -> tuple[torch.Tensor, Rebuild]:
+    """Return tensor number *index* of a pytree, and a function that returns the same tree with another tensor there.
 
-    Only tensors count; numbers, None and caches do not.
+    Only tensors are counted; numbers, None and caches are not.
+
+    >>> tensor, rebuild = find_tensor({"n": 1, "x": torch.ones(2)}, 0, "layer")
+    >>> rebuild(2 * tensor)
+    {'n': 1, 'x': tensor([2., 2.])}
 
     Raises
     ------
     HookError
-        There are fewer tensors.
+        The tree has fewer tensors.
     """
     if index == 0:
         if isinstance(tree, torch.Tensor):
@@ -48,13 +52,13 @@ def tensor_leaf(tree: Any, index: int, where: str) -> tuple[torch.Tensor, Rebuil
     return leaves[place], rebuild
 
 
-def input_leaf(
+def find_input_tensor(
     args: tuple[Any, ...], kwargs: dict[str, Any], index: int, where: str
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """Return the tensor number *index* of a call's arguments, positional ones first, then keywords in their order."""
+    """Return tensor number *index* of a call: positional arguments first, then keywords in order."""
     if index == 0 and args and isinstance(args[0], torch.Tensor):
         return args[0], lambda tensor: ((tensor, *args[1:]), kwargs)
-    leaf, rebuild = tensor_leaf((args, kwargs), index, where)
+    leaf, rebuild = find_tensor((args, kwargs), index, where)
     return leaf, rebuild
 
 

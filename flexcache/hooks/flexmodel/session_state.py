@@ -1,4 +1,4 @@
-"""What all hooks of one FlexModel share: how the model is distributed, where activations go, what edits are given."""
+"""The state that all hooks of one FlexModel share: distribution, output and edits."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from flexcache.errors import HookError, LayoutError
-from flexcache.hooks.flexmodel.forward_pass import ForwardPass, Hook, Step
-from flexcache.hooks.flexmodel.pytree import input_leaf, tensor_leaf
-from flexcache.parallel.assembly import Key
+from flexcache.hooks.flexmodel.forward_pass import ForwardPass, PipelineStep, RegisteredHook
+from flexcache.hooks.flexmodel.pytree import find_input_tensor, find_tensor
 from flexcache.parallel.distribution import Distribution
+from flexcache.parallel.header import ActivationKey
 from flexcache.parallel.layout import Layout, Local
 from flexcache.parallel.meta_model import ShapeProbe
 
@@ -22,44 +22,44 @@ Output = dict[str, list[torch.Tensor]]
 
 
 class SessionState:
-    """The state of a FlexModel's hooks, apart from the pass under way.
+    """The state of a FlexModel's hooks, without that of the current pass.
 
     Attributes
     ----------
     hooks
         By number.
     modules
-        Of each hook, by its number: several where pipeline stages share a module, none where another rank has it.
+        The modules of each hook, by its number: several if pipeline stages share a module, none if another rank has it.
     step
-        The step of a pipeline schedule under way, if any.
+        The current step of a pipeline schedule, or None.
     """
 
     def __init__(
         self,
         distribute: Callable[[], Distribution],
         output: Output | None,
-        keepers: Callable[[int], tuple[int, ...]],
+        output_ranks: Callable[[int], tuple[int, ...]],
     ) -> None:
-        self.hooks: list[Hook] = []
+        self.hooks: list[RegisteredHook] = []
         self.modules: dict[int, list[nn.Module]] = defaultdict(list)
         self.save_ctx = SimpleNamespace()
         self.trainable = nn.ModuleDict()
-        self.step: Step | None = None
+        self.step: PipelineStep | None = None
         self.output = output
-        self._keepers = keepers
+        self._output_ranks = output_ranks
         self._distribute = distribute
         self._distribution: Distribution | None = None
         self._sent: set[str] = set()
 
     @property
     def distribution(self) -> Distribution:
-        """How the model is distributed; found when it is first asked for, by all ranks together."""
+        """The distribution of the model; found on first use, by all ranks together."""
         if self._distribution is None:
             self._distribution = self._distribute()
         return self._distribution
 
     def close(self) -> None:
-        """Switch every hook off and give back what was held."""
+        """Deactivate all hooks and release the process group."""
         for hook in self.hooks:
             hook.enabled = False
         self.modules.clear()
@@ -70,49 +70,49 @@ class SessionState:
 
     @property
     def chunk(self) -> int:
-        """Number of the microbatch that runs; 0 outside of pipelines."""
+        """Number of the microbatch that runs; 0 outside pipelines."""
         return 0 if self.step is None or self.step.chunk is None else self.step.chunk
 
     @property
     def scale(self) -> int:
-        """Over how many data-parallel ranks and microbatches gradients are averaged."""
+        """Number of data-parallel ranks times microbatches over which gradients are averaged."""
         return self.distribution.mesh.sizes.dp * (1 if self.step is None else self.step.scale)
 
     @property
-    def spread(self) -> bool:
-        """Whether this rank shares activations with others."""
-        return len(self.distribution.mesh.plane) > 1
+    def is_shared(self) -> bool:
+        """True if this rank shares activations with others."""
+        return len(self.distribution.mesh.stage_ranks) > 1
 
-    def layout(self, hook: Hook, key: Key, local: Local) -> Layout:
-        """Return how this rank's piece of an activation lies in the whole.
+    def layout(self, hook: RegisteredHook, key: ActivationKey, local: Local) -> Layout:
+        """Return the layout of this rank's piece in the whole activation.
 
         Raises
         ------
         LayoutError
-            It cannot be told, or the piece is inside experts, where rows are not tokens in order.
+            The layout is not known, or the piece is inside experts, where rows are not tokens in order.
         HookError
-            The whole is not of the shape that the hook function expects.
+            The whole does not have the shape that the hook function expects.
         """
-        alone = self.distribution.alone
+        alone = self.distribution.is_alone
         if not alone and "experts" in hook.function.module_name.split(".")[:-1]:
             raise LayoutError(
-                "activations inside experts cannot be put together",
+                "activations inside experts cannot be assembled",
                 where=hook.where,
                 expected="a module that sees every token once and in order",
-                found="rows of (token, expert) pairs sorted by expert, those of its own experts or rows on each rank",
+                found="rows of (token, expert) pairs sorted by expert, on each rank only its own experts or rows",
                 remedy="hook the experts module as a whole, its router, or the MLP around it",
             )
         microbatches = 1 if self.step is None else self.step.microbatches
         expected = hook.function.expected_shape
         return self.distribution.layout(key, local, hook.where, expected, self._probes, microbatches)
 
-    def edit(self, hook: Hook, module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return the hook's editing function as a function of the whole activation, its result checked.
+    def checked_edit(self, hook: RegisteredHook, module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return the hook's editing function as a function of the whole activation, with its result checked.
 
         Raises
         ------
         HookError
-            When it is called: the result is not a tensor of the activation's shape.
+            On a call: the result is not a tensor of the activation's shape.
         """
         function = hook.function.editing_function
         assert function is not None
@@ -135,24 +135,26 @@ class SessionState:
     # Between ranks
 
     def send_trainable(self) -> None:
-        """Give trainable modules rank 0's weights on every rank, once each. Collective."""
+        """Send rank 0's weights of trainable modules to all ranks, once for each module. Collective."""
         for name, module in self.trainable.items():
             if name not in self._sent:
-                self.distribution.share(module)
+                self.distribution.broadcast_module(module)
                 self._sent.add(name)
 
-    def join(self, done: ForwardPass, microbatches: int = 1) -> tuple[Mapping[Key, torch.Tensor], set[int]]:
-        """Put the activations of a pass together, and return them with the numbers of hooks that fired on any rank.
+    def assemble(
+        self, done: ForwardPass, microbatches: int = 1
+    ) -> tuple[Mapping[ActivationKey, torch.Tensor], set[int]]:
+        """Assemble the activations of a pass; return them and the numbers of hooks that fired on any rank.
 
         Collective, except in a single process.
         """
-        if self.distribution.alone:
+        if self.distribution.is_alone:
             return {piece.key: piece.tensor for piece in done.pieces}, done.fired
-        keepers = self._keepers(len(self.distribution.mesh.ranks)) if self.output is not None else ()
+        output_ranks = self._output_ranks(len(self.distribution.mesh.ranks)) if self.output is not None else ()
         names = [hook.where for hook in self.hooks]
-        return self.distribution.exchange(done.pieces, keepers, names, done.fired, microbatches)
+        return self.distribution.assemble_activations(done.pieces, output_ranks, names, done.fired, microbatches)
 
-    def append(self, whole: Mapping[Key, torch.Tensor]) -> None:
+    def append_activations(self, whole: Mapping[ActivationKey, torch.Tensor]) -> None:
         """Append activations to the output, on the CPU."""
         if self.output is None:
             return
@@ -170,12 +172,12 @@ class SessionState:
         ]
 
 
-def _reader(hook: Hook) -> Callable[[tuple[Any, ...], dict[str, Any], Any], torch.Tensor | None]:
+def _reader(hook: RegisteredHook) -> Callable[[tuple[Any, ...], dict[str, Any], Any], torch.Tensor | None]:
     def read(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> torch.Tensor | None:
         try:
             if hook.reads_input:
-                return input_leaf(args, kwargs, hook.function.unpack_idx, hook.where)[0]
-            return tensor_leaf(output, hook.function.unpack_idx, hook.where)[0]
+                return find_input_tensor(args, kwargs, hook.function.unpack_idx, hook.where)[0]
+            return find_tensor(output, hook.function.unpack_idx, hook.where)[0]
         except HookError:
             return None
 

@@ -1,4 +1,4 @@
-"""Queries, keys and values of a block's attention: modules of their own, or parts of one that gives all three."""
+"""Queries, keys and values of a block's attention: separate projections, or slices of a fused one."""
 
 from __future__ import annotations
 
@@ -7,48 +7,50 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from flexcache.hooks.locate.fused_projection import FusedProjectionSlice
-from flexcache.hooks.locate.names import inner
+from flexcache.hooks.locate.names import unwrap_module
 
-PLACES = (
+ATTENTION_PATHS = (
     *("self_attn", "self_attention", "attention.self", "attention.attention", "attn.attention", "attention", "attn"),
     *("linear_attn", "layer.0.SelfAttention", "SelfAttention", "temporal_block"),
 )
-"""Where the module that has the projections is in a block; deeper places first."""
+"""Paths in a block of the module that holds the projections; deeper paths first."""
 
-APART = {
+PROJECTIONS = {
     "q": ("q_proj", "query", "q_lin", "q", "query_proj"),
     "k": ("k_proj", "key", "k_lin", "k", "key_proj"),
     "v": ("v_proj", "value", "v_lin", "v", "value_proj"),
 }
 FUSED = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv")
 CODEGEN_GROUPS = 4
-"""CodeGen's fused projection comes in four groups, of queries, values and keys, whatever the number of devices."""
+"""CodeGen's fused projection has four groups of queries, values and keys, on any number of devices."""
 
 
 class Heads(NamedTuple):
-    """How many heads of queries, and of keys and values, an attention module has."""
+    """Numbers of heads of an attention module: of queries, and of keys and values."""
 
     queries: int
     keys: int
 
 
 def find_heads(attention: nn.Module) -> Heads | None:
-    """Return the heads of an attention module, from its attributes or its configuration's; None where none say."""
+    """Return the heads of an attention module, from its attributes or configuration; None if neither states them."""
     queries = _number(attention, "num_heads", "num_attention_heads", "n_heads", "n_head")
     if queries is None:
         return None
     if getattr(attention, "multi_query", False) and not getattr(attention, "new_decoder_architecture", False):
         return Heads(queries, 1)
     if hasattr(attention, "new_decoder_architecture") and not attention.new_decoder_architecture:
-        return Heads(queries, queries)  # Falcon's configuration keeps a number of groups that its old form ignores
+        return Heads(
+            queries, queries
+        )  # Falcon's configuration states a number of groups that its old architecture ignores
     keys = _number(attention, "num_key_value_heads", "num_kv_heads", "kv_heads")
     return Heads(queries, keys or queries)
 
 
 def find_projection(attention: nn.Module, site: str) -> tuple[str, FusedProjectionSlice | None] | None:
-    """Return the name of the child that gives ``q``, ``k`` or ``v``, and which part of it; None where none does."""
-    children = inner(attention)._modules
-    own = next((name for name in APART[site] if children.get(name) is not None), None)
+    """Return the name of the child that computes ``q``, ``k`` or ``v``, and its slice if fused; None without one."""
+    children = unwrap_module(attention)._modules
+    own = next((name for name in PROJECTIONS[site] if children.get(name) is not None), None)
     if own is not None:
         return own, None
     fused = next((name for name in FUSED if children.get(name) is not None), None)
@@ -60,7 +62,7 @@ def find_projection(attention: nn.Module, site: str) -> tuple[str, FusedProjecti
 
 
 def _slots(attention: nn.Module, fused: str, heads: Heads, size: int, which: int) -> FusedProjectionSlice:
-    """Return which slots are queries, keys or values (0, 1, 2), by how the families lay them out."""
+    """Return the slots of queries, keys or values (0, 1, 2) in the layout of the model's family."""
     queries, keys = heads
     by_head = fused == "query_key_value" or getattr(attention, "multi_query", None) is False
     if fused == "qkv_proj" and hasattr(attention, "embed_positions"):

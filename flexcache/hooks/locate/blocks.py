@@ -1,29 +1,36 @@
-"""The stack of blocks that the residual stream runs through."""
+"""The stack of blocks that the residual stream passes through."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from flexcache.errors import SiteError
-from flexcache.hooks.locate.encoder_decoder import decoder, is_encoder_decoder
-from flexcache.hooks.locate.names import inner, modules, text_config, unwrap
+from flexcache.hooks.locate.encoder_decoder import get_decoder, is_encoder_decoder
+from flexcache.hooks.locate.names import modules_by_path, text_config, unwrap_model, unwrap_module
 from flexcache.parallel.stages import Stages
 
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 DECODER_DEPTHS = ("num_decoder_layers", "decoder_layers")
-"""What configurations call the number of blocks."""
+"""Names of the number of blocks in configurations."""
 
-NOT_OWNED = "PipelineIdentityLayer"
-"""What transformers puts in place of modules that another pipeline stage has; it passes its input on."""
+REMOTE_BLOCK = "PipelineIdentityLayer"
+"""The class that transformers puts in place of modules of other pipeline stages; it returns its input."""
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return the path and the list of the model's blocks.
 
-    They are the first ModuleList, in module order, of as many modules with parts of their own as the configuration
-    has layers. Hybrid models mix block classes in it. Of a model that sees and reads, the language part is meant, of
-    one with an encoder and a decoder the decoder. A model without a configuration: its longest ModuleList of modules
-    of one class.
+    The blocks are the first ModuleList, in module order, that has as many items as the configuration has layers, each
+    with submodules. Block classes may differ, as in hybrid models. In a multimodal model the language part is searched,
+    in an encoder–decoder the decoder. Without a configuration, the longest ModuleList of modules of one class is taken.
+
+    >>> class Model(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    >>> path, blocks = find_blocks(Model())
+    >>> path, len(blocks)
+    ('layers', 3)
 
     Returns
     -------
@@ -38,51 +45,51 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     if isinstance(model, Stages):
         return model.path, model.blocks
-    named, sided = modules(model), is_encoder_decoder(model)
-    within = next(name for name, module in named.items() if module is decoder(model)) + "." if sided else ""
+    named, sided = modules_by_path(model), is_encoder_decoder(model)
+    within = next(name for name, module in named.items() if module is get_decoder(model)) + "." if sided else ""
     lists = {
         name: module
         for name, module in named.items()
         if isinstance(module, nn.ModuleList) and len(module) and name.startswith(within)
     }
-    depth = _depth(decoder(model), DECODER_DEPTHS + DEPTHS) if sided else _depth(model, DEPTHS)
+    depth = _depth(get_decoder(model), DECODER_DEPTHS + DEPTHS) if sided else _depth(model, DEPTHS)
     if depth is None:
-        alike = [name for name, items in lists.items() if len({type(inner(item)) for item in items}) == 1]
+        alike = [name for name, items in lists.items() if len({type(unwrap_module(item)) for item in items}) == 1]
         path = max(alike, key=lambda name: len(lists[name]), default=None)
     else:
         fits = [
             name
             for name, items in lists.items()
             if len(items) == depth
-            and all(is_elsewhere(item) or any(True for _ in inner(item).children()) for item in items)
+            and all(is_remote_block(item) or any(True for _ in unwrap_module(item).children()) for item in items)
         ]
-        said = (name for name in fits if not sided and _reads_text(name, named, model))
-        path = next(said, next(iter(fits), None))
+        textual = (name for name in fits if not sided and _reads_text(name, named, model))
+        path = next(textual, next(iter(fits), None))
     if path is None:
-        seen = [f"{name} ({len(items)} of {type(inner(items[0])).__name__})" for name, items in lists.items()]
+        seen = [f"{name} ({len(items)} of {type(unwrap_module(items[0])).__name__})" for name, items in lists.items()]
         raise SiteError(
             "the model's blocks cannot be found",
-            where=type(unwrap(model)).__name__,
+            where=type(unwrap_model(model)).__name__,
             expected="a ModuleList of blocks of one class"
             if depth is None
             else f"a ModuleList of {depth} blocks, as many as the configuration has layers",
             found=", ".join(seen[:8]) or "no ModuleList",
-            remedy="a model that runs one block several times, as ALBERT does, has no sites of its own for each layer;"
-            " for other models give module paths instead of standard sites",
+            remedy="give module paths instead of standard sites; a model that runs one block several times, as ALBERT"
+            " does, has no separate sites for each layer",
         )
     if len({id(item) for item in lists[path]}) < len(lists[path]):
         raise SiteError(
             "one block of the model stands for several layers",
             where=path,
-            expected="a module of its own for each layer",
-            remedy="activations of shared blocks cannot be told apart; give module paths outside of them",
+            expected="a separate module for each layer",
+            remedy="activations of shared blocks cannot be told apart; give paths of modules outside the blocks",
         )
     return path, lists[path]
 
 
-def is_elsewhere(block: nn.Module) -> bool:
-    """Whether a block stands for one that another pipeline stage has, as transformers puts it there."""
-    return type(block).__name__ == NOT_OWNED
+def is_remote_block(block: nn.Module) -> bool:
+    """Return True if a block stands for one of another pipeline stage."""
+    return type(block).__name__ == REMOTE_BLOCK
 
 
 def _depth(model: nn.Module, names: tuple[str, ...]) -> int | None:
@@ -92,10 +99,10 @@ def _depth(model: nn.Module, names: tuple[str, ...]) -> int | None:
 
 
 def _reads_text(path: str, named: dict[str, nn.Module], model: nn.Module) -> bool:
-    """Whether the nearest module above *path* that carries a configuration carries the language part's."""
+    """Return True if the nearest module above *path* with a configuration has that of the language part."""
     while path:
         path = path.rpartition(".")[0]
         config = getattr(named[path], "config", None)
         if config is not None:
-            return type(config) is type(text_config(model)) or config is getattr(unwrap(model), "config", None)
+            return type(config) is type(text_config(model)) or config is getattr(unwrap_model(model), "config", None)
     return True

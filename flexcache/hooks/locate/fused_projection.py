@@ -1,4 +1,4 @@
-"""A part of a fused projection: the query heads of a module that gives queries, keys and values at once."""
+"""A slice of a fused projection: for example the query heads of a module that computes queries, keys and values."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from flexcache.errors import SiteError
 
 @dataclass(frozen=True)
 class FusedProjectionSlice:
-    """Of a feature dim that is *groups* × *slots* × *size* values, the slots *start* … *stop* of every group.
+    """The slots *start* … *stop* of each group, in a feature dim of *groups* × *slots* × *size* values.
 
-    GPT-2's queries, keys and values follow each other whole: one group, three times as many slots as heads. GPT-NeoX
-    and Bloom have them head by head: as many groups as heads, of three slots each.
+    In GPT-2 all queries come first, then all keys, then all values: one group, with three times as many slots as heads.
+    In GPT-NeoX and Bloom they alternate by head: as many groups as heads, of three slots each.
+
+    >>> keys = FusedProjectionSlice(groups=1, slots=3, start=1, stop=2, size=2)
+    >>> keys.read_slice(torch.arange(6.0), where="attn")
+    tensor([2., 3.])
     """
 
     groups: int
@@ -23,36 +27,36 @@ class FusedProjectionSlice:
     stop: int
     size: int
 
-    def take(self, whole: torch.Tensor, where: str) -> torch.Tensor:
-        """Return the part of *whole*, shape (…, groups · (stop − start) · size), its slots in their order.
+    def read_slice(self, whole: torch.Tensor, where: str) -> torch.Tensor:
+        """Return the slice of *whole*, shape (…, groups · (stop − start) · size), with the slots in order.
 
         Raises
         ------
         SiteError
-            The last dim is not that of the whole projection: a tensor-parallel rank has a part of it.
+            The last dim is not that of the whole projection: a tensor-parallel rank holds only a part of it.
         """
-        return self._apart(whole, where)[..., self.start : self.stop, :].flatten(-3)
+        return self._unflatten(whole, where)[..., self.start : self.stop, :].flatten(-3)
 
-    def put(self, whole: torch.Tensor, part: torch.Tensor, where: str) -> torch.Tensor:
-        """Return a copy of *whole* with *part* in its place.
+    def write_slice(self, whole: torch.Tensor, part: torch.Tensor, where: str) -> torch.Tensor:
+        """Return a copy of *whole* with *part* in place of the slice.
 
         Raises
         ------
         SiteError
-            As for `take`.
+            See `read_slice`.
         """
-        apart = self._apart(whole, where).clone()
+        apart = self._unflatten(whole, where).clone()
         apart[..., self.start : self.stop, :] = part.reshape(*apart.shape[:-2], self.stop - self.start, self.size)
         return apart.reshape(whole.shape)
 
-    def _apart(self, whole: torch.Tensor, where: str) -> torch.Tensor:
+    def _unflatten(self, whole: torch.Tensor, where: str) -> torch.Tensor:
         width = self.groups * self.slots * self.size
         if whole.shape[-1] != width:
             raise SiteError(
-                "a fused projection does not have the width that its heads make",
+                "the width of a fused projection does not fit its heads",
                 where=where,
                 expected=f"{self.groups} × {self.slots} × {self.size} = {width} features",
                 found=str(whole.shape[-1]),
-                remedy="where tensor-parallel ranks share it, give its module path: the part of a rank cannot be split",
+                remedy="if tensor-parallel ranks share it, give its module path: the part of one rank cannot be split",
             )
         return whole.unflatten(-1, (self.groups, self.slots, self.size))

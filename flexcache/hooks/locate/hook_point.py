@@ -1,4 +1,4 @@
-"""A hook point: one module's input or output, and the array that it fills."""
+"""A hook point: the input or output of one module, and the store's array that it fills."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ from flexcache.site import Side
 
 @dataclass(frozen=True)
 class HookPoint:
-    """A located site: where in a model the activations of one array, or of one of its layers, are read.
+    """A site found in a model: the place where one layer of an array is read.
 
-    A plain value; it holds no module, so it serves for a copy of the model on another device as well.
+    It is a plain value without a module, so that it can be used for a copy of the model on another device.
+
+    >>> point = HookPoint("mlp_out", 3, "model.layers.3.mlp")
+    >>> str(point)
+    'mlp_out[3] (model.layers.3.mlp:output)'
+    >>> point.read_output((torch.ones(2, 5, 8), None)).shape
+    torch.Size([2, 5, 8])
 
     Attributes
     ----------
@@ -28,11 +34,11 @@ class HookPoint:
     module : str
         Dotted path, without prefixes of wrappers.
     side : {"input", "output", "pattern"}
-        A pattern is the second thing that an attention module returns: its probabilities.
+        A pattern is the second output of an attention module: its probabilities.
     gradient : bool
-        What is read is the gradient of an objective with respect to the activation.
-    slots : FusedProjectionSlice or None
-        The part of the module's features that is meant; None for all.
+        If True, the gradient of an objective with respect to the activation is read.
+    fused_slice : FusedProjectionSlice or None
+        The slice of the module's features to read; None for all.
     """
 
     array: str
@@ -40,59 +46,62 @@ class HookPoint:
     module: str
     side: Side = "output"
     gradient: bool = False
-    slots: FusedProjectionSlice | None = None
+    fused_slice: FusedProjectionSlice | None = None
 
     def __str__(self) -> str:
         place = f"{self.module}:{self.side}" + (".grad" if self.gradient else "")
         return place if self.layer is None else f"{self.array}[{self.layer}] ({place})"
 
     @property
-    def whole(self) -> HookPoint:
-        """The hook point of all features of the same side of the module."""
-        return replace(self, slots=None)
+    def all_features(self) -> HookPoint:
+        """The same hook point without its slice."""
+        return replace(self, fused_slice=None)
 
-    def part(self, features: torch.Tensor) -> torch.Tensor:
-        """Return the part of a module's *features* that is meant: all of them, or a view of some.
+    def select_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the features of this point: all of *features*, or a view of its slice.
 
         Raises
         ------
         SiteError
             The features are not those of the whole projection.
         """
-        return features if self.slots is None else self.slots.take(features, str(self))
+        return features if self.fused_slice is None else self.fused_slice.read_slice(features, str(self))
 
-    def from_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    def read_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
         """Return the activation in a module's arguments: the first positional one, or ``hidden_states``.
 
         Raises
         ------
         SiteError
+            It is not a tensor of floating-point numbers.
         """
         given = args[0] if args else kwargs.get("hidden_states")
         if given is None:
             raise self._no_tensor(f"keywords {', '.join(kwargs) or 'none'}", "a tensor as first argument")
         return self._activation(given)
 
-    def from_output(self, output: Any) -> torch.Tensor:
-        """Return the activation that a module gives back: the tensor, or the first element of what holds several.
+    def read_output(self, output: Any) -> torch.Tensor:
+        """Return the activation in a module's output: the tensor, or the first element of a container.
 
         Raises
         ------
         SiteError
+            It is not a tensor of floating-point numbers.
         """
         if self.side == "pattern":
             return self._pattern(output)
-        return self.part(self._first(output))
+        return self.select_features(self._first(output))
 
-    def into_output(self, output: Any, value: torch.Tensor) -> Any:
-        """Return a module's output with *value* where `from_output` reads.
+    def replace_output(self, output: Any, value: torch.Tensor) -> Any:
+        """Return a module's output with *value* in the place that `read_output` reads.
 
         Raises
         ------
         SiteError
+            The output has no activation, or not the whole projection.
         """
-        if self.slots is not None:
-            value = self.slots.put(self._first(output), value, str(self))
+        if self.fused_slice is not None:
+            value = self.fused_slice.write_slice(self._first(output), value, str(self))
         return value if isinstance(output, torch.Tensor) else (value, *output[1:])
 
     def _first(self, output: Any) -> torch.Tensor:
@@ -102,12 +111,13 @@ class HookPoint:
             output = output[0] if output else None
         return self._activation(output)
 
-    def shaped(self, tensor: torch.Tensor, batch: tuple[int, int]) -> torch.Tensor:
+    def reshape_to_tokens(self, tensor: torch.Tensor, batch: tuple[int, int]) -> torch.Tensor:
         """Return a view of shape (batch, sequence, feature…); *tensor* may have the first two dims as one.
 
         Raises
         ------
         SiteError
+            The tensor does not have one activation for each token.
         """
         rows, length = batch
         if self.side == "pattern" and tensor.ndim == 4 and (tensor.shape[0], *tensor.shape[2:]) == (*batch, length):
@@ -117,7 +127,7 @@ class HookPoint:
         if self.side != "pattern" and tensor.ndim >= 2 and tensor.shape[0] == rows * length:
             return tensor.unflatten(0, batch)
         raise SiteError(
-            f"activations of {self} are not one per token",
+            f"activations of {self} are not one for each token",
             expected=f"shape ({rows}, {length}, features) or ({rows * length}, features)",
             found=str(tuple(tensor.shape)),
             remedy="choose a module that keeps the batch and the sequence as the first dims",
@@ -131,8 +141,8 @@ class HookPoint:
                 where=str(self),
                 expected="a tuple of its output and of probabilities (sequences, heads, queries, keys)",
                 found="None in their place" if pattern is None else type(pattern).__name__,
-                remedy='load the model with attn_implementation="eager" (model.attention: eager): fused kernels never'
-                " have the probabilities",
+                remedy='load the model with attn_implementation="eager" (model.attention: eager): fused kernels do not'
+                " compute the probabilities",
             )
         return pattern
 

@@ -1,7 +1,8 @@
-"""Module names without the prefixes that wrappers put into them."""
+"""Modules of a model by path, without the prefixes of wrappers."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
@@ -9,40 +10,40 @@ from torch import nn
 from flexcache.parallel.stages import Stages
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Attributes under which torch.compile, FSDP and activation checkpointing hold the module that they wrap."""
+"""Attributes in which torch.compile, FSDP and activation checkpointing hold the wrapped module."""
 
 COPYING = ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine")
 
 
-def inner(module: nn.Module) -> nn.Module:
-    """Return the module that torch.compile, FSDP or activation checkpointing has wrapped, or *module* itself."""
+def unwrap_module(module: nn.Module) -> nn.Module:
+    """Return the module inside torch.compile, FSDP or activation checkpointing, or *module* itself."""
     while name := next((name for name in WRAPPERS if name in module._modules), None):
         module = module.get_submodule(name)
     return module
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """Return the model inside DDP, DataParallel, FSDP, torch.compile, and wrappers whose only child is ``module``."""
-    model = inner(model)
+    model = unwrap_module(model)
     while [name for name, _ in model.named_children()] == ["module"]:
-        model = inner(model.get_submodule("module"))
+        model = unwrap_module(model.get_submodule("module"))
     return model
 
 
-def peel(model: nn.Module) -> nn.Module:
-    """Return the model inside wrappers that only copy it: DDP, DataParallel, and DeepSpeed where it shards no weights.
+def unwrap_copies(model: nn.Module) -> nn.Module:
+    """Return the model inside wrappers that only copy it: DDP, DataParallel, and DeepSpeed if it shards no weights.
 
-    A forward through them would wait for the other copies, or send them buffers. FSDP stays: it shards the weights.
+    A forward through these would wait for the other copies, or send them buffers. FSDP stays, since it shards weights.
     """
     while type(model).__name__ in COPYING and not _shards_weights(model):
         model = model.get_submodule("module")
     return model
 
 
-def whole(model: Any) -> nn.Module:
-    """Return a model as it runs over batches: what is inside of wrappers, or the stages of a pipeline as one module."""
+def as_one_module(model: Any) -> nn.Module:
+    """Return a model as one module: without wrappers that copy it, and with the stages of a pipeline combined."""
     if isinstance(model, nn.Module):
-        return peel(model)
+        return unwrap_copies(model)
     return Stages(model if isinstance(model, list) else [model])
 
 
@@ -51,18 +52,17 @@ def _shards_weights(engine: nn.Module) -> bool:
     return stage is not None and stage() >= 3
 
 
-def modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every module of *model* by the dotted path that it has in the unwrapped model, in module order.
+def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every module of *model* by its dotted path in the unwrapped model, in module order.
 
-    Of a wrapper and the module in it, which share a path, the inner one: it reads and returns what the model's own
-    code does, before and after any casting or padding of the wrapper's. A module under two paths is under both.
+    Of a wrapper and the module inside, which share a path, the inner one is returned: it reads and returns the values
+    of the model's own code, without casts or padding of the wrapper. A module with two paths is returned under both.
+    Of a pipeline, the modules of all stages on this rank are returned.
 
-    Of stages of a pipeline: the modules of all that are on this rank.
-
-    >>> list(modules(nn.DataParallel(nn.Sequential(nn.ReLU()))))
+    >>> list(modules_by_path(nn.DataParallel(nn.Sequential(nn.ReLU()))))
     ['', '0']
     """
-    roots = list(model.parts) if isinstance(model, Stages) else [unwrap(model)]
+    roots = list(model.parts) if isinstance(model, Stages) else [unwrap_model(model)]
     found: dict[str, nn.Module] = {}
     for root in roots:
         for name, module in root.named_modules(remove_duplicate=False):
@@ -71,7 +71,32 @@ def modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def text_config(model: nn.Module) -> Any:
-    """Return the configuration of the model's language part, or None where the model carries none."""
-    config = getattr(unwrap(model), "config", None)
+    """Return the configuration of the model's language part, or None if the model has none."""
+    config = getattr(unwrap_model(model), "config", None)
     part = getattr(config, "get_text_config", None)
     return config if part is None else part()
+
+
+def is_container(module: nn.Module) -> bool:
+    """Return True if *module* only holds other modules and never runs itself."""
+    return isinstance(module, nn.ModuleList | nn.ModuleDict)
+
+
+def runnable_paths(named: dict[str, nn.Module]) -> tuple[str, ...]:
+    """Return the paths of the modules that can run."""
+    return tuple(name for name, module in named.items() if name and not is_container(module))
+
+
+def glob_regex(glob: str) -> str:
+    """Return the regular expression for a glob over dotted paths; see `find_hook_points`.
+
+    >>> re.fullmatch(glob_regex("layers.*.mlp"), "layers.0.mlp.up_proj") is None
+    True
+    """
+    words = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
+    parts = re.split(r"(\*\*|\*|\?|\[!?[^\]]+\])", glob)
+    return "".join(
+        words.get(word) or (f"[{word[1:-1].replace('!', '^', 1)}]" if word.startswith("[") else re.escape(word))
+        for word in parts
+        if word
+    )

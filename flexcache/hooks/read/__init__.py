@@ -1,1 +1,1 @@
-"""Read activations with hooks that hand them to a sink."""
+"""Read activations with hooks that pass them to a sink."""

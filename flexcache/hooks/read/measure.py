@@ -1,4 +1,4 @@
-"""What the activations at a hook point look like, before any are captured."""
+"""Shapes and dtypes at hook points, measured before a capture by one forward of a small example."""
 
 from __future__ import annotations
 
@@ -10,45 +10,50 @@ import torch
 from torch import nn
 
 from flexcache.errors import FlexCacheError, SiteError
-from flexcache.hooks.locate.encoder_decoder import example_of_both, is_encoder_decoder
+from flexcache.hooks.locate.encoder_decoder import example_token_ids, is_encoder_decoder
 from flexcache.hooks.locate.hook_point import HookPoint
-from flexcache.hooks.locate.names import text_config, unwrap
-from flexcache.hooks.locate.vision import default_pixels, example_pixels, reads_images
-from flexcache.hooks.read.activation_hooks import ActivationHooks, Sink, accepts
+from flexcache.hooks.locate.names import text_config, unwrap_model
+from flexcache.hooks.locate.vision import default_image_size, example_pixels, reads_images
+from flexcache.hooks.read.activation_hooks import ActivationHooks, Sink, accepts_keyword
 from flexcache.parallel.meta_model import without_values
 
 EXAMPLE_SHAPE = (3, 11)
-"""Sequences and tokens of an example: primes that no number of heads or groups is likely to equal."""
+"""Sequences and tokens of an example: primes, unlikely to equal a number of heads or groups."""
 
 Example = Callable[[int, int], Any]
-"""Makes inputs of (sequences, tokens): a mapping of keywords, a tuple of positional inputs, or one tensor."""
+"""Make inputs of (sequences, tokens): a mapping of keywords, a tuple of positional inputs, or one tensor."""
 
 
 class Activation(NamedTuple):
-    """Shape of one token's activation, without batch and sequence, and its dtype as computed."""
+    """The shape of one token's activation, without batch and sequence, and its dtype in the forward.
+
+    >>> Activation((768,), torch.float32).shape
+    (768,)
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
-class Read(NamedTuple):
-    """Inputs, output and a copy of the value at each hook point, shape (batch, sequence, feature…), of one forward."""
+class ExampleRun(NamedTuple):
+    """Inputs and output of one forward, and a copy of the value at each hook point, (batch, sequence, feature…)."""
 
     inputs: Any
     values: dict[HookPoint, torch.Tensor]
     output: Any
 
 
-Reader = Callable[[nn.Module, Sequence[HookPoint], Example | None], Read]
-"""Runs a small forward and reads it at points; on several processes, the same whole activations on each."""
+ExampleReader = Callable[[nn.Module, Sequence[HookPoint], Example | None], ExampleRun]
+"""Run a small forward and read hook points; in a distributed model every rank receives the whole activations."""
 
 
-def read_example(model: nn.Module, points: Sequence[HookPoint], example: Example | None = None) -> Read:
-    """Run the model to its end on a small example, and read it at *points*.
+def read_example(model: nn.Module, points: Sequence[HookPoint], example: Example | None = None) -> ExampleRun:
+    """Run the model to its end on a small example, and return the activations at *points*.
 
     Raises
     ------
     SiteError
+        See `run_example`.
     """
     values: dict[HookPoint, torch.Tensor] = {}
 
@@ -56,7 +61,7 @@ def read_example(model: nn.Module, points: Sequence[HookPoint], example: Example
         values[point] = tensor.clone()
 
     inputs, output = run_example(model, points, sink, example)
-    return Read(inputs, values, output)
+    return ExampleRun(inputs, values, output)
 
 
 def measure(
@@ -65,26 +70,31 @@ def measure(
     *,
     example: Example | None = None,
     through: Callable[[HookPoint, torch.Tensor, Any], torch.Tensor] = lambda point, tensor, inputs: tensor,
-    reader: Reader = read_example,
+    reader: ExampleReader = read_example,
 ) -> dict[HookPoint, Activation]:
-    """Return what each hook point reads, found by one forward of a small example to the model's end.
+    """Return the shape and dtype at each hook point, from one forward of a small example to the model's end.
 
-    The model may be on the meta device: then no weights are needed.
+    The model may be on the meta device, so that no weights are needed.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+    >>> point = HookPoint("hidden", None, "0")
+    >>> measure(model, [point], example=lambda sequences, tokens: torch.zeros(sequences, tokens, 4))[point].shape
+    (8,)
 
     Parameters
     ----------
     example
-        For models that do not take ``input_ids`` of a vocabulary that their configuration states.
+        For models that do not read ``input_ids`` of a vocabulary that their configuration states.
     through
-        A function that each tensor passes on its way, with the hook point and the example's inputs.
+        Applied to each tensor, with its hook point and the inputs of the example.
     reader
-        How the forward is run and read.
+        Runs the forward and reads the activations.
 
     Raises
     ------
     SiteError
-        A module runs twice or not at all or passes no activation per token; layers of one array differ in shape or
-        dtype; the model cannot run the example.
+        A module runs twice or not at all, or does not pass one activation for each token; layers of one array differ in
+        shape or dtype; or the model cannot run the example.
     """
     inputs, values, _ = reader(model, points, example)
     found: dict[HookPoint, Activation] = {}
@@ -96,22 +106,23 @@ def measure(
 
 
 def example_inputs(model: nn.Module, example: Example | None = None, shape: tuple[int, int] = EXAMPLE_SHAPE) -> Any:
-    """Return the inputs of a small example of (sequences, tokens); of images, which have tokens of their own number."""
+    """Return the inputs of a small example of (sequences, tokens); for images the model sets the number of tokens."""
     if example is not None:
         return example(*shape)
     if reads_images(model):
-        return example_pixels(model, shape[0], default_pixels(model), input_device(model))
+        return example_pixels(model, shape[0], default_image_size(model), input_device(model))
     return _token_ids(model, shape)
 
 
 def run_example(
     model: nn.Module, points: Sequence[HookPoint], sink: Sink, example: Example | None = None
 ) -> tuple[Any, Any]:
-    """Run the model to its end on a small example, with *points* feeding *sink*; return the inputs and the output.
+    """Run the model to its end on a small example, pass *points* to *sink*, and return inputs and output.
 
     Raises
     ------
     SiteError
+        The model cannot run the example, or see `ActivationHooks.forward`.
     """
     inputs = example_inputs(model, example)
     valueless = without_values(model) if input_device(model).type == "meta" else nullcontext()
@@ -125,7 +136,7 @@ def run_example(
         except Exception as error:
             raise SiteError(
                 "the model cannot run a small example",
-                where=type(unwrap(model)).__name__,
+                where=type(unwrap_model(model)).__name__,
                 expected=f"a forward of {EXAMPLE_SHAPE[0]} sequences of {EXAMPLE_SHAPE[1]} tokens",
                 found=f"{type(error).__name__}: {error}",
                 remedy="pass example=, a function of (sequences, tokens) that makes the inputs of the model",
@@ -135,33 +146,33 @@ def run_example(
 def _check_alike(point: HookPoint, first: HookPoint, found: dict[HookPoint, Activation]) -> None:
     if found[point] != found[first]:
         raise SiteError(
-            f"layers of {point.array} differ, so they cannot be one array",
+            f"layers of {point.array} differ, so that they cannot be one array",
             where=f"{first} and {point}",
             expected=f"shape {found[first].shape} of {found[first].dtype} in every layer",
             found=f"shape {found[point].shape} of {found[point].dtype}",
-            remedy="ask for layers that are alike, or give module paths",
+            remedy="choose layers of equal shape and dtype, or give module paths",
         )
 
 
 def _token_ids(model: nn.Module, shape: tuple[int, int]) -> dict[str, Any]:
-    """Return token ids; on the meta device, whose tensors have no values, nothing that transformers would look into.
+    """Return token ids; on the meta device without inputs whose values transformers would inspect.
 
-    It looks into a mask and into positions, and without a cache into those that it makes itself, for packed sequences.
+    It inspects masks and positions, and without a cache also positions that it makes itself, to find packed sequences.
     """
     device = input_device(model)
-    cached = {"use_cache": True} if device.type == "meta" and accepts(model, "use_cache") else {}
+    cached = {"use_cache": True} if device.type == "meta" and accepts_keyword(model, "use_cache") else {}
     if is_encoder_decoder(model):
-        return {name: ids.to(device) for name, ids in example_of_both(model, shape).items()} | cached
+        return {name: ids.to(device) for name, ids in example_token_ids(model, shape).items()} | cached
     config = text_config(model)
     vocabulary = getattr(config, "vocab_size", None)
     if not isinstance(vocabulary, int):
         raise SiteError(
-            "the model's configuration states no vocabulary to make an example of",
-            where=type(unwrap(model)).__name__,
+            "the model's configuration states no vocabulary for an example",
+            where=type(unwrap_model(model)).__name__,
             remedy="pass example=, a function of (sequences, tokens) that makes the inputs of the model",
         )
     ids = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
-    special = _special_ids(unwrap(model).config, config)
+    special = _special_ids(unwrap_model(model).config, config)
     plain = next((token for token in range(vocabulary) if token not in special), 0)
     for token in special:  # padding shifts RoBERTa's positions, an image token asks for an image
         ids[ids == token] = plain
@@ -174,7 +185,7 @@ def _special_ids(*configs: Any) -> set[int]:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Return where *model* wants its inputs; accelerate keeps offloaded weights on meta between forwards."""
+    """Return the device of the model's inputs; accelerate keeps offloaded weights on meta between forwards."""
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     placed = next((device for device in devices if device is not None), None)

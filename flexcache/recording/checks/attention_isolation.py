@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from flexcache.errors import ConfigError
-from flexcache.hooks.read.activation_hooks import accepts
+from flexcache.hooks.read.activation_hooks import accepts_keyword
 from flexcache.hooks.read.measure import example_inputs
 from flexcache.recording.checks.comparison import TrialForward, Values, compute_dtype, name_key, relative_differences
 from flexcache.recording.forward.batch import Batch, Padding, unplanned_batch
@@ -39,7 +39,7 @@ def check_isolation(model: torch.nn.Module, targets: CaptureTargets, pad: Paddin
             found=f"{kind}, over several processes",
             remedy="leave isolate out, or packing",
         )
-    if not accepts(model, "position_ids"):
+    if not accepts_keyword(model, "position_ids"):
         raise _not_isolated(kind, "its forward takes no position_ids")
     ids = example_inputs(model, shape=(3, FIRST + SECOND))["input_ids"].cpu().numpy().astype(np.int32)
     second, short = ids[0, FIRST:], ids[2, :FIRST]

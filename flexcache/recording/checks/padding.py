@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from flexcache.errors import CaptureError, ConfigError, PlanError
-from flexcache.hooks.locate.encoder_decoder import TARGET
+from flexcache.hooks.locate.encoder_decoder import DECODER_INPUT_IDS
 from flexcache.hooks.read.measure import EXAMPLE_SHAPE, example_inputs, input_device
 from flexcache.plan import Batching
 from flexcache.recording.checks.comparison import (
@@ -154,7 +154,7 @@ def _example(model: torch.nn.Module, long: int, isolated: bool) -> tuple[Batch, 
     """Return batches of one short sequence, of several of equal length, and of the same after a long one."""
     short = (long + 1) // 2
     given = {name: values.cpu().numpy() for name, values in example_inputs(model, shape=(SHORTS + 1, long)).items()}
-    context = given["input_ids"] if TARGET in given else None
+    context = given["input_ids"] if DECODER_INPUT_IDS in given else None
 
     def batch(lines: Sequence[int]) -> Batch:
         lengths = [short if line else long for line in lines]
@@ -163,7 +163,7 @@ def _example(model: torch.nn.Module, long: int, isolated: bool) -> tuple[Batch, 
             return [ids[line, :length].astype(np.int32) for line, length in zip(lines, lengths, strict=True)]
 
         return unplanned_batch(
-            cut(given.get(TARGET, given["input_ids"])),
+            cut(given.get(DECODER_INPUT_IDS, given["input_ids"])),
             documents=[max(0, line - 1) for line in lines],
             begins=[np.zeros(1, np.int32)] * len(lines) if isolated else None,
             context=None if context is None else cut(context),

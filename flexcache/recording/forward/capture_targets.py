@@ -11,9 +11,9 @@ import torch
 
 from flexcache import hooks
 from flexcache.errors import CaptureError, ConfigError, SiteError
-from flexcache.hooks.locate.encoder_decoder import TARGET
+from flexcache.hooks.locate.encoder_decoder import DECODER_INPUT_IDS
 from flexcache.hooks.read.activation_hooks import batch_shape
-from flexcache.hooks.read.measure import Example, Reader, read_example
+from flexcache.hooks.read.measure import Example, ExampleReader, read_example
 from flexcache.recording.forward.batch import Batch, unplanned_batch
 from flexcache.recording.forward.objective import OBJECTIVE, NextTokenLoss, Objective, check_value, spread_by_token
 from flexcache.recording.forward.transform import Transform
@@ -90,7 +90,7 @@ def measure_arrays(
     model: torch.nn.Module,
     spec: CaptureSpec,
     targets: CaptureTargets,
-    reader: Reader = read_example,
+    reader: ExampleReader = read_example,
     example: Example | None = None,
 ) -> list[ArraySpec]:
     """Return the arrays of a store: names, features and dtypes, measured by one small forward.
@@ -142,7 +142,9 @@ def measure_arrays(
     return with_scales(arrays)
 
 
-def _objective_by_token(model: torch.nn.Module, objective: Objective, reader: Reader, example: Example | None) -> bool:
+def _objective_by_token(
+    model: torch.nn.Module, objective: Objective, reader: ExampleReader, example: Example | None
+) -> bool:
     inputs, _, output = reader(model, (), example)
     batch = _example(model, inputs)
     try:
@@ -154,7 +156,7 @@ def _objective_by_token(model: torch.nn.Module, objective: Objective, reader: Re
 
 
 def _example(model: torch.nn.Module, inputs: Any) -> Batch:
-    given = inputs.get(TARGET, inputs.get("input_ids"))
+    given = inputs.get(DECODER_INPUT_IDS, inputs.get("input_ids"))
     shape = batch_shape(model, (), inputs)
     ids = torch.full(shape, -1) if given is None else torch.ones(shape) if given.device.type == "meta" else given.cpu()
     tokens = [line.int().numpy() for line in ids]

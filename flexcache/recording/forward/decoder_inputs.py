@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from flexcache.errors import ConfigError
-from flexcache.hooks.locate.encoder_decoder import embedding, is_encoder_decoder
-from flexcache.hooks.locate.names import unwrap
+from flexcache.hooks.locate.encoder_decoder import get_token_embedding, is_encoder_decoder
+from flexcache.hooks.locate.names import unwrap_model
 from flexcache.options import DecoderInputMode, DecoderInputs
 
 
@@ -29,11 +29,11 @@ def infer_decoder_inputs(model: nn.Module, how: DecoderInputMode = "shifted") ->
         if how != "shifted":
             raise ConfigError(
                 "decoder_inputs is for models with an encoder and a decoder",
-                found=type(unwrap(model)).__name__,
+                found=type(unwrap_model(model)).__name__,
                 remedy="leave it out; other models read texts or tokens as they are",
             )
         return None
-    return DecoderInputs(inputs=how, start=_start(unwrap(model)) if how == "shifted" else None)
+    return DecoderInputs(inputs=how, start=_start(unwrap_model(model)) if how == "shifted" else None)
 
 
 def _start(model: nn.Module) -> int | Literal["last"]:
@@ -46,7 +46,7 @@ def _start(model: nn.Module) -> int | Literal["last"]:
             return start
         raise _unknown_start(model, "nothing")
     special = {value for name, value in vars(config).items() if name.endswith("token_id") and isinstance(value, int)}
-    count = int(getattr(embedding(model), "num_embeddings", 2**15))
+    count = int(getattr(get_token_embedding(model), "num_embeddings", 2**15))
     one, two, three, four = [token for token in range(count) if token not in special][:4]
     try:
         made = [shift(torch.tensor([[one, two, last]])).tolist()[0] for last in (three, four)]

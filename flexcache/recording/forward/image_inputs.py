@@ -10,9 +10,9 @@ import torch
 
 from flexcache.errors import ConfigError
 from flexcache.hooks.locate.vision import compute_dtype
+from flexcache.hooks.locate.vocabulary import pad_token_id
 from flexcache.hooks.read.measure import Example, input_device
 from flexcache.images.input import ImageInput
-from flexcache.model import pad_id
 from flexcache.recording.forward.batch import Padding
 from flexcache.recording.forward.capture_targets import CaptureTargets
 from flexcache.recording.forward.objective import LogitDifference, NextTokenLoss
@@ -21,7 +21,7 @@ from flexcache.spec import CaptureSpec
 
 def padding(model: torch.nn.Module, tokenizer: Any) -> Padding:
     """Return the id of the padding token, or the tokenizer itself if it is an `ImageInput`."""
-    return tokenizer if isinstance(tokenizer, ImageInput) else pad_id(model, tokenizer)
+    return tokenizer if isinstance(tokenizer, ImageInput) else pad_token_id(model, tokenizer)
 
 
 def to_tensors(model: torch.nn.Module, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:

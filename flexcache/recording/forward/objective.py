@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from flexcache.errors import CaptureError
-from flexcache.provenance import origin
+from flexcache.provenance import callable_fingerprint
 
 if TYPE_CHECKING:
     from flexcache.recording.forward.batch import Batch
@@ -117,7 +117,7 @@ def logits_of(output: Any) -> torch.Tensor:
 
 def describe_objective(objective: Objective) -> dict[str, Any]:
     """Return the record of an objective for a store."""
-    return origin(objective)
+    return callable_fingerprint(objective)
 
 
 def check_value(value: Any, batch: Batch) -> torch.Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flexcache.errors import CaptureError, ConfigError, FlexCacheError
-from flexcache.provenance import origin
+from flexcache.provenance import callable_fingerprint
 from flexcache.site import PATTERN, STANDARD, Layers, Site
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Transform:
     def describe(self) -> dict[str, Any]:
         """Return the record of the transform for a store."""
         layers = list(self.layers) if isinstance(self.layers, list | tuple | range) else self.layers
-        return {"site": str(self.site), "layers": layers, "batch": self.batch, **origin(self.function)}
+        return {"site": str(self.site), "layers": layers, "batch": self.batch, **callable_fingerprint(self.function)}
 
     def __call__(self, values: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Return the array's values for a batch, shape (sequences, longest, features…).

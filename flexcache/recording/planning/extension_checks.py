@@ -7,11 +7,8 @@ from typing import Any
 from flexcache.documents import Documents
 from flexcache.documents.digest import same_corpus
 from flexcache.errors import ConfigError, MismatchError
-from flexcache.identity import comparable
-from flexcache.model import (
-    CHAT_TEMPLATE,
-    describe_tokenizer,
-)
+from flexcache.identity import comparable_record
+from flexcache.identity.tokenizer import CHAT_TEMPLATE, describe_tokenizer
 from flexcache.recording.forward.capture_targets import CaptureTargets
 from flexcache.recording.forward.objective import Objective, describe_objective
 from flexcache.recording.planning.extension_request import (
@@ -40,7 +37,7 @@ def check_source(store: Store, model: dict[str, Any], tokenizer: Any, allow_chan
     stored = store.provenance
     chat = CHAT_TEMPLATE in (stored.get("tokenizer") or {})
     return check_same(
-        {"model": comparable(stored.get("model", {})), "tokenizer": stored.get("tokenizer")},
+        {"model": comparable_record(stored.get("model", {})), "tokenizer": stored.get("tokenizer")},
         {"model": model, "tokenizer": describe_tokenizer(tokenizer, chat)},
         store.path,
         allow_changed_model=allow_changed_model,

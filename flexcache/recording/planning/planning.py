@@ -13,7 +13,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from flexcache.documents import Documents
-from flexcache.identity import for_store
+from flexcache.identity import stored_record
 from flexcache.plan import Batching, Largest, Plan, batch_groups, unit_rows
 from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.recording.run.fingerprint import versions
@@ -40,7 +40,7 @@ class PlanInputs:
     vocabulary, encoder_vocabulary : int or None
         Number of token ids that the model knows, and that the encoder of an encoder-decoder model knows.
     positions : pair of int or None
-        As `flexcache.model.positions` returns them.
+        As `flexcache.model.count_positions` returns them.
     notes : dict
         Further provenance, such as user hooks of the model.
     batching : Batching
@@ -243,7 +243,7 @@ def _plan(path: StoreLocation, folder: Path, inputs: PlanInputs, progress: Progr
     content = {
         "spec": inputs.spec.model_dump(mode="json"),
         "provenance": {
-            "model": for_store(inputs.model),
+            "model": stored_record(inputs.model),
             "tokenizer": inputs.tokenizer_identity,
             "documents": inputs.documents.describe(),
             "versions": versions(),

@@ -15,7 +15,7 @@ import torch
 
 from flexcache import hooks
 from flexcache.errors import CaptureError
-from flexcache.model import evaluating
+from flexcache.hooks.locate.evaluation_mode import evaluation_mode
 from flexcache.recording.checks.attention_isolation import check_isolation
 from flexcache.recording.forward.batch import Batch, Padding
 from flexcache.recording.forward.batch_reader import BatchReader
@@ -91,9 +91,9 @@ def try_batches(
     store = Store(plan)
     reader = BatchReader(plan)
     measured: list[tuple[int, float]] = []
-    with evaluating(model), closing(ModelParallelGroup(model)) as group, ExitStack() as stack:
+    with evaluation_mode(model), closing(ModelParallelGroup(model)) as group, ExitStack() as stack:
         example = None if isinstance(pad, int) else pad.example(model)
-        hooks.check_identity(model, targets.points, example=example, reader=group.read_example, alone=group.alone)
+        hooks.check_sites(model, targets.points, example=example, reader=group.read_example, alone=group.alone)
         if CaptureSpec.from_store(store.spec).isolated:
             check_isolation(model, targets, pad, group)
         forward = stack.enter_context(open_forward(model, targets, pad, _discarding_sink(store, model), group))

@@ -10,7 +10,7 @@ import torch
 
 from flexcache import hooks
 from flexcache.hooks.read.activation_hooks import activations_only
-from flexcache.parallel.fsdp import settle
+from flexcache.parallel.fsdp import reset_after_early_stop
 from flexcache.recording.forward.batch import Batch, Padding, unplanned_batch
 from flexcache.recording.forward.capture_targets import CaptureTargets
 from flexcache.recording.forward.image_inputs import to_tensors
@@ -50,7 +50,7 @@ def open_forward(
             if whole is None:
                 return
             longest = current.shape[1]
-            values = point.shaped(whole, (current.shape[0], gathering.padded_length(longest)))
+            values = point.reshape_to_tokens(whole, (current.shape[0], gathering.padded_length(longest)))
             values = values[:, :, :longest, :longest] if point.side == PATTERN else values[:, :longest]
         transform = targets.transforms.get(point.array)
         sink(current, point.array, point.layer, values if transform is None else transform(values, current))
@@ -80,4 +80,4 @@ def open_forward(
         with flowing, hooks.ActivationHooks(model, own, read_point, stop=stop, shape=gathering is None) as points:
             yield forward
     finally:
-        settle(model)
+        reset_after_early_stop(model)

@@ -7,7 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from flexcache.errors import MismatchError
-from flexcache.identity.record import IDENTITY, identity_of, structural
+from flexcache.identity.comparison import structural_differences
+from flexcache.identity.record import IDENTITY, get_identity
 from flexcache.recording.run.existing_rows import EXISTING_ROWS
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import StoreLocation
@@ -35,11 +36,11 @@ def fingerprint(model: torch.nn.Module, tensor: int = 1) -> dict[str, Any]:
     """
     import torch
 
-    from flexcache.hooks.locate.names import unwrap
+    from flexcache.hooks.locate.names import unwrap_model
     from flexcache.hooks.read.measure import input_device
 
     parameter = next(model.parameters(), torch.empty(0))
-    root = unwrap(model)
+    root = unwrap_model(model)
     device = input_device(model)
     on_cpu = device.type == "cpu"
     return {
@@ -59,9 +60,12 @@ def model_notices(before: dict[str, Any], now: dict[str, Any], accepted: list[st
     """Return lines for the user about a model that resumes a store which another one began."""
     if accepted:
         return ["the model is not the one of the store, as was allowed; the ledger says so:", *accepted]
-    if identity_of(before) is None:
+    if get_identity(before) is None:
         return ["the store was begun by an earlier version: its model was compared by a sample of the weights only"]
-    return [f"{line}; outputs on the fixed input are equal" for line in structural(before[IDENTITY], now[IDENTITY])]
+    return [
+        f"{line}; outputs on the fixed input are equal"
+        for line in structural_differences(before[IDENTITY], now[IDENTITY])
+    ]
 
 
 def check_fingerprint(store: Store, now: dict[str, Any], allow_mixed: bool) -> None:

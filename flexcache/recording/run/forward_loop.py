@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from flexcache.cpu import has_native_bfloat16
 from flexcache.errors import CaptureError
 from flexcache.hooks.read.measure import input_device
-from flexcache.model import native_bfloat16
 from flexcache.paths import shown
 from flexcache.recording.forward.batch import Batch, Padding
 from flexcache.recording.forward.capture_targets import CaptureTargets
@@ -54,7 +54,7 @@ def complete_store(
     if not recorder.pending():
         bars.say(f"{name} is complete: nothing to do")
         return
-    if in_bfloat16(model) and not native_bfloat16():
+    if in_bfloat16(model) and not has_native_bfloat16():
         bars.say(SLOW)
     began, pad = time.perf_counter(), padding(model, tokenizer)
     try_largest(model, targets, recorder, pad, bars, group)

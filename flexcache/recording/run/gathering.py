@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 from flexcache.errors import LayoutError, SiteError
-from flexcache.hooks.locate.blocks import NOT_OWNED, find_blocks
+from flexcache.hooks.locate.blocks import REMOTE_BLOCK, find_blocks
 from flexcache.hooks.locate.hook_point import HookPoint
-from flexcache.hooks.locate.names import modules, unwrap
-from flexcache.hooks.read.activation_hooks import ActivationHooks, accepts, batch_shape
-from flexcache.hooks.read.measure import EXAMPLE_SHAPE, Read, example_inputs
-from flexcache.parallel.assembly import Key
-from flexcache.parallel.distribution import Distribution, Piece
+from flexcache.hooks.locate.names import modules_by_path, unwrap_model
+from flexcache.hooks.read.activation_hooks import ActivationHooks, accepts_keyword, batch_shape
+from flexcache.hooks.read.measure import EXAMPLE_SHAPE, ExampleRun, example_inputs
+from flexcache.parallel.distribution import Distribution, LocalPiece
+from flexcache.parallel.header import ActivationKey
 from flexcache.parallel.layout import Layout, localize
 from flexcache.parallel.meta_model import ShapeProbe
-from flexcache.parallel.peers import swap, transfer
+from flexcache.parallel.peers import exchange_tensors, exchange_values
 from flexcache.parallel.stages import Stages
 from flexcache.site import PATTERN
 
@@ -56,12 +56,12 @@ class Gathering:
         self._model = model
         self._distribution = distribution
         mesh = distribution.mesh
-        here = mesh.here
+        here = mesh.coordinate
         self._peers = tuple(rank for rank, at in enumerate(mesh.coordinates) if (at.pp, at.dp) == (here.pp, here.dp))
         self._here = mesh.rank
-        self._named = modules(model)
+        self._named = modules_by_path(model)
         self._shards: dict[HookPoint, Shards | None] = {}
-        self._keys: dict[HookPoint, Key] = {}
+        self._keys: dict[HookPoint, ActivationKey] = {}
         self._compared: set[HookPoint] = set()
         self.stop = mesh.sizes.pp == 1
         self._stream = self._residual_stream()
@@ -83,7 +83,7 @@ class Gathering:
 
     def position_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return position ids as a keyword of the forward, since a rank may see only a shard of the tokens."""
-        if self.tensor == 1 or not accepts(self._model, "position_ids"):
+        if self.tensor == 1 or not accepts_keyword(self._model, "position_ids"):
             return {}
         return {"position_ids": torch.arange(ids.shape[1], device=ids.device)[None]}
 
@@ -102,7 +102,7 @@ class Gathering:
         if not self._keys.keys() >= plain.keys():
             self.read_example(self._model, tuple(plain))
 
-    def read_example(self, model: nn.Module, points: Sequence[HookPoint], example: Any = None) -> Read:
+    def read_example(self, model: nn.Module, points: Sequence[HookPoint], example: Any = None) -> ExampleRun:
         """Return whole activations of a small example at *points*, on every rank, and learn how they are sharded.
 
         Collective.
@@ -129,7 +129,7 @@ class Gathering:
         with ActivationHooks(model, mine, sink, stop=False, shape=False) as opened:
             output = opened.forward(**inputs)
         for point in (*points, *self._stream):
-            self._keys.setdefault(point, Key(len(self._keys), 0))
+            self._keys.setdefault(point, ActivationKey(len(self._keys), 0))
         keys = self._keys
         probes = [
             ShapeProbe(keys[point].hook, self._named[point.module], _reader(point))
@@ -139,14 +139,14 @@ class Gathering:
         pieces, layouts = [], {}
         for root, args, kwargs, named in self._roots(model, inputs):
             here = [probe for probe in probes if probe.module in named]
-            distribution.begin(root, args, kwargs)
+            distribution.begin_forward(root, args, kwargs)
             for point in mine:
                 if self._named[point.module] in named:
                     local = replace(known[point], tensor=raw[point])
                     layouts[point] = distribution.layout(keys[point], local, str(point), None, partial(list, here))
-                    pieces.append(Piece(keys[point], 0, raw[point], layouts[point]))
-            distribution.end()
-        whole, _ = distribution.exchange(pieces, range(len(mesh.ranks)), [str(point) for point in keys])
+                    pieces.append(LocalPiece(keys[point], 0, raw[point], layouts[point]))
+            distribution.end_forward()
+        whole, _ = distribution.assemble_activations(pieces, range(len(mesh.ranks)), [str(point) for point in keys])
         self._store_sharding(mine, raw, layouts, shape)
         sharded = any(held is not None and held.sizes is None for held in self._shards.values())
         if self.masked and (sharded or isinstance(model, Stages)):
@@ -156,8 +156,8 @@ class Gathering:
         for point in points:
             tensor = whole[keys[point]]
             rows = shape[0] if tensor.shape[0] == shape[0] * mesh.sizes.dp else shape[0] * shape[1]
-            found[point] = point.shaped(tensor[:rows], shape)
-        return Read(inputs, found, output)
+            found[point] = point.reshape_to_tokens(tensor[:rows], shape)
+        return ExampleRun(inputs, found, output)
 
     def _roots(
         self, model: nn.Module, inputs: Any
@@ -165,8 +165,8 @@ class Gathering:
         """Return the root modules whose inputs determine shapes, with those inputs and the set of modules in each."""
         if isinstance(model, Stages):
             parts = zip(model.parts, model.inputs, strict=True)
-            return [(part, (given,), {}, set(modules(part).values())) for part, given in parts]
-        return [(unwrap(model), (), inputs, set(self._named.values()))]
+            return [(part, (given,), {}, set(modules_by_path(part).values())) for part, given in parts]
+        return [(unwrap_model(model), (), inputs, set(self._named.values()))]
 
     def _store_sharding(
         self,
@@ -179,7 +179,11 @@ class Gathering:
         sharded = [point for point in points if layouts[point].sharded is not None]
         dims = [int(layouts[point].sharded or 0) for point in sharded]
         own = [raw[point].shape[dim] for point, dim in zip(sharded, dims, strict=True)]
-        sizes = swap(self._distribution.group, self._peers, self._here, own) if own and self.tensor > 1 else [own]
+        sizes = (
+            exchange_values(self._distribution.group, self._peers, self._here, own)
+            if own and self.tensor > 1
+            else [own]
+        )
         self._shards |= dict.fromkeys(points)
         for number, (point, dim) in enumerate(zip(sharded, dims, strict=True)):
             whole = layouts[point].shape
@@ -222,10 +226,10 @@ class Gathering:
         ends = whole or self._here == self._peers[-1]  # this rank has the last token, which may change
         earlier = [values[:, :-1] if ends else values for values in read]
         changed = bool(earlier) and not torch.allclose(earlier[0], earlier[1], rtol=1e-4, atol=1e-5)
-        if any(self._distribution.gathered(changed)):
+        if any(self._distribution.gather_objects(changed)):
             raise LayoutError(
                 "a model that is distributed this way takes no attention mask, and needs one",
-                where=type(unwrap(model)).__name__,
+                where=type(unwrap_model(model)).__name__,
                 expected="causal attention, which never sees padding at the right",
                 found="activations that depend on later tokens",
                 remedy="distribute it without sequence parallelism, or with transformers itself",
@@ -245,7 +249,7 @@ class Gathering:
                 self._check_equal(point, local)
             return local if owner == self._here else None
         if owner != self._here:
-            transfer(self._distribution.group, [(owner, local)], [])
+            exchange_tensors(self._distribution.group, [(owner, local)], [])
             return None
         pieces = []
         for place, peer in enumerate(self._peers):
@@ -254,14 +258,14 @@ class Gathering:
                 shape[shards.dim] = shards.sizes[place]
             pieces.append(local if peer == self._here else local.new_empty(shape))
         others = [(peer, piece) for peer, piece in zip(self._peers, pieces, strict=True) if peer != self._here]
-        transfer(self._distribution.group, [], others)
+        exchange_tensors(self._distribution.group, [], others)
         return torch.cat(pieces, dim=shards.dim)
 
     def _check_equal(self, point: HookPoint, gradient: torch.Tensor) -> None:
         """Raise LayoutError if each rank has only the part of a gradient that flows through its own shard."""
         self._compared.add(point)
         bits = torch.stack([gradient.double().sum(), gradient.double().abs().sum()]).cpu().view(torch.int64)
-        told = swap(self._distribution.group, self._peers, self._here, bits.tolist())
+        told = exchange_values(self._distribution.group, self._peers, self._here, bits.tolist())
         sums = torch.tensor(told).view(torch.float64)
         if (sums - sums[0]).abs().max() > AGREEMENT * sums[0, 1]:
             raise LayoutError(
@@ -277,10 +281,10 @@ class Gathering:
         if self.stop:
             return set()
         own = [name for name in self._named if name and self._has(name)]
-        return set().union(*self._distribution.gathered(own)) - set(own)
+        return set().union(*self._distribution.gather_objects(own)) - set(own)
 
     def _has(self, module: str) -> bool:
-        return module in self._named and type(self._named[module]).__name__ != NOT_OWNED
+        return module in self._named and type(self._named[module]).__name__ != REMOTE_BLOCK
 
     def _owner(self, number: int) -> int:
         return self._peers[number % len(self._peers)]
@@ -288,5 +292,5 @@ class Gathering:
 
 def _reader(point: HookPoint) -> Any:
     if point.side == "input":
-        return lambda args, kwargs, output: point.from_input(args, kwargs)
-    return lambda args, kwargs, output: point.from_output(output)
+        return lambda args, kwargs, output: point.read_input(args, kwargs)
+    return lambda args, kwargs, output: point.read_output(output)

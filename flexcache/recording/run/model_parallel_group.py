@@ -14,14 +14,14 @@ from torch import nn
 from flexcache.errors import CaptureError, ConfigError, FlexCacheError
 from flexcache.hooks.locate.encoder_decoder import is_encoder_decoder
 from flexcache.hooks.locate.hook_point import HookPoint
-from flexcache.hooks.read.measure import Read, read_example
+from flexcache.hooks.read.measure import ExampleRun, read_example
 from flexcache.identity import check_model
-from flexcache.identity.behavior import behavior
+from flexcache.identity.behavior import record_behavior
 from flexcache.identity.describe import describe_model
 from flexcache.identity.record import IDENTITY
-from flexcache.identity.structure import structure
+from flexcache.identity.structure import describe_structure
 from flexcache.parallel.distribution import Distribution
-from flexcache.parallel.peers import collect, tell
+from flexcache.parallel.peers import broadcast_value, gather_values
 from flexcache.recording.forward.capture_targets import CaptureTargets
 from flexcache.recording.run.fingerprint import fingerprint
 from flexcache.recording.run.gathering import Gathering
@@ -53,18 +53,18 @@ class ModelParallelGroup:
     def __init__(self, model: nn.Module) -> None:
         self._distribution = Distribution(model, {})
         mesh = self._distribution.mesh
-        self._members = tuple(rank for rank, at in enumerate(mesh.coordinates) if at.dp == mesh.here.dp)
+        self._members = tuple(rank for rank, at in enumerate(mesh.coordinates) if at.dp == mesh.coordinate.dp)
         self._here = mesh.rank
         self._searched = 0.0
         self.in_step = mesh.sizes.dp > 1
-        self.gathering = None if self._distribution.alone else Gathering(model, self._distribution)
+        self.gathering = None if self._distribution.is_alone else Gathering(model, self._distribution)
         self.sizes = mesh.sizes
         self._is_encoder_decoder = is_encoder_decoder(model)
 
     @property
     def alone(self) -> bool:
         """True if this process has the whole model, and waits for no other in a forward."""
-        return self._distribution.alone
+        return self._distribution.is_alone
 
     @property
     def processes(self) -> int:
@@ -80,7 +80,7 @@ class ModelParallelGroup:
         """Release the process group."""
         self._distribution.close()
 
-    def read_example(self, model: nn.Module, points: Sequence[HookPoint], example: Any = None) -> Read:
+    def read_example(self, model: nn.Module, points: Sequence[HookPoint], example: Any = None) -> ExampleRun:
         """Return whole activations of a small example, on every rank."""
         read = read_example if self.gathering is None else self.gathering.read_example
         return read(model, points, example)
@@ -89,7 +89,7 @@ class ModelParallelGroup:
         """Return the identity of the model, see `flexcache.identity.describe.describe_model`. Collective."""
         ranks = self.processes
         conditions = fingerprint(model, self.sizes.tp) | ({"processes": ranks} if ranks > 1 else {})
-        reader, gathered = self.read_example, self._distribution.gathered
+        reader, gathered = self.read_example, self._distribution.gather_objects
         return describe_model(model, conditions, reader=reader, gathered=gathered, example=example)
 
     def check_unchanged(self, model: nn.Module, before: dict[str, Any], where: str, example: Any = None) -> None:
@@ -100,8 +100,8 @@ class ModelParallelGroup:
         if not self.alone:
             return
         held = before[IDENTITY]
-        ran = behavior(model, fingerprint(model, self.sizes.tp), example=example)
-        now = {**before, IDENTITY: {**held, "behavior": ran, "structure": structure(model)}}
+        ran = record_behavior(model, fingerprint(model, self.sizes.tp), example=example)
+        now = {**before, IDENTITY: {**held, "behavior": ran, "structure": describe_structure(model)}}
         check_model(before, now, where, remedy=RUN_AGAIN)
 
     def keys(self, points: Sequence[HookPoint], extra: Sequence[ArrayKey] = ()) -> list[ArrayKey]:
@@ -135,7 +135,7 @@ class ModelParallelGroup:
 
     def gather_values(self, value: Any) -> list[Any]:
         """Return the values of all processes of the model. Collective."""
-        return self._distribution.gathered(value)
+        return self._distribution.gather_objects(value)
 
     # Units
 
@@ -168,7 +168,7 @@ class ModelParallelGroup:
         except FlexCacheError as raised:
             error = raised
         told = {"files": None if files is None else {name: asdict(file) for name, file in files.items()}}
-        parts = collect(self._group, self._members, self._here, told | {"error": str(error) if error else ""})
+        parts = gather_values(self._group, self._members, self._here, told | {"error": str(error) if error else ""})
         failed = next((place for place, part in enumerate(parts) if part["error"]), IDLE)
         if self._tell(failed) != IDLE:
             raise error or CaptureError(
@@ -197,4 +197,4 @@ class ModelParallelGroup:
         return self._distribution.group
 
     def _tell(self, value: int) -> int:
-        return value if len(self._members) == 1 else tell(self._group, self._members, self._here, value)
+        return value if len(self._members) == 1 else broadcast_value(self._group, self._members, self._here, value)

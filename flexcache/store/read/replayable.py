@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flexcache.identity import known, model_record
+from flexcache.identity import has_weight_digests, model_record
 from flexcache.store.read.open_store import OpenStore
 
 RESIDUAL = ("resid_post", "resid_pre")
@@ -55,7 +55,7 @@ def replayable(store: OpenStore) -> Replayable:
         reasons["int8"] = f"{' and '.join(coarse)} is stored as int8, so its rows differ from those of the model"
     if not len(store.committed_units):
         reasons["units"] = "no unit is committed"
-    if not known(model_record(store.provenance)):
+    if not has_weight_digests(model_record(store.provenance)):
         reasons["weights"] = "the store does not record the weights that filled it"
     return Replayable(reasons)
 

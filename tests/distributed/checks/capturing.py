@@ -23,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import flexcache
 from flexcache.errors import CaptureError, ConfigError, LayoutError, MismatchError
-from flexcache.hooks.locate.names import modules, whole
-from flexcache.identity import comparable, differences
+from flexcache.hooks.locate.names import as_one_module, modules_by_path
+from flexcache.identity import comparable_record, differences
 from tests.corpora import lengths, token_documents
 from tests.distributed.checks.data import zero_engines
 from tests.distributed.checks.pipeline import halves
@@ -71,7 +71,7 @@ def compare(model: Any, plain: nn.Module, exact: bool, **options: Any) -> None:
                     error = np.abs(found - expected).max() / np.abs(expected).max()
                     assert error <= TOLERANCE, f"{name} {layer}: off by {error:.3g} of its largest value"
             assert {p.name for p in together.path.iterdir()} == {p.name for p in alone.path.iterdir()}
-            found = differences(*(comparable(store.provenance["model"]) for store in (alone, together)))
+            found = differences(*(comparable_record(store.provenance["model"]) for store in (alone, together)))
             assert not [line for line in found if line.startswith(("weights", "buffers", "outputs"))], found
             assert all(store.provenance["model"]["identity"]["weights"] for store in (together, alone))
     parts = (
@@ -310,7 +310,7 @@ def a_changed_model_is_refused_on_every_rank() -> None:
             with pytest.raises(MismatchError, match=r"(?s)weights: 1 of .*layers\.3\.mlp\.up_proj"):
                 flexcache.capture(distribute(edited), None, DOCUMENTS, path, **options)
             steered = distribute(tiny("llama"))
-            for key, module in modules(whole(steered)).items():
+            for key, module in modules_by_path(as_one_module(steered)).items():
                 if key == "model.layers.3":
                     module.register_forward_hook(lambda module, args, output: output * 1.5)
             with pytest.raises(MismatchError, match=r"outputs on a fixed input.*layers\.3 is the first"):

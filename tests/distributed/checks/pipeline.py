@@ -217,7 +217,7 @@ def mistakes_are_named() -> None:
     flex.register_forward_hook(HookFunction("model.layers.3.mlp"))
     schedule = one_stage(ScheduleGPipe)([flex.module], 2)
     if rank == 0:
-        with pytest.raises(HookError, match="outside of a pipeline step"):
+        with pytest.raises(HookError, match="outside a pipeline step"):
             flex(ids)
     flex.restore()
     dist.barrier()

@@ -5,7 +5,7 @@ import torch
 
 from flexcache.errors import ConfigError, HookError, SiteError
 from flexcache.hooks import FlexModel, HookFunction
-from flexcache.hooks.flexmodel.batch_groups import matches
+from flexcache.hooks.flexmodel.hook_groups import matches
 from tests.models import DEPTH, tiny, token_ids
 
 
@@ -73,7 +73,7 @@ def test_functions_join_and_leave_groups(flex: FlexModel, acts: dict) -> None:
     assert fired(flex, acts) == BLOCKS, "they stay registered"
 
 
-def test_what_is_enabled_stays_and_a_forwards_own_groups_pass(flex: FlexModel, acts: dict) -> None:
+def test_enabled_groups_persist_and_groups_of_one_forward_do_not(flex: FlexModel, acts: dict) -> None:
     flex.create_hook_group("first", "model.layers.0")
     flex.enable_hook_groups("first", complement=True)
     later = HookFunction(BLOCKS[1])
@@ -96,7 +96,7 @@ def test_a_group_that_loses_its_last_member_while_enabled_leaves_nothing_active(
     assert fired(flex, acts) == []
 
 
-def test_unknown_names_are_errors(flex: FlexModel) -> None:
+def test_unknown_names_raise(flex: FlexModel) -> None:
     function = flex.create_hook_group("blocks", "model.layers.*")[0]
     for call in (
         lambda: flex(input_ids=token_ids(), groups="blokcs"),
@@ -113,7 +113,7 @@ def test_unknown_names_are_errors(flex: FlexModel) -> None:
     with pytest.raises(HookError, match="all holds every"):
         flex.remove_hook_groups(function, "all")
     flex.update_hook_groups(function, "other")
-    with pytest.raises(HookError, match=r"group other has no model\.layers\.1"):
+    with pytest.raises(HookError, match=r"group other does not have model\.layers\.1"):
         flex.remove_hook_groups(flex.get_group_hook_functions("blocks")[:2], "other")
     assert flex.get_group_hook_functions("other") == [function], "nothing is done by halves"
     with pytest.raises(SiteError, match="no name matches"):

@@ -1,4 +1,4 @@
-"""From sites, as users name them, to points on the modules of a model."""
+"""Find the hook points of a site in a model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ from dataclasses import replace
 from torch import nn
 
 from flexcache.errors import SiteError, nearest
-from flexcache.hooks.locate.aliases import FINAL_NORM, MLP, find_part, part
-from flexcache.hooks.locate.blocks import find_blocks, is_elsewhere
-from flexcache.hooks.locate.encoder_decoder import embedding, is_encoder_decoder
+from flexcache.hooks.locate.aliases import FINAL_NORM, MLP, find_block_site, find_submodule
+from flexcache.hooks.locate.blocks import find_blocks, is_remote_block
+from flexcache.hooks.locate.encoder_decoder import get_token_embedding, is_encoder_decoder
 from flexcache.hooks.locate.hook_point import HookPoint
-from flexcache.hooks.locate.names import inner, modules, unwrap
+from flexcache.hooks.locate.names import (
+    glob_regex,
+    is_container,
+    modules_by_path,
+    runnable_paths,
+    unwrap_model,
+    unwrap_module,
+)
 from flexcache.hooks.locate.vision import reads_images
 from flexcache.site import GRADIENT, ONCE, PATTERN, STANDARD, Layers, Site, array_name, resolve_layers
 
@@ -21,19 +28,24 @@ from flexcache.site import GRADIENT, ONCE, PATTERN, STANDARD, Layers, Site, arra
 def find_hook_points(
     model: nn.Module, site: Site, layers: Layers = "all", remote_modules: Collection[str] = ()
 ) -> tuple[HookPoint, ...]:
-    """Return the points that *site* means in *model*: one per layer, or per module that a path or glob matches.
+    """Return the hook points of *site* in *model*: one for each layer, or each module that matches.
 
     In a glob ``*`` and ``?`` stop at dots, ``**`` does not, and ``[…]`` is a set of characters:
-    ``model.layers.*.mlp`` matches every block's MLP, ``**.up_proj`` every up-projection.
-    *layers* counts for standard sites alone; a module path names its own.
+    ``model.layers.*.mlp`` matches the MLP of every block, ``**.up_proj`` every up-projection.
+    *layers* applies to standard sites only; a module path names its layers itself. *remote_modules* are paths of
+    modules that other pipeline stages have.
 
-    Standard sites are found by the names of a block's parts, not by the type of the model. That the find is right
-    is for `check_identity` to show. *remote_modules* names modules that other stages of a pipeline have.
+    Standard sites are found by the names of a block's modules, not by the type of the model. `check_sites` proves that
+    the result is right.
+
+    >>> find_hook_points(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), Site("*"))[1].module
+    '1'
 
     Raises
     ------
     SiteError
-        Nothing matches; the nearest names are given. A standard site that the blocks do not have, and which they do.
+        Nothing matches, and the nearest names are given; or the blocks lack a standard site, and those they have are
+        given.
     """
     points = _locate(model, site, layers, remote_modules)
     return (
@@ -48,7 +60,7 @@ def _locate(model: nn.Module, site: Site, layers: Layers, remote_modules: Collec
         return _in_blocks(model, site.name, layers)
     if site.name in ONCE:
         return (_once(model, site.name),)
-    named = {**modules(model), **{name: nn.Identity() for name in remote_modules}}
+    named = {**modules_by_path(model), **{name: nn.Identity() for name in remote_modules}}
     if not re.search(r"[*?\[]", site.name):
         return (_exact(site, named),)
     glob = re.compile(glob_regex(site.name))
@@ -58,7 +70,7 @@ def _locate(model: nn.Module, site: Site, layers: Layers, remote_modules: Collec
         if name and glob.fullmatch(name) and not is_container(module)
     )
     if not found:
-        raise SiteError(f"no module matches {site.name!r}", remedy=nearest(site.name, runnable(named)))
+        raise SiteError(f"no module matches {site.name!r}", remedy=nearest(site.name, runnable_paths(named)))
     for point in found:
         _refuse_expert(point.module)
     return found
@@ -67,57 +79,57 @@ def _locate(model: nn.Module, site: Site, layers: Layers, remote_modules: Collec
 def _in_blocks(model: nn.Module, site: str, layers: Layers) -> tuple[HookPoint, ...]:
     path, blocks = find_blocks(model)
     points, missing, crossed = [], [], is_encoder_decoder(model)
-    here = next((block for block in blocks if not is_elsewhere(block)), blocks[0])
+    here = next((block for block in blocks if not is_remote_block(block)), blocks[0])
     for layer in resolve_layers(layers, len(blocks)):
-        place = find_part(here if is_elsewhere(blocks[layer]) else blocks[layer], site, crossed)
+        place = find_block_site(here if is_remote_block(blocks[layer]) else blocks[layer], site, crossed)
         if place is None:
             missing.append(layer)
         else:
             module = f"{path}.{layer}.{place.path}".rstrip(".")
-            points.append(HookPoint(site, layer, module, place.side, slots=place.slots))
+            points.append(HookPoint(site, layer, module, place.side, fused_slice=place.fused_slice))
     if missing:
         raise _missing(site, missing, path, blocks, crossed)
     return tuple(points)
 
 
 def _once(model: nn.Module, site: str) -> HookPoint:
-    """Return the hook point of the embedding or of the last norm: the one beside the blocks that comes after them."""
-    names = {id(module): name for name, module in modules(model).items()}
+    """Return the hook point of the embedding, or of the last norm after the list of blocks."""
+    names = {id(module): name for name, module in modules_by_path(model).items()}
     if site == "embed":
-        found = embedding(model)
-        name = None if found is None else names.get(id(inner(found)))
-        if reads_images(model):  # that is of patches alone; around it, special tokens and positions are added
+        found = get_token_embedding(model)
+        name = None if found is None else names.get(id(unwrap_module(found)))
+        if reads_images(model):  # the module around the patch embedding adds special tokens and positions
             name = next((path for path in names.values() if path.rpartition(".")[2] == "embeddings"), name)
     else:
         path, _ = find_blocks(model)
         name = _norm_beside(model, path)
-        if name is None and reads_images(model) and "." in path:  # of an encoder that is all blocks
+        if name is None and reads_images(model) and "." in path:  # the norm of an encoder that holds only blocks
             name = _norm_beside(model, path.rpartition(".")[0])
     if name is None:
         raise SiteError(
-            f"the model has no {site}" + (" beside its blocks" if site == "final_norm" else ""),
-            where=type(unwrap(model)).__name__,
-            remedy="give the module path, as flexcache sites MODEL shows it",
+            f"the model has no {site}" + (" next to its blocks" if site == "final_norm" else ""),
+            where=type(unwrap_model(model)).__name__,
+            remedy="give the module path; flexcache sites MODEL lists them",
         )
     return HookPoint(site, None, name)
 
 
 def _norm_beside(model: nn.Module, path: str) -> str | None:
-    """Return the path of the last norm beside a module; None where there is none."""
+    """Return the path of the last norm next to a module; None if there is none."""
     holder, _, own = path.rpartition(".")
-    beside = [child for child in modules(model)[holder]._modules if child != own]
-    return next((f"{holder}.{child}".lstrip(".") for child in beside if child in FINAL_NORM), None)
+    siblings = [child for child in modules_by_path(model)[holder]._modules if child != own]
+    return next((f"{holder}.{child}".lstrip(".") for child in siblings if child in FINAL_NORM), None)
 
 
 def _missing(site: str, layers: list[int], path: str, blocks: nn.ModuleList, crossed: bool) -> SiteError:
-    block = inner(blocks[layers[0]])
-    has = [name for name in STANDARD if find_part(block, name, crossed)]
-    others = [layer for layer, other in enumerate(blocks) if find_part(other, site, crossed)]
+    block = unwrap_module(blocks[layers[0]])
+    has = [name for name in STANDARD if find_block_site(block, name, crossed)]
+    others = [layer for layer, other in enumerate(blocks) if find_block_site(other, site, crossed)]
     remedy = f"ask for layers {others}" if others else "ask for one of those, or give a module path"
     if site in ("mlp_pre", "mlp_post") and _has_experts(block):
-        remedy = "its MLP is a mixture of experts, where no one projection reads every token; " + remedy
-    if site == "resid_mid" and find_part(block, "attn_out") and find_part(block, "mlp_out"):
-        remedy = "its attention and its MLP may read the same residual stream, side by side; " + remedy
+        remedy = "its MLP is a mixture of experts, in which no single projection reads every token; " + remedy
+    if site == "resid_mid" and find_block_site(block, "attn_out") and find_block_site(block, "mlp_out"):
+        remedy = "its attention and its MLP may read the same residual stream in parallel; " + remedy
     return SiteError(
         f"the model has no {site} in layer {', '.join(map(str, layers))}",
         where=f"{path}.{layers[0]}, a {type(block).__name__} of {', '.join(n for n, _ in block.named_children())}",
@@ -127,14 +139,15 @@ def _missing(site: str, layers: list[int], path: str, blocks: nn.ModuleList, cro
 
 
 def _has_experts(block: nn.Module) -> bool:
-    mlps = (part(block, name) for name in MLP)
+    mlps = (find_submodule(block, name) for name in MLP)
     return any("experts" in name for mlp in mlps if mlp is not None for name, _ in mlp.named_modules())
 
 
 def _exact(site: Site, named: dict[str, nn.Module]) -> HookPoint:
     if site.name not in named:
         raise SiteError(
-            f"the model has no module {site.name!r}", remedy=nearest(site.name, (*STANDARD, *ONCE, *runnable(named)))
+            f"the model has no module {site.name!r}",
+            remedy=nearest(site.name, (*STANDARD, *ONCE, *runnable_paths(named))),
         )
     if is_container(named[site.name]):
         raise SiteError(
@@ -154,24 +167,3 @@ def _refuse_expert(module: str) -> None:
             found="rows of (token, expert) pairs, sorted by expert",
             remedy="read the experts module as a whole, its router, or mlp_out",
         )
-
-
-def is_container(module: nn.Module) -> bool:
-    """Whether *module* only holds others and never runs itself."""
-    return isinstance(module, nn.ModuleList | nn.ModuleDict)
-
-
-def runnable(named: dict[str, nn.Module]) -> tuple[str, ...]:
-    """Return the names of the modules that can run."""
-    return tuple(name for name, module in named.items() if name and not is_container(module))
-
-
-def glob_regex(glob: str) -> str:
-    """Return the regular expression of a glob over dotted paths; see `find_hook_points`."""
-    words = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
-    parts = re.split(r"(\*\*|\*|\?|\[!?[^\]]+\])", glob)
-    return "".join(
-        words.get(word) or (f"[{word[1:-1].replace('!', '^', 1)}]" if word.startswith("[") else re.escape(word))
-        for word in parts
-        if word
-    )

@@ -1,4 +1,4 @@
-"""Proves, on a small batch, that located sites are what their names promise."""
+"""Checks that sites are what their names say, by the algebra of the residual stream on a small batch."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from flexcache.errors import SiteError
-from flexcache.hooks.checks.block_checks import PARTS, check_parts
+from flexcache.hooks.checks.block_checks import BLOCK_SITES, check_block_sites
 from flexcache.hooks.checks.head_checks import check_heads
-from flexcache.hooks.locate.aliases import CROSS_NORMS, NORM_PAIRS, part
-from flexcache.hooks.locate.attention import APART
-from flexcache.hooks.locate.blocks import find_blocks, is_elsewhere
+from flexcache.hooks.locate.aliases import CROSS_NORMS, NORM_PAIRS, find_submodule
+from flexcache.hooks.locate.attention import PROJECTIONS
+from flexcache.hooks.locate.blocks import find_blocks, is_remote_block
 from flexcache.hooks.locate.encoder_decoder import is_encoder_decoder
 from flexcache.hooks.locate.hook_point import HookPoint
-from flexcache.hooks.locate.search import find_hook_points
-from flexcache.hooks.read.measure import Example, Reader, input_device, read_example
+from flexcache.hooks.locate.site_search import find_hook_points
+from flexcache.hooks.read.measure import Example, ExampleReader, input_device, read_example
 from flexcache.site import Side, Site
 
 ALGEBRA = ("resid_pre", "resid_post", "attn_out", "mlp_out")
@@ -29,44 +29,52 @@ ROUNDINGS = 4
 """The bound, in units of eps · (sum of magnitudes). Two additions, each rounded to half an eps, need one."""
 
 
-def check_identity(
+def check_sites(
     model: nn.Module,
     points: Sequence[HookPoint],
     *,
     example: Example | None = None,
-    reader: Reader = read_example,
+    reader: ExampleReader = read_example,
     alone: bool = True,
 ) -> None:
-    """Check the algebra that defines the standard sites among *points*, by one forward of a small batch.
+    """Check the standard sites among *points* by the algebra that defines them, on one forward of a small batch.
 
-    Wherever ``attn_out`` or ``mlp_out`` is tapped, elementwise and in float32 arithmetic::
+    For each layer whose ``attn_out`` or ``mlp_out`` is hooked, elementwise and in float32 arithmetic::
 
         resid_post[l] = resid_pre[l] + attn_out[l] + mlp_out[l]      to 4 · eps(dtype) · (sum of magnitudes)
 
-    with ``cross_attn_out[l]`` between the two in a decoder that attends to an encoder's states; and likewise with the
-    block's own norms between the sums where it normalizes last, as BERT does. A term that is too small to make a
-    difference proves nothing, and is refused. Where neighbouring layers are tapped, ``resid_post[l]`` equals
-    ``resid_pre[l + 1]`` bit for bit. Models that scale what they add (Granite) are refused, since none of their modules
-    gives what is added.
+    A decoder that attends to an encoder adds ``cross_attn_out[l]`` between the two. A block that normalizes last, like
+    BERT's, has its norms between the sums. A term too small to make a difference proves nothing, and raises. If
+    neighbouring layers are hooked, ``resid_post[l]`` must equal ``resid_pre[l + 1]`` bit for bit. Models that scale
+    what they add (Granite) raise, since none of their modules returns the scaled values.
 
-    Sites inside a block are checked as `check_parts` and `check_heads` say; the latter only where *alone*, that is,
-    where this process has the whole model. ``mlp_post``, ``embed`` and module paths have no algebra of their own.
+    Sites inside a block are checked by `check_block_sites`, and by `check_heads` if *alone*: this process has the whole
+    model. ``mlp_post``, ``embed`` and module paths have no algebra to check.
+
+    ::
+
+        points = find_hook_points(model, Site("resid_post"))
+        check_sites(model, points)
 
     Raises
     ------
     SiteError
-        With the site, the layer, and the size of the misfit.
+        A site is not what its name says. The error gives the site, the layer and the size of the deviation.
     """
-    if input_device(model).type == "meta" and any(point.array in (*ALGEBRA, CROSS, *PARTS, *APART) for point in points):
+    if input_device(model).type == "meta" and any(
+        point.array in (*ALGEBRA, CROSS, *BLOCK_SITES, *PROJECTIONS) for point in points
+    ):
         raise SiteError("sites cannot be checked on the meta device", remedy="load the model's weights first")
     _check_stream(model, points, example, reader)
-    check_parts(model, points, example=example, reader=reader)
+    check_block_sites(model, points, example=example, reader=reader)
     if alone:
         check_heads(model, points, example)
 
 
-def _check_stream(model: nn.Module, points: Sequence[HookPoint], example: Example | None, reader: Reader) -> None:
-    """Check what a block adds to the residual stream, and that it goes from block to block as it is."""
+def _check_stream(
+    model: nn.Module, points: Sequence[HookPoint], example: Example | None, reader: ExampleReader
+) -> None:
+    """Check what a block adds to the residual stream, and that the stream reaches the next block unchanged."""
     standard = [point for point in points if point.array in (*ALGEBRA, CROSS) and point.layer is not None]
     layers = sorted({point.layer for point in standard if point.layer is not None})
     summed = sorted(
@@ -79,7 +87,7 @@ def _check_stream(model: nn.Module, points: Sequence[HookPoint], example: Exampl
         for point in find_hook_points(model, Site(site), layers if site in ALGEBRA[:2] else summed):
             place.setdefault((site, point.layer), point)
     for layer in summed:
-        with suppress(SiteError):  # most blocks have none
+        with suppress(SiteError):  # most blocks have no cross-attention
             place.setdefault((CROSS, layer), find_hook_points(model, Site(CROSS), layer)[0])
     norms = _norm_points(model, summed)
     asked = [*place.values(), *(point for ends in norms.values() for point in ends)]
@@ -92,13 +100,13 @@ def _check_stream(model: nn.Module, points: Sequence[HookPoint], example: Exampl
             raise _broken_stream(layer, post, following)
     for layer in summed:
         pre, post, attn, mlp = (place[site, layer] for site in ALGEBRA)
-        parts = _Parts(pre, post, attn, mlp, place.get((CROSS, layer)))
+        parts = _BlockPoints(pre, post, attn, mlp, place.get((CROSS, layer)))
         _check_shapes(parts, read)
         for sum_ in _sums(parts, norms.get(layer), read, max(epsilons)):
             _check(sum_, layer, model.training)
 
 
-class _Parts(NamedTuple):
+class _BlockPoints(NamedTuple):
     pre: HookPoint
     post: HookPoint
     attn: HookPoint
@@ -107,21 +115,21 @@ class _Parts(NamedTuple):
 
     @property
     def added(self) -> tuple[HookPoint, ...]:
-        """What a block adds, in order."""
+        """The points whose values a block adds, in order."""
         return (self.attn, self.mlp) if self.cross is None else (self.attn, self.cross, self.mlp)
 
 
 @dataclass(frozen=True)
-class _Sum:
-    """Terms that should add up to *total*, to rounding; *added* are the points of the terms after the first."""
+class _ResidualSum:
+    """Terms that must add up to *total*, to rounding; *added* are the points of the terms after the first."""
 
     total: torch.Tensor
     terms: tuple[torch.Tensor, ...]
     added: tuple[HookPoint, ...]
     eps: float
 
-    def misfit(self, without: int | None = None) -> tuple[float, float]:
-        """Return the largest difference, and the largest in units of its bound; NaN if a value is not a number."""
+    def deviation(self, without: int | None = None) -> tuple[float, float]:
+        """Return the largest difference, absolute and in units of its bound; NaN if a value is NaN."""
         kept = [term for number, term in enumerate(self.terms) if number != without]
         difference = (self.total - sum(kept[1:], kept[0])).abs()
         magnitude = torch.stack([term.abs() for term in self.terms]).sum(dim=0)
@@ -130,53 +138,53 @@ class _Sum:
 
 
 def _sums(
-    parts: _Parts, norms: tuple[HookPoint, ...] | None, read: dict[HookPoint, torch.Tensor], eps: float
-) -> tuple[_Sum, ...]:
-    """Return the block's one sum, or where that fails and a norm comes last, the sums that its norms read."""
+    parts: _BlockPoints, norms: tuple[HookPoint, ...] | None, read: dict[HookPoint, torch.Tensor], eps: float
+) -> tuple[_ResidualSum, ...]:
+    """Return the block's one sum, or the sums that its norms read if that fails and the block normalizes last."""
     post, added = read[parts.post], parts.added
-    whole = _Sum(post, (read[parts.pre], *(read[point] for point in added)), added, eps)
-    if norms is None or whole.misfit()[1] <= 1:
+    whole = _ResidualSum(post, (read[parts.pre], *(read[point] for point in added)), added, eps)
+    if norms is None or whole.deviation()[1] <= 1:
         return (whole,)
     given, made = [read[point] for point in norms[::2]], [read[point] for point in norms[1::2]]
     if not torch.equal(made[-1], post):
         return (whole,)
     streams = (read[parts.pre], *made)
     return tuple(
-        _Sum(total, (stream, read[point]), (point,), eps)
+        _ResidualSum(total, (stream, read[point]), (point,), eps)
         for total, stream, point in zip(given, streams, added, strict=False)
     )
 
 
-def _check(sum_: _Sum, layer: int, training: bool) -> None:
+def _check(sum_: _ResidualSum, layer: int, training: bool) -> None:
     sites = " and ".join(point.array for point in sum_.added)
     where = ", ".join(point.module for point in sum_.added)
-    difference, ratio = sum_.misfit()
+    difference, ratio = sum_.deviation()
     if not ratio <= 1:
         raise SiteError(
             f"{sites} of layer {layer}: the block adds something else to the residual stream",
             where=where,
             expected=f"resid_post = resid_pre + {' + '.join(point.array for point in sum_.added)}, to rounding",
-            found=f"a misfit of up to {difference:.3g}, {ratio:.3g} times the bound",
+            found=f"a deviation of up to {difference:.3g}, {ratio:.3g} times the bound",
             remedy=("call model.eval() first, since dropout may be on; or " if training else "")
             + "the model scales or norms what it adds, or adds more than these: give a module path as site instead,"
             f" such as {where.partition(',')[0]}",
         )
     for number, point in enumerate(sum_.added, start=1):
-        if sum_.terms[number].any() and not sum_.misfit(without=number)[1] > 1:
+        if sum_.terms[number].any() and not sum_.deviation(without=number)[1] > 1:
             raise SiteError(
-                f"{point.array} of layer {layer} is too small beside the residual stream to be checked",
+                f"{point.array} of layer {layer} is too small to be checked against the residual stream",
                 where=point.module,
                 expected=f"some element of more than {ROUNDINGS} · eps = {ROUNDINGS * sum_.eps:.2g} of the terms' sum",
                 remedy=f"compute in float32, or give the module path {point.module} as site instead",
             )
 
 
-def _check_shapes(parts: _Parts, read: dict[HookPoint, torch.Tensor]) -> None:
+def _check_shapes(parts: _BlockPoints, read: dict[HookPoint, torch.Tensor]) -> None:
     expected = tuple(read[parts.pre].shape)
     for point in (parts.pre, parts.post, *parts.added):
         if tuple(read[point].shape) != expected:
             raise SiteError(
-                f"{point} is no part of the residual stream",
+                f"{point} is not part of the residual stream",
                 expected=f"shape {expected}, as of {parts.pre}",
                 found=str(tuple(read[point].shape)),
                 remedy=f"give the module path {point.module} as site instead",
@@ -184,24 +192,28 @@ def _check_shapes(parts: _Parts, read: dict[HookPoint, torch.Tensor]) -> None:
 
 
 def _norm_points(model: nn.Module, layers: list[int]) -> dict[int, tuple[HookPoint, ...]]:
-    """Return, for blocks that may normalize last, input and output of the norm after each that adds something."""
+    """Return, for blocks that may normalize last, the input and output of each norm after a sum."""
     path, blocks = find_blocks(model)
     found: dict[int, tuple[HookPoint, ...]] = {}
     crossed = is_encoder_decoder(model)
-    here = next((block for block in blocks if not is_elsewhere(block)), blocks[0])
+    here = next((block for block in blocks if not is_remote_block(block)), blocks[0])
     for layer in layers:
-        block = here if is_elsewhere(blocks[layer]) else blocks[layer]
+        block = here if is_remote_block(blocks[layer]) else blocks[layer]
         for pair in NORM_PAIRS:
-            if all(part(block, name) is not None for name in pair):
+            if all(find_submodule(block, name) is not None for name in pair):
                 between = CROSS_NORMS.get(pair[0]) if crossed else None
-                names = [pair[0], *([between] if between and part(block, between) is not None else []), pair[1]]
+                names = [
+                    pair[0],
+                    *([between] if between and find_submodule(block, between) is not None else []),
+                    pair[1],
+                ]
                 sides: tuple[Side, Side] = ("input", "output")
                 found[layer] = tuple(HookPoint("norm", layer, f"{path}.{layer}.{n}", s) for n in names for s in sides)
     return found
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two activations are equal, a NaN to a NaN: values that are not finite are the recorder's to name."""
+    """Return True if two activations are equal, NaN included: the recorder reports values that are not finite."""
     return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
@@ -209,6 +221,6 @@ def _broken_stream(layer: int, post: HookPoint, following: HookPoint) -> SiteErr
     return SiteError(
         f"resid_post of layer {layer} is not resid_pre of layer {layer + 1}",
         where=f"{post.module} and {following.module}",
-        expected="what leaves a block to enter the next, bit for bit",
-        remedy="the model changes the stream between its blocks; give module paths instead of standard sites",
+        expected="the output of a block to be the input of the next, bit for bit",
+        remedy="give module paths instead of standard sites: the model changes the stream between its blocks",
     )

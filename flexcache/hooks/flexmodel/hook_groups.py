@@ -1,4 +1,4 @@
-"""Groups of hook functions, by which they are switched on and off."""
+"""Groups of hook functions, which are activated together."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator
 
 from flexcache.errors import HookError, nearest
 from flexcache.hooks.flexmodel.hook_function import HookFunction
-from flexcache.hooks.locate.search import glob_regex
+from flexcache.hooks.locate.names import glob_regex
 
 ALL = "all"
 
 
-class Groups:
-    """Names for sets of hook functions. Every hook function is in the group ``all``; one may be in any number."""
+class HookGroups:
+    """Named groups of hook functions. All functions are in the group ``all``; each may be in any number of others."""
 
     def __init__(self) -> None:
         self._members: dict[str, dict[HookFunction, None]] = {ALL: {}}
@@ -20,36 +20,36 @@ class Groups:
     def __iter__(self) -> Iterator[str]:
         return iter(self._members)
 
-    def update(self, functions: Iterable[HookFunction], group: str) -> None:
-        """Add hook functions to a group, which is made if there is none of that name."""
+    def add_functions(self, functions: Iterable[HookFunction], group: str) -> None:
+        """Add hook functions to a group; a missing group is created."""
         self._members.setdefault(group, {}).update(dict.fromkeys(functions))
 
-    def remove(self, functions: Iterable[HookFunction], group: str) -> None:
-        """Take hook functions out of a group, which is gone when the last one is.
+    def remove_functions(self, functions: Iterable[HookFunction], group: str) -> None:
+        """Remove hook functions from a group; an empty group is deleted.
 
         Raises
         ------
         HookError
-            There is no such group, it is ``all``, or it lacks one of the functions.
+            There is no such group, it is ``all``, or it does not have one of the functions.
         """
         members = self._group(group)
         if group == ALL:
-            raise HookError("the group all holds every hook function", remedy="take them out of another group")
+            raise HookError("the group all holds every hook function", remedy="remove them from another group")
         functions = list(functions)
         lacking = [function.name for function in functions if function not in members]
         if lacking:
-            raise HookError(f"group {group} has no {', '.join(lacking[:8])}", found=_listed(members))
+            raise HookError(f"group {group} does not have {', '.join(lacking[:8])}", found=_listed(members))
         for function in functions:
             members.pop(function, None)
         if not members:
             del self._members[group]
 
-    def of(self, function: HookFunction) -> set[str]:
-        """Return the names of the groups that a hook function is in."""
+    def groups_of(self, function: HookFunction) -> set[str]:
+        """Return the names of the groups of a hook function."""
         return {group for group, members in self._members.items() if function in members}
 
-    def members(self, groups: str | Iterable[str]) -> list[HookFunction]:
-        """Return the hook functions in any of *groups*, in the order of their registration.
+    def functions_in(self, groups: str | Iterable[str]) -> list[HookFunction]:
+        """Return the hook functions in any of *groups*, in the order of registration.
 
         Raises
         ------
@@ -62,13 +62,13 @@ class Groups:
             chosen.update(self._group(name))
         return [function for function in self._members[ALL] if function in chosen]
 
-    def named(self, pattern: str) -> list[HookFunction]:
-        """Return the registered hook functions whose module name a pattern matches.
+    def match_functions(self, pattern: str) -> list[HookFunction]:
+        """Return the registered hook functions whose module name matches a pattern.
 
         Raises
         ------
         HookError
-            There is none.
+            No name matches.
         """
         found = [function for function in self._members[ALL] if matches(pattern, function.module_name)]
         if not found:
@@ -82,7 +82,7 @@ class Groups:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a dotted name matches a pattern: a glob if it has ``*``, ``?`` or ``[``, else a part of the name.
+    """Return True if a dotted name matches a pattern: a glob with ``*``, ``?`` or ``[``, or a part of the name.
 
     >>> matches("mlp", "layers.0.mlp.up_proj"), matches("layers.*.mlp", "layers.0.mlp.up_proj")
     (True, False)
