@@ -98,4 +98,4 @@ def test_a_sweep_of_one_layer_and_a_regression_has_a_page(make_store: Any, real_
     text = report.write(real_store, sweep, tmp_path / "r.html", title="Mine").read_text("utf-8")
     assert "<h1>Mine</h1>" in text
     assert "Mean of the target" in text
-    assert "There was only one to choose" in text
+    assert "There was only one layer" in text
