@@ -41,7 +41,7 @@ def test_the_page_loads_nothing_and_escapes_all_data(swept: Any, tmp_path: Path)
     assert "&lt;script&gt;" in page
     assert "http" not in page.replace("http://www.w3.org", "").replace("https://www.w3.org", "")
     assert page.count("<svg") == 2
-    assert "a replay that changes nothing is the forward, bit for bit" in page
+    assert "a replay without changes equals the forward, bit for bit" in page
 
 
 def test_the_table_shows_the_effects(swept: Any, tmp_path: Path) -> None:
