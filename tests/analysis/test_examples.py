@@ -72,7 +72,7 @@ def test_html_is_escaped_and_balanced(store: flexcache.Store) -> None:
 def test_directions_of_another_length_are_refused(store: flexcache.Store) -> None:
     with pytest.raises(AnalysisError, match="another length"):
         examples.top(store, "resid_post", 0, [1.0, 2.0])
-    with pytest.raises(AnalysisError, match="dims 0 to 4"):
+    with pytest.raises(AnalysisError, match="features 0 to 4"):
         examples.top(store, "resid_post", 0, 9)
 
 
