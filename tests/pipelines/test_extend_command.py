@@ -76,7 +76,7 @@ def test_an_unfinished_extension_is_reported_and_discarded(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("flexcache.recording.extend.complete", stop)
+        patched.setattr("flexcache.recording.extend.complete_store", stop)
         with pytest.raises(KeyboardInterrupt):
             from pipelines import extend
             from pipelines.config import read_config
