@@ -98,5 +98,5 @@ def test_a_mistake_ends_in_one_message(
 
 
 def test_the_example_is_valid() -> None:
-    (path,) = (Path(replay_config.__file__).parent / "configs/replay").glob("*.yaml")
+    (path,) = (Path(replay_config.__file__).parents[1] / "configs/replay").glob("*.yaml")
     assert [next(iter(edit)) for edit in replay_config.read_replay(path).edits] == ["steer", "erase", "patch"]
