@@ -1,7 +1,7 @@
 """Identity of a model: digests of its values, its structure by name, and its outputs on a small fixed input."""
 
-from flexcache.identity.comparison import check_model, differences
-from flexcache.identity.record import (
+from flexcache.store.format.model_comparison import check_model, differences
+from flexcache.store.format.model_record import (
     comparable_record,
     get_identity,
     has_weight_digests,

@@ -16,7 +16,6 @@ from flexcache.hooks.locate.evaluation_mode import evaluation_mode
 from flexcache.hooks.locate.names import unwrap_copies
 from flexcache.identity import check_model, comparable_record
 from flexcache.identity.behavior import is_repeatable
-from flexcache.identity.comparison import CHANGED_MODEL, STEADY
 from flexcache.images.input import stored_image_input
 from flexcache.recording.arguments import model_of, objective_of, tokenizer_of
 from flexcache.recording.forward.batch import Batch, Padding
@@ -30,6 +29,7 @@ from flexcache.recording.run.batch_forward import open_forward
 from flexcache.recording.run.fingerprint import fingerprint
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.spec import DTYPES, CaptureSpec
+from flexcache.store.format.model_comparison import CHANGED_MODEL, STEADY
 from flexcache.store.read.store import Store
 
 UNITS_LOOKED_AT = 4

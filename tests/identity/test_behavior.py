@@ -11,9 +11,9 @@ from torch import nn
 
 from flexcache.identity import comparable_record, differences, stored_record
 from flexcache.identity.behavior import GROUPS, SHAPE, record_behavior, sketch
-from flexcache.identity.comparison import TOLERANCES
 from flexcache.identity.describe import describe_model
 from flexcache.recording.run.fingerprint import fingerprint
+from flexcache.store.format.model_comparison import TOLERANCES
 from tests.models import FAMILIES, tiny
 
 OTHER = {"device": "another"}

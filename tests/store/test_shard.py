@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexcache.spec import DTYPES
-from flexcache.store.format.nonfinite import first_nonfinite
 from flexcache.store.format.shard import ShardLayout, index_bytes
+from flexcache.store.write.row_encoding import first_nonfinite
 
 LAYOUTS = st.builds(
     ShardLayout, st.integers(1, 5000), st.integers(0, 10).map(lambda n: 1 << n), st.integers(1, 3_000_000)

@@ -23,7 +23,7 @@ from analysis.probes.evaluation.score import Prediction
 from analysis.probes.options import SweepOptions
 from analysis.probes.results import FORMAT, Sweep
 from flexcache.errors import AnalysisError
-from flexcache.identity.record import SAMPLE
+from flexcache.store.format.model_record import SAMPLE
 from flexcache.store.read.recorded_model import recorded_model
 
 FEW = 10

@@ -15,7 +15,6 @@ from flexcache.hooks.locate.evaluation_mode import evaluation_mode
 from flexcache.hooks.locate.hook_point import HookPoint
 from flexcache.identity import differences, get_identity, has_weight_digests, model_record
 from flexcache.identity.describe import describe_model
-from flexcache.identity.record import OTHERS
 from flexcache.identity.structure import describe_structure
 from flexcache.identity.weights import combine_digests, digest_tensors
 from flexcache.images.input import stored_image_input
@@ -24,6 +23,7 @@ from flexcache.recording.recompute import check_rows
 from flexcache.recording.run.fingerprint import fingerprint
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.site import READ_ONLY
+from flexcache.store.format.model_record import OTHERS
 from flexcache.store.read.recorded_model import recorded_model
 from flexcache.store.read.store import Store
 

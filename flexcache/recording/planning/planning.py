@@ -19,8 +19,8 @@ from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.recording.run.fingerprint import versions
 from flexcache.sequences import Corpus, Positions, TokenizedCorpus, tokenize_corpus
 from flexcache.spec import ArraySpec, CaptureSpec
-from flexcache.store.format.dataset_card import card
 from flexcache.store.format.text import size
+from flexcache.store.manage.dataset_card import card
 from flexcache.store.storage.location import StoreLocation
 from flexcache.store.write.create import check_free_space, check_names, create, create_once, total_bytes
 

@@ -7,9 +7,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from flexcache.errors import MismatchError
-from flexcache.identity.comparison import structural_differences
-from flexcache.identity.record import IDENTITY, get_identity
 from flexcache.recording.run.existing_rows import EXISTING_ROWS
+from flexcache.store.format.model_comparison import structural_differences
+from flexcache.store.format.model_record import IDENTITY, get_identity
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import StoreLocation
 

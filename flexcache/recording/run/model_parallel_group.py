@@ -18,7 +18,6 @@ from flexcache.hooks.read.measure import ExampleRun, read_example
 from flexcache.identity import check_model
 from flexcache.identity.behavior import record_behavior
 from flexcache.identity.describe import describe_model
-from flexcache.identity.record import IDENTITY
 from flexcache.identity.structure import describe_structure
 from flexcache.parallel.distribution import Distribution
 from flexcache.parallel.peers import broadcast_value, gather_values
@@ -27,6 +26,7 @@ from flexcache.recording.run.fingerprint import fingerprint
 from flexcache.recording.run.gathering import Gathering
 from flexcache.recording.run.recorder import Recorder
 from flexcache.store.format.ledger import FileRecord
+from flexcache.store.format.model_record import IDENTITY
 from flexcache.store.read.selection import ArrayKey
 
 IDLE, DONE = -1, -2

@@ -13,9 +13,9 @@ import zarr
 from flexcache.errors import MismatchError
 from flexcache.site import STANDARD
 from flexcache.spec import ArraySpec
-from flexcache.store.format.dataset_card import card
 from flexcache.store.format.schema import ATTRIBUTE, read_attributes
 from flexcache.store.format.text import join_lines, shorten, size
+from flexcache.store.manage.dataset_card import card
 from flexcache.store.manage.file_transfer import copy_verified
 from flexcache.store.manage.store_contents import differing_tables, plan_files, shared_files
 from flexcache.store.read.store import Store

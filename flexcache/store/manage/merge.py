@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from flexcache.errors import ConfigError, MismatchError
-from flexcache.identity import differences
 from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.spec import ArraySpec
+from flexcache.store.format.model_comparison import differences
 from flexcache.store.format.shard import shard_name
 from flexcache.store.format.text import join_lines, shorten
 from flexcache.store.manage.copy import check_separate

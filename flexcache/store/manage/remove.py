@@ -14,9 +14,9 @@ from flexcache.errors import DamagedError, SiteError, StoreError
 from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.site import Layers
 from flexcache.spec import ArraySpec
-from flexcache.store.format.dataset_card import card
 from flexcache.store.format.plan_record import write_plan_record
 from flexcache.store.format.schema import ATTRIBUTE, read_attributes
+from flexcache.store.manage.dataset_card import card
 from flexcache.store.manage.derive import narrow_spec, plan_facts
 from flexcache.store.manage.extension_state import check_not_extending
 from flexcache.store.manage.store_contents import plan_files

@@ -17,11 +17,11 @@ import zarr
 from flexcache.plan import Plan, batch_groups
 from flexcache.sequences import TokenizedCorpus
 from flexcache.spec import ArraySpec
-from flexcache.store.format.dataset_card import card
 from flexcache.store.format.ledger import Ledger
 from flexcache.store.format.metadata import largest_batch, stored_batching
 from flexcache.store.format.schema import ATTRIBUTE, COORDINATES, SEQUENCES, read_attributes
 from flexcache.store.format.text import size
+from flexcache.store.manage.dataset_card import card
 from flexcache.store.manage.derive import DerivedStore, write_derived
 from flexcache.store.manage.file_transfer import copy_verified
 from flexcache.store.manage.store_contents import shared_files

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flexcache.identity.record import OTHERS, comparable_record, model_record, other_models
+from flexcache.store.format.model_record import OTHERS, comparable_record, model_record, other_models
 
 LOOKED_AT = 4096
 """Maximum number of ledger records to read; in a larger store, they are evenly spaced."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flexcache.identity import has_weight_digests, model_record
+from flexcache.store.format.model_record import has_weight_digests, model_record
 from flexcache.store.read.open_store import OpenStore
 
 RESIDUAL = ("resid_post", "resid_pre")

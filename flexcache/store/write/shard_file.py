@@ -12,8 +12,8 @@ import numpy as np
 import xxhash
 from numcodecs.zstd import Zstd
 
-from flexcache.store.format.nonfinite import first_nonfinite
 from flexcache.store.format.shard import ShardLayout
+from flexcache.store.write.row_encoding import first_nonfinite
 from flexcache.store.write.slabs import Slab, SlabPool
 
 ZSTD_LEVEL = 1

@@ -12,7 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexcache.errors import MismatchError, StoreError
-from flexcache.identity.record import APART, CONFIG, CONFIG_DIGEST, NAMES, SAMPLE, Record, as_mapping, get_identity
+from flexcache.store.format.model_record import (
+    APART,
+    CONFIG,
+    CONFIG_DIGEST,
+    NAMES,
+    SAMPLE,
+    Record,
+    as_mapping,
+    get_identity,
+)
 
 TOLERANCES = {"bfloat16": 6e-2, "float16": 2e-2, "float32": 1e-3, "float64": 1e-6}
 """Differences allowed between two forwards under other conditions, relative to the norm of a group of tokens."""
