@@ -28,12 +28,15 @@ if TYPE_CHECKING:
     from flexcache.recording.external_forward import record
     from flexcache.recording.generate import generate
     from flexcache.recording.recompute import recompute
+    from flexcache.recording.run_options import RunOptions
     from flexcache.site import Site
+    from flexcache.spec import CaptureSpec
     from flexcache.store import Removal, Store, copy, merge, repair, verify
     from flexcache.store import Store as open  # noqa: N813
 
 __version__ = "0.1.0"
 __all__ = [
+    "CaptureSpec",
     "Choice",
     "Documents",
     "FlexCacheError",
@@ -46,6 +49,7 @@ __all__ = [
     "Packing",
     "Recorder",
     "Removal",
+    "RunOptions",
     "Site",
     "Store",
     "Transform",
@@ -69,8 +73,10 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "CaptureSpec": "flexcache.spec:CaptureSpec",
         "FlexCacheError": "flexcache.errors:FlexCacheError",
         "ModelSource": "flexcache.model:ModelSource",
+        "RunOptions": "flexcache.recording.run_options:RunOptions",
         "Site": "flexcache.site:Site",
         "open": "flexcache.store:Store",
         "exchange": "flexcache.exchange",

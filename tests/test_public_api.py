@@ -9,27 +9,37 @@ from pathlib import Path
 import pytest
 
 PUBLIC = {
-    "flexcache": "Choice Documents FlexCacheError FlexModel Generation HookFunction LogitDifference ModelSource"
-    " NextTokenLoss Packing Recorder Removal Site Store Transform Windows capture copy exchange export extend generate"
-    " import_folder merge open open_documents recompute record repair training verify",
+    "flexcache": (
+        "CaptureSpec Choice Documents FlexCacheError FlexModel Generation HookFunction LogitDifference ModelSource "
+        "NextTokenLoss Packing Recorder Removal RunOptions Site Store Transform Windows capture copy exchange "
+        "export extend generate import_folder merge open open_documents recompute record repair training verify"
+    ),
     "flexcache.documents": "CSV_NULLS Documents RESERVED load_dataset open_documents",
     "flexcache.exchange": "export import_folder",
-    "flexcache.hooks": "Activation ActivationHooks FlexModel HookFunction HookPoint check_sites edits find_blocks"
-    " find_hook_points measure user_hooks",
+    "flexcache.hooks": (
+        "Activation ActivationHooks FlexModel HookFunction HookPoint check_sites edits find_blocks "
+        "find_hook_points measure user_hooks"
+    ),
     "flexcache.images": "Patches decode_image encode_image",
     "flexcache.parallel": "Distribution Mesh Stages",
     "flexcache.recording": "Batch LogitDifference NextTokenLoss Objective Recorder Transform",
     "flexcache.store": "Removal Repair Store Verification copy merge repair rows_in select verify",
-    "flexcache.training": "Loader Stream stream",
-    "analysis": "codecs dataset erasure examples geometry lens moments onepass outliers probe_dataset probes quantiles"
-    " readout replay report similarity statistics survey targets tokens",
-    "analysis.probes": "AttentionPooled Best Direction INLP LDA LinearProbe Logistic MLP MassMean NearestCentroid Ridge"
-    " Sweep by_position calibration confusion heat_map load load_direction save_dataset sweep sweeps transfer"
-    " transfer_map transfer_matrix",
-    "analysis.replay": "Alternatives ByLayer Chain Clamp Edit Engine Erase Function Grid Identity Interchange"
-    " Interpolate Mean Metric Noise NormMatched Outcome Patch Placed PlacedEdit ProjectOut Resample"
-    " Scale SetNeurons Start Steer StoreMean Sweep Zero attribution find_incompatibilities grid"
-    " identity_error load load_rest obstacles projection same_length sweep verify",
+    "flexcache.training": "Loader ReaderOptions Stream stream",
+    "analysis": (
+        "codecs dataset erasure examples geometry lens moments onepass outliers probe_dataset probes quantiles "
+        "readout replay report similarity statistics survey targets tokens"
+    ),
+    "analysis.probes": (
+        "AttentionPooled Best Direction INLP LDA LinearProbe Logistic MLP MassMean NearestCentroid Ridge Sweep "
+        "SweepOptions by_position calibration confusion heat_map load load_direction save_dataset sweep sweeps "
+        "transfer transfer_map transfer_matrix"
+    ),
+    "analysis.replay": (
+        "Alternatives ByLayer Chain Clamp Edit Engine Erase ExecutionOptions Function Grid Identity Interchange "
+        "Interpolate Mean Metric Noise NormMatched Outcome Patch Placed PlacedEdit ProjectOut Resample Scale "
+        "SetNeurons Start Steer StoreMean Sweep Zero attribution find_incompatibilities grid identity_error load "
+        "load_rest obstacles projection same_length sweep verify"
+    ),
     "analysis.report": "write",
     "analysis.statistics.onepass": "DocumentSample Grouping PassResult RowBlock State Statistic grouping read",
 }

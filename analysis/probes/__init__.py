@@ -16,6 +16,7 @@ from analysis.probes.estimators import (
     Ridge,
 )
 from analysis.probes.figures import calibration, confusion, heat_map, transfer_map
+from analysis.probes.options import SweepOptions
 from analysis.probes.results import Sweep, load, save_dataset
 from analysis.probes.sweep import sweep, sweeps
 from analysis.probes.transfer import by_position, transfer, transfer_matrix
@@ -33,6 +34,7 @@ __all__ = [
     "NearestCentroid",
     "Ridge",
     "Sweep",
+    "SweepOptions",
     "by_position",
     "calibration",
     "confusion",

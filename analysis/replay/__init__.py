@@ -17,6 +17,7 @@ from analysis.replay.engine.identity import identity_error
 from analysis.replay.engine.partial_loading import load_rest
 from analysis.replay.engine.starts import Start
 from analysis.replay.sweeps.attribution import attribution, verify
+from analysis.replay.sweeps.execution_options import ExecutionOptions
 from analysis.replay.sweeps.grid import Grid, grid
 from analysis.replay.sweeps.metrics import Metric, Outcome, projection
 from analysis.replay.sweeps.results import Sweep, load
@@ -33,6 +34,7 @@ __all__ = [
     "Edit",
     "Engine",
     "Erase",
+    "ExecutionOptions",
     "Function",
     "Grid",
     "Identity",

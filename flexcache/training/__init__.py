@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from flexcache.training.reader_options import ReaderOptions
 from flexcache.training.row_stream import Loader, Stream
 from flexcache.training.stream import stream
 
-__all__ = ["Loader", "Stream", "stream"]
+__all__ = ["Loader", "ReaderOptions", "Stream", "stream"]
