@@ -21,14 +21,15 @@ BEGIN_VISION, END_VISION = "<!-- vision -->\n", "<!-- end of vision -->\n"
 CROSS = "cross_attn_out"
 UNCHECKED = ("mlp_post", "embed")
 REASONS = {
-    "granite": "`attn_out`, `mlp_out`, `resid_mid`: the model scales what it adds, and no module gives that",
-    "albert": "no site in a block: one block is run for all layers",
-    "jamba": "`mlp_out` for all layers: those of state space have no `attn_out` to be checked with",
+    "granite": "`attn_out`, `mlp_out`, `resid_mid`: the model scales these terms before it adds them, and no module"
+    " returns the scaled ones",
+    "albert": "no site in a block: all layers run one shared block",
+    "jamba": "`mlp_out` for all layers: layers with a state space have no `attn_out` for the check",
 }
 VISION_REASONS = {
-    "beit, data2vec_vision": "`attn_out`, `mlp_out`, `resid_mid`: each block scales what it adds by parameters of its"
-    " own, and no module gives that",
-    "clip_vision": "its last norm reads the class token alone, so there is no `final_norm` of every token",
+    "beit, data2vec_vision": "`attn_out`, `mlp_out`, `resid_mid`: each block scales these terms by its own parameters"
+    " before it adds them, and no module returns the scaled ones",
+    "clip_vision": "the last norm reads only the class token, so there is no `final_norm` for every token",
 }
 
 
@@ -86,7 +87,7 @@ def with_table(page: str) -> str:
     """Return the page with the table of text models as it is now."""
     before, _, rest = page.partition(BEGIN)
     sided = table(TWO_SIDED, tiny, {}, SITES).rstrip()
-    made = f"{table(FAMILIES, tiny, REASONS)}\nDecoders beside an encoder:\n\n{sided}\n"
+    made = f"{table(FAMILIES, tiny, REASONS)}\nDecoders with an encoder:\n\n{sided}\n"
     return f"{before}{BEGIN}\n{made}\n{END}{rest.partition(END)[2]}"
 
 
