@@ -100,7 +100,7 @@ def after_demo(request: pytest.FixtureRequest, shown: Path, tmp_path: Path, monk
     """The folder in which a demo has run, over the texts of the given name, and with fast bfloat16 or without."""
     films, fast = request.param
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "native_bfloat16", lambda: fast)
+    monkeypatch.setattr(demo, "has_native_bfloat16", lambda: fast)
     monkeypatch.setattr(assets, "smollm2", lambda: shown / "fetched")
     monkeypatch.setattr(assets, "vader_sample", lambda n, split=films: shown / f"{split}.parquet")
     monkeypatch.setattr(demo.probe, "run", lambda *_, **__: None)

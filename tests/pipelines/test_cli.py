@@ -74,7 +74,7 @@ def test_capture_info_verify_from_the_command_line(config: Path, capsys: pytest.
 def test_slow_bfloat16_is_reported(
     config: Path, native: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexcache.recording.run.forward_loop.native_bfloat16", lambda: native)
+    monkeypatch.setattr("flexcache.recording.run.forward_loop.has_native_bfloat16", lambda: native)
     assert "no instructions for bfloat16" not in run(capsys, "capture", config)  # a model in float32
     half = yaml.safe_load(config.read_text())
     half |= {"model": {"name": half["model"], "dtype": "bfloat16"}, "store": "half.zarr"}
