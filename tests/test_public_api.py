@@ -31,7 +31,7 @@ PUBLIC = {
     ),
     "analysis.probes": (
         "AttentionPooled Best Direction INLP LDA LinearProbe Logistic MLP MassMean NearestCentroid Ridge Sweep "
-        "SweepOptions by_position calibration confusion heat_map load load_direction save_dataset sweep sweeps "
+        "SweepOptions by_position calibration confusion heat_map load load_direction save_dataset score sweep sweeps "
         "transfer transfer_map transfer_matrix"
     ),
     "analysis.replay": (

@@ -15,6 +15,7 @@ from analysis.probes.estimators import (
     NearestCentroid,
     Ridge,
 )
+from analysis.probes.evaluation import score
 from analysis.probes.figures import calibration, confusion, heat_map, transfer_map
 from analysis.probes.options import SweepOptions
 from analysis.probes.results import Sweep, load, save_dataset
@@ -42,6 +43,7 @@ __all__ = [
     "load",
     "load_direction",
     "save_dataset",
+    "score",
     "sweep",
     "sweeps",
     "transfer",

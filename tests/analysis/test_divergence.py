@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from analysis.readout import lens
-from analysis.replay.sweeps import metrics
-from analysis.replay.sweeps.metrics import Outcome
+from analysis.replay import metrics
+from analysis.replay.metrics import Outcome
 from analysis.statistics import divergence
 
 

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from analysis.probes.evaluation import pooled_metrics
-from analysis.statistics.bootstrap import resample_groups
+from analysis.statistics.bootstrap import percentile_interval, resample_groups
 
 Metric = Literal["accuracy", "auroc", "f1", "log_loss", "brier", "ece", "recall@1%", "r2", "pearson"]
 Floats = NDArray[np.float64]
@@ -142,6 +142,9 @@ def replicates(
                 bottom[number] += more[1]
         values[drawable, part] = ratio(top, bottom)[drawable]
     return values
+
+
+interval = percentile_interval
 
 
 def band(pooled: Floats, values: Floats, level: float = 0.95) -> tuple[Floats, Floats]:

@@ -18,8 +18,8 @@ from analysis.replay.engine.engine import Engine
 from analysis.replay.engine.forward_hooks import ForwardResult, PlacedEdit
 from analysis.replay.engine.identity import Discrepancy, check_discrepancy, compare_logits
 from analysis.replay.engine.starts import Start
+from analysis.replay.metrics import Outcome, compute_metric
 from analysis.replay.sweeps.grid import select_tokens
-from analysis.replay.sweeps.metrics import Outcome, compute_metric
 from analysis.replay.sweeps.sweep_plan import SweepPlan
 from flexcache.recording.forward.batch import Batch
 

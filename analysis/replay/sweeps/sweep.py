@@ -14,11 +14,11 @@ from analysis.progress import bar
 from analysis.replay.edits.edit import Alternatives, Edit, label_edits
 from analysis.replay.engine.compatibility import check_no_images
 from analysis.replay.engine.engine import Engine
+from analysis.replay.metrics import MetricLike
 from analysis.replay.sweeps.arguments import Answers, ModelLoader, check_grid, load_model
 from analysis.replay.sweeps.batch_result import BatchResult, run_batch, worst_discrepancies
 from analysis.replay.sweeps.execution_options import ExecutionOptions
 from analysis.replay.sweeps.grid import Grid
-from analysis.replay.sweeps.metrics import MetricLike
 from analysis.replay.sweeps.results import FORMAT, Sweep
 from analysis.replay.sweeps.sweep_folder import SweepFolder, batch_name
 from analysis.replay.sweeps.sweep_plan import SweepPlan, plan_sweep
@@ -64,7 +64,7 @@ def sweep(
     edit
         An edit, or several: ``a | b``. Each is made at all of its strengths.
     metrics
-        Names of `analysis.replay.sweeps.metrics.NAMED`, metrics, or functions of an `Outcome`.
+        Names of `analysis.replay.metrics.NAMED`, metrics, or functions of an `Outcome`.
     baselines
         ``"identity"``: nothing is changed. ``"random_direction"``: the edit with random directions of equal length, for
         edits that have directions. ``"norm_matched"``: a random change as large as the edit's, token by token.

@@ -12,9 +12,9 @@ import xxhash
 from analysis.replay.edits.donors import donor_ids, iterate_donor_edits
 from analysis.replay.edits.edit import Edit, list_edits
 from analysis.replay.engine.engine import Engine
+from analysis.replay.metrics import NAMED, Metric, resolve_metrics
 from analysis.replay.sweeps.arguments import Answers, parse_answers
 from analysis.replay.sweeps.grid import Grid, Positions, as_list, has_tokens, parse_position
-from analysis.replay.sweeps.metrics import NAMED, Metric, resolve_metrics
 from flexcache.errors import AnalysisError, StoreError, nearest
 from flexcache.provenance import callable_fingerprint
 from flexcache.spec import listed

@@ -15,7 +15,7 @@ from scipy.special import log_softmax
 
 from analysis import replay
 from analysis.replay import Engine
-from analysis.replay.sweeps.metrics import Outcome
+from analysis.replay.metrics import Outcome
 from flexcache.errors import AnalysisError, MismatchError, StoreError
 from tests.analysis.replay.test_engine import REPLAYED
 from tests.corpora import token_documents
