@@ -1,1 +1,1 @@
-"""Where the bytes of a store lie: a local folder or object storage; atomic files and safe paths."""
+"""Store bytes in a local folder or on object storage: atomic files and safe paths."""

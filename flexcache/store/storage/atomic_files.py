@@ -38,19 +38,19 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a name of its own beside *path*, for a file that is renamed to *path* once it is whole."""
+    """Return a unique name in the folder of *path*, for a file that is renamed to *path* when it is complete."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
 def is_temporary(name: str | Path) -> bool:
-    """Whether a file is on its way to its name, or was left by a process that ended on that way."""
+    """Return True for a temporary file of an atomic write, also one that an ended process left."""
     return _TEMPORARY.fullmatch(PurePath(name).name) is not None
 
 
 def temporaries(root: Path) -> list[Path]:
-    """Return the files beside the metadata, tables and records of a store that are on their way to their names.
+    """Return the temporary files of metadata, tables and records of a store.
 
-    Not those of run logs, which processes write when they are no worker any more.
+    Those of run logs are left out: processes write these after they stopped working on the store.
     """
     return [
         path

@@ -15,7 +15,9 @@ MOST_JSON = 64 << 20
 
 
 def check_inside(root: StoreLocation, path: StoreLocation, most: int | None = None) -> None:
-    """Refuse a file that leads out of its store, or is none, or has more than *most* bytes; a missing one is none.
+    """Raise DamagedError if a file is outside its store, is not a regular file, or has more than *most* bytes.
+
+    A missing file passes: the code that reads it raises its own error.
 
     Raises
     ------
@@ -36,7 +38,7 @@ def check_inside(root: StoreLocation, path: StoreLocation, most: int | None = No
 
 
 def check_tree_inside(root: StoreLocation, folder: StoreLocation) -> None:
-    """Refuse a folder of a store if it, or anything in it, leads out of the store or is neither a folder nor a file.
+    """Raise DamagedError if a folder has an entry that leads out of its store or is neither a folder nor a file.
 
     Raises
     ------
