@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def massive(store: Store, model: torch.nn.Module, ids: list[str]) -> None:
-    edits = replay.Zero((MASSIVE,)) | replay.StoreMean((MASSIVE,), over="position") | replay.Zero((CONTROL,))
+    edits = replay.Zero((MASSIVE,)) | replay.Mean((MASSIVE,), over="position") | replay.Zero((CONTROL,))
     found = replay.sweep(store, model, replay.grid(layers=12, positions="first"), edits, ["loss"], documents=ids)
     effect = found.effect().squeeze()
     console.print(f"loss without an edit: {float(effect['mean'].sel(arm='identity')[0]):.2f}")

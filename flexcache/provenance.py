@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
 
 from flexcache.errors import ConfigError, nearest
+
+T = TypeVar("T")
+_RECORDED = "_recorded_as"
 
 
 def callable_fingerprint(function: Callable[..., Any]) -> dict[str, Any]:
@@ -28,17 +32,37 @@ def callable_fingerprint(function: Callable[..., Any]) -> dict[str, Any]:
     while isinstance(inner, partial):
         inner = inner.func
     code = inner if inspect.isroutine(inner) else type(inner)
-    try:
-        source = xxhash.xxh3_128_hexdigest(inspect.getsource(code).encode())
-    except (OSError, TypeError):  # built in, or typed into a console
-        source = None
+    name, source = getattr(code, "__dict__", {}).get(_RECORDED, (f"{code.__module__}.{code.__qualname__}", None))
+    if source is None:
+        with suppress(OSError, TypeError):  # built in, or typed into a console
+            source = xxhash.xxh3_128_hexdigest(inspect.getsource(code).encode())
     hasher = xxhash.xxh3_128()
     _update(hasher, _held(function), 0)
     return {
-        "function": f"{code.__module__}.{code.__qualname__}",
+        "function": name,
         "source_xxh3_128": source,
         "state_xxh3_128": hasher.hexdigest(),
     }
+
+
+def recorded_as(name: str, source_xxh3_128: str) -> Callable[[T], T]:
+    """Decorate a function or class of this project with the name and source digest that stores have recorded.
+
+    It may then be moved and reworded without becoming another function to the stores that used it. Change the digest
+    when it computes something else.
+
+    >>> @recorded_as("package.twice", "0123")
+    ... def twice(x):
+    ...     return 2 * x
+    >>> callable_fingerprint(twice)["function"]
+    'package.twice'
+    """
+
+    def decorate(code: T) -> T:
+        setattr(code, _RECORDED, (name, source_xxh3_128))
+        return code
+
+    return decorate
 
 
 def import_object(path: str, where: str) -> Any:

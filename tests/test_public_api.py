@@ -37,7 +37,7 @@ PUBLIC = {
     "analysis.replay": (
         "Alternatives ByLayer Chain Clamp Edit Engine Erase ExecutionOptions Function Grid Identity Interchange "
         "Interpolate Mean Metric Noise NormMatched Outcome Patch Placed PlacedEdit ProjectOut Resample Scale "
-        "SetNeurons Start Steer StoreMean Sweep Zero attribution find_incompatibilities grid identity_error load "
+        "SetNeurons Start Steer Sweep Zero attribution find_incompatibilities grid identity_error load "
         "load_rest obstacles projection same_length sweep verify"
     ),
     "analysis.report": "write",

@@ -16,7 +16,9 @@ from pipelines.cli import app
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flexcache", "analysis", "pipelines")
 SOURCES = {path: ast.parse(path.read_text("utf-8")) for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
-FOREIGN = {"enforce_eager", "tie_word_embeddings", "attn_implementation", "sep", "batched", "add_special_tokens"}
+FOREIGN = {"enforce_eager", "tie_word_embeddings", "attn_implementation", "sep", "batched", "add_special_tokens"} | {
+    "multiprocessing_context"
+}
 """Arguments of other libraries."""
 
 

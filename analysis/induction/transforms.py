@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import pad
 
+from flexcache.provenance import recorded_as
 from flexcache.recording.forward.objective import NextTokenLoss
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from flexcache.recording.forward.batch import Batch
 
 
+@recorded_as("analysis.induction.transforms.induction", "eb012240c94eabf973e2b1099b291055")
 def induction(pattern: Tensor, batch: Batch) -> Tensor:
     """Return the attention of each token to the token after its earlier occurrence; 0 in the first half.
 
@@ -40,6 +42,7 @@ def induction(pattern: Tensor, batch: Batch) -> Tensor:
     return paid * (query >= period)[..., None]
 
 
+@recorded_as("analysis.induction.transforms.previous_token", "cfad7242af799ab96d400b34358e72f9")
 def previous_token(pattern: Tensor) -> Tensor:
     """Return the attention of each token to the token before it; 0 at the first token.
 
@@ -54,6 +57,7 @@ def previous_token(pattern: Tensor) -> Tensor:
     return pad(pattern.diagonal(-1, 2, 3), (1, 0)).transpose(1, 2)
 
 
+@recorded_as("analysis.induction.transforms.next_token_loss", "96fb0288c6248bc31e57996982767d38")
 def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
     """Return the loss of the prediction of the next token at each token, in nats; 0 at the end of a sequence.
 

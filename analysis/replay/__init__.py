@@ -7,7 +7,7 @@ from analysis.replay.edits.directions import ProjectOut, Steer
 from analysis.replay.edits.donors import Interchange, Interpolate, Patch, Resample, same_length
 from analysis.replay.edits.edit import Alternatives, Chain, Edit
 from analysis.replay.edits.erase import Erase
-from analysis.replay.edits.features import Clamp, Identity, Mean, Scale, SetNeurons, StoreMean, Zero
+from analysis.replay.edits.features import Clamp, Identity, Mean, Scale, SetNeurons, Zero
 from analysis.replay.edits.function import Function
 from analysis.replay.edits.noise import Noise, NormMatched
 from analysis.replay.engine.compatibility import find_incompatibilities
@@ -54,7 +54,6 @@ __all__ = [
     "SetNeurons",
     "Start",
     "Steer",
-    "StoreMean",
     "Sweep",
     "Zero",
     "attribution",

@@ -57,7 +57,9 @@ class RunOptions(Options):
         description="resume a store that was begun with a model that computes something else; the ledger says which"
         " units come from which model",
     )
-    progress: bool = Field(True, description="show progress bars")
+    progress: Annotated[bool, BeforeValidator(lambda shown: shown is not None and shown)] = Field(
+        True, description="show progress bars"
+    )
     model_info: dict[str, Any] | None = Field(
         None, description="more about the model for the provenance: its name, revision, and the hashes of its files"
     )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 EDITS = {
     "identity": "Identity",
     "zero": "Zero",
-    "mean": "StoreMean",
+    "mean": "Mean",
     "scale": "Scale",
     "clamp": "Clamp",
     "set": "SetNeurons",

@@ -15,7 +15,7 @@ def test_stats_and_report_from_the_command_line(config: Path, capsys: pytest.Cap
         assert words in text
     model = str(flexcache.open("run.zarr").provenance["model"]["name"])
     assert model
-    assert "read again" in run(capsys, "stats", "run.zarr", "--by", "layer,position,label", "--rows", "100", "-q")
+    assert "reused" in run(capsys, "stats", "run.zarr", "--by", "layer,position,label", "--rows", "100", "-q")
     text = run(capsys, "stats", "run.zarr", "--only", "moments,pca", "--layers", "1:3", "-o", "few", "-q")
     assert "lens" not in text
     page = run(capsys, "report", "run.zarr", "-q").split("report")[1].split()[0]

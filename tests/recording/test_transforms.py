@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import flexcache
-from flexcache import Transform
+from analysis.induction import transforms
+from flexcache import LogitDifference, NextTokenLoss, Transform
 from flexcache.errors import CaptureError, ConfigError, MismatchError, SiteError
 from flexcache.provenance import callable_fingerprint, import_object
 from flexcache.recording.forward.batch import Batch
@@ -131,6 +132,22 @@ def test_invalid_transforms_are_refused_before_anything_is_written(tmp_path: Pat
     with pytest.raises(ConfigError, match="two arrays would be named"):
         capture(Transform("a", "resid_post", torch.tanh), Transform("a", "resid_pre", torch.tanh))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_functions_of_this_project_keep_the_fingerprints_that_stores_have_recorded() -> None:
+    induction = "analysis.induction.transforms"
+    recorded = [
+        (NextTokenLoss(), "flexcache.recorder.objective.NextTokenLoss", "638153c4", "99aa06d3"),
+        (LogitDifference(3, 5), "flexcache.recorder.objective.LogitDifference", "4592dafb", "c2e59b77"),
+        (transforms.induction, f"{induction}.induction", "eb012240", "32bb32fb"),
+        (transforms.previous_token, f"{induction}.previous_token", "cfad7242", "32bb32fb"),
+        (transforms.next_token_loss, f"{induction}.next_token_loss", "96fb0288", "32bb32fb"),
+    ]
+    for function, name, source, state in recorded:
+        found = callable_fingerprint(function)
+        assert found["function"] == name
+        assert found["source_xxh3_128"].startswith(source)
+        assert found["state_xxh3_128"].startswith(state)
 
 
 def test_a_fingerprint_of_a_function_differs_between_functions_but_not_between_runs() -> None:

@@ -180,7 +180,7 @@ def test_columns_that_do_not_fit_are_refused_by_document(options: dict[str, Any]
         ("lasst", "key 'rows'"),
         (3, "key 'rows'"),
         ({"evry": 3}, "did you mean every"),
-        ({"every": 0}, "choice.every"),
+        ({"every": 0}, "key 'every'"),
         ({"every": 2, "take": "most"}, "cannot take 'most'"),
         ({"specials": False}, "not known which they are"),
     ],

@@ -135,7 +135,7 @@ def test_documents_added_to_a_store_are_split_into_windows_too(tmp_path: Path) -
         ({"windows": {"length": 12, "stride": 13}}, "leaves tokens out"),
         ({"windows": {"length": 200}, "max_length": 100}, "would be longer than max_length"),
         ({"windows": {"lenght": 200}}, "did you mean length"),
-        ({"windows": {"length": 12}, "rows": "mean"}, "mean of a document"),
+        ({"windows": {"length": 12}, "rows": "mean"}, "mean over a document"),
     ],
 )
 def test_invalid_windows_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:

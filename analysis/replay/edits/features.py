@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from numpy.typing import NDArray
 
-from analysis.replay.edits.edit import KINDS, Edit
+from analysis.replay.edits.edit import Edit
 from analysis.replay.edits.edit_context import EditContext
 from flexcache.hooks.flexmodel.edit_operations import replace_features
 
@@ -48,13 +48,13 @@ class Zero(Edit):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class StoreMean(Edit):
+class Mean(Edit):
     """Replace all features, or the features *dims*, by their mean over the store (mean ablation).
 
     Method: Wang et al. 2022, arXiv 2211.00593.
 
-    >>> StoreMean([507], over="position")
-    StoreMean(dims=(507,), over='position', value=None)
+    >>> Mean([507], over="position")
+    Mean(dims=(507,), over='position', value=None)
 
     Parameters
     ----------
@@ -79,11 +79,6 @@ class StoreMean(Edit):
         """Return *x* with these features from the mean."""
         mean = context.store_mean(self.over, x) if self.value is None else self._fit(self.value, x)
         return replace_features(x, mean, self.check_dims(self.dims, x))
-
-
-Mean = StoreMean
-"""Earlier name of `StoreMean`."""
-KINDS["Mean"] = StoreMean
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -53,7 +53,7 @@ def find_targets(
     objective: Objective | None = None,
     remote_modules: Collection[str] = (),
 ) -> CaptureTargets:
-    """Find the sites of a spec and of transforms in a model; *remote_modules* as for `flexcache.hooks.locate.search`.
+    """Find the sites of a spec and of transforms in a model; *remote_modules* as for `find_hook_points`.
 
     Raises
     ------

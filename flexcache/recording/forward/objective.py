@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from flexcache.errors import CaptureError
-from flexcache.provenance import callable_fingerprint
+from flexcache.provenance import callable_fingerprint, recorded_as
 
 if TYPE_CHECKING:
     from flexcache.recording.forward.batch import Batch
@@ -33,6 +33,7 @@ class Objective(Protocol):
         ...
 
 
+@recorded_as("flexcache.recorder.objective.NextTokenLoss", "638153c438bc9ae74b77e41d10075a82")
 @dataclass(frozen=True)
 class NextTokenLoss:
     """The cross-entropy of the next token at each position, in nats, in float32; 0 at the last token of a sequence.
@@ -63,6 +64,7 @@ class NextTokenLoss:
 IGNORED = -100
 
 
+@recorded_as("flexcache.recorder.objective.LogitDifference", "4592dafbe6b71b5c06327c6ec0696801")
 @dataclass(frozen=True)
 class LogitDifference:
     """The logit of one token minus that of another, at the last token of each sequence, in float32.

@@ -40,7 +40,7 @@ class PlanInputs:
     vocabulary, encoder_vocabulary : int or None
         Number of token ids that the model knows, and that the encoder of an encoder-decoder model knows.
     positions : pair of int or None
-        As `flexcache.model.count_positions` returns them.
+        As `flexcache.hooks.locate.position_tables.count_positions` returns them.
     notes : dict
         Further provenance, such as user hooks of the model.
     batching : Batching

@@ -25,8 +25,8 @@ ALL: list[Edit] = [
     replay.Identity(),
     replay.Zero(),
     replay.Zero((3, 5)),
-    replay.StoreMean(over="position"),
-    replay.StoreMean(dims=(1,), value=VECTOR),
+    replay.Mean(over="position"),
+    replay.Mean(dims=(1,), value=VECTOR),
     replay.Scale(0.5),
     replay.Scale([1, 2], dims=(0,)),
     replay.Clamp(-0.1, 0.1),
@@ -113,9 +113,9 @@ def test_each_edit_equals_its_formula(x: torch.Tensor, context: EditContext) -> 
 def test_store_means_are_means_over_the_stores_rows(x: torch.Tensor, context: EditContext) -> None:
     store = context.source.store
     rows, position = store.read("resid_post", 1), store.coordinates["position"].values
-    whole = replay.StoreMean().change(x, context)
+    whole = replay.Mean().change(x, context)
     np.testing.assert_allclose(whole, np.tile(rows.mean(0), (5, 1)), atol=1e-5)
-    by_position = replay.StoreMean(dims=(4,), over="position").change(x, context)
+    by_position = replay.Mean(dims=(4,), over="position").change(x, context)
     for line, place in enumerate(context.positions):
         assert float(by_position[line, 4]) == pytest.approx(rows[position == place, 4].mean(), abs=1e-5)
     assert torch.equal(by_position[:, :4], x[:, :4])
@@ -204,7 +204,7 @@ def test_leace_is_fitted_to_the_stores_rows(captured: Callable[..., Any]) -> Non
         (lambda: replay.Zero(3), "Zero"),  # type: ignore[arg-type]
         (lambda: replay.Clamp(), "Clamp"),
         (lambda: replay.SetNeurons((1, 2), (1.0, 2.0, 3.0)), "SetNeurons"),
-        (lambda: replay.StoreMean(over="document"), "StoreMean"),
+        (lambda: replay.Mean(over="document"), "Mean"),
         (lambda: replay.Patch("a", align="middle"), "Patch"),
         (lambda: replay.Noise("much"), "Noise"),  # type: ignore[arg-type]
     ],
@@ -215,9 +215,9 @@ def test_invalid_settings_raise_an_error_at_once(make: Callable[[], Edit], messa
     assert error.value.where == message
 
 
-def test_the_earlier_name_of_store_mean_still_works() -> None:
+def test_the_mean_of_a_store_is_read_from_json_and_printed() -> None:
     assert from_json({"kind": "Mean", "over": "position"}) == replay.Mean(over="position")
-    assert repr(replay.Mean()) == "StoreMean(dims=None, over='all', value=None)"
+    assert repr(replay.Mean()) == "Mean(dims=None, over='all', value=None)"
 
 
 def test_only_edits_of_this_package_are_made_from_json() -> None:
