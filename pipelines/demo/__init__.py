@@ -1,0 +1,1 @@
+"""The demo on real texts, and induction heads of a model trained for it."""
