@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import analysis
+from analysis import statistics
 from analysis.readout.examples import TopRows
 from analysis.statistics.covariance import Covariance
 from analysis.statistics.kept_rows import Rows
@@ -56,8 +57,18 @@ def test_every_kind_of_statistic_is_held_to_the_contract() -> None:
     for module in pkgutil.walk_packages(analysis.__path__, "analysis."):
         if "replay" not in module.name:
             importlib.import_module(module.name)
-    kinds = {kind for kind in Statistic.__subclasses__() if kind.__module__.startswith("analysis.")}
+    kinds, below = set[type[Statistic]](), Statistic.__subclasses__()
+    while below:
+        kinds.update(kind for kind in below if {"update", "merge"} & vars(kind).keys())  # others inherit how they merge
+        below = [kind for above in below for kind in above.__subclasses__()]
+    kinds = {kind for kind in kinds if kind.__module__.startswith("analysis.")}
     assert kinds == {type(statistic) for statistic in EXAMPLES}
+
+
+def test_every_statistic_that_is_computed_by_itself_is_exported() -> None:
+    for module in pkgutil.iter_modules(statistics.__path__):
+        if hasattr(importlib.import_module(f"analysis.statistics.{module.name}"), "compute"):
+            assert module.name in analysis.__all__
 
 
 @pytest.mark.parametrize("statistic", EXAMPLES, ids=lambda s: type(s).__name__)
@@ -78,3 +89,23 @@ def test_states_are_arrays_of_the_stated_size_and_descriptions_are_json(statisti
     assert all(values.dtype != object for values in state)
     assert sum(values.nbytes for values in state) <= 4 * statistic.state_bytes(FEATURES) + 4096
     assert json.loads(json.dumps(statistic.describe()))
+
+
+@pytest.mark.parametrize("statistic", EXAMPLES, ids=lambda s: type(s).__name__)
+def test_every_value_of_a_result_depends_on_the_rows(statistic: Statistic) -> None:
+    """A merge that loses rows passes the other tests if `update` calls it, since all states are then equally wrong."""
+    found = []
+    for n in range(2, 9):
+        rows = blocks([5] * n, n)
+        for block in rows:
+            block.stored[block.stored < n / 2 - 3] = 0  # the share of zeros varies too
+        found.append(answer(statistic, state_of_blocks(statistic, FEATURES, rows)))
+    constant = {name for name in found[0] if all(found[0][name].equals(other[name]) for other in found[1:])}
+    assert constant <= {"error"}, "a bound that follows from the settings"
+
+
+@pytest.mark.parametrize("statistic", EXAMPLES, ids=lambda s: type(s).__name__)
+def test_merging_the_state_of_no_rows_changes_nothing(statistic: Statistic) -> None:
+    state, none = state_of_blocks(statistic, FEATURES, blocks([ROWS], 0)), statistic.zero(FEATURES)
+    for merged in (statistic.merge(state, none), statistic.merge(none, state)):
+        xr.testing.assert_allclose(answer(statistic, merged), answer(statistic, state), rtol=1e-9, atol=1e-12)
