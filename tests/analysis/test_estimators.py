@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.base import clone
+from sklearn.base import BaseEstimator, clone
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.linear_model import Ridge as LeastSquares
@@ -15,6 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from analysis import probes
+from analysis.probes import estimators
 from analysis.probes.estimators import design as designs
 from analysis.probes.estimators.design import Design
 from analysis.probes.estimators.linear import one_hot
@@ -27,6 +30,8 @@ LINEAR = [
     probes.NearestCentroid(),
     probes.LDA(0.2),
 ]
+ALL = [*LINEAR, probes.INLP(3), probes.MLP(3, epochs=2)]
+"""Every kind of probe of rows; add new ones to `LINEAR` or here to test them against the contract."""
 
 
 def data(n: int = 90, d: int = 12, classes: int = 2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -225,7 +230,21 @@ def test_attention_pooling_finds_the_informative_token() -> None:
     np.testing.assert_allclose(fitted.predict_proba(X[:3]), fitted.predict_proba(X)[:3], atol=1e-6)
 
 
-@pytest.mark.parametrize("probe", [*LINEAR, probes.INLP(3), probes.MLP(3, epochs=2)])
+def test_every_kind_of_probe_is_held_to_the_contract_and_exported() -> None:
+    names = {
+        name
+        for module in pkgutil.iter_modules(estimators.__path__, f"{estimators.__name__}.")
+        for name, kind in vars(importlib.import_module(module.name)).items()
+        if isinstance(kind, type) and issubclass(kind, BaseEstimator) and kind.__module__ == module.name
+    }
+    bases = {"LinearProbe", "LogOdds"}
+    public = {name for name in names if not name.startswith("_")}
+    assert public - bases == set(estimators.__all__) - bases
+    assert set(estimators.__all__) <= set(probes.__all__)
+    assert public - bases - {"AttentionPooled"} == {type(probe).__name__ for probe in ALL}  # it takes tokens, not rows
+
+
+@pytest.mark.parametrize("probe", ALL)
 def test_a_probe_is_a_scikit_learn_estimator(probe: Any) -> None:
     assert clone(probe).get_params() == probe.get_params()
     with pytest.raises(ValueError, match="features"):

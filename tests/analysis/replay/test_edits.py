@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
 from analysis import replay
-from analysis.replay.edits.edit import Edit, from_json, label_edits, list_edits
+from analysis.replay import edits
+from analysis.replay.edits.edit import KINDS, Edit, from_json, label_edits, list_edits
 from analysis.replay.edits.edit_context import EditContext, StoreRows
 from analysis.replay.sweeps.inference import sign_flip
 from analysis.statistics.bootstrap import mean_interval
@@ -45,6 +48,7 @@ ALL: list[Edit] = [
     replay.Scale(2.0) >> replay.Zero((1,)) >> replay.Steer(VECTOR),
     replay.Function("tests.analysis.replay.test_edits:doubled"),
 ]
+"""Every kind of edit; add new ones here to test them against the contract."""
 
 
 def doubled(module: Any, activation: torch.Tensor, save_ctx: Any, modules: Any) -> torch.Tensor:
@@ -67,6 +71,14 @@ def context(captured: Callable[..., Any]) -> EditContext:
 @pytest.fixture
 def x(context: EditContext) -> torch.Tensor:
     return context.source.read_rows("resid_post", 1, context.source.row_start[context.documents] + context.positions)
+
+
+def test_every_kind_of_edit_is_held_to_the_contract_and_exported() -> None:
+    for module in pkgutil.iter_modules(edits.__path__, f"{edits.__name__}."):
+        importlib.import_module(module.name)
+    kinds = {kind for kind in KINDS.values() if kind.__module__.startswith("analysis.") and "change" in vars(kind)}
+    assert kinds == {type(edit) for edit in ALL}
+    assert {kind.__name__ for kind in kinds} <= set(replay.__all__)
 
 
 @pytest.mark.parametrize("edit", ALL, ids=repr)
