@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flexcache.documents.sources.files import FORMATS
 from pipelines.config import CaptureConfig
 from tests.pipelines.test_cli import run
 
@@ -30,6 +31,17 @@ def test_the_schema_has_the_keys_that_a_file_can_have(capsys: pytest.CaptureFixt
     assert set(properties) == set(CaptureConfig.names())
     assert properties["rows"]["anyOf"][0]["enum"] == ["all", "last", "first", "mean"]
     assert {kind["type"] for kind in properties["sites"]["anyOf"]} == {"string", "array", "object"}
+
+
+def test_every_format_of_documents_can_be_configured(capsys: pytest.CaptureFixture[str]) -> None:
+    schema = json.loads(run(capsys, "schema"))
+    (formats,) = (
+        option["enum"]
+        for part in schema["$defs"].values()
+        for option in part["properties"].get("format", {}).get("anyOf", [])
+        if "enum" in option
+    )
+    assert set(formats) == set(FORMATS)
 
 
 def test_renamed_keys_name_the_new_key(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
