@@ -32,7 +32,7 @@ def callable_fingerprint(function: Callable[..., Any]) -> dict[str, Any]:
     while isinstance(inner, partial):
         inner = inner.func
     code = inner if inspect.isroutine(inner) else type(inner)
-    name, source = getattr(code, "__dict__", {}).get(_RECORDED, (f"{code.__module__}.{code.__qualname__}", None))
+    name, source = _recorded(code)
     if source is None:
         with suppress(OSError, TypeError):  # built in, or typed into a console
             source = xxhash.xxh3_128_hexdigest(inspect.getsource(code).encode())
@@ -99,6 +99,14 @@ def import_object(path: str, where: str) -> Any:
     return found
 
 
+def _recorded(code: Any) -> tuple[str, str | None]:
+    """Return the qualified name of a function or class, and the source digest of `recorded_as`."""
+    recorded: tuple[str, str | None] = getattr(code, "__dict__", {}).get(
+        _RECORDED, (f"{code.__module__}.{code.__qualname__}", None)
+    )
+    return recorded
+
+
 def _held(function: Any) -> Any:
     if isinstance(function, partial):
         return [_held(function.func), function.args, function.keywords]
@@ -137,8 +145,7 @@ def _update(hasher: Any, value: Any, depth: int) -> None:
         hasher.update(f"{value.shape} {value.dtype}".encode())
         hasher.update(np.ascontiguousarray(value))
     elif callable(value) or hasattr(value, "__dict__"):
-        kind = type(value)
-        hasher.update(f"{kind.__module__}.{kind.__qualname__} {getattr(value, '__qualname__', '')}".encode())
+        hasher.update(f"{_recorded(type(value))[0]} {getattr(value, '__qualname__', '')}".encode())
         _update(hasher, _held(value), depth + 1)
     else:
         hasher.update(type(value).__qualname__.encode())

@@ -86,9 +86,8 @@ def generate(
         The folder holds completions of something else.
     """
     where = "flexcache.generate"
-    given = dict(fields)
-    timeout = {name: given.pop(name) for name in ("heartbeat_timeout",) if name in given}
-    heartbeat_timeout = split_fields(timeout, GenerateFields, None, options, where)[2].heartbeat_timeout
+    _, given, run = split_fields(fields, GenerateFields, None, options, where)
+    heartbeat_timeout = run.heartbeat_timeout
     if given or not isinstance(generation, Generation):
         kept = generation.model_dump() if isinstance(generation, Generation) else generation or {}
         generation = validate(Generation, {**kept, **given}, where)

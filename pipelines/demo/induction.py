@@ -80,8 +80,7 @@ def run(output: Path, console: Console, seed: int = 0, steps: int = STEPS, progr
 
 
 def check_training(path: Path, training: dict[str, Any]) -> None:
-    """Raise MismatchError if the store of a model with another training exists, before time is spent on training.
-    """
+    """Raise MismatchError if the store of a model with another training exists, before time is spent on training."""
     if not path.exists():
         return
     earlier = flexcache.open(path).provenance.get("model", {}).get("training")

@@ -100,7 +100,7 @@ class Block(nn.Module):
 
 
 class AttentionOnly(nn.Module):
-    """A causal language model of embeddings, attention blocks and an unembedding, in the form `flexcache.capture` takes."""
+    """A causal language model of embeddings, attention blocks and an unembedding, as `flexcache.capture` takes it."""
 
     positions: Tensor
 
