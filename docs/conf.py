@@ -18,4 +18,4 @@ add_module_names = True
 napoleon_google_docstring = False
 napoleon_use_rtype = False
 default_role = "code"
-suppress_warnings = ["myst.header"]
+suppress_warnings = ["myst.header", "ref.python"]  # attributes of one name in two classes are no mistake
