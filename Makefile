@@ -14,7 +14,7 @@ READING := .venv-reading
 # What needs no torch: stores filled by numpy, read, analysed, and sent to Dask workers.
 READING_TESTS := tests/golden tests/analysis/test_dask.py \
 	$(foreach name,pickling zarr shard,tests/store/test_$(name).py) \
-	$(foreach name,moments quantiles geometry outliers similarity view probe_targets,tests/analysis/test_$(name).py)
+	$(foreach name,moments quantiles geometry outliers similarity probe_dataset probe_targets,tests/analysis/test_$(name).py)
 BENCHMARKS ?=
 
 .PHONY: demo test test-reading lint bench docs clean
