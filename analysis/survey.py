@@ -154,7 +154,7 @@ def survey(
     OutputError
         The results cannot be written to *folder*; the error names the folder that holds them.
     """
-    check_keywords("survey", where, ("scheduler", "workers", "progress"), AnalysisError)
+    check_keywords(survey, where, ("scheduler", "workers", "progress"), AnalysisError)
     folder = None if folder is None else output_folder(folder)
     if folder is not None:
         saved.check_free(results_path(folder, site))

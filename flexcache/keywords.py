@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from inspect import Parameter, signature
 from typing import Any
 
 from flexcache.errors import ConfigError, FlexCacheError, nearest
 
 
 def check_keywords(
-    function: str, given: Mapping[str, Any], known: Iterable[str], error: type[FlexCacheError] = ConfigError
+    function: Callable[..., Any],
+    given: Mapping[str, Any],
+    options: Iterable[str],
+    error: type[FlexCacheError] = ConfigError,
 ) -> None:
-    """Raise *error* if a keyword is not one of *known*, with the nearest name.
+    """Raise *error* if a keyword of *function* is not one of *options*; name the nearest argument.
 
-    >>> check_keywords("stream", {"thread": 4}, ("threads", "pool_bytes"))
+    >>> def stream(store, batch_size=8, **reading):
+    ...     check_keywords(stream, reading, ("threads", "pool_bytes"))
+    >>> stream(None, batchsize=4)
     Traceback (most recent call last):
-    flexcache.errors.ConfigError: stream has no argument 'thread'
-      what to do: did you mean threads? There are: threads, pool_bytes
+    flexcache.errors.ConfigError: stream has no argument 'batchsize'
+      what to do: did you mean batch_size? There are: store, batch_size, threads, pool_bytes
     """
-    names = tuple(known)
+    known = tuple(options)
+    own = (name for name, one in signature(function).parameters.items() if one.kind is not Parameter.VAR_KEYWORD)
     for name in given:
-        if name not in names:
-            raise error(f"{function} has no argument {name!r}", remedy=nearest(name, names))
+        if name not in known:
+            names = tuple(dict.fromkeys((*own, *known)))
+            raise error(f"{function.__name__} has no argument {name!r}", remedy=nearest(name, names))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -88,7 +88,9 @@ class SweepOptions:
             )
 
     @classmethod
-    def merge(cls, options: SweepOptions | None, named: Mapping[str, Any], function: str) -> SweepOptions:
+    def merge(
+        cls, options: SweepOptions | None, named: Mapping[str, Any], function: Callable[..., Any]
+    ) -> SweepOptions:
         """Return *options*, or the defaults, with the keywords *named* of *function* in their place.
 
         Raises

@@ -83,7 +83,7 @@ def sweep(
         The data cannot answer the question (see `build_dataset` and `folds.assign`), a keyword is unknown, the probe
         does not fit the target, or it did not converge, with layer and fold.
     """
-    chosen = SweepOptions.merge(options, named, "sweep")
+    chosen = SweepOptions.merge(options, named, sweep)
     [found] = sweeps(store, [target], [site], None if probe is None else {"probe": probe}, options=chosen).values()
     return found
 
@@ -126,7 +126,7 @@ def sweeps(
     AnalysisError
         As for `sweep`.
     """
-    chosen = SweepOptions.merge(options, named, "sweeps")
+    chosen = SweepOptions.merge(options, named, sweeps)
     validations: dict[tuple[str, str, str], CrossValidation] = {}
     for site in listed(sites, str, "sites"):
         for target in [targets] if isinstance(targets, str) or not isinstance(targets, Iterable) else targets:

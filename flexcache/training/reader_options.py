@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -55,15 +56,15 @@ class ReaderOptions:
                 )
 
     @classmethod
-    def from_keywords(cls, named: dict[str, Any]) -> ReaderOptions:
-        """Return the options given as keywords of `stream`.
+    def from_keywords(cls, named: dict[str, Any], function: Callable[..., Any]) -> ReaderOptions:
+        """Return the options given as keywords of *function*.
 
         Raises
         ------
         ConfigError
             A keyword is unknown, or a value cannot be used.
         """
-        check_keywords("stream", named, (field.name for field in fields(cls)))
+        check_keywords(function, named, (field.name for field in fields(cls)))
         return cls(**named)
 
     def with_group(self) -> ReaderOptions:

@@ -93,7 +93,7 @@ def stream(
     if is_location(store):
         store = Store(store)
     stores: Mapping[str, Store] = {"": store} if isinstance(store, Store) else store  # a store is a mapping as well
-    options = ReaderOptions.from_keywords(reading)
+    options = ReaderOptions.from_keywords(reading, stream)
     if not is_whole(batch_size) or batch_size < 1:
         raise ConfigError("batch_size is a whole number of at least 1", found=repr(batch_size))
     if not is_whole(seed) or seed < 0:

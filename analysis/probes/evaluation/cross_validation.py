@@ -163,7 +163,7 @@ class CrossValidation:
             if name in made and not (name == "tfidf" and self.dataset.texts is None):
                 try:
                     found[name] = made[name](self.dataset, self.fold, self.options.cv)
-                except AnalysisError as error:  # the sweep goes on without a baseline that fails
+                except AnalysisError as error:  # a failing baseline does not end the sweep
                     self.notes.append(f"No baseline of {name}: {error.message}.")
             elif name == "tfidf":
                 self.notes.append("No TF-IDF baseline: the store kept no texts.")

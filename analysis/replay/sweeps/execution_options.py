@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,15 @@ class ExecutionOptions:
             raise AnalysisError("copies is too small", expected="at least 1", found=str(self.copies))
 
     @classmethod
-    def merge(cls, options: ExecutionOptions | None, named: Mapping[str, Any]) -> ExecutionOptions:
-        """Return *options*, or the defaults, with the keywords *named* in their place.
+    def merge(
+        cls, options: ExecutionOptions | None, named: Mapping[str, Any], function: Callable[..., Any]
+    ) -> ExecutionOptions:
+        """Return *options*, or the defaults, with the keywords *named* of *function* in their place.
 
         Raises
         ------
         AnalysisError
             A keyword is not an option, or a value cannot be used.
         """
-        check_keywords("sweep", named, (field.name for field in fields(cls)), AnalysisError)
+        check_keywords(function, named, (field.name for field in fields(cls)), AnalysisError)
         return replace(options or cls(), **named)

@@ -94,7 +94,7 @@ def sweep(
     ConfigError, OutputError
         *folder* cannot be written to, at the beginning or later: then the error says where the results are.
     """
-    run = ExecutionOptions.merge(options, named)
+    run = ExecutionOptions.merge(options, named, sweep)
     output = None if run.folder is None else output_folder(run.folder)
     first = load_model(store, model)
     check_no_images(store)

@@ -265,3 +265,11 @@ def test_numpy_numbers_are_accepted_as_strengths_and_features() -> None:
     assert replay.Scale(np.float32(2)).strengths == (2.0,)
     assert replay.Scale(torch.tensor([1.0, 2.0])).strengths == (1.0, 2.0)  # type: ignore[arg-type]
     assert replay.Zero(np.arange(2)).dims == (0, 1)  # type: ignore[arg-type]
+
+
+def test_an_unknown_keyword_is_an_error_with_the_nearest_of_all_arguments(captured: Callable[..., Any]) -> None:
+    store, model = captured()
+    for wrong, right in {"sed": "seed", "copis": "copies"}.items():
+        with pytest.raises(AnalysisError, match=f"no argument '{wrong}'") as error:
+            replay.sweep(store, model, replay.grid(), replay.Zero(), **{wrong: 1})
+        assert f"did you mean {right}" in str(error.value.remedy)
