@@ -221,7 +221,7 @@ def _statistics(
 ) -> dict[str, Statistic]:
     """Return the statistics that the parts need, each one once."""
     found: dict[str, Statistic] = {}
-    skip = int(store.spec.get("rows", "all") == "all")  # skip the first token if there are others
+    skip = int(store.spec.rows == "all")  # skip the first token if there are others
     if "moments" in parts:
         found["total"] = Moments()
         found["moments"] = Moments(grouping(store, by, token_types=token_types))

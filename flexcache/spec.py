@@ -179,9 +179,13 @@ class CaptureSpec(SequenceOptions):
                 fields["choice"] = validate(Choice, fields["choice"], "rows")
         return fields
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields that are set as plain values, as in the attributes of a store."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
     @classmethod
     def from_store(cls, content: Mapping[str, Any]) -> CaptureSpec:
-        """Return the spec that a store holds."""
+        """Return the spec in the attributes of a store; a field that an older store lacks has its default."""
         spec = validate(cls, content, "the spec of the store", stored=True)
         mode = "shifted" if spec.decoder is None else spec.decoder.inputs
         return spec.model_copy(update={"decoder_inputs": mode})

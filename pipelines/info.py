@@ -37,7 +37,7 @@ def run(path: StoreLocation, console: Console) -> None:
     console.print(documents)
 
     origin = Table(title="made with", title_justify="left", show_header=False, box=None)
-    for name, value in store.provenance.items():
+    for name, value in store.provenance.to_json().items():
         origin.add_row(escape(name), escape(json.dumps(value, ensure_ascii=False) if value else "–"))
     console.print(origin)
     logs: list[StoreLocation] = [*(path / "runs").glob("*.json")]

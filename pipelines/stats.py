@@ -67,8 +67,8 @@ def run(
     model = None if model is None else os.path.expanduser(model)
     store = flexcache.open(store_path)
     head = model
-    if head is None and not only and site == "resid_post" and store.spec.get("rows", "all") != "mean":
-        name = str(store.provenance.get("model", {}).get("name", ""))
+    if head is None and not only and site == "resid_post" and store.spec.rows != "mean":
+        name = store.provenance.model_name
         head = name if Path(name, "config.json").exists() else None
     types = None
     if "token_type" in by:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 from numpy.typing import NDArray
+
+from flexcache.spec import CaptureSpec
 
 RowWord = Literal["last", "first", "mean", "max", "all", "tokens"]
 
@@ -32,8 +33,8 @@ class Readable(Protocol):
         ...
 
     @property
-    def spec(self) -> Mapping[str, Any]:
-        """Settings of the capture; ``spec["rows"]`` is the row selection."""
+    def spec(self) -> CaptureSpec:
+        """What was captured; ``spec.rows`` is the row selection."""
         ...
 
     def layers(self, site: str) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ def choose_rows(store: Readable, rows: Rows | None) -> Rows:
     AnalysisError
         The store does not hold such rows.
     """
-    stored = str(store.spec["rows"])
+    stored: str = store.spec.rows
     if rows is None:
         return stored if stored in ("last", "first", "mean") else "last"  # type: ignore[return-value]
     if isinstance(rows, int) and not isinstance(rows, bool) and stored == "all":

@@ -77,7 +77,7 @@ def vocabulary(store: Store | None = None, tokenizer: Any = None) -> Vocabulary 
         The given tokenizer cannot be loaded.
     """
     if tokenizer is None and store is not None:
-        name = str(store.provenance.get("model", {}).get("name", ""))
+        name = store.provenance.model_name
         if not Path(name).is_dir():
             return None
         try:

@@ -31,12 +31,12 @@ def half_length(store: Store) -> int:
         Documents differ in length, have an odd length, or not all of their tokens are rows.
     """
     lengths = np.unique(store.documents.column("n_tokens").to_numpy())
-    if len(lengths) != 1 or lengths[0] % 2 or store.spec.get("rows") != "all":
+    if len(lengths) != 1 or lengths[0] % 2 or store.spec.rows != "all":
         raise AnalysisError(
             "the documents do not repeat at a common position",
             where=str(store.path),
             expected="documents of one even length, and a row for every token",
-            found=f"documents of {lengths.min()} to {lengths.max()} tokens, rows: {store.spec.get('rows')}",
+            found=f"documents of {lengths.min()} to {lengths.max()} tokens, rows: {store.spec.rows}",
         )
     return int(lengths[0]) // 2
 

@@ -215,7 +215,7 @@ def compute(
 
 def chosen_head(store: Store, head: Head | str | Path | None, site: str) -> Head:
     """Return the head to use; raise AnalysisError if there is none or it does not fit the site."""
-    if store.spec.get("rows", "all") == "mean":
+    if store.spec.rows == "mean":
         raise AnalysisError("means of documents predict no token", where=str(store.path), expected="rows of tokens")
     if head is not None and not isinstance(head, Head | str | bytes | os.PathLike):
         raise AnalysisError(
@@ -225,7 +225,7 @@ def chosen_head(store: Store, head: Head | str | Path | None, site: str) -> Head
             remedy="write lens.Head.of(model) for a loaded model",
         )
     if not isinstance(head, Head):
-        place = local_path(head or store.provenance.get("model", {}).get("name") or ".")
+        place = local_path(head or store.provenance.model_name or ".")
         if not place.is_dir():
             raise AnalysisError(
                 "the model's final norm and unembedding are needed",

@@ -59,7 +59,7 @@ def write(
         TEMPLATE,
         path,
         title=title or f"{what['target']} in {what['site']}",
-        model=re.sub(r"^/.*/(?=[^/])", "", str(store.provenance.get("model", {}).get("name", ""))),
+        model=re.sub(r"^/.*/(?=[^/])", "", store.provenance.model_name),
         store=store.path.name,
         what=what,
         best=best,
@@ -81,7 +81,7 @@ def write(
         snippet=facts.snippet(sweep, str(store.path)),
         command=command,
         provenance=json.dumps(
-            {"store": store.provenance, "capture": dict(store.spec), "probe": what}, indent=2, default=str
+            {"store": store.provenance.to_json(), "capture": store.spec.to_json(), "probe": what}, indent=2, default=str
         ),
     )
 

@@ -59,7 +59,7 @@ def write(
     Path
         The file. All texts from data are escaped.
     """
-    name = str(store.provenance.get("model", {}).get("name", "")).rstrip("/").rsplit("/", 1)[-1]
+    name = store.provenance.model_name.rstrip("/").rsplit("/", 1)[-1]
     return write_page(
         TEMPLATE,
         path,
@@ -78,7 +78,9 @@ def write(
         lens=_lens(found),
         examples=_examples(found, store, words),
         command=command,
-        provenance=json.dumps({"store": store.provenance, "statistics": found.provenance}, indent=2, default=str),
+        provenance=json.dumps(
+            {"store": store.provenance.to_json(), "statistics": found.provenance}, indent=2, default=str
+        ),
     )
 
 

@@ -168,8 +168,8 @@ def project(
         *found* is not a result for a site of the store, or the store does not hold every token.
     """
     site = str(found.attrs.get("site", ""))
-    rows = store.spec.get("rows", "all")
-    if store.spec.get("windows") is not None or store.spec.get("packing") is not None:
+    rows: str = store.spec.rows
+    if store.spec.windows is not None or store.spec.packing is not None:
         rows = "of parts of documents"
     if site not in store.sites or found.sizes["kept"] < components or rows != "all":
         raise AnalysisError(
@@ -189,7 +189,7 @@ def project(
         model={"name": f"{components} principal components of {store.path.name}", "class": "PCA"},
         dtype=dtype,
         max_length=None,
-        seed=int(store.spec.get("seed", 0)),
+        seed=store.spec.seed,
     ) as recorder:
         place = rows_in(store, recorder.store)
         for batch in recorder.batches():

@@ -133,7 +133,7 @@ class _Export:
             "ledger_xxh3_128": ledger_digest(self.store),
             "arrays": {array.name: {**array.to_json(), "dtype": written(array, self.to).name} for array in self.arrays},
             "rows": len(self.rows),
-            "provenance": self.store.provenance,
+            "provenance": self.store.provenance.to_json(),
         }
 
     def run(self) -> list[Path]:
@@ -174,7 +174,7 @@ class _Export:
             np.lib.format.write_array_header_1_0(file, content)
             return
         name, layer = key
-        model = self.store.provenance.get("model", {}).get("name")
+        model = self.store.provenance.model_name
         facts = {"store": self.store.path.name, "model": model, "site": name, "layer": layer, "dtype": dtype.name}
         file.write(header(label(key), dtype, shape, {k: str(v) for k, v in facts.items() if v is not None}))
 

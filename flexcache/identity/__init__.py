@@ -6,7 +6,6 @@ from flexcache.store.format.model_record import (
     get_identity,
     has_weight_digests,
     model_key,
-    model_record,
     other_models,
     stored_record,
 )
@@ -18,7 +17,6 @@ __all__ = [
     "get_identity",
     "has_weight_digests",
     "model_key",
-    "model_record",
     "other_models",
     "stored_record",
 ]

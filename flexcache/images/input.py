@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,18 +30,6 @@ THREADS = 4
 """Threads that decode the images of a batch."""
 NO_TOKEN = -1
 """The id of a token without entry in a vocabulary."""
-
-
-class CapturedStore(Protocol):
-    """The part of a `Store` that `stored_image_input` reads."""
-
-    @property
-    def path(self) -> Any:
-        """The location of the store."""
-
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        """The description of the capture, with the image processor as ``tokenizer``."""
 
 
 @dataclass(frozen=True)
@@ -163,22 +151,31 @@ def model_input(model: torch.nn.Module, tokenizer: Any, content: str) -> Any:
     return image_input(model, tokenizer) if images else tokenizer
 
 
-def stored_image_input(store: CapturedStore, model: torch.nn.Module, processor: Any = None) -> ImageInput:
+def stored_image_input(
+    recorded: Mapping[str, Any] | None, model: torch.nn.Module, processor: Any = None, *, where: str
+) -> ImageInput:
     """Return the `ImageInput` for the images of a store, with *processor* or the one that the store describes.
+
+    Parameters
+    ----------
+    recorded
+        ``store.provenance.tokenizer``.
+    where
+        The store, for errors.
 
     Raises
     ------
     MismatchError
         The processor is not that of the capture, or cannot be rebuilt.
     """
-    stored: Mapping[str, Any] = store.provenance.get("tokenizer") or {}
+    stored = recorded or {}
     plain = {name: value for name, value in stored.items() if name != "pixels"}
-    made = stored_processor(plain, str(store.path)) if processor is None else ImageProcessor(processor)
+    made = stored_processor(plain, where) if processor is None else ImageProcessor(processor)
     found = image_input(model, made)
     if found.describe() != stored:
         raise MismatchError(
             "the image processor is not the one that filled the store",
-            where=str(store.path),
+            where=where,
             expected=str(stored),
             found=str(found.describe()),
         )

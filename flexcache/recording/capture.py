@@ -39,7 +39,6 @@ from flexcache.recording.run.progress import CaptureProgress
 from flexcache.recording.run.recorder import Recorder
 from flexcache.recording.run_options import RunOptions
 from flexcache.spec import CaptureSpec, listed
-from flexcache.store.format.metadata import stored_batching
 from flexcache.store.format.schema import read_attributes
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import StoreLocation, parse_location
@@ -181,7 +180,7 @@ def capture(
         )
         if not changed:
             check_rows(model, recorder.store, pad, group, now, most_tokens=recorder.batch_tokens)
-        if (changed or stored_batching(recorder.store.provenance) is None) and recorder.pending():
+        if (changed or recorder.store.provenance.batching is None) and recorder.pending():
             check_batching(recorder.store, verdict or find_batching(model, targets, pad, spec, group))
         if said := batching_notice(recorder.store):
             bars.say(said)

@@ -50,7 +50,6 @@ from flexcache.recording.run.progress import CaptureProgress
 from flexcache.recording.run.recorder import Recorder
 from flexcache.recording.run_options import RunOptions
 from flexcache.spec import ArraySpec, CaptureSpec, listed, parse_sites
-from flexcache.store.format.metadata import stored_batching
 from flexcache.store.manage.extension_transaction import AlreadyCommittedError, ExtensionTransaction
 from flexcache.store.manage.staging import merge_arrays
 from flexcache.store.read.store import Store
@@ -136,7 +135,7 @@ def extend(
     tokenizer = tokenizer_of(tokenizer, model)
     objective = objective_of(objective, tokenizer)
     if store.images:
-        tokenizer = stored_image_input(store, model, tokenizer)
+        tokenizer = stored_image_input(store.provenance.tokenizer, model, tokenizer, where=str(root))
     asked = _asked(store, spec, content, described(transforms, objective), where)
     if corpus is None and asked is None:
         raise ConfigError(
@@ -148,7 +147,7 @@ def extend(
         example = tokenizer.example(model) if store.images else None
         model_description = group.describe_model(model, example)
         changed = check_source(store, model_description, tokenizer, options.allow_changed_model)
-        for line in model_notices(store.provenance.get("model", {}), model_description, changed):
+        for line in model_notices(store.provenance.model, model_description, changed):
             bars.say(line)
 
         def read(spec: CaptureSpec) -> tuple[CaptureTargets, list[ArraySpec]]:
@@ -159,11 +158,11 @@ def extend(
             hooks.check_sites(model, targets.points, example=example, reader=group.read_example, alone=group.alone)
             if spec.isolated:
                 check_isolation(model, targets, pad_token_id(model, tokenizer), group)
-            if merge_arrays(store, arrays)[1] or stored_batching(store.provenance) is None:
+            if merge_arrays(store, arrays)[1] or store.provenance.batching is None:
                 check_batching(store, find_batching(model, targets, padding(model, tokenizer), spec, group))
             return targets, arrays
 
-        everything = CaptureSpec.from_store(store.spec)
+        everything = store.spec
         wanted_spec = asked or everything
         targets, arrays = read(wanted_spec)
         now = fingerprint(model, group.sizes.tp) | ({"model": model_key(model_description)} if changed else {})
@@ -233,9 +232,9 @@ def _asked(
     if sites is None and not functions["transforms"]:
         if isinstance(layers, str) and layers == "all":
             return None
-        sites = list(store.spec.get("sites", {}))
+        sites = list(store.spec.sites)
     asked = parse_sites(() if sites is None else sites, layers, optional=bool(functions["transforms"]))
-    return validate(CaptureSpec, {**store.spec, **functions, "sites": asked}, where, stored=True)
+    return validate(CaptureSpec, {**store.spec.to_json(), **functions, "sites": asked}, where, stored=True)
 
 
 def _narrowed(targets: CaptureTargets, wanted: set[tuple[str, int | None]]) -> CaptureTargets:

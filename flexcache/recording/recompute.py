@@ -28,7 +28,7 @@ from flexcache.recording.forward.transform import Transform
 from flexcache.recording.run.batch_forward import open_forward
 from flexcache.recording.run.fingerprint import fingerprint
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
-from flexcache.spec import DTYPES, CaptureSpec
+from flexcache.spec import DTYPES
 from flexcache.store.format.model_comparison import CHANGED_MODEL, STEADY
 from flexcache.store.read.store import Store
 
@@ -104,11 +104,11 @@ def recompute(
     chosen = np.sort(np.random.default_rng(seed).choice(committed, min(units, len(committed)), replace=False)).tolist()
     example = None
     if store.images:
-        tokenizer = stored_image_input(store, model, tokenizer)
+        tokenizer = stored_image_input(store.provenance.tokenizer, model, tokenizer, where=str(path))
         example = tokenizer.example(model)
     with closing(ModelParallelGroup(model)) as group:
         given = group.describe_model(model, example)
-        check_model(comparable_record(store.provenance["model"]), given, str(path), remedy=LOAD_IT)
+        check_model(comparable_record(store.provenance.model), given, str(path), remedy=LOAD_IT)
         return _recomputed(model, store, chosen, padding(model, tokenizer), group, transforms, objective, progress)
 
 
@@ -122,7 +122,7 @@ def _recomputed(
     objective: Objective | None,
     progress: Callable[[int], None],
 ) -> list[Recomputed]:
-    targets = find_targets(model, CaptureSpec.from_store(store.spec), transforms, objective)
+    targets = find_targets(model, store.spec, transforms, objective)
     now = fingerprint(model)
     reader = BatchReader(store.path)
     conditions = {}
@@ -168,7 +168,7 @@ def check_rows(
     MismatchError
         A row differs, by any bit, or by more than a tolerance if forward passes do not repeat bit for bit.
     """
-    everything = CaptureSpec.from_store(store.spec)
+    everything = store.spec
     sites = {site: layers for site, layers in everything.sites.items() if not site.endswith(".grad")}
     if not group.alone or not sites:
         return

@@ -93,21 +93,21 @@ def preshuffle(
     dtype, chosen = _alike(arrays)
     order = np.random.default_rng(seed).permutation(store.n_rows)
     width = sum(len(array.slices) * array.row_bytes for array in arrays)
-    model = store.provenance.get("model", {})
+    model = store.provenance.model
     with record(
         target,
         _blocks(store, order),
         sites={a.name: a.features if a.depth is None else (a.depth, a.features) for a in arrays},
         layers=chosen,
         model={
-            "name": str(model.get("name", "unknown")),
+            "name": store.provenance.model_name or "unknown",
             "class": "preshuffled",
             "preshuffled": {**describe_origin(store), "seed": seed, "model": {**model, **recorded_model(store)}},
         },
         dtype=dtype,
         token_labels=[SOURCE_ROW],
         batch_tokens=BLOCK_ROWS * max(1, BLOCK_BYTES // (width * BLOCK_ROWS)),
-        compression=str(store.spec.get("compression", "none")),
+        compression=store.spec.compression,
         fingerprint={"preshuffled": ledger_digest(store)},
     ) as recorder:
         starts = recorder.store.documents.column("source_index").to_numpy() * BLOCK_ROWS

@@ -83,7 +83,7 @@ def check_training(path: Path, training: dict[str, Any]) -> None:
     """Raise MismatchError if the store of a model with another training exists, before time is spent on training."""
     if not path.exists():
         return
-    earlier = flexcache.open(path).provenance.get("model", {}).get("training")
+    earlier = flexcache.open(path).provenance.model.get("training")
     if earlier != training:
         raise MismatchError(
             "the store is of a model with another training",

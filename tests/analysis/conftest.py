@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 import flexcache
+from flexcache.spec import CaptureSpec
 
 
 class ArrayStore:
@@ -17,7 +18,7 @@ class ArrayStore:
 
     def __init__(self, values: np.ndarray, counts: Any, rows: str = "all", **columns: Any) -> None:
         self.values = {"resid_post" if values.ndim == 3 else "model.norm": values.astype(np.float32)}
-        self.spec = {"rows": rows}
+        self.spec = CaptureSpec(rows=rows)
         self.reads: list[tuple[int | None, int]] = []
         counts = np.asarray(counts, np.int64)
         self.documents = pa.table(

@@ -106,7 +106,7 @@ def test_a_capture_by_the_name_of_a_dataset(
     run(capsys, "capture", config, "-q", *options)
     store = flexcache.open("run.zarr")
     assert store.plan["documents"] == 14
-    assert store.provenance["documents"]["dataset"]["split"] == "train"
+    assert store.provenance.documents["dataset"]["split"] == "train"
     run(capsys, "capture", config, "-q", *options)
     estimate = ["--set", f"documents={{dataset: {folder}}}", "--set", "max_tokens=40", "--tokens-per-second", "1000"]
     told = json.loads(run(capsys, "estimate", config, "-q", "--json", *estimate))

@@ -109,7 +109,7 @@ def test_a_capture_of_texts_that_have_messages_too_does_not_ask_for_a_chat_templ
     for number in range(2):  # the second run resumes
         store = flexcache.capture(tiny("llama"), characters, texts, tmp_path / "run.zarr", layers=[0], progress=False)
         assert store.coordinates["token_id"].values.tolist() == [65, 66, 67], number
-    assert "chat_template" not in store.provenance["tokenizer"]
+    assert "chat_template" not in store.provenance.tokenizer
 
 
 @pytest.mark.parametrize("given", [list, iter, open_documents])

@@ -191,7 +191,7 @@ def test_a_saelens_cache_is_imported(extension: str, with_ids: bool, tmp_path: P
     (tmp_path / "cache" / "cache-1234.arrow").write_text("what datasets leaves beside")
     store = import_folder(tmp_path / "cache", tmp_path / "run.zarr", "saelens", site="resid_post", model="gpt2")
     assert store.layers("resid_post") == (7,)
-    assert store.provenance["model"]["name"] == "gpt2"
+    assert store.provenance.model["name"] == "gpt2"
     assert np.array_equal(corpus_rows(store, "resid_post", 7), acts.reshape(-1, 5))
     source = store.documents.column("source_index").to_numpy()[store.coordinates["document"].values]
     expected = ids[source, store.coordinates["position"].values] if with_ids else np.zeros(240)

@@ -59,9 +59,9 @@ def test_capture_info_verify_from_the_command_line(config: Path, capsys: pytest.
     store = flexcache.open("run.zarr")
     assert store.complete
     assert store.layers("mlp_post") == (0, 3)
-    assert store.provenance["model"]["name"] == "tiny-llama"
-    assert len(store.provenance["model"]["files"]["model.safetensors"]) == 32
-    assert store.provenance["documents"]["files"][0]["name"] == "texts.jsonl"
+    assert store.provenance.model["name"] == "tiny-llama"
+    assert len(store.provenance.model["files"]["model.safetensors"]) == 32
+    assert store.provenance.documents["files"][0]["name"] == "texts.jsonl"
 
     text = run(capsys, "info", "run.zarr")
     for part in ("tiny-llama", "complete", "label", "resid_post", "versions", "finished"):
@@ -211,7 +211,7 @@ def test_a_model_on_several_processes_fills_a_store(
     for name, array in alone.arrays.items():
         for layer in array.slices:
             assert np.allclose(together.read(name, layer), alone.read(name, layer), atol=1e-5)
-    assert together.provenance["model"] == alone.provenance["model"]
+    assert together.provenance.model == alone.provenance.model
     assert "does not fit the 1 process of" in run(capsys, "capture", config, "-q", "--set", model, status=2)
 
 
@@ -296,10 +296,10 @@ def test_transforms_and_gradients_from_the_command_line(
     store = flexcache.open("run.zarr")
     assert set(store.sites) == {"resid_post.grad", "projected", "entropy", "objective"}
     assert store.layers("entropy") == (0, 1, 2, 3)
-    assert store.spec["objective"]["function"].endswith("LogitDifference")
+    assert store.spec.objective["function"].endswith("LogitDifference")
     changed = ("--set", "store=b.zarr", "--set", "objective={function: 'functions_of_a_user:margin'}")
     run(capsys, "capture", config, "-q", *changed)
-    assert flexcache.open("b.zarr").spec["objective"]["function"] == "functions_of_a_user.margin"
+    assert flexcache.open("b.zarr").spec.objective["function"] == "functions_of_a_user.margin"
     wrong = ("--set", "objective={logit_difference: [w5, nothing at all]}")
     assert "is not one token" in run(capsys, "capture", config, "-q", *wrong, status=2)
     wrong = ("--set", "objective={function: 'functions_of_a_user:margn'}")

@@ -111,7 +111,7 @@ def test_batches_of_equal_lengths_are_estimated_as_they_are_captured(
     run(capsys, "capture", config)
     store = flexcache.open("run.zarr")
     assert {name: store.plan[name] for name in found["plan"]} == found["plan"]
-    assert store.provenance["batching"]["batches"] == "equal_lengths"
+    assert store.provenance.others["batching"]["batches"] == "equal_lengths"
 
 
 def test_int8_is_estimated_as_it_is_captured(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,7 +42,7 @@ def test_plan_capture_verify_and_extend(config: Path, capsys: pytest.CaptureFixt
     assert store.n_rows == rows
     assert store.documents.column("folder").to_pylist().count("left") == 6
     assert store.patches.before == ("cls", "register_0", "register_1")
-    assert store.provenance["tokenizer"]["class"].startswith("ViTImageProcessor")
+    assert store.provenance.tokenizer["class"].startswith("ViTImageProcessor")
     assert "nothing to do" in run(capsys, "capture", config)
     run(capsys, "extend", config, "-q", "--set", "sites={attn_out: [1]}")
     assert flexcache.open("run.zarr").layers("attn_out") == (0, 1)

@@ -123,7 +123,7 @@ def test_a_store_without_the_arrays_or_the_rows_is_refused(model: AttentionOnly,
 
 
 def test_the_store_records_the_functions_that_made_it(store: Store) -> None:
-    told = store.spec["transforms"]
+    told = store.spec.transforms
     names = {name: told[name]["function"] for name in told}
     assert names == {
         "induction": "analysis.induction.transforms.induction",
@@ -217,7 +217,7 @@ def test_the_command_trains_a_model_whose_second_layer_copies(
     assert best["previous_token", "0"] > 0.6 > 0.2 > best["previous_token", "1"]
     store = flexcache.open(tmp_path / "out" / "induction.zarr")
     assert store.complete
-    assert store.provenance["model"]["training"] == {"seed": 0, "steps": 1500}
+    assert store.provenance.model["training"] == {"seed": 0, "steps": 1500}
     losses = scores.mean_losses(scores.loss_by_position(store))
     assert losses["second half"] < 0.2
     assert losses["first half"] > 4

@@ -77,7 +77,7 @@ def test_import_reads_what_export_wrote(store: flexcache.Store, capsys: pytest.C
     text = run(capsys, *args, "--documents", "out/documents.parquet", "--token-ids", "token_id.npy", "--model", "mine")
     assert "importing" in text
     back = flexcache.open("back.zarr")
-    assert back.provenance["model"]["name"] == "mine"
+    assert back.provenance.model["name"] == "mine"
     rows, ours = (one.rows("doc-7") for one in (back, store))
     assert np.array_equal(back.read("resid_post", 3, rows), store.read("resid_post", 3, ours))
     assert "has 0 groups" in run(capsys, *args, "--layer-pattern", "x", "-q", status=2)

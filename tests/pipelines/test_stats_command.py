@@ -13,7 +13,7 @@ def test_stats_and_report_from_the_command_line(config: Path, capsys: pytest.Cap
     text = run(capsys, "stats", "run.zarr", "--by", "layer,position,label", "--rows", "100", "-q")
     for words in ("norm", "rank", "CKA next", "stats/resid_post.stats.zarr", "each read once"):
         assert words in text
-    model = str(flexcache.open("run.zarr").provenance["model"]["name"])
+    model = str(flexcache.open("run.zarr").provenance.model_name)
     assert model
     assert "reused" in run(capsys, "stats", "run.zarr", "--by", "layer,position,label", "--rows", "100", "-q")
     text = run(capsys, "stats", "run.zarr", "--only", "moments,pca", "--layers", "1:3", "-o", "few", "-q")

@@ -173,7 +173,7 @@ def test_an_invalid_option_is_one_clear_error(options: dict[str, Any], model: An
 def test_numbers_as_text_are_read_as_numbers(model: Any, tmp_path: Path) -> None:
     options: dict[str, Any] = {"batch_tokens": "4096", "buffer_bytes": "100000000", "heartbeat_timeout": "60", **QUIET}
     store = flexcache.capture(model, None, DOCS, tmp_path / "run.zarr", layers=[0], max_tokens="20", **options)  # type: ignore[arg-type]
-    assert store.spec["batch_tokens"] == 4096
+    assert store.spec.batch_tokens == 4096
     new = [{"id": "new", "tokens": [5, 6], "label": "a"}]
     grown = flexcache.extend(model, None, new, store.path, max_tokens="1000", **options)  # type: ignore[arg-type]
     assert grown.documents.num_rows == store.documents.num_rows + 1

@@ -124,7 +124,7 @@ def test_later_blocks_and_the_lm_head_never_run(tmp_path: Path) -> None:
     store = flexcache.capture(model, None, DOCUMENTS, tmp_path / "run.zarr", layers=[1], **QUIET)
     assert ran.count("model.layers.2") == ran.count("lm_head") == 3 + store.n_units  # small ones
     assert len(set(store.tokens.column("batch").to_pylist())) > 2
-    assert store.provenance["user_hooks"] == ["model.layers.2", "lm_head"]
+    assert store.provenance.others["user_hooks"] == ["model.layers.2", "lm_head"]
 
 
 def test_a_second_run_does_nothing_and_another_model_is_refused(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_documents_longer_than_the_model_are_truncated_and_counted(tmp_path: Pat
     store = flexcache.capture(model, None, documents, tmp_path / "run.zarr", **QUIET)
     assert store.plan["truncated_documents"] == 1
     assert store.plan["longest_document"] == 128
-    assert store.provenance["model"]["class"] == "GPT2LMHeadModel"
+    assert store.provenance.model["class"] == "GPT2LMHeadModel"
 
 
 def test_weights_offloaded_by_accelerate_give_the_same_bytes(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import flexcache
 from analysis import replay
 from flexcache.errors import AnalysisError, ConfigError, DocumentsError, MismatchError
 from flexcache.hooks.locate.vocabulary import pad_token_id
+from flexcache.options import DecoderInputs
 from flexcache.recording.forward.batch import Batch, split
 from flexcache.recording.forward.batch_reader import BatchReader
 from flexcache.recording.forward.decoder_inputs import infer_decoder_inputs
@@ -60,7 +61,7 @@ def test_rows_are_what_the_whole_model_computes_of_targets_shifted_as_labels(
     family: str, start: Any, tmp_path: Path
 ) -> None:
     model, store = captured(tmp_path / "run.zarr", family, sites=["resid_post"])
-    assert store.spec["decoder"] == {"inputs": "shifted", "start": start}
+    assert store.spec.decoder == DecoderInputs(inputs="shifted", start=start)
     seen: list[torch.Tensor] = []
     blocks = model.decoder.block if family == "t5" else model.model.decoder.layers
     blocks[2].register_forward_hook(
@@ -201,7 +202,7 @@ def test_a_label_named_target_stays_a_label_without_a_decoder(tmp_path: Path) ->
     texts = [{"id": "a", "tokens": [5, 6, 7], "target": "x", "context": ["u", "v", "w"]}]
     options: dict[str, Any] = {"token_labels": ["context"], "layers": [0], "progress": False}
     store = flexcache.capture(tiny("llama"), None, texts, tmp_path / "run.zarr", **options)
-    assert "decoder" not in store.spec
+    assert store.spec.decoder is None
     assert store.token_label("context").to_pylist() == ["u", "v", "w"]
     assert batches(store)[0].context is None
     assert store.documents["target"].to_pylist() == ["x"]

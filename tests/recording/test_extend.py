@@ -56,7 +56,7 @@ def test_documents_layers_and_sites_are_added_one_after_another(model: torch.nn.
     assert store.documents.num_rows == 110
     assert flexcache.verify(path).sound
     check_recomputed(model, path)
-    asked = [next(iter(entry["extended_by"])) for entry in store.provenance["history"]]
+    asked = [next(iter(entry["extended_by"])) for entry in store.provenance.history]
     assert asked == ["documents", "arrays", "arrays"]
 
 
@@ -89,7 +89,7 @@ def test_max_tokens_counts_old_and_new_documents(model: torch.nn.Module, tmp_pat
         assert set(store.documents.column("id").to_pylist()) == {document["id"] for document in OLD + NEW[:count]}
         assert store.n_rows == most
         assert flexcache.extend(model, None, path, NEW, **given, **QUIET).n_rows == most
-    assert store.provenance["history"][-1]["extended_by"]["max_tokens"] == most
+    assert store.provenance.history[-1]["extended_by"]["max_tokens"] == most
     check_recomputed(model, path)
 
 

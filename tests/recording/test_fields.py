@@ -67,10 +67,10 @@ def test_one_capture_from_objects_and_from_keywords_is_one_store(model: Any, tmp
     assert again.layers("resid_post") == (0, 1)
     changed = flexcache.capture(model, None, DOCS, tmp_path / "other.zarr", spec, layers=[2], options=options)
     assert changed.layers("resid_post") == (2,)
-    assert changed.spec["choice"]["every"] == 2
+    assert changed.spec.choice.every == 2
     other = flexcache.capture(model, None, DOCS, tmp_path / "last.zarr", spec, rows="last", options=options)
     assert other.n_rows == len(DOCS)
-    reused = CaptureSpec.from_store(first.spec)
+    reused = first.spec
     copied = flexcache.capture(model, None, DOCS, tmp_path / "copied.zarr", reused, options=options)
     assert copied.spec == first.spec
 
@@ -105,12 +105,12 @@ def test_an_unknown_keyword_names_the_nearest_field(model: Any, tmp_path: Path) 
 def test_a_spec_that_describes_a_transform_needs_its_function(model: Any, tmp_path: Path) -> None:
     norm = flexcache.Transform("norm", "resid_post", lambda values: values.norm(dim=-1, keepdim=True), layers=[0])
     store = flexcache.capture(model, None, DOCS, tmp_path / "run.zarr", transforms=[norm], progress=False)
-    spec = CaptureSpec.from_store(store.spec)
+    spec = store.spec
     with pytest.raises(ConfigError, match="function of transform 'norm' is missing"):
         flexcache.capture(model, None, DOCS, store.path, spec, progress=False)
     again = flexcache.capture(model, None, DOCS, store.path, spec, transforms=[norm], progress=False)
     assert again.spec == store.spec
-    assert again.spec["sites"] == {}
+    assert again.spec.sites == {}
 
 
 @pytest.mark.parametrize(

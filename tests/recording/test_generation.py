@@ -186,7 +186,7 @@ def test_a_configuration_generates_completions_before_the_capture(
     texts = {json.loads(text)["id"]: json.loads(text)["text"] for text in corpus_lines(config)}
     assert store.documents["prompt"][line].as_py() == texts["t3"]
     assert store.documents["label"][line].as_py() == "yes"
-    assert store.provenance["tokenizer"]["class"]
+    assert store.provenance.tokenizer["class"]
     run(capsys, "capture", config, "-q", *options)
     run(capsys, "plan", config, "-q", *options)
     assert "not made yet" in run(capsys, "extend", config, "-q", *options, status=2)

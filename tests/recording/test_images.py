@@ -159,7 +159,7 @@ def test_a_function_may_be_the_image_processor(tmp_path: Path) -> None:
     store = flexcache.capture(model, by_hand, DOCUMENTS[:4], tmp_path / "hand.zarr", layers=[0], **QUIET)
     same = flexcache.capture(model, processor(), DOCUMENTS[:4], tmp_path / "run.zarr", layers=[0], **QUIET)
     assert np.allclose(store.read("resid_post", 0), same.read("resid_post", 0), atol=1e-4)
-    assert store.provenance["tokenizer"]["function"].endswith("by_hand")
+    assert store.provenance.tokenizer["function"].endswith("by_hand")
     with pytest.raises(MismatchError, match="cannot be rebuilt"):
         flexcache.recompute(model, store.path)
     assert all(part.equal for part in flexcache.recompute(model, store.path, tokenizer=by_hand))

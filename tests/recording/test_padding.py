@@ -16,7 +16,6 @@ import flexcache
 from flexcache.errors import CaptureError, ConfigError, PlanError
 from flexcache.recording.forward.batch_reader import BatchReader
 from flexcache.recording.forward.objective import NextTokenLoss
-from flexcache.store.format.metadata import stored_batching
 from tests.corpora import lengths, token_documents
 from tests.models import TWO_SIDED, VOCABULARY, tiny
 
@@ -125,7 +124,7 @@ def shapes(store: flexcache.Store, batch_tokens: int | None = None) -> list[set[
 
 
 def batching(store: flexcache.Store) -> str | None:
-    return stored_batching(store.provenance)
+    return store.provenance.batching
 
 
 @pytest.mark.parametrize("family", LEAKING)
@@ -140,7 +139,7 @@ def test_rows_are_those_of_documents_alone(family: str, tmp_path: Path, capsys: 
     said = " ".join(capsys.readouterr().err.split())
     assert f"{site} changes by" in said
     assert "batches hold sequences of one length only" in said
-    assert store.provenance["batching"]["because"].startswith(f"{site} changes by")
+    assert store.provenance.others["batching"]["because"].startswith(f"{site} changes by")
     store = flexcache.extend(model, None, store.path, MORE, progress=False)
     check_alone(store, model, site, [*DOCUMENTS, *MORE])
     assert all(len(one) == 1 for one in shapes(store))
@@ -324,7 +323,7 @@ def test_a_model_whose_forward_fails_on_padding_runs_equal_lengths(tmp_path: Pat
     model = Padless(causal=False).eval()
     store = flexcache.capture(model, None, DOCUMENTS, tmp_path / "run.zarr", sites="layers.1", **QUIET)
     check_alone(store, model, "layers.1")
-    assert "no padding, please" in store.provenance["batching"]["because"]
+    assert "no padding, please" in store.provenance.others["batching"]["because"]
 
 
 def test_a_forward_that_takes_no_mask_is_refused(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_a_transform_is_stored_with_or_without_its_activation(tmp_path: Path) ->
     alone = flexcache.capture(model, None, DOCUMENTS, tmp_path / "alone.zarr", transforms=[sae], **QUIET)
     assert alone.sites == ("sae",)
     assert np.array_equal(alone.read("sae", 3), store.read("sae", 3))
-    told = alone.spec["transforms"]["sae"]
+    told = alone.spec.transforms["sae"]
     assert told["function"].endswith("test_transforms.Encoder")
     assert told["site"] == "resid_post"
     with pytest.raises(MismatchError, match=r"transforms\.sae\.state"):

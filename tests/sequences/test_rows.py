@@ -44,7 +44,7 @@ def test_every_third_token_is_kept_with_its_own_activation(dtype: str, tmp_path:
     store = build_store(tmp_path / "run.zarr", DOCUMENTS, rows={"every": 3}, dtype="float32")
     assert kept(store) == {item["id"]: list(range(0, len(item["tokens"]), 3)) for item in DOCUMENTS}
     check_values(store)
-    assert store.spec["rows"] == "some"
+    assert store.spec.rows == "some"
     model = tiny("llama")
     options: dict[str, Any] = {"layers": [2], "dtype": dtype, "batch_tokens": 128, "progress": False}
     some = flexcache.capture(model, None, DOCUMENTS, tmp_path / "some.zarr", rows={"every": 3}, **options)

@@ -69,7 +69,7 @@ def test_a_copy_has_the_bytes_and_the_records_of_its_source(
     assert not [p for p in store.path.iterdir() if p.name.startswith(".")]
     with xr.open_zarr(store.path) as dataset:
         assert dataset["resid_post"].shape == (5, store.n_rows, 24)
-    change = store.provenance["history"][-1]
+    change = store.provenance.history[-1]
     assert change["copied_from"] == {
         "store": origin.path.name,
         "ledger_xxh3_128": ledger_digest(origin),
@@ -83,7 +83,7 @@ def test_a_copy_of_a_copy_is_equal_and_records_both_steps(source: flexcache.Stor
     second = copy(first.path, tmp_path / "second.zarr")
     assert shard_hashes(second.path) == shard_hashes(first.path)
     assert records(second) == records(first)
-    assert [step["copied_from"]["store"] for step in second.provenance["history"]] == ["run.zarr", "first.zarr"]
+    assert [step["copied_from"]["store"] for step in second.provenance.history] == ["run.zarr", "first.zarr"]
 
 
 def test_a_copy_of_a_partial_store_follows_it_and_can_resume_the_capture(tmp_path: Path) -> None:
@@ -172,14 +172,14 @@ def test_a_copy_works_where_the_kernel_cannot_copy_ranges(
 def test_a_copy_to_float32_and_back_gives_the_same_store(source: flexcache.Store, tmp_path: Path) -> None:
     wide = copy(source.path, tmp_path / "wide.zarr", dtype="float32")
     assert wide.reader("resid_post").dtype == np.float32
-    assert wide.spec["dtype"] == "float32"
+    assert wide.spec.dtype == "float32"
     for layer in (0, 3):
         assert np.array_equal(wide.read("resid_post", layer), source.read("resid_post", layer))
     assert wide.ledger.read_record(0).fingerprint["converted_from"] == {
         "resid_post": "bfloat16",
         "model.embed": "bfloat16",
     }
-    assert wide.provenance["history"][-1]["changed"]["dtype"]["resid_post"] == ["bfloat16", "float32"]
+    assert wide.provenance.history[-1]["changed"]["dtype"]["resid_post"] == ["bfloat16", "float32"]
     assert flexcache.verify(wide.path).sound
     narrow = copy(wide.path, tmp_path / "narrow.zarr", dtype="bfloat16")
     assert shard_hashes(narrow.path) == shard_hashes(source.path)
@@ -234,7 +234,7 @@ def test_a_copy_of_some_layers_equals_a_capture_of_only_those(source: flexcache.
     store = copy(source.path, tmp_path / "copy.zarr", sites=["resid_post"], layers=[-2])
     assert store.sites == ("resid_post",)
     assert store.layers("resid_post") == (3,)
-    assert store.spec["sites"] == {"resid_post": [3]}
+    assert store.spec.sites == {"resid_post": [3]}
     assert store["resid_post"].shape == (1, store.n_rows, 24)
     assert store.plan["files"] == store.n_units
     shards = {name for name in shard_hashes(store.path) if name.startswith("resid_post")}
@@ -242,7 +242,7 @@ def test_a_copy_of_some_layers_equals_a_capture_of_only_those(source: flexcache.
     with xr.open_zarr(store.path) as dataset:
         assert list(dataset.data_vars) == ["resid_post"]
         assert dataset["resid_post"].attrs["layers"] == [3]
-    assert store.provenance["history"][-1]["changed"] == {
+    assert store.provenance.history[-1]["changed"] == {
         "sites_left_out": ["model.embed"],
         "layers": {"resid_post": [3]},
     }

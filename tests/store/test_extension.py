@@ -129,7 +129,7 @@ def test_new_documents_follow_the_existing_ones(options: dict[str, Any], tmp_pat
     if options.get("rows", "all") == "all":
         check_values(store)
         check_documents(store, OLD + NEW)
-    assert store.provenance["history"][-1]["rows"] == [old.n_rows, store.n_rows]
+    assert store.provenance.history[-1]["rows"] == [old.n_rows, store.n_rows]
     assert store.documents.column("source_index").to_pylist()[old.plan["documents"] :] == sorted(
         range(len(OLD), len(OLD + NEW)), key=store.documents.column("source_index").to_pylist().index
     )

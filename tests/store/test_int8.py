@@ -83,7 +83,7 @@ def test_int8_rows_read_as_written_within_the_error_bound(store: flexcache.Store
 def test_a_store_is_copied_to_int8_and_back(store: flexcache.Store, compression: str, tmp_path: Path) -> None:
     again = copy(store.path, tmp_path / "again.zarr", compression=compression)
     wide = copy(again.path, tmp_path / "wide.zarr", dtype="float32", compression="none")
-    assert wide.spec["dtype"] == "float32"
+    assert wide.spec.dtype == "float32"
     assert tuple(wide.arrays) == ("resid_post", "model.embed")
     back = copy(wide.path, tmp_path / "back.zarr", dtype="int8")
     for name, layer in (("resid_post", 3), ("model.embed", None)):

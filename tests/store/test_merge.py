@@ -52,14 +52,14 @@ def test_merging_the_parts_of_a_store_gives_the_store(
     assert shard_hashes(merged.path) == shard_hashes(whole.path)
     assert [*merged.ledger] == [*whole.ledger]
     assert merged.arrays == whole.arrays
-    assert merged.spec == {**whole.spec, "sites": merged.spec["sites"]}
-    assert merged.spec["sites"].keys() == whole.spec["sites"].keys()
+    assert merged.spec == whole.spec.model_copy(update={"sites": merged.spec.sites})
+    assert merged.spec.sites.keys() == whole.spec.sites.keys()
     assert flexcache.verify(merged.path).sound
     for layer in LAYERS:
         assert np.array_equal(merged.read("resid_post", layer), whole.read("resid_post", layer))
     with xr.open_zarr(merged.path) as dataset:
         assert dataset["resid_post"].attrs["layers"] == LAYERS
-    assert len(merged.provenance["history"][-1]["merged_from"]) == len(parts)
+    assert len(merged.provenance.history[-1]["merged_from"]) == len(parts)
     shutil.rmtree(folder)
 
 
@@ -72,7 +72,7 @@ def test_separate_captures_are_merged_and_the_capture_resumes(tmp_path: Path) ->
     merged = merge([first.path, second.path], tmp_path / "merged.zarr")
     assert merged.committed_units.tolist() == [0, 1, 2]
     assert merged.layers("resid_post") == (0, 1, 3)
-    assert merged.spec["sites"]["resid_post"] == [0, 1, 3]
+    assert merged.spec.sites["resid_post"] == [0, 1, 3]
     assert merged.ledger.read_record(0).fingerprint == {"merged": [{}, {"device": "another"}]}
     assert flexcache.verify(merged.path).sound
     build_store(first.path, documents, dtype="bfloat16")

@@ -54,7 +54,7 @@ def test_a_removal_leaves_the_same_store_as_a_copy_without_the_removed_sites(
     assert [*store.ledger] == [*part.ledger]
     assert store.arrays == part.arrays
     assert store.spec == part.spec
-    assert store.provenance["history"] == [{"removed": {"resid_post": [0, 2]}}]
+    assert store.provenance.history == [{"removed": {"resid_post": [0, 2]}}]
     assert freed == sum(
         file.size
         for record in source.ledger
@@ -73,7 +73,7 @@ def test_removing_a_site_removes_its_folder(path: Path) -> None:
     Removal(path, ["model.*"]).run()
     store = flexcache.open(path)
     assert store.sites == ("resid_post",)
-    assert store.spec["sites"] == {"resid_post": [0, 2, 3]}
+    assert store.spec.sites == {"resid_post": [0, 2, 3]}
     assert not (path / "model.embed").exists()
     assert flexcache.verify(path).sound
     assert not [entry.name for entry in path.iterdir() if entry.name.startswith(".") or entry.name == NOTE]

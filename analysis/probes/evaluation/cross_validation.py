@@ -24,6 +24,7 @@ from analysis.probes.options import SweepOptions
 from analysis.probes.results import FORMAT, Sweep
 from flexcache.errors import AnalysisError
 from flexcache.store.format.model_record import SAMPLE
+from flexcache.store.format.provenance import Provenance
 from flexcache.store.read.recorded_model import recorded_model
 
 FEW = 10
@@ -206,7 +207,6 @@ class CrossValidation:
         dataset = self.dataset
         with sklearn.config_context(print_changed_only=False):
             shown = " ".join(repr(self.probe).split())
-        provenance: Any = getattr(dataset.store, "provenance", {})
         record = recorded_model(dataset.store)
         return {
             "format": FORMAT,
@@ -228,7 +228,7 @@ class CrossValidation:
             "resamples": self.options.resamples,
             "layer_chosen": self._how_chosen(),
             "bytes_per_layer": dataset.bytes_per_layer(),
-            "model": str(provenance.get("model", {}).get("name", "")),
+            "model": getattr(dataset.store, "provenance", Provenance()).model_name,
             "weights": str(record.get(SAMPLE) or ""),
             "model_record": record,
             "notes": self.notes,

@@ -13,7 +13,7 @@ from analysis.replay.engine.partial_loading import PartialLoad, partial_load
 from flexcache.errors import AnalysisError, MismatchError, nearest
 from flexcache.hooks.locate.evaluation_mode import evaluation_mode
 from flexcache.hooks.locate.hook_point import HookPoint
-from flexcache.identity import differences, get_identity, has_weight_digests, model_record
+from flexcache.identity import differences, get_identity, has_weight_digests
 from flexcache.identity.describe import describe_model
 from flexcache.identity.structure import describe_structure
 from flexcache.identity.weights import combine_digests, digest_tensors
@@ -93,7 +93,7 @@ def check_compatible(store: Store, model: nn.Module, accept: Collection[str] = (
             else "capture resid_post with rows: all",
         )
     notes = [f"Accepted: {text}." for text in found.values()]
-    if "weights" not in found and get_identity(model_record(store.provenance)) is None:
+    if "weights" not in found and get_identity(store.provenance.model_record) is None:
         notes.append("The store was written by an earlier version: only a sample of the weights was compared.")
     return notes
 
@@ -124,10 +124,12 @@ def _compare_model(store: Store, model: nn.Module, processor: Any) -> dict[str, 
     before = recorded_model(store)
     partial = partial_load(model)
     if partial is not None:
-        return _compare_partial(model_record(store.provenance), model, partial)
+        return _compare_partial(store.provenance.model_record, model, partial)
     if not has_weight_digests(before):
         return {}
-    inputs = padding(model, stored_image_input(store, model, processor) if store.images else None)
+    recorded, where = store.provenance.tokenizer, str(store.path)
+    images = stored_image_input(recorded, model, processor, where=where) if store.images else None
+    inputs = padding(model, images)
     now = fingerprint(model)
     given = describe_model(model, now, example=None if isinstance(inputs, int) else inputs.example(model))
     found = differences(before, given)

@@ -85,7 +85,9 @@ class Engine:
         path, blocks = hooks.find_blocks(self.model)
         self._blocks = [f"{path}.{number}" for number in range(len(blocks))]
         self.depth = len(blocks)
-        self._pad = padding(self.model, stored_image_input(store, self.model, processor) if store.images else None)
+        recorded, where = store.provenance.tokenizer, str(store.path)
+        images = stored_image_input(recorded, self.model, processor, where=where) if store.images else None
+        self._pad = padding(self.model, images)
         self._points: dict[tuple[str, int | None], HookPoint] = {}
         self._notes: dict[str, list[str]] = {}
         self._container: Container | None = None

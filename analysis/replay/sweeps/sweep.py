@@ -178,7 +178,7 @@ def _dataset(engine: Engine, plan: SweepPlan, results: Sequence[BatchResult]) ->
         {
             "format": FORMAT,
             "store": engine.store.path.name,
-            "model": str(engine.store.provenance.get("model", {}).get("name", "")),
+            "model": engine.store.provenance.model_name,
             "depth": engine.depth,
             "notes": notes,
             "question": {k: v for k, v in plan.describe().items() if k not in ("documents", "answers")},

@@ -33,7 +33,6 @@ from flexcache.recording.run.batch_forward import FAILURES
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.site import PATTERN
 from flexcache.spec import CaptureSpec
-from flexcache.store.format.metadata import stored_batching
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import StoreLocation
 
@@ -85,13 +84,13 @@ class Verdict:
 
 def batching_notice(store: Store) -> str:
     """Return a message for the user if the batches of a store are not padded, else an empty string."""
-    kind = stored_batching(store.provenance) or "padded"
-    return "" if kind == "padded" else f"{store.provenance['batching'].get('because')}: {NOTICES[kind]}"
+    kind = store.provenance.batching or "padded"
+    return "" if kind == "padded" else f"{store.provenance.others['batching'].get('because')}: {NOTICES[kind]}"
 
 
 def has_batching(path: StoreLocation) -> bool:
     """Return True if the path has a store that was planned with `find_batching`."""
-    return (path / "zarr.json").exists() and stored_batching(Store(path).provenance) is not None
+    return (path / "zarr.json").exists() and Store(path).provenance.batching is not None
 
 
 def find_batching(
@@ -139,7 +138,7 @@ def find_batching(
 
 def check_batching(store: Store, verdict: Verdict) -> None:
     """Raise PlanError if a store has batches in which its model mixes sequences."""
-    planned = stored_batching(store.provenance) or "padded"
+    planned = store.provenance.batching or "padded"
     if LEVELS.index(verdict.batching) > LEVELS.index(planned):
         raise PlanError(
             "the store has batches in which this model mixes sequences",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from flexcache.documents import Documents
@@ -17,6 +18,7 @@ from flexcache.recording.planning.extension_request import (
 )
 from flexcache.recording.planning.store_identity import check_same
 from flexcache.spec import CaptureSpec
+from flexcache.store.format.schema import read_attributes
 from flexcache.store.read.store import Store
 
 FIXED = (
@@ -35,9 +37,9 @@ def check_source(store: Store, model: dict[str, Any], tokenizer: Any, allow_chan
         The model or the tokenizer is not the one that the store was captured with.
     """
     stored = store.provenance
-    chat = CHAT_TEMPLATE in (stored.get("tokenizer") or {})
+    chat = CHAT_TEMPLATE in (stored.tokenizer or {})
     return check_same(
-        {"model": comparable_record(stored.get("model", {})), "tokenizer": stored.get("tokenizer")},
+        {"model": comparable_record(stored.model), "tokenizer": stored.tokenizer},
         {"model": model, "tokenizer": describe_tokenizer(tokenizer, chat)},
         store.path,
         allow_changed_model=allow_changed_model,
@@ -46,14 +48,15 @@ def check_source(store: Store, model: dict[str, Any], tokenizer: Any, allow_chan
 
 def check_fixed(store: Store, spec: CaptureSpec) -> None:
     """Raise MismatchError if a spec sets a field that determines the rows of a store to another value."""
+    CaptureSpec.from_store(read_attributes(store.path)["spec"])  # a field of a later version is an error
     given = {name for name in FIXED if name in spec.model_fields_set}
-    asked, before = (one.model_dump(mode="json") for one in (spec, CaptureSpec.from_store(store.spec)))
+    asked, before = (one.model_dump(mode="json") for one in (spec, store.spec))
     different = [
         f"{name}: {before[name]} in the store, {asked[name]} in the configuration"
         for name in FIXED
         if name in given and asked[name] != before[name]
     ]
-    inputs = (store.spec.get("decoder") or {"inputs": spec.decoder_inputs})["inputs"]
+    inputs = spec.decoder_inputs if store.spec.decoder is None else store.spec.decoder.inputs
     if "decoder_inputs" in spec.model_fields_set and inputs != spec.decoder_inputs:
         different.append(f"decoder_inputs: {inputs} in the store, {spec.decoder_inputs} in the configuration")
     if different:
@@ -68,7 +71,7 @@ def check_fixed(store: Store, spec: CaptureSpec) -> None:
 def _same_files(store: Store, corpus: Documents) -> bool:
     """Return True if a corpus consists of the files that the store was begun with."""
     description = corpus.describe()
-    return bool(description["files"]) and same_corpus(store.provenance.get("documents") or {}, description)
+    return bool(description["files"]) and same_corpus(store.provenance.documents, description)
 
 
 def _enough(store: Store, corpus: Documents | None, max_tokens: int | None) -> str | None:
@@ -84,24 +87,24 @@ def _check_objective(store: Store, targets: CaptureTargets, objective: Objective
         check_equal(
             store,
             "the objective",
-            store.spec.get("objective"),
+            store.spec.objective,
             None if objective is None else describe_objective(objective),
         )
 
 
 def _check_known(store: Store, corpus: Documents | None) -> None:
     """Raise ConfigError if new sites are asked for together with another corpus than that of the store."""
-    if corpus is not None and not same_corpus(store.provenance.get("documents") or {}, corpus.describe()):
+    if corpus is not None and not same_corpus(store.provenance.documents, corpus.describe()):
         raise ConfigError(
             "documents and sites cannot be added together",
             where=str(store.path),
-            expected=f"the corpus of the store, {_corpus(store.provenance.get('documents', {}))}, or its sites",
+            expected=f"the corpus of the store, {_corpus(store.provenance.documents)}, or its sites",
             found=_corpus(corpus.describe()),
             remedy="add the sites first, on the existing documents, then the documents",
         )
 
 
-def _corpus(description: dict[str, Any]) -> str:
+def _corpus(description: Mapping[str, Any]) -> str:
     names = ", ".join(f"{file['name']} ({file['bytes']} bytes)" for file in description.get("files", [])[:4])
     return f"{description.get('kind')} {names or description.get('count')}"
 

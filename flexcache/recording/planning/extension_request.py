@@ -155,12 +155,12 @@ def more_documents(
             NewDocuments(documents, store, new_only),
             tokenizer,
             folder.parent,
-            CaptureSpec.from_store(store.spec).model_copy(update={"max_tokens": left}),
+            store.spec.model_copy(update={"max_tokens": left}),
             vocabulary=vocabulary,
             encoder_vocabulary=encoder_vocabulary,
             positions=positions,
-            empty=store.spec.get("empty_documents", "error"),
-            keep_text=bool(store.spec.get("keep_text", True)),
+            empty=store.spec.empty_documents,
+            keep_text=store.spec.keep_text,
             first_index=int(pc.max(store.documents.column("source_index")).as_py()) + 1,
             progress=progress,
         )
@@ -196,13 +196,13 @@ def _check_forms(store: Store, arrays: list[ArraySpec]) -> None:
             )
 
 
-def _spec_with(store: Store, asked: CaptureSpec, arrays: list[ArraySpec]) -> dict[str, Any]:
+def _spec_with(store: Store, asked: CaptureSpec, arrays: list[ArraySpec]) -> CaptureSpec:
     """Return the spec of the store with the arrays that are asked for."""
     stacked = {array.site: array for array in arrays if array.layers is not None}
-    sites = dict(store.spec.get("sites", {}))
+    sites = dict(store.spec.sites)
     for site, layers in asked.sites.items():
         sites[site] = _layers(sites.get(site), layers, stacked.get(site))
-    transforms = dict(store.spec.get("transforms", {}))
+    transforms = dict(store.spec.transforms)
     by_name = {array.name: array for array in arrays}
     for name, said in asked.transforms.items():
         before = transforms.get(name)
@@ -212,16 +212,12 @@ def _spec_with(store: Store, asked: CaptureSpec, arrays: list[ArraySpec]) -> dic
         check_equal(store, f"transform {name}", _but_layers(before), _but_layers(said))
         array = by_name.get(name)
         transforms[name] = {**said, "layers": _layers(before.get("layers"), said.get("layers"), array)}
-    objective = store.spec.get("objective")
+    objective = store.spec.objective
     gradients = any(array.site.endswith(".grad") for array in store.arrays.values())
     if gradients and any(site.endswith(".grad") for site in asked.sites):
         check_equal(store, "the objective", objective, asked.objective)
-    return {
-        **store.spec,
-        "sites": sites,
-        "transforms": transforms,
-        "objective": asked.objective if objective is None else objective,
-    }
+    objective = asked.objective if objective is None else objective
+    return store.spec.model_copy(update={"sites": sites, "transforms": transforms, "objective": objective})
 
 
 def _layers(before: Any, asked: Any, array: ArraySpec | None) -> Any:

@@ -15,7 +15,6 @@ from flexcache.images.encoded import IMAGE, IMAGE_DIGEST
 from flexcache.options import SequenceOptions
 from flexcache.sequences import encode_documents, image_digests, messages_digests, text_digests
 from flexcache.sequences.targets import TARGET, shift_right, split_target
-from flexcache.spec import CaptureSpec
 from flexcache.store.format.schema import CONTEXT
 from flexcache.store.read.store import Store
 
@@ -108,7 +107,7 @@ class NewDocuments:
 
     def _contents(self, known: pa.RecordBatch, places: np.ndarray) -> tuple[list[Any], list[Any]]:
         """Return the stored and the given contents of known documents; both sides of encoder-decoder inputs."""
-        inputs = CaptureSpec.from_store(self._store.spec).decoder
+        inputs = self._store.spec.decoder
         if inputs is None:
             return self._one_side(known, places, "tokens")
         given, target = split_target(known)
@@ -121,8 +120,7 @@ class NewDocuments:
 
     @property
     def _limit(self) -> int | None:
-        limit: int | None = self._store.spec.get("max_length")
-        return limit
+        return self._store.spec.max_length
 
     def _one_side(
         self, known: pa.RecordBatch, places: np.ndarray, tokens_name: str, text_name: str = "text"
@@ -146,7 +144,7 @@ class NewDocuments:
             if IMAGE_DIGEST not in documents.column_names:
                 return ["no image"] * len(given), ["an image"] * len(given)
             return documents.column(IMAGE_DIGEST).take(pa.array(places)).to_pylist(), given
-        if not CaptureSpec.from_store(self._store.spec).whole:
+        if not self._store.spec.whole:
             return self._rows_of(places, known.column(1).to_pylist())
         lines = np.searchsorted(self._store.tokens.column("document").to_numpy(), places)
         stored = self._store.tokens.column(tokens_name).take(pa.array(lines)).to_pylist()

@@ -23,7 +23,7 @@ from flexcache.recording.forward.capture_targets import CaptureTargets
 from flexcache.recording.run.batch_forward import Sink, open_forward
 from flexcache.recording.run.cuda_transfer import transfer_for
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
-from flexcache.spec import DTYPES, CaptureSpec
+from flexcache.spec import DTYPES
 from flexcache.store.read.store import Store
 from flexcache.store.write.range_error import range_error
 from flexcache.store.write.row_encoding import Unstorable
@@ -94,7 +94,7 @@ def try_batches(
     with evaluation_mode(model), closing(ModelParallelGroup(model)) as group, ExitStack() as stack:
         example = None if isinstance(pad, int) else pad.example(model)
         hooks.check_sites(model, targets.points, example=example, reader=group.read_example, alone=group.alone)
-        if CaptureSpec.from_store(store.spec).isolated:
+        if store.spec.isolated:
             check_isolation(model, targets, pad, group)
         forward = stack.enter_context(open_forward(model, targets, pad, _discarding_sink(store, model), group))
         largest = reader.read_largest()

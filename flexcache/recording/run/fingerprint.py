@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ def fingerprint(model: torch.nn.Module, tensor: int = 1) -> dict[str, Any]:
     }
 
 
-def model_notices(before: dict[str, Any], now: dict[str, Any], accepted: list[str]) -> list[str]:
+def model_notices(before: Mapping[str, Any], now: dict[str, Any], accepted: list[str]) -> list[str]:
     """Return lines for the user about a model that resumes a store which another one began."""
     if accepted:
         return ["the model is not the one of the store, as was allowed; the ledger says so:", *accepted]

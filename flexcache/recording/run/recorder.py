@@ -96,7 +96,7 @@ class Recorder:
         self.store = Store(path)
         self.fingerprint = {} if fingerprint is None else fingerprint
         self.stats = RunStats()
-        self._planned_tokens = int(self.store.spec["batch_tokens"])
+        self._planned_tokens = self.store.spec.batch_tokens
         self._batch_tokens = self._planned_tokens if batch_tokens is None else min(self._planned_tokens, batch_tokens)
         self._on_start, self._on_wait, self._on_complete = on_start, on_wait, on_complete
         self._allow_mixed = allow_mixed

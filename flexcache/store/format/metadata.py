@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, get_args
+from typing import Any
 
-from flexcache.errors import DamagedError
-from flexcache.plan import Batching, Largest
-from flexcache.spec import DTYPES, ArraySpec
+from flexcache.errors import ConfigError, DamagedError
+from flexcache.plan import Largest
+from flexcache.spec import DTYPES, ArraySpec, CaptureSpec
 from flexcache.store.format.int8 import scale_name, scales_of
+from flexcache.store.format.provenance import Provenance
 
 MOST_ROWS, MOST_UNITS, MOST_FEATURES, MOST_LAYERS = 2**48, 10**8, 2**24, 100_000
 
@@ -20,9 +21,9 @@ class StoreMetadata:
     """The attributes of a store, with valid types and ranges, and consistent with each other."""
 
     arrays: dict[str, ArraySpec]
-    spec: dict[str, Any]
+    spec: CaptureSpec
     plan: dict[str, Any]
-    provenance: dict[str, Any]
+    provenance: Provenance
 
 
 def parse_metadata(content: Mapping[str, Any], where: str) -> StoreMetadata:
@@ -42,23 +43,20 @@ def parse_metadata(content: Mapping[str, Any], where: str) -> StoreMetadata:
         _agree(units == -(-rows // shard_rows), f"{rows} rows are not {units} units of {shard_rows}")
         for name in ("documents", "files", "bytes", "tokens"):
             _whole(plan, name, 0, 2**80)
-        _agree(spec.get("compression", "none") in ("none", "zstd"), f"compression is {spec.get('compression')!r}")
         _agree(isinstance(spec.get("rows"), str), f"rows is {spec.get('rows')!r}")
-        for name in ("model", "documents", "tokenizer"):
-            if provenance.get(name) is not None:
-                _mapping(provenance, name)
-        stored_batching(provenance)
+        fields = {name: value for name, value in spec.items() if name in CaptureSpec.model_fields}
+        known, made_by = CaptureSpec.from_store(fields), Provenance.from_json(provenance)
         for array in arrays.values():
             scales = arrays.get(scale_name(array.name)) if array.dtype == "int8" else None
             _agree(array.dtype != "int8" or scales == scales_of(array), f"int8 array {array.name} has no scales")
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
         raise DamagedError(
             "the store's metadata is not valid",
             where=where,
             found=f"{type(error).__name__}: {str(error)[:200]}",
             remedy="restore zarr.json from a copy",
         ) from error
-    return StoreMetadata(arrays, spec, plan, provenance)
+    return StoreMetadata(arrays, known, plan, made_by)
 
 
 def _array(name: str, data: Any) -> ArraySpec:
@@ -87,22 +85,6 @@ def largest_batch(plan: Mapping[str, Any]) -> Largest | None:
     if not isinstance(found, list) or len(found) != 3 or any(type(value) is not int or value < 0 for value in found):
         return None
     return Largest(*found)
-
-
-def stored_batching(provenance: Mapping[str, Any]) -> Batching | None:
-    """Return the rule by which sequences share a batch, as found by forwards of the model; None if not recorded.
-
-    Raises
-    ------
-    ValueError
-        The recorded value is not a `Batching`.
-    """
-    if provenance.get("batching") is None:
-        return None
-    recorded = str(_mapping(provenance, "batching").get("batches"))
-    found: Batching | None = next((kind for kind in get_args(Batching) if kind == recorded), None)
-    _agree(found is not None, f"batching is {recorded[:40]}")
-    return found
 
 
 def _mapping(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -61,16 +61,6 @@ def other_models(fingerprints: Iterable[Record]) -> list[str]:
     return sorted({mark for fingerprint in fingerprints for mark in marks(fingerprint)})
 
 
-def model_record(provenance: Record) -> Record:
-    """Return the record of the model whose activations a store holds, also if the store is shuffled.
-
-    >>> model_record({"model": {"class": "Linear"}})
-    {'class': 'Linear'}
-    """
-    model = as_mapping(provenance.get("model"))
-    return as_mapping(as_mapping(model.get("preshuffled")).get("model")) or model
-
-
 def has_weight_digests(model: Record) -> bool:
     """Return True if a record states the weights of a model.
 

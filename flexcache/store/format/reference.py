@@ -10,6 +10,7 @@ import numpy as np
 
 from flexcache.errors import MismatchError, StoreError
 from flexcache.store.format.metadata import parse_metadata
+from flexcache.store.format.provenance import Provenance
 from flexcache.store.format.schema import read_attributes
 from flexcache.store.storage.location import StoreLocation
 
@@ -65,30 +66,25 @@ class StoreReference:
                 remedy="put the store where all workers reach it: a file system they share, or object storage",
             )
         found = parse_metadata(read_attributes(self.path), str(metadata))
-        same = created_at(found.provenance) == self.created and int(found.plan["shard_rows"]) == self.shard_rows
+        same = found.provenance.created == self.created and int(found.plan["shard_rows"]) == self.shard_rows
         if not same or int(found.plan["rows"]) < self.n_rows:
             raise MismatchError(
                 "another store has taken the place of the one that was opened",
                 where=str(self.path),
                 expected=f"{self.n_rows} rows or more, created {self.created or 'at an unknown time'}",
-                found=f"{found.plan['rows']} rows, created {created_at(found.provenance) or 'at an unknown time'}",
+                found=f"{found.plan['rows']} rows, created {found.provenance.created or 'at an unknown time'}",
                 remedy="open the store again",
             )
 
 
 def make_reference(
-    path: StoreLocation, provenance: dict[str, Any], plan: dict[str, Any], committed: np.ndarray
+    path: StoreLocation, provenance: Provenance, plan: dict[str, Any], committed: np.ndarray
 ) -> StoreReference:
     """Return a reference to an open store; *committed* is the mask of committed units, shape (units,)."""
     path, rows, shard_rows = path.absolute(), int(plan["rows"]), int(plan["shard_rows"])
     return StoreReference(
-        path, stamp(path), crc32(np.packbits(committed).tobytes()), created_at(provenance), rows, shard_rows
+        path, stamp(path), crc32(np.packbits(committed).tobytes()), provenance.created, rows, shard_rows
     )
-
-
-def created_at(provenance: dict[str, Any]) -> str:
-    """Return the time at which a store was created; empty if it is not recorded."""
-    return str(provenance.get("created", ""))
 
 
 def stamp(path: StoreLocation) -> tuple[int, int]:

@@ -83,14 +83,15 @@ def copy(
     check_not_extending(origin.path)
     chosen = [array for array in select(origin, sites, layers) if not is_scale(array.name, origin.arrays)]
     arrays = [replace(array, dtype=dtype or array.dtype) for array in chosen]
+    changes: dict[str, Any] = {"compression": compression or origin.spec.compression}
+    if any(a.dtype != b.dtype for a, b in zip(arrays, chosen, strict=True)):
+        changes["dtype"] = dtype
     derived = DerivedStore(
         origin,
         with_scales(arrays),
-        spec={
-            **(narrow_spec(origin, chosen) if with_scales(chosen) != list(origin.arrays.values()) else origin.spec),
-            **({"dtype": dtype} if any(a.dtype != b.dtype for a, b in zip(arrays, chosen, strict=True)) else {}),
-            "compression": compression or origin.spec.get("compression", "none"),
-        },
+        spec=(
+            narrow_spec(origin, chosen) if with_scales(chosen) != list(origin.arrays.values()) else origin.spec
+        ).model_copy(update=changes),
         history={"copied_from": describe_origin(origin), "changed": _changes(origin, arrays, compression)},
         needed=0,
     )
@@ -129,7 +130,7 @@ def _changes(origin: Store, arrays: list[ArraySpec], compression: str | None) ->
             found.setdefault("layers", {})[name] = list(array.layers or ())
         if array.dtype != before.dtype:
             found.setdefault("dtype", {})[name] = [before.dtype, array.dtype]
-    codec = origin.spec.get("compression", "none")
+    codec = origin.spec.compression
     if compression not in (None, codec):
         found["compression"] = [codec, compression]
     return found
@@ -138,7 +139,7 @@ def _changes(origin: Store, arrays: list[ArraySpec], compression: str | None) ->
 def _needed(derived: DerivedStore) -> int:
     """Return the bytes that a copy needs, from the ledger if files are copied unchanged."""
     origin = derived.origin
-    same = derived.spec["compression"] == origin.spec.get("compression", "none")
+    same = derived.spec.compression == origin.spec.compression
     if (
         same
         and origin.compressed

@@ -12,7 +12,7 @@ import zarr
 
 from flexcache.errors import MismatchError
 from flexcache.site import STANDARD
-from flexcache.spec import ArraySpec
+from flexcache.spec import ArraySpec, CaptureSpec
 from flexcache.store.format.schema import ATTRIBUTE, read_attributes
 from flexcache.store.format.text import join_lines, shorten, size
 from flexcache.store.manage.dataset_card import card
@@ -34,7 +34,7 @@ class DerivedStore:
     origin : Store
         The store whose plan, tables and coordinates are reused.
     arrays : list of ArraySpec
-    spec : dict
+    spec : CaptureSpec
         The spec of a capture of these arrays, so that a capture can resume the result.
     history : dict
         Entry for the provenance: the origin, and the changes.
@@ -44,7 +44,7 @@ class DerivedStore:
 
     origin: Store
     arrays: list[ArraySpec]
-    spec: dict[str, Any]
+    spec: CaptureSpec
     history: dict[str, Any]
     needed: int
 
@@ -61,7 +61,7 @@ class DerivedStore:
             **given,
             "arrays": {array.name: array.to_json() for array in self.arrays},
             "plan": plan,
-            "spec": self.spec,
+            "spec": given["spec"] | self.spec.to_json(),
             "provenance": {**given["provenance"], "history": history},
         }
 
@@ -115,14 +115,14 @@ def _check_begun_alike(store: Store, derived: DerivedStore) -> None:
         )
 
 
-def narrow_spec(store: Store, arrays: Sequence[ArraySpec]) -> dict[str, Any]:
+def narrow_spec(store: Store, arrays: Sequence[ArraySpec]) -> CaptureSpec:
     """Return the spec of a store as if only *arrays* had been requested."""
     kept = {array.name: array for array in arrays}
     before: dict[str, list[ArraySpec]] = {}
     for array in store.arrays.values():
         before.setdefault(array.site, []).append(array)
     sites: dict[str, Any] = {}
-    for site, asked in store.spec.get("sites", {}).items():
+    for site, asked in store.spec.sites.items():
         had = before.get(site, [])
         left = [array for array in had if array.name in kept]
         if had and [kept[array.name].layers for array in left] == [array.layers for array in had]:
@@ -134,8 +134,8 @@ def narrow_spec(store: Store, arrays: Sequence[ArraySpec]) -> dict[str, Any]:
                 layers = kept[array.name].layers
                 name = array.site if layers is not None or len(had) == 1 else _module(array.name)
                 sites[name] = asked if layers is None else list(layers)
-    transforms = {name: value for name, value in store.spec.get("transforms", {}).items() if name in kept}
-    return {**store.spec, "sites": sites, **({"transforms": transforms} if "transforms" in store.spec else {})}
+    transforms = {name: value for name, value in store.spec.transforms.items() if name in kept}
+    return store.spec.model_copy(update={"sites": sites, "transforms": transforms})
 
 
 def plan_facts(store: Store) -> list[tuple[str, str]]:
@@ -157,8 +157,8 @@ def write_derived(name: str, folder: Path, derived: DerivedStore) -> None:
         A table or coordinate of the origin is damaged.
     """
     origin, content = derived.origin, derived.attributes()
-    compression = str(derived.spec.get("compression", "none"))
-    same_codec = compression == origin.spec.get("compression", "none")
+    compression = derived.spec.compression
+    same_codec = compression == origin.spec.compression
     given, kept = plan_files(origin), shared_files(origin)
     new = []
     for array in derived.arrays:

@@ -8,7 +8,7 @@ from typing import Any
 
 from flexcache.errors import ConfigError, MismatchError
 from flexcache.progress import ProgressCallback, ignore_progress
-from flexcache.spec import ArraySpec
+from flexcache.spec import ArraySpec, CaptureSpec
 from flexcache.store.format.model_comparison import differences
 from flexcache.store.format.shard import shard_name
 from flexcache.store.format.text import join_lines, shorten
@@ -69,22 +69,23 @@ def merge(
 
 def _check_alike(one: Store, other: Store) -> None:
     numbers = ("rows", "units", "shard_rows", "corpus_xxh3_128")
-    pairs = [(f"plan.{name}", one.plan.get(name), other.plan.get(name)) for name in numbers]
-    pairs += [(name, one.provenance.get(name), other.provenance.get(name)) for name in ("tokenizer",)]
-    asked = sorted({*one.spec, *other.spec} - {"sites", "transforms", "objective", "dtype"})
-    pairs += [(f"spec.{name}", one.spec.get(name), other.spec.get(name)) for name in asked]
-    both = [value for value in (one.spec.get("objective"), other.spec.get("objective")) if value is not None]
+    pairs: list[tuple[str, Any, Any]] = [(f"plan.{name}", one.plan.get(name), other.plan.get(name)) for name in numbers]
+    pairs.append(("tokenizer", one.provenance.tokenizer, other.provenance.tokenizer))
+    specs = [store.spec.model_dump(mode="json") for store in (one, other)]
+    asked = sorted({name for spec in specs for name in spec} - {"sites", "transforms", "objective", "dtype"})
+    pairs += [(f"spec.{name}", specs[0].get(name), specs[1].get(name)) for name in asked]
+    both = [store.spec.objective for store in (one, other) if store.spec.objective is not None]
     if len(both) == 2:
-        pairs.append(("spec.objective", *both))
-    transforms = [store.spec.get("transforms", {}) for store in (one, other)]
-    pairs += [(f"transform {name}", *(t[name] for t in transforms)) for name in transforms[0] if name in transforms[1]]
+        pairs.append(("spec.objective", both[0], both[1]))
+    first, second = one.spec.transforms, other.spec.transforms
+    pairs += [(f"transform {name}", value, second[name]) for name, value in first.items() if name in second]
     different = [f"{name}: {shorten(a)} and {shorten(b)}" for name, a, b in pairs if a != b]
     different += [f"model.{line}" for line in differences(*(recorded_model(store) for store in (one, other)))]
     different += differing_tables(one, other)
     for name in set(one.arrays) & set(other.arrays):
-        first, second = (replace(store.arrays[name], layers=None) for store in (one, other))
-        if first != second:
-            different.append(f"array {name}: {first} and {second}")
+        forms = [replace(store.arrays[name], layers=None) for store in (one, other)]
+        if forms[0] != forms[1]:
+            different.append(f"array {name}: {forms[0]} and {forms[1]}")
         elif not different:
             different += _differing_files(one, other, name)
     _raise_differences(one, other, different)
@@ -128,18 +129,18 @@ def _merge_arrays(stores: list[Store]) -> tuple[list[ArraySpec], dict[ArrayKey, 
     return merged, {(array.name, layer): owners[array.name, layer] for array in merged for layer in array.slices}
 
 
-def _spec(stores: list[Store], arrays: list[ArraySpec]) -> dict[str, Any]:
+def _spec(stores: list[Store], arrays: list[ArraySpec]) -> CaptureSpec:
     """Return the spec of one capture of all arrays."""
     sites: dict[str, Any] = {}
     layers = {array.site: list(array.layers) for array in arrays if array.layers is not None}
     for store in stores:
-        for site, asked in store.spec.get("sites", {}).items():
+        for site, asked in store.spec.sites.items():
             sites[site] = asked if sites.get(site, asked) == asked else layers.get(site, asked)
-    spec = {**stores[0].spec, "sites": sites}
-    if any("transforms" in store.spec for store in stores):
-        spec["transforms"] = {k: v for store in stores for k, v in store.spec.get("transforms", {}).items()}
-    for name in ("dtype", "objective"):
-        values = [value for store in stores if (value := store.spec.get(name)) is not None]
-        if values:
-            spec[name] = values[0] if name == "objective" or all(v == values[0] for v in values) else "auto"
-    return spec
+    dtypes = {store.spec.dtype for store in stores}
+    changes = {
+        "sites": sites,
+        "transforms": {k: v for store in stores for k, v in store.spec.transforms.items()},
+        "dtype": dtypes.pop() if len(dtypes) == 1 else "auto",
+        "objective": next((store.spec.objective for store in stores if store.spec.objective is not None), None),
+    }
+    return stores[0].spec.model_copy(update=changes)

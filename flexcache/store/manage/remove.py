@@ -116,7 +116,7 @@ class Removal:
         left = self._left(store)
         if left != list(store.arrays.values()):
             content = read_attributes(self.path)
-            content["spec"] = narrow_spec(store, left)
+            content["spec"] |= narrow_spec(store, left).to_json()
             content["arrays"] = {array.name: array.to_json() for array in left}
             if "files" in content["plan"]:
                 content["plan"]["files"] = store.n_units * sum(len(array.slices) for array in left)

@@ -16,9 +16,9 @@ import zarr
 
 from flexcache.plan import Plan, batch_groups
 from flexcache.sequences import TokenizedCorpus
-from flexcache.spec import ArraySpec
+from flexcache.spec import ArraySpec, CaptureSpec
 from flexcache.store.format.ledger import Ledger
-from flexcache.store.format.metadata import largest_batch, stored_batching
+from flexcache.store.format.metadata import largest_batch
 from flexcache.store.format.schema import ATTRIBUTE, COORDINATES, SEQUENCES, read_attributes
 from flexcache.store.format.text import size
 from flexcache.store.manage.dataset_card import card
@@ -48,7 +48,7 @@ def merge_arrays(store: Store, arrays: list[ArraySpec]) -> tuple[list[ArraySpec]
     return list(found.values()), new
 
 
-def stage_arrays(store: Store, folder: Path, arrays: list[ArraySpec], spec: dict[str, Any], request: Any) -> None:
+def stage_arrays(store: Store, folder: Path, arrays: list[ArraySpec], spec: CaptureSpec, request: Any) -> None:
     """Write a store over the same plan with more arrays or layers into *folder*.
 
     Parameters
@@ -89,12 +89,12 @@ def plan_extension(store: Store, corpus: TokenizedCorpus) -> Plan:
         corpus.input_lengths.max(axis=1),
         sequences.kept,
         store.shard_rows,
-        spec["batch_tokens"],
-        spec["seed"],
+        spec.batch_tokens,
+        spec.seed,
         rows,
         batches,
         sequences.linked,
-        batch_groups(stored_batching(store.provenance) or "padded", corpus.input_lengths),
+        batch_groups(store.provenance.batching or "padded", corpus.input_lengths),
     )
 
 
@@ -126,7 +126,7 @@ def stage_documents(store: Store, folder: Path, plan: Plan, corpus: TokenizedCor
     content = _content(store, plan, corpus, total, entry)
 
     def add_arrays(group: zarr.Group) -> dict[str, zarr.Array]:
-        create_arrays(group, arrays, plan.n_rows, store.shard_rows, str(store.spec.get("compression", "none")))
+        create_arrays(group, arrays, plan.n_rows, store.shard_rows, store.spec.compression)
         coordinates = {}
         for name in COORDINATES:
             chunk = int(zarr.open_array(store.path / name, mode="r").chunks[0])

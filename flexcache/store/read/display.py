@@ -16,14 +16,13 @@ from flexcache.store.read.open_store import OpenStore
 
 def summary(store: OpenStore) -> dict[str, str]:
     """Return the main facts about a store as short texts."""
-    model = store.provenance.get("model", {})
     plan = store.plan
     done = len(store.committed_units)
     state = "complete" if store.complete else f"{done} of {store.n_units} units committed"
     state += _extension(store)
     return {
-        "model": str(model.get("name", "unknown")),
-        "rows": f"{store.n_rows:,} ({store.spec.get('rows', 'all')} tokens of {plan.get('documents', 0):,} documents)",
+        "model": store.provenance.model_name or "unknown",
+        "rows": f"{store.n_rows:,} ({store.spec.rows} tokens of {plan.get('documents', 0):,} documents)",
         "state": state,
         "units": f"{store.n_units:,} of {store.shard_rows:,} rows",
         "size": f"{size(array_bytes(store))} {'before compression' if store.compressed else 'when complete'}",

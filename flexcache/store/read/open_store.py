@@ -46,7 +46,7 @@ class OpenStore:
         self.n_rows = int(self.plan["rows"])
         self.n_units = int(self.plan["units"])
         self.shard_rows = int(self.plan["shard_rows"])
-        self.compressed = self.spec.get("compression", "none") != "none"
+        self.compressed = self.spec.compression != "none"
         self.ledger = units.ledger
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -112,7 +112,7 @@ class OpenStore:
     @property
     def images(self) -> bool:
         """True if the documents are images; see `patches` and `image`."""
-        return "patches" in self.provenance
+        return "patches" in self.provenance.others
 
     @cached_property
     def patches(self) -> Patches:

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from flexcache.store.format.model_record import OTHERS, comparable_record, model_record, other_models
+from flexcache.store.format.model_record import OTHERS, comparable_record, other_models
+from flexcache.store.format.provenance import Provenance
 
 LOOKED_AT = 4096
 """Maximum number of ledger records to read; in a larger store, they are evenly spaced."""
@@ -18,7 +19,7 @@ def recorded_model(store: Any) -> dict[str, Any]:
     If some units were computed by another model, which a capture allows only on request, the record contains their
     marks, and differs from the record of any single model.
     """
-    found = comparable_record(model_record(getattr(store, "provenance", None) or {}))
+    found = comparable_record(getattr(store, "provenance", Provenance()).model_record)
     ledger, units = getattr(store, "ledger", None), getattr(store, "committed_units", ())
     if ledger is None or not len(units):
         return found

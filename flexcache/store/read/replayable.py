@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flexcache.store.format.model_record import has_weight_digests, model_record
+from flexcache.store.format.model_record import has_weight_digests
 from flexcache.store.read.open_store import OpenStore
 
 RESIDUAL = ("resid_post", "resid_pre")
@@ -42,11 +42,11 @@ def replayable(store: OpenStore) -> Replayable:
     `analysis.replay.engine.compatibility` checks the model that is to run them.
     """
     reasons = {}
-    if store.spec.get("rows") != "all":
-        reasons["rows"] = f"rows are the {store.spec.get('rows')} of each document, and a forward needs every token"
-    elif store.spec.get("windows") is not None and len(store.tokens) and _has_windows(store):
+    if store.spec.rows != "all":
+        reasons["rows"] = f"rows are the {store.spec.rows} of each document, and a forward needs every token"
+    elif store.spec.windows is not None and len(store.tokens) and _has_windows(store):
         reasons["rows"] = "long documents were run in windows, and rows that windows share come from only one of them"
-    elif store.spec.get("packing") is not None:
+    elif store.spec.packing is not None:
         reasons["rows"] = "documents were packed into sequences, and a replay runs each document by itself"
     if not any(store.arrays[site].layers for site in RESIDUAL if site in store.arrays):
         reasons["site"] = f"no residual stream is stored: there are {', '.join(store.sites)}"
@@ -55,7 +55,7 @@ def replayable(store: OpenStore) -> Replayable:
         reasons["int8"] = f"{' and '.join(coarse)} is stored as int8, so its rows differ from those of the model"
     if not len(store.committed_units):
         reasons["units"] = "no unit is committed"
-    if not has_weight_digests(model_record(store.provenance)):
+    if not has_weight_digests(store.provenance.model_record):
         reasons["weights"] = "the store does not record the weights that filled it"
     return Replayable(reasons)
 

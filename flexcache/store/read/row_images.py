@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import pyarrow as pa
 
 from flexcache.errors import StoreError
 from flexcache.images.encoded import IMAGE
 from flexcache.patches import Patches
+from flexcache.store.format.provenance import Provenance
 from flexcache.store.format.schema import SEQUENCES
 from flexcache.store.read.coordinates import unreadable
 from flexcache.store.read.parquet import open_table
 from flexcache.store.storage.location import StoreLocation
 
 
-def read_patches(provenance: Mapping[str, Any], where: StoreLocation) -> Patches:
+def read_patches(provenance: Provenance, where: StoreLocation) -> Patches:
     """Return the layout of the tokens of an image.
 
     Raises
@@ -24,7 +22,7 @@ def read_patches(provenance: Mapping[str, Any], where: StoreLocation) -> Patches
     StoreError
         The documents are not images, or the layout cannot be read.
     """
-    recorded = provenance.get("patches")
+    recorded = provenance.others.get("patches")
     if not isinstance(recorded, dict):
         raise StoreError("the documents of the store are not images", where=str(where))
     try:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 
 from flexcache.errors import StoreError, nearest
 from flexcache.plan import ranges
 from flexcache.sequences.labels import SEQUENCE_COLUMNS
+from flexcache.spec import CaptureSpec
 from flexcache.store.format.schema import CONTEXT
 from flexcache.store.storage.location import StoreLocation
 
 
-def label_names(tokens: pa.Table, spec: Mapping[str, Any]) -> tuple[str, ...]:
+def label_names(tokens: pa.Table, spec: CaptureSpec) -> tuple[str, ...]:
     """Return the names of the columns of ``sequences.parquet`` that hold a label for each token."""
-    own = (*SEQUENCE_COLUMNS, *([CONTEXT] if spec.get("decoder") else []))
+    own = (*SEQUENCE_COLUMNS, *([CONTEXT] if spec.decoder else []))
     return tuple(name for name in tokens.column_names if name not in own)
 
 
-def row_labels(tokens: pa.Table, spec: Mapping[str, Any], name: str, where: StoreLocation) -> pa.Array:
+def row_labels(tokens: pa.Table, spec: CaptureSpec, name: str, where: StoreLocation) -> pa.Array:
     """Return the label of the token of each row.
 
     Parameters
@@ -41,7 +39,7 @@ def row_labels(tokens: pa.Table, spec: Mapping[str, Any], name: str, where: Stor
             where=str(where),
             remedy=nearest(name, names) if names else "capture with token_labels",
         )
-    if spec.get("rows") == "mean":
+    if spec.rows == "mean":
         raise StoreError("rows are means over tokens, so they have no label of a token", where=str(where))
     pieces = []
     for chunk in tokens.to_batches():

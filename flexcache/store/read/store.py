@@ -83,7 +83,7 @@ class Store(OpenStore, Mapping[str, xr.DataArray]):
         rows = self.committed_rows if committed else None
         arrays = [data_array(self.reader(site), self.coordinates, rows=rows) for site in self.sites]
         return xr.merge(arrays, join="outer", compat="override", combine_attrs="drop").assign_attrs(
-            store=str(self.path), model=str(self.provenance.get("model", {}).get("name", ""))
+            store=str(self.path), model=self.provenance.model_name
         )
 
     def read(self, site: str, layer: int | None = None, rows: Any = slice(None), *, raw: bool = False) -> np.ndarray:

@@ -71,9 +71,9 @@ def compare(model: Any, plain: nn.Module, exact: bool, **options: Any) -> None:
                     error = np.abs(found - expected).max() / np.abs(expected).max()
                     assert error <= TOLERANCE, f"{name} {layer}: off by {error:.3g} of its largest value"
             assert {p.name for p in together.path.iterdir()} == {p.name for p in alone.path.iterdir()}
-            found = differences(*(comparable_record(store.provenance["model"]) for store in (alone, together)))
+            found = differences(*(comparable_record(store.provenance.model) for store in (alone, together)))
             assert not [line for line in found if line.startswith(("weights", "buffers", "outputs"))], found
-            assert all(store.provenance["model"]["identity"]["weights"] for store in (together, alone))
+            assert all(store.provenance.model["identity"]["weights"] for store in (together, alone))
     parts = (
         [model] if isinstance(model, nn.Module) else [s.submod for s in (model if isinstance(model, list) else [model])]
     )
