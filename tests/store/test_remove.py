@@ -54,7 +54,7 @@ def test_a_removal_leaves_the_same_store_as_a_copy_without_the_removed_sites(
     assert [*store.ledger] == [*part.ledger]
     assert store.arrays == part.arrays
     assert store.spec == part.spec
-    assert store.provenance.history == [{"removed": {"resid_post": [0, 2]}}]
+    assert store.provenance.history == ({"removed": {"resid_post": [0, 2]}},)
     assert freed == sum(
         file.size
         for record in source.ledger
