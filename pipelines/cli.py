@@ -25,7 +25,7 @@ for command in (
     *(captures.plan, captures.estimate, captures.capture, captures.extend, captures.schema),
     *(stores.info, captures.sites, stores.verify, stores.repair, stores.copy, stores.bench_codec, stores.preshuffle),
     *(stores.merge, stores.rm, exchange.export, exchange.import_),
-    *(analyses.probe, analyses.stats, analyses.report, analyses.replay, demos.demo, demos.induction),
+    *(analyses.probe, analyses.stats, analyses.report, analyses.replay, demos.demo),
 ):
     app.command(command.__name__.strip("_").replace("_", "-"))(command)
 

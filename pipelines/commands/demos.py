@@ -1,4 +1,4 @@
-"""Commands that show the whole on real input: demo and induction."""
+"""The command that shows the whole on real input: demo."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands.arguments import Quiet, console
+from pipelines.commands.arguments import console
 
 
 def demo(
@@ -20,17 +20,3 @@ def demo(
     from pipelines.demo import reviews
 
     reviews.run(documents, output, console)
-
-
-def induction(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the store, the scores and the plot.")
-    ] = Path("induction"),
-    seed: Annotated[int, typer.Option(help="Seed of weights, training and documents.", min=0)] = 0,
-    steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = 1500,
-    quiet: Quiet = False,
-) -> None:
-    """Find induction heads with a store: train a two-layer transformer to copy, and score its heads."""
-    from pipelines.demo import induction as example
-
-    example.run(output, console, seed=seed, steps=steps, progress=not quiet)

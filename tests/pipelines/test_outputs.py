@@ -48,7 +48,6 @@ FOLDERS = {
     "report": ["STORE", "-q", "--stats"],
     "replay": ["STORE", "replay.yaml", "-q", "-o"],
     "export": ["STORE", "--to", "npy", "-q"],
-    "induction": ["-q", "-o"],
     "demo": ["-o"],
 }
 

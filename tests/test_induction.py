@@ -1,20 +1,24 @@
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 import flexcache
 from analysis.induction import plot, scores
-from flexcache.errors import AnalysisError, ConfigError, SiteError
+from flexcache.errors import AnalysisError, ConfigError, MismatchError, SiteError
 from flexcache.store.read.store import Store
-from pipelines.demo import induction as pipeline
-from pipelines.demo.induction_model import AttentionOnly, AttentionOnlyConfig, repeated, train
-from tests.pipelines.test_cli import run
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import induction as pipeline
+from induction_model import AttentionOnly, AttentionOnlyConfig, repeated, train
 
 HALF, SEQUENCES, HEADS, LAYERS = 7, 9, 4, 2
 
@@ -177,17 +181,18 @@ def test_training_is_repeatable_and_reports_its_progress() -> None:
 
 
 def test_a_store_of_another_training_is_refused_before_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    short = ("induction", "-q", "-o", tmp_path, "--steps", 3)
-    run(capsys, *short)
+    def run(seed: int) -> None:
+        pipeline.run(tmp_path, Console(quiet=True), seed, steps=3, progress=False)
+
+    run(0)
     table = (tmp_path / "scores.csv").read_bytes()
-    run(capsys, *short)
+    run(0)
     assert (tmp_path / "scores.csv").read_bytes() == table
     monkeypatch.setattr(pipeline, "train", lambda *_, **__: pytest.fail("trained"))
-    text = run(capsys, *short, "--seed", 1, status=1)
-    assert "another training" in text
-    assert "Traceback" not in text
+    with pytest.raises(MismatchError, match="another training"):
+        run(1)
 
 
 def test_the_plot_may_be_svg(store: Store, tmp_path: Path) -> None:
@@ -197,11 +202,11 @@ def test_the_plot_may_be_svg(store: Store, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_trains_a_model_whose_second_layer_copies(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = run(capsys, "induction", "-o", tmp_path / "out", "--seed", 0)
-    for part in ("training (steps)", "1500/1500", "induction", "previous token", "second half", "scores.csv"):
+def test_the_example_trains_a_model_whose_second_layer_copies(tmp_path: Path) -> None:
+    console = Console(record=True, width=120)
+    pipeline.run(tmp_path / "out", console, seed=0, progress=False)
+    text = console.export_text()
+    for part in ("1,500 steps", "induction", "previous token", "second half", "scores.csv"):
         assert part in text
     assert (tmp_path / "out" / "induction.png").read_bytes().startswith(b"\x89PNG")
     with (tmp_path / "out" / "scores.csv").open() as file:

@@ -1,7 +1,11 @@
-"""flexcache induction: train a small model to copy, and find its induction heads with a store."""
+"""Train a small model to copy, and find its induction heads with a store; see docs/induction.md.
+
+python examples/induction.py --output FOLDER --seed 1
+"""
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
 from pathlib import Path
@@ -9,6 +13,7 @@ from typing import Any
 
 import torch
 import xarray as xr
+from induction_model import STEPS, AttentionOnly, repeated, train
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,7 +25,6 @@ from analysis.rescue import write_or_rescue
 from flexcache import Transform
 from flexcache.errors import MismatchError
 from flexcache.paths import output_folder, shown
-from pipelines.demo.induction_model import STEPS, AttentionOnly, repeated, train
 
 SEQUENCES, HALF = 64, 24
 """Number of held-out documents, and tokens of each of their halves."""
@@ -128,3 +132,14 @@ def head_table(heads: xr.Dataset) -> Table:
             at = heads.sel(layer=layer, head=head)
             table.add_row(str(layer), str(head), *(f"{float(at[name]):.3f}" for name in scores.SCORES))
     return table
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output", "-o", type=Path, default=Path("induction"), help="folder for store, scores and plot"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, training and documents")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
+    given = parser.parse_args()
+    run(given.output, Console(), given.seed, given.steps)
