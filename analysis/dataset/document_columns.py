@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from analysis.dataset.readable import Task
 from flexcache.errors import AnalysisError, nearest
 
 _VALUE_TYPES = (
@@ -79,8 +80,41 @@ def label_codes(column: pa.Array) -> NDArray[np.int64]:
     return found
 
 
-def encode_target(column: pa.Array, name: str, task: str) -> tuple[NDArray[Any], tuple[Any, ...]]:
+def choose_task(column: pa.Array, name: str, task: Task | None = None) -> tuple[Task, str]:
+    """Return the task of a target's known values, and the reason for it.
+
+    >>> choose_task(pa.array([1.0, 0.0, 1.0]), "label")
+    ('classification', 'its values are 0 and 1, as floating-point numbers')
+
+    Raises
+    ------
+    AnalysisError
+        The values are more than two whole numbers as floating-point numbers, which may be classes or a quantity.
+    """
+    if task is not None:
+        return task, "as requested"
+    if not pa.types.is_floating(column.type):
+        kind = "text" if pa.types.is_string(column.type) or pa.types.is_large_string(column.type) else str(column.type)
+        return "classification", f"its values are {kind}"
+    values = np.unique(column.to_numpy(zero_copy_only=False))
+    if not _all_whole(values):
+        return "regression", "its values are numbers with decimals"
+    shown = [f"{value:g}" for value in values]
+    if len(values) <= 2:
+        return "classification", f"its values are {' and '.join(shown)}, as floating-point numbers"
+    raise AnalysisError(
+        f"target {name!r} may be classes or a quantity",
+        expected="text, booleans or integers, which are classes; or numbers with decimals, which are a regression",
+        found=f"whole numbers as {column.type}: {', '.join(shown[:6])}{', …' if len(shown) > 6 else ''}"
+        " (pandas turns integers into these where values are missing)",
+        remedy='give task="classification" or task="regression" (--task on the command line)',
+    )
+
+
+def encode_target(column: pa.Array, name: str, task: Task) -> tuple[NDArray[Any], tuple[Any, ...]]:
     """Return float64 values and no classes, or int64 codes and the sorted classes.
+
+    Classes that are whole numbers are integers, also if the column holds them as floating-point numbers.
 
     Raises
     ------
@@ -97,6 +131,8 @@ def encode_target(column: pa.Array, name: str, task: str) -> tuple[NDArray[Any],
             raise AnalysisError(f"target {name!r} has infinite values", expected="finite numbers")
         found = np.unique(y).tolist()
     else:
+        if pa.types.is_floating(column.type) and _all_whole(np.asarray(values)):
+            values = [int(value) for value in values]
         found = sorted(set(values))
         classes = tuple(found)
         place = {value: code for code, value in enumerate(classes)}
@@ -109,3 +145,7 @@ def encode_target(column: pa.Array, name: str, task: str) -> tuple[NDArray[Any],
             remedy="choose another target, or capture documents of more than one class",
         )
     return y, classes
+
+
+def _all_whole(values: NDArray[np.floating]) -> bool:
+    return bool((np.isfinite(values) & (values == np.round(values))).all())

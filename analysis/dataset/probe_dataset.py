@@ -44,6 +44,8 @@ class ProbeDataset:
     """Captured layers in ascending order; ``(None,)`` for a module path."""
     target: str
     task: Task
+    task_reason: str
+    """The reason for the task, such as the type of the values."""
     classes: tuple[Any, ...]
     """The classes in sorted order; empty in a regression."""
     rows: Rows
@@ -189,9 +191,11 @@ def build_dataset(
     site
         Name of an array of the store.
     target
-        A column of ``store.documents``, or a target of `analysis.targets`. Text, booleans and integers are classes;
-        floating-point numbers are a regression, unless *task* is given. Documents and tokens without a value (null or
-        NaN) are left out and counted in `ProbeDataset.dropped`.
+        A column of ``store.documents``, or a target of `analysis.targets`. Text, booleans and integers are classes,
+        and so are two whole numbers in a floating-point column; numbers with decimals are a regression. More than two
+        whole numbers in a floating-point column need *task*, because pandas turns integers with missing values into
+        such a column. Documents and tokens without a value (null or NaN) are left out and counted in
+        `ProbeDataset.dropped`.
     groups
         ``"document"`` keeps the rows of a document together. The name of a column keeps documents with the same value
         together. ``None`` makes each row its own group, which leaks the identity of a document.
@@ -209,7 +213,7 @@ def build_dataset(
     Raises
     ------
     AnalysisError
-        The store does not have the column, site, layer or row; the target has fewer than two values.
+        The store does not have the column, site, layer or row; the target has fewer than two values, or is ambiguous.
     """
     table = store.documents
     if site not in store.sites:
@@ -266,7 +270,7 @@ def build_dataset(
     else:
         assert values is not None
         values = values.take(pa.array(kept))
-    task = task or ("regression" if pa.types.is_floating(values.type) else "classification")
+    task, reason = document_columns.choose_task(values, name, task)
     y, classes = document_columns.encode_target(values, name, task)
     if groups is None:
         group = np.arange(len(document))
@@ -283,6 +287,7 @@ def build_dataset(
         layers=choose_layers(store, site, layers),
         target=name,
         task=task,
+        task_reason=reason,
         classes=classes,
         rows=rows,
         groups=groups,

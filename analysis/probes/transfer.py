@@ -10,10 +10,12 @@ import xarray as xr
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 
-from analysis.dataset.probe_dataset import ProbeDataset, build_dataset
+from analysis.dataset.layer_choice import choose_layers
+from analysis.dataset.probe_dataset import build_dataset
 from analysis.dataset.readable import Readable, Rows
 from analysis.dataset.store_argument import accept_store_path
 from analysis.dataset.targets import DocumentTarget, TokenTarget
+from analysis.probes.class_pairs import pair_classes, paired_targets, usable_pairs
 from analysis.probes.estimators.linear import LogOdds, coded
 from analysis.probes.evaluation import score
 from analysis.probes.evaluation.score import Prediction
@@ -21,6 +23,7 @@ from analysis.probes.results import Sweep
 from analysis.probes.sweep import sweep as sweep_layers
 from analysis.statistics.bootstrap import percentile_interval
 from flexcache.errors import AnalysisError
+from flexcache.site import Layers
 
 
 @accept_store_path
@@ -29,7 +32,8 @@ def transfer(
     store: Readable,
     target: str | TokenTarget | DocumentTarget | None = None,
     *,
-    layers: Sequence[int] | None = None,
+    classes: Mapping[Any, Any] | None = None,
+    layers: Layers | None = None,
     across: bool = False,
     groups: str | None = "document",
     rows: Rows | None = None,
@@ -48,8 +52,11 @@ def transfer(
     sweep
         Sweep of a linear probe.
     target
-        Target of the sweep by default. Classes of another target are matched by name; if none match and both have two
-        classes, in order.
+        Target of the sweep by default.
+    classes
+        Class of the probe for each class of the target, such as ``{"fresh": "positive", "rotten": "negative"}``, or the
+        other way round. Classes that it does not name are paired by equal names; samples of classes without a pair are
+        left out and counted.
     layers
         Layers of the sweep by default.
     across
@@ -60,17 +67,18 @@ def transfer(
     Returns
     -------
     Dataset with dims (trained, tested, metric), or (layer, metric) without *across*: ``score``, ``ci_low`` and
-    ``ci_high``
+    ``ci_high``. ``attrs["classes"]`` is the pairing, from the class of the target to that of the probe, and
+    ``attrs["left_out"]`` the number of samples of each class without a pair.
 
     Raises
     ------
     AnalysisError
-        The probe is not linear, or the store comes from another model or lacks site, layers or target.
+        The probe is not linear; the store comes from another model or lacks site, layers or target; fewer than two
+        classes of the probe have a pair; or *classes* names a class that neither has.
     """
     asked = sweep.results.attrs
-    chosen = [layer for layer in sweep.layers if layers is None or layer in layers]
-    directions = {layer: sweep.to_direction(None if layer < 0 else layer) for layer in chosen}
-    directions[chosen[0]].check(store)
+    sweep.to_direction(None if sweep.layers[0] < 0 else sweep.layers[0]).check(store)
+    chosen = _probed_layers(sweep, store, layers)
     wanted = asked["rows"] if rows is None else rows
     dataset = build_dataset(
         store,
@@ -81,7 +89,8 @@ def transfer(
         layers="all" if chosen == [-1] else chosen,
         task=asked["task"],
     )
-    y, kept = _matched(dataset, asked["classes"])
+    pairs = pair_classes(dataset, asked["classes"], classes)
+    y, kept, left_out = paired_targets(dataset, asked["classes"], pairs)
     probable = "log_loss" in sweep.metrics
     metrics = score.metrics(dataset.task, len(asked["classes"]), True, probable)
     found = np.full((len(chosen), len(chosen), len(metrics), 3), np.nan)
@@ -96,7 +105,15 @@ def transfer(
                 top, bottom = score.parts(metric, y, prediction, everything, 1, group)
                 found[row, column, m] = score.ratio(top.sum(), bottom.sum()), low[m], high[m]
     names = ("score", "ci_low", "ci_high")
-    attrs = {"target": dataset.target, "trained_on": asked["target"], "metric": metrics[0], "samples": int(kept.sum())}
+    attrs = {
+        "target": dataset.target,
+        "trained_on": asked["target"],
+        "metric": metrics[0],
+        "samples": int(kept.sum()),
+        "classes": pairs,
+        "left_out": left_out,
+        "dropped": dict(dataset.dropped),
+    }
     if across:
         return xr.Dataset(
             {name: (("trained", "tested", "metric"), found[..., n]) for n, name in enumerate(names)},
@@ -112,7 +129,12 @@ def transfer(
 
 
 def transfer_matrix(
-    sweeps: Mapping[str, Sweep], stores: Mapping[str, tuple[Readable, str]], layer: int | None = None, **options: Any
+    sweeps: Mapping[str, Sweep],
+    stores: Mapping[str, tuple[Readable, str]],
+    layer: int | None = None,
+    *,
+    classes: Mapping[Any, Any] | None = None,
+    **options: Any,
 ) -> xr.Dataset:
     """Score every sweep on every store and label, with the weights of one layer each.
 
@@ -129,6 +151,8 @@ def transfer_matrix(
         Pairs of store and target by name.
     layer
         The best layer of each sweep by default.
+    classes
+        As for `transfer`; a pair is used where one of its names is a class of the target and the other of the probe.
     options
         Arguments of `transfer`.
 
@@ -142,7 +166,13 @@ def transfer_matrix(
         best = sweep.best.layer
         at = layer if layer is not None else -1 if best is None else best
         for j, (store, target) in enumerate(stores.values()):
-            found = transfer(sweep, store, target, layers=[at], **options).isel(layer=0, metric=0)
+            pairs = None
+            if classes is not None:
+                asked = sweep.results.attrs
+                dataset = build_dataset(store, asked["site"], target, task=asked["task"])
+                pairs = usable_pairs(dataset, asked["classes"], classes)
+            only = None if at < 0 else at
+            found = transfer(sweep, store, target, layers=only, classes=pairs, **options).isel(layer=0, metric=0)
             values[:, i, j] = [float(found[name]) for name in ("score", "ci_low", "ci_high")]
             metric = str(found["metric"].values)
     return xr.Dataset(
@@ -193,22 +223,18 @@ def by_position(
     )
 
 
-def _matched(dataset: ProbeDataset, classes: Sequence[Any]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Return the targets as codes of *classes*, and a mask of the samples that have one."""
-    if dataset.task == "regression":
-        return dataset.y, np.ones(dataset.n_samples, bool)
-    place = {str(name): code for code, name in enumerate(classes)}
-    codes = np.array([place.get(str(name), -1) for name in dataset.classes])
-    if (codes < 0).all() and len(codes) == len(classes) == 2:
-        codes = np.arange(2)
-    if (codes < 0).all():
+def _probed_layers(sweep: Sweep, store: Readable, layers: Layers | None) -> list[int]:
+    """Return the layers of a sweep that *layers* names, all for None; raise AnalysisError if one was not probed."""
+    if layers is None:
+        return list(sweep.layers)
+    asked = [-1 if layer is None else layer for layer in choose_layers(store, sweep.results.attrs["site"], layers)]
+    if missing := [layer for layer in asked if layer not in sweep.layers]:
         raise AnalysisError(
-            "the labels have no class in common",
-            expected=f"some of {', '.join(map(str, classes))}",
-            found=", ".join(map(str, dataset.classes)),
+            f"layer {', '.join(map(str, missing))} was not probed",
+            expected=f"some of {', '.join(map(str, sweep.layers))}",
+            found=f"layers={layers!r}",
         )
-    y = codes[dataset.y]
-    return y[y >= 0], y >= 0
+    return asked
 
 
 def _predict(sweep: Sweep, at: int, X: NDArray[np.float64], probable: bool) -> Prediction:

@@ -212,12 +212,12 @@ def difference_of_means(
     """
     from analysis.dataset.probe_dataset import build_dataset
 
-    dataset = build_dataset(store, site, target, rows=rows, layers=layer)
+    dataset = build_dataset(store, site, target, rows=rows, layers=layer, task="classification")
     if len(dataset.classes) != 2:
         raise ConfigError(
             f"a direction needs two classes of {target!r}",
             expected="two",
-            found=f"{len(dataset.classes)}: {dataset.classes}",
+            found=f"{len(dataset.classes)}: {', '.join(map(str, dataset.classes[:6]))}",
         )
     X = dataset.read_layer(layer).astype(np.float64)
     vector: np.ndarray = X[dataset.y == 1].mean(0) - X[dataset.y == 0].mean(0)

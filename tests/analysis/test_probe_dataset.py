@@ -3,6 +3,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 
 from analysis.dataset import probe_dataset
@@ -84,6 +86,47 @@ def test_the_type_of_the_target_or_the_task_decides(
 ) -> None:
     found = build_dataset(array_store(np.zeros((1, 3, 2)), [1, 1, 1], y=values), "resid_post", "y", task=task)
     assert (found.y.tolist(), found.classes) == (expected, classes)
+
+
+@pytest.mark.parametrize("label", [[1, 0, None, 1], [5, 3, None, 5], ["b", "a", None, "b"], [True, False, None, True]])
+def test_a_missing_label_does_not_make_a_classification_a_regression(array_store: Any, label: list[Any]) -> None:
+    """Labels as pandas hands them over: integers with a missing value are floating-point numbers with NaN."""
+    store = array_store(np.zeros((1, 4, 2)), [1] * 4, y=pa.array(pd.Series(label), from_pandas=False))
+    found = build_dataset(store, "resid_post", "y")
+    assert found.task == "classification"
+    assert found.classes == tuple(sorted({value for value in label if value is not None}))
+    assert [found.classes[code] for code in found.y] == [value for value in label if value is not None]
+    assert found.dropped == {"no target": 1}
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16])
+def test_more_than_two_whole_numbers_as_floats_need_a_task(array_store: Any, task: Any, kind: Any) -> None:
+    stars = np.array([1, 2, 3, np.nan, 3], kind)
+    store = array_store(np.zeros((1, 5, 2)), [1] * 5, stars=stars)
+    for target in ("stars", DocumentTarget("stars", lambda _: stars)):
+        with pytest.raises(AnalysisError, match=r"classes or a quantity[\s\S]*1, 2, 3[\s\S]*task=") as raised:
+            build_dataset(store, "resid_post", target)
+        assert "--task" in str(raised.value.remedy)
+    found = build_dataset(store, "resid_post", "stars", task=task)
+    assert (found.task, found.task_reason) == (task, "as requested")
+    assert found.classes == ((1, 2, 3) if task == "classification" else ())
+    assert found.y.tolist() == ([0, 1, 2, 2] if task == "classification" else [1, 2, 3, 3])
+
+
+@pytest.mark.parametrize(
+    ("values", "task", "reason"),
+    [
+        ([0.5, 1.0, 2.0], "regression", "its values are numbers with decimals"),
+        ([0.0, 1.0, 1.0], "classification", "its values are 0 and 1, as floating-point numbers"),
+        ([0, 1, 2], "classification", "its values are int64"),
+        (["a", "b", "b"], "classification", "its values are text"),
+        ([True, False, True], "classification", "its values are bool"),
+    ],
+)
+def test_the_reason_for_the_task_is_told(array_store: Any, values: list[Any], task: str, reason: str) -> None:
+    found = build_dataset(array_store(np.zeros((1, 3, 2)), [1] * 3, y=values), "resid_post", "y")
+    assert (found.task, found.task_reason) == (task, reason)
 
 
 def test_groups_keep_rows_of_documents_or_equal_values_together(store: Any) -> None:

@@ -213,6 +213,7 @@ class CrossValidation:
             "site": dataset.site,
             "target": dataset.target,
             "task": dataset.task,
+            "task_reason": dataset.task_reason,
             "classes": list(dataset.classes),
             "class_samples": np.bincount(dataset.y).tolist() if dataset.classes else [],
             "rows": dataset.rows,

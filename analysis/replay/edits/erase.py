@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from analysis.dataset.probe_dataset import build_dataset
-from analysis.dataset.readable import Rows
+from analysis.dataset.readable import Rows, Task
 from analysis.replay.edits.directions import random_basis
 from analysis.replay.edits.edit import Edit
 from analysis.replay.edits.edit_context import EditContext
@@ -71,9 +71,17 @@ class Erase(Edit):
         return cls(left, right.T, mean)
 
     @classmethod
-    def fit_store(cls, store: Store, target: str, site: str, layer: int, rows: Rows | None = "last") -> Erase:
-        """Fit to a label column of a store's documents; see `build_dataset` for *target* and *rows*."""
-        dataset = build_dataset(store, site, target, rows=rows, layers=layer)
+    def fit_store(
+        cls,
+        store: Store,
+        target: str,
+        site: str,
+        layer: int,
+        rows: Rows | None = "last",
+        task: Task | None = None,
+    ) -> Erase:
+        """Fit to a label column of a store's documents; see `build_dataset` for *target*, *rows* and *task*."""
+        dataset = build_dataset(store, site, target, rows=rows, layers=layer, task=task)
         return cls.fit(dataset.read_layer(layer), dataset.y)
 
     def change(self, x: torch.Tensor, context: EditContext) -> torch.Tensor:
