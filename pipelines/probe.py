@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +15,7 @@ from sklearn.base import BaseEstimator
 import flexcache
 from analysis import probes, report
 from analysis.dataset import targets
-from analysis.probes import Sweep
+from analysis.probes import Sweep, SweepOptions
 from analysis.probes.results import FILE
 from analysis.probes.table import NAMES, interval, number
 from analysis.rescue import write_or_rescue
@@ -24,9 +24,6 @@ from flexcache.paths import local_path, output_folder, shown
 
 if TYPE_CHECKING:
     import xarray as xr
-
-    from analysis.dataset.readable import Rows
-    from flexcache.site import Layers
 
 PROBES: dict[str, BaseEstimator] = {
     "logistic": probes.Logistic(Cs=5),
@@ -45,14 +42,10 @@ def run(
     target: str | Sequence[str],
     site: str | Sequence[str],
     probe: str | Sequence[str] | None = None,
-    cv: int = 5,
-    groups: str | None = "document",
-    rows: Rows | None = None,
-    layers: Layers = "all",
+    *,
     output: str | Path | None = None,
-    seed: int = 0,
     console: Console | None = None,
-    progress: bool = True,
+    **options: Any,
 ) -> Sweep:
     """Probe a store, print tables, and write ``sweep.json``, weights, pictures and ``report.html``.
 
@@ -60,14 +53,16 @@ def run(
     ----------
     store_path
         The folder of a store.
-    target, site, cv, groups, rows, layers, seed
-        See `analysis.probes.sweep`; groups may also be ``"none"``; a target is read by `analysis.targets.read`.
+    target, site
+        See `analysis.probes.sweep`; a target is read by `analysis.targets.read`.
     probe
         Names of `PROBES`; those with strengths choose among several. Logistic for classes and ridge for numbers by
         default.
     output
         The folder of the results; ``probes/<site>-<target>`` in the working folder by default. With several targets,
         sites or probes, each has a subfolder.
+    options
+        Fields of `analysis.probes.SweepOptions`; groups may also be ``"none"``.
 
     Returns
     -------
@@ -85,7 +80,10 @@ def run(
     for name in kinds:
         if name not in PROBES:
             raise ConfigError(f"there is no probe {name!r}", remedy=nearest(name, tuple(PROBES)))
-    console, groups = console or Console(), None if groups == "none" else groups
+    console = console or Console()
+    if options.get("groups") == "none":
+        options["groups"] = None
+    chosen = probes.SweepOptions.merge(None, options, run)
     several = len(asked) * len(sites) * max(1, len(kinds)) > 1
     folder = output_folder(output or ("probes" if several else f"probes/{_safe(f'{sites[0]}-{asked[0]}')}"))
     store = flexcache.open(store_path)
@@ -94,12 +92,7 @@ def run(
         [one for text in asked for one in targets.read(store, text)],
         sites,
         {name: PROBES[name] for name in kinds} or None,
-        cv=cv,
-        groups=groups,
-        rows=rows,
-        layers=layers,
-        seed=seed,
-        progress=progress,
+        options=chosen,
     )
     several = len(found) > 1
     commands = {}
@@ -107,15 +100,14 @@ def run(
         what, where, kind = key
         command = ["flexcache", "probe", shown(store.path), "--target", what, "--site", where]
         command += ["--probe", kind] if kinds else []
-        command += ["--cv", str(cv)] + (["--seed", str(seed)] if seed else [])
-        command += ["--groups", groups or "none"] if groups != "document" else []
-        command += ["--rows", str(rows)] if rows is not None else []
-        command += ["--layers", str(layers)] if layers != "all" else []
-        commands[key] = shlex.join(command)
+        commands[key] = shlex.join(command + _given_options(chosen))
     if output is None and several:
         folder = output_folder("probes")
     for sweep in found.values():
         console.print(sweep.table())
+        asked = sweep.results.attrs
+        said = f"{asked['target']} is a {asked['task']}: {asked['task_reason']}"
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
 
     def write(place: Path) -> list[tuple[str, Path]]:
         files = []
@@ -134,13 +126,16 @@ def run_transfer(
     folder: str | Path,
     store_path: str | Path,
     target: str | None = None,
-    groups: str | None = "document",
+    classes: Mapping[str, str] | None = None,
+    *,
     output: str | Path | None = None,
     console: Console | None = None,
+    **options: Any,
 ) -> xr.Dataset:
     """Score saved probes on another store; print a table and write ``transfer.json`` to *output*.
 
-    *output* is the folder of the probes by default.
+    *output* is the folder of the probes by default; *options* are groups, rows, layers and seed, as in
+    `analysis.probes.transfer`.
 
     Raises
     ------
@@ -158,7 +153,9 @@ def run_transfer(
             remedy=f"give one of them, such as {inside[0].parent}",
         )
     sweep, store = probes.load(place), flexcache.open(store_path)
-    found = probes.transfer(sweep, store, target, groups=None if groups == "none" else groups)
+    if options.get("groups") == "none":
+        options["groups"] = None
+    found = probes.transfer(sweep, store, target, classes=classes, **options)
     best = sweep.best.layer
     table = Table(
         title=f"{sweep.results.attrs['target']} probes of {place.name}, tried on {found.attrs['samples']:,} samples of "
@@ -178,6 +175,12 @@ def run_transfer(
             cells.append(f"{number(score)} {interval(low, high)}")
         table.add_row("–" if layer < 0 else str(layer), *cells, style="bold" if layer in (best, -1) else None)
     console.print(table)
+    told = found.attrs
+    if renamed := [f"{one} as {other}" for one, other in told["classes"].items() if one != other]:
+        console.print(f"Classes: {', '.join(renamed)}.", markup=False, highlight=False)
+    if told["left_out"]:
+        left_out = ", ".join(f"{count:,} of {name}" for name, count in told["left_out"].items())
+        console.print(f"Left out, for lack of such a class: {left_out}.", markup=False, highlight=False)
     if best is not None:
         console.print(f"In bold: the layer that was best on {sweep.results.attrs['target']} itself.", highlight=False)
 
@@ -189,6 +192,16 @@ def run_transfer(
     path = write_or_rescue(write, into)
     console.print(f"numbers  {shown(path)}", markup=False, highlight=False, soft_wrap=True)
     return found
+
+
+def _given_options(options: SweepOptions) -> list[str]:
+    """Return the options of the command line that differ from their defaults, and ``--cv``."""
+    words = ["--cv", str(options.cv)]
+    for name in ("seed", "groups", "rows", "layers", "task", "nulls"):
+        value = getattr(options, name)
+        if value != getattr(SweepOptions, name):
+            words += [f"--{name}", "none" if value is None else "".join(str(value).split()).strip("[]()")]
+    return words
 
 
 def _write(store: flexcache.Store, sweep: Sweep, folder: Path, command: str) -> list[tuple[str, Path]]:

@@ -48,6 +48,9 @@ class SweepOptions:
         was chosen on its own scores.
     resamples : int
         Number of bootstrap resamples.
+    nulls : int
+        Number of draws of each baseline of every layer: shuffles, control tasks, random directions. From 2 on, their
+        distribution gives intervals, p-values and the spread of the selectivity.
     mdl : bool
         Measure probes that give probabilities by online coding as well: ``codelength`` in bits, and ``compression``,
         how many times shorter it is than a uniform code (Voita & Titov 2020).
@@ -66,6 +69,7 @@ class SweepOptions:
     baselines: str | Sequence[str] = BASELINES
     select: Selection = "inner"
     resamples: int = 1000
+    nulls: int = 1
     mdl: bool = True
     memory: int | None = None
     progress: bool = True
@@ -77,6 +81,7 @@ class SweepOptions:
             )
         object.__setattr__(self, "baselines", listed(self.baselines, str, "baselines"))
         check_whole("resamples", self.resamples, 1)
+        check_whole("nulls", self.nulls, 1)
         if self.memory is not None:
             check_whole("memory, in bytes,", self.memory, 1, remedy="for 1 GiB, write memory=2**30")
         for name in self.baselines:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,12 +14,56 @@ from pipelines.commands.arguments import (
     LayerChoice,
     Quiet,
     StorePath,
+    add_options,
     add_working_folder,
+    check_applicable,
     console,
     split_names,
+    split_pairs,
 )
 
+SWEEP_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "cv": (Annotated[int, typer.Option(help="Folds of the cross-validation.")], 5),
+    "groups": (
+        Annotated[str, typer.Option(help="Label column whose values stay within one fold, or document.")],
+        "document",
+    ),
+    "rows": (
+        Annotated[
+            str | None,
+            typer.Option(
+                help="last, first, mean, max or all tokens of a document; tokens, each as a sample; or a position."
+            ),
+        ],
+        None,
+    ),
+    "layers": (LayerChoice, "all"),
+    "task": (
+        Annotated[
+            str | None,
+            typer.Option(
+                help="classification or regression, for a target that may be either; by default from its values."
+            ),
+        ],
+        None,
+    ),
+    "nulls": (
+        Annotated[
+            int,
+            typer.Option(
+                help="Draws of shuffled labels, control task and random direction; 20 give p-values down to 0.05.",
+                min=1,
+            ),
+        ],
+        1,
+    ),
+    "seed": (Annotated[int, typer.Option(help="Seed of folds, shuffles and bootstrap.", min=0)], 0),
+}
+"""Options of a sweep by name, with their defaults."""
+TRANSFER_OPTIONS = ("target", "classes", "groups", "rows", "layers", "seed", "output")
 
+
+@add_options(SWEEP_OPTIONS)
 def probe(
     places: Annotated[
         list[str],
@@ -43,26 +87,26 @@ def probe(
             " By default logistic for classes, ridge for numbers.",
         ),
     ] = None,
-    cv: Annotated[int, typer.Option(help="Folds of the cross-validation.")] = 5,
-    groups: Annotated[
-        str, typer.Option(help="Label column whose values stay within one fold, or document.")
-    ] = "document",
-    rows: Annotated[
+    classes: Annotated[
         str | None,
         typer.Option(
-            help="last, first, mean, max or all tokens of a document; tokens, each as a sample; or a position."
+            help="For transfer, the class of the probe for each class of the target: fresh=positive,rotten=negative."
         ),
     ] = None,
-    layers: LayerChoice = "all",
-    seed: Annotated[int, typer.Option(help="Seed of folds, shuffles and bootstrap.", min=0)] = 0,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for results, plots and report.")] = None,
     quiet: Quiet = False,
+    **options: Any,
 ) -> None:
     """Train probes on every captured layer, with baselines and nested grouped cross-validation; or score saved ones."""
     from pipelines import probe as pipeline
 
+    given = {name: value for name, value in options.items() if value != SWEEP_OPTIONS[name][1]}
+    if (rows := str(given.get("rows", ""))).lstrip("-").isdigit():
+        given["rows"] = int(rows)
     if places[0] == "transfer" and len(places) == 3:
-        pipeline.run_transfer(places[1], places[2], target, groups=groups, output=output, console=console)
+        others = {"probe": kind, "site": site != "resid_post"}
+        check_applicable("flexcache probe transfer", [*given, *filter(others.get, others)], TRANSFER_OPTIONS)
+        pipeline.run_transfer(*places[1:], target, split_pairs(classes), output=output, console=console, **given)
         return
     if len(places) != 1 or target is None:
         raise ConfigError(
@@ -70,20 +114,16 @@ def probe(
             expected="flexcache probe STORE --target COLUMN, or flexcache probe transfer FOLDER STORE",
             found=" ".join(["flexcache probe", *places]) + ("" if target else ", without --target"),
         )
-    position = rows is not None and rows.lstrip("-").isdigit()
+    check_applicable("flexcache probe STORE", ["classes"] if classes else [], ())
     pipeline.run(
         places[0],
         split_names(target),
         split_names(site),
         split_names(kind) if kind else None,
-        cv=cv,
-        groups=groups,
-        rows=int(rows or 0) if position else rows,  # type: ignore[arg-type]
-        layers=layers,
-        seed=seed,
         output=output,
         console=console,
         progress=not quiet,
+        **given,
     )
 
 

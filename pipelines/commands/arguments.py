@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.console import Console
 
+from flexcache.errors import ConfigError
 from flexcache.store.storage.location import parse_location
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 console = Console()
 
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML file; pipelines/configs has examples.")]
@@ -52,6 +56,52 @@ def add_working_folder() -> None:
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
+
+
+def add_options(options: Mapping[str, tuple[Any, Any]]) -> Callable[[Function], Function]:
+    """Decorate a command that takes keywords, so that they are options: annotation and default by name."""
+
+    def decorate(command: Function) -> Function:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        more = [
+            inspect.Parameter(name, own[0].kind, default=default, annotation=annotation)
+            for name, (annotation, default) in options.items()
+        ]
+        command.__signature__ = inspect.Signature([*own, *more])  # type: ignore[attr-defined]
+        command.__annotations__ |= {name: annotation for name, (annotation, _) in options.items()}
+        return command
+
+    return decorate
+
+
+def check_applicable(command: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise ConfigError if an option was given that *command* has no use for."""
+    for name in given:
+        if name not in known:
+            raise ConfigError(
+                f"{command} does not use --{name}",
+                expected=f"only --{', --'.join(known)}" if known else None,
+                remedy="leave it out",
+            )
+
+
+def split_pairs(text: str | None) -> dict[str, str] | None:
+    """Return the pairs in a text, which commas separate.
+
+    >>> split_pairs("fresh=positive, rotten=negative")
+    {'fresh': 'positive', 'rotten': 'negative'}
+
+    Raises
+    ------
+    ConfigError
+        A part of the text is no pair.
+    """
+    if text is None:
+        return None
+    pairs = [part.partition("=") for part in split_names(text)]
+    if not all(name and sign and value for name, sign, value in pairs):
+        raise ConfigError("the pairs cannot be read", expected="NAME=NAME,NAME=NAME", found=text)
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def split_names(text: str) -> list[str]:

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import json
 import shlex
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from analysis import probes
 from flexcache.errors import AnalysisError, ConfigError
 from pipelines import probe
+from pipelines.commands.analyses import SWEEP_OPTIONS
+from tests.analysis.stores import value_store
 
 EVIL = r"<script>alert('label & co')</script> $\q$"
 
@@ -85,3 +89,59 @@ def main_exits(main: Any, words: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(words)
     assert stopped.value.code == 0
+
+
+def test_transfer_takes_the_classes_layers_and_rows_of_the_command_line(tmp_path: Any, capsys: Any) -> None:
+    from pipelines.cli import main
+
+    rng = np.random.default_rng(0)
+    kind = rng.integers(2, size=60)
+    values = rng.normal(size=(4, 120, 5))
+    values[:, :, 1] += 4.0 * np.repeat(kind, 2)
+    labels = {"label": [["neg", "pos"][v] for v in kind], "tomato": [["rotten", "fresh"][v] for v in kind]}
+    labels["stars"] = [float(v) if i else None for i, v in enumerate(kind * 2 + rng.integers(2, size=60))]
+    store = value_store(tmp_path / "run.zarr", values, [2] * 60, labels=labels)
+    out = str(tmp_path / "out")
+    sweep = ["probe", str(store.path), "--target", "label", "--probe", "ridge", "--layers", "1,3", "-o", out, "-q"]
+    main_exits(main, sweep)
+    assert "label is a classification: its values are text" in capsys.readouterr().out
+    moved = ["probe", "transfer", out, str(store.path), "--target", "tomato"]
+    with pytest.raises(SystemExit) as stopped:
+        main(moved)
+    assert stopped.value.code == 1
+    assert "no class in common" in capsys.readouterr().err
+    main_exits(main, [*moved, "--classes", "fresh=pos,rotten=neg", "--layers", "3", "--rows", "first"])
+    said = capsys.readouterr().out
+    assert "fresh as pos, rotten as neg" in said
+    found = json.loads((tmp_path / "out" / "transfer.json").read_text())
+    assert found["coords"]["layer"]["data"] == [3]
+    assert found["attrs"]["classes"] == {"fresh": "pos", "rotten": "neg"}
+    assert found["data_vars"]["score"]["data"][0][1] > 0.95
+    for more, said in ((["--cv", "3"], "does not use --cv"), (["--classes", "fresh"], "NAME=NAME")):
+        with pytest.raises(SystemExit) as stopped:
+            main([*moved, *more])
+        assert stopped.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_task_is_asked_for_and_taken_from_the_command_line(tmp_path: Any, capsys: Any) -> None:
+    from pipelines.cli import main
+
+    rng = np.random.default_rng(0)
+    stars = [None, *(float(v) for v in rng.integers(3, size=59))]
+    store = value_store(tmp_path / "run.zarr", rng.normal(size=(1, 60, 3)), [1] * 60, labels={"stars": stars})
+    asked = ["probe", str(store.path), "--target", "stars", "-o", str(tmp_path / "out"), "-q"]
+    with pytest.raises(SystemExit) as stopped:
+        main(asked)
+    assert stopped.value.code == 1
+    assert "--task" in capsys.readouterr().err
+    for task, metric in (("classification", "accuracy"), ("regression", "r2")):
+        main_exits(main, [*asked, "--task", task, "--cv", "3"])
+        assert f"stars is a {task}: as requested" in capsys.readouterr().out
+        assert probes.load(tmp_path / "out").metrics[0] == metric
+        assert f"--task {task}" in (tmp_path / "out" / "report.html").read_text("utf-8")
+
+
+def test_the_options_of_the_command_have_the_defaults_of_a_sweep() -> None:
+    for name, (_, default) in SWEEP_OPTIONS.items():
+        assert getattr(probes.SweepOptions(), name) == default
