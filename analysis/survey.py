@@ -168,6 +168,7 @@ def survey(
         "parts": list(parts),
         "asked": asked,
         "permutations": permutations,
+        "permuted": "documents",
         "versions": saved.versions(),
     }
     if folder is not None and saved.reusable(results_path(folder, site), provenance):
@@ -189,7 +190,8 @@ def survey(
         kept = {layer: found.states[layer]["rows"] for layer in found.layers}
         if "similarity" in parts:
             named = {str(site if layer is None else layer): state["values"] for layer, state in kept.items()}
-            results["similarity"] = similarity.between(named, permutations=permutations, seed=seed)
+            document = store.coordinates["document"].values[kept[found.layers[0]]["row"]]
+            results["similarity"] = similarity.between(named, documents=document, permutations=permutations, seed=seed)
         if "lens" in parts:
             values = {int(layer or 0): state["values"] for layer, state in kept.items()}
             assert isinstance(head, lens.Head)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from numpy.typing import ArrayLike
 
 from analysis.dataset.layer_choice import choose_layers
 from analysis.dataset.store_argument import accept_store_path
@@ -18,6 +19,10 @@ from flexcache.store.read.row_alignment import matching_rows
 from flexcache.store.read.store import Store
 
 ROWS = 1024
+FEWEST = 4
+"""Number of rows from which unbiased HSIC is defined."""
+ROUNDING = 1e-12
+"""Difference up to which a random pairing counts as equal to the value."""
 MEASURES = ("cka", "cca", "cosine")
 
 
@@ -58,13 +63,16 @@ def compute(
     names = [sites] if isinstance(sites, str) else list(dict.fromkeys(sites))
     statistic = Rows(rows, DocumentSample.of_rows(rows, store.n_rows, seed, skip))
     matrices: dict[str, np.ndarray] = {}
+    document = np.empty(0, np.int64)
     for site in names:
         stacked = site not in store.arrays or store.arrays[site].layers is not None
         chosen: Layers = layers if stacked else "all"
         found = read(store, site, {"rows": statistic}, layers=chosen, **where)
         for layer in found.layers:
-            matrices[_label(site, layer)] = found.states[layer]["rows"]["values"]
-    return between(matrices, permutations=permutations, seed=seed)
+            kept = found.states[layer]["rows"]
+            matrices[_label(site, layer)] = kept["values"]
+            document = np.asarray(store.coordinates["document"].values)[kept["row"]]
+    return between(matrices, documents=document, permutations=permutations, seed=seed)
 
 
 @accept_store_path
@@ -102,23 +110,25 @@ def stores(
     if sample is not None:
         kept &= sample(*(np.asarray(other.coordinates[name].values) for name in ("document", "position")))
     there = np.flatnonzero(kept)
-    if len(there) < 4:
+    if len(there) < FEWEST:
         raise AnalysisError(
             "the stores have too few rows in common",
             where=str(other.path),
-            expected="the same documents, at least 4 rows",
+            expected=f"the same documents, at least {FEWEST} rows",
             found=f"{len(there)} rows",
         )
     here = match[there]
     one = {_label(site, layer): store.read(site, layer, here) for layer in choose_layers(store, site, layers)}
     two = {_label(second, layer): other.read(second, layer, there) for layer in choose_layers(other, second, layers)}
-    return between(one, two, permutations=permutations, seed=seed)
+    document = np.asarray(other.coordinates["document"].values)[there]
+    return between(one, two, documents=document, permutations=permutations, seed=seed)
 
 
 def between(
     one: Mapping[str, np.ndarray],
     two: Mapping[str, np.ndarray] | None = None,
     *,
+    documents: ArrayLike | None = None,
     permutations: int = 100,
     seed: int = 0,
 ) -> xr.Dataset:
@@ -134,14 +144,24 @@ def between(
       (SVCCA, Raghu et al. 2017), because CCA with as many features as rows is 1 even for noise.
     - ``cosine``: mean cosine of equal rows; NaN if the numbers of features differ.
 
-    Each has a ``_null``, the 95 % quantile over random pairings of the rows, and a ``_p``, the share of random pairings
-    that reach the value: (1 + count) / (1 + permutations). Rows are paired one by one; tokens of one document are not
-    independent, so p is somewhat too small for them.
+    Each has a ``_null``, the 95 % quantile over random pairings of the documents, and a ``_p``, the share of random
+    pairings that reach the value: (1 + count) / (1 + permutations). Rows of one document are not independent, so whole
+    documents are paired with each other, row by row (a permutation test of clusters). That needs documents of equal
+    length: null and p use the first rows of those long enough, ``null_rows`` in total, as many as possible from at
+    least half of the documents; the value itself uses all rows. Similarity that comes from the position alone is part
+    of the null.
 
     Parameters
     ----------
     one, two
         Matrices by name, each of shape (rows, features); *two* is *one* by default.
+    documents
+        The document of each row, (rows,), in row order; by default each row is one of its own.
+
+    Returns
+    -------
+    Dataset with dims (one, two)
+        Null and p are NaN if there are fewer than two documents.
 
     Raises
     ------
@@ -150,28 +170,51 @@ def between(
     """
     second = one if two is None else two
     sizes = {len(values) for values in (*one.values(), *second.values())}
-    if len(sizes) != 1 or min(sizes) < 4:
+    if len(sizes) != 1 or min(sizes) < FEWEST:
         raise AnalysisError(
             "the matrices cannot be compared",
-            expected="the same rows in each, at least 4",
+            expected=f"the same rows in each, at least {FEWEST}",
             found=f"{', '.join(map(str, sorted(sizes))) or 'no'} rows",
             remedy="sample more documents",
         )
     n = sizes.pop()
+    owner = np.arange(n) if documents is None else np.asarray(documents)
+    if owner.shape != (n,):
+        raise AnalysisError("documents cannot be used", expected=f"one for each of {n} rows", found=str(owner.shape))
+    rows = _equal_documents(owner)
     rng = np.random.default_rng(seed)
-    orders = [rng.permutation(n) for _ in range(permutations)]
+    places = np.arange(rows.size).reshape(rows.shape)
+    orders = [places[rng.permutation(len(rows))].ravel() for _ in range(permutations)]
     data: dict[str, Any] = {}
     for name, comparison in (("cka", _CKA), ("cca", _CCA), ("cosine", _Cosine)):
         left: Any = comparison(list(one.values()))
         right: Any = left if two is None else comparison(list(second.values()))
         value = left.compare_with(right, None)
         data[name] = (("one", "two"), value)
-        if permutations:
+        null, p = np.full((2, *value.shape), np.nan)
+        if permutations and len(rows) > 1 and rows.size >= FEWEST:
+            if rows.size < n:
+                left = comparison([values[rows.ravel()] for values in one.values()])
+                right = left if two is None else comparison([values[rows.ravel()] for values in second.values()])
+                value = left.compare_with(right, None)
             chance = np.stack([left.compare_with(right, order) for order in orders])
             with np.errstate(invalid="ignore"):
-                data[f"{name}_null"] = (("one", "two"), np.quantile(chance, 0.95, axis=0))
-                data[f"{name}_p"] = (("one", "two"), (1 + (chance >= value).sum(0)) / (1 + permutations))
-    return xr.Dataset(data, {"one": list(one), "two": list(second)}, {"n": n, "permutations": permutations})
+                null = np.quantile(chance, 0.95, axis=0)
+                p = (1 + (chance >= value - ROUNDING).sum(0)) / (1 + permutations) + 0 * value  # NaN stays NaN
+        if permutations:
+            data |= {f"{name}_null": (("one", "two"), null), f"{name}_p": (("one", "two"), p)}
+    told = {"n": n, "permutations": permutations, "null_documents": len(rows), "null_rows": rows.size}
+    return xr.Dataset(data, {"one": list(one), "two": list(second)}, told)
+
+
+def _equal_documents(owner: np.ndarray) -> np.ndarray:
+    """Return the rows that stand for documents in the null, (documents, rows of each): see `between`."""
+    _, place, sizes = np.unique(owner, return_inverse=True, return_counts=True)
+    by_document = np.split(np.argsort(place, kind="stable"), np.cumsum(sizes)[:-1])
+    longest = np.sort(sizes)[-((len(sizes) + 1) // 2)]  # at least half of the documents are as long as this
+    lengths = np.arange(1, longest + 1)
+    kept = lengths[np.argmax(lengths * (sizes[:, None] >= lengths).sum(0))]
+    return np.stack([rows[:kept] for rows in by_document if len(rows) >= kept])
 
 
 class _CKA:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from sklearn.cross_decomposition import CCA
 from sklearn.metrics.pairwise import cosine_similarity
 
 from analysis.statistics import similarity
+from analysis.survey import survey
 from flexcache.errors import AnalysisError
 from tests.analysis.stores import value_store
 from tests.analysis.test_moments import LENGTHS
@@ -99,3 +101,70 @@ def test_matrices_with_different_rows_are_refused() -> None:
         similarity.between({"x": np.zeros((5, 2)), "y": np.zeros((6, 2))})
     with pytest.raises(AnalysisError, match="cannot be compared"):
         similarity.between({"x": np.zeros((3, 2))})
+
+
+def dependent(rng: np.random.Generator, lengths: list[int]) -> np.ndarray:
+    """Return rows that scatter around a random mean of their document."""
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    return np.asarray(2 * rng.normal(size=(len(lengths), 4))[owner] + rng.normal(size=(len(owner), 4)))
+
+
+@pytest.mark.parametrize("lengths", [[8] * 12, [1 + 2 * (i % 5) for i in range(15)]])
+def test_independent_matrices_of_dependent_rows_are_rejected_at_the_level_of_the_test(lengths: list[int]) -> None:
+    rng = np.random.default_rng(0)
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    by_document, by_row = [], []
+    for _ in range(120):
+        pair = {"x": dependent(rng, lengths)}, {"y": dependent(rng, lengths)}
+        by_document.append(similarity.between(*pair, documents=owner, permutations=19)["cka_p"].item())
+        by_row.append(similarity.between(*pair, permutations=19)["cka_p"].item())
+    assert np.mean(np.array(by_row) <= 0.05) > 0.9
+    assert np.mean(np.array(by_document) <= 0.05) < 0.11  # 120 draws of 0.05 exceed this in 1 case of 250
+    assert 0.4 < np.mean(by_document) < 0.62
+
+
+def test_the_null_of_documents_is_that_of_permuted_blocks() -> None:
+    rng = np.random.default_rng(1)
+    lengths = [3, 5, 4, 1, 6]
+    x, y = dependent(rng, lengths), dependent(rng, lengths)
+    owner, starts = np.repeat(np.arange(5), lengths), np.cumsum([0, *lengths])
+    found = similarity.between({"x": x}, {"y": y}, documents=owner, permutations=2000)
+    rows = np.concatenate([np.arange(starts[d], starts[d] + 3) for d in (0, 1, 2, 4)])
+    assert (found.attrs["null_documents"], found.attrs["null_rows"], found.attrs["n"]) == (4, 12, 19)
+    values = []
+    for order in itertools.permutations((0, 1, 2, 3)):
+        moved = np.concatenate([rows.reshape(4, 3)[d] for d in order])
+        values.append(hsic(x[rows], y[moved]) / np.sqrt(hsic(x[rows], x[rows]) * hsic(y[rows], y[rows])))
+    assert found["cka_p"].item() == pytest.approx(np.mean(np.array(values) >= values[0] - 1e-12), abs=0.04)
+    assert min(abs(found["cka_null"].item() - np.array(values))) < 1e-9
+    assert found["cka"].item() == pytest.approx(hsic(x, y) / np.sqrt(hsic(x, x) * hsic(y, y)))
+
+
+def test_one_document_has_no_null_and_an_undefined_cosine_no_p() -> None:
+    x = np.random.default_rng(0).normal(size=(12, 3))
+    found = similarity.between({"x": x, "z": x[:, :2]}, documents=np.zeros(12), permutations=5)
+    assert np.isnan(found["cka_p"]).all()
+    assert np.isnan(found["cka_null"]).all()
+    unequal = similarity.between({"x": x, "z": x[:, :2]}, permutations=5).sel(one="x", two="z")
+    assert np.isnan(unequal["cosine_p"])
+    assert float(unequal["cka_p"]) > 0
+    with pytest.raises(AnalysisError, match="documents cannot be used"):
+        similarity.between({"x": x}, documents=[1, 2])
+
+
+def test_stores_and_surveys_permute_their_documents(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    lengths = [9] * 16
+    values = np.stack([dependent(rng, lengths) for _ in range(2)])
+    store = value_store(tmp_path / "a.zarr", values, lengths)
+    other = value_store(tmp_path / "b.zarr", values[::-1], lengths, seed=3)
+    told = [
+        similarity.compute(store, "resid_post", permutations=19, progress=False),
+        similarity.stores(store, other, "resid_post", permutations=19),
+        survey(store, only="similarity", permutations=19, progress=False)["similarity"],
+    ]
+    for found in told:
+        assert (found.attrs["null_documents"], found.attrs["null_rows"]) == (16, 16 * 8)
+    assert float(told[0]["cka_p"][0, 1]) > 0.05
+    assert float(told[1]["cka_p"][0, 0]) > 0.05
+    assert float(told[1]["cka_p"][0, 1]) == pytest.approx(0.05)
