@@ -117,6 +117,27 @@ def test_the_codelength_equals_that_of_probes_fitted_one_after_another(store: fl
     assert float(compression.sel(layer=0)) < float(compression.sel(layer=2))
 
 
+def test_the_codelength_mixes_strengths_without_labels_that_are_still_to_be_coded(store: flexcache.Store) -> None:
+    """The probability of each label is the mean over strengths, weighted by what each gave to the labels before."""
+    Cs = [1e-4, 1e-2, 1.0]
+    sweep = probes.sweep(store, "label", "resid_post", probes.Logistic(Cs=Cs), layers=1, baselines=(), **QUICK)
+    dataset = build_dataset(store, "resid_post", "label")
+    parts = codelength.prefixes(dataset, 0)
+    assert parts is not None
+    X = dataset.read_layer(1).astype(float)
+    weight, bits, alone = np.full(3, 1 / 3), float(parts.sets[0].sum()), np.full(3, float(parts.sets[0].sum()))
+    for held, following in zip(parts.sets, parts.nexts):
+        models = [make_pipeline(StandardScaler(), LogisticRegression(C=C, tol=1e-10, max_iter=2000)) for C in Cs]
+        chances = [model.fit(X[held], dataset.y[held]).predict_proba(X[following]) for model in models]
+        for sample, label in enumerate(dataset.y[following]):
+            each = np.array([chance[sample, label] for chance in chances])
+            bits -= np.log2(weight @ each)
+            alone -= np.log2(each)
+            weight = weight * each / (weight @ each)
+    assert sweep.results["codelength"].item() == pytest.approx(bits, rel=1e-5)
+    assert alone.min() < bits < alone.min() + np.log2(3)
+
+
 def test_a_control_task_gives_equal_labels_to_equal_tokens(store: flexcache.Store) -> None:
     dataset = build_dataset(store, "resid_post", "label", rows="all")
     fold = folds.assign(dataset, 5, 0)

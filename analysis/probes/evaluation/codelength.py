@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import logsumexp
 
 from analysis.dataset.probe_dataset import ProbeDataset
 
@@ -39,15 +40,22 @@ class Prefixes:
     uniform: float
 
     def bits(self, fitted: FittedProbes) -> float:
-        """Return the codelength of the labels in bits, by probes that were fitted to `sets` at one strength."""
-        total = self.sets[0].sum() * np.log2(fitted.classes)
+        """Return the codelength of the labels in bits, by probes that were fitted to `sets` at each strength.
+
+        Several strengths are mixed: each label is coded by the mean of their probabilities, weighted by how well a
+        strength coded the labels before (a Bayesian mixture code, Grünwald 2007, section 6.3). So no strength is chosen
+        by labels that are still to be coded; the code is at most log2(strengths) bits longer than that of the best one.
+        """
+        alone = np.zeros(len(fitted.strengths))
         for number, following in enumerate(self.nexts):
             at = np.flatnonzero(following)
-            probability = fitted.predict(number, 0, at).probability
-            assert probability is not None
-            likelihood = probability[np.arange(len(at)), self.y[at]]
-            total -= np.log2(np.maximum(likelihood, np.finfo(np.float64).tiny)).sum()
-        return float(total)
+            for strength in range(len(alone)):
+                probability = fitted.predict(number, strength, at).probability
+                assert probability is not None
+                likelihood = probability[np.arange(len(at)), self.y[at]]
+                alone[strength] -= np.log(np.maximum(likelihood, np.finfo(np.float64).tiny)).sum()
+        mixed = np.log(len(alone)) - logsumexp(-alone)
+        return float(self.sets[0].sum() * np.log2(fitted.classes) + mixed / np.log(2))
 
 
 def prefixes(dataset: ProbeDataset, seed: int) -> Prefixes | None:

@@ -115,9 +115,7 @@ class CrossValidation:
             self.scores.add_scores(arm, at, y, crossfit.outer(baseline, self.fold, cv, np.zeros(cv, np.int64)))
         if self._prefixes is not None:
             try:
-                coder = FittedProbes(
-                    self.probe, dataset, rows, dataset.y, self._prefixes.sets, f"{where}, codelength", strength
-                )
+                coder = FittedProbes(self.probe, dataset, rows, dataset.y, self._prefixes.sets, f"{where}, codelength")
                 self._bits[at] = self._prefixes.bits(coder)
             except AnalysisError as error:  # the codelength is optional, the score is not
                 self.notes.append(f"No codelength of layer {layer}: {error.message}.")
