@@ -56,6 +56,12 @@ class Sweep(SweepResults):
     ``strength``                          layer, fold               chosen without that fold, if several were tried
     ``final_strength``                    layer                     chosen by all folds; that of the kept weights
     ``selectivity``                       layer                     score above the control task, by the first metric
+    ``selectivity_low, _high, _sd``       layer                     middle 95 % and deviation over draws
+    ``null_score``                        baseline, layer, metric,  every draw of shuffled labels, control task and
+                                          draw                      random direction
+    ``null_low, null_high``               baseline, layer, metric   middle 95 % of the draws
+    ``null_p, null_p_corrected``          baseline, layer, metric   share of draws that reach the probe, and of draws
+                                                                    whose best layer does
     ``codelength, compression``           layer                     bits by online coding; uniform code ÷ codelength
     ``confusion``                         truth, said               of the nested predictions
     ``chosen_layer``                      fold                      chosen without that fold
@@ -65,7 +71,9 @@ class Sweep(SweepResults):
     ====================================  ========================  ==========================================
 
     *arm* is ``probe`` and the baselines. Baselines that read no activation, such as ``majority`` and ``tfidf``, have
-    the same value at every layer. *layer* is −1 for a module path. ``results.attrs`` holds the options of the sweep.
+    the same value at every layer. The draws are there if *nulls* is above 1; then the scores of these baselines are
+    means over draws, and their ``ci_low, ci_high`` the middle 95 % of the draws. *layer* is −1 for a module path.
+    ``results.attrs`` holds the options of the sweep.
     """
 
     coef: NDArray[np.float64] | None = None

@@ -100,7 +100,29 @@ def caption(results: xr.Dataset) -> str:
         text = f"Best layer {best.layer}{kept}. With {what} chosen inside the folds ({picks}): {score}."
     else:
         text = f"Best layer {best.layer}: {score}, chosen on these very scores and therefore too high."
-    return " ".join([text, *asked["notes"]])
+    return " ".join(filter(None, [text, null_text(results), *asked["notes"]]))
+
+
+def null_text(results: xr.Dataset) -> str:
+    """Return a sentence about the draws of the baselines at the best layer; an empty text if there was only one."""
+    if "null_p" not in results:
+        return ""
+    layer = -1 if best_layer(results).layer is None else best_layer(results).layer
+    data = results.sel(layer=layer).isel(metric=0)
+    told = []
+    for arm in names_along(results, "baseline"):
+        at = data.sel(baseline=arm)
+        mean, low, high, p, corrected = (
+            float(value)
+            for value in (
+                at["null_score"].mean(),
+                *(at[name] for name in ("null_low", "null_high", "null_p", "null_p_corrected")),
+            )
+        )
+        told.append(f"{ARMS[arm]} {number(mean)} {interval(low, high)}, p {number(p)}, {number(corrected)} over layers")
+    if "selectivity_sd" in data:
+        told.append(f"selectivity {number(float(data['selectivity']))} ± {number(float(data['selectivity_sd']))} (sd)")
+    return f"{results.attrs['nulls']} draws at this layer: {'; '.join(told)}."
 
 
 def strength_text(results: xr.Dataset) -> str:

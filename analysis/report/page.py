@@ -153,7 +153,10 @@ def _others(sweep: Sweep) -> list[tuple[str, str, str]]:
     ]
     layer = -1 if best.layer is None else best.layer
     if "selectivity" in data:
-        found.append(("selectivity, at the best layer", number(float(data["selectivity"].sel(layer=layer))), ""))
+        at = data.sel(layer=layer)
+        ends = [float(at[name]) for name in ("selectivity_low", "selectivity_high") if name in data]
+        spread = f"{interval(*ends)}, middle 95 % of {data.attrs['nulls']} draws" if ends else "one draw"
+        found.append(("selectivity, at the best layer", number(float(at["selectivity"])), spread))
     if "compression" in data:
         bits = float(data["codelength"].sel(layer=layer))
         ratio = float(data["compression"].sel(layer=layer))

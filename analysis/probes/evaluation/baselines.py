@@ -85,7 +85,12 @@ def length(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int) -> Predictio
     return _by_document(dataset, fold, cv, size, StandardScaler, "length")
 
 
-def shuffle(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int, seed: int) -> NDArray:
+def draw_seed(seed: int, draw: int) -> int | list[int]:
+    """Return the seed of one of several draws; the first draw has *seed* itself."""
+    return [seed, draw] if draw else seed
+
+
+def shuffle(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int, seed: int | list[int]) -> NDArray:
     """Return the target, moved at random to other documents, ``(n_samples,)``.
 
     If every group has a single value, whole groups exchange values. Otherwise documents exchange values across all
@@ -113,7 +118,7 @@ def shuffle(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int, seed: int) 
     )
 
 
-def control(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int, seed: int) -> NDArray[np.int64]:
+def control(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int, seed: int | list[int]) -> NDArray[np.int64]:
     """Return a label drawn for each token id, ``(n_samples,)``, with the class shares of the target.
 
     A probe that learns this control task has memorised the tokens. By how much it does better on the target is its
@@ -122,7 +127,7 @@ def control(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int, seed: int) 
     Raises
     ------
     AnalysisError
-        A sample is not a single token, or a drawn class is missing from a training side.
+        A sample is not a single token, or a class is missing from a training side in every draw.
     """
     coordinates: Any = getattr(dataset.store, "coordinates", None)
     if dataset.row is None or coordinates is None or dataset.task != "classification":
@@ -131,11 +136,12 @@ def control(dataset: ProbeDataset, fold: NDArray[np.int64], cv: int, seed: int) 
     kinds, place, counts = np.unique(token, return_inverse=True, return_counts=True)
     if counts.max() > dataset.n_samples / 2:
         raise AnalysisError("one kind of token is more than half of the samples")
-    share = np.bincount(dataset.y) / dataset.n_samples
-    drawn = np.random.default_rng(seed).choice(len(share), size=len(kinds), p=share)[place]
-    if len(np.unique(drawn)) < len(share) or not trainable(drawn, fold, cv, without=1):
-        raise AnalysisError("too few kinds of tokens for a control task", found=f"{len(kinds)}")
-    return np.asarray(drawn, np.int64)
+    share, rng = np.bincount(dataset.y) / dataset.n_samples, np.random.default_rng(seed)
+    for _ in range(100):
+        drawn = np.asarray(rng.choice(len(share), size=len(kinds), p=share)[place], np.int64)
+        if len(np.unique(drawn)) == len(share) and trainable(drawn, fold, cv, without=1):
+            return drawn
+    raise AnalysisError("too few kinds of tokens for a control task", found=f"{len(kinds)}")
 
 
 def _by_document(

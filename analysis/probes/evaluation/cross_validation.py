@@ -19,6 +19,7 @@ from analysis.probes.evaluation import baselines as base
 from analysis.probes.evaluation import codelength, crossfit, folds, score
 from analysis.probes.evaluation.crossfit import FittedProbes
 from analysis.probes.evaluation.layer_scores import LayerScores
+from analysis.probes.evaluation.nulls import NullScores, selectivity
 from analysis.probes.evaluation.score import Prediction
 from analysis.probes.options import SweepOptions
 from analysis.probes.results import FORMAT, Sweep
@@ -59,13 +60,16 @@ class CrossValidation:
             self.notes.append(
                 "The layer was not chosen inside the folds: too few folds, or a class in fewer than three."
             )
-        self.targets: dict[str, NDArray[Any]] = {}
+        self.targets: dict[str, list[NDArray[Any]]] = {}
         fixed = self._predict_without_model(baselines)
         self._draw_layer_targets(baselines)
         ranked = any(hasattr(probe, name) for name in ("decision_function", "predict_proba"))
         self.metrics = score.metrics(dataset.task, len(dataset.classes), ranked, hasattr(probe, "predict_proba"))
         arms = ["probe", *(name for name in baselines if name in fixed or name in self.targets)]
         self.scores = LayerScores(dataset, self.fold, arms, self.metrics, options)
+        self.nulls = NullScores(
+            self.targets, self.metrics, self.fold, dataset.group, len(dataset.layers), options.nulls
+        )
         for arm, prediction in fixed.items():
             self.scores.add_scores(arm, slice(None), dataset.y, prediction)
         count = len(dataset.layers)
@@ -100,19 +104,18 @@ class CrossValidation:
                 (fitted.solved.coef[-1, self._final[at]], fitted.solved.intercept[-1, self._final[at]])
             )
         strength = fitted.strengths[[self._final[at]]] if linear else None
-        for arm, y in self.targets.items():
-            if arm == "random":
-                baseline = FittedProbes(
-                    _plain_probe(dataset),
-                    dataset,
-                    _project_randomly(rows, self.options.seed + at),
-                    y,
-                    self._sets[0],
-                    f"{where}, {arm}",
-                )
-            else:
-                baseline = FittedProbes(self.probe, dataset, rows, y, self._sets[0], f"{where}, {arm}", strength)
-            self.scores.add_scores(arm, at, y, crossfit.outer(baseline, self.fold, cv, np.zeros(cv, np.int64)))
+        for arm, draws in self.targets.items():
+            for draw, y in enumerate(draws):
+                if arm == "random":
+                    projected = _project_randomly(rows, base.draw_seed(self.options.seed + at, draw))
+                    plain = _plain_probe(dataset)
+                    baseline = FittedProbes(plain, dataset, projected, y, self._sets[0], f"{where}, {arm}")
+                else:
+                    baseline = FittedProbes(self.probe, dataset, rows, y, self._sets[0], f"{where}, {arm}", strength)
+                prediction = crossfit.outer(baseline, self.fold, cv, np.zeros(cv, np.int64))
+                self.nulls.add_scores(arm, at, draw, y, prediction)
+                if draw == 0:
+                    self.scores.add_scores(arm, at, y, prediction)
         if self._prefixes is not None:
             try:
                 coder = FittedProbes(self.probe, dataset, rows, dataset.y, self._prefixes.sets, f"{where}, codelength")
@@ -134,9 +137,10 @@ class CrossValidation:
         if len(self.strengths) > 1:
             data["strength"] = (("layer", "fold"), self.strengths[self._used])
             data["final_strength"] = ("layer", self.strengths[self._final])
+        if self.options.nulls > 1 and self.targets:
+            data = self.nulls.to_dataset(data)
         if "control" in self.targets:
-            arms = (data["pooled"].isel(metric=0).sel(arm=arm).values for arm in ("probe", "control"))
-            data["selectivity"] = ("layer", np.subtract(*arms))
+            data = selectivity(data)
         if self._prefixes is not None:
             data["codelength"] = ("layer", self._bits)
             data["compression"] = ("layer", self._prefixes.uniform / self._bits)
@@ -169,14 +173,15 @@ class CrossValidation:
         return found
 
     def _draw_layer_targets(self, baselines: Sequence[str]) -> None:
-        dataset = self.dataset
+        dataset, options = self.dataset, self.options
+        seeds = [base.draw_seed(options.seed, draw) for draw in range(options.nulls)]
         if "shuffled" in baselines:
-            self.targets["shuffled"] = base.shuffle(dataset, self.fold, self.options.cv, self.options.seed)
+            self.targets["shuffled"] = [base.shuffle(dataset, self.fold, options.cv, seed) for seed in seeds]
         if "random" in baselines and dataset.rows != "tokens":
-            self.targets["random"] = dataset.y
+            self.targets["random"] = [dataset.y] * len(seeds)
         if "control" in baselines and dataset.classes:
             try:
-                self.targets["control"] = base.control(dataset, self.fold, self.options.cv, self.options.seed)
+                self.targets["control"] = [base.control(dataset, self.fold, options.cv, seed) for seed in seeds]
             except AnalysisError as error:
                 self.notes.append(f"No control task: {error.message}.")
 
@@ -225,6 +230,7 @@ class CrossValidation:
             "splitter": type(folds.splitter(dataset, self.options.cv, self.options.seed)).__name__,
             "seed": self.options.seed,
             "resamples": self.options.resamples,
+            "nulls": self.options.nulls,
             "layer_chosen": self._how_chosen(),
             "bytes_per_layer": dataset.bytes_per_layer(),
             "model": getattr(dataset.store, "provenance", Provenance()).model_name,
@@ -272,7 +278,7 @@ def notes(dataset: ProbeDataset) -> list[str]:
     return found
 
 
-def _project_randomly(rows: Design | NDArray[Any], seed: int) -> Design:
+def _project_randomly(rows: Design | NDArray[Any], seed: int | list[int]) -> Design:
     """Return the samples projected onto one random direction, each feature scaled by its standard deviation."""
     design = rows if isinstance(rows, Design) else Design(rows)
     drawn = np.random.default_rng(seed).standard_normal((design.shape[1], 1))
