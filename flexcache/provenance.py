@@ -16,6 +16,7 @@ from flexcache.errors import ConfigError, nearest
 
 T = TypeVar("T")
 _RECORDED = "_recorded_as"
+FINGERPRINT = ("function", "source_xxh3_128", "state_xxh3_128")
 
 
 def callable_fingerprint(function: Callable[..., Any]) -> dict[str, Any]:
@@ -43,6 +44,15 @@ def callable_fingerprint(function: Callable[..., Any]) -> dict[str, Any]:
         "source_xxh3_128": source,
         "state_xxh3_128": hasher.hexdigest(),
     }
+
+
+def select_fingerprint(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the fingerprint in a function's record, without what the record holds in addition; None for no record.
+
+    >>> select_fingerprint({"function": "f", "source_xxh3_128": "a", "state_xxh3_128": "b", "tokens": [7, 9]})
+    {'function': 'f', 'source_xxh3_128': 'a', 'state_xxh3_128': 'b'}
+    """
+    return None if record is None else {name: record[name] for name in FINGERPRINT if name in record}
 
 
 def recorded_as(name: str, source_xxh3_128: str) -> Callable[[T], T]:

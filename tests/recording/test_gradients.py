@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import pytest
 import torch
 
 import flexcache
+from flexcache import NextTokenLoss
 from flexcache.errors import CaptureError, ConfigError, MismatchError, SiteError
 from flexcache.hooks import find_blocks
 from flexcache.recording.forward.batch import Batch
 from flexcache.recording.forward.batch_reader import BatchReader
+from flexcache.recording.forward.objective import describe_objective, recorded_objective
 from tests.corpora import lengths, token_documents
 from tests.models import DEPTH, VOCABULARY, tiny
 
@@ -134,6 +137,29 @@ def test_a_logit_difference_and_a_custom_function_are_objectives(tmp_path: Path)
     with pytest.raises(MismatchError, match=r"spec\.objective"):
         changed = flexcache.LogitDifference(7, 10)
         flexcache.capture(model, None, DOCUMENTS, tmp_path / "a.zarr", objective=changed, **options)
+
+
+def test_the_record_of_an_objective_rebuilds_it_and_may_lack_the_tokens(tmp_path: Path) -> None:
+    model, objective = tiny("llama"), flexcache.LogitDifference(7, 9)
+    options: dict[str, Any] = {"sites": "resid_post.grad", "layers": [1], "objective": objective, **QUIET}
+    path, rest = tmp_path / "run.zarr", tmp_path / "rest.zarr"
+    store = flexcache.capture(model, None, DOCUMENTS, path, **options)
+    flexcache.capture(model, None, DOCUMENTS, rest, **{**options, "layers": [0]})
+    assert recorded_objective(store.spec["objective"]) == objective
+    assert recorded_objective(None) == recorded_objective(describe_objective(NextTokenLoss())) == NextTokenLoss()
+    assert recorded_objective(describe_objective(lambda output, batch: output.logits.sum())) is None
+    content = json.loads((path / "zarr.json").read_text())
+    recorded = content["attributes"]["flexcache"]["spec"]["objective"]
+    assert recorded.pop("tokens") == [7, 9]
+    (path / "zarr.json").write_text(json.dumps(content))
+    older = flexcache.open(path)
+    assert recorded_objective(older.spec["objective"]) is None, "a store of an earlier version"
+    assert flexcache.capture(model, None, DOCUMENTS, path, **options).spec == older.spec, "resumed"
+    both = flexcache.merge([path, rest], tmp_path / "both.zarr")
+    assert recorded_objective(both.spec["objective"]) == objective
+    flexcache.extend(model, None, path, **{**options, "layers": [2]})
+    with pytest.raises(MismatchError, match="the objective"):
+        flexcache.extend(model, None, path, **{**options, "layers": [3], "objective": flexcache.LogitDifference(9, 7)})
 
 
 def test_module_paths_have_gradients_too(tmp_path: Path) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from flexcache.errors import CaptureError
-from flexcache.provenance import callable_fingerprint, recorded_as
+from flexcache.provenance import callable_fingerprint, recorded_as, select_fingerprint
 
 if TYPE_CHECKING:
     from flexcache.recording.forward.batch import Batch
 
 OBJECTIVE = "objective"
 """Name of the array that holds an objective's values."""
+TOKENS = "tokens"
+"""Entry of a record that holds the token ids of a `LogitDifference`."""
 
 
 class Objective(Protocol):
@@ -118,8 +121,30 @@ def logits_of(output: Any) -> torch.Tensor:
 
 
 def describe_objective(objective: Objective) -> dict[str, Any]:
-    """Return the record of an objective for a store."""
-    return callable_fingerprint(objective)
+    """Return the record of an objective for a store: its fingerprint, and the token ids of a `LogitDifference`."""
+    ids = {TOKENS: [objective.token, objective.other]} if isinstance(objective, LogitDifference) else {}
+    return {**callable_fingerprint(objective), **ids}
+
+
+def recorded_objective(description: Mapping[str, Any] | None) -> Objective | None:
+    """Return the objective of a store's record; None if it cannot be rebuilt, such as a user's function.
+
+    A `LogitDifference` can be rebuilt since its token ids are recorded; earlier stores lack them.
+
+    >>> recorded_objective(describe_objective(LogitDifference(7, 9)))
+    LogitDifference(token=7, other=9)
+
+    Parameters
+    ----------
+    description
+        What `describe_objective` returned; None for the default, `NextTokenLoss`.
+    """
+    if description is None:
+        return NextTokenLoss()
+    ids = description.get(TOKENS)
+    rebuilt: tuple[Objective, ...] = (NextTokenLoss(), *([] if ids is None else [LogitDifference(*ids)]))
+    recorded = select_fingerprint(description)
+    return next((one for one in rebuilt if callable_fingerprint(one) == recorded), None)
 
 
 def check_value(value: Any, batch: Batch) -> torch.Tensor:

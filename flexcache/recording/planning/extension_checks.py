@@ -10,6 +10,7 @@ from flexcache.documents.digest import same_corpus
 from flexcache.errors import ConfigError, MismatchError
 from flexcache.identity import comparable_record
 from flexcache.identity.tokenizer import CHAT_TEMPLATE, describe_tokenizer
+from flexcache.provenance import select_fingerprint
 from flexcache.recording.forward.capture_targets import CaptureTargets
 from flexcache.recording.forward.objective import Objective, describe_objective
 from flexcache.recording.planning.extension_request import (
@@ -87,8 +88,8 @@ def _check_objective(store: Store, targets: CaptureTargets, objective: Objective
         check_equal(
             store,
             "the objective",
-            store.spec.objective,
-            None if objective is None else describe_objective(objective),
+            select_fingerprint(store.spec.objective),
+            None if objective is None else select_fingerprint(describe_objective(objective)),
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from flexcache.errors import ConfigError, MismatchError
 from flexcache.progress import ProgressCallback, ignore_progress
+from flexcache.provenance import select_fingerprint
 from flexcache.spec import ArraySpec, CaptureSpec
 from flexcache.store.format.model_comparison import differences
 from flexcache.store.format.shard import shard_name
@@ -74,8 +75,8 @@ def _check_alike(one: Store, other: Store) -> None:
     specs = [store.spec.model_dump(mode="json") for store in (one, other)]
     asked = sorted({name for spec in specs for name in spec} - {"sites", "transforms", "objective", "dtype"})
     pairs += [(f"spec.{name}", specs[0].get(name), specs[1].get(name)) for name in asked]
-    both = [store.spec.objective for store in (one, other) if store.spec.objective is not None]
-    if len(both) == 2:
+    both = [select_fingerprint(store.spec.objective) for store in (one, other)]
+    if None not in both:
         pairs.append(("spec.objective", both[0], both[1]))
     first, second = one.spec.transforms, other.spec.transforms
     pairs += [(f"transform {name}", value, second[name]) for name, value in first.items() if name in second]
@@ -136,11 +137,12 @@ def _spec(stores: list[Store], arrays: list[ArraySpec]) -> CaptureSpec:
     for store in stores:
         for site, asked in store.spec.sites.items():
             sites[site] = asked if sites.get(site, asked) == asked else layers.get(site, asked)
+    objectives = [store.spec.objective for store in stores if store.spec.objective is not None]
     dtypes = {store.spec.dtype for store in stores}
     changes = {
         "sites": sites,
         "transforms": {k: v for store in stores for k, v in store.spec.transforms.items()},
         "dtype": dtypes.pop() if len(dtypes) == 1 else "auto",
-        "objective": next((store.spec.objective for store in stores if store.spec.objective is not None), None),
+        "objective": max(objectives, key=len, default=None),  # a later version records more
     }
     return stores[0].spec.model_copy(update=changes)
