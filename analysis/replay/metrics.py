@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -77,23 +78,74 @@ class Metric:
     donors: bool = False
 
 
+TokenMetric = Callable[[Outcome], NDArray[np.float64]]
+"""A function from an outcome to a value for each readout token that has one, shape (tokens,)."""
+
+
+def kl_by_token(outcome: Outcome) -> NDArray[np.float64]:
+    """Return KL(before ‖ after) of the next-token distributions at each readout token, in nats, never negative."""
+    blocks = row_blocks(*outcome.base.shape)
+    found = (kl_divergence(log_softmax(outcome.base[rows]), log_softmax(outcome.logits[rows])) for rows in blocks)
+    return _array(found)
+
+
+def loss_by_token(outcome: Outcome, logits: torch.Tensor | None = None) -> NDArray[np.float64]:
+    """Return the loss of the next token with the edit, in nats, at the readout tokens that have a next one.
+
+    Parameters
+    ----------
+    logits
+        Other logits than those with the edit, of equal shape.
+    """
+    logits = outcome.logits if logits is None else logits
+    inside = outcome.positions + 1 < len(outcome.tokens)
+    labels = torch.from_numpy(outcome.tokens[outcome.positions[inside] + 1].astype(np.int64)).to(logits.device)
+    places = torch.from_numpy(np.flatnonzero(inside)).to(logits.device)
+    blocks = row_blocks(len(places), logits.shape[-1])
+    loss_of = torch.nn.functional.nll_loss
+    return _array(loss_of(log_softmax(logits[places[rows]]), labels[rows], reduction="none") for rows in blocks)
+
+
+def loss_change_by_token(outcome: Outcome) -> NDArray[np.float64]:
+    """Return the loss with the edit less that without, in nats, at the readout tokens that have a next one."""
+    return loss_by_token(outcome) - loss_by_token(outcome, outcome.base)
+
+
+def flips_by_token(outcome: Outcome) -> NDArray[np.float64]:
+    """Return 1 for each readout token whose most likely next token changes, else 0."""
+    return _array([outcome.logits.argmax(-1) != outcome.base.argmax(-1)])
+
+
+def token_mean(by_token: TokenMetric, outcome: Outcome) -> float:
+    """Return the mean of a metric over the readout tokens; NaN if it has a value at none."""
+    values = by_token(outcome)
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def token_sum(by_token: TokenMetric, outcome: Outcome) -> float:
+    """Return the sum of a metric over the readout tokens; NaN if it has a value at none."""
+    values = by_token(outcome)
+    return float(values.sum()) if len(values) else float("nan")
+
+
 def kl(outcome: Outcome) -> float:
-    """Return the mean over tokens of KL(before ‖ after) of the next-token distributions, in nats, never negative."""
-    total = sum(
-        float(kl_divergence(log_softmax(outcome.base[rows]), log_softmax(outcome.logits[rows])).sum())
-        for rows in row_blocks(*outcome.base.shape)
-    )
-    return total / len(outcome.base) if len(outcome.base) else float("nan")
+    """Return the mean over the readout tokens of KL(before ‖ after), in nats."""
+    return token_mean(kl_by_token, outcome)
 
 
 def loss(outcome: Outcome) -> float:
-    """Return the mean loss of the next token with the edit, in nats; NaN if no token that is read has a next one."""
-    return _loss(outcome, outcome.logits)
+    """Return the mean loss of the next token with the edit, in nats; NaN if no readout token has a next one."""
+    return token_mean(loss_by_token, outcome)
 
 
 def loss_change(outcome: Outcome) -> float:
     """Return the mean loss with the edit less that without, in nats."""
-    return _loss(outcome, outcome.logits) - _loss(outcome, outcome.base)
+    return token_mean(loss_change_by_token, outcome)
+
+
+def flips(outcome: Outcome) -> float:
+    """Return the share of the readout tokens whose most likely next token changes."""
+    return token_mean(flips_by_token, outcome)
 
 
 def logit_diff(outcome: Outcome) -> float:
@@ -116,11 +168,6 @@ def rank(outcome: Outcome) -> float:
     if not outcome.answer:
         return float("nan")
     return float((outcome.logits[-1] > outcome.logits[-1, outcome.answer[0]]).sum())
-
-
-def flips(outcome: Outcome) -> float:
-    """Return the share of tokens whose most likely next token changes."""
-    return float((outcome.logits.argmax(-1) != outcome.base.argmax(-1)).double().mean())
 
 
 def recovered(outcome: Outcome) -> float:
@@ -163,17 +210,24 @@ def projection(name: str, vector: Any, site: str = "resid_post", layer: int = -1
     return Metric(name, score, ((site, layer),))
 
 
+BY_TOKEN: dict[str, TokenMetric] = {
+    "kl": kl_by_token,
+    "loss": loss_by_token,
+    "loss_change": loss_change_by_token,
+    "flips": flips_by_token,
+}
+MEANS: dict[str, Callable[[Outcome], float]] = {"kl": kl, "loss": loss, "loss_change": loss_change, "flips": flips}
+"""Metrics that are a mean over readout tokens: also called ``kl_mean``; ``kl_sum`` is the sum."""
 NAMED = {
     metric.name: metric
     for metric in (
-        Metric("kl", kl),
-        Metric("loss", loss),
-        Metric("loss_change", loss_change),
+        *(Metric(name, function) for name, function in MEANS.items()),
+        *(Metric(f"{name}_mean", function) for name, function in MEANS.items()),
+        *(Metric(f"{name}_sum", partial(token_sum, by_token)) for name, by_token in BY_TOKEN.items()),
         Metric("logit_diff", logit_diff, answers=True),
         Metric("logit_diff_change", logit_diff_change, answers=True),
         Metric("prob", prob, answers=True),
         Metric("rank", rank, answers=True),
-        Metric("flips", flips),
         Metric("recovered", recovered, answers=True, donors=True),
         Metric("cosine", cosine, (("resid_post", -1),)),
     )
@@ -251,17 +305,8 @@ def compute_metric(metric: Metric, outcome: Outcome) -> float:
     return float(plain)
 
 
-def _loss(outcome: Outcome, logits: torch.Tensor) -> float:
-    inside = outcome.positions + 1 < len(outcome.tokens)
-    if not inside.any():
-        return float("nan")
-    labels = torch.from_numpy(outcome.tokens[outcome.positions[inside] + 1].astype(np.int64)).to(logits.device)
-    places = torch.from_numpy(np.flatnonzero(inside)).to(logits.device)
-    total = sum(
-        float(torch.nn.functional.nll_loss(log_softmax(logits[places[rows]]), labels[rows], reduction="sum"))
-        for rows in row_blocks(len(places), logits.shape[-1])
-    )
-    return total / len(places)
+def _array(parts: Iterable[torch.Tensor]) -> NDArray[np.float64]:
+    return np.concatenate([np.zeros(0), *(part.double().cpu().numpy() for part in parts)])
 
 
 def _difference(outcome: Outcome, logits: torch.Tensor) -> float:

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from flexcache.errors import ConfigError, nearest
 from flexcache.model import ModelSource
 from flexcache.provenance import import_object
-from flexcache.validation import Options, validate
+from flexcache.validation import Options, unknown_key, validate
 from pipelines.config.sections import model_or_name
 from pipelines.config.yaml_file import read_yaml
 
@@ -82,7 +82,7 @@ class ReplayConfig(Options):
     edits: list[dict[str, Any]] = Field(
         min_length=1, description="edits, each a kind with its settings, or a chain of edits"
     )
-    metrics: list[str] = Field(["kl", "loss"], description="metrics of the changed output")
+    metrics: list[str] = Field(["kl_sum"], description="metrics of the changed output, such as kl_sum")
     baselines: list[str] = Field(
         ["identity"], description="identity, random_direction, norm_matched: edits to compare with"
     )
@@ -90,7 +90,10 @@ class ReplayConfig(Options):
     documents: list[str] | int | None = Field(
         None, description="ids of documents, or the number of documents from the start; all by default"
     )
-    readout: str | list[int] = Field("all", description="positions where metrics are measured: all, last, or a list")
+    readout: str | int | list[int] = Field(
+        "all",
+        description="positions where metrics are measured: all, last, or a list; NaN where a document lacks one",
+    )
     copies: int = Field(
         1, ge=1, description="cells that share a forward pass; more than 1 is faster, but not bit-exact"
     )
@@ -196,7 +199,11 @@ def donors(store: Store, given: Any) -> Any:
     from analysis.replay import same_length
 
     if isinstance(given, Mapping) and "same_length" in given:
-        return same_length(store, int(given["same_length"]), given.get("differing"))
+        keys = ("same_length", "differing")
+        for name in given:
+            if name not in keys:
+                raise unknown_key(str(name), keys, "donor")
+        return same_length(store, given["same_length"], given.get("differing"))
     return given
 
 

@@ -10,6 +10,7 @@ import yaml
 import flexcache
 from analysis import replay
 from analysis.replay.edits.edit import from_json
+from flexcache.errors import AnalysisError
 from pipelines.config import replay_config
 from tests.models import HIDDEN
 from tests.pipelines.test_cli import run
@@ -71,6 +72,23 @@ def test_a_sweep_from_the_command_line(asked: Path, capsys: pytest.CaptureFixtur
     assert "identity error" in run(capsys, "replay", "run.zarr", asked, "-o", "out", "-q"), "resumed"
     wrong = ("--set", "metrics=[flips]")
     assert "another sweep" in run(capsys, "replay", "run.zarr", asked, "-o", "out", "-q", *wrong, status=1)
+
+
+def test_answers_in_python_are_texts_of_one_token(asked: Path, checkpoint: Path) -> None:
+    model = flexcache.ModelSource(name=str(checkpoint)).load()
+
+    def logit_diff(answers: Any) -> Any:
+        options: dict[str, Any] = {"metrics": ["logit_diff"], "documents": ["t0"], "progress": False}
+        at = replay.grid(layers=[0])
+        return replay.sweep("run.zarr", model, at, replay.Zero(), answers=answers, **options).results["value"]
+
+    expected = logit_diff((5, 6))
+    for answers in (("w5", "w6"), ("w5", 6), {"t0": ("w5", "w6")}, [("w5", "w6")]):
+        assert logit_diff(answers).equals(expected)
+    for wrong, found in ((("w5 w6", 3), "'w5 w6' is not one token: 2 tokens"), (("", 3), "0 tokens")):
+        with pytest.raises(AnalysisError, match="answers cannot be read") as error:
+            logit_diff(wrong)
+        assert found in str(error.value.found)
 
 
 @pytest.mark.parametrize(

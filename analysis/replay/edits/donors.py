@@ -38,7 +38,7 @@ class DonorEdit(Edit):
     align
         Which token of the donor a token gets: the token at the same position, counted from the ``"start"`` or from the
         ``"end"``, or pairs (position, donor's position). Documents without a donor, or whose donor has no such token,
-        are left out of the results.
+        are left out of the results; so is a document whose donor is the document itself, unless pairs are given.
     """
 
     donor: Donor
@@ -72,6 +72,7 @@ class DonorEdit(Edit):
         donors = donor_lines(self.donor, context.source.numbers, context.documents)
         if isinstance(self.align, str):
             positions = context.positions.copy()
+            donors = np.where(donors == context.documents, -1, donors)  # its own token would be no change
             if self.align == "end":
                 positions += context.document_lengths(donors) - context.document_lengths(context.documents)
         else:

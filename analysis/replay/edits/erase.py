@@ -56,11 +56,18 @@ class Erase(Edit):
         Raises
         ------
         AnalysisError
-            Shapes do not fit, or the concept does not vary.
+            Shapes do not fit, a value of the concept is missing, or the concept does not vary.
         """
         X, y = np.asarray(X, np.float64), np.asarray(y)
         if X.ndim != 2 or len(X) != len(y):
             raise AnalysisError("activations and concept do not fit", found=f"shapes {X.shape} and {y.shape}")
+        missing = sum(value is None or value != value for value in y.ravel().tolist())
+        if missing:
+            raise AnalysisError(
+                "a concept to erase needs a value for each sample",
+                found=f"{missing} values that are missing (NaN or None)",
+                remedy="leave these samples out; Erase.fit_store does so",
+            )
         Z = y.astype(np.float64) if y.dtype.kind == "f" else (y[:, None] == np.unique(y)).astype(np.float64)
         Z = Z.reshape(len(Z), -1) - Z.reshape(len(Z), -1).mean(0)
         mean = X.mean(0)

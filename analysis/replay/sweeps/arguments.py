@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from operator import index
 from typing import Any
 
 from torch import nn
 
+from analysis.dataset.store_tokenizer import store_tokenizer
 from analysis.replay.engine.compatibility import check_store_and_model, short_repr
 from analysis.replay.engine.engine import Engine
 from analysis.replay.sweeps.grid import Grid, grid
-from flexcache.errors import AnalysisError
+from flexcache.errors import AnalysisError, ConfigError
+from flexcache.recording.arguments import one_token
 from flexcache.store.read.store import Store
 
-Answers = Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Sequence[int]] | None
+Token = int | str
+Answers = Sequence[Token] | Sequence[Sequence[Token]] | Mapping[str, Sequence[Token]] | None
 ModelLoader = Callable[[], nn.Module]
 Pair = tuple[int, int]
 
@@ -58,6 +62,8 @@ def check_grid(at: Any) -> Grid:
 def parse_answers(answers: Any, engine: Engine, documents: Sequence[str] | None) -> Pair | dict[str, Pair] | None:
     """Return answers as one pair of token ids for all documents, or as a pair by document id.
 
+    Texts are looked up in the tokenizer of the store; each must be one token.
+
     Parameters
     ----------
     documents
@@ -66,22 +72,22 @@ def parse_answers(answers: Any, engine: Engine, documents: Sequence[str] | None)
     Raises
     ------
     AnalysisError
-        A pair is not two token ids of the model; a document is not in the store; there are more or fewer pairs than
+        A pair is not two tokens of the model; a document is not in the store; there are more or fewer pairs than
         documents.
     """
     if answers is None:
         return None
-    source, vocabulary = engine.source, engine.vocabulary
+    source, pair_of = engine.source, partial(_pair, vocabulary=engine.vocabulary, tokenizer=_Tokenizer(engine))
     if isinstance(answers, Mapping):
         source.check_documents(answers, "answers")
-        pairs = {str(name): _pair(pair, vocabulary, f"answers of {name!r}") for name, pair in answers.items()}
+        pairs = {str(name): pair_of(pair, where=f"answers of {name!r}") for name, pair in answers.items()}
         names = source.numbers if documents is None else documents
         if not any(str(name) in pairs for name in names):
             raise AnalysisError("no document of the sweep has answers", where="answers", found=short_repr(answers))
         return pairs
     given = answers.tolist() if hasattr(answers, "tolist") else answers
     if not isinstance(given, list | tuple) or not any(isinstance(part, list | tuple) for part in map(_plain, given)):
-        return _pair(given, vocabulary, "answers")
+        return pair_of(given, where="answers")
     ids = [*source.numbers] if documents is None else [str(name) for name in documents]
     if len(given) != len(ids):
         raise AnalysisError(
@@ -91,27 +97,44 @@ def parse_answers(answers: Any, engine: Engine, documents: Sequence[str] | None)
             found=f"{len(given)} pairs",
             remedy="give one pair for all, or a mapping from document id to pair",
         )
-    return {name: _pair(pair, vocabulary, f"answers of {name!r}") for name, pair in zip(ids, given, strict=True)}
+    return {name: pair_of(pair, where=f"answers of {name!r}") for name, pair in zip(ids, given, strict=True)}
+
+
+class _Tokenizer:
+    """The tokenizer of a store, loaded when the first text is looked up."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def token_id(self, value: Any) -> int:
+        """Return the id of a token that is given by id or as text; raise ConfigError if a text is not one token."""
+        return one_token(value, self._loaded) if isinstance(value, str) else index(_plain(value))
+
+    @cached_property
+    def _loaded(self) -> Any:
+        return store_tokenizer(self.engine.store, self.engine.model)
 
 
 def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _pair(value: Any, vocabulary: int, where: str) -> Pair:
-    given = _plain(value)
+def _pair(value: Any, vocabulary: int, tokenizer: _Tokenizer, where: str) -> Pair:
+    given, found = _plain(value), short_repr(value)
     try:
         if not isinstance(given, list | tuple) or any(isinstance(part, bool) for part in given):
             raise TypeError
-        first, second = (index(_plain(part)) for part in given)
+        first, second = map(tokenizer.token_id, given)
     except (TypeError, ValueError):
         first = second = -1
+    except ConfigError as error:
+        first, second, found = -1, -1, f"{error.message}: {error.found}"
     if not (0 <= first < vocabulary and 0 <= second < vocabulary):
         raise AnalysisError(
             "answers cannot be read",
             where=where,
-            expected=f"two token ids from 0 to {vocabulary - 1}",
-            found=short_repr(value),
+            expected=f"two token ids from 0 to {vocabulary - 1}, or texts of one token of the store's tokenizer",
+            found=found,
             remedy="a tokenizer returns the ids of a text: tokenizer(text, add_special_tokens=False).input_ids",
         )
     return first, second

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from analysis.replay.engine.forward_hooks import ForwardResult, PlacedEdit
 from analysis.replay.engine.identity import Discrepancy, check_discrepancy, compare_logits
 from analysis.replay.engine.starts import Start
 from analysis.replay.metrics import Outcome, compute_metric
-from analysis.replay.sweeps.grid import select_tokens
+from analysis.replay.sweeps.grid import has_readout, readout_positions, select_tokens
 from analysis.replay.sweeps.sweep_plan import SweepPlan
 from flexcache.recording.forward.batch import Batch
 
@@ -36,11 +35,14 @@ class BatchResult:
         Of the shape of `SweepPlan.shape`, for these documents.
     discrepancies : ndarray of float64, shape (layers, 2)
         Largest and relative distance of the replay that changes nothing from the forward.
+    changed : ndarray of bool, shape (layers, positions, edits, metrics)
+        True where a metric of an edited document differs from that of the replay that changes nothing.
     """
 
     documents: NDArray[np.int64]
     values: NDArray[np.float64]
     discrepancies: NDArray[np.float64]
+    changed: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def run_batch(engine: Engine, plan: SweepPlan, batch: Batch, advance: Callable[[
     if plan.copies > 1:
         batch, lines = _select_documents(batch, lines), np.arange(len(lines))
     ids = [str(engine.store.documents["id"][int(document)].as_py()) for document in batch.documents]
-    read = readout_positions(plan.readout, batch)
+    lengths = np.array([len(tokens) for tokens in batch.tokens], np.int64)
+    read, readable = readout_positions(plan.readout, lengths), has_readout(plan.readout, lengths)
     points = tuple(dict.fromkeys(key for metric in plan.metrics for key in metric.reads))
     values = np.full((*plan.shape[:5], len(lines), len(plan.metrics)), np.nan)
     unchanged = np.full((len(plan.layers), len(plan.edits), *values.shape[-2:]), np.nan)
@@ -103,7 +106,12 @@ def run_batch(engine: Engine, plan: SweepPlan, batch: Batch, advance: Callable[[
         for copy, cell in enumerate(together):
             own = _select_copy(engine, cell.start, result, base, copy * batch.shape[0], batch.shape[0])
             scores = [
-                [_scores(plan, batch, ids, read, base, own, line, given.get(line)) for line in lines.tolist()]
+                [
+                    _scores(plan, batch, ids, read, base, own, line, given.get(line))
+                    if readable[line]
+                    else np.full(len(plan.metrics), np.nan)
+                    for line in lines.tolist()
+                ]
                 for given in (donors if cell.edit is None else [donors[cell.at[2]]])
             ]
             if cell.edit is None:
@@ -114,19 +122,14 @@ def run_batch(engine: Engine, plan: SweepPlan, batch: Batch, advance: Callable[[
                 made = np.isin(lines, cell.tokens[0]) & ~np.isin(lines, list(own.left_out))
                 arm, position, edit, strength = cell.at
                 values[arm, cell.row, position, edit, strength][made] = np.array(scores[0])[made]
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        moved = np.abs(values[0] - unchanged[:, None, :, None])
+    error = 2 * discrepancies[:, 0].max() if plan.copies > 1 else 0.0  # otherwise equal bits are no change
+    changed = (moved > error).any((3, 4))
     if "identity" in plan.baselines:
         made = np.isfinite(values[0]).any(-1, keepdims=True)
         values[plan.arms.index("identity")] = np.where(made, unchanged[:, None, :, None], np.nan)
-    return BatchResult(batch.documents[lines], values, discrepancies)
-
-
-def readout_positions(readout: str | tuple[int, ...], batch: Batch) -> NDArray[np.int64] | None:
-    """Return the positions of each sequence at which logits are computed, shape (sequences, read); None for all."""
-    if readout == "all":
-        return None
-    asked = np.array((-1,) if readout == "last" else tuple(int(position) for position in readout))[None]
-    lengths = np.array([len(tokens) for tokens in batch.tokens])[:, None]
-    return np.clip(asked + np.where(asked < 0, lengths, 0), 0, lengths - 1)
+    return BatchResult(batch.documents[lines], values, discrepancies, changed)
 
 
 def worst_discrepancies(results: Sequence[BatchResult]) -> list[Discrepancy]:
@@ -164,8 +167,9 @@ def _scores(
 ) -> NDArray[np.float64]:
     """Return each metric's value for one document."""
     length = len(batch.tokens[line])
-    positions = np.arange(length) if read is None else read[line]
-    here: Any = slice(0, length) if read is None else slice(None)
+    positions, here = np.arange(length), slice(0, length)
+    if read is not None:
+        positions, here = np.unique(read[line], return_index=True)  # each token once, in the order of the document
     outcome = Outcome(
         logits=edited.logits[line, here].float(),
         base=base.logits[line, here].float(),

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flexcache.errors import AnalysisError
+from flexcache.errors import AnalysisError, nearest
 from flexcache.site import Layers, plain_layers, resolve_layers
 from flexcache.store.read.store import Store
 
 WORDS = ("last", "first", "all", "each")
 Positions = int | str | dict[str, tuple[int, ...]]
 """One entry of the position dim: a number, a word, or positions by document id."""
+Readout = str | tuple[int, ...]
+"""Tokens at which logits are compared: ``"all"``, ``"last"``, or positions, negative from the document's end."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,50 @@ def select_tokens(
         lines += [line] * len(inside)
         found += inside
     return np.array(lines, np.int64), np.array(found, np.int64)
+
+
+def has_readout(readout: Readout, lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return which documents have all tokens of a readout.
+
+    >>> has_readout((0, 41), np.array([10, 50])).tolist()
+    [False, True]
+    """
+    if isinstance(readout, str):
+        return lengths > 0
+    asked = np.array(readout)[None]
+    found: NDArray[np.bool_] = ((asked >= -lengths[:, None]) & (asked < lengths[:, None])).all(1)
+    return found
+
+
+def readout_positions(readout: Readout, lengths: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """Return the positions at which logits are computed, shape (documents, read); None for all.
+
+    In a document that lacks a token of the readout, another one takes its place; see `has_readout`.
+    """
+    if readout == "all":
+        return None
+    asked = np.array((-1,) if readout == "last" else tuple(map(int, readout)))[None]
+    ends = lengths[:, None]
+    found: NDArray[np.int64] = np.clip(asked + np.where(asked < 0, ends, 0), 0, ends - 1)
+    return found
+
+
+def parse_readout(readout: str | int | Sequence[int]) -> Readout:
+    """Return a readout: a word, or positions.
+
+    Raises
+    ------
+    AnalysisError
+        It is another word, or holds something other than whole numbers, or nothing.
+    """
+    if isinstance(readout, str):
+        if readout not in ("all", "last"):
+            raise AnalysisError(f"readout cannot be {readout!r}", remedy=nearest(readout, ("all", "last")))
+        return readout
+    found = tuple(parse_position(position, "readout") for position in as_list(readout))
+    if not found:
+        raise AnalysisError("readout has no position", expected='"all", "last", or positions')
+    return found
 
 
 def has_tokens(positions: Positions, lengths: Mapping[str, int]) -> bool:

@@ -33,7 +33,7 @@ class Sweep(SweepResults):
     ::
 
         found = replay.sweep(store, model, edit=replay.Zero())
-        found.effect().sel(arm="edit", metric="kl")
+        found.effect().sel(arm="edit", metric="kl_sum")
 
     ``results`` is an `xarray.Dataset`:
 
@@ -101,7 +101,8 @@ class Sweep(SweepResults):
     def __repr__(self) -> str:
         sizes = ", ".join(f"{size} {name}" for name, size in self.results["value"].sizes.items())
         error = float(self.results["identity_error"].max())
-        return f"<Sweep of {self.results.attrs['question']['site']}: {sizes}; identity error {error:.3g}>"
+        name = f"<Sweep of {self.results.attrs['question']['site']}: {sizes}; identity error {error:.3g}>"
+        return "\n".join([name, *self.results.attrs["notes"]])
 
 
 def load(folder: str | Path) -> Sweep:

@@ -19,6 +19,7 @@ from analysis.replay.sweeps.arguments import Answers, ModelLoader, check_grid, l
 from analysis.replay.sweeps.batch_result import BatchResult, run_batch, worst_discrepancies
 from analysis.replay.sweeps.execution_options import ExecutionOptions
 from analysis.replay.sweeps.grid import Grid
+from analysis.replay.sweeps.notes import sweep_notes
 from analysis.replay.sweeps.results import FORMAT, Sweep
 from analysis.replay.sweeps.sweep_folder import SweepFolder, batch_name
 from analysis.replay.sweeps.sweep_plan import SweepPlan, plan_sweep
@@ -35,7 +36,7 @@ def sweep(
     model: nn.Module | ModelLoader,
     at: Grid | None = None,
     edit: Edit | Alternatives | Sequence[Edit] = (),
-    metrics: MetricLike | Sequence[MetricLike] = ("kl", "loss"),
+    metrics: MetricLike | Sequence[MetricLike] = ("kl_sum",),
     baselines: str | Sequence[str] = ("identity",),
     *,
     answers: Answers = None,
@@ -52,7 +53,7 @@ def sweep(
     that changes nothing is compared with it first: if the storage dtype is the compute dtype it must be equal bit for
     bit, otherwise close. The results keep the difference as ``identity_error``. ::
 
-        found = replay.sweep(store, model, replay.grid(layers="all"), replay.Steer(vector, alpha=[0, 2, 8]), ["kl"])
+        found = replay.sweep(store, model, replay.grid(layers="all"), replay.Steer(vector, alpha=[0, 2, 8]))
         found.effect()
 
     Parameters
@@ -69,13 +70,14 @@ def sweep(
         ``"identity"``: nothing is changed. ``"random_direction"``: the edit with random directions of equal length, for
         edits that have directions. ``"norm_matched"``: a random change as large as the edit's, token by token.
     answers
-        Ids of two tokens; or a pair for each document: a mapping by id, or a list in the order of *documents*. The
-        logit difference is the logit of the first less that of the second; probability and rank are of the first.
+        Two tokens, by id or as texts such as ``" good"`` of one token each; or a pair for each document: a mapping by
+        id, or a list in the order of *documents*. Texts need the tokenizer of the store's model. The logit difference
+        is the logit of the first less that of the second; probability and rank are of the first.
     documents
         Ids; all committed documents by default. The other documents of their batches run too, without an edit.
     readout
-        Tokens at which logits are compared: ``"all"``, the ``"last"``, or positions. The model's head runs on these
-        alone.
+        Tokens at which logits are compared: ``"all"``, the ``"last"``, or positions, negative from the document's end.
+        The model's head runs on these alone. Values of a document that lacks one of the positions are NaN.
     seed
         Seed of random edits and baselines.
     accept
@@ -149,15 +151,8 @@ def _dataset(engine: Engine, plan: SweepPlan, results: Sequence[BatchResult]) ->
     values = np.concatenate([result.values for result in results], axis=5)[:, :, :, :, :, order]
     ids = np.array(engine.store.documents["id"].to_pylist(), object)
     starts = [engine.start_at(plan.site, layer, stored=layer is not None) for layer in plan.layers]
-    notes = [*engine.notes, *dict.fromkeys(note for start in starts for note in engine.notes_on(start))]
-    if plan.copies > 1:
-        notes.append(f"{plan.copies} edits went through each forward, so bits may differ from the capture's.")
-    made = np.isfinite(values[0]).any(axis=(0, 3, 4, 5))
-    for label, found in zip(plan.positions, made, strict=True):
-        missing = [name for name, any_value in zip(label_edits(plan.edits), found, strict=True) if not any_value]
-        if missing:
-            why = "no document could be edited, or no metric has a value"
-            notes.append(f"At position {label} every value is NaN ({why}): {', '.join(missing)}.")
+    changed = np.any([result.changed for result in results], axis=0)
+    notes = sweep_notes(engine, plan, documents[order], values, changed)
     discrepancies = worst_discrepancies(results)
     return xr.Dataset(
         {

@@ -47,7 +47,10 @@ class SweepFolder:
         found = {}
         for path in sorted(self.parts.glob("*.npz")):
             with np.load(path, allow_pickle=False) as data:
-                found[path.stem] = BatchResult(data["documents"], data["values"], data["misfits"])
+                values = data["values"]
+                shape = (*values.shape[1:4], values.shape[-1])
+                changed = data["changed"] if "changed" in data else np.ones(shape, bool)  # of an earlier version
+                found[path.stem] = BatchResult(data["documents"], values, data["misfits"], changed)
         return found
 
     def write_result(self, batch: Batch, result: BatchResult) -> None:
@@ -55,7 +58,8 @@ class SweepFolder:
         path = self.parts / f"{batch_name(batch)}.npz"
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:
-            np.savez(file, documents=result.documents, values=result.values, misfits=result.discrepancies)
+            arrays = {"documents": result.documents, "values": result.values, "misfits": result.discrepancies}
+            np.savez(file, **arrays, changed=result.changed)
         temporary.replace(path)
 
 

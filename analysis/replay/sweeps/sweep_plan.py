@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from analysis.replay.edits.donors import donor_ids, iterate_donor_edits
@@ -14,7 +15,7 @@ from analysis.replay.edits.edit import Edit, list_edits
 from analysis.replay.engine.engine import Engine
 from analysis.replay.metrics import NAMED, Metric, resolve_metrics
 from analysis.replay.sweeps.arguments import Answers, parse_answers
-from analysis.replay.sweeps.grid import Grid, Positions, as_list, has_tokens, parse_position
+from analysis.replay.sweeps.grid import Grid, Positions, Readout, has_readout, has_tokens, parse_readout
 from flexcache.errors import AnalysisError, StoreError, nearest
 from flexcache.provenance import callable_fingerprint
 from flexcache.spec import listed
@@ -44,7 +45,7 @@ class SweepPlan:
     baselines: tuple[str, ...]
     answers: tuple[int, int] | dict[str, tuple[int, int]] | None
     documents: tuple[int, ...]
-    readout: str | tuple[int, ...] = "all"
+    readout: Readout = "all"
     copies: int = 1
     seed: int = 0
 
@@ -121,8 +122,7 @@ def plan_sweep(
     for name in baselines:
         if name not in BASELINES:
             raise AnalysisError(f"there is no baseline {name!r}", remedy=nearest(name, BASELINES))
-    if isinstance(readout, str) and readout not in ("all", "last"):
-        raise AnalysisError(f"readout cannot be {readout!r}", remedy=nearest(readout, ("all", "last")))
+    readout = parse_readout(readout)
     layers, positions = at.resolve(engine.store, engine.depth)
     if not layers:
         raise AnalysisError("the store has no layer that a replay can start from", where=at.site)
@@ -142,19 +142,21 @@ def plan_sweep(
         metrics=resolved_metrics,
         baselines=tuple(baselines),
         answers=resolved_answers,
-        documents=_resolve_documents(engine, documents, edits, positions),
-        readout=readout
-        if isinstance(readout, str)
-        else tuple(parse_position(position, "readout") for position in as_list(readout)),
+        documents=_resolve_documents(engine, documents, edits, positions, readout),
+        readout=readout,
         copies=copies,
         seed=seed,
     )
 
 
 def _resolve_documents(
-    engine: Engine, documents: Sequence[str] | None, edits: Sequence[Edit], positions: Mapping[str, Positions]
+    engine: Engine,
+    documents: Sequence[str] | None,
+    edits: Sequence[Edit],
+    positions: Mapping[str, Positions],
+    readout: Readout,
 ) -> tuple[int, ...]:
-    """Return the lines of the documents after checking all ids, and that some document has a token to edit."""
+    """Return the lines of the documents after checking all ids, and that some document has tokens to edit and read."""
     source = engine.source
     if documents is None:
         lines = list(range(len(engine.store.documents)))
@@ -174,5 +176,12 @@ def _resolve_documents(
             where="positions",
             expected=f"positions of documents of up to {max(lengths.values())} tokens",
             found=", ".join(positions),
+        )
+    if lengths and not has_readout(readout, np.array([*lengths.values()])).any():
+        raise AnalysisError(
+            "no document has all tokens of the readout",
+            where="readout",
+            expected=f"positions of documents of up to {max(lengths.values())} tokens",
+            found=str(readout),
         )
     return tuple(lines)
