@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from flexcache.identity.tokenizer import CHAT_TEMPLATE, describe_tokenizer
+from flexcache.identity.tokenizer import DIGEST, describe_tokenizer
 from flexcache.model import ModelSource
 from flexcache.store.read.store import Store
 
@@ -23,13 +23,11 @@ def store_tokenizer(store: Store, model: Any = None) -> Any:
     model
         A loaded model of transformers.
     """
-    recorded = store.provenance.get("tokenizer") or {}
-    if not recorded.get("class"):
-        return None
+    recorded = (store.provenance.get("tokenizer") or {}).get(DIGEST)
     names = (getattr(model, "name_or_path", None), store.provenance.get("model", {}).get("name"))
-    for name in filter(None, names):
+    for name in filter(None, names if recorded else ()):
         with suppress(Exception):  # a store can be read without its model; loaders raise many kinds of errors
             found = ModelSource(name=str(name)).tokenizer()
-            if describe_tokenizer(found, CHAT_TEMPLATE in recorded) == recorded:
+            if describe_tokenizer(found).get(DIGEST) == recorded:
                 return found
     return None

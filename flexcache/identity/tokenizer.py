@@ -7,7 +7,7 @@ from typing import Any
 
 import xxhash
 
-CHAT_TEMPLATE = "chat_template_xxh3_128"
+CHAT_TEMPLATE, DIGEST = "chat_template_xxh3_128", "xxh3_128"
 
 
 def describe_tokenizer(tokenizer: Any, chat: bool = False) -> dict[str, Any]:
@@ -33,4 +33,4 @@ def describe_tokenizer(tokenizer: Any, chat: bool = False) -> dict[str, Any]:
         text = json.dumps([tokenizer.get_vocab(), str(tokenizer.special_tokens_map)], sort_keys=True)
     else:
         return {"class": getattr(tokenizer, "__qualname__", type(tokenizer).__qualname__)}
-    return {"class": type(tokenizer).__name__, "xxh3_128": xxhash.xxh3_128_hexdigest(text.encode())}
+    return {"class": type(tokenizer).__name__, DIGEST: xxhash.xxh3_128_hexdigest(text.encode())}

@@ -21,6 +21,7 @@ from pipelines.commands.arguments import (
     split_names,
     split_pairs,
 )
+from pipelines.config.yaml_remedies import yaml_remedies
 
 SWEEP_OPTIONS: dict[str, tuple[Any, Any]] = {
     "cv": (Annotated[int, typer.Option(help="Folds of the cross-validation.")], 5),
@@ -209,6 +210,7 @@ def report(
     )
 
 
+@yaml_remedies("replay")
 def replay(
     store: StorePath,
     config: ConfigPath,

@@ -11,12 +11,14 @@ from flexcache.parallel.launch import launch
 from flexcache.recording.run_options import RunOptions
 from pipelines.commands.arguments import Changes, ConfigPath, Quiet, console, help_of, read_capture
 from pipelines.config.forecast_terms import ForecastTerms
+from pipelines.config.yaml_remedies import yaml_remedies
 
 Side = Literal["encoder", "decoder", "vision"]
 AllowMixed = Annotated[bool, typer.Option(help=help_of(RunOptions, "allow_mixed"))]
 AllowChangedModel = Annotated[bool, typer.Option(help=help_of(RunOptions, "allow_changed_model"))]
 
 
+@yaml_remedies("capture")
 def plan(config: ConfigPath, changes: Changes = None, quiet: Quiet = False) -> None:
     """Print the rows, bytes, files and padding of a capture, and whether it fits; no weights are loaded."""
     from pipelines import plan as pipeline
@@ -24,6 +26,7 @@ def plan(config: ConfigPath, changes: Changes = None, quiet: Quiet = False) -> N
     pipeline.run(read_capture(config, changes), console, progress=not quiet)
 
 
+@yaml_remedies("capture")
 def estimate(
     config: ConfigPath,
     changes: Changes = None,
@@ -60,6 +63,7 @@ def estimate(
         console.print(forecast.table())
 
 
+@yaml_remedies("capture")
 def capture(
     config: ConfigPath,
     changes: Changes = None,
@@ -80,6 +84,7 @@ def capture(
     )
 
 
+@yaml_remedies("capture")
 def extend(
     config: ConfigPath,
     changes: Changes = None,

@@ -203,7 +203,15 @@ def donors(store: Store, given: Any) -> Any:
         for name in given:
             if name not in keys:
                 raise unknown_key(str(name), keys, "donor")
-        return same_length(store, given["same_length"], given.get("differing"))
+        seed = given["same_length"]
+        if isinstance(seed, str):
+            raise ConfigError(
+                "same_length is the seed of the draw",
+                expected="a whole number",
+                found=repr(seed),
+                remedy=f"write {{same_length: 0, differing: {seed}}}",
+            )
+        return same_length(store, seed, given.get("differing"))
     return given
 
 

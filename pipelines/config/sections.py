@@ -40,6 +40,7 @@ class DocumentsSource(Options):
         description="column of encoded images, or of paths relative to the file that holds them; null to ignore it",
     )
     labels: list[str] | None = Field(None, description="label columns to keep; all other columns if not given")
+    unique_ids: bool = Field(True, description="check that no id occurs twice")
     csv_nulls: list[str] = Field(list(CSV_NULLS), description="fields of CSV files that count as null in labels")
 
     @model_validator(mode="after")
@@ -56,7 +57,7 @@ class DocumentsSource(Options):
         if self.dataset is not None:
             options = {name: getattr(self, name) for name in ("config", "split", "revision", "streaming")}
             source = load_dataset(self.dataset, **options)
-        columns = ("id", "text", "tokens", "messages", "image", "labels")
+        columns = ("id", "text", "tokens", "messages", "image", "labels", "unique_ids")
         return open_documents(
             source, format=self.format, csv_nulls=self.csv_nulls, **{name: getattr(self, name) for name in columns}
         )

@@ -12,6 +12,7 @@ from analysis import replay
 from analysis.replay.edits.edit import from_json
 from flexcache.errors import AnalysisError
 from pipelines.config import replay_config
+from pipelines.config.yaml_remedies import as_yaml, key_paths
 from tests.models import HIDDEN
 from tests.pipelines.test_cli import run
 
@@ -100,6 +101,11 @@ def test_answers_in_python_are_texts_of_one_token(asked: Path, checkpoint: Path)
         ("edits=[{steer: {vector: no.npy}}]", "edit steer cannot be made from these settings", 2),
         ("answers=[w5 w6, 3]", "is not one token", 2),
         ("answers=[3]", "answers cannot be read", 2),
+        ("metrics=[prob]", "give answers: [token, other]", 1),
+        ("at.positions=[]", 'write at: {positions: "last"}', 1),
+        ("edits=[{patch: {donor: {same_length: label}}}]", "write {same_length: 0, differing: label}", 2),
+        ("edits=[{patch: {donor: {same_length: 0, differs: label}}}]", "did you mean differing", 2),
+        ("readout=41", "no document has all tokens of the readout", 1),
         ("metric=[kl]", "unknown key 'metric'", 2),
         ("metrics=[kll]", "there is no metric 'kll'", 1),
         ("at.layers=[7]", "no layer 7", 1),
@@ -109,10 +115,31 @@ def test_answers_in_python_are_texts_of_one_token(asked: Path, checkpoint: Path)
 def test_a_mistake_ends_in_one_message(
     change: str, message: str, status: int, asked: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    simple = ("--set", "attribution=null", "--set", "edits=[{zero: {}}]", "--set", "metrics=[kl]")
+    simple = (
+        "--set",
+        "attribution=null",
+        "--set",
+        "answers=null",
+        "--set",
+        "edits=[{zero: {}}]",
+        "--set",
+        "metrics=[kl]",
+    )
     text = run(capsys, "replay", "run.zarr", asked, "-q", *simple, "--set", change, status=status)
     assert message in text
     assert "Traceback" not in text
+
+
+def test_a_remedy_for_a_file_has_its_keys_in_place_of_python_arguments() -> None:
+    for file, remedy, expected in (
+        ("replay", "accept=['weights'] replays it", "accept: ['weights'] replays it"),
+        ("capture", "cut with max_length=512, or size={1}", "cut with max_length: 512, or size={1}"),
+        ("capture", "(allow_mixed=True, --allow-mixed)", "(allow_mixed: true, --allow-mixed)"),
+        ("capture", "flexcache.open_documents(…, labels=['a, b', 'c'])", "documents: {labels: ['a, b', 'c']}"),
+        ("capture", "flexcache.open_documents(…, text=None)", "documents: {text: null}"),
+        ("capture", "run it with --set batch_tokens=64", "run it with --set batch_tokens=64"),
+    ):
+        assert as_yaml(remedy, key_paths(file)) == expected  # type: ignore[arg-type]
 
 
 def test_the_example_is_valid() -> None:

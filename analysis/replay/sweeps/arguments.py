@@ -135,6 +135,6 @@ def _pair(value: Any, vocabulary: int, tokenizer: _Tokenizer, where: str) -> Pai
             where=where,
             expected=f"two token ids from 0 to {vocabulary - 1}, or texts of one token of the store's tokenizer",
             found=found,
-            remedy="a tokenizer returns the ids of a text: tokenizer(text, add_special_tokens=False).input_ids",
+            remedy='give ids of the model, or texts that are one token each, such as " good"',
         )
     return first, second
