@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -36,6 +37,9 @@ def run(
 
     import flexcache
     from analysis import replay
+    from analysis.replay.gradients.attribution import check_attribution
+    from analysis.replay.gradients.objectives import stored_objective
+    from analysis.replay.gradients.plot import describe_ranks
     from analysis.report import replayed
 
     console = console or Console()
@@ -45,7 +49,10 @@ def run(
     threads = config.threads or (recorded.fingerprint.get("threads") if recorded else 0)
     if threads:  # the bits of bfloat16 results depend on the number of threads
         torch.set_num_threads(int(threads))
-    tokenizer = config.model.tokenizer() if _has_text(config.answers) else None
+    asked = config.attribution
+    objective = None if asked is None else asked.objective
+    texts = _has_text(config.answers) or (objective is not None and _has_text(objective.logit_difference))
+    tokenizer = config.model.tokenizer() if texts else None
     answers = read_answers(config.answers, tokenizer)
     depth = max((array.depth or 0 for array in store.arrays.values()), default=0)
     edits = [make_edit(store, config.at, depth, given, str(config_path)) for given in config.edits]
@@ -53,6 +60,13 @@ def run(
     if isinstance(names, int):
         names = [str(name) for name in store.documents["id"].to_pylist()[:names]]
     model = config.model.load()
+    target = None
+    if asked is not None:
+        given = donors(store, asked.donors)
+        named: dict[str, Any] = {"method": asked.method, "layers": asked.layers, "steps": asked.steps}
+        check_attribution(store, given, config.at.site, model=model, **named)
+        target = None if objective is None else objective.load(tokenizer)
+        stored_objective(store, target)
     sweep = replay.sweep(
         store,
         config.model.load if config.scheduler else model,
@@ -72,15 +86,17 @@ def run(
         progress=progress,
     )
     exact = None
-    if config.attribution is not None:
-        asked = config.attribution
-        found = replay.attribution(store, donors(store, asked.donors), config.at.site, asked.method)
-        exact = replay.verify(store, model, found, asked.top, accept=config.accept)
+    if asked is not None:
+        shared: dict[str, Any] = {"objective": target, "accept": config.accept}
+        found = replay.attribution(store, given, config.at.site, model=model, **named, **shared)
+        exact = replay.verify(store, model, found, asked.top, sample=asked.sample, seed=config.seed, **shared)
     console.print(sweep.table())
     error = float(sweep.results["identity_error"].max())
     console.print(
         f"identity error: {error:.3g} at most (logits of a replay without edits minus those of the forward pass)"
     )
+    if exact is not None:
+        console.print(describe_ranks(exact), markup=False, highlight=False)
     for note in sweep.results.attrs["notes"]:
         console.print(note, style="yellow", markup=False)
     command = shlex.join(["flexcache", "replay", shown(store.path), str(config_path), "--output", shown(folder)])
@@ -99,4 +115,4 @@ def run(
 def _has_text(answers: object) -> bool:
     if isinstance(answers, dict):
         return any(_has_text(pair) for pair in answers.values())
-    return isinstance(answers, list) and any(isinstance(token, str) for token in answers)
+    return isinstance(answers, list | tuple) and any(isinstance(token, str) for token in answers)

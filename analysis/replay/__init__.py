@@ -16,8 +16,9 @@ from analysis.replay.engine.forward_hooks import PlacedEdit
 from analysis.replay.engine.identity import identity_error
 from analysis.replay.engine.partial_loading import load_rest
 from analysis.replay.engine.starts import Start
+from analysis.replay.gradients.attribution import attribution
+from analysis.replay.gradients.verification import verify
 from analysis.replay.metrics import Metric, Outcome, projection
-from analysis.replay.sweeps.attribution import attribution, verify
 from analysis.replay.sweeps.execution_options import ExecutionOptions
 from analysis.replay.sweeps.grid import Grid, grid
 from analysis.replay.sweeps.results import Sweep, load

@@ -13,7 +13,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from analysis.dataset.store_argument import accept_store_path
-from analysis.replay.sweeps.plot import NAMES, plot, scatter
+from analysis.replay.gradients.plot import scatter
+from analysis.replay.sweeps.plot import NAMES, plot
 from analysis.replay.sweeps.results import Sweep
 from analysis.report import facts
 from analysis.report.drawing import themed

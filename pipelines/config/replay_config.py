@@ -14,7 +14,7 @@ from flexcache.errors import ConfigError, nearest
 from flexcache.model import ModelSource
 from flexcache.provenance import import_object
 from flexcache.validation import Options, unknown_key, validate
-from pipelines.config.sections import model_or_name
+from pipelines.config.sections import ObjectiveSource, model_or_name
 from pipelines.config.yaml_file import read_yaml
 
 if TYPE_CHECKING:
@@ -61,13 +61,21 @@ class Cells(Options):
 
 
 class AttributionSource(Options):
-    """Attribution from stored gradients, with a replay of the largest cells."""
+    """Attribution from gradients, with a replay of the largest cells and of a sample."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Literal["patching", "ig"] = Field("patching", description="attribution patching, or integrated gradients")
-    top: int = Field(32, ge=2, description="cells of the largest attribution that are replayed")
+    steps: int | None = Field(
+        None, ge=1, description="for ig: points between document and donor at which the model computes the gradient"
+    )
+    top: int = Field(32, ge=0, description="cells of the largest attribution that are replayed")
+    sample: int = Field(32, ge=0, description="cells drawn uniformly, and first tokens, that are replayed")
     donors: Any = Field(description="donor documents, as for the edit patch: an id, a mapping, or same_length")
+    layers: Any = Field("all", description="layers of the attribution")
+    objective: ObjectiveSource | None = Field(
+        None, description="the objective of the capture, if it was not the loss of the next token"
+    )
 
 
 class ReplayConfig(Options):
@@ -107,7 +115,7 @@ class ReplayConfig(Options):
     threads: int | None = Field(
         None, ge=1, description="intra-op threads of torch on a CPU; as in the capture by default"
     )
-    attribution: AttributionSource | None = Field(None, description="attribute first, and replay the largest cells")
+    attribution: AttributionSource | None = Field(None, description="attribute, and replay the largest and a sample")
 
     @property
     def names_functions(self) -> bool:

@@ -30,7 +30,7 @@ ASKED: dict[str, Any] = {
     "baselines": ["identity", "random_direction", "norm_matched"],
     "answers": ["w5", 6],
     "documents": 30,
-    "attribution": {"donors": {"same_length": 1}, "top": 6},
+    "attribution": {"donors": {"same_length": 1}, "top": 6, "sample": 5, "method": "ig", "steps": 2, "layers": "0,2"},
 }
 
 
@@ -46,6 +46,8 @@ def test_a_sweep_from_the_command_line(asked: Path, capsys: pytest.CaptureFixtur
     text = run(capsys, "replay", "run.zarr", asked, "-o", "out", "-q")
     assert "identity error: 0 at most" in text
     assert "largest by kl" in text
+    assert "attribution (ig) against exact: 5 cells drawn uniformly: rank correlation" in text
+    assert "6 largest estimates" in text
     found = replay.load(tmp_path / "out")
     assert found.results.sizes["document"] == 30
     assert list(found.results["edit"].values) == [
@@ -110,6 +112,10 @@ def test_answers_in_python_are_texts_of_one_token(asked: Path, checkpoint: Path)
         ("metrics=[kll]", "there is no metric 'kll'", 1),
         ("at.layers=[7]", "no layer 7", 1),
         ("model=nowhere", "cannot be loaded", 2),
+        ("attribution={donors: doc-1, steps: 4}", "steps belong to integrated gradients", 1),
+        ("attribution={donors: doc-1, layers: [7]}", "no layer 7", 1),
+        ("attribution={donors: doc-1, sample: -1}", "sample", 2),
+        ("attribution={donors: t5, objective: {logit_difference: [w5, 6]}}", "those of another objective", 1),
     ],
 )
 def test_a_mistake_ends_in_one_message(

@@ -164,6 +164,7 @@ class Engine:
         *,
         read: NDArray[np.int64] | None = None,
         points: Sequence[tuple[str, int | None]] = (),
+        gradients: bool = False,
     ) -> ForwardResult:
         """Run a batch from *start* to the end of the model.
 
@@ -176,6 +177,8 @@ class Engine:
             Positions at which logits are computed, shape (sequences, read); all by default.
         points
             Sites and layers to return. For a site in a block, the lines that have reached this block are returned.
+        gradients
+            Record the forward, so that the result can be differentiated by what the edits contain.
 
         Raises
         ------
@@ -198,6 +201,7 @@ class Engine:
         }
         result = ForwardResult(torch.empty(0), {})
         with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(gradients))
             stack.enter_context(evaluation_mode(self.model))
             stack.enter_context(uncompiled(self.model))
             if read is not None and self._head is not None:
@@ -221,7 +225,7 @@ class Engine:
                 with observe_containers(self.model) as found:
                     output = self._call(inputs)
                 self._container = self._container or found[0]
-        result.logits = _logits(output)[:lines]
+            result.logits = _logits(output)[:lines]
         return result
 
     def reaches(self, start: Start, key: tuple[str, int | None]) -> bool:

@@ -60,6 +60,29 @@ class ForwardResult:
     left_out: set[int] = field(default_factory=set)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class GivenValues(Edit):
+    """Replace the chosen tokens by the values that were computed for them; for a single forward.
+
+    ::
+
+        engine.run(batch, start, [PlacedEdit(point, GivenValues(values), tokens)])
+
+    Attributes
+    ----------
+    values : Tensor, shape (tokens, features)
+        In the order of the tokens.
+    """
+
+    values: Any
+
+    def edit_tokens(
+        self, activation: torch.Tensor, index: tuple[torch.Tensor, torch.Tensor], context: EditContext
+    ) -> torch.Tensor:
+        """Return the activation with the values at *index*."""
+        return activation.index_put(index, self.values.to(activation.device, activation.dtype))
+
+
 @contextmanager
 def edit_activation(
     module: nn.Module,

@@ -1,4 +1,4 @@
-"""Figures of a sweep: heat maps, curves over layers and strengths, and attribution against exact replay."""
+"""Figures of a sweep: heat maps, and curves over layers and strengths."""
 
 from __future__ import annotations
 
@@ -133,24 +133,6 @@ def curves(results: xr.Dataset, metric: str) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _finish(axes, results, metric)
     return figure
-
-
-def scatter(exact: xr.Dataset, path: str | Path | None = None) -> Figure:
-    """Draw attributed against exact effects, as `verify` returns them."""
-    figure = Figure(figsize=(5.2, 4.8), layout="constrained", facecolor=PAPER)
-    axes = figure.subplots()
-    estimate, found = exact["attributed"].values, exact["exact"].values
-    span = [min(estimate.min(), found.min()), max(estimate.max(), found.max())]
-    axes.plot(span, span, color=SOFT, linewidth=1, linestyle=(0, (1.5, 2)))
-    points = axes.scatter(estimate, found, c=exact["layer"].values, cmap="viridis", s=22)
-    bar = figure.colorbar(points, ax=axes)
-    bar.set_label("layer", color=INK)
-    axes.set_xlabel("attributed, from stored gradients", color=INK)
-    axes.set_ylabel("exact, by replay", color=INK)
-    rho = float(exact.attrs["rank_correlation"])
-    axes.set_title(f"top {len(found)}: rank correlation {rho:.2f}", loc="left", color=INK, fontsize=11)
-    frame(axes)
-    return save_figure(figure, path)
 
 
 def _curve(axes: Axes, x: Any, at: xr.Dataset, colour: str, style: Any, label: str) -> None:

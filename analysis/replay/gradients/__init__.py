@@ -1,0 +1,1 @@
+"""Estimate the effects of patches from gradients, and compare the estimates with exact replays."""
