@@ -105,8 +105,8 @@ def run(
         folder = output_folder("probes")
     for sweep in found.values():
         console.print(sweep.table())
-        asked = sweep.results.attrs
-        said = f"{asked['target']} is a {asked['task']}: {asked['task_reason']}"
+        facts = sweep.results.attrs
+        said = f"{facts['target']} is a {facts['task']}: {facts['task_reason']}"
         console.print(said, markup=False, highlight=False, soft_wrap=True)
 
     def write(place: Path) -> list[tuple[str, Path]]:

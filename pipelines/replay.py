@@ -76,7 +76,7 @@ def run(
         config.baselines,
         answers=answers,
         documents=names,
-        readout=config.readout,
+        readout=[config.readout] if isinstance(config.readout, int) else config.readout,
         copies=config.copies,
         seed=config.seed,
         accept=config.accept,

@@ -23,8 +23,8 @@ def store_tokenizer(store: Store, model: Any = None) -> Any:
     model
         A loaded model of transformers.
     """
-    recorded = (store.provenance.get("tokenizer") or {}).get(DIGEST)
-    names = (getattr(model, "name_or_path", None), store.provenance.get("model", {}).get("name"))
+    recorded = (store.provenance.tokenizer or {}).get(DIGEST)
+    names = (getattr(model, "name_or_path", None), store.provenance.model_name)
     for name in filter(None, names if recorded else ()):
         with suppress(Exception):  # a store can be read without its model; loaders raise many kinds of errors
             found = ModelSource(name=str(name)).tokenizer()

@@ -107,7 +107,9 @@ def probe(
     if places[0] == "transfer" and len(places) == 3:
         others = {"probe": kind, "site": site != "resid_post"}
         check_applicable("flexcache probe transfer", [*given, *filter(others.get, others)], TRANSFER_OPTIONS)
-        pipeline.run_transfer(*places[1:], target, split_pairs(classes), output=output, console=console, **given)
+        pipeline.run_transfer(
+            places[1], places[2], target, split_pairs(classes), output=output, console=console, **given
+        )
         return
     if len(places) != 1 or target is None:
         raise ConfigError(

@@ -68,7 +68,7 @@ class CrossValidation:
         arms = ["probe", *(name for name in baselines if name in fixed or name in self.targets)]
         self.scores = LayerScores(dataset, self.fold, arms, self.metrics, options)
         self.nulls = NullScores(
-            self.targets, self.metrics, self.fold, dataset.group, len(dataset.layers), options.nulls
+            tuple(self.targets), self.metrics, self.fold, dataset.group, len(dataset.layers), options.nulls
         )
         for arm, prediction in fixed.items():
             self.scores.add_scores(arm, slice(None), dataset.y, prediction)

@@ -28,7 +28,7 @@ def stored_objective(store: Store, objective: Objective | None) -> Objective:
         The store's gradients are those of another objective.
     """
     given: Any = objective if objective is not None else NextTokenLoss()
-    described, recorded = describe_objective(given), store.spec.get("objective")
+    described, recorded = describe_objective(given), store.spec.objective
     if recorded is None and any(name.endswith(GRADIENT) for name in store.arrays):
         recorded = describe_objective(NextTokenLoss())  # what a capture without objective differentiates
     if recorded in (None, described):

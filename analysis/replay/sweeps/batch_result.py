@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -167,7 +168,8 @@ def _scores(
 ) -> NDArray[np.float64]:
     """Return each metric's value for one document."""
     length = len(batch.tokens[line])
-    positions, here = np.arange(length), slice(0, length)
+    positions: NDArray[np.int64] = np.arange(length)
+    here: Any = slice(0, length)
     if read is not None:
         positions, here = np.unique(read[line], return_index=True)  # each token once, in the order of the document
     outcome = Outcome(

@@ -130,7 +130,7 @@ def has_readout(readout: Readout, lengths: NDArray[np.int64]) -> NDArray[np.bool
     if isinstance(readout, str):
         return lengths > 0
     asked = np.array(readout)[None]
-    found: NDArray[np.bool_] = ((asked >= -lengths[:, None]) & (asked < lengths[:, None])).all(1)
+    found: NDArray[np.bool_] = np.all((asked >= -lengths[:, None]) & (asked < lengths[:, None]), axis=1)
     return found
 
 

@@ -74,8 +74,8 @@ def _readout_notes(plan: SweepPlan, lengths: NDArray[np.int64]) -> list[str]:
 
 def _unchanged_notes(plan: SweepPlan, measured: NDArray[np.bool_], changed: NDArray[np.bool_]) -> list[str]:
     """Return a note for each metric and set of layers: at which positions no edit changed it."""
-    unchanged = measured.any(2) & ~changed.any(2)
-    everywhere = unchanged.all(0)
+    unchanged: NDArray[np.bool_] = np.any(measured, axis=2) & ~np.any(changed, axis=2)
+    everywhere: NDArray[np.bool_] = np.all(unchanged, axis=0)
     notes = []
     for number, metric in enumerate(plan.metrics):
         found: dict[tuple[Any, ...], list[str]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,7 +59,7 @@ class SweepFolder:
         path = self.parts / f"{batch_name(batch)}.npz"
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:
-            arrays = {"documents": result.documents, "values": result.values, "misfits": result.discrepancies}
+            arrays: Any = {"documents": result.documents, "values": result.values, "misfits": result.discrepancies}
             np.savez(file, **arrays, changed=result.changed)
         temporary.replace(path)
 

@@ -139,7 +139,7 @@ def _spec(stores: list[Store], arrays: list[ArraySpec]) -> CaptureSpec:
             sites[site] = asked if sites.get(site, asked) == asked else layers.get(site, asked)
     objectives = [store.spec.objective for store in stores if store.spec.objective is not None]
     dtypes = {store.spec.dtype for store in stores}
-    changes = {
+    changes: dict[str, Any] = {
         "sites": sites,
         "transforms": {k: v for store in stores for k, v in store.spec.transforms.items()},
         "dtype": dtypes.pop() if len(dtypes) == 1 else "auto",
