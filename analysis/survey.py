@@ -11,6 +11,7 @@ from typing import Any
 import xarray as xr
 
 from analysis import saved
+from analysis.dataset.document_columns import joined_labels
 from analysis.dataset.store_argument import accept_store_path
 from analysis.dataset.tokens import TokenTypes
 from analysis.readout import lens
@@ -170,6 +171,7 @@ def survey(
         "permutations": permutations,
         "permuted": "documents",
         "versions": saved.versions(),
+        **joined_labels(store, by),
     }
     if folder is not None and saved.reusable(results_path(folder, site), provenance):
         return load(folder, site)

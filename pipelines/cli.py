@@ -23,7 +23,16 @@ app = typer.Typer(
 )
 for command in (
     *(captures.plan, captures.estimate, captures.capture, captures.extend, captures.schema),
-    *(stores.info, captures.sites, stores.verify, stores.repair, stores.copy, stores.bench_codec, stores.preshuffle),
+    *(
+        stores.info,
+        stores.label,
+        captures.sites,
+        stores.verify,
+        stores.repair,
+        stores.copy,
+        stores.bench_codec,
+        stores.preshuffle,
+    ),
     *(stores.merge, stores.rm, exchange.export, exchange.import_),
     *(analyses.probe, analyses.stats, analyses.report, analyses.replay, demos.demo),
 ):

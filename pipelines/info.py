@@ -36,6 +36,10 @@ def run(path: StoreLocation, console: Console) -> None:
         documents.add_row(escape(field.name), str(field.type), escape(first if len(first) < 60 else first[:57] + "…"))
     console.print(documents)
 
+    for labels in store.label_tables.values():
+        later = labels.describe_later(int(store.plan["documents"]))
+        console.print(f"labels {escape(str(labels))}" + (f"\n{escape(later)}" if later else ""), highlight=False)
+
     origin = Table(title="made with", title_justify="left", show_header=False, box=None)
     for name, value in store.provenance.to_json().items():
         origin.add_row(escape(name), escape(json.dumps(value, ensure_ascii=False) if value else "–"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,22 @@ def read_column(
             found=str(kind),
         )
     return column
+
+
+def joined_labels(store: Any, columns: Iterable[Any]) -> dict[str, dict[str, str]]:
+    """Return the checksum of the label table of each of *columns* that was joined, as an entry ``labels``, or nothing.
+
+    Results that depend on a joined label keep it, since the label may be replaced. A target of `analysis.targets`
+    among *columns* may read any label, so it stands for all of them.
+
+    >>> joined_labels(None, ["label"])
+    {}
+    """
+    names = [column for column in columns if column is not None]
+    exact = all(isinstance(name, str) for name in names)
+    read_checksums = getattr(store, "label_checksums", None)
+    found: dict[str, str] = {} if read_checksums is None else read_checksums(names if exact else None)
+    return {"labels": found} if found else {}
 
 
 def is_known(column: pa.Array) -> NDArray[np.bool_]:

@@ -65,6 +65,8 @@ class ProbeDataset:
     texts: tuple[str, ...] | None = field(repr=False)
     dropped: dict[str, int]
     """Number of documents that were left out, by reason."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Checksums of the label tables of target and groups that were joined after the capture, by column."""
 
     @property
     def n_samples(self) -> int:
@@ -300,6 +302,7 @@ def build_dataset(
         row=row,
         texts=texts,
         dropped=dropped,
+        **document_columns.joined_labels(store, (target, groups)),
     )
 
 

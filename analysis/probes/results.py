@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 FORMAT = "flexcache probe sweep 2"
 FILE, WEIGHTS = "sweep.json", "weights.safetensors"
-PROVENANCE = ("target", "task", "classes", "rows", "probe", "documents", "samples", "model", "weights", "model_record")
+PROVENANCE = (
+    *("target", "task", "classes", "rows", "probe", "documents", "samples", "labels"),
+    *("model", "weights", "model_record"),
+)
 """Attributes of a sweep that its directions keep."""
 
 

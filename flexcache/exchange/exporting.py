@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from flexcache.errors import ConfigError, DamagedError, MismatchError, PlanError, StoreError, UncommittedError, nearest
 from flexcache.exchange import table
@@ -131,6 +132,7 @@ class _Export:
             "format": self.to,
             "store": self.store.path.name,
             "ledger_xxh3_128": ledger_digest(self.store),
+            **({"labels": labels} if (labels := self.store.label_checksums()) else {}),
             "arrays": {array.name: {**array.to_json(), "dtype": written(array, self.to).name} for array in self.arrays},
             "rows": len(self.rows),
             "provenance": self.store.provenance.to_json(),
@@ -141,7 +143,10 @@ class _Export:
         documents = shared_files(self.store)[DOCUMENTS]
         if not (self.folder / DOCUMENTS).exists():
             with _put(self.folder / DOCUMENTS) as temporary:
-                copy_verified(self.store.path / DOCUMENTS, temporary, documents)
+                if self.store.label_tables:
+                    pq.write_table(self.store.documents, temporary, compression="zstd")
+                else:
+                    copy_verified(self.store.path / DOCUMENTS, temporary, documents)
         if self.to == "parquet":
             return [self._table(index, unit) for index, unit in enumerate(self.units)]
         self._numbers("rows", self.rows)
@@ -221,7 +226,8 @@ def _begin(folder: Path, work: _Export) -> None:
                 "the folder holds another export",
                 where=str(folder),
                 found=f"other {', '.join(different)}",
-                remedy="choose another folder, or remove this one; a store that was extended has to be exported again",
+                remedy="choose another folder, or remove this one; a store that was extended, or whose labels changed,"
+                " has to be exported again",
             )
         return
     if folder.exists() and not all(is_temporary(path) for path in folder.iterdir()):

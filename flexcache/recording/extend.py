@@ -219,7 +219,11 @@ def extend(
             bars.say("other processes have completed it in the meantime")
         ExtensionTransaction(root).commit(bars.committing())
         bars.say(f"in place → {shown(root)}")
-    return Store(root)
+        extended = Store(root)
+        for table in extended.label_tables.values():
+            if text := table.describe_later(int(extended.plan["documents"])):
+                bars.say(text)
+    return extended
 
 
 def _asked(

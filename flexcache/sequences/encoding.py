@@ -21,10 +21,17 @@ Tokenizer = Callable[..., Any]
 """A tokenizer of transformers, any function from a list of texts to a list of token lists, or an `ImageInput`."""
 
 
-def encode_documents(batch: pa.RecordBatch, tokenizer: Tokenizer | None, options: SequenceOptions) -> Encoded:
+def encode_documents(
+    batch: pa.RecordBatch, tokenizer: Tokenizer | None, options: SequenceOptions, *, special: bool | None = None
+) -> Encoded:
     """Return the tokens of documents.
 
     A document that is one sequence is truncated to ``options.max_length``; packed documents get no special tokens.
+
+    Parameters
+    ----------
+    special
+        Add special tokens to texts; by default unless documents are packed. Texts of rendered chats have them already.
 
     Raises
     ------
@@ -55,7 +62,8 @@ def encode_documents(batch: pa.RecordBatch, tokenizer: Tokenizer | None, options
         return _encode_chats(batch, tokenizer, limit)
     texts = batch.column(1).to_pylist()
     places = _needs_places(batch, tokenizer, options)
-    lists, offsets = _call_tokenizer(tokenizer, texts, places, special=options.packing is None)
+    special = options.packing is None if special is None else special
+    lists, offsets = _call_tokenizer(tokenizer, texts, places, special=special)
     if len(lists) != len(texts):
         raise DocumentsError(
             "the tokenizer did not return one token list for each text",
@@ -64,7 +72,7 @@ def encode_documents(batch: pa.RecordBatch, tokenizer: Tokenizer | None, options
         )
     truncated = np.array([limit is not None and len(item) > limit for item in lists], dtype=bool)
     for place in np.flatnonzero(truncated):
-        shorter, where = _call_tokenizer(tokenizer, [texts[place]], places, limit)
+        shorter, where = _call_tokenizer(tokenizer, [texts[place]], places, limit, special)
         lists[place] = shorter[0][:limit]
         if places:
             offsets[place] = where[0][:limit]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from flexcache.exports import lazy_exports
 
 if TYPE_CHECKING:
+    from flexcache.store.format.label_table import LabelTable
     from flexcache.store.manage.copy import copy
     from flexcache.store.manage.merge import merge
     from flexcache.store.manage.remove import Removal
@@ -16,10 +17,23 @@ if TYPE_CHECKING:
     from flexcache.store.read.selection import select
     from flexcache.store.read.store import Store
 
-__all__ = ["Removal", "Repair", "Store", "Verification", "copy", "merge", "repair", "rows_in", "select", "verify"]
+__all__ = [
+    "LabelTable",
+    "Removal",
+    "Repair",
+    "Store",
+    "Verification",
+    "copy",
+    "merge",
+    "repair",
+    "rows_in",
+    "select",
+    "verify",
+]
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "LabelTable": "flexcache.store.format.label_table:LabelTable",
         "Removal": "flexcache.store.manage.remove:Removal",
         "Repair": "flexcache.store.manage.repair:Repair",
         "Store": "flexcache.store.read.store:Store",

@@ -1,4 +1,4 @@
-"""Commands on stores: info, verify, repair, copy, bench-codec, preshuffle, merge and rm."""
+"""Commands on stores: info, label, verify, repair, copy, bench-codec, preshuffle, merge and rm."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from pipelines.commands.arguments import (
     StorePath,
     console,
     read_capture,
+    split_names,
 )
 
 TargetPath = Annotated[
@@ -32,6 +33,57 @@ def info(store: StorePath) -> None:
     from pipelines import info as pipeline
 
     pipeline.run(store, console)
+
+
+def label(
+    store: StorePath,
+    table: Annotated[
+        Path | None,
+        typer.Argument(help="Parquet, JSON Lines or CSV file of labels. Without it, the joined tables are listed."),
+    ] = None,
+    on: Annotated[
+        str, typer.Option(help="Column of the table with one line for each value, and of the documents.")
+    ] = "id",
+    name: Annotated[str | None, typer.Option(help="Name of the label table; that of the file by default.")] = None,
+    columns: Annotated[str | None, typer.Option(help="Columns to join, separated by commas; all by default.")] = None,
+    token_labels: Annotated[
+        str | None,
+        typer.Option(
+            help="Those of them that label single tokens, separated by commas: lists with an entry for each token, or"
+            " spans {start, end, label} of characters of texts, and of tokens of other documents."
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Folder or name of the tokenizer, for spans of characters; that of the model by default."),
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace the table of this name.")] = False,
+    remove: Annotated[str | None, typer.Option(help="Remove the label table of this name.", metavar="NAME")] = None,
+) -> None:
+    """Join a table of labels to a store after its capture, list the joined tables, or remove one."""
+    from flexcache.store.read.store import Store
+
+    opened = Store(store)
+    if remove is not None:
+        if table is not None:
+            raise ConfigError("--remove takes no table", found=str(table))
+        opened.remove_labels(remove)
+        console.print(f"the label table {escape(remove)} is removed", highlight=False)
+        return
+    if table is None:
+        listed = [str(joined) for joined in opened.label_tables.values()]
+        console.print(escape("\n".join(listed) or "no labels were joined"), highlight=False)
+        return
+    joined = opened.join(
+        str(table),
+        on,
+        name=name,
+        columns=split_names(columns) if columns else None,
+        token_labels=split_names(token_labels or ""),
+        tokenizer=tokenizer,
+        replace=replace,
+    )
+    console.print(escape(str(joined)), highlight=False)
 
 
 def verify(
@@ -65,6 +117,7 @@ def repair(
     quiet: Quiet = False,
 ) -> None:
     """Retract the units of damaged files, so that they are computed again; exit status 1 if other files are damaged."""
+    from flexcache.store.format.label_table import LABEL_RECORDS, LABELS
     from flexcache.store.manage.repair import repair as repair_store
     from pipelines.commands.bars import files_bar
 
@@ -74,9 +127,10 @@ def repair(
     for finding in done.found.findings:
         console.print(f"[red]✗[/] {escape(finding.file)} {escape(finding.problem)}", highlight=False)
     for finding in done.beyond:
-        console.print(
-            f"{escape(finding.file)} is part of the plan: restore it from a copy of the store", highlight=False
-        )
+        what = "is part of the plan: restore it from a copy of the store"
+        if finding.file.startswith((LABELS, LABEL_RECORDS)):
+            what = "holds joined labels: remove them with flexcache label --remove, and join them again"
+        console.print(f"{escape(finding.file)} {what}", highlight=False)
     if done.units:
         listed = ", ".join(map(str, done.units[:20])) + (" …" if len(done.units) > 20 else "")
         console.print(f"taken back, to be computed again: unit {listed}", highlight=False)

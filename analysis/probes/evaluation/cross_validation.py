@@ -225,6 +225,7 @@ class CrossValidation:
             "samples": dataset.n_samples,
             "groups_found": dataset.n_groups,
             "dropped": dict(dataset.dropped),
+            **({"labels": dict(dataset.labels)} if dataset.labels else {}),
             "probe": shown,
             "cv": self.options.cv,
             "splitter": type(folds.splitter(dataset, self.options.cv, self.options.seed)).__name__,

@@ -20,6 +20,7 @@ from flexcache.site import resolve_layers
 from flexcache.spec import ArraySpec, CaptureSpec
 from flexcache.store.manage.extension_state import incomplete
 from flexcache.store.manage.extension_transaction import ExtensionTransaction
+from flexcache.store.manage.labels import check_new_labels
 from flexcache.store.manage.staging import merge_arrays, plan_extension, stage_arrays, stage_documents
 from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
@@ -149,6 +150,7 @@ def more_documents(
 
     def make(folder: Path) -> None:
         store = Store(path)
+        check_new_labels(store, documents.labels)
         left = None if max_tokens is None else max_tokens - tokens_of(store)
         if left is not None and left <= 0:
             raise NothingNewError

@@ -13,6 +13,7 @@ from flexcache.spec import DTYPES, ArraySpec, dtype_name
 from flexcache.store.format.int8 import is_scale, with_scales
 from flexcache.store.manage.derive import DerivedStore, narrow_spec, prepare_store
 from flexcache.store.manage.extension_state import check_not_extending
+from flexcache.store.manage.labels import check_same_labels, copy_labels
 from flexcache.store.manage.row_copy import RowCopy
 from flexcache.store.manage.store_contents import describe_origin
 from flexcache.store.read.selection import keys, select
@@ -40,7 +41,7 @@ def copy(
         flexcache.copy("run.zarr", "small.zarr", sites=["resid_post"], layers="8:16", dtype="int8")
 
     Every file is checked against the ledger of the source, and every unit is committed in the target by a record.
-    Files that need no conversion are copied byte for byte and keep their records.
+    Files that need no conversion are copied byte for byte and keep their records. Joined labels are copied too.
 
     Parameters
     ----------
@@ -97,8 +98,9 @@ def copy(
     )
     derived = replace(derived, needed=_needed(derived))
     store = prepare_store(path, derived)
+    check_same_labels([origin, store])
     RowCopy(store, dict.fromkeys(keys(derived.arrays), origin)).run(progress)
-    return store
+    return copy_labels([origin], store)
 
 
 def check_separate(source: StoreLocation, target: StoreLocation) -> None:

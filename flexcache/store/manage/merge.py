@@ -16,6 +16,7 @@ from flexcache.store.format.text import join_lines, shorten
 from flexcache.store.manage.copy import check_separate
 from flexcache.store.manage.derive import DerivedStore, prepare_store
 from flexcache.store.manage.extension_state import check_not_extending
+from flexcache.store.manage.labels import check_same_labels, copy_labels
 from flexcache.store.manage.row_copy import RowCopy
 from flexcache.store.manage.store_contents import describe_origin, differing_tables
 from flexcache.store.read.recorded_model import recorded_model
@@ -35,7 +36,8 @@ def merge(
         flexcache.merge(["layers-0-15.zarr", "layers-16-31.zarr"], "run.zarr")
 
     Layers of one site become one array. A site and layer that two stores have must be the same files. Files are checked
-    and copied byte for byte, as by `copy`. A unit is copied once every source has it.
+    and copied byte for byte, as by `copy`. A unit is copied once every source has it. The joined labels of all sources
+    are copied.
 
     Returns
     -------
@@ -47,7 +49,7 @@ def merge(
         There are fewer than two sources.
     MismatchError
         The sources differ in plan, documents, model, codec or the form of an array, or have different bytes for one
-        site and layer; the error lists the differences. Or the target is another store.
+        site and layer, or different joined labels; the error lists the differences. Or the target is another store.
     DamagedError
         A file of a source is damaged.
     """
@@ -59,13 +61,15 @@ def merge(
         check_not_extending(store.path)
     for other in stores[1:]:
         _check_alike(stores[0], other)
+    check_same_labels(stores)
     arrays, owners = _merge_arrays(stores)
     history = {"merged_from": [describe_origin(store) for store in stores]}
     share = min(len(store.committed_units) for store in stores) / max(1, stores[0].n_units)
     needed = int(total_bytes(arrays, stores[0].n_rows, stores[0].shard_rows) * share)
     result = prepare_store(path, DerivedStore(stores[0], arrays, _spec(stores, arrays), history, needed))
+    check_same_labels([*stores, result])
     RowCopy(result, owners).run(progress)
-    return result
+    return copy_labels(stores, result)
 
 
 def _check_alike(one: Store, other: Store) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from flexcache.errors import DamagedError
 from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.store.format.extension import STAGED
+from flexcache.store.format.label_table import LABEL_RECORDS, list_label_tables, read_label_table
 from flexcache.store.format.ledger import FileRecord, measure_file
 from flexcache.store.format.plan_record import read_plan_record
 from flexcache.store.format.schema import PLAN_RECORD
@@ -128,6 +129,14 @@ def _records(store: Store, findings: list[Finding]) -> Iterator[tuple[int | None
         listed = {}
     for name, record in listed.items():
         yield None, name, record
+    for table in list_label_tables(store.path):
+        try:
+            found = read_label_table(store.path, table)
+            yield None, found.path, found.file
+        except DamagedError as error:
+            findings.append(
+                Finding(f"{LABEL_RECORDS}/{table}.json", None, f"cannot be read: {error.found or error.message}")
+            )
     for unit in store.committed_units.tolist():
         try:
             for name, record in store.ledger.read_record(unit).files.items():

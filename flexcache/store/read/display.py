@@ -9,9 +9,10 @@ import numpy as np
 from flexcache.paths import shown
 from flexcache.store.format.committed_units import CommittedUnits
 from flexcache.store.format.extension import staged_folder
-from flexcache.store.format.schema import read_attributes
+from flexcache.store.format.schema import DOCUMENTS, read_attributes
 from flexcache.store.format.text import TABLE_COLUMNS, layer_text, size
 from flexcache.store.read.open_store import OpenStore
+from flexcache.store.read.parquet import read_first_lines
 
 
 def summary(store: OpenStore) -> dict[str, str]:
@@ -63,9 +64,13 @@ def text(store: OpenStore) -> str:
     lines += [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
-    labels = [name for name in store.head(0).column_names if name not in TABLE_COLUMNS]
+    captured = read_first_lines(store.path / DOCUMENTS, 0).column_names
+    labels = [name for name in captured if name not in TABLE_COLUMNS]
     if labels:
         lines.append(f"  labels: {', '.join(labels)}")
+    for table in store.label_tables.values():
+        later = table.describe_later(int(store.plan["documents"]))
+        lines += [f"  joined: {', '.join(table.columns)} (table {table.name})", *([f"  {later}"] if later else [])]
     return "\n".join(lines)
 
 

@@ -20,10 +20,12 @@ from flexcache.plan import ranges
 from flexcache.spec import ArraySpec
 from flexcache.store.format.committed_units import CommittedUnits, shared_units
 from flexcache.store.format.int8 import is_scale
+from flexcache.store.format.label_table import LabelTable, read_label_tables
 from flexcache.store.format.metadata import StoreMetadata, parse_metadata
 from flexcache.store.format.reference import StoreReference, make_reference
 from flexcache.store.format.schema import COORDINATES, DOCUMENTS, SEQUENCES, read_attributes
 from flexcache.store.read.coordinates import coordinate_variable
+from flexcache.store.read.joined_labels import JoinedLabels
 from flexcache.store.read.parquet import open_table, read_first_lines, read_store_table
 from flexcache.store.read.row_images import read_image, read_patches
 from flexcache.store.read.row_labels import label_names, row_labels
@@ -51,7 +53,7 @@ class OpenStore:
 
     def __reduce__(self) -> tuple[Any, ...]:
         metadata = StoreMetadata(self.arrays, self.spec, self.plan, self.provenance)
-        return shared_store, (type(self), self.reference, pickle.dumps(metadata))
+        return shared_store, (type(self), self.reference, pickle.dumps((metadata, self._joined.tables)))
 
     @cached_property
     def reference(self) -> StoreReference:
@@ -76,13 +78,13 @@ class OpenStore:
 
     @cached_property
     def documents(self) -> pa.Table:
-        """The documents in row order: id, source_index, n_tokens, text, labels, row_start, n_rows.
+        """The documents in row order: id, source_index, n_tokens, text, labels, row_start, n_rows, joined labels.
 
         ::
 
             store.documents.to_pandas()
         """
-        return read_store_table(self.path, DOCUMENTS, self.n_rows)
+        return self._joined.add_to(read_store_table(self.path, DOCUMENTS, self.n_rows))
 
     def head(self, count: int = 1) -> pa.Table:
         """Return the first *count* documents without reading the others.
@@ -91,7 +93,29 @@ class OpenStore:
 
             store.head(5).to_pylist()
         """
-        return read_first_lines(self.path / DOCUMENTS, count)
+        return self._joined.add_to(read_first_lines(self.path / DOCUMENTS, count))
+
+    @property
+    def label_tables(self) -> dict[str, LabelTable]:
+        """The tables of labels that were joined after the capture, by name; see `flexcache.Store.join`.
+
+        ::
+
+            for table in store.label_tables.values():
+                print(table)
+        """
+        return dict(self._joined.tables)
+
+    def label_checksums(self, columns: Iterable[str] | None = None) -> dict[str, str]:
+        """Return the XXH3-128 of the label table of each joined column, or of those among *columns*.
+
+        Saved results that depend on a joined label keep it, because the label may be replaced.
+
+        ::
+
+            store.label_checksums(["sentiment"])
+        """
+        return self._joined.checksums(columns)
 
     @cached_property
     def tokens(self) -> pa.Table:
@@ -154,7 +178,7 @@ class OpenStore:
     @property
     def token_labels(self) -> tuple[str, ...]:
         """Names of the labels of single tokens, see `token_label`."""
-        return label_names(self.tokens, self.spec)
+        return (*label_names(self.tokens, self.spec), *self._joined.of_tokens)
 
     def token_label(self, name: str) -> pa.Array:
         """Return the label of the token of each row, null for a token without one.
@@ -168,6 +192,8 @@ class OpenStore:
         StoreError
             The tokens have no such label, or rows are means over tokens.
         """
+        if name in self._joined.of_tokens:
+            return self._joined.row_labels(name, self._extents["id"], self.coordinates)
         return row_labels(self.tokens, self.spec, name, self.path)
 
     # Progress
@@ -231,6 +257,10 @@ class OpenStore:
 
     # Private
 
+    @cached_property
+    def _joined(self) -> JoinedLabels:
+        return JoinedLabels(self.path, read_label_tables(self.path))
+
     def _array(self, site: str) -> ArraySpec:
         try:
             return self.arrays[site]
@@ -249,8 +279,9 @@ class OpenStore:
 def shared_store(kind: type[OpenStore], reference: StoreReference, metadata: bytes) -> OpenStore:
     """Return an unpickled store, one object for all tasks of a process. Nothing is read yet."""
     store = kind.__new__(kind)
-    store._open(reference.path, pickle.loads(metadata), shared_units(reference))
-    store.__dict__["reference"] = reference
+    opened, tables = pickle.loads(metadata)
+    store._open(reference.path, opened, shared_units(reference))
+    store.__dict__ |= {"reference": reference, "_joined": JoinedLabels(reference.path, tables)}
     return store
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 
 from flexcache.store.format.int8 import scale_name
+from flexcache.store.format.label_table import LabelTable
 from flexcache.store.read import display
 from flexcache.store.read.object_reader import reader_class
 from flexcache.store.read.open_store import OpenStore
@@ -20,7 +21,7 @@ from flexcache.store.read.xarray_arrays import data_array
 
 
 class Store(OpenStore, Mapping[str, xr.DataArray]):
-    """A store of activations, read-only: a mapping from site to a lazy float32 DataArray.
+    """A store of activations, which are never changed: a mapping from site to a lazy float32 DataArray.
 
     ::
 
@@ -175,6 +176,87 @@ class Store(OpenStore, Mapping[str, xr.DataArray]):
             self._readers[site] = reader
         return self._readers[site]
 
+    # Labels
+
+    def join(
+        self,
+        table: Any,
+        on: str = "id",
+        *,
+        name: str | None = None,
+        columns: str | Sequence[str] | None = None,
+        token_labels: str | Sequence[str] = (),
+        tokenizer: Any = None,
+        replace: bool = False,
+    ) -> LabelTable:
+        """Join a table of labels to the documents; they can then be used as labels that were captured.
+
+        ::
+
+            print(store.join("sentiment.csv", on="id"))
+            probes.sweep(store, "sentiment", "resid_post")
+
+        The labels become columns of `documents`, or `token_label` of tokens. They lie in a file of the store of their
+        own; no other file changes. Documents without a line in the table, and those that `flexcache.extend` adds later,
+        have null; lines for unknown documents are left out. Both are counted in the result.
+
+        Parameters
+        ----------
+        table
+            A Parquet, JSON Lines or CSV file; a DataFrame, Arrow table or dataset; dicts, or a dict of columns.
+        on
+            Column of the table with one line for each value, and of the documents: ``id``, or another column of text or
+            whole numbers, whose label then applies to all documents with the value.
+        name
+            Name of the label table; that of the file, or ``labels``, by default.
+        columns
+            Columns of the table to join; all by default.
+        token_labels
+            Those of them that label single tokens: lists with an entry for each token, or lists of ``{start, end,
+            label}``: spans of characters of texts, and of tokens of other documents.
+        tokenizer
+            Tokenizer of the capture, its folder or name, for spans of characters; that of the model by default.
+        replace
+            Replace the table of this name. Without it, joining an equal table again does nothing.
+
+        Returns
+        -------
+        The record of the table, with the counts.
+
+        Raises
+        ------
+        DocumentsError
+            The table cannot be read, has two lines for one value, no line for any document, or a column that the store
+            has already; a label of tokens does not fit its document.
+        StoreError
+            The store has another label table of this name, or cannot be written.
+        MismatchError
+            The tokenizer gives other tokens than those of the store.
+        """
+        from flexcache.store.manage.labels import join_labels
+
+        options: dict[str, Any] = {"name": name, "columns": columns, "token_labels": token_labels}
+        joined = join_labels(self.path, table, on, **options, tokenizer=tokenizer, replace=replace)
+        self._forget_labels()
+        return joined
+
+    def remove_labels(self, name: str) -> None:
+        """Remove a label table for good.
+
+        ::
+
+            store.remove_labels("sentiment")
+
+        Raises
+        ------
+        StoreError
+            There is no such table, or the store cannot be written.
+        """
+        from flexcache.store.manage.labels import remove_labels
+
+        remove_labels(self.path, name)
+        self._forget_labels()
+
     # Mapping and display
 
     def __iter__(self) -> Iterator[str]:
@@ -193,6 +275,10 @@ class Store(OpenStore, Mapping[str, xr.DataArray]):
         return display.html(self)
 
     # Private
+
+    def _forget_labels(self) -> None:
+        for cached in ("_joined", "documents"):
+            self.__dict__.pop(cached, None)
 
     @cached_property
     def _readers(self) -> dict[str, RowReader]:
