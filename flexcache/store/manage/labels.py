@@ -32,7 +32,7 @@ from flexcache.store.format.label_table import (
     read_label_tables,
 )
 from flexcache.store.format.ledger import FileRecord, measure_file
-from flexcache.store.format.schema import DOCUMENTS
+from flexcache.store.format.schema import DOCUMENTS, SEQUENCES
 from flexcache.store.format.text import TABLE_COLUMNS, shorten
 from flexcache.store.manage.label_alignment import align_with_tokens
 from flexcache.store.read.joined_labels import read_joined
@@ -191,7 +191,9 @@ def _check_columns(store: Store, names: Sequence[str], table: str) -> None:
     joined = [column for other in store.label_tables.values() if other.name != table for column in other.columns]
     staged = staged_folder(store.path)
     new = [] if staged is None else open_table(staged / DOCUMENTS).schema_arrow.names
-    captured = {*store.head(0).column_names, *store.tokens.column_names} - set(store.label_checksums())
+    captured = [
+        column for file in (DOCUMENTS, SEQUENCES) for column in open_table(store.path / file).schema_arrow.names
+    ]
     taken = {*RESERVED, *TABLE_COLUMNS, *SEQUENCE_COLUMNS, *captured, *joined, *new}
     if wrong := [name for name in names if name in taken]:
         free = [name for name in names if name not in taken]
