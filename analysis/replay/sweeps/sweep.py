@@ -41,7 +41,7 @@ def sweep(
     *,
     answers: Answers = None,
     documents: str | Sequence[str] | None = None,
-    readout: str | Sequence[int] = "all",
+    readout: str | int | Sequence[int] = "all",
     seed: int = 0,
     accept: Collection[str] = (),
     options: ExecutionOptions | None = None,

@@ -107,7 +107,7 @@ def plan_sweep(
     baselines: str | Sequence[str],
     answers: Answers,
     documents: str | Sequence[str] | None,
-    readout: str | Sequence[int],
+    readout: str | int | Sequence[int],
     copies: int,
     seed: int,
 ) -> SweepPlan:
