@@ -74,7 +74,7 @@ class AttributionSource(Options):
     donors: Any = Field(description="donor documents, as for the edit patch: an id, a mapping, or same_length")
     layers: Any = Field("all", description="layers of the attribution")
     objective: ObjectiveSource | None = Field(
-        None, description="the objective of the capture, if it was not the loss of the next token"
+        None, description="the objective of the capture, if it was a function of your own"
     )
 
 

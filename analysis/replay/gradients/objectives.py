@@ -6,10 +6,20 @@ from typing import Any
 
 import torch
 
+from analysis.dataset.store_tokenizer import store_tokenizer
 from analysis.replay.engine.forward_hooks import ForwardResult
 from flexcache.errors import AnalysisError, MismatchError
+from flexcache.provenance import select_fingerprint
+from flexcache.recording.arguments import objective_of
 from flexcache.recording.forward.batch import Batch
-from flexcache.recording.forward.objective import NextTokenLoss, Objective, check_value, describe_objective
+from flexcache.recording.forward.objective import (
+    LogitDifference,
+    NextTokenLoss,
+    Objective,
+    check_value,
+    describe_objective,
+    recorded_objective,
+)
 from flexcache.site import GRADIENT
 from flexcache.store.read.store import Store
 
@@ -20,26 +30,31 @@ def stored_objective(store: Store, objective: Objective | None) -> Objective:
     Parameters
     ----------
     objective
-        By default the loss of the next token, if the store was made with it. A store without gradients accepts any.
+        By default that of the capture, if it was the loss of the next token or a `LogitDifference`. Any is accepted for
+        a store without gradients.
 
     Raises
     ------
     MismatchError
-        The store's gradients are those of another objective.
+        The store's gradients are those of another objective, or of one that has to be passed.
     """
-    given: Any = objective if objective is not None else NextTokenLoss()
-    described, recorded = describe_objective(given), store.spec.objective
-    if recorded is None and any(name.endswith(GRADIENT) for name in store.arrays):
-        recorded = describe_objective(NextTokenLoss())  # what a capture without objective differentiates
-    if recorded in (None, described):
-        return given
-    name = str(recorded.get("function", "")).rpartition(".")[2]
-    same = recorded.get("function") == described["function"]
+    if isinstance(objective, LogitDifference) and str in (type(objective.token), type(objective.other)):
+        objective = objective_of(objective, store_tokenizer(store))
+    recorded = store.spec.objective
+    if recorded is None and not any(name.endswith(GRADIENT) for name in store.arrays):
+        return NextTokenLoss() if objective is None else objective
+    own = recorded_objective(recorded)
+    if objective is None and own is not None:
+        return own
+    expected = select_fingerprint(recorded or describe_objective(NextTokenLoss())) or {}
+    if objective is not None and select_fingerprint(describe_objective(objective)) == expected:
+        return objective
+    function = str(expected.get("function", "")).rpartition(".")[2]
     raise MismatchError(
         "the gradients of the store are those of another objective",
         where=str(store.path),
-        expected=f"{name}, as in the capture" + (", with the same settings" if same else ""),
-        found=f"{given!r}"[:80] + (" by default" if objective is None else ""),
+        expected=f"{function}, as in the capture" if own is None else repr(own),
+        found="no objective, and the record cannot be made into one" if objective is None else repr(objective)[:80],
         remedy="pass objective= as it was passed to the capture (in a file: attribution.objective)",
     )
 

@@ -58,8 +58,8 @@ def verify(
     top
         Number of cells with the largest estimates.
     objective
-        The objective of the capture; its change is summed over the tokens of a document. By default the loss of the
-        next token, if the store was made with it.
+        The objective of the capture, needed if it was a function of your own; its change is summed over the tokens of a
+        document.
     sample
         Number of cells that are drawn uniformly from all but first tokens; and, at most, of first tokens whose estimate
         is not 0.

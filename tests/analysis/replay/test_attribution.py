@@ -173,10 +173,11 @@ def test_effects_are_of_the_objective_of_the_store(captured: Captured) -> None:
     objective = flexcache.LogitDifference(5, 9)
     store, model = captured(documents=DOCUMENTS, sites=["resid_post", "resid_post.grad"], objective=objective)
     attributed = replay.attribution(store, DONORS, layers=[1])
-    for wrong in (None, flexcache.LogitDifference(5, 8), flexcache.NextTokenLoss()):
+    for wrong in (flexcache.LogitDifference(5, 8), flexcache.NextTokenLoss()):
         with pytest.raises(MismatchError, match="gradients of the store are those of another objective"):
             replay.verify(store, model, attributed, objective=wrong)
     exact = replay.verify(store, model, attributed, objective=objective, top=4, sample=4)
+    assert exact.equals(replay.verify(store, model, attributed, top=4, sample=4)), "by default that of the capture"
     at = exact.isel(cell=0)
     name, place = str(at["document"].values), int(at["position"])
     own, theirs = (torch.from_numpy(store.read("resid_post", 1, store.rows(i)))[None] for i in (name, DONORS[name]))
@@ -188,6 +189,21 @@ def test_effects_are_of_the_objective_of_the_store(captured: Captured) -> None:
         handle.remove()
         found.append(float(last[5] - last[9]))
     assert float(at["exact"]) == pytest.approx(found[0] - found[1], abs=1e-5)
+
+
+def first_logit(output: Any, batch: Any) -> torch.Tensor:
+    logits: torch.Tensor = output.logits[:, 0, 0]
+    return logits
+
+
+def test_an_objective_that_cannot_be_rebuilt_has_to_be_passed(captured: Captured) -> None:
+    sites = ["resid_post", "resid_post.grad"]
+    store, model = captured(documents=DOCUMENTS, sites=sites, objective=first_logit)
+    attributed = replay.attribution(store, DONORS, layers=[1])
+    with pytest.raises(MismatchError, match="record cannot be made into one"):
+        replay.verify(store, model, attributed)
+    exact = replay.verify(store, model, attributed, objective=first_logit, top=3, sample=0)
+    assert (exact["exact"] == 0).all(), "later tokens do not change the first logit"
 
 
 def test_attribution_without_gradients_or_donors_raises_an_error(made: Any, captured: Captured) -> None:
