@@ -18,6 +18,7 @@ _MODULES = {
     "examples": "readout",
     "geometry": "statistics",
     "lens": "readout",
+    "logit_attribution": "readout",
     "moments": "statistics",
     "onepass": "statistics",
     "outliers": "statistics",

@@ -26,8 +26,8 @@ PUBLIC = {
     "flexcache.store": "LabelTable Removal Repair Store Verification copy merge repair rows_in select verify",
     "flexcache.training": "Loader ReaderOptions Stream stream",
     "analysis": (
-        "codecs dataset erasure examples geometry lens moments onepass outliers probe_dataset probes quantiles "
-        "readout replay report similarity statistics survey targets tokens"
+        "codecs dataset erasure examples geometry lens logit_attribution moments onepass outliers probe_dataset probes "
+        "quantiles readout replay report similarity statistics survey targets tokens"
     ),
     "analysis.probes": (
         "AttentionPooled Best Direction INLP LDA LinearProbe Logistic MLP MassMean NearestCentroid Ridge Sweep "

@@ -73,7 +73,7 @@ class Head:
             The final norm or unembedding is not found.
         """
         named, output = dict(model.named_modules()), model.get_output_embeddings()
-        norm = next((named[name] for name in NORMS if name in named), None)
+        norm = next((named[name] for name in NORMS if name in named), None) or _norm_beside_blocks(model)
         if norm is None or output is None or model.config.is_encoder_decoder:
             raise AnalysisError(
                 "the model has no head that a logit lens can use",
@@ -312,6 +312,19 @@ def next_tokens(store: Store, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     after = np.minimum(rows + 1, store.n_rows - 1)
     follows = (about["document"][after] == document) & (about["position"][after] == position + 1)
     return np.where(follows, about["token_id"][after], -1).astype(np.int64), position
+
+
+def _norm_beside_blocks(model: Any) -> Any:
+    """Return the last norm of a model, found by its place next to the blocks; None without one."""
+    from flexcache.errors import SiteError
+    from flexcache.hooks import find_hook_points
+    from flexcache.hooks.locate.names import modules_by_path
+    from flexcache.site import Site
+
+    try:
+        return modules_by_path(model)[find_hook_points(model, Site("final_norm"))[0].module]
+    except SiteError:
+        return None
 
 
 def _weight_files(folder: Path) -> dict[str, Path]:
