@@ -36,7 +36,8 @@ def run(
     import torch
 
     import flexcache
-    from analysis import replay
+    from analysis import logit_attribution, replay, saved
+    from analysis.readout import contributions
     from analysis.replay.gradients.attribution import check_attribution
     from analysis.replay.gradients.objectives import stored_objective
     from analysis.replay.gradients.plot import describe_ranks
@@ -67,6 +68,11 @@ def run(
         check_attribution(store, given, config.at.site, model=model, **named)
         target = None if objective is None else objective.load(tokenizer)
         stored_objective(store, target)
+    direct = None
+    if config.logit_attribution is not None:
+        direct = logit_attribution.compute(
+            store, model, answers, documents=names, **config.logit_attribution.model_dump()
+        )
     sweep = replay.sweep(
         store,
         config.model.load if config.scheduler else model,
@@ -95,6 +101,8 @@ def run(
     console.print(
         f"identity error: {error:.3g} at most (logits of a replay without edits minus those of the forward pass)"
     )
+    if direct is not None:
+        console.print(contributions.table(direct))
     if exact is not None:
         console.print(describe_ranks(exact), markup=False, highlight=False)
     for note in sweep.results.attrs["notes"]:
@@ -104,7 +112,11 @@ def run(
     def write(place: Path) -> Path:
         for metric in sweep.metrics:
             sweep.plot(place / f"{metric}.png", metric)
-        return replayed.write(store, sweep, place / "report.html", exact=exact, command=command, groups=config.groups)
+        if direct is not None:
+            contributions.heat_map(direct, place / "logit_attribution.png")
+            saved.save({"logit_attribution": direct}, place / "logit_attribution.zarr", saved.identity(store))
+        parts = {"exact": exact, "direct": direct}
+        return replayed.write(store, sweep, place / "report.html", **parts, command=command, groups=config.groups)
 
     page = write_or_rescue(write, folder)
     for what, path in (("report", page), ("pictures", folder), ("numbers", folder / "results.zarr")):

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from analysis.dataset.store_argument import accept_store_path
+from analysis.readout.contributions import heat_map
 from analysis.replay.gradients.plot import scatter
 from analysis.replay.sweeps.plot import NAMES, plot
 from analysis.replay.sweeps.results import Sweep
@@ -33,6 +34,7 @@ def write(
     path: str | Path,
     *,
     exact: xr.Dataset | None = None,
+    direct: xr.Dataset | None = None,
     command: str | None = None,
     groups: str = "document",
 ) -> Path:
@@ -46,6 +48,8 @@ def write(
     ----------
     exact
         Result of `analysis.replay.verify`, for a figure of attributed against exact effects.
+    direct
+        Result of `analysis.logit_attribution.compute`, for a figure of heads and MLPs.
     groups
         Column of the documents whose equal values are drawn together, for intervals and tests.
 
@@ -72,6 +76,7 @@ def write(
         depth=data.attrs["depth"],
         charts=[(NAMES.get(name, name), Markup(_svg(plot(data, metric=name), name))) for name in sweep.metrics],
         exact=None if exact is None else Markup(_svg(scatter(exact), "attribution")),
+        direct=None if direct is None else Markup(_svg(heat_map(direct), "direct")),
         rho=None if exact is None else f"{exact.attrs['rank_correlation']:.2f}",
         method=None if exact is None else exact.attrs["method"],
         metrics=list(sweep.metrics),

@@ -78,6 +78,17 @@ class AttributionSource(Options):
     )
 
 
+class LogitAttributionSource(Options):
+    """Direct logit attribution of the answers; see `analysis.logit_attribution.compute`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rows: Literal["last", "all"] | int = Field(
+        "last", description="tokens whose logits are attributed: last, all, or a position"
+    )
+    heads: bool | None = Field(None, description="split attention by head, from z; by default if z is stored")
+
+
 class ReplayConfig(Options):
     """The configuration of a sweep of edits. Paths are relative to the folder in which the command runs."""
 
@@ -116,6 +127,9 @@ class ReplayConfig(Options):
         None, ge=1, description="intra-op threads of torch on a CPU; as in the capture by default"
     )
     attribution: AttributionSource | None = Field(None, description="attribute, and replay the largest and a sample")
+    logit_attribution: LogitAttributionSource | None = Field(
+        None, description="split the logits of the answers, or of next tokens, by head and MLP"
+    )
 
     @property
     def names_functions(self) -> bool:

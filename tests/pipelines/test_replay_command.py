@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import flexcache
-from analysis import replay
+from analysis import replay, saved
 from analysis.replay.edits.edit import from_json
 from flexcache.errors import AnalysisError
 from pipelines.config import replay_config
@@ -31,12 +31,13 @@ ASKED: dict[str, Any] = {
     "answers": ["w5", 6],
     "documents": 30,
     "attribution": {"donors": {"same_length": 1}, "top": 6, "sample": 5, "method": "ig", "steps": 2, "layers": "0,2"},
+    "logit_attribution": {},
 }
 
 
 @pytest.fixture
 def asked(config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, checkpoint: Path) -> Path:
-    run(capsys, "capture", config, "-q", "--set", "sites=[resid_post, resid_post.grad]")
+    run(capsys, "capture", config, "-q", "--set", "sites=[resid_post, resid_post.grad, z, mlp_out]")
     path = tmp_path / "edits.yaml"
     path.write_text(yaml.safe_dump({"model": str(checkpoint), **ASKED}))
     return path
@@ -61,7 +62,15 @@ def test_a_sweep_from_the_command_line(asked: Path, capsys: pytest.CaptureFixtur
     assert list(found.results["alpha"].values) == [1, 2, 4]
     report = (tmp_path / "out/report.html").read_text()
     assert "rank correlation" in report
-    assert report.count("<svg") == 4
+    assert report.count("<svg") == 5
+    assert "Direct logit attribution" in report
+    direct = saved.load(tmp_path / "out/logit_attribution.zarr")[0]["logit_attribution"]
+    assert set(direct["token"].values.tolist()) == {direct["token"].values[0]}
+    assert (direct["other"] == 6).all()
+    assert direct.sizes["row"] == 30
+    assert "layer 2 head 1" in direct["component"].values
+    assert "mean over 30 rows" in text
+    assert (tmp_path / "out/logit_attribution.png").exists()
     assert "bytes" in report
     assert all((tmp_path / f"out/{name}.png").exists() for name in ASKED["metrics"])
     store = flexcache.open("run.zarr")
@@ -115,6 +124,8 @@ def test_answers_in_python_are_texts_of_one_token(asked: Path, checkpoint: Path)
         ("attribution={donors: doc-1, steps: 4}", "steps belong to integrated gradients", 1),
         ("attribution={donors: doc-1, layers: [7]}", "no layer 7", 1),
         ("attribution={donors: doc-1, sample: -1}", "sample", 2),
+        ("logit_attribution={rows: 99}", "no row has an answer", 1),
+        ("logit_attribution={head: true}", "unknown key 'logit_attribution.head'", 2),
         ("attribution={donors: t5, objective: {logit_difference: [w5, 6]}}", "those of another objective", 1),
     ],
 )
