@@ -17,7 +17,6 @@ from flexcache.sequences.encoded import Encoded, list_array
 from flexcache.sequences.labels import align_labels
 from flexcache.sequences.targets import TARGET, shift_right
 from flexcache.sequences.token_columns import is_spans
-from flexcache.spec import CaptureSpec
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import is_location
 
@@ -46,7 +45,7 @@ def align_with_tokens(
     DocumentsError
         A column has another form, or does not fit a document.
     """
-    spec = CaptureSpec.from_store(store.spec)
+    spec = store.spec
     if spec.rows == "mean":
         raise StoreError("rows are means over tokens, so tokens cannot have labels", where=str(store.path))
     ids = store.documents["id"].combine_chunks().take(documents)
@@ -90,14 +89,14 @@ def _content(store: Store) -> str:
         return "image"
     if "messages_xxh3_128" in names:
         return "text"
-    columns = (store.provenance.get("documents") or {}).get("columns") or {}
+    columns = store.provenance.documents.get("columns") or {}
     return "text" if "text" in columns and "tokens" not in columns else "tokens"
 
 
 def _tokenizer(store: Store, given: Any) -> Any:
     if given is not None and not is_location(given):
         return given
-    name = str(given or (store.provenance.get("model") or {}).get("name", ""))
+    name = str(given or store.provenance.model_name)
     try:
         return ModelSource(name=name).tokenizer()
     except ConfigError as error:
