@@ -24,7 +24,7 @@ def run(
 ) -> Store:
     """Add what the configuration names and the store lacks, or resume that."""
     import flexcache
-    from flexcache.recording.planning.extension_checks import check_fixed
+    from flexcache.recording.planning.store_identity import check_fixed
 
     if config.generate is not None:
         raise ConfigError(

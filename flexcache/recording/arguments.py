@@ -25,10 +25,7 @@ TAKEN = ("input_ids", "attention_mask")
 def model_of(model: Any) -> nn.Module:
     """Return the model to run; a folder or a name on the hub is loaded, on its default device.
 
-    Raises
-    ------
-    ConfigError
-        The model cannot be loaded, is not a model, has no weights or configuration, or takes no attention mask.
+    ConfigError if it cannot be loaded, is not a model, has no weights or configuration, or takes no attention mask.
     """
     if isinstance(model, str | os.PathLike):
         return ModelSource(name=os.fspath(model)).load()
@@ -86,10 +83,7 @@ def _no_model(what: str, found: str, remedy: str) -> ConfigError:
 def tokenizer_of(tokenizer: Any, model: nn.Module) -> Any:
     """Return the tokenizer, or the processor of an image model; a folder or a name is loaded.
 
-    Raises
-    ------
-    ConfigError
-        The tokenizer cannot be loaded, or is not a tokenizer.
+    ConfigError if it cannot be loaded, or is not a tokenizer.
     """
     images = reads_images(model)
     if isinstance(tokenizer, str | os.PathLike):
@@ -128,10 +122,7 @@ def _no_tokenizer(what: str, found: str, remedy: str) -> ConfigError:
 def objective_of(objective: Objective | None, tokenizer: Any) -> Objective | None:
     """Return an objective whose tokens are ids; texts are looked up in the tokenizer.
 
-    Raises
-    ------
-    ConfigError
-        A text is not one token, or the objective is not a function.
+    ConfigError if a text is not one token, or the objective is not a function.
     """
     if isinstance(objective, LogitDifference):
         token, other = (one_token(value, tokenizer) for value in (objective.token, objective.other))
@@ -157,10 +148,7 @@ def described(transforms: Sequence[Transform], objective: Objective | None) -> d
 def one_token(value: int | str, tokenizer: Any) -> int:
     """Return the id of a token that is given by id or as text.
 
-    Raises
-    ------
-    ConfigError
-        The text is not one token, or there is no tokenizer to look it up in.
+    ConfigError if the text is not one token, or there is no tokenizer to look it up in.
     """
     if not isinstance(value, str):
         try:

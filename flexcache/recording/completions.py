@@ -31,12 +31,7 @@ COMPLETE = "complete"
 
 @dataclass(frozen=True)
 class Completions:
-    """A folder of completions.
-
-    Attributes
-    ----------
-    folder : Path
-    """
+    """A folder of completions."""
 
     folder: Path
 
@@ -46,13 +41,7 @@ class Completions:
         return (self.folder / COMPLETE).is_file()
 
     def open(self) -> Documents:
-        """Return the completions as documents of tokens.
-
-        Raises
-        ------
-        DocumentsError
-            Not all completions exist.
-        """
+        """Return the completions as documents of tokens; DocumentsError if not all of them exist."""
         if not self.complete:
             raise DocumentsError(
                 "the completions are not made yet", where=str(self.folder), remedy="run the capture, which makes them"

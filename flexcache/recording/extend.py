@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Unpack
 
 from flexcache import hooks
-from flexcache.documents import open_documents
+from flexcache.documents import Documents, open_documents
 from flexcache.errors import ConfigError
 from flexcache.hooks.locate.evaluation_mode import evaluation_mode
 from flexcache.hooks.locate.position_tables import count_positions
@@ -17,6 +17,7 @@ from flexcache.hooks.locate.vocabulary import encoder_vocabulary_size, pad_token
 from flexcache.identity import model_key
 from flexcache.images.input import stored_image_input
 from flexcache.paths import shown
+from flexcache.provenance import select_fingerprint
 from flexcache.recording.argument_order import either_order
 from flexcache.recording.arguments import described, model_of, objective_of, tokenizer_of
 from flexcache.recording.checks.attention_isolation import check_isolation
@@ -26,20 +27,14 @@ from flexcache.recording.forward.capture_targets import CaptureTargets, find_tar
 from flexcache.recording.forward.image_inputs import check_images, padding
 from flexcache.recording.forward.objective import OBJECTIVE, Objective
 from flexcache.recording.forward.transform import Transform
-from flexcache.recording.planning.extension_checks import (
-    _check_known,
-    _check_objective,
-    _check_whole,
-    _enough,
-    _same_files,
+from flexcache.recording.planning.extension_request import Extension, more_arrays, more_documents, opened, tokens_of
+from flexcache.recording.planning.store_identity import (
+    check_equal,
     check_fixed,
+    check_known,
     check_source,
-)
-from flexcache.recording.planning.extension_request import (
-    Extension,
-    more_arrays,
-    more_documents,
-    opened,
+    check_whole,
+    same_files,
 )
 from flexcache.recording.recompute import check_rows
 from flexcache.recording.run.cuda_transfer import transfer_for
@@ -50,8 +45,8 @@ from flexcache.recording.run.progress import CaptureProgress
 from flexcache.recording.run.recorder import Recorder
 from flexcache.recording.run_options import RunOptions
 from flexcache.spec import ArraySpec, CaptureSpec, listed, parse_sites
+from flexcache.store.manage.derive import merge_arrays
 from flexcache.store.manage.extension_transaction import AlreadyCommittedError, ExtensionTransaction
-from flexcache.store.manage.staging import merge_arrays
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import StoreLocation, local
 from flexcache.validation import validate
@@ -136,7 +131,8 @@ def extend(
     objective = objective_of(objective, tokenizer)
     if store.images:
         tokenizer = stored_image_input(store.provenance.tokenizer, model, tokenizer, where=str(root))
-    asked = _asked(store, spec, content, described(transforms, objective), where)
+    functions = described(transforms, objective)
+    asked = _asked(store, spec, content, functions, where)
     if corpus is None and asked is None:
         raise ConfigError(
             "the store has everything that is asked for",
@@ -158,7 +154,7 @@ def extend(
             hooks.check_sites(model, targets.points, example=example, reader=group.read_example, alone=group.alone)
             if spec.isolated:
                 check_isolation(model, targets, pad_token_id(model, tokenizer), group)
-            if merge_arrays(store, arrays)[1] or store.provenance.batching is None:
+            if merge_arrays(store.arrays, arrays)[1] or store.provenance.batching is None:
                 check_batching(store, find_batching(model, targets, padding(model, tokenizer), spec, group))
             return targets, arrays
 
@@ -172,16 +168,20 @@ def extend(
         planning = bars.planning(None)
         try:
             found: Extension | None
-            if corpus is None or merge_arrays(store, arrays)[1]:
-                _check_known(store, corpus)
+            if corpus is None or merge_arrays(store.arrays, arrays)[1]:
+                check_known(store, corpus)
                 found = more_arrays(root, arrays, wanted_spec, planning.wait)
-            elif (same := _same_files(store, corpus)) and everything.max_tokens is None:
+            elif (same := same_files(store, corpus)) and everything.max_tokens is None:
                 found = None
             else:
                 if asked is not None:  # existing arrays stay, whether they are named or not
                     targets, arrays = read(everything)
-                _check_whole(store, {array.name: array.to_json() for array in arrays})
-                _check_objective(store, targets, objective)
+                check_whole(store, {array.name: array.to_json() for array in arrays})
+                if targets.objective is not None:
+                    recorded, given = (
+                        select_fingerprint(one) for one in (store.spec.objective, functions["objective"])
+                    )
+                    check_equal(store, "the objective", recorded, given)
                 found = more_documents(
                     root,
                     corpus,
@@ -250,3 +250,10 @@ def _narrowed(targets: CaptureTargets, wanted: set[tuple[str, int | None]]) -> C
     }
     gradients = any(point.gradient for points in sources.values() for point in points)
     return CaptureTargets(sources, targets.transforms, targets.objective if gradients else None)
+
+
+def _enough(store: Store, corpus: Documents | None, max_tokens: int | None) -> str | None:
+    """Return why no documents are added if the store has reached *max_tokens*, else None."""
+    if corpus is None or max_tokens is None or (tokens := tokens_of(store)) < max_tokens:
+        return None
+    return f"{tokens:,} tokens of documents, and max_tokens is {max_tokens:,}"

@@ -20,7 +20,7 @@ from flexcache.site import STANDARD, Layers, Site, plain_layers, resolve_layers
 from flexcache.spec import ArraySpec, CaptureSpec
 from flexcache.store.format.int8 import with_scales
 from flexcache.store.format.schema import read_attributes
-from flexcache.store.manage.staging import merge_arrays
+from flexcache.store.manage.derive import merge_arrays
 from flexcache.store.storage.location import StoreLocation, local, parse_location
 from flexcache.store.write.create import check_target
 
@@ -112,7 +112,7 @@ def record(
 def _extension(path: Path, inputs: PlanInputs, new_only: bool, settings: dict[str, Any]) -> Recorder:
     store = opened(path)
     stored, given = stored_identity(read_attributes(path)), inputs.identity()
-    sites = bool(merge_arrays(store, inputs.arrays)[1])
+    sites = bool(merge_arrays(store.arrays, inputs.arrays)[1])
     for said in (stored, given):
         said["documents"] = said["documents"] if sites else {}
         said["arrays"] = {} if sites else said["arrays"]

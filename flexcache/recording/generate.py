@@ -29,9 +29,9 @@ from flexcache.recording.run.fingerprint import fingerprint
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.recording.run_options import RunOptions
 from flexcache.store.storage.atomic_files import write_durably, write_json
-from flexcache.store.write.backends import AnyWorker
 from flexcache.store.write.claims import Claiming
 from flexcache.store.write.election import POLL, elect, working
+from flexcache.store.write.worker import Worker
 from flexcache.validation import validate
 
 REQUEST = "request"
@@ -140,7 +140,7 @@ def generate(
     return completions.open()
 
 
-def _agree(worker: AnyWorker, path: Path, asked: dict[str, Any], claims: Claiming) -> None:
+def _agree(worker: Worker, path: Path, asked: dict[str, Any], claims: Claiming) -> None:
     """Write the request unless another process has, and raise MismatchError if its request differs."""
     if elect(worker, claims, REQUEST, path.exists):
         write_json(path, asked)

@@ -38,16 +38,10 @@ LOAD_IT = "load the model as it was captured"
 
 @dataclass(frozen=True)
 class Recomputed:
-    """The comparison of one site and layer of a recomputed unit.
+    """The comparison of one site and layer of a recomputed unit: if every byte is *equal*, and the largest difference.
 
-    Attributes
-    ----------
-    equal : bool
-        True if every byte is the same.
-    difference : float
-        The largest difference, relative to the largest stored magnitude.
-    same_conditions : bool
-        True if the unit was computed under the fingerprint of this process, so that its bytes must be the same.
+    The *difference* is relative to the largest stored magnitude. Under the *same_conditions*, the unit has the
+    fingerprint of this process, so that its bytes must be the same.
     """
 
     unit: int
@@ -106,36 +100,22 @@ def recompute(
     if store.images:
         tokenizer = stored_image_input(store.provenance.tokenizer, model, tokenizer, where=str(path))
         example = tokenizer.example(model)
+    reader, conditions = BatchReader(store.path), {}
     with closing(ModelParallelGroup(model)) as group:
         given = group.describe_model(model, example)
         check_model(comparable_record(store.provenance.model), given, str(path), remedy=LOAD_IT)
-        return _recomputed(model, store, chosen, padding(model, tokenizer), group, transforms, objective, progress)
+        targets = find_targets(model, store.spec, transforms, objective)
+        now = fingerprint(model)
 
+        def batches() -> Iterator[Batch]:
+            for unit in chosen:
+                record = store.ledger.read_record(unit)
+                conditions[unit] = record.fingerprint == now
+                for batch in reader.read_unit(unit, record.batch_tokens):
+                    yield batch
+                    progress(len(batch.rows))
 
-def _recomputed(
-    model: torch.nn.Module,
-    store: Store,
-    chosen: list[int],
-    pad: Padding,
-    group: ModelParallelGroup,
-    transforms: Sequence[Transform],
-    objective: Objective | None,
-    progress: Callable[[int], None],
-) -> list[Recomputed]:
-    targets = find_targets(model, store.spec, transforms, objective)
-    now = fingerprint(model)
-    reader = BatchReader(store.path)
-    conditions = {}
-
-    def batches() -> Iterator[Batch]:
-        for unit in chosen:
-            record = store.ledger.read_record(unit)
-            conditions[unit] = record.fingerprint == now
-            for batch in reader.read_unit(unit, record.batch_tokens):
-                yield batch
-                progress(len(batch.rows))
-
-    worst = _compare(model, store, targets, pad, group, batches())
+        worst = _compare(model, store, targets, padding(model, tokenizer), group, batches())
     return [
         Recomputed(unit, name, layer, equal, difference, conditions[unit])
         for (unit, name, layer), (equal, difference) in worst.items()
@@ -155,13 +135,8 @@ def check_rows(
     """Run the committed batch of the longest sequences again, and compare its rows with the stored ones.
 
     This detects what a small fixed input cannot: hooks that act only on later or on certain tokens. Gradients and
-    transforms are not compared. Nothing is done if no unit was computed under the conditions *now*, or if the model is
-    on several processes.
-
-    Parameters
-    ----------
-    most_tokens
-        Tokens of a batch, padding included, that fit into the memory of the device.
+    transforms are not compared. Nothing is done if no unit was computed under the conditions *now*, if no batch has at
+    most *most_tokens*, padding included, or if the model is on several processes.
 
     Raises
     ------

@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from flexcache.store.manage.copy import copy
     from flexcache.store.manage.merge import merge
     from flexcache.store.manage.remove import Removal
-    from flexcache.store.manage.repair import Repair, repair
-    from flexcache.store.manage.verify import Verification, verify
+    from flexcache.store.manage.verify import Repair, Verification, repair, verify
     from flexcache.store.read.row_alignment import rows_in
     from flexcache.store.read.selection import select
     from flexcache.store.read.store import Store
@@ -35,12 +34,12 @@ __getattr__, __dir__ = lazy_exports(
     {
         "LabelTable": "flexcache.store.format.label_table:LabelTable",
         "Removal": "flexcache.store.manage.remove:Removal",
-        "Repair": "flexcache.store.manage.repair:Repair",
+        "Repair": "flexcache.store.manage.verify:Repair",
         "Store": "flexcache.store.read.store:Store",
         "Verification": "flexcache.store.manage.verify:Verification",
         "copy": "flexcache.store.manage.copy:copy",
         "merge": "flexcache.store.manage.merge:merge",
-        "repair": "flexcache.store.manage.repair:repair",
+        "repair": "flexcache.store.manage.verify:repair",
         "rows_in": "flexcache.store.read.row_alignment:rows_in",
         "select": "flexcache.store.read.selection:select",
         "verify": "flexcache.store.manage.verify:verify",

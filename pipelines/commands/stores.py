@@ -118,7 +118,7 @@ def repair(
 ) -> None:
     """Retract the units of damaged files, so that they are computed again; exit status 1 if other files are damaged."""
     from flexcache.store.format.label_table import LABEL_RECORDS, LABELS
-    from flexcache.store.manage.repair import repair as repair_store
+    from flexcache.store.manage.verify import repair as repair_store
     from pipelines.commands.bars import files_bar
 
     settings = None if config is None else read_capture(config, [*(changes or ()), f"store={store}"])

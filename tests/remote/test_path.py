@@ -152,11 +152,11 @@ def test_a_worker_that_stands_still_is_gone_after_a_while(everywhere: str, monke
     sleeping, watcher = ObjectWorker(root), ObjectWorker(root, heartbeat_timeout=100)
     assert ObjectClaims(sleeping).take_claim([5]) == "5"
     claims, now = ObjectClaims(watcher), 1000.0
-    monkeypatch.setattr("flexcache.store.write.object_worker.time.monotonic", lambda: now)
+    monkeypatch.setattr("flexcache.store.write.worker.time.monotonic", lambda: now)
     assert claims.take_claim([5]) is None
     now += 99
     assert claims.take_claim([5]) is None
-    sleeping._write()  # a sign of life
+    sleeping._announce()  # a sign of life
     assert claims.take_claim([5]) is None
     now += 99
     assert claims.take_claim([5]) is None

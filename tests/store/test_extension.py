@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import flexcache
 from flexcache.errors import DamagedError, DocumentsError, MismatchError, StoreError
 from flexcache.recording.forward.batch_reader import BatchReader
-from flexcache.store.format.extension import STAGED
+from flexcache.store.format.schema import STAGED
 from flexcache.store.manage.copy import copy
 from flexcache.store.manage.extension_transaction import ExtensionTransaction
 from flexcache.store.manage.remove import Removal

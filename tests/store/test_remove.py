@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flexcache
-import flexcache.store.format.plan_record as plan_record
+import flexcache.store.format.ledger as ledger
 import flexcache.store.manage.remove as removing
 import flexcache.store.storage.atomic_files as files
 import flexcache.store.storage.backend as backend
@@ -135,7 +135,7 @@ def test_a_kill_at_any_step_leaves_a_readable_store_and_the_same_call_finishes(
         with pytest.MonkeyPatch.context() as patch:
             for module in (files, backend, removing):
                 patch.setattr(module, "write_durably", dying(files.write_durably))
-            patch.setattr(plan_record, "write_json", dying(files.write_json))
+            patch.setattr(ledger, "write_json", dying(files.write_json))
             patch.setattr(Path, "unlink", dying(Path.unlink))
             patch.setattr(removing.shutil, "rmtree", dying(shutil.rmtree))
             with contextlib.suppress(Killed, SiteError):  # SiteError if an earlier attempt has finished

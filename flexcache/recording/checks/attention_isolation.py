@@ -24,12 +24,8 @@ def check_isolation(model: torch.nn.Module, targets: CaptureTargets, pad: Paddin
     """Raise ConfigError if rows of packed, isolated documents are not those of the documents alone.
 
     Of two documents in one sequence, the second must not change with the first, and must have the values that it has
-    alone, at every site of *targets*. The results of transforms are not compared.
-
-    Raises
-    ------
-    ConfigError
-        The model takes no positions, lets documents attend to each other, or is spread over several processes.
+    alone, at every site of *targets*. The results of transforms are not compared. The model must take positions, and be
+    on one process.
     """
     kind = type(model).__name__
     if not group.alone:

@@ -65,14 +65,7 @@ NOTICES = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """The sequences that may share a batch.
-
-    Attributes
-    ----------
-    batching : Batching
-    because : str
-        The site that changes in larger batches, and by how much; empty for padded batches.
-    """
+    """The sequences that may share a batch, and the site that changes in larger batches, and by how much."""
 
     batching: Batching = "padded"
     because: str = ""
@@ -100,12 +93,7 @@ def find_batching(
 
     Three small forwards are compared at every site, before transforms: short sequences with a long one, padded; the
     short ones by themselves; and one of them alone. Images are of one size and need no padding. Collective if several
-    processes share the model.
-
-    Raises
-    ------
-    ConfigError
-        The model cannot run a sequence with an attention mask.
+    processes share the model. ConfigError if the model cannot run a sequence with an attention mask.
     """
     if not isinstance(pad, int):
         return Verdict()

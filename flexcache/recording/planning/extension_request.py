@@ -13,16 +13,17 @@ from flexcache.errors import MismatchError
 from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.provenance import select_fingerprint
 from flexcache.recording.planning.new_documents import NewDocuments, NothingNewError
+from flexcache.recording.planning.store_identity import check_equal
 from flexcache.recording.run.existing_rows import ExistingRows
 from flexcache.recording.run.fingerprint import versions
 from flexcache.sequences import Positions, tokenize_corpus
 from flexcache.site import resolve_layers
 from flexcache.spec import ArraySpec, CaptureSpec
-from flexcache.store.manage.extension_state import incomplete
-from flexcache.store.manage.extension_transaction import ExtensionTransaction
+from flexcache.store.manage.derive import merge_arrays
+from flexcache.store.manage.extension_transaction import ExtensionTransaction, check_complete
 from flexcache.store.manage.labels import check_new_labels
-from flexcache.store.manage.staging import merge_arrays, plan_extension, stage_arrays, stage_documents
-from flexcache.store.read.selection import ArrayKey
+from flexcache.store.manage.staging import plan_extension, stage_arrays, stage_documents
+from flexcache.store.read.selection import ArrayKey, by_array, keys
 from flexcache.store.read.store import Store
 
 if TYPE_CHECKING:
@@ -31,14 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Extension:
-    """A staged extension of a store.
+    """A staged extension of a store, whose *transaction* commits it.
 
     Attributes
     ----------
-    transaction : ExtensionTransaction
-        Its `commit` commits the extension.
-    store : Store
-        The store before the extension.
     keys : list of (str, int or None)
         The arrays and layers to capture.
     carried : ExistingRows or None
@@ -46,7 +43,6 @@ class Extension:
     """
 
     transaction: ExtensionTransaction
-    store: Store
     keys: list[ArrayKey]
     carried: ExistingRows | None = None
 
@@ -54,17 +50,13 @@ class Extension:
 def opened(path: str | Path) -> Store:
     """Return a store that can be extended; an extension that is being committed is committed first.
 
-    Raises
-    ------
-    StoreError
-        The path is not a store, or the store is not complete.
+    StoreError if the path is not a store, or the store is not complete.
     """
     transaction = ExtensionTransaction(path)
     if transaction.committing:
         transaction.commit()
     store = Store(path)
-    if not store.complete:
-        raise incomplete(store)
+    check_complete(store)
     return store
 
 
@@ -73,12 +65,8 @@ def more_arrays(
 ) -> Extension | None:
     """Stage arrays and layers over the documents of a store; return None if it has all of them.
 
-    Parameters
-    ----------
-    arrays
-        Arrays that the store is to have.
-    asked
-        The spec with their sites, layers, transforms and objective; the rest is as in the store.
+    *arrays* are those that the store is to have, *asked* is a spec of their sites, layers, transforms and objective.
+    The rest is as in the store.
 
     Raises
     ------
@@ -89,17 +77,14 @@ def more_arrays(
     """
     store, transaction = opened(path), ExtensionTransaction(path)
     _check_forms(store, arrays)
-    together, new = merge_arrays(store, arrays)
+    together, new = merge_arrays(store.arrays, arrays)
     if not new:
         return None
-    wanted: dict[str, list[int | None]] = {}
-    for name, layer in new:
-        wanted.setdefault(name, []).append(layer)
-    request = {"arrays": {name: None if layers == [None] else layers for name, layers in wanted.items()}}
+    request = {"arrays": by_array(new)}
 
     def make(folder: Path) -> None:
         now = Store(path)
-        if not merge_arrays(now, arrays)[1]:
+        if not merge_arrays(now.arrays, arrays)[1]:
             raise NothingNewError
         stage_arrays(now, folder, together, _spec_with(now, asked, together), request)
 
@@ -108,7 +93,7 @@ def more_arrays(
     except NothingNewError:
         return None
     transaction.check_request(request)
-    return Extension(transaction, store, new)
+    return Extension(transaction, new)
 
 
 def more_documents(
@@ -154,16 +139,17 @@ def more_documents(
         left = None if max_tokens is None else max_tokens - tokens_of(store)
         if left is not None and left <= 0:
             raise NothingNewError
+        spec = store.spec.model_copy(update={"max_tokens": left})
         corpus = tokenize_corpus(
             NewDocuments(documents, store, new_only),
             tokenizer,
             folder.parent,
-            store.spec.model_copy(update={"max_tokens": left}),
+            spec,
             vocabulary=vocabulary,
             encoder_vocabulary=encoder_vocabulary,
             positions=positions,
-            empty=store.spec.empty_documents,
-            keep_text=store.spec.keep_text,
+            empty=spec.empty_documents,
+            keep_text=spec.keep_text,
             first_index=int(pc.max(store.documents.column("source_index")).as_py()) + 1,
             progress=progress,
         )
@@ -177,8 +163,7 @@ def more_documents(
     transaction.check_request(request)
     store = Store(path)
     transaction.check_open()
-    every = [(name, layer) for name, array in store.arrays.items() for layer in array.slices]
-    return Extension(transaction, store, every, ExistingRows(store))
+    return Extension(transaction, keys(store.arrays.values()), ExistingRows(store))
 
 
 def tokens_of(store: Store) -> int:
@@ -232,16 +217,3 @@ def _layers(before: Any, asked: Any, array: ArraySpec | None) -> Any:
 
 def _but_layers(said: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in said.items() if key != "layers"}
-
-
-def check_equal(store: Store, what: str, before: Any, now: Any) -> None:
-    """Raise MismatchError if *before*, of the store, differs from *now*.
-
-    Raises
-    ------
-    MismatchError
-    """
-    if before != now:
-        raise MismatchError(
-            f"{what} differs from that of the store", where=str(store.path), expected=str(before), found=str(now)
-        )

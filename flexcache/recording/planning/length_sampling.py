@@ -59,12 +59,7 @@ def sample(
 
     Documents are sampled as runs of consecutive documents, one at random in each of up to 64 equal parts of the corpus.
     The shares of repeated tokens and of padding are simulated, with units of full size made of documents drawn from the
-    sample.
-
-    Raises
-    ------
-    DocumentsError
-        See `flexcache.sequences.tokenize_corpus`; or the number of documents is unknown.
+    sample. DocumentsError as for `flexcache.sequences.tokenize_corpus`, or if the number of documents is unknown.
     """
     check_names(inputs.arrays)
     count = inputs.documents.count

@@ -29,17 +29,8 @@ class NothingNewError(Exception):
 class NewDocuments:
     """A corpus without the documents whose ids a store has; read once, like `Documents`.
 
-    Memory: 16 bytes for each document of the store, and its documents table.
-
-    Parameters
-    ----------
-    new_only
-        Leave out known documents; otherwise a corpus of known and new ones raises DocumentsError.
-
-    Attributes
-    ----------
-    known, new : int
-        Numbers of documents so far.
+    Memory: 16 bytes for each document of the store, and its documents table. *known* and *new* count documents so far;
+    a corpus of known and new ones raises DocumentsError unless *new_only*.
     """
 
     def __init__(self, documents: Documents, store: Store, new_only: bool) -> None:
@@ -55,14 +46,9 @@ class NewDocuments:
         return self._documents.describe()
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """Yield the new documents in corpus order.
+        """Yield the new documents in corpus order; at the end, NothingNewError is raised if every document is known.
 
-        Raises
-        ------
-        DocumentsError
-            Known documents and new ones are mixed, or a known id has other contents.
-        NothingNewError
-            At the end, if every document is known.
+        DocumentsError if known documents and new ones are mixed, or a known id has other contents.
         """
         for batch in self._documents.batches():
             places = self._places(batch.column("id"))

@@ -31,10 +31,6 @@ class PlanInputs:
 
     Attributes
     ----------
-    documents : Documents
-    tokenizer : callable or None
-    arrays : list of ArraySpec
-    spec : CaptureSpec
     model, tokenizer_identity : dict
         As provenance records them.
     vocabulary, encoder_vocabulary : int or None
@@ -81,13 +77,11 @@ class Estimate:
 
     Attributes
     ----------
-    rows, documents, sequences, units, shard_rows, files : int
     bytes : int
         Bytes of all shard files, before compression.
     tokens, tokens_run, tokens_padded : int
         Tokens of the documents, of all forward passes, and of all forward passes with padding. For an encoder-decoder
         model, documents count the tokens of the decoder, and forward passes those of the longer side.
-    longest_document, truncated_documents, skipped_documents, rowless_documents : int
     largest_batch : Largest
         The batch with the most tokens: its unit, its number, and its tokens with padding.
     """
@@ -231,8 +225,6 @@ def plan_store(
         The place is taken.
     DocumentsError
         See `flexcache.sequences.tokenize_corpus`.
-    CaptureError
-        The disk refuses a write.
     """
     return create_once(path, lambda folder: _plan(path, folder, inputs, progress), on_wait)
 

@@ -25,8 +25,7 @@ from flexcache.recording.run.cuda_transfer import transfer_for
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.spec import DTYPES
 from flexcache.store.read.store import Store
-from flexcache.store.write.range_error import range_error
-from flexcache.store.write.row_encoding import Unstorable
+from flexcache.store.write.range_error import locating_values
 from flexcache.store.write.slabs import LARGEST_SLAB
 
 BATCHES_AT_LEAST = 4
@@ -38,9 +37,8 @@ class Trial:
 
     Attributes
     ----------
-    batches, tokens : int
-        Batches that were run, and their tokens, padding included.
-    seconds : float
+    tokens : int
+        Tokens of the batches that were run, padding included.
     error : float
         Two standard errors of the rate, relative to it.
     host_bytes, device_bytes : int
@@ -72,14 +70,8 @@ def try_batches(
 ) -> Trial:
     """Run batches of a planned store for some *seconds*, read their rows from the hooks, and keep none.
 
-    The largest batch is run first, as a warm-up. Writing is not part of the trial.
-
-    Parameters
-    ----------
-    plan
-        A store without activations. Its batches are run in random order, repeatedly.
-    progress
-        Called with the seconds spent so far.
+    The largest batch is run first, as a warm-up; then all batches of the *plan*, a store without activations, in random
+    order, repeatedly. Writing is not part of the trial. *progress* is called with the seconds spent so far.
 
     Raises
     ------
@@ -154,11 +146,8 @@ def _discarding_sink(store: Store, model: torch.nn.Module) -> Sink:
     def copy_rows(batch: Batch, array: str, layer: int | None, values: torch.Tensor) -> None:
         if array not in store.arrays:  # an objective whose values are not stored
             return
-        try:
+        with locating_values(store, array, layer, batch.rows.start):
             pieces = transfer.rows_of(batch, values, DTYPES[store.arrays[array].dtype])
-        except Unstorable as error:
-            row = batch.rows.start + error.row
-            raise range_error(store, array, layer, row, error.feature, error.value) from None
         for content, spans in pieces:
             for start, count in spans:
                 for at in range(start, start + count, LARGEST_SLAB):

@@ -12,19 +12,17 @@ import torch
 
 from flexcache.hooks.read.measure import input_device
 from flexcache.recording.forward.batch import Batch
-from flexcache.recording.forward.batch_rows import rows_of
-from flexcache.recording.run.row_transfer import HostTransfer, Rows, RowTransfer
-from flexcache.store.write.shard_file import copy_bytes
+from flexcache.recording.run.row_transfer import Rows, RowTransfer
 from flexcache.store.write.slabs import Slab
 
 
 def transfer_for(model: torch.nn.Module) -> RowTransfer:
     """Return the transfer of rows from the device of a model."""
     device = input_device(model)
-    return CudaTransfer(device) if device.type == "cuda" else HostTransfer()
+    return CudaTransfer(device) if device.type == "cuda" else RowTransfer()
 
 
-class CudaTransfer:
+class CudaTransfer(RowTransfer):
     """Copies kept rows on the compute stream, so that a model may reuse its tensors, then to the host on another."""
 
     def __init__(self, device: torch.device) -> None:
@@ -38,7 +36,7 @@ class CudaTransfer:
     def rows_of(self, batch: Batch, values: torch.Tensor, dtype: np.dtype) -> list[Rows]:
         """Return the rows as one tensor of bytes on the device; int8 is scaled on the host, with a second piece."""
         if dtype == np.int8:
-            return [*rows_of(batch, values, dtype)]
+            return super().rows_of(batch, values, dtype)
         pieces = [values[line][kept] for line, kept in enumerate(batch.kept_positions)]
         rows = torch.stack([piece.float().mean(0) for piece in pieces]) if batch.mean else torch.cat(pieces)
         content = rows.to(getattr(torch, dtype.name)).reshape(-1).view(torch.uint8)
@@ -49,7 +47,7 @@ class CudaTransfer:
     def copy(self, slab: Slab, at: int, source: Any, start: int, count: int) -> None:
         """Start a copy into a pinned slab; the writer waits for it through the slab's fence."""
         if isinstance(source, np.ndarray):
-            copy_bytes(slab, at, source, start, count)
+            super().copy(slab, at, source, start, count)
             return
         with torch.cuda.stream(self._side):
             slab.owner[at : at + count].copy_(source[start : start + count], non_blocking=True)  # type: ignore[index]

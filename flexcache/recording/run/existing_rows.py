@@ -19,18 +19,7 @@ EXISTING_ROWS = "carried"
 
 
 class ExistingRows:
-    """The rows of a store, as bytes, for the store that extends it.
-
-    Parameters
-    ----------
-    store
-        Opened before the extension.
-
-    Attributes
-    ----------
-    stop : int
-        The number of rows, and so the first new row.
-    """
+    """The rows of a store as bytes, for the store that extends it, whose new rows begin at *stop*."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -41,13 +30,7 @@ class ExistingRows:
         return max(0, self.stop - unit * self._store.shard_rows)
 
     def read_blocks(self, key: ArrayKey, unit: int) -> Iterator[tuple[np.ndarray, int]]:
-        """Check the shard of a unit, and yield its existing rows as bytes, with their number.
-
-        Raises
-        ------
-        DamagedError
-            The shard has other bytes than were written.
-        """
+        """Check the shard of a unit, and yield its existing rows as bytes, with their number."""
         name, layer = key
         if not self.rows_in(unit):
             return

@@ -70,13 +70,7 @@ def model_notices(before: Mapping[str, Any], now: dict[str, Any], accepted: list
 
 
 def check_fingerprint(store: Store, now: dict[str, Any], allow_mixed: bool) -> None:
-    """Raise MismatchError if the latest unit of a store was computed under other conditions than *now*.
-
-    Raises
-    ------
-    MismatchError
-        The conditions differ, and mixing is not allowed.
-    """
+    """Raise MismatchError if the latest unit of a store has another fingerprint than *now*, unless *allow_mixed*."""
     if allow_mixed:
         return
     units = store.ledger.units()

@@ -41,14 +41,9 @@ def complete_store(
     name: Any = None,
     unchanged: Callable[[], None] = lambda: None,
 ) -> None:
-    """Try the largest batch, fill a recorder's pending units, and print what it took.
+    """Try the largest batch, fill a recorder's pending units, and print what it took; errors as of `run_pending_units`.
 
     *name* is shown for the store, if the recorder fills an extension that is not in place yet.
-
-    Raises
-    ------
-    CaptureError
-        See `run_pending_units`.
     """
     store, name = recorder.store, shown(recorder.store.path if name is None else name)
     if not recorder.pending():
@@ -139,13 +134,7 @@ def try_largest(
     bars: CaptureProgress | None = None,
     group: ModelParallelGroup | None = None,
 ) -> None:
-    """Run the largest batch once as a dry run, so that an out-of-memory error is handled before anything is written.
-
-    Raises
-    ------
-    CaptureError
-        See `run_pending_units`.
-    """
+    """Run the largest batch once as a dry run, so that an out-of-memory error is handled before anything is written."""
     group, bars = group or ModelParallelGroup(model), bars or CaptureProgress(show=False)
     with open_forward(model, targets, pad, lambda batch, array, layer, values: None, group) as forward:
         while True:
@@ -172,10 +161,7 @@ def _failed(recorder: Recorder, batch: Batch, error: Exception) -> CaptureError:
 def lower_batch_tokens(recorder: Recorder, found: str, bars: CaptureProgress, group: ModelParallelGroup) -> None:
     """Halve the budget of tokens after an out-of-memory error.
 
-    Raises
-    ------
-    CaptureError
-        The largest batch is one sequence already, or other processes are in the same forward.
+    CaptureError if the largest batch is one sequence already, or other processes are in the same forward.
     """
     sequences, longest = recorder.largest_batch().extent
     if sequences == 1:

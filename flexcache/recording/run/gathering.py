@@ -30,14 +30,9 @@ AGREEMENT = 1e-3
 
 @dataclass(frozen=True)
 class Shards:
-    """The split of an activation over the tensor-parallel ranks.
+    """The split of an activation over the tensor-parallel ranks along a *dim*, counted from the end.
 
-    Attributes
-    ----------
-    dim : int
-        The dim that is split, counted from the end.
-    sizes : tuple of int, or None
-        Size of each rank's shard of a dim of features; None for the dim of tokens, in equal shards.
+    *sizes* are those of each rank's shard of a dim of features; None for the dim of tokens, in equal shards.
     """
 
     dim: int
@@ -94,10 +89,7 @@ class Gathering:
     # Learning
 
     def learn_sharding(self, points: Sequence[HookPoint]) -> None:
-        """Learn how the activations at *points* are sharded, by a small forward unless an earlier one showed it.
-
-        Collective.
-        """
+        """Learn how activations at *points* are sharded, by a small forward unless it is known. Collective."""
         plain = dict.fromkeys(replace(point, gradient=False) for point in points)
         if not self._keys.keys() >= plain.keys():
             self.read_example(self._model, tuple(plain))
@@ -105,12 +97,7 @@ class Gathering:
     def read_example(self, model: nn.Module, points: Sequence[HookPoint], example: Any = None) -> ExampleRun:
         """Return whole activations of a small example at *points*, on every rank, and learn how they are sharded.
 
-        Collective.
-
-        Raises
-        ------
-        LayoutError
-            The sharding of an activation cannot be inferred, on one rank at least.
+        Collective. LayoutError if the sharding of an activation cannot be inferred, on one rank at least.
         """
         mesh, distribution = self._distribution.mesh, self._distribution
         shape = (EXAMPLE_SHAPE[0], EXAMPLE_SHAPE[1] * self.tensor)

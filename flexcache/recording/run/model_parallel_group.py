@@ -153,10 +153,7 @@ class ModelParallelGroup:
     def commit_unit(self, recorder: Recorder) -> None:
         """Put this process's files of the unit in place; once all have, the leader commits it.
 
-        Raises
-        ------
-        CaptureError
-            One of the processes could not write its files; raised on all of them.
+        CaptureError, on all processes, if one of them could not write its files.
         """
         if len(self._members) == 1:
             recorder.commit_unit()

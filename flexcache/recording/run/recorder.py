@@ -12,7 +12,7 @@ from flexcache.recording.forward.batch_reader import BatchReader
 from flexcache.recording.run.existing_rows import ExistingRows
 from flexcache.recording.run.fingerprint import check_fingerprint
 from flexcache.recording.run.pending_units import PendingUnits
-from flexcache.recording.run.row_transfer import HostTransfer, RowTransfer
+from flexcache.recording.run.row_transfer import RowTransfer
 from flexcache.recording.run.run_stats import RunStats
 from flexcache.recording.run.unit_writer import UnitWriter
 from flexcache.recording.run.work_session import WorkSession
@@ -102,7 +102,7 @@ class Recorder:
         self._allow_mixed = allow_mixed
         self._existing = existing
         self._pending = PendingUnits(self.store)
-        transfer = transfer or HostTransfer()
+        transfer = transfer or RowTransfer()
         self.unit_writer = UnitWriter(self.store, keys, transfer, self.stats)
         self._reader = BatchReader(self.store.path)
         check_fingerprint(self.store, self.fingerprint, allow_mixed)
@@ -236,7 +236,7 @@ class Recorder:
         Returns None, and abandons the unit, if others took this process for gone and removed its files.
         """
         writer = self._session.writer
-        if self._session.lost:
+        if self._session.worker.lost:
             self.abandon_unit()
             return None
         return self.unit_writer.place_shards(writer)
@@ -248,7 +248,7 @@ class Recorder:
         """
         unit = self.unit_writer.unit
         assert unit is not None
-        if not self._session.holds_claim(unit):
+        if not self._session.claims.holds(unit):
             self.abandon_unit()
             return False
         written = self.place_files() if files is None else files

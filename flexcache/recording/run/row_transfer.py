@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -15,33 +15,17 @@ Rows = tuple[Any, list[tuple[int, int]]]
 """Bytes, one-dimensional and on any device, and the spans of (start, count) bytes that are rows."""
 
 
-class RowTransfer(Protocol):
-    """The way of rows from a device into slabs."""
+class RowTransfer:
+    """Copies rows in the memory of the host, at once; a subclass copies them from another device."""
 
     def allocate(self, size: int) -> Slab:
-        """Return a slab of *size* bytes."""
-        ...
-
-    def rows_of(self, batch: Batch, values: Any, dtype: np.dtype) -> list[Rows]:
-        """Return the rows of padded activations, as `flexcache.recording.forward.batch_rows.rows_of` does."""
-        ...
-
-    def copy(self, slab: Slab, at: int, source: Any, start: int, count: int) -> None:
-        """Copy bytes *start* to *start + count* of rows to *at* in a slab."""
-        ...
-
-
-class HostTransfer:
-    """Copies rows in the memory of the host, at once."""
-
-    def allocate(self, size: int) -> Slab:
-        """Return a slab of page-aligned memory."""
+        """Return a slab of *size* bytes of page-aligned memory."""
         return anonymous_slab(size)
 
     def rows_of(self, batch: Batch, values: Any, dtype: np.dtype) -> list[Rows]:
-        """Return the rows as arrays."""
+        """Return the rows of padded activations, as `flexcache.recording.forward.batch_rows.rows_of` does."""
         return [*rows_of(batch, values, dtype)]
 
     def copy(self, slab: Slab, at: int, source: Any, start: int, count: int) -> None:
-        """Copy from an array."""
+        """Copy bytes *start* to *start + count* of rows to *at* in a slab."""
         copy_bytes(slab, at, source, start, count)

@@ -16,16 +16,10 @@ from flexcache.store.storage.location import StoreLocation
 
 @dataclass
 class RunStats:
-    """Timing and throughput counters of one run.
+    """Timing and throughput counters of one run: what this process committed, and the tokens that it ran.
 
-    Attributes
-    ----------
-    units, rows, tokens, bytes : int
-        Units, rows and bytes that this process committed, and tokens that it ran.
-    forward, copying, waiting : float
-        Seconds in forwards; those of them spent copying rows in hooks, and waiting for the disk.
-    writing, claiming, committing : float
-        Seconds in the writer thread, and between forwards.
+    *forward* is seconds in forwards, of which *copying* rows in hooks and *waiting* for the disk are parts; *writing*
+    those in the writer thread; *claiming* and *committing* are between forwards.
     """
 
     began: float = field(default_factory=time.perf_counter)

@@ -15,17 +15,16 @@ from flexcache.recording.forward.batch import Batch
 from flexcache.recording.run.existing_rows import ExistingRows
 from flexcache.recording.run.row_transfer import Rows, RowTransfer
 from flexcache.recording.run.run_stats import RunStats
-from flexcache.spec import DTYPES
 from flexcache.store.format.int8 import is_scale, scale_name
 from flexcache.store.format.ledger import FileRecord
-from flexcache.store.format.shard import ShardLayout, shard_name
+from flexcache.store.format.shard import ShardLayout
 from flexcache.store.read.selection import ArrayKey
+from flexcache.store.read.selection import keys as every_key
 from flexcache.store.read.store import Store
-from flexcache.store.write.backends import slabs_for
-from flexcache.store.write.range_error import place, range_error
-from flexcache.store.write.row_encoding import Unstorable, encode_rows
-from flexcache.store.write.shard_file import Copy, NonFinite, ShardFile, copy_bytes
-from flexcache.store.write.shard_writer import WriterThread
+from flexcache.store.write.range_error import locating_values, place
+from flexcache.store.write.row_encoding import encode_rows
+from flexcache.store.write.shard_file import Copy, ShardFile, WriterThread, copy_bytes
+from flexcache.store.write.slabs import size_slabs
 
 
 class UnitWriter:
@@ -34,7 +33,7 @@ class UnitWriter:
     Parameters
     ----------
     keys
-        The sites and layers that this process writes; all by default.
+        The sites and layers that this process writes; all by default. The scales of int8 come with their rows.
     transfer
         Copies the rows of padded activations into slabs.
     stats
@@ -42,8 +41,6 @@ class UnitWriter:
 
     Attributes
     ----------
-    keys : list of (str, int or None)
-        Without the scales of int8, which come with their rows.
     unit : int or None
         The unit whose shards are open.
     rows_done : int
@@ -53,8 +50,8 @@ class UnitWriter:
     def __init__(self, store: Store, keys: Sequence[ArrayKey] | None, transfer: RowTransfer, stats: RunStats) -> None:
         self._store, self._transfer, self._stats = store, transfer, stats
         arrays = store.arrays
-        every = [(name, layer) for name, array in arrays.items() for layer in array.slices]
-        self.keys: list[ArrayKey] = [key for key in (every if keys is None else keys) if not is_scale(key[0], arrays)]
+        given = every_key(arrays.values()) if keys is None else keys
+        self.keys: list[ArrayKey] = [key for key in given if not is_scale(key[0], arrays)]
         scales = [(scale_name(name), layer) for name, layer in self.keys if arrays[name].dtype == "int8"]
         self._writes: list[ArrayKey] = self.keys + scales
         self._layouts = {
@@ -71,10 +68,10 @@ class UnitWriter:
         return sum(self._store.arrays[name].row_bytes for name, _ in self._writes)
 
     def slab_sizes(self, buffer_bytes: int) -> tuple[int, int]:
-        """Return the bytes of a slab and the number of slabs, see `flexcache.store.write.backends.slabs_for`."""
+        """Return the bytes of a slab and the number of slabs, see `flexcache.store.write.slabs.size_slabs`."""
         layouts, count = self._layouts.values(), max(1, len(self._writes))
         chunk = max(a.chunk_rows * a.row_bytes for a in layouts) if self._store.compressed else None
-        return slabs_for(self._store.path, count, buffer_bytes, max(a.file_bytes(0) for a in layouts), chunk)
+        return size_slabs(self._store.path, count, buffer_bytes, max(a.file_bytes(0) for a in layouts), chunk)
 
     # The shards of a unit
 
@@ -87,7 +84,12 @@ class UnitWriter:
 
     def open_unit(self, unit: int, writer: WriterThread) -> None:
         """Open the shards of a unit."""
-        self._shards = {(name, layer): self._open_shard(name, layer, unit, writer) for name, layer in self._writes}
+        self._shards = {
+            (name, layer): ShardFile(
+                writer, self._store.arrays[name], layer, self._layouts[name], unit, self._store.compressed
+            )
+            for name, layer in self._writes
+        }
         self.unit, self.rows_done = unit, 0
 
     def copy_existing_rows(self, existing: ExistingRows) -> None:
@@ -95,14 +97,14 @@ class UnitWriter:
         assert self.unit is not None
         for key, file in self._shards.items():
             for content, n_rows in existing.read_blocks(key, self.unit):
-                with self._locating_values():
+                with locating_values(self._store):
                     file.append(content, [(0, n_rows * file.layout.row_bytes)])
         self.rows_done = existing.rows_in(self.unit)
 
     def place_shards(self, writer: WriterThread) -> dict[str, FileRecord]:
         """Finish the shards and move them into place, flushed; return their records for the ledger."""
         began = time.perf_counter()
-        with self._locating_values():
+        with locating_values(self._store):
             for file in self._shards.values():
                 file.finish()
             files, self._shards = list(self._shards.values()), {}
@@ -169,14 +171,6 @@ class UnitWriter:
             )
         return self._batch
 
-    @contextmanager
-    def _locating_values(self) -> Iterator[None]:
-        """Name the site, layer and document of a value that is not finite, as RangeError."""
-        try:
-            yield
-        except NonFinite as error:
-            raise range_error(self._store, error.array, error.layer, error.row, error.feature, error.value) from None
-
     def _check_filled(self, batch: Batch) -> None:
         for file in self._shards.values():
             if _next_row(file) != batch.rows.stop:
@@ -188,22 +182,12 @@ class UnitWriter:
                     remedy="put every site and layer of the plan before the next batch",
                 )
 
-    def _open_shard(self, name: str, layer: int | None, unit: int, writer: WriterThread) -> ShardFile:
-        dtype = DTYPES[self._store.arrays[name].dtype]
-        shard = shard_name(name, layer, unit)
-        return ShardFile(writer, shard, self._layouts[name], unit, dtype, name, layer, self._store.compressed)
-
     def _append(self, file: ShardFile, copy: Copy, convert: Callable[..., Sequence[Rows]], *arguments: Any) -> None:
         began = time.perf_counter()
-        try:
-            pieces = convert(*arguments, file.dtype)
-        except Unstorable as error:
-            row = _next_row(file) + error.row
-            raise range_error(self._store, file.array, file.layer, row, error.feature, error.value) from None
         scaled = file.dtype == np.int8
         targets = [file, self._shards[scale_name(file.array), file.layer]] if scaled else [file]
-        with self._locating_values():
-            for target, (content, spans) in zip(targets, pieces, strict=True):
+        with locating_values(self._store, file.array, file.layer, _next_row(file)):
+            for target, (content, spans) in zip(targets, convert(*arguments, file.dtype), strict=True):
                 target.append(content, spans, copy)
         self._stats.copying += time.perf_counter() - began
 

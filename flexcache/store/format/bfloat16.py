@@ -30,13 +30,7 @@ class BFloat16(Float16):
 
     @classmethod
     def from_native_dtype(cls, dtype: np.dtype) -> Self:
-        """Return the Zarr data type of a numpy dtype.
-
-        Raises
-        ------
-        zarr.errors.DataTypeValidationError
-            *dtype* is not ``ml_dtypes.bfloat16``. (zarr-python before 3.2 has the class in ``zarr.dtype``.)
-        """
+        """Return the Zarr data type of a numpy dtype; DataTypeValidationError for any but ``ml_dtypes.bfloat16``."""
         return cls() if dtype == BFLOAT16 else super().from_native_dtype(dtype)
 
     def to_native_dtype(self) -> Any:

@@ -16,10 +16,7 @@ from flexcache.store.storage.location import StoreLocation
 class CommittedUnits:
     """The committed units of a store; the ledger is listed at the first use, and by `refresh`.
 
-    Parameters
-    ----------
-    check
-        Called once, before the first listing; raises an error if another store is at the path.
+    *check* is called before the first listing; it raises an error if another store is at the path.
     """
 
     def __init__(self, path: StoreLocation, n_units: int, check: Callable[[], None] | None = None) -> None:

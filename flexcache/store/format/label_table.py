@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flexcache.errors import DamagedError
-from flexcache.store.format.ledger import FileRecord
-from flexcache.store.format.self_checksum import check_checksum, with_checksum
+from flexcache.store.format.ledger import FileRecord, check_checksum, with_checksum
 from flexcache.store.storage.backend import storage_of
 from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.path_safety import MOST_JSON, check_inside

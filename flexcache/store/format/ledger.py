@@ -1,24 +1,28 @@
-"""Keep the ledger of a store: its committed units, with the size and checksum of each of their files."""
+"""Keep the records of a store: size and checksum of each file of its committed units, and of all its other files."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from flexcache.errors import DamagedError
-from flexcache.store.format.self_checksum import check_checksum, with_checksum
-from flexcache.store.storage.atomic_files import json_bytes
+from flexcache.store.format.schema import PLAN_RECORD
+from flexcache.store.storage.atomic_files import json_bytes, write_json
 from flexcache.store.storage.backend import storage_of
 from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.path_safety import MOST_JSON, check_inside
 
-_KEYS = {"schema", "unit", "rows", "batch_tokens", "fingerprint", "files"}
-
+CHECKSUM = "xxh3_128"
+"""Key of the XXH3-128 of the rest of a record, so that any changed byte is detected. The first stores have none."""
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""Errors that reading a missing or damaged file of JSON raises."""
+_KEYS = ("schema", "unit", "rows", "batch_tokens", "fingerprint", "files")
 _RECORD = re.compile(r"([0-9]+)\.json")
 
 
@@ -34,13 +38,7 @@ class FileRecord:
 
 
 def measure_file(path: StoreLocation) -> FileRecord | None:
-    """Return the size and checksum of a file, None if it is missing; memory is one mebibyte, or 32 on object storage.
-
-    Raises
-    ------
-    OSError
-        The file cannot be read.
-    """
+    """Return the size and checksum of a file, None if it is missing; memory is 1 MiB, or 32 on object storage."""
     hasher, size = xxhash.xxh3_128(), 0
     try:
         if not path.is_file():
@@ -101,8 +99,7 @@ class UnitRecord:
 
 def record_json(record: UnitRecord) -> dict[str, Any]:
     """Return the JSON content of the file of a record."""
-    content = {"schema": 1, **asdict(record)}
-    return with_checksum(content)
+    return _with_checksum({"schema": 1, **asdict(record)})
 
 
 class Ledger:
@@ -134,41 +131,20 @@ class Ledger:
         self._storage.write_bytes(f"{record.unit}.json", json_bytes(record_json(record)))
 
     def take_back(self, unit: int) -> None:
-        """Remove the record of a unit durably, so that the unit is no longer committed.
-
-        Raises
-        ------
-        OSError
-            The disk refuses.
-        """
+        """Remove the record of a unit durably, so that the unit is no longer committed."""
         self._storage.delete(f"{unit}.json")
 
     def read_record(self, unit: int) -> UnitRecord:
-        """Return the record of a unit.
-
-        Raises
-        ------
-        DamagedError
-            The record cannot be read or is malformed.
-        """
+        """Return the record of a unit; raise DamagedError if it cannot be read or is malformed."""
         path = self.path(unit)
-        check_inside(self.root, path, MOST_JSON)
         try:
-            written = self._storage.read_bytes(f"{unit}.json")
-            data = json.loads(written)
-            check_checksum(data, written, _KEYS)
-            files = {name: FileRecord(int(f["size"]), str(f["xxh3_128"])) for name, f in data["files"].items()}
+            data = _read_record(self.root, path, _KEYS)
             start, stop = data["rows"]
-            record = UnitRecord(
-                int(data["unit"]),
-                (int(start), int(stop)),
-                int(data["batch_tokens"]),
-                dict(data["fingerprint"]),
-                files,
-            )
+            rows, batch_tokens = (int(start), int(stop)), int(data["batch_tokens"])
+            record = UnitRecord(int(data["unit"]), rows, batch_tokens, dict(data["fingerprint"]), _files(data))
             if record.unit != unit:
                 raise ValueError(f"the record is of unit {record.unit}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except UNREADABLE as error:
             raise DamagedError(
                 f"the ledger record of unit {unit} cannot be read",
                 where=str(path),
@@ -179,3 +155,47 @@ class Ledger:
 
     def __iter__(self) -> Iterator[UnitRecord]:
         return (self.read_record(unit) for unit in self.units())
+
+
+def write_plan_record(store: Path, names: Iterable[str]) -> None:
+    """Write ``ledger/plan.json``, the record of the files of a store except shards, for those that exist."""
+    files = {name: asdict(record) for name in names if (record := measure_file(store / name)) is not None}
+    write_json(store / PLAN_RECORD, _with_checksum({"schema": 1, "files": files}))
+
+
+def read_plan_record(root: StoreLocation) -> dict[str, FileRecord]:
+    """Return the records of all files of a store except shards; raise DamagedError if they cannot be read."""
+    path = root / PLAN_RECORD
+    try:
+        data = _read_record(root, path, ("schema", "files"))
+        if data["schema"] != 1:
+            raise ValueError(f"its schema is {data['schema']}")
+        return _files(data)
+    except UNREADABLE as error:
+        raise DamagedError(
+            "the plan record cannot be read",
+            where=str(path),
+            found=f"{type(error).__name__}: {error}",
+            remedy="run flexcache verify to see what else is damaged",
+        ) from error
+
+
+def _read_record(root: StoreLocation, path: StoreLocation, keys: Collection[str]) -> dict[str, Any]:
+    """Return a record with these *keys*; raise ValueError if it has others, or its bytes do not match its checksum."""
+    check_inside(root, path, MOST_JSON)
+    written = path.read_bytes()
+    data: dict[str, Any] = json.loads(written)
+    if unknown := set(data) - {*keys, CHECKSUM}:
+        raise ValueError(f"it has {', '.join(sorted(unknown))}")
+    content = {name: value for name, value in data.items() if name != CHECKSUM}
+    if written != json_bytes(data) or data.get(CHECKSUM) not in (None, _with_checksum(content)[CHECKSUM]):
+        raise ValueError("it has other bytes than were written (checksum)")
+    return data
+
+
+def _with_checksum(content: dict[str, Any]) -> dict[str, Any]:
+    return {**content, CHECKSUM: xxhash.xxh3_128_hexdigest(json_bytes(content))}
+
+
+def _files(data: dict[str, Any]) -> dict[str, FileRecord]:
+    return {str(name): FileRecord(int(file["size"]), str(file["xxh3_128"])) for name, file in data["files"].items()}

@@ -27,13 +27,7 @@ class StoreMetadata:
 
 
 def parse_metadata(content: Mapping[str, Any], where: str) -> StoreMetadata:
-    """Return the attributes of a store as metadata.
-
-    Raises
-    ------
-    DamagedError
-        An attribute is missing, of another type, out of range, or leads out of the store.
-    """
+    """Return the attributes of a store; raise DamagedError if one is missing, not valid, or leads out of the store."""
     try:
         spec, plan, provenance = (dict(_mapping(content, name)) for name in ("spec", "plan", "provenance"))
         arrays = {str(name): _array(str(name), value) for name, value in _mapping(content, "arrays").items()}

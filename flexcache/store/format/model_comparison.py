@@ -53,28 +53,17 @@ def differences(before: Record, now: Record) -> list[str]:
     Two models are the same if their classes, configurations and weights are equal, and if their outputs on the fixed
     input are: bit for bit under equal conditions, within `STEADY` if forwards are not repeatable, and within
     `TOLERANCES` under other conditions. Hooks and classes of modules then do not matter. Records of earlier versions
-    are compared by a sample of the weights.
+    are compared by a sample of the weights. StoreError if a record does not have this form.
 
     >>> differences({"class": "GPT2Model"}, {"class": "LlamaModel"})
     ['class: GPT2Model before, LlamaModel now']
-
-    Raises
-    ------
-    StoreError
-        A record does not have this form.
     """
     with _readable():
         return _differences(before, now)
 
 
 def structural_differences(one: Record, other: Record) -> list[str]:
-    """Return the differences between the structures of two identities, in words.
-
-    Raises
-    ------
-    StoreError
-        An identity does not have this form.
-    """
+    """Return the differences between the structures of two identities, in words."""
     with _readable():
         return _structural(one, other)
 
@@ -140,15 +129,10 @@ def _structural(one: Record, other: Record) -> list[str]:
 def check_model(
     before: Record, now: Record, where: str, *, allow: bool = False, remedy: str = CHANGED_MODEL
 ) -> list[str]:
-    """Return the differences between the model of a store and the current one, if they are allowed.
+    """Return the differences between the model of a store and the current one; MismatchError unless *allow*.
 
     >>> check_model({"class": "Linear"}, {"class": "Linear"}, where="run.zarr")
     []
-
-    Raises
-    ------
-    MismatchError
-        Something differs, and *allow* is False.
     """
     found = differences(before, now)
     if found and not allow:

@@ -21,7 +21,6 @@ class StoreReference:
 
     Attributes
     ----------
-    path : Path or ObjectPath
     stamp : tuple of int
         Inode and time of ``zarr.json`` when the reference was made. They change when another store takes its place, so
         that caches of a process and keys of Dask do not mix the two.
@@ -29,9 +28,7 @@ class StoreReference:
         Checksum of the mask of committed units. With another checksum, a process lists the ledger again; this matters
         for a store that was opened after a damaged unit was taken back.
     created : str
-        Time at which the store was made. An extension keeps it.
-    n_rows, shard_rows : int
-        Size of the store and of its units when it was opened. An extension adds rows and keeps these numbers.
+        Time at which the store was made. An extension keeps it, adds rows, and keeps *shard_rows*.
     """
 
     path: StoreLocation
@@ -47,15 +44,7 @@ class StoreReference:
         return -(-self.n_rows // self.shard_rows)
 
     def check(self) -> None:
-        """Raise an error if this process finds no store or another one at the path.
-
-        Raises
-        ------
-        StoreError
-            There is no store.
-        MismatchError
-            There is another store.
-        """
+        """Raise StoreError if this process finds no store at the path, MismatchError if it finds another one."""
         metadata = self.path / "zarr.json"
         if not metadata.is_file():
             raise StoreError(

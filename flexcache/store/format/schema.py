@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from flexcache.errors import DamagedError, StoreError, VersionError
+from flexcache.store.storage.backend import disk_path
 from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.path_safety import MOST_JSON, check_inside
 
@@ -20,6 +22,10 @@ CONTEXT = "context"
 COORDINATES = {"token_id": "int32", "position": "int32", "document": "int64"}
 RESERVED = frozenset({"ledger", "runs", "layer", "token", *COORDINATES})
 PLAN_RECORD = "ledger/plan.json"
+STAGED = ".growing"
+"""Folder inside a store of a staged extension, a store of its own until it is committed."""
+COMMITTING = "placing"
+"""File in that folder: it marks an extension that is complete and is being committed."""
 
 
 def read_attributes(path: StoreLocation) -> dict[str, Any]:
@@ -28,11 +34,7 @@ def read_attributes(path: StoreLocation) -> dict[str, Any]:
     Raises
     ------
     StoreError
-        There is no such folder, or it is not a store of FlexCache.
-    VersionError
-        A newer version wrote it.
-    DamagedError
-        Its metadata cannot be read.
+        There is no store of FlexCache. VersionError if a newer version wrote it, DamagedError if it cannot be read.
     """
     metadata = path / "zarr.json"
     if not metadata.is_file():
@@ -67,3 +69,16 @@ def read_attributes(path: StoreLocation) -> dict[str, Any]:
             remedy="upgrade flexcache-activations",
         )
     return content
+
+
+def staged_folder(path: StoreLocation) -> Path | None:
+    """Return the folder of the extension that is staged in the store at *path*, None if there is none."""
+    root = disk_path(path)  # a store on object storage is not extended in place
+    folder = None if root is None else root / STAGED
+    return folder if folder is not None and (folder / "zarr.json").is_file() else None
+
+
+def committing_folder(path: StoreLocation) -> Path | None:
+    """Return the folder of the extension that is being committed, None if there is none."""
+    folder = staged_folder(path)
+    return folder if folder is not None and (folder / COMMITTING).exists() else None

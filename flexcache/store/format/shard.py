@@ -21,10 +21,8 @@ class ShardLayout:
 
     Attributes
     ----------
-    n_rows : int
-        Rows of the whole array.
-    shard_rows : int
-        Rows of a full shard, R: a power of two.
+    n_rows, shard_rows : int
+        Rows of the whole array, and of a full shard, R: a power of two.
     row_bytes : int
         Bytes of one row.
     """
@@ -87,6 +85,11 @@ def index_bytes(lengths: list[int], n_chunks: int) -> bytes:
     return table + int(google_crc32c.value(table)).to_bytes(4, "little")
 
 
+def shard_folder(array: str, layer: int | None) -> str:
+    """Return the folder of the shards of an array or layer relative to the store, with a slash at its end."""
+    return f"{array}/c/" if layer is None else f"{array}/c/{layer}/"
+
+
 def shard_name(array: str, layer: int | None, shard: int) -> str:
     """Return the path of a shard file relative to the store."""
-    return f"{array}/c/{shard}/0" if layer is None else f"{array}/c/{layer}/{shard}/0"
+    return f"{shard_folder(array, layer)}{shard}/0"

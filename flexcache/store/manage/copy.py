@@ -11,8 +11,9 @@ from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.site import Layers
 from flexcache.spec import DTYPES, ArraySpec, dtype_name
 from flexcache.store.format.int8 import is_scale, with_scales
-from flexcache.store.manage.derive import DerivedStore, narrow_spec, prepare_store
-from flexcache.store.manage.extension_state import check_not_extending
+from flexcache.store.format.shard import shard_folder
+from flexcache.store.manage.derive import derived_content, narrow_spec, prepare_store
+from flexcache.store.manage.extension_transaction import check_not_extending
 from flexcache.store.manage.labels import check_same_labels, copy_labels
 from flexcache.store.manage.row_copy import RowCopy
 from flexcache.store.manage.store_contents import describe_origin
@@ -84,22 +85,17 @@ def copy(
     check_not_extending(origin.path)
     chosen = [array for array in select(origin, sites, layers) if not is_scale(array.name, origin.arrays)]
     arrays = [replace(array, dtype=dtype or array.dtype) for array in chosen]
+    every = with_scales(arrays)
     changes: dict[str, Any] = {"compression": compression or origin.spec.compression}
     if any(a.dtype != b.dtype for a, b in zip(arrays, chosen, strict=True)):
         changes["dtype"] = dtype
-    derived = DerivedStore(
-        origin,
-        with_scales(arrays),
-        spec=(
-            narrow_spec(origin, chosen) if with_scales(chosen) != list(origin.arrays.values()) else origin.spec
-        ).model_copy(update=changes),
-        history={"copied_from": describe_origin(origin), "changed": _changes(origin, arrays, compression)},
-        needed=0,
-    )
-    derived = replace(derived, needed=_needed(derived))
-    store = prepare_store(path, derived)
+    spec = narrow_spec(origin, chosen) if with_scales(chosen) != list(origin.arrays.values()) else origin.spec
+    spec = spec.model_copy(update=changes)
+    entry = {"copied_from": describe_origin(origin), "changed": _changes(origin, arrays, compression)}
+    needed = _needed(origin, every, spec.compression)
+    store = prepare_store(path, origin, every, derived_content(origin, every, spec, entry), needed)
     check_same_labels([origin, store])
-    RowCopy(store, dict.fromkeys(keys(derived.arrays), origin)).run(progress)
+    RowCopy(store, dict.fromkeys(keys(every), origin)).run(progress)
     return copy_labels([origin], store)
 
 
@@ -138,22 +134,12 @@ def _changes(origin: Store, arrays: list[ArraySpec], compression: str | None) ->
     return found
 
 
-def _needed(derived: DerivedStore) -> int:
-    """Return the bytes that a copy needs, from the ledger if files are copied unchanged."""
-    origin = derived.origin
-    same = derived.spec.compression == origin.spec.compression
-    if (
-        same
-        and origin.compressed
-        and all(array == replace(origin.arrays.get(array.name, array), layers=array.layers) for array in derived.arrays)
-    ):
-        wanted = {(array.name, str(layer)) for array in derived.arrays for layer in array.slices}
-        total = 0
-        for record in origin.ledger:
-            for name, file in record.files.items():
-                array, _, rest = name.partition("/c/")
-                layer = rest.split("/")[0] if origin.arrays[array].layers is not None else "None"
-                total += file.size if (array, layer) in wanted else 0
-        return total
+def _needed(origin: Store, arrays: list[ArraySpec], compression: str) -> int:
+    """Return the bytes that a copy needs, from the ledger if compressed files are copied unchanged."""
+    unchanged = all(array == replace(origin.arrays.get(array.name, array), layers=array.layers) for array in arrays)
+    if origin.compressed and unchanged and compression == origin.spec.compression:
+        folders = tuple(shard_folder(*key) for key in keys(arrays))
+        files = (file for record in origin.ledger for file in record.files.items())
+        return sum(file.size for name, file in files if name.startswith(folders))
     share = len(origin.committed_units) / max(1, origin.n_units)
-    return int(total_bytes(derived.arrays, origin.n_rows, origin.shard_rows) * share)
+    return int(total_bytes(arrays, origin.n_rows, origin.shard_rows) * share)

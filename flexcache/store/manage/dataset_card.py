@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from flexcache.spec import ArraySpec
@@ -47,3 +48,12 @@ xr.open_zarr("{name}")                                  # any Zarr v3 reader
 
 Model, tokenizer, corpus, versions and configuration are in the attributes of `zarr.json`, under `flexcache`.
 """
+
+
+def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the size of a plan as names and values for a card."""
+    return [
+        ("documents", f"{plan.get('documents', 0):,}"),
+        ("rows", f"{plan['rows']:,}"),
+        ("units", f"{plan['units']:,} of {plan['shard_rows']:,} rows"),
+    ]

@@ -1,118 +1,157 @@
-"""Make a store from another: same plan, tables and coordinates, other arrays, no activations yet."""
+"""Make a store from another one, without activations yet: the same rows with other arrays, or more rows."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import zarr
 
 from flexcache.errors import MismatchError
 from flexcache.site import STANDARD
 from flexcache.spec import ArraySpec, CaptureSpec
+from flexcache.store.format.ledger import read_plan_record
 from flexcache.store.format.schema import ATTRIBUTE, read_attributes
 from flexcache.store.format.text import join_lines, shorten, size
-from flexcache.store.manage.dataset_card import card
+from flexcache.store.manage.dataset_card import card, plan_facts
 from flexcache.store.manage.file_transfer import copy_verified
-from flexcache.store.manage.store_contents import differing_tables, plan_files, shared_files
+from flexcache.store.manage.store_contents import differing_tables, shared_files
+from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.path_safety import check_inside
-from flexcache.store.write.create import check_free_space, create_once, publish_store, total_bytes
+from flexcache.store.write.create import check_free_space, check_names, create_once, publish_store, total_bytes
 from flexcache.store.write.skeleton import create_arrays, write_skeleton
 
+T = TypeVar("T")
 
-@dataclass(frozen=True)
-class DerivedStore:
-    """Description of a store that is made from another one.
 
-    Attributes
-    ----------
-    origin : Store
-        The store whose plan, tables and coordinates are reused.
-    arrays : list of ArraySpec
-    spec : CaptureSpec
-        The spec of a capture of these arrays, so that a capture can resume the result.
-    history : dict
-        Entry for the provenance: the origin, and the changes.
-    needed : int
-        Upper bound for the bytes of the shards.
+def derived_content(origin: Store, arrays: list[ArraySpec], spec: CaptureSpec, entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the attributes of a store of the rows of another one.
+
+    *spec* is that of a capture of these arrays, so that a capture can resume the result; *entry*, the origin and the
+    changes, is added to the history.
     """
-
-    origin: Store
-    arrays: list[ArraySpec]
-    spec: CaptureSpec
-    history: dict[str, Any]
-    needed: int
-
-    def attributes(self) -> dict[str, Any]:
-        """Return the attributes of the store."""
-        given = read_attributes(self.origin.path)
-        plan = dict(given["plan"])
-        if "files" in plan:
-            plan["files"] = self.origin.n_units * sum(len(array.slices) for array in self.arrays)
-        if "bytes" in plan:
-            plan["bytes"] = total_bytes(self.arrays, self.origin.n_rows, self.origin.shard_rows)
-        history = [*given["provenance"].get("history", []), self.history]
-        return {
-            **given,
-            "arrays": {array.name: array.to_json() for array in self.arrays},
-            "plan": plan,
-            "spec": given["spec"] | self.spec.to_json(),
-            "provenance": {**given["provenance"], "history": history},
-        }
+    given = read_attributes(origin.path)
+    plan = dict(given["plan"])
+    if "files" in plan:
+        plan["files"] = origin.n_units * sum(len(array.slices) for array in arrays)
+    if "bytes" in plan:
+        plan["bytes"] = total_bytes(arrays, origin.n_rows, origin.shard_rows)
+    described = {array.name: array.to_json() for array in arrays}
+    return add_history({**given, "arrays": described, "plan": plan, "spec": given["spec"] | spec.to_json()}, entry)
 
 
-def prepare_store(path: StoreLocation, derived: DerivedStore) -> Store:
-    """Create a derived store without activations at *path*, or return the one that an equal call has begun there.
+def add_history(content: Mapping[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the attributes of a store with an entry at the end of its history."""
+    provenance = content["provenance"]
+    return {**content, "provenance": {**provenance, "history": [*provenance.get("history", []), entry]}}
+
+
+def prepare_store(
+    path: StoreLocation, origin: Store, arrays: list[ArraySpec], content: dict[str, Any], needed: int
+) -> Store:
+    """Create a store without activations at *path*, or return the one that an equal call has begun there.
+
+    Parameters
+    ----------
+    origin, content
+        The store whose tables and coordinates are copied, and the result of `derived_content`.
+    needed
+        Upper bound for the bytes of the shards.
 
     Raises
     ------
-    StoreError
-        Something that is not a store exists at *path*.
     MismatchError
-        Another store exists at *path*.
+        Another store is at *path*; StoreError if it is no store.
     PlanError
         The disk has too little free space.
     DamagedError
         A table or coordinate of the origin is damaged.
-    CaptureError
-        The disk refuses a write.
     """
 
     def make(folder: Path) -> None:
-        check_free_space(path, derived.needed)
-        write_derived(path.name, folder / "store", derived)
+        check_free_space(path, needed)
+        write_derived(path.name, folder / "store", origin, arrays, content)
         publish_store(folder / "store", path)
 
     create_once(path, make)
     store = Store(path)
-    _check_begun_alike(store, derived)
-    return store
-
-
-def _check_begun_alike(store: Store, derived: DerivedStore) -> None:
-    """Raise MismatchError if a store was not begun from the same plan for the same arrays."""
-    expected = derived.attributes()
-    found = read_attributes(store.path)
+    found = read_attributes(path)
     different = [
-        f"{part}.{name}: {shorten(found.get(part, {}).get(name))} there,"
-        f" {shorten(expected.get(part, {}).get(name))} asked for"
+        f"{part}.{name}: {shorten(found.get(part, {}).get(name))} there, {shorten(content[part].get(name))} asked for"
         for part in ("arrays", "plan", "spec")
-        for name in sorted({*found.get(part, {}), *expected[part]})
-        if found.get(part, {}).get(name) != expected[part].get(name)
+        for name in sorted({*found.get(part, {}), *content[part]})
+        if found.get(part, {}).get(name) != content[part].get(name)
     ]
-    different += differing_tables(derived.origin, store)
+    different += differing_tables(origin, store)
     if different:
         raise MismatchError(
             "the target is another store",
-            where=str(store.path),
+            where=str(path),
             found=join_lines(different, 16),
             remedy="give the command that began it to resume it, or choose another target",
         )
+    return store
+
+
+def write_derived(name: str, folder: Path, origin: Store, arrays: list[ArraySpec], content: dict[str, Any]) -> None:
+    """Write a store of the rows of another one into *folder*; DamagedError if a table or coordinate is damaged."""
+    compression = str(content["spec"].get("compression", "none"))
+    given, kept, new = read_plan_record(origin.path), shared_files(origin), []
+    for array in arrays:
+        if compression == origin.spec.compression and origin.arrays.get(array.name) == array:
+            kept[f"{array.name}/zarr.json"] = given[f"{array.name}/zarr.json"]
+        else:
+            new.append(array)
+    for file in kept:
+        check_inside(origin.path, origin.path / file)
+
+    def copy_files(tables: bool) -> None:
+        for file, record in kept.items():
+            if file.endswith(".parquet") == tables:
+                copy_verified(origin.path / file, folder / file, record)
+
+    def add_arrays(group: zarr.Group) -> None:
+        create_arrays(group, new, origin.n_rows, origin.shard_rows, compression)
+        copy_files(tables=False)
+
+    write_changed(name, folder, origin, arrays, content, add_arrays, lambda _: copy_files(tables=True))
+
+
+def write_changed(
+    name: str,
+    folder: Path,
+    origin: Store,
+    arrays: list[ArraySpec],
+    content: dict[str, Any],
+    add_arrays: Callable[[zarr.Group], T],
+    add_tables: Callable[[T], None],
+) -> None:
+    """Write a store without activations into *folder*, with the attributes of another one that are not FlexCache's."""
+    attributes = json.loads((origin.path / "zarr.json").read_bytes())["attributes"]
+    facts = [*plan_facts(content["plan"]), ("bytes", size(content["plan"].get("bytes", 0)))]
+    text = card(name, arrays, facts, content)
+    write_skeleton(folder, {**attributes, ATTRIBUTE: content}, text, add_arrays, add_tables)
+
+
+def merge_arrays(before: Mapping[str, ArraySpec], more: Iterable[ArraySpec]) -> tuple[list[ArraySpec], list[ArrayKey]]:
+    """Return arrays with *more* of them or of their layers, and the keys of what was added."""
+    found = dict(before)
+    new: list[ArrayKey] = []
+    for array in more:
+        held = found.get(array.name)
+        if held is None:
+            found[array.name] = array
+            new += [(array.name, layer) for layer in array.slices]
+        elif array.layers is not None and held.layers is not None:
+            found[array.name] = replace(held, layers=tuple(sorted({*held.layers, *array.layers})))
+            new += [(array.name, layer) for layer in array.layers if layer not in held.layers]
+    check_names(list(found.values()))
+    return list(found.values()), new
 
 
 def narrow_spec(store: Store, arrays: Sequence[ArraySpec]) -> CaptureSpec:
@@ -136,57 +175,6 @@ def narrow_spec(store: Store, arrays: Sequence[ArraySpec]) -> CaptureSpec:
                 sites[name] = asked if layers is None else list(layers)
     transforms = {name: value for name, value in store.spec.transforms.items() if name in kept}
     return store.spec.model_copy(update={"sites": sites, "transforms": transforms})
-
-
-def plan_facts(store: Store) -> list[tuple[str, str]]:
-    """Return the size of the plan as names and values for a dataset card."""
-    plan = store.plan
-    return [
-        ("documents", f"{plan.get('documents', 0):,}"),
-        ("rows", f"{store.n_rows:,}"),
-        ("units", f"{store.n_units:,} of {store.shard_rows:,} rows"),
-    ]
-
-
-def write_derived(name: str, folder: Path, derived: DerivedStore) -> None:
-    """Write a derived store without activations into *folder*, which must not exist.
-
-    Raises
-    ------
-    DamagedError
-        A table or coordinate of the origin is damaged.
-    """
-    origin, content = derived.origin, derived.attributes()
-    compression = derived.spec.compression
-    same_codec = compression == origin.spec.compression
-    given, kept = plan_files(origin), shared_files(origin)
-    new = []
-    for array in derived.arrays:
-        if same_codec and origin.arrays.get(array.name) == array:
-            kept[f"{array.name}/zarr.json"] = given[f"{array.name}/zarr.json"]
-        else:
-            new.append(array)
-    for file in kept:
-        check_inside(origin.path, origin.path / file)
-
-    def copy_files(tables: bool) -> None:
-        for file, record in kept.items():
-            if file.endswith(".parquet") == tables:
-                copy_verified(origin.path / file, folder / file, record)
-
-    def add_arrays(group: zarr.Group) -> None:
-        create_arrays(group, new, origin.n_rows, origin.shard_rows, compression)
-        copy_files(tables=False)
-
-    attributes = json.loads((origin.path / "zarr.json").read_bytes())["attributes"]
-    facts = [*plan_facts(origin), ("bytes", size(content["plan"].get("bytes", 0)))]
-    write_skeleton(
-        folder,
-        {**attributes, ATTRIBUTE: content},
-        card(name, derived.arrays, facts, content),
-        add_arrays,
-        lambda added: copy_files(tables=True),
-    )
 
 
 def _module(array: str) -> str:

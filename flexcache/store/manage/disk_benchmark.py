@@ -17,13 +17,8 @@ BLOCK = 4 << 20
 def write_rate(folder: Path, amount: int = 256 << 20) -> float:
     """Return the bytes per second that a disk can write, by a temporary file of *amount* bytes in *folder*.
 
-    The file is written like a shard: in large blocks, bypassing the page cache if possible, and flushed. It is removed
-    afterwards.
-
-    Raises
-    ------
-    CaptureError
-        The disk refuses a write.
+    The file is written like a shard: in large blocks, bypassing the page cache if possible, and flushed. CaptureError
+    if the disk refuses a write.
     """
     blocks = max(1, amount // BLOCK)
     with clear_errors(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".flexcache-rate-") as place:

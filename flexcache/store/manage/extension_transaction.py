@@ -17,16 +17,22 @@ from typing import Any
 
 from flexcache.errors import DamagedError, MismatchError, StoreError
 from flexcache.progress import ProgressCallback, ignore_progress
-from flexcache.store.format.extension import COMMITTING, STAGED, committing_folder, staged_folder
-from flexcache.store.format.ledger import Ledger, UnitRecord
-from flexcache.store.format.schema import COORDINATES, DOCUMENTS, PLAN_RECORD, SEQUENCES, read_attributes
-from flexcache.store.manage.extension_state import incomplete
-from flexcache.store.manage.store_contents import plan_files
+from flexcache.store.format.ledger import FileRecord, Ledger, UnitRecord, read_plan_record
+from flexcache.store.format.schema import (
+    COMMITTING,
+    COORDINATES,
+    DOCUMENTS,
+    PLAN_RECORD,
+    SEQUENCES,
+    STAGED,
+    committing_folder,
+    read_attributes,
+    staged_folder,
+)
 from flexcache.store.read.store import Store
 from flexcache.store.storage.atomic_files import commit_files, fsync_folder, write_durably
 from flexcache.store.storage.disk_errors import clear_errors
-from flexcache.store.storage.location import StoreLocation, local
-from flexcache.store.write.backends import AnyWorker
+from flexcache.store.storage.location import StoreLocation, local, parse_location
 from flexcache.store.write.claims import Claims
 from flexcache.store.write.create import publish_store
 from flexcache.store.write.election import POLL, elect, working
@@ -34,13 +40,7 @@ from flexcache.store.write.worker import ALIVE, PARTIAL, Worker
 
 
 class ExtensionTransaction:
-    """An extension of a store, from staging to commit.
-
-    Attributes
-    ----------
-    path, folder : Path
-        The store, and the staged store inside it.
-    """
+    """An extension of the store at *path*, from staging in *folder*, a store inside it, to commit."""
 
     def __init__(self, path: str | StoreLocation) -> None:
         self.path = local(path, "flexcache extend")
@@ -62,13 +62,7 @@ class ExtensionTransaction:
         return history[-1].get("extended_by") if history and isinstance(history[-1], dict) else None
 
     def stage(self, make: Callable[[Path], None], on_wait: Callable[[], None] = lambda: None) -> None:
-        """Stage what *make* writes into a given folder; if several processes call this, one does it.
-
-        Raises
-        ------
-        CaptureError
-            The disk refuses a write.
-        """
+        """Stage what *make* writes into a given folder; if several processes call this, one does it."""
         with clear_errors(self.path), self._elected(on_wait, lambda: self.staged) as worker:
             if worker is not None:
                 make(worker.folder / "store")
@@ -103,8 +97,6 @@ class ExtensionTransaction:
         ------
         StoreError
             The extension is not complete, or units of the store itself were taken back meanwhile.
-        CaptureError
-            The disk refuses a write.
         """
         with clear_errors(self.path), self._elected(on_wait, lambda: not self.staged) as worker:
             if worker is not None:
@@ -194,14 +186,14 @@ class ExtensionTransaction:
 
     def _plan_files(self) -> list[str]:
         """Return the changed files except shards and the root metadata, in an order in which they may change."""
-        before, after = plan_files(Store(self.path)), plan_files(Store(self.folder))
+        before, after = read_plan_record(self.path), read_plan_record(self.folder)
         changed = {name for name, record in after.items() if before.get(name) != record and name != "zarr.json"}
         last = [*(f"{name}/zarr.json" for name in COORDINATES), SEQUENCES, DOCUMENTS, "README.md"]
         chunks = sorted(name for name in changed if name.partition("/")[0] in COORDINATES and name not in last)
         arrays = sorted(changed - set(chunks) - set(last))
         return [*chunks, *arrays, *(name for name in last if name in changed)]
 
-    def _remove(self, worker: AnyWorker) -> None:
+    def _remove(self, worker: Worker) -> None:
         runs = self.folder / "runs"
         for run in sorted(runs.glob("*.json")):
             (self.path / "runs").mkdir(exist_ok=True)
@@ -212,13 +204,13 @@ class ExtensionTransaction:
     # Private
 
     @contextmanager
-    def _elected(self, on_wait: Callable[[], None], done: Callable[[], bool]) -> Iterator[AnyWorker | None]:
+    def _elected(self, on_wait: Callable[[], None], done: Callable[[], bool]) -> Iterator[Worker | None]:
         """Yield a worker of the store if this process is elected; None once another process has *done* the work."""
         with working(self.path) as (worker, claims):
             yield worker if elect(worker, claims, "grow", done, on_wait) else None
 
     def _check_complete(self) -> None:
-        staged, store = Store(self.folder), Store(self.path)
+        staged = Store(self.folder)
         if not staged.complete:
             raise StoreError(
                 "the extension is not complete",
@@ -226,23 +218,56 @@ class ExtensionTransaction:
                 found=f"{len(staged.committed_units)} of {staged.n_units} units",
                 remedy="run flexcache extend with the configuration again",
             )
-        if not store.complete:
-            raise incomplete(store)
+        check_complete(Store(self.path))
 
     def _wait_for_others(self, on_wait: Callable[[], None]) -> None:
         """Return once no other process has the staged store open; processes leave it when it is complete."""
         inside = Worker(self.folder)
         try:
-            while any(not inside.gone(alive) for alive in self._alive(inside)):
+            while any(
+                alive != inside.alive and alive.exists() and not inside.gone(alive)
+                for alive in (self.folder / PARTIAL).glob(f"*/{ALIVE}")
+            ):
                 on_wait()
                 time.sleep(POLL)
         finally:
             inside.close()
 
-    def _alive(self, own: Worker) -> list[Path]:
-        folders = (self.folder / PARTIAL).glob("*")
-        return [folder / ALIVE for folder in folders if folder != own.folder and (folder / ALIVE).exists()]
-
 
 class AlreadyCommittedError(StoreError):
     """Other processes have completed an extension, so nothing is left to capture for it."""
+
+
+def check_not_extending(path: str | StoreLocation, staged: bool = False) -> None:
+    """Raise StoreError if an extension is being committed to a store or, with *staged*, if one is staged at all."""
+    found = parse_location(path)
+    committing = committing_folder(found) is not None
+    if committing or (staged and staged_folder(found) is not None):
+        raise StoreError(
+            "the store has an unfinished extension",
+            where=str(path),
+            remedy="finish it with the flexcache extend command that began it"
+            + ("" if committing else ", or drop it with flexcache extend --discard"),
+        )
+
+
+def check_complete(store: Store) -> None:
+    """Raise StoreError if units of a store that is to be extended are missing."""
+    if not store.complete:
+        raise StoreError(
+            "the store is not complete, so it cannot be extended",
+            where=str(store.path),
+            found=f"{len(store.committed_units)} of {store.n_units} units committed",
+            remedy="complete it first, with the capture that began it",
+        )
+
+
+def committing_files(path: StoreLocation) -> dict[str, FileRecord]:
+    """Return the records of the files of an extension that is being committed; none if there is no such one."""
+    folder = committing_folder(path)
+    if folder is None:
+        return {}
+    files = read_plan_record(folder)
+    for record in Ledger(folder):
+        files |= record.files
+    return files

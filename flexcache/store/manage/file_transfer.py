@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
 import xxhash
 
@@ -19,7 +18,6 @@ from flexcache.store.storage.backend import disk_path, storage_of
 from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.multipart_upload import PART_BYTES, Upload, begin_upload
 from flexcache.store.storage.object_path import ObjectPath
-from flexcache.store.write.backends import AnyWorker
 from flexcache.store.write.object_worker import ObjectWorker
 from flexcache.store.write.worker import Worker
 
@@ -29,45 +27,26 @@ _FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 """Errors that another way of copying would not avoid."""
 
 
-class FileTransfer(Protocol):
-    """Files of a unit on their way to a store."""
-
-    def add_file(self, source: StoreLocation, name: str, record: FileRecord) -> None:
-        """Transfer one file under a temporary name.
-
-        Raises
-        ------
-        DamagedError
-            Its bytes are not those of *record*.
-        """
-
-    def commit_all(self) -> dict[str, FileRecord]:
-        """Make all files appear under their names, and return their records."""
-
-    def close(self) -> None:
-        """Discard what has not been committed."""
-
-
-def start_transfer(worker: AnyWorker) -> FileTransfer:
+def start_transfer(worker: Worker) -> FileTransfer:
     """Return a transfer of files to the store of a worker."""
-    return UploadTransfer(worker.root) if isinstance(worker, ObjectWorker) else LocalTransfer(worker)
+    return UploadTransfer(worker.root) if isinstance(worker, ObjectWorker) else FileTransfer(worker)
 
 
-class LocalTransfer:
-    """Files that are copied into the folder of a worker, flushed, and renamed to their names in the store."""
+class FileTransfer:
+    """Files of a unit on their way to a store: copied into the folder of a worker, flushed, and renamed."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._copied: dict[str, tuple[Path, FileRecord]] = {}
 
     def add_file(self, source: StoreLocation, name: str, record: FileRecord) -> None:
-        """Copy one file into the folder of the worker."""
+        """Transfer one file under a temporary name; raise DamagedError if its bytes are not those of *record*."""
         temporary = self._worker.folder / uuid.uuid4().hex
         copy_verified(source, temporary, record)
         self._copied[name] = temporary, record
 
     def commit_all(self) -> dict[str, FileRecord]:
-        """Flush the files, rename them, and flush the folders."""
+        """Make all files appear under their names, flushed, and return their records."""
         for temporary, _ in self._copied.values():
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
@@ -75,10 +54,10 @@ class LocalTransfer:
         return {name: record for name, (_, record) in self._copied.items()}
 
     def close(self) -> None:
-        """Do nothing: files in progress are removed with the folder of the worker."""
+        """Discard what has not been committed; the files are removed with the folder of the worker."""
 
 
-class UploadTransfer:
+class UploadTransfer(FileTransfer):
     """Files that are uploaded to object storage in parts, eight at a time, and completed together."""
 
     def __init__(self, root: ObjectPath) -> None:
@@ -126,12 +105,7 @@ class UploadTransfer:
 def copy_verified(source: StoreLocation, target: Path, record: FileRecord) -> None:
     """Copy a file, by reference if the file system can, and check the bytes of the copy.
 
-    Raises
-    ------
-    DamagedError
-        The file is missing, or its bytes are not those of *record*.
-    OSError
-        The disk refuses a write.
+    DamagedError if the file is missing, or its bytes are not those of *record*.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:

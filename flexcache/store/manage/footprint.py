@@ -21,10 +21,8 @@ class Footprint:
 
     Attributes
     ----------
-    shard_files : int
-        Number of shards: one for each unit and each captured layer of a site.
-    shard_bytes : int
-        Bytes of all shards before compression.
+    shard_files, shard_bytes : int
+        Number of shards, one for each unit and each captured layer of a site, and their bytes before compression.
     ledger_bytes : int
         Bytes of the ledger records, one for each unit.
     files, folders : int
@@ -49,12 +47,7 @@ def footprint(
     """Return the disk usage of a complete store of *n_rows* in units of *shard_rows*.
 
     A shard is a file in a folder of its own, as Zarr names chunks (``resid_post/c/12/7/0``), so a unit takes two inodes
-    per layer, and one for its ledger record.
-
-    Parameters
-    ----------
-    fingerprint
-        Fingerprint in each ledger record.
+    per layer, and one for its ledger record, which holds a *fingerprint*.
     """
     units = -(-n_rows // shard_rows)
     slices = sum(len(array.slices) for array in arrays)

@@ -20,7 +20,6 @@ from flexcache.errors import ConfigError, DocumentsError, MismatchError, StoreEr
 from flexcache.paths import check_writable
 from flexcache.sequences.labels import SEQUENCE_COLUMNS
 from flexcache.spec import listed
-from flexcache.store.format.extension import staged_folder
 from flexcache.store.format.label_table import (
     LABEL_RECORDS,
     LABELS,
@@ -32,7 +31,7 @@ from flexcache.store.format.label_table import (
     read_label_tables,
 )
 from flexcache.store.format.ledger import FileRecord, measure_file
-from flexcache.store.format.schema import DOCUMENTS, SEQUENCES
+from flexcache.store.format.schema import DOCUMENTS, SEQUENCES, staged_folder
 from flexcache.store.format.text import TABLE_COLUMNS, shorten
 from flexcache.store.manage.label_alignment import align_with_tokens
 from flexcache.store.read.joined_labels import read_joined

@@ -14,13 +14,13 @@ from flexcache.store.format.model_comparison import differences
 from flexcache.store.format.shard import shard_name
 from flexcache.store.format.text import join_lines, shorten
 from flexcache.store.manage.copy import check_separate
-from flexcache.store.manage.derive import DerivedStore, prepare_store
-from flexcache.store.manage.extension_state import check_not_extending
+from flexcache.store.manage.derive import derived_content, merge_arrays, prepare_store
+from flexcache.store.manage.extension_transaction import check_not_extending
 from flexcache.store.manage.labels import check_same_labels, copy_labels
 from flexcache.store.manage.row_copy import RowCopy
 from flexcache.store.manage.store_contents import describe_origin, differing_tables
 from flexcache.store.read.recorded_model import recorded_model
-from flexcache.store.read.selection import ArrayKey
+from flexcache.store.read.selection import ArrayKey, keys
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import StoreLocation, parse_location
 from flexcache.store.write.create import total_bytes
@@ -62,13 +62,18 @@ def merge(
     for other in stores[1:]:
         _check_alike(stores[0], other)
     check_same_labels(stores)
-    arrays, owners = _merge_arrays(stores)
-    history = {"merged_from": [describe_origin(store) for store in stores]}
+    arrays: list[ArraySpec] = []
+    first: dict[ArrayKey, Store] = {}  # the first store that has each layer, from which it is copied
+    for store in stores:
+        arrays, new = merge_arrays({array.name: array for array in arrays}, store.arrays.values())
+        first |= dict.fromkeys(new, store)
+    entry = {"merged_from": [describe_origin(store) for store in stores]}
     share = min(len(store.committed_units) for store in stores) / max(1, stores[0].n_units)
     needed = int(total_bytes(arrays, stores[0].n_rows, stores[0].shard_rows) * share)
-    result = prepare_store(path, DerivedStore(stores[0], arrays, _spec(stores, arrays), history, needed))
+    content = derived_content(stores[0], arrays, _spec(stores, arrays), entry)
+    result = prepare_store(path, stores[0], arrays, content, needed)
     check_same_labels([*stores, result])
-    RowCopy(result, owners).run(progress)
+    RowCopy(result, {key: first[key] for key in keys(arrays)}).run(progress)
     return copy_labels(stores, result)
 
 
@@ -93,21 +98,6 @@ def _check_alike(one: Store, other: Store) -> None:
             different.append(f"array {name}: {forms[0]} and {forms[1]}")
         elif not different:
             different += _differing_files(one, other, name)
-    _raise_differences(one, other, different)
-
-
-def _differing_files(one: Store, other: Store, name: str) -> list[str]:
-    """Return the shards that differ, of layers and units that both stores have."""
-    layers = [layer for layer in one.arrays[name].slices if layer in other.arrays[name].slices]
-    found = []
-    for unit in sorted(set(one.committed_units.tolist()) & set(other.committed_units.tolist())) if layers else []:
-        first, second = (store.ledger.read_record(unit).files for store in (one, other))
-        shards = [shard_name(name, layer, unit) for layer in layers]
-        found += [f"{shard} has other bytes" for shard in shards if first.get(shard) != second.get(shard)]
-    return found
-
-
-def _raise_differences(one: Store, other: Store, different: list[str]) -> None:
     if different:
         raise MismatchError(
             "the stores cannot be merged",
@@ -119,19 +109,15 @@ def _raise_differences(one: Store, other: Store, different: list[str]) -> None:
         )
 
 
-def _merge_arrays(stores: list[Store]) -> tuple[list[ArraySpec], dict[ArrayKey, Store]]:
-    """Return the merged arrays, and the store that each layer is copied from: the first that has it."""
-    arrays: dict[str, ArraySpec] = {}
-    owners: dict[ArrayKey, Store] = {}
-    for store in stores:
-        for name, array in store.arrays.items():
-            before = arrays.setdefault(name, array)
-            if before.layers is not None and array.layers is not None:
-                arrays[name] = replace(before, layers=tuple(sorted({*before.layers, *array.layers})))
-            for layer in array.slices:
-                owners.setdefault((name, layer), store)
-    merged = list(arrays.values())
-    return merged, {(array.name, layer): owners[array.name, layer] for array in merged for layer in array.slices}
+def _differing_files(one: Store, other: Store, name: str) -> list[str]:
+    """Return the shards that differ, of layers and units that both stores have."""
+    layers = [layer for layer in one.arrays[name].slices if layer in other.arrays[name].slices]
+    found = []
+    for unit in sorted(set(one.committed_units.tolist()) & set(other.committed_units.tolist())) if layers else []:
+        first, second = (store.ledger.read_record(unit).files for store in (one, other))
+        shards = [shard_name(name, layer, unit) for layer in layers]
+        found += [f"{shard} has other bytes" for shard in shards if first.get(shard) != second.get(shard)]
+    return found
 
 
 def _spec(stores: list[Store], arrays: list[ArraySpec]) -> CaptureSpec:

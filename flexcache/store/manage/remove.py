@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,20 @@ from flexcache.errors import DamagedError, SiteError, StoreError
 from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.site import Layers
 from flexcache.spec import ArraySpec
-from flexcache.store.format.plan_record import write_plan_record
+from flexcache.store.format.ledger import UNREADABLE, read_plan_record, write_plan_record
 from flexcache.store.format.schema import ATTRIBUTE, read_attributes
-from flexcache.store.manage.dataset_card import card
-from flexcache.store.manage.derive import narrow_spec, plan_facts
-from flexcache.store.manage.extension_state import check_not_extending
-from flexcache.store.manage.store_contents import plan_files
-from flexcache.store.read.selection import ArrayKey, keys, select
+from flexcache.store.format.shard import shard_folder
+from flexcache.store.manage.dataset_card import card, plan_facts
+from flexcache.store.manage.derive import add_history, narrow_spec
+from flexcache.store.manage.extension_transaction import check_not_extending
+from flexcache.store.read.selection import ArrayKey, by_array, keys, select
 from flexcache.store.read.store import Store
 from flexcache.store.storage.atomic_files import fsync_folder, write_durably, write_json
 from flexcache.store.storage.disk_errors import clear_errors
 from flexcache.store.storage.location import local
-from flexcache.store.write.backends import AnyWorker
 from flexcache.store.write.claims import CLAIMS, Claiming
 from flexcache.store.write.election import working
+from flexcache.store.write.worker import Worker
 
 NOTE = "removing.json"
 """File that lists what is being removed; it exists from before the first change until after the last."""
@@ -71,7 +71,7 @@ class Removal:
         store = Store(self.path)
         self.unfinished = (self.path / NOTE).exists()
         self.gone: list[ArrayKey] = self._noted() if self.unfinished else keys(select(store, sites, layers))
-        if not self.unfinished and len(self.gone) == len(keys(list(store.arrays.values()))):
+        if not self.unfinished and len(self.gone) == len(keys(store.arrays.values())):
             raise SiteError(
                 "the store would have no site left",
                 where=str(self.path),
@@ -113,36 +113,38 @@ class Removal:
     def _change_metadata(self) -> None:
         """Remove the arrays and layers from the metadata, the dataset card and the plan record."""
         store = Store(self.path)
-        left = self._left(store)
-        if left != list(store.arrays.values()):
-            content = read_attributes(self.path)
-            content["spec"] |= narrow_spec(store, left).to_json()
-            content["arrays"] = {array.name: array.to_json() for array in left}
+        left = {array.name: array for array in self._left(store)}
+        if left != store.arrays:
+            given = read_attributes(self.path)
+            content = add_history(given, {"removed": by_array(self.gone)})
+            content["spec"] = given["spec"] | narrow_spec(store, list(left.values())).to_json()
+            content["arrays"] = {name: array.to_json() for name, array in left.items()}
             if "files" in content["plan"]:
-                content["plan"]["files"] = store.n_units * sum(len(array.slices) for array in left)
-            removed: dict[str, Any] = {}
-            for name, layer in self.gone:
-                removed.setdefault(name, []).append(layer)
-            history = content["provenance"].setdefault("history", [])
-            history.append({"removed": {n: None if layers == [None] else layers for n, layers in removed.items()}})
-            _write_metadata(self.path, content, left)
-        arrays = {array.name: array for array in left}
-        for name in {name for name, _ in self.gone} & set(arrays):
-            _rewrite(self.path / name / "zarr.json", _layers_of(arrays[name]))
+                n_files = store.n_units * sum(len(array.slices) for array in left.values())
+                content["plan"] = {**content["plan"], "files": n_files}
+            with _rewriting(self.path / "zarr.json") as metadata:
+                metadata["attributes"][ATTRIBUTE] = content
+                members = metadata.get("consolidated_metadata", {}).get("metadata", {})
+                for name in [name for name in members if name in store.arrays]:
+                    if name in left:
+                        _set_layers(members[name], left[name])
+                    else:
+                        del members[name]
+        for name in {name for name, _ in self.gone} & set(left):
+            with _rewriting(self.path / name / "zarr.json") as metadata:
+                _set_layers(metadata, left[name])
         content = read_attributes(self.path)
-        text = card(self.path.resolve().name, left, plan_facts(store), content)
+        text = card(self.path.resolve().name, list(left.values()), plan_facts(content["plan"]), content)
         write_durably(self.path / "README.md", text.encode())
-        whole = {name for name, _ in self.gone} - set(arrays)
-        write_plan_record(
-            self.path, [name for name in plan_files(store) if name not in {f"{array}/zarr.json" for array in whole}]
-        )
+        whole = {f"{name}/zarr.json" for name, _ in self.gone if name not in left}
+        write_plan_record(self.path, [name for name in read_plan_record(self.path) if name not in whole])
 
     def _change_records(self) -> None:
         """Remove the files from the ledger records."""
         ledger = Store(self.path).ledger
-        prefixes = tuple(f"{name}/c/" if layer is None else f"{name}/c/{layer}/" for name, layer in self.gone)
+        folders = tuple(shard_folder(*key) for key in self.gone)
         for record in ledger:
-            files = {name: file for name, file in record.files.items() if not name.startswith(prefixes)}
+            files = {name: file for name, file in record.files.items() if not name.startswith(folders)}
             if len(files) < len(record.files):
                 ledger.commit(replace(record, files=files))
 
@@ -186,7 +188,7 @@ class Removal:
             found: list[ArrayKey] = [(str(name), None if layer is None else int(layer)) for name, layer in listed]
             if any(Path(name).name != name or name in ("", "..") for name, _ in found):
                 raise ValueError("a site is outside the store")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except UNREADABLE as error:
             raise DamagedError(
                 "the note of an earlier removal cannot be read",
                 where=str(self.path / NOTE),
@@ -195,7 +197,7 @@ class Removal:
             ) from error
         return found
 
-    def _check_alone(self, worker: AnyWorker, claims: Claiming) -> None:
+    def _check_alone(self, worker: Worker, claims: Claiming) -> None:
         worker.sweep()
         if claims.take_claim(["remove"]) is None or next(iter(claims.others()), None):
             raise StoreError(
@@ -206,32 +208,14 @@ class Removal:
             )
 
 
-def _write_metadata(path: Path, content: dict[str, Any], left: list[ArraySpec]) -> None:
-    """Rewrite the metadata of the group, including that of its arrays, in one step."""
-    arrays = {array.name: array for array in left}
-    before = set(read_attributes(path)["arrays"])
-
-    def change(metadata: dict[str, Any]) -> None:
-        metadata["attributes"][ATTRIBUTE] = content
-        members = metadata.get("consolidated_metadata", {}).get("metadata", {})
-        for name in before:
-            if name in members and name not in arrays:
-                del members[name]
-            elif name in members:
-                _layers_of(arrays[name])(members[name])
-
-    _rewrite(path / "zarr.json", change)
-
-
-def _layers_of(array: ArraySpec) -> Callable[[dict[str, Any]], None]:
-    def change(metadata: dict[str, Any]) -> None:
-        if array.layers is not None:
-            metadata["attributes"]["layers"] = list(array.layers)
-
-    return change
-
-
-def _rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+@contextlib.contextmanager
+def _rewriting(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the metadata of a group or array, and write it in one step with the changes made to it."""
     metadata = json.loads(path.read_bytes())
-    change(metadata)
+    yield metadata
     write_durably(path, json.dumps(metadata, indent=2).encode())
+
+
+def _set_layers(metadata: dict[str, Any], array: ArraySpec) -> None:
+    if array.layers is not None:
+        metadata["attributes"]["layers"] = list(array.layers)

@@ -18,19 +18,15 @@ from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
 from flexcache.store.storage.disk_errors import clear_errors
 from flexcache.store.storage.path_safety import check_inside
-from flexcache.store.write.backends import AnyWorker, slabs_for, writer_of
-from flexcache.store.write.election import claim_until_done, working
-from flexcache.store.write.range_error import range_error
-from flexcache.store.write.row_encoding import Unstorable, encode_rows
-from flexcache.store.write.shard_file import NonFinite, ShardFile
-from flexcache.store.write.shard_writer import WriterThread
-from flexcache.store.write.slabs import SlabPool
+from flexcache.store.write.election import claim_until_done, start_writer, working
+from flexcache.store.write.range_error import locating_values
+from flexcache.store.write.row_encoding import encode_rows
+from flexcache.store.write.shard_file import ShardFile, WriterThread
+from flexcache.store.write.slabs import SlabPool, size_slabs
 from flexcache.store.write.worker import PARTIAL
 
 BUFFER = 64 << 20
 BLOCK = 4 << 20
-
-"""``progress(done, total)`` in bytes of the rows of the target."""
 
 
 class RowCopy:
@@ -72,14 +68,14 @@ class RowCopy:
     def run(self, progress: ProgressCallback = ignore_progress) -> None:
         """Copy all units that are pending.
 
+        *progress* is called with the bytes of the rows copied so far, and in total.
+
         Raises
         ------
         DamagedError
             A file of a source is damaged.
         RangeError
             A value does not fit the dtype of the target.
-        CaptureError
-            The disk refused a write.
         """
         total = self._bytes(self.available())
         progress(total - self._bytes(self.pending()), total)
@@ -95,10 +91,11 @@ class RowCopy:
             writer = None
             try:
                 if converted := [key for key in self.sources if not self._is_unchanged(key)]:
-                    writer = writer_of(worker, SlabPool(*self._slabs(converted)))
+                    writer = start_writer(worker, SlabPool(*self._slabs(converted)))
                 for name in claim_until_done(claim, lambda: len(self.pending())):
                     if not self.target.ledger.has(int(name)):
-                        self._copy_unit(int(name), worker, writer)
+                        with closing(start_transfer(worker)) as transfer:
+                            self._copy_unit(int(name), transfer, writer)
                     claims.release(name)
                     progress(total - self._bytes(self.pending()), total)
             finally:
@@ -111,11 +108,7 @@ class RowCopy:
         self.target.refresh()
         return self.target.complete
 
-    def _copy_unit(self, unit: int, worker: AnyWorker, writer: WriterThread | None) -> None:
-        with closing(start_transfer(worker)) as transfer:
-            self._commit_unit(unit, transfer, writer)
-
-    def _commit_unit(self, unit: int, transfer: FileTransfer, writer: WriterThread | None) -> None:
+    def _copy_unit(self, unit: int, transfer: FileTransfer, writer: WriterThread | None) -> None:
         records = {id(store): store.ledger.read_record(unit) for store in self._stores}
         shards: list[ShardFile] = []
         for key, source in self.sources.items():
@@ -130,12 +123,8 @@ class RowCopy:
                 shards += self._converted(key, unit, source, writer)
         files = transfer.commit_all()
         if writer is not None:
-            try:
+            with locating_values(self.target):
                 files |= writer.commit_shards(shards)
-            except NonFinite as error:
-                raise range_error(
-                    self.target, error.array, error.layer, error.row, error.feature, error.value
-                ) from None
         rows = self._layouts[next(iter(self.sources))[0]].rows(unit)
         every = list(records.values())
         self.target.ledger.commit(
@@ -148,28 +137,20 @@ class RowCopy:
             )
         )
 
-    def _shard(self, key: ArrayKey, unit: int, writer: WriterThread) -> ShardFile:
-        name, layer = key
-        dtype, compressed = DTYPES[self.target.arrays[name].dtype], self.target.compressed
-        return ShardFile(
-            writer, shard_name(name, layer, unit), self._layouts[name], unit, dtype, name, layer, compressed
-        )
-
     def _converted(self, key: ArrayKey, unit: int, source: Store, writer: WriterThread) -> list[ShardFile]:
         """Return the shard of the converted rows, followed by the shard of their scales for int8."""
         name, layer = key
-        file, layout = self._shard(key, unit, writer), self._layouts[name]
-        shards = [file]
-        if file.dtype == np.int8:
-            shards.append(self._shard((scale_name(name), layer), unit, writer))
+        arrays, layout, dtype = self.target.arrays, self._layouts[name], DTYPES[self.target.arrays[name].dtype]
+        shards = [
+            ShardFile(writer, arrays[made], layer, self._layouts[made], unit, self.target.compressed)
+            for made in ([name, scale_name(name)] if dtype == np.int8 else [name])
+        ]
         reader, rows = source.reader(name), layout.rows(unit)
         step = max(1, BLOCK // max(layout.row_bytes, reader.array.row_bytes) // layout.chunk_rows) * layout.chunk_rows
         for start in range(rows.start, rows.stop, step):
             values = reader.scan(layer, start, min(start + step, rows.stop), raw=reader.dtype != np.int8)
-            try:
-                pieces = encode_rows(values, file.dtype)
-            except Unstorable as error:
-                raise range_error(self.target, name, layer, start + error.row, error.feature, error.value) from None
+            with locating_values(self.target, name, layer, start):
+                pieces = encode_rows(values, dtype)
             for shard, (content, spans) in zip(shards, pieces, strict=True):
                 shard.append(content, spans)
         for shard in shards:
@@ -203,7 +184,7 @@ class RowCopy:
         several = 1 + bool(self._scales)  # files that are open at the same time
         chunk = max(layout.chunk_rows * layout.row_bytes for layout in layouts) if self.target.compressed else None
         largest = max(layout.file_bytes(0) for layout in layouts)
-        return slabs_for(self.target.path, several, max(BUFFER, 4 * (chunk or 0)), largest, chunk)
+        return size_slabs(self.target.path, several, max(BUFFER, 4 * (chunk or 0)), largest, chunk)
 
     def _bytes(self, units: list[int]) -> int:
         rows = np.asarray(units, dtype=np.int64) * self.target.shard_rows

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +17,20 @@ from flexcache.sequences import TokenizedCorpus
 from flexcache.spec import ArraySpec, CaptureSpec
 from flexcache.store.format.ledger import Ledger
 from flexcache.store.format.metadata import largest_batch
-from flexcache.store.format.schema import ATTRIBUTE, COORDINATES, SEQUENCES, read_attributes
-from flexcache.store.format.text import size
-from flexcache.store.manage.dataset_card import card
-from flexcache.store.manage.derive import DerivedStore, write_derived
+from flexcache.store.format.schema import COORDINATES, SEQUENCES, read_attributes
+from flexcache.store.manage.derive import add_history, derived_content, write_changed, write_derived
 from flexcache.store.manage.file_transfer import copy_verified
 from flexcache.store.manage.store_contents import shared_files
-from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
-from flexcache.store.write.create import check_free_space, check_names, total_bytes
-from flexcache.store.write.skeleton import create_arrays, create_coordinate, write_skeleton
+from flexcache.store.write.create import check_free_space, total_bytes
+from flexcache.store.write.skeleton import create_arrays, create_coordinate
 from flexcache.store.write.tables import write_tables
-
-
-def merge_arrays(store: Store, arrays: list[ArraySpec]) -> tuple[list[ArraySpec], list[ArrayKey]]:
-    """Return the arrays of a store with *arrays* added, and the keys of the new layers."""
-    found = dict(store.arrays)
-    new: list[ArrayKey] = []
-    for array in arrays:
-        before = found.get(array.name)
-        if before is None:
-            found[array.name] = array
-            new += [(array.name, layer) for layer in array.slices]
-        elif array.layers is not None and before.layers is not None:
-            found[array.name] = replace(before, layers=tuple(sorted({*before.layers, *array.layers})))
-            new += [(array.name, layer) for layer in array.layers if layer not in before.layers]
-    check_names(list(found.values()))
-    return list(found.values()), new
 
 
 def stage_arrays(store: Store, folder: Path, arrays: list[ArraySpec], spec: CaptureSpec, request: Any) -> None:
     """Write a store over the same plan with more arrays or layers into *folder*.
 
-    Parameters
-    ----------
-    arrays
-        All arrays of the extended store.
-    spec
-        Spec of the extended store.
-    request
-        The request, for the history.
+    *arrays* and *spec* are those of the extended store; the *request* is for its history.
 
     Raises
     ------
@@ -67,12 +39,10 @@ def stage_arrays(store: Store, folder: Path, arrays: list[ArraySpec], spec: Capt
     DamagedError
         A table or coordinate of the store is damaged.
     """
-    needed = total_bytes(arrays, store.n_rows, store.shard_rows)
-    needed -= total_bytes(list(store.arrays.values()), store.n_rows, store.shard_rows)
-    check_free_space(store.path, needed)
-    write_derived(
-        store.path.resolve().name, folder, DerivedStore(store, arrays, spec, {"extended_by": request}, needed)
-    )
+    before, after = (total_bytes(held, store.n_rows, store.shard_rows) for held in (store.arrays.values(), arrays))
+    check_free_space(store.path, after - before)
+    content = derived_content(store, arrays, spec, {"extended_by": request})
+    write_derived(store.path.resolve().name, folder, store, arrays, content)
 
 
 def plan_extension(store: Store, corpus: TokenizedCorpus) -> Plan:
@@ -101,12 +71,7 @@ def plan_extension(store: Store, corpus: TokenizedCorpus) -> Plan:
 def stage_documents(store: Store, folder: Path, plan: Plan, corpus: TokenizedCorpus, entry: dict[str, Any]) -> None:
     """Write a store of the same arrays with more documents into *folder*; its ledger has the unchanged units.
 
-    Parameters
-    ----------
-    plan
-        Result of `plan_extension`.
-    entry
-        Entry for the history: the request, and the versions of the software.
+    *plan* is the result of `plan_extension`; *entry* is for the history: the request, and the versions of the software.
 
     Raises
     ------
@@ -122,7 +87,6 @@ def stage_documents(store: Store, folder: Path, plan: Plan, corpus: TokenizedCor
     first = plan.first_row // store.shard_rows
     kept = first * store.shard_rows
     check_free_space(store.path, total - (total_bytes(arrays, kept, store.shard_rows) if kept else 0))
-    attributes = json.loads((store.path / "zarr.json").read_bytes())["attributes"]
     content = _content(store, plan, corpus, total, entry)
 
     def add_arrays(group: zarr.Group) -> dict[str, zarr.Array]:
@@ -136,20 +100,17 @@ def stage_documents(store: Store, folder: Path, plan: Plan, corpus: TokenizedCor
                 copy_verified(store.path / name, folder / name, record)
         return coordinates
 
-    facts = [
-        ("documents", f"{content['plan']['documents']:,}"),
-        ("rows", f"{plan.n_rows:,}"),
-        ("units", f"{plan.n_units:,} of {plan.shard_rows:,} rows"),
-        ("bytes", size(total)),
-    ]
-    write_skeleton(
-        folder,
-        {**attributes, ATTRIBUTE: content},
-        card(store.path.resolve().name, arrays, facts, content),
-        add_arrays,
-        lambda coordinates: write_tables(folder, plan, corpus, coordinates, store.path, int(store.plan["documents"])),
-    )
-    _link_records(store.ledger, Ledger(folder), range(first))
+    def add_tables(coordinates: dict[str, zarr.Array]) -> None:
+        write_tables(folder, plan, corpus, coordinates, store.path, int(store.plan["documents"]))
+
+    write_changed(store.path.resolve().name, folder, store, arrays, content, add_arrays, add_tables)
+    ledger = Ledger(folder)
+    for unit in range(first):
+        source, target = str(store.ledger.path(unit)), str(ledger.path(unit))
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
 
 
 def _content(store: Store, plan: Plan, corpus: TokenizedCorpus, total: int, entry: dict[str, Any]) -> dict[str, Any]:
@@ -180,17 +141,4 @@ def _content(store: Store, plan: Plan, corpus: TokenizedCorpus, total: int, entr
         "corpus_xxh3_128": xxhash.xxh3_128_hexdigest(f"{before.get('corpus_xxh3_128')} {corpus.digest}".encode()),
     }
     rows = [plan.first_row, plan.n_rows]
-    history = [
-        *given["provenance"].get("history", []),
-        {**entry, "rows": rows, "corpus_xxh3_128": corpus.digest},
-    ]
-    return {**given, "plan": numbers, "provenance": {**given["provenance"], "history": history}}
-
-
-def _link_records(source: Ledger, target: Ledger, units: range) -> None:
-    """Add the records of some units of a store to the ledger of a staged one."""
-    for unit in units:
-        try:
-            os.link(str(source.path(unit)), str(target.path(unit)))
-        except OSError:
-            shutil.copyfile(str(source.path(unit)), str(target.path(unit)))
+    return add_history({**given, "plan": numbers}, {**entry, "rows": rows, "corpus_xxh3_128": corpus.digest})

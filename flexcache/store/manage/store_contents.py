@@ -6,37 +6,16 @@ from typing import Any
 
 import xxhash
 
-from flexcache.errors import DamagedError
-from flexcache.store.format.ledger import FileRecord
-from flexcache.store.format.plan_record import read_plan_record
+from flexcache.store.format.ledger import FileRecord, read_plan_record
 from flexcache.store.format.schema import PLAN_RECORD
 from flexcache.store.format.text import shorten
 from flexcache.store.read.store import Store
 
 
-def plan_files(store: Store) -> dict[str, FileRecord]:
-    """Return the records of all files of a store except shards, from ``ledger/plan.json``.
-
-    Raises
-    ------
-    DamagedError
-        The plan record cannot be read.
-    """
-    try:
-        return read_plan_record(store.path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedError(
-            "the plan record cannot be read",
-            where=str(store.path / PLAN_RECORD),
-            found=f"{type(error).__name__}: {error}",
-            remedy="run flexcache verify to see what else is damaged",
-        ) from error
-
-
 def shared_files(store: Store) -> dict[str, FileRecord]:
     """Return the records of tables and coordinates, which all stores over one plan have in common."""
     own = {"zarr.json", "README.md", *(f"{name}/zarr.json" for name in store.arrays)}
-    return {name: record for name, record in plan_files(store).items() if name not in own}
+    return {name: record for name, record in read_plan_record(store.path).items() if name not in own}
 
 
 def differing_tables(one: Store, other: Store) -> list[str]:

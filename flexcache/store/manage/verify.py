@@ -1,4 +1,4 @@
-"""Verify every file of a store against the size and checksum with which it was written."""
+"""Verify every file of a store against its record, and take damaged units back, so that a capture recomputes them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexcache.errors import DamagedError
+from flexcache.errors import DamagedError, StoreError
 from flexcache.progress import ProgressCallback, ignore_progress
-from flexcache.store.format.extension import STAGED
 from flexcache.store.format.label_table import LABEL_RECORDS, list_label_tables, read_label_table
-from flexcache.store.format.ledger import FileRecord, measure_file
-from flexcache.store.format.plan_record import read_plan_record
-from flexcache.store.format.schema import PLAN_RECORD
+from flexcache.store.format.ledger import FileRecord, Ledger, measure_file, read_plan_record
+from flexcache.store.format.schema import PLAN_RECORD, STAGED
 from flexcache.store.format.shard import shard_name
-from flexcache.store.manage.extension_state import staged_records
+from flexcache.store.manage.extension_transaction import committing_files
 from flexcache.store.manage.remove import NOTE
+from flexcache.store.read.selection import keys
 from flexcache.store.read.store import Store
 from flexcache.store.storage.atomic_files import is_temporary
 from flexcache.store.storage.backend import disk_path, relative_files
-from flexcache.store.storage.location import StoreLocation
+from flexcache.store.storage.location import StoreLocation, parse_location
 from flexcache.store.storage.path_safety import check_inside
 from flexcache.store.write.claims import CLAIMS
 from flexcache.store.write.worker import PARTIAL
@@ -69,6 +68,30 @@ class Verification:
         return not self.findings
 
 
+@dataclass(frozen=True)
+class Repair:
+    """Result of `repair`.
+
+    ::
+
+        repaired = flexcache.repair("run.zarr")
+        print(repaired.units, repaired.beyond)
+
+    Attributes
+    ----------
+    found : Verification
+        State before the repair.
+    units : tuple of int
+        Units that are no longer committed, so that the next capture recomputes them and no others.
+    beyond : tuple of Finding
+        Damage to the plan, metadata or tables, which no capture repairs.
+    """
+
+    found: Verification
+    units: tuple[int, ...]
+    beyond: tuple[Finding, ...]
+
+
 def verify(path: str | StoreLocation, progress: ProgressCallback = ignore_progress) -> Verification:
     """Read every file of a store and compare it with its record; memory is one mebibyte.
 
@@ -90,29 +113,27 @@ def verify(path: str | StoreLocation, progress: ProgressCallback = ignore_progre
     findings: list[Finding] = []
     known: set[str] = set()
     files = size = 0
-    committing = _committing_files(store.path)
+    committing = committing_files(store.path)
     for unit, name, record in _records(store, findings):
         if name in known:
             findings.append(Finding(name, unit, "is named by two records"))
         known.add(name)
         problem = _problem(store.path, name, record)
-        if problem and name in committing and _problem(store.path, name, committing[name]) is None:
-            problem = None
-        if problem:
+        if problem and not (name in committing and _problem(store.path, name, committing[name]) is None):
             findings.append(Finding(name, unit, problem))
         files += 1
         size += record.size
         progress(files, size)
-    committed = set(store.committed_units.tolist())
-    begun = {name for unit in range(store.n_units) if unit not in committed for name in _expected(store, unit)}
-    missing = [
-        (unit, name)
-        for unit in store.committed_units.tolist()
-        for name in _expected(store, unit)
-        if name not in known and not any(finding.unit == unit for finding in findings)
-    ]
-    findings += [Finding(name, unit, "is not named by its unit's record") for unit, name in missing]
-    begun |= set(committing)  # with files of a unit whose process ended before it wrote the record
+    begun = set(committing)  # and files of units whose process ended before it wrote the record
+    for unit in range(store.n_units):
+        expected = _expected(store, unit)
+        if not store.committed[unit]:
+            begun.update(expected)
+        elif missing := [name for name in expected if name not in known]:
+            known_problem = any(finding.unit == unit for finding in findings)
+            findings += [
+                Finding(name, unit, "is not named by its unit's record") for name in missing if not known_problem
+            ]
     for name in relative_files(store.path, skip=("ledger", "runs", PARTIAL, CLAIMS, STAGED)):
         if name == NOTE:
             findings.append(Finding(name, None, "a removal is unfinished: run flexcache rm to finish it"))
@@ -121,57 +142,76 @@ def verify(path: str | StoreLocation, progress: ProgressCallback = ignore_progre
     return Verification(files, size, store.n_units, len(store.committed_units), tuple(findings))
 
 
-def _records(store: Store, findings: list[Finding]) -> Iterator[tuple[int | None, str, FileRecord]]:
+def repair(path: str | StoreLocation, progress: ProgressCallback = ignore_progress) -> Repair:
+    """Verify a store, and take back each unit whose files or ledger record are damaged.
+
+    ::
+
+        flexcache.repair("run.zarr")
+        flexcache.capture(...)      # the same call as before recomputes the damaged units
+
+    Only ledger records are removed. The files of a unit are replaced when the same capture recomputes it; until then,
+    the unit counts as not committed.
+
+    Parameters
+    ----------
+    progress
+        Called with the files and bytes checked so far.
+
+    Raises
+    ------
+    StoreError
+        There is no store at *path*, or a record cannot be removed.
+    """
+    found = verify(path, progress)
+    units = tuple(sorted({finding.unit for finding in found.findings if finding.unit is not None}))
+    ledger = Ledger(parse_location(path))
     try:
-        listed = read_plan_record(store.path)
-    except (DamagedError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        findings.append(Finding(PLAN_RECORD, None, f"cannot be read: {type(error).__name__}: {error}"))
-        listed = {}
-    for name, record in listed.items():
-        yield None, name, record
+        for unit in units:
+            ledger.take_back(unit)
+    except OSError as error:
+        raise StoreError(
+            "a damaged unit cannot be taken back", where=str(error.filename), found=error.strerror or str(error)
+        ) from error
+    beyond = tuple(finding for finding in found.findings if finding.unit is None and not finding.stray)
+    return Repair(found, units, beyond)
+
+
+def _records(store: Store, findings: list[Finding]) -> Iterator[tuple[int | None, str, FileRecord]]:
+    """Yield unit, name and record of each file; records that cannot be read are added to *findings*."""
     for table in list_label_tables(store.path):
         try:
             found = read_label_table(store.path, table)
             yield None, found.path, found.file
         except DamagedError as error:
-            findings.append(
-                Finding(f"{LABEL_RECORDS}/{table}.json", None, f"cannot be read: {error.found or error.message}")
-            )
-    for unit in store.committed_units.tolist():
+            record = f"{LABEL_RECORDS}/{table}.json"
+            findings.append(Finding(record, None, f"cannot be read: {error.found or error.message}"))
+    for unit in (None, *store.committed_units.tolist()):
         try:
-            for name, record in store.ledger.read_record(unit).files.items():
-                yield unit, name, record
+            listed = read_plan_record(store.path) if unit is None else store.ledger.read_record(unit).files
         except DamagedError as error:
-            findings.append(Finding(f"ledger/0/{unit}.json", unit, f"cannot be read: {error.found or error.message}"))
+            record = PLAN_RECORD if unit is None else f"ledger/0/{unit}.json"
+            findings.append(Finding(record, unit, f"cannot be read: {error.found or error.message}"))
+            continue
+        for name, file in listed.items():
+            yield unit, name, file
 
 
-def _committing_files(path: StoreLocation) -> dict[str, FileRecord]:
-    """Return the records of the files of an extension that is being committed."""
-    files, units = staged_records(path)
-    return {**files, **{name: file for record in units.values() for name, file in record.files.items()}}
-
-
-def _expected(store: Store, unit: int) -> Iterator[str]:
-    for name, array in store.arrays.items():
-        for layer in array.slices:
-            yield shard_name(name, layer, unit)
-
-
-def _inside(root: StoreLocation, path: StoreLocation) -> bool:
-    folder, file = disk_path(root), disk_path(path)
-    return folder is None or file is None or file.resolve().is_relative_to(folder.resolve())
+def _expected(store: Store, unit: int) -> list[str]:
+    return [shard_name(*key, unit) for key in keys(store.arrays.values())]
 
 
 def _problem(root: StoreLocation, name: str, record: FileRecord) -> str | None:
-    path = root / name
-    if ".." in Path(name).parts or Path(name).is_absolute() or not _inside(root, path):
+    path, folder = root / name, disk_path(root)
+    if ".." in Path(name).parts or Path(name).is_absolute():
+        return "leads out of the store"
+    if folder is not None and not (folder / name).resolve().is_relative_to(folder.resolve()):
         return "leads out of the store"
     try:
         check_inside(root, path)
+        found = measure_file(path)
     except DamagedError as error:
         return error.message.removeprefix("a file of the store ")
-    try:
-        found = measure_file(path)
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
     if found is None:

@@ -8,8 +8,7 @@ import numpy as np
 
 from flexcache.paths import shown
 from flexcache.store.format.committed_units import CommittedUnits
-from flexcache.store.format.extension import staged_folder
-from flexcache.store.format.schema import DOCUMENTS, read_attributes
+from flexcache.store.format.schema import DOCUMENTS, read_attributes, staged_folder
 from flexcache.store.format.text import TABLE_COLUMNS, layer_text, size
 from flexcache.store.read.open_store import OpenStore
 from flexcache.store.read.parquet import read_first_lines

@@ -5,13 +5,12 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flexcache.errors import StoreError
-from flexcache.store.format.extension import committing_folder
-from flexcache.store.format.schema import read_attributes
-from flexcache.store.format.table_validation import check_lines
+from flexcache.store.format.schema import DOCUMENTS, committing_folder, read_attributes
 from flexcache.store.read.coordinates import unreadable
 from flexcache.store.storage.backend import disk_path, storage_of
 from flexcache.store.storage.location import StoreLocation
@@ -57,9 +56,35 @@ def read_store_table(root: StoreLocation, name: str, n_rows: int, columns: list[
     check_inside(root, root / name)
     try:
         _check_length(root, name, n_rows)
-        return check_lines(name, read_table(root / name, columns=columns), n_rows)
+        return _check_lines(name, read_table(root / name, columns=columns), n_rows)
     except (OSError, pa.ArrowException, ValueError, MemoryError) as error:
         raise unreadable("table", root / name, error) from error
+
+
+def _check_lines(name: str, table: pa.Table, n_rows: int) -> pa.Table:
+    """Return the lines of a table that belong to the first *n_rows* rows; an extension may have added lines.
+
+    The table may come from an untrusted source: ValueError if a column is missing, of another type or out of range.
+    """
+    documents = name == DOCUMENTS
+    columns = ("row_start", "n_rows", *(("n_tokens",) if documents else ()))
+    missing = {*columns, *(("id",) if documents else ())} - set(table.column_names)
+    if missing:
+        raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+    for column in columns:
+        kind = table.column(column).type
+        if not pa.types.is_integer(kind) or table.column(column).null_count:
+            raise ValueError(f"column {column} is {kind}, or has nulls, but must hold integers")
+    starts = table.column("row_start").to_numpy()
+    if len(starts) and starts[-1] >= n_rows:
+        table = table.slice(0, int(np.searchsorted(starts, n_rows)))
+    starts, counts = (table.column(column).to_numpy() for column in ("row_start", "n_rows"))
+    for column, values in (("row_start", starts), ("n_rows", counts)):
+        if len(values) and not (values.min() >= 0 and values.max() <= n_rows):
+            raise ValueError(f"column {column} exceeds the {n_rows} rows")
+    if (starts + counts > n_rows).any():
+        raise ValueError(f"a line exceeds the {n_rows} rows")
+    return table
 
 
 def _check_length(root: StoreLocation, name: str, n_rows: int) -> None:

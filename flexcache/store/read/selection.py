@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -44,9 +44,17 @@ def select(store: OpenStore, sites: str | Sequence[str] | None = None, layers: L
     return [_narrow(store, array, asked) for array in _arrays(store, [sites] if isinstance(sites, str) else sites)]
 
 
-def keys(arrays: Sequence[ArraySpec]) -> list[ArrayKey]:
+def keys(arrays: Iterable[ArraySpec]) -> list[ArrayKey]:
     """Return one key for each layer of each array."""
     return [(array.name, layer) for array in arrays for layer in array.slices]
+
+
+def by_array(keys: Iterable[ArrayKey]) -> dict[str, list[int | None] | None]:
+    """Return the layers of each array among some keys, None for an array without layers."""
+    found: dict[str, list[int | None]] = {}
+    for name, layer in keys:
+        found.setdefault(name, []).append(layer)
+    return {name: None if layers == [None] else layers for name, layers in found.items()}
 
 
 def layer_number(array: ArraySpec, layer: int | None, where: StoreLocation) -> int | None:

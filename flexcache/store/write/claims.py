@@ -44,14 +44,7 @@ class Claiming(ABC):
         """Claim the first of *names* that is free or whose worker is gone, and return it; None if there is none.
 
         A unit may have been committed, and its claim released, after the caller has read the ledger: read it again once
-        the claim is held.
-
-        Raises
-        ------
-        OSError
-            The file system refuses.
-        UnreachableError
-            Object storage does not answer.
+        the claim is held. `refused` is raised if the storage refuses.
         """
         newest = self._newest()
         for name in map(str, names):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,10 +36,7 @@ OTHER_ENTRIES = (DOCUMENTS, SEQUENCES, "README.md", "ledger")
 def check_target(path: StoreLocation) -> None:
     """Raise StoreError if there is no store at *path* and none can be created.
 
-    Raises
-    ------
-    StoreError
-        Something else is at *path*, the name is too long, or the folder is not writable.
+    Something else is there, the name is too long, or the folder is not writable.
     """
     if (path / "zarr.json").exists():
         return
@@ -90,14 +87,8 @@ def _is_incomplete(path: StoreLocation) -> bool:
 def create_once(path: StoreLocation, make: Callable[[Path], T], on_wait: Callable[[], None] = lambda: None) -> T | None:
     """Run *make* in one of the processes that ask for a store at *path*, and return its result.
 
-    The others wait, and one of them takes over if the process ends early.
-
-    Parameters
-    ----------
-    make
-        Makes the store; it is given an empty folder for files in progress.
-    on_wait
-        Called now and then while another process makes the store.
+    The others wait, calling *on_wait* now and then, and one of them takes over if the process ends early. *make* is
+    given an empty folder for files in progress.
 
     Returns
     -------
@@ -106,9 +97,7 @@ def create_once(path: StoreLocation, make: Callable[[Path], T], on_wait: Callabl
     Raises
     ------
     StoreError
-        Something else is at *path*, its name is too long, or nothing can be written there.
-    CaptureError
-        The disk refuses a write.
+        See `check_target`. CaptureError if the disk refuses a write.
     """
     check_target(path)
     if (path / "zarr.json").exists():
@@ -128,7 +117,7 @@ def create_once(path: StoreLocation, make: Callable[[Path], T], on_wait: Callabl
     return None
 
 
-def total_bytes(arrays: list[ArraySpec], n_rows: int, shard_rows: int) -> int:
+def total_bytes(arrays: Iterable[ArraySpec], n_rows: int, shard_rows: int) -> int:
     """Return the bytes of all shard files of a complete, uncompressed store."""
     total = 0
     for array in arrays:

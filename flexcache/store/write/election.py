@@ -1,16 +1,21 @@
-"""Share work among processes: each claims a part, and waits while others hold the rest."""
+"""Share the work on a store among processes: each claims a part, and waits while others hold the rest."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from flexcache.store.storage.backend import disk_path
 from flexcache.store.storage.location import StoreLocation
-from flexcache.store.write.backends import AnyWorker, claims_of, start_work
-from flexcache.store.write.claims import Claiming
-from flexcache.store.write.worker import HEARTBEAT_TIMEOUT
+from flexcache.store.write.claims import Claiming, Claims
+from flexcache.store.write.object_worker import ObjectClaims, ObjectWorker
+from flexcache.store.write.object_writer import ObjectWriter
+from flexcache.store.write.shard_file import WriterThread
+from flexcache.store.write.shard_writer import Writer
+from flexcache.store.write.slabs import SlabPool
+from flexcache.store.write.worker import HEARTBEAT_TIMEOUT, Worker
 
 POLL = 0.2
 """Seconds between two attempts to claim what other processes hold."""
@@ -20,17 +25,23 @@ T = TypeVar("T")
 
 @contextmanager
 def working(
-    root: StoreLocation, finished: Callable[[], bool] = lambda: False, heartbeat_timeout: float = HEARTBEAT_TIMEOUT
-) -> Iterator[tuple[AnyWorker, Claiming]]:
+    root: StoreLocation,
+    finished: Callable[[], bool] = lambda: False,
+    heartbeat_timeout: float = HEARTBEAT_TIMEOUT,
+    conditions: dict[str, Any] | None = None,
+) -> Iterator[tuple[Worker, Claiming]]:
     """Start a worker on the store at *root* with its claims, and release and close both at the end.
 
     Parameters
     ----------
     finished
         Called at the end; if it returns True, stale claims of other workers are removed as well.
+    conditions
+        Conditions of its forwards, which other workers can read.
     """
-    worker = start_work(root, heartbeat_timeout=heartbeat_timeout)
-    claims = claims_of(worker)
+    kind = ObjectWorker if disk_path(root) is None else Worker
+    worker = kind(root, conditions, heartbeat_timeout)
+    claims = ObjectClaims(worker) if isinstance(worker, ObjectWorker) else Claims(worker)
     try:
         yield worker, claims
     finally:
@@ -39,6 +50,11 @@ def working(
             worker.sweep()
         finally:
             worker.close()
+
+
+def start_writer(worker: Worker, pool: SlabPool) -> WriterThread:
+    """Start the writer of a worker."""
+    return ObjectWriter(worker, pool) if isinstance(worker, ObjectWorker) else Writer(worker, pool)
 
 
 def claim_until_done(
@@ -65,7 +81,7 @@ def claim_until_done(
 
 
 def elect(
-    worker: AnyWorker,
+    worker: Worker,
     claims: Claiming,
     name: str,
     done: Callable[[], bool],

@@ -10,8 +10,7 @@ from flexcache.store.format.shard import index_bytes
 from flexcache.store.storage.multipart_upload import PART_BYTES, Upload, begin_upload
 from flexcache.store.storage.object_path import ObjectPath
 from flexcache.store.write.object_worker import ObjectWorker
-from flexcache.store.write.shard_file import ShardFile
-from flexcache.store.write.shard_writer import WriterThread, checked
+from flexcache.store.write.shard_file import ShardFile, WriterThread, check_slab
 from flexcache.store.write.slabs import Slab, SlabPool
 
 LANES = 8
@@ -48,7 +47,7 @@ class ObjectWriter(WriterThread):
 
     def write(self, file: ShardFile, slab: Slab) -> None:
         """Check, hash and send one slab."""
-        content = checked(file, slab)
+        content = check_slab(file, slab)
         sending = self._sending.get(file)
         if sending is None:
             sending = self._sending[file] = _Sending(begin_upload(self.root / file.name))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ml_dtypes
 import numpy as np
@@ -10,6 +12,8 @@ import numpy as np
 from flexcache.errors import RangeError
 from flexcache.spec import DTYPES
 from flexcache.store.read.store import Store
+from flexcache.store.write.row_encoding import Unstorable
+from flexcache.store.write.shard_file import NonFinite
 
 
 def place(site: str, layer: int | None) -> str:
@@ -17,8 +21,24 @@ def place(site: str, layer: int | None) -> str:
     return site if layer is None else f"{site} of layer {layer}"
 
 
-def range_error(store: Store, array: str, layer: int | None, row: int, feature: int, value: float) -> RangeError:
-    """Return the error for a value that overflows its dtype or is not finite."""
+@contextmanager
+def locating_values(store: Store, array: str = "", layer: int | None = None, row: int = 0) -> Iterator[None]:
+    """Raise RangeError, with document and token, for a value that overflows its dtype or is not finite.
+
+    Parameters
+    ----------
+    array, layer, row
+        What is encoded: an array, a layer, and the number of the first row.
+    """
+    try:
+        yield
+    except NonFinite as error:
+        raise _range_error(store, error.array, error.layer, error.row, error.feature, error.value) from None
+    except Unstorable as error:
+        raise _range_error(store, array, layer, row + error.row, error.feature, error.value) from None
+
+
+def _range_error(store: Store, array: str, layer: int | None, row: int, feature: int, value: float) -> RangeError:
     documents = store.documents
     line = int(np.searchsorted(documents.column("row_start").to_numpy(), row, side="right")) - 1
     dtype = store.arrays[array].dtype

@@ -48,12 +48,8 @@ def host(tensor: torch.Tensor) -> np.ndarray:
 def encode_rows(rows: Any, dtype: np.dtype) -> list[EncodedRows]:
     """Return rows, a numpy array or torch tensor of shape (rows, …), as bytes in the storage dtype.
 
-    For int8, the bytes of the scales follow as a second item.
-
-    Raises
-    ------
-    Unstorable
-        A cast gave infinity or NaN. Without a cast, the writer checks instead.
+    For int8, the bytes of the scales follow as a second item. Unstorable is raised if a cast gave infinity or NaN;
+    without a cast, the writer checks instead.
     """
     if dtype == np.int8:
         return encode_int8(single_piece(encode_bytes(rows, FLOAT32)), math.prod(rows.shape[1:]))

@@ -1,4 +1,4 @@
-"""Write shards in one thread, which checks, hashes and writes slabs, and commits the files of a unit.
+"""Write shards to a disk in one thread, which checks, hashes and writes slabs, and commits the files of a unit.
 
 A unit becomes visible in one step: its files are flushed and renamed, then their folders are flushed, and only then is
 its ledger record written.
@@ -8,145 +8,20 @@ from __future__ import annotations
 
 import errno
 import os
-import queue
 import resource
-import threading
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from flexcache.store.format.ledger import FileRecord
 from flexcache.store.format.shard import index_bytes
 from flexcache.store.storage.atomic_files import commit_files
 from flexcache.store.storage.disk_errors import disk_error
-from flexcache.store.storage.location import StoreLocation
-from flexcache.store.write.shard_file import ShardFile, check_finite
+from flexcache.store.write.shard_file import ShardFile, WriterThread, check_slab
 from flexcache.store.write.slabs import PAGE, Slab, SlabPool
 from flexcache.store.write.worker import Worker
 
 OPEN_FILES = 8192
-
-
-class WriterThread(ABC):
-    """One thread that processes slabs in the order in which they were filled, and other jobs between them.
-
-    Attributes
-    ----------
-    busy : float
-        Seconds for which the thread has worked.
-    written : int
-        Bytes written so far.
-    direct : bool
-        True if files bypass the page cache (O_DIRECT), which takes 3–4 times less CPU time.
-    """
-
-    root: StoreLocation
-    folder: Path
-    direct: bool
-
-    def __init__(self, pool: SlabPool) -> None:
-        self.pool = pool
-        self.busy = 0.0
-        self.cpu = 0.0
-        self.written = 0
-        self._failure: BaseException | None = None
-        self._jobs: queue.SimpleQueue[tuple[Callable[..., None], tuple] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="flexcache-writer", daemon=True)
-        self._thread.start()
-
-    def submit(self, job: Callable[..., None], *arguments: Any) -> None:
-        """Queue a job; jobs run one after the other, and none runs once one has failed."""
-        self.check()
-        self._jobs.put((job, arguments))
-
-    def check(self) -> None:
-        """Raise the error of the thread, if there is one."""
-        if self._failure is not None:
-            raise self._failure
-
-    def drain(self) -> None:
-        """Return when all queued jobs are done.
-
-        Raises
-        ------
-        CaptureError
-            The disk refused a write.
-        NonFinite
-            A value was NaN or infinite.
-        """
-        done = threading.Event()
-        self._jobs.put((done.set, ()))
-        while not done.wait(timeout=0.1):
-            self.check()
-            if not self._thread.is_alive():
-                break
-        self.check()
-
-    def stop(self) -> None:
-        """End the thread."""
-        self._jobs.put(None)
-        self._thread.join()
-
-    def commit_shards(self, files: Sequence[ShardFile]) -> dict[str, FileRecord]:
-        """Wait until the files of a unit are written, commit them, and return their ledger records.
-
-        Raises
-        ------
-        CaptureError
-            The disk refused a write.
-        NonFinite
-            A value was NaN or infinite.
-        """
-        self.submit(self.put_in_place, files)
-        self.drain()
-        return {file.name: FileRecord(file.size, file.hasher.hexdigest()) for file in files}
-
-    def fail(self, error: BaseException) -> None:
-        """Run no further job; `submit`, `check` and `drain` raise *error* from now on."""
-        self._failure = disk_error(error, self.root) if isinstance(error, OSError) else error
-
-    @abstractmethod
-    def write(self, file: ShardFile, slab: Slab) -> None:
-        """Check, hash and write one slab of a file, and return it to the pool."""
-
-    @abstractmethod
-    def close(self, file: ShardFile) -> None:
-        """Complete a file."""
-
-    @abstractmethod
-    def put_in_place(self, files: Sequence[ShardFile]) -> None:
-        """Make the files of a unit appear under their names."""
-
-    @abstractmethod
-    def discard(self, files: Sequence[ShardFile]) -> None:
-        """Remove abandoned files."""
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            function, arguments = job
-            if self._failure is not None:
-                continue
-            began, cpu = time.perf_counter(), time.thread_time()
-            try:
-                function(*arguments)
-            except BaseException as error:
-                self.fail(error)
-            self.busy += time.perf_counter() - began
-            self.cpu += time.thread_time() - cpu
-
-
-def checked(file: ShardFile, slab: Slab) -> np.ndarray:
-    """Return the content of a slab once it is complete; raise NonFinite if its rows contain NaN or infinity."""
-    slab.wait_for_copies()
-    content = slab.array[: slab.filled]
-    rows = content[: max(0, file.layout.row_span(file.shard) - file.checked)]
-    check_finite(file, rows)
-    file.checked += len(rows)
-    return content
 
 
 class Writer(WriterThread):
@@ -171,7 +46,7 @@ class Writer(WriterThread):
 
     def write(self, file: ShardFile, slab: Slab) -> None:
         """Check, hash and write one slab."""
-        content = checked(file, slab)
+        content = check_slab(file, slab)
         if file.handle < 0:
             file.handle = self._create(file)
             self._open.add(file)

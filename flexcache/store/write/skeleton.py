@@ -12,7 +12,7 @@ from zarr.codecs import ZstdCodec
 
 from flexcache.spec import DTYPES, ArraySpec
 from flexcache.store.format.bfloat16 import BFloat16
-from flexcache.store.format.plan_record import write_plan_record
+from flexcache.store.format.ledger import write_plan_record
 from flexcache.store.format.schema import COORDINATES
 from flexcache.store.format.shard import ShardLayout
 from flexcache.store.storage.backend import relative_files
@@ -38,10 +38,8 @@ def write_skeleton(
         Attributes of the root group.
     card
         Text of README.md.
-    add_arrays
-        Adds arrays and coordinates to the group.
-    add_tables
-        Writes the Parquet tables, given the result of *add_arrays*.
+    add_arrays, add_tables
+        Add arrays and coordinates to the group, then the Parquet tables, given the result of the former.
     """
     group = zarr.create_group(zarr.storage.LocalStore(folder), zarr_format=3)
     group.attrs.update(attributes)

@@ -11,6 +11,9 @@ from typing import Protocol
 import numpy as np
 
 from flexcache.errors import CaptureError
+from flexcache.store.storage.backend import disk_path
+from flexcache.store.storage.location import StoreLocation
+from flexcache.store.storage.multipart_upload import PART_BYTES
 
 PAGE = 4096
 LARGEST_SLAB = 1 << 20
@@ -92,31 +95,34 @@ class SlabPool:
         self._free.put(slab)
 
 
-def size_slabs(
-    files: int, buffer_bytes: int, *, largest: int = 0, exact: int | None = None, reserved: int = 0
-) -> tuple[int, int]:
+def size_slabs(root: StoreLocation, files: int, buffer_bytes: int, largest: int, chunk: int | None) -> tuple[int, int]:
     """Return the bytes of a slab and the number of slabs, for *files* that fill one each while others are written.
+
+    On object storage a slab is a part of an upload.
 
     Parameters
     ----------
     largest
-        Bytes of the largest file; a slab need not be larger.
-    exact
-        Bytes that a slab must hold, if its size cannot be chosen.
-    reserved
-        Bytes of the buffer that are not available for slabs.
+        Bytes of the largest shard.
+    chunk
+        Bytes of the largest inner chunk if shards are compressed, where a slab is one chunk; otherwise None.
 
     Raises
     ------
     CaptureError
         The buffer is too small.
     """
-    if exact is not None:
-        size = -(-exact // PAGE) * PAGE
+    local, reserved = disk_path(root) is not None, 0
+    if chunk is not None:
+        size = chunk
+        reserved = 0 if local else files * (PART_BYTES + chunk)  # for chunks that wait until they fill a part
+    elif not local:
+        size = min(PART_BYTES, largest)
     else:
         size = min(LARGEST_SLAB, max(SMALLEST_SLAB, 1 << (largest - 1).bit_length()))
         while size > SMALLEST_SLAB and 2 * files * size > buffer_bytes:
             size //= 2
+    size = -(-size // PAGE) * PAGE
     if (buffer_bytes - reserved) // size < files + 2:
         raise CaptureError(
             "the buffer is too small for so many sites and layers",

@@ -31,16 +31,8 @@ def write_tables(
 ) -> None:
     """Write ``documents.parquet``, ``sequences.parquet`` and the coordinates; memory is about that of a unit.
 
-    Parameters
-    ----------
-    before, n_before
-        The store that the plan extends, whose *n_before* documents come first; the coordinates of its rows exist
-        already.
-
-    Raises
-    ------
-    DocumentsError
-        The type of a label does not match its type in the store.
+    Where the plan extends a store, that is *before*: its *n_before* documents come first, and the coordinates of its
+    rows exist already. DocumentsError if the type of a label does not match its type in that store.
     """
     documents = _TableWriter(store / DOCUMENTS, None if before is None else before / DOCUMENTS)
     sequences = _TableWriter(store / SEQUENCES, None if before is None else before / SEQUENCES)

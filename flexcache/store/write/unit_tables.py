@@ -20,15 +20,10 @@ class UnitTables:
     Parameters
     ----------
     numbers : ndarray of int64, shape (documents,)
-        Line of each document in the table of documents, -1 for those not in an earlier unit; the lines of this unit's
-        documents are filled in.
+        Line of each document in the table of documents, -1 for those not in an earlier unit; the lines of *new*, the
+        documents of this unit that are in no earlier one, are filled in.
     n_documents
         Number of lines that the table of documents has so far.
-
-    Attributes
-    ----------
-    new : ndarray of int64
-        The documents that are not in an earlier unit, in row order.
     """
 
     def __init__(self, unit: UnitPlan, corpus: TokenizedCorpus, numbers: np.ndarray, n_documents: int) -> None:

@@ -44,35 +44,29 @@ class Worker:
     """
 
     def __init__(
-        self, root: Path, conditions: dict[str, Any] | None = None, heartbeat_timeout: float = HEARTBEAT_TIMEOUT
+        self, root: Any, conditions: dict[str, Any] | None = None, heartbeat_timeout: float = HEARTBEAT_TIMEOUT
     ) -> None:
         self.root = root
         self.conditions = conditions or {}
-        self._heartbeat_timeout = heartbeat_timeout
-        self._seen: dict[Path, tuple[int, float]] = {}
-        self._stopped = threading.Event()
-        self.touches: set[Path] = set()
         self.id = uuid.uuid4().hex
-        self.folder = root / PARTIAL / self.id
-        self.alive = self.folder / ALIVE
-        fresh = self.folder.with_suffix(_NEW)
-        for left in reversed(range(10)):
-            try:
-                fresh.mkdir(parents=True)
-                break
-            except FileNotFoundError:  # another worker removed the folder above in between, as its last one
-                if not left:
-                    raise
-        try:
-            (fresh / ALIVE).write_bytes(
-                json_bytes({**identity(os.getpid()), "id": self.id, "conditions": self.conditions})
-            )
-            fresh.rename(self.folder)
-        except OSError:
-            shutil.rmtree(fresh, ignore_errors=True)
-            raise
+        self.alive = root / PARTIAL / self.id / ALIVE
+        self.touches: set[Path] = set()
+        self._heartbeat_timeout = heartbeat_timeout
+        self._seen: dict[Any, tuple[Any, float]] = {}
+        self._stopped = threading.Event()
+        self._announce()
         self._thread = threading.Thread(target=self._beat, name="flexcache-heartbeat", daemon=True)
         self._thread.start()
+
+    @property
+    def folder(self) -> Path:
+        """The private folder of this worker for files in progress."""
+        folder: Path = self.root / PARTIAL / self.id
+        return folder
+
+    def describe(self) -> dict[str, Any]:
+        """Return what this worker tells others: its process, id and conditions."""
+        return {**identity(os.getpid()), "id": self.id, "conditions": self.conditions}
 
     def close(self) -> None:
         """Stop, and remove the folder; the last worker also removes temporary files that others left behind."""
@@ -103,14 +97,33 @@ class Worker:
         except OSError:
             self._seen.pop(path, None)
             return False
-        if ended(content) or self._left(content):
-            return True
+        return ended(content) or self._left(content) or self._timed_out(path, changed)
+
+    def _timed_out(self, key: Any, sign: Any) -> bool:
+        """Return True if a worker's sign of life has not changed for the timeout."""
         now = time.monotonic()
-        before, since = self._seen.setdefault(path, (changed, now))
-        if before != changed:
-            self._seen[path] = changed, now
+        before, since = self._seen.setdefault(key, (sign, now))
+        if before != sign:
+            self._seen[key] = sign, now
             return False
         return now - since >= self._heartbeat_timeout
+
+    def _announce(self) -> None:
+        """Create the folder with the heartbeat file in one step."""
+        fresh = self.folder.with_suffix(_NEW)
+        for left in reversed(range(10)):
+            try:
+                fresh.mkdir(parents=True)
+                break
+            except FileNotFoundError:  # another worker removed the folder above in between, as its last one
+                if not left:
+                    raise
+        try:
+            (fresh / ALIVE).write_bytes(json_bytes(self.describe()))
+            fresh.rename(self.folder)
+        except OSError:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
 
     def _left(self, content: bytes) -> bool:
         """Return True if the folder of a worker is gone: it has closed, or others found it gone."""
@@ -129,9 +142,12 @@ class Worker:
 
     def _beat(self) -> None:
         while not self._stopped.wait(self._heartbeat_timeout / BEATS):
-            for path in (self.alive, *list(self.touches)):
-                with contextlib.suppress(OSError):
-                    os.utime(path)
+            self._refresh()
+
+    def _refresh(self) -> None:
+        for path in (self.alive, *list(self.touches)):
+            with contextlib.suppress(OSError):
+                os.utime(path)
 
 
 def describe(path: Path | ObjectPath) -> dict[str, Any]:
