@@ -1,12 +1,13 @@
-"""Load and check models, tokenizers and objectives as callers pass them, before any work."""
+"""Load and check what callers pass, before any work: models, tokenizers, objectives, documents and path."""
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
@@ -17,6 +18,10 @@ from flexcache.model import ModelSource
 from flexcache.parallel.stages import Stages
 from flexcache.recording.forward.objective import LogitDifference, Objective, describe_objective
 from flexcache.recording.forward.transform import Transform
+from flexcache.store.storage.location import is_location, parse_location
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 TAKEN = ("input_ids", "attention_mask")
 """Keywords of the forward of a language model."""
@@ -172,3 +177,53 @@ def one_token(value: int | str, tokenizer: Any) -> int:
             remedy="give a text that is one token, often with a space before it, or a token id",
         )
     return int(ids[0])
+
+
+def either_order(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function of (model, tokenizer, documents, path) also accept (model, tokenizer, path, documents).
+
+    The argument that is a store is the path; arguments given by name keep their names.
+    """
+
+    @wraps(function)
+    def called(*args: Any, **named: Any) -> R:
+        first, given = args[:2], list(args[2:])
+        if len(given) > 2:
+            raise TypeError(f"{function.__name__}() takes at most 4 arguments by position, and {len(args)} were given")
+        if given and "documents" in named:
+            given = [named.pop("documents"), *given]
+        elif given and "path" in named:
+            given = [*given, named.pop("path")]
+        documents, path = _in_order(*given) if given else (named.pop("documents", None), named.pop("path", None))
+        return function(*first, documents=documents, path=path, **named)
+
+    return called
+
+
+def _in_order(first: Any, second: Any = None) -> tuple[Any, Any]:
+    """Return documents and path from two arguments in any order; ConfigError if both are stores."""
+    stores = [_is_store(first), _is_store(second)]
+    if all(stores) and first is not second:
+        raise ConfigError(
+            "two stores are given, but only one can be extended",
+            expected="documents and the path of a store",
+            found=f"{first} and {second}",
+            remedy="name them, as in documents=…, path=…",
+        )
+    if any(stores):
+        return (second, first) if stores[0] else (first, second)
+    paths = [_may_be_path(first), _may_be_path(second)]
+    return (second, first) if paths[0] and not paths[1] else (first, second)
+
+
+def _may_be_path(given: Any) -> bool:
+    return is_location(given) or hasattr(given, "arrays")
+
+
+def _is_store(given: Any) -> bool:
+    if not _may_be_path(given):
+        return False
+    try:
+        return (parse_location(given) / "zarr.json").exists()
+    except (ConfigError, OSError):
+        return False

@@ -18,8 +18,7 @@ from flexcache.identity import model_key
 from flexcache.images.input import stored_image_input
 from flexcache.paths import shown
 from flexcache.provenance import select_fingerprint
-from flexcache.recording.argument_order import either_order
-from flexcache.recording.arguments import described, model_of, objective_of, tokenizer_of
+from flexcache.recording.arguments import described, either_order, model_of, objective_of, tokenizer_of
 from flexcache.recording.checks.attention_isolation import check_isolation
 from flexcache.recording.checks.padding import check_batching, find_batching
 from flexcache.recording.fields import ExtendFields, split_fields

@@ -80,15 +80,8 @@ def split_fields(
 ) -> tuple[CaptureSpec, dict[str, Any], RunOptions]:
     """Return the `CaptureSpec` of a call, the keywords that change it, and `RunOptions` with the other keywords.
 
-    Parameters
-    ----------
-    accepted
-        The TypedDict of the keywords that the call accepts.
-
-    Raises
-    ------
-    ConfigError
-        A keyword is unknown, with the nearest known one; or an option cannot be used.
+    *accepted* is the TypedDict of the keywords that the call accepts. ConfigError if a keyword is unknown, with the
+    nearest known one, or an option cannot be used.
     """
     names = tuple(accepted.__annotations__)
     for name in fields:

@@ -20,7 +20,6 @@ from flexcache.images.input import stored_image_input
 from flexcache.recording.arguments import model_of, objective_of, tokenizer_of
 from flexcache.recording.forward.batch import Batch, Padding
 from flexcache.recording.forward.batch_reader import BatchReader
-from flexcache.recording.forward.batch_rows import rows_of
 from flexcache.recording.forward.capture_targets import CaptureTargets, find_targets
 from flexcache.recording.forward.image_inputs import padding
 from flexcache.recording.forward.objective import Objective
@@ -28,6 +27,7 @@ from flexcache.recording.forward.transform import Transform
 from flexcache.recording.run.batch_forward import open_forward
 from flexcache.recording.run.fingerprint import fingerprint
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
+from flexcache.recording.run.row_transfer import rows_of
 from flexcache.spec import DTYPES
 from flexcache.store.format.model_comparison import CHANGED_MODEL, STEADY
 from flexcache.store.read.store import Store

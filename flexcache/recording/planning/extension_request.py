@@ -111,12 +111,8 @@ def more_documents(
 ) -> Extension | None:
     """Stage documents after those of a store; return None if it has all of them.
 
-    Parameters
-    ----------
-    new_only
-        Leave out documents whose ids the store has.
-    max_tokens
-        Tokens of all documents, old and new; the document that reaches this number is the last.
+    With *new_only*, documents whose ids the store has are left out. *max_tokens* counts the tokens of all documents,
+    old and new; the document that reaches this number is the last.
 
     Raises
     ------

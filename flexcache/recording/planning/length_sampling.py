@@ -30,13 +30,11 @@ class Sampled:
     ----------
     amount : Estimate
         The size for the whole corpus. The longest document is that of the sample; a longer one may make units larger.
-    documents : int
-        Number of tokenized documents.
+    documents, table_bytes : int
+        Number of tokenized documents; bytes of documents.parquet, sequences.parquet and the coordinates.
     error : float
         Two standard errors of the tokens, relative to them; 0 if all documents were tokenized. It comes from the
         variance between the runs of the sample, so it is larger for a corpus whose documents change along the way.
-    table_bytes : int
-        Bytes of documents.parquet, sequences.parquet and the coordinates.
     plan : Path
         The sample as a store without activations; its batches can be run.
     """
@@ -86,7 +84,7 @@ def sample(
         "provenance": {"model": inputs.model, "tokenizer": inputs.tokenizer_identity, "documents": {}},
     }
     summary = {**asdict(amount), "rows": plan.n_rows, "units": plan.n_units}
-    create(path, place, plan, corpus, inputs.arrays, summary, content, compression=inputs.spec.compression, card="")
+    create(path, place, plan, corpus, inputs.arrays, summary, content, "")
     return Sampled(
         amount=amount,
         documents=read,

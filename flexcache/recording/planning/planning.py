@@ -211,20 +211,15 @@ def plan_store(
     """Create a store that holds its plan and no activations; it appears at *path* in one step.
 
     If several processes make this call, one plans and the others wait, calling *on_wait* regularly; if that process
-    ends before it has finished, another takes over.
-
-    Returns
-    -------
-    The size of the plan; None if the store exists, or if another process made it.
+    ends before it has finished, another takes over. The size of the plan is returned, or None if the store exists, or
+    if another process made it.
 
     Raises
     ------
     PlanError
         The disk has no room for the whole store.
     StoreError
-        The place is taken.
-    DocumentsError
-        See `flexcache.sequences.tokenize_corpus`.
+        The place is taken. DocumentsError as for `flexcache.sequences.tokenize_corpus`.
     """
     return create_once(path, lambda folder: _plan(path, folder, inputs, progress), on_wait)
 
@@ -243,8 +238,6 @@ def _plan(path: StoreLocation, folder: Path, inputs: PlanInputs, progress: Progr
             **(inputs.notes or {}),
         },
     }
-    create(
-        path, folder, plan, corpus, inputs.arrays, asdict(amount), content,
-        compression=inputs.spec.compression, card=card(path.name, inputs.arrays, amount.lines(), content),
-    )  # fmt: skip
+    text = card(path.name, inputs.arrays, amount.lines(), content)
+    create(path, folder, plan, corpus, inputs.arrays, asdict(amount), content, text)
     return amount

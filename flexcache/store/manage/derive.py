@@ -56,12 +56,7 @@ def prepare_store(
 ) -> Store:
     """Create a store without activations at *path*, or return the one that an equal call has begun there.
 
-    Parameters
-    ----------
-    origin, content
-        The store whose tables and coordinates are copied, and the result of `derived_content`.
-    needed
-        Upper bound for the bytes of the shards.
+    *content* is the result of `derived_content`, and *needed* an upper bound for the bytes of the shards.
 
     Raises
     ------

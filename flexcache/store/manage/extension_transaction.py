@@ -93,10 +93,7 @@ class ExtensionTransaction:
     def commit(self, progress: ProgressCallback = ignore_progress, on_wait: Callable[[], None] = lambda: None) -> None:
         """Commit the staged extension to the store; if several processes call this, one does it.
 
-        Raises
-        ------
-        StoreError
-            The extension is not complete, or units of the store itself were taken back meanwhile.
+        StoreError if the extension is not complete, or units of the store itself were taken back meanwhile.
         """
         with clear_errors(self.path), self._elected(on_wait, lambda: not self.staged) as worker:
             if worker is not None:
@@ -119,10 +116,7 @@ class ExtensionTransaction:
     def discard(self) -> bool:
         """Drop the staged extension; return False if none is staged.
 
-        Raises
-        ------
-        StoreError
-            The extension is being committed, or other processes fill it.
+        StoreError if the extension is being committed, or other processes fill it.
         """
         if not self.staged:
             return False

@@ -30,15 +30,11 @@ BLOCK = 4 << 20
 
 
 class RowCopy:
-    """Copy of the units that are committed in all sources into a target that was created for them.
+    """Copy of the units that are committed in all *sources* into a target that was created for them.
 
     Any number of processes may work on one copy: each unit is claimed, and committed by its ledger record, as in a
-    capture. Memory is 64 MB, and 4 MB for rows that are converted.
-
-    Parameters
-    ----------
-    sources
-        The store that each layer of each array of the target is copied from.
+    capture. Memory is 64 MB, and 4 MB for rows that are converted. *sources* has the store from which each layer of
+    each array is copied.
     """
 
     def __init__(self, target: Store, sources: Mapping[ArrayKey, Store]) -> None:
@@ -66,16 +62,9 @@ class RowCopy:
         return sorted(set(self.available()) - set(self.target.committed_units.tolist()))
 
     def run(self, progress: ProgressCallback = ignore_progress) -> None:
-        """Copy all units that are pending.
+        """Copy all units that are pending; *progress* is called with the bytes of the rows copied so far, and in total.
 
-        *progress* is called with the bytes of the rows copied so far, and in total.
-
-        Raises
-        ------
-        DamagedError
-            A file of a source is damaged.
-        RangeError
-            A value does not fit the dtype of the target.
+        DamagedError if a file of a source is damaged, RangeError if a value does not fit the dtype of the target.
         """
         total = self._bytes(self.available())
         progress(total - self._bytes(self.pending()), total)

@@ -88,16 +88,8 @@ def create_once(path: StoreLocation, make: Callable[[Path], T], on_wait: Callabl
     """Run *make* in one of the processes that ask for a store at *path*, and return its result.
 
     The others wait, calling *on_wait* now and then, and one of them takes over if the process ends early. *make* is
-    given an empty folder for files in progress.
-
-    Returns
-    -------
-    None if the store exists already or another process made it.
-
-    Raises
-    ------
-    StoreError
-        See `check_target`. CaptureError if the disk refuses a write.
+    given an empty folder for files in progress. None is returned if the store exists already or another process made
+    it. StoreError as from `check_target`, CaptureError if the disk refuses a write.
     """
     check_target(path)
     if (path / "zarr.json").exists():
@@ -152,8 +144,6 @@ def create(
     arrays: list[ArraySpec],
     summary: dict[str, Any],
     content: dict[str, Any],
-    *,
-    compression: str,
     card: str,
 ) -> None:
     """Write a store without activations into *folder*, then publish it at *path*.
@@ -177,7 +167,7 @@ def create(
     }
 
     def add_arrays(group: zarr.Group) -> dict[str, zarr.Array]:
-        create_arrays(group, arrays, plan.n_rows, plan.shard_rows, compression)
+        create_arrays(group, arrays, plan.n_rows, plan.shard_rows, content["spec"]["compression"])
         return {name: create_coordinate(group, name, plan.n_rows) for name in COORDINATES}
 
     write_skeleton(

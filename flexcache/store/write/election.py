@@ -32,12 +32,8 @@ def working(
 ) -> Iterator[tuple[Worker, Claiming]]:
     """Start a worker on the store at *root* with its claims, and release and close both at the end.
 
-    Parameters
-    ----------
-    finished
-        Called at the end; if it returns True, stale claims of other workers are removed as well.
-    conditions
-        Conditions of its forwards, which other workers can read.
+    If *finished* then returns True, stale claims of other workers are removed as well. Other workers can read the
+    *conditions* of its forwards.
     """
     kind = ObjectWorker if disk_path(root) is None else Worker
     worker = kind(root, conditions, heartbeat_timeout)
@@ -62,12 +58,8 @@ def claim_until_done(
 ) -> Iterator[T]:
     """Yield what *claim* returns until nothing is *left*; poll while other processes hold the rest.
 
-    The claims of a process that ends are free for the others, so the loop ends only when all work is done.
-
-    Parameters
-    ----------
-    on_wait
-        Called with the number of parts left before each pause.
+    The claims of a process that ends are free for the others, so the loop ends only when all work is done. *on_wait* is
+    called with the number of parts left before each pause.
     """
     while True:
         claimed = claim()

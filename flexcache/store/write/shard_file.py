@@ -174,10 +174,7 @@ class WriterThread(ABC):
     def commit_shards(self, files: Sequence[ShardFile]) -> dict[str, FileRecord]:
         """Wait until the files of a unit are written, commit them, and return their ledger records.
 
-        Raises
-        ------
-        CaptureError
-            The disk refused a write. NonFinite if a value was NaN or infinite.
+        CaptureError if the disk refused a write, NonFinite if a value was NaN or infinite.
         """
         self.submit(self.put_in_place, files)
         self.drain()

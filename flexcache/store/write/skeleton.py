@@ -32,14 +32,8 @@ def write_skeleton(
 ) -> None:
     """Write a store without activations into *folder*, which must be empty or missing.
 
-    Parameters
-    ----------
-    attributes
-        Attributes of the root group.
-    card
-        Text of README.md.
-    add_arrays, add_tables
-        Add arrays and coordinates to the group, then the Parquet tables, given the result of the former.
+    *attributes* are those of the root group, and *card* is the text of README.md. *add_arrays* adds arrays and
+    coordinates to the group, then *add_tables* writes the Parquet tables, given the result of the former.
     """
     group = zarr.create_group(zarr.storage.LocalStore(folder), zarr_format=3)
     group.attrs.update(attributes)

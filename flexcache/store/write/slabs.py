@@ -98,14 +98,12 @@ class SlabPool:
 def size_slabs(root: StoreLocation, files: int, buffer_bytes: int, largest: int, chunk: int | None) -> tuple[int, int]:
     """Return the bytes of a slab and the number of slabs, for *files* that fill one each while others are written.
 
-    On object storage a slab is a part of an upload.
+    On object storage a slab is a part of an upload; where shards are compressed, it is one inner chunk.
 
     Parameters
     ----------
-    largest
-        Bytes of the largest shard.
-    chunk
-        Bytes of the largest inner chunk if shards are compressed, where a slab is one chunk; otherwise None.
+    largest, chunk
+        Bytes of the largest shard, and of the largest inner chunk, None if shards are not compressed.
 
     Raises
     ------

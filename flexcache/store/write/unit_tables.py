@@ -15,15 +15,10 @@ SEGMENT_TYPES = {"documents": pa.int64(), "starts": pa.int32(), "places": pa.int
 
 
 class UnitTables:
-    """Lines of the tables for the rows of one unit.
+    """Lines of the tables for the rows of one unit, after *n_documents* lines of the table of documents.
 
-    Parameters
-    ----------
-    numbers : ndarray of int64, shape (documents,)
-        Line of each document in the table of documents, -1 for those not in an earlier unit; the lines of *new*, the
-        documents of this unit that are in no earlier one, are filled in.
-    n_documents
-        Number of lines that the table of documents has so far.
+    *numbers*, int64 of shape (documents,), has the line of each document in that table, -1 for those not in an earlier
+    unit; the lines of *new*, the documents of this unit that are in no earlier one, are filled in.
     """
 
     def __init__(self, unit: UnitPlan, corpus: TokenizedCorpus, numbers: np.ndarray, n_documents: int) -> None:
