@@ -6,9 +6,10 @@ import numpy as np
 import torch
 
 from flexcache.errors import ConfigError
+from flexcache.hooks.locate.vision import compute_dtype
 from flexcache.hooks.read.activation_hooks import accepts_keyword
 from flexcache.hooks.read.measure import example_inputs
-from flexcache.recording.checks.comparison import TrialForward, Values, compute_dtype, name_key, relative_differences
+from flexcache.recording.checks.comparison import TrialForward, Values, name_key, relative_differences
 from flexcache.recording.forward.batch import Batch, Padding, unplanned_batch
 from flexcache.recording.forward.capture_targets import CaptureTargets
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup

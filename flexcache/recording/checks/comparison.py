@@ -55,11 +55,6 @@ def relative_differences(values: torch.Tensor, others: torch.Tensor, floor: floa
     return (values - others).norm(dim=-1) / scale
 
 
-def compute_dtype(model: torch.nn.Module) -> torch.dtype:
-    """Return the dtype of a model's first floating-point weights."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
 def name_key(key: Key) -> str:
     """Return an array and its layer for an error message."""
     return key[0] if key[1] is None else f"{key[0]} of layer {key[1]}"

@@ -17,13 +17,13 @@ import torch
 
 from flexcache.errors import CaptureError, ConfigError, PlanError
 from flexcache.hooks.locate.encoder_decoder import DECODER_INPUT_IDS
+from flexcache.hooks.locate.vision import compute_dtype
 from flexcache.hooks.read.measure import EXAMPLE_SHAPE, example_inputs, input_device
 from flexcache.plan import Batching
 from flexcache.recording.checks.comparison import (
     Key,
     TrialForward,
     Values,
-    compute_dtype,
     name_key,
     relative_differences,
 )

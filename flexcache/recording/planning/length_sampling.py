@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 
 from flexcache.documents.runs import spread_runs
 from flexcache.errors import DocumentsError
-from flexcache.plan import Plan, unit_rows
+from flexcache.plan import unit_rows
 from flexcache.progress import ProgressCallback, ignore_progress
-from flexcache.recording.planning.planning import Estimate, PlanInputs, planned, tokenized
+from flexcache.recording.planning.planning import Estimate, PlanInputs, estimate_size, planned, tokenized
 from flexcache.sequences import TokenizedCorpus
 from flexcache.store.format.schema import COORDINATES, DOCUMENTS, SEQUENCES
 from flexcache.store.storage.backend import relative_files
-from flexcache.store.write.create import check_names, create, total_bytes
+from flexcache.store.write.create import check_names, create
 
 DOCUMENTS_TOKENIZED = 2048
 UNITS_SIMULATED = 4
@@ -105,27 +105,8 @@ def _extrapolated(inputs: PlanInputs, corpus: TokenizedCorpus, scale: float, see
     if scale != 1:
         some = _drawn(kept, shard_rows, round(len(lengths) * scale), seed)
         lengths, sides, kept, linked = lengths[some], sides[some], kept[some], None
-    run, padded, largest = planned(inputs, sides, kept, shard_rows, linked).forwards()
     share = tokens / int(lengths.sum(dtype=np.int64))
-    none = np.zeros(0, np.int32)
-    units = Plan(none, none, shard_rows, spec.batch_tokens, spec.seed, n_rows).n_units
-    return Estimate(
-        rows=n_rows,
-        documents=round(len(corpus.lengths) * scale),
-        sequences=round(len(sequences.lengths) * scale),
-        units=units,
-        shard_rows=shard_rows,
-        files=units * sum(len(array.slices) for array in inputs.arrays),
-        bytes=total_bytes(inputs.arrays, n_rows, shard_rows),
-        tokens=round(int(corpus.lengths.sum(dtype=np.int64)) * scale),
-        tokens_run=round(run * share),
-        tokens_padded=round(padded * share),
-        longest_document=int(corpus.lengths.max()),
-        truncated_documents=round(corpus.truncated * scale),
-        skipped_documents=round(corpus.skipped * scale),
-        rowless_documents=round(corpus.rowless * scale),
-        largest_batch=largest,
-    )
+    return estimate_size(inputs, corpus, planned(inputs, sides, kept, shard_rows, linked), n_rows, scale, share)
 
 
 def _drawn(kept: np.ndarray, shard_rows: int, most: int, seed: int) -> np.ndarray:

@@ -124,31 +124,40 @@ def make_plan(inputs: PlanInputs, folder: Path, progress: ProgressCallback) -> t
     """Tokenize the documents into *folder* and split them into units."""
     check_names(inputs.arrays)
     corpus = tokenized(inputs, inputs.documents, folder, progress)
-    lengths, sequences = corpus.lengths, corpus.segmentation
+    sequences = corpus.segmentation
     plan = planned(
         inputs, corpus.input_lengths, sequences.kept, linked=sequences.linked, image_bytes=corpus.image_bytes
     )
-    shard_rows = plan.shard_rows
+    return plan, corpus, estimate_size(inputs, corpus, plan, plan.n_rows)
+
+
+def estimate_size(
+    inputs: PlanInputs, corpus: TokenizedCorpus, plan: Plan, n_rows: int, scale: float = 1.0, share: float = 1.0
+) -> Estimate:
+    """Return the size of the plan of a corpus of which the tokenized documents are a sample.
+
+    *n_rows* are those of the whole corpus; it has *scale* times the documents of the sample, and *share* times the
+    tokens of *plan*.
+    """
     run, padded, largest = plan.forwards()
-    n_arrays = sum(len(array.slices) for array in inputs.arrays)
-    estimate = Estimate(
-        rows=plan.n_rows,
-        documents=len(lengths),
-        sequences=len(sequences.lengths),
-        units=plan.n_units,
-        shard_rows=shard_rows,
-        files=plan.n_units * n_arrays,
-        bytes=total_bytes(inputs.arrays, plan.n_rows, shard_rows),
-        tokens=int(lengths.sum(dtype=np.int64)),
-        tokens_run=run,
-        tokens_padded=padded,
-        longest_document=int(lengths.max()),
-        truncated_documents=corpus.truncated,
-        skipped_documents=corpus.skipped,
-        rowless_documents=corpus.rowless,
+    units = -(-n_rows // plan.shard_rows)
+    return Estimate(
+        rows=n_rows,
+        documents=round(len(corpus.lengths) * scale),
+        sequences=round(len(corpus.segmentation.lengths) * scale),
+        units=units,
+        shard_rows=plan.shard_rows,
+        files=units * sum(len(array.slices) for array in inputs.arrays),
+        bytes=total_bytes(inputs.arrays, n_rows, plan.shard_rows),
+        tokens=round(int(corpus.lengths.sum(dtype=np.int64)) * scale),
+        tokens_run=round(run * share),
+        tokens_padded=round(padded * share),
+        longest_document=int(corpus.lengths.max()),
+        truncated_documents=round(corpus.truncated * scale),
+        skipped_documents=round(corpus.skipped * scale),
+        rowless_documents=round(corpus.rowless * scale),
         largest_batch=largest,
     )
-    return plan, corpus, estimate
 
 
 def tokenized(inputs: PlanInputs, documents: Corpus, folder: Path, progress: ProgressCallback) -> TokenizedCorpus:

@@ -6,7 +6,7 @@ import mmap
 import queue
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
@@ -20,21 +20,14 @@ LARGEST_SLAB = 1 << 20
 SMALLEST_SLAB = 64 << 10
 
 
-class Fence(Protocol):
-    """An asynchronous copy into a slab, such as a CUDA event."""
-
-    def synchronize(self) -> object:
-        """Return once the copy is complete."""
-
-
 class Slab:
-    """One buffer: its bytes, the number of filled bytes, and the copies that must end before it is written."""
+    """One buffer: its bytes, the number of filled bytes, and events of copies that must end before it is written."""
 
     def __init__(self, array: np.ndarray, owner: object = None) -> None:
         self.array = array
         self.owner = owner
         self.filled = 0
-        self.fences: list[Fence] = []
+        self.fences: list[Any] = []
 
     def wait_for_copies(self) -> None:
         """Wait for all copies into the slab."""
