@@ -73,10 +73,7 @@ def json_bytes(value: Any) -> bytes:
 def commit_files(root: Path, files: Iterable[tuple[Path, str]]) -> None:
     """Rename flushed files to their names below *root*, then flush the folders: one journal flush for all of them.
 
-    Parameters
-    ----------
-    files
-        Where each file is, and its name relative to *root*.
+    *files* are where each file is, and its name relative to *root*.
     """
     folders: dict[Path, None] = {}
     for temporary, name in files:

@@ -89,11 +89,8 @@ class Storage(ABC):
     def publish(self, folder: Path, last: Sequence[str]) -> None:
         """Make a folder that was prepared on the local disk appear at the location, as one step for readers.
 
-        Parameters
-        ----------
-        last
-            Names of the files that object storage gets after all others. The last of them decides which of several
-            processes has published: nothing is done where it exists.
+        *last* are names of the files that object storage gets after all others. The last of them decides which of
+        several processes has published: nothing is done where it exists.
         """
 
     @abstractmethod

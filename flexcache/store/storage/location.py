@@ -20,10 +20,7 @@ COPY = "copy the store to a disk with flexcache copy, do it there, and copy the 
 def parse_location(path: Any) -> StoreLocation:
     """Return the location of a path, URL or opened store; folders are absolute, see `flexcache.paths.local_path`.
 
-    Raises
-    ------
-    ConfigError
-        It is no path, no file or object can have that name, or this kind of URL cannot be opened.
+    ConfigError if it is no path, no file or object can have that name, or this kind of URL cannot be opened.
 
     >>> parse_location("file:///data/run.zarr/")
     PosixPath('/data/run.zarr')
@@ -58,13 +55,7 @@ def beyond_links(path: StoreLocation) -> StoreLocation:
 
 
 def local(path: Any, what: str, remedy: str = COPY) -> Path:
-    """Return the path of a store that must be in a folder, since *what* needs a file system.
-
-    Raises
-    ------
-    StoreError
-        It is on object storage.
-    """
+    """Return the path of a store that must be in a folder, since *what* needs a file system; else StoreError."""
     found = parse_location(path)
     if isinstance(found, Path):
         return found

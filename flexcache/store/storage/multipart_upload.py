@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from flexcache.errors import FlexCacheError
 from flexcache.store.storage.object_path import ObjectPath
@@ -15,34 +15,16 @@ PART_BYTES = 5 << 20
 """Bytes of the smallest part that S3 accepts, except for the last part."""
 
 
-class Upload(Protocol):
-    """An object that is being uploaded. One thread at a time sends a part.
-
-    Attributes
-    ----------
-    ordered : bool
-        True if a part must have arrived before the next one is sent.
-    """
-
-    ordered: bool
-
-    def put(self, number: int, content: bytes | memoryview) -> None:
-        """Send part *number*, counted from 0."""
-
-    def complete(self) -> None:
-        """Make the whole object appear."""
-
-    def abort(self) -> None:
-        """Delete the parts that were sent; raise nothing."""
-
-
 def begin_upload(path: ObjectPath) -> Upload:
     """Return the upload of an object: independent parts on S3, one stream elsewhere."""
     return MultipartUpload(path) if path.client.multipart is not None else StreamUpload(path)
 
 
 class MultipartUpload:
-    """A multipart upload to S3: parts may arrive in any order, and each is sent again if its request fails."""
+    """A multipart upload to S3: parts may arrive in any order, and each is sent again if its request fails.
+
+    *ordered* is True where a part must have arrived before the next one is sent. One thread at a time sends a part.
+    """
 
     ordered = False
 
@@ -53,12 +35,7 @@ class MultipartUpload:
         self._lock = threading.Lock()
 
     def put(self, number: int, content: bytes | memoryview) -> None:
-        """Send a part of at least 5 MiB; the last part may be shorter.
-
-        Raises
-        ------
-        UnreachableError
-        """
+        """Send part *number*, counted from 0, of at least 5 MiB; the last part may be shorter."""
         if number == 0 and len(content) < PART_BYTES:  # the only one: it needs no upload of several requests
             self.path.write_bytes(bytes(content))
             return
@@ -68,12 +45,7 @@ class MultipartUpload:
             self._tags[number + 1] = found["ETag"]
 
     def complete(self) -> None:
-        """Make the whole object appear.
-
-        Raises
-        ------
-        UnreachableError
-        """
+        """Make the whole object appear."""
         if self._id is None:
             return
         parts = [{"PartNumber": number, "ETag": tag} for number, tag in sorted(self._tags.items())]
@@ -84,7 +56,7 @@ class MultipartUpload:
         self._id = None
 
     def abort(self) -> None:
-        """Delete the parts that were sent."""
+        """Delete the parts that were sent; raise nothing."""
         if self._id is not None:
             with contextlib.suppress(Exception):
                 self._call("abort_multipart_upload", UploadId=self._id)
@@ -114,24 +86,14 @@ class StreamUpload:
         self._writer: Any = None
 
     def put(self, number: int, content: bytes | memoryview) -> None:
-        """Send the next part.
-
-        Raises
-        ------
-        UnreachableError
-        """
+        """Send the next part."""
         with _clear_errors(self.path):
             if self._writer is None:
                 self._writer = _open_writer(self.path)
             self._writer.write(bytes(content))
 
     def complete(self) -> None:
-        """Make the whole object appear.
-
-        Raises
-        ------
-        UnreachableError
-        """
+        """Make the whole object appear."""
         with _clear_errors(self.path):
             self._writer.close()
         self._writer = None
@@ -159,6 +121,9 @@ def _clear_errors(path: ObjectPath) -> Iterator[None]:
         raise
     except Exception as error:
         raise unreachable(path.url, translated(error)) from error
+
+
+Upload = MultipartUpload | StreamUpload
 
 
 def abort_uploads(root: ObjectPath) -> int:

@@ -33,17 +33,7 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class ObjectClient:
-    """Clients of one bucket. Any number of threads may use them.
-
-    Attributes
-    ----------
-    objects : obstore.store.ObjectStore
-        Reads, writes, lists and deletes objects.
-    multipart : boto3's S3 client, or None
-        Sends, lists and aborts the parts of multipart uploads; on S3 only.
-    threads : ThreadPoolExecutor
-        Sends requests for parts of objects.
-    """
+    """Clients of one bucket, for any number of threads: obstore's, boto3's for multipart uploads (S3), and threads."""
 
     objects: Any
     multipart: Any
@@ -74,11 +64,8 @@ def check_scheme(scheme: str) -> None:
 def open_client(scheme: str, bucket: str) -> ObjectClient:
     """Return this process's client of a bucket.
 
-    Raises
-    ------
-    ConfigError
-        An option is unknown, or this process was forked from one that has used object storage: threads of the client
-        do not survive a fork, so that a request would wait for ever.
+    ConfigError if an option is unknown, or this process was forked from one that has used object storage: threads of
+    the client do not survive a fork, so that a request would wait for ever.
     """
     kind, process = SCHEMES[scheme], os.getpid()
     bucket = "" if kind == "memory" else bucket

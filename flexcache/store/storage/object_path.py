@@ -26,14 +26,9 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Status:
-    """Size and identity of an object, under the names of a file's status.
+    """Size in bytes and identity of an object, under the names of a file's status.
 
-    Attributes
-    ----------
-    st_size : int
-        Bytes.
-    st_ino, st_mtime_ns : int
-        Numbers that change when the object is replaced: CRC-32 of its ETag, and of its time of modification.
+    *st_ino* and *st_mtime_ns* change when it is replaced: CRC-32 of its ETag, and of its time of modification.
     """
 
     st_size: int
@@ -46,12 +41,8 @@ class ObjectPath:
 
     There are no folders: `mkdir` does nothing, and a name exists while an object has it or begins with it. Requests
     that fail for a while are repeated, see `flexcache.store.storage.retry`. Listings are never cached.
-    Options and credentials come from the environment. It pickles as its URL.
-
-    Raises
-    ------
-    ConfigError
-        There is no client for this kind of URL, or it is not installed.
+    Options and credentials come from the environment. It pickles as its URL. ConfigError if there is no client for this
+    kind of URL, or it is not installed.
 
     >>> ObjectPath("memory://bucket/run.zarr") / "zarr.json"
     ObjectPath('memory://bucket/run.zarr/zarr.json')
@@ -136,12 +127,7 @@ class ObjectPath:
     # What is there
 
     def stat(self) -> Status:
-        """Return the size of the object, and numbers that differ from those of another object of the same name.
-
-        Raises
-        ------
-        FileNotFoundError
-        """
+        """Return the size of the object, and numbers that differ from those of another object of the same name."""
         info = self._do(lambda objects: _obstore().head(objects, self.key))
         tag, changed = info.get("e_tag") or "", info["last_modified"].isoformat()
         return Status(int(info["size"]), crc32(tag.encode()), crc32(changed.encode()))
@@ -183,12 +169,7 @@ class ObjectPath:
     # Reading
 
     def read_bytes(self) -> bytes:
-        """Return the whole object.
-
-        Raises
-        ------
-        FileNotFoundError
-        """
+        """Return the whole object."""
         return self._do(lambda objects: bytes(_obstore().get(objects, self.key).bytes()))
 
     def read_from(self, start: int) -> bytes:
@@ -205,11 +186,7 @@ class ObjectPath:
     def read_spans(self, spans: Sequence[Span]) -> list[bytes]:
         """Return several parts of the object, fetched at the same time.
 
-        Raises
-        ------
-        FileNotFoundError
-        UnreachableError
-            Also if every attempt returns fewer bytes than requested.
+        UnreachableError is also raised if every attempt returns fewer bytes than requested.
         """
 
         def read_span(span: Span) -> bytes:

@@ -18,10 +18,6 @@ def check_inside(root: StoreLocation, path: StoreLocation, most: int | None = No
     """Raise DamagedError if a file is outside its store, is not a regular file, or has more than *most* bytes.
 
     A missing file passes: the code that reads it raises its own error.
-
-    Raises
-    ------
-    DamagedError
     """
     folder, file = disk_path(root), disk_path(path)
     if folder is None or file is None:  # an object is always a regular file inside its store
@@ -38,12 +34,7 @@ def check_inside(root: StoreLocation, path: StoreLocation, most: int | None = No
 
 
 def check_tree_inside(root: StoreLocation, folder: StoreLocation) -> None:
-    """Raise DamagedError if a folder has an entry that leads out of its store or is neither a folder nor a file.
-
-    Raises
-    ------
-    DamagedError
-    """
+    """Raise DamagedError if a folder has an entry that leads out of its store or is neither a folder nor a file."""
     top, below = disk_path(root), disk_path(folder)
     if top is None or below is None:
         return

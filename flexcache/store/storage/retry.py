@@ -36,14 +36,8 @@ _STATUS = re.compile(r"status code: (\d{3})")
 def attempt(url: str, request: Callable[[], Result]) -> Result:
     """Return what *request* returns; repeat it after a failure that may pass, six attempts in all.
 
-    The waits double from 0.2 s, with a random part, so that many processes do not come back at once.
-
-    Raises
-    ------
-    UnreachableError
-        It goes on failing, or access is denied.
-    FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError
-        The storage answers so.
+    The waits double from 0.2 s, with a random part, so that many processes do not come back at once. UnreachableError
+    if it goes on failing, or access is denied; FileNotFoundError and its like are the storage's answers.
     """
     for number in range(ATTEMPTS):
         try:
