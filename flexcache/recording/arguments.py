@@ -22,7 +22,6 @@ from flexcache.store.storage.location import is_location, parse_location
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
 TAKEN = ("input_ids", "attention_mask")
 """Keywords of the forward of a language model."""
 

@@ -24,8 +24,6 @@ from flexcache.sequences.chat import check_template
 
 PART = 64
 """Documents in a file of completions, which is written, and resumed, as a whole."""
-
-
 COMPLETE = "complete"
 
 

@@ -55,7 +55,6 @@ COPIED = 1 << 28
 """Most parameters of a model of lower precision that is compared by a copy in float32, unless its bits are equal."""
 SMALL = 0.01
 """Share of the mean norm of a sequence that is the least scale of a token: gradients vanish at some tokens."""
-
 LEVELS: tuple[Batching, ...] = get_args(Batching)
 NOTICES = {
     "equal_lengths": "padding changes activations of the model, so batches hold sequences of one length only",

@@ -20,10 +20,8 @@ from flexcache.site import PATTERN
 
 FAILURES = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError)
 """Errors that the code of a model raises on inputs that it cannot run."""
-
 Sink = Callable[[Batch, str, int | None, torch.Tensor], None]
 """Called with a batch, the name of an array, a layer, and values of shape (sequences, longest, features…)."""
-
 ONE_TOKEN = unplanned_batch([np.zeros(1, np.int32)])
 
 

@@ -13,7 +13,6 @@ from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
 
 BLOCK = 4 << 20
-
 EXISTING_ROWS = "carried"
 """Key in a fingerprint: the conditions of the rows at the front of a unit, if the other rows had others."""
 

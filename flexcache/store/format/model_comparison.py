@@ -25,22 +25,12 @@ from flexcache.store.format.model_record import (
 
 TOLERANCES = {"bfloat16": 6e-2, "float16": 2e-2, "float32": 1e-3, "float64": 1e-6}
 """Differences allowed between two forwards under other conditions, relative to the norm of a group of tokens."""
-
-
 STEADY = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5, "float64": 1e-12}
 """The same under equal conditions, for models whose forwards are not repeatable bit for bit."""
-
-
 BUILT_WITH = ("device", "torch", "transformers")
 """Conditions that may change the bits of tensors that a model computes when it is loaded."""
-
-
 UNREADABLE = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
-
-
 SHOWN = 6
-
-
 CHANGED_MODEL = (
     "load the model as it was, or choose another path for a new store; allow_changed_model=True"
     " (--allow-changed-model) continues anyway, and the ledger records it"

@@ -8,13 +8,10 @@ from typing import Any
 import xxhash
 
 Record = Mapping[str, Any]
-
 IDENTITY, CONFIG, NAMES = "identity", "config", "names"
 SAMPLE, CONFIG_DIGEST = "weights_sample_xxh3_128", "config_xxh3_128"
 APART = ("name", "revision", "files", IDENTITY, SAMPLE, CONFIG_DIGEST)
 """Keys of a record that state where a model came from, or that are not compared for equality only."""
-
-
 OTHERS = "other_models"
 """Marks of other models in the record of a store, which computed some of its units."""
 

@@ -14,7 +14,6 @@ from flexcache.store.storage.object_path import PIECE_BYTES, PIECES, Span
 
 GAP_BYTES = 128 << 10
 """Rows at most this many bytes apart are fetched by one request, with the bytes between them."""
-
 RUNS = 64
 """Requests for scattered rows that are sent at the same time."""
 

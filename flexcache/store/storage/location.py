@@ -13,7 +13,6 @@ from flexcache.paths import FILE_URLS, local_path
 from flexcache.store.storage.object_path import ObjectPath
 
 StoreLocation = Path | ObjectPath
-
 COPY = "copy the store to a disk with flexcache copy, do it there, and copy the result back"
 
 

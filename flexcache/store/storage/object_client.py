@@ -16,12 +16,9 @@ from flexcache.errors import ConfigError
 
 SCHEMES = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "memory": "memory"}
 """Kind of storage of each URL scheme."""
-
 REQUESTS = 64
 """Requests for parts of objects that one process has on their way at a time."""
-
 _CONNECT_SECONDS, _READ_SECONDS, _REQUEST_LIMIT = 5, 60, timedelta(hours=1)
-
 _OPTIONS = {
     "s3": ("anon", "endpoint_url", "key", "profile", "secret", "token", "client_kwargs"),
     "gs": ("token",),

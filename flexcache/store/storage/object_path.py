@@ -18,7 +18,6 @@ PIECE_BYTES = 4 << 20
 PIECES = 8
 """Requests of a long read that are on their way at a time."""
 SMALL_READ = 1 << 20
-
 Result = TypeVar("Result")
 Span = tuple[int, int]
 """First byte, and the byte after the last."""

@@ -13,12 +13,9 @@ from flexcache.errors import FlexCacheError, UnreachableError
 ATTEMPTS = 6
 FIRST_WAIT = 0.2
 LONGEST_WAIT = 10.0
-
 Result = TypeVar("Result")
-
 _ANSWERS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, FlexCacheError)
 """Exceptions that are answers, not failures."""
-
 _FINAL = (
     "PermissionError",
     "NoCredentialsError",
@@ -29,7 +26,6 @@ _FINAL = (
     "InvalidPathError",
 )
 """Failures that the same request meets again."""
-
 _STATUS = re.compile(r"status code: (\d{3})")
 
 

@@ -26,7 +26,6 @@ from flexcache.store.write.skeleton import create_arrays, create_coordinate, wri
 from flexcache.store.write.tables import write_tables
 
 T = TypeVar("T")
-
 NAME_BYTES = 255
 """Bytes of the longest file name on common file systems."""
 OTHER_ENTRIES = (DOCUMENTS, SEQUENCES, "README.md", "ledger")

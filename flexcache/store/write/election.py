@@ -19,7 +19,6 @@ from flexcache.store.write.worker import HEARTBEAT_TIMEOUT, Worker
 
 POLL = 0.2
 """Seconds between two attempts to claim what other processes hold."""
-
 T = TypeVar("T")
 
 

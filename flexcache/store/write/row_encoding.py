@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 FLOAT32 = np.dtype(np.float32)
 # All exponent bits set, no fraction: the first pattern that is not finite.
 _INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
-
 EncodedRows = tuple[np.ndarray, list[tuple[int, int]]]
 """One-dimensional bytes, and spans of (start, count) that are rows."""
 

@@ -25,7 +25,6 @@ from flexcache.store.write.row_encoding import first_nonfinite
 from flexcache.store.write.slabs import Slab, SlabPool
 
 ZSTD_LEVEL = 1
-
 Copy = Callable[[Slab, int, Any, int, int], None]
 """``copy(slab, at, source, start, count)`` copies bytes *start* … *start + count* of a source to *at* in a slab."""
 

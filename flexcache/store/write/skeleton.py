@@ -19,7 +19,6 @@ from flexcache.store.storage.backend import relative_files
 
 COORDINATE_CHUNK = 1 << 20
 """Rows of a chunk of a coordinate, at most."""
-
 T = TypeVar("T")
 
 

@@ -20,7 +20,6 @@ PARTIAL = ".partial"
 ALIVE = "alive"
 HEARTBEAT_TIMEOUT = 120.0
 """Seconds without a heartbeat after which a worker on any machine counts as gone."""
-
 BEATS = 6
 """Heartbeats within the timeout."""
 _NEW = ".new"
