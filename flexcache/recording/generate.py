@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Unpack
@@ -126,16 +125,20 @@ def generate(
     ):
         _agree(worker, completions.folder / REQUEST, asked, claims)
         left: dict[int, pa.Table] = {}  # parts that other processes have claimed
-        for number, part in _then_none(enumerate(prompt_parts(corpus))):
-            left |= {} if part is None else {number: part}
-            while left:
-                for made in [at for at, prompts in left.items() if _made(writer, completions, claims, at, prompts)]:
-                    done += len(left.pop(made))
-                    new += completions.new_tokens(made)
-                    progress(done, new)
-                if part is not None or not left:
-                    break
-                time.sleep(POLL)
+
+        def make_parts() -> None:
+            nonlocal done, new
+            for made in [at for at, prompts in left.items() if _made(writer, completions, claims, at, prompts)]:
+                done += len(left.pop(made))
+                new += completions.new_tokens(made)
+                progress(done, new)
+
+        for number, part in enumerate(prompt_parts(corpus)):
+            left[number] = part
+            make_parts()
+        while left:
+            time.sleep(POLL)
+            make_parts()
         write_durably(completions.folder / COMPLETE, str(done).encode())
     return completions.open()
 
@@ -161,11 +164,6 @@ def _made(writer: CompletionWriter, completions: Completions, claims: Claiming, 
         write_durably(path, sink.getvalue().to_pybytes())
     claims.release(number)
     return True
-
-
-def _then_none(parts: Iterable[tuple[int, pa.Table]]) -> Iterator[tuple[int, pa.Table | None]]:
-    yield from parts
-    yield -1, None
 
 
 def _request(model: Any, tokenizer: Any, corpus: Documents, generation: Generation) -> dict[str, Any]:

@@ -19,10 +19,7 @@ from flexcache.store.storage.location import StoreLocation
 class BatchReader:
     """Reads the planned batches of any unit; memory is that of a few units.
 
-    Raises
-    ------
-    DamagedError
-        The table of sequences is missing or damaged.
+    DamagedError if the table of sequences is missing or damaged.
     """
 
     def __init__(self, root: StoreLocation) -> None:

@@ -55,12 +55,8 @@ def find_targets(
 ) -> CaptureTargets:
     """Find the sites of a spec and of transforms in a model; *remote_modules* as for `find_hook_points`.
 
-    Raises
-    ------
-    SiteError
-        A site matches no module, or two sites name the same array.
-    ConfigError
-        Two transforms have one name, or there is an objective but no gradient to store.
+    SiteError if a site matches no module, or two sites name the same array; ConfigError if two transforms have one
+    name, or there is an objective but no gradient to store.
     """
     sources = {
         text: hooks.find_hook_points(model, Site.parse(text), layers, remote_modules)
@@ -95,12 +91,8 @@ def measure_arrays(
 ) -> list[ArraySpec]:
     """Return the arrays of a store: names, features and dtypes, measured by one small forward.
 
-    Raises
-    ------
-    SiteError
-        See `flexcache.hooks.read.measure`.
-    CaptureError
-        An activation cannot be stored, or a transform or the objective fails.
+    SiteError as from `flexcache.hooks.read.measure`; CaptureError if an activation cannot be stored, or a transform or
+    the objective fails.
     """
 
     def through(point: hooks.HookPoint, values: torch.Tensor, inputs: Any) -> torch.Tensor:

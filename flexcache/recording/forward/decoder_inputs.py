@@ -18,12 +18,8 @@ def infer_decoder_inputs(model: nn.Module, how: DecoderInputMode = "shifted") ->
     """Return the decoder inputs of an encoder-decoder model for a target; None for other models.
 
     ``"shifted"`` is the way in which the model is trained: labels shifted right by one, after a start token. So at each
-    position the model predicts the token of the target there.
-
-    Raises
-    ------
-    ConfigError
-        The start token is unknown, or *how* is given for a model without an encoder and a decoder.
+    position the model predicts the token of the target there. ConfigError if the start token is unknown, or *how* is
+    given for another model.
     """
     if not is_encoder_decoder(model):
         if how != "shifted":

@@ -39,15 +39,8 @@ def check_images(
 ) -> Example | None:
     """Return the function that makes small example images for a capture; None for a capture of texts.
 
-    Parameters
-    ----------
-    processes
-        The number of processes that share the model.
-
-    Raises
-    ------
-    ConfigError
-        The capture is of images, and an option or the objective is for texts, or several processes share the model.
+    ConfigError if an option or the objective of a capture of images is for texts, or several *processes* share the
+    model.
     """
     if not isinstance(tokenizer, ImageInput):
         return None

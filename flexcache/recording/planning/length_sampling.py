@@ -103,16 +103,12 @@ def _extrapolated(inputs: PlanInputs, corpus: TokenizedCorpus, scale: float, see
     widest = max(inputs.widest_row, corpus.image_bytes // max(1, int(kept.sum())))
     shard_rows = unit_rows(n_rows, int(kept.max()), tokens, widest, spec.batch_tokens)
     if scale != 1:
-        some = _drawn(kept, shard_rows, round(len(lengths) * scale), seed)
+        # sequences of the sample, drawn with replacement, enough for a few units
+        count = min(round(len(lengths) * scale), int(UNITS_SIMULATED * shard_rows / kept.mean()) + 1)
+        some = np.random.default_rng(seed).choice(len(kept), count)
         lengths, sides, kept, linked = lengths[some], sides[some], kept[some], None
     share = tokens / int(lengths.sum(dtype=np.int64))
     return estimate_size(inputs, corpus, planned(inputs, sides, kept, shard_rows, linked), n_rows, scale, share)
-
-
-def _drawn(kept: np.ndarray, shard_rows: int, most: int, seed: int) -> np.ndarray:
-    """Draw sequences of the sample with replacement, enough for a few units, and return their numbers."""
-    count = min(most, int(UNITS_SIMULATED * shard_rows / kept.mean()) + 1)
-    return np.random.default_rng(seed).choice(len(kept), count)
 
 
 def _error(corpus: TokenizedCorpus, runs: list[range], count: int) -> float:

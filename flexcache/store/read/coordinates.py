@@ -96,10 +96,7 @@ def shared_coordinate(reference: StoreReference, name: str, dtype: np.dtype) -> 
 def coordinate_variable(reference: StoreReference, name: str, dtype: np.dtype) -> xr.Variable:
     """Return a coordinate of the rows, which is opened now and read when used, in part if only a part is used.
 
-    Raises
-    ------
-    DamagedError
-        The array has another type, is shorter than the rows, or cannot be read.
+    DamagedError if the array has another type, is shorter than the rows, or cannot be read.
     """
     array = CoordinateArray(reference, name, dtype)
     _ = array.zarr

@@ -30,13 +30,7 @@ def read_table(path: StoreLocation, columns: list[str] | None = None) -> pa.Tabl
 
 
 def read_first_lines(path: StoreLocation, count: int) -> pa.Table:
-    """Return the first *count* lines of a Parquet file without reading the others.
-
-    Raises
-    ------
-    DamagedError
-        The file cannot be read.
-    """
+    """Return the first *count* lines of a Parquet file without reading the others; DamagedError if it is damaged."""
     try:
         with open_table(path) as file:
             batches = [next(file.iter_batches(batch_size=count))] if file.metadata.num_rows and count else []
@@ -48,10 +42,7 @@ def read_first_lines(path: StoreLocation, count: int) -> pa.Table:
 def read_store_table(root: StoreLocation, name: str, n_rows: int, columns: list[str] | None = None) -> pa.Table:
     """Return the lines of a table of a store that belong to its first *n_rows* rows.
 
-    Raises
-    ------
-    DamagedError
-        The table cannot be read, or its lines do not fit the rows.
+    DamagedError if the table cannot be read, or its lines do not fit the rows.
     """
     check_inside(root, root / name)
     try:

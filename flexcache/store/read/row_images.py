@@ -15,13 +15,7 @@ from flexcache.store.storage.location import StoreLocation
 
 
 def read_patches(provenance: Provenance, where: StoreLocation) -> Patches:
-    """Return the layout of the tokens of an image.
-
-    Raises
-    ------
-    StoreError
-        The documents are not images, or the layout cannot be read.
-    """
+    """Return the layout of the tokens of an image; StoreError if the documents are not images, or it cannot be read."""
     recorded = provenance.others.get("patches")
     if not isinstance(recorded, dict):
         raise StoreError("the documents of the store are not images", where=str(where))
@@ -34,13 +28,7 @@ def read_patches(provenance: Provenance, where: StoreLocation) -> Patches:
 
 
 def read_image(path: StoreLocation, row: int) -> bytes:
-    """Return the encoded image that a row belongs to; reads one row group of the sequences.
-
-    Raises
-    ------
-    DamagedError
-        The sequences cannot be read.
-    """
+    """Return the encoded image that a row belongs to; reads one row group of the sequences."""
     path = path / SEQUENCES
     try:
         with open_table(path) as file:

@@ -20,17 +20,9 @@ def label_names(tokens: pa.Table, spec: CaptureSpec) -> tuple[str, ...]:
 
 
 def row_labels(tokens: pa.Table, spec: CaptureSpec, name: str, where: StoreLocation) -> pa.Array:
-    """Return the label of the token of each row.
+    """Return the label of the token of each row, from the sequences of a store and its spec.
 
-    Parameters
-    ----------
-    tokens, spec
-        The sequences of a store, and its spec.
-
-    Raises
-    ------
-    StoreError
-        The tokens have no such label, or rows are means over tokens.
+    StoreError if the tokens have no such label, or rows are means over tokens.
     """
     names = label_names(tokens, spec)
     if name not in names:

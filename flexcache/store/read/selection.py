@@ -58,13 +58,7 @@ def by_array(keys: Iterable[ArrayKey]) -> dict[str, list[int | None] | None]:
 
 
 def layer_number(array: ArraySpec, layer: int | None, where: StoreLocation) -> int | None:
-    """Return a captured layer as a number from 0; None for an array without layers.
-
-    Raises
-    ------
-    SiteError
-        The layer was not captured, or the array has no layers.
-    """
+    """Return a captured layer as a number from 0, None for an array without layers; SiteError if it is not there."""
     if array.layers is None or array.depth is None:
         if layer is not None:
             raise SiteError(f"site {array.name} has no layers", found=f"layer {layer}", remedy="leave layer out")
@@ -87,12 +81,7 @@ def layer_number(array: ArraySpec, layer: int | None, where: StoreLocation) -> i
 def row_numbers(rows: Any, n_rows: int, where: StoreLocation) -> np.ndarray:
     """Return rows, given by number or as a mask of shape (n_rows,), as numbers from 0.
 
-    Raises
-    ------
-    ConfigError
-        *rows* is text.
-    IndexError
-        A row number is out of range, or *rows* has the wrong shape or type.
+    ConfigError if *rows* is text; IndexError if a number is out of range, or the shape or type is wrong.
     """
     numbers = np.atleast_1d(np.asarray(rows))
     if numbers.dtype.kind in "US":

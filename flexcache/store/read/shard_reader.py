@@ -34,16 +34,7 @@ class RowReader:
 
     Gathers go through memory maps of the shard files, at most 256 of them open. Contiguous scans read the files
     in large pieces instead, since a Dask worker counts mapped pages as its own memory. Compressed arrays are
-    read through zarr-python.
-
-    Parameters
-    ----------
-    reference
-        Reference to the store.
-    units
-        Its committed units, which may be read.
-    scales
-        Reader of the scales of int8 rows.
+    read through zarr-python. Rows of int8 are multiplied by *scales*, the reader of another array.
     """
 
     def __init__(
