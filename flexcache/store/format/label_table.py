@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from flexcache.errors import DamagedError
-from flexcache.store.format.ledger import FileRecord, check_checksum, with_checksum
+from flexcache.store.format.ledger import UNREADABLE, FileRecord, read_checked_json, with_checksum
 from flexcache.store.storage.backend import storage_of
 from flexcache.store.storage.location import StoreLocation
-from flexcache.store.storage.path_safety import MOST_JSON, check_inside
 
 LABELS = "labels"
 """Folder of the tables, Parquet files with the checksum in their names."""
@@ -130,11 +128,8 @@ def read_label_table(root: StoreLocation, name: str) -> LabelTable:
         The record cannot be read or is malformed.
     """
     path = root / LABEL_RECORDS / f"{name}.json"
-    check_inside(root, path, MOST_JSON)
     try:
-        written = path.read_bytes()
-        data = json.loads(written)
-        check_checksum(data, written, _KEYS)
+        data = read_checked_json(root, path, _KEYS)
         if data["schema"] != 1 or data["name"] != name:
             raise ValueError(f"it has schema {data['schema']} and name {data['name']}")
         columns = {
@@ -145,7 +140,7 @@ def read_label_table(root: StoreLocation, name: str) -> LabelTable:
         if not re.fullmatch(r"[0-9a-f]{32}", file.xxh3_128):
             raise ValueError("its checksum is malformed")
         return LabelTable(name, str(data["on"]), documents, matched, unknown, columns, file)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise DamagedError(
             f"the record of the label table {name} cannot be read",
             where=str(path),

@@ -99,7 +99,7 @@ class UnitRecord:
 
 def record_json(record: UnitRecord) -> dict[str, Any]:
     """Return the JSON content of the file of a record."""
-    return _with_checksum({"schema": 1, **asdict(record)})
+    return with_checksum({"schema": 1, **asdict(record)})
 
 
 class Ledger:
@@ -138,7 +138,7 @@ class Ledger:
         """Return the record of a unit; raise DamagedError if it cannot be read or is malformed."""
         path = self.path(unit)
         try:
-            data = _read_record(self.root, path, _KEYS)
+            data = read_checked_json(self.root, path, _KEYS)
             start, stop = data["rows"]
             rows, batch_tokens = (int(start), int(stop)), int(data["batch_tokens"])
             record = UnitRecord(int(data["unit"]), rows, batch_tokens, dict(data["fingerprint"]), _files(data))
@@ -160,14 +160,14 @@ class Ledger:
 def write_plan_record(store: Path, names: Iterable[str]) -> None:
     """Write ``ledger/plan.json``, the record of the files of a store except shards, for those that exist."""
     files = {name: asdict(record) for name in names if (record := measure_file(store / name)) is not None}
-    write_json(store / PLAN_RECORD, _with_checksum({"schema": 1, "files": files}))
+    write_json(store / PLAN_RECORD, with_checksum({"schema": 1, "files": files}))
 
 
 def read_plan_record(root: StoreLocation) -> dict[str, FileRecord]:
     """Return the records of all files of a store except shards; raise DamagedError if they cannot be read."""
     path = root / PLAN_RECORD
     try:
-        data = _read_record(root, path, ("schema", "files"))
+        data = read_checked_json(root, path, ("schema", "files"))
         if data["schema"] != 1:
             raise ValueError(f"its schema is {data['schema']}")
         return _files(data)
@@ -180,7 +180,7 @@ def read_plan_record(root: StoreLocation) -> dict[str, FileRecord]:
         ) from error
 
 
-def _read_record(root: StoreLocation, path: StoreLocation, keys: Collection[str]) -> dict[str, Any]:
+def read_checked_json(root: StoreLocation, path: StoreLocation, keys: Collection[str]) -> dict[str, Any]:
     """Return a record with these *keys*; raise ValueError if it has others, or its bytes do not match its checksum."""
     check_inside(root, path, MOST_JSON)
     written = path.read_bytes()
@@ -188,12 +188,13 @@ def _read_record(root: StoreLocation, path: StoreLocation, keys: Collection[str]
     if unknown := set(data) - {*keys, CHECKSUM}:
         raise ValueError(f"it has {', '.join(sorted(unknown))}")
     content = {name: value for name, value in data.items() if name != CHECKSUM}
-    if written != json_bytes(data) or data.get(CHECKSUM) not in (None, _with_checksum(content)[CHECKSUM]):
+    if written != json_bytes(data) or data.get(CHECKSUM) not in (None, with_checksum(content)[CHECKSUM]):
         raise ValueError("it has other bytes than were written (checksum)")
     return data
 
 
-def _with_checksum(content: dict[str, Any]) -> dict[str, Any]:
+def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a record with the checksum of its own content."""
     return {**content, CHECKSUM: xxhash.xxh3_128_hexdigest(json_bytes(content))}
 
 
