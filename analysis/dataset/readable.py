@@ -34,7 +34,7 @@ class Readable(Protocol):
 
     @property
     def spec(self) -> CaptureSpec:
-        """What was captured; ``spec.rows`` is the row selection."""
+        """Settings of the capture; ``spec.rows`` is the row selection."""
         ...
 
     def layers(self, site: str) -> tuple[int, ...]:

@@ -54,7 +54,7 @@ class Projection:
 
 
 class Term(NamedTuple):
-    """The contributions of one or several components, and what they add to the residual stream.
+    """Contributions of one or several components to a logit, and the vector that they add to the residual stream.
 
     Attributes
     ----------

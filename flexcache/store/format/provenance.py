@@ -1,4 +1,4 @@
-"""What made a store: model, tokenizer, documents, software, and the stores that it was copied from."""
+"""The provenance of a store: model, tokenizer, documents, software, and earlier stores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Json = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Provenance:
-    """What made a store; `Store.provenance` returns one.
+    """The model, tokenizer, documents and software that made a store; `Store.provenance` returns one.
 
     Attributes
     ----------
