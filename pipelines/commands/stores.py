@@ -22,6 +22,7 @@ from pipelines.commands.arguments import (
     read_capture,
     split_names,
 )
+from pipelines.config.yaml_remedies import yaml_remedies
 
 TargetPath = Annotated[
     Any, typer.Argument(parser=parse_location, metavar="TARGET", help="The copy; one that was begun is resumed.")
@@ -86,6 +87,7 @@ def label(
     console.print(escape(str(joined)), highlight=False)
 
 
+@yaml_remedies("capture")
 def verify(
     store: StorePath,
     recompute: Annotated[
@@ -108,6 +110,7 @@ def verify(
         raise typer.Exit(1)
 
 
+@yaml_remedies("capture")
 def repair(
     store: StorePath,
     config: Annotated[

@@ -77,7 +77,13 @@ OWN = ("documents=own.jsonl",)
 CASES = [
     Case("an empty corpus", "there are no documents", 1, OWN, texts()),
     Case("an empty document", "has no tokens", 1, OWN, texts({"id": "a", "text": "w4"}, {"id": "b", "text": ""})),
-    Case("two documents with the same id", "id", 1, OWN, texts({"id": "a", "text": "w4"}, {"id": "a", "text": "w5"})),
+    Case(
+        "two documents with the same id",
+        "documents: {unique_ids: false}",
+        1,
+        OWN,
+        texts({"id": "a", "text": "w4"}, {"id": "a", "text": "w5"}),
+    ),
     Case("a text that is a number", "text", 1, OWN, texts({"id": "a", "text": 3}, {"id": "b", "text": 4})),
     Case("no text and no tokens", "text", 1, OWN, texts({"id": "a", "label": "x"})),
     Case("a file of documents that does not exist", "nowhere.jsonl", 1, ("documents=nowhere.jsonl",)),

@@ -62,13 +62,13 @@ def _readout_notes(plan: SweepPlan, lengths: NDArray[np.int64]) -> list[str]:
     if missing:
         asked = _listed(plan.readout)
         return [f"{missing} of {len(lengths)} documents lack a token of the readout ({asked}): their values are NaN."]
-    means = [metric.name for metric in plan.metrics if metric.name in MEANS and metric.name != "loss"]
+    means = [metric.name for metric in plan.metrics if metric.name in (*MEANS, "cosine") and metric.name != "loss"]
     if not means or plan.readout != "all" or len(np.unique(lengths)) < 2:
         return []
-    sums = ", ".join(f"{name}_sum" for name in means)
+    instead = ['readout "last"', *(f"{name}_sum" for name in means if name in MEANS)]
     return [
-        f"Means over all tokens of a document, which depend on its length: {', '.join(means)}. Sums do not: {sums}; nor"
-        ' does readout "last".'
+        f"Means over all tokens of a document, which depend on its length: {', '.join(means)}."
+        f" Independent of it: {', '.join(instead)}."
     ]
 
 

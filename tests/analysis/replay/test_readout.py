@@ -93,8 +93,8 @@ def test_sums_and_means_over_tokens_are_named_apart(made: Any) -> None:
     np.testing.assert_allclose(value.sel(metric="kl_sum", position="last"), last, rtol=1e-5)
     unnamed = [note for note in found.attrs["notes"] if note.startswith("Means")]
     assert unnamed == [
-        "Means over all tokens of a document, which depend on its length: kl. Sums do not: kl_sum; nor does readout"
-        ' "last".'
+        "Means over all tokens of a document, which depend on its length: kl. Independent of it:"
+        ' readout "last", kl_sum.'
     ]
     for options in ({"metrics": ["kl_sum", "kl_mean"]}, {"readout": "last"}, {"documents": IDS[:1]}):
         assert not [note for note in swept(made, **options).attrs["notes"] if note.startswith("Means")]
