@@ -12,6 +12,7 @@ import typer
 
 import flexcache
 from pipelines.cli import app
+from pipelines.config.yaml_remedies import CALL, as_yaml, key_names
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flexcache", "analysis", "pipelines")
@@ -77,3 +78,13 @@ def test_remedies_name_arguments_options_and_commands_that_exist() -> None:
         ]
     assert len(found) > 150, "remedies are no longer found"
     assert not wrong, "\n".join(wrong)
+
+
+def test_remedies_for_a_file_name_its_keys_and_no_arguments_of_python() -> None:
+    for file in ("capture", "replay"):
+        keys = key_names(file)  # type: ignore[arg-type]
+        for where, text in remedies():
+            written = as_yaml(text.replace("*=", "text="), keys)
+            left = [name for name in re.findall(r"\b([a-z_]+)=(?!=)", CALL.sub("", written)) if name in keys]
+            assert not left, f"{where}: {written}"
+            assert "open_documents" not in written, f"{where}: {written}"

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 from flexcache.errors import FlexCacheError
 from flexcache.validation import Options
 
+File = Literal["capture", "replay"]
 VALUE = r"""\[[^]]*\]|\([^()]*\)|'[^']*'|"[^"]*"|[^\s,;)]+"""
 ARGUMENT = re.compile(rf"(?<!--set )\b([a-z_]+)=({VALUE})")
-DOCUMENTS = re.compile(rf"flexcache\.open_documents\(…((?:, [a-z_]+=(?:{VALUE}))*)\)")
+DOCUMENTS = re.compile(r"flexcache\.open_documents\(…, (.*)\)")
+CALL = re.compile(r"""(\w[\w.]*\((?:\[[^]]*\]|\([^()]*\)|'[^']*'|"[^"]*"|[^][()'"])*\))""")
 CONSTANTS = {"None": "null", "True": "true", "False": "false"}
 
 
 @contextmanager
-def yaml_remedies(file: Literal["capture", "replay"]) -> Iterator[None]:
+def yaml_remedies(file: File) -> Iterator[None]:
     """Rewrite the remedy of an error that leaves this context for a user whose arguments come from a file.
 
     ::
@@ -28,53 +30,43 @@ def yaml_remedies(file: Literal["capture", "replay"]) -> Iterator[None]:
     try:
         yield
     except FlexCacheError as error:
-        error.remedy = error.remedy and as_yaml(error.remedy, key_paths(file))
+        error.remedy = error.remedy and as_yaml(error.remedy, key_names(file))
         raise
 
 
-def as_yaml(text: str, paths: Mapping[str, str]) -> str:
-    """Return a text with Python arguments as keys of a file, if the file has such keys.
+def as_yaml(text: str, names: Collection[str]) -> str:
+    """Return a text in which Python arguments that are also keys of a file are written as these; calls stay.
 
-    >>> as_yaml("give answers=(token, other), or positions='last'", {"answers": "answers", "positions": "at.positions"})
-    "give answers: [token, other], or at: {positions: 'last'}"
-    >>> as_yaml("leave it out by flexcache.open_documents(…, text=None, labels=['a'])", {})
+    >>> as_yaml("give answers=(token, other), or model=ModelSource(name=…)", {"answers", "model", "name"})
+    'give answers: [token, other], or model=ModelSource(name=…)'
+    >>> as_yaml("leave it out by flexcache.open_documents(…, text=None, labels=['a'])", ())
     "leave it out by documents: {text: null, labels: ['a']}"
-
-    Parameters
-    ----------
-    paths
-        By name, the path of a key in the file.
     """
+    parts = CALL.split(text)
+    for number, part in enumerate(parts):
+        documents = DOCUMENTS.fullmatch(part)
+        if documents:
+            keys = (f"{name}: {_yaml_value(value)}" for name, value in ARGUMENT.findall(documents[1]))
+            parts[number] = f"documents: {{{', '.join(keys)}}}"
+        elif number % 2 == 0:  # between two calls
+            parts[number] = ARGUMENT.sub(
+                lambda found: f"{found[1]}: {_yaml_value(found[2])}" if found[1] in names else found[0], part
+            )
+    return "".join(parts)
 
-    def of_documents(found: re.Match[str]) -> str:
-        inside = ", ".join(f"{name}: {_yaml_value(value)}" for name, value in ARGUMENT.findall(found[1]))
-        return f"documents: {{{inside}}}"
 
-    def of_argument(found: re.Match[str]) -> str:
-        *parents, name = paths.get(found[1], "").split(".")
-        written = f"{name}: {_yaml_value(found[2])}"
-        return f"{parents[0]}: {{{written}}}" if parents else written if name else found[0]
+def key_names(file: File) -> set[str]:
+    """Return the keys of a file, and those of its sections.
 
-    return ARGUMENT.sub(of_argument, DOCUMENTS.sub(of_documents, text))
-
-
-def key_paths(file: Literal["capture", "replay"]) -> dict[str, str]:
-    """Return the path of each key of a file by its name; of two with one name, that of the outer one.
-
-    >>> key_paths("replay")["positions"]
-    'at.positions'
+    >>> {"answers", "positions"} <= key_names("replay")
+    True
     """
     from pipelines.config.capture_config import CaptureConfig
     from pipelines.config.replay_config import ReplayConfig
 
     model: type[Options] = CaptureConfig if file == "capture" else ReplayConfig
-    inner = {
-        key: f"{name}.{key}"
-        for name in model.names()
-        for section in _sections(model.model_fields[name].annotation)
-        for key in section.names()
-    }
-    return inner | {name: name for name in model.names()}
+    sections = (section for name in model.names() for section in _sections(model.model_fields[name].annotation))
+    return {*model.names(), *(key for section in sections for key in section.names())}
 
 
 def _sections(annotation: Any) -> list[type[Options]]:

@@ -12,7 +12,7 @@ from analysis import replay, saved
 from analysis.replay.edits.edit import from_json
 from flexcache.errors import AnalysisError
 from pipelines.config import replay_config
-from pipelines.config.yaml_remedies import as_yaml, key_paths
+from pipelines.config.yaml_remedies import as_yaml, key_names
 from tests.models import HIDDEN
 from tests.pipelines.test_cli import run
 
@@ -113,7 +113,7 @@ def test_answers_in_python_are_texts_of_one_token(asked: Path, checkpoint: Path)
         ("answers=[w5 w6, 3]", "is not one token", 2),
         ("answers=[3]", "answers cannot be read", 2),
         ("metrics=[prob]", "give answers: [token, other]", 1),
-        ("at.positions=[]", 'write at: {positions: "last"}', 1),
+        ("at.positions=[]", 'write positions: "last"', 1),
         ("edits=[{patch: {donor: {same_length: label}}}]", "write {same_length: 0, differing: label}", 2),
         ("edits=[{patch: {donor: {same_length: 0, differs: label}}}]", "did you mean differing", 2),
         ("readout=41", "no document has all tokens of the readout", 1),
@@ -154,9 +154,11 @@ def test_a_remedy_for_a_file_has_its_keys_in_place_of_python_arguments() -> None
         ("capture", "(allow_mixed=True, --allow-mixed)", "(allow_mixed: true, --allow-mixed)"),
         ("capture", "flexcache.open_documents(…, labels=['a, b', 'c'])", "documents: {labels: ['a, b', 'c']}"),
         ("capture", "flexcache.open_documents(…, text=None)", "documents: {text: null}"),
+        ("capture", "flexcache.Transform('a', 'q', function=…)", "flexcache.Transform('a', 'q', function=…)"),
+        ("capture", "f(" + "'a', " * 5000, "f(" + "'a', " * 5000),
         ("capture", "run it with --set batch_tokens=64", "run it with --set batch_tokens=64"),
     ):
-        assert as_yaml(remedy, key_paths(file)) == expected  # type: ignore[arg-type]
+        assert as_yaml(remedy, key_names(file)) == expected  # type: ignore[arg-type]
 
 
 def test_the_example_is_valid() -> None:
