@@ -21,6 +21,7 @@ from analysis.probes.table import NAMES, interval, number
 from analysis.rescue import write_or_rescue
 from flexcache.errors import AnalysisError, ConfigError, nearest
 from flexcache.paths import local_path, output_folder, shown
+from flexcache.site import Layers, resolve_layers
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -145,14 +146,7 @@ def run_transfer(
     console = console or Console()
     place = local_path(folder)
     into = place if output is None else output_folder(output)
-    if not (place / FILE).is_file() and (inside := sorted(place.glob(f"*/{FILE}"))):
-        raise AnalysisError(
-            "the folder holds several sweeps",
-            where=str(place),
-            found=", ".join(path.parent.name for path in inside[:6]),
-            remedy=f"give one of them, such as {inside[0].parent}",
-        )
-    sweep, store = probes.load(place), flexcache.open(store_path)
+    sweep, store = _load_one(place), flexcache.open(store_path)
     if options.get("groups") == "none":
         options["groups"] = None
     found = probes.transfer(sweep, store, target, classes=classes, **options)
@@ -184,14 +178,88 @@ def run_transfer(
     if best is not None:
         console.print(f"In bold: the layer that was best on {sweep.results.attrs['target']} itself.", highlight=False)
 
+    _write_numbers(found, into, "transfer.json", console)
+    return found
+
+
+def run_compare(
+    folders: Sequence[str | Path],
+    layers: Layers = "all",
+    metric: str | None = None,
+    *,
+    output: str | Path | None = None,
+    console: Console | None = None,
+) -> xr.Dataset:
+    """Compare saved probes on the folds that they share; print a table and write ``compare.json`` to *output*.
+
+    Of one folder, *layers* are compared with each other; of several, their best layers, or the given ones of each.
+    *output* is the first folder by default.
+
+    Raises
+    ------
+    AnalysisError
+        A folder holds no saved sweep, or several; see also `analysis.probes.compare`.
+    """
+    console = console or Console()
+    places = [local_path(folder) for folder in folders]
+    into = places[0] if output is None else output_folder(output)
+    asked: dict[str, Sweep | tuple[Sweep, int]] = {}
+    for place in places:
+        sweep = _load_one(place)
+        if layers == "all" and len(places) > 1:
+            asked[shown(place)] = sweep
+            continue
+        chosen = sweep.layers if layers == "all" else resolve_layers(layers, max(sweep.layers) + 1)
+        start = f"{shown(place)}, " if len(places) > 1 else ""
+        asked |= {f"{start}layer {layer}": (sweep, layer) for layer in chosen}
+    found = probes.compare(asked, metric=metric)
+    told = found.attrs
+    table = Table(
+        title=f"{NAMES[told['metric']]} for {told['target']}, paired over {told['groups']:,} groups",
+        caption=Text(" ".join([f"Intervals of 95 %; p after {told['correction']}.", *told["notes"]])),
+        title_justify="left",
+        caption_justify="left",
+    )
+    for name in ("first", "second"):
+        table.add_column(name, overflow="fold")
+    for name in ("difference\non other groups", "p", "and on other\ntraining sets", "p"):
+        table.add_column(name, justify="right")
+    for number_of in range(found.sizes["pair"]):
+        at = found.isel(pair=number_of)
+        value = {str(name): float(at[name]) for name in found.data_vars}
+        table.add_row(
+            Text(f"{at['first'].item()}: {number(value['first_score'])}"),
+            Text(f"{at['second'].item()}: {number(value['second_score'])}"),
+            Text(f"{number(value['difference'])} {interval(value['ci_low'], value['ci_high'])}"),
+            number(value["p_corrected"]),
+            Text(interval(value["fold_low"], value["fold_high"])),
+            number(value["fold_p_corrected"]),
+        )
+    console.print(table)
+    _write_numbers(found, into, "compare.json", console)
+    return found
+
+
+def _load_one(place: Path) -> Sweep:
+    """Load the sweep of a folder; raise AnalysisError if it has subfolders with several."""
+    if not (place / FILE).is_file() and (inside := sorted(place.glob(f"*/{FILE}"))):
+        raise AnalysisError(
+            "the folder holds several sweeps",
+            where=str(place),
+            found=", ".join(path.parent.name for path in inside[:6]),
+            remedy=f"give one of them, such as {inside[0].parent}",
+        )
+    return probes.load(place)
+
+
+def _write_numbers(found: xr.Dataset, folder: Path, name: str, console: Console) -> None:
     def write(target: Path) -> Path:
         target.mkdir(parents=True, exist_ok=True)
-        probes.save_dataset(found, target / "transfer.json")
-        return target / "transfer.json"
+        probes.save_dataset(found, target / name)
+        return target / name
 
-    path = write_or_rescue(write, into)
+    path = write_or_rescue(write, folder)
     console.print(f"numbers  {shown(path)}", markup=False, highlight=False, soft_wrap=True)
-    return found
 
 
 def _given_options(options: SweepOptions) -> list[str]:

@@ -31,8 +31,8 @@ PUBLIC = {
     ),
     "analysis.probes": (
         "AttentionPooled Best Direction INLP LDA LinearProbe Logistic MLP MassMean NearestCentroid Ridge Sweep "
-        "SweepOptions by_position calibration confusion heat_map load load_direction save_dataset score sweep sweeps "
-        "transfer transfer_map transfer_matrix"
+        "SweepOptions by_position calibration compare confusion heat_map load load_direction save_dataset score sweep "
+        "sweeps transfer transfer_map transfer_matrix"
     ),
     "analysis.replay": (
         "Alternatives ByLayer Chain Clamp Edit Engine Erase ExecutionOptions Function Grid Identity Interchange "

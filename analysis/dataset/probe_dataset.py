@@ -83,6 +83,14 @@ class ProbeDataset:
         """Number of groups."""
         return int(self.group.max()) + 1
 
+    @property
+    def corpus_order(self) -> NDArray[np.int64]:
+        """The samples in the order of the corpus, which batches of another size do not change, (n_samples,)."""
+        table = self.store.documents
+        if "source_index" not in table.column_names:
+            return np.arange(self.n_samples)
+        return np.argsort(table["source_index"].to_numpy()[self.source][self.document], kind="stable")
+
     def read_layer(self, layer: int | None) -> NDArray[Any]:
         """Return the samples of one layer, float32 ``(n_samples, features)``; an array of matrices for tokens.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from analysis.probes.best_layer import Best
+from analysis.probes.comparison import compare
 from analysis.probes.direction import Direction, load_direction
 from analysis.probes.estimators import (
     INLP,
@@ -38,6 +39,7 @@ __all__ = [
     "SweepOptions",
     "by_position",
     "calibration",
+    "compare",
     "confusion",
     "heat_map",
     "load",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from analysis.probes.best_layer import Best, best_layer
+from analysis.probes.comparison import compare
 from analysis.probes.direction import Direction
+from analysis.probes.held_out import HeldOutPredictions
 from analysis.sweep_results import SweepResults, check_format, no_saved_sweep
 from flexcache.errors import AnalysisError
 from flexcache.paths import local_path
@@ -44,7 +46,7 @@ class Sweep(SweepResults):
         sweep = probes.sweep(store, target="label", site="resid_post")
         sweep.results["pooled"].sel(arm="probe", metric="accuracy")
         sweep.plot("curve.svg")
-        sweep.save("results")       # sweep.json, and weights.safetensors of a linear probe
+        sweep.save("results")       # sweep.json, and weights.safetensors with weights and out-of-fold predictions
         probes.load("results")
 
     ``results`` is an `xarray.Dataset`:
@@ -83,6 +85,8 @@ class Sweep(SweepResults):
     """Weights fitted to all samples, (n_layers, outputs, features); None for probes that are not linear."""
     intercept: NDArray[np.float64] | None = None
     """(n_layers, outputs)"""
+    predictions: HeldOutPredictions | None = field(default=None, repr=False)
+    """Out-of-fold predictions of every layer, for `compare`."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -136,6 +140,37 @@ class Sweep(SweepResults):
             {**provenance, "output": output},
         )
 
+    def compare(
+        self, first: int | Sweep, second: int | Sweep | None = None, *, metric: str | None = None
+    ) -> xr.Dataset:
+        """Compare two layers, or sweeps of the same samples and folds, by the paired difference of their scores.
+
+        ::
+
+            sweep.compare(3, 9)["difference"]       # layers of this sweep
+            sweep.compare(other)                    # the best layer of this sweep and of another
+
+        Parameters
+        ----------
+        first, second
+            A layer of this sweep; or a sweep, which stands for its best layer. Without *second*, this sweep's best
+            layer is compared with *first*. For more than two, see `analysis.probes.compare`.
+        metric
+            The first one by default.
+
+        Returns
+        -------
+        Dataset with dim (pair,)
+            See `analysis.probes.compare`, which also raises the same errors.
+        """
+        told: dict[str, Sweep | tuple[Sweep, int]] = {}
+        for name, asked in zip(("first", "second"), (self, first) if second is None else (first, second), strict=True):
+            if isinstance(asked, Sweep):
+                told[name if asked is not self else "best"] = asked
+            else:
+                told[f"layer {asked}"] = (self, asked)
+        return compare(told, metric=metric)
+
     def table(self) -> Table:
         """Return a `rich.table.Table` of the layers and baselines."""
         from analysis.probes.table import table
@@ -165,8 +200,10 @@ class Sweep(SweepResults):
         path = folder / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         save_dataset(self.results, path)
+        tensors = {} if self.predictions is None else self.predictions.tensors()
         if self.coef is not None and self.intercept is not None:
-            tensors = {"coef": np.ascontiguousarray(self.coef), "intercept": np.ascontiguousarray(self.intercept)}
+            tensors |= {"coef": np.ascontiguousarray(self.coef), "intercept": np.ascontiguousarray(self.intercept)}
+        if tensors:
             write_durably(path.with_name(WEIGHTS), save(tensors, {"format": FORMAT}))
         else:
             path.with_name(WEIGHTS).unlink(missing_ok=True)
@@ -211,7 +248,8 @@ def load(folder: str | Path) -> Sweep:
         return Sweep(found)
     try:
         tensors = load_file(weights)
-        return Sweep(found, tensors["coef"], tensors["intercept"])
+        told = HeldOutPredictions.from_tensors(tensors)
+        return Sweep(found, tensors.get("coef"), tensors.get("intercept"), told)
     except (SafetensorError, KeyError, OSError) as error:
         raise AnalysisError("the saved weights cannot be read", where=str(weights), found=str(error)) from error
 

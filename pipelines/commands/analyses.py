@@ -62,6 +62,7 @@ SWEEP_OPTIONS: dict[str, tuple[Any, Any]] = {
 }
 """Options of a sweep by name, with their defaults."""
 TRANSFER_OPTIONS = ("target", "classes", "groups", "rows", "layers", "seed", "output")
+COMPARE_OPTIONS = ("layers", "metric", "output")
 
 
 @add_options(SWEEP_OPTIONS)
@@ -69,7 +70,9 @@ def probe(
     places: Annotated[
         list[str],
         typer.Argument(
-            metavar="STORE", help="A store; or transfer FOLDER STORE, to score saved probes on another store."
+            metavar="STORE",
+            help="A store; or transfer FOLDER STORE, to score saved probes on another store; or compare FOLDER..., to"
+            " compare saved probes, or layers of one.",
         ),
     ],
     target: Annotated[
@@ -94,19 +97,27 @@ def probe(
             help="For transfer, the class of the probe for each class of the target: fresh=positive,rotten=negative."
         ),
     ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="For compare, the metric; the first one of the first sweep by default.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for results, plots and report.")] = None,
     quiet: Quiet = False,
     **options: Any,
 ) -> None:
-    """Train probes on every captured layer, with baselines and nested grouped cross-validation; or score saved ones."""
+    """Train probes on every captured layer, with baselines and nested grouped cross-validation; or use saved ones."""
     from pipelines import probe as pipeline
 
     given = {name: value for name, value in options.items() if value != SWEEP_OPTIONS[name][1]}
     if (rows := str(given.get("rows", ""))).lstrip("-").isdigit():
         given["rows"] = int(rows)
+    others = {"probe": kind, "site": site != "resid_post", "classes": classes, "metric": metric, "target": target}
+    special = [*given, *filter(others.get, others)]
+    if places[0] == "compare" and len(places) > 1:
+        check_applicable("flexcache probe compare", special, COMPARE_OPTIONS)
+        pipeline.run_compare(places[1:], str(options["layers"]), metric, output=output, console=console)
+        return
     if places[0] == "transfer" and len(places) == 3:
-        others = {"probe": kind, "site": site != "resid_post"}
-        check_applicable("flexcache probe transfer", [*given, *filter(others.get, others)], TRANSFER_OPTIONS)
+        check_applicable("flexcache probe transfer", special, TRANSFER_OPTIONS)
         pipeline.run_transfer(
             places[1], places[2], target, split_pairs(classes), output=output, console=console, **given
         )
@@ -114,10 +125,11 @@ def probe(
     if len(places) != 1 or target is None:
         raise ConfigError(
             "a probe needs a store and a target",
-            expected="flexcache probe STORE --target COLUMN, or flexcache probe transfer FOLDER STORE",
+            expected="flexcache probe STORE --target COLUMN, flexcache probe transfer FOLDER STORE, or flexcache probe"
+            " compare FOLDER FOLDER",
             found=" ".join(["flexcache probe", *places]) + ("" if target else ", without --target"),
         )
-    check_applicable("flexcache probe STORE", ["classes"] if classes else [], ())
+    check_applicable("flexcache probe STORE", [name for name in ("classes", "metric") if others[name]], ())
     pipeline.run(
         places[0],
         split_names(target),

@@ -20,7 +20,7 @@ def test_a_group_is_never_in_two_folds(array_store: Any, data: st.DataObject) ->
     counts = data.draw(st.lists(integers(1, 4), min_size=n, max_size=n))
     label = data.draw(st.lists(integers(0, 2), min_size=n, max_size=n))
     group = data.draw(st.lists(integers(0, 15), min_size=n, max_size=n))
-    target = [float(value) for value in label] if data.draw(st.booleans()) else label
+    target = [value + 0.5 for value in label] if data.draw(st.booleans()) else label
     groups = data.draw(st.sampled_from([None, "document", "group"]))
     cv, seed = data.draw(integers(2, 5)), data.draw(integers(0, 9))
     assume(len(set(label)) > 1)

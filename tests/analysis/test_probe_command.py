@@ -142,6 +142,36 @@ def test_a_task_is_asked_for_and_taken_from_the_command_line(tmp_path: Any, caps
         assert f"--task {task}" in (tmp_path / "out" / "report.html").read_text("utf-8")
 
 
+def test_saved_probes_and_layers_are_compared_on_the_command_line(tmp_path: Any, capsys: Any) -> None:
+    from pipelines.cli import main
+
+    rng = np.random.default_rng(0)
+    label = rng.integers(2, size=60)
+    values = rng.normal(size=(3, 60, 4)) + np.array([0, 1, 2])[:, None, None] * label[:, None] * np.eye(4)[0]
+    store = value_store(tmp_path / "run.zarr", values, [1] * 60, labels={"label": label.tolist()})
+    out = tmp_path / "out"
+    main_exits(
+        main, ["probe", str(store.path), "--target", "label", "--probe", "ridge,mass-mean", "-o", str(out), "-q"]
+    )
+    first, second = sorted(out.iterdir())
+    capsys.readouterr()
+    main_exits(main, ["probe", "compare", str(first), str(second)])
+    assert "accuracy for label, paired over 60 groups" in capsys.readouterr().out
+    found = json.loads((first / "compare.json").read_text())
+    expected = probes.compare({"a": probes.load(first), "b": probes.load(second)})
+    assert found["data_vars"]["difference"]["data"] == expected["difference"].values.tolist()
+    main_exits(main, ["probe", "compare", str(first), "--layers", "0,2", "--metric", "f1", "-o", str(tmp_path / "c")])
+    found = json.loads((tmp_path / "c" / "compare.json").read_text())
+    assert (found["coords"]["first"]["data"], found["coords"]["second"]["data"]) == (["layer 0"], ["layer 2"])
+    assert found["attrs"]["metric"] == "f1"
+    main_exits(main, ["probe", "compare", str(first), "-o", str(tmp_path / "d")])
+    assert len(json.loads((tmp_path / "d" / "compare.json").read_text())["data_vars"]["p"]["data"]) == 3
+    with pytest.raises(SystemExit) as stopped:
+        main(["probe", "compare", str(first), "--cv", "3"])
+    assert stopped.value.code == 2
+    assert "does not use --cv" in capsys.readouterr().err
+
+
 def test_the_options_of_the_command_have_the_defaults_of_a_sweep() -> None:
     for name, (_, default) in SWEEP_OPTIONS.items():
         assert getattr(probes.SweepOptions(), name) == default

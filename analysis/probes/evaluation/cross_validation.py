@@ -21,6 +21,7 @@ from analysis.probes.evaluation.crossfit import FittedProbes
 from analysis.probes.evaluation.layer_scores import LayerScores
 from analysis.probes.evaluation.nulls import NullScores, selectivity
 from analysis.probes.evaluation.score import Prediction
+from analysis.probes.held_out import HeldOutPredictions
 from analysis.probes.options import SweepOptions
 from analysis.probes.results import FORMAT, Sweep
 from flexcache.errors import AnalysisError
@@ -148,7 +149,8 @@ class CrossValidation:
             data = data.merge(self._confusion(prediction))
         data.attrs = self._attrs()
         coef, intercept = zip(*self._weights) if self._weights else ((), ())
-        return Sweep(data, np.stack(coef) if coef else None, np.stack(intercept) if intercept else None)
+        held_out = HeldOutPredictions.of_layers(dataset, self.fold, self._predictions)
+        return Sweep(data, np.stack(coef) if coef else None, np.stack(intercept) if intercept else None, held_out)
 
     def _first_score(self, prediction: Prediction) -> float:
         top, bottom = score.parts(self.metrics[0], self.dataset.y, prediction, self.fold, self.options.cv)

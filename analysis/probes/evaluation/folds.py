@@ -27,6 +27,8 @@ def splitter(dataset: ProbeDataset, cv: int, seed: int) -> BaseCrossValidator:
 def assign(dataset: ProbeDataset, cv: int, seed: int) -> NDArray[np.int64]:
     """Return the fold in which each sample is tested, ``(n_samples,)`` of 0 … cv−1; no group is in two folds.
 
+    Folds depend on the order of the documents in the corpus, not on the batches of the capture.
+
     Raises
     ------
     AnalysisError
@@ -61,9 +63,11 @@ def assign(dataset: ProbeDataset, cv: int, seed: int) -> NDArray[np.int64]:
             )
     fold = np.full(dataset.n_samples, -1, np.int64)
     chosen = splitter(dataset, cv, seed)
-    group = None if isinstance(chosen, StratifiedKFold) else dataset.group
-    for number, (_, test) in enumerate(chosen.split(np.zeros(dataset.n_samples), dataset.y, group)):
-        fold[test] = number
+    order = dataset.corpus_order
+    _, first, place = np.unique(dataset.group[order], return_index=True, return_inverse=True)
+    group = None if isinstance(chosen, StratifiedKFold) else first.argsort().argsort()[place]
+    for number, (_, test) in enumerate(chosen.split(np.zeros(dataset.n_samples), dataset.y[order], group)):
+        fold[order[test]] = number
     if dataset.task == "classification" and not trainable(dataset.y, fold, cv, without=1):
         raise AnalysisError(
             "a fold would train on fewer classes than there are",
