@@ -112,7 +112,7 @@ def test_answers_in_python_are_texts_of_one_token(asked: Path, checkpoint: Path)
         ("edits=[{steer: {vector: no.npy}}]", "edit steer cannot be made from these settings", 2),
         ("answers=[w5 w6, 3]", "is not one token", 2),
         ("answers=[3]", "answers cannot be read", 2),
-        ("metrics=[prob]", "give answers: [token, other]", 1),
+        ("answers=null; metrics=[prob]", "give answers: [token, other]", 1),
         ("at.positions=[]", 'write positions: "last"', 1),
         ("edits=[{patch: {donor: {same_length: label}}}]", "write {same_length: 0, differing: label}", 2),
         ("edits=[{patch: {donor: {same_length: 0, differs: label}}}]", "did you mean differing", 2),
@@ -132,17 +132,9 @@ def test_answers_in_python_are_texts_of_one_token(asked: Path, checkpoint: Path)
 def test_a_mistake_ends_in_one_message(
     change: str, message: str, status: int, asked: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    simple = (
-        "--set",
-        "attribution=null",
-        "--set",
-        "answers=null",
-        "--set",
-        "edits=[{zero: {}}]",
-        "--set",
-        "metrics=[kl]",
-    )
-    text = run(capsys, "replay", "run.zarr", asked, "-q", *simple, "--set", change, status=status)
+    none = ("attribution=null", "logit_attribution=null", "edits=[{zero: {}}]", "metrics=[kl]")
+    changes = [word for one in (*none, *change.split("; ")) for word in ("--set", one)]
+    text = run(capsys, "replay", "run.zarr", asked, "-q", *changes, status=status)
     assert message in text
     assert "Traceback" not in text
 
