@@ -9,12 +9,14 @@ from analysis.replay.edits.edit import Alternatives, Chain, Edit
 from analysis.replay.edits.erase import Erase
 from analysis.replay.edits.features import Clamp, Identity, Mean, Scale, SetNeurons, Zero
 from analysis.replay.edits.function import Function
+from analysis.replay.edits.heads import OnHeads
 from analysis.replay.edits.noise import Noise, NormMatched
 from analysis.replay.engine.compatibility import find_incompatibilities
 from analysis.replay.engine.engine import Engine
 from analysis.replay.engine.forward_hooks import PlacedEdit
 from analysis.replay.engine.identity import identity_error
 from analysis.replay.engine.partial_loading import load_rest
+from analysis.replay.engine.receiver import Receiver
 from analysis.replay.engine.starts import Start
 from analysis.replay.gradients.attribution import attribution
 from analysis.replay.gradients.verification import verify
@@ -45,11 +47,13 @@ __all__ = [
     "Metric",
     "Noise",
     "NormMatched",
+    "OnHeads",
     "Outcome",
     "Patch",
     "Placed",
     "PlacedEdit",
     "ProjectOut",
+    "Receiver",
     "Resample",
     "Scale",
     "SetNeurons",

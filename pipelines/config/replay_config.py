@@ -41,6 +41,17 @@ EDITS = {
 """Names of edits in a file, and in `analysis.replay`."""
 
 
+class ReceiverSource(Options):
+    """The end of the path along which edits act; see `analysis.replay.Receiver`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    site: str = Field(description="the site that receives, such as q")
+    layer: int = Field(description="its layer, negative from the end")
+    heads: int | list[int] | None = Field(None, description="heads of q, k, v or z that receive; all by default")
+    positions: Any = Field("all", description="tokens that receive: all, last, first, a number, or by document id")
+
+
 class Cells(Options):
     """The grid of edits; see `analysis.replay.grid`."""
 
@@ -52,12 +63,19 @@ class Cells(Options):
         "last",
         description="last, first, all, each, a number, a list of these, or positions by document id",
     )
+    heads: Literal["each"] | int | list[int] | None = Field(
+        None, description="edit each head of q, k, v or z by itself, or each of some"
+    )
+    receiver: ReceiverSource | None = Field(
+        None, description="path patching: the only site by way of which edits reach the output"
+    )
 
     def grid(self) -> Grid:
         """Return the grid."""
-        from analysis.replay import grid
+        from analysis.replay import Receiver, grid
 
-        return grid(self.site, self.layers, self.positions)
+        receiver = None if self.receiver is None else Receiver(**self.receiver.model_dump())
+        return grid(self.site, self.layers, self.positions, heads=self.heads, receiver=receiver)
 
 
 class AttributionSource(Options):

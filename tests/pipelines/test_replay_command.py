@@ -120,6 +120,9 @@ def test_answers_in_python_are_texts_of_one_token(asked: Path, checkpoint: Path)
         ("metric=[kl]", "unknown key 'metric'", 2),
         ("metrics=[kll]", "there is no metric 'kll'", 1),
         ("at.layers=[7]", "no layer 7", 1),
+        ("at={site: z, heads: [9]}", "z has no head 9", 1),
+        ("at={site: z, receiver: {site: q}}", "missing key 'at.receiver.layer'", 2),
+        ("at={site: z, layers: [2], receiver: {site: q, layer: 1}}", "no path leads", 1),
         ("model=nowhere", "cannot be loaded", 2),
         ("attribution={donors: doc-1, steps: 4}", "steps belong to integrated gradients", 1),
         ("attribution={donors: doc-1, layers: [7]}", "no layer 7", 1),
@@ -132,7 +135,7 @@ def test_answers_in_python_are_texts_of_one_token(asked: Path, checkpoint: Path)
 def test_a_mistake_ends_in_one_message(
     change: str, message: str, status: int, asked: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    none = ("attribution=null", "logit_attribution=null", "edits=[{zero: {}}]", "metrics=[kl]")
+    none = ("attribution=null", "logit_attribution=null", "answers=null", "edits=[{zero: {}}]", "metrics=[kl]")
     changes = [word for one in (*none, *change.split("; ")) for word in ("--set", one)]
     text = run(capsys, "replay", "run.zarr", asked, "-q", *changes, status=status)
     assert message in text
@@ -151,6 +154,22 @@ def test_a_remedy_for_a_file_has_its_keys_in_place_of_python_arguments() -> None
         ("capture", "run it with --set batch_tokens=64", "run it with --set batch_tokens=64"),
     ):
         assert as_yaml(remedy, key_names(file)) == expected  # type: ignore[arg-type]
+
+
+def test_heads_and_a_path_from_the_command_line(
+    asked: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    one = ("attribution=null", "logit_attribution=null", "edits=[{zero: {}}]", "metrics=[kl]", "readout=last")
+    path = "{site: q, layer: 3, heads: [2], positions: last}"
+    for folder, receiver in (("heads", "null"), ("paths", path)):
+        cells = f"at={{site: z, layers: [0, 2], heads: [3, 1], receiver: {receiver}}}"
+        changes = [part for change in (*one, cells) for part in ("--set", change)]
+        run(capsys, "replay", "run.zarr", asked, "-q", "-o", folder, *changes)
+    heads, paths = (replay.load(tmp_path / name).results for name in ("heads", "paths"))
+    assert heads["edit"].values.tolist() == paths["edit"].values.tolist() == ["Zero head 3", "Zero head 1"]
+    assert paths.attrs["question"]["receiver"] == {"site": "q", "layer": 3, "heads": [2], "positions": "last"}
+    sizes = [float(found["value"].sel(arm="edit").mean()) for found in (heads, paths)]
+    assert 0 < sizes[1] < sizes[0]
 
 
 def test_the_example_is_valid() -> None:

@@ -19,6 +19,7 @@ from analysis.replay.edits.directions import array_basis, random_basis
 from analysis.replay.edits.edit import Chain, Edit
 from analysis.replay.edits.edit_context import EditContext
 from analysis.replay.edits.features import Numbers
+from analysis.replay.edits.heads import OnHeads
 from analysis.replay.edits.noise import NormMatched
 from flexcache.hooks.flexmodel.edit_operations import project
 from flexcache.store.read.store import Store
@@ -175,7 +176,7 @@ def iterate_donor_edits(edit: Edit) -> Iterator[DonorEdit]:
         parts = edit.edits
     elif isinstance(edit, ByLayer):
         parts = tuple(part for _, part in edit.edits)
-    elif isinstance(edit, NormMatched):
+    elif isinstance(edit, NormMatched | OnHeads):
         parts = (edit.edit,)
     for part in parts:
         yield from iterate_donor_edits(part)

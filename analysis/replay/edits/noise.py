@@ -10,6 +10,7 @@ import torch
 from analysis.replay.edits.edit import Edit, check_edit
 from analysis.replay.edits.edit_context import EditContext
 from analysis.replay.edits.features import Numbers
+from analysis.replay.edits.heads import OnHeads, head_mask
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -35,6 +36,8 @@ class Noise(Edit):
 class NormMatched(Edit):
     """Move each activation as far as *edit* moves it, in a random direction uniform on the sphere: a control for it.
 
+    For an edit of some heads, the direction is one in the features of these heads.
+
     ::
 
         replay.NormMatched(replay.Zero())
@@ -48,4 +51,8 @@ class NormMatched(Edit):
     def change(self, x: torch.Tensor, context: EditContext) -> torch.Tensor:
         """Return *x* with noise of the norm of the edit's change."""
         distance = (self.edit.change(x, context) - x).norm(dim=-1, keepdim=True)
-        return x + distance * context.unit_noise(x, salt=1)
+        noise = context.unit_noise(x, salt=1)
+        if isinstance(self.edit, OnHeads):
+            noise = noise * head_mask(x, self.edit.heads, self.edit.of)
+            noise = noise / noise.norm(dim=-1, keepdim=True)
+        return x + distance * noise

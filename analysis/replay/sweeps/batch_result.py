@@ -17,6 +17,7 @@ from analysis.replay.edits.noise import NormMatched
 from analysis.replay.engine.engine import Engine
 from analysis.replay.engine.forward_hooks import ForwardResult, PlacedEdit
 from analysis.replay.engine.identity import Discrepancy, check_discrepancy, compare_logits
+from analysis.replay.engine.path_patching import PathForwards
 from analysis.replay.engine.starts import Start
 from analysis.replay.metrics import Outcome, compute_metric
 from analysis.replay.sweeps.grid import has_readout, readout_positions, select_tokens
@@ -89,6 +90,11 @@ def run_batch(engine: Engine, plan: SweepPlan, batch: Batch, advance: Callable[[
     discrepancies = np.zeros((len(plan.layers), 2))
     base = engine.run(batch, read=read, points=points)
     donors = [_donor_logits(engine, plan, edit, batch, lines) for edit in plan.edits]
+    path = None
+    if plan.receiver is not None:
+        receiving = np.where(np.isin(np.arange(len(lengths)), lines), lengths, 0)
+        tokens = select_tokens(plan.receiver.positions, receiving, ids)
+        path = PathForwards.prepare(engine, plan.receiver, batch, tokens)
     cells = sorted(_cells(engine, plan, batch, lines, ids), key=lambda cell: cell.start.skipped)
     for first in range(0, len(cells), plan.copies):
         together = cells[first : first + plan.copies]
@@ -102,7 +108,10 @@ def run_batch(engine: Engine, plan: SweepPlan, batch: Batch, advance: Callable[[
             for copy, cell in enumerate(together)
             if cell.edit is not None
         ]
-        result = engine.run(batch, [cell.start for cell in together], placed, read=read, points=points)
+        if path is not None and placed:
+            result = path.run_path(together[0].start, placed[0], read=read, points=points)
+        else:
+            result = engine.run(batch, [cell.start for cell in together], placed, read=read, points=points)
         advance()
         for copy, cell in enumerate(together):
             own = _select_copy(engine, cell.start, result, base, copy * batch.shape[0], batch.shape[0])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import index
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis.replay.engine.receiver import Receiver
 from flexcache.errors import AnalysisError, nearest
 from flexcache.site import Layers, plain_layers, resolve_layers
+from flexcache.spec import is_whole
 from flexcache.store.read.store import Store
 
 WORDS = ("last", "first", "all", "each")
@@ -32,16 +34,28 @@ class Grid:
     ----------
     positions : mapping from label to Positions
         Labels of the position dim of the results, and the tokens of a document that each stands for.
+    heads : "each", tuple of int, or None
+        Heads that are edited one by one.
+    receiver : Receiver, or None
+        The end of the path along which edits act.
     """
 
     site: str
     layers: Layers
     positions: Mapping[str, Positions]
+    heads: str | tuple[int, ...] | None = field(default=None, repr=False)
+    receiver: Receiver | None = field(default=None, repr=False)
 
     def resolve(self, store: Store, depth: int) -> tuple[tuple[int | None, ...], dict[str, Positions]]:
         """Return the layers, and the positions with ``"each"`` resolved to numbers.
 
-        ``"all"`` layers are those of a model of *depth* blocks at which the store allows a replay to start.
+        ``"all"`` layers are those of a model of *depth* blocks at which the store allows a replay to start, and from
+        which a path leads to the receiver.
+
+        Raises
+        ------
+        AnalysisError
+            No path leads from a layer to the receiver.
         """
         positions = dict(self.positions)
         if "each" in positions:
@@ -49,16 +63,32 @@ class Grid:
             del positions["each"]
             positions |= {str(position): position for position in range(longest)}
         if "." in self.site:
-            return (None,), positions
-        if self.layers != "all":
-            return resolve_layers(self.layers, depth), positions
-        return tuple(_layers_to_start_at(store, self.site, depth)), positions
+            found: tuple[int | None, ...] = (None,)
+        elif self.layers != "all":
+            found = resolve_layers(self.layers, depth)
+        else:
+            found = tuple(_layers_to_start_at(store, self.site, depth))
+        if self.receiver is None:
+            return found, positions
+        receiver = self.receiver.in_model(depth)
+        before = tuple(n for n in found if n is not None and receiver.follows(self.site, n))
+        if not before or (self.layers != "all" and len(before) < len(found)):
+            raise AnalysisError(
+                "no path leads from the edit to the receiver",
+                where=f"{self.site}, layer {', '.join(map(str, [n for n in found if n not in before]))}",
+                expected=f"a standard site and layer before {receiver.site} of layer {receiver.layer}",
+                remedy="choose earlier layers, or a later receiver",
+            )
+        return before, positions
 
 
 def grid(
     site: str = "resid_post",
     layers: Layers = "all",
     positions: str | int | Sequence[int | str] | Mapping[str, Mapping[str, Sequence[int]]] = "last",
+    *,
+    heads: str | int | Sequence[int] | None = None,
+    receiver: Receiver | None = None,
 ) -> Grid:
     """Return where a sweep makes its edits.
 
@@ -75,6 +105,13 @@ def grid(
         ``"last"`` or ``"first"`` token of each document, ``"all"`` of them at once, ``"each"`` position one by one; a
         number, negative from the document's end; a list of these, one by one; or names for positions that differ by
         document: ``{"subject": {"doc-1": [2, 3], …}}``. Documents without such a token are left out.
+    heads
+        At ``q``, ``k``, ``v`` or ``z``: edit ``"each"`` head by itself, or each of some. The results have one entry a
+        head along the dim edit, with a coordinate ``head``.
+    receiver
+        Path patching: measure only the effect that reaches the output by way of this `Receiver`. Everything else that
+        is added to the residual stream between edit and receiver stays as it is without the edit; what follows the
+        receiver is computed.
 
     Raises
     ------
@@ -99,7 +136,20 @@ def grid(
             found[str(one)] = one if isinstance(one, str) and one in WORDS else parse_position(one)
     if not found:
         raise AnalysisError("no position is given", remedy='write positions="last"')
-    return Grid(site, plain_layers(layers), found)
+    if receiver is not None and not isinstance(receiver, Receiver):
+        raise AnalysisError(
+            "a receiver cannot be read", expected="replay.Receiver(site, layer)", found=repr(receiver)[:80]
+        )
+    return Grid(site, plain_layers(layers), found, _parse_heads(heads), receiver)
+
+
+def _parse_heads(heads: Any) -> str | tuple[int, ...] | None:
+    if heads is None or heads == "each":
+        return heads
+    found = tuple(as_list(heads))
+    if not found or not all(is_whole(head) and head >= 0 for head in found) or len(set(found)) < len(found):
+        raise AnalysisError("heads cannot be read", expected='"each", or whole numbers', found=repr(heads)[:80])
+    return found
 
 
 def select_tokens(

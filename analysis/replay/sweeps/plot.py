@@ -42,8 +42,9 @@ NAMES = {
 def plot(results: xr.Dataset, path: str | Path | None = None, metric: str | None = None) -> Figure:
     """Draw the means of a metric; uses no pyplot.
 
-    With several positions: a heat map of layer × position for each edit at its largest strength, with a dot in cells
-    whose 95 % interval includes no effect. With several strengths: a curve over strengths for up to six layers.
+    With edits of single heads: a heat map of layer × head for each edit and position, at the largest strength, with a
+    dot in cells whose 95 % interval includes no effect. With several positions: the same of layer × position for each
+    edit. With several strengths: a curve over strengths for up to six layers.
     Otherwise: curves over layers.
 
     Parameters
@@ -60,7 +61,7 @@ def plot(results: xr.Dataset, path: str | Path | None = None, metric: str | None
     """
     metric = check_metric(results, metric)
     sizes = results["value"].sizes
-    if sizes["position"] > 1:
+    if sizes["position"] > 1 or "head" in results.coords:
         figure = heat_maps(results, metric)
     elif sizes["alpha"] > 1:
         figure = dose_response(results, metric)
@@ -70,29 +71,45 @@ def plot(results: xr.Dataset, path: str | Path | None = None, metric: str | None
 
 
 def heat_maps(results: xr.Dataset, metric: str) -> Figure:
-    """Return a heat map of layer × position for each edit."""
+    """Return a heat map of layer × position for each edit; of layer × head for edits of single heads."""
     effect = estimate_effects(results).sel(metric=metric, arm="edit")
-    edits = [str(name) for name in effect["edit"].values]
-    figure = Figure(figsize=(1.8 + 5.2 * len(edits), 5), layout="constrained", facecolor=PAPER)
-    rows = figure.subplots(1, len(edits), squeeze=False)[0]
+    across = "head" if "head" in results.coords else "position"
+    panels = (
+        _by_head(effect) if across == "head" else {str(name): effect.sel(edit=name) for name in effect["edit"].values}
+    )
+    figure = Figure(figsize=(1.8 + 5.2 * len(panels), 5), layout="constrained", facecolor=PAPER)
+    rows = figure.subplots(1, len(panels), squeeze=False)[0]
     reference = 0.0
     if "identity" in names_along(results, "arm"):
         unchanged = results["value"].sel(metric=metric, arm="identity")
         reference = float(unchanged.mean()) if np.isfinite(unchanged).any() else 0.0
     away = float(np.nan_to_num(np.abs(effect["mean"].values - reference)).max()) or 1.0
-    for axes, edit in zip(rows, edits):
-        at = _strongest(effect.sel(edit=edit))
-        values = at["mean"].transpose("layer", "position").values - reference
+    for axes, (edit, panel) in zip(rows, panels.items()):
+        at = _strongest(panel)
+        values = at["mean"].transpose("layer", across).values - reference
         image = axes.imshow(values, cmap="RdBu_r", vmin=-away, vmax=away, aspect="auto", origin="lower")
         inside = (at["ci_low"] <= reference) & (at["ci_high"] >= reference)
-        for layer, position in zip(*np.nonzero(inside.transpose("layer", "position").values)):
+        for layer, position in zip(*np.nonzero(inside.transpose("layer", across).values)):
             axes.text(position, layer, "·", ha="center", va="center", color=SOFT, fontsize=8)
-        _ticks(axes, at)
+        _ticks(axes, at, across)
         axes.set_title(edit, loc="left", color=INK, fontsize=10, parse_math=False, wrap=True)
     bar = figure.colorbar(image, ax=list(rows), shrink=0.8)
     bar.set_label(f"{_name(metric)}" + (", less that without an edit" if reference else ""), color=INK)
     bar.ax.tick_params(color=SOFT, labelcolor=SOFT)
     return figure
+
+
+def _by_head(effect: xr.Dataset) -> dict[str, xr.Dataset]:
+    """Return the effects by head of each edit and position, with a title; the heads of an edit follow each other."""
+    heads, names = effect["head"].values, [str(name) for name in effect["edit"].values]
+    count, found = len(set(heads.tolist())), {}
+    for first in range(0, len(names), count):
+        one = effect.isel(edit=slice(first, first + count)).swap_dims(edit="head")
+        title = names[first].rpartition(" head ")[0]
+        for number, position in enumerate(map(str, effect["position"].values)):
+            label = title if effect.sizes["position"] == 1 else f"{title}, position {position}"
+            found[label if label not in found else f"{label} {first // count + 1}"] = one.isel(position=number)
+    return found
 
 
 def dose_response(results: xr.Dataset, metric: str) -> Figure:
@@ -157,13 +174,13 @@ def _strongest(effect: xr.Dataset) -> xr.Dataset:
     return effect.isel(alpha=int(made[-1]) if len(made) else 0)
 
 
-def _ticks(axes: Axes, at: xr.Dataset) -> None:
-    layers, positions = at["layer"].values, [str(name) for name in at["position"].values]
+def _ticks(axes: Axes, at: xr.Dataset, across: str) -> None:
+    layers, positions = at["layer"].values, [str(name) for name in at[across].values]
     step = max(1, len(layers) // 12)
     axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     step = max(1, len(positions) // 12)
     axes.set_xticks(range(0, len(positions), step), positions[::step])
-    axes.set_xlabel("position", color=INK)
+    axes.set_xlabel(across, color=INK)
     axes.set_ylabel("layer", color=INK)
     axes.tick_params(length=0, labelcolor=SOFT)
     axes.spines[:].set_visible(False)

@@ -12,6 +12,7 @@ from torch import nn
 from analysis.dataset.store_argument import accept_store_path
 from analysis.progress import bar
 from analysis.replay.edits.edit import Alternatives, Edit, label_edits
+from analysis.replay.edits.heads import OnHeads
 from analysis.replay.engine.compatibility import check_no_images
 from analysis.replay.engine.engine import Engine
 from analysis.replay.metrics import MetricLike
@@ -144,6 +145,12 @@ def _run_batches(
     return run_batches_on_workers(engine.store.path, model, plan, batches, run.scheduler, run.workers, accept)
 
 
+def _head_coordinate(edits: Sequence[Edit]) -> dict[str, Any]:
+    """Return the head of each edit as a coordinate, if all are edits of one head."""
+    heads = [edit.heads[0] for edit in edits if isinstance(edit, OnHeads) and len(edit.heads) == 1]
+    return {"head": ("edit", heads)} if len(heads) == len(edits) else {}
+
+
 def _dataset(engine: Engine, plan: SweepPlan, results: Sequence[BatchResult]) -> xr.Dataset:
     """Return the results of all batches as `Sweep.results`."""
     documents = np.concatenate([result.documents for result in results])
@@ -166,6 +173,7 @@ def _dataset(engine: Engine, plan: SweepPlan, results: Sequence[BatchResult]) ->
             "layer": [-1 if layer is None else layer for layer in plan.layers],
             "position": np.array(list(plan.positions), object),
             "edit": np.array(label_edits(plan.edits), object),
+            **_head_coordinate(plan.edits),
             "alpha": list(plan.strengths),
             "document": ids[documents[order]],
             "metric": np.array([metric.name for metric in plan.metrics], object),

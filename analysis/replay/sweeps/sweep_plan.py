@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,14 @@ import xxhash
 
 from analysis.replay.edits.donors import donor_ids, iterate_donor_edits
 from analysis.replay.edits.edit import Edit, list_edits
+from analysis.replay.edits.heads import OnHeads
 from analysis.replay.engine.engine import Engine
+from analysis.replay.engine.receiver import Receiver
 from analysis.replay.metrics import NAMED, Metric, resolve_metrics
 from analysis.replay.sweeps.arguments import Answers, parse_answers
 from analysis.replay.sweeps.grid import Grid, Positions, Readout, has_readout, has_tokens, parse_readout
 from flexcache.errors import AnalysisError, StoreError, nearest
+from flexcache.hooks.locate.head_count import count_heads
 from flexcache.provenance import callable_fingerprint
 from flexcache.spec import listed
 
@@ -35,6 +38,8 @@ class SweepPlan:
         Tokens at which the logits with and without an edit are compared; negative numbers from the end.
     copies : int
         Cells side by side in one forward, along its first dim.
+    receiver : Receiver, or None
+        The end of the path along which edits act.
     """
 
     site: str
@@ -48,6 +53,7 @@ class SweepPlan:
     readout: Readout = "all"
     copies: int = 1
     seed: int = 0
+    receiver: Receiver | None = None
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -85,6 +91,7 @@ class SweepPlan:
             "readout": self.readout,
             "copies": self.copies,
             "seed": self.seed,
+            **({} if self.receiver is None else {"receiver": asdict(self.receiver)}),
         }
 
     @property
@@ -133,7 +140,8 @@ def plan_sweep(
         replace(metric, reads=tuple((s, None if n is None else n % engine.depth) for s, n in metric.reads))
         for metric in resolve_metrics(metrics, answers is not None)
     )
-    edits = list_edits(edit)
+    edits = _on_heads(list_edits(edit), engine, at, layers)
+    receiver = None if at.receiver is None else _check_receiver(at.receiver.in_model(engine.depth), engine, copies)
     return SweepPlan(
         site=at.site,
         layers=layers,
@@ -146,7 +154,42 @@ def plan_sweep(
         readout=readout,
         copies=copies,
         seed=seed,
+        receiver=receiver,
     )
+
+
+def _on_heads(edits: tuple[Edit, ...], engine: Engine, at: Grid, layers: Sequence[int | None]) -> tuple[Edit, ...]:
+    """Return one edit for each edit and head of the grid."""
+    if at.heads is None:
+        return edits
+    counts = {count_heads(engine.model, at.site, layer) for layer in layers if layer is not None}
+    if len(counts) != 1:
+        raise AnalysisError(
+            "layers of a sweep by head have equal numbers of heads",
+            where=at.site,
+            found=", ".join(map(str, sorted(counts))) or "no layers",
+        )
+    count = counts.pop()
+    heads = range(count) if isinstance(at.heads, str) else at.heads
+    _check_heads(heads, count, at.site)
+    return tuple(OnHeads(edit, head, count) for edit in edits for head in heads)
+
+
+def _check_receiver(receiver: Receiver, engine: Engine, copies: int) -> Receiver:
+    if copies > 1:
+        raise AnalysisError("path patching runs one edit in a forward", expected="copies=1", found=f"copies={copies}")
+    engine.point(receiver.site, receiver.layer)
+    if receiver.heads is not None:
+        _check_heads(receiver.heads, count_heads(engine.model, receiver.site, receiver.layer), receiver.site)
+    if isinstance(receiver.positions, dict):
+        engine.source.check_documents(receiver.positions, "positions of the receiver")
+    return receiver
+
+
+def _check_heads(heads: Sequence[int], count: int, site: str) -> None:
+    missing = [head for head in heads if head >= count]
+    if missing:
+        raise AnalysisError(f"{site} has no head {missing[0]}", expected=f"heads from 0 to {count - 1}")
 
 
 def _resolve_documents(

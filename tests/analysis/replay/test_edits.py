@@ -44,6 +44,8 @@ ALL: list[Edit] = [
     replay.Interpolate("doc-1", t=[0.0, 0.5]),
     replay.Interchange("doc-1", directions=RNG.standard_normal((2, HIDDEN))),
     replay.Resample(7),
+    replay.OnHeads(replay.Scale([0.0, 2.0]), 3, 4),
+    replay.OnHeads(replay.Patch("doc-1"), (0, 2), 4),
     replay.ByLayer({0: replay.Zero(), 1: replay.Steer(VECTOR)}),
     replay.Scale(2.0) >> replay.Zero((1,)) >> replay.Steer(VECTOR),
     replay.Function("tests.analysis.replay.test_edits:doubled"),
