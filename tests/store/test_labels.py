@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import shutil
@@ -13,10 +14,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 
 import flexcache
 from flexcache.errors import ConfigError, DamagedError, DocumentsError, MismatchError, StoreError
+from flexcache.store.format.label_table import LabelColumn, LabelTable
+from flexcache.store.format.ledger import FileRecord
 from flexcache.store.manage.extension_transaction import ExtensionTransaction
+from flexcache.store.storage.atomic_files import json_bytes
 from tests.corpora import build_store, lengths, token_documents
 from tests.recording.test_recorder import shard_hashes
 
@@ -356,6 +361,25 @@ def test_the_record_is_json_with_a_checksum_of_its_own(store: flexcache.Store, r
     path.write_text(path.read_text().replace('"matched": 40', '"matched": 39'))
     with pytest.raises(DamagedError, match="label table labels cannot be read"):
         _ = flexcache.open(root).label_tables
+
+
+@pytest.mark.parametrize("change", [{"stars": pa.array([1])}, {"id": pa.array(["doc-0"])}, {}])
+def test_a_record_that_promises_other_columns_is_damage(root: Path, change: dict[str, pa.Array]) -> None:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"id": pa.array(["doc-0"]), "note": pa.array([1]), **change}), sink)
+    content = sink.getvalue()
+    file = FileRecord(len(content), xxhash.xxh3_128_hexdigest(content))
+    of = {} if change else {"note": LabelColumn("list<item: int64>", "tokens", 0)}
+    record = LabelTable("x", "id", 1, 1, 0, of or {"stars": LabelColumn("int64", "documents", 0)}, file)
+    for name, written in ((record.path, content), (record.record_path, json_bytes(record.to_json()))):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(written)
+    store = flexcache.open(root)
+    if change.keys() == {"stars"}:
+        assert "stars" in store.head(0).column_names
+        return
+    with pytest.raises(DamagedError, match="a label table cannot be read"):
+        _ = store.token_label("note") if of else store.documents
 
 
 def test_an_export_holds_the_joined_labels(store: flexcache.Store, root: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from flexcache.site import resolve_layers
 from flexcache.spec import ArraySpec, CaptureSpec
 from flexcache.store.manage.derive import merge_arrays
 from flexcache.store.manage.extension_transaction import ExtensionTransaction, check_complete
-from flexcache.store.manage.labels import check_new_labels
+from flexcache.store.manage.labels.tables import check_new_labels
 from flexcache.store.manage.staging import plan_extension, stage_arrays, stage_documents
 from flexcache.store.read.selection import ArrayKey, by_array, keys
 from flexcache.store.read.store import Store

@@ -14,7 +14,7 @@ from flexcache.store.format.int8 import is_scale, with_scales
 from flexcache.store.format.shard import shard_folder
 from flexcache.store.manage.derive import derived_content, narrow_spec, prepare_store
 from flexcache.store.manage.extension_transaction import check_not_extending
-from flexcache.store.manage.labels import check_same_labels, copy_labels
+from flexcache.store.manage.labels.tables import check_same_labels, copy_labels
 from flexcache.store.manage.row_copy import RowCopy
 from flexcache.store.manage.store_contents import describe_origin
 from flexcache.store.read.selection import keys, select

@@ -16,7 +16,7 @@ from flexcache.store.format.text import join_lines, shorten
 from flexcache.store.manage.copy import check_separate
 from flexcache.store.manage.derive import derived_content, merge_arrays, prepare_store
 from flexcache.store.manage.extension_transaction import check_not_extending
-from flexcache.store.manage.labels import check_same_labels, copy_labels
+from flexcache.store.manage.labels.tables import check_same_labels, copy_labels
 from flexcache.store.manage.row_copy import RowCopy
 from flexcache.store.manage.store_contents import describe_origin, differing_tables
 from flexcache.store.read.recorded_model import recorded_model

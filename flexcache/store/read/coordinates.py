@@ -1,11 +1,14 @@
-"""Read the coordinates of rows lazily: token id, position and document."""
+"""Read the coordinates of rows lazily: token id, position and document; and select rows by them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import xarray as xr
 import zarr
 from xarray.backends import BackendArray
@@ -113,3 +116,43 @@ def unreadable(kind: str, path: StoreLocation, error: Exception) -> StoreError:
         found=f"{type(error).__name__}: {error}",
         remedy="run flexcache verify to see what else is damaged",
     )
+
+
+def document_numbers(document: Any, documents: pa.Table, where: StoreLocation) -> np.ndarray:
+    """Return documents, given by id or number, as indices into the table of documents; None selects all.
+
+    Raises
+    ------
+    StoreError
+        There is no such document.
+    """
+    count = len(documents)
+    if document is None:
+        return np.arange(count)
+    asked = [document] if isinstance(document, str) or not isinstance(document, Iterable) else list(document)
+    if asked and all(isinstance(item, str) for item in asked):
+        found = pc.index_in(pa.array(asked), value_set=documents.column("id").combine_chunks())
+        if found.null_count:
+            missing = asked[found.to_pylist().index(None)]
+            raise StoreError(f"the store has no document {missing!r}", where=str(where))
+        return found.to_numpy(zero_copy_only=False).astype(np.int64)
+    numbers = np.array([int(item) for item in asked], dtype=np.int64)
+    if len(numbers) and not (-count <= numbers.min() and numbers.max() < count):
+        raise StoreError(f"documents are numbered 0 to {count - 1}", found=str(document))
+    return numbers % max(1, count)
+
+
+def select_positions(found: np.ndarray, position: int | slice, lengths: np.ndarray) -> np.ndarray:
+    """Return a mask of the rows at a position, or in a slice of positions.
+
+    Parameters
+    ----------
+    found, lengths : ndarray of shape (rows,)
+        Position of each row in its document, and number of tokens of that document.
+    """
+    if not isinstance(position, slice):
+        return found == (position + lengths if position < 0 else position)
+    if position.step not in (None, 1):
+        raise ValueError("a slice of positions has no step")
+    low, high = (np.where(e < 0, e + lengths, e) if e is not None else None for e in (position.start, position.stop))
+    return (found >= (0 if low is None else low)) & (found < (lengths if high is None else high))

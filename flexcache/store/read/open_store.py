@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import xarray as xr
 
-from flexcache.errors import SiteError, StoreError, nearest
+from flexcache.errors import SiteError, nearest
 from flexcache.images.encoded import IMAGE
 from flexcache.patches import Patches
 from flexcache.plan import ranges
@@ -24,11 +23,10 @@ from flexcache.store.format.label_table import LabelTable, read_label_tables
 from flexcache.store.format.metadata import StoreMetadata, parse_metadata
 from flexcache.store.format.reference import StoreReference, make_reference
 from flexcache.store.format.schema import COORDINATES, DOCUMENTS, SEQUENCES, read_attributes
-from flexcache.store.read.coordinates import coordinate_variable
-from flexcache.store.read.joined_labels import JoinedLabels
+from flexcache.store.read.coordinates import coordinate_variable, document_numbers, select_positions
 from flexcache.store.read.parquet import open_table, read_first_lines, read_store_table
 from flexcache.store.read.row_images import read_image, read_patches
-from flexcache.store.read.row_labels import label_names, row_labels
+from flexcache.store.read.row_labels import JoinedLabels, label_names, row_labels
 from flexcache.store.storage.location import StoreLocation, parse_location
 
 
@@ -245,7 +243,7 @@ class OpenStore:
             A token position within its document, negative from the end of the document, or a slice of positions.
             A document without a stored row at the position contributes none.
         """
-        chosen = _document_numbers(document, self._extents, self.path)
+        chosen = document_numbers(document, self._extents, self.path)
         starts = self._extents.column("row_start").to_numpy()[chosen]
         counts = self._extents.column("n_rows").to_numpy()[chosen]
         found = ranges(starts, counts)
@@ -253,7 +251,7 @@ class OpenStore:
             return found
         lengths = np.repeat(self._extents.column("n_tokens").to_numpy()[chosen].astype(np.int64), counts)
         at = np.asarray(self.coordinates["position"][found].values)
-        return found[_select_positions(at, position, lengths)]
+        return found[select_positions(at, position, lengths)]
 
     # Private
 
@@ -283,43 +281,3 @@ def shared_store(kind: type[OpenStore], reference: StoreReference, metadata: byt
     store._open(reference.path, opened, shared_units(reference))
     store.__dict__ |= {"reference": reference, "_joined": JoinedLabels(reference.path, tables)}
     return store
-
-
-def _document_numbers(document: Any, documents: pa.Table, where: StoreLocation) -> np.ndarray:
-    """Return documents, given by id or number, as indices into the table of documents; None selects all.
-
-    Raises
-    ------
-    StoreError
-        There is no such document.
-    """
-    count = len(documents)
-    if document is None:
-        return np.arange(count)
-    asked = [document] if isinstance(document, str) or not isinstance(document, Iterable) else list(document)
-    if asked and all(isinstance(item, str) for item in asked):
-        found = pc.index_in(pa.array(asked), value_set=documents.column("id").combine_chunks())
-        if found.null_count:
-            missing = asked[found.to_pylist().index(None)]
-            raise StoreError(f"the store has no document {missing!r}", where=str(where))
-        return found.to_numpy(zero_copy_only=False).astype(np.int64)
-    numbers = np.array([int(item) for item in asked], dtype=np.int64)
-    if len(numbers) and not (-count <= numbers.min() and numbers.max() < count):
-        raise StoreError(f"documents are numbered 0 to {count - 1}", found=str(document))
-    return numbers % max(1, count)
-
-
-def _select_positions(found: np.ndarray, position: int | slice, lengths: np.ndarray) -> np.ndarray:
-    """Return a mask of the rows at a position, or in a slice of positions.
-
-    Parameters
-    ----------
-    found, lengths : ndarray of shape (rows,)
-        Position of each row in its document, and number of tokens of that document.
-    """
-    if not isinstance(position, slice):
-        return found == (position + lengths if position < 0 else position)
-    if position.step not in (None, 1):
-        raise ValueError("a slice of positions has no step")
-    low, high = (np.where(e < 0, e + lengths, e) if e is not None else None for e in (position.start, position.stop))
-    return (found >= (0 if low is None else low)) & (found < (lengths if high is None else high))

@@ -233,7 +233,7 @@ class Store(OpenStore, Mapping[str, xr.DataArray]):
         MismatchError
             The tokenizer gives other tokens than those of the store.
         """
-        from flexcache.store.manage.labels import join_labels
+        from flexcache.store.manage.labels.join import join_labels
 
         options: dict[str, Any] = {"name": name, "columns": columns, "token_labels": token_labels}
         joined = join_labels(self.path, table, on, **options, tokenizer=tokenizer, replace=replace)
@@ -252,7 +252,7 @@ class Store(OpenStore, Mapping[str, xr.DataArray]):
         StoreError
             There is no such table, or the store cannot be written.
         """
-        from flexcache.store.manage.labels import remove_labels
+        from flexcache.store.manage.labels.tables import remove_labels
 
         remove_labels(self.path, name)
         self._forget_labels()

@@ -1,10 +1,9 @@
-"""Join tables of labels to a store after its capture, remove them, and carry them to other stores."""
+"""Join a table of labels to a store: read it, check it, and put it into the order of the documents."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +15,24 @@ import xxhash
 
 from flexcache.documents import RESERVED
 from flexcache.documents.label_rows import read_label_rows
-from flexcache.errors import ConfigError, DocumentsError, MismatchError, StoreError, nearest
-from flexcache.paths import check_writable
+from flexcache.errors import ConfigError, DocumentsError, StoreError, nearest
 from flexcache.sequences.labels import SEQUENCE_COLUMNS
 from flexcache.spec import listed
 from flexcache.store.format.label_table import (
-    LABEL_RECORDS,
-    LABELS,
     TABLE_NAME,
     LabelColumn,
     LabelTable,
     list_label_tables,
     read_label_table,
-    read_label_tables,
 )
-from flexcache.store.format.ledger import FileRecord, measure_file
+from flexcache.store.format.ledger import FileRecord
 from flexcache.store.format.schema import DOCUMENTS, SEQUENCES, staged_folder
 from flexcache.store.format.text import TABLE_COLUMNS, shorten
-from flexcache.store.manage.label_alignment import align_with_tokens
-from flexcache.store.read.joined_labels import read_joined
+from flexcache.store.manage.labels.alignment import align_with_tokens
+from flexcache.store.manage.labels.tables import changing_labels, write_table
+from flexcache.store.read.open_store import OpenStore
 from flexcache.store.read.parquet import open_table
-from flexcache.store.read.store import Store
-from flexcache.store.storage.atomic_files import fsync_folder, json_bytes
-from flexcache.store.storage.backend import disk_path, storage_of
-from flexcache.store.storage.disk_errors import clear_errors
 from flexcache.store.storage.location import StoreLocation, is_location
-from flexcache.store.write.election import elect, working
 
 DEFAULT_NAME = "labels"
 
@@ -75,8 +66,8 @@ def join_labels(
                 f"token_labels names {column!r}, which is no label of the table",
                 remedy=nearest(column, labels.column_names[1:]),
             )
-    with _changing(path):
-        store = Store(path)
+    with changing_labels(path):
+        store = OpenStore(path)
         _check_columns(store, labels.column_names[1:], name)
         content, record = _aligned_file(store, labels, on, name, token_labels, tokenizer)
         before = read_label_table(path, name) if name in list_label_tables(path) else None
@@ -87,97 +78,8 @@ def join_labels(
                 found=str(before),
                 remedy="replace it: replace=True (--replace), or give this one another name: name=… (--name)",
             )
-        _write_table(path, content, record)
+        write_table(path, content, record)
     return record
-
-
-def remove_labels(path: StoreLocation, name: str) -> None:
-    """Remove a label table from a store; see `flexcache.Store.remove_labels`."""
-    known = list_label_tables(path)
-    if name not in known:
-        raise StoreError(
-            f"the store has no label table {name!r}",
-            where=str(path),
-            remedy=nearest(name, known) if known else "no table was joined",
-        )
-    with _changing(path):
-        storage_of(path / LABEL_RECORDS).delete(f"{name}.json")
-        _delete_files(path, name)
-
-
-def check_same_labels(stores: Sequence[Store]) -> None:
-    """Raise MismatchError if two stores have different label tables of one name, or one label in two tables."""
-    tables: dict[str, tuple[Store, LabelTable]] = {}
-    owners: dict[str, tuple[Store, LabelTable]] = {}
-    for store in stores:
-        for table in store.label_tables.values():
-            pairs = [tables.setdefault(table.name, (store, table))]
-            pairs += [owners.setdefault(column, (store, table)) for column in table.columns]
-            for other, known in pairs:
-                if known != table:
-                    raise MismatchError(
-                        "the stores have different labels",
-                        where=f"{other.path} and {store.path}",
-                        expected=str(known),
-                        found=str(table),
-                        remedy="remove the table from one of them: flexcache label STORE --remove NAME",
-                    )
-
-
-def copy_labels(sources: Sequence[Store], target: Store) -> Store:
-    """Copy the label tables of stores over one plan to another store over it, and return that store with them.
-
-    Raises
-    ------
-    DamagedError
-        A table of a source is damaged.
-    CaptureError
-        The disk refuses a write.
-    """
-    there = read_label_tables(target.path)
-    missing = {
-        name: (source, table)
-        for source in sources
-        for name, table in source.label_tables.items()
-        if there.get(name) != table or measure_file(target.path / table.path) != table.file
-    }
-    if missing:
-        with _changing(target.path):
-            for source, table in missing.values():
-                read_joined(source.path, table)
-                _write_table(target.path, storage_of(source.path).read_bytes(table.path), table)
-    return Store(target.path) if missing else target
-
-
-def check_new_labels(store: Store, names: Sequence[str]) -> None:
-    """Raise DocumentsError if a label of documents that extend a store has the name of a joined one."""
-    if taken := [name for name in names if name in store.label_checksums()]:
-        table = next(table.name for table in store.label_tables.values() if taken[0] in table.columns)
-        raise DocumentsError(
-            f"label {taken[0]!r} of the new documents has the name of a label that was joined to the store",
-            where=f"{store.path}, table {table}",
-            remedy="leave it out by flexcache.open_documents(…, labels=[…]), and join the labels of all documents again"
-            " afterwards; or remove the table first: flexcache label STORE --remove NAME",
-        )
-
-
-@contextmanager
-def _changing(path: StoreLocation) -> Iterator[None]:
-    """Hold the claim under which extensions are staged and committed, so that only one process changes the tables."""
-    if (folder := disk_path(path)) is not None:
-        try:
-            check_writable(folder)
-        except ConfigError as error:
-            raise StoreError(
-                "the store cannot be written, so its labels cannot change",
-                where=str(path),
-                expected=error.expected,
-                found=error.found,
-                remedy="make a copy with flexcache copy, and join the labels to the copy",
-            ) from None
-    with clear_errors(path), working(path) as (worker, claims):
-        elect(worker, claims, "grow", lambda: False)
-        yield
 
 
 def _table_name(table: Any) -> str:
@@ -185,7 +87,7 @@ def _table_name(table: Any) -> str:
     return Path(str(table)).name.split(".")[0] if is_location(table) else DEFAULT_NAME
 
 
-def _check_columns(store: Store, names: Sequence[str], table: str) -> None:
+def _check_columns(store: OpenStore, names: Sequence[str], table: str) -> None:
     """Raise DocumentsError if a label has the name of a column that the store has, or that its extension will have."""
     joined = [column for other in store.label_tables.values() if other.name != table for column in other.columns]
     staged = staged_folder(store.path)
@@ -205,7 +107,7 @@ def _check_columns(store: Store, names: Sequence[str], table: str) -> None:
 
 
 def _aligned_file(
-    store: Store, labels: pa.Table, on: str, name: str, token_labels: Sequence[str], tokenizer: Any
+    store: OpenStore, labels: pa.Table, on: str, name: str, token_labels: Sequence[str], tokenizer: Any
 ) -> tuple[bytes, LabelTable]:
     """Return the Parquet file of labels in the order of the documents, and its record."""
     documents = store.documents
@@ -259,29 +161,10 @@ def _aligned_file(
     return content, LabelTable(name, on, len(documents), len(lines) - lines.null_count, unknown, described, file)
 
 
-def _of_tokens(store: Store, column: str, values: pa.Array, tokenizer: Any) -> pa.Array:
+def _of_tokens(store: OpenStore, column: str, values: pa.Array, tokenizer: Any) -> pa.Array:
     """Return labels of tokens as lists, null for a document without any."""
     some = pc.indices_nonzero(values.is_valid()).cast(pa.int64())
     aligned = align_with_tokens(store, some, pa.table({column: values.take(some)}), tokenizer)[column]
     place = np.full(len(values), -1, np.int64)
     place[some.to_numpy()] = np.arange(len(some))
     return aligned.take(pa.array(place, mask=place < 0))
-
-
-def _write_table(path: StoreLocation, content: bytes, record: LabelTable) -> None:
-    """Write the file, then the record, which makes it visible, then delete files that the record replaces."""
-    for name, written in ((record.path, content), (record.record_path, json_bytes(record.to_json()))):
-        folder = disk_path((path / name).parent)
-        if folder is not None and not folder.is_dir():
-            folder.mkdir(exist_ok=True)
-            fsync_folder(folder.parent)
-        storage_of(path).write_bytes(name, written)
-    _delete_files(path, record.name, keep=record.path)
-
-
-def _delete_files(path: StoreLocation, name: str, keep: str = "") -> None:
-    """Delete the files of a label table except *keep*, also those of joins that were interrupted."""
-    folder = storage_of(path / LABELS)
-    for entry in folder.list_names():
-        if entry.removesuffix(".parquet")[:-33] == name and f"{LABELS}/{entry}" != keep:
-            folder.delete(entry)

@@ -15,14 +15,14 @@ from flexcache.plan import ranges
 from flexcache.sequences import encode_documents
 from flexcache.sequences.encoded import Encoded, list_array
 from flexcache.sequences.labels import align_labels
-from flexcache.sequences.targets import TARGET, shift_right
+from flexcache.sequences.targets import TARGET, shift_right, target_tokenizer
 from flexcache.sequences.token_columns import is_spans
-from flexcache.store.read.store import Store
+from flexcache.store.read.open_store import OpenStore
 from flexcache.store.storage.location import is_location
 
 
 def align_with_tokens(
-    store: Store, documents: pa.Array, labels: pa.Table, tokenizer: Any = None
+    store: OpenStore, documents: pa.Array, labels: pa.Table, tokenizer: Any = None
 ) -> dict[str, pa.ListArray]:
     """Return each column of *labels* as lists with an entry for each token of a document, as a capture does.
 
@@ -70,7 +70,10 @@ def align_with_tokens(
     batch = pa.RecordBatch.from_arrays([ids, texts, *plain], ["id", "text", *labels.column_names])
     options = spec.model_copy(update={"token_labels": tuple(labels.column_names), "choice": None})
     chats = "messages_xxh3_128" in store.documents.column_names
-    encoded = encode_documents(batch, _tokenizer(store, tokenizer), options, special=False if chats else None)
+    tokenizer = _tokenizer(store, tokenizer)
+    if spec.decoder is not None:
+        tokenizer = target_tokenizer(tokenizer)
+    encoded = encode_documents(batch, tokenizer, options, special=False if chats else None)
     encoded = replace(encoded, labels=_aligned(encoded, labels.column_names))
     if spec.decoder is not None:
         encoded = shift_right(encoded, spec.decoder)
@@ -82,7 +85,7 @@ def _aligned(encoded: Encoded, names: Sequence[str]) -> dict[str, pa.ListArray]:
     return {name: align_labels(encoded, name) for name in names}
 
 
-def _content(store: Store) -> str:
+def _content(store: OpenStore) -> str:
     """Return the input of the documents: ``text`` also for rendered chats, ``image``, or ``tokens``."""
     names = store.documents.column_names
     if store.images:
@@ -93,7 +96,7 @@ def _content(store: Store) -> str:
     return "text" if "text" in columns and "tokens" not in columns else "tokens"
 
 
-def _tokenizer(store: Store, given: Any) -> Any:
+def _tokenizer(store: OpenStore, given: Any) -> Any:
     if given is not None and not is_location(given):
         return given
     name = str(given or store.provenance.model_name)
@@ -108,7 +111,7 @@ def _tokenizer(store: Store, given: Any) -> Any:
         ) from error
 
 
-def _check_tokens(store: Store, documents: np.ndarray, encoded: Encoded) -> None:
+def _check_tokens(store: OpenStore, documents: np.ndarray, encoded: Encoded) -> None:
     """Raise MismatchError if documents have other tokens than in the store, as far as these are rows."""
     table = store.documents
     lengths, starts, counts = (
