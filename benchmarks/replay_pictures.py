@@ -108,8 +108,8 @@ def sentiment(store: Store, model: torch.nn.Module, images: Path) -> None:
             for arm in effect["arm"].values:
                 means = effect["mean"].sel(edit=edit, arm=arm, metric=metric).values
                 console.print(f"  {edit}, {arm}: " + ", ".join(f"{value:+.2f}" for value in means))
-        p = effect["p_norm_matched"].sel(edit=effect["edit"].values[0], metric=metric).values
-        console.print("  p against norm matched: " + ", ".join(f"{value:.4f}" for value in p))
+        p = effect["p_adjusted_norm_matched"].sel(edit=effect["edit"].values[0], metric=metric).values
+        console.print("  adjusted p against norm matched: " + ", ".join(f"{value:.4f}" for value in p))
     probes = found.results["value"].sel(metric="later probe", arm="edit", alpha=0).squeeze()
     label = dict(zip(ids, y, strict=True))
     sign = np.array([label[name] for name in probes["document"].values])
@@ -154,7 +154,7 @@ def logits(
         console.print(f"  {arm}: " + ", ".join(f"{mean:+.2f}" for mean in means))
     for arm in ("random_direction", "norm_matched"):
         chance = np.abs(np.stack(moved[arm])).mean(0)  # of either sign: a random direction has none of its own
-        p = sign_flip((moved["edit"][0] - chance)[:, None], np.arange(len(chance)))
+        p = sign_flip((moved["edit"][0] - chance)[:, None], np.arange(len(chance))).p
         console.print(f"  p, more than the size of {arm}: {float(p[0]):.4f}")
 
 

@@ -69,6 +69,9 @@ class Metric:
         Sites and layers whose activations it needs; a negative layer counts from the end.
     answers, donors
         The metric needs answers, or logits of donors.
+    one_sided
+        The value without an edit is the smallest or the largest possible one, such as 0 for a divergence. Then every
+        edit differs from no edit in one direction, and no test compares the two.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Metric:
     reads: tuple[tuple[str, int | None], ...] = ()
     answers: bool = False
     donors: bool = False
+    one_sided: bool = False
 
 
 TokenMetric = Callable[[Outcome], NDArray[np.float64]]
@@ -218,18 +222,22 @@ BY_TOKEN: dict[str, TokenMetric] = {
 }
 MEANS: dict[str, Callable[[Outcome], float]] = {"kl": kl, "loss": loss, "loss_change": loss_change, "flips": flips}
 """Metrics that are a mean over readout tokens: also called ``kl_mean``; ``kl_sum`` is the sum."""
+ONE_SIDED = ("kl", "flips")
 NAMED = {
     metric.name: metric
     for metric in (
-        *(Metric(name, function) for name, function in MEANS.items()),
-        *(Metric(f"{name}_mean", function) for name, function in MEANS.items()),
-        *(Metric(f"{name}_sum", partial(token_sum, by_token)) for name, by_token in BY_TOKEN.items()),
+        *(Metric(name, function, one_sided=name in ONE_SIDED) for name, function in MEANS.items()),
+        *(Metric(f"{name}_mean", function, one_sided=name in ONE_SIDED) for name, function in MEANS.items()),
+        *(
+            Metric(f"{name}_sum", partial(token_sum, by_token), one_sided=name in ONE_SIDED)
+            for name, by_token in BY_TOKEN.items()
+        ),
         Metric("logit_diff", logit_diff, answers=True),
         Metric("logit_diff_change", logit_diff_change, answers=True),
         Metric("prob", prob, answers=True),
         Metric("rank", rank, answers=True),
         Metric("recovered", recovered, answers=True, donors=True),
-        Metric("cosine", cosine, (("resid_post", -1),)),
+        Metric("cosine", cosine, (("resid_post", -1),), one_sided=True),
     )
 }
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from analysis.dataset.store_argument import accept_store_path
 from analysis.readout.contributions import heat_map
 from analysis.replay.gradients.plot import scatter
+from analysis.replay.sweeps.effects import largest_cells
 from analysis.replay.sweeps.plot import NAMES, plot
 from analysis.replay.sweeps.results import Sweep
 from analysis.report import facts
@@ -80,7 +81,9 @@ def write(
         rho=None if exact is None else f"{exact.attrs['rank_correlation']:.2f}",
         method=None if exact is None else exact.attrs["method"],
         metrics=list(sweep.metrics),
-        controls=[arm for arm in sweep.arms if arm != "edit"],
+        controls=sweep.arms[1:],
+        tests=effect.attrs["tests"],
+        floor=[(name, f"{float(effect['noise_floor'].sel(metric=name).max()):.2g}") for name in sweep.metrics],
         lines=_lines(sweep, effect),
         captured=facts.captured(store),
         groups=groups,
@@ -99,19 +102,17 @@ def _svg(figure: Figure, name: str) -> str:
 
 
 def _lines(sweep: Sweep, effect: xr.Dataset) -> list[dict[str, Any]]:
-    first = effect["mean"].sel(arm="edit", metric=sweep.metrics[0]).transpose("layer", "position", "edit", "alpha")
-    order = np.argsort(-np.nan_to_num(np.abs(first.values), nan=-1.0), axis=None, kind="stable")[:LINES]
     found = []
-    for place in zip(*np.unravel_index(order, first.shape)):
-        cell = effect.isel(dict(zip(first.dims, map(int, place))))
-        if not np.isfinite(cell["mean"].sel(arm="edit", metric=sweep.metrics[0])):
-            continue
+    for cell in largest_cells(effect, sweep.metrics[0], LINES):
         cells = []
         for metric in sweep.metrics:
             at = cell.sel(metric=metric)
             mean, low, high = (float(at[name].sel(arm="edit")) for name in ("mean", "ci_low", "ci_high"))
-            others = [(float(at["mean"].sel(arm=arm)), float(at[f"p_{arm}"])) for arm in sweep.arms[1:]]
-            cells.append((f"{mean:.4g}", f"[{low:.4g}, {high:.4g}]", [(f"{m:.4g}", f"{p:.3f}") for m, p in others]))
+            others = [
+                (f"{float(at['mean'].sel(arm=arm)):.4g}", *(_p(at[f"{what}_{arm}"]) for what in ("p", "p_adjusted")))
+                for arm in sweep.arms[1:]
+            ]
+            cells.append((f"{mean:.4g}", f"[{low:.4g}, {high:.4g}]", others))
         found.append(
             {
                 "layer": int(cell["layer"]),
@@ -123,6 +124,10 @@ def _lines(sweep: Sweep, effect: xr.Dataset) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _p(value: xr.DataArray) -> str:
+    return f"{float(value):.3f}" if np.isfinite(value) else ""
 
 
 def _short(value: Any) -> Any:

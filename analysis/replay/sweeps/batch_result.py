@@ -39,12 +39,18 @@ class BatchResult:
         Largest and relative distance of the replay that changes nothing from the forward.
     changed : ndarray of bool, shape (layers, positions, edits, metrics)
         True where a metric of an edited document differs from that of the replay that changes nothing.
+    unedited : ndarray of float64, shape (edits, documents, metrics)
+        Values of the complete forward; they depend on the edit where a metric compares with its donors.
+    noise : ndarray of float64, shape (layers, metrics)
+        Largest distance of the values of the replay that changes nothing from those of the complete forward.
     """
 
     documents: NDArray[np.int64]
     values: NDArray[np.float64]
     discrepancies: NDArray[np.float64]
     changed: NDArray[np.bool_]
+    unedited: NDArray[np.float64]
+    noise: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,7 @@ def run_batch(engine: Engine, plan: SweepPlan, batch: Batch, advance: Callable[[
     values = np.full((*plan.shape[:5], len(lines), len(plan.metrics)), np.nan)
     unchanged = np.full((len(plan.layers), len(plan.edits), *values.shape[-2:]), np.nan)
     discrepancies = np.zeros((len(plan.layers), 2))
+    noise = np.zeros((len(plan.layers), len(plan.metrics)))
     base = engine.run(batch, read=read, points=points)
     donors = [_donor_logits(engine, plan, edit, batch, lines) for edit in plan.edits]
     path = None
@@ -95,6 +102,21 @@ def run_batch(engine: Engine, plan: SweepPlan, batch: Batch, advance: Callable[[
         receiving = np.where(np.isin(np.arange(len(lengths)), lines), lengths, 0)
         tokens = select_tokens(plan.receiver.positions, receiving, ids)
         path = PathForwards.prepare(engine, plan.receiver, batch, tokens)
+
+    def score(edited: ForwardResult, given: Sequence[dict[int, torch.Tensor]]) -> NDArray[np.float64]:
+        return np.array(
+            [
+                [
+                    _scores(plan, batch, ids, read, base, edited, line, donor.get(line))
+                    if readable[line]
+                    else np.full(len(plan.metrics), np.nan)
+                    for line in lines.tolist()
+                ]
+                for donor in given
+            ]
+        ).reshape(len(given), len(lines), len(plan.metrics))
+
+    unedited = score(base, donors)
     cells = sorted(_cells(engine, plan, batch, lines, ids), key=lambda cell: cell.start.skipped)
     for first in range(0, len(cells), plan.copies):
         together = cells[first : first + plan.copies]
@@ -115,23 +137,17 @@ def run_batch(engine: Engine, plan: SweepPlan, batch: Batch, advance: Callable[[
         advance()
         for copy, cell in enumerate(together):
             own = _select_copy(engine, cell.start, result, base, copy * batch.shape[0], batch.shape[0])
-            scores = [
-                [
-                    _scores(plan, batch, ids, read, base, own, line, given.get(line))
-                    if readable[line]
-                    else np.full(len(plan.metrics), np.nan)
-                    for line in lines.tolist()
-                ]
-                for given in (donors if cell.edit is None else [donors[cell.at[2]]])
-            ]
+            scores = score(own, donors if cell.edit is None else [donors[cell.at[2]]])
             if cell.edit is None:
                 found = compare_logits(own.logits, base.logits, batch, read)
                 check_discrepancy(engine, cell.start, found, engine.notes_on(cell.start), plan.copies)
                 discrepancies[cell.row], unchanged[cell.row] = (found.largest, found.relative), scores
+                with np.errstate(invalid="ignore"):  # infinity less infinity
+                    noise[cell.row] = np.fmax.reduce(np.abs(scores - unedited), axis=(0, 1), initial=0.0)
             else:
                 made = np.isin(lines, cell.tokens[0]) & ~np.isin(lines, list(own.left_out))
                 arm, position, edit, strength = cell.at
-                values[arm, cell.row, position, edit, strength][made] = np.array(scores[0])[made]
+                values[arm, cell.row, position, edit, strength][made] = scores[0][made]
     with np.errstate(invalid="ignore"):  # infinity less infinity
         moved = np.abs(values[0] - unchanged[:, None, :, None])
     error = 2 * discrepancies[:, 0].max() if plan.copies > 1 else 0.0  # otherwise equal bits are no change
@@ -139,7 +155,7 @@ def run_batch(engine: Engine, plan: SweepPlan, batch: Batch, advance: Callable[[
     if "identity" in plan.baselines:
         made = np.isfinite(values[0]).any(-1, keepdims=True)
         values[plan.arms.index("identity")] = np.where(made, unchanged[:, None, :, None], np.nan)
-    return BatchResult(batch.documents[lines], values, discrepancies, changed)
+    return BatchResult(batch.documents[lines], values, discrepancies, changed, unedited, noise)
 
 
 def worst_discrepancies(results: Sequence[BatchResult]) -> list[Discrepancy]:

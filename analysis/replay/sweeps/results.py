@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from flexcache.store.read.store import Store
 
-FORMAT = "flexcache replay sweep 1"
+FORMAT = "flexcache replay sweep 2"
 FILE = "results.zarr"
 
 
@@ -44,6 +44,8 @@ class Sweep(SweepResults):
     ``identity_error``           layer                                                    largest logit difference
     ``identity_error_relative``  layer                                                    of root mean squares
     ``skipped``                  layer                                                    blocks that did not run
+    ``unedited``                 edit, document, metric                                   of the forward without an edit
+    ``noise_floor``              layer, metric                                            see `effect`
     ===========================  =======================================================  ==============================
 
     *arm* is ``edit`` and the baselines; *alpha* is the strength, 1 for an edit that has none; *layer* is −1 for a
@@ -63,9 +65,17 @@ class Sweep(SweepResults):
 
         Returns
         -------
-        Dataset with dims (arm, layer, position, edit, alpha, metric): ``mean``; ``ci_low, ci_high``, the 95 % interval
-        of a group bootstrap; ``documents``, the number of values; and ``p_<baseline>`` without arm, the two-sided
-        p-value of a sign-flip test of the edit against the baseline
+        Dataset with dims (arm, layer, position, edit, alpha, metric):
+
+        - ``mean``; ``ci_low, ci_high``, the 95 % interval of a group bootstrap; ``documents``, the number of values;
+        - ``change``: the mean less that of the same documents without an edit;
+        - ``noise_floor``, for layer and metric: the largest distance over documents between the values of a replay that
+          changes nothing and of the forward. A change up to it is rounding;
+        - without arm, ``p_<baseline>``: the two-sided p-value of a sign-flip test of the edit against the baseline, one
+          cell by itself; ``p_adjusted_<baseline>``: corrected for all cells of the map (layer × position × edit ×
+          strength), for each metric and baseline by itself, by the step-down max-T procedure (Westfall & Young 1993).
+          ``p_identity`` is NaN for a metric that is `Metric.one_sided`, such as ``kl``: compare such a metric with the
+          noise floor, and with baselines that edit. ``attrs["tests"]`` says all this in words
 
         Raises
         ------
@@ -73,7 +83,7 @@ class Sweep(SweepResults):
             There is no such column, no store was given, or the store lacks a document of the sweep.
         """
         group = _groups(self.results["document"].values, store, groups)
-        return estimate_effects(self.results, group, resamples, seed).assign_attrs(groups=groups)
+        return estimate_effects(self.results, group, resamples, seed, groups)
 
     def to_dataframe(self) -> DataFrame:
         """Return a row for each arm, layer, position, edit, alpha and document, with a column for each metric."""

@@ -156,6 +156,7 @@ def _dataset(engine: Engine, plan: SweepPlan, results: Sequence[BatchResult]) ->
     documents = np.concatenate([result.documents for result in results])
     order = np.argsort(documents, kind="stable")
     values = np.concatenate([result.values for result in results], axis=5)[:, :, :, :, :, order]
+    unedited = np.concatenate([result.unedited for result in results], axis=1)[:, order]
     ids = np.array(engine.store.documents["id"].to_pylist(), object)
     starts = [engine.start_at(plan.site, layer, stored=layer is not None) for layer in plan.layers]
     changed = np.any([result.changed for result in results], axis=0)
@@ -167,6 +168,8 @@ def _dataset(engine: Engine, plan: SweepPlan, results: Sequence[BatchResult]) ->
             "identity_error": (("layer",), [one.largest for one in discrepancies]),
             "identity_error_relative": (("layer",), [one.relative for one in discrepancies]),
             "skipped": (("layer",), [start.skipped for start in starts]),
+            "unedited": (("edit", "document", "metric"), unedited),
+            "noise_floor": (("layer", "metric"), np.stack([result.noise for result in results]).max(0)),
         },
         {
             "arm": np.array(plan.arms, object),
@@ -184,6 +187,7 @@ def _dataset(engine: Engine, plan: SweepPlan, results: Sequence[BatchResult]) ->
             "model": engine.store.provenance.model_name,
             "depth": engine.depth,
             "notes": notes,
+            "one_sided": [metric.name for metric in plan.metrics if metric.one_sided],
             "question": {k: v for k, v in plan.describe().items() if k not in ("documents", "answers")},
         },
     )

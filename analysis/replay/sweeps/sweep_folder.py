@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from analysis.replay.sweeps.batch_result import BatchResult
+from analysis.replay.sweeps.results import FORMAT
 from analysis.replay.sweeps.sweep_plan import SweepPlan
 from flexcache.errors import MismatchError
 from flexcache.recording.forward.batch import Batch
@@ -31,15 +32,16 @@ class SweepFolder:
         self.parts.mkdir(parents=True, exist_ok=True)
         path = folder / PLAN
         if not path.exists():
-            write_json(path, {"digest": plan.digest, **plan.describe()})
+            write_json(path, {"format": FORMAT, "digest": plan.digest, **plan.describe()})
             return
-        earlier = json.loads(path.read_text("utf-8")).get("digest")
-        if earlier != plan.digest:
+        saved = json.loads(path.read_text("utf-8"))
+        earlier = saved.get("digest")
+        if (saved.get("format"), earlier) != (FORMAT, plan.digest):
             raise MismatchError(
                 "the folder holds another sweep",
                 where=str(folder),
                 expected=f"the sweep {plan.digest[:12]}…",
-                found=f"{str(earlier)[:12]}…",
+                found=f"{str(earlier)[:12]}…, {saved.get('format', 'of an earlier version')}",
                 remedy="choose another folder, or remove this one",
             )
 
@@ -48,10 +50,7 @@ class SweepFolder:
         found = {}
         for path in sorted(self.parts.glob("*.npz")):
             with np.load(path, allow_pickle=False) as data:
-                values = data["values"]
-                shape = (*values.shape[1:4], values.shape[-1])
-                changed = data["changed"] if "changed" in data else np.ones(shape, bool)  # of an earlier version
-                found[path.stem] = BatchResult(data["documents"], values, data["misfits"], changed)
+                found[path.stem] = BatchResult(**data)
         return found
 
     def write_result(self, batch: Batch, result: BatchResult) -> None:
@@ -59,8 +58,7 @@ class SweepFolder:
         path = self.parts / f"{batch_name(batch)}.npz"
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:
-            arrays: Any = {"documents": result.documents, "values": result.values, "misfits": result.discrepancies}
-            np.savez(file, **arrays, changed=result.changed)
+            np.savez(file, **vars(result))
         temporary.replace(path)
 
 

@@ -2,39 +2,51 @@
 
 from __future__ import annotations
 
-import numpy as np
 import xarray as xr
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from analysis.replay.sweeps.effects import estimate_effects
+from analysis.replay.sweeps.effects import estimate_effects, largest_cells
 from analysis.sweep_results import names_along
 
 
 def table(results: xr.Dataset, rows: int = 20) -> Table:
-    """Return the cells of the largest mean effects by the first metric, with all metrics and p against each control."""
+    """Return the cells of the largest mean effects by the first metric, with all metrics and adjusted p-values."""
     effect, metrics = estimate_effects(results), names_along(results, "metric")
-    first, made = metrics[0], effect.sel(arm="edit")
+    first = metrics[0]
+    controls = tested_baselines(results, first)
     shown = Table(title=f"largest by {first}, mean over documents", title_justify="left", box=None)
-    for name in ("layer", "position", "edit", "alpha", "documents", *metrics):
+    shown.caption, shown.caption_justify = Text(caption(effect)), "left"
+    for name in ("layer", "position", "edit", "strength", "documents", *metrics):
         shown.add_column(name, justify="left" if name == "edit" else "right")
-    controls = [name for name in names_along(results, "arm")[1:] if name != "identity"]
     for name in controls:
-        shown.add_column(f"p, {name.replace('_', ' ')}", justify="right")
-    score = made["mean"].sel(metric=first).transpose("layer", "position", "edit", "alpha")
-    order = np.argsort(-np.nan_to_num(np.abs(score.values), nan=-1.0), axis=None, kind="stable")[:rows]
-    for place in zip(*np.unravel_index(order, score.shape)):
-        at = dict(zip(score.dims, map(int, place)))
-        cell = made.isel(at)
-        if not np.isfinite(float(cell["mean"].sel(metric=first))):
-            continue
+        shown.add_column(f"p adjusted, {name.replace('_', ' ')}", justify="right")
+    for cell in largest_cells(effect, first, rows):
+        made = cell.sel(arm="edit")
         shown.add_row(
             str(int(cell["layer"])),
             escape(str(cell["position"].values)),
             escape(str(cell["edit"].values)),
             f"{float(cell['alpha']):g}",
-            str(int(cell["documents"].sel(metric=first))),
-            *(f"{float(cell['mean'].sel(metric=name)):.4g}" for name in metrics),
-            *(f"{float(cell[f'p_{name}'].sel(metric=first)):.3f}" for name in controls),
+            str(int(made["documents"].sel(metric=first))),
+            *(f"{float(made['mean'].sel(metric=name)):.4g}" for name in metrics),
+            *(f"{float(cell[f'p_adjusted_{name}'].sel(metric=first)):.3f}" for name in controls),
         )
     return shown
+
+
+def tested_baselines(results: xr.Dataset, metric: str) -> list[str]:
+    """Return the baselines that a metric is tested against: not ``identity``, if its values lie on one side of that."""
+    one_sided = metric in results.attrs["one_sided"]
+    return [name for name in names_along(results, "arm")[1:] if not (one_sided and name == "identity")]
+
+
+def caption(effect: xr.Dataset) -> str:
+    """Return sentences about the tests and the noise floor, and about cells that are left out."""
+    floors = effect["noise_floor"].max("layer")
+    shown = ", ".join(f"{name} {float(floors.sel(metric=name)):.2g}" for name in names_along(effect, "metric"))
+    return (
+        f"{effect.attrs['tests']} Noise floor, the largest value over documents of a replay that changes nothing less "
+        f"that of the forward: {shown}. Cells whose change is within it are left out."
+    )

@@ -269,7 +269,7 @@ def test_group_statistics_are_those_of_the_plain_formula(groups: int, missing: i
     values[rng.integers(len(group), size=missing), 0] = np.nan
     low, high = mean_interval(values, group, 200, seed)
     assert (low <= high)[np.isfinite(low)].all()
-    p = sign_flip(values, group)
+    p = sign_flip(values, group).p
     sums = np.array([np.nansum(values[group == g], axis=0) for g in range(groups)])
     signs = np.array(np.meshgrid(*[[1, -1]] * groups)).reshape(groups, -1).T
     expected = (np.abs(signs @ sums) >= np.abs(sums.sum(0)) - 1e-9).mean(0)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import scipy.stats
 import torch
 import xarray as xr
 from scipy.special import log_softmax
@@ -310,16 +311,37 @@ def test_worker_processes_give_the_same_results(made: Any) -> None:
 
 def test_effects_have_intervals_and_tests_against_controls(made: Any) -> None:
     store, model = made
-    r = replay.sweep(store, model, replay.grid(layers=1), replay.Zero(), ["kl"], ["identity", "norm_matched"], **QUIET)
+    metrics, baselines = ["loss", "kl"], ["identity", "norm_matched"]
+    at = replay.grid(layers=1, positions="first")
+    r = replay.sweep(store, model, at, replay.Zero(), metrics, baselines, **QUIET)
     effect = r.effect()
-    at = effect.sel(arm="edit").squeeze()
-    values = r.results["value"].sel(arm="edit").squeeze().values
-    assert float(at["mean"]) == pytest.approx(values.mean())
-    assert values.min() < float(at["ci_low"]) < values.mean() < float(at["ci_high"]) < values.max()
-    assert float(effect["p_identity"].squeeze()) == pytest.approx(2 / 2**9), "all nine differ in one direction"
+    cell = effect.sel(arm="edit", metric="kl").squeeze()
+    values = r.results["value"].sel(arm="edit", metric="kl").squeeze().values
+    assert float(cell["mean"]) == pytest.approx(values.mean())
+    assert values.min() < float(cell["ci_low"]) < values.mean() < float(cell["ci_high"]) < values.max()
+    changes = r.results["value"].sel(metric="loss").squeeze()
+    found = scipy.stats.permutation_test(
+        ((changes.sel(arm="edit") - changes.sel(arm="identity")).values,),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=np.inf,
+    )
+    assert float(effect["p_identity"].sel(metric="loss").squeeze()) == pytest.approx(found.pvalue)
+    assert np.isnan(effect["p_identity"].sel(metric="kl")).all(), "0 is the smallest divergence: any edit is above it"
+    assert np.isfinite(effect["p_norm_matched"]).all()
+    assert "kl: not tested against no edit" in effect.attrs["tests"]
+    plain = r.results["unedited"].sel(edit="Zero")
+    for document in DOCUMENTS[:3]:
+        p = log_softmax(logits(model, document), -1)[np.arange(5), document["tokens"][1:]]
+        unedited = plain.sel(document=document["id"])
+        assert float(unedited.sel(metric="loss")) == pytest.approx(-p.mean(), abs=1e-5)
+        assert float(unedited.sel(metric="kl")) == 0
+    assert float(effect["change"].sel(arm="edit", metric="loss").squeeze()) == pytest.approx(
+        float((r.results["value"].sel(arm="edit", metric="loss").squeeze() - plain.sel(metric="loss")).mean())
+    )
     assert len(r.to_dataframe()) == 3 * 9
     by_label = r.effect(store, groups="label")
-    assert float(by_label["ci_low"].sel(arm="edit").squeeze()) >= values.min()
+    assert float(by_label["ci_low"].sel(arm="edit", metric="kl").squeeze()) >= values.min()
     with pytest.raises(AnalysisError, match="cannot be grouped"):
         r.effect(store, groups="lable")
     labels: list[float | None] = [float("nan"), None] * 4 + [None]
