@@ -38,6 +38,7 @@ def run(
     import flexcache
     from analysis import logit_attribution, replay, saved
     from analysis.readout import contributions
+    from analysis.replay.edits.held_out import judged_documents
     from analysis.replay.gradients.attribution import check_attribution
     from analysis.replay.gradients.objectives import stored_objective
     from analysis.replay.gradients.plot import describe_ranks
@@ -56,10 +57,10 @@ def run(
     tokenizer = config.model.tokenizer() if texts else None
     answers = read_answers(config.answers, tokenizer)
     depth = max((array.depth or 0 for array in store.arrays.values()), default=0)
-    edits = [make_edit(store, config.at, depth, given, str(config_path)) for given in config.edits]
+    edits = [make_edit(store, config, depth, given, str(config_path)) for given in config.edits]
     names = config.documents
     if isinstance(names, int):
-        names = [str(name) for name in store.documents["id"].to_pylist()[:names]]
+        names = judged_documents(edits, map(str, store.documents["id"].to_pylist()))[:names]
     model = config.model.load()
     target = None
     if asked is not None:
@@ -105,6 +106,8 @@ def run(
         console.print(contributions.table(direct))
     if exact is not None:
         console.print(describe_ranks(exact), markup=False, highlight=False)
+    for split in sweep.results.attrs["splits"]:
+        console.print(split, markup=False, highlight=False)
     for note in sweep.results.attrs["notes"]:
         console.print(note, style="yellow", markup=False)
     command = shlex.join(["flexcache", "replay", shown(store.path), str(config_path), "--output", shown(folder)])

@@ -10,6 +10,7 @@ from analysis.replay.edits.erase import Erase
 from analysis.replay.edits.features import Clamp, Identity, Mean, Scale, SetNeurons, Zero
 from analysis.replay.edits.function import Function
 from analysis.replay.edits.heads import OnHeads
+from analysis.replay.edits.held_out import Fitted
 from analysis.replay.edits.noise import Noise, NormMatched
 from analysis.replay.engine.compatibility import find_incompatibilities
 from analysis.replay.engine.engine import Engine
@@ -38,6 +39,7 @@ __all__ = [
     "Engine",
     "Erase",
     "ExecutionOptions",
+    "Fitted",
     "Function",
     "Grid",
     "Identity",

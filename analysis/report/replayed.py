@@ -71,6 +71,7 @@ def write(
         store=store.path.name,
         documents=data.sizes["document"],
         notes=data.attrs["notes"],
+        splits=data.attrs["splits"],
         error=f"{float(data['identity_error'].max()):.3g}",
         exact_everywhere=bool((data["identity_error"] == 0).all()),
         skipped=[int(data["skipped"].min()), int(data["skipped"].max())],

@@ -19,6 +19,7 @@ from pipelines.config.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from analysis.replay import Edit, Grid
+    from analysis.replay.edits.held_out import FittedEdit
     from flexcache.store.read.store import Store
 
 EDITS = {
@@ -125,7 +126,8 @@ class ReplayConfig(Options):
     )
     answers: Any = Field(None, description="two tokens, by id or text; or a pair for each document id")
     documents: list[str] | int | None = Field(
-        None, description="ids of documents, or the number of documents from the start; all by default"
+        None,
+        description="ids of documents, or the number from the start; all by default; those of a fit are left out",
     )
     readout: str | int | list[int] = Field(
         "all",
@@ -134,8 +136,17 @@ class ReplayConfig(Options):
     copies: int = Field(
         1, ge=1, description="cells that share a forward pass; more than 1 is faster, but not bit-exact"
     )
-    groups: str = Field("document", description="label column of the units of the bootstrap, or document")
-    seed: int = Field(0, ge=0, description="seed of edits and bootstrap")
+    groups: str = Field(
+        "document", description="label column of the units of the bootstrap and of held-out documents, or document"
+    )
+    held_out: float = Field(
+        0.5,
+        ge=0,
+        lt=1,
+        description="share of the groups on which edits with a target are judged; they are fitted to the others; "
+        "with 0, they are fitted to all documents and judged on the same",
+    )
+    seed: int = Field(0, ge=0, description="seed of edits, bootstrap and held-out documents")
     accept: list[str] = Field([], description="differences from the captured model that are accepted, such as weights")
     scheduler: str | None = Field(
         None, description="processes, or the address of a Dask scheduler; this process by default"
@@ -170,13 +181,13 @@ def read_replay(path: Path, changes: Sequence[str] = ()) -> ReplayConfig:
     return validate(ReplayConfig, read_yaml(path, changes, "model: …"), str(path))
 
 
-def make_edit(store: Store, at: Cells, depth: int, given: Mapping[str, Any], where: str) -> Edit:
+def make_edit(store: Store, config: ReplayConfig, depth: int, given: Mapping[str, Any], where: str) -> Edit:
     """Return the edit that a file describes: ``{zero: {dims: [507]}}``, or ``{chain: [{…}, {…}]}``.
 
     A direction (steer, project_out, interchange) is the path of an ``.npy`` file, or ``{target: label}``: the
-    difference of the means of the label's two classes, computed for each layer. ``erase: {target: label}`` is LEACE,
-    fitted to the store for each layer. A donor (patch, interpolate, interchange) is an id, a mapping from id to id, or
-    ``{same_length: seed, differing: label}``.
+    difference of the means of the label's two classes, fitted for each layer. ``erase: {target: label}`` is LEACE,
+    fitted for each layer. Both are fitted to documents that are not judged, see `ReplayConfig.held_out`. A donor
+    (patch, interpolate, interchange) is an id, a mapping from id to id, or ``{same_length: seed, differing: label}``.
 
     Raises
     ------
@@ -189,7 +200,7 @@ def make_edit(store: Store, at: Cells, depth: int, given: Mapping[str, Any], whe
         raise ConfigError("an edit cannot be read", where=where, expected="one kind and its settings", found=str(given))
     ((kind, settings),) = given.items()
     if kind == "chain":
-        parts = [make_edit(store, at, depth, part, where) for part in settings]
+        parts = [make_edit(store, config, depth, part, where) for part in settings]
         chained = parts[0]
         for part in parts[1:]:
             chained = chained >> part
@@ -204,27 +215,18 @@ def make_edit(store: Store, at: Cells, depth: int, given: Mapping[str, Any], whe
         options["donor"] = donors(store, options["donor"])
     made: type[Edit] = getattr(replay, EDITS[kind])
     try:
-        if kind == "erase":
-            layers = at.grid().resolve(store, depth)[0]
-            target = str(options.pop("target"))
-            fits = {
-                int(n): replay.Erase.fit_store(store, target, at.site, int(n), **options)
-                for n in layers
-                if n is not None
-            }
-            return replay.ByLayer(fits)
         direction = next((name for name in ("vector", "directions") if name in options), None)
-        if direction is None:
+        if direction is not None:
+            given_direction = options.pop(direction)
+            if isinstance(given_direction, str):
+                return made(**{direction: np.load(given_direction, allow_pickle=False)}, **options)
+            options |= given_direction
+        elif kind != "erase":
             return made(**options)
-        given_direction = options.pop(direction)
-        if isinstance(given_direction, str):
-            return made(**{direction: np.load(given_direction, allow_pickle=False)}, **options)
-        by_layer = {}
-        for layer in at.grid().resolve(store, depth)[0]:
-            if layer is not None:
-                vector = difference_of_means(store, at.site, layer, **given_direction)
-                by_layer[int(layer)] = made(**{direction: vector}, **options)
-        return replay.ByLayer(by_layer)
+        layers = [int(layer) for layer in config.at.grid().resolve(store, depth)[0] if layer is not None]
+        split: dict[str, Any] = {"held_out": config.held_out, "groups": config.groups, "seed": config.seed}
+        fitted: type[FittedEdit] = getattr(replay, EDITS[kind])
+        return fitted.fit_store(store, options.pop("target"), config.at.site, layers or "all", **split, **options)
     except (TypeError, KeyError, OSError, ValueError) as error:
         raise ConfigError(
             f"edit {kind} cannot be made from these settings",
@@ -253,30 +255,6 @@ def donors(store: Store, given: Any) -> Any:
             )
         return same_length(store, seed, given.get("differing"))
     return given
-
-
-def difference_of_means(
-    store: Store, site: str, layer: int, target: str, rows: Any = "last", unit: bool = False
-) -> np.ndarray:
-    """Return the mean of the second class less the mean of the first, in sorted order: float64, shape (features,).
-
-    Raises
-    ------
-    ConfigError
-        The target does not have two classes.
-    """
-    from analysis.dataset.probe_dataset import build_dataset
-
-    dataset = build_dataset(store, site, target, rows=rows, layers=layer, task="classification")
-    if len(dataset.classes) != 2:
-        raise ConfigError(
-            f"a direction needs two classes of {target!r}",
-            expected="two",
-            found=f"{len(dataset.classes)}: {', '.join(map(str, dataset.classes[:6]))}",
-        )
-    X = dataset.read_layer(layer).astype(np.float64)
-    vector: np.ndarray = X[dataset.y == 1].mean(0) - X[dataset.y == 0].mean(0)
-    return vector / np.linalg.norm(vector) if unit else vector
 
 
 def read_answers(given: Any, tokenizer: Any) -> Any:

@@ -74,12 +74,20 @@ def test_a_sweep_from_the_command_line(asked: Path, capsys: pytest.CaptureFixtur
     assert "bytes" in report
     assert all((tmp_path / f"out/{name}.png").exists() for name in ASKED["metrics"])
     store = flexcache.open("run.zarr")
-    by_label = np.array(store.documents["label"].to_pylist())
+    question = found.results.attrs["question"]
+    fitted = question["edits"][1]["documents"]
+    assert len(fitted) == 40
+    assert question["edits"][2]["documents"] == fitted
+    judged = found.results["document"].values.tolist()
+    assert judged == [name for name in store.documents["id"].to_pylist() if name not in fitted][:30]
+    assert "fitted to 40 documents and judged on 30 others (divided by documents, seed 0)" in " ".join(text.split())
+    assert "fitted to 40 documents" in report
+    chosen = np.isin(store.documents["id"].to_pylist(), fitted)
+    by_label = np.where(chosen, store.documents["label"].to_pylist(), "")
     X = store.read("resid_post", 2, store.rows(position=-1)).astype(np.float64)
-    again = found.results.attrs["question"]["edits"][1]
-    steer = from_json(again)
+    steer: Any = from_json(question["edits"][1])
     vector = X[by_label == "yes"].mean(0) - X[by_label == "no"].mean(0)
-    np.testing.assert_allclose(dict(steer.edits)[2].vector, vector, atol=1e-6)
+    np.testing.assert_allclose(dict(steer.edit.edits)[2].vector, vector, atol=1e-6)
     assert vector.shape == (HIDDEN,)
     assert "identity error" in run(capsys, "replay", "run.zarr", asked, "-o", "out", "-q"), "resumed"
     wrong = ("--set", "metrics=[flips]")

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from analysis.replay.edits.edit import Edit
 from analysis.replay.edits.edit_context import EditContext
 from analysis.replay.edits.features import Numbers
+from analysis.replay.edits.held_out import DirectionEdit
 from flexcache.hooks.flexmodel.edit_operations import add_vector, orthonormal_basis, project
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Steer(Edit):
+class Steer(DirectionEdit):
     """Add *alpha* times a vector of shape (features,) (Turner et al. 2023, arXiv 2308.10248).
 
     >>> Steer([0.0, 1.0], alpha=[0, 2, 8])
@@ -26,6 +27,7 @@ class Steer(Edit):
     vector: NDArray[Any]
     alpha: Numbers = 1.0
     strength_field: ClassVar[str] = "alpha"
+    fitted_fields: ClassVar[tuple[str, ...]] = ("vector",)
 
     def __post_init__(self) -> None:
         self._check_array("vector")
@@ -42,7 +44,7 @@ class Steer(Edit):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ProjectOut(Edit):
+class ProjectOut(DirectionEdit):
     """Remove the span of *directions*, shape (features,) or (k, features) (Arditi et al. 2024, arXiv 2406.11717).
 
     >>> ProjectOut([[0.0, 1.0], [1.0, 1.0]])

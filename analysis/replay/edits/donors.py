@@ -14,13 +14,11 @@ from numpy.typing import NDArray
 from analysis.arguments import check_whole
 from analysis.dataset import document_columns
 from analysis.dataset.store_argument import accept_store_path
-from analysis.replay.edits.by_layer import ByLayer
 from analysis.replay.edits.directions import array_basis, random_basis
-from analysis.replay.edits.edit import Chain, Edit
+from analysis.replay.edits.edit import Edit
 from analysis.replay.edits.edit_context import EditContext
 from analysis.replay.edits.features import Numbers
-from analysis.replay.edits.heads import OnHeads
-from analysis.replay.edits.noise import NormMatched
+from analysis.replay.edits.held_out import DirectionEdit, iterate_edits
 from flexcache.hooks.flexmodel.edit_operations import project
 from flexcache.store.read.store import Store
 
@@ -117,7 +115,7 @@ class Interpolate(DonorEdit):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Interchange(DonorEdit):
+class Interchange(DonorEdit, DirectionEdit):
     """Replace the component in the span of *directions*, (features,) or (k, features), by the donor's component.
 
     Interchange of a subspace: Geiger et al. 2023, arXiv 2303.02536.
@@ -169,17 +167,7 @@ class Resample(Edit):
 
 def iterate_donor_edits(edit: Edit) -> Iterator[DonorEdit]:
     """Yield the edits with donors among an edit and those that it contains."""
-    if isinstance(edit, DonorEdit):
-        yield edit
-    parts: tuple[Edit, ...] = ()
-    if isinstance(edit, Chain):
-        parts = edit.edits
-    elif isinstance(edit, ByLayer):
-        parts = tuple(part for _, part in edit.edits)
-    elif isinstance(edit, NormMatched | OnHeads):
-        parts = (edit.edit,)
-    for part in parts:
-        yield from iterate_donor_edits(part)
+    return (part for part in iterate_edits(edit) if isinstance(part, DonorEdit))
 
 
 def donor_ids(donor: Donor) -> list[str]:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analysis.dataset.probe_dataset import build_dataset
-from analysis.dataset.readable import Rows, Task
 from analysis.replay.edits.directions import random_basis
 from analysis.replay.edits.edit import Edit
 from analysis.replay.edits.edit_context import EditContext
+from analysis.replay.edits.held_out import FittedEdit
 from analysis.statistics.erasure import apply_eraser, fit_eraser
 from flexcache.errors import AnalysisError
-from flexcache.store.read.store import Store
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Erase(Edit):
+class Erase(FittedEdit):
     """Erase a concept from activations: ``x − left · right · (x − mean)``, fitted by `fit` or `fit_store`.
 
     Method: Belrose et al. 2023, "LEACE: Perfect linear concept erasure in closed form", arXiv 2306.03819. On the data
@@ -41,6 +39,7 @@ class Erase(Edit):
     left: NDArray[Any]
     right: NDArray[Any]
     mean: NDArray[Any]
+    fitted_fields: ClassVar[tuple[str, ...]] = ("left", "right", "mean")
 
     def __post_init__(self) -> None:
         self._check_array("left", (2,))
@@ -48,7 +47,7 @@ class Erase(Edit):
         self._check_array("mean")
 
     @classmethod
-    def fit(cls, X: NDArray[Any], y: NDArray[Any]) -> Erase:
+    def fit(cls, X: NDArray[Any], y: NDArray[Any], **settings: Any) -> Erase:
         """Fit to activations (samples, features), and to classes (samples,) or values (samples,) or (samples, k).
 
         Computed in float64. Directions in which the samples hardly vary stay as they are.
@@ -75,21 +74,7 @@ class Erase(Edit):
         if not X.any() or not Z.any():
             raise AnalysisError("there is nothing to erase", found="a concept, or activations, that never vary")
         left, right = fit_eraser(X.T @ X / len(X), X.T @ Z / len(X))
-        return cls(left, right.T, mean)
-
-    @classmethod
-    def fit_store(
-        cls,
-        store: Store,
-        target: str,
-        site: str,
-        layer: int,
-        rows: Rows | None = "last",
-        task: Task | None = None,
-    ) -> Erase:
-        """Fit to a label column of a store's documents; see `build_dataset` for *target*, *rows* and *task*."""
-        dataset = build_dataset(store, site, target, rows=rows, layers=layer, task=task)
-        return cls.fit(dataset.read_layer(layer), dataset.y)
+        return cls(left, right.T, mean, **settings)
 
     def change(self, x: torch.Tensor, context: EditContext) -> torch.Tensor:
         """Return *x* without the concept."""

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.replay.edits.edit import label_edits
+from analysis.replay.edits.held_out import describe_split, iterate_fitted
 from analysis.replay.engine.engine import Engine
 from analysis.replay.metrics import MEANS
 from analysis.replay.sweeps.grid import has_readout
@@ -54,7 +55,10 @@ def sweep_notes(
         if missing:
             why = "no document could be edited, or no metric has a value"
             notes.append(f"At position {label} every value is NaN ({why}): {', '.join(missing)}.")
-    return notes
+    if plan.excluded:
+        notes.append(f"{plan.excluded} of the named documents are left out, because an edit was fitted to them.")
+    fits = dict.fromkeys(iterate_fitted(plan.edits))
+    return notes + [describe_split(part, len(documents)) for part in fits if not part.held_out]
 
 
 def _readout_notes(plan: SweepPlan, lengths: NDArray[np.int64]) -> list[str]:

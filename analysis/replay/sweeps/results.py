@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
-from analysis.dataset import document_columns
+from analysis.replay.edits.held_out import document_groups
 from analysis.replay.sweeps.effects import estimate_effects
 from analysis.sweep_results import SweepResults, check_format, no_saved_sweep
-from flexcache.errors import AnalysisError, nearest
+from flexcache.errors import AnalysisError
 from flexcache.paths import local_path
 
 if TYPE_CHECKING:
@@ -139,17 +139,13 @@ def load(folder: str | Path) -> Sweep:
 def _groups(documents: np.ndarray, store: Store | None, groups: str) -> np.ndarray:
     if groups == "document":
         return np.arange(len(documents))
-    if store is None or groups not in store.documents.column_names:
+    if store is None:
         raise AnalysisError(
             f"documents cannot be grouped by {groups!r}",
-            expected="a column of the store's documents, and the store" if store is None else "a column",
-            remedy="give store= as well" if store is None else nearest(groups, tuple(store.documents.column_names)),
+            expected="a column of the store's documents, and the store",
+            remedy="give store= as well",
         )
-    codes = document_columns.label_codes(
-        document_columns.read_column(store.documents, groups, "groups", document_columns.LABEL_TYPES)
-    )
-    codes = np.where(codes < 0, len(codes) + np.arange(len(codes)), codes)
-    of = dict(zip(store.documents["id"].to_pylist(), codes.tolist()))
+    of = dict(zip(store.documents["id"].to_pylist(), document_groups(store, groups).tolist()))
     missing = [name for name in documents if name not in of]
     if missing:
         raise AnalysisError(

@@ -13,6 +13,7 @@ from analysis.dataset.store_argument import accept_store_path
 from analysis.progress import bar
 from analysis.replay.edits.edit import Alternatives, Edit, label_edits
 from analysis.replay.edits.heads import OnHeads
+from analysis.replay.edits.held_out import describe_split, iterate_fitted
 from analysis.replay.engine.compatibility import check_no_images
 from analysis.replay.engine.engine import Engine
 from analysis.replay.metrics import MetricLike
@@ -75,7 +76,8 @@ def sweep(
         id, or a list in the order of *documents*. Texts need the tokenizer of the store's model. The logit difference
         is the logit of the first less that of the second; probability and rank are of the first.
     documents
-        Ids; all committed documents by default. The other documents of their batches run too, without an edit.
+        Ids; all committed documents by default. Documents that an edit was fitted to by ``fit_store`` are left out: it
+        is judged on the others. The other documents of their batches run too, without an edit.
     readout
         Tokens at which logits are compared: ``"all"``, the ``"last"``, or positions, negative from the document's end.
         The model's head runs on these alone. Values of a document that lacks one of the positions are NaN.
@@ -161,6 +163,7 @@ def _dataset(engine: Engine, plan: SweepPlan, results: Sequence[BatchResult]) ->
     starts = [engine.start_at(plan.site, layer, stored=layer is not None) for layer in plan.layers]
     changed = np.any([result.changed for result in results], axis=0)
     notes = sweep_notes(engine, plan, documents[order], values, changed)
+    fits = dict.fromkeys(iterate_fitted(plan.edits))
     discrepancies = worst_discrepancies(results)
     return xr.Dataset(
         {
@@ -187,6 +190,7 @@ def _dataset(engine: Engine, plan: SweepPlan, results: Sequence[BatchResult]) ->
             "model": engine.store.provenance.model_name,
             "depth": engine.depth,
             "notes": notes,
+            "splits": [describe_split(part, len(documents)) for part in fits if part.held_out],
             "one_sided": [metric.name for metric in plan.metrics if metric.one_sided],
             "question": {k: v for k, v in plan.describe().items() if k not in ("documents", "answers")},
         },

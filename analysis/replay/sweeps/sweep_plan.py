@@ -13,6 +13,7 @@ import xxhash
 from analysis.replay.edits.donors import donor_ids, iterate_donor_edits
 from analysis.replay.edits.edit import Edit, list_edits
 from analysis.replay.edits.heads import OnHeads
+from analysis.replay.edits.held_out import iterate_fitted, judged_documents
 from analysis.replay.engine.engine import Engine
 from analysis.replay.engine.receiver import Receiver
 from analysis.replay.metrics import NAMED, Metric, resolve_metrics
@@ -40,6 +41,8 @@ class SweepPlan:
         Cells side by side in one forward, along its first dim.
     receiver : Receiver, or None
         The end of the path along which edits act.
+    excluded : int
+        Number of named documents that are left out, because an edit was fitted to them.
     """
 
     site: str
@@ -54,6 +57,7 @@ class SweepPlan:
     copies: int = 1
     seed: int = 0
     receiver: Receiver | None = None
+    excluded: int = 0
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -142,6 +146,7 @@ def plan_sweep(
     )
     edits = _on_heads(list_edits(edit), engine, at, layers)
     receiver = None if at.receiver is None else _check_receiver(at.receiver.in_model(engine.depth), engine, copies)
+    lines = _resolve_documents(engine, documents, edits, positions, readout)
     return SweepPlan(
         site=at.site,
         layers=layers,
@@ -150,11 +155,12 @@ def plan_sweep(
         metrics=resolved_metrics,
         baselines=tuple(baselines),
         answers=resolved_answers,
-        documents=_resolve_documents(engine, documents, edits, positions, readout),
+        documents=lines,
         readout=readout,
         copies=copies,
         seed=seed,
         receiver=receiver,
+        excluded=0 if documents is None else len(set(documents)) - len(lines),
     )
 
 
@@ -199,13 +205,23 @@ def _resolve_documents(
     positions: Mapping[str, Positions],
     readout: Readout,
 ) -> tuple[int, ...]:
-    """Return the lines of the documents after checking all ids, and that some document has tokens to edit and read."""
+    """Return the lines of the documents that no edit was fitted to, after checking all ids.
+
+    Some document must have tokens to edit and read.
+    """
     source = engine.source
-    if documents is None:
-        lines = list(range(len(engine.store.documents)))
-    else:
+    if documents is not None:
         source.check_documents(documents, str(engine.store.path), StoreError)
-        lines = sorted({source.numbers[str(name)] for name in documents})
+    asked = [*source.numbers] if documents is None else [str(name) for name in documents]
+    lines = sorted({source.numbers[name] for name in judged_documents(edits, asked)})
+    if asked and not lines:
+        raise AnalysisError(
+            "an edit was fitted to every document of the sweep",
+            where=", ".join(dict.fromkeys(part.name for part in iterate_fitted(edits))),
+            expected="documents that were held out of the fit",
+            found=f"{len(asked)} documents of the fit",
+            remedy="name other documents, or leave documents= out",
+        )
     for donor in (part.donor for edit in edits for part in iterate_donor_edits(edit)):
         source.check_documents(donor_ids(donor), "donor")
     for label, chosen in positions.items():

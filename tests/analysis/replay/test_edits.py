@@ -49,6 +49,7 @@ ALL: list[Edit] = [
     replay.ByLayer({0: replay.Zero(), 1: replay.Steer(VECTOR)}),
     replay.Scale(2.0) >> replay.Zero((1,)) >> replay.Steer(VECTOR),
     replay.Function("tests.analysis.replay.test_edits:doubled"),
+    replay.Fitted(replay.Steer(VECTOR, [1.0, 2.0]), "label", ("doc-1", "doc-2"), groups="author"),
 ]
 """Every kind of edit; add new ones here to test them against the contract."""
 
@@ -200,7 +201,10 @@ def test_leace_leaves_nothing_for_a_linear_probe() -> None:
 
 def test_leace_is_fitted_to_the_stores_rows(captured: Callable[..., Any]) -> None:
     store, _ = captured()
-    eraser = replay.Erase.fit_store(store, "label", "resid_post", 1)
+    found = replay.Erase.fit_store(store, "label", "resid_post", 1, held_out=0)
+    eraser = found.edit
+    assert isinstance(eraser, replay.Erase)
+    assert found.documents == tuple(store.documents["id"].to_pylist())
     rows = store.rows(position=-1)
     labels = np.array(store.documents["label"].to_pylist())
     same = replay.Erase.fit(store.read("resid_post", 1, rows), labels)
