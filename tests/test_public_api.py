@@ -36,8 +36,8 @@ PUBLIC = {
     ),
     "analysis.replay": (
         "Alternatives ByLayer Chain Clamp Edit Engine Erase ExecutionOptions Fitted Function Grid Identity Interchange "
-        "Interpolate Mean Metric Noise NormMatched OnHeads Outcome Patch Placed PlacedEdit ProjectOut Receiver Resample Scale "
-        "SetNeurons Start Steer Sweep Zero attribution find_incompatibilities grid identity_error load "
+        "Interpolate Mean Metric Noise NormMatched OnHeads Outcome Patch Placed PlacedEdit ProjectOut Receiver "
+        "Resample Scale SetNeurons Start Steer Sweep Zero attribution find_incompatibilities grid identity_error load "
         "load_rest obstacles projection same_length sweep verify"
     ),
     "analysis.report": "write",

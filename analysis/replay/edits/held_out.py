@@ -121,8 +121,8 @@ class FittedEdit(Edit):
         Parameters
         ----------
         target, site, layers, rows, task
-            As for `analysis.dataset.probe_dataset.build_dataset`; a direction takes values as classes. Documents without
-            a target are left out of the fit.
+            As for `analysis.dataset.probe_dataset.build_dataset`; a direction takes values as classes. Documents
+            without a target are left out of the fit.
         held_out
             Share of the groups that is not used in the fit. With 0, the fit uses all documents, and a sweep judges on
             the same documents: too good a result, which its notes say.
