@@ -19,8 +19,9 @@ class OnHeads(Edit):
 
     A grid with ``heads="each"`` makes one for each head.
 
-    >>> OnHeads(Patch("doc-2"), heads=3, of=12).name
-    'Patch head 3'
+    >>> from analysis.replay import Zero
+    >>> OnHeads(Zero(), heads=3, of=12).name
+    'Zero head 3'
 
     Parameters
     ----------
