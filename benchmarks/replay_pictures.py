@@ -22,8 +22,8 @@ from sklearn.preprocessing import StandardScaler
 
 import flexcache
 from analysis import replay
+from analysis.replay.sweeps.charts import plot
 from analysis.replay.sweeps.inference import sign_flip
-from analysis.replay.sweeps.plot import dose_response, heat_maps
 from benchmarks.timing import console
 from flexcache.model import ModelSource
 from flexcache.store.read.store import Store
@@ -119,7 +119,7 @@ def sentiment(store: Store, model: torch.nn.Module, images: Path) -> None:
     asked = [text for text, told in zip(table["text"].to_pylist(), held, strict=True) if told][:30]
     logits(store, model, [text + SUFFIX for text in asked], direction, (good, bad))
     for metric, name in (("later probe", "steering-probe"), ("logit_diff_change", "steering-logits")):
-        dose_response(found.results, metric).savefig(images / f"{name}.png", dpi=110)
+        plot(found.results, metric=metric).savefig(images / f"{name}.png", dpi=110)
 
 
 def logits(
@@ -172,7 +172,7 @@ def patching(store: Store, model: torch.nn.Module, images: Path) -> None:
         readout="last",
     )
     console.print(repr(found))
-    heat_maps(found.results, "kl").savefig(images / "patching.png", dpi=110)
+    plot(found.results, metric="kl").savefig(images / "patching.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from analysis.dataset.store_argument import accept_store_path
 from analysis.readout.contributions import heat_map
 from analysis.replay.gradients.plot import scatter
+from analysis.replay.sweeps.charts import draw_panels, make_charts
 from analysis.replay.sweeps.effects import largest_cells
-from analysis.replay.sweeps.plot import NAMES, plot
 from analysis.replay.sweeps.results import Sweep
 from analysis.report import facts
 from analysis.report.drawing import themed
@@ -76,7 +76,7 @@ def write(
         exact_everywhere=bool((data["identity_error"] == 0).all()),
         skipped=[int(data["skipped"].min()), int(data["skipped"].max())],
         depth=data.attrs["depth"],
-        charts=[(NAMES.get(name, name), Markup(_svg(plot(data, metric=name), name))) for name in sweep.metrics],
+        charts=[chart for name in sweep.metrics for chart in _charts(effect, name)],
         exact=None if exact is None else Markup(_svg(scatter(exact), "attribution")),
         direct=None if direct is None else Markup(_svg(heat_map(direct), "direct")),
         rho=None if exact is None else f"{exact.attrs['rank_correlation']:.2f}",
@@ -100,6 +100,21 @@ def _style(page: str) -> str:
 
 def _svg(figure: Figure, name: str) -> str:
     return themed(figure, re.sub(r"\W", "-", name), name, {})
+
+
+def _charts(effect: xr.Dataset, metric: str) -> list[dict[str, Any]]:
+    """Return title, caption, legend, and panels as SVG of each chart of a metric; on a narrow screen, panels wrap."""
+    return [
+        {
+            "title": chart.title,
+            "caption": chart.caption,
+            "panels": [
+                Markup(_svg(figure, f"{metric}-{number}-{panel}")) for panel, figure in enumerate(draw_panels(chart))
+            ],
+            "legend": [(label, colour, " ".join(map(str, dashes))) for label, colour, dashes in chart.legend],
+        }
+        for number, chart in enumerate(make_charts(effect, metric))
+    ]
 
 
 def _lines(sweep: Sweep, effect: xr.Dataset) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import yaml
 import flexcache
 from analysis import replay, saved
 from analysis.replay.edits.edit import from_json
+from analysis.replay.sweeps.charts import make_charts
 from flexcache.errors import AnalysisError
 from pipelines.config import replay_config
 from pipelines.config.yaml_remedies import as_yaml, key_names
@@ -62,7 +63,10 @@ def test_a_sweep_from_the_command_line(asked: Path, capsys: pytest.CaptureFixtur
     assert list(found.results["alpha"].values) == [1, 2, 4]
     report = (tmp_path / "out/report.html").read_text()
     assert "rank correlation" in report
-    assert report.count("<svg") == 5
+    panels = [
+        panel for name in ASKED["metrics"] for chart in make_charts(found.effect(), name) for panel in chart.panels
+    ]
+    assert report.count('<svg role="img"') == len(panels) + 2
     assert "Direct logit attribution" in report
     direct = saved.load(tmp_path / "out/logit_attribution.zarr")[0]["logit_attribution"]
     assert set(direct["token"].values.tolist()) == {direct["token"].values[0]}

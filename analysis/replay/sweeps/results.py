@@ -91,8 +91,8 @@ class Sweep(SweepResults):
         return frame.dropna(how="all").reset_index()
 
     def plot(self, path: str | Path | None = None, metric: str | None = None) -> Figure:
-        """Draw a metric: a heat map of layer × position, or curves over layers or strengths."""
-        from analysis.replay.sweeps.plot import plot
+        """Draw a metric: heat maps of layer × position, or curves over strengths or layers; see `make_charts`."""
+        from analysis.replay.sweeps.charts import plot
 
         return plot(self.results, path, metric=metric)
 

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from analysis.replay.sweeps.effects import estimate_effects, largest_cells
 from analysis.sweep_results import names_along
+from analysis.terminal_table import TerminalTable
 
 
 def table(results: xr.Dataset, rows: int = 20) -> Table:
@@ -16,12 +17,12 @@ def table(results: xr.Dataset, rows: int = 20) -> Table:
     effect, metrics = estimate_effects(results), names_along(results, "metric")
     first = metrics[0]
     controls = tested_baselines(results, first)
-    shown = Table(title=f"largest by {first}, mean over documents", title_justify="left", box=None)
+    shown = TerminalTable(title=f"largest by {first}, mean over documents", title_justify="left", box=None, repeated=4)
     shown.caption, shown.caption_justify = Text(caption(effect)), "left"
     for name in ("layer", "position", "edit", "strength", "documents", *metrics):
-        shown.add_column(name, justify="left" if name == "edit" else "right")
+        shown.add_column(name, justify="left" if name in ("position", "edit") else "right")
     for name in controls:
-        shown.add_column(f"p adjusted, {name.replace('_', ' ')}", justify="right")
+        shown.add_column(f"p adjusted,\n{name.replace('_', ' ')}", justify="right")
     for cell in largest_cells(effect, first, rows):
         made = cell.sel(arm="edit")
         shown.add_row(

@@ -116,5 +116,5 @@ def test_the_largest_effects_are_ranked_by_the_change_and_leave_out_strength_0(c
     assert changes == sorted(changes, reverse=True)
     assert len(changes) == 4
     assert len(r.table().rows) == 4
-    assert [str(column.header) for column in r.table(2).columns][-1] == "p adjusted, identity"
+    assert [str(column.header) for column in r.table(2).columns][-1] == "p adjusted,\nidentity"
     assert len(r.table(2).rows) == 2

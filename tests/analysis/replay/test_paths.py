@@ -155,9 +155,10 @@ def test_several_heads_of_several_edits_keep_their_numbers_and_strengths(capture
     assert replay.load(tmp_path).results["head"].values.tolist() == [3, 1, 3, 1]
     figure = found.plot(metric="kl_sum")
     panels = [axes for axes in figure.axes if axes.images]
-    assert [axes.get_title(loc="left") for axes in panels] == ["Scale", "Zero"]
+    titles = ["Scale, strength 2", "norm matched for Scale, strength 2", "Zero", "norm matched for Zero"]
+    assert [axes.get_title(loc="left") for axes in panels] == titles
     mean = found.effect()["mean"].sel(arm="edit", metric="kl_sum", edit=["Zero head 3", "Zero head 1"], alpha=1)
-    shown: Any = panels[1].images[0].get_array()
+    shown: Any = panels[2].images[0].get_array()
     np.testing.assert_allclose(shown, mean.transpose("layer", "edit", "position").values[..., 0])
     assert "head 3" in str(found.table(4).columns[2]._cells)
 

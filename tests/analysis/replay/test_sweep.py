@@ -17,6 +17,7 @@ from scipy.special import log_softmax
 from analysis import replay
 from analysis.replay import Engine
 from analysis.replay.metrics import Outcome
+from analysis.replay.sweeps.charts import make_charts
 from flexcache.errors import AnalysisError, MismatchError, StoreError
 from tests.analysis.replay.test_engine import REPLAYED
 from tests.corpora import token_documents
@@ -384,11 +385,28 @@ def test_figures_are_drawn_for_positions_strengths_and_layers(made: Any, tmp_pat
     layers = replay.sweep(store, model, edit=edits, metrics=["kl"], baselines=["norm_matched"], **QUIET)
     (axes,) = layers.plot(tmp_path / "layers.svg").axes
     assert len(axes.lines) == 4
-    dose = replay.sweep(store, model, edit=replay.Steer(np.ones(HIDDEN), [0, 1]), metrics=["kl"], **QUIET)
-    (axes,) = dose.plot().axes
-    assert axes.get_xlabel() == "strength"
+    steer = replay.Steer(np.ones(HIDDEN), [0, 1])
+    dose = replay.sweep(store, model, edit=steer, metrics=["kl"], baselines=["identity", "norm_matched"], **QUIET)
+    panels = dose.plot().axes
+    assert [axes.get_xlabel() for axes in panels] == ["strength"] * DEPTH
+    assert [len(axes.lines) for axes in panels] == [3] * DEPTH, "the edit and both baselines in every layer"
+    by_strength, by_layer = make_charts(dose.effect())
+    assert (len(by_strength.panels), len(by_layer.panels)) == (DEPTH, 1)
+    assert [name for name, _, _ in by_layer.legend] == ["Steer", "identity", "norm matched"]
     assert "largest by kl" in str(dose.table().title)
     assert (tmp_path / "grid.png").stat().st_size > 1000
+
+
+def test_every_edit_has_a_colour_of_its_own_and_the_legend_is_beside_the_curves(made: Any) -> None:
+    store, model = made
+    edits = [replay.Zero((dim,)) for dim in range(10)]
+    found = replay.sweep(store, model, edit=edits, metrics=["kl"], **QUIET)
+    figure = found.plot()
+    (axes,) = figure.axes
+    assert len({line.get_color() for line in axes.lines}) == len(edits) + 1, "and one for no edit"
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert legend.get_window_extent().x0 >= axes.get_window_extent().x1
 
 
 def test_engine_runs_one_document_of_a_batch(made: Any) -> None:
