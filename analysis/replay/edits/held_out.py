@@ -161,6 +161,12 @@ def _fit_store(
     check_keywords(kind.fit_store, settings, (*free, *kind.fit_settings), AnalysisError)
     chosen = choose_fitted(store, held_out, groups, seed)
     dataset = build_dataset(store, site, target, rows=rows, layers=layers, task=task or kind.fit_task)
+    if issubclass(kind, DirectionEdit) and len(dataset.classes) != 2:
+        raise AnalysisError(
+            f"a direction needs two classes of {target!r}",
+            expected="two",
+            found=f"{len(dataset.classes)}: {', '.join(map(str, dataset.classes[:6]))}",
+        )
     inside = chosen[dataset.source[dataset.document]]
     y = dataset.y[inside]
     present = np.unique(y)

@@ -16,8 +16,10 @@ from tests.corpora import token_documents
 from tests.models import HIDDEN, VOCABULARY
 
 QUIET: dict[str, Any] = {"progress": False}
+RARE = int(np.random.default_rng(0).permutation(20)[-1])
+"""A document that seed 0 holds out."""
 DOCUMENTS = [
-    {**document, "author": f"writer {n // 3}" if n < 18 else None, "kind": ("a", "b", None)[n % 3]}
+    {**document, "author": f"writer {n // 3}" if n < 18 else None, "kind": ("a", "b", None)[n % 3], "rare": n == RARE}
     for n, document in enumerate(token_documents([5] * 20, vocabulary=VOCABULARY))
 ]
 
@@ -142,8 +144,8 @@ def test_steering_along_noise_has_no_held_out_effect(made: Any) -> None:
         ({"held_out": 0.999}, "cannot be divided"),
         ({"held_out": True}, "held_out cannot be used"),
         ({"groups": "authors"}, "did you mean author"),
-        ({"target": "score"}, "a direction needs two classes"),
-        ({"target": "id"}, "do not have all classes of 'id'"),
+        ({"target": "score"}, "a direction needs two classes of 'score'"),
+        ({"target": "rare"}, "do not have all classes of 'rare'"),
         ({"seed": -1}, "seed cannot be used"),
         ({"alpa": 2}, "did you mean alpha"),
         ({"vector": np.ones(HIDDEN)}, "has no argument 'vector'"),
