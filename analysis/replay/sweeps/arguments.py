@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cache, partial
 from operator import index
 from typing import Any
 
@@ -77,7 +77,8 @@ def parse_answers(answers: Any, engine: Engine, documents: Sequence[str] | None)
     """
     if answers is None:
         return None
-    source, pair_of = engine.source, partial(_pair, vocabulary=engine.vocabulary, tokenizer=_Tokenizer(engine))
+    source, tokenizer = engine.source, cache(partial(store_tokenizer, engine.store, engine.model))
+    pair_of = partial(_pair, vocabulary=engine.vocabulary, load_tokenizer=tokenizer)
     if isinstance(answers, Mapping):
         source.check_documents(answers, "answers")
         pairs = {str(name): pair_of(pair, where=f"answers of {name!r}") for name, pair in answers.items()}
@@ -100,31 +101,18 @@ def parse_answers(answers: Any, engine: Engine, documents: Sequence[str] | None)
     return {name: pair_of(pair, where=f"answers of {name!r}") for name, pair in zip(ids, given, strict=True)}
 
 
-class _Tokenizer:
-    """The tokenizer of a store, loaded when the first text is looked up."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
-    def token_id(self, value: Any) -> int:
-        """Return the id of a token that is given by id or as text; raise ConfigError if a text is not one token."""
-        return one_token(value, self._loaded) if isinstance(value, str) else index(_plain(value))
-
-    @cached_property
-    def _loaded(self) -> Any:
-        return store_tokenizer(self.engine.store, self.engine.model)
-
-
 def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _pair(value: Any, vocabulary: int, tokenizer: _Tokenizer, where: str) -> Pair:
+def _pair(value: Any, vocabulary: int, load_tokenizer: Callable[[], Any], where: str) -> Pair:
     given, found = _plain(value), short_repr(value)
     try:
         if not isinstance(given, list | tuple) or any(isinstance(part, bool) for part in given):
             raise TypeError
-        first, second = map(tokenizer.token_id, given)
+        first, second = (
+            one_token(part, load_tokenizer()) if isinstance(part, str) else index(_plain(part)) for part in given
+        )
     except (TypeError, ValueError):
         first = second = -1
     except ConfigError as error:

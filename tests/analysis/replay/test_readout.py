@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from scipy.special import log_softmax
 
 from analysis import replay
+from analysis.replay.sweeps.grid import has_readout, readout_positions
 from flexcache.errors import AnalysisError
 from tests.corpora import token_documents
 from tests.models import DEPTH, HIDDEN, VOCABULARY
@@ -114,13 +116,54 @@ def test_a_metric_that_an_edit_cannot_reach_is_noted(copies: int, captured: Call
     before = swept(made, at=replay.grid(layers=1, positions=[1, 4]), readout=[2], copies=copies)
     assert "at position 4:" in before.attrs["notes"][0]
     assert float(before["value"].sel(arm="edit", position="4").max()) < 1e-10
-    ends = swept(made, at=replay.grid(layers=[2, DEPTH - 1], positions=[0, 1, "last"]), readout="last", copies=copies)
+    ends = swept(
+        made,
+        at=replay.grid(layers=[2, DEPTH - 1], positions=[0, 1, "last"]),
+        metrics=["kl", "rank"],
+        answers=(3, 4),
+        readout="last",
+        copies=copies,
+    )
     assert f"at position 0, 1 of layer {DEPTH - 1}:" in ends.attrs["notes"][0]
     assert len(unchanged(ends)) == 1
     later = replay.projection("early", np.ones(HIDDEN), layer=0)
     assert unchanged(swept(made, metrics=[later], copies=copies)) == ["early did not change in any document"]
     small = swept(made, edit=replay.Scale(1 + 1e-6), metrics=["flips", "kl"], at=replay.grid(layers=[0, 1]))
     assert not [note for note in unchanged(small) if "kl" in note]
+
+
+def test_small_changes_are_seen_although_the_store_is_rounded(captured: Callable[..., Any]) -> None:
+    made = captured(documents=EQUAL, batch_tokens=30, dtype="bfloat16")
+    found = swept(made, edit=replay.Scale(1.001), metrics=["loss", "kl"], at=replay.grid(layers=1, positions=0))
+    assert float(found["identity_error"].max()) > 1e-4
+    assert not unchanged(found)
+
+
+def test_parts_of_an_earlier_version_are_read(captured: Callable[..., Any], tmp_path: Path) -> None:
+    made = captured(documents=EQUAL, batch_tokens=30)
+    first = swept(made, metrics=["kl"], folder=tmp_path)
+    for path in (tmp_path / "parts").glob("*.npz"):
+        kept = {name: array for name, array in np.load(path).items() if name != "changed"}
+        np.savez(path, **kept)
+    assert swept(made, metrics=["kl"], folder=tmp_path).identical(first)
+
+
+@pytest.mark.parametrize(
+    ("readout", "has", "positions"),
+    [
+        ((5,), [False, True], [4, 5]),
+        ((4,), [True, True], [4, 4]),
+        ((-5,), [True, True], [0, 1]),
+        ((-6,), [False, True], [0, 0]),
+        ("last", [True, True], [4, 5]),
+    ],
+)
+def test_readout_positions_at_the_ends_of_documents(readout: Any, has: list[bool], positions: list[int]) -> None:
+    lengths = np.array([5, 6])
+    assert has_readout(readout, lengths).tolist() == has
+    found = readout_positions(readout, lengths)
+    assert found is not None
+    assert found[:, 0].tolist() == positions
 
 
 def test_the_loss_of_a_model_that_reads_both_ways_changes_with_the_last_token(captured: Callable[..., Any]) -> None:
