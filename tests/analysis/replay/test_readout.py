@@ -152,6 +152,7 @@ def test_parts_of_an_earlier_version_are_read(captured: Callable[..., Any], tmp_
     ("readout", "has", "positions"),
     [
         ((5,), [False, True], [4, 5]),
+        ((0,), [True, True], [0, 0]),
         ((4,), [True, True], [4, 4]),
         ((-5,), [True, True], [0, 1]),
         ((-6,), [False, True], [0, 0]),
