@@ -6,8 +6,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flexcache.errors import DamagedError
-from flexcache.store.format.ledger import UNREADABLE, FileRecord, read_checked_json, with_checksum
+from flexcache.store.format.ledger import FileRecord, read_checked_json, reading, with_checksum
 from flexcache.store.storage.backend import storage_of
 from flexcache.store.storage.location import StoreLocation
 
@@ -120,15 +119,9 @@ def list_label_tables(root: StoreLocation) -> list[str]:
 
 
 def read_label_table(root: StoreLocation, name: str) -> LabelTable:
-    """Return the record of a label table.
-
-    Raises
-    ------
-    DamagedError
-        The record cannot be read or is malformed.
-    """
+    """Return the record of a label table; raise DamagedError if it cannot be read or is malformed."""
     path = root / LABEL_RECORDS / f"{name}.json"
-    try:
+    with reading(f"the record of the label table {name}", path, remove_remedy(name)):
         data = read_checked_json(root, path, _KEYS)
         if data["schema"] != 1 or data["name"] != name:
             raise ValueError(f"it has schema {data['schema']} and name {data['name']}")
@@ -140,13 +133,6 @@ def read_label_table(root: StoreLocation, name: str) -> LabelTable:
         if not re.fullmatch(r"[0-9a-f]{32}", file.xxh3_128):
             raise ValueError("its checksum is malformed")
         return LabelTable(name, str(data["on"]), documents, matched, unknown, columns, file)
-    except UNREADABLE as error:
-        raise DamagedError(
-            f"the record of the label table {name} cannot be read",
-            where=str(path),
-            found=f"{type(error).__name__}: {error}",
-            remedy=remove_remedy(name),
-        ) from error
 
 
 def remove_remedy(name: str) -> str:

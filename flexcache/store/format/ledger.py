@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,21 +138,15 @@ class Ledger:
     def read_record(self, unit: int) -> UnitRecord:
         """Return the record of a unit; raise DamagedError if it cannot be read or is malformed."""
         path = self.path(unit)
-        try:
+        remedy = "delete this record and run the same capture again: it recomputes this unit alone"
+        with reading(f"the ledger record of unit {unit}", path, remedy):
             data = read_checked_json(self.root, path, _KEYS)
             start, stop = data["rows"]
             rows, batch_tokens = (int(start), int(stop)), int(data["batch_tokens"])
             record = UnitRecord(int(data["unit"]), rows, batch_tokens, dict(data["fingerprint"]), _files(data))
             if record.unit != unit:
                 raise ValueError(f"the record is of unit {record.unit}")
-        except UNREADABLE as error:
-            raise DamagedError(
-                f"the ledger record of unit {unit} cannot be read",
-                where=str(path),
-                found=f"{type(error).__name__}: {error}",
-                remedy="delete this record and run the same capture again: it recomputes this unit alone",
-            ) from error
-        return record
+            return record
 
     def __iter__(self) -> Iterator[UnitRecord]:
         return (self.read_record(unit) for unit in self.units())
@@ -166,18 +161,21 @@ def write_plan_record(store: Path, names: Iterable[str]) -> None:
 def read_plan_record(root: StoreLocation) -> dict[str, FileRecord]:
     """Return the records of all files of a store except shards; raise DamagedError if they cannot be read."""
     path = root / PLAN_RECORD
-    try:
+    with reading("the plan record", path, "run flexcache verify to see what else is damaged"):
         data = read_checked_json(root, path, ("schema", "files"))
         if data["schema"] != 1:
             raise ValueError(f"its schema is {data['schema']}")
         return _files(data)
+
+
+@contextmanager
+def reading(what: str, path: StoreLocation, remedy: str) -> Iterator[None]:
+    """Raise DamagedError for an error of `UNREADABLE`: a record is missing, or is not what was written."""
+    try:
+        yield
     except UNREADABLE as error:
-        raise DamagedError(
-            "the plan record cannot be read",
-            where=str(path),
-            found=f"{type(error).__name__}: {error}",
-            remedy="run flexcache verify to see what else is damaged",
-        ) from error
+        found = f"{type(error).__name__}: {error}"
+        raise DamagedError(f"{what} cannot be read", where=str(path), found=found, remedy=remedy) from error
 
 
 def read_checked_json(root: StoreLocation, path: StoreLocation, keys: Collection[str]) -> dict[str, Any]:

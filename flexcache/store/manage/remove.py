@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flexcache.errors import DamagedError, SiteError, StoreError
+from flexcache.errors import SiteError, StoreError
 from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.site import Layers
 from flexcache.spec import ArraySpec
-from flexcache.store.format.ledger import UNREADABLE, read_plan_record, write_plan_record
+from flexcache.store.format.ledger import read_plan_record, reading, write_plan_record
 from flexcache.store.format.schema import ATTRIBUTE, read_attributes
 from flexcache.store.format.shard import shard_folder
 from flexcache.store.manage.dataset_card import card, plan_facts
@@ -183,19 +183,12 @@ class Removal:
         return [folder for folder in [*(self.path / name for name in sorted(whole)), *layers] if folder.exists()]
 
     def _noted(self) -> list[ArrayKey]:
-        try:
+        with reading("the note of an earlier removal", self.path / NOTE, "delete the note, and remove the site again"):
             listed = json.loads((self.path / NOTE).read_bytes())["remove"]
             found: list[ArrayKey] = [(str(name), None if layer is None else int(layer)) for name, layer in listed]
             if any(Path(name).name != name or name in ("", "..") for name, _ in found):
                 raise ValueError("a site is outside the store")
-        except UNREADABLE as error:
-            raise DamagedError(
-                "the note of an earlier removal cannot be read",
-                where=str(self.path / NOTE),
-                found=f"{type(error).__name__}: {error}",
-                remedy="delete the note, and remove the site again",
-            ) from error
-        return found
+            return found
 
     def _check_alone(self, worker: Worker, claims: Claiming) -> None:
         worker.sweep()
