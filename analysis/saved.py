@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+import xxhash
 import zarr
 
 import flexcache
@@ -32,6 +33,7 @@ def identity(store: Store) -> dict[str, Any]:
         "metadata_xxh3_128": digest(store.path / "zarr.json"),
         "plan_xxh3_128": str(store.plan.get("corpus_xxh3_128", "")),
         "units": len(store.committed_units),
+        "units_xxh3_128": xxhash.xxh3_128_hexdigest(store.committed_units.tobytes()),
         "rows": len(store.committed_rows),
     }
 

@@ -16,6 +16,7 @@ from analysis.dataset.store_argument import accept_store_path
 from analysis.dataset.tokens import TokenTypes
 from analysis.readout import lens
 from analysis.readout.examples import TopRows
+from analysis.readout.head import Head
 from analysis.rescue import write_or_rescue
 from analysis.statistics import similarity
 from analysis.statistics.covariance import ROWS as COVARIANCE_ROWS
@@ -102,6 +103,27 @@ def load(folder: str | Path, site: str) -> Survey:
 
 
 @accept_store_path
+def load_existing(store: Store, folder: str | Path, site: str, model: str | Path | None = None) -> Survey | None:
+    """Return the results in *folder* if they come from the rows that *store* has now, whatever their parts; or None.
+
+    ::
+
+        survey.load_existing(store, "stats", "resid_post")
+
+    Parameters
+    ----------
+    model
+        A checkpoint folder: None is also returned if the lens in the results is that of another head.
+    """
+    if not saved.reusable(results_path(folder, site), {"of": saved.identity(store), "site": site}):
+        return None
+    found = load(folder, site)
+    if model is not None and "lens" in found and found.provenance["lens"]["head"] != Head.load(model).identity():
+        return None
+    return found
+
+
+@accept_store_path
 def survey(
     store: Store,
     site: str = "resid_post",
@@ -110,11 +132,11 @@ def survey(
     by: str | Sequence[str] = ("layer", "position"),
     layers: Layers = "all",
     rows: int | None = COVARIANCE_ROWS,
-    similarity_rows: int = similarity.ROWS,
+    similarity_rows: int | None = None,
     permutations: int = 100,
     seed: int = 0,
     token_types: TokenTypes | None = None,
-    head: lens.Head | str | Path | None = None,
+    head: Any = None,
     folder: str | Path | None = None,
     **where: Any,
 ) -> Survey:
@@ -138,11 +160,12 @@ def survey(
         Groups of the moments; see `analysis.moments.compute`.
     rows, similarity_rows
         Approximate number of rows for covariances, and for similarity and lens: whole documents of a seeded sample. The
-        exact number is in the results.
+        exact number is in the results. By default 1,024 for similarity, and for lens as in `analysis.lens.compute`.
     head
-        Final norm and unembedding; see `analysis.lens.compute`.
+        Final norm and unembedding, or a loaded model; see `analysis.lens.compute`.
     folder
-        Folder of the results; results in it are reused if store, rows, arguments and versions are equal.
+        Folder of the results; results in it are reused if store, rows, arguments, versions and, for the lens, the
+        values of the head or model are equal.
     where
         scheduler, workers and progress; see `analysis.statistics.onepass.read`.
 
@@ -160,7 +183,8 @@ def survey(
     if folder is not None:
         saved.check_free(results_path(folder, site))
     parts, by = _parts(listed(only, str, "only"), head), listed(by, str, "by")
-    statistics = _statistics(store, site, parts, by, rows, similarity_rows, seed, token_types)
+    statistics = _statistics(store, site, parts, by, rows, similarity_rows or similarity.ROWS, seed, token_types)
+    head, model = lens.chosen_head(store, head, site) if "lens" in parts else (None, None)
     asked = {name: statistic.describe() for name, statistic in statistics.items()}
     provenance = {
         "of": saved.identity(store),
@@ -170,13 +194,14 @@ def survey(
         "asked": asked,
         "permutations": permutations,
         "permuted": "documents",
+        "seed": seed,
         "versions": saved.versions(),
         **joined_labels(store, by),
     }
+    if head is not None:
+        provenance["lens"] = {**lens.identity(head, model), "rows": similarity_rows}
     if folder is not None and saved.reusable(results_path(folder, site), provenance):
         return load(folder, site)
-    if "lens" in parts:
-        head = lens.chosen_head(store, head, site)
     began = time.perf_counter()
     found = read(store, site, statistics, layers=layers, **where)
     provenance |= {"read_seconds": round(time.perf_counter() - began, 3), "rows_read": found.rows}
@@ -196,8 +221,16 @@ def survey(
             results["similarity"] = similarity.between(named, documents=document, permutations=permutations, seed=seed)
         if "lens" in parts:
             values = {int(layer or 0): state["values"] for layer, state in kept.items()}
-            assert isinstance(head, lens.Head)
-            results["lens"] = lens.of_rows(store, head, values, kept[found.layers[0]]["row"])
+            results["lens"] = lens.of_rows(
+                store,
+                head,
+                values,
+                kept[found.layers[0]]["row"],
+                site=site,
+                model=model,
+                most=similarity_rows or lens.affordable_rows(head, len(values)),
+                **{name: where[name] for name in ("workers", "progress") if name in where},
+            )
     answer = Survey(site, results, provenance)
     if folder is not None:
         write_or_rescue(answer.save, folder)
@@ -239,5 +272,5 @@ def _statistics(
     if "similarity" in parts or "lens" in parts:
         found["rows"] = Rows(similarity_rows, DocumentSample.of_rows(similarity_rows, store.n_rows, seed, skip))
     if "examples" in parts and site in store.arrays:
-        found["examples"] = TopRows(tuple(range(store.arrays[site].features)), EXAMPLES)
+        found["examples"] = TopRows(tuple(range(store.arrays[site].features)), EXAMPLES, per_document=1)
     return found

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.decomposition import PCA, IncrementalPCA
 from threadpoolctl import threadpool_limits
 
 import flexcache
+from analysis.readout import lens
 from analysis.statistics import geometry, onepass
 from analysis.statistics.moments import Moments
 from analysis.statistics.onepass import DocumentSample
@@ -154,6 +156,40 @@ def reads(folder: Path) -> None:
     show("rows read ÷ rows of the store", lines)
 
 
+def logit_lens(folder: Path, rounds: int, rows: int = 2350, layers: int = 18) -> None:
+    """Logit lens of a vocabulary of 262,144 and a hidden size of 640 beside its products alone, in CPU time."""
+    store = build(folder / "lens.zarr", rows + 512, 640, layers)
+    random = torch.Generator().manual_seed(0)
+    head = lens.Head(torch.nn.RMSNorm(640), torch.randn(262_144, 640, generator=random) / 25)
+    used = lens.affordable_rows(head, layers)
+    residual = np.concatenate([store.read("resid_post", layer, slice(0, used)) for layer in range(layers)])
+    seconds: dict[str, list[float]] = {"lens": [], "products": []}
+
+    def products() -> None:
+        for start in range(0, len(residual), 1024):
+            hidden = head.normalize(residual[start : start + 1024])
+            for first in range(0, len(head.weight), 8192):
+                head.logits(hidden, slice(first, first + 8192))
+
+    def measured(name: str, run: Callable[[], Any]) -> Callable[[], float]:
+        def call() -> float:
+            began, wall = time.process_time(), time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - wall)
+            return time.process_time() - began
+
+        return call
+
+    named = {"lens": lambda: void(lens.compute(store, head, progress=False)), "products": products}
+    found = interleave({name: measured(name, run) for name, run in named.items()}, rounds, warm=False)
+    lines = [
+        ("products alone ÷ lens, CPU seconds", f"{ratio(found['products'], found['lens']):.2f}", "≥ 0.5"),
+        ("CPU seconds of the lens", f"{np.median(found['lens']):.0f}", "two cores: ≤ 120"),
+        ("seconds by the clock, lens and products", ", ".join(f"{np.median(s):.0f}" for s in seconds.values()), "≤ 60"),
+    ]
+    show(f"logit lens, {used} of {rows:,} rows, {layers} layers, vocabulary 262,144", lines)
+
+
 def scaling(folder: Path, mebibytes: int, rounds: int) -> None:
     """Two worker processes beside one; clusters are up before, and BLAS has one thread each."""
     from distributed import Client, LocalCluster
@@ -195,7 +231,7 @@ def main() -> None:
     parser.add_argument("--mebibytes", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=None, help="where to write; the current folder by default")
-    parser.add_argument("--only", default="moments,components,reads,scaling,memory")
+    parser.add_argument("--only", default="moments,components,reads,lens,scaling,memory")
     options = parser.parse_args()
     size, rounds = options.mebibytes, options.rounds
     with tempfile.TemporaryDirectory(dir=options.folder or Path.cwd(), prefix=".bench-") as name:
@@ -204,6 +240,7 @@ def main() -> None:
             "moments": lambda: moments(folder, size, rounds),
             "components": lambda: components(folder, rounds),
             "reads": lambda: reads(folder),
+            "lens": lambda: logit_lens(folder, rounds),
             "scaling": lambda: scaling(folder, size, rounds),
             "memory": lambda: memory(folder, size),
         }

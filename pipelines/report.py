@@ -12,6 +12,7 @@ import flexcache
 from analysis.dataset import tokens
 from analysis.report import store_page
 from analysis.rescue import write_or_rescue
+from analysis.survey import PARTS, load_existing, results_path
 from flexcache.paths import output_file, output_folder, shown
 from pipelines import stats
 
@@ -29,7 +30,7 @@ def run(
     console: Console | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write the page; missing statistics are computed first.
+    """Write the page from the results in the folder of statistics, whatever they are; compute them if there are none.
 
     Parameters
     ----------
@@ -44,7 +45,8 @@ def run(
     """
     console, folder = console or Console(), output_folder("stats" if statistics is None else statistics)
     output = output_file(folder / f"{site}.html" if output is None else output)
-    found = stats.run(
+    store = flexcache.open(store_path)
+    found = load_existing(store, folder, site, model) or stats.run(
         store_path,
         site,
         model=model,
@@ -54,7 +56,6 @@ def run(
         console=Console(quiet=True),
         progress=progress,
     )
-    store = flexcache.open(store_path)
     words = tokens.vocabulary(store, model)
     command = ["flexcache", "report", shown(store.path), *(["--site", site] if site != "resid_post" else [])]
     told = shlex.join([*command, *(["--model", model] if model else [])])
@@ -62,6 +63,11 @@ def run(
         lambda place: store_page.write(store, found, place / output.name, words=words, command=told), output.parent
     )
     console.print(f"report   {shown(page)}", markup=False, highlight=False, soft_wrap=True)
+    absent = [name for name in PARTS if name not in found]
+    if found.reused:
+        kept = f"reused {shown(results_path(folder, site))}"
+        hint = f"{kept}; not in it: {', '.join(absent)} (flexcache stats computes them)" if absent else kept
+        console.print(hint, style="dim", markup=False, highlight=False, soft_wrap=True)
     if words is None:
         hint = "tokens are numbers, and there is no logit lens: --model FOLDER, the checkpoint, gives both"
         console.print(hint, style="dim", markup=False, highlight=False, soft_wrap=True)

@@ -28,8 +28,7 @@ MEANING = {
     "massive": "dims with a massive activation",
     "cosine": "mean cosine of two rows, without first tokens",
     "rogue": "share of it that one dim carries",
-    "CKA next": "debiased CKA with the next layer",
-    "lens": "KL from the logit lens to the last layer, nats",
+    "CKA next": "debiased CKA with the next layer in the table",
 }
 
 
@@ -42,6 +41,8 @@ def run(
     layers: Layers = "all",
     model: str | None = None,
     rows: int | None = None,
+    similarity_rows: int | None = None,
+    own_logits: bool = False,
     output: str | Path | None = None,
     console: Console | None = None,
     progress: bool = True,
@@ -56,6 +57,10 @@ def run(
         exists.
     rows
         Approximate number of rows for covariances.
+    similarity_rows
+        Approximate number of rows for similarity and lens.
+    own_logits
+        Load the whole model and run the sampled documents, so that the lens is compared with the model's own logits.
     output
         Folder for the results; ``stats`` in the working folder by default.
     **options
@@ -80,6 +85,8 @@ def run(
                 remedy="give the checkpoint folder: --model FOLDER",
             )
         types = tokens.token_types(words)
+    if own_logits:
+        head = _load_model(store, head)
     found = survey(
         store,
         site,
@@ -89,6 +96,7 @@ def run(
         token_types=types,
         head=head,
         folder=folder,
+        similarity_rows=similarity_rows,
         progress=progress,
         **options,
         **({} if rows is None else {"rows": rows}),
@@ -100,6 +108,18 @@ def run(
     path = shown(results_path(folder, site))
     console.print(f"results  {path}  ({note})", markup=False, highlight=False, soft_wrap=True)
     return found
+
+
+def _load_model(store: flexcache.Store, name: str | None) -> Any:
+    """Return the whole model in the dtype of the capture."""
+    if name is None:
+        raise ConfigError(
+            "the model's own logits need the model",
+            where="--own-logits",
+            remedy="give the checkpoint folder: --model FOLDER",
+        )
+    dtype = next((record.fingerprint.get("compute_dtype") for record in store.ledger), None)
+    return flexcache.ModelSource(name=name, loader="AutoModelForCausalLM", dtype=dtype or "auto").load()
 
 
 def table(found: Survey) -> Table:
@@ -125,7 +145,11 @@ def table(found: Survey) -> Table:
         columns["lens"] = found["lens"]["kl_mean"].values
     layers = next(iter(found.results.values()))
     names = layers["layer"].values if "layer" in layers.coords else range(len(next(iter(columns.values()), ())))
-    caption = " · ".join(f"{name}: {MEANING[name]}" for name in columns if name in MEANING)
+    meaning = dict(MEANING)
+    if "lens" in found:
+        about = found["lens"].attrs
+        meaning["lens"] = f"KL of the logit lens from {about['reference']}, nats, on {about['sample']}"
+    caption = " · ".join(f"{name}: {meaning[name]}" for name in columns if name in meaning)
     shown = Table("layer", *columns, title=found.site, title_justify="left", caption=caption, caption_justify="left")
     for column in shown.columns:
         column.justify, column.no_wrap = "right", True

@@ -17,9 +17,6 @@ from analysis.statistics.onepass import RowBlock, State, Statistic, read
 from flexcache.errors import AnalysisError
 from flexcache.store.read.store import Store
 
-SPARE = 4
-"""Rows kept for each example that is shown, so that a document may be skipped."""
-
 
 @dataclass(frozen=True, eq=False)
 class TopRows(Statistic):
@@ -35,29 +32,43 @@ class TopRows(Statistic):
         Directions, or indices of features.
     count : int
         Number of rows to keep for each.
+    per_document : int
+        Largest number of rows of one document; any number by default.
     """
 
     directions: np.ndarray | tuple[int, ...]
     count: int = 40
+    per_document: int | None = None
 
     def zero(self, features: int) -> State:
         """Return the state of no rows."""
         shape = (self.count, len(self.directions))
-        return {"value": np.full(shape, -np.inf), "row": np.full(shape, -1, np.int64)}
+        return {"value": np.full(shape, -np.inf), "row": np.full(shape, -1), "document": np.full(shape, -1)}
 
     def update(self, state: State, block: RowBlock) -> State:
         """Return *state* with the rows of *block* added."""
         values = along(block.float64, self.directions)
-        count = min(self.count, len(values))
-        top = np.argpartition(-values, count - 1, axis=0)[:count]
-        return self.merge(state, {"value": np.take_along_axis(values, top, 0), "row": block.rows[top]})
+        at = np.broadcast_to(np.arange(len(values))[:, None], values.shape)
+        if self.per_document is not None:
+            values, at = _largest_by_document(values, block.document, min(self.per_document, self.count))
+        top = np.argpartition(-values, min(self.count, len(values)) - 1, axis=0)[: self.count]
+        values, at = (np.take_along_axis(found, top, 0) for found in (values, at))
+        rows, documents = (np.where(at < 0, -1, found[at]) for found in (block.rows, block.document))
+        return self.merge(state, {"value": values, "row": rows, "document": documents})
 
     def merge(self, first: State, second: State) -> State:
         """Return the state of the rows of both; of equal values, the lower row comes first."""
-        values = np.concatenate([first["value"], second["value"]])
-        rows = np.concatenate([first["row"], second["row"]])
-        order = np.lexsort((rows, -values), axis=0)[: self.count]
-        return {"value": np.take_along_axis(values, order, 0), "row": np.take_along_axis(rows, order, 0)}
+        both = {name: np.concatenate([first[name], second[name]]) for name in first}
+        order = np.lexsort((both["row"], -both["value"]), axis=0)
+        both = {name: np.take_along_axis(values, order, 0) for name, values in both.items()}
+        if self.per_document is not None:
+            owner = both["document"]
+            before = np.stack([(owner[:i] == owner[i]).sum(0) for i in range(len(owner))])
+            order = np.argsort(before >= self.per_document, axis=0, kind="stable")  # rows beyond the limit last
+            dropped = np.sort(before >= self.per_document, axis=0) & (np.take_along_axis(owner, order, 0) >= 0)
+            both = {name: np.take_along_axis(values, order, 0) for name, values in both.items()}
+            both = {name: np.where(dropped, self.zero(0)[name][0], values) for name, values in both.items()}
+        return {name: values[: self.count] for name, values in both.items()}
 
     def result(self, state: State) -> xr.Dataset:
         """Return ``value`` and ``row`` (rank, direction), largest first; row -1 if there are fewer rows."""
@@ -66,7 +77,7 @@ class TopRows(Statistic):
 
     def state_bytes(self, features: int) -> int:
         """Return the bytes of one state."""
-        return 16 * self.count * len(self.directions)
+        return 24 * self.count * len(self.directions)
 
     def describe(self) -> dict[str, Any]:
         """Return the arguments as plain values."""
@@ -74,6 +85,7 @@ class TopRows(Statistic):
         return {
             "statistic": "examples",
             "count": self.count,
+            "per_document": self.per_document,
             "dims": list(dims) if isinstance(dims, tuple) else "given",
         }
 
@@ -141,7 +153,7 @@ def top(
     context
         Number of tokens to show before and after.
     per_document
-        Largest number of tokens of one document.
+        Largest number of tokens of one document; further ones come from the documents with the next largest values.
     words
         The vocabulary; by default that of the model of the store, if it is available. Otherwise tokens are shown as
         ``#id``.
@@ -154,9 +166,8 @@ def top(
         The direction has another length, or the site does not have the feature.
     """
     directions = checked(store, site, [direction])
-    found = read(
-        store, site, {"top": TopRows(directions, count * SPARE)}, layers="all" if layer is None else layer, **where
-    )
+    statistic = TopRows(directions, count, per_document)
+    found = read(store, site, {"top": statistic}, layers="all" if layer is None else layer, **where)
     return shown(
         store,
         site,
@@ -165,7 +176,6 @@ def top(
         found["top"].isel(layer=0),
         count=count,
         context=context,
-        per_document=per_document,
         words=words,
     )[0]
 
@@ -180,27 +190,19 @@ def shown(
     *,
     count: int = 10,
     context: int = 12,
-    per_document: int = 1,
     words: Vocabulary | None = None,
 ) -> list[list[Example]]:
     """Return the examples of each direction for one layer of a `TopRows` result."""
     words = words or vocabulary(store) or Vocabulary(())
-    document = store.coordinates["document"].values
-    rows, values = found["row"].values, found["value"].values
-    examples: list[list[Example]] = []
-    for i in range(len(directions)):
-        one = directions[i : i + 1]
-        taken: dict[int, int] = {}
-        chosen: list[Example] = []
-        for row, value in zip(rows[:, i].tolist(), values[:, i].tolist()):
-            if row < 0 or len(chosen) == count:
-                break
-            owner = int(document[row])
-            taken[owner] = taken.get(owner, 0) + 1
-            if taken[owner] <= per_document:
-                chosen.append(_example(store, site, layer, one, row, value, context, words))
-        examples.append(chosen)
-    return examples
+    rows, values = found["row"].values[:count], found["value"].values[:count]
+    return [
+        [
+            _example(store, site, layer, directions[i : i + 1], row, value, context, words)
+            for row, value in zip(rows[:, i].tolist(), values[:, i].tolist())
+            if row >= 0
+        ]
+        for i in range(len(directions))
+    ]
 
 
 def html(examples: Sequence[Example]) -> str:
@@ -260,6 +262,22 @@ def checked(store: Store, site: str, directions: Sequence[int | ArrayLike]) -> n
 def along(values: np.ndarray, directions: np.ndarray | tuple[int, ...]) -> np.ndarray:
     """Return the values of features, or products with directions, (rows, directions)."""
     return values[:, list(directions)] if isinstance(directions, tuple) else values @ directions.T
+
+
+def _largest_by_document(values: np.ndarray, document: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the *most* largest values of each document and their places, -inf and -1 where it has fewer rows."""
+    starts = np.flatnonzero(np.diff(document, prepend=document[0] - 1))
+    lengths = np.diff(starts, append=len(values))
+    left, line = values.copy(), np.arange(len(values))[:, None]
+    tops, places = [], []
+    for _ in range(min(most, int(lengths.max()))):
+        top = np.maximum.reduceat(left, starts, axis=0)
+        first = np.where(left == np.repeat(top, lengths, axis=0), line, len(values))
+        place = np.minimum.reduceat(first, starts, axis=0)
+        np.put_along_axis(left, place, -np.inf, axis=0)
+        tops.append(top)
+        places.append(np.where(top == -np.inf, -1, place))
+    return np.concatenate(tops), np.concatenate(places)
 
 
 def _example(

@@ -93,7 +93,9 @@ def _cards(found: Survey) -> list[tuple[str, str, str]]:
     cards = []
     if "total" in found:
         norm = found["total"]["norm_mean"].values
-        cards.append(("norm, first to last layer", f"{_number(norm[0])} → {_number(norm[-1])}", "mean length of a row"))
+        layers = _layers(found["total"])
+        name = f"norm, layer {layers[0]} to {layers[-1]}" if len(layers) > 1 else "norm"
+        cards.append((name, " → ".join(dict.fromkeys(map(_number, norm[[0, -1]]))), "mean length of a row"))
     if "pca" in found:
         rank = found["pca"]["effective_rank"].values
         cards.append(
@@ -105,11 +107,12 @@ def _cards(found: Survey) -> list[tuple[str, str, str]]:
         layer = _layers(found["outliers"])[place[0]]
         cards.append(("largest activation", f"{largest.max():,.0f}", f"dim {place[3]}, layer {layer}"))
     if "lens" in found:
-        agreement = found["lens"]["agreement"].values
-        half = int(np.argmax(agreement >= 0.5))
-        cards.append(
-            ("half of the predictions stand", f"layer {_layers(found['lens'])[half]}", "logit lens, top token")
-        )
+        reached = _layers(found["lens"])[found["lens"]["agreement"].values >= 0.5]
+        if found["lens"]["agreement"].notnull().any():
+            first = f"layer {reached[0]}" if len(reached) else "none of these layers"
+            cards.append(
+                ("half of the predictions stand", first, f"top token of the lens and of {found['lens'].reference}")
+            )
     return cards
 
 
@@ -213,12 +216,15 @@ def _lens(found: Survey) -> dict[str, Any] | None:
     if "lens" not in found:
         return None
     lens = found["lens"]
-    lines = {"KL to the last layer": lens["kl_mean"].values, "entropy": lens["entropy_mean"].values}
+    lines = {"entropy": lens["entropy_mean"].values}
+    if np.isfinite(lens["kl_mean"].values).all():
+        lines = {f"KL from {lens.reference}": lens["kl_mean"].values, **lines}
     if np.isfinite(lens["loss"].values).all():
         lines["loss of the next token"] = lens["loss"].values
     ranks = {"median rank of the next token": 1 + lens["rank_median"].values}
     return {
-        "n": lens.attrs["n"],
+        "sample": lens.attrs["sample"],
+        "reference": lens.attrs["reference"],
         "nats": Markup(curves("lens", _layers(lens), lines, label="logit lens by layer", ylabel="nats")),
         "rank": Markup(
             curves("lens-rank", _layers(lens), ranks, label="rank of the next token", ylabel="rank", log=True)

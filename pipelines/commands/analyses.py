@@ -167,6 +167,13 @@ def stats(
         int | None, typer.Option(help="Threads or processes; one for each core by default.", min=1)
     ] = None,
     rows: Annotated[int | None, typer.Option(help="Approximate number of rows for covariances.", min=2)] = None,
+    similarity_rows: Annotated[
+        int | None,
+        typer.Option(help="Approximate number of rows for similarity and lens; 1,024 or fewer by default.", min=2),
+    ] = None,
+    own_logits: Annotated[
+        bool, typer.Option("--own-logits", help="Load the whole model, and compare the lens with its own logits.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the sampled documents.", min=0)] = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the results; stats by default.")
@@ -186,6 +193,8 @@ def stats(
         scheduler=scheduler,
         workers=workers,
         rows=rows,
+        similarity_rows=similarity_rows,
+        own_logits=own_logits,
         seed=seed,
         output=output,
         progress=not quiet,

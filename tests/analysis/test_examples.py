@@ -42,6 +42,23 @@ def test_the_top_tokens_of_a_neuron_are_those_of_a_full_sort(store: flexcache.St
         assert "[[" in str(example)
 
 
+@pytest.mark.parametrize("per_document", [1, 2])
+def test_a_document_with_all_the_largest_values_leaves_room_for_others(per_document: int, tmp_path: Path) -> None:
+    lengths = [3, 400, 1, *[5] * 60]
+    values = np.random.default_rng(0).normal(size=(1, sum(lengths), 2))
+    values[0, 3:403] += 100
+    store = value_store(tmp_path / "s.zarr", values, lengths)
+    found = examples.top(store, "resid_post", 0, 1, count=30, per_document=per_document, progress=False)
+    documents = [example.document for example in found]
+    assert len(found) == 30
+    assert documents.count("d1") == per_document
+    own, document = store.read("resid_post", 0)[:, 1], store.coordinates["document"].values
+    best = sorted((v for d in set(document) for v in sorted(own[document == d])[-per_document:]), reverse=True)
+    assert [example.value for example in found] == [float(value) for value in best[:30]]
+    everything = examples.top(store, "resid_post", 0, 1, count=1000, per_document=per_document, progress=False)
+    assert len(everything) == sum(min(length, per_document) for length in lengths)
+
+
 def test_a_direction_ranks_rows_by_their_product(store: flexcache.Store) -> None:
     direction = np.array([1.0, -2.0, 0.5, 0.0, 3.0])
     found = examples.top(store, "resid_post", 0, direction, count=1, progress=False)

@@ -102,6 +102,25 @@ def test_parts_that_were_not_computed_are_left_out(found: tuple[flexcache.Store,
     assert "No massive activation" in text
 
 
+def test_a_page_about_some_layers_calls_none_of_them_the_last(tmp_path: Path) -> None:
+    from tests.corpora import lengths, token_documents
+    from tests.models import tiny
+
+    model = tiny("llama")
+    documents = token_documents(lengths(40, longest=12), vocabulary=250)
+    for layers, words in ([0, 1, 3], "layer 3, the model's last"), ([0, 1], "missing: the store does not have"):
+        path = tmp_path / f"{len(layers)}.zarr"
+        store = flexcache.capture(model, None, documents, path, layers=layers, batch_tokens=64, progress=False)
+        found = survey(store, only=["moments", "lens"], layers=[0, 1], head=lens.Head.of(model), progress=False)
+        text = unescape(store_page.write(store, found, tmp_path / "r.html").read_text("utf-8"))
+        assert words in text
+        assert "norm, layer 0 to 1" in text
+        assert ("KL from layer 3" in text) == (3 in layers)
+        assert ("half of the predictions stand" in text) == (3 in layers)
+        assert "layer 0</b>" not in text
+        assert "none of these layers" in text or 3 not in layers
+
+
 @pytest.mark.parametrize(
     ("site", "rows"), [("model.layers.1.mlp", "all"), ("resid_post", "mean"), ("resid_post", "last")]
 )

@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 import zarr
 
 import flexcache
 from analysis import saved
+from analysis.dataset.tokens import TokenTypes
+from analysis.readout import lens
 from analysis.statistics import geometry, moments, outliers, quantiles, similarity
 from analysis.survey import PARTS, load, results_path, survey
 from flexcache.errors import AnalysisError
@@ -72,6 +75,29 @@ def test_results_are_reused_until_store_or_arguments_change(
     assert not few(store, tmp_path, only=["moments"]).reused
     monkeypatch.setattr(saved, "versions", lambda: {"numpy": "0"})
     assert not few(store, tmp_path, only=["moments"]).reused
+
+
+def test_a_lens_of_another_head_or_norm_is_not_reused(store: flexcache.Store, tmp_path: Path) -> None:
+    def head(scale: float = 1.0, eps: float = 1e-6, seed: int = 0, bias: bool = False) -> lens.Head:
+        weight = torch.randn(11, 6, generator=torch.Generator().manual_seed(seed))
+        return lens.Head(torch.nn.RMSNorm(6, eps), weight, torch.ones(11) if bias else None, scale)
+
+    for changed in ({}, {"scale": 2.0}, {"eps": 0.5}, {"seed": 1}, {"bias": True}):
+        found = few(store, tmp_path, only=["lens"], head=head(**changed))
+        assert not found.reused, changed
+        assert few(store, tmp_path, only=["lens"], head=head(**changed)).reused
+    tied = few(store, only=["lens"], head=head())
+    assert not tied["lens"]["loss"].equals(found["lens"]["loss"])
+
+
+def test_results_of_other_seeds_and_token_types_are_not_reused(store: flexcache.Store, tmp_path: Path) -> None:
+    def types(codes: list[int]) -> TokenTypes:
+        return TokenTypes(("a", "b"), np.array(codes * 6))
+
+    for changed in ({"seed": 0}, {"seed": 1}, {"token_types": types([0, 1])}, {"token_types": types([1, 0])}):
+        options = {"only": ["moments", "similarity"], "by": "token_type" if "token_types" in changed else "layer"}
+        assert not few(store, tmp_path, **options, **changed).reused, changed
+        assert few(store, tmp_path, **options, **changed).reused
 
 
 def test_saved_results_are_plain_zarr_with_their_provenance(store: flexcache.Store, tmp_path: Path) -> None:

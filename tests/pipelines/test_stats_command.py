@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 import flexcache
 from tests.pipelines.test_cli import run
@@ -33,6 +35,46 @@ def test_token_types_and_lens_with_the_model(
     written = Path("page.html").read_text("utf-8")
     assert "<h2>Logit lens</h2>" in written
     assert ">w" in written
+
+
+def test_a_report_uses_the_results_that_exist(
+    config: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "capture", config, "-q")
+    run(capsys, "stats", "run.zarr", "--only", "moments,pca", "--layers", "1:3", "-q")
+    made = Path("stats/resid_post.stats.zarr/zarr.json").stat().st_mtime_ns
+    text = run(capsys, "report", "run.zarr", "-q")
+    assert "not in it: quantiles, outliers, similarity, lens, examples" in " ".join(text.split())
+    assert Path("stats/resid_post.stats.zarr/zarr.json").stat().st_mtime_ns == made
+    written = Path("stats/resid_post.html").read_text("utf-8")
+    assert "<h2>Spectra</h2>" in written
+    assert "<h2>Outliers</h2>" not in written
+    text = run(
+        capsys,
+        "stats",
+        "run.zarr",
+        "--model",
+        checkpoint,
+        "--own-logits",
+        "--similarity-rows",
+        "40",
+        "--only",
+        "lens",
+        "-q",
+    )
+    assert "the model's own logits" in " ".join(text.split())
+    run(capsys, "report", "run.zarr", "--model", checkpoint, "-q")
+    shutil.copytree(checkpoint, "other")
+    other = AutoModelForCausalLM.from_pretrained(checkpoint)
+    other.get_output_embeddings().weight.data += 1
+    other.save_pretrained("other")
+    assert "reused" not in run(capsys, "report", "run.zarr", "--model", "other", "-q")
+
+
+def test_own_logits_without_a_model_are_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "capture", config, "-q")
+    text = run(capsys, "stats", "run.zarr", "--only", "moments", "--own-logits", "-q", status=2)
+    assert "give the checkpoint folder" in " ".join(text.split())
 
 
 def test_mistakes_end_in_one_message(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

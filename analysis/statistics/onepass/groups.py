@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+import xxhash
 
 from analysis.dataset import document_columns
 from analysis.statistics.onepass.row_block import RowBlock
@@ -51,6 +52,12 @@ class GroupKey:
         assert self.table is not None
         inside = (values >= 0) & (values < len(self.table))
         return np.where(inside, self.table[np.where(inside, values, 0)], -1)
+
+    def digest(self) -> str:
+        """Return the XXH3-128 of labels, edges and codes: other labels or token types give another one."""
+        labels = "\n".join(map(str, self.labels.tolist())).encode()
+        arrays = [np.ascontiguousarray(array) for array in (self.edges, self.table) if array is not None]
+        return xxhash.xxh3_128_hexdigest(b"".join([labels, *(array.tobytes() for array in arrays)]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,8 +109,8 @@ class Grouping:
         return found
 
     def describe(self) -> list[str]:
-        """Return the names of the keys, for provenance."""
-        return list(self.dims)
+        """Return the name of each key and a digest of its codes, for provenance."""
+        return [f"{key.name} {key.digest()}" for key in self.keys]
 
 
 def grouping(

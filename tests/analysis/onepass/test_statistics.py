@@ -33,6 +33,7 @@ EXAMPLES: list[Statistic] = [
     Sorted((0.1, 0.5), ROWS),
     Extremes(largest=4),
     TopRows((0, 2), count=5),
+    TopRows((0, 2), count=5, per_document=1),
 ]
 """One of each kind; add new statistics here to test them against the contract."""
 
