@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from analysis.rescue import write_or_rescue
-from analysis.statistics.codecs import CodecResult, compare
+from analysis.statistics.codecs import CodecResult, Loss, compare, estimate_losses
 from flexcache.paths import output_file, shown
 from flexcache.store.read.store import Store
 
@@ -24,21 +25,32 @@ def run(
     output: Path | None = None,
     progress: bool = True,
 ) -> list[CodecResult]:
-    """Compare codecs, print two tables, and write all figures as JSON to *output* if it is given."""
+    """Compare codecs, print two tables, and write all figures as JSON to *output* if it is given.
+
+    Of a store that is int8 already, print and write the error that its scales show.
+    """
     place = None if output is None else output_file(output)
-    results = compare(Store(path), sites or None, layers, progress=progress)
-    console.print(costs(results))
-    console.print(losses(next(result for result in results if result.codec == "int8")))
+    store = Store(path)
+    estimated = estimate_losses(store, sites or None, layers)
+    results = [] if estimated else compare(store, sites or None, layers, progress=progress)
+    if results:
+        console.print(costs(results))
+    coarse = next((result.losses for result in results if result.codec == "int8"), estimated)
+    console.print(losses(coarse, "int8 as stored, estimated from its scales" if estimated else "int8 by layer"))
     if place is not None:
-        text = json.dumps([result.to_json() for result in results], indent=1)
+        found = [result.to_json() for result in results] or [asdict(loss) for loss in estimated]
+        text = json.dumps(found, indent=1)
         write_or_rescue(lambda folder: (folder / place.name).write_text(text), place.parent)
         console.print(f"→ {shown(place)}", highlight=False, markup=False)
     return results
 
 
 def costs(results: Sequence[CodecResult]) -> Table:
-    """Return a table of size, times and error of each codec; size and times are relative to the first codec."""
-    table = Table("stored as", "bytes", "write", "read", "error", "worst layer", "its error", box=None)
+    """Return a table of size, times and error of each codec; size and times are relative to the first codec.
+
+    The column ``others`` is the error without the largest values of each row.
+    """
+    table = Table("stored as", "bytes", "write", "read", "error", "others", "worst layer", "its error", box=None)
     for result in results:
         worst = result.worst
         place = worst.site if worst.layer is None else f"{worst.site}[{worst.layer}]"
@@ -48,21 +60,28 @@ def costs(results: Sequence[CodecResult]) -> Table:
             f"{result.write:.2f}",
             f"{result.read:.2f}",
             _error(result.mean),
+            _error(result.others),
             place if worst.mean else "–",
             _error(worst.mean),
         )
     return table
 
 
-def losses(result: CodecResult) -> Table:
-    """Return a table of the error of int8 by layer."""
-    title = "int8 by layer: ‖x − x̂‖ ÷ ‖x‖ of a row, and the largest ÷ the median magnitude in it"
-    table = Table("site", "layer", "mean", "largest", "least cosine", "spread", title=title, box=None)
+def losses(found: Sequence[Loss], what: str) -> Table:
+    """Return a table of the error of int8 by layer, with the largest values of each row and without them."""
+    title = f"{what}: ‖x − x̂‖ ÷ ‖x‖ of a row; others: without its largest values, one in 128; spread: largest ÷ median"
+    table = Table("site", "layer", "mean", "others", "largest", "least cosine", "spread", title=title, box=None)
     table.title_justify = "left"
-    for loss in result.losses:
+    for loss in found:
         layer = "–" if loss.layer is None else str(loss.layer)
         table.add_row(
-            loss.site, layer, _error(loss.mean), _error(loss.largest), f"{loss.cosine:.5f}", f"{loss.spread:,.0f}"
+            loss.site,
+            layer,
+            _error(loss.mean),
+            _error(loss.others),
+            _error(loss.largest),
+            f"{loss.cosine:.5f}",
+            f"{loss.spread:,.0f}",
         )
     return table
 

@@ -17,17 +17,23 @@ from numpy.typing import NDArray
 
 from analysis.dataset.store_argument import accept_store_path
 from analysis.progress import bar
-from flexcache.errors import UncommittedError
-from flexcache.store.format.int8 import quantize
+from analysis.statistics.codec_errors import (
+    SAMPLE_BYTES,
+    Floats,
+    measure_loss,
+    sample_rows,
+    stored_keys,
+)
+from analysis.statistics.codec_errors import Loss as Loss
+from analysis.statistics.codec_errors import estimate_losses as estimate_losses
+from flexcache.errors import AnalysisError
+from flexcache.store.format.int8 import default_outliers, dequantize, quantize
 from flexcache.store.format.shard import INNER_CHUNK_BYTES
-from flexcache.store.read.selection import select
 from flexcache.store.read.store import Store
 from flexcache.store.write.shard_file import ZSTD_LEVEL
 
-SAMPLE_BYTES = 8 << 20
 ROUNDS = 5
 
-Floats = NDArray[np.float32]
 EncodedChunks = list[NDArray[np.uint8]]
 
 
@@ -48,31 +54,6 @@ class Codec:
     name: str
     encode: Callable[[NDArray[Any], Floats], EncodedChunks]
     decode: Callable[[EncodedChunks, tuple[int, ...]], Floats]
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Error of a codec on the sampled rows of one layer.
-
-    >>> Loss("resid_post", 12, mean=0.001, largest=0.01, cosine=0.9999, spread=8.0).largest
-    0.01
-
-    Attributes
-    ----------
-    mean, largest : float
-        Mean and maximum of ‖x − x̂‖ ÷ ‖x‖ over the rows; infinite if a value overflows.
-    cosine : float
-        Smallest cosine between a row and the decoded row.
-    spread : float
-        Largest magnitude of a row ÷ its median magnitude, as a median over the rows: the range that one scale covers.
-    """
-
-    site: str
-    layer: int | None
-    mean: float
-    largest: float
-    cosine: float
-    spread: float
 
 
 @dataclass(frozen=True)
@@ -105,6 +86,11 @@ class CodecResult:
         return float(np.mean([loss.mean for loss in self.losses]))
 
     @property
+    def others(self) -> float:
+        """The mean relative error without the largest values of each row."""
+        return float(np.mean([loss.others for loss in self.losses]))
+
+    @property
     def worst(self) -> Loss:
         """The layer with the largest mean error."""
         return max(self.losses, key=lambda loss: loss.mean)
@@ -123,7 +109,7 @@ def codecs(stored: np.dtype) -> list[Codec]:
     plain = [_cast(stored)]
     others = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)]
     narrower = [_cast(dtype) for dtype in others if dtype.itemsize <= stored.itemsize and dtype != stored]
-    coarse = Codec("int8", _to_int8, _from_int8)
+    coarse = _int8()
     return [*plain, _packed(plain[0]), *narrower, coarse, _packed(coarse)]
 
 
@@ -165,19 +151,23 @@ def compare(
     ------
     UncommittedError
         No unit is committed.
+    AnalysisError
+        All values are stored as int8 already.
     SiteError
         See `flexcache.store.read.selection.select`.
     """
-    if not len(store.committed_units):
-        raise UncommittedError("no unit is committed, so there is nothing to encode", where=str(store.path))
-    names = set(store.sites)
-    chosen = [array for array in select(store, sites, layers) if array.name in names and array.dtype != "int8"]
-    keys = [(array.name, layer) for array in chosen for layer in array.slices]
+    keys = stored_keys(store, sites, layers, coarse=False)
+    if not keys:
+        raise AnalysisError(
+            "all values are stored as int8 already",
+            where=str(store.path),
+            remedy="codecs.estimate_losses(store) estimates their error; compare codecs on a store of another dtype",
+        )
     results: dict[str, dict[str, Any]] = {}
     random = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory(dir=folder) as place, bar(progress) as bars:
         for name, layer in bars.track(keys, description="encoding (layers)"):
-            raw = _sample(store, name, layer, sample_bytes, random)
+            raw = store.read(name, layer, sample_rows(store, name, sample_bytes, random), raw=True)
             _try(codecs(store.reader(name).dtype), raw, (name, layer), Path(place) / "result", rounds, results)
     base = next(iter(results.values()))
     return [
@@ -191,14 +181,6 @@ def compare(
         for codec, found in results.items()
         if len(found["losses"]) == len(base["losses"])
     ]
-
-
-def _sample(store: Store, name: str, layer: int | None, size: int, random: np.random.Generator) -> NDArray[Any]:
-    reader = store.reader(name)
-    held = reader.layout.rows(int(random.choice(store.committed_units)))
-    count = min(len(held), max(1, size // reader.layout.row_bytes))
-    start = held.start + int(random.integers(0, len(held) - count + 1))
-    return store.read(name, layer, slice(start, start + count), raw=True)
 
 
 def _try(
@@ -219,7 +201,7 @@ def _try(
                 continue
             found = results.setdefault(codec.name, {"bytes": [], "write": [], "read": [], "losses": []})
             found["bytes"].append(sum(len(chunk) for chunk in chunks))
-            found["losses"].append(_loss(*key, exact, back))
+            found["losses"].append(measure_loss(*key, exact, back))
     for name, pairs in times.items():
         results[name]["write"].append(median(wrote for wrote, _ in pairs))
         results[name]["read"].append(median(read for _, read in pairs))
@@ -239,19 +221,6 @@ def _round(codec: Codec, raw: NDArray[Any], exact: Floats, path: Path) -> tuple[
     return chunks, wrote - began, time.perf_counter() - wrote, back
 
 
-def _loss(name: str, layer: int | None, exact: Floats, back: Floats) -> Loss:
-    magnitude = np.abs(exact)
-    spread = float(np.median(magnitude.max(axis=1) / np.maximum(np.median(magnitude, axis=1), 1e-30)))
-    if not np.isfinite(back).all():
-        return Loss(name, layer, float("inf"), float("inf"), 0.0, spread)
-    wide = exact.astype(np.float64)
-    norm = np.linalg.norm(wide, axis=1)
-    other = np.linalg.norm(back.astype(np.float64), axis=1)
-    apart = np.linalg.norm(wide - back, axis=1) / np.maximum(norm, 1e-30)
-    cosine = (wide * back).sum(axis=1) / np.maximum(norm * other, 1e-30)
-    return Loss(name, layer, float(apart.mean()), float(apart.max()), float(cosine.min()), spread)
-
-
 def _cast(dtype: np.dtype) -> Codec:
     def encode(raw: NDArray[Any], exact: Floats) -> EncodedChunks:
         with np.errstate(over="ignore"):
@@ -264,13 +233,15 @@ def _cast(dtype: np.dtype) -> Codec:
     return Codec(dtype.name, encode, decode)
 
 
-def _to_int8(raw: NDArray[Any], exact: Floats) -> EncodedChunks:
-    return [part.reshape(-1).view(np.uint8) for part in quantize(exact)]
+def _int8() -> Codec:
+    def encode(raw: NDArray[Any], exact: Floats) -> EncodedChunks:
+        return [part.reshape(-1).view(np.uint8) for part in quantize(exact, default_outliers(exact.shape[1]))]
 
+    def decode(chunks: EncodedChunks, shape: tuple[int, ...]) -> Floats:
+        scales = np.frombuffer(chunks[1].tobytes(), np.float32).reshape(shape[0], -1)
+        return dequantize(chunks[0].view(np.int8).reshape(shape).astype(np.float32), scales)
 
-def _from_int8(chunks: EncodedChunks, shape: tuple[int, ...]) -> Floats:
-    scales = np.frombuffer(chunks[1].tobytes(), np.float32)
-    return chunks[0].view(np.int8).reshape(shape).astype(np.float32) * scales[:, None]
+    return Codec("int8", encode, decode)
 
 
 def _packed(codec: Codec) -> Codec:

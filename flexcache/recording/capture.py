@@ -149,7 +149,7 @@ def capture(
             encoder_vocabulary=encoder_vocabulary_size(model),
             positions=count_positions(model),
             notes={"user_hooks": hooks.user_hooks(model)} | describe_patches(tokenizer),
-        )
+        ).match_store(path)
         hooks.check_sites(model, targets.points, example=example, reader=group.read_example, alone=group.alone)
         if spec.isolated:
             check_isolation(model, targets, pad_token_id(model, tokenizer), group)

@@ -44,6 +44,7 @@ from flexcache.recording.run.progress import CaptureProgress
 from flexcache.recording.run.recorder import Recorder
 from flexcache.recording.run_options import RunOptions
 from flexcache.spec import ArraySpec, CaptureSpec, listed, parse_sites
+from flexcache.store.format.int8 import with_scales
 from flexcache.store.manage.derive import merge_arrays
 from flexcache.store.manage.extension_transaction import AlreadyCommittedError, ExtensionTransaction
 from flexcache.store.read.store import Store
@@ -149,7 +150,7 @@ def extend(
             targets = find_targets(model, spec, transforms, objective, group.remote_modules())
             group.check_targets(targets)
             example = check_images(model, spec, targets, tokenizer, group.processes)
-            arrays = measure_arrays(model, spec, targets, group.read_example, example)
+            arrays = with_scales(measure_arrays(model, spec, targets, group.read_example, example), store.arrays)
             hooks.check_sites(model, targets.points, example=example, reader=group.read_example, alone=group.alone)
             if spec.isolated:
                 check_isolation(model, targets, pad_token_id(model, tokenizer), group)

@@ -94,7 +94,7 @@ def record(
         spec=spec,
         model=model if isinstance(model, dict) else {"name": model, "class": model},
         tokenizer_identity=describe_tokenizer(tokenizer, corpus.content == "messages"),
-    )
+    ).match_store(path)
     settings: dict[str, Any] = {
         "fingerprint": fingerprint,
         "buffer_bytes": options.buffer_bytes,

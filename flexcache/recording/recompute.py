@@ -29,6 +29,7 @@ from flexcache.recording.run.fingerprint import fingerprint
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.recording.run.row_transfer import rows_of
 from flexcache.spec import DTYPES
+from flexcache.store.format.int8 import outlier_count
 from flexcache.store.format.model_comparison import CHANGED_MODEL, STEADY
 from flexcache.store.read.store import Store
 
@@ -192,7 +193,7 @@ def _compare(
 
     def compare(batch: Batch, name: str, layer: int | None, values: torch.Tensor) -> None:
         dtype = DTYPES[store.arrays[name].dtype]
-        (content, spans), *_ = rows_of(batch, values, dtype)
+        (content, spans), *_ = rows_of(batch, values, dtype, outlier_count(name, store.arrays))
         found = np.concatenate([content[start : start + count] for start, count in spans]).view(dtype)
         held = store.read(name, layer, slice(batch.rows.start, batch.rows.stop), raw=True).reshape(-1)
         same = found.tobytes() == held.tobytes()

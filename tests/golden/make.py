@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import flexcache
-from flexcache.store.format.schema import SCHEMA
+from flexcache.store.format.schema import NEWEST_SCHEMA, SCHEMA
 
 FOLDER = Path(__file__).parent
 DOCUMENTS: list[dict[str, Any]] = [
@@ -46,6 +46,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "chosen": {"sites": {"resid_post": (2, 4)}, "dtype": "float32", "rows": {"every": 2}, "token_labels": ["kinds"]},
     "last": {"sites": {"resid_post": (2, 4)}, "dtype": "float32", "rows": "last"},
 }
+INT8: dict[str, Any] = {"sites": {"resid_post": (2, 4), "model.norm": 4}, "dtype": "int8"}
+"""Stores of schema 1 have no outliers, and were written by the version before schema 2."""
 
 
 def value(rows: np.ndarray, layer: int, features: int) -> np.ndarray:
@@ -54,7 +56,7 @@ def value(rows: np.ndarray, layer: int, features: int) -> np.ndarray:
 
 
 def make(kind: str, path: Path) -> None:
-    settings = KINDS[kind]
+    settings = INT8 if kind == "int8" else KINDS[kind]
     if kind != "extended":
         fill(path, DOCUMENTS, **settings)
         return
@@ -64,7 +66,8 @@ def make(kind: str, path: Path) -> None:
 
 
 def fill(path: Path, documents: list[dict[str, Any]], **settings: Any) -> None:
-    with flexcache.record(path, documents, model="golden", batch_tokens=16, extend=True, **settings) as recorder:
+    options = {"model": "golden", "batch_tokens": 16, "extend": True, **settings}
+    with flexcache.record(path, documents, **options) as recorder:
         for batch in recorder.batches():
             for site, layer in recorder.keys:
                 rows = value(np.asarray(batch.rows), layer or 0, recorder.store.arrays[site].features)
@@ -72,8 +75,8 @@ def fill(path: Path, documents: list[dict[str, Any]], **settings: Any) -> None:
 
 
 def main(*kinds: str) -> None:
-    for kind in kinds or KINDS:
-        path = FOLDER / f"{SCHEMA}-{kind}.zarr"
+    for kind in kinds or [*KINDS, "int8"]:
+        path = FOLDER / f"{NEWEST_SCHEMA if kind == 'int8' else SCHEMA}-{kind}.zarr"
         shutil.rmtree(path, ignore_errors=True)
         make(kind, path)
         shutil.rmtree(path / "runs", ignore_errors=True)  # timings

@@ -13,10 +13,10 @@ import zarr
 
 import flexcache
 from flexcache.errors import VersionError
-from flexcache.store.format.schema import SCHEMA
+from flexcache.store.format.schema import NEWEST_SCHEMA, SCHEMA
 from tests.golden.make import DOCUMENTS, FOLDER, KINDS, make, value
 
-STORES = sorted(path.name for path in FOLDER.glob("*.zarr"))
+STORES = sorted(path.name for path in FOLDER.glob("*.zarr") if "int8" not in path.name)
 
 
 def test_there_is_one_of_each_kind_and_schema() -> None:
@@ -67,8 +67,8 @@ def test_a_newer_schema_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "new.zarr"
     shutil.copytree(FOLDER / f"{SCHEMA}-plain.zarr", path)
     content = json.loads((path / "zarr.json").read_text())
-    content["attributes"]["flexcache"]["schema"] = SCHEMA + 1
+    content["attributes"]["flexcache"]["schema"] = NEWEST_SCHEMA + 1
     (path / "zarr.json").write_text(json.dumps(content))
     with pytest.raises(VersionError, match="newer version of FlexCache") as refused:
         flexcache.open(path)
-    assert f"schema {SCHEMA + 1}" in str(refused.value)
+    assert f"schema {NEWEST_SCHEMA + 1}" in str(refused.value)

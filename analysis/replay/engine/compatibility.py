@@ -27,7 +27,7 @@ from flexcache.store.format.model_record import OTHERS
 from flexcache.store.read.recorded_model import recorded_model
 from flexcache.store.read.store import Store
 
-NAMES = ("rows", "site", "units", "weights", "behavior", "attention")
+NAMES = ("rows", "site", "units", "weights", "behavior", "attention", "int8")
 REQUIRED = ("rows", "site", "units")
 """Reasons that cannot be accepted: a replay needs these rows to start from."""
 NO_CONDITION = ("flexcache-activations", "attention", "compute_dtype")

@@ -55,7 +55,7 @@ def identity_error(
     documents
         Ids; all committed documents by default.
     accept
-        Incompatibilities to ignore, by name: ``"weights"``, ``"behavior"``, ``"attention"``.
+        Incompatibilities to ignore, by name: ``"weights"``, ``"behavior"``, ``"attention"``, ``"int8"``.
     processor
         As for `Engine`.
 
@@ -100,9 +100,13 @@ def compare_logits(
 def check_discrepancy(
     engine: Engine, start: Start, found: Discrepancy, notes: Collection[str], copies: int = 1
 ) -> None:
-    """Raise AnalysisError if a replay differs from the forward; if it is not exact, by more than `ROUNDING`."""
+    """Raise AnalysisError if a replay differs from the forward; if it is not exact, by more than `ROUNDING`.
+
+    A replay from int8 rows, which a user has to accept, may differ by any finite amount.
+    """
     exact = not notes and copies == 1
-    if not np.isfinite(found.relative) or (found.largest > 0 if exact else found.relative > ROUNDING):
+    allowed = np.inf if engine.store.arrays[start.site].dtype == "int8" else ROUNDING
+    if not np.isfinite(found.relative) or (found.largest > 0 if exact else found.relative > allowed):
         raise AnalysisError(
             "the replay of an unchanged store is not the model's own forward",
             where=f"{type(engine.model).__name__}, the first {start.skipped} blocks skipped",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -19,8 +19,10 @@ from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.recording.run.fingerprint import versions
 from flexcache.sequences import Corpus, Positions, TokenizedCorpus, tokenize_corpus
 from flexcache.spec import ArraySpec, CaptureSpec
+from flexcache.store.format.int8 import with_scales
 from flexcache.store.format.text import size
 from flexcache.store.manage.dataset_card import card
+from flexcache.store.read.store import Store
 from flexcache.store.storage.location import StoreLocation
 from flexcache.store.write.create import check_free_space, check_names, create, create_once, total_bytes
 
@@ -59,6 +61,12 @@ class PlanInputs:
     def widest_row(self) -> int:
         """Bytes of a row of the widest array."""
         return max(array.row_bytes for array in self.arrays)
+
+    def match_store(self, path: StoreLocation) -> Self:
+        """Return the inputs with the int8 codec of the store at *path*, if there is one."""
+        if not (path / "zarr.json").exists():
+            return self
+        return replace(self, arrays=with_scales(self.arrays, Store(path).arrays))
 
     def identity(self) -> dict[str, Any]:
         """Return what must agree between a store and a run that resumes it."""

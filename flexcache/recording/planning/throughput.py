@@ -24,6 +24,7 @@ from flexcache.recording.run.batch_forward import Sink, open_forward
 from flexcache.recording.run.cuda_transfer import transfer_for
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.spec import DTYPES
+from flexcache.store.format.int8 import outlier_count
 from flexcache.store.read.store import Store
 from flexcache.store.write.range_error import locating_values
 from flexcache.store.write.slabs import LARGEST_SLAB
@@ -147,7 +148,8 @@ def _discarding_sink(store: Store, model: torch.nn.Module) -> Sink:
         if array not in store.arrays:  # an objective whose values are not stored
             return
         with locating_values(store, array, layer, batch.rows.start):
-            pieces = transfer.rows_of(batch, values, DTYPES[store.arrays[array].dtype])
+            dtype, outliers = DTYPES[store.arrays[array].dtype], outlier_count(array, store.arrays)
+            pieces = transfer.rows_of(batch, values, dtype, outliers)
         for content, spans in pieces:
             for start, count in spans:
                 for at in range(start, start + count, LARGEST_SLAB):

@@ -33,10 +33,10 @@ class CudaTransfer(RowTransfer):
         tensor = torch.empty(size, dtype=torch.uint8, pin_memory=True)
         return Slab(tensor.numpy(), owner=tensor)
 
-    def rows_of(self, batch: Batch, values: torch.Tensor, dtype: np.dtype) -> list[Rows]:
+    def rows_of(self, batch: Batch, values: torch.Tensor, dtype: np.dtype, outliers: int = 0) -> list[Rows]:
         """Return the rows as one tensor of bytes on the device; int8 is scaled on the host, with a second piece."""
         if dtype == np.int8:
-            return super().rows_of(batch, values, dtype)
+            return super().rows_of(batch, values, dtype, outliers)
         pieces = [values[line][kept] for line, kept in enumerate(batch.kept_positions)]
         rows = torch.stack([piece.float().mean(0) for piece in pieces]) if batch.mean else torch.cat(pieces)
         content = rows.to(getattr(torch, dtype.name)).reshape(-1).view(torch.uint8)

@@ -31,16 +31,16 @@ class RowTransfer:
         """Return a slab of *size* bytes of page-aligned memory."""
         return anonymous_slab(size)
 
-    def rows_of(self, batch: Batch, values: Any, dtype: np.dtype) -> list[Rows]:
+    def rows_of(self, batch: Batch, values: Any, dtype: np.dtype, outliers: int = 0) -> list[Rows]:
         """Return the rows of padded activations, as `rows_of` does."""
-        return [*rows_of(batch, values, dtype)]
+        return [*rows_of(batch, values, dtype, outliers)]
 
     def copy(self, slab: Slab, at: int, source: Any, start: int, count: int) -> None:
         """Copy bytes *start* to *start + count* of rows to *at* in a slab."""
         copy_bytes(slab, at, source, start, count)
 
 
-def rows_of(batch: Batch, values: Any, dtype: np.dtype) -> list[EncodedRows]:
+def rows_of(batch: Batch, values: Any, dtype: np.dtype, outliers: int = 0) -> list[EncodedRows]:
     """Return the rows of padded activations, shape (sequences, longest, …), as bytes in the storage dtype.
 
     This runs inside hooks, so nothing is copied unless it is cast or averaged: the bytes are then those of the
@@ -52,7 +52,7 @@ def rows_of(batch: Batch, values: Any, dtype: np.dtype) -> list[EncodedRows]:
         See `encode_rows`.
     """
     if dtype == np.int8:
-        return encode_int8(_rows_of(batch, values, FLOAT32), math.prod(values.shape[2:]))
+        return encode_int8(_rows_of(batch, values, FLOAT32), math.prod(values.shape[2:]), outliers)
     return [_rows_of(batch, values, dtype)]
 
 

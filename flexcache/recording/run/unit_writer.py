@@ -15,7 +15,7 @@ from flexcache.recording.forward.batch import Batch
 from flexcache.recording.run.existing_rows import ExistingRows
 from flexcache.recording.run.row_transfer import Rows, RowTransfer
 from flexcache.recording.run.run_stats import RunStats
-from flexcache.store.format.int8 import is_scale, scale_name
+from flexcache.store.format.int8 import is_scale, outlier_count, scale_name
 from flexcache.store.format.ledger import FileRecord
 from flexcache.store.format.shard import ShardLayout
 from flexcache.store.read.selection import ArrayKey
@@ -186,8 +186,9 @@ class UnitWriter:
         began = time.perf_counter()
         scaled = file.dtype == np.int8
         targets = [file, self._shards[scale_name(file.array), file.layer]] if scaled else [file]
+        outliers = outlier_count(file.array, self._store.arrays)
         with locating_values(self._store, file.array, file.layer, _next_row(file)):
-            for target, (content, spans) in zip(targets, convert(*arguments, file.dtype), strict=True):
+            for target, (content, spans) in zip(targets, convert(*arguments, file.dtype, outliers), strict=True):
                 target.append(content, spans, copy)
         self._stats.copying += time.perf_counter() - began
 

@@ -10,7 +10,7 @@ from typing import Any
 from flexcache.errors import ConfigError, DamagedError
 from flexcache.plan import Largest
 from flexcache.spec import DTYPES, ArraySpec, CaptureSpec
-from flexcache.store.format.int8 import scale_name, scales_of
+from flexcache.store.format.int8 import default_outliers, scale_name, scales_of
 from flexcache.store.format.provenance import Provenance
 
 MOST_ROWS, MOST_UNITS, MOST_FEATURES, MOST_LAYERS = 2**48, 10**8, 2**24, 100_000
@@ -41,8 +41,9 @@ def parse_metadata(content: Mapping[str, Any], where: str) -> StoreMetadata:
         fields = {name: value for name, value in spec.items() if name in CaptureSpec.model_fields}
         known, made_by = CaptureSpec.from_store(fields), Provenance.from_json(provenance)
         for array in arrays.values():
-            scales = arrays.get(scale_name(array.name)) if array.dtype == "int8" else None
-            _agree(array.dtype != "int8" or scales == scales_of(array), f"int8 array {array.name} has no scales")
+            if array.dtype == "int8":
+                forms = [scales_of(array, outliers) for outliers in (0, default_outliers(array.features))]
+                _agree(arrays.get(scale_name(array.name)) in forms, f"int8 array {array.name} has no scales")
     except (ConfigError, KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
         raise DamagedError(
             "the store's metadata is not valid",

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from flexcache.errors import DamagedError, StoreError, VersionError
+from flexcache.spec import ArraySpec
+from flexcache.store.format.int8 import outlier_count
 from flexcache.store.storage.backend import disk_path
 from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.path_safety import MOST_JSON, check_inside
 
 SCHEMA = 1
+NEWEST_SCHEMA = 2
+"""Schema of stores whose int8 rows keep outliers apart; all other stores have schema 1."""
 ATTRIBUTE = "flexcache"
 DOCUMENTS = "documents.parquet"
 SEQUENCES = "sequences.parquet"
@@ -26,6 +31,12 @@ STAGED = ".growing"
 """Folder inside a store of a staged extension, a store of its own until it is committed."""
 COMMITTING = "placing"
 """File in that folder: it marks an extension that is complete and is being committed."""
+
+
+def schema_of(arrays: Iterable[ArraySpec]) -> int:
+    """Return the schema of a store of these arrays."""
+    named = {array.name: array for array in arrays}
+    return NEWEST_SCHEMA if any(outlier_count(name, named) for name in named) else SCHEMA
 
 
 def read_attributes(path: StoreLocation) -> dict[str, Any]:
@@ -61,10 +72,10 @@ def read_attributes(path: StoreLocation) -> dict[str, Any]:
             expected=f"an attribute {ATTRIBUTE!r} with a schema version",
             remedy="open it with zarr or xarray",
         )
-    if content["schema"] > SCHEMA:
+    if content["schema"] > NEWEST_SCHEMA:
         raise VersionError(
             f"{path} was written by a newer version of FlexCache",
-            expected=f"schema {SCHEMA} or older",
+            expected=f"schema {NEWEST_SCHEMA} or older",
             found=f"schema {content['schema']}",
             remedy="upgrade flexcache-activations",
         )

@@ -85,11 +85,13 @@ def copy(
     check_not_extending(origin.path)
     chosen = [array for array in select(origin, sites, layers) if not is_scale(array.name, origin.arrays)]
     arrays = [replace(array, dtype=dtype or array.dtype) for array in chosen]
-    every = with_scales(arrays)
+    stored = Store(path).arrays if (path / "zarr.json").exists() else origin.arrays
+    every = with_scales(arrays, stored)
     changes: dict[str, Any] = {"compression": compression or origin.spec.compression}
     if any(a.dtype != b.dtype for a, b in zip(arrays, chosen, strict=True)):
         changes["dtype"] = dtype
-    spec = narrow_spec(origin, chosen) if with_scales(chosen) != list(origin.arrays.values()) else origin.spec
+    whole = with_scales(chosen, origin.arrays) == list(origin.arrays.values())
+    spec = origin.spec if whole else narrow_spec(origin, chosen)
     spec = spec.model_copy(update=changes)
     entry = {"copied_from": describe_origin(origin), "changed": _changes(origin, arrays, compression)}
     needed = _needed(origin, every, spec.compression)

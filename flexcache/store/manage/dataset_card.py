@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flexcache.spec import ArraySpec
+from flexcache.store.format.int8 import OUTLIER, outlier_count, scale_name
 from flexcache.store.format.text import layer_text
 
 
@@ -18,6 +19,7 @@ def card(name: str, arrays: list[ArraySpec], facts: list[tuple[str, str]], conte
         for array in arrays
     )
     first = arrays[0]
+    coarse = _int8_text(name, arrays)
     layer = "" if first.layers is None else f"layer={first.layers[-1]}, "
     return f"""# {name}
 
@@ -34,7 +36,7 @@ Activations of **{model.get("name")}** ({model.get("class", "unknown class")}), 
 
 Row *i* is the same token in every array. `documents.parquet` says which document it belongs to,
 `sequences.parquet` holds the token ids, `token_id`, `position` and `document` are the coordinates of the rows.
-Rows whose unit has no record in `ledger/0/` have not been captured: a plain Zarr reader shows them as NaN.
+{coarse}Rows whose unit has no record in `ledger/0/` have not been captured: a plain Zarr reader shows them as NaN.
 
 ```python
 import flexcache
@@ -57,3 +59,19 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("rows", f"{plan['rows']:,}"),
         ("units", f"{plan['units']:,} of {plan['shard_rows']:,} rows"),
     ]
+
+
+def _int8_text(name: str, arrays: list[ArraySpec]) -> str:
+    """Return how int8 rows are read, and their error; an empty text if there are none."""
+    named = {array.name: array for array in arrays}
+    coarse = [array for array in arrays if array.dtype == "int8"]
+    if not coarse:
+        return ""
+    kept = ", ".join(f"{outlier_count(array.name, named)} of {array.features} in `{array.name}`" for array in coarse)
+    first = scale_name(coarse[0].name)
+    return f"""Rows of int8 are multiplied by the scale of their row, the first value of a row of `{first}`.
+The largest values of a row are kept exactly ({kept}):
+{OUTLIER} stands for each of them, and they follow the scale. Other values are within half a scale of the model's.
+`flexcache bench-codec {name}` prints the relative error by layer, with the largest values and without them.
+
+"""

@@ -14,7 +14,7 @@ from flexcache.errors import MismatchError
 from flexcache.site import STANDARD
 from flexcache.spec import ArraySpec, CaptureSpec
 from flexcache.store.format.ledger import read_plan_record
-from flexcache.store.format.schema import ATTRIBUTE, read_attributes
+from flexcache.store.format.schema import ATTRIBUTE, read_attributes, schema_of
 from flexcache.store.format.text import join_lines, shorten, size
 from flexcache.store.manage.dataset_card import card, plan_facts
 from flexcache.store.manage.file_transfer import copy_verified
@@ -42,7 +42,8 @@ def derived_content(origin: Store, arrays: list[ArraySpec], spec: CaptureSpec, e
     if "bytes" in plan:
         plan["bytes"] = total_bytes(arrays, origin.n_rows, origin.shard_rows)
     described = {array.name: array.to_json() for array in arrays}
-    return add_history({**given, "arrays": described, "plan": plan, "spec": given["spec"] | spec.to_json()}, entry)
+    changed = {"schema": schema_of(arrays), "arrays": described, "plan": plan, "spec": given["spec"] | spec.to_json()}
+    return add_history({**given, **changed}, entry)
 
 
 def add_history(content: Mapping[str, Any], entry: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.spec import DTYPES
-from flexcache.store.format.int8 import SCALE, is_scale, scale_name
+from flexcache.store.format.int8 import SCALE, is_scale, outlier_count, scale_name
 from flexcache.store.format.ledger import UnitRecord, check_file
 from flexcache.store.format.shard import ShardLayout, shard_name
 from flexcache.store.manage.file_transfer import FileTransfer, start_transfer
@@ -139,7 +139,7 @@ class RowCopy:
         for start in range(rows.start, rows.stop, step):
             values = reader.scan(layer, start, min(start + step, rows.stop), raw=reader.dtype != np.int8)
             with locating_values(self.target, name, layer, start):
-                pieces = encode_rows(values, dtype)
+                pieces = encode_rows(values, dtype, outlier_count(name, self.target.arrays))
             for shard, (content, spans) in zip(shards, pieces, strict=True):
                 shard.append(content, spans)
         for shard in shards:

@@ -15,6 +15,7 @@ import zarr
 from flexcache.errors import DamagedError
 from flexcache.spec import DTYPES, ArraySpec
 from flexcache.store.format.committed_units import CommittedUnits, shared_units
+from flexcache.store.format.int8 import dequantize
 from flexcache.store.format.reference import StoreReference
 from flexcache.store.format.shard import ShardLayout, shard_name
 from flexcache.store.storage.backend import storage_of
@@ -104,7 +105,7 @@ class RowReader:
         """Return rows in the requested order, shape (rows, features), as stored or as float32."""
         found = self._gather(layer, rows, raw)
         if self._scales is not None and not raw:
-            found *= self._scales.gather(layer, rows, raw=True)
+            dequantize(found, self._scales.gather(layer, rows, raw=True))
         return found
 
     def _gather(self, layer: int | None, rows: np.ndarray, raw: bool) -> np.ndarray:
@@ -135,7 +136,7 @@ class RowReader:
                 low, high = max(start, held.start), min(stop, held.stop)
                 self._scan_shard(layer, shard, low - held.start, out[low - start : high - start])
         if self._scales is not None and not raw:
-            out *= self._scales.scan(layer, start, stop, raw=True)
+            dequantize(out, self._scales.scan(layer, start, stop, raw=True))
         return out.view(self.dtype) if raw else out
 
     def close(self) -> None:

@@ -65,7 +65,8 @@ class Store(OpenStore, Mapping[str, xr.DataArray]):
 
             store.raw("resid_post").dtype           # bfloat16
 
-        Rows of an int8 site are whole numbers; multiply each by its scale, ``raw(site + ".scale")``.
+        Rows of an int8 site are whole numbers: multiply each by its scale, the first value of
+        ``raw(site + ".scale")``; -128 stands for the next of the values after it.
         """
         return data_array(self.reader(site), self.coordinates, raw=True)
 

@@ -16,7 +16,7 @@ from flexcache.paths import check_writable
 from flexcache.plan import Plan
 from flexcache.sequences import TokenizedCorpus
 from flexcache.spec import ArraySpec
-from flexcache.store.format.schema import ATTRIBUTE, COORDINATES, DOCUMENTS, PLAN_RECORD, RESERVED, SCHEMA, SEQUENCES
+from flexcache.store.format.schema import ATTRIBUTE, COORDINATES, DOCUMENTS, PLAN_RECORD, RESERVED, SEQUENCES, schema_of
 from flexcache.store.format.shard import ShardLayout
 from flexcache.store.storage.backend import disk_path, storage_of
 from flexcache.store.storage.disk_errors import clear_errors
@@ -159,7 +159,7 @@ def create(
     check_names(arrays)
     store = folder / "store"
     attributes = {
-        "schema": SCHEMA,
+        "schema": schema_of(arrays),
         "arrays": {array.name: array.to_json() for array in arrays},
         "plan": {**summary, "corpus_xxh3_128": corpus.digest},
         **content,

@@ -44,14 +44,14 @@ def host(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
-def encode_rows(rows: Any, dtype: np.dtype) -> list[EncodedRows]:
+def encode_rows(rows: Any, dtype: np.dtype, outliers: int = 0) -> list[EncodedRows]:
     """Return rows, a numpy array or torch tensor of shape (rows, …), as bytes in the storage dtype.
 
-    For int8, the bytes of the scales follow as a second item. Unstorable is raised if a cast gave infinity or NaN;
-    without a cast, the writer checks instead.
+    For int8, the bytes of scales and outliers follow as a second item. Unstorable is raised if a cast gave infinity or
+    NaN; without a cast, the writer checks instead.
     """
     if dtype == np.int8:
-        return encode_int8(single_piece(encode_bytes(rows, FLOAT32)), math.prod(rows.shape[1:]))
+        return encode_int8(single_piece(encode_bytes(rows, FLOAT32)), math.prod(rows.shape[1:]), outliers)
     return [single_piece(encode_bytes(rows, dtype))]
 
 
@@ -73,7 +73,7 @@ def encode_bytes(rows: Any, dtype: np.dtype) -> np.ndarray:
     return content
 
 
-def encode_int8(piece: EncodedRows, features: int) -> list[EncodedRows]:
+def encode_int8(piece: EncodedRows, features: int, outliers: int) -> list[EncodedRows]:
     """Return float32 rows as int8 rows followed by their scales."""
     content, spans = piece
     whole = np.concatenate([content[start : start + count] for start, count in spans])
@@ -81,7 +81,7 @@ def encode_int8(piece: EncodedRows, features: int) -> list[EncodedRows]:
     at = first_nonfinite(whole, FLOAT32)
     if at is not None:
         raise Unstorable(*divmod(at, features), float(rows.reshape(-1)[at]))
-    return [single_piece(part.reshape(-1).view(np.uint8)) for part in quantize(rows)]
+    return [single_piece(part.reshape(-1).view(np.uint8)) for part in quantize(rows, outliers)]
 
 
 def _cast(rows: Any, dtype: np.dtype) -> np.ndarray:

@@ -185,6 +185,23 @@ def test_a_store_of_other_weights_is_rejected_unless_accepted_by_name(captured: 
     assert replay.identity_error(store, model, accept=["weights"]) == 0.0
 
 
+def test_int8_rows_are_replayed_if_accepted_and_the_error_is_measured(captured: Captured) -> None:
+    store, model = captured(dtype="int8")
+    with pytest.raises(MismatchError, match=r"accept=\['int8'\]"):
+        Engine(store, model)
+    error = replay.identity_error(store, model, layer=1, accept=["int8"])
+    assert 0 < error < 0.1
+    found = replay.sweep(store, model, replay.grid("resid_post", [1]), replay.Zero(), accept=["int8"], progress=False)
+    assert any("stored as int8" in note for note in found.results.attrs["notes"])
+    assert 0 < float(found.results["identity_error_relative"].max()) < 0.05
+    with torch.no_grad():
+        exact = model(torch.tensor([store.tokens["tokens"][0].as_py()])).logits
+    engine = Engine(store, model, accept=["int8"])
+    batch = next(engine.batches([int(store.tokens["document"][0].as_py())]))
+    given = engine.run(batch, engine.start_at("resid_post", 1)).logits
+    assert 0 < float((given[0, : exact.shape[1]] - exact[0]).abs().max()) <= error
+
+
 def test_another_attention_implementation_is_named_as_incompatible(captured: Captured) -> None:
     store, _ = captured()
     other = tiny("llama", attn_implementation="eager")
