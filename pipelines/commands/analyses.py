@@ -63,6 +63,22 @@ SWEEP_OPTIONS: dict[str, tuple[Any, Any]] = {
 """Options of a sweep by name, with their defaults."""
 TRANSFER_OPTIONS = ("target", "classes", "groups", "rows", "layers", "seed", "output")
 COMPARE_OPTIONS = ("layers", "metric", "output")
+DASK_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "scheduler": (
+        Annotated[
+            str,
+            typer.Option(
+                help="threads, synchronous, processes, or the address of a Dask scheduler, such as tcp://head:8786."
+            ),
+        ],
+        "threads",
+    ),
+    "workers": (
+        Annotated[int | None, typer.Option(help="Threads or processes; one for each core by default.", min=1)],
+        None,
+    ),
+}
+"""Where a pass over a store runs, by name, with the defaults."""
 
 
 @add_options(SWEEP_OPTIONS)
@@ -142,6 +158,7 @@ def probe(
     )
 
 
+@add_options(DASK_OPTIONS)
 def stats(
     store: StorePath,
     site: Annotated[str, typer.Option(help="Site of the statistics.")] = "resid_post",
@@ -157,15 +174,6 @@ def stats(
         str | None,
         typer.Option(help="Checkpoint folder, for token types and lens; that of the store by default."),
     ] = None,
-    scheduler: Annotated[
-        str,
-        typer.Option(
-            help="threads, synchronous, processes, or the address of a Dask scheduler, such as tcp://head:8786."
-        ),
-    ] = "threads",
-    workers: Annotated[
-        int | None, typer.Option(help="Threads or processes; one for each core by default.", min=1)
-    ] = None,
     rows: Annotated[int | None, typer.Option(help="Approximate number of rows for covariances.", min=2)] = None,
     similarity_rows: Annotated[
         int | None,
@@ -179,6 +187,7 @@ def stats(
         Path | None, typer.Option("--output", "-o", help="Folder for the results; stats by default.")
     ] = None,
     quiet: Quiet = False,
+    **options: Any,
 ) -> None:
     """Compute statistics and geometry of a site, reading each shard once; results are kept as Zarr and reused."""
     from pipelines import stats as pipeline
@@ -190,8 +199,7 @@ def stats(
         only=split_names(only) if only else None,
         layers=layers,
         model=model,
-        scheduler=scheduler,
-        workers=workers,
+        **options,
         rows=rows,
         similarity_rows=similarity_rows,
         own_logits=own_logits,
@@ -201,6 +209,7 @@ def stats(
     )
 
 
+@add_options(DASK_OPTIONS)
 def report(
     store: StorePath,
     site: Annotated[str, typer.Option(help="Site of the report.")] = "resid_post",
@@ -209,13 +218,12 @@ def report(
         typer.Option(help="Checkpoint folder, for tokens and lens; that of the store by default."),
     ] = None,
     stats: Annotated[Path | None, typer.Option(help="Folder of the statistics; stats by default.")] = None,
-    scheduler: Annotated[str, typer.Option(help="As for stats, if statistics have to be computed.")] = "threads",
-    workers: Annotated[int | None, typer.Option(help="As for stats.", min=1)] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The page; next to the statistics by default.")
     ] = None,
     show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     quiet: Quiet = False,
+    **options: Any,
 ) -> None:
     """Write an HTML page about a store: norms, spectra, layer similarity, outliers, logit lens, top tokens of dims."""
     from pipelines import report as pipeline
@@ -227,8 +235,7 @@ def report(
         statistics=stats,
         output=output,
         show=show,
-        scheduler=scheduler,
-        workers=workers,
+        **options,
         progress=not quiet,
     )
 

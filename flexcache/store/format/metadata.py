@@ -25,6 +25,14 @@ class StoreMetadata:
     plan: dict[str, Any]
     provenance: Provenance
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle plain values, which take fewer bytes."""
+        return _rebuild, (self.arrays, self.spec.to_json(), self.plan, self.provenance.to_json())
+
+
+def _rebuild(arrays: dict[str, ArraySpec], spec: Any, plan: dict[str, Any], provenance: Any) -> StoreMetadata:
+    return StoreMetadata(arrays, CaptureSpec.from_store(spec), plan, Provenance.from_json(provenance))
+
 
 def parse_metadata(content: Mapping[str, Any], where: str) -> StoreMetadata:
     """Return the attributes of a store; raise DamagedError if one is missing, not valid, or leads out of the store."""
