@@ -78,7 +78,7 @@ def test_readout_tokens_are_read_once_in_the_order_of_the_document(made: Any) ->
 
 
 def test_sums_and_means_over_tokens_are_named_apart(made: Any) -> None:
-    names = ["kl", "kl_mean", "kl_sum", "flips_sum", "flips_mean", "loss_sum", "loss_mean", "loss_change_sum"]
+    names = ["kl", "kl_mean", "kl_sum", "flips_sum", "flips_mean", "loss", "loss_sum", "loss_mean"]
     found = swept(made, at=replay.grid(layers=1, positions=[1, "last"]), metrics=names)
     value = found["value"].sel(arm="edit", layer=1).squeeze()
     for document in DOCUMENTS:
@@ -98,6 +98,7 @@ def test_sums_and_means_over_tokens_are_named_apart(made: Any) -> None:
         "Means over all tokens of a document, which depend on its length: kl. Independent of it:"
         ' readout "last", kl_sum.'
     ]
+    assert swept(made, documents=IDS[:2]).attrs["notes"][0].startswith("Means"), "two lengths"
     for options in ({"metrics": ["kl_sum", "kl_mean"]}, {"readout": "last"}, {"documents": IDS[:1]}):
         assert not [note for note in swept(made, **options).attrs["notes"] if note.startswith("Means")]
 
