@@ -12,6 +12,7 @@ from rich.table import Table
 
 from analysis.rescue import write_or_rescue
 from analysis.statistics.codecs import CodecResult, Loss, compare, estimate_losses
+from analysis.terminal_table import TerminalTable
 from flexcache.paths import output_file, shown
 from flexcache.store.read.store import Store
 
@@ -50,7 +51,9 @@ def costs(results: Sequence[CodecResult]) -> Table:
 
     The column ``others`` is the error without the largest values of each row.
     """
-    table = Table("stored as", "bytes", "write", "read", "error", "others", "worst layer", "its error", box=None)
+    table = TerminalTable("stored as", box=None)
+    for name in ("bytes", "write", "read", "error", "others", "worst layer", "its error"):
+        table.add_column(name, justify="right")
     for result in results:
         worst = result.worst
         place = worst.site if worst.layer is None else f"{worst.site}[{worst.layer}]"
@@ -70,8 +73,9 @@ def costs(results: Sequence[CodecResult]) -> Table:
 def losses(found: Sequence[Loss], what: str) -> Table:
     """Return a table of the error of int8 by layer, with the largest values of each row and without them."""
     title = f"{what}: ‖x − x̂‖ ÷ ‖x‖ of a row; others: without its largest values, one in 128; spread: largest ÷ median"
-    table = Table("site", "layer", "mean", "others", "largest", "least cosine", "spread", title=title, box=None)
-    table.title_justify = "left"
+    table = TerminalTable("site", title=title, title_justify="left", box=None)
+    for name in ("layer", "mean", "others", "largest", "least cosine", "spread"):
+        table.add_column(name, justify="right")
     for loss in found:
         layer = "–" if loss.layer is None else str(loss.layer)
         table.add_row(

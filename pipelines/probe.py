@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from sklearn.base import BaseEstimator
 
@@ -19,6 +18,7 @@ from analysis.probes import Sweep, SweepOptions
 from analysis.probes.results import FILE
 from analysis.probes.table import NAMES, interval, number
 from analysis.rescue import write_or_rescue
+from analysis.terminal_table import TerminalTable
 from flexcache.errors import AnalysisError, ConfigError, nearest
 from flexcache.paths import local_path, output_folder, shown
 from flexcache.site import Layers, resolve_layers
@@ -151,7 +151,7 @@ def run_transfer(
         options["groups"] = None
     found = probes.transfer(sweep, store, target, classes=classes, **options)
     best = sweep.best.layer
-    table = Table(
+    table = TerminalTable(
         title=f"{sweep.results.attrs['target']} probes of {place.name}, tried on {found.attrs['samples']:,} samples of "
         f"{store.path.name} for {found.attrs['target']}",
         title_justify="left",
@@ -214,7 +214,7 @@ def run_compare(
         asked |= {f"{start}layer {layer}": (sweep, layer) for layer in chosen}
     found = probes.compare(asked, metric=metric)
     told = found.attrs
-    table = Table(
+    table = TerminalTable(
         title=f"{NAMES[told['metric']]} for {told['target']}, paired over {told['groups']:,} groups",
         caption=Text(" ".join([f"Intervals of 95 %; p after {told['correction']}.", *told["notes"]])),
         title_justify="left",

@@ -14,6 +14,7 @@ from rich.table import Table
 import flexcache
 from analysis.dataset import tokens
 from analysis.survey import Survey, results_path, survey
+from analysis.terminal_table import TerminalTable
 from flexcache.errors import ConfigError
 from flexcache.paths import output_folder, shown
 
@@ -150,9 +151,9 @@ def table(found: Survey) -> Table:
         about = found["lens"].attrs
         meaning["lens"] = f"KL of the logit lens from {about['reference']}, nats, on {about['sample']}"
     caption = " · ".join(f"{name}: {meaning[name]}" for name in columns if name in meaning)
-    shown = Table("layer", *columns, title=found.site, title_justify="left", caption=caption, caption_justify="left")
-    for column in shown.columns:
-        column.justify, column.no_wrap = "right", True
+    shown = TerminalTable(title=found.site, title_justify="left", caption=caption, caption_justify="left")
+    for name in ("layer", *columns):
+        shown.add_column(name, justify="right")
     for i, layer in enumerate(names):
         cells = [number(values[i]) for values in columns.values()]
         shown.add_row("–" if layer < 0 else str(int(layer)), *cells)

@@ -9,6 +9,7 @@ from rich.text import Text
 from analysis.probes.best_layer import best_layer
 from analysis.probes.options import WITHOUT_MODEL
 from analysis.sweep_results import names_along
+from analysis.terminal_table import TerminalTable
 
 NAMES = {
     "accuracy": "accuracy",
@@ -39,7 +40,7 @@ SHOWN = 2
 def table(results: xr.Dataset) -> Table:
     """Return a row for each layer and baseline: pooled score, bootstrap interval, and mean ± half width over folds."""
     asked, best = results.attrs, best_layer(results)
-    found = Table(
+    found = TerminalTable(
         title=Text(f"{asked['target']} read from {asked['site']} by {asked['probe']}"),
         caption=Text(caption(results)),
         caption_justify="left",

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from analysis.plot_style import INK, PAPER, SOFT, save_figure
+from analysis.terminal_table import TerminalTable
 
 AFTER_HEADS = {"attention": "attention", "attention bias": "bias", "mlp": "MLP"}
 
@@ -63,7 +64,7 @@ def table(found: xr.Dataset, rows: int = 20) -> Table:
     values = found["contribution"].transpose("row", "component").values
     mean, spread = values.mean(0), values.std(0)
     total = float(found["logit"].mean())
-    shown = Table(title=f"logit {total:.4g}, mean over {len(values)} rows", title_justify="left", box=None)
+    shown = TerminalTable(title=f"logit {total:.4g}, mean over {len(values)} rows", title_justify="left", box=None)
     shown.add_column("component")
     for name in ("mean", "sd over rows", "share"):
         shown.add_column(name, justify="right")

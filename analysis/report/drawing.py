@@ -16,6 +16,9 @@ from analysis.plot_style import INK, SOFT, frame
 
 PALETTE = {"--one": "#0a6ebd", "--two": "#bc4c00", "--three": "#1a7f37", "--four": "#8250df"}
 
+NUMBERED = 10
+"""Rows of a heat map up to which its cells show their numbers."""
+
 
 def themed(figure: Figure, prefix: str, label: str, variables: Mapping[str, str]) -> str:
     """Return a figure as an ``<svg>`` element without background; colours are CSS variables, text stays text.
@@ -77,28 +80,49 @@ def curves(
 
 
 def heatmap(values: np.ndarray, names: Sequence[str], label: str) -> str:
-    """Return a square matrix of numbers from 0 to 1 as SVG: larger numbers are darker; tooltips show the numbers."""
-    n, cell = len(values), 16
+    """Return a square matrix of numbers from 0 to 1 as SVG: larger numbers are darker, and a bar shows the colours.
+
+    Up to `NUMBERED` rows, cells show their numbers; otherwise tooltips do.
+    """
+    n = len(values)
+    cell = 30 if n <= NUMBERED else 16
     left, top = 34, 6
+    right, bottom = left + n * cell, top + n * cell
     parts = []
     for i in range(n):
         for j in range(n):
             share = round(100 * float(np.clip(values[i, j], 0, 1)))
+            x, y, number = left + j * cell, top + i * cell, f"{values[i, j]:.3f}"
             parts.append(
-                f'<rect x="{left + j * cell}" y="{top + i * cell}" width="{cell}" height="{cell}" '
-                f'style="fill: color-mix(in srgb, var(--one) {share}%, var(--panel))">'
-                f"<title>{escape(names[i])} and {escape(names[j])}: {values[i, j]:.3f}</title></rect>"
+                f'<rect x="{x}" y="{y}" width="{cell}" height="{cell}" style="fill: {_shade(share)}">'
+                f"<title>{escape(names[i])} and {escape(names[j])}: {number}</title></rect>"
             )
+            if n <= NUMBERED:
+                ink = "var(--page)" if share > 55 else "var(--ink)"
+                text = f"{values[i, j]:.2f}".replace("0.", ".", 1)
+                parts.append(_text(x + cell / 2, y + cell / 2 + 3, text, "middle", ink))
     step = max(1, n // 15)
     for i in range(0, n, step):
         middle = i * cell + cell / 2
-        text = 'font-size="9" style="fill: var(--soft)"'
-        parts.append(
-            f'<text x="{left - 5}" y="{top + middle + 3}" text-anchor="end" {text}>{escape(names[i])}</text>'
-            f'<text x="{left + middle}" y="{top + n * cell + 12}" text-anchor="middle" {text}>{escape(names[i])}</text>'
-        )
-    width, height = left + n * cell + 6, top + n * cell + 20
+        parts.append(_text(left - 5, top + middle + 3, names[i], "end"))
+        parts.append(_text(left + middle, bottom + 12, names[i], "middle"))
+    height = n * cell / 20
+    parts += [
+        f'<rect x="{right + 10}" y="{top + i * height:.2f}" width="9" height="{height + 0.5:.2f}" '
+        f'style="fill: {_shade(100 - 5 * i)}"/>'
+        for i in range(20)
+    ]
+    parts += [_text(right + 22, top + 8, "1", "start"), _text(right + 22, bottom, "0", "start")]
+    width = right + 32
     return (
-        f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width} {height}" '
+        f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width} {bottom + 14}" '
         f'style="max-width: {max(width * 1.2, 240):.0f}px">{"".join(parts)}</svg>'
     )
+
+
+def _shade(share: int) -> str:
+    return f"color-mix(in srgb, var(--one) {share}%, var(--panel))"
+
+
+def _text(x: float, y: float, text: str, anchor: str, colour: str = "var(--soft)") -> str:
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="9" style="fill: {colour}">{escape(text)}</text>'

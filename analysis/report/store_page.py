@@ -14,7 +14,7 @@ from analysis.dataset.store_argument import accept_store_path
 from analysis.dataset.tokens import Vocabulary
 from analysis.readout import examples
 from analysis.report import facts
-from analysis.report.drawing import curves, heatmap
+from analysis.report.drawing import NUMBERED, curves, heatmap
 from analysis.report.template import write_page
 from analysis.statistics import outliers
 from analysis.survey import Survey
@@ -169,6 +169,7 @@ def _similarity(found: Survey) -> dict[str, Any] | None:
     return {
         "n": similarity.attrs["n"],
         "permutations": similarity.attrs["permutations"],
+        "hover": len(names) > NUMBERED,
         "chance": None if chance is None else f"{chance:.3f}",
         "cka": Markup(heatmap(similarity["cka"].values, names, "debiased CKA of each layer with each")),
         "cca": Markup(heatmap(similarity["cca"].values, names, "mean squared canonical correlation")),

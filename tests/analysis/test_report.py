@@ -84,6 +84,18 @@ def test_the_page_describes_capture_settings_and_results(real_store: Any, page: 
     compile(re.search(r"import flexcache\n.*?sweep\.best", text, re.S)[0], "snippet", "exec")  # type: ignore[index]
 
 
+def test_cards_of_layers_name_the_layer_and_sentences_have_spaces(real_store: Any, tmp_path: Any) -> None:
+    sweep = probes.sweep(real_store, EVIL, "resid_post", baselines=["majority", "random"], resamples=20, progress=False)
+    text = report.write(real_store, sweep, tmp_path / "r.html").read_text("utf-8")
+    cards = dict(re.findall(r"<span>([^<]*)</span><b>[^<]*</b><span>([^<]*)</span>", text))
+    assert cards["random direction"].endswith(f"· layer {sweep.best.layer}")
+    assert "layer" not in cards["majority class"]
+    assert "All rows of a document are in the same fold. The probe" in " ".join(text.split())
+    prose = re.sub(r"<(style|svg|pre)\b.*?</\1>", "", text, flags=re.DOTALL)
+    assert not re.findall(r"[a-z]\.[A-Z]\w+ ", prose)
+    assert "Scroll sideways for all columns" in text
+
+
 def test_the_snippet_repeats_the_sweep(real_store: Any) -> None:
     from analysis.report import facts
 

@@ -15,6 +15,7 @@ import flexcache
 from analysis.dataset.tokens import Vocabulary
 from analysis.readout import lens
 from analysis.report import store_page
+from analysis.report.drawing import NUMBERED, heatmap
 from analysis.survey import Survey, survey
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -87,8 +88,21 @@ def test_the_page_shows_every_part_with_its_results(page: Path, found: tuple[fle
     assert "40 documents" in text
     cka = float(found[1]["similarity"]["cka"][0, 1])
     assert f"0 and 1: {cka:.3f}" in text
+    assert f">{cka:.2f}</text>".replace("0.", ".", 1) in text, "a small heat map shows its numbers"
+    assert "Hover over a cell" not in text
+    for title in ("CKA of layers", "Canonical correlation of layers", "Norm of a row", "Logit lens by layer"):
+        assert f"<figure><b>{title}</b>" in text
     assert 'class="example"' in text
     assert "run & <co>.zarr" in text
+
+
+def test_a_large_heat_map_has_a_bar_and_numbers_in_tooltips() -> None:
+    drawn = heatmap(np.full((NUMBERED + 1, NUMBERED + 1), 0.25), [str(n) for n in range(NUMBERED + 1)], "many")
+    assert ">.25</text>" not in drawn
+    assert drawn.count("<title>") == (NUMBERED + 1) ** 2
+    shades = [int(share) for share in re.findall(r"var\(--one\) (\d+)%", drawn)][-20:]
+    assert shades == sorted(shades, reverse=True)
+    assert (shades[0], len(set(shades))) == (100, 20)
 
 
 def test_parts_that_were_not_computed_are_left_out(found: tuple[flexcache.Store, Survey], tmp_path: Path) -> None:
