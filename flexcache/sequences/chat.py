@@ -116,13 +116,8 @@ def _rendered(tokenizer: Any, messages: list[dict[str, str]], name: str) -> str:
 def _prefix(tokenizer: Any, messages: list[dict[str, str]], text: str, name: str, number: int) -> str:
     rendered = _rendered(tokenizer, messages, name)
     if not text.startswith(rendered):
-        raise DocumentsError(
-            "the chat template does not render messages one after the other, so tokens cannot be assigned to messages",
-            where=f"document {name!r}, message {number}",
-            expected=repr(rendered[-60:]),
-            found=repr(text[max(0, len(rendered) - 60) : len(rendered)]),
-            remedy="render the chat yourself, and give the text with spans of characters",
-        )
+        what = "does not render messages one after the other, so tokens cannot be assigned to messages"
+        raise _unplaced(what, name, number, rendered[-60:], text[max(0, len(rendered) - 60) : len(rendered)])
     return rendered
 
 
@@ -130,11 +125,15 @@ def _content(marked: str, text: str, content: str, name: str, number: int) -> tu
     before, mark, after = marked.partition(MARK)
     inside = text[len(before) : len(text) - len(after)]
     if not mark or not text.startswith(before) or not text.endswith(after) or inside.strip() != content.strip():
-        raise DocumentsError(
-            "the chat template changes the content of a message",
-            where=f"document {name!r}, message {number}",
-            expected=repr(content[:60]),
-            found=repr(inside[:60]),
-            remedy="render the chat yourself, and give the text with spans of characters",
-        )
+        raise _unplaced("changes the content of a message", name, number, content[:60], inside[:60])
     return len(before), len(text) - len(after)
+
+
+def _unplaced(what: str, name: str, number: int, expected: str, found: str) -> DocumentsError:
+    return DocumentsError(
+        f"the chat template {what}",
+        where=f"document {name!r}, message {number}",
+        expected=repr(expected),
+        found=repr(found),
+        remedy="render the chat yourself, and give the text with spans of characters",
+    )

@@ -83,10 +83,10 @@ class Encoded:
 
     def list_of(self, values: pa.Array) -> pa.ListArray:
         """Return a column of tokens as one list for each document."""
-        return pa.ListArray.from_arrays(pa.array(np.append(0, np.cumsum(self.lengths)).astype(np.int32)), values)
+        return list_array(values, self.lengths)
 
 
-def list_array(flat: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
-    """Return token ids, document after document, as a list<int32> array of these *lengths*."""
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, pa.int32()))
+def list_array(flat: np.ndarray | pa.Array, lengths: np.ndarray) -> pa.ListArray:
+    """Return values, document after document, as lists of these *lengths*; an ndarray holds token ids, int32."""
+    values = pa.array(flat, pa.int32()) if isinstance(flat, np.ndarray) else flat
+    return pa.ListArray.from_arrays(pa.array(np.append(0, np.cumsum(lengths)).astype(np.int32)), values)

@@ -317,6 +317,7 @@ def test_a_merge_has_the_tables_of_all_sources(store: flexcache.Store, root: Pat
     parts[1].join({"id": ["doc-1"], "stars": [1]}, name="stars")
     with pytest.raises(MismatchError, match="different labels"):
         flexcache.merge([part.path for part in parts], tmp_path / "again.zarr")
+    assert not (tmp_path / "again.zarr").exists()
 
 
 def test_a_removal_of_sites_keeps_the_labels(store: flexcache.Store, root: Path) -> None:

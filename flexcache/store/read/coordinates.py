@@ -65,7 +65,9 @@ class CoordinateArray(BackendArray):
         if self._values is not None:
             return self._values[key[0]]
         if isinstance(key[0], slice):
-            found = self._span(range(count)[key[0]])
+            span = range(count)[key[0]]
+            ends = (min(span[0], span[-1]), max(span[0], span[-1]) + 1) if span else (0, 0)
+            found = self._load(slice(*ends))[:: span.step]
             if len(found) == count and key[0].step in (None, 1):
                 self._values = found
             return found
@@ -73,19 +75,13 @@ class CoordinateArray(BackendArray):
         if not rows.size:
             return np.zeros(rows.shape, self.dtype)
         low, high = int(rows.min()), int(rows.max()) + 1
-        try:
-            if high - low <= DENSE * rows.size:
-                return np.asarray(self.zarr[low:high])[rows - low]
-            return np.asarray(self.zarr.oindex[(np.atleast_1d(rows),)]).reshape(rows.shape)
-        except Exception as error:  # zarr and its codecs raise many kinds
-            raise unreadable("coordinate", self.path, error) from error
+        if high - low <= DENSE * rows.size:
+            return self._load(slice(low, high))[rows - low]
+        return self._load(np.atleast_1d(rows)).reshape(rows.shape)
 
-    def _span(self, rows: range) -> np.ndarray:
-        if not len(rows):
-            return np.zeros(0, self.dtype)
-        low, high = min(rows[0], rows[-1]), max(rows[0], rows[-1]) + 1
+    def _load(self, rows: slice | np.ndarray) -> np.ndarray:
         try:
-            return np.asarray(self.zarr[low:high])[:: rows.step]
+            return np.asarray(self.zarr[rows] if isinstance(rows, slice) else self.zarr.oindex[(rows,)])
         except Exception as error:  # zarr and its codecs raise many kinds
             raise unreadable("coordinate", self.path, error) from error
 

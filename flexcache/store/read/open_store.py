@@ -97,6 +97,8 @@ class OpenStore:
     def label_tables(self) -> dict[str, LabelTable]:
         """The tables of labels that were joined after the capture, by name; see `flexcache.Store.join`.
 
+        They are those of the first use of labels or documents; open the store again to see what other processes join.
+
         ::
 
             for table in store.label_tables.values():

@@ -123,6 +123,13 @@ class RowReader:
                 self._gather_shard(layer, int(shards[start]), rows[places], out, places)
         return out.view(self.dtype) if raw else out
 
+    def read_slice(self, layer: int | None, rows: slice, raw: bool) -> np.ndarray:
+        """Return the rows of a slice, shape (rows, features), as stored or as float32."""
+        start, stop, step = rows.indices(self.layout.n_rows)
+        if step == 1:
+            return self.scan(layer, start, stop, raw)
+        return self.gather(layer, np.arange(start, stop, step), raw)
+
     def scan(self, layer: int | None, start: int, stop: int, raw: bool, out: np.ndarray | None = None) -> np.ndarray:
         """Return rows *start* … *stop*, shape (rows, features), by sequential reads; into *out* if given."""
         dtype = self._bits if raw else np.dtype(np.float32)

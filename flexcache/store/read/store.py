@@ -122,10 +122,7 @@ class Store(OpenStore, Mapping[str, xr.DataArray]):
         reader = self.reader(site)
         layer = layer_number(reader.array, layer, self.path)
         if isinstance(rows, slice):
-            start, stop, step = rows.indices(self.n_rows)
-            if step == 1:
-                return reader.scan(layer, start, stop, raw)
-            return reader.gather(layer, np.arange(start, stop, step), raw)
+            return reader.read_slice(layer, rows, raw)
         return reader.gather(layer, row_numbers(rows, self.n_rows, self.path), raw)
 
     def scan(

@@ -40,14 +40,10 @@ class SiteArray(BackendArray):
         return values[..., features_key]
 
     def _rows(self, layer: int | None, key: Any) -> np.ndarray:
-        n_rows = self.reader.layout.n_rows
         if isinstance(key, slice):
-            start, stop, step = key.indices(n_rows)
-            if step == 1:
-                return self.reader.scan(layer, start, stop, self.raw)
-            return self.reader.gather(layer, np.arange(start, stop, step), self.raw)
+            return self.reader.read_slice(layer, key, self.raw)
         rows = np.asarray(key)
-        found = self.reader.gather(layer, np.atleast_1d(rows) % max(1, n_rows), self.raw)
+        found = self.reader.gather(layer, np.atleast_1d(rows) % max(1, self.reader.layout.n_rows), self.raw)
         return found[0] if rows.ndim == 0 else found
 
     def _empty(self, key: Any) -> np.ndarray:
