@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,21 +13,23 @@ from numpy.typing import NDArray
 from torch import nn
 
 from analysis.dataset.store_argument import accept_store_path
+from analysis.dataset.store_tokenizer import store_tokenizer
 from analysis.readout.frozen_norm import Floats, FrozenNorm
 from analysis.readout.lens import Head, next_tokens
 from analysis.readout.residual_terms import Component, ResidualTerms
-from flexcache.errors import AnalysisError
+from flexcache.errors import AnalysisError, ConfigError
 from flexcache.hooks import find_hook_points
 from flexcache.hooks.read.measure import read_example
+from flexcache.recording.arguments import one_token
 from flexcache.site import Site
-from flexcache.spec import listed
+from flexcache.spec import is_whole, listed
 from flexcache.store.read.store import Store
 
 BLOCK = 4096
 """Rows in memory at once."""
 ROUNDINGS = 4
 EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7, "int8": 2.0**-6}
-Answer = int | Sequence[int]
+Answer = int | str | Sequence[int | str]
 
 
 @accept_store_path
@@ -56,8 +59,8 @@ def compute(
     model
         The loaded model of the store, a causal language model; a small forward checks its head.
     answers
-        A token id; or two, for the logit of the first less that of the second; or either by document id. By default the
-        next token of each row, where there is one.
+        A token, by id or as text; or two, for the logit of the first less that of the second; or either by document id.
+        By default the next token of each row, where there is one.
     rows
         ``"last"`` token of each document, ``"all"``, or a position, negative from the end.
     documents
@@ -77,12 +80,12 @@ def compute(
     ------
     AnalysisError
         The store lacks a term, or they do not sum to the residual stream; the model's head or a norm is of another
-        form; an answer is no token id; no row is left.
+        form; an answer is no token; no row is left.
     """
     head = _check_head(model)
     terms = ResidualTerms(store, model, heads)
     chosen = _choose_rows(store, rows, documents)
-    pairs = _read_answers(store, answers, chosen, len(head.weight))
+    pairs = _read_answers(store, answers, chosen, _TokenIds(store, model, len(head.weight)))
     known = pairs[:, 0] >= 0
     if not known.any():
         raise AnalysisError(
@@ -246,7 +249,7 @@ def _choose_rows(store: Store, rows: Any, documents: Sequence[str] | None) -> ND
     return found
 
 
-def _read_answers(store: Store, answers: Any, rows: NDArray[np.int64], vocabulary: int) -> NDArray[np.int64]:
+def _read_answers(store: Store, answers: Any, rows: NDArray[np.int64], tokens: _TokenIds) -> NDArray[np.int64]:
     """Return two tokens for each row, shape (rows, 2); −1 where there is none."""
     found = np.full((len(rows), 2), -1, np.int64)
     if answers is None:
@@ -258,22 +261,37 @@ def _read_answers(store: Store, answers: Any, rows: NDArray[np.int64], vocabular
             raise AnalysisError(f"the store has no document {unknown[0]!r}", where="answers")
         document = np.asarray(store.coordinates["document"].values)[rows]
         for name, answer in answers.items():
-            found[document == numbers[str(name)]] = _pair(answer, vocabulary, f"answers of {name!r}")
+            found[document == numbers[str(name)]] = tokens.find_pair(answer, f"answers of {name!r}")
     else:
-        found[:] = _pair(answers, vocabulary, "answers")
+        found[:] = tokens.find_pair(answers, "answers")
     return found
 
 
-def _pair(answer: Any, vocabulary: int, where: str) -> tuple[int, int]:
-    given = answer.tolist() if hasattr(answer, "tolist") else answer
-    tokens = given if isinstance(given, list | tuple) else [given]
-    whole = all(hasattr(token, "__index__") and not isinstance(token, bool) for token in tokens)
-    if not whole or len(tokens) not in (1, 2) or not all(0 <= token < vocabulary for token in tokens):
-        raise AnalysisError(
-            "answers cannot be read",
-            where=where,
-            expected=f"a token id, or two, from 0 to {vocabulary - 1}",
-            found=repr(answer)[:80],
-            remedy="a tokenizer returns the ids of a text: tokenizer(text, add_special_tokens=False).input_ids",
-        )
-    return int(tokens[0]), int(tokens[1]) if len(tokens) > 1 else -1
+class _TokenIds:
+    """Token ids of answers; texts are looked up in the tokenizer of the store."""
+
+    def __init__(self, store: Store, model: nn.Module, vocabulary: int) -> None:
+        self.store, self.model, self.vocabulary = store, model, vocabulary
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return store_tokenizer(self.store, self.model)
+
+    def find_pair(self, answer: Any, where: str) -> tuple[int, int]:
+        """Return one or two token ids; −1 in place of a second one."""
+        given = answer.tolist() if hasattr(answer, "tolist") else answer
+        asked = list(given) if isinstance(given, list | tuple) else [given]
+        found, text = [], repr(answer)[:80]
+        try:
+            found = [one_token(token, self.tokenizer) if isinstance(token, str) else token for token in asked]
+        except ConfigError as error:
+            text = f"{error.message}: {error.found}"
+        if len(found) not in (1, 2) or not all(is_whole(token) and 0 <= token < self.vocabulary for token in found):
+            raise AnalysisError(
+                "answers cannot be read",
+                where=where,
+                expected=f"a token, or two: texts of one token, or ids from 0 to {self.vocabulary - 1}",
+                found=text,
+                remedy='give ids of the model, or texts that are one token each, such as " good"',
+            )
+        return int(found[0]), int(found[1]) if len(found) > 1 else -1

@@ -188,10 +188,12 @@ def test_a_store_of_the_last_layers_names_what_comes_before(captured: Captured) 
     np.testing.assert_allclose(few["logit"], all_of["logit"], atol=1e-6)
 
 
-def test_bfloat16_leaves_a_named_term_of_rounding(captured: Captured) -> None:
-    store, model = captured("gpt2", torch.bfloat16)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_bfloat16_leaves_a_named_term_of_rounding(family: str, captured: Captured) -> None:
+    store, model = captured(family, torch.bfloat16)
     found = logit_attribution.compute(store, model, (17, 91), rows="all")
     assert 0 < found.attrs["rounding_error"] < 0.05
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}, "the model is left as it is"
     np.testing.assert_allclose(found["contribution"].sum("component"), found["logit"])
     for row in (0, 9):
         at = found.isel(row=row)
@@ -233,6 +235,7 @@ def test_a_head_of_another_form_raises_an_error(captured: Captured) -> None:
         ({"answers": VOCABULARY}, "answers cannot be read"),
         ({"answers": (1, 2, 3)}, "answers cannot be read"),
         ({"answers": True}, "answers cannot be read"),
+        ({"answers": (3, " good")}, "' good' is not one token: no tokenizer"),
         ({"answers": {"nobody": 3}}, "no document 'nobody'"),
         ({"answers": 3, "documents": ["nobody"]}, "no document 'nobody'"),
         ({"answers": 3, "rows": "first"}, "rows cannot be read"),
