@@ -8,6 +8,7 @@ from flexcache.exports import lazy_exports
 
 if TYPE_CHECKING:
     from flexcache.store.format.label_table import LabelTable
+    from flexcache.store.format.provenance import Provenance
     from flexcache.store.manage.copy import copy
     from flexcache.store.manage.merge import merge
     from flexcache.store.manage.remove import Removal
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LabelTable",
+    "Provenance",
     "Removal",
     "Repair",
     "Store",
@@ -33,6 +35,7 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "LabelTable": "flexcache.store.format.label_table:LabelTable",
+        "Provenance": "flexcache.store.format.provenance:Provenance",
         "Removal": "flexcache.store.manage.remove:Removal",
         "Repair": "flexcache.store.manage.verify:Repair",
         "Store": "flexcache.store.read.store:Store",

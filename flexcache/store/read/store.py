@@ -39,7 +39,9 @@ class Store(OpenStore, Mapping[str, xr.DataArray]):
 
     Attributes
     ----------
-    provenance : dict
+    spec : CaptureSpec
+        What was captured: sites, rows, dtype, ….
+    provenance : Provenance
         Model, tokenizer, corpus and versions from which the store was created.
 
     Raises
