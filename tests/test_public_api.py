@@ -23,7 +23,9 @@ PUBLIC = {
     "flexcache.images": "Patches decode_image encode_image",
     "flexcache.parallel": "Distribution Mesh Stages",
     "flexcache.recording": "Batch LogitDifference NextTokenLoss Objective Recorder Transform",
-    "flexcache.store": "LabelTable Provenance Removal Repair Store Verification copy merge repair rows_in select verify",
+    "flexcache.store": (
+        "LabelTable Provenance Removal Repair Store Verification copy merge repair rows_in select verify"
+    ),
     "flexcache.training": "Loader ReaderOptions Stream stream",
     "analysis": (
         "codecs dataset erasure examples geometry lens logit_attribution moments onepass outliers probe_dataset probes "
