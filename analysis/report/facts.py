@@ -39,6 +39,7 @@ def asked(sweep: Sweep) -> Lines:
     layers = tuple(int(layer) for layer in sweep.results["layer"].values)
     lines = [
         ("target", str(what["target"])),
+        ("task", ": ".join(what[key] for key in ("task", "task_reason") if key in what)),
         ("site", what["site"] + ("" if layers == (-1,) else f", layers {layer_text(layers)}")),
         ("of each document", ROWS.get(what["rows"], f"the token at position {what['rows']}")),
         ("probe", what["probe"]),

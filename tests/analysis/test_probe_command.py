@@ -139,7 +139,9 @@ def test_a_task_is_asked_for_and_taken_from_the_command_line(tmp_path: Any, caps
         main_exits(main, [*asked, "--task", task, "--cv", "3"])
         assert f"stars is a {task}: as requested" in capsys.readouterr().out
         assert probes.load(tmp_path / "out").metrics[0] == metric
-        assert f"--task {task}" in (tmp_path / "out" / "report.html").read_text("utf-8")
+        page = (tmp_path / "out" / "report.html").read_text("utf-8")
+        assert f"--task {task}" in page
+        assert f"{task}: as requested" in page
 
 
 def test_saved_probes_and_layers_are_compared_on_the_command_line(tmp_path: Any, capsys: Any) -> None:
