@@ -176,6 +176,8 @@ def test_a_metric_without_a_value_is_noted(made: Any) -> None:
     found = swept(made, metrics=["kl", "loss"], readout="last")
     assert np.isnan(found["value"].sel(metric="loss")).all()
     assert "loss has no value in any document." in found.attrs["notes"]
+    nothing = swept(made, edit=replay.Patch({IDS[0]: IDS[1]}), documents=[IDS[2]])
+    assert len(nothing.attrs["notes"]) == 1, "every value is missing"
 
 
 def test_a_document_is_not_its_own_donor(made: Any) -> None:
