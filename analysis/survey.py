@@ -104,7 +104,7 @@ def load(folder: str | Path, site: str) -> Survey:
 
 @accept_store_path
 def load_existing(store: Store, folder: str | Path, site: str, model: str | Path | None = None) -> Survey | None:
-    """Return the results in *folder* if they come from the rows that *store* has now, whatever their parts; or None.
+    """Return the results in *folder* if they come from the rows and labels that *store* has now; otherwise None.
 
     ::
 
@@ -118,6 +118,9 @@ def load_existing(store: Store, folder: str | Path, site: str, model: str | Path
     if not saved.reusable(results_path(folder, site), {"of": saved.identity(store), "site": site}):
         return None
     found = load(folder, site)
+    labels = found.provenance.get("labels", {})
+    if store.label_checksums(labels) != labels:  # a joined label was replaced or removed
+        return None
     if model is not None and "lens" in found and found.provenance["lens"]["head"] != Head.load(model).identity():
         return None
     return found

@@ -15,7 +15,7 @@ from analysis.dataset import targets
 from analysis.dataset.probe_dataset import build_dataset
 from analysis.replay.edits.donors import same_length
 from analysis.statistics import moments
-from analysis.survey import survey
+from analysis.survey import load_existing, survey
 from tests.analysis.stores import value_store
 
 COUNT = 30
@@ -87,9 +87,11 @@ def test_saved_statistics_are_computed_again_after_their_labels_were_replaced(
     assert run(by=["layer", "mood"]).reused
     joined.join({"id": IDS, "other": LABELS["author"]}, name="unrelated")
     assert run(by=["layer", "mood"]).reused
+    assert load_existing(joined, tmp_path / "stats", "resid_post") is not None
     flipped = {"good": "bad", "bad": "good", None: None}
     labels = {**LABELS, "mood": [flipped[mood] for mood in LABELS["mood"]]}
     joined.join({"id": IDS, **labels}, token_labels=TOKENS, replace=True)
+    assert load_existing(joined, tmp_path / "stats", "resid_post") is None
     second = run(by=["layer", "mood"])
     assert not second.reused
     np.testing.assert_array_equal(second["moments"]["mean"].sel(mood="good"), first["moments"]["mean"].sel(mood="bad"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
+from analysis.dataset.document_columns import joined_labels
 from analysis.replay.edits.held_out import document_groups
 from analysis.replay.sweeps.effects import estimate_effects
 from analysis.sweep_results import SweepResults, check_format, no_saved_sweep
@@ -83,7 +84,8 @@ class Sweep(SweepResults):
             There is no such column, no store was given, or the store lacks a document of the sweep.
         """
         group = _groups(self.results["document"].values, store, groups)
-        return estimate_effects(self.results, group, resamples, seed, groups)
+        found = estimate_effects(self.results, group, resamples, seed, groups)
+        return found.assign_attrs(joined_labels(store, (groups,)))
 
     def to_dataframe(self) -> DataFrame:
         """Return a row for each arm, layer, position, edit, alpha and document, with a column for each metric."""

@@ -14,6 +14,7 @@ import torch
 import xarray as xr
 from scipy.special import log_softmax
 
+import flexcache
 from analysis import replay
 from analysis.replay import Engine
 from analysis.replay.metrics import Outcome
@@ -310,7 +311,7 @@ def test_worker_processes_give_the_same_results(made: Any) -> None:
     assert there.results.identical(here.results)
 
 
-def test_effects_have_intervals_and_tests_against_controls(made: Any) -> None:
+def test_effects_have_intervals_and_tests_against_controls(made: Any, tmp_path: Path) -> None:
     store, model = made
     metrics, baselines = ["loss", "kl"], ["identity", "norm_matched"]
     at = replay.grid(layers=1, positions="first")
@@ -343,6 +344,11 @@ def test_effects_have_intervals_and_tests_against_controls(made: Any) -> None:
     assert len(r.to_dataframe()) == 3 * 9
     by_label = r.effect(store, groups="label")
     assert float(by_label["ci_low"].sel(arm="edit", metric="kl").squeeze()) >= values.min()
+    copied = flexcache.copy(store.path, tmp_path / "copy.zarr")
+    copied.join({"id": copied.documents["id"], "joined": copied.documents["label"]})
+    by_joined = r.effect(copied, groups="joined")
+    assert by_joined["ci_low"].equals(by_label["ci_low"])
+    assert by_joined.attrs["labels"] == copied.label_checksums(["joined"])
     with pytest.raises(AnalysisError, match="cannot be grouped"):
         r.effect(store, groups="lable")
     labels: list[float | None] = [float("nan"), None] * 4 + [None]
