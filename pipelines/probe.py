@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, clone
 
 import flexcache
 from analysis import probes, report
@@ -44,6 +44,7 @@ def run(
     site: str | Sequence[str],
     probe: str | Sequence[str] | None = None,
     *,
+    class_weight: str | None = None,
     output: str | Path | None = None,
     console: Console | None = None,
     **options: Any,
@@ -59,6 +60,8 @@ def run(
     probe
         Names of `PROBES`; those with strengths choose among several. Logistic for classes and ridge for numbers by
         default.
+    class_weight
+        Weight of the classes in the loss, for probes that have it: ``"balanced"``.
     output
         The folder of the results; ``probes/<site>-<target>`` in the working folder by default. With several targets,
         sites or probes, each has a subfolder.
@@ -73,7 +76,7 @@ def run(
     Raises
     ------
     ConfigError
-        There is no such probe.
+        There is no such probe, or it takes no class weight.
     AnalysisError, StoreError
         See `analysis.probes.sweep` and `flexcache.open`.
     """
@@ -92,7 +95,7 @@ def run(
         store,
         [one for text in asked for one in targets.read(store, text)],
         sites,
-        {name: PROBES[name] for name in kinds} or None,
+        {name: _weighted_probe(name, class_weight) for name in kinds or (["logistic"] if class_weight else [])} or None,
         options=chosen,
     )
     several = len(found) > 1
@@ -101,6 +104,7 @@ def run(
         what, where, kind = key
         command = ["flexcache", "probe", shown(store.path), "--target", what, "--site", where]
         command += ["--probe", kind] if kinds else []
+        command += ["--class-weight", class_weight] if class_weight else []
         commands[key] = shlex.join(command + _given_options(chosen))
     if output is None and several:
         folder = output_folder("probes")
@@ -159,7 +163,7 @@ def run_transfer(
     table.add_column("layer", justify="right")
     measured = [str(metric) for metric in found["metric"].values[:2]]
     for metric in measured:
-        table.add_column(Text(f"{NAMES[metric]}\n[bootstrap 95 %]"), justify="right")
+        table.add_column(Text(f"{NAMES[metric]}\n[95 % over groups]"), justify="right")
     for layer in found["layer"].values.tolist():
         cells = []
         for metric in measured:
@@ -265,11 +269,26 @@ def _write_numbers(found: xr.Dataset, folder: Path, name: str, console: Console)
 def _given_options(options: SweepOptions) -> list[str]:
     """Return the options of the command line that differ from their defaults, and ``--cv``."""
     words = ["--cv", str(options.cv)]
-    for name in ("seed", "groups", "rows", "layers", "task", "nulls"):
+    for name in ("seed", "groups", "rows", "layers", "task", "metric", "repeats", "nulls"):
         value = getattr(options, name)
         if value != getattr(SweepOptions, name):
             words += [f"--{name}", "none" if value is None else "".join(str(value).split()).strip("[]()")]
     return words
+
+
+def _weighted_probe(name: str, class_weight: str | None) -> BaseEstimator:
+    """Return the probe called *name*, with a weight of the classes."""
+    probe = PROBES[name]
+    if class_weight is None:
+        return probe
+    if class_weight != "balanced" or "class_weight" not in probe.get_params():
+        takes = [kind for kind, one in PROBES.items() if "class_weight" in one.get_params()]
+        raise ConfigError(
+            "the class weight cannot be used",
+            expected=f"--class-weight balanced, with --probe {' or '.join(takes)}",
+            found=f"--class-weight {class_weight}, with --probe {name}",
+        )
+    return clone(probe).set_params(class_weight=class_weight)
 
 
 def _write(store: flexcache.Store, sweep: Sweep, folder: Path, command: str) -> list[tuple[str, Path]]:

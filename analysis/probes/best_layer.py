@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import xarray as xr
 
+from analysis.probes.evaluation.metric_values import sign
 from analysis.sweep_results import names_along
 
 
@@ -26,11 +27,11 @@ class Best:
     """Score pooled over test folds, each scored by the layer that was chosen without that fold."""
     ci_low: float
     ci_high: float
-    """95 % group bootstrap of ``score``."""
+    """95 % interval of ``score`` over groups."""
     chosen: tuple[int, ...]
     """The layer that was chosen for each test fold."""
     on_layer: float
-    """The plain cross-validated score of ``layer``; too high, because the layer was chosen by it."""
+    """The plain cross-validated score of ``layer``; too good, because the layer was chosen on these folds."""
     nested: bool
     """False if the layer was chosen on the scores that are reported; ``score`` is then ``on_layer``."""
 
@@ -43,10 +44,11 @@ class Best:
 
 
 def best_layer(results: xr.Dataset) -> Best:
-    """Return the best layer by the first metric; the lower one of two equal layers."""
+    """Return the best layer by the metric of the choice, with its first metric; the lower one of two equal layers."""
     data = results.isel(metric=0)
     curve = data["pooled"].sel(arm="probe").values
-    at = int(curve.argmax())
+    chosen_by = results.attrs.get("selection_metric", names_along(results, "metric")[0])
+    at = int((sign(chosen_by) * results["pooled"].sel(arm="probe", metric=chosen_by).values).argmax())
     layer = int(data["layer"].values[at])
     return Best(
         layer=None if layer < 0 else layer,

@@ -97,7 +97,7 @@ def compare(
         prediction = told.predict(at).select_samples(np.argsort(told.key, kind="stable"))
         top, bottom = score.parts(metric, y, prediction, fold, int(fold.max()) + 1, group)  # type: ignore[arg-type]
         by_fold.append(score.ratio(top, bottom))
-        scores.append(_pooled(metric, y, prediction, fold, group))
+        scores.append(score.pooled(metric, y, prediction, fold, group))  # type: ignore[arg-type]
         without.append(_leave_groups_out(metric, y, prediction, fold, group))
     pairs = list(combinations(range(len(chosen)), 2))
     one, two = np.array(pairs).T
@@ -187,11 +187,6 @@ def _count_groups(*groups: NDArray[np.int64]) -> int:
     return np.unique(np.stack(groups), axis=1).shape[1]
 
 
-def _pooled(metric: str, y: NDArray, prediction: Prediction, fold: NDArray, group: NDArray) -> float:
-    top, bottom = score.parts(metric, y, prediction, fold, int(fold.max()) + 1, group)  # type: ignore[arg-type]
-    return float(score.ratio(top.sum(), bottom.sum()))
-
-
 def _leave_groups_out(metric: str, y: NDArray, prediction: Prediction, fold: NDArray, group: NDArray) -> Floats:
     """Return the pooled score without each group, ``(n_groups,)``, or without each of `MOST` joined ones."""
     count = int(group.max()) + 1
@@ -199,7 +194,8 @@ def _leave_groups_out(metric: str, y: NDArray, prediction: Prediction, fold: NDA
     found = np.empty(min(count, MOST))
     for number in range(len(found)):
         left = np.flatnonzero(place != number)
-        found[number] = _pooled(metric, y[left], prediction.select_samples(left), fold[left], group[left])
+        prediction_left = prediction.select_samples(left)
+        found[number] = score.pooled(metric, y[left], prediction_left, fold[left], group[left])  # type: ignore[arg-type]
     return found
 
 

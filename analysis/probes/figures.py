@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 
 from analysis.plot_style import INK, PAPER, SOFT, frame, save_figure
 from analysis.probes.results import Sweep
-from analysis.probes.table import NAMES
+from analysis.probes.table import NAMES, interval, number
 from flexcache.errors import AnalysisError
 
 BLUE = "#0a6ebd"
@@ -46,6 +46,8 @@ def confusion(sweep: Sweep, path: str | Path | None = None) -> Figure:
 def calibration(sweep: Sweep, path: str | Path | None = None) -> Figure:
     """Draw how often the most likely class is right, against its probability; points are sized by their samples.
 
+    The figure names the calibration error of these bins, and what remains of it without their noise, with its interval.
+
     ::
 
         probes.calibration(sweep, "calibration.svg")
@@ -65,6 +67,13 @@ def calibration(sweep: Sweep, path: str | Path | None = None) -> Figure:
     full = sizes > 0
     axes.plot(x[full], y[full], color=BLUE, linewidth=1.6)
     axes.scatter(x[full], y[full], s=12 + 200 * sizes[full] / sizes.max(), color=BLUE, alpha=0.7)
+    if "ece_debiased" in data["metric"]:
+        plain, debiased, *ends = (
+            float(data[f"best_{name}"].sel(metric=metric))
+            for name, metric in (("pooled", "ece"), *((end, "ece_debiased") for end in ("pooled", "ci_low", "ci_high")))
+        )
+        text = f"calibration error {number(plain)}\nwithout noise {number(debiased)} {interval(*ends)}"
+        axes.text(0.03, 0.97, text, transform=axes.transAxes, va="top", fontsize=9, color=INK)
     axes.set_xlim(0, 1.02)
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("probability of the most likely class", color=INK)

@@ -8,12 +8,15 @@ from typing import Any, Literal, get_args
 
 from analysis.arguments import check_whole
 from analysis.dataset.readable import Rows, Task
+from analysis.probes.evaluation.metric_values import Metric
 from flexcache.errors import AnalysisError, nearest
 from flexcache.keywords import check_keywords
 from flexcache.site import Layers
 from flexcache.spec import listed
 
 Selection = Literal["inner", "none"]
+SELECTABLE = tuple(metric for metric in get_args(Metric) if not metric.startswith("ece"))
+"""Metrics that a layer can be chosen by; a probe that predicts the shares of the classes has no calibration error."""
 WITHOUT_MODEL = ("majority", "tfidf", "tokens", "length")
 """Baselines that read no activation and are equal at every layer."""
 OF_LAYERS = ("shuffled", "random", "control")
@@ -43,11 +46,19 @@ class SweepOptions:
         on labels moved to other documents by one shuffle; ``"random"``, a probe of one random direction;
         ``"control"``, the same probe on labels drawn for each kind of token, which gives ``selectivity`` (Hewitt &
         Liang 2019).
+    metric : str, or None
+        Metric that layer and strength are chosen by; tables, plots and `Sweep.best` show it first. The default shows
+        accuracy or R² first, and chooses by the log-loss of probes with probabilities, else by AUROC of two classes,
+        balanced accuracy, or R².
+    repeats : int
+        Cross-validations with other folds, of which the first gives all other results. With 2 or more, the scores of
+        all folds give the interval ``repeat_low, repeat_high``, which allows for other training samples as well (the
+        corrected resampled t of Nadeau & Bengio 2003). Each repeat costs a further sweep without baselines.
     select : str
         ``"inner"`` chooses layer and strength inside the folds. ``"none"`` skips that; `Sweep.best` then states that it
         was chosen on its own scores.
     resamples : int
-        Number of bootstrap resamples.
+        Number of bootstrap resamples, for the band over layers.
     nulls : int
         Number of draws of each baseline of every layer: shuffles, control tasks, random directions. From 2 on, their
         distribution gives intervals, p-values and the spread of the selectivity.
@@ -67,6 +78,8 @@ class SweepOptions:
     seed: int = 0
     task: Task | None = None
     baselines: str | Sequence[str] = BASELINES
+    metric: str | None = None
+    repeats: int = 1
     select: Selection = "inner"
     resamples: int = 1000
     nulls: int = 1
@@ -80,13 +93,20 @@ class SweepOptions:
                 "baselines cannot be None", expected=f"some of {', '.join(BASELINES)}", remedy="baselines=()"
             )
         object.__setattr__(self, "baselines", listed(self.baselines, str, "baselines"))
-        check_whole("resamples", self.resamples, 1)
+        check_whole("resamples", self.resamples, 2)
         check_whole("nulls", self.nulls, 1)
         if self.memory is not None:
             check_whole("memory, in bytes,", self.memory, 1, remedy="for 1 GiB, write memory=2**30")
         for name in self.baselines:
             if name not in BASELINES:
                 raise AnalysisError(f"there is no baseline {name!r}", remedy=nearest(name, BASELINES))
+        check_whole("repeats", self.repeats, 1)
+        if self.metric is not None and self.metric not in SELECTABLE:
+            raise AnalysisError(
+                f"no layer can be chosen by {self.metric!r}",
+                expected=f"one of {', '.join(SELECTABLE)}",
+                remedy=nearest(str(self.metric), SELECTABLE),
+            )
         if self.select not in get_args(Selection):
             raise AnalysisError(
                 f"select cannot be {self.select!r}", remedy=nearest(str(self.select), get_args(Selection))

@@ -56,7 +56,8 @@ class Sweep(SweepResults):
     ====================================  ========================  ==========================================
     ``score``                             arm, layer, metric, fold  on each test fold
     ``mean, fold_low, fold_high``         arm, layer, metric        mean over folds, 95 % t interval
-    ``pooled, ci_low, ci_high``           arm, layer, metric        over all samples, 95 % group bootstrap
+    ``repeat_mean, repeat_low, …_high``   layer, metric             over the folds of all repeats, 95 % corrected t
+    ``pooled, ci_low, ci_high``           arm, layer, metric        over all samples, 95 % over groups
     ``band_low, band_high``               layer, metric             95 % for all layers at once
     ``strength``                          layer, fold               chosen without that fold, if several were tried
     ``final_strength``                    layer                     chosen by all folds; that of the kept weights
@@ -72,6 +73,7 @@ class Sweep(SweepResults):
     ``chosen_layer``                      fold                      chosen without that fold
     ``best_score``                        metric, fold              of the chosen layer
     ``best_mean, best_fold_low, …_high``  metric                    as above, layer choice included
+    ``best_repeat_mean, …_low, …_high``   metric                    as above, layer choice included
     ``best_pooled, best_ci_low, …_high``  metric                    as above, layer choice included
     ====================================  ========================  ==========================================
 
@@ -95,7 +97,7 @@ class Sweep(SweepResults):
 
     @property
     def best(self) -> Best:
-        """The best layer by the first metric; the lower one of two equal layers."""
+        """The best layer by the metric of the choice, ``results.attrs["selection_metric"]``, and its first metric."""
         return best_layer(self.results)
 
     def to_direction(self, layer: int | None = None, output: int = 0) -> Direction:
@@ -178,7 +180,7 @@ class Sweep(SweepResults):
         return table(self.results)
 
     def plot(self, to: str | Path | Axes | None = None, *, metric: str | None = None) -> Figure:
-        """Draw the score against the layer, with bootstrap intervals and baselines.
+        """Draw the score against the layer, with intervals over groups, and baselines.
 
         Parameters
         ----------

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, is_classifier, is_regressor
 
+from analysis.arguments import MOST_SEED
 from analysis.dataset.probe_dataset import ProbeDataset, build_dataset
 from analysis.dataset.readable import Readable
 from analysis.dataset.store_argument import accept_store_path
@@ -16,6 +19,7 @@ from analysis.dataset.targets import DocumentTarget, TokenTarget
 from analysis.probes.estimators import LinearProbe, Logistic, Ridge
 from analysis.probes.estimators.design import Design
 from analysis.probes.evaluation.cross_validation import CrossValidation
+from analysis.probes.evaluation.layer_scores import join_repeats
 from analysis.probes.options import SweepOptions
 from analysis.probes.results import Sweep
 from analysis.progress import bar
@@ -49,10 +53,11 @@ def sweep(
     and tested on, and stratified by class. Everything that is learnt from data, including standardisation, is learnt
     inside the fold.
 
-    Three kinds of interval are reported, all 95 %. ``fold_low, fold_high`` is mean ± t over the folds (see
-    `score.fold_interval`). ``ci_low, ci_high``, the one that is plotted, is a bootstrap over whole groups of the
-    pooled out-of-fold predictions: the range of scores that the same probes would get on another sample of documents.
-    ``band_low, band_high`` covers the scores of all layers at once (`score.band`).
+    Four kinds of interval are reported, all 95 %. ``ci_low, ci_high``, the one that is plotted, is over whole groups of
+    the pooled out-of-fold predictions: the range of scores that the same probes would get on another sample of groups
+    (`score.replicates`). ``band_low, band_high`` covers the scores of all layers at once (`score.band`).
+    ``fold_low, fold_high`` is mean ± t over the folds (`score.fold_interval`), and ``repeat_low, repeat_high``, with
+    *repeats* of 2 or more, the same over all repeats: the range of scores of probes that were trained on other samples.
 
     Layer and strength are chosen inside the folds (``select="inner"``): for each test fold, by cross-validation over
     the other folds alone. `Sweep.best` is scored on each test fold with the choice that was made without that fold, so
@@ -75,7 +80,7 @@ def sweep(
         pipeline. The probe is cloned for every fit and never changed.
     options, named
         A `SweepOptions`, and its fields as keywords, which take precedence: cv, groups, rows, layers, seed, task,
-        baselines, select, resamples, mdl, memory, progress.
+        baselines, metric, repeats, select, resamples, mdl, memory, progress.
 
     Raises
     ------
@@ -127,7 +132,7 @@ def sweeps(
         As for `sweep`.
     """
     chosen = SweepOptions.merge(options, named, sweeps)
-    validations: dict[tuple[str, str, str], CrossValidation] = {}
+    validations: dict[tuple[str, str, str], list[CrossValidation]] = {}
     for site in listed(sites, str, "sites"):
         for target in [targets] if isinstance(targets, str) or not isinstance(targets, Iterable) else targets:
             dataset = build_dataset(
@@ -135,9 +140,11 @@ def sweeps(
             )
             for name, probe in (probes or {"probe": _default_probe(dataset)}).items():
                 check_probe(probe, dataset)
-                validations[dataset.target, site, name] = CrossValidation(dataset, probe, chosen)
+                validations[dataset.target, site, name] = [
+                    CrossValidation(dataset, probe, repeat) for repeat in _repeats(chosen)
+                ]
     shared: dict[Any, list[CrossValidation]] = {}
-    for validation in validations.values():
+    for validation in chain.from_iterable(validations.values()):
         shared.setdefault(_sample_key(validation.dataset), []).append(validation)
     with bar(chosen.progress) as shown:
         for group in shared.values():
@@ -148,7 +155,9 @@ def sweeps(
                 for validation, samples in _layer_samples(group, layer, chosen.memory):
                     validation.fit_layer(at, layer, samples)
                     shown.advance(task)
-    return {name: validation.summarize() for name, validation in validations.items()}
+    return {
+        name: join_repeats([validation.summarize() for validation in repeats]) for name, repeats in validations.items()
+    }
 
 
 def check_probe(probe: BaseEstimator, dataset: ProbeDataset) -> None:
@@ -174,6 +183,14 @@ def check_probe(probe: BaseEstimator, dataset: ProbeDataset) -> None:
             f"{type(probe).__name__} cannot be fitted to rows={dataset.rows!r}",
             expected='rows="tokens" for a probe that reads all tokens of a document, and for no other probe',
         )
+
+
+def _repeats(options: SweepOptions) -> list[SweepOptions]:
+    """Return the options of each cross-validation; those after the first only fit the probe, with other folds."""
+    return [options] + [
+        replace(options, seed=(options.seed + number) % (MOST_SEED + 1), baselines=(), mdl=False, resamples=2)
+        for number in range(1, options.repeats)
+    ]
 
 
 def _default_probe(dataset: ProbeDataset) -> LinearProbe:

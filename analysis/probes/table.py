@@ -15,10 +15,12 @@ NAMES = {
     "accuracy": "accuracy",
     "auroc": "AUROC",
     "f1": "F1",
+    "balanced_accuracy": "balanced accuracy",
     "recall@1%": "recall at 1 % false positives",
     "log_loss": "log-loss",
     "brier": "Brier score",
     "ece": "calibration error",
+    "ece_debiased": "calibration error without noise",
     "r2": "R²",
     "pearson": "correlation",
 }
@@ -38,7 +40,7 @@ SHOWN = 2
 
 
 def table(results: xr.Dataset) -> Table:
-    """Return a row for each layer and baseline: pooled score, bootstrap interval, and mean ± half width over folds."""
+    """Return a row for each layer and baseline: pooled score, interval over groups, mean ± half width over folds."""
     asked, best = results.attrs, best_layer(results)
     found = TerminalTable(
         title=Text(f"{asked['target']} read from {asked['site']} by {asked['probe']}"),
@@ -49,10 +51,10 @@ def table(results: xr.Dataset) -> Table:
     found.add_column("layer", justify="right", no_wrap=True)
     for metric in names_along(results, "metric")[:SHOWN]:
         first = metric == best.metric
-        head = Text(f"{NAMES[metric]}\n[bootstrap 95 %]" if first else NAMES[metric])
+        head = Text(f"{NAMES[metric]}\n[95 % over groups]" if first else NAMES[metric])
         found.add_column(head, justify="right", no_wrap=True)
         if first:
-            found.add_column("over folds\n95 %", justify="right", no_wrap=True, style="dim")
+            found.add_column(f"{over_folds(results)}\n95 %", justify="right", no_wrap=True, style="dim")
     extra = [arm for arm in ("shuffled", "control") if arm in names_along(results, "arm")]
     for name in extra:
         found.add_column(ARMS[name].replace(" ", "\n"), justify="right", no_wrap=True, style="dim")
@@ -98,10 +100,12 @@ def caption(results: xr.Dataset) -> str:
         picks = ", ".join(map(str, best.chosen))
         kept = strength_text(results)
         what = "layer and strength" if kept else "the layer"
-        text = f"Best layer {best.layer}{kept}. With {what} chosen inside the folds ({picks}): {score}."
+        chosen_by = asked.get("selection_metric", best.metric)
+        by = "" if chosen_by == best.metric else f" by {NAMES[chosen_by]}"
+        text = f"Best layer {best.layer}{kept}. With {what} chosen inside the folds{by} ({picks}): {score}."
     else:
         text = f"Best layer {best.layer}: {score}, chosen on these very scores and therefore too high."
-    return " ".join(filter(None, [text, null_text(results), *asked["notes"]]))
+    return " ".join(filter(None, [text, *_repeated(results), null_text(results), *asked["notes"]]))
 
 
 def null_text(results: xr.Dataset) -> str:
@@ -126,6 +130,33 @@ def null_text(results: xr.Dataset) -> str:
     return f"{results.attrs['nulls']} draws at this layer: {'; '.join(told)}."
 
 
+def over_folds(results: xr.Dataset) -> str:
+    """Return the heading of the means over folds."""
+    repeats = results.attrs.get("repeats", 1)
+    return "over folds" if repeats == 1 else f"over {repeats} × {results.attrs['cv']} folds"
+
+
+def fold_mean(results: xr.Dataset, arm: str, layer: int, metric: str) -> str:
+    """Return the mean over folds ± half the width of its interval, over all repeats where there are several."""
+    at, name = results.sel(arm=arm, layer=layer, metric=metric), "fold_high"
+    mean = float(at["mean"])
+    if arm == "probe" and "repeat_mean" in results:
+        mean, name = float(at["repeat_mean"]), "repeat_high"
+    return f"{number(mean)} ± {number(float(at[name]) - mean)}"
+
+
+def _repeated(results: xr.Dataset) -> list[str]:
+    """Return a sentence about the repeats of the cross-validation, if there are several."""
+    if "best_repeat_mean" not in results:
+        return []
+    mean, low, high = (float(results[f"best_repeat_{end}"][0]) for end in ("mean", "low", "high"))
+    asked = results.attrs
+    return [
+        f"Over {asked['repeats']} cross-validations in {asked['cv']} folds: {number(mean)} {interval(low, high)}, "
+        "which allows for other training samples as well (corrected resampled t, Nadeau & Bengio 2003)."
+    ]
+
+
 def strength_text(results: xr.Dataset) -> str:
     """Return the strength of the weights of the best layer as text, if several were tried."""
     if "final_strength" not in results:
@@ -138,11 +169,11 @@ def _cells(results: xr.Dataset, arm: str, layer: int) -> list[str]:
     cells = []
     for metric in names_along(results, "metric")[:SHOWN]:
         values = results.sel(arm=arm, layer=layer, metric=metric)
-        names = ("pooled", "ci_low", "ci_high", "mean", "fold_high")
+        names = ("pooled", "ci_low", "ci_high")
         at = {name: float(values[name]) for name in names}
         if metric != best_layer(results).metric:
             cells.append(number(at["pooled"]))
         else:
             cells.append(f"{number(at['pooled'])} {interval(at['ci_low'], at['ci_high'])}")
-            cells.append(f"{number(at['mean'])} ± {number(at['fold_high'] - at['mean'])}")
+            cells.append(fold_mean(results, arm, layer, metric))
     return cells

@@ -102,8 +102,7 @@ def transfer(
             drawn = score.replicates(metrics, y, prediction, everything, group, resamples=resamples, seed=seed)
             low, high = percentile_interval(drawn)
             for m, metric in enumerate(metrics):
-                top, bottom = score.parts(metric, y, prediction, everything, 1, group)
-                found[row, column, m] = score.ratio(top.sum(), bottom.sum()), low[m], high[m]
+                found[row, column, m] = score.pooled(metric, y, prediction, everything, group), low[m], high[m]
     names = ("score", "ci_low", "ci_high")
     attrs = {
         "target": dataset.target,

@@ -60,6 +60,7 @@ def snippet(sweep: Sweep, path: str) -> str:
     name = what["probe"].split("(")[0]
     ours = name in probes.__all__
     options = {key: what[key] for key in ("cv", "groups", "rows", "seed", "task")}
+    options |= {key: what[key] for key, usual in (("metric", None), ("repeats", 1)) if what.get(key, usual) != usual}
     layers = [int(layer) for layer in sweep.results["layer"].values]
     if layers != [-1]:
         whole = layers == list(range(layers[0], layers[-1] + 1))

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from analysis.dataset.store_argument import accept_store_path
 from analysis.probes import Sweep
 from analysis.probes.options import WITHOUT_MODEL
-from analysis.probes.table import NAMES, SHOWN, arm_name, caption, interval, number
+from analysis.probes.table import NAMES, SHOWN, arm_name, caption, fold_mean, interval, number, over_folds
 from analysis.report import chart, facts
 from analysis.report.template import write_page
 from flexcache.store.read.store import Store
@@ -71,6 +71,7 @@ def write(
         charts=[(NAMES[metric], Markup(chart.svg(sweep, metric))) for metric in sweep.metrics[:SHOWN]],
         others=_others(sweep),
         pictures=[(text, Markup(drawn)) for text, drawn in chart.result_figures(sweep)],
+        over_folds=over_folds(sweep.results),
         metrics=[NAMES[metric] for metric in sweep.metrics[:SHOWN]],
         lines=_lines(sweep),
         shuffled="shuffled" in sweep.arms,
@@ -134,7 +135,7 @@ def _cells(sweep: Sweep, arm: str, layer: int) -> list[tuple[str, str, str]]:
             (
                 number(float(at["pooled"])),
                 interval(float(at["ci_low"]), float(at["ci_high"])),
-                f"{number(float(at['mean']))} ± {number(float(at['fold_high'] - at['mean']))}",
+                fold_mean(sweep.results, arm, layer, metric),
             )
         )
     return cells

@@ -58,6 +58,16 @@ SWEEP_OPTIONS: dict[str, tuple[Any, Any]] = {
         ],
         1,
     ),
+    "repeats": (
+        Annotated[
+            int,
+            typer.Option(
+                help="Cross-validations with other folds, for an interval that allows for other training samples.",
+                min=1,
+            ),
+        ],
+        1,
+    ),
     "seed": (Annotated[int, typer.Option(help="Seed of folds, shuffles and bootstrap.", min=0)], 0),
 }
 """Options of a sweep by name, with their defaults."""
@@ -114,7 +124,15 @@ def probe(
         ),
     ] = None,
     metric: Annotated[
-        str | None, typer.Option(help="For compare, the metric; the first one of the first sweep by default.")
+        str | None,
+        typer.Option(
+            help="Metric that layer and strength are chosen by, shown first; by default log_loss, or auroc,"
+            " balanced_accuracy or r2 for a probe without probabilities. For compare, the metric; the first one of the"
+            " first sweep by default."
+        ),
+    ] = None,
+    class_weight: Annotated[
+        str | None, typer.Option(help="balanced: all classes weigh the same in the loss of a logistic probe.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for results, plots and report.")] = None,
     quiet: Quiet = False,
@@ -127,6 +145,7 @@ def probe(
     if (rows := str(given.get("rows", ""))).lstrip("-").isdigit():
         given["rows"] = int(rows)
     others = {"probe": kind, "site": site != "resid_post", "classes": classes, "metric": metric, "target": target}
+    others["class_weight"] = class_weight
     special = [*given, *filter(others.get, others)]
     if places[0] == "compare" and len(places) > 1:
         check_applicable("flexcache probe compare", special, COMPARE_OPTIONS)
@@ -151,6 +170,8 @@ def probe(
         split_names(target),
         split_names(site),
         split_names(kind) if kind else None,
+        metric=metric,
+        class_weight=class_weight,
         output=output,
         console=console,
         progress=not quiet,

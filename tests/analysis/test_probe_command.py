@@ -177,3 +177,26 @@ def test_saved_probes_and_layers_are_compared_on_the_command_line(tmp_path: Any,
 def test_the_options_of_the_command_have_the_defaults_of_a_sweep() -> None:
     for name, (_, default) in SWEEP_OPTIONS.items():
         assert getattr(probes.SweepOptions(), name) == default
+
+
+def test_metric_weights_and_repeats_of_the_command_line_reach_the_sweep_and_its_report(tmp_path: Any) -> None:
+    from html import unescape
+
+    from pipelines.cli import main
+
+    rng = np.random.default_rng(0)
+    label = (np.arange(80) % 4 == 0).astype(int)
+    values = rng.normal(size=(2, 80, 3)) + label[:, None]
+    store = value_store(tmp_path / "run.zarr", values, [1] * 80, labels={"label": label.tolist()})
+    asked = ["probe", str(store.path), "--target", "label", "-o", str(tmp_path / "out"), "--quiet"]
+    main_exits(main, [*asked, "--metric", "auroc", "--class-weight", "balanced", "--repeats", "2"])
+    found = probes.load(tmp_path / "out")
+    assert found.best.metric == "auroc"
+    assert "class_weight='balanced'" in found.results.attrs["probe"]
+    assert "repeat_low" in found.results
+    page = unescape((tmp_path / "out" / "report.html").read_text("utf-8"))
+    assert "--class-weight balanced" in page
+    assert "--metric auroc --repeats 2" in page
+    assert "over 2 × 5 folds" in page
+    with pytest.raises(ConfigError, match="class weight cannot be used"):
+        probe.run(store.path, "label", "resid_post", "ridge", class_weight="balanced", output=tmp_path / "no")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -43,12 +44,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> flexcache.Store:
 
 @pytest.fixture(scope="module")
 def sweep(store: flexcache.Store) -> probes.Sweep:
-    return probes.sweep(store, "label", "resid_post", probes.Logistic(Cs=4), **QUICK)
+    return probes.sweep(store, "label", "resid_post", probes.Logistic(Cs=4), metric="accuracy", **QUICK)
 
 
-def test_strengths_are_chosen_inside_the_folds(store: flexcache.Store) -> None:
+@pytest.mark.parametrize("metric", ["accuracy", None], ids=["accuracy", "log-loss"])
+def test_strengths_are_chosen_inside_the_folds(store: flexcache.Store, metric: str | None) -> None:
     Cs = [1e-3, 0.1, 10.0]
-    sweep = probes.sweep(store, "label", "resid_post", probes.Logistic(Cs=Cs), baselines=(), mdl=False, **QUICK)
+    options: Any = {"baselines": (), "mdl": False, "metric": metric, **QUICK}
+    sweep = probes.sweep(store, "label", "resid_post", probes.Logistic(Cs=Cs), **options)
     dataset = build_dataset(store, "resid_post", "label")
     fold = folds.assign(dataset, 5, 0)
     for layer in range(3):
@@ -59,9 +62,12 @@ def test_strengths_are_chosen_inside_the_folds(store: flexcache.Store) -> None:
                 for j in set(range(5)) - {k}:
                     train = (fold != k) & (fold != j)
                     model = make_pipeline(StandardScaler(), LogisticRegression(C=C, tol=1e-10, max_iter=2000))
-                    inner[at] += (
-                        model.fit(X[train], dataset.y[train]).predict(X[fold == j]) == dataset.y[fold == j]
-                    ).sum()
+                    model.fit(X[train], dataset.y[train])
+                    test = fold == j
+                    if metric == "accuracy":
+                        inner[at] += (model.predict(X[test]) == dataset.y[test]).sum()
+                    else:
+                        inner[at] -= log_loss(dataset.y[test], model.predict_proba(X[test]), normalize=False)
             chosen = Cs[int(inner.argmax())]
             assert float(sweep.results["strength"].sel(layer=layer, fold=k)) == chosen
             model = make_pipeline(StandardScaler(), LogisticRegression(C=chosen, tol=1e-10, max_iter=2000))
@@ -71,7 +77,8 @@ def test_strengths_are_chosen_inside_the_folds(store: flexcache.Store) -> None:
 
 
 def test_reading_in_blocks_gives_the_same_sweep(store: flexcache.Store, sweep: probes.Sweep) -> None:
-    again = probes.sweep(store, "label", "resid_post", probes.Logistic(Cs=4), memory=1000, **QUICK)
+    options: Any = {"metric": "accuracy", "memory": 1000, **QUICK}
+    again = probes.sweep(store, "label", "resid_post", probes.Logistic(Cs=4), **options)
     assert again.coef is not None
     assert sweep.coef is not None
     np.testing.assert_allclose(again.coef, sweep.coef, rtol=1e-5, atol=1e-7)

@@ -4,12 +4,21 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from scipy.stats import norm
+from scipy.stats import binomtest, norm
 from scipy.stats import t as student
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import accuracy_score, brier_score_loss, f1_score, log_loss, r2_score, roc_auc_score, roc_curve
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    brier_score_loss,
+    f1_score,
+    log_loss,
+    r2_score,
+    roc_auc_score,
+    roc_curve,
+)
 
-from analysis.probes.evaluation import score
+from analysis.probes.evaluation import pooled_metrics, score
 from analysis.statistics import bootstrap
 from analysis.statistics.bootstrap import percentile_interval
 
@@ -26,6 +35,7 @@ REFERENCE = {
     "accuracy": lambda y, at: accuracy_score(y, PREDICTED[at]),
     "auroc": lambda y, at: roc_auc_score(y, DECISION[at]),
     "f1": lambda y, at: f1_score(y, PREDICTED[at]),
+    "balanced_accuracy": lambda y, at: balanced_accuracy_score(y, PREDICTED[at]),
     "log_loss": lambda y, at: log_loss(y, CHANCE[at]),
     "brier": lambda y, at: brier_score_loss(y, CHANCE[at]),
     "r2": lambda y, at: r2_score(y, DECISION[at]),
@@ -139,8 +149,10 @@ def test_decisions_that_are_all_equal_find_no_positive(value: float) -> None:
     y, fold = np.arange(40) % 2, np.arange(40) // 2 % 4
     said = score.Prediction(y, np.full(40, value))
     assert not score.parts("recall@1%", y, said, fold, 4, fold)[0].any()
-    drawn = score.replicates(["recall@1%"], y, said, fold, fold, resamples=20, seed=0)
+    drawn = score.draw_scores(["recall@1%"], y, said, fold, fold, resamples=20, seed=0)
     np.testing.assert_allclose(drawn, 0.01)
+    low, high = score.interval(score.replicates(["recall@1%"], y, said, fold, fold, resamples=100, seed=0))
+    assert low[0] < 0.01 < high[0]
 
 
 def test_a_fold_without_negatives_has_no_recall() -> None:
@@ -213,11 +225,18 @@ def test_the_bootstrap_equals_scores_of_the_drawn_groups(metric: score.Metric) -
             pairs = y.sum() * (1 - y).sum() if metric == "auroc" else len(y)
             value = roc_auc_score(y, decision) if metric == "auroc" else accuracy_score(y, predicted)
             top, bottom = top + value * pairs, bottom + pairs
+        for g in range(20) if metric == "auroc" else ():  # pairs whose samples are in one group do not count
+            y, decision, n = Y[g == GROUP], DECISION[g == GROUP], drawn[g] ** 2
+            if 0 < y.sum() < 3:
+                top -= n * roc_auc_score(y, decision) * y.sum() * (1 - y).sum()
+                bottom -= n * y.sum() * (1 - y).sum()
         values.append(top / bottom)
     assert (draws.sum(1) == 20).all()
-    drawn = score.replicates([metric], Y, SAID, FOLD, GROUP, resamples=50, seed=1)
-    np.testing.assert_allclose(drawn[0], values)
-    assert percentile_interval(drawn[0]) == pytest.approx(tuple(np.percentile(values, [2.5, 97.5])))
+    asked = ([metric], Y, SAID, FOLD, GROUP)
+    np.testing.assert_allclose(score.draw_scores(*asked, resamples=50, seed=1)[0], values)
+    assert percentile_interval(np.array(values)) == pytest.approx(tuple(np.percentile(values, [2.5, 97.5])))
+    order = np.argsort(score.draw_scores(*asked, resamples=50, seed=1)[0], kind="stable")
+    assert (np.diff(score.replicates(*asked, resamples=50, seed=1)[0][order]) >= 0).all()
 
 
 def test_the_bootstrap_does_not_depend_on_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,3 +282,133 @@ def test_resamples_without_a_score_are_left_out_of_the_band() -> None:
     pooled, drawn = np.array([0.5, 0.7]), np.random.default_rng(0).normal(0.6, 0.1, (2, 400))
     some = np.concatenate([drawn, np.full((2, 30), np.nan)], axis=1)
     assert np.allclose(score.band(pooled, some), score.band(pooled, drawn))
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1", "balanced_accuracy", "log_loss", "brier", "r2"])
+def test_the_pooled_value_equals_scikit_learn_on_all_held_out_samples(metric: score.Metric) -> None:
+    y, said = question(metric)
+    assert score.pooled(metric, y, said, FOLD, GROUP) == pytest.approx(REFERENCE[metric](y, np.ones(N, bool)), rel=1e-9)
+
+
+def test_the_pooled_correlation_is_about_the_means_of_the_folds() -> None:
+    y, said = question("pearson")
+    middle = [np.array([v[k == FOLD].mean() for k in range(CV)])[FOLD] for v in (y, said.predicted)]
+    expected = np.corrcoef(y - middle[0], said.predicted - middle[1])[0, 1]
+    assert score.pooled("pearson", y, said, FOLD) == pytest.approx(expected)
+
+
+def test_pairs_of_one_group_do_not_count_in_the_pooled_auroc() -> None:
+    pairs = [
+        (DECISION[i] > DECISION[j]) + (DECISION[i] == DECISION[j]) / 2
+        for i in np.flatnonzero(Y == 1)
+        for j in np.flatnonzero(Y == 0)
+        if FOLD[i] == FOLD[j] and GROUP[i] != GROUP[j]
+    ]
+    assert score.pooled("auroc", Y, SAID, FOLD, GROUP) == pytest.approx(np.mean(pairs))
+    one = np.zeros(N, int)  # no pairs of different groups, so all pairs count
+    assert score.pooled("auroc", Y, SAID, one, one) == pytest.approx(roc_auc_score(Y, DECISION))
+
+
+@pytest.mark.parametrize("right", [0, 3, 11, 12])
+def test_the_interval_of_independent_samples_is_close_to_the_exact_one(right: int) -> None:
+    y = (np.arange(12) >= right).astype(int)
+    said = score.Prediction(np.zeros(12, int), np.zeros(12))
+    drawn = score.replicates(["accuracy"], y, said, np.zeros(12, int), np.arange(12), resamples=1000, seed=0)
+    low, high = score.interval(drawn)
+    exact = binomtest(right, 12).proportion_ci(0.95)
+    assert low[0] <= exact.low + 1e-6
+    assert high[0] >= exact.high - 1e-6
+    assert high[0] - low[0] < (exact.high - exact.low) * 1.35
+
+
+@pytest.mark.parametrize(("groups", "cv"), [(8, 4), (20, 5), (50, 5)])
+def test_intervals_of_few_groups_cover_the_truth(groups: int, cv: int) -> None:
+    rng, inside = np.random.default_rng(groups), []
+    chosen: list[score.Metric] = ["accuracy", "auroc", "balanced_accuracy", "log_loss", "r2"]
+
+    def sample(count: int) -> tuple[np.ndarray, score.Prediction, np.ndarray]:
+        group = np.repeat(np.arange(count), 1 + rng.geometric(0.2, count))
+        y = rng.permutation(np.arange(count) % 2)[group]
+        shared = rng.normal(size=count)[group] + rng.normal(size=len(group))
+        decision = shared / 2**0.5 + 1.5 * (y - 0.5)
+        chance = 1 / (1 + np.exp(-1.5 * decision))
+        return y, score.Prediction((chance > 0.5).astype(int), decision, np.stack([1 - chance, chance], 1)), group
+
+    y, said, group = sample(100_000)
+    truth = np.array([score.pooled(metric, y, said, np.zeros(len(y), int)) for metric in chosen])
+    for seed in range(200):
+        y, said, group = sample(groups)
+        order = np.argsort(y[np.unique(group, return_index=True)[1]], kind="stable")
+        fold = np.empty(groups, int)
+        fold[order] = np.arange(groups) % cv
+        low, high = score.interval(score.replicates(chosen, y, said, fold[group], group, resamples=100, seed=seed))
+        inside.append((low <= truth) & (truth <= high))
+    assert (np.mean(inside, axis=0) >= 0.93).all()
+
+
+@pytest.mark.parametrize(("groups", "size"), [(8, 1), (30, 20)])
+def test_the_interval_of_the_recall_covers_the_truth_for_few_groups(groups: int, size: int) -> None:
+    rng, inside, truth = np.random.default_rng(groups), 0, 1 - norm.cdf(norm.ppf(0.99) - 1.8)
+    for seed in range(100):
+        group = np.arange(groups * size) // size
+        y = (np.arange(groups) // 4 % 2)[group]
+        decision = 0.7**0.5 * rng.normal(size=groups)[group] + 0.3**0.5 * rng.normal(size=len(group)) + 1.8 * y
+        drawn = score.replicates(
+            ["recall@1%"], y, score.Prediction(y, decision), group % 4, group, resamples=200, seed=seed
+        )
+        low, high = score.interval(drawn)
+        inside += bool(low[0] <= truth <= high[0])
+    assert inside >= 93
+
+
+@pytest.mark.parametrize("sharper", [1.0, 2.0])
+def test_the_debiased_calibration_error_is_that_of_many_samples(sharper: float) -> None:
+    rng = np.random.default_rng(0)
+
+    def sample(n: int) -> tuple[np.ndarray, score.Prediction]:
+        raw = rng.normal(0, 1.5, n)
+        y = (rng.random(n) < 1 / (1 + np.exp(-raw))).astype(int)
+        chance = 1 / (1 + np.exp(-sharper * raw))
+        return y, score.Prediction((raw > 0).astype(int), raw, np.stack([1 - chance, chance], 1))
+
+    y, said = sample(400_000)
+    truth = score.pooled("ece", y, said, np.zeros(len(y), int))
+    drawn = [sample(600) for _ in range(60)]
+    plain, debiased = (
+        np.mean([score.pooled(metric, y, said, np.arange(600) % 5) for y, said in drawn])
+        for metric in ("ece", "ece_debiased")
+    )
+    assert abs(debiased - truth) < 0.01
+    assert debiased < plain - (0.02 if sharper == 1 else 0.01)
+
+
+def test_a_design_effect_is_one_for_independent_samples_and_the_size_of_groups_of_equal_samples() -> None:
+    values = RNG.normal(size=400)
+    assert pooled_metrics.design_effect(values, np.arange(400)) == pytest.approx(1.0, abs=0.02)
+    assert pooled_metrics.design_effect(np.repeat(values, 10), np.repeat(np.arange(400), 10)) == pytest.approx(10, 0.02)
+
+
+def test_degrees_of_freedom_fall_with_unequal_groups_and_long_tails() -> None:
+    flat = RNG.uniform(-1, 1, (40, 1))
+    assert bootstrap.degrees_of_freedom(flat, np.ones(40), kurtosis=False) == pytest.approx([39.0])
+    assert bootstrap.degrees_of_freedom(flat, np.r_[np.ones(39), 39.0], kurtosis=False)[0] < 4
+    one = np.r_[np.zeros(39), 1.0][:, None]
+    assert bootstrap.degrees_of_freedom(one, np.ones(40))[0] < 3
+
+
+@pytest.mark.parametrize("groups", [8, 50])
+def test_the_interval_of_a_skewed_mean_covers_it(groups: int) -> None:
+    rng = np.random.default_rng(groups)
+    values = rng.exponential(size=(groups, 500))
+    values[0, 400:] = np.nan
+    low, high = bootstrap.mean_interval(values, np.arange(groups), 200, 0)
+    assert ((low <= 1) & (high >= 1)).mean() >= 0.93
+
+
+def test_intervals_need_two_groups_of_each_class() -> None:
+    y = np.array([0, 0, 0, 1, 1])
+    said = score.Prediction(y, y.astype(float))
+    asked: list[score.Metric] = ["accuracy", "auroc"]
+    drawn = score.replicates(asked, y, said, np.zeros(5, int), np.array([0, 1, 2, 3, 3]), resamples=40, seed=0)
+    assert np.isnan(drawn[1]).all()
+    assert np.isfinite(drawn[0]).all()

@@ -8,11 +8,12 @@ import pytest
 import xarray as xr
 from matplotlib.figure import Figure
 from rich.console import Console
+from scipy.stats import t as student
 from sklearn.dummy import DummyClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.linear_model import Ridge as LeastSquares
-from sklearn.metrics import accuracy_score, r2_score, roc_auc_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss, r2_score, roc_auc_score
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.pipeline import make_pipeline
@@ -68,7 +69,8 @@ def test_grouped_multinomial_scores_on_every_row_equal_scikit_learn(make_store: 
             X = store.values["resid_post"][layer].astype(float)
             expected = accuracy_score(y[test], reference().fit(X[train], y[train]).predict(X[test]))
             assert found["score"].sel(arm="probe", layer=layer, metric="accuracy", fold=k) == expected
-    assert found["metric"].values.tolist() == ["accuracy", "f1", "log_loss", "brier", "ece"]
+    named = ["accuracy", "f1", "balanced_accuracy", "log_loss", "brier", "ece", "ece_debiased"]
+    assert found["metric"].values.tolist() == named
     error = found.sel(arm="probe", metric="ece")
     assert (error["ci_low"] <= error["pooled"]).all()
     assert (error["pooled"] <= error["ci_high"]).all()
@@ -93,7 +95,7 @@ def test_the_layer_is_chosen_without_the_fold_it_is_scored_on(make_store: Any) -
     store = make_store(60, layers=4)
     X, columns = last_rows(store)
     y = (columns["label"] == "pos").astype(int)
-    sweep = probes.sweep(store, "label", "resid_post", probes.Logistic(), **QUICK)
+    sweep = probes.sweep(store, "label", "resid_post", probes.Logistic(), metric="accuracy", **QUICK)
     fold = np.full(60, -1)
     for k, (_, test) in enumerate(StratifiedKFold(5, shuffle=True, random_state=0).split(X[0], y)):
         fold[test] = k
@@ -118,7 +120,7 @@ def test_choosing_among_layers_of_noise_stays_at_chance_only_when_nested(array_s
     nested, plain = [], []
     for _ in range(6):
         store = array_store(rng.normal(size=(10, 60, 3)), [1] * 60, label=rng.permutation(60) % 2)
-        best = probes.sweep(store, "label", "resid_post", baselines=(), **QUICK).best
+        best = probes.sweep(store, "label", "resid_post", baselines=(), metric="accuracy", **QUICK).best
         nested.append(best.score)
         plain.append(best.on_layer)
     assert np.mean(plain) > 0.56
@@ -193,7 +195,9 @@ def test_equal_seeds_give_equal_sweeps_and_other_seeds_other_folds(make_store: A
 )
 def test_any_scikit_learn_estimator_is_a_probe(make_store: Any, probe: Any) -> None:
     before = vars(probe).copy()
-    sweep = probes.sweep(make_store(), "label", "resid_post", probe, **QUICK)
+    # probabilities of a few neighbours are 0 and 1, so that their log-loss says little
+    metric = "accuracy" if isinstance(probe, KNeighborsClassifier) else None
+    sweep = probes.sweep(make_store(), "label", "resid_post", probe, metric=metric, **QUICK)
     assert sweep.best.layer in (1, 2)
     assert sweep.best.score > 0.65
     assert vars(probe) == before
@@ -285,7 +289,7 @@ def test_the_table_shows_every_layer_and_baseline(store: Any) -> None:
     assert f"{score:.3f}"[1:] in line
     for words in ("majority", "TF-IDF", "length", "shuffled"):
         assert words in text
-    assert "[bootstrap 95 %]" in text
+    assert "[95 % over groups]" in text
 
 
 def test_a_module_path_has_one_score(array_store: Any) -> None:
@@ -334,3 +338,117 @@ def test_a_sweep_that_cannot_be_saved_goes_to_a_temporary_folder(make_store: Any
         found.save("/proc/x")
     kept = str(caught.value.remedy).split()[3].rstrip(":")
     xr.testing.assert_identical(probes.load(kept).results, found.results)
+
+
+@pytest.fixture
+def rare(array_store: Any) -> Any:
+    """Return a store in which 24 of 240 documents are of the second class, which layer 1 tells."""
+    rng = np.random.default_rng(2)
+    label = (rng.permutation(240) < 24).astype(int)
+    values = rng.normal(size=(2, 240, 5))
+    values[1] += 1.5 * label[:, None]
+    return array_store(values, [1] * 240, label=label)
+
+
+def test_equal_class_weights_equal_scikit_learn_and_find_the_rare_class(rare: Any) -> None:
+    y, fold = np.asarray(rare.documents["label"]), np.full(240, -1)
+    for k, (_, test) in enumerate(StratifiedKFold(5, shuffle=True, random_state=0).split(y[:, None], y)):
+        fold[test] = k
+    X = np.stack([rare.read("resid_post", layer=1, rows=slice(0, 240))]).reshape(240, 5).astype(float)
+    options: Any = {"select": "none", "baselines": (), "mdl": False, **QUICK}
+    found = probes.sweep(rare, "label", "resid_post", probes.Logistic(class_weight="balanced"), **options)
+    predicted, probability = np.empty(240, int), np.empty(240)
+    for k in range(5):
+        model = make_pipeline(
+            StandardScaler(), LogisticRegression(C=0.01, tol=1e-10, max_iter=5000, class_weight="balanced")
+        ).fit(X[fold != k], y[fold != k])
+        predicted[fold == k] = model.predict(X[fold == k])
+        probability[fold == k] = model.predict_proba(X[fold == k])[:, 1]
+    at = found.results["pooled"].sel(arm="probe", layer=1)
+    assert float(at.sel(metric="balanced_accuracy")) == balanced_accuracy_score(y, predicted)
+    assert float(at.sel(metric="f1")) == pytest.approx(f1_score(y, predicted))
+    assert float(at.sel(metric="log_loss")) == pytest.approx(log_loss(y, probability), rel=1e-5)
+    plain = probes.sweep(rare, "label", "resid_post", probes.Logistic(), **options)
+    for metric in ("f1", "balanced_accuracy"):
+        assert at.sel(metric=metric) > plain.results["pooled"].sel(arm="probe", layer=1, metric=metric) + 0.2
+    with pytest.raises(AnalysisError, match="class_weight cannot be used"):
+        probes.sweep(rare, "label", "resid_post", probes.Logistic(class_weight="even"), **options)
+
+
+def test_uneven_classes_and_few_negatives_are_noted(rare: Any, make_store: Any) -> None:
+    options: Any = {"select": "none", "baselines": (), "mdl": False, **QUICK}
+    notes = " ".join(probes.sweep(rare, "label", "resid_post", **options).results.attrs["notes"])
+    assert "24 of 240 samples are 1" in notes
+    assert "accuracy of 0.900" in notes
+    assert "recall@1%" not in notes
+    notes = " ".join(probes.sweep(make_store(), "label", "resid_post", **options).results.attrs["notes"])
+    assert "very different size" not in notes
+    assert "negatives in" in notes
+
+
+@pytest.mark.parametrize("metric", ["auroc", "log_loss"])
+def test_layers_are_chosen_by_the_metric_that_is_asked_for_and_it_comes_first(make_store: Any, metric: str) -> None:
+    options: Any = {"baselines": (), "mdl": False, **QUICK}
+    sweep = probes.sweep(make_store(), "label", "resid_post", probes.Logistic(Cs=3), metric=metric, **options)
+    curve = sweep.results["pooled"].sel(arm="probe", metric=metric).values
+    assert sweep.best.layer == int(curve.argmin() if metric == "log_loss" else curve.argmax())
+    assert (sweep.best.metric, sweep.metrics[0]) == (metric, metric)
+    assert sweep.results.attrs["selection_metric"] == metric
+
+
+def test_layers_are_chosen_by_log_loss_and_reported_by_accuracy_by_default(make_store: Any) -> None:
+    options: Any = {"baselines": (), "mdl": False, **QUICK}
+    default = probes.sweep(make_store(), "label", "resid_post", probes.Logistic(Cs=3), **options)
+    chosen = probes.sweep(make_store(), "label", "resid_post", probes.Logistic(Cs=3), metric="log_loss", **options)
+    assert default.best.metric == "accuracy"
+    assert (default.best.layer, default.best.chosen) == (chosen.best.layer, chosen.best.chosen)
+    np.testing.assert_array_equal(default.results["strength"], chosen.results["strength"])
+    assert "by log-loss" in str(default.table().caption)
+    centroid = probes.sweep(make_store(), "label", "resid_post", probes.MassMean(), **options)
+    assert centroid.results.attrs["selection_metric"] == "auroc"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metric": "ece"}, "no layer can be chosen by 'ece'"),
+        ({"metric": "auorc"}, "did you mean auroc"),
+        ({"metric": "r2"}, "'r2' is not measured"),
+        ({"metric": "log_loss", "probe": probes.MassMean()}, "'log_loss' is not measured"),
+        ({"repeats": 0}, "repeats cannot be used"),
+    ],
+)
+def test_a_metric_that_cannot_choose_is_refused_before_any_fit(store: Any, options: Any, message: str) -> None:
+    with pytest.raises(AnalysisError, match=message):
+        probes.sweep(store, **{"target": "label", "site": "resid_post", **QUICK, **options})
+
+
+def test_repeats_give_the_corrected_resampled_t_over_the_folds_of_all_repeats(make_store: Any) -> None:
+    options: Any = {"probe": probes.Logistic(), "baselines": (), "mdl": False, **QUICK}
+    single = [probes.sweep(make_store(), "label", "resid_post", seed=seed, **options).results for seed in range(3)]
+    sweep = probes.sweep(make_store(), "label", "resid_post", repeats=3, **options)
+    found = sweep.results
+    for name, at, mean, low in (
+        ("score", {"arm": "probe"}, "repeat_mean", "repeat_low"),
+        ("best_score", {}, "best_repeat_mean", "best_repeat_low"),
+    ):
+        values = xr.concat([one[name].sel(at) for one in single], "fold").sel(metric="accuracy")
+        np.testing.assert_allclose(found[mean].sel(metric="accuracy"), values.mean("fold"))
+        half = student.ppf(0.975, 4) * values.std("fold", ddof=1) * np.sqrt(1 / 15 + 1 / 4)
+        np.testing.assert_allclose(found[low].sel(metric="accuracy"), values.mean("fold") - half)
+    for name in ("score", "pooled", "ci_low", "best_score"):
+        xr.testing.assert_equal(found[name], single[0][name])
+    assert "corrected resampled t" in str(sweep.table().caption)
+    assert any("3 × 5 folds" in str(column.header) for column in sweep.table().columns)
+
+
+def test_the_calibration_error_is_that_of_its_figure(make_store: Any) -> None:
+    sweep = probes.sweep(make_store(), "label", "resid_post", probes.Logistic(1.0), baselines=(), **QUICK)
+    data = sweep.results
+    size = data["samples_in_bin"].values
+    gaps = np.nan_to_num(np.abs(data["confidence"] - data["accuracy_in_bin"]).values)
+    drawn = float(gaps @ size / size.sum())
+    assert float(data["best_pooled"].sel(metric="ece")) == pytest.approx(drawn)
+    said = " ".join(text.get_text() for text in probes.calibration(sweep).axes[0].texts)
+    assert f"{drawn:.3f}"[1:] in said
+    assert f"{float(data['best_pooled'].sel(metric='ece_debiased')):.3f}"[1:] in said

@@ -36,6 +36,9 @@ class Logistic(ClassifierMixin, LogOdds):
         scikit-learn is 1.
     Cs
         Several values to choose from inside the folds: numbers, or their count from 10⁻⁴ to 1. *C* is then not used.
+    class_weight
+        ``"balanced"`` gives every class the same weight in the loss of each training set, as in scikit-learn. The
+        probabilities are then those of classes of one size, so that log-loss and calibration become worse.
     tol
         Largest distance of the standardised coefficients from the optimum, as a share of their length.
     max_iter
@@ -58,10 +61,17 @@ class Logistic(ClassifierMixin, LogOdds):
     strength_name: ClassVar[str] = "Cs"
 
     def __init__(
-        self, C: float = 0.01, *, Cs: int | ArrayLike | None = None, tol: float = 1e-6, max_iter: int = 200
+        self,
+        C: float = 0.01,
+        *,
+        Cs: int | ArrayLike | None = None,
+        class_weight: str | None = None,
+        tol: float = 1e-6,
+        max_iter: int = 200,
     ) -> None:
         self.C = C
         self.Cs = Cs
+        self.class_weight = class_weight
         self.tol = tol
         self.max_iter = max_iter
 
@@ -90,7 +100,15 @@ class Logistic(ClassifierMixin, LogOdds):
 
     def solve(self, design: Design, targets: Floats, sets: NDArray[np.bool_], strengths: Floats) -> LinearSolutions:
         """Fit every training set at every strength; see `LinearProbe.solve`."""
-        found = solve(design, targets, sets, strengths, tol=self.tol, max_iter=self.max_iter)
+        if self.class_weight not in (None, "balanced"):
+            raise AnalysisError(
+                "class_weight cannot be used",
+                where="Logistic",
+                expected='None or "balanced"',
+                found=repr(self.class_weight),
+            )
+        weights = balanced_weights(targets, sets) if self.class_weight else None
+        found = solve(design, targets, sets, strengths, tol=self.tol, max_iter=self.max_iter, weights=weights)
         away = float(found.distance.max())
         if not away <= self.tol:
             number, at = np.unravel_index(int(found.distance.argmax()), found.distance.shape)
@@ -104,3 +122,12 @@ class Logistic(ClassifierMixin, LogOdds):
         self.mean_, self.scale_ = found.mean[0], found.scale[0]
         self.n_iter_, self.distance_ = found.steps, away
         return LinearSolutions(found.coef, found.intercept)
+
+
+def balanced_weights(targets: Floats, sets: NDArray[np.bool_]) -> Floats:
+    """Return the weight of each row in each training set, (sets, rows), that gives all classes of a set one total."""
+    both = np.concatenate([1 - targets, targets], axis=1) if targets.shape[1] == 1 else targets
+    size = sets @ both
+    if (size == 0).any():
+        raise AnalysisError("a class is missing from a training set", remedy="ask for fewer folds")
+    return np.asarray((sets.sum(1, keepdims=True) / both.shape[1] / size) @ both.T * sets)

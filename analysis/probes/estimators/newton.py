@@ -11,6 +11,7 @@ the optimum; that bound is the certificate.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +60,7 @@ def solve(
     tol: float,
     max_iter: int,
     budget: int = 2 << 30,
+    weights: Floats | None = None,
 ) -> Optimum:
     """Solve the problems of all sets and strengths.
 
@@ -73,12 +75,14 @@ def solve(
         Relative distance from the optimum at which a problem is solved.
     budget
         Bytes for decisions and similar arrays; sets are solved together as far as it allows, at least one at a time.
+    weights : (sets, rows)
+        Weight of each row in the loss of each set, 1 by default; the sum is the number of rows of the set.
     """
     each = ARRAYS * 8 * truth.size * len(strengths)
     together = max(1, budget // max(1, each))
     parts = [
-        _solve(design, truth, sets[first : first + together], strengths, tol, max_iter)
-        for first in range(0, len(sets), together)
+        _solve(design, truth, sets[part], strengths, tol, max_iter, sets[part] if weights is None else weights[part])
+        for part in (slice(first, first + together) for first in range(0, len(sets), together))
     ]
     names = ("coef", "intercept", "mean", "scale", "distance")
     joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
@@ -86,11 +90,17 @@ def solve(
 
 
 def _solve(
-    design: Design, truth: Floats, sets: NDArray[np.bool_], strengths: Floats, tol: float, max_iter: int
+    design: Design,
+    truth: Floats,
+    sets: NDArray[np.bool_],
+    strengths: Floats,
+    tol: float,
+    max_iter: int,
+    weights: NDArray[Any],
 ) -> Optimum:
     mean, scale = design.spread(sets)
     middle, unit = design.middle, design.unit
-    problems = _Problems(design, truth, sets, strengths, (mean - middle) / unit, scale / unit)
+    problems = _Problems(design, truth, weights, strengths, (mean - middle) / unit, scale / unit)
     steps = 0
     while (left := problems.distance() > tol).any() and steps < max_iter and problems.step(left):
         steps += 1
@@ -114,20 +124,21 @@ class _Problems:
         self,
         design: Design,
         truth: Floats,
-        sets: NDArray[np.bool_],
+        weights: NDArray[Any],
         strengths: Floats,
         mean: Floats,
         scale: Floats,
     ) -> None:
         rows, features = design.shape
-        count, classes = len(sets) * len(strengths), truth.shape[1]
+        count, classes = len(weights) * len(strengths), truth.shape[1]
+        total = weights.sum(1)
         self.design, self.truth = design, truth[:, None]
-        self.member = np.repeat(sets.T.astype(np.float64), len(strengths), axis=1) / np.repeat(
-            sets.sum(1), len(strengths)
+        self.member = np.repeat(weights.T.astype(np.float64), len(strengths), axis=1) / np.repeat(
+            total, len(strengths)
         )  # share of each row in the mean loss, (rows, problems)
         self.mean = np.repeat(mean.T, len(strengths), axis=1)[..., None]
         self.scale = np.repeat(scale.T, len(strengths), axis=1)[..., None]
-        self.ridge = 1 / (np.tile(strengths, len(sets)) * np.repeat(sets.sum(1), len(strengths)))[None, :, None]
+        self.ridge = 1 / (np.tile(strengths, len(weights)) * np.repeat(total, len(strengths)))[None, :, None]
         self.penalty = self.ridge * self.scale**2
         self.w, self.b = np.zeros((features, count, classes)), np.zeros((count, classes))
         self.decision = np.zeros((rows, count, classes))

@@ -19,6 +19,7 @@ from analysis.probes.evaluation import baselines as base
 from analysis.probes.evaluation import codelength, crossfit, folds, score
 from analysis.probes.evaluation.crossfit import FittedProbes
 from analysis.probes.evaluation.layer_scores import LayerScores
+from analysis.probes.evaluation.notes import dataset_notes, size_notes
 from analysis.probes.evaluation.nulls import NullScores, selectivity
 from analysis.probes.evaluation.score import Prediction
 from analysis.probes.held_out import HeldOutPredictions
@@ -28,9 +29,6 @@ from flexcache.errors import AnalysisError
 from flexcache.store.format.model_record import SAMPLE
 from flexcache.store.format.provenance import Provenance
 from flexcache.store.read.recorded_model import recorded_model
-
-FEW = 10
-"""A class in fewer groups than this is named in the notes of a sweep."""
 
 
 class CrossValidation:
@@ -50,7 +48,7 @@ class CrossValidation:
         self.dataset, self.probe, self.options = dataset, probe, options
         cv, seed, baselines = options.cv, options.seed, options.baselines
         self.fold = folds.assign(dataset, cv, seed)
-        self.notes = notes(dataset)
+        self.notes = dataset_notes(dataset)
         self.strengths = probe.strengths if isinstance(probe, LinearProbe) else np.zeros(1)
         several = len(dataset.layers) * len(self.strengths) > 1
         self.nested = options.select == "inner" and several
@@ -66,6 +64,10 @@ class CrossValidation:
         self._draw_layer_targets(baselines)
         ranked = any(hasattr(probe, name) for name in ("decision_function", "predict_proba"))
         self.metrics = score.metrics(dataset.task, len(dataset.classes), ranked, hasattr(probe, "predict_proba"))
+        self.chosen_by = score.selection_metric(self.metrics)
+        if options.metric is not None:
+            self.chosen_by = find_metric(options.metric, self.metrics, dataset, probe)
+            self.metrics = (self.chosen_by, *(metric for metric in self.metrics if metric != self.chosen_by))
         arms = ["probe", *(name for name in baselines if name in fixed or name in self.targets)]
         self.scores = LayerScores(dataset, self.fold, arms, self.metrics, options)
         self.nulls = NullScores(
@@ -73,6 +75,7 @@ class CrossValidation:
         )
         for arm, prediction in fixed.items():
             self.scores.add_scores(arm, slice(None), dataset.y, prediction)
+        self.notes += size_notes(dataset, self.metrics)
         count = len(dataset.layers)
         self._predictions: list[Prediction] = []
         self._choice = np.full((count, cv), np.nan)
@@ -92,11 +95,11 @@ class CrossValidation:
         sets = np.concatenate([*self._sets, *([np.ones((1, dataset.n_samples), bool)] * linear)])
         fitted = FittedProbes(self.probe, dataset, rows, dataset.y, sets, where)
         tried = [crossfit.outer(fitted, self.fold, cv, np.full(cv, s)) for s in range(len(self.strengths))]
-        overall = [self._first_score(prediction) for prediction in tried]
-        self._final[at] = int(np.argmax(overall))
+        overall = [self._selection_score(prediction) for prediction in tried]
+        self._final[at] = int(np.argmax(np.nan_to_num(overall, nan=-np.inf)))
         self._used[at] = self._final[at]
         if self.nested:
-            inside = crossfit.inner(fitted, cv, dataset.y, self.fold, cv, self.metrics[0])
+            inside = np.nan_to_num(crossfit.inner(fitted, cv, dataset.y, self.fold, cv, self.chosen_by), nan=-np.inf)
             self._used[at], self._choice[at] = inside.argmax(0), inside.max(0)
         self._predictions.append(crossfit.outer(fitted, self.fold, cv, self._used[at]))
         self.scores.add_scores("probe", at, dataset.y, self._predictions[-1])
@@ -127,8 +130,8 @@ class CrossValidation:
     def summarize(self) -> Sweep:
         """Return the sweep of all fitted layers."""
         dataset, cv, data = self.dataset, self.options.cv, self.scores.to_dataset()
-        first = data["pooled"].values[0, :, 0]
-        chosen = self._choice.argmax(0) if self.nested else np.full(cv, int(np.nanargmax(first)))
+        overall = score.sign(self.chosen_by) * data["pooled"].sel(arm="probe", metric=self.chosen_by).values
+        chosen = self._choice.argmax(0) if self.nested else np.full(cv, int(np.nanargmax(overall)))
         tests = [np.flatnonzero(self.fold == number) for number in range(cv)]
         prediction = crossfit.gather_predictions(
             ((test, self._predictions[at].select_samples(test)) for at, test in zip(chosen, tests, strict=True)),
@@ -152,9 +155,9 @@ class CrossValidation:
         held_out = HeldOutPredictions.of_layers(dataset, self.fold, self._predictions)
         return Sweep(data, np.stack(coef) if coef else None, np.stack(intercept) if intercept else None, held_out)
 
-    def _first_score(self, prediction: Prediction) -> float:
-        top, bottom = score.parts(self.metrics[0], self.dataset.y, prediction, self.fold, self.options.cv)
-        return float(score.ratio(top.sum(), bottom.sum()))
+    def _selection_score(self, prediction: Prediction) -> float:
+        value = score.pooled(self.chosen_by, self.dataset.y, prediction, self.fold, self.dataset.group)
+        return score.sign(self.chosen_by) * value
 
     def _predict_without_model(self, baselines: Sequence[str]) -> dict[str, Prediction]:
         made: dict[str, Callable[[ProbeDataset, NDArray[np.int64], int], Prediction]] = {
@@ -234,6 +237,9 @@ class CrossValidation:
             "seed": self.options.seed,
             "resamples": self.options.resamples,
             "nulls": self.options.nulls,
+            "repeats": self.options.repeats,
+            "metric": self.options.metric,
+            "selection_metric": self.chosen_by,
             "layer_chosen": self._how_chosen(),
             "bytes_per_layer": dataset.bytes_per_layer(),
             "model": getattr(dataset.store, "provenance", Provenance()).model_name,
@@ -249,35 +255,18 @@ class CrossValidation:
         return "on these scores" if len(self.dataset.layers) * len(self.strengths) > 1 else "given"
 
 
-def notes(dataset: ProbeDataset) -> list[str]:
-    """Return warnings about the data that a reader of the scores should know."""
-    found = []
-    if dataset.groups is None and dataset.n_documents < dataset.n_samples:
-        found.append(
-            "Rows of one document are in both training and test folds: the scores may measure how well a "
-            "document is recognised, not the target."
+def find_metric(
+    name: str, metrics: Sequence[score.Metric], dataset: ProbeDataset, probe: BaseEstimator
+) -> score.Metric:
+    """Return the metric called *name*, or raise AnalysisError if it is not measured for this target and probe."""
+    found = next((metric for metric in metrics if metric == name), None)
+    if found is None:
+        raise AnalysisError(
+            f"{name!r} is not measured",
+            where=f"target {dataset.target!r}, {type(probe).__name__}",
+            expected=f"one of {', '.join(metric for metric in metrics if not metric.startswith('ece'))}",
+            remedy="use another metric, or a probe with probabilities: probes.Logistic or probes.LDA",
         )
-    if dataset.n_samples <= dataset.features:
-        found.append(
-            f"{dataset.n_samples} samples of {dataset.features} features: any labels can be fitted, so the score "
-            "depends on the strength of the penalty."
-        )
-    if dataset.classes:
-        pairs = np.unique(np.stack([dataset.y, dataset.group]), axis=1)
-        small = [str(dataset.classes[c]) for c, size in enumerate(np.bincount(pairs[0])) if size < FEW]
-        if small:
-            found.append(f"Classes in fewer than {FEW} groups: {', '.join(small[:5])}.")
-    if dataset.texts is not None:
-        owner: dict[str, int] = {}
-        documents, first = np.unique(dataset.document, return_index=True)
-        shared = sum(
-            owner.setdefault(dataset.texts[document], int(dataset.group[at])) != dataset.group[at]
-            for document, at in zip(documents, first)
-        )
-        if shared:
-            found.append(
-                f"{shared} documents have the same text as a document of another group, possibly across folds."
-            )
     return found
 
 

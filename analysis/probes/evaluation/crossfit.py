@@ -175,7 +175,8 @@ def inner(
     """Return the cross-validated score inside the training side of each fold, ``(n_strengths, cv)``.
 
     The inner folds of test fold *k* are the other outer folds. A probe trained without folds *j* and *k* serves both,
-    so cv·(cv−1)/2 fits do for cv·(cv−1) scores; they are the sets from *first* on.
+    so cv·(cv−1)/2 fits do for cv·(cv−1) scores; they are the sets from *first* on. Larger is better: a metric that is
+    better if smaller has its sign changed.
     """
     top, bottom = np.zeros((2, len(fitted.strengths), cv))
     for number, (j, k) in enumerate(itertools.combinations(range(cv), 2)):
@@ -186,4 +187,4 @@ def inner(
             for without, inside in ((j, 1), (k, 0)):
                 top[at, without] += found[0][inside]
                 bottom[at, without] += found[1][inside]
-    return score.ratio(top, bottom)
+    return score.sign(metric) * score.ratio(top, bottom)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import xarray as xr
@@ -12,13 +13,16 @@ from analysis.dataset.probe_dataset import ProbeDataset
 from analysis.probes.evaluation import score
 from analysis.probes.evaluation.score import Prediction
 from analysis.probes.options import SweepOptions
-from analysis.statistics.bootstrap import percentile_interval
+from analysis.probes.results import Sweep
+
+LEAST = 3
+"""Smallest number of groups in a fold for which there is an interval over folds."""
 
 
 class LayerScores:
     """Scores of every arm and layer; arms other than the probe have intervals of the first metric only.
 
-    Bootstrap replicates of the probe are kept, ``(n_layers, n_metrics, resamples)``, for the band over layers.
+    Replicates of the probe are kept, ``(n_layers, n_metrics, resamples)``, for the band over layers.
 
     Parameters
     ----------
@@ -29,7 +33,7 @@ class LayerScores:
     arms
         ``"probe"`` and the names of the baselines.
     metrics
-        Metrics of the target, the one that layers are chosen by first.
+        Metrics of the target, the one of tables and baselines first.
     options
         Number of folds and resamples, and the seed.
     """
@@ -59,13 +63,13 @@ class LayerScores:
         if arm == "probe":
             self.replicates[layer, places] = drawn
         self.low[at, layer, places], self.high[at, layer, places] = (
-            end if isinstance(layer, int) else end[:, None] for end in percentile_interval(drawn)
+            end if isinstance(layer, int) else end[:, None] for end in score.interval(drawn)
         )
 
     def to_dataset(self) -> xr.Dataset:
         """Return the scores by arm, layer, metric and fold."""
         dims = ("arm", "layer", "metric")
-        low, high = score.fold_interval(self.by_fold)
+        low, high = _over_folds(self.by_fold, self.cv, self.dataset.n_groups)
         ends = [score.band(self.pooled[0, :, m], self.replicates[:, m]) for m in range(len(self.metrics))]
         return xr.Dataset(
             {
@@ -94,8 +98,8 @@ class LayerScores:
         low, high = np.full((2, len(self.metrics)), np.nan)
         measured = self._measurable(prediction)
         places = [self.metrics.index(metric) for metric in measured]
-        low[places], high[places] = percentile_interval(self._draw(measured, self.dataset.y, prediction))
-        fold_low, fold_high = score.fold_interval(by_fold)
+        low[places], high[places] = score.interval(self._draw(measured, self.dataset.y, prediction))
+        fold_low, fold_high = _over_folds(by_fold, self.cv, self.dataset.n_groups)
         layers = [-1 if layer is None else layer for layer in self.dataset.layers]
         return xr.Dataset(
             {
@@ -116,12 +120,34 @@ class LayerScores:
     def _values(self, y: NDArray, prediction: Prediction) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         by_fold, pooled = np.full((len(self.metrics), self.cv), np.nan), np.full(len(self.metrics), np.nan)
         for metric in self._measurable(prediction):
-            top, bottom = score.parts(metric, y, prediction, self.fold, self.cv, self.dataset.group)
             at = self.metrics.index(metric)
-            by_fold[at], pooled[at] = score.ratio(top, bottom), score.ratio(top.sum(), bottom.sum())
+            by_fold[at] = score.ratio(*score.parts(metric, y, prediction, self.fold, self.cv, self.dataset.group))
+            pooled[at] = score.pooled(metric, y, prediction, self.fold, self.dataset.group)
         return by_fold, pooled
 
     def _draw(self, wanted: Sequence[score.Metric], y: NDArray, prediction: Prediction) -> NDArray[np.float64]:
         return score.replicates(
             wanted, y, prediction, self.fold, self.dataset.group, resamples=self.resamples, seed=self.seed
         )
+
+
+def _over_folds(values: NDArray[np.float64], cv: int, groups: int) -> tuple[NDArray[np.float64], ...]:
+    """Return the ends of the interval over folds; NaN if folds have fewer than `LEAST` groups each."""
+    return tuple(np.where(groups < LEAST * cv, np.nan, end) for end in score.fold_interval(values, cv=cv))
+
+
+def join_repeats(sweeps: Sequence[Sweep]) -> Sweep:
+    """Return the first of several cross-validations, with the mean and interval over the folds of all of them."""
+    first = sweeps[0].results
+    if len(sweeps) == 1:
+        return sweeps[0]
+    added = {}
+    for name, prefix, dims in (("score", "", ("layer", "metric")), ("best_score", "best_", ("metric",))):
+        values = [sweep.results[name] if prefix else sweep.results[name].sel(arm="probe") for sweep in sweeps]
+        together = np.concatenate([value.transpose(*dims, "fold").values for value in values], axis=-1)
+        for end, found in zip(
+            ("low", "high"), _over_folds(together, first.sizes["fold"], first.attrs["groups_found"]), strict=True
+        ):
+            added[f"{prefix}repeat_{end}"] = (dims, found)
+        added[f"{prefix}repeat_mean"] = (dims, together.mean(-1))
+    return replace(sweeps[0], results=first.assign(added))

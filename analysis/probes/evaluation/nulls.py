@@ -49,10 +49,10 @@ class NullScores:
         for number, metric in enumerate(self.metrics):
             if prediction.probability is None and metric in score.LOWER:
                 continue
-            top, bottom = score.parts(metric, y, prediction, self.fold, self.cv, self.group)
             at = self.arms.index(arm), layer, number
-            self.by_fold[(*at, slice(None), draw)] = score.ratio(top, bottom)
-            self.pooled[(*at, draw)] = score.ratio(top.sum(), bottom.sum())
+            parts = score.parts(metric, y, prediction, self.fold, self.cv, self.group)
+            self.by_fold[(*at, slice(None), draw)] = score.ratio(*parts)
+            self.pooled[(*at, draw)] = score.pooled(metric, y, prediction, self.fold, self.group)
 
     def to_dataset(self, data: xr.Dataset) -> xr.Dataset:
         """Return the scores of a sweep with the distribution of its baselines.
@@ -62,7 +62,7 @@ class NullScores:
         ``null_p_corrected`` that of draws whose best layer reaches it (single-step maxT, Westfall & Young 1993).
         """
         low, high = np.quantile(self.pooled, ENDS, axis=-1)
-        sign = np.where(np.isin(self.metrics, score.LOWER), -1.0, 1.0)
+        sign = np.array([float(score.sign(metric)) for metric in self.metrics])
         probe = sign * data["pooled"].sel(arm="probe").values
         drawn = sign[:, None] * self.pooled
         reached = drawn >= probe[..., None]
@@ -94,11 +94,13 @@ class NullScores:
 
 
 def selectivity(data: xr.Dataset) -> xr.Dataset:
-    """Return by how much the probe exceeds the control task, by the first metric: mean and middle 95 % over draws."""
+    """Return by how much the probe beats the control task, by the first metric: mean and middle 95 % of draws."""
+    sign = score.sign(str(data["metric"].values[0]))
     probe = data["pooled"].sel(arm="probe").isel(metric=0)
     if "null_score" not in data:
-        return data.assign(selectivity=("layer", (probe - data["pooled"].sel(arm="control").isel(metric=0)).values))
-    over = (probe - data["null_score"].sel(baseline="control").isel(metric=0)).transpose("layer", "draw").values
+        control = data["pooled"].sel(arm="control").isel(metric=0)
+        return data.assign(selectivity=("layer", sign * (probe - control).values))
+    over = sign * (probe - data["null_score"].sel(baseline="control").isel(metric=0)).transpose("layer", "draw").values
     low, high = np.quantile(over, ENDS, axis=-1)
     return data.assign(
         selectivity=("layer", over.mean(-1)),

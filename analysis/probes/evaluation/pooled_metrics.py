@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import beta, norm
+
+from analysis.statistics.bootstrap import degrees_of_freedom, resample_groups, t_widening
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -35,7 +38,39 @@ def calibration_shares(y: NDArray, probability: Floats) -> Floats:
     return np.asarray(gaps @ np.sign(gaps.sum(0)))
 
 
-def calibration_replicates(gaps: Floats, drawn: Floats) -> Floats:
+def debiased_error(gaps: Floats, group: Ints) -> float:
+    """Return the calibration error without the noise of the bins; about 0 for a calibrated probe.
+
+    Noise makes a sum of absolute gaps too large. The true gaps are taken as normal with one variance, which is
+    estimated from all bins together, and the mean of the sum is returned, given the gaps of the sample (empirical
+    Bayes: Efron & Morris 1975).
+
+    Parameters
+    ----------
+    gaps : (n_samples, BINS)
+        From `bin_gaps`.
+    group : (n_samples,)
+        Samples of one group may depend on each other.
+
+    Returns
+    -------
+    float
+        NaN for a single group.
+    """
+    found = gaps.mean(0)
+    by_group, size = _sum_groups(gaps, group)
+    if len(size) < 2:
+        return float("nan")
+    noise = ((by_group - size[:, None] * found) ** 2).sum(0) / len(gaps) ** 2 * len(size) / (len(size) - 1)
+    share = (gaps != 0).mean(0)
+    spread = max(0.0, (found**2 - noise).sum() / max(float((share**2).sum()), 1e-300)) * share**2
+    kept = np.divide(spread, spread + noise, out=np.zeros_like(spread), where=spread > 0)
+    middle, error = kept * found, np.sqrt(kept * noise)
+    away = np.divide(middle, error, out=np.full_like(middle, np.inf), where=error > 0)
+    return float((np.abs(middle) * (1 - 2 * norm.cdf(-np.abs(away))) + 2 * error * norm.pdf(away)).sum())
+
+
+def calibration_replicates(gaps: Floats, group: Ints, resamples: int, seed: int) -> Floats:
     """Return replicates of the calibration error whose percentiles are an interval, ``(resamples,)``.
 
     Noise makes the sum of absolute gaps too large: by nothing if every gap is clear, and at most by its value without
@@ -44,16 +79,22 @@ def calibration_replicates(gaps: Floats, drawn: Floats) -> Floats:
 
     Parameters
     ----------
-    gaps
-        Mean gaps of the sample, ``(BINS,)``.
-    drawn
-        Mean gaps of each resample, ``(resamples, BINS)``.
+    gaps : (n_samples, BINS)
+        From `bin_gaps`.
     """
-    noise = np.nan_to_num(drawn - gaps)
+    by_group, size = _sum_groups(gaps, group)
+    in_bin = np.maximum(_sum_groups((gaps != 0) * 1.0, group)[0], 1e-9)
+    count, gaps = len(size), gaps.mean(0)
+    if count < 2:
+        return np.full(resamples, np.nan)
+    noise = np.empty((resamples, len(gaps)))
+    for part, weights in resample_groups(count, resamples, seed):
+        noise[part] = weights @ by_group / (weights @ size)[:, None] - gaps
+    noise *= _widening(in_bin) ** 0.5
     error = noise.std(0)
     clear = np.maximum(np.abs(gaps) - 2 * error, 0)  # the smallest gap that is compatible with the sample
     excess = (np.abs(clear + noise).mean(0) - clear).clip(0).sum()
-    values = drawn @ np.sign(gaps)
+    values = (gaps + noise) @ np.sign(gaps)
     values[::2] -= excess
     return np.maximum(values, 0)
 
@@ -126,9 +167,8 @@ def recall_replicates(y: NDArray, standard: Floats, weights: Floats) -> Floats:
     positive, values = y[order] == 1, standard[order]
     if positive.all() or not positive.any():
         return np.full(len(weights), np.nan)
-    ends = np.searchsorted(
-        -values, np.unique(-values[~positive]), "right"
-    )  # number of samples that reach each negative
+    nodes = np.unique(-values[~positive & (weights[:, order] > 0).any(0)])
+    ends = np.searchsorted(-values, nodes, "right")  # number of samples that reach each negative
     reached = np.zeros((2, len(weights), len(ends) + 1))
     for at, chosen in enumerate((~positive, positive)):
         reached[at, :, 1:] = np.cumsum(weights[:, order] * chosen, axis=1)[:, ends - 1]
@@ -140,3 +180,79 @@ def recall_replicates(y: NDArray, standard: Floats, weights: Floats) -> Floats:
     part = (allowed - low) / (high - low)
     total = (weights[:, order] * positive).sum(1)
     return np.asarray(((1 - part) * positives[line, above - 1] + part * positives[line, above]) / total)
+
+
+def recall_distributions(y: NDArray, standard: Floats, group: Ints, resamples: int, seed: int) -> tuple[Floats, Floats]:
+    """Return draws for the lower and the upper end of an interval of the recall, ``(resamples,)`` each.
+
+    The false positive rates at n independent negatives in order are distributed like the sums of exponential weights,
+    of which there are n + 1. Groups of similar samples are worth fewer: consecutive negatives share one weight, so many
+    that the number of weights is that of the negatives divided by their design effect (Kish 1965). The rate of 1 %
+    lies between two negatives: the recall is interpolated for the lower end, to 0 above the largest negative, and is
+    that of the smaller one for the upper end. The share of positives above the threshold is drawn from the exact
+    distribution of a proportion (Clopper & Pearson 1934), of as many positives as the groups are worth. NaN without
+    positives or negatives.
+    """
+    kept = ~np.isnan(standard)
+    order = np.flatnonzero(kept)[np.argsort(-standard[kept], kind="stable")]
+    positive, values, group = y[order] == 1, standard[order], group[order]
+    if positive.all() or not positive.any():
+        return np.full(resamples, np.nan), np.full(resamples, np.nan)
+    rng = np.random.default_rng(seed)
+    negatives, positives = np.sort(values[~positive])[::-1], np.sort(-values[positive])
+    many, hits = (max(1, round(at.sum() / design_effect(values[at], group[at]))) for at in (~positive, positive))
+    first = (np.arange(many) * len(negatives) / many).astype(int)
+    last = np.append(first[1:], len(negatives)) - 1
+    reached = np.cumsum(rng.standard_exponential((resamples, many + 1)), axis=1)
+    reached /= reached[:, -1:]
+    above = np.minimum((reached <= RATE).sum(1), many - 1)  # the first negative beyond the rate
+    inner, outer = (
+        np.append(0.0, np.searchsorted(positives, -negatives[at], "left") / len(positives)) for at in (first, last)
+    )
+    line, before = np.arange(resamples), np.where(above > 0, reached[np.arange(resamples), above - 1], 0.0)
+    part = np.minimum((RATE - before) / (reached[line, above] - before), 1.0)
+    found = hits * ((1 - part) * inner[above] + part * inner[above + 1]), hits * outer[above + 1]
+    chance = rng.random(resamples)
+    low = beta.ppf(chance, np.maximum(found[0], 1e-9), hits - found[0] + 1)
+    high = beta.ppf(chance, found[1] + 1, np.maximum(hits - found[1], 1e-9))
+    return np.asarray(low), np.asarray(high)
+
+
+def proportion_quantiles(value: float, samples: float, levels: Floats) -> Floats:
+    """Return quantiles of the exact interval of a proportion (Clopper & Pearson 1934; Korn & Graubard 1998).
+
+    >>> proportion_quantiles(1.0, 10, np.array([0.025, 0.975])).round(3).tolist()
+    [0.692, 1.0]
+    """
+    hits = value * samples
+    low = beta.ppf(levels, hits, samples - hits + 1) if hits > 0 else np.zeros(len(levels))
+    high = beta.ppf(levels, hits + 1, samples - hits) if hits < samples else np.ones(len(levels))
+    return np.where(levels < 0.5, low, high)
+
+
+def design_effect(values: Floats, group: Ints) -> float:
+    """Return how many samples in groups are worth one independent sample, at least 1.
+
+    The variance of the mean over groups is widened as Student's t is, because few groups tell it badly.
+    """
+    by_group, size = _sum_groups((values - values.mean())[:, None], group)
+    if len(size) < 2:
+        return float(len(values))
+    spread = float(((values - values.mean()) ** 2).sum())
+    effect = float((by_group**2).sum()) * float(_widening(size)[0]) / spread if spread > 0 else 1.0
+    return min(max(effect, 1.0), len(values))
+
+
+def _sum_groups(values: Floats, group: Ints) -> tuple[Floats, Floats]:
+    """Return the sums of each group, ``(groups, n)``, and its samples."""
+    place = np.unique(group, return_inverse=True)[1]
+    total = np.zeros((int(place.max()) + 1, values.shape[1]))
+    np.add.at(total, place, values)
+    return total, np.bincount(place).astype(float)
+
+
+def _widening(size: Floats) -> Floats:
+    """Return how much the variance between groups must be multiplied so that normal quantiles are those of t."""
+    count = (size.reshape(len(size), -1) > 0).sum(0)
+    freedom = degrees_of_freedom(np.ones((len(size), 1)), size, kurtosis=False)
+    return t_widening(freedom) * count / np.maximum(count - 1, 1)

@@ -68,7 +68,8 @@ class Sweep(SweepResults):
         -------
         Dataset with dims (arm, layer, position, edit, alpha, metric):
 
-        - ``mean``; ``ci_low, ci_high``, the 95 % interval of a group bootstrap; ``documents``, the number of values;
+        - ``mean``; ``ci_low, ci_high``, the 95 % interval over groups: the studentized bootstrap, or Student's t if
+          it is wider; ``documents``, the number of values;
         - ``change``: the mean less that of the same documents without an edit;
         - ``noise_floor``, for layer and metric: the largest distance over documents between the values of a replay that
           changes nothing and of the forward. A change up to it is rounding;
