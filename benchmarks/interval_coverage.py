@@ -8,8 +8,8 @@ in equal numbers of both classes. Folds hold whole groups: 4 folds of 8 groups, 
 and the truth is its score on 300,000 samples: coverage of ``ci_low, ci_high``, and of the band over 6 layers. (2)
 Logistic probes are trained in each fold on 10 features, of which one tells the class. The truth of ``ci_low, ci_high``
 is the accuracy of these probes on 2,000 new groups; that of ``fold_low, fold_high`` and of ``repeat_low, repeat_high``
-of 5 repeats is the mean accuracy of such probes over training sets. (3) Means of a replay over documents in groups, with
-exponential effects.
+of 5 repeats is the mean accuracy of such probes over training sets. (3) Means of a replay over documents in groups,
+with exponential effects.
 """
 
 from __future__ import annotations
