@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from analysis.dataset.store_argument import accept_store_path
 from analysis.readout.contributions import heat_map
 from analysis.replay.gradients.plot import scatter
-from analysis.replay.sweeps.charts import draw_panels, make_charts
+from analysis.replay.sweeps.chart_figure import draw_panels
+from analysis.replay.sweeps.charts import make_charts
 from analysis.replay.sweeps.effects import largest_cells
 from analysis.replay.sweeps.results import Sweep
 from analysis.report import facts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,36 @@ import matplotlib
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize, to_hex
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from analysis.plot_style import INK, PAPER, SOFT, frame, save_figure
+from analysis.replay.sweeps.chart_figure import Chart, Panel, Scale, draw_figure
 from analysis.replay.sweeps.effects import estimate_effects
-from analysis.replay.sweeps.metric_names import NAMES
 from analysis.replay.sweeps.table import tested_baselines
 from analysis.sweep_results import check_metric, names_along
 
+NAMES = {
+    "kl": "KL divergence, nats",
+    "kl_mean": "KL divergence, nats, mean of the tokens",
+    "kl_sum": "KL divergence, nats, sum of the tokens",
+    "loss": "loss, nats",
+    "loss_mean": "loss, nats, mean of the tokens",
+    "loss_sum": "loss, nats, sum of the tokens",
+    "loss_change": "change of loss, nats",
+    "loss_change_mean": "change of loss, nats, mean of the tokens",
+    "loss_change_sum": "change of loss, nats, sum of the tokens",
+    "logit_diff": "logit difference",
+    "logit_diff_change": "change of logit difference",
+    "prob": "probability of the answer",
+    "rank": "rank of the answer",
+    "flips": "share of changed next tokens",
+    "flips_mean": "share of changed next tokens",
+    "flips_sum": "changed next tokens",
+    "recovered": "recovered fraction",
+    "cosine": "cosine of the last residual",
+}
 CURVES = ("#0a6ebd", "#bc4c00", "#1a7f37", "#8250df", "#9a6700", "#cf222e", "#bf3989", "#1b7c83")
 STYLES: dict[str, tuple[int, tuple[float, ...]]] = {
     "edit": (0, ()),
@@ -35,48 +52,6 @@ PLACES = 6
 NUMBERED = 40
 """Number of cells up to which a heat map shows numbers."""
 LEVEL = 0.05
-WIDTH, HEIGHT = 4.6, 3.4
-"""Inches of a panel."""
-
-
-Scale = tuple[str, float, float]
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes of a chart.
-
-    Attributes
-    ----------
-    draw : function of Axes
-        Draws the panel, without its title.
-    """
-
-    title: str
-    draw: Callable[[Axes], None]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Panels with one scale and one legend, side by side in a figure or one by one on a page.
-
-    Attributes
-    ----------
-    legend : tuple of (label, colour, dashes)
-        Lines of the curves; empty for heat maps.
-    columns : int
-        Panels in a row of a figure.
-    scale : (colour map, least, most), or None
-        Colours of heat maps.
-    """
-
-    title: str
-    caption: str
-    label: str
-    panels: tuple[Panel, ...]
-    legend: tuple[tuple[str, str, tuple[float, ...]], ...] = ()
-    columns: int = 3
-    scale: Scale | None = None
 
 
 def make_charts(effect: xr.Dataset, metric: str | None = None) -> list[Chart]:
@@ -113,46 +88,6 @@ def make_charts(effect: xr.Dataset, metric: str | None = None) -> list[Chart]:
     return found
 
 
-def draw_figure(chart: Chart) -> Figure:
-    """Return all panels of a chart in one figure, with the legend on their right; pyplot is not used."""
-    columns = min(chart.columns, len(chart.panels))
-    rows = -(-len(chart.panels) // columns)
-    size = (WIDTH * columns + 2.2, HEIGHT * rows + 0.4)
-    figure = Figure(figsize=size, layout="constrained", facecolor=PAPER)
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=not chart.scale)
-    for axes, panel in zip(grid.flat, chart.panels):
-        _draw_panel(axes, panel)
-    for axes in grid.flat[len(chart.panels) :]:
-        axes.remove()
-    for axes in grid[:, 0] if not chart.scale else ():
-        axes.set_ylabel(chart.label, color=INK)
-    figure.suptitle(chart.title, x=0.01, ha="left", color=INK, fontsize=11)
-    if chart.scale:
-        _draw_scale(figure, list(grid.flat[: len(chart.panels)]), chart)
-    if chart.legend:
-        lines = [Line2D([], [], color=c, linestyle=(0, dash), linewidth=1.8) for _, c, dash in chart.legend]
-        names = [label for label, _, _ in chart.legend]
-        legend = figure.legend(lines, names, loc="outside right upper", frameon=False, fontsize=9, labelcolor=INK)
-        for text in legend.get_texts():
-            text.set_parse_math(False)
-    return figure
-
-
-def draw_panels(chart: Chart) -> list[Figure]:
-    """Return each panel of a chart as a figure of its own, without the legend."""
-    found = []
-    for panel in chart.panels:
-        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained", facecolor=PAPER)
-        axes = figure.subplots()
-        _draw_panel(axes, panel)
-        if chart.scale:
-            _draw_scale(figure, [axes], chart)
-        else:
-            axes.set_ylabel(chart.label, color=INK)
-        found.append(figure)
-    return found
-
-
 def plot(results: xr.Dataset, path: str | Path | None = None, metric: str | None = None) -> Figure:
     """Draw the first chart of `make_charts` for a metric, and write it to *path*: PNG, SVG or PDF."""
     check_metric(results, metric)
@@ -162,10 +97,9 @@ def plot(results: xr.Dataset, path: str | Path | None = None, metric: str | None
 def _heat_maps(effects: dict[str, xr.Dataset], across: str, metric: str, tested: list[str]) -> Chart:
     """Return the change by layer and position or head: a row for each edit, the edit and its controls side by side."""
     arms = [arm for arm in names_along(next(iter(effects.values())), "arm") if arm != "identity"]
-    ends = np.array(
-        [[f(one["change"].sel(arm=arms), initial=0.0) for f in (np.nanmin, np.nanmax)] for one in effects.values()]
-    )
-    most, signed = float(np.abs(ends).max()), bool(ends.min() < 0)
+    change = np.concatenate([one["change"].sel(arm=arms).values.ravel() for one in effects.values()])
+    change = change[np.isfinite(change)]
+    most, signed = float(np.abs(change).max(initial=0.0)), bool((change < 0).any())
     scale = ("RdBu_r", -most, most) if signed else ("Blues", 0.0, most or 1.0)
     panels = []
     for edit, at in effects.items():
@@ -305,19 +239,6 @@ def _legend(effect: xr.Dataset, colours: dict[str, str]) -> tuple[tuple[str, str
         *((edit, colour, ()) for edit, colour in colours.items()),
         *((arm.replace("_", " "), SOFT, STYLES[arm][1]) for arm in baselines),
     )
-
-
-def _draw_panel(axes: Axes, panel: Panel) -> None:
-    panel.draw(axes)
-    axes.set_title(panel.title, loc="left", color=INK, fontsize=10, parse_math=False, wrap=True)
-
-
-def _draw_scale(figure: Figure, axes: list[Axes], chart: Chart) -> None:
-    assert chart.scale is not None
-    colours, least, most = chart.scale
-    bar = figure.colorbar(ScalarMappable(Normalize(least, most), colours), ax=axes, shrink=0.8)
-    bar.set_label(chart.label, color=INK)
-    bar.ax.tick_params(color=SOFT, labelcolor=SOFT)
 
 
 def _made(effect: xr.Dataset) -> np.ndarray:

@@ -118,3 +118,12 @@ def test_the_largest_effects_are_ranked_by_the_change_and_leave_out_strength_0(c
     assert len(r.table().rows) == 4
     assert [str(column.header) for column in r.table(2).columns][-1] == "p adjusted,\nidentity"
     assert len(r.table(2).rows) == 2
+
+
+def test_an_edit_without_any_value_has_an_empty_map(captured: Any) -> None:
+    store, model = captured()
+    name = store.documents["id"][0].as_py()
+    edits = replay.Zero() | replay.Patch({name: name})
+    found = replay.sweep(store, model, replay.grid(layers=[0, 2], positions=["first", "last"]), edits, ["kl"], **QUIET)
+    panels = [axes for axes in found.plot().axes if axes.images]
+    assert [np.isfinite(axes.images[0].get_array().filled(np.nan)).all() for axes in panels] == [True, False]
