@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -189,7 +188,6 @@ def dot(one: Floats, other: Floats) -> Floats:
     return found
 
 
-@lru_cache(maxsize=1)
 def _find_projection(model: nn.Module, layer: int, features: int) -> Projection:
     named = modules_by_path(model)
     z, out = (find_hook_points(model, Site(name), layer)[0] for name in ("z", "attn_out"))
