@@ -60,6 +60,11 @@ def test_the_error_of_a_value_is_at_most_half_a_step(rows: np.ndarray, outliers:
     assert within(dequantize(values.astype(np.float32), scales), rows, outliers)
 
 
+def test_a_row_without_its_outliers_is_reported_as_damaged() -> None:
+    with pytest.raises(DamagedError, match="outliers of its scales"):
+        dequantize(np.zeros((2, 4), np.float32), np.ones((2, 2), np.float32))
+
+
 def test_massive_dims_at_every_position_do_not_coarsen_the_other_values() -> None:
     rows = np.random.default_rng(0).normal(size=(200, 640)).astype(np.float32)
     rows[:, [7, 300]] += 800
