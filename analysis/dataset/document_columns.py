@@ -23,6 +23,9 @@ _VALUE_TYPES = (
 LABEL_TYPES = (*_VALUE_TYPES, pa.types.is_temporal, pa.types.is_decimal)
 """Types of columns whose values can be compared."""
 
+AS_REQUESTED = "as requested"
+"""The reason for a task that the caller named."""
+
 
 def read_column(
     table: pa.Table, name: str, role: str, kinds: Sequence[Callable[[pa.DataType], bool]] = _VALUE_TYPES
@@ -108,7 +111,7 @@ def choose_task(column: pa.Array, name: str, task: Task | None = None) -> tuple[
         The values are more than two whole numbers as floating-point numbers, which may be classes or a quantity.
     """
     if task is not None:
-        return task, "as requested"
+        return task, AS_REQUESTED
     if not pa.types.is_floating(column.type):
         kind = "text" if pa.types.is_string(column.type) or pa.types.is_large_string(column.type) else str(column.type)
         return "classification", f"its values are {kind}"

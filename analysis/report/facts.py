@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from analysis import probes
+from analysis.dataset.document_columns import AS_REQUESTED
 from analysis.probes import Sweep
 from flexcache.store.format.text import layer_text, size
 from flexcache.store.read.display import sites as site_lines
@@ -59,7 +60,8 @@ def snippet(sweep: Sweep, path: str) -> str:
     what = sweep.results.attrs
     name = what["probe"].split("(")[0]
     ours = name in probes.__all__
-    options = {key: what[key] for key in ("cv", "groups", "rows", "seed", "task")}
+    options = {key: what[key] for key in ("cv", "groups", "rows", "seed")}
+    options |= {"task": what["task"]} if what.get("task_reason") == AS_REQUESTED else {}
     options |= {key: what[key] for key, usual in (("metric", None), ("repeats", 1)) if what.get(key, usual) != usual}
     layers = [int(layer) for layer in sweep.results["layer"].values]
     if layers != [-1]:
