@@ -12,7 +12,7 @@ from flexcache.validation import Options
 
 File = Literal["capture", "replay"]
 VALUE = r"""\[[^]]*\]|\([^()]*\)|'[^']*'|"[^"]*"|[^\s,;)]+"""
-ARGUMENT = re.compile(rf"(?<!--set )\b([a-z_]+)=({VALUE})")
+ARGUMENT = re.compile(rf"(?<!--set )\b([a-z_]+)=(?:({VALUE})|(?=[\s,;]))")
 DOCUMENTS = re.compile(r"flexcache\.open_documents\(…, (.*)\)")
 CALL = re.compile(r"""(\w[\w.]*\((?:\[[^]]*\]|\([^()]*\)|'[^']*'|"[^"]*"|[^][()'"])*\))""")
 CONSTANTS = {"None": "null", "True": "true", "False": "false"}
@@ -50,7 +50,8 @@ def as_yaml(text: str, names: Collection[str]) -> str:
             parts[number] = f"documents: {{{', '.join(keys)}}}"
         elif number % 2 == 0:  # between two calls
             parts[number] = ARGUMENT.sub(
-                lambda found: f"{found[1]}: {_yaml_value(found[2])}" if found[1] in names else found[0], part
+                lambda found: f"{found[1]}: {_yaml_value(found[2] or '')}".rstrip() if found[1] in names else found[0],
+                part,
             )
     return "".join(parts)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -138,15 +137,6 @@ def test_small_changes_are_seen_although_the_store_is_rounded(captured: Callable
     found = swept(made, edit=replay.Scale(1.001), metrics=["loss", "kl"], at=replay.grid(layers=1, positions=0))
     assert float(found["identity_error"].max()) > 1e-4
     assert not unchanged(found)
-
-
-def test_parts_of_an_earlier_version_are_read(captured: Callable[..., Any], tmp_path: Path) -> None:
-    made = captured(documents=EQUAL, batch_tokens=30)
-    first = swept(made, metrics=["kl"], folder=tmp_path)
-    for path in (tmp_path / "parts").glob("*.npz"):
-        kept = {name: array for name, array in np.load(path).items() if name != "changed"}
-        np.savez(path, **kept)
-    assert swept(made, metrics=["kl"], folder=tmp_path).identical(first)
 
 
 @pytest.mark.parametrize(
