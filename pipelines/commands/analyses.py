@@ -164,7 +164,7 @@ def probe(
             " compare FOLDER FOLDER",
             found=" ".join(["flexcache probe", *places]) + ("" if target else ", without --target"),
         )
-    check_applicable("flexcache probe STORE", [name for name in ("classes", "metric") if others[name]], ())
+    check_applicable("flexcache probe STORE", ["classes"] if classes else [], ())
     pipeline.run(
         places[0],
         split_names(target),
