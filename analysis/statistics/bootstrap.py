@@ -67,9 +67,8 @@ def degrees_of_freedom(influence: Floats, size: Floats, *, kurtosis: bool = True
     They are fewer than the groups − 1 if groups differ in size, or if few of them hold most of the variance
     (Satterthwaite 1946): the fourth moment of the influences gives the variance of their variance.
 
-    >>> influence = np.random.default_rng(0).normal(size=(10_000, 1))
-    >>> int(degrees_of_freedom(influence, np.ones(10_000))[0]) > 5000
-    True
+    >>> degrees_of_freedom(np.array([[-1.0], [0.0], [1.0]]), np.ones(3), kurtosis=False).tolist()
+    [2.0]
 
     Parameters
     ----------
