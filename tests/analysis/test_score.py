@@ -225,11 +225,6 @@ def test_the_bootstrap_equals_scores_of_the_drawn_groups(metric: score.Metric) -
             pairs = y.sum() * (1 - y).sum() if metric == "auroc" else len(y)
             value = roc_auc_score(y, decision) if metric == "auroc" else accuracy_score(y, predicted)
             top, bottom = top + value * pairs, bottom + pairs
-        for g in range(20) if metric == "auroc" else ():  # pairs whose samples are in one group do not count
-            y, decision, n = Y[g == GROUP], DECISION[g == GROUP], drawn[g] ** 2
-            if 0 < y.sum() < 3:
-                top -= n * roc_auc_score(y, decision) * y.sum() * (1 - y).sum()
-                bottom -= n * y.sum() * (1 - y).sum()
         values.append(top / bottom)
     assert (draws.sum(1) == 20).all()
     asked = ([metric], Y, SAID, FOLD, GROUP)
@@ -297,15 +292,15 @@ def test_the_pooled_correlation_is_about_the_means_of_the_folds() -> None:
     assert score.pooled("pearson", y, said, FOLD) == pytest.approx(expected)
 
 
-def test_pairs_of_one_group_do_not_count_in_the_pooled_auroc() -> None:
+def test_the_pooled_auroc_counts_all_pairs_within_a_fold() -> None:
     pairs = [
         (DECISION[i] > DECISION[j]) + (DECISION[i] == DECISION[j]) / 2
         for i in np.flatnonzero(Y == 1)
         for j in np.flatnonzero(Y == 0)
-        if FOLD[i] == FOLD[j] and GROUP[i] != GROUP[j]
+        if FOLD[i] == FOLD[j]
     ]
     assert score.pooled("auroc", Y, SAID, FOLD, GROUP) == pytest.approx(np.mean(pairs))
-    one = np.zeros(N, int)  # no pairs of different groups, so all pairs count
+    one = np.zeros(N, int)
     assert score.pooled("auroc", Y, SAID, one, one) == pytest.approx(roc_auc_score(Y, DECISION))
 
 

@@ -122,7 +122,7 @@ def draw_scores(
     for part, weights in resample_groups(int(group.max()) + 1, resamples, seed, n_samples=len(y)):
         expanded = weights[:, group] if drawable else weights
         for number in drawable:
-            values[number, part] = weighted_values(wanted[number], y, prediction, fold, expanded, group)
+            values[number, part] = weighted_values(wanted[number], y, prediction, fold, expanded)
     return values
 
 
@@ -189,9 +189,7 @@ def _leave_groups_out(
         place, count = (np.random.default_rng(seed).permutation(count) % MOST)[place], MOST
     step = max(1, CHUNK // len(y))
     found = [
-        weighted_values(
-            metric, y, said, fold, (place != np.arange(first, min(first + step, count))[:, None]) * 1.0, group
-        )
+        weighted_values(metric, y, said, fold, (place != np.arange(first, min(first + step, count))[:, None]) * 1.0)
         for first in range(0, count, step)
     ]
     compared = [y == code for code in np.unique(y)] if metric == "auroc" else [np.ones(len(y), bool)]

@@ -124,12 +124,10 @@ def pooled(metric: Metric, y: NDArray, prediction: Prediction, fold: Ints, group
     if metric in POOLED:
         top, bottom = parts(metric, y, prediction, fold, int(fold.max()) + 1, group)
         return float(ratio(top.sum(), bottom.sum()))
-    return float(weighted_values(metric, y, prediction, fold, np.ones((1, len(y))), group)[0])
+    return float(weighted_values(metric, y, prediction, fold, np.ones((1, len(y))))[0])
 
 
-def weighted_values(
-    metric: Metric, y: NDArray, said: Prediction, fold: Ints, weights: Floats, group: Ints | None = None
-) -> Floats:
+def weighted_values(metric: Metric, y: NDArray, said: Prediction, fold: Ints, weights: Floats) -> Floats:
     """Return the value over all held-out samples under each row of weights, ``(n, n_samples)`` to ``(n,)``.
 
     Not for the metrics in `POOLED`. The samples of a group have the same weight.
@@ -147,23 +145,7 @@ def weighted_values(
     if metric != "auroc":  # a mean over samples, whose folds need not be told apart
         return ratio(*_weighted(metric, y, said, weights))
     found = [_weighted(metric, y[at], said.select_samples(at), weights[:, at]) for at in masks if at.any()]
-    top, bottom = np.sum(found, axis=0)
-    if group is None:
-        return ratio(top, bottom)
-    inside = _pairs_inside(y, said.decision, fold, group, weights)
-    alone = bottom - inside[1] <= 1e-9  # every fold has a single group, so there are no pairs of different groups
-    return ratio(np.where(alone, top, top - inside[0]), np.where(alone, bottom, bottom - inside[1]))
-
-
-def _pairs_inside(y: NDArray, decision: Floats, fold: Ints, group: Ints, weights: Floats) -> Floats:
-    """Return the weighted concordant pairs, and all pairs, whose samples share group and fold, ``(2, n)``."""
-    _, place, size = np.unique(np.stack([fold, group]), axis=1, return_inverse=True, return_counts=True)
-    shared = np.split(np.argsort(place, kind="stable"), np.cumsum(size)[:-1])
-    mixed = [at for at in shared if 0 < (y[at] == 1).sum() < len(at)]
-    if not mixed:
-        return np.zeros((2, len(weights)))
-    pairs = np.stack([np.concatenate(_auroc(y[at], decision[at], np.ones((1, len(at))))) for at in mixed])
-    return (weights[:, [at[0] for at in mixed]] ** 2 @ pairs).T
+    return ratio(*np.sum(found, axis=0))  # pairs within a fold, whose decisions can be compared
 
 
 def _masks(fold: Ints, cv: int) -> list[NDArray[np.bool_]]:
