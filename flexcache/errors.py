@@ -139,6 +139,6 @@ def nearest(name: str, names: list[str] | tuple[str, ...]) -> str:
     """
     import difflib
 
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
     listed = ", ".join(names[:40]) + (f", … ({len(names)} in all)" if len(names) > 40 else "")
     return f"did you mean {close[0]}? There are: {listed}" if close else f"there are: {listed}"

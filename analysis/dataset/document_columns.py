@@ -66,12 +66,17 @@ def joined_labels(store: Any, columns: Iterable[Any]) -> dict[str, dict[str, str
 
 
 def is_known(column: pa.Array) -> NDArray[np.bool_]:
-    """Return a mask of the values that are neither null nor NaN.
+    """Return a mask of the values that are not missing: neither null nor NaN, nor a text without a character.
 
     >>> is_known(pa.array([1.0, None, float("nan")])).tolist()
     [True, False, False]
+    >>> is_known(pa.array(["b", "", " ", None])).tolist()
+    [True, False, False, False]
     """
-    return np.asarray(pc.invert(pc.is_null(column, nan_is_null=True)))
+    known = pc.invert(pc.is_null(column, nan_is_null=True))
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        known = pc.and_(known, pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(column), ""), False))
+    return np.asarray(known)
 
 
 def value_codes(column: pa.Array) -> NDArray[np.int64]:
@@ -92,8 +97,6 @@ def label_codes(column: pa.Array) -> NDArray[np.int64]:
     [0, -1, -1, 0]
     """
     known = is_known(column)
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        known &= np.asarray(pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(column), ""), False))
     found = np.full(len(column), -1, np.int64)
     found[known] = value_codes(column.filter(pa.array(known)))
     return found

@@ -204,7 +204,7 @@ def build_dataset(
         A column of ``store.documents``, or a target of `analysis.targets`. Text, booleans and integers are classes,
         and so are two whole numbers in a floating-point column; numbers with decimals are a regression. More than two
         whole numbers in a floating-point column need *task*, because pandas turns integers with missing values into
-        such a column. Documents and tokens without a value (null or NaN) are left out and counted in
+        such a column. Documents and tokens without a value (null, NaN or an empty text) are left out and counted in
         `ProbeDataset.dropped`.
     groups
         ``"document"`` keeps the rows of a document together. The name of a column keeps documents with the same value

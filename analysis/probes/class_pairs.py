@@ -24,6 +24,12 @@ def pair_classes(dataset: ProbeDataset, known: Sequence[Any], given: Mapping[Any
         pair.
     """
     own, probed = _names(dataset.classes), _names(known)
+    if not isinstance(given, Mapping | None):
+        raise AnalysisError(
+            "classes is not a mapping",
+            expected="the class of the probe for each class of the target, such as {'fresh': 'positive'}",
+            found=repr(given)[:80],
+        )
     told = f"{', '.join(own) or 'none'} in the target {dataset.target!r}; {', '.join(probed) or 'none'} in the probe"
     fitting = [pairs for pairs in _both_ways(given or {}) if {*pairs} <= {*own} and {*pairs.values()} <= {*probed}]
     if not fitting:

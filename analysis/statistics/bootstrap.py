@@ -53,12 +53,17 @@ def resample_groups(
 def percentile_interval(values: Floats, level: float = 0.95) -> tuple[Floats, Floats]:
     """Return the ends of the percentile interval over the last dim, the resamples; NaN is ignored.
 
+    Both ends are NaN where no resample has a value.
+
     >>> low, high = percentile_interval(np.arange(101.0), level=0.5)
     >>> float(low), float(high)
     (25.0, 75.0)
     """
-    low, high = np.nanpercentile(values, [50 * (1 - level), 50 * (1 + level)], axis=-1)
-    return low, high
+    values = np.asarray(values)
+    found = np.full((2, *values.shape[:-1]), np.nan)
+    some = ~np.isnan(values).all(-1)
+    found[:, some] = np.nanpercentile(values[some], [50 * (1 - level), 50 * (1 + level)], axis=-1)
+    return found[0], found[1]
 
 
 def degrees_of_freedom(influence: Floats, size: Floats, *, kurtosis: bool = True) -> Floats:

@@ -59,6 +59,15 @@ def test_documents_without_target_group_or_rows_are_left_out_and_counted(array_s
     np.testing.assert_array_equal(found.read_layer(1), values[1][[0, 3, 4]])
 
 
+def test_an_empty_text_is_a_missing_target_and_a_missing_group(array_store: Any) -> None:
+    label, group = ["a", "", "b", "  ", "a", "b"], ["x", "x", "", "y", "y", "z"]
+    store = array_store(np.zeros((1, 6, 2)), [1] * 6, label=label, group=group)
+    found = build_dataset(store, "resid_post", "label", groups="group")
+    assert found.classes == ("a", "b")
+    assert found.dropped == {"no target": 2, "no group": 1}
+    assert found.source.tolist() == [0, 4, 5]
+
+
 def test_numeric_groups_ignore_nan_and_treat_both_zeros_as_equal(array_store: Any) -> None:
     store = array_store(np.zeros((1, 5, 2)), [1] * 5, label=list("abbab"), by=[0.0, -0.0, float("nan"), 1.0, 1.0])
     found = build_dataset(store, "resid_post", "label", groups="by")

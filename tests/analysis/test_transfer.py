@@ -107,6 +107,22 @@ def test_a_pair_of_names_that_are_not_classes_is_refused(store: Any, sweep: prob
         probes.transfer(sweep, store, "tomato", classes=classes)
 
 
+@pytest.mark.parametrize("classes", ["fresh=positive", [("fresh", "positive")]])
+def test_classes_that_are_no_mapping_are_refused(store: Any, sweep: probes.Sweep, classes: Any) -> None:
+    with pytest.raises(AnalysisError, match="classes is not a mapping"):
+        probes.transfer(sweep, store, "tomato", classes=classes)
+
+
+def test_one_group_has_scores_and_no_intervals(store: Any, sweep: probes.Sweep) -> None:
+
+    whole = value_store(store.path.parent / "one.zarr", np.ones((3, 80, 6)), [1] * 80, labels={"owner": ["x"] * 80})
+    table = store.documents["label"].combine_chunks()
+    found = probes.transfer(sweep, whole, DocumentTarget("label", lambda other: table), groups="owner", resamples=20)
+    assert np.isfinite(found["score"].sel(metric=["accuracy", "auroc"])).all()
+    for end in ("ci_low", "ci_high"):
+        assert found[end].sel(metric=["accuracy", "auroc"]).isnull().all()
+
+
 def test_a_regression_has_no_classes_to_pair(store: Any) -> None:
     grade = probes.sweep(store, "grade", "resid_post", probes.Ridge(1.0), baselines=(), task="regression", **QUICK)
     found = probes.transfer(grade, store, "number", resamples=20)

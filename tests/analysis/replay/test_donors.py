@@ -52,6 +52,9 @@ def test_without_a_label_every_other_document_of_the_length_may_be_a_donor() -> 
 def test_a_column_that_is_not_a_label_raises_an_error() -> None:
     with pytest.raises(AnalysisError, match="no column 'lable'"):
         replay.same_length(documents(LABELS["codes"]), differing="lable")
+    column: Any = 3
+    with pytest.raises(AnalysisError, match="no column 3"):
+        replay.same_length(documents(LABELS["codes"]), differing=column)
     for column in (pa.array([["a"]] * 8), pa.array([None] * 8)):
         with pytest.raises(AnalysisError, match="cannot be a label"):
             replay.same_length(documents(column), differing="label")
