@@ -11,6 +11,7 @@ from typing import Any
 import xarray as xr
 
 from analysis import saved
+from analysis.arguments import check_whole
 from analysis.dataset.document_columns import joined_labels
 from analysis.dataset.store_argument import accept_store_path
 from analysis.dataset.tokens import TokenTypes
@@ -177,11 +178,16 @@ def survey(
     ConfigError
         Nothing can be written to *folder*.
     AnalysisError
-        A part or keyword is unknown; see also `analysis.statistics.onepass.read`.
+        A part or keyword is unknown, or a number cannot be used; see also `analysis.statistics.onepass.read`.
     OutputError
         The results cannot be written to *folder*; the error names the folder that holds them.
     """
     check_keywords(survey, where, ("scheduler", "workers", "progress"), AnalysisError)
+    for name, value, least in (("rows", rows, 2), ("similarity_rows", similarity_rows, 2)):
+        if value is not None:
+            check_whole(name, value, least)
+    check_whole("permutations", permutations, 0)
+    check_whole("seed", seed, 0)
     folder = None if folder is None else output_folder(folder)
     if folder is not None:
         saved.check_free(results_path(folder, site))

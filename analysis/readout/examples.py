@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike
 
+from analysis.arguments import check_whole
 from analysis.dataset.store_argument import accept_store_path
 from analysis.dataset.tokens import Vocabulary, vocabulary
 from analysis.statistics.onepass import RowBlock, State, Statistic, read
@@ -163,8 +164,11 @@ def top(
     Raises
     ------
     AnalysisError
-        The direction has another length, or the site does not have the feature.
+        The direction has another length, the site does not have the feature, or a number cannot be used.
     """
+    check_whole("count", count, 1)
+    check_whole("per_document", per_document, 1)
+    check_whole("context", context, 0)
     directions = checked(store, site, [direction])
     statistic = TopRows(directions, count, per_document)
     found = read(store, site, {"top": statistic}, layers="all" if layer is None else layer, **where)

@@ -77,7 +77,7 @@ def read_label_rows(source: Any, key: str, columns: Sequence[str] | None = None)
             raise DocumentsError(
                 f"label {name!r} has no value", where=where, expected="a value in one line at least", found="null only"
             )
-    keys = read_ids(plain_column(table[key].combine_chunks(), key, where), where, 0)
+    keys = read_ids(plain_column(table[key].combine_chunks(), key, where), f"{where}, line", 0)
     _check_unique(keys, key, where)
     return pa.table([keys, *labels], names=[key, *wanted])
 

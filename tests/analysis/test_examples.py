@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,6 +41,12 @@ def test_the_top_tokens_of_a_neuron_are_those_of_a_full_sort(store: flexcache.St
         assert example.values[example.place] == example.value
         assert len(example.tokens) <= 25
         assert "[[" in str(example)
+
+
+@pytest.mark.parametrize("wrong", [{"count": 0}, {"count": 2.5}, {"per_document": 0}, {"context": -1}])
+def test_numbers_that_ask_for_no_example_are_refused(store: flexcache.Store, wrong: dict[str, Any]) -> None:
+    with pytest.raises(AnalysisError, match=f"{next(iter(wrong))} cannot be used"):
+        examples.top(store, "resid_post", 1, 3, progress=False, **wrong)
 
 
 @pytest.mark.parametrize("per_document", [1, 2])

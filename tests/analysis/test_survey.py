@@ -56,6 +56,12 @@ def test_one_read_equals_computing_each_statistic_alone(
     assert set(found.results) == {*PARTS, "total"} - {"lens"}
 
 
+@pytest.mark.parametrize("wrong", [{"permutations": -1}, {"seed": -1}, {"similarity_rows": 0}, {"rows": 1}])
+def test_numbers_that_cannot_be_used_are_refused(store: flexcache.Store, wrong: dict[str, Any]) -> None:
+    with pytest.raises(AnalysisError, match=f"{next(iter(wrong))} cannot be used"):
+        survey(store, progress=False, **wrong)
+
+
 def test_results_are_reused_until_store_or_arguments_change(
     store: flexcache.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,7 +143,8 @@ def test_a_removed_table_leaves_the_store_as_it_was(store: flexcache.Store, root
 
 WRONG_TABLES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "two lines for one id": ({"id": ["doc-1", "doc-1"], "x": [1, 2]}, {}, "occur in several lines"),
-    "a null id": ({"id": ["doc-1", None], "x": [1, 2]}, {}, "id"),
+    "a null id": ({"id": ["doc-1", None], "x": [1, 2]}, {}, "the table of labels, line 1"),
+    "a key of another type": ({"id": [0.5], "x": [1]}, {}, "the table of labels, lines from 0"),
     "no known id": ({"id": ["a", "b"], "x": [1, 2]}, {}, "no value of 'id'"),
     "no such key": ({"key": ["doc-1"], "x": [1]}, {}, "no column 'id'"),
     "a key that the store lacks": ({"name": ["doc-1"], "x": [1]}, {"on": "name"}, "no column 'name' to join on"),
