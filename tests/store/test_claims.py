@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from flexcache.store.write.claims import CLAIMS, Claims
+from flexcache.store.write.election import working
 from flexcache.store.write.worker import ALIVE, PARTIAL, Worker, describe
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +41,16 @@ def claimer(folder: Path) -> subprocess.Popen:
     assert process.stdout is not None
     assert process.stdout.readline().strip() == "0"
     return process
+
+
+def test_claims_of_abandoned_work_stay_until_its_process_ends(tmp_path: Path) -> None:
+    work = working(tmp_path)
+    worker, claims = work.__enter__()
+    assert claims.take_claim(range(3)) == "0"
+    del work, claims
+    gc.collect()
+    assert len([*(tmp_path / CLAIMS).iterdir()]) == 1
+    worker.close()
 
 
 def test_each_unit_is_claimed_by_exactly_one_of_many_workers(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ class ObjectClient:
 
 
 _clients: dict[tuple[int, str, str], ObjectClient] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()
 
 
 def check_scheme(scheme: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from flexcache.store.storage.backend import disk_path
@@ -22,26 +21,35 @@ POLL = 0.2
 T = TypeVar("T")
 
 
-@contextmanager
-def working(
-    root: StoreLocation,
-    finished: Callable[[], bool] = lambda: False,
-    heartbeat_timeout: float = HEARTBEAT_TIMEOUT,
-    conditions: dict[str, Any] | None = None,
-) -> Iterator[tuple[Worker, Claiming]]:
+class working:  # noqa: N801  # used as a context manager, like contextlib.closing
     """Start a worker on the store at *root* with its claims, and release and close both at the end.
 
     If *finished* then returns True, stale claims of other workers are removed as well. Other workers can read the
-    *conditions* of its forwards.
+    *conditions* of its forwards. This is no generator: one that is abandoned would release its claims when it is
+    garbage collected, although its writer thread still writes.
     """
-    kind = ObjectWorker if disk_path(root) is None else Worker
-    worker = kind(root, conditions, heartbeat_timeout)
-    claims = ObjectClaims(worker) if isinstance(worker, ObjectWorker) else Claims(worker)
-    try:
-        yield worker, claims
-    finally:
+
+    def __init__(
+        self,
+        root: StoreLocation,
+        finished: Callable[[], bool] = lambda: False,
+        heartbeat_timeout: float = HEARTBEAT_TIMEOUT,
+        conditions: dict[str, Any] | None = None,
+    ) -> None:
+        self._root, self._finished = root, finished
+        self._heartbeat_timeout, self._conditions = heartbeat_timeout, conditions
+
+    def __enter__(self) -> tuple[Worker, Claiming]:
+        kind = ObjectWorker if disk_path(self._root) is None else Worker
+        worker = kind(self._root, self._conditions, self._heartbeat_timeout)
+        claims: Claiming = ObjectClaims(worker) if isinstance(worker, ObjectWorker) else Claims(worker)
+        self._opened = worker, claims
+        return self._opened
+
+    def __exit__(self, *raised: object) -> None:
+        worker, claims = self._opened
         try:
-            claims.close(finished())
+            claims.close(self._finished())
             worker.sweep()
         finally:
             worker.close()
