@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import t as student
 from sklearn.linear_model import LogisticRegression
 
 from analysis import replay
@@ -285,8 +286,8 @@ def test_the_bootstrap_draws_groups_and_not_documents() -> None:
     effect = rng.standard_normal(20)
     values, group = np.repeat(effect, 50)[:, None], np.repeat(np.arange(20), 50)
     low, high = mean_interval(values, group, 2000, 0)
-    se = effect.std() / np.sqrt(20)
-    assert float(high[0] - low[0]) == pytest.approx(2 * 1.96 * se, rel=0.15)
+    width = 2 * student.ppf(0.975, 19) * effect.std(ddof=1) / np.sqrt(20)
+    assert float(high[0] - low[0]) == pytest.approx(width, rel=0.15)
     narrow = mean_interval(values, np.arange(1000), 2000, 0)
     assert float(narrow[1][0] - narrow[0][0]) < float(high[0] - low[0]) / 4
 
