@@ -45,12 +45,14 @@ class TerminalTable(Table):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         groups = self._group_columns(options.max_width)
         for number, group in enumerate(groups):
-            first, last = number == 0, number == len(groups) - 1
             part = Table(box=self.box, title_justify=self.title_justify, caption_justify=self.caption_justify)
-            part.title, part.caption = self.title if first else None, self.caption if last else None
+            part.title = None if number else self.title
+            part.caption = self.caption if len(groups) == 1 else None
             part.show_header, part.title_style = self.show_header, self.title_style
             part.columns, part.rows = [replace(column, _index=at) for at, column in enumerate(group)], self.rows
             yield part
+        if self.caption and len(groups) > 1:  # not as narrow as the last table
+            yield console.render_str(self.caption) if isinstance(self.caption, str) else self.caption
 
     def _group_columns(self, width: int) -> list[list[Column]]:
         """Return the columns of each table, with the widths that they need."""

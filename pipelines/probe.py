@@ -17,6 +17,7 @@ from analysis.dataset import targets
 from analysis.probes import Sweep, SweepOptions
 from analysis.probes.results import FILE
 from analysis.probes.table import NAMES, interval, number
+from analysis.report.facts import describe_dropped
 from analysis.rescue import write_or_rescue
 from analysis.terminal_table import TerminalTable
 from flexcache.errors import AnalysisError, ConfigError, nearest
@@ -112,7 +113,7 @@ def run(
         console.print(sweep.table())
         facts = sweep.results.attrs
         said = f"{facts['target']} is a {facts['task']}: {facts['task_reason']}"
-        console.print(said, markup=False, highlight=False, soft_wrap=True)
+        console.print(said + describe_dropped(facts.get("dropped", {})), markup=False, highlight=False, soft_wrap=True)
 
     def write(place: Path) -> list[tuple[str, Path]]:
         files = []
@@ -157,7 +158,7 @@ def run_transfer(
     best = sweep.best.layer
     table = TerminalTable(
         title=f"{sweep.results.attrs['target']} probes of {place.name}, tried on {found.attrs['samples']:,} samples of "
-        f"{store.path.name} for {found.attrs['target']}",
+        f"{store.path.name} for {found.attrs['target']}{describe_dropped(found.attrs['dropped'])}",
         title_justify="left",
     )
     table.add_column("layer", justify="right")

@@ -149,7 +149,12 @@ def table(found: Survey) -> Table:
     meaning = dict(MEANING)
     if "lens" in found:
         about = found["lens"].attrs
-        meaning["lens"] = f"KL of the logit lens from {about['reference']}, nats, on {about['sample']}"
+        reference, sample = about["reference"], about["sample"]
+        meaning["lens"] = (
+            f"no KL of the logit lens, because its reference is {reference}"
+            if reference.startswith("missing")
+            else f"KL of the logit lens from {reference}, nats, on {sample}"
+        )
     caption = " · ".join(f"{name}: {meaning[name]}" for name in columns if name in meaning)
     shown = TerminalTable(title=found.site, title_justify="left", caption=caption, caption_justify="left")
     for name in ("layer", *columns):

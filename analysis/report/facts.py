@@ -44,7 +44,7 @@ def asked(sweep: Sweep) -> Lines:
         ("site", what["site"] + ("" if layers == (-1,) else f", layers {layer_text(layers)}")),
         ("of each document", ROWS.get(what["rows"], f"the token at position {what['rows']}")),
         ("probe", what["probe"]),
-        ("documents", f"{what['documents']:,}" + _dropped(what["dropped"])),
+        ("documents", f"{what['documents']:,}" + describe_dropped(what["dropped"])),
         ("samples", f"{what['samples']:,} in {what['groups_found']:,} groups"),
     ]
     if what["classes"]:
@@ -78,7 +78,12 @@ def snippet(sweep: Sweep, path: str) -> str:
     )
 
 
-def _dropped(dropped: dict[str, int]) -> str:
+def describe_dropped(dropped: dict[str, int]) -> str:
+    """Return the number of documents or tokens that were left out for each reason, as the rest of a sentence.
+
+    >>> describe_dropped({"no target": 3})
+    '; 3 left out (no target)'
+    """
     return "".join(f"; {count:,} left out ({reason})" for reason, count in dropped.items())
 
 

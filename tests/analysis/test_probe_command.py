@@ -137,7 +137,7 @@ def test_a_task_is_asked_for_and_taken_from_the_command_line(tmp_path: Any, caps
     assert "--task" in capsys.readouterr().err
     for task, metric in (("classification", "accuracy"), ("regression", "r2")):
         main_exits(main, [*asked, "--task", task, "--cv", "3"])
-        assert f"stars is a {task}: as requested" in capsys.readouterr().out
+        assert f"stars is a {task}: as requested; 1 left out (no target)" in capsys.readouterr().out
         assert probes.load(tmp_path / "out").metrics[0] == metric
         page = (tmp_path / "out" / "report.html").read_text("utf-8")
         assert f"--task {task}" in page

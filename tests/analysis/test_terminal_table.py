@@ -38,6 +38,15 @@ def test_numbers_stay_whole_at_any_width(width: int, box: bool) -> None:
     assert (text.count("layer") > 1) == (width < 240), "further tables repeat the layer"
 
 
+def test_the_caption_of_a_split_table_takes_the_whole_width() -> None:
+    shown = TerminalTable(caption="a caption of more words than the last of the tables is wide")
+    for name in ("layer", "first measurement", "second"):
+        shown.add_column(name, justify="right")
+    shown.add_row("3", "0.875", "0.5")
+    assert printed(shown, 34).count("layer") == 2
+    assert printed(shown, 34).splitlines()[-2:] == ["a caption of more words than the ", "last of the tables is wide"]
+
+
 def test_the_table_of_a_replay_fits_80_columns() -> None:
     rng = np.random.default_rng(0)
     metrics = ["logit_diff_change", "kl_sum", "recovered", "loss_change_mean"]

@@ -30,6 +30,10 @@ def test_token_types_and_lens_with_the_model(
     run(capsys, "capture", config, "-q")
     text = run(capsys, "stats", "run.zarr", "--by", "layer,token_type", "--model", checkpoint, "-q")
     assert "lens" in text
+    text = " ".join(
+        run(capsys, "stats", "run.zarr", "--only", "lens", "--model", checkpoint, "-o", "few", "-q").split()
+    )
+    assert "KL of the logit lens from layer" in text
     page = run(capsys, "report", "run.zarr", "--model", checkpoint, "-o", "page.html", "-q")
     assert "page.html" in page
     written = Path("page.html").read_text("utf-8")

@@ -60,6 +60,13 @@ def test_the_error_of_a_value_is_at_most_half_a_step(rows: np.ndarray, outliers:
     assert within(dequantize(values.astype(np.float32), scales), rows, outliers)
 
 
+def test_an_outlier_that_its_scale_cannot_divide_is_kept() -> None:
+    rows = np.float32([[0.5, 3e38, -0.25]])
+    values, scales = quantize(rows, 1)
+    assert values.tolist() == [[127, -128, -64]]
+    assert dequantize(values.astype(np.float32), scales)[0, 1] == np.float32(3e38)
+
+
 def test_a_row_without_its_outliers_is_reported_as_damaged() -> None:
     with pytest.raises(DamagedError, match="outliers of its scales"):
         dequantize(np.zeros((2, 4), np.float32), np.ones((2, 2), np.float32))

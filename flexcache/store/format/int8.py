@@ -108,7 +108,8 @@ def quantize(rows: np.ndarray, outliers: int) -> tuple[np.ndarray, np.ndarray]:
         scales[:, 1:] = rows[marked].reshape(-1, outliers)
         magnitude[marked] = 0
     scale = np.minimum(magnitude.max(axis=1, keepdims=True) / np.float32(LEVELS), LARGEST)
-    scaled = np.divide(rows, scale, out=np.zeros_like(rows), where=scale > 0)
+    with np.errstate(over="ignore"):  # of outliers, which are not scaled
+        scaled = np.divide(rows, scale, out=np.zeros_like(rows), where=scale > 0)
     np.rint(scaled, out=scaled)
     np.clip(scaled, -LEVELS, LEVELS, out=scaled)  # a scale among the smallest floats is itself rounded
     scales[:, :1] = scale
