@@ -18,7 +18,7 @@ class TerminalTable(Table):
     """A `rich.table.Table` in which only text is wrapped; columns that do not fit continue in a table below.
 
     Columns aligned to the right hold numbers and are never wrapped nor cut. Each further table repeats the first
-    columns.
+    columns. The caption takes the whole width.
 
     >>> table = TerminalTable(repeated=1, box=None)
     >>> for name in ("layer", "accuracy", "log-loss"):
@@ -45,13 +45,12 @@ class TerminalTable(Table):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         groups = self._group_columns(options.max_width)
         for number, group in enumerate(groups):
-            part = Table(box=self.box, title_justify=self.title_justify, caption_justify=self.caption_justify)
+            part = Table(box=self.box, title_justify=self.title_justify)
             part.title = None if number else self.title
-            part.caption = self.caption if len(groups) == 1 else None
             part.show_header, part.title_style = self.show_header, self.title_style
             part.columns, part.rows = [replace(column, _index=at) for at, column in enumerate(group)], self.rows
             yield part
-        if self.caption and len(groups) > 1:  # not as narrow as the last table
+        if self.caption:  # across the whole width, which the last table may not have
             yield console.render_str(self.caption) if isinstance(self.caption, str) else self.caption
 
     def _group_columns(self, width: int) -> list[list[Column]]:

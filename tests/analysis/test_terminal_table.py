@@ -45,6 +45,7 @@ def test_the_caption_of_a_split_table_takes_the_whole_width() -> None:
     shown.add_row("3", "0.875", "0.5")
     assert printed(shown, 34).count("layer") == 2
     assert printed(shown, 34).splitlines()[-2:] == ["a caption of more words than the ", "last of the tables is wide"]
+    assert printed(shown, 60).splitlines()[-1] == "a caption of more words than the last of the tables is wide"
 
 
 def test_the_table_of_a_replay_fits_80_columns() -> None:
