@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from inspect import cleandoc
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
@@ -13,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from flexcache.errors import ConfigError, nearest
 
+_UNION_PART = re.compile(r"(literal|list|tuple|dict|constrained|function)[-\[].*|int|str|bool|float")
 OLD_NAMES = {
     "patience": ("heartbeat_timeout", "write heartbeat_timeout: 120, in seconds"),
     "buffer_mb": ("buffer_bytes", "write buffer_bytes: 256 MiB; a plain number counts bytes"),
@@ -113,9 +115,9 @@ def validate(model: type[Model], data: Mapping[str, Any], where: str, *, stored:
 
 
 def config_error(error: ValidationError, model: type[BaseModel], where: str) -> ConfigError:
-    """Return the first error of a validation as a ConfigError."""
-    first = error.errors(include_url=False)[0]
-    path = ".".join(str(part) for part in first["loc"])
+    """Return the first error of a validation as a ConfigError, with all types of value that the key can have."""
+    found = error.errors(include_url=False)
+    first, path = found[0], _key(found[0]["loc"])
     parent = _model_at(model, first["loc"][:-1])
     names = parent.names() if parent and issubclass(parent, Options) else tuple(parent.model_fields) if parent else ()
     if first["type"] == "extra_forbidden":
@@ -125,9 +127,20 @@ def config_error(error: ValidationError, model: type[BaseModel], where: str) -> 
     return ConfigError(
         f"key {path!r} has a value that cannot be used",
         where=where,
-        expected=first["msg"].removeprefix("Input should be ").removeprefix("Value error, "),
+        expected=" or ".join(
+            dict.fromkeys(
+                one["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+                for one in found
+                if _key(one["loc"]) == path
+            )
+        ),
         found=repr(first["input"]),
     )
+
+
+def _key(place: tuple[int | str, ...]) -> str:
+    """Return the key of a place that pydantic names, without the types of a union that it tried there."""
+    return ".".join(str(part) for part in place if not _UNION_PART.fullmatch(str(part)))
 
 
 def unknown_key(path: str, names: tuple[str, ...], where: str) -> ConfigError:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, PositiveInt
 
 from flexcache.errors import ConfigError, nearest
 from flexcache.model import ModelSource
@@ -125,7 +125,7 @@ class ReplayConfig(Options):
         ["identity"], description="identity, random_direction, norm_matched: edits to compare with"
     )
     answers: Any = Field(None, description="two tokens, by id or text; or a pair for each document id")
-    documents: list[str] | int | None = Field(
+    documents: list[str] | PositiveInt | None = Field(
         None,
         description="ids of documents, or the number from the start; all by default; those of a fit are left out",
     )

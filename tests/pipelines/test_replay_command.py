@@ -11,7 +11,8 @@ import flexcache
 from analysis import replay, saved
 from analysis.replay.edits.edit import from_json
 from analysis.replay.sweeps.charts import make_charts
-from flexcache.errors import AnalysisError
+from flexcache.errors import AnalysisError, ConfigError
+from flexcache.validation import validate
 from pipelines.config import replay_config
 from pipelines.config.yaml_remedies import as_yaml, key_names
 from tests.models import HIDDEN
@@ -133,7 +134,7 @@ def test_answers_in_python_are_texts_of_one_token(asked: Path, checkpoint: Path)
         ("metrics=[kll]", "there is no metric 'kll'", 1),
         ("at.layers=[7]", "no layer 7", 1),
         ("at={site: z, heads: [9]}", "z has no head 9", 1),
-        ("at={site: z, receiver: {site: q}}", "missing key 'at.receiver.layer'", 2),
+        ("at={site: z, receiver: {site: q}}", "key 'at.receiver.layer' is missing", 2),
         ("at={site: z, layers: [2], receiver: {site: q, layer: 1}}", "no path leads", 1),
         ("model=nowhere", "cannot be loaded", 2),
         ("attribution={donors: doc-1, steps: 4}", "steps belong to integrated gradients", 1),
@@ -152,6 +153,22 @@ def test_a_mistake_ends_in_one_message(
     text = run(capsys, "replay", "run.zarr", asked, "-q", *changes, status=status)
     assert message in text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("key", "asked"),
+    [
+        ("documents", {"documents": -1}),
+        ("documents", {"documents": 0}),
+        ("at.heads", {"at": {"heads": "all"}}),
+        ("logit_attribution.rows", {"logit_attribution": {"rows": "first"}}),
+    ],
+)
+def test_a_value_of_no_type_that_a_key_has_is_refused_under_the_name_of_the_key(
+    key: str, asked: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=f"^key '{key}' has a value[\\s\\S]* or "):
+        validate(replay_config.ReplayConfig, {"model": "m", "edits": [{"zero": {}}], **asked}, "edits.yaml")
 
 
 def test_a_remedy_for_a_file_has_its_keys_in_place_of_python_arguments() -> None:
