@@ -76,12 +76,6 @@ def test_groups_and_auroc_are_compared_by_a_jackknife_over_groups(store: Any) ->
             at = kept & (held.fold == k)
             count = int((held.y[at] == 1).sum() * (held.y[at] == 0).sum())
             pairs, ranked = pairs + count, ranked + count * roc_auc_score(held.y[at], held.decision[layer, at])
-            for g in np.unique(held.group[at]):  # pairs of one group do not count
-                inside = at & (held.group == g)
-                if len(np.unique(held.y[inside])) == 2:
-                    count = int((held.y[inside] == 1).sum() * (held.y[inside] == 0).sum())
-                    pairs -= count
-                    ranked -= count * roc_auc_score(held.y[inside], held.decision[layer, inside])
         return ranked / pairs
 
     everything = np.ones(len(held.y), bool)
