@@ -186,8 +186,7 @@ def survey(
     for name, value, least in (("rows", rows, 2), ("similarity_rows", similarity_rows, 2)):
         if value is not None:
             check_whole(name, value, least)
-    check_whole("permutations", permutations, 0)
-    check_whole("seed", seed, 0)
+    similarity.check_permutations(permutations, seed)
     folder = None if folder is None else output_folder(folder)
     if folder is not None:
         saved.check_free(results_path(folder, site))

@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike
 
+from analysis.arguments import check_whole
 from analysis.dataset.layer_choice import choose_layers
 from analysis.dataset.store_argument import accept_store_path
 from analysis.statistics.kept_rows import Rows
@@ -60,6 +61,7 @@ def compute(
     -------
     Dataset with dims (one, two); see `between`
     """
+    check_permutations(permutations, seed)
     names = [sites] if isinstance(sites, str) else list(dict.fromkeys(sites))
     statistic = Rows(rows, DocumentSample.of_rows(rows, store.n_rows, seed, skip))
     matrices: dict[str, np.ndarray] = {}
@@ -103,6 +105,7 @@ def stores(
     AnalysisError
         The stores have too few rows in common, or different tokens at the same position.
     """
+    check_permutations(permutations, seed)
     second = other_site or site
     match = matching_rows(store, other)
     sample = DocumentSample.of_rows(rows, int((match >= 0).sum()), seed, skip)
@@ -122,6 +125,12 @@ def stores(
     two = {_label(second, layer): other.read(second, layer, there) for layer in choose_layers(other, second, layers)}
     document = np.asarray(other.coordinates["document"].values)[there]
     return between(one, two, documents=document, permutations=permutations, seed=seed)
+
+
+def check_permutations(permutations: int, seed: int) -> None:
+    """Raise AnalysisError if a number of permutations or a seed cannot be used."""
+    check_whole("permutations", permutations, 0)
+    check_whole("seed", seed, 0)
 
 
 def between(
@@ -168,6 +177,7 @@ def between(
     AnalysisError
         The matrices have different numbers of rows, or fewer than 4.
     """
+    check_permutations(permutations, seed)
     second = one if two is None else two
     sizes = {len(values) for values in (*one.values(), *second.values())}
     if len(sizes) != 1 or min(sizes) < FEWEST:

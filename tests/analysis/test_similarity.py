@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,6 +151,13 @@ def test_one_document_has_no_null_and_an_undefined_cosine_no_p() -> None:
     assert float(unequal["cka_p"]) > 0
     with pytest.raises(AnalysisError, match="documents cannot be used"):
         similarity.between({"x": x}, documents=[1, 2])
+
+
+@pytest.mark.parametrize("wrong", [{"permutations": -1}, {"seed": -1}, {"permutations": 2.5}])
+def test_numbers_that_cannot_be_used_are_refused(wrong: dict[str, Any]) -> None:
+    x = np.eye(5)
+    with pytest.raises(AnalysisError, match=f"{next(iter(wrong))} cannot be used"):
+        similarity.between({"x": x}, **wrong)
 
 
 def test_stores_and_surveys_permute_their_documents(tmp_path: Path) -> None:
