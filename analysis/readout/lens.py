@@ -21,6 +21,7 @@ from analysis.statistics.onepass import DocumentSample, read
 from flexcache.errors import AnalysisError
 from flexcache.paths import local_path
 from flexcache.site import Layers
+from flexcache.store.format.model_record import get_identity
 from flexcache.store.read.store import Store
 
 ROWS = 1024
@@ -133,13 +134,26 @@ def chosen_head(store: Store, head: Any, site: str) -> tuple[Head, Any]:
     return head, model
 
 
+def _has_other_weights(store: Store, model: Any) -> bool:
+    """Return True if a model of the recorded class has other weights than the store recorded."""
+    record = store.provenance.model_record
+    before = get_identity(record)
+    if before is None or record.get("class") != type(model).__name__:
+        return False
+    return bool(before["weights"] != _digest_weights(model))
+
+
+def _digest_weights(model: Any) -> str:
+    from flexcache.identity.weights import combine_digests, digest_tensors
+
+    return combine_digests(digest_tensors(model).weights)
+
+
 def identity(head: Head, model: Any = None) -> dict[str, Any]:
     """Return what a lens depends on: the values of the head, those of the model if it runs, and torch."""
     found = {"head": head.identity(), "torch": version("torch")}
     if model is not None:
-        from flexcache.identity.weights import combine_digests, digest_tensors
-
-        found["model"] = combine_digests(digest_tensors(model).weights)
+        found["model"] = _digest_weights(model)
     return found
 
 
@@ -200,6 +214,8 @@ def of_rows(
         from analysis.readout.own_logits import OwnLogits
 
         said, reference, own_logits = "the model's own logits", len(stack), OwnLogits(model, store)
+        if _has_other_weights(store, model):
+            said += ", whose weights are not those of the capture"
     elif last >= 0 and last in store.arrays["resid_post"].slices:
         said, reference = f"layer {last}, the model's last", layers.index(last) if last in layers else len(stack)
         if site != "resid_post" or last not in layers:

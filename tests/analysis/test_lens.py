@@ -70,9 +70,10 @@ def test_the_lens_applies_norm_and_unembedding_at_earlier_layers(tmp_path: Path)
 @pytest.mark.parametrize("rows", ["all", "last"])
 def test_a_loaded_model_is_compared_by_its_own_logits(family: str, rows: str, tmp_path: Path) -> None:
     model, store = captured(tmp_path / "s.zarr", family, rows=rows)
+    assert lens.compute(store, model, rows=8, progress=False).attrs["reference"] == "the model's own logits"
     model = model.bfloat16().float()  # not the weights of the capture: layers differ from the model's own logits
     found = lens.compute(store, model, rows=store.n_rows, progress=False)
-    assert found.attrs["reference"] == "the model's own logits"
+    assert found.attrs["reference"] == "the model's own logits, whose weights are not those of the capture"
     for number in (0, 7):
         document = store.tokens["document"][number].as_py()
         own = store.rows(document)
