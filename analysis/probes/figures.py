@@ -44,7 +44,7 @@ def confusion(sweep: Sweep, path: str | Path | None = None) -> Figure:
 
 
 def calibration(sweep: Sweep, path: str | Path | None = None) -> Figure:
-    """Draw how often the most likely class is right, against its probability; points are sized by their samples.
+    """Draw the accuracy of the most likely class against its probability; points are sized by their samples.
 
     The figure names the calibration error of these bins, and what remains of it without their noise, with its interval.
 

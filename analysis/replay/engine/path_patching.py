@@ -24,7 +24,7 @@ Tokens = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class PathForwards:
-    """Forwards of one batch along the paths from edits to a receiver.
+    """Two forwards of a batch for each edit: one to record a receiver, one to change only the receiver.
 
     An edit's first forward keeps everything that is added to the residual stream between edit and receiver as it is
     without the edit, and records the receiver; the second one changes nothing but the receiver.
