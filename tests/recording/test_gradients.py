@@ -145,7 +145,7 @@ def test_the_record_of_an_objective_rebuilds_it_and_may_lack_the_tokens(tmp_path
     path, rest = tmp_path / "run.zarr", tmp_path / "rest.zarr"
     store = flexcache.capture(model, None, DOCUMENTS, path, **options)
     flexcache.capture(model, None, DOCUMENTS, rest, **{**options, "layers": [0]})
-    assert recorded_objective(store.spec["objective"]) == objective
+    assert recorded_objective(store.spec.objective) == objective
     assert recorded_objective(None) == recorded_objective(describe_objective(NextTokenLoss())) == NextTokenLoss()
     assert recorded_objective(describe_objective(lambda output, batch: output.logits.sum())) is None
     content = json.loads((path / "zarr.json").read_text())
@@ -153,10 +153,10 @@ def test_the_record_of_an_objective_rebuilds_it_and_may_lack_the_tokens(tmp_path
     assert recorded.pop("tokens") == [7, 9]
     (path / "zarr.json").write_text(json.dumps(content))
     older = flexcache.open(path)
-    assert recorded_objective(older.spec["objective"]) is None, "a store of an earlier version"
+    assert recorded_objective(older.spec.objective) is None, "a store of an earlier version"
     assert flexcache.capture(model, None, DOCUMENTS, path, **options).spec == older.spec, "resumed"
     both = flexcache.merge([path, rest], tmp_path / "both.zarr")
-    assert recorded_objective(both.spec["objective"]) == objective
+    assert recorded_objective(both.spec.objective) == objective
     flexcache.extend(model, None, path, **{**options, "layers": [2]})
     with pytest.raises(MismatchError, match="the objective"):
         flexcache.extend(model, None, path, **{**options, "layers": [3], "objective": flexcache.LogitDifference(9, 7)})
