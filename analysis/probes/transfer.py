@@ -21,7 +21,6 @@ from analysis.probes.evaluation import score
 from analysis.probes.evaluation.score import Prediction
 from analysis.probes.results import Sweep
 from analysis.probes.sweep import sweep as sweep_layers
-from analysis.statistics.bootstrap import percentile_interval
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers
 
@@ -99,8 +98,8 @@ def transfer(
         X = dataset.read_layer(None if layer < 0 else layer)[kept].astype(np.float64)
         for row in range(len(chosen)) if across else [column]:
             prediction = _predict(sweep, sweep.layers.index(chosen[row]), X, probable)
-            drawn = score.replicates(metrics, y, prediction, everything, group, resamples=resamples, seed=seed)
-            low, high = percentile_interval(drawn)
+            of = (metrics, y, prediction, everything, group)
+            low, high = score.covering_interval(*of, resamples=resamples, seed=seed)
             for m, metric in enumerate(metrics):
                 found[row, column, m] = score.pooled(metric, y, prediction, everything, group), low[m], high[m]
     names = ("score", "ci_low", "ci_high")

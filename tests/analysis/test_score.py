@@ -407,3 +407,12 @@ def test_intervals_need_two_groups_of_each_class() -> None:
     drawn = score.replicates(asked, y, said, np.zeros(5, int), np.array([0, 1, 2, 3, 3]), resamples=40, seed=0)
     assert np.isnan(drawn[1]).all()
     assert np.isfinite(drawn[0]).all()
+
+
+def test_an_interval_without_draws_is_that_of_the_replicates() -> None:
+    wanted = score.metrics("classification", 2, ranked=True, probable=True)
+    asked = (wanted, Y, SAID, FOLD, GROUP)
+    low, high = score.covering_interval(*asked, resamples=2000, seed=0)
+    drawn = score.interval(score.replicates(*asked, resamples=2000, seed=0))
+    np.testing.assert_allclose([low, high], drawn, atol=2e-3)
+    assert (low < high).all()

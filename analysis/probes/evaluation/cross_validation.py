@@ -117,7 +117,8 @@ class CrossValidation:
                 else:
                     baseline = FittedProbes(self.probe, dataset, rows, y, self._sets[0], f"{where}, {arm}", strength)
                 prediction = crossfit.outer(baseline, self.fold, cv, np.zeros(cv, np.int64))
-                self.nulls.add_scores(arm, at, draw, y, prediction)
+                if self.options.nulls > 1:
+                    self.nulls.add_scores(arm, at, draw, y, prediction)
                 if draw == 0:
                     self.scores.add_scores(arm, at, y, prediction)
         if self._prefixes is not None:

@@ -19,6 +19,8 @@ from analysis.statistics.bootstrap import CHUNK, degrees_of_freedom, percentile_
 
 SHARES = ("accuracy", "auroc", "f1", "balanced_accuracy")
 """Metrics from 0 to 1 whose interval is that of a proportion."""
+CALIBRATION = ("ece", "ece_debiased")
+"""Metrics whose interval is the percentiles of draws."""
 MOST = 400
 """Largest number of jackknife deletions; more groups are joined at random into this many."""
 Scale = tuple[Callable[[Floats], Floats], Callable[[Floats], Floats]]
@@ -90,14 +92,29 @@ def replicates(
     # percentiles interpolate between the first and last of the sorted replicates
     levels = np.clip(np.arange(resamples) / max(resamples - 1, 1), 0.5 / resamples, 1 - 0.5 / resamples)
     for values, metric in zip(drawn, wanted, strict=True):
-        if metric == "recall@1%":
-            ends = _recall_quantiles(y, prediction, fold, group, levels, seed)
-        elif metric in POOLED:
+        if metric in CALIBRATION:
             continue
-        else:
-            ends = _quantiles(metric, y, prediction, fold, group, levels, seed)
-        values[np.argsort(values, kind="stable")] = ends
+        found = _quantiles(metric, y, prediction, fold, group, levels, resamples, seed)
+        values[np.argsort(values, kind="stable")] = found
     return drawn
+
+
+def covering_interval(
+    wanted: Sequence[Metric], y: NDArray, prediction: Prediction, fold: Ints, group: Ints, *, resamples: int, seed: int
+) -> tuple[Floats, Floats]:
+    """Return the ends of the 95 % interval of each pooled metric, ``(n_metrics,)`` each.
+
+    They are those of `replicates`, without the draws, which only a comparison of layers draw by draw needs.
+    """
+    levels = np.array([0.025, 0.975])
+    found = np.full((len(wanted), 2), np.nan)
+    for ends, metric in zip(found, wanted, strict=True):
+        if metric in CALIBRATION:
+            drawn = draw_scores([metric], y, prediction, fold, group, resamples=resamples, seed=seed)
+            ends[:] = np.concatenate(percentile_interval(drawn))
+        else:
+            ends[:] = _quantiles(metric, y, prediction, fold, group, levels, resamples, seed)
+    return found[:, 0], found[:, 1]
 
 
 def draw_scores(
@@ -143,9 +160,11 @@ def band(value: Floats, values: Floats, level: float = 0.95) -> tuple[Floats, Fl
 
 
 def _quantiles(
-    metric: Metric, y: NDArray, said: Prediction, fold: Ints, group: Ints, levels: Floats, seed: int
+    metric: Metric, y: NDArray, said: Prediction, fold: Ints, group: Ints, levels: Floats, resamples: int, seed: int
 ) -> Floats:
-    """Return quantiles of the confidence distribution of a metric at *levels*."""
+    """Return quantiles of the confidence distribution of a metric at *levels*; only some metrics need *resamples*."""
+    if metric == "recall@1%":
+        return _recall_quantiles(y, said, fold, group, levels, max(resamples, 400), seed)
     value = pooled(metric, y, said, fold, group)
     if np.isnan(value) or _fewest_groups(metric, y, group) < 2:
         return np.full(len(levels), np.nan)
@@ -153,7 +172,7 @@ def _quantiles(
         # each class has its own interval, and their distances add as variances do (MOVER, Zou & Donner 2008)
         classes = [y == code for code in np.unique(y)]
         each = [(y[at], said.select_samples(at), fold[at], group[at]) for at in classes]
-        away = [_quantiles("accuracy", *one, levels, seed) - pooled("accuracy", *one) for one in each]
+        away = [_quantiles("accuracy", *one, levels, resamples, seed) - pooled("accuracy", *one) for one in each]
         width = np.sqrt((np.stack(away) ** 2).sum(0)) / len(each)
         return np.clip(value + np.where(levels < 0.5, -width, width), 0, 1)
     left, size = _leave_groups_out(metric, y, said, fold, group, seed)
@@ -197,8 +216,10 @@ def _leave_groups_out(
     return np.concatenate(found), np.stack(size, axis=1)
 
 
-def _recall_quantiles(y: NDArray, said: Prediction, fold: Ints, group: Ints, levels: Floats, seed: int) -> Floats:
+def _recall_quantiles(
+    y: NDArray, said: Prediction, fold: Ints, group: Ints, levels: Floats, resamples: int, seed: int
+) -> Floats:
     standard = pooled_metrics.standardised(y, said.decision, fold, group)
-    ends = pooled_metrics.recall_distributions(y, standard, group, max(len(levels), 400), seed)
+    ends = pooled_metrics.recall_distributions(y, standard, group, resamples, seed)
     low, high = (np.quantile(drawn, levels) for drawn in ends)
     return np.asarray(np.where(levels < 0.5, low, np.maximum(low, high)))

@@ -58,12 +58,16 @@ class LayerScores:
         at = self.arms.index(arm)
         self.by_fold[at, layer], self.pooled[at, layer] = self._values(y, prediction)
         measured = self._measurable(prediction) if arm == "probe" else self.metrics[:1]
-        drawn = self._draw(measured, y, prediction)
         places = [self.metrics.index(metric) for metric in measured]
+        asked = (measured, y, prediction, self.fold, self.dataset.group)
         if arm == "probe":
+            drawn = score.replicates(*asked, resamples=self.resamples, seed=self.seed)
             self.replicates[layer, places] = drawn
+            ends = score.interval(drawn)
+        else:
+            ends = score.covering_interval(*asked, resamples=self.resamples, seed=self.seed)
         self.low[at, layer, places], self.high[at, layer, places] = (
-            end if isinstance(layer, int) else end[:, None] for end in score.interval(drawn)
+            end if isinstance(layer, int) else end[:, None] for end in ends
         )
 
     def to_dataset(self) -> xr.Dataset:
@@ -98,7 +102,8 @@ class LayerScores:
         low, high = np.full((2, len(self.metrics)), np.nan)
         measured = self._measurable(prediction)
         places = [self.metrics.index(metric) for metric in measured]
-        low[places], high[places] = score.interval(self._draw(measured, self.dataset.y, prediction))
+        asked = (measured, self.dataset.y, prediction, self.fold, self.dataset.group)
+        low[places], high[places] = score.covering_interval(*asked, resamples=self.resamples, seed=self.seed)
         fold_low, fold_high = _over_folds(by_fold, self.cv, self.dataset.n_groups)
         layers = [-1 if layer is None else layer for layer in self.dataset.layers]
         return xr.Dataset(
@@ -124,11 +129,6 @@ class LayerScores:
             by_fold[at] = score.ratio(*score.parts(metric, y, prediction, self.fold, self.cv, self.dataset.group))
             pooled[at] = score.pooled(metric, y, prediction, self.fold, self.dataset.group)
         return by_fold, pooled
-
-    def _draw(self, wanted: Sequence[score.Metric], y: NDArray, prediction: Prediction) -> NDArray[np.float64]:
-        return score.replicates(
-            wanted, y, prediction, self.fold, self.dataset.group, resamples=self.resamples, seed=self.seed
-        )
 
 
 def _over_folds(values: NDArray[np.float64], cv: int, groups: int) -> tuple[NDArray[np.float64], ...]:

@@ -28,7 +28,14 @@ class. It and recall@1% need more samples than a fold has: the value of a fold i
 
 from __future__ import annotations
 
-from analysis.probes.evaluation.intervals import band, draw_scores, fold_interval, interval, replicates
+from analysis.probes.evaluation.intervals import (
+    band,
+    covering_interval,
+    draw_scores,
+    fold_interval,
+    interval,
+    replicates,
+)
 from analysis.probes.evaluation.metric_values import (
     BINS,
     LOWER,
@@ -50,6 +57,7 @@ __all__ = [
     "Metric",
     "Prediction",
     "band",
+    "covering_interval",
     "draw_scores",
     "fold_interval",
     "interval",
