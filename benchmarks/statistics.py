@@ -157,7 +157,7 @@ def reads(folder: Path) -> None:
 
 
 def logit_lens(folder: Path, rounds: int, rows: int = 2350, layers: int = 18) -> None:
-    """Logit lens of a vocabulary of 262,144 and a hidden size of 640 beside its products alone, in CPU time."""
+    """Compare the logit lens of a vocabulary of 262,144 and a hidden size of 640 with its products alone."""
     store = build(folder / "lens.zarr", rows + 512, 640, layers)
     random = torch.Generator().manual_seed(0)
     head = lens.Head(torch.nn.RMSNorm(640), torch.randn(262_144, 640, generator=random) / 25)

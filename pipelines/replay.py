@@ -42,6 +42,7 @@ def run(
     from analysis.replay.gradients.attribution import check_attribution
     from analysis.replay.gradients.objectives import stored_objective
     from analysis.replay.gradients.plot import describe_ranks
+    from analysis.replay.sweeps.sweep_plan import check_before_loading
     from analysis.report import replayed
 
     console = console or Console()
@@ -61,6 +62,9 @@ def run(
     names = config.documents
     if isinstance(names, int):
         names = judged_documents(edits, map(str, store.documents["id"].to_pylist()))[:names]
+    grid, given_answers = config.at.grid(), config.answers is not None
+    readout = [config.readout] if isinstance(config.readout, int) else config.readout
+    check_before_loading(store, grid, config.metrics, config.baselines, given_answers, names, readout, depth)
     model = config.model.load()
     target = None
     if asked is not None:
@@ -77,13 +81,13 @@ def run(
     sweep = replay.sweep(
         store,
         config.model.load if config.scheduler else model,
-        config.at.grid(),
+        grid,
         edits,
         config.metrics,
         config.baselines,
         answers=answers,
         documents=names,
-        readout=[config.readout] if isinstance(config.readout, int) else config.readout,
+        readout=readout,
         copies=config.copies,
         seed=config.seed,
         accept=config.accept,

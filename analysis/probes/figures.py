@@ -46,7 +46,7 @@ def confusion(sweep: Sweep, path: str | Path | None = None) -> Figure:
 def calibration(sweep: Sweep, path: str | Path | None = None) -> Figure:
     """Draw the accuracy of the most likely class against its probability; points are sized by their samples.
 
-    The figure names the calibration error of these bins, and what remains of it without their noise, with its interval.
+    The figure names the calibration error of these bins, and the debiased error with its interval.
 
     ::
 

@@ -61,7 +61,7 @@ class Head:
             The final norm or unembedding is not found.
         """
         named, output = dict(model.named_modules()), model.get_output_embeddings()
-        norm = next((named[name] for name in NORMS if name in named), None) or _norm_beside_blocks(model)
+        norm = next((named[name] for name in NORMS if name in named), None) or _norm_after_blocks(model)
         if norm is None or output is None or model.config.is_encoder_decoder:
             raise AnalysisError(
                 "the model has no head that a logit lens can use",
@@ -193,7 +193,7 @@ def _digest(values: np.ndarray) -> str:
     return f"{values.shape} {xxhash.xxh3_128_hexdigest(values.tobytes())}"
 
 
-def _norm_beside_blocks(model: Any) -> Any:
+def _norm_after_blocks(model: Any) -> Any:
     """Return the last norm of a model, found by its place next to the blocks; None without one."""
     from flexcache.errors import SiteError
     from flexcache.hooks import find_hook_points

@@ -79,6 +79,11 @@ class Cells(Options):
         return grid(self.site, self.layers, self.positions, heads=self.heads, receiver=receiver)
 
 
+def _listed(value: Any) -> Any:
+    """Return one name as a list."""
+    return [value] if isinstance(value, str) else value
+
+
 class AttributionSource(Options):
     """Attribution from gradients, with a replay of the largest cells and of a sample."""
 
@@ -120,8 +125,10 @@ class ReplayConfig(Options):
     edits: list[dict[str, Any]] = Field(
         min_length=1, description="edits, each a kind with its settings, or a chain of edits"
     )
-    metrics: list[str] = Field(["kl_sum"], description="metrics of the changed output, such as kl_sum")
-    baselines: list[str] = Field(
+    metrics: Annotated[list[str], BeforeValidator(_listed)] = Field(
+        ["kl_sum"], description="metrics of the changed output, such as kl_sum"
+    )
+    baselines: Annotated[list[str], BeforeValidator(_listed)] = Field(
         ["identity"], description="identity, random_direction, norm_matched: edits to compare with"
     )
     answers: Any = Field(None, description="two tokens, by id or text; or a pair for each document id")

@@ -156,6 +156,25 @@ def test_a_mistake_ends_in_one_message(
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("metrics=nothing", "there is no metric 'nothing'"),
+        ("baselines=nothing", "there is no baseline 'nothing'"),
+        ("documents=[nobody]", "no document 'nobody'"),
+        ("readout=first", "readout"),
+        ("at.layers=[99]", "99"),
+    ],
+)
+def test_wrong_arguments_are_found_before_the_model_is_loaded(
+    change: str, message: str, asked: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flexcache.ModelSource, "load", lambda *_: pytest.fail("loaded"))
+    none = ("attribution=null", "logit_attribution=null", "answers=null", "edits=[{zero: {}}]", "metrics=kl")
+    changes = [word for one in (*none, change) for word in ("--set", one)]
+    assert message in run(capsys, "replay", "run.zarr", asked, "-q", *changes, status=1)
+
+
+@pytest.mark.parametrize(
     ("key", "asked"),
     [
         ("documents", {"documents": -1}),

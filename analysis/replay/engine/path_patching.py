@@ -32,7 +32,7 @@ class PathForwards:
     Attributes
     ----------
     unchanged : mapping from (site, layer) to Tensor of shape (lines, longest, features)
-        The receiver, and what is kept, without an edit.
+        The receiver and the frozen terms, without an edit.
     tokens : tuple of ndarray
         Lines and positions that receive.
     """

@@ -12,6 +12,7 @@ import xxhash
 
 from analysis.replay.edits.donors import donor_ids, iterate_donor_edits
 from analysis.replay.edits.edit import Edit, list_edits
+from analysis.replay.edits.edit_context import StoreRows
 from analysis.replay.edits.heads import OnHeads
 from analysis.replay.edits.held_out import iterate_fitted, judged_documents
 from analysis.replay.engine.engine import Engine
@@ -23,6 +24,7 @@ from flexcache.errors import AnalysisError, StoreError, nearest
 from flexcache.hooks.locate.head_count import count_heads
 from flexcache.provenance import callable_fingerprint
 from flexcache.spec import listed
+from flexcache.store.read.store import Store
 
 BASELINES = ("identity", "random_direction", "norm_matched")
 
@@ -130,9 +132,7 @@ def plan_sweep(
     """
     baselines = listed(baselines, str, "baselines")
     documents = None if documents is None else listed(documents, str, "documents")
-    for name in baselines:
-        if name not in BASELINES:
-            raise AnalysisError(f"there is no baseline {name!r}", remedy=nearest(name, BASELINES))
+    _check_baselines(baselines)
     readout = parse_readout(readout)
     layers, positions = at.resolve(engine.store, engine.depth)
     if not layers:
@@ -162,6 +162,37 @@ def plan_sweep(
         receiver=receiver,
         excluded=0 if documents is None else len(set(documents)) - len(lines),
     )
+
+
+def check_before_loading(
+    store: Store,
+    at: Grid,
+    metrics: Any,
+    baselines: Sequence[str],
+    answers: bool,
+    documents: Sequence[str] | None,
+    readout: str | int | Sequence[int],
+    depth: int,
+) -> None:
+    """Raise AnalysisError or StoreError for arguments of a sweep that are wrong for any model of *depth* blocks.
+
+    Parameters
+    ----------
+    answers
+        True if answers are given.
+    """
+    _check_baselines(baselines)
+    parse_readout(readout)
+    resolve_metrics(metrics, answers)
+    at.resolve(store, depth)
+    if documents is not None:
+        StoreRows(store).check_documents(documents, str(store.path), StoreError)
+
+
+def _check_baselines(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in BASELINES:
+            raise AnalysisError(f"there is no baseline {name!r}", remedy=nearest(name, BASELINES))
 
 
 def _on_heads(edits: tuple[Edit, ...], engine: Engine, at: Grid, layers: Sequence[int | None]) -> tuple[Edit, ...]:

@@ -63,7 +63,7 @@ def test_a_cell_without_values_is_nan_and_does_not_change_the_others() -> None:
 
 
 def test_the_chance_of_a_false_finding_on_a_map_is_the_level() -> None:
-    """Of 150 maps with 100 dependent cells, 5 of them true: about 5 % have a false finding, and power remains."""
+    """Simulate 150 maps of 100 dependent cells, 5 of them true: about 5 % have a false finding, and power remains."""
     rng, maps = np.random.default_rng(0), 150
     false, uncorrected, found = 0, 0, 0.0
     for number in range(maps):
