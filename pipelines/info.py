@@ -38,7 +38,7 @@ def run(path: StoreLocation, console: Console) -> None:
 
     for labels in store.label_tables.values():
         later = labels.describe_later(int(store.plan["documents"]))
-        console.print(f"labels {escape(str(labels))}" + (f"\n{escape(later)}" if later else ""), highlight=False)
+        console.print(f"label table {escape(str(labels))}" + (f"\n{escape(later)}" if later else ""), highlight=False)
 
     origin = Table(title="made with", title_justify="left", show_header=False, box=None)
     for name, value in store.provenance.to_json().items():

@@ -13,7 +13,7 @@ from scipy.stats import t as student
 
 from analysis.probes.evaluation import score
 from analysis.probes.evaluation.score import Prediction
-from analysis.probes.held_out import HeldOutPredictions
+from analysis.probes.held_out_predictions import HeldOutPredictions
 from analysis.sweep_results import check_metric
 from flexcache.errors import AnalysisError
 
@@ -127,7 +127,7 @@ def compare(
             "samples": len(y),
             "groups": int(group.max()) + 1,
             "folds": int(fold.max()) + 1,
-            "correction": f"Holm, {len(pairs)} comparisons",
+            "correction": f"Holm, {len(pairs)} comparison{'s' * (len(pairs) > 1)}",
             "notes": notes,
         },
     )

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save
 from analysis.probes.best_layer import Best, best_layer
 from analysis.probes.comparison import compare
 from analysis.probes.direction import Direction
-from analysis.probes.held_out import HeldOutPredictions
+from analysis.probes.held_out_predictions import HeldOutPredictions
 from analysis.sweep_results import SweepResults, check_format, no_saved_sweep
 from flexcache.errors import AnalysisError
 from flexcache.paths import local_path

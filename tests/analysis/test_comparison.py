@@ -16,7 +16,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from analysis import probes
 from analysis.dataset.probe_dataset import build_dataset
 from analysis.probes.evaluation import folds
-from analysis.probes.held_out import HeldOutPredictions
+from analysis.probes.held_out_predictions import HeldOutPredictions
 from flexcache.errors import AnalysisError
 from tests.analysis.stores import value_store
 

@@ -27,7 +27,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
 def test_labels_are_joined_listed_replaced_and_removed(table: pd.DataFrame, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no labels were joined" in run(capsys, "label", "run.zarr")
     text = run(capsys, "label", "run.zarr", "mood.csv", "--on", "id")
-    assert "mood: 18 of 20 documents by id; 1 lines with an unknown id left out" in text
+    assert "mood: 18 of 20 documents by id; 1 line with an unknown id left out" in text
     assert "mood: int64, of documents, 2 documents without a value" in text
     assert run(capsys, "label", "run.zarr") == text
     assert "mood: 18 of 20 documents" in run(capsys, "info", "run.zarr")

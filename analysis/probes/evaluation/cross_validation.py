@@ -22,7 +22,7 @@ from analysis.probes.evaluation.layer_scores import LayerScores
 from analysis.probes.evaluation.notes import dataset_notes, size_notes
 from analysis.probes.evaluation.nulls import NullScores, selectivity
 from analysis.probes.evaluation.score import Prediction
-from analysis.probes.held_out import HeldOutPredictions
+from analysis.probes.held_out_predictions import HeldOutPredictions
 from analysis.probes.options import SweepOptions
 from analysis.probes.results import FORMAT, Sweep
 from flexcache.errors import AnalysisError

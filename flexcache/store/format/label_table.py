@@ -91,7 +91,8 @@ class LabelTable:
         )
 
     def __str__(self) -> str:
-        unknown = f"; {self.unknown:,} lines with an unknown {self.on} left out" if self.unknown else ""
+        noun = "line" if self.unknown == 1 else "lines"
+        unknown = f"; {self.unknown:,} {noun} with an unknown {self.on} left out" if self.unknown else ""
         lines = [f"{self.name}: {self.matched:,} of {self.documents:,} documents by {self.on}{unknown}"]
         for name, column in self.columns.items():
             missing = f", {column.missing:,} documents without a value" if column.missing else ""

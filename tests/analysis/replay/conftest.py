@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import flexcache
+from analysis import replay
 from tests.corpora import lengths, token_documents
 from tests.models import VOCABULARY, tiny
 
@@ -38,3 +39,9 @@ def captured(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
         return flexcache.open(made[key]), tiny(family, compute)
 
     return make
+
+
+def swept(made: Any, **options: Any) -> Any:
+    """Return the results of a small sweep of a store and model, with other arguments if given."""
+    asked = {"at": replay.grid(layers=1), "edit": replay.Zero(), "metrics": ["kl"], "progress": False}
+    return replay.sweep(*made, **{**asked, **options}).results

@@ -12,6 +12,7 @@ from analysis import replay
 from analysis.replay.edits.edit import Edit
 from analysis.replay.edits.edit_context import EditContext
 from flexcache.errors import AnalysisError, FlexCacheError, StoreError
+from tests.analysis.replay.conftest import swept
 from tests.corpora import token_documents
 from tests.models import HIDDEN, VOCABULARY
 
@@ -23,11 +24,6 @@ ONE = np.ones(HIDDEN)
 @pytest.fixture
 def made(captured: Callable[..., Any]) -> tuple[Any, Any]:
     return captured(documents=DOCUMENTS, batch_tokens=30)
-
-
-def swept(made: Any, **options: Any) -> Any:
-    asked = {"at": replay.grid(layers=1), "edit": replay.Zero(), "metrics": ["kl"], "progress": False}
-    return replay.sweep(*made, **{**asked, **options}).results
 
 
 @dataclass(frozen=True, eq=False, repr=False)

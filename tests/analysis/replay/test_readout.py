@@ -13,6 +13,7 @@ from scipy.special import log_softmax
 from analysis import replay
 from analysis.replay.sweeps.grid import has_readout, readout_positions
 from flexcache.errors import AnalysisError
+from tests.analysis.replay.conftest import swept
 from tests.corpora import token_documents
 from tests.models import DEPTH, HIDDEN, VOCABULARY
 
@@ -24,11 +25,6 @@ EQUAL = token_documents([6] * 4, vocabulary=VOCABULARY)
 @pytest.fixture
 def made(captured: Callable[..., Any]) -> tuple[Any, Any]:
     return captured(documents=DOCUMENTS, batch_tokens=30)
-
-
-def swept(made: Any, **options: Any) -> Any:
-    asked = {"at": replay.grid(layers=1), "edit": replay.Zero(), "metrics": ["kl"], "progress": False}
-    return replay.sweep(*made, **{**asked, **options}).results
 
 
 def divergences(model: Any, document: dict[str, Any], position: int) -> np.ndarray:
