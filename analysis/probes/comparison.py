@@ -12,14 +12,12 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from analysis.probes.evaluation import score
-from analysis.probes.evaluation.score import Prediction
+from analysis.probes.evaluation.intervals import leave_groups_out
 from analysis.probes.held_out_predictions import HeldOutPredictions
 from analysis.sweep_results import check_metric
 from flexcache.errors import AnalysisError
 
 Floats = NDArray[np.float64]
-MOST = 400
-"""Largest number of groups that are left out one by one; more are joined at random into this many."""
 
 
 class ComparedSweep(Protocol):
@@ -98,7 +96,7 @@ def compare(
         top, bottom = score.parts(metric, y, prediction, fold, int(fold.max()) + 1, group)  # type: ignore[arg-type]
         by_fold.append(score.ratio(top, bottom))
         scores.append(score.pooled(metric, y, prediction, fold, group))  # type: ignore[arg-type]
-        without.append(_leave_groups_out(metric, y, prediction, fold, group))
+        without.append(leave_groups_out(metric, y, prediction, fold, group, seed=0)[0])  # type: ignore[arg-type]
     pairs = list(combinations(range(len(chosen)), 2))
     one, two = np.array(pairs).T
     value = np.array(scores)[one] - np.array(scores)[two]
@@ -185,18 +183,6 @@ def _check_alike(
 
 def _count_groups(*groups: NDArray[np.int64]) -> int:
     return np.unique(np.stack(groups), axis=1).shape[1]
-
-
-def _leave_groups_out(metric: str, y: NDArray, prediction: Prediction, fold: NDArray, group: NDArray) -> Floats:
-    """Return the pooled score without each group, ``(n_groups,)``, or without each of `MOST` joined ones."""
-    count = int(group.max()) + 1
-    place = group if count <= MOST else (np.random.default_rng(0).permutation(count) % MOST)[group]
-    found = np.empty(min(count, MOST))
-    for number in range(len(found)):
-        left = np.flatnonzero(place != number)
-        prediction_left = prediction.select_samples(left)
-        found[number] = score.pooled(metric, y[left], prediction_left, fold[left], group[left])  # type: ignore[arg-type]
-    return found
 
 
 def _group_test(value: Floats, without: Floats, groups: int) -> tuple[Floats, Floats, Floats]:

@@ -175,7 +175,7 @@ def _quantiles(
         away = [_quantiles("accuracy", *one, levels, resamples, seed) - pooled("accuracy", *one) for one in each]
         width = np.sqrt((np.stack(away) ** 2).sum(0)) / len(each)
         return np.clip(value + np.where(levels < 0.5, -width, width), 0, 1)
-    left, size = _leave_groups_out(metric, y, said, fold, group, seed)
+    left, size = leave_groups_out(metric, y, said, fold, group, seed)
     scale, inverse = SCALES.get(metric, (np.asarray, np.asarray))
     away = scale(np.where(np.isnan(left), value, left))
     away = away - away.mean()
@@ -198,19 +198,30 @@ def _fewest_groups(metric: Metric, y: NDArray, group: Ints) -> int:
     return len(np.unique(group))
 
 
-def _leave_groups_out(
+def leave_groups_out(
     metric: Metric, y: NDArray, said: Prediction, fold: Ints, group: Ints, seed: int
 ) -> tuple[Floats, Floats]:
-    """Return the value without each group, and its samples of each class that is compared; at most `MOST` groups."""
+    """Return the pooled value without each group, and the samples of each group.
+
+    Returns
+    -------
+    values : (n_groups,)
+        More than `MOST` groups are joined at random into this many.
+    samples : (n_groups, n_classes) if the metric compares classes, else (n_groups, 1)
+    """
     place = np.unique(group, return_inverse=True)[1]
     count = int(place.max()) + 1
     if count > MOST:
         place, count = (np.random.default_rng(seed).permutation(count) % MOST)[place], MOST
-    step = max(1, CHUNK // len(y))
-    found = [
-        weighted_values(metric, y, said, fold, (place != np.arange(first, min(first + step, count))[:, None]) * 1.0)
-        for first in range(0, count, step)
-    ]
+    step = 1 if metric in POOLED else max(1, CHUNK // len(y))
+    found = []
+    for first in range(0, count, step):
+        kept = place != np.arange(first, min(first + step, count))[:, None]
+        if metric in POOLED:
+            at = kept[0]
+            found.append(np.array([pooled(metric, y[at], said.select_samples(at), fold[at], group[at])]))
+        else:
+            found.append(weighted_values(metric, y, said, fold, kept * 1.0))
     compared = [y == code for code in np.unique(y)] if metric == "auroc" else [np.ones(len(y), bool)]
     size = [np.bincount(place[at], minlength=count).astype(np.float64) for at in compared]
     return np.concatenate(found), np.stack(size, axis=1)
