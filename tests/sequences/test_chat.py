@@ -102,6 +102,7 @@ def test_every_token_has_the_role_and_the_turn_of_its_message(suffix: str, chatt
         ({"roles": ["assistant"]}, {"a": [12, 13, 14, 22, 23, 24], "b": [6]}),
         ({"roles": ["user", "system"]}, {"a": [2, 3, 4, 8, 18], "b": [2]}),
         ({"turns": [-1]}, {"a": [22, 23, 24], "b": [6]}),
+        ({"turns": [-1, 5]}, {"a": [22, 23, 24], "b": [6]}),  # neither chat has a turn 5
         ({"turns": [0, 3]}, {"a": [2, 3, 4, 18], "b": [2]}),
         ({"roles": ["assistant"], "turns": [-1], "take": "last"}, {"a": [24], "b": [6]}),
         ({"roles": ["system"]}, {"a": [2, 3, 4]}),

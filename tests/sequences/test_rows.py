@@ -188,3 +188,11 @@ def test_columns_that_do_not_fit_are_refused_by_document(options: dict[str, Any]
 def test_invalid_rules_are_refused(rows: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         build_store(tmp_path / "run.zarr", DOCUMENTS, rows=rows)
+
+
+def test_a_truncated_text_keeps_the_special_tokens_at_its_end(tokenizer: Any, tmp_path: Path) -> None:
+    text = " ".join(["w"] * 9)
+    store = build_store(tmp_path / "run.zarr", [{"id": "a", "text": text}], tokenizer=tokenizer, max_length=5)
+    found = store.tokens["tokens"][0].as_py()
+    assert found == tokenizer(text, truncation=True, max_length=5).input_ids
+    assert (found[0], found[-1], len(found)) == (1, 2, 5)

@@ -110,6 +110,12 @@ def test_answers_are_pairs_of_token_ids(answers: Any, made: Any) -> None:
     assert str(VOCABULARY - 1) in str(error.value.expected)
 
 
+def test_the_first_token_of_the_vocabulary_may_be_an_answer(made: Any) -> None:
+    one, other = (swept(made, metrics=["logit_diff"], answers=pair)["value"] for pair in ((0, 5), (5, 0)))
+    np.testing.assert_allclose(one, -other, atol=1e-6)
+    assert np.isfinite(one.sel(arm="edit")).all()
+
+
 def test_answers_may_be_a_pair_for_each_document_in_order(made: Any) -> None:
     pairs = [(n, n + 20) for n in range(9)]
     by_id = dict(zip(IDS, pairs))

@@ -364,6 +364,8 @@ def test_effects_have_intervals_and_tests_against_controls(made: Any, tmp_path: 
     ("options", "message"),
     [
         ({"metrics": ["kk"]}, "no metric 'kk'"),
+        ({"metrics": []}, "metrics cannot be told apart"),
+        ({"metrics": ["kl", "kl"]}, "metrics cannot be told apart"),
         ({"metrics": ["logit_diff"]}, "needs answers"),
         ({"baselines": ["nothing"]}, "no baseline"),
         ({"documents": ["doc-99"]}, "no document 'doc-99'"),
