@@ -50,7 +50,14 @@ def test_choice_and_labels_move_with_the_shifted_token() -> None:
     assert shift_right(ENCODED, DecoderInputs(start=1)).kept is None
 
 
-@pytest.mark.parametrize("column", [{"target": pa.array([1, 2])}, {"target_tokens": pa.array(["x", "y"])}])
+@pytest.mark.parametrize(
+    "column",
+    [
+        {"target": pa.array([1, 2])},
+        {"target_tokens": pa.array(["x", "y"])},
+        {"target_tokens": pa.array([[1, None], [2]])},
+    ],
+)
 def test_invalid_targets_are_refused(column: dict[str, pa.Array]) -> None:
     with pytest.raises(DocumentsError, match="does not hold targets"):
         split_target(pa.RecordBatch.from_pydict({"id": pa.array(["a", "b"]), "text": pa.array(["x", "y"])} | column))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -127,3 +128,10 @@ def test_an_edit_without_any_value_has_an_empty_map(captured: Any) -> None:
     found = replay.sweep(store, model, replay.grid(layers=[0, 2], positions=["first", "last"]), edits, ["kl"], **QUIET)
     panels = [axes for axes in found.plot().axes if axes.images]
     assert [np.isfinite(axes.images[0].get_array().filled(np.nan)).all() for axes in panels] == [True, False]
+
+
+def test_only_tests_against_no_edit_leave_metrics_out(captured: Callable[..., Any]) -> None:
+    asked: dict[str, Any] = {"at": replay.grid(layers=1), "edit": replay.Zero(), "metrics": ["kl"], "progress": False}
+    for baseline, told in (("identity", True), ("random_direction", False)):
+        effect = replay.sweep(*captured(), **asked, baselines=[baseline]).effect()
+        assert ("kl: not tested" in effect.attrs["tests"]) is told

@@ -122,6 +122,7 @@ def test_a_metric_that_an_edit_cannot_reach_is_noted(copies: int, captured: Call
     )
     assert f"at position 0, 1 of layer {DEPTH - 1}:" in ends.attrs["notes"][0]
     assert len(unchanged(ends)) == 1
+    assert replay.projection("late", np.ones(HIDDEN)).reads == (("resid_post", -1),)
     later = replay.projection("early", np.ones(HIDDEN), layer=0)
     assert unchanged(swept(made, metrics=[later], copies=copies)) == ["early did not change in any document"]
     small = swept(made, edit=replay.Scale(1 + 1e-6), metrics=["flips", "kl"], at=replay.grid(layers=[0, 1]))
