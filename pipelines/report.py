@@ -13,6 +13,7 @@ from analysis.dataset import tokens
 from analysis.report import store_page
 from analysis.rescue import write_or_rescue
 from analysis.survey import PARTS, load_existing, results_path
+from flexcache.errors import AnalysisError
 from flexcache.paths import output_file, output_folder, shown
 from pipelines import stats
 
@@ -56,7 +57,12 @@ def run(
         console=Console(quiet=True),
         progress=progress,
     )
-    words = tokens.vocabulary(store, model)
+    try:
+        words = tokens.vocabulary(store, model)
+    except AnalysisError:
+        if (store.provenance.tokenizer or {}).get("class"):
+            raise
+        words = None  # the documents were token ids, and the model may have no tokenizer
     command = ["flexcache", "report", shown(store.path), *(["--site", site] if site != "resid_post" else [])]
     told = shlex.join([*command, *(["--model", model] if model else [])])
     page = write_or_rescue(
@@ -69,7 +75,8 @@ def run(
         hint = f"{kept}; not in it: {', '.join(absent)} (flexcache stats computes them)" if absent else kept
         console.print(hint, style="dim", markup=False, highlight=False, soft_wrap=True)
     if words is None:
-        hint = "tokens are numbers, and there is no logit lens: --model FOLDER, the checkpoint, gives both"
+        gone = "tokens are numbers" + ("" if "lens" in found else ", and there is no logit lens")
+        hint = f"{gone}: --model FOLDER, the checkpoint with its tokenizer, gives them"
         console.print(hint, style="dim", markup=False, highlight=False, soft_wrap=True)
     if show:
         webbrowser.open(page.absolute().as_uri())

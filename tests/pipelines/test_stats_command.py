@@ -7,6 +7,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import flexcache
+from tests.corpora import token_documents
+from tests.models import VOCABULARY, tiny
 from tests.pipelines.test_cli import run
 
 
@@ -92,3 +94,15 @@ def test_mistakes_end_in_one_message(config: Path, capsys: pytest.CaptureFixture
         (("--layers", "77"), "no layer 77", 1),
     ):
         assert message in " ".join(run(capsys, "stats", "run.zarr", "-q", *arguments, status=status).split())
+
+
+def test_a_report_of_token_ids_needs_no_tokenizer_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tiny("llama")
+    model.save_pretrained("plain")
+    flexcache.capture(model, None, token_documents([6] * 20, vocabulary=VOCABULARY), "run.zarr", progress=False)
+    text = " ".join(run(capsys, "report", "run.zarr", "--model", "plain", "-q").split())
+    assert "tokens are numbers: --model FOLDER" in text
+    assert "<h2>Logit lens</h2>" in Path("stats/resid_post.html").read_text("utf-8")
