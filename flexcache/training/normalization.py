@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flexcache.training.order import Order
+from flexcache.training.order import Order, Pool
 from flexcache.training.pools import ArraySource, PoolReader
 
 Normalize = Literal["none", "center", "unit_norm", "standard"]
@@ -22,9 +22,9 @@ def estimate_normalization(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Return mean and scale of each source, (features,) float32 each, from some runs that do not depend on the seed."""
     drawn = np.random.default_rng(0).permutation(len(order.runs))[:SAMPLE]
-    reader = PoolReader(order, sources, True, threads, [])
+    reader = PoolReader(order.rows, sources, True, threads, [])
     try:
-        _, arrays = next(iter(reader.read_pools([drawn])))
+        _, _, arrays = next(reader.read_pools([Pool(order.runs[drawn], [])]))
     finally:
         reader.close()
     means, scales = [], []

@@ -7,7 +7,7 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from flexcache.errors import DamagedError
 from flexcache.store.read.store import Store
 from flexcache.store.storage.backend import disk_path
-from flexcache.training.order import Ints, Order
+from flexcache.training.order import Ints, Pool
 
 ALIGNED = 4096
 """Reads that bypass the page cache start and end at multiples of this number of bytes."""
@@ -71,6 +71,8 @@ class PoolReader:
 
     Parameters
     ----------
+    rows
+        The rows that runs are indices into.
     sources
         Sources; each gives an array (rows of the pool, features) of stored bits.
     keep_cache
@@ -83,9 +85,9 @@ class PoolReader:
     """
 
     def __init__(
-        self, order: Order, sources: Sequence[ArraySource], keep_cache: bool, threads: int, buffers: list[list[NDArray]]
+        self, rows: Ints, sources: Sequence[ArraySource], keep_cache: bool, threads: int, buffers: list[list[NDArray]]
     ) -> None:
-        self.order, self.sources, self.keep_cache, self.buffers = order, sources, keep_cache, buffers
+        self.rows, self.sources, self.keep_cache, self.buffers = rows, sources, keep_cache, buffers
         self._direct, self._held = not keep_cache and hasattr(os, "O_DIRECT"), threading.local()
         self._paths: dict[tuple[int, int], Any] = {}
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="flexcache-runs")
@@ -94,35 +96,26 @@ class PoolReader:
             self, _end_threads, self._ahead, self._readers
         )  # at exit, while modules still exist
 
-    def read_pools(self, pools: Sequence[Ints]) -> Iterator[tuple[Ints, list[NDArray]]]:
-        """Yield the rows of each pool with their bits in each source, which are valid until the next pool."""
-        largest, buffers = max((self._size(pool) for pool in pools), default=0), self.buffers
-        if len(buffers) < min(2, len(pools)) or (buffers and len(buffers[0][0]) < largest):
-            buffers[:] = [
-                [_aligned((largest, source.features), source.bits) for source in self.sources]
-                for _ in range(min(2, len(pools)))
-            ]
-        pending: Future[tuple[Ints, list[NDArray]]] | None = None
-        for number in range(len(pools)):
-            current = pending or self._ahead.submit(self._pool, pools[number], buffers[number % 2])
-            found = current.result()
-            if number + 1 < len(pools):
-                pending = self._ahead.submit(self._pool, pools[number + 1], buffers[(number + 1) % 2])
-            yield found
+    def read_pools(self, pools: Iterable[Pool]) -> Iterator[tuple[Pool, Ints, list[NDArray]]]:
+        """Yield each pool with its rows and their bits in each source, which are valid until the next pool."""
+        pending: Future[tuple[Pool, Ints, list[NDArray]]] | None = None
+        for number, pool in enumerate(pools):
+            ahead = self._ahead.submit(self._read_pool, pool, number % 2)
+            if pending is not None:
+                yield pending.result()
+            pending = ahead
+        if pending is not None:
+            yield pending.result()
 
     def close(self) -> None:
         """Stop the threads; further calls do nothing."""
         self._end()
 
-    def _size(self, runs: Ints) -> int:
-        return int(np.diff(self.order.runs[runs], axis=1).sum())
-
-    def _pool(self, runs: Ints, buffers: list[NDArray]) -> tuple[Ints, list[NDArray]]:
-        places = self.order.runs[runs]
-        sizes = np.diff(places, axis=1)[:, 0]
+    def _read_pool(self, pool: Pool, number: int) -> tuple[Pool, Ints, list[NDArray]]:
+        sizes = np.diff(pool.runs, axis=1)[:, 0]
         starts = np.cumsum(sizes) - sizes
-        rows = np.concatenate([self.order.rows[low:high] for low, high in places])
-        arrays = [buffer[: len(rows)] for buffer in buffers]
+        rows = np.concatenate([self.rows[:0], *(self.rows[low:high] for low, high in pool.runs)])
+        arrays = [buffer[: len(rows)] for buffer in self._buffer(number, len(rows))]
         spans = [slice(start, start + size) for start, size in zip(starts.tolist(), sizes.tolist(), strict=True)]
         jobs = [
             self._readers.submit(self._runs, source, array, rows, spans[first : first + TOGETHER])
@@ -131,7 +124,15 @@ class PoolReader:
         ]
         for job in jobs:
             job.result()
-        return rows, arrays
+        return pool, rows, arrays
+
+    def _buffer(self, number: int, size: int) -> list[NDArray]:
+        """Return one of the two buffers, with room for *size* rows."""
+        while len(self.buffers) <= number:
+            self.buffers.append([])
+        if not self.buffers[number] or len(self.buffers[number][0]) < size:
+            self.buffers[number] = [_aligned((size, source.features), source.bits) for source in self.sources]
+        return self.buffers[number]
 
     def _runs(self, source: ArraySource, out: NDArray, rows: Ints, spans: Sequence[slice]) -> None:
         for span in spans:

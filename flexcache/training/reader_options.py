@@ -24,7 +24,7 @@ class ReaderOptions:
     Attributes
     ----------
     pool_bytes : int
-        Memory of a pool. At times three are alive: the current one, the next one, and a batch.
+        Memory of a pool over all ranks and workers, which share it. Two are alive, the current and the next one.
     run_bytes : int
         Bytes of a run, which is read in one piece.
     keep_cache : bool, or None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import cloudpickle
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from flexcache.errors import ConfigError
 from flexcache.store.storage.backend import disk_path
 from flexcache.training.normalization import Normalize, as_tensor, estimate_normalization
-from flexcache.training.order import Ints, Order, turns
+from flexcache.training.order import Ints, Order
 from flexcache.training.pools import ArraySource, PoolReader
 from flexcache.training.reader_options import ReaderOptions
 from flexcache.training.stream_state import check_same_order, check_state
@@ -32,8 +33,8 @@ class Stream(IterableDataset[StreamBatch]):
         for batch in stream:            # one epoch; the next loop gives the next one
             train_step(batch)
 
-    In a `torch.utils.data.DataLoader` with ``batch_size=None``, workers share the rows, and so do the ranks of a
-    data-parallel group. `loader` makes a DataLoader that can be saved and resumed in the middle of an epoch;
+    The ranks of a data-parallel group share each batch. In a `torch.utils.data.DataLoader` with ``batch_size=None``,
+    workers give batches in turns. `loader` makes a DataLoader that can be saved and resumed in the middle of an epoch;
     torchdata's ``StatefulDataLoader`` can do that as well.
 
     Attributes
@@ -66,20 +67,15 @@ class Stream(IterableDataset[StreamBatch]):
         self.mean: list[torch.Tensor] = []
         self.scale: list[torch.Tensor] = []
         self.dtype = dtype
-        self._skip = 0  # batches that the next iteration leaves out
-        self._of_rank = False  # True if they count the batches of all workers of the rank, in turns
-        self._saved_workers: int | None = None  # number of workers in the loaded state
-        self._given = 0
+        self._next = 0  # batch of the epoch that the next iteration starts with
+        self._given = 0  # batches of the epoch that precede the next one of this iteration
+        self._saved_worker: list[int] | None = None  # worker, and number of workers, of the loaded state
         self._buffers: list[list[NDArray]] = []
         if normalize != "none":
             self.mean, self.scale = estimate_normalization(order, list(sources.values()), self.threads, normalize)
 
-    def __len__(self) -> int:
-        """Number of batches that this rank gets in an epoch, with the current number of workers."""
-        return sum(self._count_batches(self.epoch, self._worker_share()[1]))
-
     def __repr__(self) -> str:
-        rows, size = f"{len(self.order.rows):,} rows", f"batches of {self.order.batch_size}"
+        rows, size = f"{len(self.order.rows):,} rows", f"batches of {self.order.batch_size // self.ranks}"
         return f"<Stream of {', '.join(self.sources)}: {rows} in {size}; next epoch {self.epoch}>"
 
     @property
@@ -88,24 +84,42 @@ class Stream(IterableDataset[StreamBatch]):
         return sum(source.row_bytes for source in self.sources.values())
 
     def __iter__(self) -> Iterator[StreamBatch]:
-        worker, workers = self._worker_share()
-        skip = self._skip
-        if skip and self._saved_workers is not None:
-            check_same_order({"workers": self._saved_workers}, {"workers": workers})
-        if self._of_rank:
-            totals = self._count_batches(self.epoch, workers)
-            done, then = turns(totals, skip), turns(totals, skip + 1)
-            following = next((n for n in range(workers) if then[n] > done[n]), 0)
-            worker = (worker + following) % workers  # a DataLoader starts with worker 0: it takes the next turn
-            skip = done[worker]
-        consumer, consumers = self.rank * workers + worker, self.ranks * workers
-        epoch, self._skip, self._of_rank, self._given = self.epoch, 0, False, skip
-        pools = self.order.pools_of(epoch, consumer, consumers)
-        reader = PoolReader(self.order, list(self.sources.values()), self.keep_cache, self.threads, self._buffers)
+        return (batch for batch in self.iterate(in_parts=False) if batch is not None)
+
+    def __len__(self) -> int:
+        """Number of batches in an epoch."""
+        return self.order.count_batches(self.drop_last, self.rank, self.ranks)
+
+    def iterate(self, *, in_parts: bool) -> Iterator[StreamBatch | None]:
+        """Yield the rest of an epoch as far as this worker gives it, and None for a batch of which it has no row.
+
+        Parameters
+        ----------
+        in_parts
+            Each worker of a DataLoader gives a part of every batch of the rank, and reads no more than that part;
+            otherwise workers give whole batches in turns, and each reads the rows of all.
+        """
+        worker, workers = _worker_share()
+        parts, turns = (workers, 1) if in_parts else (1, workers)
+        if self._saved_worker is not None:
+            check_same_order({"worker": self._saved_worker}, {"worker": [worker, workers]})
+        first = self._next * workers if self._saved_worker is not None else self._next
+        first += worker if turns > 1 else 0
+        consumer = self.rank * parts + (worker if in_parts else 0)
+        epoch, self._next, self._saved_worker = self.epoch, 0, None
+        count = self.order.count_batches(self.drop_last)
+        reader = PoolReader(self.order.rows, list(self.sources.values()), self.keep_cache, self.threads, self._buffers)
         try:
-            for batch in self._batches(reader, pools, epoch, consumer, skip):
-                self._given += 1
-                yield batch
+            number = first
+            pools = self.order.read_pools(epoch, consumer, self.ranks * parts, first)
+            for pool, rows, stored in reader.read_pools(pools):
+                arrays = [as_tensor(array, source) for array, source in zip(stored, self.sources.values(), strict=True)]
+                for chosen in pool.batches:
+                    if number < count and (number - first) % turns == 0:
+                        self._given = number // turns + 1
+                        tensors = [_select_rows(array, chosen) for array in arrays]
+                        yield self._make_batch(rows[chosen], tensors) if len(chosen) else None
+                    number += 1
         finally:
             reader.close()
         self.epoch, self._given = epoch + 1, 0
@@ -119,32 +133,33 @@ class Stream(IterableDataset[StreamBatch]):
         self.transform = None if state["transform"] is None else cloudpickle.loads(state["transform"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch, the number of batches given by this process, and everything that the order depends on.
+        """Return the epoch, the number of batches given, and everything that the order depends on.
 
-        torchdata calls this in each worker.
+        torchdata calls this in each worker; then the number is that of the batches of the worker.
         """
-        return self._state(self._given, self._worker_share()[1], of_rank=False)
+        worker, workers = _worker_share()
+        return self._state(self._given, [worker, workers] if workers > 1 else None)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a state of `state_dict`, or of `Loader.state_dict`.
-
-        States of earlier versions, which hold only the seed of the order, are accepted as well.
+        """Resume from a state of `state_dict`, or of `Loader.state_dict`, with any number of ranks and workers.
 
         Raises
         ------
         ConfigError
-            The value is not the state of a stream, or the stream has another order: another seed, batch_size,
-            run_bytes, pool_bytes, drop_last or number of ranks, or other rows.
+            The value is not the state of a stream, or the stream has another order: another seed, number of rows in the
+            batches of all ranks together, run_bytes, pool_bytes or drop_last, or other rows.
         """
         check_state(state)
-        check_same_order(state, {**self.order.describe(), "drop_last": self.drop_last, "ranks": self.ranks})
-        self.epoch, self._skip, self._of_rank = int(state["epoch"]), int(state["batches"]), bool(state["of_rank"])
-        self._given, self._saved_workers = self._skip, state.get("workers")
+        check_same_order(state, {**self.order.describe(), "drop_last": self.drop_last})
+        self.epoch, self._next, self._saved_worker = int(state["epoch"]), int(state["batches"]), state["worker"]
+        self._given = self._next
 
     def loader(self, num_workers: int = 0, **options: Any) -> Loader:
         """Return a DataLoader over this stream whose position can be saved; *options* go to the DataLoader.
 
-        Workers start by spawn if a store is on object storage, whose clients do not survive a fork.
+        Workers start by spawn if a store is on object storage, whose clients do not survive a fork. Each worker reads a
+        part of every batch; with a transform, ``collate_fn`` or ``pin_memory``, which need whole batches, each gives
+        batches in turn and reads all rows.
 
         ::
 
@@ -155,45 +170,9 @@ class Stream(IterableDataset[StreamBatch]):
             options.setdefault("multiprocessing_context", "spawn")
         return Loader(self, num_workers, **options)
 
-    def _state(self, batches: int, workers: int, of_rank: bool) -> dict[str, Any]:
-        position = {"epoch": self.epoch, "batches": batches, "of_rank": of_rank}
-        shared = {"drop_last": self.drop_last, "ranks": self.ranks, "workers": workers}
-        return {**position, **self.order.describe(), **shared}
-
-    def _batches(
-        self, reader: PoolReader, pools: Sequence[Ints], epoch: int, consumer: int, skip: int
-    ) -> Iterator[StreamBatch]:
-        size, left = self.order.batch_size, skip * self.order.batch_size
-        sizes = [int(np.diff(self.order.runs[pool], axis=1).sum()) for pool in pools]
-        first = 0
-        while first < len(pools) and left >= sizes[first]:
-            left -= sizes[first]
-            first += 1
-        left_over: tuple[Ints, list[torch.Tensor]] | None = None
-        for number, (rows, stored) in enumerate(reader.read_pools(pools[first:]), start=first):
-            arrays = [as_tensor(array, source) for array, source in zip(stored, self.sources.values(), strict=True)]
-            mixed = self.order.mixing_order(epoch, consumer, number, len(rows))[left:]
-            left = 0
-            at = 0
-            if left_over is not None:
-                at = size - len(left_over[0])
-                chosen = mixed[:at]
-                pairs = zip(left_over[1], arrays, strict=True)
-                joined = [torch.cat([old, _select_rows(new, chosen)]) for old, new in pairs]
-                left_over = (np.concatenate([left_over[0], rows[chosen]]), joined)
-                if len(left_over[0]) < size:
-                    continue
-                yield self._make_batch(*left_over)
-                left_over = None
-            while at + size <= len(mixed):
-                chosen = mixed[at : at + size]
-                yield self._make_batch(rows[chosen], [_select_rows(array, chosen) for array in arrays])
-                at += size
-            if at < len(mixed):
-                chosen = mixed[at:]
-                left_over = (rows[chosen], [_select_rows(array, chosen) for array in arrays])
-        if left_over is not None and not self.drop_last:
-            yield self._make_batch(*left_over)
+    def _state(self, batches: int, worker: list[int] | None) -> dict[str, Any]:
+        position = {"epoch": self.epoch, "batches": batches, "worker": worker}
+        return {**position, **self.order.describe(), "drop_last": self.drop_last}
 
     def _make_batch(self, rows: Ints, tensors: list[torch.Tensor]) -> StreamBatch:
         for number, tensor in enumerate(tensors):
@@ -210,16 +189,16 @@ class Stream(IterableDataset[StreamBatch]):
                 batch[name] = torch.from_numpy(np.asarray(store.coordinates[name].values)[rows].astype(np.int64))
         return batch if self.transform is None else self.transform(batch)
 
-    def _worker_share(self) -> tuple[int, int]:
-        info = get_worker_info()
-        return (0, 1) if info is None else (info.id, info.num_workers)
 
-    def _count_batches(self, epoch: int, workers: int) -> list[int]:
-        consumers = self.ranks * workers
-        return [
-            self.order.count_batches(epoch, self.rank * workers + worker, consumers, self.drop_last)
-            for worker in range(workers)
-        ]
+class BatchParts(IterableDataset[StreamBatch | None]):
+    """The parts of the batches of a stream that a worker of a DataLoader reads."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[StreamBatch | None]:
+        return self.stream.iterate(in_parts=True)
 
 
 class Loader:
@@ -236,47 +215,67 @@ class Loader:
 
     def __init__(self, stream: Stream, num_workers: int = 0, **options: Any) -> None:
         self.stream = stream
-        self._loader = DataLoader(stream, batch_size=None, num_workers=num_workers, **options)
-        self._workers = max(1, num_workers)
+        whole = stream.transform is not None or options.get("pin_memory") or options.get("collate_fn") is not None
+        self._parts = 1 if whole else max(1, num_workers)  # parts of a batch that arrive one after the other
+        dataset = BatchParts(stream) if self._parts > 1 else stream
+        self._loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, **options)
         self._start = 0
         self._given = 0
 
     def __iter__(self) -> Iterator[StreamBatch]:
         stream, epoch = self.stream, self.stream.epoch
-        stream._skip, stream._of_rank = self._start, True
+        stream._next, stream._saved_worker = self._start, None
         self._given, self._start = self._start, 0
-        for batch in self._loader:
-            self._given += 1
-            yield batch
+        parts = iter(self._loader)
+        try:
+            while arrived := list(islice(parts, self._parts)):
+                self._given += 1
+                if found := [part for part in arrived if part is not None]:
+                    yield _join(found)
+        finally:
+            stream._next = 0
         stream.epoch, self._given = epoch + 1, 0
 
     def __len__(self) -> int:
         """Number of batches in an epoch."""
-        return sum(self.stream._count_batches(self.stream.epoch, self._workers))
+        return len(self.stream)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the loader, to be saved with the model."""
-        return self.stream._state(self._given, self._workers, of_rank=True)
+        return self.stream._state(self._given, None)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a state of `state_dict`, with the same number of workers and ranks.
+        """Resume from a state of `state_dict`, with any number of workers and ranks.
 
         Raises
         ------
         ConfigError
-            The value is not the state of a loader, or the number of workers or ranks or the order differs (see
-            `Stream.load_state_dict`), which would give other batches.
+            The value is not the state of a loader, or the order differs (see `Stream.load_state_dict`), which would
+            give other batches.
         """
-        check_state(state, "workers", "ranks")
-        check_same_order(state, {"workers": self._workers})
-        if not state["of_rank"] and self._workers > 1:
+        self.stream.load_state_dict(state)
+        if state["worker"] is not None:
             raise ConfigError(
                 "the state is of one worker of several",
                 expected="what state_dict() of a loader returned",
                 remedy="save the loader's state_dict(), not the stream's",
             )
-        self.stream.load_state_dict(state)
         self._start = self._given = int(state["batches"])
+
+
+def _worker_share() -> tuple[int, int]:
+    info = get_worker_info()
+    return (0, 1) if info is None else (info.id, info.num_workers)
+
+
+def _join(parts: list[StreamBatch]) -> StreamBatch:
+    """Return the parts of a batch as one."""
+    if len(parts) == 1:
+        return parts[0]
+    named = [part for part in parts if isinstance(part, dict)]
+    if named:
+        return {name: torch.cat([part[name] for part in named]) for name in named[0]}
+    return torch.cat([part for part in parts if isinstance(part, torch.Tensor)])
 
 
 def _select_rows(rows: torch.Tensor, chosen: Ints) -> torch.Tensor:

@@ -50,8 +50,9 @@ def stream(
             ...                                         # Tensor (4096, features)
 
     Rows are read in runs of *run_bytes*, in random order. A pool of runs is shuffled and given batch by batch while the
-    next pool is read. The order depends only on the rows, *seed*, the epoch, and the number of ranks and workers that
-    share the rows.
+    next pool is read. The batches of all ranks together depend only on the rows, *seed*, the epoch and their size: one
+    rank with batches of 64 trains on the same rows at each step as two ranks with batches of 32, whatever the number of
+    workers.
 
     Parameters
     ----------
@@ -63,7 +64,7 @@ def stream(
         order, or text such as ``"all"``, ``"0,8"`` or ``"8:24"``. Several sites, or stores, give dicts of tensors by
         name.
     batch_size
-        Rows of a batch; the last batch of an epoch may be smaller, unless *drop_last*.
+        Rows of a batch of one rank; the last batch of an epoch may be smaller, unless *drop_last*.
     rows
         Row numbers, each once, or a boolean mask of all rows; every committed row by default.
     normalize
@@ -148,7 +149,7 @@ def stream(
         unit_rows=first.shard_rows,
         run_rows=max(1, int(options.run_bytes) // width),
         pool_rows=max(1, int(options.pool_bytes) // width),
-        batch_size=int(batch_size),
+        batch_size=int(batch_size) * ranks,
         seed=int(seed),
     )
     if options.keep_cache is None:

@@ -10,22 +10,26 @@ from flexcache.spec import is_whole
 
 IDENTITY = {
     "seed": "seed",
-    "batch_size": "batch_size",
+    "batch_rows": "number of rows in a batch of all ranks together (batch_size × ranks)",
     "run_rows": "size of runs, in rows (run_bytes)",
     "pool_rows": "size of pools, in rows (pool_bytes)",
     "unit_rows": "number of rows in a unit of the store",
     "rows_xxh3_128": "set of rows, by digest",
     "drop_last": "drop_last",
-    "ranks": "number of ranks",
-    "workers": "number of workers",
+    "worker": "worker, or number of workers",
 }
 """Entries of a state that must equal those of the stream, with their names in messages."""
 
 
-def check_state(state: Any, *more: str) -> None:
-    """Raise ConfigError if a value is not the state of a stream, or lacks one of the entries *more*."""
-    names = ("epoch", "batches", "seed", "of_rank", *more)
+def check_state(state: Any) -> None:
+    """Raise ConfigError if a value is not the state of a stream."""
+    names = ("epoch", "batches", "seed", "batch_rows", "worker")
     missing = [name for name in names if not isinstance(state, Mapping) or name not in state]
+    if isinstance(state, Mapping) and missing == ["batch_rows", "worker"]:
+        raise ConfigError(
+            "the state is of an earlier version, which gave the rows in another order",
+            remedy=f"start with an epoch: stream.epoch = {state['epoch']!r}, where the state was saved",
+        )
     counts = () if missing else (state["epoch"], state["batches"])
     if missing or not all(is_whole(count) and count >= 0 for count in counts):
         found = f"{type(state).__name__} {state!r}"
@@ -38,9 +42,9 @@ def check_state(state: Any, *more: str) -> None:
 
 
 def check_same_order(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Raise ConfigError if an entry of *state* differs from *mine*; states of earlier versions lack some entries."""
+    """Raise ConfigError if an entry of *state* differs from *mine*."""
     for name, value in mine.items():
-        if name in state and state[name] != value:
+        if state[name] != value:
             raise ConfigError(
                 f"the state is of another {IDENTITY[name]}",
                 expected=f"{state[name]}, as in the state",

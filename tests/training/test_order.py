@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexcache.training.order import Order, turns
+from flexcache.training.order import Order
 
 
 @st.composite
@@ -25,25 +25,51 @@ def orders(draw: st.DrawFn) -> Order:
     )
 
 
+def rows_of(order: Order, epoch: int, consumer: int = 0, consumers: int = 1, first: int = 0) -> list[list[int]]:
+    """Return the rows of each batch of a consumer."""
+    found = []
+    for pool in order.read_pools(epoch, consumer, consumers, first):
+        rows = np.concatenate([order.rows[:0], *(order.rows[low:high] for low, high in pool.runs)])
+        found += [rows[chosen].tolist() for chosen in pool.batches]
+    return found
+
+
 @settings(max_examples=150, deadline=None)
-@given(orders(), st.integers(1, 3), st.integers(1, 4), st.integers(0, 3))
-def test_every_row_goes_to_one_consumer_once(order: Order, ranks: int, workers: int, epoch: int) -> None:
-    consumers, seen = ranks * workers, []
+@given(orders(), st.integers(0, 3))
+def test_every_row_is_in_one_batch_and_all_but_the_last_are_whole(order: Order, epoch: int) -> None:
+    batches = rows_of(order, epoch)
+    assert sorted(row for batch in batches for row in batch) == order.rows.tolist()
+    assert {len(batch) for batch in batches[:-1]} <= {order.batch_size}
+    assert len(batches) == order.count_batches() == -(-len(order.rows) // order.batch_size)
+    assert order.count_batches(drop_last=True) == len(order.rows) // order.batch_size
+    for pool in order.read_pools(epoch):
+        assert np.diff(pool.runs, axis=1).sum() <= max(order.pool_rows, order.batch_size)
+
+
+@settings(max_examples=150, deadline=None)
+@given(orders(), st.integers(1, 7), st.integers(0, 3), st.integers(0, 9))
+def test_batches_are_the_same_for_any_number_of_consumers_and_any_start(
+    order: Order, consumers: int, epoch: int, first: int
+) -> None:
+    """Consumers share each batch, and what one reads is not much more than its share."""
+    whole = rows_of(order, epoch)
+    shared = [rows_of(order, epoch, consumer, consumers, first) for consumer in range(consumers)]
+    joined = [[row for part in parts for row in part] for parts in zip(*shared, strict=True)]
+    assert [sorted(batch) for batch in joined] == [sorted(batch) for batch in whole[first:]]
     for consumer in range(consumers):
-        pools = order.pools_of(epoch, consumer, consumers)
-        rows = [
-            np.concatenate([order.rows[low:high] for low, high in order.runs[pool]])[
-                order.mixing_order(epoch, consumer, number, int(np.diff(order.runs[pool], axis=1).sum()))
-            ]
-            for number, pool in enumerate(pools)
-        ]
-        seen += rows
-        count = sum(map(len, rows))
-        assert order.count_batches(epoch, consumer, consumers) == -(-count // order.batch_size)
-        assert order.count_batches(epoch, consumer, consumers, drop_last=True) == count // order.batch_size
-        for pool in rows:
-            assert len(pool) <= max(order.pool_rows, order.run_rows)
-    assert np.array_equal(np.sort(np.concatenate([*seen, np.zeros(0, np.int64)])), order.rows)
+        given_rows = [len(batch) for batch in rows_of(order, epoch, consumer, consumers)]
+        if consumers <= order.batch_size:
+            assert sum(map(bool, given_rows)) == order.count_batches(False, consumer, consumers)
+        assert max(given_rows, default=0) <= -(-order.batch_size // consumers)
+        lanes = -(-order.lanes // consumers) + (order.lanes % consumers > 0)
+        for pool in order.read_pools(epoch, consumer, consumers):
+            assert np.diff(pool.runs, axis=1).sum() <= lanes * order.lane_rows * order.pool_batches
+
+
+def test_lanes_divide_among_the_usual_numbers_of_ranks_and_workers() -> None:
+    for batch, lanes in ((4096, 64), (96, 48), (12288, 48), (1000, 40), (7, 7), (1, 1)):
+        assert Order(np.arange(10), 512, 8, 10**5, batch, seed=0).lanes == lanes
+    assert Order(np.arange(10), 512, 100, 800, 4096, seed=0).lanes == 2, "a pool of a lane holds four runs"
 
 
 @given(orders())
@@ -58,17 +84,6 @@ def test_runs_hold_consecutive_rows_of_one_unit(order: Order) -> None:
 def test_another_epoch_and_another_seed_have_another_order() -> None:
     order = Order(np.arange(1000), 512, 8, 200, 32, seed=0)
     other = Order(np.arange(1000), 512, 8, 200, 32, seed=1)
-    assert not np.array_equal(order.runs_of(0, 0, 1), order.runs_of(1, 0, 1))
-    assert not np.array_equal(order.runs_of(0, 0, 1), other.runs_of(0, 0, 1))
-    assert np.array_equal(order.runs_of(3, 1, 4), order.runs_of(3, 1, 4))
-
-
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(0, 50))
-def test_workers_take_turns_and_finished_ones_are_skipped(totals: list[int], given_in_all: int) -> None:
-    done, left = [0] * len(totals), given_in_all
-    while left and done != totals:
-        for worker in range(len(totals)):
-            if left and done[worker] < totals[worker]:
-                done[worker] += 1
-                left -= 1
-    assert turns(totals, given_in_all) == done
+    assert rows_of(order, 0) != rows_of(order, 1)
+    assert rows_of(order, 0) != rows_of(other, 0)
+    assert rows_of(order, 3) == rows_of(order, 3)

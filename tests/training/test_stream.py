@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -164,33 +165,79 @@ def test_an_epoch_resumes_in_the_middle(store: flexcache.Store, stop: int) -> No
         training.stream(store, "resid_post", 0, seed=5, **SMALL).load_state_dict(state)
 
 
-def test_ranks_and_workers_share_the_rows_and_a_loader_resumes(store: flexcache.Store) -> None:
-    seen: list[int] = []
-    for rank in range(2):
-        stream = training.stream(store, "resid_post", 0, return_tokens=True, rank=rank, ranks=2, **SMALL)
-        loader = stream.loader(num_workers=2)
-        expected = len(loader)
-        whole = list(loader)
-        assert len(whole) == expected
-        seen += rows_of(whole)
-        if rank == 0:
-            other = training.stream(store, "resid_post", 0, return_tokens=True, rank=0, ranks=2, **SMALL)
-            stopped = other.loader(num_workers=2)
-            for number, _ in enumerate(stopped):
-                if number == 2:
-                    break
-            state = stopped.state_dict()
-            assert state["batches"] == 3
-            later = training.stream(store, "resid_post", 0, return_tokens=True, rank=0, ranks=2, **SMALL)
-            resumed = later.loader(num_workers=2)
-            resumed.load_state_dict(state)
-            rest = list(resumed)
-            assert [batch["row"].tolist() for batch in rest] == [batch["row"].tolist() for batch in whole[3:]]
-            expected = len(resumed)
-            assert len(list(resumed)) == expected, "the next epoch is whole"
-            with pytest.raises(ConfigError, match="another number of workers"):
-                later.loader(num_workers=0).load_state_dict(state)
-    assert sorted(seen) == list(range(store.n_rows))
+SHARES = [(1, 1), (1, 3), (2, 0), (2, 2), (4, 2)]
+"""Numbers of ranks and of workers of each."""
+
+
+def shared_batches(
+    store: flexcache.Store, ranks: int, workers: int, state: Any = None, stop: int | None = None, **options: Any
+) -> tuple[list[list[int]], list[Any]]:
+    """Return the sorted rows of each batch of all ranks together, and the states of their loaders in the end."""
+    given, states = [], []
+    for rank in range(ranks):
+        settings = {**SMALL, "batch_size": 32 // ranks, **options}
+        stream = training.stream(store, "resid_post", 0, return_tokens=True, rank=rank, ranks=ranks, **settings)
+        loader = stream.loader(num_workers=workers)
+        if state is not None:
+            loader.load_state_dict(state)
+        batches = []
+        for number, batch in enumerate(loader, 1):
+            batches.append(batch["row"].tolist())
+            if number == stop:
+                break
+        given.append(batches)
+        states.append(loader.state_dict())
+        assert stop is not None or state is not None or len(batches) == len(loader)
+    return [sorted(row for part in parts for row in part or ()) for parts in zip_longest(*given)], states
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
+@pytest.mark.parametrize(("ranks", "workers"), SHARES)
+def test_batches_of_all_ranks_do_not_depend_on_ranks_and_workers(
+    store: flexcache.Store, ranks: int, workers: int
+) -> None:
+    expected = [
+        sorted(batch["row"].tolist()) for batch in training.stream(store, "resid_post", 0, return_tokens=True, **SMALL)
+    ]
+    assert shared_batches(store, ranks, workers)[0] == expected
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
+@pytest.mark.parametrize("way", [{}, {"transform": dict}], ids=["parts", "whole"])
+def test_an_epoch_resumes_with_other_numbers_of_ranks_and_workers(store: flexcache.Store, way: dict[str, Any]) -> None:
+    whole, _ = shared_batches(store, 1, 0)
+    begun, states = shared_batches(store, 2, 2, stop=5, **way)
+    assert begun == whole[:5]
+    assert states[0] == states[1]
+    for ranks, workers in ((1, 3), (4, 0)):
+        rest, ends = shared_batches(store, ranks, workers, state=states[0], **way)
+        assert rest == whole[5:]
+        assert (ends[0]["epoch"], ends[0]["batches"]) == (1, 0), "the next epoch is whole"
+
+
+def test_a_transform_in_workers_gets_whole_batches(store: flexcache.Store) -> None:
+    options = {**SMALL, "transform": lambda batch: batch.float().mean(0)}
+    here = list(training.stream(store, "resid_post", 0, **options))
+    there = list(training.stream(store, "resid_post", 0, **options).loader(num_workers=2))
+    assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+
+
+def test_a_worker_resumes_from_its_own_state(store: flexcache.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A DataLoader of torchdata saves and loads the state of the stream of each worker."""
+    whole = [batch["row"].tolist() for batch in training.stream(store, "resid_post", 0, return_tokens=True, **SMALL)]
+    monkeypatch.setattr("flexcache.training.row_stream._worker_share", lambda: (1, 2))
+    stream = training.stream(store, "resid_post", 0, return_tokens=True, **SMALL)
+    again = training.stream(store, "resid_post", 0, return_tokens=True, **SMALL)
+    again.load_state_dict(stream.state_dict())
+    assert [batch["row"].tolist() for batch in again] == whole[1::2]
+    iterator = iter(stream)
+    assert [next(iterator)["row"].tolist() for _ in range(3)] == whole[1:6:2]
+    again.load_state_dict(stream.state_dict())
+    assert [batch["row"].tolist() for batch in again] == whole[7::2]
+    again.load_state_dict(stream.state_dict())
+    monkeypatch.setattr("flexcache.training.row_stream._worker_share", lambda: (0, 2))
+    with pytest.raises(ConfigError, match="another worker, or number of workers"):
+        next(iter(again))
 
 
 def test_only_chosen_rows_are_given(store: flexcache.Store) -> None:
@@ -332,11 +379,9 @@ def test_a_state_of_another_order_is_refused(store: flexcache.Store, other: dict
     again = made()
     again.load_state_dict(state)
     assert len(list(again)) == len(again) - 1
-    earlier = {name: state[name] for name in ("epoch", "batches", "seed", "of_rank")}
-    if loads == "loader":
-        earlier |= {"workers": 1, "ranks": 1}
-    again.load_state_dict(earlier)
-    assert len(list(again)) == len(again) - 1
+    earlier = {"epoch": 2, "batches": 3, "seed": 0, "of_rank": loads == "loader", "batch_size": 32}
+    with pytest.raises(ConfigError, match=r"of an earlier version[\s\S]*stream.epoch = 2"):
+        again.load_state_dict(earlier)
 
 
 def test_a_state_is_plain_data_and_a_loader_resumes_from_a_stream_state(store: flexcache.Store, tmp_path: Path) -> None:
@@ -349,14 +394,7 @@ def test_a_state_is_plain_data_and_a_loader_resumes_from_a_stream_state(store: f
     loader.load_state_dict(state)
     assert len(list(loader)) == len(loader) - 1
     with pytest.raises(ConfigError, match="one worker of several"):
-        training.stream(store, "resid_post", 0, **options).loader(2).load_state_dict({**state, "workers": 2})
-
-
-def test_a_state_of_one_process_is_not_shared_by_workers(store: flexcache.Store) -> None:
-    stream = training.stream(store, "resid_post", 0, **SMALL)
-    stream.load_state_dict({**stream.state_dict(), "batches": 2, "workers": 2})
-    with pytest.raises(ConfigError, match="another number of workers"):
-        next(iter(stream))
+        training.stream(store, "resid_post", 0, **options).loader(2).load_state_dict({**state, "worker": [0, 2]})
 
 
 @pytest.mark.parametrize("wrong", [{}, None, 3, {"epoch": 0}, "bad batches"])
