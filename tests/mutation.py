@@ -40,8 +40,8 @@ ROOMS = {
         [f"analysis/probes/evaluation/{name}.py" for name in ("score", "folds", "pooled_metrics", "layer_scores")]
         + [f"analysis/probes/{name}.py" for name in ("transfer", "direction", "class_pairs", "comparison")],
         [
-            f"tests/analysis/test_{name}.py"
-            for name in ("score", "folds", "transfer", "comparison", "probe_use", "probe_dataset", "sweep")
+            *(f"tests/analysis/test_{name}.py" for name in ("pooled_metrics", "score", "folds", "transfer")),
+            *(f"tests/analysis/test_{name}.py" for name in ("comparison", "probe_use", "probe_dataset", "sweep")),
         ],
     ),
     "sequences": (

@@ -194,7 +194,7 @@ def test_a_direction_equals_the_probe_fitted_to_all_documents(
     assert np.linalg.norm(direction.unit) == pytest.approx(1)
     np.testing.assert_allclose(direction.score_store(store, dataset.row), direction.score(X))
     assert len(direction.score_store(store, block=7)) == store.n_rows
-    saved = probes.load_direction(direction.save(tmp_path / "deep" / "d.safetensors"))
+    saved = probes.load_direction(direction.save(tmp_path / "deep" / "er" / "d.safetensors"))
     assert np.array_equal(saved.vector, direction.vector)
     assert (saved.bias, saved.site, saved.layer, saved.provenance) == (
         direction.bias,
@@ -243,6 +243,28 @@ def test_transfer_scores_the_saved_weights_on_another_store(sweep: probes.Sweep,
         probes.transfer(sweep, other, targets.coordinate("token_id"), rows="all", resamples=20)
 
 
+def test_a_site_without_layers_is_swept_and_transferred(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    documents = [{"id": str(i), "tokens": [1, 2], "label": i % 2} for i in range(60)]
+    sites = {"a": 4, "b": (3, 4)}
+    with flexcache.record(tmp_path / "a.zarr", documents, sites=sites, model="m", dtype="float32") as recorder:
+        label = np.repeat(np.arange(60) % 2, 2)
+        for batch in recorder.batches():
+            values = rng.normal(size=(len(batch.rows), 4)) + 2.0 * label[batch.rows, None]
+            recorder.put("a", values, rows=batch.rows)
+            for layer in range(3):
+                recorder.put("b", values * (layer == 2), rows=batch.rows, layer=layer)
+    store = flexcache.open(tmp_path / "a.zarr")
+    sweep = probes.sweep(store, "label", "a", probes.Ridge(), **QUICK)
+    assert sweep.best.layer is None
+    assert (sweep.results["chosen_layer"] == -1).all()
+    matrix = probes.transfer_matrix({"a": sweep}, {"own": (store, "label")}, resamples=20)
+    assert float(matrix["score"][0, 0]) == float(probes.transfer(sweep, store, resamples=20)["score"][0, 0]) > 0.8
+    layered = probes.sweep(store, "label", "b", probes.Ridge(), **QUICK)
+    best = probes.transfer_matrix({"b": layered}, {"own": (store, "label")}, resamples=20)
+    assert float(best["score"][0, 0]) == float(probes.transfer(layered, store, resamples=20)["score"][2, 0])
+
+
 def test_probes_of_another_model_are_refused(tmp_path: Path) -> None:
     documents = [dict(d, label=i % 2) for i, d in enumerate(token_documents([4] * 24, vocabulary=VOCABULARY))]
     model = tiny("llama")
@@ -283,6 +305,7 @@ def test_positions_are_swept_one_by_one_and_plotted(store: flexcache.Store, tmp_
     alone = probes.sweep(store, "label", "resid_post", probes.Ridge(), rows=1, **QUICK)
     expected = alone.results["pooled"].sel(arm="probe", metric="accuracy").values
     assert np.array_equal(found["pooled"].sel(position=1), expected)
+    assert found.attrs["metric"] == alone.metrics[0]
     probes.heat_map(found, tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 1000
 

@@ -194,8 +194,7 @@ def recall_distributions(y: NDArray, standard: Floats, group: Ints, resamples: i
     positives or negatives.
     """
     kept = ~np.isnan(standard)
-    order = np.flatnonzero(kept)[np.argsort(-standard[kept], kind="stable")]
-    positive, values, group = y[order] == 1, standard[order], group[order]
+    positive, values, group = y[kept] == 1, standard[kept], group[kept]
     if positive.all() or not positive.any():
         return np.full(resamples, np.nan), np.full(resamples, np.nan)
     rng = np.random.default_rng(seed)
