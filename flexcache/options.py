@@ -13,6 +13,8 @@ from flexcache.validation import Options
 RowSelection = Literal["all", "last", "first", "mean", "some"]
 """The tokens that become rows; ``some`` stands for those of a `Choice`."""
 WORDS = ("all", "last", "first", "mean")
+SpecialTokens = Literal["auto", "always", "never"]
+"""The special tokens of a tokenizer around a text: those that the text lacks, all of them, or none."""
 
 
 class Windows(Options):
@@ -181,16 +183,22 @@ class SequenceOptions(Options):
         None, ge=1, description="tokens of all documents together; the document that reaches this number is the last"
     )
     packing: Packing | None = Field(None, description="concatenate documents into sequences of one length")
+    special_tokens: SpecialTokens = Field(
+        "auto",
+        description="special tokens that the tokenizer adds to texts: those that the text does not begin or end with"
+        " itself (auto), always, or never",
+    )
     token_labels: tuple[str, ...] = Field((), description="label columns with a value, or spans, for single tokens")
     decoder: SkipJsonSchema[DecoderInputs | None] = Field(
         None, description="decoder inputs of an encoder-decoder model, resolved for the model"
     )
 
     @model_serializer(mode="wrap")
-    def _leave_out_decoder(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit `decoder` if it is None, so that the specs of other models stay equal to those of older stores."""
+    def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit options that are newer than some stores, so that the spec of an older store stays equal."""
         content: dict[str, Any] = handler(self)
-        return content if self.decoder is not None else {k: v for k, v in content.items() if k != "decoder"}
+        newer = {"decoder": None, "special_tokens": "auto"}
+        return {name: value for name, value in content.items() if name not in newer or value != newer[name]}
 
     @property
     def whole(self) -> bool:
@@ -212,6 +220,7 @@ class SequenceOptions(Options):
         asked = {
             "windows": self.windows is not None,
             "packing": self.packing is not None,
+            "special_tokens": self.special_tokens != "auto",
             "max_length": self.max_length is not None,
             "rows by roles or turns": choice is not None and (choice.roles is not None or choice.turns is not None),
             "rows by character_spans": choice is not None and choice.character_spans is not None,

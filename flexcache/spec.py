@@ -202,8 +202,8 @@ class CaptureSpec(SequenceOptions):
         """
         kept = self.model_dump(exclude_unset=True)
         changes = dict(fields)
-        if "decoder_inputs" in self.model_fields_set:
-            kept["decoder_inputs"] = self.decoder_inputs
+        unwritten = {"decoder_inputs", "special_tokens"} & self.model_fields_set
+        kept |= {name: getattr(self, name) for name in unwritten}
         if "rows" in changes:
             kept.pop("choice", None)
         if changes.get("sites") is None and "layers" in changes and "sites" in kept:

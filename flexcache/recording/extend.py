@@ -43,6 +43,7 @@ from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.recording.run.progress import CaptureProgress
 from flexcache.recording.run.recorder import Recorder
 from flexcache.recording.run_options import RunOptions
+from flexcache.sequences.special_tokens import DOUBLED, doubled_notice
 from flexcache.spec import ArraySpec, CaptureSpec, listed, parse_sites
 from flexcache.store.format.int8 import with_scales
 from flexcache.store.manage.derive import merge_arrays
@@ -220,6 +221,8 @@ def extend(
         ExtensionTransaction(root).commit(bars.committing())
         bars.say(f"in place → {shown(root)}")
         extended = Store(root)
+        if doubled := extended.plan.get(DOUBLED, 0) - store.plan.get(DOUBLED, 0):
+            bars.say(doubled_notice(doubled))
         for table in extended.label_tables.values():
             if text := table.describe_later(int(extended.plan["documents"])):
                 bars.say(text)

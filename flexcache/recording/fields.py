@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from flexcache.errors import ConfigError
-from flexcache.options import Choice, DecoderInputMode, Packing, Windows
+from flexcache.options import Choice, DecoderInputMode, Packing, SpecialTokens, Windows
 from flexcache.recording.run_options import RunOptions
 from flexcache.site import Layers
 from flexcache.spec import CaptureSpec, SitesLike
@@ -21,6 +21,7 @@ class _RowFields(TypedDict, total=False):
     max_tokens: int | None
     windows: Windows | Mapping[str, Any] | None
     packing: Packing | Mapping[str, Any] | None
+    special_tokens: SpecialTokens
     token_labels: Sequence[str]
     batch_tokens: int
     seed: int

@@ -34,6 +34,8 @@ class Encoded:
         Index of the message in its chat that each token belongs to, -1 for none.
     kept : ndarray of bool, shape (tokens,), or None
         True for each token that becomes a row, or is averaged into one; None if all do.
+    doubled : ndarray of bool, shape (documents,), or None
+        True for each text with special tokens of its own, which the tokenizer would have added again.
     labels : dict of str to list array, shape (documents,)
         Labels of tokens by name, with one entry for each token of a document.
 
@@ -50,6 +52,7 @@ class Encoded:
     chats: list[Chat] | None = None
     turn: np.ndarray | None = None
     kept: np.ndarray | None = None
+    doubled: np.ndarray | None = None
     labels: dict[str, pa.ListArray] = field(default_factory=dict)
 
     @property

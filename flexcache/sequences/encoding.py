@@ -15,6 +15,7 @@ from flexcache.options import SequenceOptions
 from flexcache.plan import ranges
 from flexcache.sequences.chat import check_template, find_turns, generated_tokens, render_chat
 from flexcache.sequences.encoded import Encoded, list_array
+from flexcache.sequences.special_tokens import AddedTokens, added_tokens
 from flexcache.sequences.token_columns import is_spans
 
 Tokenizer = Callable[..., Any]
@@ -31,14 +32,16 @@ def encode_documents(
     Parameters
     ----------
     special
-        Add special tokens to texts; by default unless documents are packed. Texts of rendered chats have them already.
+        Add special tokens to texts as ``options.special_tokens`` says; by default unless documents are packed. Texts of
+        rendered chats have them already.
 
     Raises
     ------
     DocumentsError
         Texts without a tokenizer; a tokenizer that does not return one list for each text.
     ConfigError
-        Places of tokens in the text are needed, and the tokenizer does not know them.
+        Places of tokens in the text are needed, and the tokenizer does not know them; ``special_tokens`` is set, and
+        the tokenizer is a plain function.
 
     Examples
     --------
@@ -62,7 +65,8 @@ def encode_documents(
         return _encode_chats(batch, tokenizer, limit)
     texts = batch.column(1).to_pylist()
     places = _needs_places(batch, tokenizer, options)
-    special = options.packing is None if special is None else special
+    _check_special_tokens(tokenizer, options)
+    special = (options.packing is None if special is None else special) and options.special_tokens != "never"
     lists, offsets = _call_tokenizer(tokenizer, texts, places, special=special)
     if len(lists) != len(texts):
         raise DocumentsError(
@@ -70,15 +74,24 @@ def encode_documents(
             expected=f"{len(texts)} lists",
             found=f"{len(lists)}",
         )
+    added = added_tokens(tokenizer) if special and options.special_tokens == "auto" else AddedTokens()
+    doubled = np.array([added.count_doubled(item) for item in lists], np.int64).reshape(-1, 2)
+    for place in np.flatnonzero(doubled.any(axis=1)):
+        kept = slice(doubled[place, 0], len(lists[place]) - doubled[place, 1])
+        lists[place] = lists[place][kept]
+        if places:
+            offsets[place] = offsets[place][kept]
     truncated = np.array([limit is not None and len(item) > limit for item in lists], dtype=bool)
     for place in np.flatnonzero(truncated):
-        shorter, where = _call_tokenizer(tokenizer, [texts[place]], places, limit, special)
-        lists[place] = shorter[0][:limit]
+        first = int(doubled[place, 0])
+        shorter, where = _call_tokenizer(tokenizer, [texts[place]], places, limit and limit + first, special)
+        lists[place] = shorter[0][first:][:limit]
         if places:
-            offsets[place] = where[0][:limit]
+            offsets[place] = where[0][first:][:limit]
     characters = _joined(map(_pairs, offsets), np.zeros((0, 2), np.int64)) if places else None
     lengths = np.array([len(item) for item in lists], np.int64)
-    return Encoded(batch, list_array(_joined(lists, np.zeros(0, np.int32)), lengths), truncated, characters)
+    tokens = list_array(_joined(lists, np.zeros(0, np.int32)), lengths)
+    return Encoded(batch, tokens, truncated, characters, doubled=np.asarray(doubled.any(axis=1)))
 
 
 def _encode_images(batch: pa.RecordBatch, image_input: Any) -> Encoded:
@@ -118,6 +131,17 @@ def _encode_chats(batch: pa.RecordBatch, tokenizer: Any, limit: int | None) -> E
         )
     )
     return Encoded(batch, list_array(flat, kept), kept < whole, characters, chats, turn)
+
+
+def _check_special_tokens(tokenizer: Tokenizer, options: SequenceOptions) -> None:
+    """Raise ConfigError if a plain function is asked to add special tokens or to leave them out."""
+    if options.special_tokens != "auto" and not hasattr(tokenizer, "convert_tokens_to_ids"):
+        raise ConfigError(
+            f"special_tokens: {options.special_tokens} cannot be applied",
+            expected="a tokenizer of transformers",
+            found=f"{type(tokenizer).__name__}, which decides itself what it adds to a text",
+            remedy="leave special_tokens out",
+        )
 
 
 def _truncate_tokens(batch: pa.RecordBatch, limit: int | None) -> Encoded:

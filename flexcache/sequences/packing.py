@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from flexcache.errors import ConfigError
-from flexcache.options import Packing
+from flexcache.options import Packing, SpecialTokens
 from flexcache.plan import ranges
 from flexcache.sequences.segmentation import Segments
 
@@ -21,8 +21,8 @@ class PackingTokens:
     bos: int | None = None
 
 
-def packing_tokens(packing: Packing, tokenizer: Any) -> PackingTokens:
-    """Return the ids of the tokens that *packing* names.
+def packing_tokens(packing: Packing, tokenizer: Any, special_tokens: SpecialTokens = "auto") -> PackingTokens:
+    """Return the ids of the tokens that *packing* names; ``bos: auto`` is none if *special_tokens* is ``never``.
 
     Raises
     ------
@@ -31,7 +31,8 @@ def packing_tokens(packing: Packing, tokenizer: Any) -> PackingTokens:
     """
     bos = packing.bos
     if bos == "auto":
-        added = tokenizer("")["input_ids"] if hasattr(tokenizer, "convert_tokens_to_ids") else []
+        asked = special_tokens != "never" and hasattr(tokenizer, "convert_tokens_to_ids")
+        added = tokenizer("")["input_ids"] if asked else []
         bos = tokenizer.bos_token_id if added and added[0] == tokenizer.bos_token_id else None
     separator = None if packing.isolate else packing.separator
     return PackingTokens(_token_id(separator, tokenizer, "separator"), _token_id(bos, tokenizer, "bos"))
@@ -93,19 +94,25 @@ class IsolatedPacking(FilledSequences):
 
     A document that does not fit into the rest of a sequence opens the next one. A document longer than a sequence is
     split into segments of one sequence each; other documents may follow its last segment. Each segment begins with the
-    opening token.
+    opening token; the first one of a document that is *opened*, bool of shape (documents,), has it already.
 
     >>> IsolatedPacking(np.array([3, 3, 2]), 8, PackingTokens(bos=1)).lengths.tolist()
     [8, 3]
+    >>> IsolatedPacking(np.array([3, 3]), 8, PackingTokens(bos=1), np.array([True, False])).lengths.tolist()
+    [7]
     """
 
-    def __init__(self, lengths: np.ndarray, length: int, tokens: PackingTokens) -> None:
-        opening = int(tokens.bos is not None)
-        room, count = length - opening, lengths.astype(np.int64)
+    def __init__(
+        self, lengths: np.ndarray, length: int, tokens: PackingTokens, opened: np.ndarray | None = None
+    ) -> None:
+        room, count = length - int(tokens.bos is not None), lengths.astype(np.int64)
         parts = -(-count // room)
         document = np.repeat(np.arange(len(count)), parts)
         start = ranges(np.zeros(len(count), np.int64), parts) * room
         size = np.minimum(count[document] - start, room)
+        opening = np.full(len(size), int(tokens.bos is not None))
+        if opened is not None:
+            opening[opened[document] & (start == 0)] = 0
         ends = np.cumsum(size + opening)
         first = [0]
         while first[-1] < len(ends):
@@ -121,13 +128,19 @@ class ContinuousPacking(FilledSequences):
     """Sequences of *length* tokens, filled with documents that continue in the next sequence where one is full.
 
     The separator stands between two documents, also at the front of a sequence; the opening token stands at the front
-    of each sequence. Both are context and never rows. The last sequence has the tokens that are left.
+    of each sequence, unless that begins with a document that is *opened*, bool of shape (documents,): that document has
+    the token already, and the sequence is one token shorter. Both are context and never rows. The last sequence has the
+    tokens that are left.
 
     >>> ContinuousPacking(np.array([3, 3]), 4, PackingTokens(separator=2)).lengths.tolist()
     [4, 3]
+    >>> ContinuousPacking(np.array([3, 3]), 4, PackingTokens(bos=1), np.array([True, True])).lengths.tolist()
+    [3, 3]
     """
 
-    def __init__(self, lengths: np.ndarray, length: int, tokens: PackingTokens) -> None:
+    def __init__(
+        self, lengths: np.ndarray, length: int, tokens: PackingTokens, opened: np.ndarray | None = None
+    ) -> None:
         room = length - int(tokens.bos is not None)
         count = lengths.astype(np.int64)
         stop = np.cumsum(count + int(tokens.separator is not None))  # in the run of all tokens but the opening ones
@@ -140,11 +153,16 @@ class ContinuousPacking(FilledSequences):
         high = np.minimum((start + count)[document], (number + 1) * room)
         edges = np.searchsorted(number, np.arange(-(-total // room) + 1))
         ends = np.minimum(np.arange(1, len(edges)) * room, total)
+        opening = np.full(len(edges) - 1, length - room)
+        if opened is not None:
+            of_sequence = edges[:-1]
+            begins = (low - start[document] == 0) & (low == number * room) & opened[document]
+            opening[begins[of_sequence]] = 0
         super().__init__(
             document,
             low - start[document],
             high - low,
-            low - number * room + (length - room),
+            low - number * room + opening[number],
             edges,
-            ends - np.arange(len(edges) - 1) * room + (length - room),
+            ends - np.arange(len(edges) - 1) * room + opening,
         )

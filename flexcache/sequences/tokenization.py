@@ -92,7 +92,9 @@ def tokenize_corpus(
     options.check()
     check_sequence_length(options, positions[0])
     packing = options.packing
-    result = TokenizedCorpus(folder, options, None if packing is None else packing_tokens(packing, tokenizer))
+    result = TokenizedCorpus(
+        folder, options, None if packing is None else packing_tokens(packing, tokenizer, options.special_tokens)
+    )
     index, tokens_done = first_index, 0
     for batch in documents.batches():
         if index == first_index:
@@ -128,6 +130,8 @@ def tokenize_corpus(
             some &= encoded.starts < options.max_tokens - tokens_done
         truncated = encoded.truncated if context is None else encoded.truncated | context.truncated
         result.truncated += int(truncated[some].sum())
+        twice = [one.doubled for one in (encoded, context) if one is not None and one.doubled is not None]
+        result.doubled += int(np.any(twice, axis=0)[some].sum()) if twice else 0
         tokens_done += int(encoded.lengths[some].sum())
         if kept is not None:
             rowless = some & (np.add.reduceat(np.append(kept, 0), encoded.starts) == 0)

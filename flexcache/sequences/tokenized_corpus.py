@@ -30,8 +30,9 @@ class TokenizedCorpus:
         The tokens between packed documents.
     token_labels : tuple of str
         Names of the columns with an entry for each token.
-    truncated, skipped, rowless : int
-        Documents truncated to the maximum length; empty ones left out; documents without rows left out.
+    truncated, skipped, rowless, doubled : int
+        Documents truncated to the maximum length; empty ones left out; documents without rows left out; texts that
+        begin or end with special tokens of their own, which are not added again.
     image_bytes : int
         Bytes of all encoded images; 0 for other documents.
 
@@ -50,13 +51,14 @@ class TokenizedCorpus:
         self.folder = folder
         self.options = options or SequenceOptions()
         self.packing_tokens = packing_tokens or PackingTokens()
-        self.truncated = self.skipped = self.rowless = 0
+        self.truncated = self.skipped = self.rowless = self.doubled = 0
         self.image_bytes = 0
         self.token_labels: tuple[str, ...] = ()
         self._hasher = xxhash.xxh3_128()
         self._lengths: list[np.ndarray] = []
         self._rows: list[np.ndarray] = []
         self._encoder_lengths: list[np.ndarray] = []
+        self._opened: list[np.ndarray] = []
         windows = self.options.windows
         self._windows = windows and SlidingWindows(*windows.sizes(self.options.max_length))
         self._starts = [0]
@@ -79,7 +81,8 @@ class TokenizedCorpus:
         packing = self.options.packing
         if packing is not None:
             kind = IsolatedPacking if packing.isolate else ContinuousPacking
-            return kind(self.lengths, packing.size(self.options.max_length), self.packing_tokens)
+            size, opened = packing.size(self.options.max_length), np.concatenate(self._opened) if self._opened else None
+            return kind(self.lengths, size, self.packing_tokens, opened)
         return self._windows or WholeDocuments(self.lengths, self.rows)
 
     @property
@@ -122,6 +125,10 @@ class TokenizedCorpus:
             batch = batch.append_column(ROW_POSITIONS, positions)
         if self._windows:
             self._windows.append_documents(lengths, kept)
+        if self.packing_tokens.bos is not None and self.options.special_tokens == "auto":
+            first = tokens.flatten().to_numpy(zero_copy_only=False)[np.cumsum(lengths, dtype=np.int64) - lengths]
+            self._opened.append(first == self.packing_tokens.bos)
+            self.doubled += int(self._opened[-1].sum())
         self._lengths.append(lengths)
         self._rows.append(np.ones_like(lengths) if self.options.rows == "mean" else rows)
         self._hasher.update("\0".join(batch.column("id").to_pylist()).encode())

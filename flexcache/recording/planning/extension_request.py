@@ -19,6 +19,7 @@ from flexcache.recording.run.fingerprint import versions
 from flexcache.sequences import Positions, tokenize_corpus
 from flexcache.site import resolve_layers
 from flexcache.spec import ArraySpec, CaptureSpec
+from flexcache.store.manage.continued_spec import continued_spec
 from flexcache.store.manage.derive import merge_arrays
 from flexcache.store.manage.extension_transaction import ExtensionTransaction, check_complete
 from flexcache.store.manage.labels.tables import check_new_labels
@@ -135,7 +136,7 @@ def more_documents(
         left = None if max_tokens is None else max_tokens - tokens_of(store)
         if left is not None and left <= 0:
             raise NothingNewError
-        spec = store.spec.model_copy(update={"max_tokens": left})
+        spec = continued_spec(store, tokenizer).model_copy(update={"max_tokens": left})
         corpus = tokenize_corpus(
             NewDocuments(documents, store, new_only),
             tokenizer,

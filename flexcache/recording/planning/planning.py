@@ -18,6 +18,7 @@ from flexcache.plan import Batching, Largest, Plan, batch_groups, unit_rows
 from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.recording.run.fingerprint import versions
 from flexcache.sequences import Corpus, Positions, TokenizedCorpus, tokenize_corpus
+from flexcache.sequences.special_tokens import DOUBLED, doubled_notice
 from flexcache.spec import ArraySpec, CaptureSpec
 from flexcache.store.format.int8 import with_scales
 from flexcache.store.format.text import size
@@ -90,6 +91,8 @@ class Estimate:
     tokens, tokens_run, tokens_padded : int
         Tokens of the documents, of all forward passes, and of all forward passes with padding. For an encoder-decoder
         model, documents count the tokens of the decoder, and forward passes those of the longer side.
+    doubled_documents : int
+        Texts with special tokens of their own, which the tokenizer does not add again.
     largest_batch : Largest
         The batch with the most tokens: its unit, its number, and its tokens with padding.
     """
@@ -109,6 +112,7 @@ class Estimate:
     skipped_documents: int
     rowless_documents: int
     largest_batch: Largest
+    doubled_documents: int = 0
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the estimate as pairs of a name and a formatted value."""
@@ -118,14 +122,20 @@ class Estimate:
         cut += f", {self.skipped_documents:,} empty ones skipped" if self.skipped_documents else ""
         cut += f", {self.rowless_documents:,} without rows left out" if self.rowless_documents else ""
         sequences = f" in {self.sequences:,} sequences" if self.sequences != self.documents else ""
+        twice = [("special tokens", doubled_notice(self.doubled_documents))] if self.doubled_documents else []
         return [
             ("documents", f"{self.documents:,}{sequences}{cut}; the longest has {self.longest_document:,} tokens"),
             ("tokens", tokens),
+            *twice,
             ("rows", f"{self.rows:,}"),
             ("units", f"{self.units:,} of {self.shard_rows:,} rows"),
             ("files", f"{self.files:,}"),
             ("bytes", size(self.bytes)),
         ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the numbers as a store holds them; doubled documents only if there are some, as in older stores."""
+        return {name: value for name, value in asdict(self).items() if name != DOUBLED or value}
 
 
 def make_plan(inputs: PlanInputs, folder: Path, progress: ProgressCallback) -> tuple[Plan, TokenizedCorpus, Estimate]:
@@ -165,6 +175,7 @@ def estimate_size(
         skipped_documents=round(corpus.skipped * scale),
         rowless_documents=round(corpus.rowless * scale),
         largest_batch=largest,
+        doubled_documents=round(corpus.doubled * scale),
     )
 
 
@@ -256,5 +267,5 @@ def _plan(path: StoreLocation, folder: Path, inputs: PlanInputs, progress: Progr
         },
     }
     text = card(path.name, inputs.arrays, amount.lines(), content)
-    create(path, folder, plan, corpus, inputs.arrays, asdict(amount), content, text)
+    create(path, folder, plan, corpus, inputs.arrays, amount.to_json(), content, text)
     return amount

@@ -19,7 +19,7 @@ from flexcache.store.storage.location import StoreLocation
 DOCUMENTS_DIGEST = f"documents.{DIGEST}"
 FIXED = (
     *("rows", "choice", "dtype", "max_length", "windows", "packing", "token_labels", "seed", "compression"),
-    *("keep_text", "empty_documents"),
+    *("keep_text", "empty_documents", "special_tokens"),
 )
 """Fields of a `CaptureSpec` that an extension takes from its store."""
 
@@ -90,9 +90,9 @@ def check_fixed(store: Store, spec: CaptureSpec) -> None:
     given = {name for name in FIXED if name in spec.model_fields_set}
     asked, before = (one.model_dump(mode="json") for one in (spec, store.spec))
     different = [
-        f"{name}: {before[name]} in the store, {asked[name]} in the configuration"
-        for name in FIXED
-        if name in given and asked[name] != before[name]
+        f"{name}: {before.get(name, 'auto')} in the store, {asked.get(name, 'auto')} in the configuration"
+        for name in FIXED  # of these, only special_tokens can be missing: its default is left out
+        if name in given and asked.get(name) != before.get(name)
     ]
     inputs = spec.decoder_inputs if store.spec.decoder is None else store.spec.decoder.inputs
     if "decoder_inputs" in spec.model_fields_set and inputs != spec.decoder_inputs:

@@ -14,6 +14,7 @@ import zarr
 
 from flexcache.plan import Plan, batch_groups
 from flexcache.sequences import TokenizedCorpus
+from flexcache.sequences.special_tokens import DOUBLED
 from flexcache.spec import ArraySpec, CaptureSpec
 from flexcache.store.format.ledger import Ledger
 from flexcache.store.format.metadata import largest_batch
@@ -128,6 +129,7 @@ def _content(store: Store, plan: Plan, corpus: TokenizedCorpus, total: int, entr
         "truncated_documents": corpus.truncated,
         "skipped_documents": corpus.skipped,
         "rowless_documents": corpus.rowless,
+        **({DOUBLED: corpus.doubled} if corpus.doubled else {}),
     }
     numbers = {
         **before,

@@ -66,7 +66,9 @@ class UnitTables:
                 name: _lists(segments_of, pa.array(values, SEGMENT_TYPES[name])) for name, values in parts.items()
             }
             if self._options.packing.isolate:
-                begins = segments.offset - int(self._corpus.packing_tokens.bos is not None)
+                ends = segments.offset + segments.length  # a segment begins where the one before it ends
+                begins = np.append(0, ends[:-1])
+                begins[self._first] = 0
                 columns[BEGINS] = _lists(segments_of, pa.array(begins, pa.int32()))
         if self._of_images:  # each image is one sequence
             columns[IMAGE] = self._table.column(IMAGE).take(pa.array(self._of[self._first]))
@@ -104,11 +106,12 @@ class UnitTables:
 
     def _tokens(self, origin: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         """Return the tokens of the sequences, including those between and before packed documents."""
-        tokens, marks, packing = self._flat[origin], self._corpus.packing_tokens, self._options.packing
+        tokens, marks = self._flat[origin], self._corpus.packing_tokens
         if marks.separator is not None:
             tokens[origin < 0] = marks.separator
         if marks.bos is not None:
-            tokens[origin < 0 if packing is not None and packing.isolate else offsets[:-1]] = marks.bos
+            added = np.flatnonzero(origin < 0) if self._options.isolated else offsets[:-1]
+            tokens[added[origin[added] < 0]] = marks.bos
         return tokens
 
     @property

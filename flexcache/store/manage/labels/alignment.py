@@ -17,6 +17,7 @@ from flexcache.sequences.encoded import Encoded, list_array
 from flexcache.sequences.labels import align_labels
 from flexcache.sequences.targets import TARGET, shift_right, target_tokenizer
 from flexcache.sequences.token_columns import is_spans
+from flexcache.store.manage.continued_spec import continued_spec
 from flexcache.store.read.open_store import OpenStore
 from flexcache.store.storage.location import is_location
 
@@ -68,9 +69,11 @@ def align_with_tokens(
         )
     texts = store.documents[column].combine_chunks().take(documents)
     batch = pa.RecordBatch.from_arrays([ids, texts, *plain], ["id", "text", *labels.column_names])
-    options = spec.model_copy(update={"token_labels": tuple(labels.column_names), "choice": None})
     chats = "messages_xxh3_128" in store.documents.column_names
     tokenizer = _tokenizer(store, tokenizer)
+    options = continued_spec(store, tokenizer).model_copy(
+        update={"token_labels": tuple(labels.column_names), "choice": None}
+    )
     if spec.decoder is not None:
         tokenizer = target_tokenizer(tokenizer)
     encoded = encode_documents(batch, tokenizer, options, special=False if chats else None)
