@@ -260,6 +260,7 @@ def test_a_site_without_layers_is_swept_and_transferred(tmp_path: Path) -> None:
     assert (sweep.results["chosen_layer"] == -1).all()
     matrix = probes.transfer_matrix({"a": sweep}, {"own": (store, "label")}, resamples=20)
     assert float(matrix["score"][0, 0]) == float(probes.transfer(sweep, store, resamples=20)["score"][0, 0]) > 0.8
+    assert len(probes.transfer(sweep, store, layers="all", resamples=20)["layer"]) == 1
     layered = probes.sweep(store, "label", "b", probes.Ridge(), **QUICK)
     best = probes.transfer_matrix({"b": layered}, {"own": (store, "label")}, resamples=20)
     assert float(best["score"][0, 0]) == float(probes.transfer(layered, store, resamples=20)["score"][2, 0])
