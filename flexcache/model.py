@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
+from flexcache.adapters import (
+    RECORD,
+    AdapterSource,
+    adapter_list,
+    base_of,
+    describe_adapter,
+    expanded,
+    load_adapters,
+    read_adapter_config,
+)
 from flexcache.errors import ConfigError
 from flexcache.parallel.launch import launch
+from flexcache.parallel.sizes import Parallel
 from flexcache.spec import AnyDType
 from flexcache.store.storage.backend import digest
 from flexcache.validation import Options
@@ -26,64 +35,32 @@ VISION_PARTS = ("vision_model", "vision_tower", "vision_encoder", "visual")
 """Attribute names of the vision tower in multimodal models."""
 
 
-def _expanded(name: Any) -> Any:
-    """Return a model's name as text; ``~`` is the home folder."""
-    return os.path.expanduser(name) if isinstance(name, str | os.PathLike) else name
-
-
-class Parallel(Options):
-    """The numbers of processes over which transformers distributes one model.
-
-    If the launcher started more processes, they hold copies of the model.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    tensor: int = Field(1, ge=1, description="processes that share each weight, by the model's tensor-parallel plan")
-    fsdp: int = Field(1, ge=1, description="processes that shard the weights and gather them block by block (FSDP2)")
-    pipeline: int = Field(1, ge=1, description="processes that each hold some of the blocks")
-
-    def config(self) -> Any:
-        """Return the configuration with which transformers loads a distributed model, or None if it is not distributed.
-
-        Raises
-        ------
-        ConfigError
-            The launcher started a number of processes that does not fit, or transformers cannot combine the sizes.
-        """
-        size, world = self.tensor * self.fsdp * self.pipeline, launch().world
-        if size == 1:
-            return None
-        if world % size or (self.pipeline > 1 and world > size):
-            raise ConfigError(
-                f"model.parallel does not fit the {world} process{'es' if world > 1 else ''} of the launcher",
-                expected=f"tensor {self.tensor} · fsdp {self.fsdp} · pipeline {self.pipeline} = {size} processes"
-                + ("" if self.pipeline > 1 else ", or a multiple"),
-                found=str(world),
-                remedy=f"use torchrun --nproc-per-node {size}; several such launchers may fill one store",
-            )
-        from transformers.distributed.configuration_utils import DistributedConfig
-
-        try:
-            return DistributedConfig(
-                tp_size=self.tensor, fsdp_size=self.fsdp, pp_size=self.pipeline, dp_replicate_size=world // size
-            )
-        except ValueError as error:
-            raise ConfigError("transformers cannot combine these parallel sizes", found=str(error)) from error
+ADAPTERS_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "object"}, {"type": "array"}]}
+Adapters = Annotated[tuple[AdapterSource, ...], BeforeValidator(adapter_list), WithJsonSchema(ADAPTERS_SCHEMA)]
 
 
 class ModelSource(Options):
     """A Hugging Face model, as a folder or a hub name, and how to load it.
 
+    The name can be that of a PEFT adapter, which names its base model; or *adapter* is loaded into the model *name*.
+
     >>> source = ModelSource(name="openai-community/gpt2", dtype="bfloat16")
     >>> source.revision is None, source.parallel.tensor
     (True, 1)
+    >>> [one.weight for one in ModelSource(adapter=["runs/french", {"path": "runs/polite", "weight": 0.3}]).adapter]
+    [1.0, 0.3]
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    name: Annotated[str, BeforeValidator(_expanded)] = Field(description="a local folder, or a name on the hub")
+    name: Annotated[str, BeforeValidator(expanded)] = Field(
+        "", description="a local folder, or a name on the hub; by default the base model of the adapter"
+    )
     revision: str | None = Field(None, description="revision of a model on the hub")
+    adapter: Adapters = Field(
+        (), description="PEFT adapter of the model, as a folder or a hub name; or several with weights, which add up"
+    )
+    merge: bool = Field(False, description="merge the adapter into the weights, as PEFT's merge_and_unload does")
     loader: Literal["auto", "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"] = (
         Field("auto", description="the auto class of transformers that loads the model")
     )
@@ -104,6 +81,19 @@ class ModelSource(Options):
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 
     @model_validator(mode="after")
+    def _check_adapter(self) -> Self:
+        if not self.name and not self.adapter:
+            raise ConfigError("the model has no name", expected="name, adapter, or both", where="model")
+        if self.adapter and self.parallel != Parallel():
+            raise ConfigError(
+                "an adapter cannot be loaded into a model that several processes share",
+                where="model.parallel",
+                expected="no parallel with adapter",
+                remedy="leave parallel out; several processes, each with the whole model, may fill one store",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _on_one_process(self) -> Self:
         if self.side == "decoder" and self.parallel != Parallel():
             raise ConfigError(
@@ -115,35 +105,75 @@ class ModelSource(Options):
             )
         return self
 
+    def resolved(self) -> Self:
+        """Return the source with the name of the base model, if an adapter is given in its place.
+
+        Raises
+        ------
+        ConfigError
+            The base model is not named, or is an adapter itself.
+        """
+        found = read_adapter_config(self.name, self.revision) if self.name else None
+        if self.name and (found is None or self.adapter):
+            if found is not None:
+                raise ConfigError(
+                    f"model {self.name} is a PEFT adapter itself",
+                    where=str(found[0]),
+                    expected="the base model of the adapters",
+                    remedy="list both as adapters: model: {adapter: [FIRST, SECOND]}",
+                )
+            return self
+        adapter = self.adapter or (AdapterSource(path=self.name, revision=self.revision),)
+        found = found or read_adapter_config(adapter[0].path, adapter[0].revision)
+        if found is None:
+            raise ConfigError(
+                f"adapter {adapter[0].path} cannot be loaded",
+                expected="a folder with adapter_config.json, or the name of one on the hub",
+                remedy="check the path; without a network only local folders and cached adapters can be loaded",
+            )
+        name, revision = base_of(adapter[0].path, *found), found[1].get("revision")
+        return self.model_copy(update={"name": name, "revision": revision, "adapter": adapter})
+
     def config(self) -> Any:
         """Return the model's configuration, without reading weights."""
         from transformers import AutoConfig
 
-        with _translated(self.name):
-            return AutoConfig.from_pretrained(self.name, **self._where(), **self._gguf())
+        base = self.resolved()
+        with base._translated():
+            return AutoConfig.from_pretrained(base.name, **base._where(), **base._gguf())
 
     def load(self) -> torch.nn.Module:
         """Return the model with its weights, in evaluation mode, on its device."""
-        options: dict[str, Any] = {**self._where(), **self._gguf(), "dtype": self.dtype}
-        if self.attention:
-            options["attn_implementation"] = self.attention
-        distributed = self.parallel.config()
+        base = self.resolved()
+        options: dict[str, Any] = {**base._where(), **base._gguf(), "dtype": base.dtype}
+        if base.attention:
+            options["attn_implementation"] = base.attention
+        distributed = base.parallel.config()
         if distributed is not None:
             options["distributed_config"] = distributed
-        with _translated(self.name):
-            model = self._select_side(self._auto_class().from_pretrained(self.name, **options))
-        return (model if distributed is not None else model.to(self._device())).eval()
+        with base._translated():
+            model = base._auto_class().from_pretrained(base.name, **options)
+        if base.adapter:
+            model = load_adapters(model, base.adapter, base.merge)
+        model = base._select_side(model)
+        if base.adapter:
+            setattr(model, RECORD, [describe_adapter(adapter, base.merge) for adapter in base.adapter])
+        return (model if distributed is not None else model.to(base._device())).eval()
 
     def skeleton(self) -> torch.nn.Module:
         """Return the model on the meta device: modules and shapes, without weights."""
         import torch
 
-        config = self.config()
+        base = self.resolved()
+        config = base.config()
         with torch.device("meta"):
-            options: dict[str, Any] = {} if self.dtype == "auto" else {"dtype": getattr(torch, self.dtype)}
-            if self.attention:
-                options["attn_implementation"] = self.attention
-            return self._select_side(self._auto_class().from_config(copy.deepcopy(config), **options)).eval()
+            options: dict[str, Any] = {} if base.dtype == "auto" else {"dtype": getattr(torch, base.dtype)}
+            if base.attention:
+                options["attn_implementation"] = base.attention
+            model = base._auto_class().from_config(copy.deepcopy(config), **options)
+            if base.adapter:
+                model = load_adapters(model, base.adapter, base.merge, weights=False)
+            return base._select_side(model).eval()
 
     def _select_side(self, model: torch.nn.Module) -> torch.nn.Module:
         """Return the encoder or the vision tower of a model, if it is selected.
@@ -192,10 +222,11 @@ class ModelSource(Options):
         """
         import transformers
 
+        base = self.resolved()
         modern = int(transformers.__version__.partition(".")[0]) >= 5
         kind: dict[str, Any] = {"backend": "pil"} if modern else {"use_fast": False}
         try:
-            return transformers.AutoImageProcessor.from_pretrained(self.name, **self._where(), **kind)
+            return transformers.AutoImageProcessor.from_pretrained(base.name, **base._where(), **kind)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ConfigError(
                 f"the image processor of {self.name} cannot be loaded",
@@ -205,20 +236,26 @@ class ModelSource(Options):
             ) from error
 
     def tokenizer(self) -> Any:
-        """Return the model's tokenizer."""
+        """Return the model's tokenizer: that of its adapter, if there is one adapter and it comes with a tokenizer."""
         from transformers import AutoTokenizer
 
-        with _translated(self.name):
-            return AutoTokenizer.from_pretrained(self.name, **self._where(), **self._gguf())
+        base = self.resolved()
+        if len(base.adapter) == 1:
+            found = read_adapter_config(base.adapter[0].path, base.adapter[0].revision)
+            if found is not None and (found[0] / "tokenizer_config.json").is_file():
+                base = base.model_copy(update={"name": str(found[0]), "revision": None, "gguf_file": None})
+        with base._translated():
+            return AutoTokenizer.from_pretrained(base.name, **base._where(), **base._gguf())
 
     def weights(self) -> dict[str, str]:
-        """Return the XXH3-128 of each weight file of the checkpoint, by file name."""
-        folder = Path(self.name)
+        """Return the XXH3-128 of each weight file of the checkpoint, by file name; of an adapter, those of its base."""
+        base = self.resolved()
+        folder = Path(base.name)
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
 
-            with _translated(self.name):
-                folder = Path(snapshot_download(self.name, revision=self.revision, local_files_only=True))
+            with base._translated():
+                folder = Path(snapshot_download(base.name, revision=base.revision, local_files_only=True))
         patterns = [self.gguf_file] if self.gguf_file else WEIGHTS
         return {path.name: digest(path) for pattern in patterns for path in sorted(folder.glob(pattern))}
 
@@ -247,45 +284,18 @@ class ModelSource(Options):
         count = torch.cuda.device_count()
         return f"cuda:{launch().local_rank % count}" if count else "cpu"
 
-
-def _cached(name: str, file: str) -> Path | None:
-    """Return a file of a hub model that is in the cache, or None."""
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        found = try_to_load_from_cache(name, file)
-    except ValueError:  # not a name on the hub
-        return None
-    return Path(found) if isinstance(found, str) else None
-
-
-def _check_adapter(name: str, folder: Path) -> None:
-    """Raise ConfigError if a folder holds a PEFT adapter, which is not a model without its base."""
-    try:
-        said = json.loads((folder / "adapter_config.json").read_bytes())
-    except (OSError, ValueError):
-        return
-    base = said.get("base_model_name_or_path") if isinstance(said, dict) else None
-    raise ConfigError(
-        f"model {name} is a PEFT adapter of base model {base or 'unknown'}",
-        where=str(folder / "adapter_config.json"),
-        expected="the folder or the name of a whole model",
-        remedy="merge the adapter into its base with merge_and_unload() of peft, and save that; or load it in Python"
-        " with peft, and call flexcache.capture with the model",
-    )
-
-
-@contextmanager
-def _translated(name: str) -> Iterator[None]:
-    _check_adapter(name, Path(name))
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if (cached := _cached(name, "adapter_config.json")) is not None:
-            _check_adapter(name, cached.parent)
-        raise ConfigError(
-            f"model {name} cannot be loaded",
-            found=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
-            remedy="check the name, the revision and the folder; without a network only local folders and cached"
-            " models can be loaded",
-        ) from error
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            of = self.adapter[0].path if self.adapter else ""
+            raise ConfigError(
+                f"model {of} is a PEFT adapter of base model {self.name}, which cannot be loaded"
+                if of
+                else f"model {self.name} cannot be loaded",
+                found=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+                remedy="check the name, the revision and the folder; without a network only local folders and cached"
+                " models can be loaded"
+                + (f"; name another base: model: {{name: FOLDER, adapter: {of}}}" if of else ""),
+            ) from error

@@ -49,9 +49,10 @@ def load(config: CaptureConfig, progress: bool) -> LoadedCapture:
     if config.generate is None:
         check_images(skeleton, spec, targets, model_input(skeleton, tokenizer, documents.content))
     spec.within(longest_input(skeleton, tokenizer)).check()
+    base = config.model.resolved()
     info: dict[str, Any] = {
-        "name": Path(config.model.name).name if Path(config.model.name).is_dir() else config.model.name,
-        "revision": config.model.revision,
+        "name": Path(base.name).name if Path(base.name).is_dir() else base.name,
+        "revision": base.revision,
         "files": config.model.weights(),
     }
     model = config.load_model()

@@ -170,6 +170,12 @@ def _with_remedy(error: SiteError, remedy: str) -> SiteError:
 
 def _shared(source: ModelSource, kind: Any, found: Sequence[SurveyedModule]) -> dict[ModuleSide, Sharding]:
     """Load the model over all processes, run it once, and return the sharding of its activations."""
+    if (source := source.resolved()).adapter:
+        raise ConfigError(
+            "an adapter cannot be loaded into a model that several processes share",
+            where=source.adapter[0].path,
+            remedy="start one process; or give the base model",
+        )
     import torch
     import torch.distributed as dist
 

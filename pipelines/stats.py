@@ -17,6 +17,7 @@ from analysis.survey import Survey, results_path, survey
 from analysis.terminal_table import TerminalTable
 from flexcache.errors import ConfigError
 from flexcache.paths import output_folder, shown
+from flexcache.store.format.model_record import adapters_text
 
 if TYPE_CHECKING:
     from flexcache.site import Layers
@@ -75,7 +76,8 @@ def run(
     head = model
     if head is None and not only and site == "resid_post" and store.spec.rows != "mean":
         name = store.provenance.model_name
-        head = name if Path(name, "config.json").exists() else None
+        whole = adapters_text(store.provenance.model) == ""  # an adapter may change the norm and the unembedding
+        head = name if whole and Path(name, "config.json").exists() else None
     types = None
     if "token_type" in by:
         words = tokens.vocabulary(store, model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from flexcache.errors import AnalysisError
+from flexcache.model import ModelSource
 from flexcache.store.read.store import Store
 
 TYPES = ("special", "word start", "word inside", "number", "punctuation", "space", "other")
@@ -81,12 +81,12 @@ def vocabulary(store: Store | None = None, tokenizer: Any = None) -> Vocabulary 
         if not Path(name).is_dir():
             return None
         try:
-            tokenizer = _load(name)
+            tokenizer = ModelSource(name=name).tokenizer()
         except Exception:  # a store can be read without its model
             return None
     elif isinstance(tokenizer, str | Path):
         try:
-            tokenizer = _load(os.path.expanduser(tokenizer))
+            tokenizer = ModelSource(name=str(tokenizer)).tokenizer()
         except Exception as error:  # transformers and its backends raise many kinds
             raise AnalysisError(
                 "the tokenizer cannot be loaded",
@@ -109,12 +109,6 @@ def token_types(words: Vocabulary) -> TokenTypes:
     """
     codes = np.array([TYPES.index(_type(text, i in words.special)) for i, text in enumerate(words.texts)], np.int64)
     return TokenTypes(TYPES, codes)
-
-
-def _load(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def _texts(tokens: list[str | None]) -> tuple[str, ...]:

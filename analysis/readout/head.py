@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from flexcache.adapters import CONFIG_FILE
 from flexcache.errors import AnalysisError
+from flexcache.model import ModelSource
 from flexcache.paths import local_path
 
 if TYPE_CHECKING:
@@ -61,6 +63,13 @@ class Head:
             The final norm or unembedding is not found.
         """
         named, output = dict(model.named_modules()), model.get_output_embeddings()
+        if hasattr(output, "adapter_layer_names"):
+            raise AnalysisError(
+                "the unembedding of the model has an adapter",
+                where=type(model).__name__,
+                expected="a model whose adapter leaves the unembedding as it is, or is merged",
+                remedy="merge it: flexcache.ModelSource(name=…, merge=True).load(), or merge_and_unload() of peft",
+            )
         norm = next((named[name] for name in NORMS if name in named), None) or _norm_after_blocks(model)
         if norm is None or output is None or model.config.is_encoder_decoder:
             raise AnalysisError(
@@ -87,6 +96,8 @@ class Head:
     def load(cls, folder: str | Path) -> Head:
         """Load the head of a checkpoint folder; only the norm and the unembedding are read from its safetensors.
 
+        Of a PEFT adapter, the whole base model is loaded, and the adapter merged into it.
+
         Raises
         ------
         AnalysisError
@@ -97,6 +108,8 @@ class Head:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         folder = local_path(folder)
+        if (folder / CONFIG_FILE).is_file():
+            return cls.of(ModelSource(name=str(folder), merge=True, loader="AutoModelForCausalLM").load())
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             files = _weight_files(folder)

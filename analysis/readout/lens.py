@@ -21,7 +21,7 @@ from analysis.statistics.onepass import DocumentSample, read
 from flexcache.errors import AnalysisError
 from flexcache.paths import local_path
 from flexcache.site import Layers
-from flexcache.store.format.model_record import get_identity
+from flexcache.store.format.model_record import adapters_text, get_identity
 from flexcache.store.read.store import Store
 
 ROWS = 1024
@@ -114,6 +114,13 @@ def chosen_head(store: Store, head: Any, site: str) -> tuple[Head, Any]:
             remedy="write lens.Head(norm=…, weight=…) for another kind of model",
         )
     if not isinstance(head, Head):
+        if head is None and adapters_text(store.provenance.model) != "":
+            raise AnalysisError(
+                "the model of the store has an adapter, which may change its final norm or unembedding",
+                where=str(store.path),
+                found=adapters_text(store.provenance.model),
+                remedy="give the folder of the adapter as model=, or lens.Head.of(model)",
+            )
         place = local_path(head or store.provenance.model_name or ".")
         if not place.is_dir():
             raise AnalysisError(

@@ -10,13 +10,14 @@ import torch
 import xxhash
 from torch import nn
 
+from flexcache.adapters import RECORD
 from flexcache.hooks.locate.evaluation_mode import evaluation_mode
 from flexcache.hooks.locate.names import WRAPPERS, modules_by_path, unwrap_model
 from flexcache.hooks.read.measure import Example, ExampleReader, read_example
 from flexcache.identity.behavior import fixed_length, record_behavior
 from flexcache.identity.structure import describe_structure
 from flexcache.identity.weights import TensorDigests, combine_digests, digest_tensors, fsdp1_owners
-from flexcache.store.format.model_record import CONFIG, CONFIG_DIGEST, IDENTITY, NAMES, SAMPLE
+from flexcache.store.format.model_record import ADAPTERS, CONFIG, CONFIG_DIGEST, IDENTITY, NAMES, SAMPLE
 
 SAMPLED_VALUES = 64
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "distributed_config")
@@ -60,10 +61,11 @@ def describe_model(
     Returns
     -------
     dict
-        ``name`` and ``class``; digests of the configuration and of a sample of the weights, which earlier versions
-        compare; and ``identity``: digests of all weights and buffers, the structure by name, and the behavior on a
-        fixed input, see `flexcache.identity.differences`. `flexcache.identity.stored_record` leaves out what is only
-        needed to name differences.
+        ``name`` and ``class``; the ``adapters`` of a model that `flexcache.ModelSource` loaded with some; digests of
+        the configuration and of a sample of the weights, which earlier versions compare; and ``identity``: digests of
+        all weights and buffers, the structure by name, and the behavior on a fixed input, see
+        `flexcache.identity.differences`. `flexcache.identity.stored_record` leaves out what is only needed to name
+        differences.
 
     Example
     -------
@@ -90,9 +92,11 @@ def describe_model(
         found = [TensorDigests(**told) for told in gathered(vars(digest_tensors(model)))]
     weights = {name: value for one in found for name, value in one.weights.items() if name not in counting}
     computed = {name: value for one in found for name, value in one.computed.items() if name not in counting}
+    adapters = getattr(root, RECORD, None)
     return {
         "name": getattr(config, "_name_or_path", "") or kind.__name__,
         "class": kind.__name__,
+        **({ADAPTERS: adapters} if adapters else {}),
         CONFIG_DIGEST: xxhash.xxh3_128_hexdigest(text.encode()),
         SAMPLE: None if _out_of_reach(model) else sample_digest(root),
         IDENTITY: {

@@ -22,17 +22,20 @@ from flexcache.store.storage.location import is_location, parse_location
 
 P = ParamSpec("P")
 R = TypeVar("R")
+IN_THE_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
+"""Adapters of PEFT whose virtual tokens are keys and values only, which have no activations of their own."""
 TAKEN = ("input_ids", "attention_mask")
 """Keywords of the forward of a language model."""
 
 
 def model_of(model: Any) -> nn.Module:
-    """Return the model to run; a folder or a name on the hub is loaded, on its default device.
+    """Return the model to run; a `ModelSource`, a folder or a name on the hub is loaded.
 
-    ConfigError if it cannot be loaded, is not a model, has no weights or configuration, or takes no attention mask.
+    ConfigError if it cannot be loaded, is not a model, has no weights or configuration, takes no attention mask, or its
+    adapter adds tokens.
     """
-    if isinstance(model, str | os.PathLike):
-        return ModelSource(name=os.fspath(model)).load()
+    if isinstance(model, str | os.PathLike | ModelSource):
+        return (model if isinstance(model, ModelSource) else ModelSource(name=os.fspath(model))).load()
     if isinstance(model, type):
         raise _no_model("a class", model.__name__, f"make one of it: {model.__name__}.from_pretrained(name)")
     inner = getattr(model, "model", None)
@@ -60,6 +63,7 @@ def _check_module(model: nn.Module) -> None:
         own = "run its forward yourself, and store the activations with flexcache.record"
         remedy = own if inside is None else f"pass the model inside: model.{inside}; or {own}"
         raise _no_model("without a configuration (an attribute config)", type(root).__name__, remedy)
+    _check_prompt_tokens(root)
     if reads_images(root):
         return
     parameters = inspect.signature(type(root).forward).parameters
@@ -72,6 +76,22 @@ def _check_module(model: nn.Module) -> None:
             expected="forward(input_ids, attention_mask, …), as models of transformers have it",
             found=f"forward({', '.join(name for name in parameters if name != 'self')})",
             remedy="rename its arguments, or run the forward yourself and store the activations with flexcache.record",
+        )
+
+
+def _check_prompt_tokens(model: Any) -> None:
+    """Raise ConfigError for an active adapter of PEFT that puts tokens of its own in front of each sequence."""
+    config = getattr(model, "active_peft_config", None)
+    kind = getattr(getattr(config, "peft_type", None), "value", "")
+    if getattr(config, "is_prompt_learning", False) and kind not in IN_THE_CACHE and not model._adapters_disabled:
+        raise ConfigError(
+            "the adapter puts tokens of its own in front of each sequence, so its activations are not those of the"
+            " documents' tokens",
+            where=type(model).__name__,
+            expected="LoRA, IA³, prefix tuning, or another adapter that keeps the sequence as it is",
+            found=f"{kind}, {getattr(config, 'num_virtual_tokens', '')} virtual tokens",
+            remedy="capture the model inside with model.disable_adapter(), or run its forward yourself, and store the"
+            " activations of the documents' tokens with flexcache.record",
         )
 
 

@@ -136,7 +136,7 @@ def test_a_tilde_means_the_home_folder_in_commands_and_configurations(
     assert not (config.parent / "~").exists()
 
 
-def test_an_adapter_in_place_of_a_model_is_named_in_the_error(
+def test_an_adapter_whose_base_cannot_be_loaded_is_named_in_the_error(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "adapter").mkdir()
@@ -145,7 +145,7 @@ def test_an_adapter_in_place_of_a_model_is_named_in_the_error(
     for command in (["capture", str(config), "-q", "--set", "model=adapter"], ["sites", "adapter"]):
         said_of = run(capsys, *command, status=2)
         assert "is a PEFT adapter of base model gpt2" in said_of
-        assert "merge_and_unload" in said_of
+        assert "name another base: model: {name: FOLDER, adapter: adapter}" in said_of
     with pytest.raises(ConfigError, match="PEFT adapter"):
         flexcache.ModelSource(name="adapter").tokenizer()
 

@@ -48,6 +48,14 @@ def load_rest(source: ModelSource, after: int) -> nn.Module:
     ConfigError
         The checkpoint is not a local folder of safetensors, or its tensors are named differently than in the model.
     """
+    source = source.resolved()
+    if source.adapter:
+        raise ConfigError(
+            "a model with an adapter is loaded whole",
+            where=source.adapter[0].path,
+            expected="a source without adapter",
+            remedy="load it with source.load()",
+        )
     folder = local_path(source.name)
     model = source.skeleton()
     path, blocks = find_blocks(model)

@@ -30,6 +30,19 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     return model
 
 
+def unwrap_adapter(model: nn.Module) -> nn.Module:
+    """Return the unwrapped model, or that inside it if it is a PeftModel."""
+    root: Any = unwrap_model(model)
+    inner: nn.Module = root.get_base_model() if hasattr(root, "peft_type") else root
+    return inner
+
+
+def adapter_prefix(model: nn.Module) -> str:
+    """Return the path of the model inside a PeftModel, with a dot at its end; ``""`` for other models."""
+    root, inner = unwrap_model(model), unwrap_adapter(model)
+    return next((f"{name}." for name, module in root.named_modules() if module is inner and name), "")
+
+
 def unwrap_copies(model: nn.Module) -> nn.Module:
     """Return the model inside wrappers that only copy it: DDP, DataParallel, and DeepSpeed if it shards no weights.
 

@@ -14,6 +14,7 @@ from flexcache.hooks.locate.blocks import find_blocks, is_remote_block
 from flexcache.hooks.locate.encoder_decoder import get_token_embedding, is_encoder_decoder
 from flexcache.hooks.locate.hook_point import HookPoint
 from flexcache.hooks.locate.names import (
+    adapter_prefix,
     glob_regex,
     is_container,
     modules_by_path,
@@ -33,7 +34,8 @@ def find_hook_points(
     In a glob ``*`` and ``?`` stop at dots, ``**`` does not, and ``[…]`` is a set of characters:
     ``model.layers.*.mlp`` matches the MLP of every block, ``**.up_proj`` every up-projection.
     *layers* applies to standard sites only; a module path names its layers itself. *remote_modules* are paths of
-    modules that other pipeline stages have.
+    modules that other pipeline stages have. In a PeftModel, a path may leave out that of the model inside it, so that a
+    site is called the same with and without an adapter.
 
     Standard sites are found by the names of a block's modules, not by the type of the model. `check_sites` proves that
     the result is right.
@@ -60,14 +62,16 @@ def _locate(model: nn.Module, site: Site, layers: Layers, remote_modules: Collec
         return _in_blocks(model, site.name, layers)
     if site.name in ONCE:
         return (_once(model, site.name),)
+    prefix = adapter_prefix(model)
     named = {**modules_by_path(model), **{name: nn.Identity() for name in remote_modules}}
     if not re.search(r"[*?\[]", site.name):
-        return (_exact(site, named),)
+        return (_exact(site, named, prefix),)
     glob = re.compile(glob_regex(site.name))
+    paths = {name: (name.removeprefix(prefix), name) for name, module in named.items() if not is_container(module)}
     found = tuple(
-        HookPoint(array_name(name, site.side), None, name, site.side)
-        for name, module in named.items()
-        if name and glob.fullmatch(name) and not is_container(module)
+        HookPoint(array_name(matching[0], site.side), None, name, site.side)
+        for name, spellings in paths.items()
+        if name and (matching := [path for path in spellings if glob.fullmatch(path)])
     )
     if not found:
         raise SiteError(f"no module matches {site.name!r}", remedy=nearest(site.name, runnable_paths(named)))
@@ -143,20 +147,21 @@ def _has_experts(block: nn.Module) -> bool:
     return any("experts" in name for mlp in mlps if mlp is not None for name, _ in mlp.named_modules())
 
 
-def _exact(site: Site, named: dict[str, nn.Module]) -> HookPoint:
-    if site.name not in named:
+def _exact(site: Site, named: dict[str, nn.Module], prefix: str) -> HookPoint:
+    path = site.name if site.name in named else prefix + site.name
+    if path not in named:
         raise SiteError(
             f"the model has no module {site.name!r}",
             remedy=nearest(site.name, (*STANDARD, *ONCE, *runnable_paths(named))),
         )
-    if is_container(named[site.name]):
+    if is_container(named[path]):
         raise SiteError(
             f"{site.name} only holds modules and never runs itself",
-            found=f"a {type(named[site.name]).__name__} of {len(list(named[site.name].children()))}",
+            found=f"a {type(named[path]).__name__} of {len(list(named[path].children()))}",
             remedy=f"write {site.name}.* for each of the modules in it",
         )
     _refuse_expert(site.name)
-    return HookPoint(site.activation_array, None, site.name, site.side)
+    return HookPoint(site.activation_array, None, path, site.side)
 
 
 def _refuse_expert(module: str) -> None:

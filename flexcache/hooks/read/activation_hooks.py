@@ -17,7 +17,7 @@ from flexcache.errors import SiteError
 from flexcache.hooks.locate.encoder_decoder import DECODER_INPUT_IDS, get_token_embedding, run_encoder
 from flexcache.hooks.locate.hook_point import HookPoint
 from flexcache.hooks.locate.hook_scope import EarlyStop, hook_scope, stopped_by
-from flexcache.hooks.locate.names import modules_by_path, unwrap_model
+from flexcache.hooks.locate.names import modules_by_path, unwrap_adapter, unwrap_model
 from flexcache.hooks.locate.vision import PIXEL_VALUES, count_image_tokens
 
 Sink = Callable[[HookPoint, torch.Tensor], None]
@@ -223,8 +223,10 @@ class ActivationHooks:
 
 
 def accepts_keyword(model: nn.Module, keyword: str) -> bool:
-    """Return True if the forward of the unwrapped model has a parameter *keyword*."""
-    return keyword in inspect.signature(type(unwrap_model(model)).forward).parameters
+    """Return True if the forward of the unwrapped model, or of the model in a PeftModel, has a parameter *keyword*."""
+    root: Any = unwrap_model(model)
+    own_cache = getattr(getattr(root, "active_peft_config", None), "is_prompt_learning", False)
+    return keyword in inspect.signature(type(root if own_cache else unwrap_adapter(root)).forward).parameters
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from flexcache.store.format.model_record import (
     NAMES,
     SAMPLE,
     Record,
+    adapters_text,
     as_mapping,
     get_identity,
 )
@@ -49,7 +50,11 @@ def differences(before: Record, now: Record) -> list[str]:
     ['class: GPT2Model before, LlamaModel now']
     """
     with _readable():
-        return _differences(before, now)
+        found = _differences(before, now)
+        names = [adapters_text(record) for record in (before, now)]
+        if found and None not in names and names[0] != names[1]:
+            found.insert(0, f"adapters: {names[0] or 'none'} before, {names[1] or 'none'} now")
+        return found
 
 
 def structural_differences(one: Record, other: Record) -> list[str]:

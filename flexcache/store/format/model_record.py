@@ -8,9 +8,9 @@ from typing import Any
 import xxhash
 
 Record = Mapping[str, Any]
-IDENTITY, CONFIG, NAMES = "identity", "config", "names"
+IDENTITY, CONFIG, NAMES, ADAPTERS = "identity", "config", "names", "adapters"
 SAMPLE, CONFIG_DIGEST = "weights_sample_xxh3_128", "config_xxh3_128"
-APART = ("name", "revision", "files", IDENTITY, SAMPLE, CONFIG_DIGEST)
+APART = ("name", "revision", "files", ADAPTERS, IDENTITY, SAMPLE, CONFIG_DIGEST)
 """Keys of a record that state where a model came from, or that are not compared for equality only."""
 OTHERS = "other_models"
 """Marks of other models in the record of a store, which computed some of its units."""
@@ -35,7 +35,9 @@ def comparable_record(model: Record) -> dict[str, Any]:
     {'class': 'Linear'}
     """
     return {
-        key: value for key, value in stored_record(model).items() if key in ("class", CONFIG_DIGEST, SAMPLE, IDENTITY)
+        key: value
+        for key, value in stored_record(model).items()
+        if key in ("class", ADAPTERS, CONFIG_DIGEST, SAMPLE, IDENTITY)
     }
 
 
@@ -77,6 +79,24 @@ def model_key(model: Record) -> str:
     parts = [model.get("class"), model.get(CONFIG_DIGEST), model.get(SAMPLE), identity.get("weights")]
     parts += [identity.get("structure", {}).get("adapters"), (identity.get("behavior") or {}).get("bits")]
     return xxhash.xxh3_64_hexdigest(repr(parts).encode())
+
+
+def adapters_text(model: Record) -> str | None:
+    """Return the adapters that a model was loaded with, as text; None if it has some of which nothing was recorded.
+
+    >>> adapters_text({"adapters": [{"name": "french", "weight": 0.5, "merged": True, "files": {"a": "1f2e"}}]})
+    'french (1f2e), weight 0.5, merged'
+    """
+    held = model.get(ADAPTERS)
+    if held is None:
+        structure = as_mapping(as_mapping(model.get(IDENTITY)).get("structure"))
+        return None if structure.get("adapters") else ""
+    lines = []
+    for one in map(as_mapping, held if isinstance(held, list) else ()):
+        marks = " ".join(str(mark)[:8] for mark in as_mapping(one.get("files")).values())
+        text = f"{one.get('name')} ({marks}), weight {one.get('weight')}"
+        lines.append(text + (", merged" if one.get("merged") else ""))
+    return "; ".join(lines)
 
 
 def get_identity(model: Record) -> Record | None:

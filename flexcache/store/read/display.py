@@ -8,6 +8,7 @@ import numpy as np
 
 from flexcache.paths import shown
 from flexcache.store.format.committed_units import CommittedUnits
+from flexcache.store.format.model_record import adapters_text
 from flexcache.store.format.schema import DOCUMENTS, read_attributes, staged_folder
 from flexcache.store.format.text import TABLE_COLUMNS, layer_text, size
 from flexcache.store.read.open_store import OpenStore
@@ -21,7 +22,9 @@ def summary(store: OpenStore) -> dict[str, str]:
     state = "complete" if store.complete else f"{done} of {store.n_units} units committed"
     state += _extension(store)
     return {
-        "model": store.provenance.model_name or "unknown",
+        "model": ", with adapter ".join(
+            filter(None, (store.provenance.model_name or "unknown", adapters_text(store.provenance.model)))
+        ),
         "rows": f"{store.n_rows:,} ({store.spec.rows} tokens of {plan.get('documents', 0):,} documents)",
         "state": state,
         "units": f"{store.n_units:,} of {store.shard_rows:,} rows",
