@@ -103,3 +103,21 @@ def test_the_rate_at_a_single_negative_is_uniform() -> None:
     low, _ = pooled_metrics.recall_distributions(y, standard, np.arange(len(y)), resamples=4000, seed=0)
     for share in (0.25, 0.5, 0.75):
         assert np.quantile(low, share) == pytest.approx(0.01 / (1 - share), rel=0.08)
+
+
+def test_the_recall_is_read_between_the_negatives_around_the_rate() -> None:
+    """With Dirichlet weights of the gaps, the rate at each negative is their sum; many positives add little noise."""
+    rng = np.random.default_rng(3)
+    negatives, positives = np.sort(rng.normal(size=300))[::-1], rng.normal(size=20_000) + 2
+    y, standard = np.r_[np.zeros(300, int), np.ones(20_000, int)], np.r_[negatives, positives]
+    drawn = pooled_metrics.recall_distributions(y, standard, np.arange(len(y)), resamples=4000, seed=0)
+    above = np.array([(positives > value).mean() for value in negatives])
+    expected = np.empty((2, 4000))
+    for number, weights in enumerate(rng.dirichlet(np.ones(301), 4000)):
+        rates = np.cumsum(weights)[:-1]
+        expected[0, number] = np.interp(0.01, np.r_[0, rates], np.r_[0, above])
+        expected[1, number] = above[np.searchsorted(rates, 0.01, "right")]
+    for share in (0.05, 0.3, 0.5, 0.7, 0.95):
+        np.testing.assert_allclose(
+            np.quantile(drawn, share, axis=1), np.quantile(expected, share, axis=1), atol=0.015, err_msg=str(share)
+        )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
+from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -232,6 +232,11 @@ def test_transfer_scores_the_saved_weights_on_another_store(sweep: probes.Sweep,
         said = dataset.read_layer(layer).astype(float) @ sweep.coef[layer, 0] + sweep.intercept[layer, 0] > 0
         assert float(found["score"].sel(layer=layer, metric="accuracy")) == (said == dataset.y).mean()
     assert (found["ci_low"] <= found["score"]).all()
+    first = build_dataset(other, "resid_post", "label", rows="first").read_layer(0).astype(float)
+    expected = roc_auc_score(dataset.y, first @ sweep.coef[0, 0])
+    at_first = probes.transfer(sweep, other, rows="first", layers=0, resamples=20)["score"].sel(metric="auroc")
+    assert float(at_first[0]) == pytest.approx(expected)
+    assert float(at_first[0]) != pytest.approx(float(found["score"].sel(layer=0, metric="auroc")))
     across = probes.transfer(sweep, other, across=True, resamples=20)
     assert across["score"].sizes == {"trained": 3, "tested": 3, "metric": len(sweep.metrics)}
     assert float(across["score"].sel(trained=1, tested=2, metric="accuracy")) > 0.7, "the label is in the same dim"
