@@ -17,6 +17,7 @@ from flexcache.exports import lazy_exports
 
 if TYPE_CHECKING:
     from flexcache import exchange, training
+    from flexcache.chat_options import ChatOptions
     from flexcache.documents import Documents, open_documents
     from flexcache.exchange import export, import_folder
     from flexcache.hooks import FlexModel, HookFunction
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "CaptureSpec",
+    "ChatOptions",
     "Choice",
     "Documents",
     "FlexCacheError",
@@ -74,6 +76,7 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "CaptureSpec": "flexcache.spec:CaptureSpec",
+        "ChatOptions": "flexcache.chat_options:ChatOptions",
         "FlexCacheError": "flexcache.errors:FlexCacheError",
         "ModelSource": "flexcache.model:ModelSource",
         "RunOptions": "flexcache.recording.run_options:RunOptions",

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, WithJsonSchema, model_serializer
 from pydantic.json_schema import SkipJsonSchema
 
+from flexcache.chat_options import ChatOptions
 from flexcache.errors import ConfigError
 from flexcache.validation import Options
 
@@ -115,10 +116,24 @@ class Choice(Options):
     turns: tuple[int, ...] | None = Field(
         None, description="for chats: numbers of the messages that are kept; negative numbers count from the end"
     )
+    parts: tuple[Literal["content", "reasoning", "tool_call", "tool_result", "template"], ...] | None = Field(
+        None, description="for chats: parts of the messages that are kept; template is what the chat template adds"
+    )
     mask: str | None = Field(None, description="column with lists of true and false, one value for each token")
     every: int | None = Field(None, ge=1, description="keep the first token and every n-th after it")
     fraction: float | None = Field(None, gt=0, le=1, description="keep each token with this probability")
     seed: int = Field(0, ge=0, description="seed of fraction; the draw of a document depends on its id")
+
+    @model_serializer(mode="wrap")
+    def _leave_out_parts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit `parts` if it is None, so that the spec of an older store stays equal."""
+        content: dict[str, Any] = handler(self)
+        return {name: value for name, value in content.items() if name != "parts" or value is not None}
+
+    @property
+    def of_messages(self) -> bool:
+        """True if a rule needs chats."""
+        return any(rule is not None for rule in (self.roles, self.turns, self.parts))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -188,6 +203,7 @@ class SequenceOptions(Options):
         description="special tokens that the tokenizer adds to texts: those that the text does not begin or end with"
         " itself (auto), always, or never",
     )
+    chat: ChatOptions | None = Field(None, description="options of the chat template, for documents of messages")
     token_labels: tuple[str, ...] = Field((), description="label columns with a value, or spans, for single tokens")
     decoder: SkipJsonSchema[DecoderInputs | None] = Field(
         None, description="decoder inputs of an encoder-decoder model, resolved for the model"
@@ -197,8 +213,8 @@ class SequenceOptions(Options):
     def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Omit options that are newer than some stores, so that the spec of an older store stays equal."""
         content: dict[str, Any] = handler(self)
-        newer = {"decoder": None, "special_tokens": "auto"}
-        return {name: value for name, value in content.items() if name not in newer or value != newer[name]}
+        newer = {"decoder": [None], "special_tokens": ["auto"], "chat": [None, {}]}
+        return {name: value for name, value in content.items() if value not in newer.get(name, [])}
 
     @property
     def whole(self) -> bool:
@@ -221,8 +237,9 @@ class SequenceOptions(Options):
             "windows": self.windows is not None,
             "packing": self.packing is not None,
             "special_tokens": self.special_tokens != "auto",
+            "chat": self.chat is not None,
             "max_length": self.max_length is not None,
-            "rows by roles or turns": choice is not None and (choice.roles is not None or choice.turns is not None),
+            "rows by roles, turns or parts": choice is not None and choice.of_messages,
             "rows by character_spans": choice is not None and choice.character_spans is not None,
         }
         wrong = [name for name, given in asked.items() if given]

@@ -98,7 +98,9 @@ def _completions(
     with CaptureProgress(progress) as bars:
         advance = bars.generating(documents.count)
         options = config.run_options()
-        return generate(model, tokenizer, documents, config.completions, generation, advance, options=options)
+        return generate(
+            model, tokenizer, documents, config.completions, generation, advance, chat=config.chat, options=options
+        )
 
 
 def leave_process_group() -> None:

@@ -64,7 +64,7 @@ def plan_inputs(config: CaptureConfig, skeleton: Any) -> PlanInputs:
         arrays=measure_arrays(skeleton, spec, targets, example=example),
         spec=spec,
         model={"name": config.model.name},
-        tokenizer_identity=describe_tokenizer(tokenizer, documents.content == "messages"),
+        tokenizer_identity=describe_tokenizer(tokenizer, documents.content == "messages", spec.chat),
         vocabulary=vocabulary_size(skeleton),
         encoder_vocabulary=encoder_vocabulary_size(skeleton),
         positions=count_positions(skeleton),

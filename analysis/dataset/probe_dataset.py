@@ -208,7 +208,8 @@ def build_dataset(
         `ProbeDataset.dropped`.
     groups
         ``"document"`` keeps the rows of a document together. The name of a column keeps documents with the same value
-        together. ``None`` makes each row its own group, which leaks the identity of a document.
+        together, that of a label of tokens, such as ``"turn"`` of chats, the rows with the same value. ``None`` makes
+        each row its own group, which leaks the identity of a document.
     rows
         ``"last"`` or ``"first"`` token, ``"mean"`` or ``"max"`` over tokens, or ``"all"`` rows of each document; a
         token position, negative from the end of the document (documents without it are left out); or ``"tokens"`` for
@@ -248,7 +249,17 @@ def build_dataset(
     else:
         values = target.of_documents(table, store) if isinstance(target, DocumentTarget) else None
     valid = np.ones(len(table), bool) if values is None else document_columns.is_known(values)
-    keys = None if groups in (None, "document") else document_columns.read_column(table, str(groups), "groups")
+    keys = row_keys = None
+    if groups is not None and groups != "document":
+        of_tokens: Any = store
+        if groups in getattr(store, "token_labels", ()) and groups not in table.column_names:
+            row_keys = of_tokens.token_label(groups)
+        else:
+            keys = document_columns.read_column(table, groups, "groups")
+    if row_keys is not None and rows in ("mean", "max", "tokens"):
+        raise AnalysisError(
+            f"groups by tokens cannot be read from the {rows} of a document", found=str(groups), remedy='rows="all"'
+        )
     grouped = np.ones(len(table), bool) if keys is None else document_columns.is_known(keys)
     chosen = row_offsets(store, rows, n_rows)
     reasons = {
@@ -280,10 +291,21 @@ def build_dataset(
     else:
         assert values is not None
         values = values.take(pa.array(kept))
+    if row_keys is not None:
+        assert row is not None
+        known = document_columns.is_known(row_keys.take(pa.array(row)))
+        if not known.all():
+            dropped["tokens without a group"] = int((~known).sum())
+        row, document = row[known], document[known]
+        values = values.filter(pa.array(known)) if by_token else values
+    if not len(document):
+        raise AnalysisError("no token can be used", where=f"target {name!r}", found=f"left out: {dropped or 'nothing'}")
     task, reason = document_columns.choose_task(values, name, task)
     y, classes = document_columns.encode_target(values, name, task)
     if groups is None:
         group = np.arange(len(document))
+    elif row_keys is not None:
+        group = np.unique(document_columns.value_codes(row_keys.take(pa.array(row))), return_inverse=True)[1]
     elif keys is None:
         group = np.unique(document, return_inverse=True)[1]
     else:

@@ -129,15 +129,17 @@ def read_ids(array: pa.Array, place: str, start: int) -> pa.Array:
     return array.cast(pa.string())
 
 
-def read_content(content: str, array: pa.Array, place: str, start: int) -> pa.Array:
-    """Return texts, tokens or messages in the type of `CONTENTS`.
+def read_content(content: str, array: pa.Array, place: str, start: int, tools: pa.Array | None = None) -> pa.Array:
+    """Return texts, tokens or messages, these with their *tools*, in the type of `CONTENTS`.
 
     Raises
     ------
     DocumentsError
         A value is null, or is none of these.
     """
-    return {"text": _text, "tokens": _tokens, "messages": _messages}[content](array, place, start)
+    if content == "messages":
+        return _messages(array, place, start, tools)
+    return {"text": _text, "tokens": _tokens}[content](array, place, start)
 
 
 def read_images(array: pa.Array, names: pa.Array, place: str, folder: Path | None) -> pa.Array:
@@ -185,8 +187,12 @@ def _text(array: pa.Array, place: str, start: int) -> pa.Array:
     return array.cast(pa.string())
 
 
-def _messages(array: pa.Array, place: str, start: int) -> pa.Array:
-    chats = [read_messages(value, f"{place} {start + index}") for index, value in enumerate(array.to_pylist())]
+def _messages(array: pa.Array, place: str, start: int, tools: pa.Array | None) -> pa.Array:
+    own = [None] * len(array) if tools is None else tools.to_pylist()
+    chats = [
+        read_messages(value, f"{place} {start + index}", tools=given, sparse=True)
+        for index, (value, given) in enumerate(zip(array.to_pylist(), own, strict=True))
+    ]
     return pa.array(chats, MESSAGES)
 
 

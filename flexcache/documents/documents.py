@@ -25,6 +25,7 @@ from flexcache.documents.columns import (
 )
 from flexcache.documents.digest import DIGEST, digest_files, update_batch
 from flexcache.documents.ids import SeenIds
+from flexcache.documents.messages import TOOLS
 from flexcache.documents.roles import Roles, content_column, label_columns
 from flexcache.documents.sources.record_source import RecordSource
 from flexcache.documents.sources.source import DocumentSource
@@ -75,6 +76,8 @@ class Documents:
         column = (roles.text or "tokens") if empty else content_column(names, roles, place)
         self._columns = [*([self._id] if self._id else []), column]
         self.content = roles.contents.get(column, "tokens")
+        if self.content == "messages" and TOOLS in names and TOOLS not in (labels or ()):
+            self._columns.append(TOOLS)
         self._labels = [] if empty else label_columns(names, self._columns, labels, roles, self.content, place)
         if self.content == "image":
             self._rows = min(batch_rows, AT_A_TIME)
@@ -165,14 +168,16 @@ class Documents:
         place = f"{where}, document" if where else "document"
         span = f"{place}s {start} to {start + raw.num_rows - 1}"
         arrays = [plain_column(array, name, span) for name, array in zip(raw.schema.names, raw.columns, strict=True)]
-        *ids, content = arrays[: len(self._columns)]
+        read = arrays[: len(self._columns)]
+        tools = read.pop() if self._columns[-1] == TOOLS and self.content == "messages" else None
+        *ids, content = read
         numbers = pa.array(range(start, start + raw.num_rows), pa.int64()).cast(pa.string())
         names = read_ids(ids[0], place, start) if ids else numbers
         if self.content == "image":
             folder = self._source.folder_of(where)
             values = read_images(content, names, f"{where}, " if where else "", folder)
         else:
-            values = read_content(self.content, content, place, start)
+            values = read_content(self.content, content, place, start, tools)
         columns, fields = [names, values], [self.schema.field(0), self.schema.field(1)]
         for name, array in zip(self._labels, arrays[len(self._columns) :], strict=True):
             kind = late.get(name, self.schema.field(name).type)

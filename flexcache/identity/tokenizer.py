@@ -7,17 +7,19 @@ from typing import Any
 
 import xxhash
 
+from flexcache.chat_options import ChatOptions
+
 CHAT_TEMPLATE, DIGEST = "chat_template_xxh3_128", "xxh3_128"
 
 
-def describe_tokenizer(tokenizer: Any, chat: bool = False) -> dict[str, Any]:
-    """Return the class of a tokenizer and a digest of its whole state; for chats also a digest of its template.
+def describe_tokenizer(tokenizer: Any, chat: bool = False, options: ChatOptions | None = None) -> dict[str, Any]:
+    """Return the class of a tokenizer and a digest of its whole state; for chats also a digest of the template.
 
     >>> describe_tokenizer(None)
     {'class': None}
     """
     if chat:
-        template = str(getattr(tokenizer, "chat_template", None))
+        template = str((options and options.template) or getattr(tokenizer, "chat_template", None))
         return {**describe_tokenizer(tokenizer), CHAT_TEMPLATE: xxhash.xxh3_128_hexdigest(template.encode())}
     if tokenizer is None:
         return {"class": None}

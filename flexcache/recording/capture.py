@@ -144,7 +144,7 @@ def capture(
             arrays=measure_arrays(model, spec, targets, group.read_example, example),
             spec=spec,
             model=group.describe_model(model, example) | (options.model_info or {}),
-            tokenizer_identity=describe_tokenizer(tokenizer, corpus.content == "messages"),
+            tokenizer_identity=describe_tokenizer(tokenizer, corpus.content == "messages", spec.chat),
             vocabulary=vocabulary_size(model),
             encoder_vocabulary=encoder_vocabulary_size(model),
             positions=count_positions(model),

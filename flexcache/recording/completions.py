@@ -14,13 +14,15 @@ import pyarrow.parquet as pq
 import torch
 import xxhash
 
+from flexcache.chat_options import ChatOptions
 from flexcache.documents import Documents, open_documents
+from flexcache.documents.messages import unpack_messages
 from flexcache.errors import DocumentsError
 from flexcache.hooks.locate.position_tables import longest_input
 from flexcache.hooks.locate.vocabulary import pad_token_id
 from flexcache.hooks.read.measure import input_device
 from flexcache.options import Generation
-from flexcache.sequences.chat import check_template
+from flexcache.sequences.chat import check_template, render_text
 
 PART = 64
 """Documents in a file of completions, which is written, and resumed, as a whole."""
@@ -59,8 +61,11 @@ class Completions:
 class CompletionWriter:
     """Generates the completions of a part; they depend only on the part, its number and the options."""
 
-    def __init__(self, model: Any, tokenizer: Any, generation: Generation) -> None:
+    def __init__(self, model: Any, tokenizer: Any, generation: Generation, chat: ChatOptions | None = None) -> None:
         self._model, self._tokenizer, self._generation = model, tokenizer, generation
+        self._chat = chat or ChatOptions()
+        if self._chat.add_generation_prompt is None:
+            self._chat = self._chat.model_copy(update={"add_generation_prompt": True})
         self._pad = pad_token_id(model, tokenizer)
         self._most = longest_input(model, tokenizer)
 
@@ -105,10 +110,10 @@ class CompletionWriter:
                 "the prompts are texts, but there is no tokenizer", remedy="pass the model's tokenizer"
             )
         elif content == "messages":
-            check_template(self._tokenizer)
-            chats = part.column(1).to_pylist()
+            check_template(self._tokenizer, self._chat)
             rendered = [
-                self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats
+                render_text(self._tokenizer, unpack_messages(chat), name, self._chat)
+                for name, chat in zip(part.column("id").to_pylist(), part.column(1).to_pylist())
             ]
             prompts = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
         else:

@@ -93,7 +93,7 @@ def record(
         arrays=with_scales(_array(name, shape, layers, spec.dtype) for name, shape in sites.items()),
         spec=spec,
         model=model if isinstance(model, dict) else {"name": model, "class": model},
-        tokenizer_identity=describe_tokenizer(tokenizer, corpus.content == "messages"),
+        tokenizer_identity=describe_tokenizer(tokenizer, corpus.content == "messages", spec.chat),
     ).match_store(path)
     settings: dict[str, Any] = {
         "fingerprint": fingerprint,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
+from flexcache.chat_options import ChatOptions
 from flexcache.errors import ConfigError
 from flexcache.options import Choice, DecoderInputMode, Packing, SpecialTokens, Windows
 from flexcache.recording.run_options import RunOptions
@@ -22,6 +23,7 @@ class _RowFields(TypedDict, total=False):
     windows: Windows | Mapping[str, Any] | None
     packing: Packing | Mapping[str, Any] | None
     special_tokens: SpecialTokens
+    chat: ChatOptions | Mapping[str, Any] | None
     token_labels: Sequence[str]
     batch_tokens: int
     seed: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Unpack
@@ -11,6 +12,7 @@ from typing import Any, Unpack
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flexcache.chat_options import ChatOptions
 from flexcache.documents import Documents, open_documents
 from flexcache.errors import ConfigError, DocumentsError
 from flexcache.hooks.locate.evaluation_mode import evaluation_mode
@@ -45,6 +47,7 @@ def generate(
     generation: Generation | None = None,
     progress: ProgressCallback = ignore_progress,
     *,
+    chat: ChatOptions | Mapping[str, Any] | None = None,
     options: RunOptions | None = None,
     **fields: Unpack[GenerateFields],
 ) -> Documents:
@@ -65,6 +68,8 @@ def generate(
         How completions are sampled; its fields can also be given one by one, as *fields*.
     progress
         Called with the documents and new tokens so far, those of earlier runs and of other processes included.
+    chat
+        Options of the chat template, for documents of messages.
     options
         Only *heartbeat_timeout* applies; it can also be given as a keyword.
 
@@ -90,6 +95,8 @@ def generate(
     if given or not isinstance(generation, Generation):
         kept = generation.model_dump() if isinstance(generation, Generation) else generation or {}
         generation = validate(Generation, {**kept, **given}, where)
+    if chat is not None and not isinstance(chat, ChatOptions):
+        chat = validate(ChatOptions, chat, where)
     model = model_of(model)
     tokenizer = tokenizer_of(tokenizer, model)
     if not hasattr(model, "generate") or not getattr(model, "can_generate", lambda: False)():
@@ -102,11 +109,13 @@ def generate(
     corpus = open_documents(documents)
     if corpus.content == "image":
         raise DocumentsError("images cannot be completed", expected="documents of texts, messages or tokens")
+    if chat is not None and corpus.content != "messages":
+        raise ConfigError("chat is for documents of messages", found=corpus.content, remedy="leave it out")
     if taken := [name for name in corpus.labels if name in OWN]:
         raise DocumentsError(f"a label cannot be called {taken[0]!r} here", remedy="rename the column")
     completions = Completions(local_path(folder))
     completions.folder.mkdir(parents=True, exist_ok=True)
-    asked = _request(model, tokenizer, corpus, generation)
+    asked = _request(model, tokenizer, corpus, generation, chat)
     if completions.complete:
         check_same(json.loads((completions.folder / REQUEST).read_bytes()), asked, completions.folder)
         return completions.open()
@@ -117,7 +126,7 @@ def generate(
                 found=f"{type(model).__name__}, over several processes",
                 remedy="make the completions first, without model.parallel, then capture them",
             )
-    writer = CompletionWriter(model, tokenizer, generation)
+    writer = CompletionWriter(model, tokenizer, generation, chat)
     done = new = 0
     with (
         evaluation_mode(model),
@@ -166,13 +175,17 @@ def _made(writer: CompletionWriter, completions: Completions, claims: Claiming, 
     return True
 
 
-def _request(model: Any, tokenizer: Any, corpus: Documents, generation: Generation) -> dict[str, Any]:
+def _request(
+    model: Any, tokenizer: Any, corpus: Documents, generation: Generation, chat: ChatOptions | None
+) -> dict[str, Any]:
     """Return everything that determines the completions."""
     request = {
         "generate": generation.model_dump(mode="json"),
         "model": stored_record(describe_model(model, fingerprint(model))),
-        "tokenizer": describe_tokenizer(tokenizer, corpus.content == "messages"),
+        "tokenizer": describe_tokenizer(tokenizer, corpus.content == "messages", chat),
         "documents": corpus.describe(),
     }
+    if chat is not None and (asked := chat.model_dump(mode="json")):
+        request["chat"] = asked
     found: dict[str, Any] = json.loads(json.dumps(request))
     return found

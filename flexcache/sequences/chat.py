@@ -1,16 +1,40 @@
-"""Chats rendered by a tokenizer's template, with the message that each part of the text belongs to."""
+"""Chats rendered once by a tokenizer's template, with the message and the part that each token belongs to.
+
+`flexcache.sequences.marks` finds the characters of each text. Everything else that the template writes is the part
+``template``, which belongs to no message, unless it is inside ``{% generation %}``.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from flexcache.chat_options import ChatOptions
+from flexcache.documents.messages import Conversation
 from flexcache.errors import ConfigError, DocumentsError
+from flexcache.sequences.marks import Found, find_texts, template_literals
+from flexcache.sequences.message_texts import PARTS, MessageText
 
-MARK = "\u2e28flexcache\u2e29"
-"""Placeholder for the content of a message, which shows what the template writes around it."""
+THOUGHT = re.compile(r"<think>\s*(.*?)\s*(?:</think>\s*|\Z)", re.DOTALL)
+UNOPENED = re.compile(r"((?:(?!<think>).)*?)\s*</think>\s*", re.DOTALL)
+"""Reasoning in an assistant's content, with its tags; models whose prompt has the first tag write only the second."""
+GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters *start* to *stop*, excluded, of a rendered chat: a part of a message, by its number."""
+
+    start: int
+    stop: int
+    message: int
+    part: str
 
 
 @dataclass(frozen=True)
@@ -22,118 +46,329 @@ class Chat:
     text : str
     roles : list of str
         The role of each message.
-    parts, contents : list of (start, stop)
-        Characters of each message with what the template writes around it, and of its content alone; (0, 0) for the
-        content of a system message that the template puts elsewhere.
+    spans : list of Span
+        In the order of the text, without overlaps; what is between them is of the part ``template``, and so are tags
+        around reasoning in a content, which have a span for their message.
+    messages : list of dict
+        The messages as they were rendered.
+    left_out : tuple of str
+        The part of each text of the messages that is not in the rendering.
     """
 
     text: str
     roles: list[str]
-    parts: list[tuple[int, int]]
-    contents: list[tuple[int, int]]
+    spans: list[Span]
+    messages: list[dict[str, Any]] = field(repr=False)
+    left_out: tuple[str, ...] = ()
 
 
-def check_template(tokenizer: Any) -> None:
+def check_template(tokenizer: Any, options: ChatOptions | None = None) -> None:
     """Raise ConfigError if a tokenizer cannot render chats, or does not know where in the text its tokens are."""
-    if not getattr(tokenizer, "chat_template", None) or not getattr(tokenizer, "is_fast", False):
+    template = (options and options.template) or getattr(tokenizer, "chat_template", None)
+    if not template or not getattr(tokenizer, "is_fast", False):
         raise ConfigError(
             "the documents are chats, but the tokenizer cannot render them",
             expected="a fast tokenizer of transformers with a chat template",
             found=f"{type(tokenizer).__name__}, without a chat template"
-            if not getattr(tokenizer, "chat_template", None)
+            if not template
             else f"{type(tokenizer).__name__}, which is not fast",
-            remedy="use the tokenizer of an instruction-tuned model, or set tokenizer.chat_template",
+            remedy="use the tokenizer of an instruction-tuned model, set tokenizer.chat_template, or give"
+            " chat={'template': file}",
         )
 
 
-def render_chat(tokenizer: Any, messages: list[dict[str, str]], name: str) -> Chat:
-    """Return a chat as text, with the place of each message in it.
+def render_chat(
+    tokenizer: Any,
+    conversation: Conversation | Sequence[dict[str, Any]],
+    name: str,
+    options: ChatOptions | None = None,
+) -> Chat:
+    """Return a chat as text, with the place of each part of each message.
 
-    The text of the first *n* messages must begin that of the first *n* + 1, and the content of a message must appear
-    unchanged, or without the spaces around it. Both are checked.
+    The text is what ``apply_chat_template`` returns. If the template does not take the messages as they are, other
+    forms of the same messages are tried: contents that are lists of parts as one text, or the other way round, an empty
+    content in place of none, arguments of tool calls as dicts or as JSON.
 
     Raises
     ------
     DocumentsError
-        The template raises an error, or renders the chat in another way.
+        The template raises an error, or a text of a message cannot be found in the rendering; it names the message.
     """
-    text = _rendered(tokenizer, messages, name)
-    parts, contents, at = [], [], 0
-    for number, message in enumerate(messages):
-        try:
-            stop = len(_prefix(tokenizer, messages[: number + 1], text, name, number))
-            marked = _rendered(tokenizer, [*messages[:number], {**message, "content": MARK}], name)
-            content = _content(marked, text[:stop], message["content"], name, number)
-        except DocumentsError:
-            if message["role"] != "system" or number + 1 == len(messages):
-                raise
-            stop, content = at, (0, 0)  # templates may put it into the message that follows
-        parts.append((at, stop))
-        contents.append(content)
-        at = stop
-    return Chat(text, [message["role"] for message in messages], parts, contents)
+    if not isinstance(conversation, Conversation):
+        conversation = Conversation(list(conversation))
+    template = _Template(tokenizer, conversation, options or ChatOptions())
+    text, messages = template.render_first(name)
+    texts, found, unplaced = find_texts(text, messages, template.render_or_none, template.literals)
+    roles = [str(message["role"]) for message in messages]
+    for number in unplaced:
+        if texts[number].kind == "text" and texts[number].part != "tool_call":
+            raise _unplaced(texts[number], text, name)
+    there = {piece.text for piece in found}
+    left_out = [t.part for n, t in enumerate(texts) if t.kind in ("text", "name") and t.text.strip() and n not in there]
+    return Chat(text, roles, _spans(text, messages, texts, found), messages, tuple(left_out))
 
 
-def find_turns(chat: Chat, places: np.ndarray, generated: np.ndarray | None) -> np.ndarray:
-    """Return the index of the message that each token belongs to, -1 for tokens of the template: int64, (tokens,).
+def render_text(tokenizer: Any, conversation: Conversation, name: str, options: ChatOptions) -> str:
+    """Return a chat as text alone; see `render_chat`."""
+    return _Template(tokenizer, conversation, options).render_first(name)[0]
+
+
+def find_tokens(chat: Chat, places: np.ndarray, generated: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of the message of each token, and the number of its part in `PARTS`.
+
+    A token belongs to a span that it shares a character with, to the last of several. Tokens of the template have
+    message −1 and part 0.
 
     Parameters
     ----------
     places : ndarray of int, shape (tokens, 2)
         First character of each token and the one after its last.
     generated : ndarray of bool, shape (tokens,), or None
-        Tokens that the template itself marks as the assistant's, including the end of its messages.
+        Tokens inside ``{% generation %}``: those of the template among them belong to the assistant's message.
+
+    Returns
+    -------
+    turn : ndarray of int64, shape (tokens,)
+    part : ndarray of int8, shape (tokens,)
     """
-    found = np.full(len(places), -1, np.int64)
-    for number, (start, stop) in enumerate(chat.contents):
-        found[(places[:, 0] < stop) & (places[:, 1] > start)] = number
-    if generated is not None:
-        ends = np.array([stop for _, stop in chat.parts])
-        found[generated] = np.searchsorted(ends, places[generated, 0], side="right")
-    return found
+    starts, stops, message = (
+        np.array([getattr(span, name) for span in chat.spans], np.int64) for name in ("start", "stop", "message")
+    )
+    kinds = np.array([PARTS.index(span.part) for span in chat.spans], np.int8)
+    at = np.searchsorted(starts, places[:, 1], side="left") - 1
+    inside = at >= 0
+    inside[inside] = stops[at[inside]] > places[inside, 0]
+    turn, part = np.full(len(places), -1, np.int64), np.zeros(len(places), np.int8)
+    turn[inside], part[inside] = message[at[inside]], kinds[at[inside]]
+    return (turn if generated is None else _with_generated(chat, turn, generated)), part
 
 
-def generated_tokens(tokenizer: Any, messages: list[dict[str, str]], tokens: list[int]) -> np.ndarray | None:
+def generated_tokens(
+    tokenizer: Any, chat: Chat, conversation: Conversation, tokens: list[int], options: ChatOptions | None = None
+) -> np.ndarray | None:
     """Return True for each token inside ``{% generation %}``; None if the template does not use that block."""
-    if "{% generation" not in str(tokenizer.chat_template) and "{%- generation" not in str(tokenizer.chat_template):
+    template = _Template(tokenizer, conversation, options or ChatOptions())
+    if not GENERATION.search(template.source):
         return None
-    found = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    found = template.apply(chat.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     return np.array(found["assistant_masks"], bool) if list(found["input_ids"]) == list(tokens) else None
 
 
-def _rendered(tokenizer: Any, messages: list[dict[str, str]], name: str) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # a Jinja template can raise any error
+class _Template:
+    """The template of a tokenizer with all that it gets besides messages."""
+
+    def __init__(self, tokenizer: Any, conversation: Conversation, options: ChatOptions) -> None:
+        self._tokenizer, self._messages = tokenizer, conversation.messages
+        tools = options.tools if conversation.tools is None else conversation.tools
+        self._given: dict[str, Any] = {
+            **options.template_kwargs,
+            "tools": tools or None,
+            "chat_template": options.template,
+            "add_generation_prompt": bool(options.add_generation_prompt),
+        }
+
+    @property
+    def source(self) -> str:
+        """The text of the template."""
+        return str(self._tokenizer.get_chat_template(self._given["chat_template"], self._given["tools"]))
+
+    @property
+    def literals(self) -> list[str]:
+        """The texts that the template may look for in messages."""
+        given = [value for value in self._given.values() if isinstance(value, str) and value != self.source]
+        return [*template_literals(self.source), *filter(None, given)]
+
+    def apply(self, messages: list[dict[str, Any]], **how: Any) -> Any:
+        """Return what the tokenizer makes of messages."""
+        return self._tokenizer.apply_chat_template(messages, **{**self._given, **how})
+
+    def render_or_none(self, messages: list[dict[str, Any]]) -> str | None:
+        """Return messages as text, None if the template raises an error."""
+        try:
+            return str(self.apply(messages, tokenize=False))
+        except Exception:  # a Jinja template can raise any error
+            return None
+
+    def render_first(self, name: str) -> tuple[str, list[dict[str, Any]]]:
+        """Return the text of the first form of the messages that the template takes, and that form.
+
+        A template that does not know lists of parts, or nothing else, may print or drop such contents; then another
+        form is taken, if there is one that it writes.
+        """
+        reason: Exception | None = None
+        dropped: tuple[str, list[dict[str, Any]]] | None = None
+        for messages in _forms(self._messages):
+            try:
+                text = str(self.apply(messages, tokenize=False))
+            except Exception as error:
+                reason = reason or error
+                continue
+            contents = [message["content"] for message in messages if message.get("content")]
+            if any(repr(content) in text for content in contents if isinstance(content, list)):
+                continue
+            kinds: Any = ([c for c in contents if isinstance(c, list) is of_parts] for of_parts in (False, True))
+            if all(2 * sum(_is_shown(content, text) for content in kind) >= len(kind) for kind in kinds):
+                return text, messages
+            dropped = dropped or (text, messages)
+        if dropped is not None:
+            return dropped
         raise DocumentsError(
             "the chat template rejects a document",
-            where=f"document {name!r}, its first {len(messages)} messages",
-            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            where=f"document {name!r}, its {len(self._messages)} messages",
+            found=str(reason).splitlines()[0] if str(reason) else type(reason).__name__,
             remedy="give the roles in the order that the template expects",
-        ) from error
+        ) from reason
 
 
-def _prefix(tokenizer: Any, messages: list[dict[str, str]], text: str, name: str, number: int) -> str:
-    rendered = _rendered(tokenizer, messages, name)
-    if not text.startswith(rendered):
-        what = "does not render messages one after the other, so tokens cannot be assigned to messages"
-        raise _unplaced(what, name, number, rendered[-60:], text[max(0, len(rendered) - 60) : len(rendered)])
-    return rendered
+def _forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Yield messages in the forms that templates differ about, the given one first."""
+    seen: list[list[dict[str, Any]]] = []
+    for fill, shape in itertools.product((False, True), (None, _as_text, _as_parts)):
+        for convert in (None, _as_dict, _as_json):
+            form = []
+            for message in messages:
+                made = {key: value for key, value in message.items() if value is not None}
+                if fill:
+                    made.setdefault("content", "")
+                if shape and "content" in made:
+                    made |= shape(made["content"])
+                if convert and made.get("tool_calls"):
+                    made["tool_calls"] = [convert(call) for call in made["tool_calls"]]
+                form.append(made)
+            if form not in seen:
+                seen.append(form)
+                yield form
 
 
-def _content(marked: str, text: str, content: str, name: str, number: int) -> tuple[int, int]:
-    before, mark, after = marked.partition(MARK)
-    inside = text[len(before) : len(text) - len(after)]
-    if not mark or not text.startswith(before) or not text.endswith(after) or inside.strip() != content.strip():
-        raise _unplaced("changes the content of a message", name, number, content[:60], inside[:60])
-    return len(before), len(text) - len(after)
+def _as_text(content: Any) -> dict[str, Any]:
+    """Return a content in parts as one text, and its reasoning apart from it."""
+    if not isinstance(content, list):
+        return {"content": content}
+    thoughts = [part["thinking"] for part in content if part.get("type") == "thinking"]
+    text = "".join(part["text"] for part in content if part.get("type") != "thinking")
+    joined = "".join(_as_text(thought)["content"] for thought in thoughts)
+    return {"content": text, **({"reasoning_content": joined} if thoughts else {})}
 
 
-def _unplaced(what: str, name: str, number: int, expected: str, found: str) -> DocumentsError:
+def _as_parts(content: Any) -> dict[str, Any]:
+    return {"content": [{"type": "text", "text": content}] if isinstance(content, str) else content}
+
+
+def _is_shown(content: Any, text: str) -> bool:
+    """Return True if a content, or the end of it, is in a rendering; also if it is empty."""
+    end = str(_as_text(content)["content"]).split("</think>")[-1].strip()
+    return not end or end in text or json.dumps(end, ensure_ascii=False)[1:-1] in text
+
+
+def _as_dict(call: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool call whose arguments are a dict."""
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _as_dict(dict(call["function"]))}
+    try:
+        read = json.loads(call.get("arguments", ""))
+    except (TypeError, ValueError):
+        return call
+    return {**call, "arguments": read} if isinstance(read, dict) else call
+
+
+def _as_json(call: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool call whose arguments are JSON."""
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _as_json(dict(call["function"]))}
+    given = call.get("arguments")
+    return {**call, "arguments": json.dumps(given, ensure_ascii=False)} if isinstance(given, Mapping) else call
+
+
+def _spans(text: str, messages: list[dict[str, Any]], texts: list[MessageText], found: list[Found]) -> list[Span]:
+    """Return the spans of a rendering from the pieces of its texts."""
+    result: list[Span] = []
+    at = 0
+    while at < len(found):
+        piece, of = found[at], texts[found[at].text]
+        at += 1
+        if of.part == "tool_call" and of.kind == "name" and any(other.text == piece.text for other in found[: at - 1]):
+            continue  # the name is repeated in front of the result
+        if of.arguments is not None:  # what the template writes between two of the same dict belongs to it
+            stop, last = piece.stop, piece.text
+            while at < len(found) and texts[found[at].text].arguments == of.arguments and found[at].text > last:
+                stop, last = found[at].stop, found[at].text
+                at += 1
+            spans = [Span(*_whole(text, piece.start, stop, messages, of), of.message, of.part)]
+        elif of.part == "content" and messages[of.message]["role"] == "assistant":
+            spans = [
+                Span(piece.place(low, of.text), piece.place(high, of.text), of.message, part)
+                for low, high, part in _thoughts(of.text, piece.low, piece.high)
+            ]
+        else:
+            spans = [Span(piece.start, piece.stop, of.message, of.part)]
+        for span in spans:
+            start = max(span.start, result[-1].stop if result else 0)
+            if start < span.stop:
+                result.append(Span(start, span.stop, span.message, span.part))
+    return result
+
+
+def _thoughts(text: str, low: int, high: int) -> list[tuple[int, int, str]]:
+    """Return characters *low* to *high* of an assistant's text in pieces of content, reasoning, and tags around it."""
+    hits = list(THOUGHT.finditer(text))
+    if (opening := UNOPENED.match(text)) is not None:
+        hits = [opening, *(hit for hit in hits if hit.start() >= opening.end())]
+    cuts = {low, high, *(cut for hit in hits for group in (0, 1) for cut in hit.span(group) if low < cut < high)}
+
+    def part_at(place: int) -> str:
+        hit = next((hit for hit in hits if hit.start() <= place < hit.end()), None)
+        return "content" if hit is None else "reasoning" if hit.start(1) <= place < hit.end(1) else "template"
+
+    return [(start, stop, part_at(start)) for start, stop in itertools.pairwise(sorted(cuts))]
+
+
+def _whole(text: str, start: int, stop: int, messages: list[dict[str, Any]], of: MessageText) -> tuple[int, int]:
+    """Return the characters of arguments with the JSON around their texts, if they are written as JSON."""
+    calls = [call for message in messages for call in message.get("tool_calls", ())]
+    assert of.arguments is not None
+    call = calls[of.arguments]
+    arguments = (call.get("function") or call)["arguments"]
+    written = [
+        json.dumps(arguments, ensure_ascii=ascii, separators=marks, indent=indent, sort_keys=ordered)
+        for ascii in (False, True)
+        for marks in (None, (",", ":"))
+        for indent in (None, 2, 4)
+        for ordered in (False, True)
+    ]
+    for one in [*written, str(arguments)]:
+        at = text.find(one, max(0, stop - len(one)), start + len(one))
+        if at >= 0:
+            return at, at + len(one)
+    return start, stop
+
+
+def _with_generated(chat: Chat, turn: np.ndarray, generated: np.ndarray) -> np.ndarray:
+    """Return the messages of tokens with those of the template that are generated: that of the text next to them."""
+    result = turn.copy()
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], generated, [False]]).astype(np.int8)))
+    assistants = [number for number, role in enumerate(chat.roles) if role == "assistant"]
+    for start, stop in edges.reshape(-1, 2).tolist():
+        own = turn[start:stop]
+        told = np.flatnonzero(own >= 0)
+        if not len(told):  # an empty message: the next one of the assistant
+            before = turn[:start].max(initial=-1)
+            before = max(before, result[:start].max(initial=-1))
+            following = next((number for number in assistants if number > before), -1)
+            result[start:stop] = following
+            continue
+        nearest = told[np.maximum(np.searchsorted(told, np.arange(stop - start), side="right") - 1, 0)]
+        result[start:stop] = own[nearest]
+    return result
+
+
+def _unplaced(text: MessageText, rendered: str, name: str) -> DocumentsError:
+    before = text.text[: len(text.text) // 2].strip()
+    near = rendered.lower().find(text.text.strip().lower())
+    shown = rendered[near : near + len(text.text)] if near >= 0 and before else rendered
     return DocumentsError(
-        f"the chat template {what}",
-        where=f"document {name!r}, message {number}",
-        expected=repr(expected),
-        found=repr(found),
+        f"the chat template changes the {'content' if text.part == 'tool_result' else text.part} of a message",
+        where=f"document {name!r}, message {text.message}",
+        expected=repr(text.text[:60]),
+        found=repr(shown[:60]),
         remedy="render the chat yourself, and give the text with spans of characters",
     )

@@ -11,6 +11,7 @@ from flexcache.errors import ConfigError, DocumentsError
 from flexcache.options import Choice
 from flexcache.sequences.encoded import Encoded
 from flexcache.sequences.encoding import Tokenizer
+from flexcache.sequences.message_texts import PARTS
 from flexcache.sequences.token_columns import span_tokens, token_values
 
 
@@ -35,7 +36,7 @@ def choose_tokens(encoded: Encoded, tokenizer: Tokenizer | None, choice: Choice 
         kept &= _in_spans(encoded, choice.character_spans, characters=True)
     if choice.token_spans is not None:
         kept &= _in_spans(encoded, choice.token_spans, characters=False)
-    if choice.roles is not None or choice.turns is not None:
+    if choice.of_messages:
         kept &= _in_messages(encoded, choice)
     if choice.mask is not None:
         kept &= _in_mask(encoded, choice.mask)
@@ -72,13 +73,16 @@ def _in_spans(encoded: Encoded, column: str, *, characters: bool) -> np.ndarray:
 
 
 def _in_messages(encoded: Encoded, choice: Choice) -> np.ndarray:
-    """Return True for each token of a message of the chosen roles and turns."""
-    if encoded.chats is None or encoded.turn is None:
+    """Return True for each token of the chosen parts, in messages of the chosen roles and turns."""
+    if encoded.chats is None or encoded.turn is None or encoded.part is None:
         raise DocumentsError(
-            "rows are chosen by roles or turns, but the documents are not chats",
+            "rows are chosen by roles, turns or parts, but the documents are not chats",
             expected="documents with messages",
             remedy="give messages, or choose tokens by spans or a mask",
         )
+    parts = np.isin(encoded.part, [PARTS.index(part) for part in choice.parts or PARTS])
+    if choice.roles is None and choice.turns is None:
+        return np.asarray(parts)
     wanted = []
     for chat in encoded.chats:
         turns = {turn % len(chat.roles) for turn in choice.turns or () if -len(chat.roles) <= turn < len(chat.roles)}
@@ -92,7 +96,7 @@ def _in_messages(encoded: Encoded, choice: Choice) -> np.ndarray:
     of_message = np.array([value for chat in wanted for value in chat], bool)
     found = encoded.turn >= 0
     found[found] = of_message[first[encoded.document[found]] + encoded.turn[found]]
-    return found
+    return found & parts
 
 
 def _in_mask(encoded: Encoded, column: str) -> np.ndarray:

@@ -32,6 +32,8 @@ class Encoded:
         The rendered chats, if the documents are messages.
     turn : ndarray of int64, shape (tokens,), or None
         Index of the message in its chat that each token belongs to, -1 for none.
+    part : ndarray of int8, shape (tokens,), or None
+        The part of a chat that each token belongs to, as a number in `flexcache.sequences.message_texts.PARTS`.
     kept : ndarray of bool, shape (tokens,), or None
         True for each token that becomes a row, or is averaged into one; None if all do.
     doubled : ndarray of bool, shape (documents,), or None
@@ -51,6 +53,7 @@ class Encoded:
     characters: np.ndarray | None = None
     chats: list[Chat] | None = None
     turn: np.ndarray | None = None
+    part: np.ndarray | None = None
     kept: np.ndarray | None = None
     doubled: np.ndarray | None = None
     labels: dict[str, pa.ListArray] = field(default_factory=dict)

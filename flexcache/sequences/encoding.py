@@ -9,11 +9,12 @@ import numpy as np
 import pyarrow as pa
 
 from flexcache.documents.columns import content_of
+from flexcache.documents.messages import unpack_messages
 from flexcache.errors import ConfigError, DocumentsError
 from flexcache.images.encoded import decode_image
 from flexcache.options import SequenceOptions
 from flexcache.plan import ranges
-from flexcache.sequences.chat import check_template, find_turns, generated_tokens, render_chat
+from flexcache.sequences.chat import check_template, find_tokens, generated_tokens, render_chat
 from flexcache.sequences.encoded import Encoded, list_array
 from flexcache.sequences.special_tokens import AddedTokens, added_tokens
 from flexcache.sequences.token_columns import is_spans
@@ -51,6 +52,13 @@ def encode_documents(
     """
     limit = options.max_length if options.whole else None
     content = content_of(batch)
+    if options.chat is not None and content != "messages":
+        raise ConfigError(
+            "chat has options of a chat template, and the documents are not chats",
+            expected="documents with messages",
+            found=content,
+            remedy="leave chat out, or give messages",
+        )
     if content == "image":
         return _encode_images(batch, tokenizer)
     if content == "tokens":
@@ -62,7 +70,7 @@ def encode_documents(
             remedy="pass the model's tokenizer; with tokenizer=None each document needs a list of tokens",
         )
     if content == "messages":
-        return _encode_chats(batch, tokenizer, limit)
+        return _encode_chats(batch, tokenizer, options, limit)
     texts = batch.column(1).to_pylist()
     places = _needs_places(batch, tokenizer, options)
     _check_special_tokens(tokenizer, options)
@@ -109,28 +117,30 @@ def _encode_images(batch: pa.RecordBatch, image_input: Any) -> Encoded:
     return Encoded(batch, list_array(image_input.tokens_of(len(batch)), lengths), np.zeros(len(batch), bool))
 
 
-def _encode_chats(batch: pa.RecordBatch, tokenizer: Any, limit: int | None) -> Encoded:
+def _encode_chats(batch: pa.RecordBatch, tokenizer: Any, options: SequenceOptions, limit: int | None) -> Encoded:
     """Return the tokens of chats; the template writes all special tokens, so the tokenizer adds none."""
-    check_template(tokenizer)
-    given = batch.column(1).to_pylist()
-    chats = [render_chat(tokenizer, messages, name) for messages, name in zip(given, batch.column("id").to_pylist())]
+    check_template(tokenizer, options.chat)
+    given = [unpack_messages(messages) for messages in batch.column(1).to_pylist()]
+    names = batch.column("id").to_pylist()
+    chats = [render_chat(tokenizer, chat, name, options.chat) for chat, name in zip(given, names)]
     lists, offsets = _call_tokenizer(tokenizer, [chat.text for chat in chats], True, special=False)
     whole = np.array([len(tokens) for tokens in lists], np.int64)
     kept = whole if limit is None else np.minimum(whole, limit)
     places = [_pairs(found) for found in offsets]
-    turns = [
-        find_turns(chat, found, generated_tokens(tokenizer, messages, tokens))
-        for chat, found, messages, tokens in zip(chats, places, given, lists)
+    told = [
+        find_tokens(chat, found, generated_tokens(tokenizer, chat, conversation, tokens, options.chat))
+        for chat, found, conversation, tokens in zip(chats, places, given, lists)
     ]
-    flat, characters, turn = (
+    flat, characters, turn, part = (
         _joined((values[:count] for values, count in zip(column, kept.tolist())), empty)
         for column, empty in (
             (lists, np.zeros(0, np.int32)),
             (places, np.zeros((0, 2), np.int64)),
-            (turns, np.zeros(0, np.int64)),
+            ([turn for turn, _ in told], np.zeros(0, np.int64)),
+            ([part for _, part in told], np.zeros(0, np.int8)),
         )
     )
-    return Encoded(batch, list_array(flat, kept), kept < whole, characters, chats, turn)
+    return Encoded(batch, list_array(flat, kept), kept < whole, characters, chats, turn, part)
 
 
 def _check_special_tokens(tokenizer: Tokenizer, options: SequenceOptions) -> None:

@@ -9,9 +9,11 @@ from flexcache.documents.columns import content_of
 from flexcache.errors import DocumentsError
 from flexcache.options import SequenceOptions
 from flexcache.sequences.encoded import Encoded
+from flexcache.sequences.message_texts import PARTS
 from flexcache.sequences.token_columns import column_type, is_spans, span_tokens, token_values
 
-CHAT = ("role", "turn")
+CHAT = ("role", "turn", "part")
+"""Labels of the tokens of chats; a label ``part`` of the documents takes the place of the last."""
 SEQUENCE_COLUMNS = (
     *("document", "unit", "batch", "start", "tokens", "keep_start", "n_rows", "row_start", "keep"),
     *("documents", "starts", "places", "begins"),
@@ -22,7 +24,7 @@ SEQUENCE_COLUMNS = (
 def check_label_names(batch: pa.RecordBatch, options: SequenceOptions, keep_text: bool, own: tuple[str, ...]) -> None:
     """Raise DocumentsError if a label of documents or tokens has the name of a column that is added, such as *own*."""
     labels = batch.schema.names[2:]
-    made = {*own, *(CHAT if content_of(batch) == "messages" else ())}
+    made = {*own, *(CHAT[:2] if content_of(batch) == "messages" else ())}
     if not keep_text:
         made |= {"text_xxh3_128"} if content_of(batch) in ("text", "messages") or "text" in labels else set()
         made |= {"target_xxh3_128"} if options.decoder is not None else set()
@@ -41,15 +43,19 @@ def check_label_names(batch: pa.RecordBatch, options: SequenceOptions, keep_text
 
 
 def role_labels(encoded: Encoded) -> dict[str, pa.ListArray]:
-    """Return the role and the index of the message of each token of chats, null for tokens of the template."""
-    if encoded.chats is None or encoded.turn is None:
+    """Return role, index and part of the message of each token of chats; the first two are null for the template."""
+    if encoded.chats is None or encoded.turn is None or encoded.part is None:
         return {}
     roles = [chat.roles for chat in encoded.chats]
     names = [
         None if turn < 0 else roles[document][turn]
         for document, turn in zip(encoded.document.tolist(), encoded.turn.tolist())
     ]
-    columns = (pa.array(names, pa.string()), pa.array(encoded.turn.astype(np.int32), mask=encoded.turn < 0))
+    columns = (
+        pa.array(names, pa.string()),
+        pa.array(encoded.turn.astype(np.int32), mask=encoded.turn < 0),
+        pa.array(PARTS, pa.string()).take(pa.array(encoded.part)),
+    )
     return {name: encoded.list_of(values) for name, values in zip(CHAT, columns)}
 
 

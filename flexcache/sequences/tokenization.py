@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,7 +17,7 @@ from flexcache.sequences.choice import choose_tokens, keep_one_token
 from flexcache.sequences.document_columns import ENCODER_TOKENS, document_columns
 from flexcache.sequences.encoded import Encoded
 from flexcache.sequences.encoding import Tokenizer, encode_documents
-from flexcache.sequences.labels import align_labels, check_label_names, role_labels
+from flexcache.sequences.labels import CHAT, align_labels, check_label_names, role_labels
 from flexcache.sequences.limits import Positions, check_document_lengths, check_sequence_length, check_token_ids
 from flexcache.sequences.packing import packing_tokens
 from flexcache.sequences.targets import shift_right, split_target, target_tokenizer
@@ -46,6 +46,7 @@ def tokenize_corpus(
     empty: Literal["error", "skip"] = "error",
     keep_text: bool = True,
     first_index: int = 0,
+    chat_labels: Sequence[str] = CHAT,
     progress: ProgressCallback = ignore_progress,
 ) -> TokenizedCorpus:
     """Tokenize a corpus once and write it into *folder*.
@@ -69,6 +70,8 @@ def tokenize_corpus(
         Keep texts, or replace them by ``text_xxh3_128``.
     first_index
         The ``source_index`` of the first document, if it continues an earlier corpus.
+    chat_labels
+        The labels of tokens that chats get, if not all: an older store that is extended has no ``part``.
     progress
         Called with the number of documents and tokens so far.
 
@@ -122,7 +125,9 @@ def tokenize_corpus(
         if encoded.content != "image":  # the tokens of an image have no ids
             check_token_ids(encoded, vocabulary)
             check_document_lengths(encoded, options, positions[0])
-        encoded = _with_token_columns(encoded, tokenizer, options)
+        for chat in encoded.chats or ():
+            result.left_out.update(chat.left_out)
+        encoded = _with_token_columns(encoded, tokenizer, options, chat_labels)
         result.token_labels = tuple(encoded.labels)
         record, kept = document_columns(batch, encoded, context, source_index, keep_text), encoded.kept
         some = shortest > 0
@@ -157,10 +162,14 @@ def tokenize_corpus(
     return result
 
 
-def _with_token_columns(encoded: Encoded, tokenizer: Tokenizer | None, options: SequenceOptions) -> Encoded:
+def _with_token_columns(
+    encoded: Encoded, tokenizer: Tokenizer | None, options: SequenceOptions, chat_labels: Sequence[str]
+) -> Encoded:
     """Return *encoded* as the model reads it, with the choice and the labels of its tokens."""
     kept = choose_tokens(encoded, tokenizer, options.choice)
-    labels = role_labels(encoded) | {name: align_labels(encoded, name) for name in options.token_labels}
+    own = [name for name in chat_labels if name not in encoded.documents.schema.names[2:]]
+    labels = {name: values for name, values in role_labels(encoded).items() if name in own}
+    labels |= {name: align_labels(encoded, name) for name in options.token_labels}
     encoded = replace(encoded, kept=kept, labels=labels)
     if options.decoder is not None:
         encoded = shift_right(encoded, options.decoder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 
@@ -33,6 +34,8 @@ class TokenizedCorpus:
     truncated, skipped, rowless, doubled : int
         Documents truncated to the maximum length; empty ones left out; documents without rows left out; texts that
         begin or end with special tokens of their own, which are not added again.
+    left_out : Counter
+        Texts of messages that the chat template leaves out, by part.
     image_bytes : int
         Bytes of all encoded images; 0 for other documents.
 
@@ -52,6 +55,7 @@ class TokenizedCorpus:
         self.options = options or SequenceOptions()
         self.packing_tokens = packing_tokens or PackingTokens()
         self.truncated = self.skipped = self.rowless = self.doubled = 0
+        self.left_out = Counter[str]()
         self.image_bytes = 0
         self.token_labels: tuple[str, ...] = ()
         self._hasher = xxhash.xxh3_128()

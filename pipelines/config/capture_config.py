@@ -160,6 +160,8 @@ class CaptureConfig(CaptureSpec, RunOptions):
         from flexcache.recording.forward.decoder_inputs import infer_decoder_inputs
 
         names = (CaptureSpec.model_fields.keys() & self.model_fields_set) - {"transforms", "objective"}
+        if self.generate is not None:  # completions are documents of tokens
+            names -= {"chat"}
         spec = validate(CaptureSpec, {name: getattr(self, name) for name in names}, str(self.store), stored=True)
         decoder = None if skeleton is None else infer_decoder_inputs(skeleton, self.decoder_inputs)
         return spec if decoder is None else spec.model_copy(update={"decoder": decoder})

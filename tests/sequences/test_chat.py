@@ -154,7 +154,6 @@ def test_a_model_runs_the_rendered_chat_and_more_chats_are_added(chatty: Any, tm
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ messages[-1]['content'] }}", "one after the other"),
         (PLAIN.replace("m['content']", "m['content'] | upper"), "changes the content of a message"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
     ],
@@ -168,7 +167,7 @@ def test_templates_that_hide_the_message_of_a_token_are_refused(
     assert not (tmp_path / "run.zarr").exists()
 
 
-def test_a_system_message_inside_the_next_message_has_no_tokens(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_system_message_inside_the_next_message_has_its_own_role(tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' and messages | length == 1 %}{{ raise_exception('no user') }}{% endif %}"
         "{% for m in messages %}{% if m['role'] != 'system' %}{{ '<s>' + m['role'] + ' ' }}"
@@ -176,7 +175,14 @@ def test_a_system_message_inside_the_next_message_has_no_tokens(tokenizer: Any, 
         "{{ m['content'] + '</s>' }}{% endif %}{% endfor %}"
     )
     store = build_store(tmp_path / "run.zarr", CHATS, tokenizer=tokenizer)
-    assert [role or "" for role in said(store, "role", "a")][:7] == ["", "", "", "", "", "user", ""]
+    assert [role or "" for role in said(store, "role", "a")][:6] == ["", "", "system", "system", "system", "user"]
+
+
+def test_messages_that_a_template_leaves_out_have_no_tokens(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    store = build_store(tmp_path / "run.zarr", CHATS, tokenizer=tokenizer)
+    assert said(store, "turn", "a") == [4, 4, 4]
+    assert store.plan["left_out"] == {"content": 5}
 
 
 @pytest.mark.parametrize(
@@ -186,7 +192,7 @@ def test_a_system_message_inside_the_next_message_has_no_tokens(tokenizer: Any, 
         ("hello", "str"),
         ([{"role": "user"}], "content: None"),
         ([{"role": "user", "content": [{"type": "image"}]}], "content: "),
-        ([{"role": "user", "content": "fox", "tool_calls": ["f"]}], "tool_calls as well"),
+        ([{"role": "user", "content": "fox", "tool_calls": ["f"]}], "tool_calls: "),
         (["fox"], "message 0"),
     ],
 )

@@ -33,11 +33,11 @@ def spans(text: str, number: int) -> list[dict[str, Any]] | None:
 
 
 def labelled(documents: list[dict[str, Any]], texts: list[str]) -> list[dict[str, Any]]:
-    return [{**d, "part": spans(text, number)} for number, (d, text) in enumerate(zip(documents, texts, strict=True))]
+    return [{**d, "piece": spans(text, number)} for number, (d, text) in enumerate(zip(documents, texts, strict=True))]
 
 
 def table(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{"id": d["id"], "part": d["part"]} for d in documents][::-1]
+    return [{"id": d["id"], "piece": d["piece"]} for d in documents][::-1]
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -47,11 +47,11 @@ def test_joined_spans_of_characters_equal_captured_ones(
     documents = [{"id": str(number), "text": text} for number, text in enumerate(TEXTS)]
     with_spans = labelled(documents, TEXTS)
     settings = {"tokenizer": tokenizer, **options}
-    captured = build_store(tmp_path / "captured.zarr", with_spans, token_labels=["part"], **settings)
+    captured = build_store(tmp_path / "captured.zarr", with_spans, token_labels=["piece"], **settings)
     joined = build_store(tmp_path / "joined.zarr", documents, **settings)
-    joined.join(table(with_spans), token_labels="part", tokenizer=tokenizer)
-    assert joined.token_label("part").to_pylist() == captured.token_label("part").to_pylist()
-    assert "a" in captured.token_label("part").to_pylist()
+    joined.join(table(with_spans), token_labels="piece", tokenizer=tokenizer)
+    assert joined.token_label("piece").to_pylist() == captured.token_label("piece").to_pylist()
+    assert "a" in captured.token_label("piece").to_pylist()
 
 
 @pytest.mark.parametrize("max_length", [None, 12])
@@ -61,9 +61,9 @@ def test_spans_of_rendered_chats_can_be_joined(max_length: int | None, tokenizer
     joined = build_store(tmp_path / "joined.zarr", CHATS, **settings)
     texts = [joined.documents["text"][joined.documents["id"].to_pylist().index(chat["id"])].as_py() for chat in CHATS]
     with_spans = labelled(CHATS, texts)
-    captured = build_store(tmp_path / "captured.zarr", with_spans, token_labels=["part"], **settings)
-    joined.join(table(with_spans), token_labels="part", tokenizer=tokenizer)
-    assert joined.token_label("part").to_pylist() == captured.token_label("part").to_pylist()
+    captured = build_store(tmp_path / "captured.zarr", with_spans, token_labels=["piece"], **settings)
+    joined.join(table(with_spans), token_labels="piece", tokenizer=tokenizer)
+    assert joined.token_label("piece").to_pylist() == captured.token_label("piece").to_pylist()
 
 
 def test_spans_of_targets_move_with_the_shifted_tokens(tokenizer: Any, tmp_path: Path) -> None:
@@ -71,8 +71,8 @@ def test_spans_of_targets_move_with_the_shifted_tokens(tokenizer: Any, tmp_path:
     documents = [{"id": str(n), "text": "the dog", "target": text} for n, text in enumerate(TEXTS[:3])]
     settings: dict[str, Any] = {"sites": ["resid_post"], "layers": [0], "progress": False}
     store = flexcache.capture(tiny("t5"), tokenizer, documents, tmp_path / "run.zarr", **settings)
-    store.join(table(labelled(documents, TEXTS[:3])), token_labels="part", tokenizer=tokenizer)
-    found = store.token_label("part").to_pylist()
+    store.join(table(labelled(documents, TEXTS[:3])), token_labels="piece", tokenizer=tokenizer)
+    found = store.token_label("piece").to_pylist()
     for number, text in enumerate(TEXTS[:3]):
         offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
         expected: list[str | None] = [None] * len(offsets)
@@ -88,11 +88,11 @@ def test_another_tokenizer_or_none_or_no_texts_are_refused(tokenizer: Any, tmp_p
     part = table(labelled(documents, TEXTS))
     store = build_store(tmp_path / "run.zarr", documents, tokenizer=tokenizer)
     with pytest.raises(ConfigError, match="tokenizer of the store cannot be loaded"):
-        store.join(part, token_labels="part")
+        store.join(part, token_labels="piece")
     other = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, unk_token="<unk>")
     other.backend_tokenizer.post_processor = None
     with pytest.raises(MismatchError, match="other tokens than those of the store"):
-        store.join(part, token_labels="part", tokenizer=other)
+        store.join(part, token_labels="piece", tokenizer=other)
     assert store.label_tables == {}
 
 
@@ -100,4 +100,4 @@ def test_spans_of_characters_need_the_texts(tokenizer: Any, tmp_path: Path) -> N
     documents = [{"id": str(number), "text": text} for number, text in enumerate(TEXTS)]
     store = build_store(tmp_path / "run.zarr", documents, tokenizer=tokenizer, keep_text=False)
     with pytest.raises(StoreError, match="no texts in which spans"):
-        store.join(table(labelled(documents, TEXTS)), token_labels="part", tokenizer=tokenizer)
+        store.join(table(labelled(documents, TEXTS)), token_labels="piece", tokenizer=tokenizer)

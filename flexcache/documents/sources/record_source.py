@@ -12,7 +12,7 @@ import pyarrow as pa
 from flexcache.documents.arrow_types import has_null_type
 from flexcache.documents.columns import CONTENTS
 from flexcache.documents.ids import invalid_id
-from flexcache.documents.messages import read_messages
+from flexcache.documents.messages import TOOLS, read_messages
 from flexcache.documents.roles import Roles, content_error
 from flexcache.documents.sources.record_columns import joined_type, plain_value, record_column
 from flexcache.documents.sources.source import CorpusFile, DocumentSource, Item
@@ -74,7 +74,7 @@ class RecordSource(DocumentSource):
 
     def read_batches(self, columns: list[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
         """Yield (place, batch); see `DocumentSource`."""
-        known = {*self.schema.names, self._roles.id, *self._roles.contents}
+        known = {*self.schema.names, self._roles.id, *self._roles.contents, *([TOOLS] if self._has_tools else [])}
         for chunk in _chunks(self._start_pass()(), rows):
             for place, record in (checked := [self._checked(*item) for item in chunk]):
                 if self._labels is None and not known.issuperset(record):
@@ -108,6 +108,8 @@ class RecordSource(DocumentSource):
             if name == self._content or name == self._roles.id:
                 if name == self._content or self._has_id:
                     types[name] = CONTENTS[self._roles.contents.get(name, "text")]
+            elif name == TOOLS and self._has_tools:  # a part of the messages
+                continue
             elif self._labels is not None and name not in self._labels:
                 types[name] = pa.null()
             elif name not in (self._roles.text, self._roles.tokens) or any(
@@ -115,6 +117,11 @@ class RecordSource(DocumentSource):
             ):  # of text and tokens, the one that is null throughout is left out
                 found = self._column(checked, name, None).type
                 types[name] = joined_type(types.get(name, pa.null()), found, name, f"{checked[0][0]} or later")
+
+    @property
+    def _has_tools(self) -> bool:
+        """True if a column of tools belongs to the messages."""
+        return self._content is not None and self._content == self._roles.messages and TOOLS not in (self._labels or ())
 
     def _type(self, name: str) -> pa.DataType | None:
         """Return the type of a column, or None if the values of a batch decide it: tokens, labels null so far."""
@@ -129,7 +136,7 @@ class RecordSource(DocumentSource):
     def _value(self, record: Mapping[str, Any], name: str, where: str) -> Any:
         value: Any = record.get(name)
         if name == self._roles.messages and name == self._content:
-            return read_messages(value, where)
+            return read_messages(value, where, tools=record.get(TOOLS) if self._has_tools else None)
         if name == self._roles.image and name == self._content:
             named = f"{where}, id {record[self._roles.id]!r}" if self._has_id else where
             return encode_image(value, named, self.folder_of(where))

@@ -17,6 +17,7 @@ from flexcache.recording.planning.store_identity import check_equal
 from flexcache.recording.run.existing_rows import ExistingRows
 from flexcache.recording.run.fingerprint import versions
 from flexcache.sequences import Positions, tokenize_corpus
+from flexcache.sequences.labels import CHAT
 from flexcache.site import resolve_layers
 from flexcache.spec import ArraySpec, CaptureSpec
 from flexcache.store.manage.continued_spec import continued_spec
@@ -147,6 +148,7 @@ def more_documents(
             positions=positions,
             empty=spec.empty_documents,
             keep_text=spec.keep_text,
+            chat_labels=[name for name in CHAT if name in store.token_labels] or CHAT,
             first_index=int(pc.max(store.documents.column("source_index")).as_py()) + 1,
             progress=progress,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -95,6 +95,8 @@ class Estimate:
         Texts with special tokens of their own, which the tokenizer does not add again.
     largest_batch : Largest
         The batch with the most tokens: its unit, its number, and its tokens with padding.
+    left_out : dict of str to int
+        Texts of messages that the chat template leaves out, by part.
     """
 
     rows: int
@@ -113,6 +115,7 @@ class Estimate:
     rowless_documents: int
     largest_batch: Largest
     doubled_documents: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the estimate as pairs of a name and a formatted value."""
@@ -123,8 +126,10 @@ class Estimate:
         cut += f", {self.rowless_documents:,} without rows left out" if self.rowless_documents else ""
         sequences = f" in {self.sequences:,} sequences" if self.sequences != self.documents else ""
         twice = [("special tokens", doubled_notice(self.doubled_documents))] if self.doubled_documents else []
+        left = ", ".join(f"{count:,} of {part}" for part, count in self.left_out.items())
         return [
             ("documents", f"{self.documents:,}{sequences}{cut}; the longest has {self.longest_document:,} tokens"),
+            *([("texts left out", f"{left}: the chat template writes no more of these messages")] if left else []),
             ("tokens", tokens),
             *twice,
             ("rows", f"{self.rows:,}"),
@@ -135,7 +140,7 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         """Return the numbers as a store holds them; doubled documents only if there are some, as in older stores."""
-        return {name: value for name, value in asdict(self).items() if name != DOUBLED or value}
+        return {name: value for name, value in asdict(self).items() if value or name not in (DOUBLED, "left_out")}
 
 
 def make_plan(inputs: PlanInputs, folder: Path, progress: ProgressCallback) -> tuple[Plan, TokenizedCorpus, Estimate]:
@@ -176,6 +181,7 @@ def estimate_size(
         rowless_documents=round(corpus.rowless * scale),
         largest_batch=largest,
         doubled_documents=round(corpus.doubled * scale),
+        left_out={part: round(count * scale) for part, count in sorted(corpus.left_out.items())},
     )
 
 

@@ -12,14 +12,14 @@ from flexcache.identity import check_model, comparable_record, differences
 from flexcache.identity.tokenizer import CHAT_TEMPLATE, describe_tokenizer
 from flexcache.spec import CaptureSpec
 from flexcache.store.format.schema import read_attributes
-from flexcache.store.format.text import join_lines
+from flexcache.store.format.text import join_lines, shorten
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import StoreLocation
 
 DOCUMENTS_DIGEST = f"documents.{DIGEST}"
 FIXED = (
     *("rows", "choice", "dtype", "max_length", "windows", "packing", "token_labels", "seed", "compression"),
-    *("keep_text", "empty_documents", "special_tokens"),
+    *("keep_text", "empty_documents", "special_tokens", "chat"),
 )
 """Fields of a `CaptureSpec` that an extension takes from its store."""
 
@@ -42,7 +42,7 @@ def check_same(
     if now.get(budget, 0) < before.get(budget, 0):
         now[budget] = before[budget]  # smaller forward passes over the same plan
     different = [
-        f"{name}: {before.get(name, 'nothing')} in the store, {now.get(name, 'nothing')} now"
+        f"{name}: {_shown(before.get(name, 'nothing'))} in the store, {_shown(now.get(name, 'nothing'))} now"
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name)
     ]
@@ -78,7 +78,7 @@ def check_source(store: Store, model: dict[str, Any], tokenizer: Any, allow_chan
     chat = CHAT_TEMPLATE in (stored.tokenizer or {})
     return check_same(
         {"model": comparable_record(stored.model), "tokenizer": stored.tokenizer},
-        {"model": model, "tokenizer": describe_tokenizer(tokenizer, chat)},
+        {"model": model, "tokenizer": describe_tokenizer(tokenizer, chat, store.spec.chat)},
         store.path,
         allow_changed_model=allow_changed_model,
     )
@@ -90,8 +90,9 @@ def check_fixed(store: Store, spec: CaptureSpec) -> None:
     given = {name for name in FIXED if name in spec.model_fields_set}
     asked, before = (one.model_dump(mode="json") for one in (spec, store.spec))
     different = [
-        f"{name}: {before.get(name, 'auto')} in the store, {asked.get(name, 'auto')} in the configuration"
-        for name in FIXED  # of these, only special_tokens can be missing: its default is left out
+        f"{name}: {_shown(before.get(name, left))} in the store, {_shown(asked.get(name, left))} in the configuration"
+        for name in FIXED
+        for left in ["auto" if name == "special_tokens" else "nothing"]  # defaults that a spec leaves out
         if name in given and asked.get(name) != before.get(name)
     ]
     inputs = spec.decoder_inputs if store.spec.decoder is None else store.spec.decoder.inputs
@@ -159,6 +160,11 @@ def _layers(array: dict[str, Any] | None) -> str:
     if array is None:
         return "nothing"
     return f"{array['dtype']} rows of {array['features']}, layers {array['layers']}"
+
+
+def _shown(value: Any) -> str:
+    """Return a value as text; the text of a chat template is long."""
+    return shorten(str(value), 400)
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -142,5 +143,7 @@ def _content(store: Store, plan: Plan, corpus: TokenizedCorpus, total: int, entr
         "longest_document": max(int(before.get("longest_document", 0)), int(corpus.lengths.max())),
         "corpus_xxh3_128": xxhash.xxh3_128_hexdigest(f"{before.get('corpus_xxh3_128')} {corpus.digest}".encode()),
     }
+    if left_out := Counter(before.get("left_out", {})) + corpus.left_out:
+        numbers["left_out"] = dict(sorted(left_out.items()))
     rows = [plan.first_row, plan.n_rows]
     return add_history({**given, "plan": numbers}, {**entry, "rows": rows, "corpus_xxh3_128": corpus.digest})

@@ -72,7 +72,7 @@ def align_with_tokens(
     chats = "messages_xxh3_128" in store.documents.column_names
     tokenizer = _tokenizer(store, tokenizer)
     options = continued_spec(store, tokenizer).model_copy(
-        update={"token_labels": tuple(labels.column_names), "choice": None}
+        update={"token_labels": tuple(labels.column_names), "choice": None, "chat": None}
     )
     if spec.decoder is not None:
         tokenizer = target_tokenizer(tokenizer)
