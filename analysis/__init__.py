@@ -28,7 +28,7 @@ _MODULES = {
     "targets": "dataset",
     "tokens": "dataset",
 }
-_PACKAGES = ("dataset", "probes", "readout", "replay", "report", "statistics", "survey")
+_PACKAGES = ("comparison", "dataset", "probes", "readout", "replay", "report", "statistics", "survey")
 __all__ = sorted([*_MODULES, *_PACKAGES])
 
 

@@ -34,7 +34,7 @@ for command in (
         stores.preshuffle,
     ),
     *(stores.merge, stores.rm, exchange.export, exchange.import_),
-    *(analyses.probe, analyses.stats, analyses.report, analyses.replay, demos.demo),
+    *(analyses.probe, analyses.stats, analyses.compare, analyses.report, analyses.replay, demos.demo),
 ):
     app.command(command.__name__.strip("_").replace("_", "-"))(command)
 

@@ -28,9 +28,10 @@ PUBLIC = {
     ),
     "flexcache.training": "Loader ReaderOptions Stream stream",
     "analysis": (
-        "codecs dataset erasure examples geometry lens logit_attribution moments onepass outliers probe_dataset probes "
-        "quantiles readout replay report similarity statistics survey targets tokens"
+        "codecs comparison dataset erasure examples geometry lens logit_attribution moments onepass outliers "
+        "probe_dataset probes quantiles readout replay report similarity statistics survey targets tokens"
     ),
+    "analysis.comparison": "StoreComparison compare_stores load",
     "analysis.probes": (
         "AttentionPooled Best Direction INLP LDA LinearProbe Logistic MLP MassMean NearestCentroid Ridge Sweep "
         "SweepOptions by_position calibration compare confusion heat_map load load_direction save_dataset score sweep "

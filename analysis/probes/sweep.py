@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, is_classifier, is_regressor
 
 from analysis.arguments import MOST_SEED
+from analysis.dataset.aligned_store import AlignedStore
 from analysis.dataset.probe_dataset import ProbeDataset, build_dataset
 from analysis.dataset.readable import Readable
 from analysis.dataset.store_argument import accept_store_path
@@ -158,6 +159,45 @@ def sweeps(
     return {
         name: join_repeats([validation.summarize() for validation in repeats]) for name, repeats in validations.items()
     }
+
+
+def sweep_pair(
+    store: Readable,
+    other: AlignedStore,
+    target: Target,
+    site: str,
+    probe: BaseEstimator | None = None,
+    *,
+    options: SweepOptions,
+) -> tuple[Sweep, Sweep, Sweep]:
+    """Cross-validate a probe on two stores of the same rows, and the probes of the first on the second.
+
+    ::
+
+        first, second, across = sweep_pair(base, align_stores(base, tuned), "label", "resid_post", options=options)
+
+    All three have the same samples, labels and folds, those of *store*, so that `compare` takes them. A sample is
+    predicted, in either store, by a probe that was fitted without its fold; strengths are chosen in the store of the
+    fit.
+
+    Raises
+    ------
+    AnalysisError
+        As for `sweep`; or the numbers of features differ.
+    """
+    where: dict[str, Any] = {name: getattr(options, name) for name in ("groups", "rows", "layers", "task")}
+    made = [build_dataset(one, site, target, **where) for one in (store, other)]
+    probe = probe or _default_probe(made[0])
+    check_probe(probe, made[0])
+    first, second, across = (CrossValidation(dataset, probe, options) for dataset in (*made, made[1]))
+    with bar(options.progress) as shown:
+        task = shown.add_task(f"probing {site} in both stores", total=len(made[0].layers))
+        for at, layer in enumerate(made[0].layers):
+            [(_, rows)], [(_, others)] = (list(_layer_samples([one], layer, options.memory)) for one in (first, second))
+            first.fit_layer(at, layer, rows, (across, others))
+            second.fit_layer(at, layer, others)
+            shown.advance(task)
+    return first.summarize(), second.summarize(), across.summarize()
 
 
 def check_probe(probe: BaseEstimator, dataset: ProbeDataset) -> None:

@@ -54,3 +54,34 @@ class Rows(Statistic):
         """Return the arguments as plain values."""
         found: dict[str, Any] = {"statistic": "rows"}
         return found | (asdict(self.sample) if self.sample else {})
+
+
+@dataclass(frozen=True, eq=False)
+class PairedRows(Rows):
+    """The rows of a seeded sample of documents in two stores that are read together.
+
+    ::
+
+        onepass.read(store, "resid_post", {"rows": PairedRows(1000, sample, other_features=64)}, other=other)
+
+    Attributes
+    ----------
+    other_features : int
+        Number of features in the other store.
+    """
+
+    other_features: int = 0
+
+    def zero(self, features: int) -> State:
+        """Return the state of no rows."""
+        return {**super().zero(features), "other": np.empty((0, self.other_features), np.float32)}
+
+    def update(self, state: State, block: RowBlock) -> State:
+        """Return *state* with the rows of *block* added."""
+        assert block.other is not None
+        new = {"values": widen(block.stored), "row": block.rows, "other": widen(block.other)}
+        return self.merge(state, new)
+
+    def state_bytes(self, features: int) -> int:
+        """Return the approximate bytes of the kept rows of a layer."""
+        return super().state_bytes(features + self.other_features)

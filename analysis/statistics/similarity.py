@@ -217,6 +217,16 @@ def between(
     return xr.Dataset(data, {"one": list(one), "two": list(second)}, told)
 
 
+def debiased_cka(one: np.ndarray, two: np.ndarray) -> float:
+    """Return the debiased linear CKA of two matrices over the same rows, see `between`; NaN for fewer than 4 rows.
+
+    >>> rows = np.random.default_rng(0).normal(size=(20, 3))
+    >>> round(debiased_cka(rows, 2 * rows), 6)
+    1.0
+    """
+    return float(_CKA([one]).compare_with(_CKA([two]), None)[0, 0]) if len(one) >= FEWEST else np.nan
+
+
 def _equal_documents(owner: np.ndarray) -> np.ndarray:
     """Return the rows that stand for documents in the null, (documents, rows of each): see `between`."""
     _, place, sizes = np.unique(owner, return_inverse=True, return_counts=True)

@@ -1,4 +1,4 @@
-"""Commands that analyse stores: probe, stats, report, replay."""
+"""Commands that analyse stores: probe, stats, compare, report, replay."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from flexcache.errors import ConfigError
+from flexcache.store.storage.location import parse_location
 from pipelines.commands.arguments import (
     Changes,
     ConfigPath,
     LayerChoice,
     Quiet,
+    Sites,
     StorePath,
     add_options,
     add_working_folder,
@@ -73,6 +75,8 @@ SWEEP_OPTIONS: dict[str, tuple[Any, Any]] = {
 """Options of a sweep by name, with their defaults."""
 TRANSFER_OPTIONS = ("target", "classes", "groups", "rows", "layers", "seed", "output")
 COMPARE_OPTIONS = ("layers", "metric", "output")
+PAIR_OPTIONS = ("layers", "cv", "groups", "rows", "task", "seed")
+"""Options of a sweep that a comparison of two stores takes."""
 DASK_OPTIONS: dict[str, tuple[Any, Any]] = {
     "scheduler": (
         Annotated[
@@ -89,6 +93,14 @@ DASK_OPTIONS: dict[str, tuple[Any, Any]] = {
     ),
 }
 """Where a pass over a store runs, by name, with the defaults."""
+
+
+def _given_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a sweep that differ from their defaults; rows that are a position are a number."""
+    given = {name: value for name, value in options.items() if value != SWEEP_OPTIONS[name][1]}
+    if (rows := str(given.get("rows", ""))).lstrip("-").isdigit():
+        given["rows"] = int(rows)
+    return given
 
 
 @add_options(SWEEP_OPTIONS)
@@ -141,9 +153,7 @@ def probe(
     """Train probes on every captured layer, with baselines and nested grouped cross-validation; or use saved ones."""
     from pipelines import probe as pipeline
 
-    given = {name: value for name, value in options.items() if value != SWEEP_OPTIONS[name][1]}
-    if (rows := str(given.get("rows", ""))).lstrip("-").isdigit():
-        given["rows"] = int(rows)
+    given = _given_options(options)
     others = {"probe": kind, "site": site != "resid_post", "classes": classes, "metric": metric, "target": target}
     others["class_weight"] = class_weight
     special = [*given, *filter(others.get, others)]
@@ -227,6 +237,46 @@ def stats(
         seed=seed,
         output=output,
         progress=not quiet,
+    )
+
+
+@add_options({**{name: SWEEP_OPTIONS[name] for name in PAIR_OPTIONS}, **DASK_OPTIONS})
+def compare(
+    store: StorePath,
+    other: Annotated[
+        Any, typer.Argument(parser=parse_location, metavar="OTHER", help="Another store of the same tokens.")
+    ],
+    sites: Sites = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Label to predict in both stores; probes of the first are also scored on the second."),
+    ] = None,
+    kind: Annotated[str | None, typer.Option("--probe", help="One of the probes of flexcache probe.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Metric of the probe; as for flexcache probe.")] = None,
+    similarity_rows: Annotated[int, typer.Option(help="Approximate number of rows for CKA.", min=4)] = 1024,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for results and picture; compare by default.")
+    ] = None,
+    quiet: Quiet = False,
+    **options: Any,
+) -> None:
+    """Compare two stores of the same tokens by site and layer: relative error, cosine, CKA, and the loss of a probe."""
+    from pipelines import compare as pipeline
+
+    where = {name: options.pop(name) for name in DASK_OPTIONS}
+    pipeline.run(
+        store,
+        other,
+        sites=sites,
+        target=target,
+        probe=kind,
+        metric=metric,
+        similarity_rows=similarity_rows,
+        output=output,
+        console=console,
+        progress=not quiet,
+        **_given_options(options),
+        **where,
     )
 
 

@@ -88,8 +88,17 @@ class CrossValidation:
             self._prefixes = codelength.prefixes(dataset, seed)
             self._bits = np.full(count, np.nan)
 
-    def fit_layer(self, at: int, layer: int | None, rows: Design | NDArray[Any]) -> None:
-        """Fit and score the layer at index *at*; *rows* are its samples."""
+    def fit_layer(
+        self,
+        at: int,
+        layer: int | None,
+        rows: Design | NDArray[Any],
+        applied: tuple[CrossValidation, Design | NDArray[Any]] | None = None,
+    ) -> None:
+        """Fit and score the layer at index *at*; *rows* are its samples.
+
+        The same probes can be *applied* to other activations of the samples, for another cross-validation to score.
+        """
         dataset, cv, where = self.dataset, self.options.cv, f"layer {layer}"
         linear = isinstance(self.probe, LinearProbe)
         sets = np.concatenate([*self._sets, *([np.ones((1, dataset.n_samples), bool)] * linear)])
@@ -101,12 +110,11 @@ class CrossValidation:
         if self.nested:
             inside = np.nan_to_num(crossfit.inner(fitted, cv, dataset.y, self.fold, cv, self.chosen_by), nan=-np.inf)
             self._used[at], self._choice[at] = inside.argmax(0), inside.max(0)
-        self._predictions.append(crossfit.outer(fitted, self.fold, cv, self._used[at]))
-        self.scores.add_scores("probe", at, dataset.y, self._predictions[-1])
-        if fitted.solved is not None:
-            self._weights.append(
-                (fitted.solved.coef[-1, self._final[at]], fitted.solved.intercept[-1, self._final[at]])
-            )
+        self._score_probe(at, fitted)
+        if applied is not None:
+            other, others = applied
+            other._used[at], other._choice[at], other._final[at] = self._used[at], self._choice[at], self._final[at]
+            other._score_probe(at, fitted.apply_to(others))
         strength = fitted.strengths[[self._final[at]]] if linear else None
         for arm, draws in self.targets.items():
             for draw, y in enumerate(draws):
@@ -127,6 +135,15 @@ class CrossValidation:
                 self._bits[at] = self._prefixes.bits(coder)
             except AnalysisError as error:  # the codelength is optional, the score is not
                 self.notes.append(f"No codelength of layer {layer}: {error.message}.")
+
+    def _score_probe(self, at: int, fitted: FittedProbes) -> None:
+        """Score the predictions of each fold at the strength that was chosen without it, and keep the weights."""
+        self._predictions.append(crossfit.outer(fitted, self.fold, self.options.cv, self._used[at]))
+        self.scores.add_scores("probe", at, self.dataset.y, self._predictions[-1])
+        if fitted.solved is not None:
+            self._weights.append(
+                (fitted.solved.coef[-1, self._final[at]], fitted.solved.intercept[-1, self._final[at]])
+            )
 
     def summarize(self) -> Sweep:
         """Return the sweep of all fitted layers."""

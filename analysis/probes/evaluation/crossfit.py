@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 from collections.abc import Iterator
@@ -117,8 +118,20 @@ class FittedProbes:
         targets = one_hot(y, self.classes) if self.classes else y[:, None].astype(np.float64)
         self.strengths = fitted.strengths if strengths is None else strengths
         self.solved = fitted.solve(self.rows, targets, self.sets, self.strengths)
-        # Decisions on the samples that each set left out, in one more pass over the rows.
-        count, coef, intercept = len(targets), self.solved.coef, self.solved.intercept
+        self._decide(self.solved)
+
+    def apply_to(self, rows: Design | NDArray[Any]) -> FittedProbes:
+        """Return the same probes, for predictions of the same samples from other activations."""
+        found = copy.copy(self)
+        found.rows = rows
+        if found.solved is not None:
+            found._decide(found.solved)
+        return found
+
+    def _decide(self, solved: LinearSolutions) -> None:
+        """Compute the decisions on the samples that each set left out, in one pass over the rows."""
+        assert isinstance(self.rows, Design)
+        count, coef, intercept = self.sets.shape[1], solved.coef, solved.intercept
         left = [np.flatnonzero(~held) for held in self.sets]
         self._place = np.full((len(self.sets), count), -1, np.int64)
         for place, rows in zip(self._place, left, strict=True):

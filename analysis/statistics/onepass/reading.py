@@ -13,6 +13,7 @@ import numpy as np
 import xarray as xr
 import zarr
 
+from analysis.dataset.aligned_store import AlignedStore
 from analysis.dataset.layer_choice import choose_layers
 from analysis.dataset.store_argument import accept_store_path
 from analysis.statistics.onepass.row_block import RowBlock
@@ -21,6 +22,7 @@ from analysis.statistics.onepass.statistic import State, Statistic
 from flexcache.errors import AnalysisError, nearest
 from flexcache.site import Layers
 from flexcache.store.format.reference import StoreReference
+from flexcache.store.read.shard_reader import RowReader
 from flexcache.store.read.store import Store
 from flexcache.store.storage.backend import storage_of
 
@@ -83,6 +85,7 @@ def read(
     statistics: Mapping[str, Statistic],
     *,
     layers: Layers = "all",
+    other: AlignedStore | None = None,
     scheduler: str | Any = "threads",
     workers: int | None = None,
     progress: bool = True,
@@ -102,6 +105,9 @@ def read(
 
     Parameters
     ----------
+    other
+        A store with the same rows, whose values are read too, as `RowBlock.other`; rows that it has not committed are
+        left out. It is read through a memory map if its rows are in another order.
     scheduler
         ``"threads"``; ``"synchronous"``; ``"processes"``, a cluster of worker processes on this machine; the address
         of a scheduler, ``"tcp://…"``, whose workers can open the store by the same path; or a `distributed.Client`.
@@ -125,7 +131,7 @@ def read(
     features = store.arrays[site].features
     _check_memory(statistics, features, len(chosen), len(units), runner.workers)
     run = uuid.uuid4().hex[:12]  # keeps runs on one cluster apart
-    job = Job(store, site, dict(statistics))
+    job = Job(store, site, dict(statistics), other)
     graph: dict[Any, Any] = {f"job-{run}": job}
     roots = []
     for layer in chosen:
@@ -147,6 +153,7 @@ class Job:
     store: Store
     site: str
     statistics: dict[str, Statistic]
+    other: AlignedStore | None = None
 
 
 def read_shard(job: Job, layer: int | None, unit: int) -> States:
@@ -155,6 +162,8 @@ def read_shard(job: Job, layer: int | None, unit: int) -> States:
     features = store.arrays[job.site].features
     states = {name: statistic.zero(features) for name, statistic in job.statistics.items()}
     for block in blocks(store, job.site, layer, unit, list(job.statistics.values())):
+        if job.other is not None:
+            block = _with_other(block, job.other, job.site, layer)
         parts: dict[Any, RowBlock] = {None: block}
         for name, statistic in job.statistics.items():
             sample = statistic.sample
@@ -163,6 +172,25 @@ def read_shard(job: Job, layer: int | None, unit: int) -> States:
             if len(parts[sample]):
                 states[name] = statistic.update(states[name], parts[sample])
     return states
+
+
+def _with_other(block: RowBlock, other: AlignedStore, site: str, layer: int | None) -> RowBlock:
+    """Return the rows of a block that another store has committed, with its values."""
+    rows = other.find_rows(block.rows)
+    known = rows >= 0
+    if not known.all():
+        block, rows = block.select_rows(known), rows[known]
+    reader = other.values.reader(site)
+    if len(rows) and (np.diff(rows) == 1).all():
+        block.other = reader.scan(layer, int(rows[0]), int(rows[-1]) + 1, _as_stored(reader))
+    else:
+        block.other = reader.gather(layer, rows, _as_stored(reader))
+    return block
+
+
+def _as_stored(reader: RowReader) -> bool:
+    """Return False for int8, whose values mean nothing without their scales, so that float32 is read."""
+    return reader.array.dtype != "int8"
 
 
 def merge_states(job: Job, first: States, second: States) -> States:
@@ -175,6 +203,7 @@ def blocks(
 ) -> Iterator[RowBlock]:
     """Yield the rows of a shard in order, in blocks; only rows of sampled documents if all statistics sample."""
     reader = store.reader(site)
+    raw = _as_stored(reader)
     held = reader.layout.rows(unit)
     about = unit_coordinates(store.reference, held.start, held.stop)
     step = max(1, BLOCK_BYTES // (8 * reader.array.features))
@@ -190,13 +219,13 @@ def blocks(
         chosen = np.flatnonzero(wanted)
         for start in range(0, len(chosen), step):
             local = chosen[start : start + step]
-            values = reader.gather(layer, held.start + local, True)
+            values = reader.gather(layer, held.start + local, raw)
             yield RowBlock(values, held.start + local, *(about[name][local] for name in COORDINATES))
         return
-    buffer = np.empty((min(step, len(held)), reader.array.features), reader.dtype)
+    buffer = np.empty((min(step, len(held)), reader.array.features), reader.dtype if raw else np.float32)
     for start in range(held.start, held.stop, step):
         stop = min(start + step, held.stop)
-        values = reader.scan(layer, start, stop, True, buffer)
+        values = reader.scan(layer, start, stop, raw, buffer)
         place = slice(start - held.start, stop - held.start)
         yield RowBlock(values, np.arange(start, stop), *(about[name][place] for name in COORDINATES))
 

@@ -23,15 +23,18 @@ class RowBlock:
     Attributes
     ----------
     stored : ndarray of shape (rows, features)
-        Values in the storage dtype; valid until the next block is read.
+        Values in the storage dtype, or float32 if that is int8; valid until the next block is read.
     rows, position, token_id, document : ndarray of shape (rows,)
         Number and coordinates of each row.
+    other : ndarray of shape (rows, other features), or None
+        Values of the same rows in another store, if two are read together.
     """
 
     def __init__(
         self, stored: np.ndarray, rows: np.ndarray, position: np.ndarray, token_id: np.ndarray, document: np.ndarray
     ) -> None:
         self.stored = stored
+        self.other: np.ndarray | None = None
         self.rows, self.position, self.token_id, self.document = rows, position, token_id, document
 
     def __len__(self) -> int:
@@ -56,13 +59,15 @@ class RowBlock:
 
     def select_rows(self, chosen: np.ndarray) -> RowBlock:
         """Return a block of some of the rows, by mask or index."""
-        return RowBlock(
+        found = RowBlock(
             self.stored[chosen],
             self.rows[chosen],
             self.position[chosen],
             self.token_id[chosen],
             self.document[chosen],
         )
+        found.other = None if self.other is None else self.other[chosen]
+        return found
 
 
 def widen(values: np.ndarray) -> np.ndarray:

@@ -17,7 +17,8 @@ import analysis
 from analysis import statistics
 from analysis.readout.examples import TopRows
 from analysis.statistics.covariance import Covariance
-from analysis.statistics.kept_rows import Rows
+from analysis.statistics.difference import Difference
+from analysis.statistics.kept_rows import PairedRows, Rows
 from analysis.statistics.moments import Moments
 from analysis.statistics.onepass import RowBlock, State, Statistic
 from analysis.statistics.onepass.statistic import state_of_blocks
@@ -29,6 +30,8 @@ EXAMPLES: list[Statistic] = [
     Moments(),
     Covariance(),
     Rows(ROWS),
+    PairedRows(ROWS, other_features=FEATURES),
+    Difference(),
     Histogram(),
     Sorted((0.1, 0.5), ROWS),
     Extremes(largest=4),
@@ -45,6 +48,7 @@ def blocks(sizes: list[int], seed: int) -> list[RowBlock]:
     for size in sizes:
         rows = np.arange(start, start + size)
         found.append(RowBlock(values[rows], rows, rows % 7, rows % 5, rows // 7))
+        found[-1].other = values[rows] * (1 + rows % 3)[:, None] + (rows % 3)[:, None]
         start += size
     return found
 
