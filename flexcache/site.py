@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from flexcache.errors import ConfigError, SiteError, nearest
 
-Side = Literal["input", "output", "pattern"]
+ExpertSide = Literal["summands", "choice", "weights", "neurons"]
+Side = Literal["input", "output", "pattern"] | ExpertSide
 Layers = Literal["all"] | int | str | Sequence[int]
 
 STANDARD: dict[str, str] = {
@@ -22,12 +23,17 @@ STANDARD: dict[str, str] = {
     "cross_attn_out": "the output of attention to an encoder's states, as added to a decoder's residual stream",
     "mlp_out": "the output of the MLP, as added to the residual stream (after a post-norm, if there is one)",
     "mlp_pre": "the input of the MLP's non-linearity: its hidden neurons (in a gated MLP, those of the gate)",
-    "mlp_post": "the input of the MLP's down-projection: its hidden neurons after the non-linearity",
+    "mlp_post": "the input of the MLP's down-projection: its hidden neurons after the non-linearity (in a mixture of"
+    " experts, those of the chosen experts, in the order of expert_index)",
     "q": "queries, as projected: before norm and rotary positions, head by head",
     "k": "keys, as projected: before norm and rotary positions, head by head",
     "v": "values, as projected, head by head",
     "z": "the input of attention's output projection: the results of the heads, head by head",
     "router_logits": "the scores of the experts in a mixture of experts, before the softmax",
+    "expert_out": "the outputs of the chosen experts times their weights, expert after expert by number; their sum is"
+    " what the experts add to the MLP's output",
+    "expert_index": "the numbers of the chosen experts, ascending, in float32",
+    "expert_weight": "the weights of the chosen experts, in the order of expert_index",
 }
 ONCE: dict[str, str] = {
     "embed": "the output of the token embedding",
@@ -35,8 +41,16 @@ ONCE: dict[str, str] = {
 }
 """Sites that a model has once, not in every block."""
 
-READ_ONLY = ("resid_mid", "router_logits")
-"""Read-only sites: a parallel path bypasses them, so editing them has only a partial effect."""
+EXPERT_SIDES: dict[str, ExpertSide] = {
+    "expert_out": "summands",
+    "expert_index": "choice",
+    "expert_weight": "weights",
+    "mlp_post": "neurons",
+}
+"""What is read at the experts of a mixture for each site; ``mlp_post`` only if the MLP is one."""
+
+READ_ONLY = ("resid_mid", "router_logits", "expert_out", "expert_index", "expert_weight")
+"""Read-only sites: a parallel path bypasses them, or they are computed beside the forward."""
 
 FEATURE_DIM = {
     "mlp_pre": "neuron",
@@ -46,7 +60,12 @@ FEATURE_DIM = {
     "v": "value",
     "z": "head",
     "router_logits": "expert",
+    "expert_out": "expert_hidden",
+    "expert_index": "slot",
+    "expert_weight": "slot",
 }
+EXPERT_NEURONS = "expert_neuron"
+"""The last dim of ``mlp_post`` in a mixture of experts."""
 PATTERN = "pattern"
 """Attention probabilities, (sequences, heads, queries, keys): not one row for each token, so only for transforms."""
 GRADIENT = ".grad"

@@ -201,12 +201,62 @@ TWO_SIDED: dict[str, tuple[str, dict[str, object]]] = {
 """Models with an encoder, of 2 blocks, and a decoder."""
 
 
+_MIXTURE = {
+    **_GROUPED,
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 48),
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "topk_group", "first_k_dense_replace"), 1),
+    "n_group": 2,
+}
+"""Sizes of a mixture of experts, under the names of several families."""
+_LATENT = {**FAMILIES["deepseek_v3"][1], "n_group": 2, "first_k_dense_replace": 1}
+MIXTURES: dict[str, tuple[str, dict[str, object]]] = {
+    "mixtral": FAMILIES["mixtral"],
+    "qwen2_moe": ("Qwen2MoeForCausalLM", _MIXTURE),
+    "qwen3_moe": FAMILIES["qwen3_moe"],
+    "qwen3_next": FAMILIES["qwen3_next"],
+    "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", FAMILIES["qwen3_next"][1]),
+    "olmoe": FAMILIES["olmoe"],
+    "flex_olmo": ("FlexOlmoForCausalLM", _MIXTURE),
+    "glm4_moe": ("Glm4MoeForCausalLM", _MIXTURE),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", _LATENT),
+    "deepseek_v3": FAMILIES["deepseek_v3"],
+    "gpt_oss": FAMILIES["gpt_oss"],
+    "granitemoe": ("GraniteMoeForCausalLM", {**_MIXTURE, "residual_multiplier": 0.22}),
+    "granitemoeshared": ("GraniteMoeSharedForCausalLM", _MIXTURE),
+    "phimoe": ("PhimoeForCausalLM", _MIXTURE),
+    "jamba": FAMILIES["jamba"],
+    "minimax": ("MiniMaxForCausalLM", _MIXTURE),
+    "minimax_m2": ("MiniMaxM2ForCausalLM", _MIXTURE),
+    "ernie4_5_moe": ("Ernie4_5_MoeForCausalLM", _MIXTURE),
+    "hunyuan_v1_moe": ("HunYuanMoEV1ForCausalLM", _MIXTURE),
+    "dots1": ("Dots1ForCausalLM", _MIXTURE),
+    "exaone_moe": ("ExaoneMoeForCausalLM", _MIXTURE),
+    "afmoe": ("AfmoeForCausalLM", _MIXTURE),
+    "solar_open": ("SolarOpenForCausalLM", _MIXTURE),
+    "mimo_v2_flash": ("MiMoV2FlashForCausalLM", _MIXTURE),
+    "hy_v3": ("HYV3ForCausalLM", _MIXTURE),
+    "laguna": ("LagunaForCausalLM", _MIXTURE),
+    "aria": ("AriaTextForCausalLM", _MIXTURE),
+    "nemotron_h": (
+        "NemotronHForCausalLM",
+        {**_MIXTURE, "topk_group": 2, "layers_block_type": ["attention", "moe", "attention", "moe"]},
+    ),
+    "cohere2_moe": ("Cohere2MoeForCausalLM", _MIXTURE),
+    "axk1": ("AXK1ForCausalLM", _LATENT),
+    "llama4": ("Llama4ForCausalLM", _MIXTURE),
+    "jetmoe": ("JetMoeForCausalLM", _MIXTURE),
+}
+"""Mixtures of experts, in all blocks or in some."""
+
+
 def tiny(family: str, dtype: torch.dtype = torch.float32, device: str = "cpu", **overrides: object) -> nn.Module:
     """Return a small model of *family* in eval mode, always with the same weights.
 
     Norms and biases are perturbed as well, so that leaving one out changes the numbers.
     """
-    name, sizes = (FAMILIES | TWO_SIDED)[family]
+    name, sizes = (FAMILIES | TWO_SIDED | MIXTURES)[family]
     cls = getattr(hf, name)
     own = not {"n_layer", "n_layers", "num_layers", "d_model"}.isdisjoint(sizes)
     settings = {**({"vocab_size": VOCABULARY} if own else _SIZES), **_IDS, **sizes}

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -171,6 +172,17 @@ def test_the_page_on_the_training_stream_runs(after_demo: Path, monkeypatch: pyt
     names = run("docs/training.md", config=None, settings=None, sae=None)
     assert [tuple(batch.shape) for batch in drawn] == [(1024, 576)] * 3
     assert sorted(names["shuffled"].token_label("source_row").to_pylist()) == list(range(names["store"].n_rows))
+
+
+def test_the_page_on_sites_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    documents = [{"id": str(n), "tokens": [3 + n % 2, 5, 9, 7 + n], "language": ("en", "de")[n % 2]} for n in range(6)]
+    names = run("docs/sites.md", model=tiny("mixtral"), tokenizer=None, documents=documents)
+    out, index = names["out"], names["index"]
+    sums = [np.linalg.norm(out[index == expert], axis=-1).sum() for expert in range(4)]
+    assert np.allclose(names["written"], sums, rtol=1e-5)
+    english = np.concatenate([index[names["store"].rows(str(n))].ravel() for n in (0, 2, 4)])
+    assert np.allclose(names["load"].loc["en"], np.bincount(english, minlength=4) / len(english))
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, path: str, **attributes: Any) -> None:

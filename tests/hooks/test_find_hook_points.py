@@ -74,9 +74,9 @@ def test_a_layer_that_the_model_does_not_have_raises() -> None:
         find_hook_points(tiny("llama"), Site("resid_post"), [4])
 
 
-def test_a_mixture_of_experts_has_no_mlp_post() -> None:
+def test_a_mixture_whose_experts_read_sorted_rows_has_no_mlp_post() -> None:
     with pytest.raises(SiteError, match="mixture of experts") as error:
-        find_hook_points(tiny("mixtral"), Site("mlp_post"))
+        find_hook_points(tiny("llama4"), Site("mlp_post"))
     assert (
         error.value.expected == "one of resid_pre, resid_mid, resid_post, attn_out, mlp_out, q, k, v, z, router_logits"
     )

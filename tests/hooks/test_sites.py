@@ -11,7 +11,7 @@ from flexcache.errors import SiteError
 from flexcache.hooks import ActivationHooks, HookPoint, check_sites, find_blocks, find_hook_points, measure
 from flexcache.site import Site
 from tests.hooks.oracle import BLOCKS, INNER, read
-from tests.hooks.sites_table import PAGE, with_table
+from tests.hooks.sites_table import PAGE, with_mixtures, with_table
 from tests.models import DEPTH, HIDDEN, tiny, token_ids
 
 NO_FINAL_NORM = ("opt_post_norm", "bert", "roberta", "distilbert", "electra", "xlm_roberta", "deberta_v2")
@@ -108,4 +108,4 @@ def test_the_embedding_and_the_last_norm_are_those_of_the_model(family: str) -> 
 
 def test_the_table_in_the_docs_agrees_with_the_models() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert with_table(page) == page, "run python -m tests.hooks.sites_table"
+    assert with_mixtures(with_table(page)) == page, "run python -m tests.hooks.sites_table"

@@ -17,6 +17,9 @@ from tests.models import DEPTH, FAMILIES, tiny, token_ids
 
 PLACE: Any = ("model.layers.0.mlp", "output")
 
+ROUTED = {"router_logits", "expert_out", "expert_index", "expert_weight"}
+"""Sites of mixtures of experts alone."""
+
 
 def first_tensor(value: Any) -> torch.Tensor | None:
     if isinstance(value, torch.Tensor):
@@ -74,7 +77,7 @@ def test_the_standard_sites_are_those_of_find_hook_points(family: str) -> None:
     model = tiny(family, device="meta")
     found = [point for entry in survey(model) for point in entry.points]
     sites = {point.array for point in found}
-    assert {*STANDARD, *ONCE} - sites <= {"router_logits", "final_norm", "cross_attn_out"}
+    assert {*STANDARD, *ONCE} - sites <= {*ROUTED, "final_norm", "cross_attn_out"}
     assert len(found) == len(sites & STANDARD.keys()) * DEPTH + len(sites & ONCE.keys())
     for name in sites:
         assert {point for point in found if point.array == name} == set(find_hook_points(model, Site(name)))
@@ -82,7 +85,7 @@ def test_the_standard_sites_are_those_of_find_hook_points(family: str) -> None:
 
 def test_a_site_that_no_layer_has_is_left_out() -> None:
     found = {point.array for point in standard_hook_points(tiny("mixtral", device="meta"))}
-    assert found == {*STANDARD, *ONCE} - {"mlp_pre", "mlp_post", "cross_attn_out"}
+    assert found == {*STANDARD, *ONCE} - {"mlp_pre", "cross_attn_out"}
 
 
 def test_a_site_that_some_layers_have_is_shown_there() -> None:
@@ -100,7 +103,7 @@ def test_a_model_without_one_stack_of_blocks_is_surveyed_without_sites() -> None
 def test_an_encoder_decoder_is_surveyed_and_its_decoder_has_the_sites() -> None:
     found = survey(tiny("t5", device="meta"))
     assert {"encoder", "decoder"} <= {entry.path for entry in found}
-    assert {point.array for entry in found for point in entry.points} == {*STANDARD, *ONCE} - {"router_logits"}
+    assert {point.array for entry in found for point in entry.points} == {*STANDARD, *ONCE} - ROUTED
     assert all(entry.path.startswith("decoder") for entry in found if entry.points)
 
 

@@ -173,8 +173,8 @@ def has_unloaded_weights(module: nn.Module) -> bool:
 
 
 def check_editable(point: HookPoint) -> None:
-    """Raise AnalysisError if a parallel path of the model bypasses the site: an edit would have a partial effect."""
-    if point.array in READ_ONLY:
+    """Raise AnalysisError if a path of the model bypasses the site: an edit would have a partial effect, or none."""
+    if point.array in READ_ONLY or point.of_experts:
         raise AnalysisError(
             f"{point.array} can be read but not edited",
             where=str(point),

@@ -138,7 +138,9 @@ def capture_activation(
             lambda _, args, kwargs: keep(point.read_input(args, kwargs)), with_kwargs=True
         )
     else:
-        handle = module.register_forward_hook(lambda _, args, output: keep(point.read_output(output)))
+        handle = module.register_forward_hook(
+            lambda _, args, kwargs, output: keep(point.read(module, args, kwargs, output)), with_kwargs=True
+        )
     with hook_scope([handle]):
         yield
 

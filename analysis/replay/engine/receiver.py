@@ -15,7 +15,8 @@ RANKS = {
     **dict.fromkeys(("q", "k", "v", "z", "attn_out"), 1),
     **dict.fromkeys(("resid_mid",), 2),
     **dict.fromkeys(("cross_attn_out",), 3),
-    **dict.fromkeys(("router_logits", "mlp_pre", "mlp_post", "mlp_out"), 4),
+    **dict.fromkeys(("router_logits", "expert_index", "expert_weight", "expert_out"), 4),
+    **dict.fromkeys(("mlp_pre", "mlp_post", "mlp_out"), 4),
     **dict.fromkeys(("resid_post",), 5),
 }
 """Order of the sites in a block; each is reached by those of a lower rank, through the residual stream."""

@@ -171,7 +171,8 @@ class _RouterCheck(_ValueCheck):
 
     def __init__(self, point: HookPoint, module: nn.Module) -> None:
         super().__init__(point, "the router's weights times its input", [("", (replace(point, side="input"),))])
-        self.module = module
+        linear = [child for child in module.children() if isinstance(child, nn.Linear)]
+        self.module = module if hasattr(module, "weight") or len(linear) != 1 else linear[0]
 
     def run(self, wide: Values, stored: Values) -> None:
         logits, given = wide[self.point].float(), wide[replace(self.point, side="input")].float()

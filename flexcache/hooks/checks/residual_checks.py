@@ -12,6 +12,7 @@ from torch import nn
 
 from flexcache.errors import SiteError
 from flexcache.hooks.checks.block_checks import BLOCK_SITES, check_block_sites
+from flexcache.hooks.checks.expert_checks import check_experts
 from flexcache.hooks.checks.head_checks import check_heads
 from flexcache.hooks.locate.aliases import CROSS_NORMS, NORM_PAIRS, find_submodule
 from flexcache.hooks.locate.attention import PROJECTIONS
@@ -48,8 +49,9 @@ def check_sites(
     neighbouring layers are hooked, ``resid_post[l]`` must equal ``resid_pre[l + 1]`` bit for bit. Models that scale
     what they add (Granite) raise, since none of their modules returns the scaled values.
 
-    Sites inside a block are checked by `check_block_sites`, and by `check_heads` if *alone*: this process has the whole
-    model. ``mlp_post``, ``embed`` and module paths have no algebra to check.
+    Sites inside a block are checked by `check_block_sites`, those of experts by `check_experts`, and queries, keys and
+    values by `check_heads` if *alone*: this process has the whole model. ``mlp_post`` without experts, ``embed`` and
+    module paths have no algebra to check.
 
     ::
 
@@ -62,11 +64,12 @@ def check_sites(
         A site is not what its name says. The error gives the site, the layer and the size of the deviation.
     """
     if input_device(model).type == "meta" and any(
-        point.array in (*ALGEBRA, CROSS, *BLOCK_SITES, *PROJECTIONS) for point in points
+        point.array in (*ALGEBRA, CROSS, *BLOCK_SITES, *PROJECTIONS) or point.of_experts for point in points
     ):
         raise SiteError("sites cannot be checked on the meta device", remedy="load the model's weights first")
     _check_stream(model, points, example, reader)
     check_block_sites(model, points, example=example, reader=reader)
+    check_experts(model, points, example=example, reader=reader, alone=alone)
     if alone:
         check_heads(model, points, example)
 

@@ -8,9 +8,10 @@ from typing import NamedTuple
 from torch import nn
 
 from flexcache.hooks.locate.attention import ATTENTION_PATHS, PROJECTIONS, find_projection
+from flexcache.hooks.locate.experts import has_neurons, takes_choice
 from flexcache.hooks.locate.fused_projection import FusedProjectionSlice
 from flexcache.hooks.locate.names import unwrap_module
-from flexcache.site import PATTERN, Side
+from flexcache.site import EXPERT_SIDES, PATTERN, Side
 
 ATTENTION = ("self_attn", "self_attention", "attention", "attn", "linear_attn", "layer.0.SelfAttention")
 CROSS_ATTENTION = ("encoder_attn", "crossattention", "layer.1.EncDecAttention")
@@ -22,6 +23,8 @@ MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "layer.1.DenseReluDense
 MLP_DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc_out", "fc2", "Wo", "lin2", "w2", "wo", "weights_out")
 ACTIVATION = ("act_fn", "act", "activation_fn", "activation", "gelu_impl")
 ROUTER = ("gate", "router")
+MIXTURE = (*MLP, "mixer")
+"""Modules that may hold a router, and in ``experts`` one module that computes all experts."""
 
 ATTENTION_POST_NORM = ("post_self_attn_layernorm", "post_attention_layernorm")
 MLP_POST_NORM = ("post_feedforward_layernorm", "post_mlp_layernorm")
@@ -89,9 +92,10 @@ def find_block_site(block: nn.Module, site: str, crossed: bool = False) -> Block
         return _middle(block, crossed)
     if site == "cross_attn_out" and not crossed:
         return None
-    candidates, side = _candidates(block, site), _SIDES.get(site, "output")
-    found = next((path for path in candidates if find_submodule(block, path) is not None), None)
-    return None if found is None else BlockSite(found, side)
+    found = next((path for path in _candidates(block, site) if find_submodule(block, path) is not None), None)
+    if found is not None:
+        return BlockSite(found, _SIDES.get(site, "output"))
+    return _experts(block, site) if site in EXPERT_SIDES else None
 
 
 _SIDES: dict[str, Side] = {"mlp_post": "input", "mlp_pre": "input", "z": "input", PATTERN: "pattern"}
@@ -122,12 +126,20 @@ def _candidates(block: nn.Module, site: str) -> Iterator[str]:
         yield from (f"{module}.{activation}" for module in MLP for activation in ACTIVATION)
         yield from ("intermediate.intermediate_act_fn", *ACTIVATION) if bare else ()
     elif site == "router_logits":
-        yield from (f"{module}.{router}" for module in MLP for router in ROUTER)
-    else:
+        yield from (f"{module}.{router}" for module in MIXTURE for router in ROUTER)
+    elif site in ("mlp_out", "mlp_post"):
         yield from (*post_norm, MLP_SCALE) if site == "mlp_out" else ()
         yield from (f"{module}.{down}" for module in MLP for down in MLP_DOWN)
         yield from ("output.dense", "fc2") if bare else ()
         yield from MLP if site == "mlp_out" else ()
+
+
+def _experts(block: nn.Module, site: str) -> BlockSite | None:
+    for path in (f"{module}.experts" for module in MIXTURE):
+        experts = find_submodule(block, path)
+        if experts is not None and takes_choice(experts) and (site != "mlp_post" or has_neurons(experts)):
+            return BlockSite(path, EXPERT_SIDES[site])
+    return None
 
 
 def _projection(block: nn.Module, site: str) -> BlockSite | None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from flexcache.errors import SiteError
+from flexcache.hooks.locate.experts import read_experts
 from flexcache.hooks.locate.fused_projection import FusedProjectionSlice
-from flexcache.site import Side
+from flexcache.site import ExpertSide, Side
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,9 @@ class HookPoint:
         Number of the block; None for a module path.
     module : str
         Dotted path, without prefixes of wrappers.
-    side : {"input", "output", "pattern"}
-        A pattern is the second output of an attention module: its probabilities.
+    side : {"input", "output", "pattern", "summands", "choice", "weights", "neurons"}
+        A pattern is the second output of an attention module: its probabilities. The last four are read at the experts
+        of a mixture, see `read_experts`.
     gradient : bool
         If True, the gradient of an objective with respect to the activation is read.
     fused_slice : FusedProjectionSlice or None
@@ -66,6 +69,23 @@ class HookPoint:
             The features are not those of the whole projection.
         """
         return features if self.fused_slice is None else self.fused_slice.read_slice(features, str(self))
+
+    @property
+    def of_experts(self) -> bool:
+        """True if the activation is computed beside the forward, from the inputs of the experts of a mixture."""
+        return self.side not in ("input", "output", "pattern")
+
+    def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> torch.Tensor:
+        """Return the activation of one run of *module*, from its arguments or its output.
+
+        Raises
+        ------
+        SiteError
+            It is not a tensor of floating-point numbers, or see `read_experts`.
+        """
+        if self.of_experts:
+            return read_experts(module, cast("ExpertSide", self.side), args, kwargs, str(self))
+        return self.read_input(args, kwargs) if self.side == "input" else self.read_output(output)
 
     def read_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
         """Return the activation in a module's arguments: the first positional one, or ``hidden_states``.

@@ -50,11 +50,18 @@ def find_hook_points(
         given.
     """
     points = _locate(model, site, layers, remote_modules)
-    return (
-        tuple(replace(point, array=point.array + GRADIENT, gradient=True) for point in points)
-        if site.gradient
-        else points
-    )
+    if not site.gradient:
+        return points
+    beside = next((point for point in points if point.of_experts), None)
+    if beside is not None:
+        raise SiteError(
+            f"{site.name} of experts has no gradient",
+            where=str(beside),
+            expected="an activation that the model itself computes",
+            found="one that is computed beside the forward",
+            remedy="ask for mlp_out.grad: all summands of the MLP's output have this gradient",
+        )
+    return tuple(replace(point, array=point.array + GRADIENT, gradient=True) for point in points)
 
 
 def _locate(model: nn.Module, site: Site, layers: Layers, remote_modules: Collection[str]) -> tuple[HookPoint, ...]:

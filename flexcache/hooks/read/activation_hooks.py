@@ -179,7 +179,8 @@ class ActivationHooks:
         reads = point.all_features if point.gradient else point
         if point.side != "input":
             return module.register_forward_hook(
-                lambda _, args, output: self._read(point, lambda: reads.read_output(output))
+                lambda _, args, kwargs, output: self._read(point, lambda: reads.read(module, args, kwargs, output)),
+                with_kwargs=True,
             )
         return module.register_forward_pre_hook(
             lambda _, args, kwargs: self._read(point, lambda: point.read_input(args, kwargs)),

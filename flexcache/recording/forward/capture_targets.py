@@ -17,7 +17,7 @@ from flexcache.hooks.read.measure import Example, ExampleReader, read_example
 from flexcache.recording.forward.batch import Batch, unplanned_batch
 from flexcache.recording.forward.objective import OBJECTIVE, NextTokenLoss, Objective, check_value, spread_by_token
 from flexcache.recording.forward.transform import Transform
-from flexcache.site import ONCE, Site
+from flexcache.site import EXPERT_NEURONS, ONCE, Site
 from flexcache.spec import DTYPES, ArraySpec, CaptureSpec
 from flexcache.store.format.int8 import with_scales
 
@@ -116,14 +116,15 @@ def measure_arrays(
     for text, points in targets.sources.items():
         kinds = {point: measured[plain[point]] for point in points}
         transform = targets.transforms.get(points[0].array)
-        dim = _feature_dim(text, transform)
+        dim = EXPERT_NEURONS if points[0].side == "neurons" and not transform else _feature_dim(text, transform)
+        exact = "float32" if points[0].side == "choice" and not transform else "auto"  # numbers, whatever the spec says
         site = transform.site if transform else text
         if points[0].layer is not None:
             layers, depth = (
                 tuple(point.layer for point in points if point.layer is not None),
                 len(hooks.find_blocks(model)[1]),
             )
-            arrays.append(_array(points[0].array, site, layers, depth, kinds[points[0]], dim, spec))
+            arrays.append(_array(points[0].array, site, layers, depth, kinds[points[0]], dim, spec, exact))
         else:
             arrays += [
                 _array(point.array, site, None, None, kinds[point], dim or _own_dim(point), spec) for point in points

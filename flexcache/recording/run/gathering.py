@@ -119,7 +119,7 @@ class Gathering:
             self._keys.setdefault(point, ActivationKey(len(self._keys), 0))
         keys = self._keys
         probes = [
-            ShapeProbe(keys[point].hook, self._named[point.module], _reader(point))
+            ShapeProbe(keys[point].hook, self._named[point.module], partial(point.read, self._named[point.module]))
             for point in keys
             if self._has(point.module)
         ]
@@ -275,9 +275,3 @@ class Gathering:
 
     def _owner(self, number: int) -> int:
         return self._peers[number % len(self._peers)]
-
-
-def _reader(point: HookPoint) -> Any:
-    if point.side == "input":
-        return lambda args, kwargs, output: point.read_input(args, kwargs)
-    return lambda args, kwargs, output: point.read_output(output)

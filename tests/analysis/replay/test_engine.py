@@ -288,7 +288,7 @@ def test_an_edit_of_queries_in_a_fused_projection_equals_that_of_a_plain_hook(ca
     handle.remove()
 
 
-@pytest.mark.parametrize("site", ["resid_mid", "router_logits"])
+@pytest.mark.parametrize("site", ["resid_mid", "router_logits", "expert_out", "mlp_post"])
 def test_a_site_that_a_parallel_path_bypasses_cannot_be_edited(site: str, captured: Captured) -> None:
     store, model = captured("mixtral")
     engine = Engine(store, model)
