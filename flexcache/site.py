@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from flexcache.errors import ConfigError, SiteError, nearest
 
-ExpertSide = Literal["summands", "choice", "weights", "neurons"]
+ExpertSide = Literal["summands", "choice", "weights", "neurons", "projections"]
 Side = Literal["input", "output", "pattern"] | ExpertSide
 Layers = Literal["all"] | int | str | Sequence[int]
 

@@ -18,6 +18,7 @@ from analysis.report.drawing import NUMBERED, curves, heatmap
 from analysis.report.template import write_page
 from analysis.statistics import outliers
 from analysis.survey import Survey
+from flexcache.site import EXPERT_NEURONS
 from flexcache.store.format.text import layer_text
 from flexcache.store.read.store import Store
 
@@ -74,7 +75,7 @@ def write(
         similarity=_similarity(found),
         anisotropy=_anisotropy(found),
         massive=_massive(found, store),
-        neurons=_neurons(found),
+        neurons=_neurons(found, store),
         lens=_lens(found),
         examples=_examples(found, store, words),
         command=command,
@@ -206,8 +207,8 @@ def _massive(found: Survey, store: Store) -> list[dict[str, Any]] | None:
     ]
 
 
-def _neurons(found: Survey) -> str | None:
-    if "outliers" not in found or found.site != "mlp_post":
+def _neurons(found: Survey, store: Store) -> str | None:
+    if "outliers" not in found or found.site != "mlp_post" or store.arrays["mlp_post"].feature_dim == EXPERT_NEURONS:
         return None
     dead, always = (found["outliers"][name].sum("feature").values for name in ("dead", "always_on"))
     return f"{int(dead.sum()):,} of {found['outliers']['dead'].size:,} are dead, {int(always.sum()):,} always on."

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 import flexcache
-from flexcache.errors import AnalysisError, SiteError
+from flexcache.errors import SiteError
 from flexcache.hooks import ActivationHooks, HookPoint, check_sites, find_hook_points
 from flexcache.site import Site
 from tests.hooks.sites_table import cell
@@ -197,6 +197,10 @@ def test_a_store_of_experts_adds_up_to_its_mlp_out(tmp_path: Path) -> None:
     assert dims == ["expert_hidden", "slot", "slot", "expert_neuron", "hidden"]
     assert store.dataset()["expert_out"].dims == ("layer", "token", "expert_hidden")
     assert flexcache.verify(tmp_path / "run.zarr").sound
+    path = tmp_path / "later.zarr"
+    flexcache.capture(tiny("mixtral"), None, DOCUMENTS, path, layers=[1], progress=False)
+    later = flexcache.extend(tiny("mixtral"), None, path, sites=["expert_out"], layers=[1], progress=False)
+    assert np.allclose(later.read("expert_out", 1), store.read("expert_out", 1), atol=1e-7)
 
 
 def test_numbers_of_experts_are_stored_exactly_whatever_the_dtype(tmp_path: Path) -> None:

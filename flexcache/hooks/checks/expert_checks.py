@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from flexcache.errors import SiteError
-from flexcache.hooks.locate.experts import DOWN, map_experts, project
 from flexcache.hooks.locate.hook_point import HookPoint
 from flexcache.hooks.locate.hook_scope import hook_scope
 from flexcache.hooks.locate.names import modules_by_path
@@ -49,14 +48,19 @@ def check_experts(
         return
     places = {point.module: _Places(point) for point in asked}
     neurons = [point for point in asked if point.side == "neurons"]
-    wanted = [*(point for place in places.values() for point in place.summed), *neurons]
+    wanted = [point for place in places.values() for point in (place.output, place.summands)]
+    wanted += [places[point.module].projections for point in neurons]
     read = reader(model, tuple(dict.fromkeys(wanted)), example).values
     for place in places.values():
         summands = read[place.summands].double()
         size = summands.norm(dim=-1).sum(-1)
         _compare(place.summands, "summands of the experts' output", read[place.output], summands.sum(-2), size)
     for point in neurons:
-        _check_neurons(point, modules_by_path(model)[point.module], places[point.module], read)
+        place = places[point.module]
+        summands, (made, terms) = read[place.summands], read[place.projections].double().unbind(-2)
+        rounding = torch.finfo(torch.float32).eps / torch.finfo(summands.dtype).eps  # of the terms of a product
+        size = summands.double().norm(dim=-1) + rounding * terms.norm(dim=-1)
+        _compare(point, "the input of the experts' down-projections", summands, made, size)
     added = {point.module: places[point.module] for point in asked if point.side == "summands"}
     if alone and added:
         _check_share(model, added, read, example)
@@ -66,29 +70,9 @@ class _Places:
     """The points of one experts module that the checks read."""
 
     def __init__(self, point: HookPoint) -> None:
-        def at(site: str) -> HookPoint:
-            return replace(point, array=site, side=EXPERT_SIDES[site])
-
-        self.summands, self.index, self.weights = at("expert_out"), at("expert_index"), at("expert_weight")
+        self.summands = replace(point, array="expert_out", side="summands")
+        self.projections = replace(point, array="projections", side="projections")
         self.output = replace(point, array="experts", side="output")
-        self.summed = (self.output, self.summands, self.index, self.weights)
-
-
-def _check_neurons(
-    point: HookPoint, experts: nn.Module, place: _Places, read: Mapping[HookPoint, torch.Tensor]
-) -> None:
-    """Check that down-projections of the neurons, times the weights of their experts, are the summands."""
-    summands, weights = read[place.summands], read[place.weights].double()
-    index, rows = read[place.index].long().flatten(0, 1), read[point].flatten(0, 2)
-    norm = getattr(experts, "post_expert_norm", nn.Identity())
-    with torch.no_grad():
-        plain = map_experts(rows, index, lambda expert, values: project(experts, DOWN, expert, values))
-        added = map_experts(rows.abs(), index, lambda expert, values: project(experts, DOWN, expert, values, True))
-        made = norm(plain).view_as(summands).double() * weights[..., None]
-    size = summands.double().norm(dim=-1)
-    cancelled = (added.norm(dim=-1).double() / plain.norm(dim=-1).double()).view_as(size)  # terms of each dot product
-    relative = torch.finfo(torch.float32).eps / torch.finfo(summands.dtype).eps * cancelled
-    _compare(point, "the input of the experts' down-projections", summands, made, size * (1 + relative))
 
 
 def _check_share(
@@ -153,5 +137,5 @@ def _wrong(point: HookPoint, law: str, found: str) -> SiteError:
         where=str(point),
         expected=f"{law}, to rounding",
         found=found,
-        remedy=f"give the module path {point.module} as site instead: the model may scale or norm what its experts return",
+        remedy=f"store {point.module} instead: the model may scale or norm what its experts return",
     )

@@ -14,6 +14,8 @@ from flexcache.site import ExpertSide
 
 UP, GATED_UP, DOWN = "up_proj", "gate_up_proj", "down_proj"
 """Names of the weights of all experts in one parameter, with the expert as the first dim."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes of weights that are not quantized."""
 
 
 class RoutedTokens(NamedTuple):
@@ -22,12 +24,12 @@ class RoutedTokens(NamedTuple):
     Attributes
     ----------
     hidden : Tensor, shape (tokens, hidden)
-    index, weights : Tensor, shape (tokens, chosen)
+    numbers, weights : Tensor, shape (tokens, chosen)
         The number of each chosen expert, ascending, and the factor of its output.
     """
 
     hidden: torch.Tensor
-    index: torch.Tensor
+    numbers: torch.Tensor
     weights: torch.Tensor
 
 
@@ -40,7 +42,7 @@ def has_neurons(module: nn.Module) -> bool:
     """Return True if the experts of a module are an activated projection and a down-projection, each one parameter."""
     weights = (getattr(module, name, None) for name in (_up(module), DOWN))
     return hasattr(module, "act_fn" if _up(module) == UP else "_apply_gate") and all(
-        isinstance(weight, nn.Parameter) and weight.ndim == 3 and weight.is_floating_point() for weight in weights
+        isinstance(weight, nn.Parameter) and weight.ndim == 3 and weight.dtype in DTYPES for weight in weights
     )
 
 
@@ -51,8 +53,10 @@ def read_experts(
 
     ``choice`` are the numbers of the experts in float32, ``weights`` their factors, ``neurons`` the inputs of their
     down-projections, and ``summands`` their outputs times the factors: the experts module adds these up. Summands are
-    computed by the module itself, on one pair of a token and an expert in each row. Experts are in the order of their
-    numbers, so that rounding of two almost equal weights does not exchange them.
+    computed by the module itself, on one pair of a token and an expert in each row. ``projections``, of shape (tokens,
+    chosen, 2, hidden), are summands again, made from the neurons, and the same times the ratio of the magnitudes that
+    were added up to their sum. Experts are in the order of their numbers, so that rounding of two almost equal weights
+    does not exchange them.
 
     Raises
     ------
@@ -64,19 +68,19 @@ def read_experts(
         return index.float()
     if side == "weights":
         return weights
+    if hidden.is_meta:
+        return hidden.new_empty(*index.shape, *_features(module, side, hidden.shape[-1]))
     if side == "neurons":
         return expert_neurons(module, hidden, index, where)
-    if hidden.is_meta:
-        return hidden.new_empty(*index.shape, hidden.shape[-1])
+    if side == "projections":
+        return _projections(module, expert_neurons(module, hidden, index, where), index, weights)
     with torch.no_grad():
         pairs = hidden.repeat_interleave(index.shape[1], dim=0)
         made = module.forward(pairs, index.reshape(-1, 1), weights.reshape(-1, 1))
     return made.reshape(*index.shape, -1)
 
 
-def routed_tokens(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str
-) -> RoutedTokens:
+def routed_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str) -> RoutedTokens:
     """Return the tokens that an experts module is called with, and their experts in the order of their numbers.
 
     Raises
@@ -86,23 +90,16 @@ def routed_tokens(
     """
     names = _parameters(module)[:3]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    hidden, index, weights = (given.get(name) for name in names)
-    if (
-        not all(isinstance(value, torch.Tensor) for value in (hidden, index, weights))
-        or index.is_floating_point()
-        or index.ndim != 2
-        or index.shape != weights.shape
-    ):
+    values = [value for value in map(given.get, names) if isinstance(value, torch.Tensor)]
+    if len(values) < 3 or values[1].is_floating_point() or values[1].ndim != 2 or values[1].shape != values[2].shape:
         raise SiteError(
             "the experts are not called with the choice of the router",
             where=where,
             expected="tokens, numbers of experts (tokens, chosen), and weights of the same shape",
-            found=", ".join(
-                f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
-                for value in (hidden, index, weights)
-            ),
+            found=", ".join(f"{tuple(value.shape)} of {value.dtype}" for value in values) or "no tensors",
             remedy="read the experts module as a whole, its router, or mlp_out",
         )
+    hidden, index, weights = values
     order = index.argsort(dim=-1, stable=True)
     return RoutedTokens(hidden.reshape(-1, hidden.shape[-1]), index.gather(1, order), weights.gather(1, order))
 
@@ -123,16 +120,23 @@ def expert_neurons(module: nn.Module, hidden: torch.Tensor, index: torch.Tensor,
             expected="all weights of the experts on each rank, at least while the block runs",
             remedy="leave mlp_post out, and store expert_out; or distribute the model by FSDP, or by pipeline stages",
         )
-    if hidden.is_meta:
-        down = getattr(module, DOWN)
-        return hidden.new_empty(*index.shape, down.shape[1] if _transposed(module) else down.shape[2])
-    activate = module.act_fn if up == UP else module._apply_gate
+    activate: Callable[[torch.Tensor], torch.Tensor] = getattr(module, "act_fn" if up == UP else "_apply_gate")
 
     def neurons(expert: int, tokens: torch.Tensor) -> torch.Tensor:
         return activate(project(module, up, expert, tokens))
 
     with torch.no_grad():
         return map_experts(hidden.repeat_interleave(index.shape[1], dim=0), index, neurons)
+
+
+def _projections(module: nn.Module, neurons: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    rows, norm = neurons.flatten(0, 1), getattr(module, "post_expert_norm", nn.Identity())
+    with torch.no_grad():
+        plain = map_experts(rows, index, lambda expert, values: project(module, DOWN, expert, values))
+        added = map_experts(rows.abs(), index, lambda expert, values: project(module, DOWN, expert, values, True))
+        made = norm(plain).float() * weights[..., None]
+    ratio = added.float().norm(dim=-1, keepdim=True) / plain.float().norm(dim=-1, keepdim=True)
+    return torch.stack([made, made * ratio], dim=-2)
 
 
 def map_experts(
@@ -152,11 +156,20 @@ def map_experts(
 
 
 def project(module: nn.Module, name: str, expert: int, rows: torch.Tensor, magnitudes: bool = False) -> torch.Tensor:
-    """Return the projection *name* of one expert, with its bias if it has one; with *magnitudes*, by absolute values."""
+    """Return the projection *name* of one expert, with its bias if it has one.
+
+    With *magnitudes*, the weights are replaced by their absolute values, and there is no bias.
+    """
     weight, bias = getattr(module, name)[expert], getattr(module, f"{name}_bias", None)
     weight, bias = (weight.abs(), None) if magnitudes else (weight, bias)
     made = rows.to(weight.dtype) @ (weight if _transposed(module) else weight.T)
     return made if bias is None else made + bias[expert]
+
+
+def _features(module: nn.Module, side: ExpertSide, width: int) -> tuple[int, ...]:
+    if side == "neurons":
+        return (getattr(module, DOWN).shape[1 if _transposed(module) else 2],)
+    return (2, width) if side == "projections" else (width,)
 
 
 def _parameters(module: nn.Module) -> list[str]:

@@ -35,8 +35,8 @@ class HookPoint:
         Number of the block; None for a module path.
     module : str
         Dotted path, without prefixes of wrappers.
-    side : {"input", "output", "pattern", "summands", "choice", "weights", "neurons"}
-        A pattern is the second output of an attention module: its probabilities. The last four are read at the experts
+    side : {"input", "output", "pattern", "summands", "choice", "weights", "neurons", "projections"}
+        A pattern is the second output of an attention module: its probabilities. The last five are read at the experts
         of a mixture, see `read_experts`.
     gradient : bool
         If True, the gradient of an objective with respect to the activation is read.

@@ -177,5 +177,5 @@ def _refuse_expert(module: str) -> None:
             f"{module} is inside experts",
             expected="a module that sees every token once and in order",
             found="rows of (token, expert) pairs, sorted by expert",
-            remedy="read the experts module as a whole, its router, or mlp_out",
+            remedy="store expert_out, expert_index or mlp_post, the experts module as a whole, or its router",
         )
