@@ -77,3 +77,25 @@ def test_a_sparse_autoencoder_is_trained_judged_and_shown(tmp_path: Path) -> Non
     assert abs(report["loss, autoencoder"] - report["loss, model"]) < 0.1
     assert (tmp_path / "latents.html").read_text().count("<h2>latent") == 30
     assert len(json.loads((tmp_path / "curve.json").read_text())) == 120
+
+
+def test_vllm_gives_the_states_of_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    import numpy as np
+    import transformers
+
+    import flexcache
+    from pipelines.demo import assets
+
+    folder, texts = assets.smollm2(), ["Lima is the capital of Peru.", "No.", "A play that is too short for a film."]
+    (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
+    run("vllm_capture.py", str(folder), str(tmp_path / "vllm.zarr"), "--texts", str(tmp_path / "texts.txt"))
+    store = flexcache.open(tmp_path / "vllm.zarr")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    documents = [{"text": text} for text in texts]
+    layers = list(store.layers("resid_post"))
+    own = flexcache.capture(model, tokenizer, documents, tmp_path / "own.zarr", sites=["resid_post"], layers=layers)
+    for layer in layers:
+        theirs, ours = store.read("resid_post", layer), own.read("resid_post", layer)
+        assert np.linalg.norm(theirs - ours) < 0.05 * np.linalg.norm(ours)

@@ -10,13 +10,19 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from flexcache.errors import CaptureError
 from flexcache.plan import parts
+from flexcache.store.write.row_encoding import host, is_torch
 
 if TYPE_CHECKING:
     from flexcache.images.input import ImageInput
 
 Padding: TypeAlias = "int | ImageInput"
 """The id of the padding token; or, for images, the `ImageInput` that turns them into pixel values."""
+STATES_REMEDY = (
+    "turn off prefix caching, which leaves out the states of tokens that are in the cache; join the captures of a prompt"
+    " that is computed in chunks; and leave out tokens that the engine adds or generates"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,16 +214,46 @@ class Batch:
     def kept(self, values: Any) -> np.ndarray:
         """Return the rows of padded activations, shape (sequences, longest, …), or of a list of one array a sequence.
 
-        A mean is taken in float32 over the kept positions.
+        The arrays may be torch tensors of any device and dtype.
+        A mean is taken in float32 over the kept positions. An array of a list has one state for each token; a padded
+        array may be longer than the longest sequence.
 
         Returns
         -------
         ndarray of shape (rows, …), in the order of `rows`
+
+        Raises
+        ------
+        CaptureError
+            There are fewer states than tokens, as from an engine that reuses the cache of a prefix; or more of them, or
+            another number of arrays than of sequences, as from a hook that is called once for each chunk of a prompt.
         """
-        pieces = [np.asarray(values[line])[kept] for line, kept in enumerate(self.kept_positions)]
+        self._check_states(values)
+        arrays = [host(values[line]) if is_torch(values[line]) else values[line] for line in range(len(values))]
+        pieces = [np.asarray(array)[kept] for array, kept in zip(arrays, self.kept_positions, strict=True)]
         if self.mean:
             return np.stack([piece.astype(np.float32).mean(axis=0) for piece in pieces])
         return np.concatenate(pieces)
+
+    def _check_states(self, values: Any) -> None:
+        """Raise CaptureError unless *values* has an array for each sequence, and a state for each token of it."""
+        where = f"unit {self.unit}, batch {self.index}"
+        if len(values) != len(self.sequences):
+            raise CaptureError(
+                "the activations are not one array for each sequence", where=where,
+                expected=f"{len(self.sequences)} sequences", found=str(len(values)), remedy=STATES_REMEDY,
+            )  # fmt: skip
+        padded = getattr(values, "ndim", 1) > 1
+        for line, sequence in enumerate(self.sequences):
+            found, tokens = values.shape[1] if padded else len(values[line]), len(sequence.tokens)
+            if found < tokens or (found > tokens and not padded):
+                raise CaptureError(
+                    "the activations are not one state for each token",
+                    where=f"{where}, sequence {line}, of document number {sequence.document}",
+                    expected=f"{tokens} states",
+                    found=str(found),
+                    remedy=STATES_REMEDY,
+                )
 
 
 def unplanned_batch(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from flexcache.errors import CaptureError, SiteError, nearest
-from flexcache.recording.forward.batch import Batch
+from flexcache.recording.forward.batch import STATES_REMEDY, Batch
 from flexcache.recording.run.existing_rows import ExistingRows
 from flexcache.recording.run.row_transfer import Rows, RowTransfer
 from flexcache.recording.run.run_stats import RunStats
@@ -220,7 +220,7 @@ class UnitWriter:
                 f"values of {place(file.array, file.layer)} have the wrong shape",
                 expected=f"({count}, {features}) for (rows, features)",
                 found=str(tuple(shape)),
-                remedy="batch.kept(activations) drops the padding",
+                remedy=f"batch.kept(activations) drops the padding; {STATES_REMEDY}",
             )
 
 
