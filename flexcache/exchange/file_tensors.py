@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -57,12 +59,25 @@ def find_tensors(folder: Path, kind: str) -> list[FileTensor]:
     DamagedError
         A file cannot be read.
     """
+    files = find_files(folder, kind, ENDINGS[kind])
+    return [tensor for path in files for tensor in list_tensors(path, path.relative_to(folder).as_posix())]
+
+
+def find_files(folder: Path, kind: str, endings: Sequence[str]) -> list[Path]:
+    """Return the files of a folder and its subfolders with one of *endings*, in natural order, without hidden ones.
+
+    Raises
+    ------
+    StoreError
+        The folder does not exist, or has no such file.
+    """
     if not folder.is_dir():
         raise StoreError(f"{folder} is not a folder", remedy="give the folder that holds the files")
-    files = sorted((path for path in folder.rglob("*") if _belongs(path, folder, kind)), key=_natural(folder))
+    paths = (path for path in folder.rglob("*") if _belongs(path, folder, kind, endings))
+    files = sorted(paths, key=_natural(folder))
     if not files:
-        raise StoreError(f"{folder} holds no {kind} files", expected=f"files that end in {', '.join(ENDINGS[kind])}")
-    return [tensor for path in files for tensor in list_tensors(path, path.relative_to(folder).as_posix())]
+        raise StoreError(f"{folder} holds no {kind} files", expected=f"files that end in {', '.join(endings)}")
+    return files
 
 
 def list_tensors(path: Path, name: str) -> list[FileTensor]:
@@ -92,18 +107,20 @@ def _npy(path: Path, file: str) -> Iterator[FileTensor]:
 
 def _torch(path: Path, file: str) -> Iterator[FileTensor]:
     """Yield the tensors of a torch file; ``weights_only`` rejects pickles with anything else."""
-    import pickle
-
     import torch
 
     from flexcache.store.write.row_encoding import host
 
     try:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files from before torch 1.6 cannot be mapped
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        if path.suffix == ".gz":
+            with gzip.open(path) as packed:
+                content = torch.load(io.BytesIO(packed.read()), map_location="cpu", weights_only=True)
+        else:
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # files from before torch 1.6 cannot be mapped
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can raise any error
         raise _unreadable(path, "a file of torch with tensors alone", error) from error
     for name, tensor in _tensors(content, ""):
         if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
@@ -162,10 +179,10 @@ def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
-def _belongs(path: Path, folder: Path, kind: str) -> bool:
+def _belongs(path: Path, folder: Path, kind: str, endings: Sequence[str]) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
     stored = kind != "saelens" or path.name.startswith("data-")  # datasets also writes cache-*.arrow
-    return path.suffix in ENDINGS[kind] and path.is_file() and stored and not hidden
+    return path.name.endswith(tuple(endings)) and path.is_file() and stored and not hidden
 
 
 def _natural(folder: Path) -> Callable[[Path], list[Any]]:

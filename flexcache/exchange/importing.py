@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
-from flexcache.errors import ConfigError, DamagedError, MismatchError, SiteError, nearest
-from flexcache.exchange.file_tensors import ENDINGS, FileTensor, TensorStack, find_tensors, list_tensors
+from flexcache.errors import ConfigError, nearest
+from flexcache.exchange.engine_import import import_samples
+from flexcache.exchange.engine_layout import EngineOptions, read_layout
+from flexcache.exchange.engine_samples import ENGINE_FORMATS, find_samples
+from flexcache.exchange.file_tensors import ENDINGS
+from flexcache.exchange.sample_labels import SampleLabels
+from flexcache.exchange.tensor_import import LAYER_PATTERN, import_tensors
+from flexcache.keywords import check_keywords
 from flexcache.paths import local_path
-from flexcache.plan import ranges
 from flexcache.progress import ProgressCallback, ignore_progress
-from flexcache.recording.external_forward import record
-from flexcache.site import STANDARD
-from flexcache.spec import DTYPES
-from flexcache.store.format.text import TABLE_COLUMNS
 from flexcache.store.read.store import Store
-
-LAYER_PATTERN = r"(?:layers?|blocks|h)[._](\d+)"
-"""Layer in the name of a tensor: ``layer_3``, ``model.layers.3``, ``blocks.3.hook_resid_post``, ``transformer.h.3``."""
-BATCH_TOKENS = 4096
 
 
 def import_folder(
@@ -35,8 +23,8 @@ def import_folder(
     target: str | Path,
     kind: str,
     *,
-    site: str,
-    layer_pattern: str = LAYER_PATTERN,
+    site: str | None = None,
+    layer_pattern: str | None = None,
     depth: int | None = None,
     token_ids: str | None = None,
     documents: str | Path | None = None,
@@ -44,23 +32,29 @@ def import_folder(
     dtype: str | None = None,
     compression: str = "none",
     progress: ProgressCallback = ignore_progress,
+    **options: Unpack[EngineOptions],
 ) -> Store:
     """Make a store from the tensors in a folder; repeat the call to resume.
 
     ::
 
         flexcache.import_folder("cached_activations", "run.zarr", "saelens", site="resid_post", model="gpt2")
+        flexcache.import_folder("hidden_states", "run.zarr", "speculators", layer_ids=[2, 18, 33, 36], depth=36)
 
-    A tensor has shape (tokens, features) or (documents, tokens, features). Tensors of one layer are concatenated in the
-    natural order of their files. Padding is unknown: every vector in a tensor becomes a row.
+    A folder of an engine has one file for each prompt, which becomes a document with its token ids, and with its loss
+    mask as a label of its tokens; see `flexcache.exchange.engine_samples`. All samples are checked before the store is
+    begun. In folders of other kinds, a tensor has shape (tokens, features) or (documents, tokens, features). Tensors of
+    one layer are concatenated in the natural order of their files. Padding is unknown: every vector becomes a row.
 
     Parameters
     ----------
     kind
         ``safetensors``; ``pt``, files of ``torch.save`` with tensors in dicts and lists, read with
-        ``weights_only=True``; or ``saelens``, a folder of SAELens' CacheActivationsRunner.
+        ``weights_only=True``; ``saelens``, a folder of SAELens' CacheActivationsRunner; or the samples of an engine:
+        ``speculators`` (also of vLLM itself), ``specforge``, ``torchspec``, or ``npy``.
     site
-        Site of the tensors: a standard site, or any other name.
+        Site of the tensors: a standard site, or any other name. The formats of engines say what their states are,
+        except for npy: ``resid_post`` by default.
     layer_pattern
         Regular expression with one group, the layer number, which is searched in the name of a tensor, then in that of
         its file. Tensors without a layer are left out. If no tensor has one and the site is not a standard site, the
@@ -73,11 +67,23 @@ def import_folder(
     documents
         Parquet file with a line for each document, as `flexcache.exchange.exporting.export` writes it: ``n_rows``, its
         number of tokens (one without such a column), ``id``, and labels. By default the first of three dims is the
-        document; with two dims, each token is a document.
+        document; with two dims, each token is a document. For samples of an engine, the labels: a Parquet file, or a
+        folder saved by datasets, with a line for each sample, or a line n for each sample ``hs_n`` or ``data_n``; its
+        ``input_ids`` are compared, and its ``loss_mask`` is taken.
     model
         Name of the model of the activations.
     dtype
         Stored dtype; that of the tensors by default.
+    layer_ids
+        For samples of an engine: its layer ids in the order of the states, as numbers or as text such as ``2,18,33``;
+        by default those in ``engine.json``, ``data_config.json`` or ``config.json`` in the folder. The id i of vLLM is
+        the input of block i, so layer i - 1 of ``resid_post``; other formats number the outputs of blocks.
+    final_state
+        For samples with a last hidden state apart from the layers: ``normed``, after the last norm, which is stored as
+        ``final_norm``; or ``raw``, the output of the last block.
+    engine
+        Engine of the samples: a name, ``name==version``, or a dict with ``name``, ``version`` and settings; kept in
+        ``store.provenance.model["engine"]``.
 
     Returns
     -------
@@ -93,209 +99,38 @@ def import_folder(
     MismatchError
         Tensors differ in shape, documents or token ids do not fit them, or the target holds another store.
     DamagedError
-        A file cannot be read.
+        A file cannot be read; samples have states of another number than token ids, of another dtype or width than
+        most, or that are not finite, all of which are found before the store is begun.
     RangeError
         A value is not finite, or the dtype cannot hold it.
     """
-    if kind not in ENDINGS:
-        raise ConfigError(f"activations cannot be imported from {kind!r}", remedy=nearest(kind, tuple(ENDINGS)))
+    check_keywords(import_folder, options, EngineOptions.__annotations__)
+    if kind not in (*ENDINGS, *ENGINE_FORMATS):
+        names = (*ENDINGS, *ENGINE_FORMATS)
+        raise ConfigError(f"activations cannot be imported from {kind!r}", remedy=nearest(kind, names))
     place = local_path(folder)
-    tensors = find_tensors(place, kind)
-    names = token_ids if token_ids is not None else "token_ids" if kind == "saelens" else None
-    found = _layers([tensor for tensor in tensors if not _is_called(tensor, names)], site, _compiled(layer_pattern))
-    shape = _shape(found)
-    corpus, offsets = _documents(shape, documents, _token_ids(place, tensors, names, shape, token_ids is not None))
-    first = next(iter(found.values()))[0]
-    numbers = sorted(layer for layer in found if layer is not None)
-    if depth is not None and numbers and not max(numbers) < depth:
-        raise ConfigError(f"depth {depth} has no layer {max(numbers)}", expected=f"at least {max(numbers) + 1}")
-    origin = {"format": kind, "tensors": len(tensors), "bytes": sum(_bytes(tensor) for tensor in tensors)}
-    with record(
-        target,
-        corpus,
-        sites={site: (depth or max(numbers) + 1, first.shape[-1]) if numbers else first.shape[-1]},
-        layers=numbers or "all",
-        model={"name": model or place.resolve().name, "class": "imported", "imported": origin},
-        dtype=dtype or _stored(first),
-        batch_tokens=max(BATCH_TOKENS, int(pc.max(pc.list_value_length(corpus.column("tokens"))).as_py())),
-        compression=compression,
-        fingerprint={"imported": kind},
-    ) as recorder:
-        stacks = {layer: TensorStack(found[layer]) for layer in recorder.store.arrays[site].slices}
-        source = offsets[recorder.store.documents.column("source_index").to_numpy()]
-        position, document = (recorder.store.coordinates[name].values for name in ("position", "document"))
-        progress(recorder.rows_done, recorder.store.n_rows)
-        for batch in recorder.batches():
-            span = slice(batch.rows.start, batch.rows.stop)
-            rows = source[document[span]] + position[span]
-            for layer, stack in stacks.items():
-                recorder.put(site, stack.gather_rows(rows), rows=batch.rows, layer=layer)
-            progress(recorder.rows_done + len(batch.rows), recorder.store.n_rows)
-    return Store(target)
+    if kind in ENGINE_FORMATS:
+        _check_unused(kind, layer_pattern=layer_pattern, token_ids=token_ids)
+        files = find_samples(place, kind)
+        layout = read_layout(place, kind, files, site, depth, options)
+        return import_samples(
+            place, target, kind, files, layout,
+            labels=SampleLabels(None if documents is None else local_path(documents), files),
+            model=model or layout.model or place.resolve().name, dtype=dtype, compression=compression,
+            progress=progress,
+        )  # fmt: skip
+    _check_unused(kind, **options)
+    if site is None:
+        raise ConfigError(f"an import from {kind} needs a site", remedy="for example resid_post (--site resid_post)")
+    return import_tensors(
+        place, target, kind, site=site, layer_pattern=LAYER_PATTERN if layer_pattern is None else layer_pattern,
+        depth=depth, token_ids=token_ids, documents=documents, model=model or place.resolve().name, dtype=dtype,
+        compression=compression, progress=progress,
+    )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """Number of tokens, and tokens of each document if the tensors have a document dim."""
-
-    tokens: int
-    lengths: np.ndarray | None
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"layer pattern {pattern!r} cannot be read", found=str(error)) from error
-    if compiled.groups != 1:
-        raise ConfigError(
-            f"layer pattern {pattern!r} has {compiled.groups} groups",
-            expected="one group, the number of the layer",
-            remedy=r"for example layer[._](\d+)",
-        )
-    return compiled
-
-
-def _layers(tensors: Sequence[FileTensor], site: str, pattern: re.Pattern[str]) -> dict[int | None, list[FileTensor]]:
-    """Return the tensors of each layer, in order; the key is None if there are no layers."""
-    found: dict[int | None, list[FileTensor]] = {}
-    for tensor in tensors:
-        match = pattern.search(tensor.name) or pattern.search(tensor.file)
-        if match is None:
-            continue
-        try:
-            found.setdefault(int(match[1]), []).append(tensor)
-        except (TypeError, ValueError):
-            raise ConfigError(
-                f"layer pattern {pattern.pattern!r} finds no number", where=str(tensor), found=repr(match[1])
-            ) from None
-    if found:
-        return found
-    if site in STANDARD or not tensors:
-        raise SiteError(
-            f"no tensor of the folder has a layer, which {site} needs",
-            expected=f"names that {pattern.pattern} finds a number in",
-            found=", ".join(map(str, tensors[:8])) or "no tensor",
-            remedy="give a layer pattern with one group, such as --layer-pattern 'block(\\d+)'",
-        )
-    return {None: list(tensors)}
-
-
-def _shape(found: dict[int | None, list[FileTensor]]) -> _Shape:
-    """Return the common shape of the tensors of all layers; raise MismatchError if they differ."""
-    first = next(iter(found.values()))
-    lead = [tensor.shape[:-1] for tensor in first]
-    for layer, tensors in found.items():
-        for tensor in tensors:
-            if len(tensor.shape) not in (2, 3) or len(tensor.shape) != len(first[0].shape):
-                raise MismatchError(
-                    "a tensor has the wrong number of dims",
-                    where=str(tensor),
-                    expected="(tokens, features) or (documents, tokens, features), the same for all",
-                    found=str(tensor.shape),
-                )
-            if tensor.shape[-1] != first[0].shape[-1] or tensor.dtype != first[0].dtype:
-                raise MismatchError(
-                    "tensors differ in features or dtype",
-                    where=str(tensor),
-                    expected=f"{first[0].shape[-1]} features in {first[0].dtype}, as {first[0]}",
-                    found=f"{tensor.shape[-1]} features in {tensor.dtype}",
-                )
-        if [tensor.shape[:-1] for tensor in tensors] != lead:
-            raise MismatchError(
-                f"layer {layer} has other tokens than layer {next(iter(found))}",
-                expected=_sum(lead),
-                found=_sum([tensor.shape[:-1] for tensor in tensors]),
-                remedy="every layer needs the same tensors; a file may be missing",
-            )
-    tokens = sum(math.prod(shape) for shape in lead)
-    if not tokens:
-        raise MismatchError("the tensors hold no token", where=str(first[0]))
-    lengths = np.concatenate([np.full(shape[0], shape[1]) for shape in lead]) if len(lead[0]) == 2 else None
-    return _Shape(tokens, lengths)
-
-
-def _sum(shapes: list[tuple[int, ...]]) -> str:
-    return f"{sum(math.prod(shape) for shape in shapes)} tokens in {len(shapes)} tensors"
-
-
-def _token_ids(folder: Path, tensors: list[FileTensor], names: str | None, shape: _Shape, needed: bool) -> np.ndarray:
-    if names is None:
-        return np.zeros(shape.tokens, np.int32)
-    inside = [tensor for tensor in tensors if _is_called(tensor, names)]
-    path = next((path for path in (folder / names, local_path(names)) if path.is_file()), None)
-    if path is not None and not inside:
-        inside = list_tensors(path, path.name)
-    if not inside and not needed:
-        return np.zeros(shape.tokens, np.int32)
-    if not inside:
-        raise ConfigError(f"there are no token ids {names!r}", expected="the name of a tensor in the files, or a file")
-    flat = np.concatenate([tensor.open().reshape(-1) for tensor in inside])
-    if len(flat) != shape.tokens or flat.dtype.kind not in "iu":
-        raise MismatchError(
-            "the token ids do not fit the activations",
-            where=", ".join(map(str, inside[:3])),
-            expected=f"{shape.tokens} whole numbers",
-            found=f"{len(flat)} of {flat.dtype}",
-        )
-    return np.maximum(flat, 0).astype(np.int32)  # -1 stands for the token of a mean
-
-
-def _documents(shape: _Shape, path: str | Path | None, tokens: np.ndarray) -> tuple[pa.Table, np.ndarray]:
-    """Return the documents that have tokens, and the offset of the tokens of each."""
-    table = None if path is None else _table(local_path(path))
-    if shape.lengths is not None:
-        lengths = shape.lengths
-    elif table is not None and "n_rows" in table.column_names:
-        lengths = table.column("n_rows").to_numpy().astype(np.int64)
-    else:
-        lengths = np.ones(shape.tokens if table is None else len(table), np.int64)
-    if lengths.sum() != shape.tokens or (table is not None and len(table) != len(lengths)):
-        raise MismatchError(
-            "the documents do not fit the activations",
-            where=str(path),
-            expected=f"{shape.tokens} tokens"
-            + ("" if shape.lengths is None else f" in {len(shape.lengths)} documents"),
-            found=f"{int(lengths.sum())} tokens in {len(lengths if table is None else table)} documents",
-            remedy="n_rows says how many tokens each document has in the tensors",
-        )
-    offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    kept = np.flatnonzero(lengths)
-    flat = tokens[ranges(offsets[kept], lengths[kept])]
-    ends = np.concatenate([[0], np.cumsum(lengths[kept])])
-    lists = pa.LargeListArray.from_arrays(pa.array(ends, pa.int64()), pa.array(flat))
-    columns: dict[str, Any] = {"tokens": lists}
-    if table is not None:
-        labels = [name for name in table.column_names if name == "id" or name not in TABLE_COLUMNS]
-        columns |= {name: table.column(name).take(pa.array(kept)) for name in labels}
-    return pa.table(columns), offsets[kept]
-
-
-def _table(path: Path) -> pa.Table:
-    try:
-        return pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise DamagedError(
-            "the documents cannot be read", where=str(path), expected="a Parquet file", found=str(error)
-        ) from error
-
-
-def _is_called(tensor: FileTensor, names: str | None) -> bool:
-    return (
-        names is not None and tensor.name.rpartition(".")[2] == names.rpartition(".")[2] and tensor.name.endswith(names)
-    )
-
-
-def _bytes(tensor: FileTensor) -> int:
-    return math.prod(tensor.shape) * tensor.dtype.itemsize
-
-
-def _stored(tensor: FileTensor) -> str:
-    if tensor.dtype.name not in DTYPES:
-        raise ConfigError(
-            f"tensors of {tensor.dtype.name} cannot be stored as they are",
-            where=str(tensor),
-            expected=f"one of {', '.join(DTYPES)}",
-            remedy="choose the stored dtype (--dtype float32)",
-        )
-    return tensor.dtype.name
+def _check_unused(kind: str, **options: Any) -> None:
+    """Raise ConfigError if an option was given that the format has no use for."""
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(f"{kind} has no use for {name}", found=repr(value)[:80], remedy="leave it out")

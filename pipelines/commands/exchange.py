@@ -9,7 +9,7 @@ import typer
 
 from pipelines.commands.arguments import Codec, LayerChoice, Quiet, Sites, StoredDtype, StorePath, console
 
-ImportFormat = Literal["safetensors", "pt", "saelens"]
+ImportFormat = Literal["safetensors", "pt", "saelens", "speculators", "specforge", "torchspec", "npy"]
 ExportFormat = Literal["safetensors", "npy", "parquet"]
 
 
@@ -38,25 +38,36 @@ def export(
 def import_(
     folder: Annotated[Path, typer.Argument(help="A folder with files of activations.")],
     target: Annotated[Path, typer.Option("--output", "-o", help="The new store; one that was begun is resumed.")],
-    kind: Annotated[ImportFormat, typer.Option("--from", help="The tool or format that wrote the files.")],
-    site: Annotated[str, typer.Option(help="The site that they hold: resid_post, mlp_post, …, or another name.")],
+    kind: Annotated[ImportFormat, typer.Option("--from", "--format", help="The tool or format that wrote the files.")],
+    site: Annotated[
+        str | None, typer.Option(help="The site that they hold: resid_post, mlp_post, …, or another name.")
+    ] = None,
     layer_pattern: Annotated[
         str | None, typer.Option(help="A regular expression whose one group is the layer of a tensor.")
     ] = None,
     depth: Annotated[int | None, typer.Option(help="Number of layers of the model.", min=1)] = None,
     token_ids: Annotated[str | None, typer.Option(help="Name of the tensors of token ids, or a file.")] = None,
     documents: Annotated[
-        Path | None, typer.Option(help="Parquet file with id, n_rows and labels of each document.")
+        Path | None,
+        typer.Option(help="Parquet file with id, n_rows and labels of each document; of an engine, its dataset."),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Name of the model.")] = None,
+    layer_ids: Annotated[
+        str | None, typer.Option(help="Layer ids of the engine, in the order of the states, such as 2,18,33,36.")
+    ] = None,
+    final_state: Annotated[
+        Literal["normed", "raw"] | None,
+        typer.Option(help="The last hidden state of an engine: after the last norm, or the output of the last block."),
+    ] = None,
+    engine: Annotated[str | None, typer.Option(help="The engine, such as vllm==0.22.0.")] = None,
     dtype: Annotated[
         StoredDtype | None, typer.Option(help="Dtype of the stored values; that of the files by default.")
     ] = None,
     compression: Annotated[Codec, typer.Option(help="Codec of the store.")] = "none",
     quiet: Quiet = False,
 ) -> None:
-    """Make a store from activations that other tools saved: safetensors, torch files, or a SAELens cache."""
-    from flexcache.exchange.importing import LAYER_PATTERN, import_folder
+    """Make a store from activations of other tools: safetensors, torch, a SAELens cache, samples of an engine."""
+    from flexcache.exchange.importing import import_folder
     from pipelines.commands.bars import rows_bar
 
     with rows_bar("importing (rows)", not quiet) as bar:
@@ -65,11 +76,14 @@ def import_(
             target,
             kind,
             site=site,
-            layer_pattern=layer_pattern or LAYER_PATTERN,
+            layer_pattern=layer_pattern,
             depth=depth,
             token_ids=token_ids,
             documents=documents,
             model=model,
+            layer_ids=layer_ids,
+            final_state=final_state,
+            engine=engine,
             dtype=dtype,
             compression=compression,
             progress=bar,

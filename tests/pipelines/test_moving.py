@@ -81,3 +81,24 @@ def test_import_reads_what_export_wrote(store: flexcache.Store, capsys: pytest.C
     rows, ours = (one.rows("doc-7") for one in (back, store))
     assert np.array_equal(back.read("resid_post", 3, rows), store.read("resid_post", 3, ours))
     assert "has 0 groups" in run(capsys, *args, "--layer-pattern", "x", "-q", status=2)
+
+
+def test_import_reads_the_samples_of_an_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.exchange.test_engine_samples import prompt, write
+
+    monkeypatch.chdir(tmp_path)
+    samples = [prompt(number, 5 + number) for number in range(4)]
+    for number, sample in enumerate(samples):
+        write(Path("in"), "speculators", number, sample)
+    args = ("import", "in", "-o", "run.zarr", "--format", "speculators")
+    assert "--layer-ids" in run(capsys, *args, status=2)
+    text = run(capsys, *args, "--layer-ids", "1,3,4", "--engine", "vllm==0.22.0", "--depth", "4")
+    assert "importing" in text
+    store = flexcache.open("run.zarr")
+    assert store.provenance.model["engine"] == {"name": "vllm", "version": "0.22.0"}
+    assert np.array_equal(store.read("resid_post", 2, store.rows("hs_3")), samples[3]["states"][:, 1].numpy())
+    assert "no use for a site" in run(capsys, *args, "--layer-ids", "1,3,4", "--site", "resid_post", status=2)
+    write(Path("in"), "speculators", 2, {**samples[2], "ids": samples[2]["ids"][:-1]})
+    assert "hs_2: 6 token ids, but 7 states" in run(capsys, *args, "--layer-ids", "1,3,4", status=1)

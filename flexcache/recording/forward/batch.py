@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Padding: TypeAlias = "int | ImageInput"
 """The id of the padding token; or, for images, the `ImageInput` that turns them into pixel values."""
 STATES_REMEDY = (
-    "turn off prefix caching, which leaves out the states of tokens that are in the cache; join the captures of a prompt"
+    "turn off prefix caching, which leaves out the states of tokens in the cache; join the captures of a prompt"
     " that is computed in chunks; and leave out tokens that the engine adds or generates"
 )
 
