@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from analysis.dataset.store_argument import accept_store_path
-from analysis.dataset.store_tokenizer import store_tokenizer
 from analysis.readout.frozen_norm import Floats, FrozenNorm
 from analysis.readout.lens import Head, next_tokens
 from analysis.readout.residual_terms import Component, ResidualTerms
 from flexcache.errors import AnalysisError, ConfigError
 from flexcache.hooks import find_hook_points
 from flexcache.hooks.read.measure import read_example
+from flexcache.identity.store_tokenizer import store_tokenizer
 from flexcache.recording.arguments import one_token
 from flexcache.site import Site
 from flexcache.spec import is_whole, listed

@@ -3,34 +3,55 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from pipelines.commands.arguments import Codec, LayerChoice, Quiet, Sites, StoredDtype, StorePath, console
 
 ImportFormat = Literal["safetensors", "pt", "saelens", "speculators", "specforge", "torchspec", "npy"]
-ExportFormat = Literal["safetensors", "npy", "parquet"]
+ExportFormat = Literal["safetensors", "npy", "parquet", "activation-oracle", "nla"]
 
 
 def export(
     store: StorePath,
     out: Annotated[Path, typer.Argument(help="A folder; an export that was begun there is resumed.")],
-    to: Annotated[ExportFormat, typer.Option("--to", help="The format of the files.")],
+    to: Annotated[ExportFormat, typer.Option("--to", "--format", help="The format of the files.")],
     sites: Sites = None,
     layers: LayerChoice = "all",
     rows: Annotated[Literal["all", "committed"], typer.Option(help="committed exports a partial store.")] = "all",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer of the texts: a folder or name; that of the model by default.")
+    ] = None,
+    per_document: Annotated[
+        int | None, typer.Option(help="With texts: rows of each document, drawn at random.", min=1)
+    ] = None,
+    min_position: Annotated[int | None, typer.Option(help="With texts: smallest position of a row.", min=0)] = None,
+    limit: Annotated[int | None, typer.Option(help="With texts: most rows, of the first documents.", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="With texts: seed of the rows that are drawn.", min=0)] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write activations as safetensors, npy or Parquet files, together with the documents."""
+    """Write activations as safetensors, npy or Parquet files, with the documents, or as tables with texts."""
     from flexcache.exchange.exporting import export as export_store
     from flexcache.paths import output_folder, shown
     from flexcache.store.format.text import size
     from pipelines.commands.bars import bytes_bar
 
     folder = output_folder(out)
+    numbers = {"per_document": per_document, "min_position": min_position, "limit": limit, "seed": seed}
+    choice: Any = {name: value for name, value in numbers.items() if value is not None}
     with bytes_bar("exporting", not quiet) as bar:
-        files = export_store(store, folder, to, sites=sites or None, layers=layers, rows=rows, progress=bar)
+        files = export_store(
+            store,
+            folder,
+            to,
+            sites=sites or None,
+            layers=layers,
+            rows=rows,
+            tokenizer=tokenizer,
+            progress=bar,
+            **choice,
+        )
     total = size(sum(path.stat().st_size for path in files))
     console.print(f"{len(files)} files, {total}, in {shown(folder)}", highlight=False, markup=False)
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 import flexcache
 from flexcache.errors import ConfigError, MismatchError, PlanError, SiteError, StoreError, UncommittedError
 from flexcache.exchange import table
-from flexcache.exchange.exporting import FORMATS, export, label
+from flexcache.exchange.export_files import FORMATS, label
+from flexcache.exchange.exporting import export
 from tests.corpora import build_store, lengths, token_documents
 from tests.store.test_copy import partial_store
 

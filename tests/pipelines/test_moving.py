@@ -102,3 +102,25 @@ def test_import_reads_the_samples_of_an_engine(
     assert "no use for a site" in run(capsys, *args, "--layer-ids", "1,3,4", "--site", "resid_post", status=2)
     write(Path("in"), "speculators", 2, {**samples[2], "ids": samples[2]["ids"][:-1]})
     assert "hs_2: 6 token ids, but 7 states" in run(capsys, *args, "--layer-ids", "1,3,4", status=1)
+
+
+def test_export_writes_tables_with_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import pyarrow.parquet as pq
+
+    from tests.exchange.test_text_export import texts, word_tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    words = word_tokenizer()
+    words.save_pretrained("words")
+    store = build_store(Path("run.zarr"), texts(20), tokenizer=words)
+    args = ("export", "run.zarr", "out", "--format", "nla", "--site", "resid_post", "--layers", "3")
+    assert "--tokenizer FOLDER" in run(capsys, *args, status=2)
+    choice = ("--per-document", "2", "--min-position", "1", "--limit", "15", "--seed", "4")
+    assert "1 files" in run(capsys, *args, "--tokenizer", "words", *choice)
+    found = pq.read_table("out/base.layer_3.parquet")
+    assert len(found) == 15
+    assert min(found.column("n_raw_tokens").to_pylist()) >= 2
+    assert "no use for limit" in run(capsys, *args[:4], "npy", "--limit", "3", status=2)
+    assert store.complete

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from analysis.dataset.store_tokenizer import store_tokenizer
 from analysis.replay.engine.forward_hooks import ForwardResult
 from flexcache.errors import AnalysisError, MismatchError
+from flexcache.identity.store_tokenizer import store_tokenizer
 from flexcache.provenance import select_fingerprint
 from flexcache.recording.arguments import objective_of
 from flexcache.recording.forward.batch import Batch

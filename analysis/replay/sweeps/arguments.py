@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from analysis.dataset.store_tokenizer import store_tokenizer
 from analysis.replay.engine.compatibility import check_store_and_model, short_repr
 from analysis.replay.engine.engine import Engine
 from analysis.replay.sweeps.grid import Grid, grid
 from flexcache.errors import AnalysisError, ConfigError
+from flexcache.identity.store_tokenizer import store_tokenizer
 from flexcache.recording.arguments import one_token
 from flexcache.store.read.store import Store
 
