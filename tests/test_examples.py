@@ -79,6 +79,17 @@ def test_a_sparse_autoencoder_is_trained_judged_and_shown(tmp_path: Path) -> Non
     assert len(json.loads((tmp_path / "curve.json").read_text())) == 120
 
 
+def test_the_files_of_an_engine_become_a_store_and_a_table_with_texts() -> None:
+    out = run("engine_files.py")
+    differences = numbers(r"layer \d: largest difference from a capture ([\d.e+-]+)", out)
+    assert len(differences) == 3
+    assert max(differences) < 1e-5
+    assert "engine: {'name': 'vllm', 'version': '0.22.0'" in out
+    lines = re.findall(r"hs_\d: 64 values of \|([a-z ]+)\|", out)
+    assert len(lines) == 6
+    assert any(line.startswith(("the capital", "the film")) for line in lines)
+
+
 def test_vllm_gives_the_states_of_transformers(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     import numpy as np
