@@ -35,7 +35,7 @@ _EXPONENTS = {"bfloat16": 0x7F80, "float16": 0x7C00}
 
 @dataclass(frozen=True)
 class _Corpus:
-    """The documents of the samples, mapped from a file, and what all samples have in common."""
+    """Documents of the samples, mapped from a file, and the dtype and features of all samples."""
 
     table: pa.Table
     dtype: str
@@ -142,8 +142,7 @@ def _corpus(
             for number, file in enumerate(files):
                 try:
                     sample = read_sample(file, kind, layout.layers, final)
-                    mask = labels.check_sample(number, sample.tokens)
-                    mask = sample.mask if mask is None else mask
+                    mask = labels.check_sample(number, sample)
                     if finite:
                         _check_finite(sample, layout)
                 except (SampleProblem, DamagedError) as error:

@@ -1,4 +1,4 @@
-"""The layers and the engine of the states in a folder of samples, from options and from files beside the samples."""
+"""Read the layers and the engine of samples from options, and from files beside the samples."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class EngineOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class EngineLayout:
-    """What the states of a sample are.
+    """Sites and layers of the states of a sample, and the engine that computed them.
 
     Attributes
     ----------

@@ -198,7 +198,8 @@ def _first(arrays: dict[str, np.ndarray], names: Sequence[str], what: str) -> np
     for name in names:
         if name in arrays:
             return arrays[name]
-    raise SampleProblem(f"no {what} ({' or '.join(names)}); found: {', '.join(arrays)[:120] or 'no tensor'}")
+    found = ", ".join(arrays)[:120] or "no tensor"
+    raise SampleProblem(f"no {what} ({' or '.join(names)}) of a dtype that can be read; found: {found}")
 
 
 def _line(array: np.ndarray, what: str) -> np.ndarray:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flexcache.errors import DamagedError, MismatchError
-from flexcache.exchange.engine_samples import SampleFile, SampleProblem
+from flexcache.exchange.engine_samples import Sample, SampleFile, SampleProblem
 from flexcache.store.format.text import TABLE_COLUMNS
 
 TOKENS = ("token_ids", "input_ids", "tokens")
@@ -18,7 +18,7 @@ MASK = "loss_mask"
 
 
 class SampleLabels:
-    """The line of a table for each sample; without a table, no labels.
+    """Labels of samples, one line of a table for each; without a table, no labels.
 
     The line of a sample named ``hs_7`` or ``data_7`` is 7, as in the dataset of speculators; other samples are in the
     order of the table.
@@ -47,20 +47,24 @@ class SampleLabels:
                 found=f"{len(self._table)} lines",
             )
 
-    def check_sample(self, number: int, tokens: np.ndarray) -> np.ndarray | None:
-        """Return the loss mask of a sample, if the table has one; raise SampleProblem if its tokens differ."""
+    def check_sample(self, number: int, sample: Sample) -> np.ndarray | None:
+        """Return the loss mask of a sample, its own or that of the table, or None if neither has one.
+
+        SampleProblem if the table has other token ids, or another loss mask, than the sample.
+        """
         if self._table is None:
-            return None
+            return sample.mask
+        line = f"line {self._lines[number]} of the documents"
         for name in TOKENS:
-            if name in self._table.column_names:
-                own = self._numbers(name, number)
-                if not np.array_equal(own, tokens):
-                    raise SampleProblem(f"other token ids than in line {self._lines[number]} of the documents")
+            if name in self._table.column_names and not np.array_equal(self._numbers(name, number), sample.tokens):
+                raise SampleProblem(f"other token ids than in {line}")
         if MASK not in self._table.column_names:
-            return None
+            return sample.mask
         mask = self._numbers(MASK, number).astype(np.int8)
-        if len(mask) != len(tokens):
-            raise SampleProblem(f"{len(tokens)} token ids, but {len(mask)} mask values in the documents")
+        if len(mask) != len(sample.tokens):
+            raise SampleProblem(f"{len(sample.tokens)} token ids, but {len(mask)} mask values in {line}")
+        if sample.mask is not None and not np.array_equal(mask, sample.mask):
+            raise SampleProblem(f"another loss mask than in {line}")
         return mask
 
     def add_to(self, documents: pa.Table) -> pa.Table:

@@ -7,12 +7,49 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pipelines.commands.arguments import Codec, LayerChoice, Quiet, Sites, StoredDtype, StorePath, console
+from pipelines.commands.arguments import Codec, LayerChoice, Quiet, Sites, StoredDtype, StorePath, add_options, console
 
 ImportFormat = Literal["safetensors", "pt", "saelens", "speculators", "specforge", "torchspec", "npy"]
 ExportFormat = Literal["safetensors", "npy", "parquet", "activation-oracle", "nla"]
 
+TEXT_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "tokenizer": (
+        Annotated[str | None, typer.Option(help="Tokenizer of the texts: a folder or name; by default the model's.")],
+        None,
+    ),
+    "per_document": (
+        Annotated[int | None, typer.Option(help="With texts: rows of each document, drawn at random.", min=1)],
+        None,
+    ),
+    "min_position": (
+        Annotated[int | None, typer.Option(help="With texts: smallest position of a row.", min=0)],
+        None,
+    ),
+    "limit": (
+        Annotated[int | None, typer.Option(help="With texts: most rows, of the first documents.", min=1)],
+        None,
+    ),
+    "seed": (Annotated[int | None, typer.Option(help="With texts: seed of the rows that are drawn.", min=0)], None),
+}
+ENGINE_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "layer_ids": (
+        Annotated[
+            str | None, typer.Option(help="Layer ids of the engine, in the order of the states, such as 2,18,33,36.")
+        ],
+        None,
+    ),
+    "final_state": (
+        Annotated[
+            Literal["normed", "raw"] | None,
+            typer.Option(help="An engine's last hidden state: after the last norm, or the output of the last block."),
+        ],
+        None,
+    ),
+    "engine": (Annotated[str | None, typer.Option(help="The engine, such as vllm==0.22.0.")], None),
+}
 
+
+@add_options(TEXT_OPTIONS)
 def export(
     store: StorePath,
     out: Annotated[Path, typer.Argument(help="A folder; an export that was begun there is resumed.")],
@@ -20,16 +57,8 @@ def export(
     sites: Sites = None,
     layers: LayerChoice = "all",
     rows: Annotated[Literal["all", "committed"], typer.Option(help="committed exports a partial store.")] = "all",
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Tokenizer of the texts: a folder or name; that of the model by default.")
-    ] = None,
-    per_document: Annotated[
-        int | None, typer.Option(help="With texts: rows of each document, drawn at random.", min=1)
-    ] = None,
-    min_position: Annotated[int | None, typer.Option(help="With texts: smallest position of a row.", min=0)] = None,
-    limit: Annotated[int | None, typer.Option(help="With texts: most rows, of the first documents.", min=1)] = None,
-    seed: Annotated[int | None, typer.Option(help="With texts: seed of the rows that are drawn.", min=0)] = None,
     quiet: Quiet = False,
+    **texts: Any,
 ) -> None:
     """Write activations as safetensors, npy or Parquet files, with the documents, or as tables with texts."""
     from flexcache.exchange.exporting import export as export_store
@@ -38,8 +67,7 @@ def export(
     from pipelines.commands.bars import bytes_bar
 
     folder = output_folder(out)
-    numbers = {"per_document": per_document, "min_position": min_position, "limit": limit, "seed": seed}
-    choice: Any = {name: value for name, value in numbers.items() if value is not None}
+    given: Any = {name: value for name, value in texts.items() if value is not None}
     with bytes_bar("exporting", not quiet) as bar:
         files = export_store(
             store,
@@ -48,14 +76,14 @@ def export(
             sites=sites or None,
             layers=layers,
             rows=rows,
-            tokenizer=tokenizer,
             progress=bar,
-            **choice,
+            **given,
         )
     total = size(sum(path.stat().st_size for path in files))
     console.print(f"{len(files)} files, {total}, in {shown(folder)}", highlight=False, markup=False)
 
 
+@add_options(ENGINE_OPTIONS)
 def import_(
     folder: Annotated[Path, typer.Argument(help="A folder with files of activations.")],
     target: Annotated[Path, typer.Option("--output", "-o", help="The new store; one that was begun is resumed.")],
@@ -73,19 +101,12 @@ def import_(
         typer.Option(help="Parquet file with id, n_rows and labels of each document; of an engine, its dataset."),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Name of the model.")] = None,
-    layer_ids: Annotated[
-        str | None, typer.Option(help="Layer ids of the engine, in the order of the states, such as 2,18,33,36.")
-    ] = None,
-    final_state: Annotated[
-        Literal["normed", "raw"] | None,
-        typer.Option(help="The last hidden state of an engine: after the last norm, or the output of the last block."),
-    ] = None,
-    engine: Annotated[str | None, typer.Option(help="The engine, such as vllm==0.22.0.")] = None,
     dtype: Annotated[
         StoredDtype | None, typer.Option(help="Dtype of the stored values; that of the files by default.")
     ] = None,
     compression: Annotated[Codec, typer.Option(help="Codec of the store.")] = "none",
     quiet: Quiet = False,
+    **engine: Any,
 ) -> None:
     """Make a store from activations of other tools: safetensors, torch, a SAELens cache, samples of an engine."""
     from flexcache.exchange.importing import import_folder
@@ -102,11 +123,9 @@ def import_(
             token_ids=token_ids,
             documents=documents,
             model=model,
-            layer_ids=layer_ids,
-            final_state=final_state,
-            engine=engine,
             dtype=dtype,
             compression=compression,
             progress=bar,
+            **engine,
         )
     console.print(repr(store), highlight=False, markup=False)

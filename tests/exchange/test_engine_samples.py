@@ -511,6 +511,35 @@ def test_masks_and_labels_come_from_the_dataset_of_prompts(saved: str, tmp_path:
         flexcache.import_folder(folder, tmp_path / "new.zarr", "speculators", layer_ids=IDS, documents=documents)
 
 
+def test_a_mask_that_differs_from_the_dataset_is_named(tmp_path: Path) -> None:
+    samples = [prompt(number, 6) for number in range(3)]
+    for number, sample in enumerate(samples):
+        write(tmp_path / "in", "specforge", number, sample)
+    masks = [sample["mask"].tolist() for sample in samples]
+    masks[2] = [1 - value for value in masks[2]]
+    pq.write_table(pa.table({"loss_mask": masks}), tmp_path / "prompts.parquet")
+    with pytest.raises(DamagedError, match="data_2: another loss mask than in line 2"):
+        flexcache.import_folder(
+            tmp_path / "in", tmp_path / "run.zarr", "specforge", layer_ids=IDS, documents=tmp_path / "prompts.parquet"
+        )
+
+
+def test_a_sample_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "in", "specforge", 1, prompt(1, 6))
+    write(tmp_path / "in", "specforge-gz", 2, prompt(2, 6))
+    write(tmp_path / "in", "specforge", 2, prompt(2, 6))
+    with pytest.raises(FlexCacheError, match="rows_0-2000/data_2"):
+        flexcache.import_folder(tmp_path / "in", tmp_path / "run.zarr", "specforge", layer_ids=IDS)
+    assert not (tmp_path / "run.zarr").exists()
+
+
+def test_states_in_float8_are_named(tmp_path: Path) -> None:
+    sample = prompt(0, 6)
+    write(tmp_path / "in", "speculators", 0, sample | {"states": sample["states"].to(torch.float8_e4m3fn)})
+    with pytest.raises(DamagedError, match="hs_0: no hidden states .* of a dtype that can be read"):
+        flexcache.import_folder(tmp_path / "in", tmp_path / "run.zarr", "speculators", layer_ids=IDS)
+
+
 def test_npy_files_may_be_of_any_site(tmp_path: Path) -> None:
     sample = prompt(0, 6)
     write(tmp_path / "in", "npy", 0, sample | {"states": sample["states"][:, 0]})
