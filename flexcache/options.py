@@ -213,7 +213,7 @@ class SequenceOptions(Options):
     def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Omit options that are newer than some stores, so that the spec of an older store stays equal."""
         content: dict[str, Any] = handler(self)
-        newer = {"decoder": [None], "special_tokens": ["auto"], "chat": [None, {}]}
+        newer: dict[str, list[Any]] = {"decoder": [None], "special_tokens": ["auto"], "chat": [None, {}]}
         return {name: value for name, value in content.items() if value not in newer.get(name, [])}
 
     @property

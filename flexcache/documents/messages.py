@@ -92,9 +92,9 @@ def _message(message: Any, where: str, sparse: bool) -> dict[str, str]:
     role, content = held.get("role"), held.get("content")
     if not isinstance(role, str):
         raise _invalid(where, f"role: {repr(role)[:60]}" + (", from and value" if {"from", "value"} <= {*held} else ""))
-    if held.keys() == {"role", "content"} and isinstance(content, str):
-        if not content.startswith(PACKED) or _is_packed(content):
-            return {"role": role, "content": content}
+    plain = content if isinstance(content, str) and held.keys() == {"role", "content"} else None
+    if plain is not None and (not plain.startswith(PACKED) or _is_packed(plain)):
+        return {"role": role, "content": plain}
     _check_content(content, held, where)
     _check_calls(held.get("tool_calls"), where)
     if other := [name for name in NOT_TEXT if held.get(name)]:
