@@ -11,6 +11,7 @@ import torch
 from analysis import replay
 from analysis.replay.edits.edit import Edit
 from analysis.replay.edits.edit_context import EditContext
+from analysis.replay.sweeps.grid import has_readout, has_tokens
 from flexcache.errors import AnalysisError, FlexCacheError, StoreError
 from tests.analysis.replay.conftest import swept
 from tests.corpora import token_documents
@@ -275,3 +276,31 @@ def test_an_unknown_keyword_is_an_error_with_the_nearest_of_all_arguments(captur
         with pytest.raises(AnalysisError, match=f"no argument '{wrong}'") as error:
             replay.sweep(store, model, replay.grid(), replay.Zero(), **{wrong: 1})
         assert f"did you mean {right}" in str(error.value.remedy)
+
+
+def test_heads_are_each_or_different_whole_numbers() -> None:
+    for given, parsed in (("each", "each"), (None, None), (0, (0,)), ([2, 0], (2, 0))):
+        assert replay.grid("z", heads=given).heads == parsed
+    for wrong in ([], [1, 1], [-1], [0.5], "all", [True]):
+        with pytest.raises(AnalysisError, match="heads cannot be read"):
+            replay.grid("z", heads=wrong)
+
+
+def test_positions_have_tokens_where_a_document_is_long_enough() -> None:
+    lengths = {"a": 3, "b": 1}
+    for positions, there in (
+        *(({"a": [p]}, -3 <= p < 3) for p in range(-5, 5)),
+        *((p, -3 <= p < 3) for p in range(-5, 5)),
+        ({"c": [0]}, False),
+        ({"b": [-2], "a": [2]}, True),
+        ("last", True),
+    ):
+        assert has_tokens(positions, lengths) is there, positions  # type: ignore[arg-type]
+    assert has_readout("last", np.array([0, 2])).tolist() == [False, True]
+
+
+def test_all_layers_are_those_at_which_a_replay_can_start(captured: Any) -> None:
+    """The block after a stored residual stream can run first; the stream itself needs no block before it."""
+    store, _ = captured(sites={"resid_post": [0]})
+    assert replay.grid("resid_post").resolve(store, 3)[0] == (0,)
+    assert replay.grid("mlp_out").resolve(store, 3)[0] == (0, 1)

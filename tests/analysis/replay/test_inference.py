@@ -11,6 +11,7 @@ import scipy.stats
 from analysis import replay
 from analysis.replay.sweeps.effects import largest_cells
 from analysis.replay.sweeps.inference import sign_flip
+from tests.analysis.replay.conftest import DOCUMENTS
 from tests.models import HIDDEN
 
 QUIET: dict[str, Any] = {"progress": False}
@@ -135,3 +136,4 @@ def test_only_tests_against_no_edit_leave_metrics_out(captured: Callable[..., An
     for baseline, told in (("identity", True), ("random_direction", False)):
         effect = replay.sweep(*captured(), **asked, baselines=[baseline]).effect()
         assert ("kl: not tested" in effect.attrs["tests"]) is told
+        assert f"over {len(DOCUMENTS)} groups" in effect.attrs["tests"]
