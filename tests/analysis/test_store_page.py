@@ -153,6 +153,21 @@ def test_any_site_and_rows_have_a_page(site: str, rows: str, tmp_path: Path) -> 
     assert "nan" not in re.sub(r"<details>.*?</details>", "", text, flags=re.S)
 
 
+@pytest.mark.parametrize(("family", "counted"), [("llama", True), ("mixtral", False)])
+def test_dead_neurons_are_counted_unless_a_column_has_those_of_many_experts(
+    family: str, counted: bool, tmp_path: Path
+) -> None:
+    from tests.corpora import lengths, token_documents
+    from tests.models import tiny
+
+    documents = token_documents(lengths(10, longest=12), vocabulary=250)
+    path = tmp_path / "s.zarr"
+    store = flexcache.capture(tiny(family), None, documents, path, sites="mlp_post", batch_tokens=64, progress=False)
+    found = survey(store, "mlp_post", only=["outliers"], progress=False)
+    text = store_page.write(store, found, tmp_path / "r.html").read_text("utf-8")
+    assert ("are dead" in text) == counted
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_browser_shows_the_page_in_light_and_dark(page: Path, tmp_path: Path, dark: bool) -> None:

@@ -206,10 +206,12 @@ def test_a_store_of_experts_adds_up_to_its_mlp_out(tmp_path: Path) -> None:
 def test_numbers_of_experts_are_stored_exactly_whatever_the_dtype(tmp_path: Path) -> None:
     model = tiny("qwen2_moe", torch.bfloat16, num_experts=300)
     sites = ["expert_index", "router_logits"]
-    store = flexcache.capture(model, None, DOCUMENTS, tmp_path / "run.zarr", sites=sites, dtype="int8", progress=False)
+    store = flexcache.capture(
+        model, None, DOCUMENTS, tmp_path / "run.zarr", sites=sites, dtype="bfloat16", progress=False
+    )
     index = store.read("expert_index", 1)
     assert index.dtype == np.float32
-    assert index.max() > 256  # bfloat16 has no 299
+    assert (index[index > 256] % 2 == 1).any()  # bfloat16 has no odd numbers above 256
     assert np.array_equal(index, index.round())
     top = np.argsort(-store.read("router_logits", 1).astype(np.float64), axis=-1)[:, :2]
-    assert (np.sort(top) == index).mean() > 0.8  # int8 rounds the scores
+    assert (np.sort(top) == index).mean() > 0.9  # some scores are equal in bfloat16
