@@ -16,6 +16,8 @@ RowSelection = Literal["all", "last", "first", "mean", "some"]
 WORDS = ("all", "last", "first", "mean")
 SpecialTokens = Literal["auto", "always", "never"]
 """The special tokens of a tokenizer around a text: those that the text lacks, all of them, or none."""
+Phase = Literal["prefill", "decode"]
+"""How the activations of a token were computed: with the whole prompt, or in a step of the generation."""
 
 
 class Windows(Options):
@@ -120,15 +122,19 @@ class Choice(Options):
         None, description="for chats: parts of the messages that are kept; template is what the chat template adds"
     )
     mask: str | None = Field(None, description="column with lists of true and false, one value for each token")
+    phases: tuple[Phase, ...] | None = Field(
+        None, description="with generate.capture: tokens that were read as a prompt (prefill), or generated (decode)"
+    )
     every: int | None = Field(None, ge=1, description="keep the first token and every n-th after it")
     fraction: float | None = Field(None, gt=0, le=1, description="keep each token with this probability")
     seed: int = Field(0, ge=0, description="seed of fraction; the draw of a document depends on its id")
 
     @model_serializer(mode="wrap")
-    def _leave_out_parts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit `parts` if it is None, so that the spec of an older store stays equal."""
+    def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit rules that are newer than some stores, so that the spec of an older store stays equal."""
         content: dict[str, Any] = handler(self)
-        return {name: value for name, value in content.items() if name != "parts" or value is not None}
+        newer = ("parts", "phases")
+        return {name: value for name, value in content.items() if name not in newer or value is not None}
 
     @property
     def of_messages(self) -> bool:
@@ -142,7 +148,7 @@ class Choice(Options):
 
 
 class Generation(Options):
-    """Completions that a model generates for the documents before both are captured.
+    """Completions that a model generates for the documents, and captures with them.
 
     >>> Generation(max_new_tokens=64, temperature=0.7).batch
     16
@@ -156,6 +162,16 @@ class Generation(Options):
     top_k: int | None = Field(None, ge=1, description="sample from this number of most likely tokens")
     seed: int = Field(0, ge=0, description="seed of the sampling")
     batch: int = Field(16, ge=1, description="prompts in a batch")
+    capture: bool = Field(
+        False,
+        description="store the activations of the generation itself, instead of running prompt and completion again",
+    )
+
+    @model_serializer(mode="wrap")
+    def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit options that are newer than some completions, so that those are continued."""
+        content: dict[str, Any] = handler(self)
+        return {name: value for name, value in content.items() if name != "capture" or value}
 
 
 DecoderInputMode = Literal["shifted", "as_given"]
@@ -205,16 +221,28 @@ class SequenceOptions(Options):
     )
     chat: ChatOptions | None = Field(None, description="options of the chat template, for documents of messages")
     token_labels: tuple[str, ...] = Field((), description="label columns with a value, or spans, for single tokens")
+    generate: Generation | None = Field(
+        None, description="complete the documents with the model, and capture prompts with completions"
+    )
     decoder: SkipJsonSchema[DecoderInputs | None] = Field(
         None, description="decoder inputs of an encoder-decoder model, resolved for the model"
     )
 
     @model_serializer(mode="wrap")
     def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit options that are newer than some stores, so that the spec of an older store stays equal."""
+        """Omit options that change no stored value or are newer than some stores, so that older specs stay equal.
+
+        Completions that are run again are documents like others; the store describes those.
+        """
         content: dict[str, Any] = handler(self)
         newer: dict[str, list[Any]] = {"decoder": [None], "special_tokens": ["auto"], "chat": [None, {}]}
+        newer |= {} if self.decoding else {"generate": [content.get("generate")]}
         return {name: value for name, value in content.items() if value not in newer.get(name, [])}
+
+    @property
+    def decoding(self) -> bool:
+        """True if the activations are read while the completions are generated."""
+        return self.generate is not None and self.generate.capture
 
     @property
     def whole(self) -> bool:
@@ -255,6 +283,20 @@ class SequenceOptions(Options):
         """Raise ConfigError if options contradict each other."""
         if self.decoder is not None:
             self._check_decoder()
+        if self.decoding and not self.whole:
+            raise ConfigError(
+                "each document that is captured while it is generated is one sequence",
+                where="generate.capture",
+                expected="neither windows nor packing",
+                found="windows" if self.windows is not None else "packing",
+                remedy="leave it out, or set generate.capture to false",
+            )
+        if self.choice is not None and self.choice.phases is not None and not self.decoding:
+            raise ConfigError(
+                "rows are chosen by phases, but nothing is captured while it is generated",
+                expected="generate with capture: true",
+                remedy="choose completions by {token_spans: generated}",
+            )
         if self.packing is not None:
             self.packing.size(self.max_length)
             if self.packing.isolate and self.packing.separator not in ("eos", None):

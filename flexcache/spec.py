@@ -202,7 +202,7 @@ class CaptureSpec(SequenceOptions):
         """
         kept = self.model_dump(exclude_unset=True)
         changes = dict(fields)
-        unwritten = {"decoder_inputs", "special_tokens"} & self.model_fields_set
+        unwritten = {"decoder_inputs", "special_tokens", "generate"} & self.model_fields_set
         kept |= {name: getattr(self, name) for name in unwritten}
         if "rows" in changes:
             kept.pop("choice", None)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from flexcache.documents import Documents, open_documents
-from flexcache.options import Generation
 from flexcache.parallel.launch import launch
 from flexcache.store.read.store import Store
 from flexcache.store.write.create import check_target
@@ -56,8 +55,6 @@ def load(config: CaptureConfig, progress: bool) -> LoadedCapture:
         "files": config.model.weights(),
     }
     model = config.load_model()
-    if config.generate is not None:
-        documents = _completions(config, config.generate, model, tokenizer, documents, progress)
     functions = config.functions(tokenizer, input_device(model))
     return LoadedCapture(model, tokenizer, documents, functions, info | (config.model_info or {}))
 
@@ -75,7 +72,7 @@ def run(
         loaded.tokenizer,
         loaded.documents,
         config.store,
-        config.spec(),
+        config.spec(completed=False),
         **loaded.functions,
         options=config.run_options(
             allow_mixed=allow_mixed or config.allow_mixed,
@@ -86,21 +83,6 @@ def run(
     )
     leave_process_group()
     return store
-
-
-def _completions(
-    config: CaptureConfig, generation: Generation, model: Any, tokenizer: Any, documents: Documents, progress: bool
-) -> Documents:
-    """Return prompts with completions; completions that do not exist yet are made."""
-    from flexcache.recording.generate import generate
-    from flexcache.recording.run.progress import CaptureProgress
-
-    with CaptureProgress(progress) as bars:
-        advance = bars.generating(documents.count)
-        options = config.run_options()
-        return generate(
-            model, tokenizer, documents, config.completions, generation, advance, chat=config.chat, options=options
-        )
 
 
 def leave_process_group() -> None:

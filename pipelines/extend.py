@@ -6,7 +6,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flexcache.errors import ConfigError
 from flexcache.parallel.launch import launch
 from flexcache.store.manage.extension_transaction import ExtensionTransaction
 from flexcache.store.read.store import Store
@@ -26,12 +25,6 @@ def run(
     import flexcache
     from flexcache.recording.planning.store_identity import check_fixed
 
-    if config.generate is not None:
-        raise ConfigError(
-            "a store is not extended by completions that are not made yet",
-            where="generate",
-            remedy="make them by flexcache.generate, or by a capture of their own, and give their files as documents",
-        )
     spec = config.spec()
     check_fixed(Store(config.store), spec)
     progress = progress and config.progress and launch().rank == 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
+from rich.table import Table
 
 from flexcache.store.format.text import size
 from flexcache.store.manage.verify import Verification, verify
@@ -14,6 +17,9 @@ from flexcache.store.read.display import array_bytes
 from flexcache.store.read.store import Store
 from pipelines.commands.bars import files_bar
 from pipelines.config import CaptureConfig
+
+if TYPE_CHECKING:
+    from flexcache.recording.recompute import Recomputed
 
 
 def run(path: Path, console: Console, progress: bool = True) -> Verification:
@@ -42,7 +48,8 @@ def recompute_units(path: Path, config: CaptureConfig, units: int, console: Cons
     from flexcache.hooks.read.measure import input_device
     from flexcache.recording.recompute import recompute
 
-    images = Store(path).images  # the store keeps them, with their processor: the files may be gone
+    store = Store(path)
+    images = store.images  # the store keeps them, with their processor: the files may be gone
     model, tokenizer = config.load_model(), None if images else config.load_tokenizer(config.documents.open())
     with Progress(*Progress.get_default_columns(), console=Console(stderr=True), disable=not progress) as bars:
         task = bars.add_task("computing again (rows)", total=None)
@@ -54,6 +61,9 @@ def recompute_units(path: Path, config: CaptureConfig, units: int, console: Cons
             **config.functions(tokenizer, input_device(model)),
             progress=lambda rows: bars.advance(task, rows),
         )
+    if store.spec.decoding:
+        _print_distances(found, console)
+        return True
     equal = sum(item.equal for item in found)
     for item in found:
         if not item.equal:
@@ -70,3 +80,19 @@ def recompute_units(path: Path, config: CaptureConfig, units: int, console: Cons
         highlight=False,
     )
     return not any(item.wrong for item in found)
+
+
+def _print_distances(found: Sequence[Recomputed], console: Console) -> None:
+    """Print how far rows that were read while they were generated are from a run over the whole text, by layer."""
+    table = Table("site", "layer", "relative error", "largest difference", box=None, header_style="bold")
+    for site, layer in dict.fromkeys((item.site, item.layer) for item in found):
+        units = [item for item in found if (item.site, item.layer) == (site, layer)]
+        error, largest = (max(getattr(item, name) for item in units) for name in ("relative_error", "difference"))
+        table.add_row(site, "" if layer is None else str(layer), f"{error:.2g}", f"{largest:.2g}")
+    console.print(table)
+    console.print(
+        f"{len({item.unit for item in found})} units computed again, each text at once; their rows were read while they"
+        " were generated. The relative error is the norm of the differences ÷ the norm of the stored values; the"
+        " largest difference is relative to the largest stored value. Each is that of the worst unit",
+        highlight=False,
+    )

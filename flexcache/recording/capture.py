@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Unpack
 
 from flexcache import hooks
-from flexcache.documents import open_documents
+from flexcache.documents import Documents, open_documents
 from flexcache.errors import ConfigError
 from flexcache.hooks.locate.evaluation_mode import evaluation_mode
 from flexcache.hooks.locate.position_tables import count_positions, longest_input
@@ -22,12 +22,15 @@ from flexcache.images.input import model_input
 from flexcache.recording.arguments import described, model_of, objective_of, tokenizer_of
 from flexcache.recording.checks.attention_isolation import check_isolation
 from flexcache.recording.checks.padding import batching_notice, check_batching, find_batching, has_batching
+from flexcache.recording.completions import Completions
+from flexcache.recording.decoding import DecodedCompletions, capture_completions
 from flexcache.recording.fields import CaptureFields, split_fields
-from flexcache.recording.forward.capture_targets import find_targets, measure_arrays
+from flexcache.recording.forward.capture_targets import CaptureTargets, find_targets, measure_arrays
 from flexcache.recording.forward.decoder_inputs import infer_decoder_inputs
 from flexcache.recording.forward.image_inputs import check_images, describe_patches, padding
 from flexcache.recording.forward.objective import OBJECTIVE, Objective
 from flexcache.recording.forward.transform import Transform
+from flexcache.recording.make_completions import make_completions
 from flexcache.recording.planning.planning import PlanInputs, plan_store
 from flexcache.recording.planning.store_identity import check_same, stored_identity
 from flexcache.recording.recompute import check_rows
@@ -135,6 +138,10 @@ def capture(
     with evaluation_mode(model), CaptureProgress(options.progress) as bars, closing(ModelParallelGroup(model)) as group:
         targets = find_targets(model, spec, transforms, objective, group.remote_modules())
         group.check_targets(targets)
+        decoded = None
+        if spec.generate is not None:
+            documents, decoded = _completed(model, tokenizer, documents, path, spec, targets, group, options, bars)
+            spec = spec.model_copy(update={"chat": None})  # completions are documents of tokens
         corpus = open_documents(documents, images_first=reads_images(model))
         tokenizer = model_input(model, tokenizer, corpus.content)
         example = check_images(model, spec, targets, tokenizer, group.processes)
@@ -150,11 +157,14 @@ def capture(
             positions=count_positions(model),
             notes={"user_hooks": hooks.user_hooks(model)} | describe_patches(tokenizer),
         ).match_store(path)
-        hooks.check_sites(model, targets.points, example=example, reader=group.read_example, alone=group.alone)
+        if decoded is None:
+            hooks.check_sites(model, targets.points, example=example, reader=group.read_example, alone=group.alone)
         if spec.isolated:
             check_isolation(model, targets, pad_token_id(model, tokenizer), group)
         pad = padding(model, tokenizer)
-        verdict = None if group.alone and has_batching(path) else find_batching(model, targets, pad, spec, group)
+        verdict = None if decoded is None else decoded.verdict
+        if verdict is None and not (group.alone and has_batching(path)):
+            verdict = find_batching(model, targets, pad, spec, group)
         if verdict is not None:
             notes = {**(inputs.notes or {}), **verdict.describe()}
             inputs = replace(inputs, batching=verdict.batching, notes=notes)
@@ -167,7 +177,8 @@ def capture(
             bars.say(line)
         for name, text in amount.lines() if amount else ():
             bars.say(f"  {name}: {text}")
-        now = fingerprint(model, group.sizes.tp) | ({"model": model_key(inputs.model)} if changed else {})
+        computed = fingerprint(model, group.sizes.tp) if decoded is None else decoded.fingerprint
+        now = computed | ({"model": model_key(inputs.model)} if changed else {})
         recorder = Recorder(
             path,
             fingerprint=now,
@@ -178,15 +189,42 @@ def capture(
             keys=group.keys(targets.points, [(OBJECTIVE, None)] if OBJECTIVE in stored["arrays"] else ()),
             heartbeat_timeout=options.heartbeat_timeout,
         )
-        if not changed:
+        if not changed and decoded is None:
             check_rows(model, recorder.store, pad, group, now, most_tokens=recorder.batch_tokens)
         if (changed or recorder.store.provenance.batching is None) and recorder.pending():
             check_batching(recorder.store, verdict or find_batching(model, targets, pad, spec, group))
         if said := batching_notice(recorder.store):
             bars.say(said)
+        if decoded is not None:
+            decoded.write_rows(recorder, bars)
+            return Store(path)
         unchanged = partial(group.check_unchanged, model, inputs.model, str(path), example)
         complete_store(model, tokenizer, targets, recorder, bars, group, unchanged=unchanged)
     return Store(path)
+
+
+def _completed(
+    model: Any,
+    tokenizer: Any,
+    documents: Any,
+    path: StoreLocation,
+    spec: CaptureSpec,
+    targets: CaptureTargets,
+    group: ModelParallelGroup,
+    options: RunOptions,
+    bars: CaptureProgress,
+) -> tuple[Documents, DecodedCompletions | None]:
+    """Return the documents with completions, and their activations if the spec asks for those of the generation."""
+    assert spec.generate is not None
+    corpus = open_documents(documents)
+    if not spec.decoding:
+        completions, advance = Completions.of_store(path), bars.generating(corpus.count)
+        make_completions(
+            model, tokenizer, corpus, completions, spec.generate, advance, options.heartbeat_timeout, chat=spec.chat
+        )
+        return completions.open(), None
+    decoded = capture_completions(model, tokenizer, corpus, path, spec, targets, group, options.heartbeat_timeout, bars)
+    return decoded.documents, decoded
 
 
 def _resolved(spec: CaptureSpec, fields: dict[str, Any], model: Any, tokenizer: Any, where: str) -> CaptureSpec:

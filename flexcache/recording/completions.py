@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,16 +18,19 @@ import xxhash
 from flexcache.chat_options import ChatOptions
 from flexcache.documents import Documents, open_documents
 from flexcache.documents.messages import unpack_messages
-from flexcache.errors import DocumentsError
+from flexcache.errors import ConfigError, DocumentsError
 from flexcache.hooks.locate.position_tables import longest_input
 from flexcache.hooks.locate.vocabulary import pad_token_id
 from flexcache.hooks.read.measure import input_device
 from flexcache.options import Generation
+from flexcache.plan import Batching, batch_groups, parts
+from flexcache.recording.decoded_activations import ActivationReader
 from flexcache.sequences.chat import check_template, render_text
+from flexcache.store.storage.location import StoreLocation, local
 
 PART = 64
 """Documents in a file of completions, which is written, and resumed, as a whole."""
-COMPLETE = "complete"
+COMPLETE, REQUEST = "complete", "request"
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,11 @@ class Completions:
         """True if all completions exist."""
         return (self.folder / COMPLETE).is_file()
 
+    @property
+    def request(self) -> Path:
+        """The file that says what the completions were made from."""
+        return self.folder / REQUEST
+
     def open(self) -> Documents:
         """Return the completions as documents of tokens; DocumentsError if not all of them exist."""
         if not self.complete:
@@ -47,6 +56,12 @@ class Completions:
                 "the completions are not made yet", where=str(self.folder), remedy="run the capture, which makes them"
             )
         return open_documents(str(self.folder / "part-*.parquet"), text=None)
+
+    @classmethod
+    def of_store(cls, path: StoreLocation) -> Completions:
+        """Return the completions that a capture with `generate` makes, next to its store."""
+        store = local(path, "generate", remedy="generate next to a store in a folder, and copy that")
+        return cls(store.with_name(f"{store.name}.completions"))
 
     def part(self, number: int) -> Path:
         """Return the file of a part."""
@@ -59,26 +74,52 @@ class Completions:
 
 
 class CompletionWriter:
-    """Generates the completions of a part; they depend only on the part, its number and the options."""
+    """Generates the completions of a part; they depend only on the part, its number and the options.
 
-    def __init__(self, model: Any, tokenizer: Any, generation: Generation, chat: ChatOptions | None = None) -> None:
+    Parameters
+    ----------
+    batching
+        The prompts that share a batch: any, those of one length, or none.
+    reader
+        Reads the activations of the generation, if they are captured.
+    chat
+        Options of the chat template.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        generation: Generation,
+        batching: Batching = "padded",
+        reader: ActivationReader | None = None,
+        chat: ChatOptions | None = None,
+    ) -> None:
         self._model, self._tokenizer, self._generation = model, tokenizer, generation
+        self._batching, self._reader = batching, reader
         self._chat = chat or ChatOptions()
         if self._chat.add_generation_prompt is None:
             self._chat = self._chat.model_copy(update={"add_generation_prompt": True})
         self._pad = pad_token_id(model, tokenizer)
         self._most = longest_input(model, tokenizer)
 
-    def table(self, part: pa.Table, number: int) -> pa.Table:
-        """Return a part of the corpus with completions."""
+    def table(self, part: pa.Table, number: int, activations: Path | None = None) -> pa.Table:
+        """Return a part of the corpus with completions, and write their activations to a file, if they are captured."""
         prompts = self._prompts(part)
         made: dict[int, list[int]] = {}
         order = sorted(range(len(prompts)), key=lambda line: len(prompts[line]))
-        with torch.random.fork_rng(devices=[]):
-            for start in range(0, len(order), self._generation.batch):
-                lines = order[start : start + self._generation.batch]
-                torch.manual_seed(xxhash.xxh3_64_intdigest(f"{self._generation.seed} {number} {start}".encode()) >> 1)
-                made |= dict(zip(lines, self._complete([prompts[line] for line in lines]), strict=True))
+        lengths = [len(prompts[line]) for line in order]
+        groups = batch_groups(self._batching, np.array(lengths)[:, None])
+        most = self._generation.batch
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            if self._reader is not None and activations is not None:
+                room = [len(prompt) + self._generation.max_new_tokens for prompt in prompts]
+                stack.enter_context(self._reader.open_file(activations, room))
+            for first, last in parts([1] * len(order), most, None if groups is None else groups.tolist()):
+                lines = order[first:last]
+                torch.manual_seed(xxhash.xxh3_64_intdigest(f"{self._generation.seed} {number} {first}".encode()) >> 1)
+                made |= dict(zip(lines, self._complete([prompts[line] for line in lines], lines), strict=True))
         tokens = [prompt + made[line] for line, prompt in enumerate(prompts)]
         spans = [[{"start": len(p), "end": len(t), "label": "completion"}] for p, t in zip(prompts, tokens)]
         columns: dict[str, Any] = {
@@ -136,7 +177,7 @@ class CompletionWriter:
         closed = len(added) > 0 and added[-1] == end and (len(added) > 1 or end != self._tokenizer.bos_token_id)
         return [prompt[:-1] for prompt in prompts] if closed else prompts
 
-    def _complete(self, prompts: list[list[int]]) -> list[list[int]]:
+    def _complete(self, prompts: list[list[int]], lines: list[int]) -> list[list[int]]:
         from transformers import GenerationConfig
 
         options = self._generation
@@ -145,23 +186,57 @@ class CompletionWriter:
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         device = input_device(self._model)
         drawn = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k or 0}
-        settings = GenerationConfig(
-            max_new_tokens=options.max_new_tokens,
-            do_sample=options.temperature > 0,
-            eos_token_id=sorted(self._ends) or None,
-            pad_token_id=self._pad,
+        settings: dict[str, Any] = {
+            "max_new_tokens": options.max_new_tokens,
+            "do_sample": options.temperature > 0,
+            "eos_token_id": sorted(self._ends) or None,
+            "pad_token_id": self._pad,
             **(drawn if options.temperature > 0 else {}),
-        )
+        }
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         with torch.no_grad():
-            out = self._model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
-            )
+            if self._reader is None:
+                out = self._model.generate(**inputs, generation_config=GenerationConfig(**settings))
+            else:
+                with self._reader.follow_batch(lines, [width - len(prompt) for prompt in prompts]):
+                    out = self._read_steps(inputs, settings)
         return [self._until_end(line) for line in out[:, width:].cpu().numpy()]
+
+    def _read_steps(self, inputs: dict[str, torch.Tensor], settings: dict[str, Any]) -> torch.Tensor:
+        """Return what the model generates, after one more step, in which it reads the last tokens."""
+        from transformers import GenerationConfig
+
+        assert self._reader is not None
+        settings |= {"use_cache": True, "cache_implementation": "dynamic", "disable_compile": True}
+        kept = GenerationConfig(**settings, return_dict_in_generate=True)
+        made = self._model.generate(**inputs, generation_config=kept)
+        tokens: torch.Tensor = made.sequences
+        new = torch.ones_like(tokens[:, inputs["input_ids"].shape[1] :])
+        self._reader.begin_last_step(tokens.shape[1] - 1)
+        last = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=self._pad, disable_compile=True)
+        self._model.generate(
+            input_ids=tokens,
+            attention_mask=torch.cat([inputs["attention_mask"], new], 1),
+            past_key_values=made.past_key_values,
+            generation_config=last,
+        )
+        return tokens
 
     def _until_end(self, tokens: np.ndarray) -> list[int]:
         """Return the tokens up to and including the one that ends the completion; the rest is padding."""
         ends = np.flatnonzero(np.isin(tokens, list(self._ends)))
         return [int(token) for token in (tokens[: ends[0] + 1] if len(ends) else tokens)]
+
+
+def check_generates(model: Any) -> None:
+    """Raise ConfigError if a model cannot generate."""
+    if not hasattr(model, "generate") or not getattr(model, "can_generate", lambda: False)():
+        raise ConfigError(
+            "the model cannot generate",
+            expected="a causal language model of transformers",
+            found=type(model).__name__,
+            remedy="load it with loader: AutoModelForCausalLM",
+        )
 
 
 def prompt_parts(corpus: Documents) -> Iterator[pa.Table]:

@@ -81,6 +81,10 @@ def record(
         raise ConfigError("the model needs a name", expected="a name, or a dict that says more", found=repr(model))
     default = {} if "dtype" in spec.model_fields_set else {"dtype": "bfloat16"}
     spec = spec.with_fields(default | content, where)
+    if spec.generate is not None:
+        raise ConfigError(
+            "a forward of your own generates nothing", where="generate", remedy="give documents with completions"
+        )
     own = {"sites": dict.fromkeys(sites, layers), "transforms": {}, "objective": None, "decoder": None}
     spec = spec.model_copy(update=own)
     spec.check()

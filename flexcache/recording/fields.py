@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 from flexcache.chat_options import ChatOptions
 from flexcache.errors import ConfigError
-from flexcache.options import Choice, DecoderInputMode, Packing, SpecialTokens, Windows
+from flexcache.options import Choice, DecoderInputMode, Generation, Packing, SpecialTokens, Windows
 from flexcache.recording.run_options import RunOptions
 from flexcache.site import Layers
 from flexcache.spec import CaptureSpec, SitesLike
@@ -51,6 +51,7 @@ class CaptureFields(_RowFields, RunFields, total=False):
 
     sites: SitesLike | None
     decoder_inputs: DecoderInputMode
+    generate: Generation | Mapping[str, Any] | None
 
 
 class RecordFields(_RowFields, _WriterFields, total=False):
@@ -75,6 +76,7 @@ class GenerateFields(TypedDict, total=False):
     top_k: int | None
     seed: int
     batch: int
+    capture: bool
     heartbeat_timeout: float
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -39,10 +40,12 @@ LOAD_IT = "load the model as it was captured"
 
 @dataclass(frozen=True)
 class Recomputed:
-    """The comparison of one site and layer of a recomputed unit: if every byte is *equal*, and the largest difference.
+    """The comparison of one site and layer of a recomputed unit: if every byte is *equal*, and how far values differ.
 
-    The *difference* is relative to the largest stored magnitude. Under the *same_conditions*, the unit has the
-    fingerprint of this process, so that its bytes must be the same.
+    The *difference* is the largest one, relative to the largest stored magnitude; the *relative_error* is the norm of
+    all differences, relative to the norm of the stored values. Under the *same_conditions*, the unit has the
+    fingerprint of this process, so that its bytes must be the same. Units whose rows were read while they were
+    generated never have it, since here the whole text is run at once.
     """
 
     unit: int
@@ -50,6 +53,7 @@ class Recomputed:
     layer: int | None
     equal: bool
     difference: float
+    relative_error: float
     same_conditions: bool
 
     @property
@@ -118,8 +122,8 @@ def recompute(
 
         worst = _compare(model, store, targets, padding(model, tokenizer), group, batches())
     return [
-        Recomputed(unit, name, layer, equal, difference, conditions[unit])
-        for (unit, name, layer), (equal, difference) in worst.items()
+        Recomputed(unit, name, layer, one.equal, one.difference, one.relative_error, conditions[unit])
+        for (unit, name, layer), one in worst.items()
     ]
 
 
@@ -164,9 +168,9 @@ def check_rows(
         return
     exact = is_repeatable(model)
     wrong = {
-        (name, layer): difference
-        for (_, name, layer), (equal, difference) in found.items()
-        if not (equal if exact else difference <= STEADY.get(store.arrays[name].dtype, STEADY["bfloat16"]))
+        (name, layer): one.difference
+        for (_, name, layer), one in found.items()
+        if not (one.equal if exact else one.difference <= STEADY.get(store.arrays[name].dtype, STEADY["bfloat16"]))
     }
     if wrong:
         (name, layer), difference = max(wrong.items(), key=lambda item: item[1])
@@ -180,6 +184,38 @@ def check_rows(
         )
 
 
+@dataclass
+class _Comparison:
+    """Sums and maxima of the differences of one array and layer of a unit."""
+
+    equal: bool = True
+    largest: float = 0.0
+    scale: float = 0.0
+    squares: float = 0.0
+    stored_squares: float = 0.0
+
+    def add(self, found: np.ndarray, held: np.ndarray) -> None:
+        """Compare the values of a batch with the stored ones."""
+        same = found.tobytes() == held.tobytes()
+        stored = held.astype(np.float64)
+        apart = np.zeros(1) if same else np.abs(found.astype(np.float64) - stored)
+        self.equal = self.equal and same
+        self.largest = max(self.largest, float(apart.max()))
+        self.scale = max(self.scale, float(np.abs(stored).max()))
+        self.squares += float(apart @ apart)
+        self.stored_squares += float(stored @ stored)
+
+    @property
+    def difference(self) -> float:
+        """The largest difference, relative to the largest stored magnitude."""
+        return self.largest / max(self.scale, 1e-30)
+
+    @property
+    def relative_error(self) -> float:
+        """The norm of the differences, relative to the norm of the stored values."""
+        return float(np.sqrt(self.squares / max(self.stored_squares, 1e-60)))
+
+
 def _compare(
     model: torch.nn.Module,
     store: Store,
@@ -187,22 +223,18 @@ def _compare(
     pad: Padding,
     group: ModelParallelGroup,
     batches: Iterable[Batch],
-) -> dict[tuple[int, str, int | None], tuple[bool, float]]:
-    """Return, by unit, array and layer, if rows are equal, and their difference relative to the largest value."""
-    worst: dict[tuple[int, str, int | None], tuple[bool, float, float]] = {}
+) -> dict[tuple[int, str, int | None], _Comparison]:
+    """Return the comparisons by unit, array and layer."""
+    found: defaultdict[tuple[int, str, int | None], _Comparison] = defaultdict(_Comparison)
 
     def compare(batch: Batch, name: str, layer: int | None, values: torch.Tensor) -> None:
         dtype = DTYPES[store.arrays[name].dtype]
         (content, spans), *_ = rows_of(batch, values, dtype, outlier_count(name, store.arrays))
-        found = np.concatenate([content[start : start + count] for start, count in spans]).view(dtype)
+        rows = np.concatenate([content[start : start + count] for start, count in spans]).view(dtype)
         held = store.read(name, layer, slice(batch.rows.start, batch.rows.stop), raw=True).reshape(-1)
-        same = found.tobytes() == held.tobytes()
-        apart = 0.0 if same else float(np.abs(found.astype(np.float64) - held.astype(np.float64)).max())
-        equal, largest, scale = worst.get((batch.unit, name, layer), (True, 0.0, 0.0))
-        scale = max(scale, float(np.abs(held.astype(np.float32)).max()))
-        worst[batch.unit, name, layer] = equal and same, max(largest, apart), scale
+        found[batch.unit, name, layer].add(rows, held)
 
     with evaluation_mode(model), open_forward(model, targets, pad, compare, group) as forward:
         for batch in batches:
             forward(batch)
-    return {key: (equal, largest / max(scale, 1e-30)) for key, (equal, largest, scale) in worst.items()}
+    return found

@@ -12,7 +12,7 @@ from flexcache.options import Choice
 from flexcache.sequences.encoded import Encoded
 from flexcache.sequences.encoding import Tokenizer
 from flexcache.sequences.message_texts import PARTS
-from flexcache.sequences.token_columns import span_tokens, token_values
+from flexcache.sequences.token_columns import is_generated, span_tokens, token_values
 
 
 def choose_tokens(encoded: Encoded, tokenizer: Tokenizer | None, choice: Choice | None) -> np.ndarray | None:
@@ -40,6 +40,8 @@ def choose_tokens(encoded: Encoded, tokenizer: Tokenizer | None, choice: Choice 
         kept &= _in_messages(encoded, choice)
     if choice.mask is not None:
         kept &= _in_mask(encoded, choice.mask)
+    if choice.phases is not None:
+        kept &= np.where(is_generated(encoded), "decode" in choice.phases, "prefill" in choice.phases)
     if choice.every is not None:
         before = np.append(0, np.cumsum(kept))  # kept tokens before each token
         kept &= (before[:-1] - before[encoded.starts][encoded.document]) % choice.every == 0

@@ -10,10 +10,11 @@ from flexcache.errors import DocumentsError
 from flexcache.options import SequenceOptions
 from flexcache.sequences.encoded import Encoded
 from flexcache.sequences.message_texts import PARTS
-from flexcache.sequences.token_columns import column_type, is_spans, span_tokens, token_values
+from flexcache.sequences.token_columns import column_type, is_generated, is_spans, span_tokens, token_values
 
 CHAT = ("role", "turn", "part")
 """Labels of the tokens of chats; a label ``part`` of the documents takes the place of the last."""
+PHASE = "phase"
 SEQUENCE_COLUMNS = (
     *("document", "unit", "batch", "start", "tokens", "keep_start", "n_rows", "row_start", "keep"),
     *("documents", "starts", "places", "begins"),
@@ -24,7 +25,7 @@ SEQUENCE_COLUMNS = (
 def check_label_names(batch: pa.RecordBatch, options: SequenceOptions, keep_text: bool, own: tuple[str, ...]) -> None:
     """Raise DocumentsError if a label of documents or tokens has the name of a column that is added, such as *own*."""
     labels = batch.schema.names[2:]
-    made = {*own, *(CHAT[:2] if content_of(batch) == "messages" else ())}
+    made = {*own, *(CHAT[:2] if content_of(batch) == "messages" else ()), *((PHASE,) if options.decoding else ())}
     if not keep_text:
         made |= {"text_xxh3_128"} if content_of(batch) in ("text", "messages") or "text" in labels else set()
         made |= {"target_xxh3_128"} if options.decoder is not None else set()
@@ -57,6 +58,11 @@ def role_labels(encoded: Encoded) -> dict[str, pa.ListArray]:
         pa.array(PARTS, pa.string()).take(pa.array(encoded.part)),
     )
     return {name: encoded.list_of(values) for name, values in zip(CHAT, columns)}
+
+
+def phase_labels(encoded: Encoded) -> pa.ListArray:
+    """Return ``prefill`` for each token of a prompt, and ``decode`` for each token of its completion."""
+    return encoded.list_of(pa.array(np.where(is_generated(encoded), "decode", "prefill").tolist(), pa.string()))
 
 
 def align_labels(encoded: Encoded, column: str) -> pa.ListArray:

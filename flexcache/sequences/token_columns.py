@@ -110,3 +110,11 @@ def span_tokens(encoded: Encoded, column: str, *, characters: bool) -> list[tupl
                 inside = np.arange(min(start, count), min(end, count))
             result.append((low + inside, span))
     return result
+
+
+def is_generated(encoded: Encoded) -> np.ndarray:
+    """Return True for each token of a completion: bool, shape (tokens,); the documents are completions."""
+    prompts = encoded.documents.column("prompt_tokens").to_numpy()
+    place = np.arange(len(encoded.flat)) - encoded.starts[encoded.document]
+    found: np.ndarray = place >= prompts[encoded.document]
+    return found

@@ -17,7 +17,7 @@ from flexcache.sequences.choice import choose_tokens, keep_one_token
 from flexcache.sequences.document_columns import ENCODER_TOKENS, document_columns
 from flexcache.sequences.encoded import Encoded
 from flexcache.sequences.encoding import Tokenizer, encode_documents
-from flexcache.sequences.labels import CHAT, align_labels, check_label_names, role_labels
+from flexcache.sequences.labels import CHAT, PHASE, align_labels, check_label_names, phase_labels, role_labels
 from flexcache.sequences.limits import Positions, check_document_lengths, check_sequence_length, check_token_ids
 from flexcache.sequences.packing import packing_tokens
 from flexcache.sequences.targets import shift_right, split_target, target_tokenizer
@@ -170,6 +170,8 @@ def _with_token_columns(
     own = [name for name in chat_labels if name not in encoded.documents.schema.names[2:]]
     labels = {name: values for name, values in role_labels(encoded).items() if name in own}
     labels |= {name: align_labels(encoded, name) for name in options.token_labels}
+    if options.decoding:
+        labels[PHASE] = phase_labels(encoded)
     encoded = replace(encoded, kept=kept, labels=labels)
     if options.decoder is not None:
         encoded = shift_right(encoded, options.decoder)

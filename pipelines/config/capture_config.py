@@ -11,10 +11,9 @@ from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_v
 from flexcache.documents import Documents
 from flexcache.errors import ConfigError
 from flexcache.model import ModelSource
-from flexcache.options import Generation
 from flexcache.recording.run_options import RunOptions
 from flexcache.spec import RESOLVED, CaptureSpec
-from flexcache.store.storage.location import StoreLocation, is_location, local, parse_location
+from flexcache.store.storage.location import StoreLocation, is_location, parse_location
 from flexcache.validation import unknown_key, validate
 from pipelines.config.sections import DocumentsSource, ObjectiveSource, TransformSource, model_or_name
 from pipelines.config.yaml_file import read_yaml
@@ -48,7 +47,6 @@ class CaptureConfig(CaptureSpec, RunOptions):
     documents: Annotated[DocumentsSource, BeforeValidator(_documents)] = Field(
         description="the corpus: a path, a list of paths, or a mapping that says more"
     )
-    generate: Generation | None = Field(None, description="complete the documents first, and capture both")
     store: Annotated[Any, BeforeValidator(_store), WithJsonSchema({"type": "string"})] = Field(
         description="the store to make or to resume, such as run.zarr or s3://bucket/run.zarr"
     )
@@ -113,12 +111,6 @@ class CaptureConfig(CaptureSpec, RunOptions):
             torch.set_num_threads(self.threads)
         return self.model.load()
 
-    @property
-    def completions(self) -> Path:
-        """Folder of the completions that `generate` makes, next to the store."""
-        store = local(self.store, "generate", remedy="generate next to a store in a folder, and copy that")
-        return store.with_name(f"{store.name}.completions")
-
     def open_documents(self) -> Documents:
         """Open the corpus, or with `generate` the completions.
 
@@ -131,7 +123,7 @@ class CaptureConfig(CaptureSpec, RunOptions):
             return self.documents.open()
         from flexcache.recording.completions import Completions
 
-        return Completions(self.completions).open()
+        return Completions.of_store(self.store).open()
 
     def load_tokenizer(self, documents: Documents) -> Any:
         """Return the tokenizer of the model, or its image processor; None if the documents hold tokens already."""
@@ -155,12 +147,15 @@ class CaptureConfig(CaptureSpec, RunOptions):
             "objective": None if default else self.objective.load(tokenizer),
         }
 
-    def spec(self, skeleton: Any = None) -> CaptureSpec:
-        """Return the spec of the capture, without its functions; decoder inputs are resolved if a model is given."""
+    def spec(self, skeleton: Any = None, completed: bool = True) -> CaptureSpec:
+        """Return the spec of the capture, without its functions; decoder inputs are resolved if a model is given.
+
+        With `generate`, the documents are chats until they are *completed*.
+        """
         from flexcache.recording.forward.decoder_inputs import infer_decoder_inputs
 
         names = (CaptureSpec.model_fields.keys() & self.model_fields_set) - {"transforms", "objective"}
-        if self.generate is not None:  # completions are documents of tokens
+        if self.generate is not None and completed:  # completions are documents of tokens
             names -= {"chat"}
         spec = validate(CaptureSpec, {name: getattr(self, name) for name in names}, str(self.store), stored=True)
         decoder = None if skeleton is None else infer_decoder_inputs(skeleton, self.decoder_inputs)

@@ -140,6 +140,40 @@ class ActivationHooks:
         finally:
             self._gradients = {}
 
+    @contextmanager
+    def follow(self, module: nn.Module, on_begin: Callable[[int, int], None]) -> Iterator[None]:
+        """Read every forward of *module* that other code makes in the context, such as the steps of ``generate()``.
+
+        *module* is the model inside its wrappers, on which that code runs. SiteError as of `forward`.
+
+        Parameters
+        ----------
+        on_begin
+            Called before each forward with its sequences and tokens.
+        """
+
+        def begin(_: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+            self._batch = batch_shape(self._model, args, inputs)
+            self._pending = set(self._points)
+            on_begin(*self._batch)
+
+        def end(*_: Any) -> None:
+            self._batch = None
+            self._check_read()
+
+        handles = (
+            register
+            for register in (
+                module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True),
+                module.register_forward_hook(end),
+            )
+        )
+        try:
+            with uncompiled(self._model), hook_scope(handles):
+                yield
+        finally:
+            self._batch = None
+
     def _run(self, args: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
         if self._scope is None and self._points:
             raise SiteError(
@@ -156,6 +190,10 @@ class ActivationHooks:
                 result = self._model(*args, **{**self._defaults, **inputs})
         finally:
             self._batch = None
+        self._check_read()
+        return result
+
+    def _check_read(self) -> None:
         if self._pending:
             silent = [str(point) for point in self._points if point in self._pending]
             raise SiteError(
@@ -165,7 +203,6 @@ class ActivationHooks:
                 found=f"{len(silent)} that did not run",
                 remedy="leave it out: the model does not use this module, or uses its weights without calling it",
             )
-        return result
 
     def _register_hooks(self) -> Iterator[RemovableHandle]:
         named = modules_by_path(self._model)

@@ -104,7 +104,7 @@ def find_batching(
         read = [_read_shorts(trial, batch) for batch in batches]
         if not any(isinstance(values, Exception) for values in read):
             break
-    alone, eps = read[0], _eps(model)
+    alone, eps = read[0], unit_rounding(model)
     failed = f"{type(alone).__name__}: {alone}" if isinstance(alone, Exception) else ""
     if group.alone and eps > FLOAT32_EPS and not _equal(read):
         finer = _read_in_float32(trial, batches)
@@ -234,7 +234,7 @@ def _beyond(differences: dict[Key, float], bounds: dict[Key, float]) -> str:
     return f"{name_key(worst)} changes by {differences[worst]:.1e} of its norm with what else is in the batch"
 
 
-def _eps(model: torch.nn.Module) -> float:
+def unit_rounding(model: torch.nn.Module) -> float:
     """Return the rounding of a model's arithmetic: that of its weights' dtype, or of TF32 on a GPU."""
     dtype = compute_dtype(model)
     if dtype != torch.float32 or input_device(model).type != "cuda":

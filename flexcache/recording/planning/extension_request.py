@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 
-from flexcache.errors import MismatchError
+from flexcache.errors import ConfigError, MismatchError
 from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.provenance import select_fingerprint
 from flexcache.recording.planning.new_documents import NewDocuments, NothingNewError
@@ -52,13 +52,21 @@ class Extension:
 def opened(path: str | Path) -> Store:
     """Return a store that can be extended; an extension that is being committed is committed first.
 
-    StoreError if the path is not a store, or the store is not complete.
+    StoreError if the path is not a store, or the store is not complete; ConfigError if its rows were read while they
+    were generated.
     """
     transaction = ExtensionTransaction(path)
     if transaction.committing:
         transaction.commit()
     store = Store(path)
     check_complete(store)
+    if store.spec.decoding:
+        raise ConfigError(
+            "the rows of the store were read while they were generated, which other rows would not be",
+            where=str(path),
+            expected="a store that was captured without generate.capture",
+            remedy="capture what is missing into another store",
+        )
     return store
 
 

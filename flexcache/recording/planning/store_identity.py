@@ -85,7 +85,16 @@ def check_source(store: Store, model: dict[str, Any], tokenizer: Any, allow_chan
 
 
 def check_fixed(store: Store, spec: CaptureSpec) -> None:
-    """Raise MismatchError if a spec sets a field that determines the rows of a store to another value."""
+    """Raise MismatchError if a spec sets a field that determines the rows of a store to another value.
+
+    ConfigError if it asks for completions.
+    """
+    if spec.generate is not None:
+        raise ConfigError(
+            "a store is not extended by completions that are not made yet",
+            where="generate",
+            remedy="make them by flexcache.generate, or by a capture of their own, and give their files as documents",
+        )
     CaptureSpec.from_store(read_attributes(store.path)["spec"])  # a field of a later version is an error
     given = {name for name in FIXED if name in spec.model_fields_set}
     asked, before = (one.model_dump(mode="json") for one in (spec, store.spec))
