@@ -180,10 +180,10 @@ class DecodedActivations:
         self._folder, self._arrays, self._size, self._new = folder, arrays, part_size, max_new_tokens
         self._open = lru_cache(OPEN_FILES)(self._open_part)
 
-    def read(self, key: ArrayKey, document: int) -> np.ndarray:
-        """Return the activations of a document, given by its place in the corpus: shape (tokens or more, features)."""
+    def read(self, key: ArrayKey, document: int, tokens: int) -> np.ndarray:
+        """Return the first activations of a document, given by its place in the corpus: shape (tokens, features)."""
         layout, content = self._open(document // self._size)
-        return layout.view(content, key, document % self._size)
+        return layout.view(content, key, document % self._size)[:tokens]
 
     def remove(self) -> None:
         """Remove the files: the store has every row."""

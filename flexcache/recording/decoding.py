@@ -83,9 +83,12 @@ class DecodedCompletions:
                 bar = bars.capturing(recorder)
                 for batch in recorder.batches():
                     documents = places[batch.documents].tolist()
-                    for array, layer in recorder.keys:
-                        values = batch.kept([self.activations.read((array, layer), at) for at in documents])
-                        recorder.put(array, values, rows=batch.rows, layer=layer)
+                    for key in recorder.keys:
+                        values = [
+                            self.activations.read(key, document, len(tokens))
+                            for document, tokens in zip(documents, batch.tokens, strict=True)
+                        ]
+                        recorder.put(key[0], batch.kept(values), rows=batch.rows, layer=key[1])
                     bar.advance()
         if Store(store.path).complete:
             self.activations.remove()
