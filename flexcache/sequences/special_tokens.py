@@ -44,9 +44,10 @@ def added_tokens(tokenizer: Any) -> AddedTokens:
     if not hasattr(tokenizer, "convert_tokens_to_ids"):
         return AddedTokens()
     [whole], [text] = (_encode(tokenizer, **options) for options in ({}, {"add_special_tokens": False}))
-    starts = range(len(whole) - len(text) + 1) if text else [int(whole[:1] == [tokenizer.bos_token_id])]
-    start = next((at for at in starts if whole[at : at + len(text)] == text), 0)
-    return AddedTokens(tuple(whole[:start]), tuple(whole[start + len(text) :]))
+    starts = [at for at in range(len(whole) - len(text) + 1) if text and whole[at : at + len(text)] == text]
+    if not starts:  # a text that is tokenized in another way without special tokens, or has no tokens at all
+        return AddedTokens(tuple(whole[:1])) if whole[:1] == [tokenizer.bos_token_id] else AddedTokens()
+    return AddedTokens(tuple(whole[: starts[0]]), tuple(whole[starts[0] + len(text) :]))
 
 
 def doubled_notice(documents: int) -> str:

@@ -96,6 +96,18 @@ def test_other_tokens_in_front_and_behind(
     assert tokens(store)["a"] == expected
 
 
+def test_a_tokenizer_without_tokens_for_the_letters_of_a_trial(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, processors
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE({"<s>": 0, "x": 1}, []))
+    raw.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>")
+    assert tokenizer("a")["input_ids"] == [0]
+    store = build_store(tmp_path / "run.zarr", documents(a="<s>x", b="x"), tokenizer=tokenizer)
+    assert tokens(store) == {"a": [0, 1], "b": [0, 1]}
+
+
 def test_truncated_texts_and_spans_of_characters_fit_their_own_special_tokens(tokenizer: Any, tmp_path: Path) -> None:
     text = "<s> the quick brown fox jumps over the lazy dog </s>"
     spans = [{"start": 4, "end": 7, "label": "article"}]
