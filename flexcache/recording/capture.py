@@ -223,7 +223,9 @@ def _completed(
     if not spec.decoding:
         completions, advance = Completions.of_store(path), bars.generating(corpus.count)
         make_completions(
-            model, tokenizer, corpus, completions, spec.generate, advance, options.heartbeat_timeout, chat=spec.chat
+            *(model, tokenizer, corpus, completions, spec.generate, advance, options.heartbeat_timeout),
+            chat=spec.chat,
+            special_tokens=spec.special_tokens,
         )
         return completions.open(), None
     decoded = capture_completions(model, tokenizer, corpus, path, spec, targets, group, options.heartbeat_timeout, bars)

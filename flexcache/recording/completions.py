@@ -22,10 +22,11 @@ from flexcache.errors import ConfigError, DocumentsError
 from flexcache.hooks.locate.position_tables import longest_input
 from flexcache.hooks.locate.vocabulary import pad_token_id
 from flexcache.hooks.read.measure import input_device
-from flexcache.options import Generation
+from flexcache.options import Generation, SpecialTokens
 from flexcache.plan import Batching, batch_groups, parts
 from flexcache.recording.decoded_activations import ActivationReader
 from flexcache.sequences.chat import check_template, render_text
+from flexcache.sequences.special_tokens import added_tokens
 from flexcache.store.storage.location import StoreLocation, local
 
 PART = 64
@@ -84,6 +85,8 @@ class CompletionWriter:
         Reads the activations of the generation, if they are captured.
     chat
         Options of the chat template.
+    special_tokens
+        Special tokens in front of prompts that are texts.
     """
 
     def __init__(
@@ -94,10 +97,11 @@ class CompletionWriter:
         batching: Batching = "padded",
         reader: ActivationReader | None = None,
         chat: ChatOptions | None = None,
+        special_tokens: SpecialTokens = "auto",
     ) -> None:
         self._model, self._tokenizer, self._generation = model, tokenizer, generation
         self._batching, self._reader = batching, reader
-        self._chat = chat or ChatOptions()
+        self._chat, self._special_tokens = chat or ChatOptions(), special_tokens
         if self._chat.add_generation_prompt is None:
             self._chat = self._chat.model_copy(update={"add_generation_prompt": True})
         self._pad = pad_token_id(model, tokenizer)
@@ -158,7 +162,7 @@ class CompletionWriter:
             ]
             prompts = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
         else:
-            prompts = self._open_ended(self._tokenizer(part.column(1).to_pylist())["input_ids"])
+            prompts = self._open_texts(part.column(1).to_pylist())
         room = None if self._most is None else self._most - self._generation.max_new_tokens
         for name, prompt in zip(part.column("id").to_pylist(), prompts):
             if not prompt or (room is not None and len(prompt) > room):
@@ -171,8 +175,15 @@ class CompletionWriter:
                 )
         return [list(prompt) for prompt in prompts]
 
-    def _open_ended(self, prompts: list[list[int]]) -> list[list[int]]:
-        """Return prompts without the end-of-text token, if the tokenizer adds one."""
+    def _open_texts(self, texts: list[str]) -> list[list[int]]:
+        """Return the tokens of texts, without the end-of-text token, if the tokenizer adds one."""
+        special = self._special_tokens != "never"
+        prompts = list(self._tokenizer(texts, add_special_tokens=special)["input_ids"])
+        if not special:
+            return prompts
+        if self._special_tokens == "auto":
+            around = added_tokens(self._tokenizer)
+            prompts = [prompt[around.count_doubled(prompt)[0] :] for prompt in prompts]
         end, added = self._tokenizer.eos_token_id, self._tokenizer("")["input_ids"]
         closed = len(added) > 0 and added[-1] == end and (len(added) > 1 or end != self._tokenizer.bos_token_id)
         return [prompt[:-1] for prompt in prompts] if closed else prompts

@@ -151,7 +151,9 @@ def capture_completions(
     reading = Reading(targets.points, arrays, batching, stored)
     advance = bars.generating(documents.count)
     request = make_completions(
-        model, tokenizer, documents, completions, generation, advance, heartbeat_timeout, reading, spec.chat
+        *(model, tokenizer, documents, completions, generation, advance, heartbeat_timeout, reading),
+        chat=spec.chat,
+        special_tokens=spec.special_tokens,
     )
     activations = DecodedActivations(completions.folder, arrays, completions_module.PART, generation.max_new_tokens)
     conditions = request[CAPTURE][CONDITIONS] | {DECODING: True}

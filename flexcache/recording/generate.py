@@ -9,7 +9,7 @@ from typing import Any, Unpack
 from flexcache.chat_options import ChatOptions
 from flexcache.documents import Documents
 from flexcache.errors import ConfigError
-from flexcache.options import Generation
+from flexcache.options import Generation, SequenceOptions, SpecialTokens
 from flexcache.paths import local_path
 from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.recording.arguments import model_of, tokenizer_of
@@ -29,6 +29,7 @@ def generate(
     progress: ProgressCallback = ignore_progress,
     *,
     chat: ChatOptions | Mapping[str, Any] | None = None,
+    special_tokens: SpecialTokens = "auto",
     options: RunOptions | None = None,
     **fields: Unpack[GenerateFields],
 ) -> Documents:
@@ -51,6 +52,8 @@ def generate(
         Called with the documents and new tokens so far, those of earlier runs and of other processes included.
     chat
         Options of the chat template, for documents of messages.
+    special_tokens
+        Special tokens in front of prompts that are texts, as of `flexcache.capture`; see docs/configuration.md.
     options
         Only *heartbeat_timeout* applies; it can also be given as a keyword.
 
@@ -78,6 +81,7 @@ def generate(
         generation = validate(Generation, {**kept, **given}, where)
     if chat is not None and not isinstance(chat, ChatOptions):
         chat = validate(ChatOptions, chat, where)
+    special_tokens = validate(SequenceOptions, {"special_tokens": special_tokens}, where).special_tokens
     if generation.capture:
         raise ConfigError(
             "flexcache.generate stores no activations",
@@ -88,5 +92,15 @@ def generate(
     model = model_of(model)
     tokenizer = tokenizer_of(tokenizer, model)
     completions = Completions(local_path(folder))
-    make_completions(model, tokenizer, documents, completions, generation, progress, heartbeat_timeout, chat=chat)
+    make_completions(
+        model,
+        tokenizer,
+        documents,
+        completions,
+        generation,
+        progress,
+        heartbeat_timeout,
+        chat=chat,
+        special_tokens=special_tokens,
+    )
     return completions.open()

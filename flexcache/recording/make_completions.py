@@ -20,7 +20,7 @@ from flexcache.hooks.locate.evaluation_mode import evaluation_mode
 from flexcache.identity import stored_record
 from flexcache.identity.describe import describe_model
 from flexcache.identity.tokenizer import describe_tokenizer
-from flexcache.options import Generation
+from flexcache.options import Generation, SpecialTokens
 from flexcache.plan import Batching
 from flexcache.progress import ProgressCallback
 from flexcache.recording.completions import (
@@ -42,7 +42,7 @@ from flexcache.store.write.election import POLL, elect, working
 from flexcache.store.write.worker import Worker
 
 OWN = ("prompt_tokens", "generated", "completion", "prompt")
-CAPTURE, CONDITIONS = "capture", "fingerprint"
+CAPTURE, CONDITIONS, SPECIAL = "capture", "fingerprint", "special_tokens"
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ def make_completions(
     heartbeat_timeout: float,
     reading: Reading | None = None,
     chat: ChatOptions | None = None,
+    special_tokens: SpecialTokens = "auto",
 ) -> dict[str, Any]:
     """Write the missing parts of *completions*, together with other processes, and return the request of the folder.
 
@@ -101,8 +102,12 @@ def make_completions(
         asked[CAPTURE] = {"arrays": reading.arrays, "batching": reading.batching, CONDITIONS: now}
     if chat is not None and (options := chat.model_dump(mode="json")):
         asked["chat"] = options
-    asked = json.loads(json.dumps(asked))
-    request = completions.request
+    asked, request = json.loads(json.dumps(asked)), completions.request
+    if corpus.content == "text":
+        asked[SPECIAL] = special_tokens
+        if special_tokens == "auto" and request.exists() and SPECIAL not in json.loads(request.read_bytes()):
+            special_tokens = "always"  # as the earlier version did that began them
+            del asked[SPECIAL]
     if completions.complete and (reading is None or reading.stored or _all_read(completions)):
         found: dict[str, Any] = json.loads(request.read_bytes())
         check_same(_without_conditions(found), _without_conditions(asked), completions.folder)
@@ -120,7 +125,8 @@ def make_completions(
         reader = None
         if reading is not None:
             reader = stack.enter_context(ActivationReader(model, reading.points, reading.arrays))
-        writer = CompletionWriter(model, tokenizer, generation, reading.batching if reading else "padded", reader, chat)
+        batching: Batching = reading.batching if reading else "padded"
+        writer = CompletionWriter(model, tokenizer, generation, batching, reader, chat, special_tokens)
         worker, claims = stack.enter_context(
             working(completions.folder, lambda: completions.complete, heartbeat_timeout)
         )

@@ -223,6 +223,39 @@ def test_a_choice_that_cannot_be_applied_is_refused(tokenizer: Any, tmp_path: Pa
         flexcache.CaptureSpec(special_tokens="never").check_images()
 
 
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [("auto", [[1, 4, 7], [1, 4, 7]]), ("always", [[1, 1, 4, 7], [1, 4, 7]]), ("never", [[1, 4, 7], [4, 7]])],
+)
+def test_prompts_of_completions_begin_once(choice: Any, expected: Any, tokenizer: Any, tmp_path: Path) -> None:
+    given, made = documents(a="<s> the fox", b="the fox"), tmp_path / "made"
+    options: dict[str, Any] = {"max_new_tokens": 2}
+    found = flexcache.generate(tiny("llama"), tokenizer, given, made, special_tokens=choice, **options)
+    rows = [row for batch in found.batches() for row in batch.to_pylist()]
+    assert [row["tokens"][: row["prompt_tokens"]] for row in rows] == expected
+    generate: Any = {"generate": options, "special_tokens": choice}
+    store = flexcache.capture(tiny("llama"), tokenizer, given, tmp_path / "run.zarr", progress=False, **generate)
+    assert [found[: len(prompt)] for found, prompt in zip(tokens(store).values(), expected)] == expected
+    other = "auto" if choice == "never" else "never"
+    with pytest.raises(MismatchError, match="special_tokens"):
+        flexcache.generate(tiny("llama"), tokenizer, given, made, special_tokens=other, **options)  # type: ignore[arg-type]
+
+
+def test_completions_of_an_earlier_version_go_on_as_they_began(tokenizer: Any, tmp_path: Path) -> None:
+    given, model = documents(a="<s> the fox"), tiny("llama")
+    flexcache.generate(model, tokenizer, given, tmp_path, special_tokens="always", max_new_tokens=2)
+    request = json.loads((tmp_path / "request").read_text())
+    assert request.pop("special_tokens") == "always"
+    (tmp_path / "request").write_text(json.dumps(request))
+    for file in ("complete", "part-000000.parquet"):
+        (tmp_path / file).unlink()
+    found = flexcache.generate(model, tokenizer, given, tmp_path, max_new_tokens=2)
+    assert [row["prompt_tokens"] for batch in found.batches() for row in batch.to_pylist()] == [4]
+    assert "special_tokens" not in json.loads((tmp_path / "request").read_text())
+    with pytest.raises(MismatchError, match="special_tokens"):
+        flexcache.generate(model, tokenizer, given, tmp_path, special_tokens="never", max_new_tokens=2)
+
+
 def test_a_file_sets_special_tokens(tmp_path: Path) -> None:
     from pipelines.config import read_config
 
