@@ -156,6 +156,17 @@ def test_the_page_on_replay_runs() -> None:
     assert Path("replayed/report.html").exists()
 
 
+def test_the_page_on_conversations_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.sequences.short_templates import THINKING, byte_tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    tokenizer = byte_tokenizer(THINKING)
+    names = run("docs/conversations.md", model=tiny("llama", vocab_size=320), tokenizer=tokenizer)
+    ids = names["thoughts"].coordinates["token_id"].values[names["thoughts"].rows(document=0)]
+    assert tokenizer.decode(ids).startswith("Twice ")
+    assert set(names["by_part"].results.attrs["classes"]) == {"content", "reasoning", "template"}
+
+
 @pytest.mark.parametrize("after_demo", [("many", True)], indirect=True)
 def test_the_page_on_the_training_stream_runs(after_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []

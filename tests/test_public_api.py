@@ -10,9 +10,10 @@ import pytest
 
 PUBLIC = {
     "flexcache": (
-        "CaptureSpec Choice Documents FlexCacheError FlexModel Generation HookFunction LogitDifference ModelSource "
-        "NextTokenLoss Packing Recorder Removal RunOptions Site Store Transform Windows capture copy exchange "
-        "export extend generate import_folder merge open open_documents recompute record repair training verify"
+        "CaptureSpec ChatOptions Choice Documents FlexCacheError FlexModel Generation HookFunction LogitDifference "
+        "ModelSource NextTokenLoss Packing Recorder Removal RunOptions Site Store Transform Windows capture copy "
+        "exchange export extend generate import_folder merge open open_documents recompute record repair "
+        "training verify"
     ),
     "flexcache.documents": "CSV_NULLS Documents RESERVED load_dataset open_documents",
     "flexcache.exchange": "export import_folder",
