@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, WithJsonSchema, model_serializer
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    model_serializer,
+)
 
 from flexcache.errors import ConfigError
 from flexcache.validation import Options
+
+NOT_VARIABLES = (
+    *("messages", "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
+)
+"""Arguments of ``apply_chat_template`` that are no variables of a template, or have an option of their own."""
 
 
 def _is_template(text: str) -> bool:
@@ -49,6 +66,19 @@ def _unreadable(name: str | Path, expected: str, found: str) -> ConfigError:
     )
 
 
+def _read_kwargs(value: Any) -> Any:
+    """Return the variables of a template as JSON has them; a date, as YAML reads it, is text."""
+    if not isinstance(value, Mapping):
+        return value
+    if taken := [name for name in value if name in NOT_VARIABLES]:
+        raise ConfigError(
+            f"template_kwargs cannot set {taken[0]!r}: it is not a variable of the template",
+            expected="variables that the template reads, such as enable_thinking",
+            remedy="tools, template and add_generation_prompt are keys of chat, beside template_kwargs",
+        )
+    return {name: str(one) if isinstance(one, date) else one for name, one in value.items()}
+
+
 class ChatOptions(Options):
     """Options of the chat template that turns messages into text.
 
@@ -63,7 +93,7 @@ class ChatOptions(Options):
     template: Annotated[str | None, BeforeValidator(_read_template), WithJsonSchema({"type": ["string", "null"]})] = (
         Field(None, description="a file with a chat template in Jinja, or its text, in place of the tokenizer's own")
     )
-    template_kwargs: dict[str, Any] = Field(
+    template_kwargs: Annotated[dict[str, JsonValue], BeforeValidator(_read_kwargs)] = Field(
         {}, description="variables that the template reads, such as enable_thinking"
     )
     add_generation_prompt: bool | None = Field(

@@ -162,6 +162,8 @@ def _check_calls(calls: Any, where: str) -> None:
 def _plain(value: Any, sparse: bool) -> Any:
     """Return a value as JSON has it; with *sparse*, without the keys whose value is null."""
     value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, list) and value and all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
+        value = dict(value)  # a map of Arrow
     if isinstance(value, Mapping):
         return {str(key): _plain(inner, sparse) for key, inner in value.items() if not (sparse and inner is None)}
     return [_plain(inner, sparse) for inner in value] if isinstance(value, list | tuple) else value

@@ -101,7 +101,7 @@ def render_chat(
     texts, found, unplaced = find_texts(text, messages, template.render_or_none, template.literals)
     roles = [str(message["role"]) for message in messages]
     for number in unplaced:
-        if texts[number].kind == "text" and texts[number].part != "tool_call":
+        if texts[number].kind == "text":
             raise _unplaced(texts[number], text, name)
     there = {piece.text for piece in found}
     left_out = [t.part for n, t in enumerate(texts) if t.kind in ("text", "name") and t.text.strip() and n not in there]
@@ -311,7 +311,7 @@ def _spans(text: str, messages: list[dict[str, Any]], texts: list[MessageText], 
 def _thoughts(text: str, low: int, high: int) -> list[tuple[int, int, str]]:
     """Return characters *low* to *high* of an assistant's text in pieces of content, reasoning, and tags around it."""
     hits = list(THOUGHT.finditer(text))
-    if (opening := UNOPENED.match(text)) is not None:
+    if "</think>" in text and (opening := UNOPENED.match(text)) is not None:
         hits = [opening, *(hit for hit in hits if hit.start() >= opening.end())]
     cuts = {low, high, *(cut for hit in hits for group in (0, 1) for cut in hit.span(group) if low < cut < high)}
 

@@ -21,6 +21,7 @@ from flexcache.errors import AnalysisError, ConfigError, DocumentsError, Mismatc
 from flexcache.recording.planning import planning
 from flexcache.sequences import messages_digests
 from flexcache.sequences.chat import Chat, render_chat
+from pipelines.config import read_config
 from tests.corpora import build_store
 from tests.sequences.short_templates import CHATML, FAMILIES, THINKING, byte_tokenizer
 
@@ -110,6 +111,26 @@ def test_each_part_of_a_message_is_found_in_the_one_rendering(family: str, shape
         assert role == (None if turn is None else messages[turn]["role"])
         at += len(tokenizer.decode([token]).encode()) if token >= 256 else 1
     assert at == len(by_byte)
+
+
+def test_keys_that_a_template_sorts_and_values_apart_are_found() -> None:
+    template = (
+        "{% for m in messages %}{% for call in m.tool_calls or [] %}{{ '<' + call.function.name + '>' }}"
+        "{% for name, value in call.function.arguments | dictsort %}{{ name + '=' + value | string + ';' }}{% endfor %}"
+        "{% endfor %}{% if m.role == 'tool' %}{{ '[' + messages[0].tool_calls[0].function.name + ']' }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    call = {"function": {"name": "weather", "arguments": {"town": "Paris", "day": 3, "at": "noon"}}}
+    messages = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "21"}]
+    chat = render_chat(byte_tokenizer(template), messages, "a")
+    assert chat.text == "<weather>at=noon;day=3;town=Paris;[weather]21"
+    found = pieces(chat)
+    assert found[0] == (0, "tool_call", "weather")
+    assert found[-1] == (1, "tool_result", "21")
+    assert [text for _, part, text in found[1:-1] if part == "tool_call"] == ["noon", "Paris"]
+    in_order = template.replace(" | dictsort", ".items()")
+    found = pieces(render_chat(byte_tokenizer(in_order), messages, "a"))
+    assert found[1:-1] == [(0, "tool_call", "town=Paris;day=3;at=noon")]
 
 
 def test_as_given_is_what_the_template_gets() -> None:
@@ -285,7 +306,9 @@ def test_options_of_the_template_are_part_of_the_identity_of_a_store(tmp_path: P
     )
     assert store.documents["text"].to_pylist() == [expected]
     assert flexcache.open(path).spec.chat == flexcache.ChatOptions(**chat)
-    for other in (None, {"add_generation_prompt": True}):
+    asked = {"add_generation_prompt": True}
+    assert build_store(tmp_path / "asked.zarr", ask, tokenizer=tokenizer, chat=asked).spec.chat is not None
+    for other in (None, asked):
         with pytest.raises(MismatchError, match="spec.chat"):
             build_store(path, ask, tokenizer=tokenizer, chat=other)
     plain = build_store(tmp_path / "plain.zarr", ask, tokenizer=tokenizer)
@@ -315,6 +338,26 @@ def test_the_content_of_a_template_file_counts_and_not_its_name(tmp_path: Path) 
         (tmp_path / "words.txt").write_text("no template")
         with pytest.raises(ConfigError, match="cannot be used"):
             flexcache.ChatOptions(template=str(tmp_path / wrong))
+
+
+def test_a_configuration_file_has_the_options_of_the_template(tmp_path: Path) -> None:
+    template, path = tmp_path / "short.jinja", tmp_path / "config.yaml"
+    template.write_text(CHATML)
+    chat = f"{{template: {template}, add_generation_prompt: true, template_kwargs: {{date_string: 2026-01-31}}}}"
+    path.write_text(f"model: a\ndocuments: b.jsonl\nstore: run.zarr\nrows: {{parts: [reasoning]}}\nchat: {chat}\n")
+    spec = read_config(path).spec()
+    expected = {"template": CHATML, "add_generation_prompt": True, "template_kwargs": {"date_string": "2026-01-31"}}
+    assert spec.model_dump(mode="json")["chat"] == expected
+    assert spec.choice is not None
+    assert spec.choice.parts == ("reasoning",)
+    changed = read_config(path, ["chat={template_kwargs: {thinking: false}}"]).spec()
+    assert changed.chat == flexcache.ChatOptions(template_kwargs={"thinking": False})
+    generated = read_config(path, ["generate={max_new_tokens: 2}"])
+    assert generated.spec().chat is None, "completions are tokens"
+    assert generated.chat is not None
+    for wrong, word in (("{templat: a}", "templat"), ("{template_kwargs: {tools: 1}}", "tools")):
+        with pytest.raises(ConfigError, match=word):
+            read_config(path, [f"chat={wrong}"])
 
 
 def test_tools_of_the_options_are_for_documents_without_tools(tmp_path: Path) -> None:
@@ -367,6 +410,8 @@ def test_contents_in_parts_and_arguments_as_json_are_rendered_in_the_form_that_a
             "a",
         )
     ) == [(0, "content", "Who is it?")]
+    one = [{"role": "user", "content": parts[:1]}]
+    assert render_chat(byte_tokenizer(CHATML), one, "a").text == "<|im_start|>user\nWho <|im_end|>\n"
     split = render_chat(byte_tokenizer(listed), asked, "a")
     assert split.text == "[Who ][is it?]"
     assert pieces(split) == [(0, "content", "Who "), (0, "content", "is it?")]
