@@ -93,7 +93,7 @@ class Forecast:
         """Return all numbers as plain values: bytes, hours, and errors between 0 and 1."""
         prices = {"compute": self._compute(), "storage_month": self._storage()}
         return {
-            "plan": asdict(self.sampled.amount),
+            "plan": self.sampled.amount.to_json(),
             "sample": {"documents": self.sampled.documents, "tokens_error": self.sampled.error},
             "bytes": {
                 "total": self.bytes,
