@@ -569,3 +569,35 @@ def test_a_last_hidden_state_in_some_samples_only_is_named(tmp_path: Path) -> No
     with pytest.raises(DamagedError, match="2 of 12 samples") as caught:
         flexcache.import_folder(tmp_path / "in", tmp_path / "run.zarr", "specforge", layer_ids=IDS)
     assert "data_7: no last hidden state" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "site"),
+    [
+        ("engine", {"final_state": "raw", "depth": 9}, "resid_post"),
+        ("engine", {"final_state": "normed"}, "final_norm"),
+        ("config", {"inference": {"last_hidden_states_prenorm": False}}, "final_norm"),
+        ("config", {"inference": {"last_hidden_states_prenorm": True}}, None),
+        ("config", {"inference": {"last_hidden_states_prenorm": None, "other": True}}, ""),
+        ("engine", {"final_state": True}, ""),
+    ],
+)
+def test_the_last_hidden_state_is_found_in_files_beside_the_samples(
+    name: str, content: dict[str, Any], site: str | None, tmp_path: Path
+) -> None:
+    folder = layer_folder(tmp_path / "in", "torchspec", **{name: content})
+    if site:
+        store = flexcache.import_folder(folder, tmp_path / "run.zarr", "torchspec", layer_ids=IDS)
+        assert (8 in store.layers("resid_post")) == (site == "resid_post")
+        assert ("final_norm" in store.sites) == (site == "final_norm")
+        return
+    words = "whose number is not known" if site is None else "not known what the last hidden state is"
+    with pytest.raises(ConfigError, match=words):
+        flexcache.import_folder(folder, tmp_path / "run.zarr", "torchspec", layer_ids=IDS)
+
+
+@pytest.mark.parametrize("ids", ["2,5,9", [2, "5", 9], [True, False, True], [], {"a": 1}])
+def test_layer_ids_of_another_type_in_files_are_not_used(ids: Any, tmp_path: Path) -> None:
+    folder = layer_folder(tmp_path / "in", engine={"layer_ids": ids})
+    with pytest.raises(ConfigError, match="not known which layers"):
+        flexcache.import_folder(folder, tmp_path / "run.zarr", "speculators")

@@ -150,6 +150,7 @@ def test_chosen_rows_do_not_depend_on_row_groups(
     counts = {name: names.count(name) for name in names}
     assert each is None or max(counts.values(), default=0) <= each
     assert len(names) <= (limit or store.n_rows)
+    assert len(set(zip(names, position, strict=True))) == len(names)
     if each is None and limit is None:
         assert len(names) == int((store.coordinates["position"].values >= least).sum())
 
