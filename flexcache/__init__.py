@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from flexcache.recording.generate import generate
     from flexcache.recording.recompute import recompute
     from flexcache.recording.run_options import RunOptions
+    from flexcache.recording.variants import capture_variants
     from flexcache.site import Site
     from flexcache.spec import CaptureSpec
     from flexcache.store import Removal, Store, copy, merge, repair, verify
@@ -57,6 +58,7 @@ __all__ = [
     "Transform",
     "Windows",
     "capture",
+    "capture_variants",
     "copy",
     "exchange",
     "export",
@@ -77,6 +79,7 @@ __getattr__, __dir__ = lazy_exports(
     {
         "CaptureSpec": "flexcache.spec:CaptureSpec",
         "ChatOptions": "flexcache.chat_options:ChatOptions",
+        "capture_variants": "flexcache.recording.variants:capture_variants",
         "FlexCacheError": "flexcache.errors:FlexCacheError",
         "ModelSource": "flexcache.model:ModelSource",
         "RunOptions": "flexcache.recording.run_options:RunOptions",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -77,7 +78,35 @@ def read_adapter_config(name: str, revision: str | None = None) -> tuple[Path, d
     return (folder, content) if isinstance(content, dict) else None
 
 
-def base_of(name: str, folder: Path, content: Mapping[str, Any]) -> str:
+def resolve_base(
+    name: str, revision: str | None, adapters: tuple[AdapterSource, ...]
+) -> tuple[str, str | None, tuple[AdapterSource, ...]]:
+    """Return name and revision of a base model and its adapters, if *name* is that of an adapter or is left out.
+
+    ConfigError if the base model is not named, or is an adapter itself.
+    """
+    found = read_adapter_config(name, revision) if name else None
+    if name and (found is None or adapters):
+        if found is not None:
+            raise ConfigError(
+                f"model {name} is a PEFT adapter itself",
+                where=str(found[0]),
+                expected="the base model of the adapters",
+                remedy="list both as adapters: model: {adapter: [FIRST, SECOND]}",
+            )
+        return name, revision, adapters
+    adapters = adapters or (AdapterSource(path=name, revision=revision),)
+    found = found or read_adapter_config(adapters[0].path, adapters[0].revision)
+    if found is None:
+        raise ConfigError(
+            f"adapter {adapters[0].path} cannot be loaded",
+            expected="a folder with adapter_config.json, or the name of one on the hub",
+            remedy="check the path; without a network only local folders and cached adapters can be loaded",
+        )
+    return _base_of(adapters[0].path, *found), found[1].get("revision"), adapters
+
+
+def _base_of(name: str, folder: Path, content: Mapping[str, Any]) -> str:
     """Return the folder or the hub name of the base model of an adapter; ConfigError if it names none.
 
     A relative path is looked for in the working directory, then in the folder of the adapter.
@@ -92,6 +121,24 @@ def base_of(name: str, folder: Path, content: Mapping[str, Any]) -> str:
         )
     beside = folder / base
     return str(beside.resolve()) if not Path(base).is_dir() and beside.is_dir() else base
+
+
+def check_variant_names(names: Iterable[str]) -> None:
+    """Raise ConfigError unless there are names of variants, each of which can be that of a folder."""
+    names = list(names)
+    if not names or not all(isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name) for name in names):
+        raise ConfigError(
+            "variants cannot be read",
+            where="model.adapters",
+            expected="names of letters, digits and -_. , each with an adapter, or null for the base model",
+            found=", ".join(map(repr, names)) or "none",
+        )
+
+
+def copy_model(model: nn.Module, whole: bool) -> nn.Module:
+    """Return a copy of a model that shares its parameters and buffers, unless *whole*."""
+    shared = [] if whole else [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def load_adapters(model: nn.Module, adapters: Sequence[AdapterSource], merge: bool, *, weights: bool = True) -> Any:

@@ -14,11 +14,13 @@ from flexcache.adapters import (
     RECORD,
     AdapterSource,
     adapter_list,
-    base_of,
+    check_variant_names,
+    copy_model,
     describe_adapter,
     expanded,
     load_adapters,
     read_adapter_config,
+    resolve_base,
 )
 from flexcache.errors import ConfigError
 from flexcache.parallel.launch import launch
@@ -60,7 +62,10 @@ class ModelSource(Options):
     adapter: Adapters = Field(
         (), description="PEFT adapter of the model, as a folder or a hub name; or several with weights, which add up"
     )
-    merge: bool = Field(False, description="merge the adapter into the weights, as PEFT's merge_and_unload does")
+    adapters: dict[str, Adapters] | None = Field(
+        None, description="variants by name, captured side by side: each an adapter, several, or null for the base"
+    )
+    merge: bool = Field(False, description="merge adapters into the weights, as PEFT's merge_and_unload does")
     loader: Literal["auto", "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"] = (
         Field("auto", description="the auto class of transformers that loads the model")
     )
@@ -82,9 +87,11 @@ class ModelSource(Options):
 
     @model_validator(mode="after")
     def _check_adapter(self) -> Self:
-        if not self.name and not self.adapter:
+        if self.adapters is not None:
+            self._check_variants(self.adapters)
+        elif not self.name and not self.adapter:
             raise ConfigError("the model has no name", expected="name, adapter, or both", where="model")
-        if self.adapter and self.parallel != Parallel():
+        if (self.adapter or self.adapters) and self.parallel != Parallel():
             raise ConfigError(
                 "an adapter cannot be loaded into a model that several processes share",
                 where="model.parallel",
@@ -105,33 +112,38 @@ class ModelSource(Options):
             )
         return self
 
+    def _check_variants(self, adapters: dict[str, tuple[AdapterSource, ...]]) -> None:
+        check_variant_names(adapters)
+        if self.adapter:
+            raise ConfigError(
+                "a model has one adapter, or several variants",
+                where="model",
+                expected="adapter or adapters",
+                remedy="write model: {adapters: {base: null, NAME: FOLDER}}",
+            )
+        if not self.name and not any(adapters.values()):
+            raise ConfigError("the model has no name", expected="name, or a variant with an adapter", where="model")
+
+    def variants(self) -> dict[str, Self]:
+        """Return a source for each of the variants in *adapters*, all with one base model."""
+        adapters = self.adapters or {}
+        first = next((adapter for adapter in adapters.values() if adapter), ())
+        base = self.model_copy(update={"adapters": None, "adapter": first}).resolved()
+        return {name: base.model_copy(update={"adapter": adapter}) for name, adapter in adapters.items()}
+
     def resolved(self) -> Self:
         """Return the source with the name of the base model, if an adapter is given in its place.
+
+        With variants, it is the source of the base model.
 
         Raises
         ------
         ConfigError
             The base model is not named, or is an adapter itself.
         """
-        found = read_adapter_config(self.name, self.revision) if self.name else None
-        if self.name and (found is None or self.adapter):
-            if found is not None:
-                raise ConfigError(
-                    f"model {self.name} is a PEFT adapter itself",
-                    where=str(found[0]),
-                    expected="the base model of the adapters",
-                    remedy="list both as adapters: model: {adapter: [FIRST, SECOND]}",
-                )
-            return self
-        adapter = self.adapter or (AdapterSource(path=self.name, revision=self.revision),)
-        found = found or read_adapter_config(adapter[0].path, adapter[0].revision)
-        if found is None:
-            raise ConfigError(
-                f"adapter {adapter[0].path} cannot be loaded",
-                expected="a folder with adapter_config.json, or the name of one on the hub",
-                remedy="check the path; without a network only local folders and cached adapters can be loaded",
-            )
-        name, revision = base_of(adapter[0].path, *found), found[1].get("revision")
+        if self.adapters is not None:
+            return next(iter(self.variants().values())).model_copy(update={"adapter": ()})
+        name, revision, adapter = resolve_base(self.name, self.revision, self.adapter)
         return self.model_copy(update={"name": name, "revision": revision, "adapter": adapter})
 
     def config(self) -> Any:
@@ -144,6 +156,13 @@ class ModelSource(Options):
 
     def load(self) -> torch.nn.Module:
         """Return the model with its weights, in evaluation mode, on its device."""
+        if self.adapters is not None:
+            raise ConfigError(
+                "the model has several variants",
+                where="model.adapters",
+                found=", ".join(self.adapters),
+                remedy="name the adapter of one: model: {name: …, adapter: …}; flexcache.capture_variants takes all",
+            )
         base = self.resolved()
         options: dict[str, Any] = {**base._where(), **base._gguf(), "dtype": base.dtype}
         if base.attention:
@@ -153,12 +172,28 @@ class ModelSource(Options):
             options["distributed_config"] = distributed
         with base._translated():
             model = base._auto_class().from_pretrained(base.name, **options)
-        if base.adapter:
-            model = load_adapters(model, base.adapter, base.merge)
-        model = base._select_side(model)
-        if base.adapter:
-            setattr(model, RECORD, [describe_adapter(adapter, base.merge) for adapter in base.adapter])
-        return (model if distributed is not None else model.to(base._device())).eval()
+        if distributed is None:
+            model = model.to(base._device())
+        return base._adapted(model)
+
+    def load_variants(self) -> dict[str, torch.nn.Module]:
+        """Return the model of each variant; those that are not merged share the memory of the base model's weights."""
+        variants = self.variants()
+        base = self.resolved().model_copy(update={"side": None}).load()
+        models = {
+            name: base if not source.adapter else copy_model(base, self.merge) for name, source in variants.items()
+        }
+        return {name: source._adapted(models[name]) for name, source in variants.items()}
+
+    def _adapted(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Return a base model with the adapters of this source, or the side of it that is selected."""
+        device = next((parameter.device for parameter in model.parameters()), None)
+        if self.adapter:
+            model = load_adapters(model, self.adapter, self.merge)
+        model = self._select_side(model).eval()
+        if self.adapter:
+            setattr(model, RECORD, [describe_adapter(adapter, self.merge) for adapter in self.adapter])
+        return model if not self.adapter or device is None else model.to(device)
 
     def skeleton(self) -> torch.nn.Module:
         """Return the model on the meta device: modules and shapes, without weights."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from pipelines.config import CaptureConfig
 
 @dataclass(frozen=True)
 class LoadedCapture:
-    """The loaded parts of a configuration: model with weights, tokenizer, corpus, and functions."""
+    """The loaded parts of a configuration: model with weights, tokenizer, corpus, and functions.
+
+    If the model has variants, it is a mapping from the name of each to its model.
+    """
 
     model: Any
     tokenizer: Any
@@ -24,7 +28,7 @@ class LoadedCapture:
     model_info: dict[str, Any]
 
 
-def load(config: CaptureConfig, progress: bool) -> LoadedCapture:
+def load(config: CaptureConfig, progress: bool, variants: bool = False) -> LoadedCapture:
     """Load what a capture needs; everything that can be checked without weights is checked before they are loaded."""
     import transformers
 
@@ -35,7 +39,8 @@ def load(config: CaptureConfig, progress: bool) -> LoadedCapture:
     from flexcache.recording.forward.capture_targets import find_targets
     from flexcache.recording.forward.image_inputs import check_images
 
-    check_target(config.store)
+    for store in config.stores:
+        check_target(store)
     documents = config.documents.open()
     config.model.parallel.config()  # raises ConfigError if the number of processes does not fit
     if not progress:
@@ -54,8 +59,9 @@ def load(config: CaptureConfig, progress: bool) -> LoadedCapture:
         "revision": base.revision,
         "files": config.model.weights(),
     }
-    model = config.load_model()
-    functions = config.functions(tokenizer, input_device(model))
+    model = config.load_model(variants)
+    first = next(iter(model.values())) if variants else model
+    functions = config.functions(tokenizer, input_device(first))
     return LoadedCapture(model, tokenizer, documents, functions, info | (config.model_info or {}))
 
 
@@ -65,9 +71,26 @@ def run(
     """Capture, or resume a capture, as the configuration says; other processes may do the same at the same time."""
     import flexcache
 
+    made: Store = _run(flexcache.capture, config, allow_mixed, allow_changed_model, progress)
+    return made
+
+
+def run_variants(
+    config: CaptureConfig, *, allow_mixed: bool = False, allow_changed_model: bool = False, progress: bool = True
+) -> dict[str, Store]:
+    """Capture the variants of a model, or resume that, each into a store in the folder that is given as the store."""
+    import flexcache
+
+    made: dict[str, Store] = _run(flexcache.capture_variants, config, allow_mixed, allow_changed_model, progress)
+    return made
+
+
+def _run(
+    call: Callable[..., Any], config: CaptureConfig, allow_mixed: bool, allow_changed_model: bool, progress: bool
+) -> Any:
     progress = progress and config.progress and launch().rank == 0
-    loaded = load(config, progress)
-    store = flexcache.capture(
+    loaded = load(config, progress, variants=config.model.adapters is not None)
+    made = call(
         loaded.model,
         loaded.tokenizer,
         loaded.documents,
@@ -82,7 +105,7 @@ def run(
         ),
     )
     leave_process_group()
-    return store
+    return made
 
 
 def leave_process_group() -> None:

@@ -38,6 +38,12 @@ def run(config: CaptureConfig, terms: ForecastTerms, progress: bool = True) -> F
 
     from flexcache.recording.run.progress import CaptureProgress
 
+    if config.model.adapters is not None:
+        raise ConfigError(
+            "an estimate is for one model, and there are several variants",
+            where="model.adapters",
+            remedy="estimate the base model: --set model.adapters=null; each store has its size, and `plan` counts all",
+        )
     spread = config.model.parallel
     if terms.tokens_per_second is None and spread.tensor * spread.fsdp * spread.pipeline > 1:
         raise ConfigError(

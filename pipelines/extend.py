@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from flexcache.errors import ConfigError
 from flexcache.parallel.launch import launch
 from flexcache.store.manage.extension_transaction import ExtensionTransaction
 from flexcache.store.read.store import Store
@@ -25,6 +26,12 @@ def run(
     import flexcache
     from flexcache.recording.planning.store_identity import check_fixed
 
+    if config.model.adapters is not None:
+        raise ConfigError(
+            "a store holds one variant of a model, and is extended with that",
+            where="model.adapters",
+            remedy="leave it out, and name the adapter of the store: model: {adapter: FOLDER}",
+        )
     spec = config.spec()
     check_fixed(Store(config.store), spec)
     progress = progress and config.progress and launch().rank == 0

@@ -36,8 +36,10 @@ def run(config: CaptureConfig, console: Console, progress: bool = True) -> Estim
         table.add_row(name, value)
     if (folder := disk_path(config.store)) is not None:
         table.add_row("free disk", size(shutil.disk_usage(existing_folder(folder)).free))
+    if len(config.stores) > 1:
+        table.add_row("stores", f"{len(config.stores)} of this size, {size(len(config.stores) * amount.bytes)} in all")
     console.print(table)
-    check_free_space(config.store, amount.bytes)
+    check_free_space(config.store, len(config.stores) * amount.bytes)
     return amount
 
 

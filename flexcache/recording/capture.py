@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Unpack
 
@@ -73,8 +73,8 @@ def capture(
     hold one model together (tensor parallel, FSDP, pipelines of transformers) make the call together; each writes the
     activations that it owns.
 
-    With ``generate={"max_new_tokens": 64}`` the documents are prompts: the model completes them first, into files next to
-    the store, see `flexcache.Generation`. With ``"capture": True`` in it, the activations of the generation are stored.
+    With ``generate={"max_new_tokens": 64}`` the documents are prompts: the model completes them first, into files next
+    to the store, see `flexcache.Generation`. With ``"capture": True`` in it, the activations of the generation are stored.
 
     Small forward passes first show whether padding changes the rows. If it does, batches hold sequences of one length
     only, or one sequence. A batch that does not fit into the memory of the device is halved.
@@ -128,18 +128,69 @@ def capture(
     CaptureError
         The disk refused a write. Committed units are kept.
     """
-    where = "flexcache.capture"
     path = parse_location(path)
     check_target(path)
-    spec, content, options = split_fields(fields, CaptureFields, spec, options, where)
-    transforms = listed(transforms, Transform, "transforms")
+    call = CaptureCall("flexcache.capture", tokenizer, spec, transforms, objective, options, fields)
     model = model_of(model)
-    tokenizer = tokenizer_of(tokenizer, model)
-    objective = objective_of(objective, tokenizer)
-    spec = _resolved(spec, content | described(transforms, objective), model, tokenizer, where)
+    with CaptureProgress(call.options.progress) as bars, prepare_capture(model, documents, path, call, bars) as ready:
+        if ready.decoded is not None:
+            ready.decoded.write_rows(ready.recorder, bars)
+        else:
+            complete_store(
+                ready.model,
+                ready.tokenizer,
+                ready.targets,
+                ready.recorder,
+                bars,
+                ready.group,
+                unchanged=ready.unchanged,
+            )
+    return Store(path)
+
+
+class CaptureCall:
+    """The checked arguments of a capture, but for model, documents and path."""
+
+    def __init__(
+        self,
+        where: str,
+        tokenizer: Any,
+        spec: CaptureSpec | None,
+        transforms: Sequence[Transform],
+        objective: Objective | None,
+        options: RunOptions | None,
+        fields: Mapping[str, Any],
+    ) -> None:
+        self.where, self.tokenizer, self.objective = where, tokenizer, objective
+        self.spec, self.content, self.options = split_fields(fields, CaptureFields, spec, options, where)
+        self.transforms = listed(transforms, Transform, "transforms")
+
+
+@dataclass(frozen=True)
+class ReadyCapture:
+    """A planned store with the model that fills it: everything is checked, and nothing is computed yet."""
+
+    model: Any
+    tokenizer: Any
+    targets: CaptureTargets
+    recorder: Recorder
+    group: ModelParallelGroup
+    unchanged: Callable[[], None]
+    decoded: DecodedCompletions | None = None
+
+
+@contextmanager
+def prepare_capture(
+    model: Any, documents: Any, path: StoreLocation, call: CaptureCall, bars: CaptureProgress
+) -> Iterator[ReadyCapture]:
+    """Check model and documents, and plan the store or compare it with them; the model is in evaluation mode."""
+    options = call.options
+    tokenizer = tokenizer_of(call.tokenizer, model)
+    objective = objective_of(call.objective, tokenizer)
+    spec = _resolved(call.spec, call.content | described(call.transforms, objective), model, tokenizer, call.where)
     spec.check()
-    with evaluation_mode(model), CaptureProgress(options.progress) as bars, closing(ModelParallelGroup(model)) as group:
-        targets = find_targets(model, spec, transforms, objective, group.remote_modules())
+    with evaluation_mode(model), closing(ModelParallelGroup(model)) as group:
+        targets = find_targets(model, spec, call.transforms, objective, group.remote_modules())
         group.check_targets(targets)
         decoded = None
         if spec.generate is not None:
@@ -198,12 +249,8 @@ def capture(
             check_batching(recorder.store, verdict or find_batching(model, targets, pad, spec, group))
         if said := batching_notice(recorder.store):
             bars.say(said)
-        if decoded is not None:
-            decoded.write_rows(recorder, bars)
-            return Store(path)
         unchanged = partial(group.check_unchanged, model, inputs.model, str(path), example)
-        complete_store(model, tokenizer, targets, recorder, bars, group, unchanged=unchanged)
-    return Store(path)
+        yield ReadyCapture(model, tokenizer, targets, recorder, group, unchanged, decoded)
 
 
 def _completed(

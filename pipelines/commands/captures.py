@@ -74,14 +74,13 @@ def capture(
     """Run a model over documents and store its activations; run it again to resume a capture that was stopped."""
     from pipelines import capture as pipeline
 
-    _print_store(
-        pipeline.run(
-            read_capture(config, changes),
-            allow_mixed=allow_mixed,
-            allow_changed_model=allow_changed_model,
-            progress=not quiet,
-        )
-    )
+    settings = read_capture(config, changes)
+    given: dict[str, Any] = {"allow_mixed": allow_mixed, "allow_changed_model": allow_changed_model}
+    if settings.model.adapters is None:
+        _print_store(pipeline.run(settings, **given, progress=not quiet))
+        return
+    for store in pipeline.run_variants(settings, **given, progress=not quiet).values():
+        _print_store(store)
 
 
 @yaml_remedies("capture")

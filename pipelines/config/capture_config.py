@@ -73,6 +73,16 @@ class CaptureConfig(CaptureSpec, RunOptions):
         return data
 
     @model_validator(mode="after")
+    def _check_variants(self) -> Self:
+        if self.generate is not None and self.model.adapters is not None:
+            raise ConfigError(
+                "generate completes documents with one model, and there are several variants",
+                expected="model.adapters without generate",
+                remedy="make completions with one of them by flexcache.generate, and give their files as documents",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_one_target(self) -> Self:
         if self.generate is not None and self.model.side == "decoder":
             raise ConfigError(
@@ -103,13 +113,20 @@ class CaptureConfig(CaptureSpec, RunOptions):
             )
         return skeleton
 
-    def load_model(self) -> Any:
-        """Return the model with its weights, and set the threads of torch if `threads` is given."""
+    def load_model(self, variants: bool = False) -> Any:
+        """Return the model with its weights, or its *variants* by name; set the threads of torch if given."""
         import torch
 
         if self.threads:
             torch.set_num_threads(self.threads)
-        return self.model.load()
+        return self.model.load_variants() if variants else self.model.load()
+
+    @property
+    def stores(self) -> list[StoreLocation]:
+        """The store, or with variants of the model those in the folder that is given as the store."""
+        if self.model.adapters is None:
+            return [self.store]
+        return [self.store / f"{name}.zarr" for name in self.model.adapters]
 
     def open_documents(self) -> Documents:
         """Open the corpus, or with `generate` the completions.

@@ -69,3 +69,44 @@ def test_the_sites_of_an_adapter_and_its_statistics_need_only_its_folder(
     assert "may change its final norm" in without
     assert "KL" in run(capsys, "stats", "run.zarr", "-q", "--model", adapters / "a")
     run(capsys, "report", "run.zarr", "-q", "--model", adapters / "a")
+
+
+def test_variants_of_a_configuration_fill_a_store_each(
+    config: Path, adapters: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = yaml.safe_load(config.read_text())
+    base = content["model"]
+    side_by_side = {"name": base, "adapters": {"base": None, "a": str(adapters / "a"), "both": ["a", "b"]}}
+    side_by_side["adapters"]["both"] = [{"path": str(adapters / name), "weight": 0.5} for name in "ab"]
+    config.write_text(yaml.safe_dump(content | {"model": side_by_side, "store": "runs"}))
+    assert "3 of this size" in run(capsys, "plan", config)
+    run(capsys, "capture", config, "-q")
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["a.zarr", "base.zarr", "both.zarr"]
+    assert "nothing to do" in run(capsys, "capture", config)
+    for name, given in (("base", ()), ("a", (f"model.adapter={adapters / 'a'}",))):
+        changes = [part for one in ("model.adapters=null", "store=alone.zarr", *given) for part in ("--set", one)]
+        shutil.rmtree("alone.zarr", ignore_errors=True)
+        run(capsys, "capture", config, "-q", *changes)
+        assert shard_hashes(Path("runs") / f"{name}.zarr") == shard_hashes(Path("alone.zarr"))
+    for command in ("extend", "estimate"):
+        assert "model.adapters" in run(capsys, command, config, "-q", status=2)
+    refused = run(capsys, "verify", "runs/a.zarr", "--recompute", 1, "--config", config, status=2)
+    assert "the model has several variants" in refused
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"adapters": {}}, "names of letters"),
+        ({"adapters": {"../a": "a"}}, "names of letters"),
+        ({"adapters": {"base": None}}, "the model has no name"),
+        ({"adapters": {"base": None}, "name": "x", "adapter": "a"}, "one adapter, or several variants"),
+        ({"adapters": {"a": "a"}, "name": "x", "parallel": {"tensor": 2}}, "several processes share"),
+    ],
+)
+def test_wrong_variants_are_refused_before_anything_is_loaded(
+    model: dict, message: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump(content | {"model": model}))
+    assert message in run(capsys, "capture", config, "-q", status=2)

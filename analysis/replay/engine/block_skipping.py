@@ -13,6 +13,7 @@ from torch import nn
 from flexcache.errors import AnalysisError
 from flexcache.hooks.locate.blocks import find_blocks
 from flexcache.hooks.locate.names import unwrap_module
+from flexcache.hooks.read.replaced_forward import replaced_forwards
 
 Container = Callable[[torch.Tensor], Any]
 """Packs a residual stream as a block's output: the tensor itself, or a tuple that begins with it."""
@@ -37,17 +38,12 @@ def skip_blocks(
         What each line begins with, shape (lines, longest, hidden).
     """
     blocks = [unwrap_module(block) for block in find_blocks(model)[1]][: starts[-1]]
-    own = [block.__dict__.get("forward") for block in blocks]
-    try:
-        for number, block in enumerate(blocks):
-            block.forward = _first_lines_only(bisect_right(starts, number), block.forward, residual, container)
+
+    def make(number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        return _first_lines_only(bisect_right(starts, number), forward, residual, container)
+
+    with replaced_forwards(blocks, make):
         yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            if forward is not None:
-                block.forward = forward
-            else:
-                block.__dict__.pop("forward", None)
 
 
 def _first_lines_only(

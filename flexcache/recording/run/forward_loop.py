@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -31,6 +32,13 @@ SLOW = (
 )
 
 
+Opener = Callable[
+    [torch.nn.Module, CaptureTargets, Padding, Sink, ModelParallelGroup],
+    AbstractContextManager[Callable[[Batch | None], None]],
+]
+"""Opens the forward of a batch, as `open_forward` does."""
+
+
 def complete_store(
     model: torch.nn.Module,
     tokenizer: Any,
@@ -40,10 +48,11 @@ def complete_store(
     group: ModelParallelGroup,
     name: Any = None,
     unchanged: Callable[[], None] = lambda: None,
+    opener: Opener = open_forward,
 ) -> None:
     """Try the largest batch, fill a recorder's pending units, and print what it took; errors as of `run_pending_units`.
 
-    *name* is shown for the store, if the recorder fills an extension that is not in place yet.
+    *name* is shown for the store, if the recorder fills an extension that is not in place yet, or several stores.
     """
     store, name = recorder.store, shown(recorder.store.path if name is None else name)
     if not recorder.pending():
@@ -52,8 +61,8 @@ def complete_store(
     if in_bfloat16(model) and not has_native_bfloat16():
         bars.say(SLOW)
     began, pad = time.perf_counter(), padding(model, tokenizer)
-    try_largest(model, targets, recorder, pad, bars, group)
-    run_pending_units(model, targets, recorder, pad, bars, group, unchanged)
+    try_largest(model, targets, recorder, pad, bars, group, opener)
+    run_pending_units(model, targets, recorder, pad, bars, group, unchanged, opener)
     stats, seconds = recorder.stats, time.perf_counter() - began
     bars.console.print(time_table(stats, seconds))
     speed = f"{stats.tokens / seconds:,.0f} tokens/s, {size(stats.bytes / seconds)}/s"
@@ -75,6 +84,7 @@ def run_pending_units(
     bars: CaptureProgress | None = None,
     group: ModelParallelGroup | None = None,
     unchanged: Callable[[], None] = lambda: None,
+    opener: Opener = open_forward,
 ) -> None:
     """Fill a recorder's pending units: run every batch as far as its sites need, and record its kept rows.
 
@@ -89,7 +99,7 @@ def run_pending_units(
         refuses.
     """
     group, bars = group or ModelParallelGroup(model), bars or CaptureProgress(show=False)
-    with open_forward(model, targets, pad, _sink(recorder), group) as forward, recorder:
+    with opener(model, targets, pad, _sink(recorder), group) as forward, recorder:
         bar = bars.capturing(recorder)
         batches: deque[Batch] = deque()
         unit = IDLE
@@ -133,10 +143,11 @@ def try_largest(
     pad: Padding,
     bars: CaptureProgress | None = None,
     group: ModelParallelGroup | None = None,
+    opener: Opener = open_forward,
 ) -> None:
     """Run the largest batch once as a dry run, so that an out-of-memory error is handled before anything is written."""
     group, bars = group or ModelParallelGroup(model), bars or CaptureProgress(show=False)
-    with open_forward(model, targets, pad, lambda batch, array, layer, values: None, group) as forward:
+    with opener(model, targets, pad, lambda batch, array, layer, values: None, group) as forward:
         while True:
             try:
                 return forward(recorder.largest_batch())

@@ -217,9 +217,9 @@ class Recorder:
         """Return claimed units one by one, each to be begun and committed or abandoned, until the store is complete."""
         return claim_until_done(self.claim_unit, lambda: len(self.pending()), self._on_wait)
 
-    def claim_unit(self) -> int | None:
-        """Claim a pending unit on which no living process works; return None if there is none."""
-        return self._session.claim_unit()
+    def claim_unit(self, only: int | None = None) -> int | None:
+        """Claim a pending unit, or *only* that one, on which no living process works; return None if there is none."""
+        return self._session.claim_unit(only)
 
     def begin_unit(self, unit: int) -> list[Batch]:
         """Open the shards of a unit, and return its batches within the budget of tokens."""

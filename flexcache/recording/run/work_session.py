@@ -89,17 +89,19 @@ class WorkSession:
         for other in self.claims.others():
             check_alike(self._path, other.get("conditions", {}), self._fingerprint, "another process captures")
 
-    def claim_unit(self) -> int | None:
-        """Claim a pending unit on which no living process works, and return it; None if there is none."""
+    def claim_unit(self, only: int | None = None) -> int | None:
+        """Claim a pending unit, or *only* that one, on which no living process works, and return it; None without."""
         began = time.perf_counter()
         self.reopen_if_lost()
         found = None
         with clear_errors(self._path):
             self.worker.sweep()
             self._pending.refresh_if_due()
-            while found is None and (name := self.claims.take_claim(self._pending)) is not None:
+            wanted = self._pending if only is None else [] if self._pending.is_committed(only) else [only]
+            while found is None and (name := self.claims.take_claim(wanted)) is not None:
                 if self._pending.is_committed(int(name)):
                     self.claims.release(name)
+                    wanted = self._pending if only is None else []
                 else:
                     found = int(name)
         self._stats.claiming += time.perf_counter() - began
