@@ -12,8 +12,8 @@ PUBLIC = {
     "flexcache": (
         "CaptureSpec ChatOptions Choice Documents FlexCacheError FlexModel Generation HookFunction LogitDifference "
         "ModelSource NextTokenLoss Packing Recorder Removal RunOptions Site Store Transform Windows capture "
-        "capture_variants copy exchange export extend generate import_folder merge open open_documents recompute record "
-        "repair training verify"
+        "capture_variants copy exchange export extend generate import_folder merge open open_documents recompute "
+        "record repair training verify"
     ),
     "flexcache.documents": "CSV_NULLS Documents RESERVED load_dataset open_documents",
     "flexcache.exchange": "export import_folder",

@@ -74,7 +74,8 @@ def capture(
     activations that it owns.
 
     With ``generate={"max_new_tokens": 64}`` the documents are prompts: the model completes them first, into files next
-    to the store, see `flexcache.Generation`. With ``"capture": True`` in it, the activations of the generation are stored.
+    to the store, see `flexcache.Generation`. With ``"capture": True`` in it, the activations of the generation are
+    stored.
 
     Small forward passes first show whether padding changes the rows. If it does, batches hold sequences of one length
     only, or one sequence. A batch that does not fit into the memory of the device is halved.
