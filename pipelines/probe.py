@@ -140,7 +140,7 @@ def run_transfer(
 ) -> xr.Dataset:
     """Score saved probes on another store; print a table and write ``transfer.json`` to *output*.
 
-    *output* is the folder of the probes by default; *options* are groups, rows, layers and seed, as in
+    *output* is the folder of the probes by default; *options* are groups, rows, layers, seed and other_model, as in
     `analysis.probes.transfer`.
 
     Raises

@@ -9,7 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import flexcache
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -110,3 +115,34 @@ def test_vllm_gives_the_states_of_transformers(tmp_path: Path) -> None:
     for layer in layers:
         theirs, ours = store.read("resid_post", layer), own.read("resid_post", layer)
         assert np.linalg.norm(theirs - ours) < 0.05 * np.linalg.norm(ours)
+
+
+def test_what_fine_tuning_changed_is_found_in_the_adapted_blocks(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    out = run("finetuning.py", str(tmp_path))
+    stores = [flexcache.open(tmp_path / "runs" / f"{name}.zarr") for name in ("base", "tuned")]
+
+    def after(text: str) -> list[float]:
+        return numbers(r"(-?[\d.]+)(?=[\s\]])", out.partition(text)[2].partition("]")[0] + "]")
+
+    norms = after("difference ÷ norm, by layer:")
+    assert norms[:2] == [0, 0]
+    for layer in (2, 3):
+        base, tuned = (store.read("resid_post", layer, np.arange(store.n_rows)) for store in stores)
+        expected = (np.linalg.norm(tuned - base, axis=1) / np.linalg.norm(base, axis=1)).mean()
+        assert norms[layer] == pytest.approx(expected, abs=0.01)
+    cka = after("CKA of each layer with itself:")
+    assert cka[:2] == [1, 1]
+    assert max(cka[2:]) < 0.6
+    assert max(after("accuracy of a probe for the step, base:")) < 0.5
+    assert after("accuracy of a probe for the step, adapter:")[-1] > 0.7
+    ((own,),) = [numbers(r"loss of the adapter: ([\d.]+)", out)]
+    patched = after("residual stream after each block:")
+    assert patched[:2] == [own, own]
+    tokens = stores[0].coordinates["token_id"].values.reshape(-1, 16).astype(np.int64)
+    ids = torch.from_numpy(tokens)
+    with torch.no_grad():
+        alone = AutoModelForCausalLM.from_pretrained(tmp_path / "base")(input_ids=ids, labels=ids).loss.item()
+    assert patched[-1] == pytest.approx(alone, abs=0.01), "after the last block, nothing of the adapter is left"
+    assert patched[-1] > 10 * own
+    assert numbers(r"crosscoder: ([\d.]+) of the variance", out)[0] < 0.1

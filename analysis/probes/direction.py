@@ -110,11 +110,13 @@ class Direction:
                 running.forward(**tokenizer(text, return_tensors="pt").to(next(model.parameters()).device))
         return found
 
-    def check(self, store: Readable) -> None:
-        """Raise AnalysisError if the activations of a store come from a model that computes something else."""
+    def check(self, store: Readable, other_model: bool = False) -> None:
+        """Raise AnalysisError if a store lacks the site or, without *other_model*, another model computed it."""
         if self.site not in store.sites:
             raise AnalysisError(f"the store has no site {self.site!r}", remedy=nearest(self.site, tuple(store.sites)))
-        self._check_record(recorded_model(store), "the store", "fit the probe to a store of this model")
+        if not other_model:
+            remedy = "fit the probe to a store of this model; or compare models: other_model=True (--other-model)"
+            self._check_record(recorded_model(store), "the store", remedy)
 
     def _check_record(self, theirs: Mapping[str, Any], what: str, remedy: str) -> None:
         mine = self.provenance.get("model_record") or {SAMPLE: self.provenance.get("weights")}

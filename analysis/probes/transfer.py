@@ -38,6 +38,7 @@ def transfer(
     rows: Rows | None = None,
     resamples: int = 1000,
     seed: int = 0,
+    other_model: bool = False,
 ) -> xr.Dataset:
     """Score the weights of a sweep, fitted to all of its samples, on another store, without fitting.
 
@@ -62,6 +63,8 @@ def transfer(
         Also apply the weights of each layer to the activations of every other layer.
     groups, rows
         See `analysis.probe_dataset.build_dataset`; the bootstrap draws whole groups.
+    other_model
+        Score the weights on activations of another model too, such as the base model with an adapter.
 
     Returns
     -------
@@ -72,11 +75,11 @@ def transfer(
     Raises
     ------
     AnalysisError
-        The probe is not linear; the store comes from another model or lacks site, layers or target; fewer than two
-        classes of the probe have a pair; or *classes* names a class that neither has.
+        The probe is not linear; the store comes from another model, without *other_model*, or lacks site, layers or
+        target; fewer than two classes of the probe have a pair; or *classes* names a class that neither has.
     """
     asked = sweep.results.attrs
-    sweep.to_direction(None if sweep.layers[0] < 0 else sweep.layers[0]).check(store)
+    sweep.to_direction(None if sweep.layers[0] < 0 else sweep.layers[0]).check(store, other_model)
     chosen = _probed_layers(sweep, store, layers)
     wanted = asked["rows"] if rows is None else rows
     dataset = build_dataset(

@@ -73,7 +73,7 @@ SWEEP_OPTIONS: dict[str, tuple[Any, Any]] = {
     "seed": (Annotated[int, typer.Option(help="Seed of folds, shuffles and bootstrap.", min=0)], 0),
 }
 """Options of a sweep by name, with their defaults."""
-TRANSFER_OPTIONS = ("target", "classes", "groups", "rows", "layers", "seed", "output")
+TRANSFER_OPTIONS = ("target", "classes", "other_model", "groups", "rows", "layers", "seed", "output")
 COMPARE_OPTIONS = ("layers", "metric", "output")
 PAIR_OPTIONS = ("layers", "cv", "groups", "rows", "task", "seed")
 """Options of a sweep that a comparison of two stores takes."""
@@ -135,6 +135,9 @@ def probe(
             help="For transfer, the class of the probe for each class of the target: fresh=positive,rotten=negative."
         ),
     ] = None,
+    other_model: Annotated[
+        bool, typer.Option("--other-model", help="For transfer, score the probes on activations of another model too.")
+    ] = False,
     metric: Annotated[
         str | None,
         typer.Option(
@@ -155,7 +158,7 @@ def probe(
 
     given = _given_options(options)
     others = {"probe": kind, "site": site != "resid_post", "classes": classes, "metric": metric, "target": target}
-    others["class_weight"] = class_weight
+    others |= {"class_weight": class_weight, "other_model": other_model}
     special = [*given, *filter(others.get, others)]
     if places[0] == "compare" and len(places) > 1:
         check_applicable("flexcache probe compare", special, COMPARE_OPTIONS)
@@ -164,7 +167,14 @@ def probe(
     if places[0] == "transfer" and len(places) == 3:
         check_applicable("flexcache probe transfer", special, TRANSFER_OPTIONS)
         pipeline.run_transfer(
-            places[1], places[2], target, split_pairs(classes), output=output, console=console, **given
+            places[1],
+            places[2],
+            target,
+            split_pairs(classes),
+            output=output,
+            console=console,
+            other_model=other_model,
+            **given,
         )
         return
     if len(places) != 1 or target is None:
@@ -174,7 +184,8 @@ def probe(
             " compare FOLDER FOLDER",
             found=" ".join(["flexcache probe", *places]) + ("" if target else ", without --target"),
         )
-    check_applicable("flexcache probe STORE", ["classes"] if classes else [], ())
+    unused = {"classes": classes, "other_model": other_model}
+    check_applicable("flexcache probe STORE", [*filter(unused.get, unused)], ())
     pipeline.run(
         places[0],
         split_names(target),

@@ -79,8 +79,8 @@ def check_applicable(command: str, given: Iterable[str], known: Sequence[str]) -
     for name in given:
         if name not in known:
             raise ConfigError(
-                f"{command} does not use --{name}",
-                expected=f"only --{', --'.join(known)}" if known else None,
+                f"{command} does not use --{name.replace('_', '-')}",
+                expected=f"only --{', --'.join(known).replace('_', '-')}" if known else None,
                 remedy="leave it out",
             )
 

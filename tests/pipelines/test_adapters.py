@@ -88,6 +88,13 @@ def test_variants_of_a_configuration_fill_a_store_each(
         shutil.rmtree("alone.zarr", ignore_errors=True)
         run(capsys, "capture", config, "-q", *changes)
         assert shard_hashes(Path("runs") / f"{name}.zarr") == shard_hashes(Path("alone.zarr"))
+    run(capsys, "probe", "runs/base.zarr", "--target", "label", "--layers", "1", "--cv", "2", "-q", "-o", "probes")
+    transfer = ("probe", "transfer", "probes", "runs/a.zarr")
+    assert "--other-model" in run(capsys, *transfer, status=1)
+    assert "accuracy" in run(capsys, *transfer, "--other-model")
+    assert "does not use --other-model" in run(
+        capsys, "probe", "runs/a.zarr", "--target", "label", "--other-model", status=2
+    )
     for command in ("extend", "estimate"):
         assert "model.adapters" in run(capsys, command, config, "-q", status=2)
     refused = run(capsys, "verify", "runs/a.zarr", "--recompute", 1, "--config", config, status=2)

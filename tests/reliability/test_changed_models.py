@@ -109,6 +109,9 @@ def test_stores_of_two_models_with_equal_weights_are_told_apart(
         direction.check(same)
     with pytest.raises(AnalysisError, match="another model"):
         probes.transfer(found, same, resamples=10)
+    compared = probes.transfer(found, same, resamples=10, other_model=True)
+    own = probes.transfer(found, store, resamples=10)
+    assert (compared["score"].values != own["score"].values).any(), "the scores are those of the other activations"
     direction.save(tmp_path / "direction.safetensors")
     with pytest.raises(AnalysisError, match="another model"):
         probes.load_direction(tmp_path / "direction.safetensors").check(same)
