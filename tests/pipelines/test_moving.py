@@ -98,6 +98,7 @@ def test_import_reads_the_samples_of_an_engine(
     assert "importing" in text
     store = flexcache.open("run.zarr")
     assert store.provenance.model["engine"] == {"name": "vllm", "version": "0.22.0"}
+    assert "in, in vllm 0.22.0" in run(capsys, "info", "run.zarr")
     assert np.array_equal(store.read("resid_post", 2, store.rows("hs_3")), samples[3]["states"][:, 1].numpy())
     assert "no use for a site" in run(capsys, *args, "--layer-ids", "1,3,4", "--site", "resid_post", status=2)
     write(Path("in"), "speculators", 2, {**samples[2], "ids": samples[2]["ids"][:-1]})

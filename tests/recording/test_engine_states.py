@@ -156,3 +156,11 @@ def test_rows_of_one_chunk_are_refused_by_put_with_the_reason(model: Any, tmp_pa
         for batch in run.batches():
             run.put("resid_post", prefill(model, batch.tokens[0], 1)[0], rows=batch.rows, layer=BLOCK)
     assert "prefix caching" in str(caught.value)
+
+
+def test_padded_activations_of_one_chunk_are_refused_with_the_reason(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(CaptureError, match="wrong shape") as caught, recorder(tmp_path / "run.zarr", model) as run:
+        for batch in run.batches():
+            chunks = [prefill(model, tokens, 1)[0] for tokens in batch.tokens]
+            run.record("resid_post", BLOCK, np.stack(chunks))
+    assert "computed in chunks" in str(caught.value)

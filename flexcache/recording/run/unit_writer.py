@@ -159,6 +159,7 @@ class UnitWriter:
                 f"activations of {place(site, layer)} have the wrong shape",
                 expected=f"({batch.shape[0]}, {batch.shape[1]}, {features}) for (sequences, longest, features)",
                 found=str(shape),
+                remedy=STATES_REMEDY if shape[:2] != batch.shape else None,
             )
         self._append(file, self._transfer.copy, self._transfer.rows_of, batch, values)
 

@@ -112,3 +112,13 @@ def get_identity(model: Record) -> Record | None:
 def as_mapping(value: Any) -> Mapping[str, Any]:
     """Return *value* if it is a mapping, else an empty one."""
     return value if isinstance(value, Mapping) else {}
+
+
+def engine_text(model: Mapping[str, Any]) -> str:
+    """Return name and version of the engine that computed the activations, from the record of a model; empty if none.
+
+    >>> engine_text({"name": "gpt2", "engine": {"name": "vllm", "version": "0.22.0"}})
+    'vllm 0.22.0'
+    """
+    engine = as_mapping(model.get("engine"))
+    return " ".join(str(engine[key]) for key in ("name", "version") if engine.get(key))

@@ -8,7 +8,7 @@ import numpy as np
 
 from flexcache.paths import shown
 from flexcache.store.format.committed_units import CommittedUnits
-from flexcache.store.format.model_record import adapters_text
+from flexcache.store.format.model_record import adapters_text, engine_text
 from flexcache.store.format.schema import DOCUMENTS, read_attributes, staged_folder
 from flexcache.store.format.text import TABLE_COLUMNS, layer_text, size
 from flexcache.store.read.open_store import OpenStore
@@ -21,10 +21,11 @@ def summary(store: OpenStore) -> dict[str, str]:
     done = len(store.committed_units)
     state = "complete" if store.complete else f"{done} of {store.n_units} units committed"
     state += _extension(store)
+    record = store.provenance.model
+    parts = (store.provenance.model_name or "unknown", adapters_text(record))
+    engine = engine_text(record)
     return {
-        "model": ", with adapter ".join(
-            filter(None, (store.provenance.model_name or "unknown", adapters_text(store.provenance.model)))
-        ),
+        "model": ", with adapter ".join(filter(None, parts)) + (f", in {engine}" if engine else ""),
         "rows": f"{store.n_rows:,} ({store.spec.rows} tokens of {plan.get('documents', 0):,} documents)",
         "state": state,
         "units": f"{store.n_units:,} of {store.shard_rows:,} rows",
