@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flexcache.store.format.model_record import IDENTITY
 from flexcache.store.format.text import size
 from flexcache.store.read.display import sites, summary
 from flexcache.store.read.store import Store
 from flexcache.store.storage.backend import storage_of
 from flexcache.store.storage.location import StoreLocation
+
+LONGEST = 80
+"""Characters of a text of the provenance that are shown."""
 
 
 def run(path: StoreLocation, console: Console) -> None:
@@ -41,8 +46,10 @@ def run(path: StoreLocation, console: Console) -> None:
         console.print(f"label table {escape(str(labels))}" + (f"\n{escape(later)}" if later else ""), highlight=False)
 
     origin = Table(title="made with", title_justify="left", show_header=False, box=None)
-    for name, value in store.provenance.to_json().items():
-        origin.add_row(escape(name), escape(json.dumps(value, ensure_ascii=False) if value else "–"))
+    options = store.spec.model_dump(mode="json", exclude_defaults=True)
+    for name, value in {**store.provenance.to_json(), "options": options}.items():
+        if text := _text(_without_digests(value)):
+            origin.add_row(escape(name), escape(text))
     console.print(origin)
     logs: list[StoreLocation] = [*(path / "runs").glob("*.json")]
     for run_path in sorted(logs, key=str):
@@ -53,3 +60,25 @@ def run(path: StoreLocation, console: Console) -> None:
         except (OSError, ValueError, KeyError, TypeError):
             line = "cannot be read"
         console.print(f"run {escape(run_path.stem)}: {escape(line)}", highlight=False)
+
+
+def _without_digests(value: Any) -> Any:
+    """Return a record without digests and the identity of the model, which only programs compare."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: _without_digests(item)
+        for name, item in value.items()
+        if name != IDENTITY and not name.endswith("xxh3_128")
+    }
+
+
+def _text(value: Any) -> str:
+    """Return a record as text on one line; values that say nothing are left out."""
+    if isinstance(value, dict):
+        items = {name: _text(item) for name, item in value.items()}
+        return "; ".join(f"{name}: {text}" for name, text in items.items() if text)
+    if isinstance(value, list):
+        return ", ".join(f"({text})" if isinstance(item, dict) else text for item in value if (text := _text(item)))
+    text = "" if value is None else " ".join(str(value).split())
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"

@@ -66,6 +66,8 @@ def test_capture_info_verify_from_the_command_line(config: Path, capsys: pytest.
     text = run(capsys, "info", "run.zarr")
     for part in ("tiny-llama", "complete", "label", "resid_post", "versions", "finished"):
         assert part in text
+    assert "options" in text
+    assert "xxh3" not in text.partition("made with")[2]
     assert "every checksum agrees" in run(capsys, "verify", "run.zarr")
     assert "nothing to do" in run(capsys, "capture", config)
 
