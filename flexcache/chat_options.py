@@ -12,7 +12,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    JsonValue,
     SerializerFunctionWrapHandler,
     WithJsonSchema,
     model_serializer,
@@ -76,7 +75,19 @@ def _read_kwargs(value: Any) -> Any:
             expected="variables that the template reads, such as enable_thinking",
             remedy="tools, template and add_generation_prompt are keys of chat, beside template_kwargs",
         )
-    return {name: str(one) if isinstance(one, date) else one for name, one in value.items()}
+    try:
+        read: dict[str, Any] = json.loads(json.dumps(value, default=_date_text))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            "template_kwargs holds what a file cannot hold", expected="text, numbers, lists, dicts", found=str(error)
+        ) from error
+    return read
+
+
+def _date_text(value: Any) -> str:
+    if isinstance(value, date):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} {repr(value)[:60]}")
 
 
 class ChatOptions(Options):
@@ -93,7 +104,7 @@ class ChatOptions(Options):
     template: Annotated[str | None, BeforeValidator(_read_template), WithJsonSchema({"type": ["string", "null"]})] = (
         Field(None, description="a file with a chat template in Jinja, or its text, in place of the tokenizer's own")
     )
-    template_kwargs: Annotated[dict[str, JsonValue], BeforeValidator(_read_kwargs)] = Field(
+    template_kwargs: Annotated[dict[str, Any], BeforeValidator(_read_kwargs)] = Field(
         {}, description="variables that the template reads, such as enable_thinking"
     )
     add_generation_prompt: bool | None = Field(

@@ -355,6 +355,8 @@ def test_a_configuration_file_has_the_options_of_the_template(tmp_path: Path) ->
     generated = read_config(path, ["generate={max_new_tokens: 2}"])
     assert generated.spec().chat is None, "completions are tokens"
     assert generated.chat is not None
+    with pytest.raises(ConfigError, match="cannot hold"):
+        flexcache.ChatOptions(template_kwargs={"now": object()})
     for wrong, word in (("{templat: a}", "templat"), ("{template_kwargs: {tools: 1}}", "tools")):
         with pytest.raises(ConfigError, match=word):
             read_config(path, [f"chat={wrong}"])
