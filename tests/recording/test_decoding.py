@@ -14,6 +14,8 @@ import torch
 from transformers import GenerationConfig
 
 import flexcache
+from analysis import probes
+from analysis.dataset import targets
 from flexcache.errors import ConfigError, DocumentsError, MismatchError
 from flexcache.hooks.locate.blocks import find_blocks
 from flexcache.recording import completions as completions_module
@@ -139,6 +141,17 @@ def test_each_row_knows_its_phase_and_rows_can_be_chosen_by_it(model: Any, tmp_p
         kept = chosen.read("resid_post", 1, chosen.rows(document=line))
         whole = store.read("resid_post", 1, store.rows(document=at))
         assert np.array_equal(kept, whole[prompts[at] :])
+
+
+def test_a_probe_takes_the_phase_as_target_or_as_groups(model: Any, tmp_path: Path) -> None:
+    prompts = token_documents(lengths(20, longest=12), vocabulary=VOCABULARY)
+    store = flexcache.capture(model, None, prompts, tmp_path / "run.zarr", generate=GREEDY, layers=[1], **QUIET)
+    [phase], [position] = (targets.read(store, name) for name in ("phase", "position"))
+    found = probes.sweep(store, target=phase, site="resid_post", probe=probes.Logistic(), groups="document")
+    assert sorted(found.results.attrs["classes"]) == ["decode", "prefill"]
+    options: dict[str, Any] = {"rows": "all", "groups": "phase", "cv": 2, "task": "regression"}
+    grouped = probes.sweep(store, target=position, site="resid_post", probe=probes.Ridge(), **options)
+    assert np.isfinite(grouped.results.to_array()).any()
 
 
 def test_a_mean_and_other_dtypes_are_made_of_the_same_values(model: Any, tmp_path: Path) -> None:
