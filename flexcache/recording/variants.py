@@ -107,6 +107,7 @@ def capture_variants(
         check_target(path)
     given = models.load_variants() if isinstance(models, ModelSource) else models
     loaded = [model_of(given[name]) for name in names]
+    _check_apart(dict(zip(names, loaded, strict=True)))
     call.options = call.options.model_copy(update={"buffer_bytes": call.options.buffer_bytes // len(names)})
     corpus = open_documents(
         list(documents) if isinstance(documents, Iterator) else documents, images_first=reads_images(loaded[0])
@@ -134,6 +135,21 @@ def capture_variants(
             first.model, first.tokenizer, first.targets, recorders, bars, first.group, folder, unchanged, opener
         )
     return {name: Store(path) for name, path in zip(names, paths, strict=True)}
+
+
+def _check_apart(models: Mapping[str, torch.nn.Module]) -> None:
+    """Raise ConfigError if two variants hold the same module: it cannot be both with and without an adapter."""
+    owners: dict[int, str] = {}
+    for name, model in models.items():
+        inside = {id(module) for module in model.modules() if module._parameters}
+        if shared := [owners[one] for one in inside if one in owners]:
+            raise ConfigError(
+                f"variants {shared[0]} and {name} are one model: PEFT puts an adapter into the modules of its base",
+                where="flexcache.capture_variants",
+                expected="models that share no modules; they may share tensors",
+                remedy="load each: models=flexcache.ModelSource(name=…, adapters={…}), or load the base twice",
+            )
+        owners |= dict.fromkeys(inside, name)
 
 
 def _check_same_plans(ready: Sequence[ReadyCapture]) -> None:

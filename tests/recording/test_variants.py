@@ -272,10 +272,23 @@ def test_variants_whose_rows_differ_are_refused(tmp_path: Path, monkeypatch: pyt
     models = {"one": tiny("llama"), "other": tiny("llama", max_position_embeddings=8)}
     with pytest.raises(CaptureError, match="other batches or rows"):
         flexcache.capture_variants(models, None, DOCUMENTS, tmp_path / "runs", **FEW)
+    with pytest.raises(ConfigError, match="each would generate its own"):
+        given: dict[str, Any] = {"generate": {"max_new_tokens": 4}, **QUIET}
+        flexcache.capture_variants(models, None, DOCUMENTS, tmp_path / "runs", **given)
     with pytest.raises(ConfigError, match="names of letters"):
         flexcache.capture_variants({}, None, DOCUMENTS, tmp_path / "runs", **QUIET)
     with pytest.raises(ConfigError, match="capture_variants takes all"):
         flexcache.capture(ModelSource(adapters={"upper": "upper"}), None, DOCUMENTS, tmp_path / "run.zarr", **QUIET)
+
+
+def test_a_base_that_holds_the_adapter_is_no_variant_of_its_own(tmp_path: Path) -> None:
+    base = tiny("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"]))  # also changes base
+    models = {"base": base, "adapter": adapted}
+    with pytest.raises(ConfigError, match="variants base and adapter are one model"):
+        flexcache.capture_variants(models, None, DOCUMENTS, tmp_path / "runs", **FEW)
 
 
 def test_a_generator_of_documents_is_read_for_every_variant(tmp_path: Path) -> None:
