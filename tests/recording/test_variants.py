@@ -268,6 +268,31 @@ def keep_first(model: Any) -> None:
         layer.mlp = Remembering(layer.mlp, memory, number == 0)
 
 
+class InPlace(torch.nn.Module):
+    """A norm that changes its input in place."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.inner(hidden.mul_(1.5))
+
+
+def test_a_block_that_changes_its_input_in_place_changes_no_other_variant(tmp_path: Path, capsys: Any) -> None:
+    models: dict[str, Any] = {name: tiny("llama") for name in ("one", "two", "three")}
+    for factor, model in enumerate(models.values(), start=1):
+        model.model.layers[3].input_layernorm = InPlace(model.model.layers[3].input_layernorm)
+        model.model.layers[3].mlp.up_proj.weight.data *= factor
+    given: dict[str, Any] = {"sites": ["model.layers.3.mlp"], **QUIET}
+    stores = flexcache.capture_variants(models, None, DOCUMENTS, tmp_path / "runs", **given | {"progress": True})
+    said = capsys.readouterr().err
+    assert all(f"{name} shares 3 of 4 blocks with one" in said for name in ("two", "three"))
+    for name, model in models.items():
+        alone = flexcache.capture(model, None, DOCUMENTS, tmp_path / f"{name}.zarr", **given)
+        assert shard_hashes(stores[name].path) == shard_hashes(alone.path)
+
+
 def test_variants_whose_rows_differ_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = {"one": tiny("llama"), "other": tiny("llama", max_position_embeddings=8)}
     with pytest.raises(CaptureError, match="other batches or rows"):
