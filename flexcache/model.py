@@ -23,11 +23,10 @@ from flexcache.adapters import (
     resolve_base,
 )
 from flexcache.errors import ConfigError
-from flexcache.parallel.launch import launch
 from flexcache.parallel.sizes import Parallel
 from flexcache.spec import AnyDType
 from flexcache.store.storage.backend import digest
-from flexcache.validation import Options
+from flexcache.weight_loading import WeightOptions, keep_4bit_layout, moves_scales, translate_failures
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +40,7 @@ ADAPTERS_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "object"}, {"type": "a
 Adapters = Annotated[tuple[AdapterSource, ...], BeforeValidator(adapter_list), WithJsonSchema(ADAPTERS_SCHEMA)]
 
 
-class ModelSource(Options):
+class ModelSource(WeightOptions):
     """A Hugging Face model, as a folder or a hub name, and how to load it.
 
     The name can be that of a PEFT adapter, which names its base model; or *adapter* is loaded into the model *name*.
@@ -80,8 +79,6 @@ class ModelSource(Options):
     attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = Field(
         None, description="implementation of attention; that of transformers by default"
     )
-    device: str = Field("auto", description="device of the model, such as cuda:0; auto takes a GPU if there is one")
-    parallel: Parallel = Field(Parallel(), description="processes over which transformers spreads the model")
     gguf_file: str | None = Field(None, description="name of a GGUF file in the folder or repository")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 
@@ -97,6 +94,12 @@ class ModelSource(Options):
                 where="model.parallel",
                 expected="no parallel with adapter",
                 remedy="leave parallel out; several processes, each with the whole model, may fill one store",
+            )
+        if self.merge and self.quantization is not None:
+            raise ConfigError(
+                "an adapter cannot be merged into quantized weights, which would round it",
+                where="model.merge",
+                remedy="leave merge out, or merge it without quantization",
             )
         return self
 
@@ -165,29 +168,31 @@ class ModelSource(Options):
             )
         base = self.resolved()
         options: dict[str, Any] = {**base._where(), **base._gguf(), "dtype": base.dtype}
+        options |= base.weight_options(base.config())
         if base.attention:
             options["attn_implementation"] = base.attention
         distributed = base.parallel.config()
         if distributed is not None:
             options["distributed_config"] = distributed
-        with base._translated():
+        with base._translated(), translate_failures(base.quantization):
             model = base._auto_class().from_pretrained(base.name, **options)
-        if distributed is None:
-            model = model.to(base._device())
+        keep_4bit_layout(model)
+        if distributed is None and "device_map" not in options:
+            model = model.to(base.find_device())
         return base._adapted(model)
 
     def load_variants(self) -> dict[str, torch.nn.Module]:
         """Return the model of each variant; those that are not merged share the memory of the base model's weights."""
         variants = self.variants()
         base = self.resolved().model_copy(update={"side": None}).load()
-        models = {
-            name: base if not source.adapter else copy_model(base, self.merge) for name, source in variants.items()
-        }
+        whole = self.merge or moves_scales(base)
+        models = {name: base if not source.adapter else copy_model(base, whole) for name, source in variants.items()}
         return {name: source._adapted(models[name]) for name, source in variants.items()}
 
     def _adapted(self, model: torch.nn.Module) -> torch.nn.Module:
         """Return a base model with the adapters of this source, or the side of it that is selected."""
-        device = next((parameter.device for parameter in model.parameters()), None)
+        placed = self.device_map is not None or getattr(model, "hf_quantizer", None) is not None
+        device = None if placed else next((parameter.device for parameter in model.parameters()), None)
         if self.adapter:
             model = load_adapters(model, self.adapter, self.merge)
         model = self._select_side(model).eval()
@@ -310,14 +315,6 @@ class ModelSource(Options):
         architectures = getattr(self.config(), "architectures", None) or []
         causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures) or self.gguf_file
         return transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-
-    def _device(self) -> str:
-        import torch
-
-        if self.device != "auto":
-            return self.device
-        count = torch.cuda.device_count()
-        return f"cuda:{launch().local_rank % count}" if count else "cpu"
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

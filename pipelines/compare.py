@@ -24,6 +24,8 @@ from pipelines.probe import PROBES
 PICTURE = "compare.png"
 SHOWN = 4
 """Differences of the models that are printed."""
+WIDEST = 80
+"""Characters of a difference that are printed; the saved results have all of it."""
 
 
 def run(
@@ -86,7 +88,7 @@ def print_tables(found: StoreComparison, console: Console) -> None:
         if "score" in data:
             console.print(scores(data, found.provenance))
     lines = [f"Not compared: {name}, {why}." for name, why in found.skipped.items()]
-    models = found.provenance["models"]
+    models = [text if len(text) <= WIDEST else f"{text[:WIDEST]}…" for text in found.provenance["models"]]
     more = f"; and {len(models) - SHOWN} more" if len(models) > SHOWN else ""
     if models:
         lines.append(f"Models of {first} (before) and {second} (now): {'; '.join(models[:SHOWN])}{more}.")

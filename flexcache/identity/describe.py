@@ -18,6 +18,7 @@ from flexcache.identity.behavior import fixed_length, record_behavior
 from flexcache.identity.structure import describe_structure
 from flexcache.identity.weights import TensorDigests, combine_digests, digest_tensors, fsdp1_owners
 from flexcache.store.format.model_record import ADAPTERS, CONFIG, CONFIG_DIGEST, IDENTITY, NAMES, SAMPLE
+from flexcache.weight_loading import keep_4bit_layout
 
 SAMPLED_VALUES = 64
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "distributed_config")
@@ -74,6 +75,7 @@ def describe_model(
     'Linear'
     """
     root = unwrap_model(model)
+    keep_4bit_layout(root)
     config: Any = getattr(root, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     settings = {key: value for key, value in settings.items() if key not in VOLATILE}

@@ -19,6 +19,7 @@ from flexcache.parallel.stages import Stages
 from flexcache.recording.forward.objective import LogitDifference, Objective, describe_objective
 from flexcache.recording.forward.transform import Transform
 from flexcache.store.storage.location import is_location, parse_location
+from flexcache.weight_loading import keep_4bit_layout
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -53,6 +54,7 @@ def model_of(model: Any) -> nn.Module:
 
 def _check_module(model: nn.Module) -> None:
     root = unwrap_model(model)
+    keep_4bit_layout(root)
     tensors = [*root.parameters(), *root.buffers()]
     offloaded = any(hasattr(module, "_hf_hook") for module in root.modules())
     if tensors and all(tensor.device.type == "meta" for tensor in tensors) and not offloaded:
