@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEMO_READY := $(VENV)/.ready-demo
 DOCUMENTS ?= 1000
 PYTHON312 ?= python3.12
 # Python 3.13 on the PATH, or among the versions of pyenv; nothing where there is none.
@@ -20,13 +21,16 @@ BENCHMARKS ?=
 .PHONY: demo test test-reading lint bench docs clean
 .DEFAULT_GOAL := test
 
-$(READY): pyproject.toml constraints.txt
+# The demo needs a part of what the tests need; both have the same versions.
+$(READY): EXTRA = dev
+$(DEMO_READY): EXTRA = capture
+$(READY) $(DEMO_READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRA)]'
 	touch $@
 
-demo: $(READY)  ## fetch a model and texts, capture every layer, probe every layer, write a report
+demo: $(DEMO_READY)  ## fetch a model and texts, capture every layer, probe every layer, write a report
 	$(BIN)/flexcache demo --documents $(DOCUMENTS)
 
 test: $(READY)  ## the test suite
