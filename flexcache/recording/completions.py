@@ -25,7 +25,7 @@ from flexcache.hooks.read.measure import input_device
 from flexcache.options import Generation, SpecialTokens
 from flexcache.plan import Batching, batch_groups, parts
 from flexcache.recording.decoded_activations import ActivationReader
-from flexcache.sequences.chat import check_template, render_text
+from flexcache.sequences.chats import check_template, render_text
 from flexcache.sequences.special_tokens import added_tokens
 from flexcache.store.storage.location import StoreLocation, local
 

@@ -9,9 +9,9 @@ import xxhash
 
 from flexcache.errors import ConfigError, DocumentsError
 from flexcache.options import Choice
+from flexcache.sequences.chats import PARTS
 from flexcache.sequences.encoded import Encoded
 from flexcache.sequences.encoding import Tokenizer
-from flexcache.sequences.message_texts import PARTS
 from flexcache.sequences.token_columns import is_generated, span_tokens, token_values
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from flexcache.documents.columns import content_of
-from flexcache.sequences.chat import Chat
+from flexcache.sequences.chats import Chat
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Encoded:
     turn : ndarray of int64, shape (tokens,), or None
         Index of the message in its chat that each token belongs to, -1 for none.
     part : ndarray of int8, shape (tokens,), or None
-        The part of a chat that each token belongs to, as a number in `flexcache.sequences.message_texts.PARTS`.
+        The part of a chat that each token belongs to, as a number in `flexcache.sequences.chats.PARTS`.
     kept : ndarray of bool, shape (tokens,), or None
         True for each token that becomes a row, or is averaged into one; None if all do.
     doubled : ndarray of bool, shape (documents,), or None

@@ -14,7 +14,7 @@ from flexcache.errors import ConfigError, DocumentsError
 from flexcache.images.encoded import decode_image
 from flexcache.options import SequenceOptions
 from flexcache.plan import ranges
-from flexcache.sequences.chat import check_template, find_tokens, generated_tokens, render_chat
+from flexcache.sequences.chats import check_template, find_tokens, generated_tokens, render_chat
 from flexcache.sequences.encoded import Encoded, list_array
 from flexcache.sequences.special_tokens import AddedTokens, added_tokens
 from flexcache.sequences.token_columns import is_spans

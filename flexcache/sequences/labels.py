@@ -8,8 +8,8 @@ import pyarrow as pa
 from flexcache.documents.columns import content_of
 from flexcache.errors import DocumentsError
 from flexcache.options import SequenceOptions
+from flexcache.sequences.chats import PARTS
 from flexcache.sequences.encoded import Encoded
-from flexcache.sequences.message_texts import PARTS
 from flexcache.sequences.token_columns import column_type, is_generated, is_spans, span_tokens, token_values
 
 CHAT = ("role", "turn", "part")

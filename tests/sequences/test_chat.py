@@ -12,7 +12,7 @@ import torch
 import flexcache
 from analysis.dataset import targets
 from flexcache.errors import ConfigError, DocumentsError, MismatchError
-from flexcache.sequences.chat import render_chat
+from flexcache.sequences.chats import render_chat
 from tests.corpora import build_store
 from tests.models import tiny
 

@@ -20,7 +20,7 @@ from flexcache.documents.messages import Conversation, read_messages, unpack_mes
 from flexcache.errors import AnalysisError, ConfigError, DocumentsError, MismatchError
 from flexcache.recording.planning import planning
 from flexcache.sequences import messages_digests
-from flexcache.sequences.chat import Chat, render_chat
+from flexcache.sequences.chats import Chat, render_chat
 from pipelines.config import read_config
 from tests.corpora import build_store
 from tests.sequences.short_templates import CHATML, FAMILIES, THINKING, byte_tokenizer

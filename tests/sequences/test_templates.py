@@ -20,8 +20,8 @@ from flexcache import open_documents
 from flexcache.errors import DocumentsError
 from flexcache.options import SequenceOptions
 from flexcache.sequences import encode_documents
+from flexcache.sequences.chats import PARTS
 from flexcache.sequences.encoded import Encoded
-from flexcache.sequences.message_texts import PARTS
 from tests.sequences.chat_shapes import IN_PARTS, SHAPES, THOUGHT_AND_CALL, TOOLS, WEATHER, families, fast_tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs/conversations.md"

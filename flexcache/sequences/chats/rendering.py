@@ -1,7 +1,7 @@
 """Chats rendered once by a tokenizer's template, with the message and the part that each token belongs to.
 
-`flexcache.sequences.marks` finds the characters of each text. Everything else that the template writes is the part
-``template``, which belongs to no message, unless it is inside ``{% generation %}``.
+`flexcache.sequences.chats.marks` finds the characters of each text. Everything else that the template writes is the
+part ``template``, which belongs to no message, unless it is inside ``{% generation %}``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,9 @@ import numpy as np
 from flexcache.chat_options import ChatOptions
 from flexcache.documents.messages import Conversation
 from flexcache.errors import ConfigError, DocumentsError
-from flexcache.sequences.marks import Found, find_texts, template_literals
-from flexcache.sequences.message_texts import PARTS, MessageText
+from flexcache.sequences.chats.marks import Found, find_texts
+from flexcache.sequences.chats.message_texts import PARTS, MessageText
+from flexcache.sequences.chats.template import Template
 
 THOUGHT = re.compile(r"<think>\s*(.*?)\s*(?:</think>\s*|\Z)", re.DOTALL)
 UNOPENED = re.compile(r"((?:(?!<think>).)*?)\s*</think>\s*", re.DOTALL)
@@ -96,7 +97,7 @@ def render_chat(
     """
     if not isinstance(conversation, Conversation):
         conversation = Conversation(list(conversation))
-    template = _Template(tokenizer, conversation, options or ChatOptions())
+    template = Template(tokenizer, conversation, options or ChatOptions())
     text, messages = template.render_first(name)
     texts, found, unplaced = find_texts(text, messages, template.render_or_none, template.literals)
     roles = [str(message["role"]) for message in messages]
@@ -110,7 +111,7 @@ def render_chat(
 
 def render_text(tokenizer: Any, conversation: Conversation, name: str, options: ChatOptions) -> str:
     """Return a chat as text alone; see `render_chat`."""
-    return _Template(tokenizer, conversation, options).render_first(name)[0]
+    return Template(tokenizer, conversation, options).render_first(name)[0]
 
 
 def find_tokens(chat: Chat, places: np.ndarray, generated: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -147,136 +148,11 @@ def generated_tokens(
     tokenizer: Any, chat: Chat, conversation: Conversation, tokens: list[int], options: ChatOptions | None = None
 ) -> np.ndarray | None:
     """Return True for each token inside ``{% generation %}``; None if the template does not use that block."""
-    template = _Template(tokenizer, conversation, options or ChatOptions())
+    template = Template(tokenizer, conversation, options or ChatOptions())
     if not GENERATION.search(template.source):
         return None
     found = template.apply(chat.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     return np.array(found["assistant_masks"], bool) if list(found["input_ids"]) == list(tokens) else None
-
-
-class _Template:
-    """The template of a tokenizer with all that it gets besides messages."""
-
-    def __init__(self, tokenizer: Any, conversation: Conversation, options: ChatOptions) -> None:
-        self._tokenizer, self._messages = tokenizer, conversation.messages
-        tools = options.tools if conversation.tools is None else conversation.tools
-        self._given: dict[str, Any] = {
-            **options.template_kwargs,
-            "tools": tools or None,
-            "chat_template": options.template,
-            "add_generation_prompt": bool(options.add_generation_prompt),
-        }
-
-    @property
-    def source(self) -> str:
-        """The text of the template."""
-        return str(self._tokenizer.get_chat_template(self._given["chat_template"], self._given["tools"]))
-
-    @property
-    def literals(self) -> list[str]:
-        """The texts that the template may look for in messages."""
-        given = [value for value in self._given.values() if isinstance(value, str) and value != self.source]
-        return [*template_literals(self.source), *filter(None, given)]
-
-    def apply(self, messages: list[dict[str, Any]], **how: Any) -> Any:
-        """Return what the tokenizer makes of messages."""
-        return self._tokenizer.apply_chat_template(messages, **{**self._given, **how})
-
-    def render_or_none(self, messages: list[dict[str, Any]]) -> str | None:
-        """Return messages as text, None if the template raises an error."""
-        try:
-            return str(self.apply(messages, tokenize=False))
-        except Exception:  # a Jinja template can raise any error
-            return None
-
-    def render_first(self, name: str) -> tuple[str, list[dict[str, Any]]]:
-        """Return the text of the first form of the messages that the template takes, and that form.
-
-        A template that does not know lists of parts, or nothing else, may print or drop such contents; then another
-        form is taken, if there is one that it writes.
-        """
-        reason: Exception | None = None
-        dropped: tuple[str, list[dict[str, Any]]] | None = None
-        for messages in _forms(self._messages):
-            try:
-                text = str(self.apply(messages, tokenize=False))
-            except Exception as error:
-                reason = reason or error
-                continue
-            contents = [message["content"] for message in messages if message.get("content")]
-            if any(repr(content) in text for content in contents if isinstance(content, list)):
-                continue
-            kinds: Any = ([c for c in contents if isinstance(c, list) is of_parts] for of_parts in (False, True))
-            if all(2 * sum(_is_shown(content, text) for content in kind) >= len(kind) for kind in kinds):
-                return text, messages
-            dropped = dropped or (text, messages)
-        if dropped is not None:
-            return dropped
-        raise DocumentsError(
-            "the chat template rejects a document",
-            where=f"document {name!r}, its {len(self._messages)} messages",
-            found=str(reason).splitlines()[0] if str(reason) else type(reason).__name__,
-            remedy="give the roles in the order that the template expects",
-        ) from reason
-
-
-def _forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Yield messages in the forms that templates differ about, the given one first."""
-    seen: list[list[dict[str, Any]]] = []
-    for fill, shape in itertools.product((False, True), (None, _as_text, _as_parts)):
-        for convert in (None, _as_dict, _as_json):
-            form = []
-            for message in messages:
-                made = {key: value for key, value in message.items() if value is not None}
-                if fill:
-                    made.setdefault("content", "")
-                if shape and "content" in made:
-                    made |= shape(made["content"])
-                if convert and made.get("tool_calls"):
-                    made["tool_calls"] = [convert(call) for call in made["tool_calls"]]
-                form.append(made)
-            if form not in seen:
-                seen.append(form)
-                yield form
-
-
-def _as_text(content: Any) -> dict[str, Any]:
-    """Return a content in parts as one text, and its reasoning apart from it."""
-    if not isinstance(content, list):
-        return {"content": content}
-    thoughts = [part["thinking"] for part in content if part.get("type") == "thinking"]
-    text = "".join(part["text"] for part in content if part.get("type") != "thinking")
-    joined = "".join(_as_text(thought)["content"] for thought in thoughts)
-    return {"content": text, **({"reasoning_content": joined} if thoughts else {})}
-
-
-def _as_parts(content: Any) -> dict[str, Any]:
-    return {"content": [{"type": "text", "text": content}] if isinstance(content, str) else content}
-
-
-def _is_shown(content: Any, text: str) -> bool:
-    """Return True if a content, or the end of it, is in a rendering; also if it is empty."""
-    end = str(_as_text(content)["content"]).split("</think>")[-1].strip()
-    return not end or end in text or json.dumps(end, ensure_ascii=False)[1:-1] in text
-
-
-def _as_dict(call: dict[str, Any]) -> dict[str, Any]:
-    """Return a tool call whose arguments are a dict."""
-    if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _as_dict(dict(call["function"]))}
-    try:
-        read = json.loads(call.get("arguments", ""))
-    except (TypeError, ValueError):
-        return call
-    return {**call, "arguments": read} if isinstance(read, dict) else call
-
-
-def _as_json(call: dict[str, Any]) -> dict[str, Any]:
-    """Return a tool call whose arguments are JSON."""
-    if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _as_json(dict(call["function"]))}
-    given = call.get("arguments")
-    return {**call, "arguments": json.dumps(given, ensure_ascii=False)} if isinstance(given, Mapping) else call
 
 
 def _spans(text: str, messages: list[dict[str, Any]], texts: list[MessageText], found: list[Found]) -> list[Span]:

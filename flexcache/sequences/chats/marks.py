@@ -18,7 +18,7 @@ Templates that read the words of a text need further attempts. In each, fewer ch
 
 Characters without a mark belong to the text if they lie between marked ones as they do in the text, or next to them at
 an end; white space at an end does not. If no attempt fits all texts together, each is tried alone. What is left over is
-refused by `flexcache.sequences.chat.render_chat`.
+refused by `flexcache.sequences.chats.render_chat`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from flexcache.sequences.message_texts import MessageText, map_texts
+from flexcache.sequences.chats.message_texts import MessageText, map_texts
 
 PLANES = (range(0x40000, 0xE0000), range(0xF0000, 0x10FFFE))
 """Code points for marks: unassigned ones, or those for private use if a chat has any of the former."""
