@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from flexcache.adapters import CONFIG_FILE
 from flexcache.errors import AnalysisError
 from flexcache.model import ModelSource
+from flexcache.model.adapters import CONFIG_FILE
 from flexcache.paths import local_path
 
 if TYPE_CHECKING:

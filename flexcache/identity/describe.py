@@ -10,15 +10,15 @@ import torch
 import xxhash
 from torch import nn
 
-from flexcache.adapters import RECORD
 from flexcache.hooks.locate.evaluation_mode import evaluation_mode
 from flexcache.hooks.locate.names import WRAPPERS, modules_by_path, unwrap_model
 from flexcache.hooks.read.measure import Example, ExampleReader, read_example
 from flexcache.identity.behavior import fixed_length, record_behavior
 from flexcache.identity.structure import describe_structure
 from flexcache.identity.weights import TensorDigests, combine_digests, digest_tensors, fsdp1_owners
+from flexcache.model.adapters import RECORD
+from flexcache.model.loading import keep_4bit_layout
 from flexcache.store.format.model_record import ADAPTERS, CONFIG, CONFIG_DIGEST, IDENTITY, NAMES, SAMPLE
-from flexcache.weight_loading import keep_4bit_layout
 
 SAMPLED_VALUES = 64
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "distributed_config")

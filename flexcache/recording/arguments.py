@@ -15,11 +15,11 @@ from flexcache.errors import ConfigError, FlexCacheError
 from flexcache.hooks.locate.names import as_one_module, unwrap_model
 from flexcache.hooks.locate.vision import reads_images
 from flexcache.model import ModelSource
+from flexcache.model.loading import keep_4bit_layout
 from flexcache.parallel.stages import Stages
 from flexcache.recording.forward.objective import LogitDifference, Objective, describe_objective
 from flexcache.recording.forward.transform import Transform
 from flexcache.store.storage.location import is_location, parse_location
-from flexcache.weight_loading import keep_4bit_layout
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -11,7 +11,6 @@ from typing import Any, Unpack
 import numpy as np
 import torch
 
-from flexcache.adapters import check_variant_names
 from flexcache.documents import open_documents
 from flexcache.errors import CaptureError, ConfigError, SiteError
 from flexcache.hooks import find_blocks
@@ -20,6 +19,7 @@ from flexcache.hooks.locate.encoder_decoder import is_encoder_decoder
 from flexcache.hooks.locate.vision import reads_images
 from flexcache.hooks.read.measure import example_inputs
 from flexcache.model import ModelSource
+from flexcache.model.adapters import check_variant_names
 from flexcache.paths import shown
 from flexcache.recording.arguments import model_of
 from flexcache.recording.capture import CaptureCall, ReadyCapture, prepare_capture

@@ -193,7 +193,7 @@ def test_texts_that_a_template_reads_belong_to_their_message(family: str) -> Non
 
 
 def test_a_text_of_more_characters_than_there_are_marks_is_found() -> None:
-    from flexcache.sequences import marks
+    from flexcache.sequences.chats import marks
 
     tokenizer, content = byte_tokenizer(THINKING), "word </think> " * 20
     few = range(0x40000, 0x40010)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from flexcache.adapters import expanded
 from flexcache.errors import ConfigError, nearest
+from flexcache.model.adapters import expanded
 from flexcache.parallel.launch import launch
 from flexcache.parallel.sizes import Parallel
 from flexcache.validation import Options

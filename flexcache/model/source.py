@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
-from flexcache.adapters import (
+from flexcache.errors import ConfigError
+from flexcache.model.adapters import (
     RECORD,
     AdapterSource,
     adapter_list,
@@ -22,11 +23,10 @@ from flexcache.adapters import (
     read_adapter_config,
     resolve_base,
 )
-from flexcache.errors import ConfigError
+from flexcache.model.loading import WeightOptions, keep_4bit_layout, moves_scales, translate_failures
 from flexcache.parallel.sizes import Parallel
 from flexcache.spec import AnyDType
 from flexcache.store.storage.backend import digest
-from flexcache.weight_loading import WeightOptions, keep_4bit_layout, moves_scales, translate_failures
 
 if TYPE_CHECKING:
     import torch
