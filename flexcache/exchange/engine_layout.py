@@ -1,4 +1,4 @@
-"""Read the layers and the engine of samples from options, and from files beside the samples."""
+"""Read the layers and the engine of samples from options, and from files next to the samples."""
 
 from __future__ import annotations
 

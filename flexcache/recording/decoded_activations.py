@@ -1,4 +1,4 @@
-"""Activations that are read while completions are generated, in one file beside each file of completions.
+"""Activations that are read while completions are generated, in one file next to each file of completions.
 
 A file holds the rows of one array and layer after those of another, in each by document, then by token. A document has
 room for its longest completion; what a shorter one leaves free is never read, and mostly takes no space on the disk.

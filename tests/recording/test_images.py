@@ -244,7 +244,7 @@ def first_feature(output: Any, batch: Any) -> torch.Tensor:
         ({"packing": {"length": 32}}, "packing is for texts"),
         ({"windows": {"length": 32}}, "windows is for texts"),
         ({"max_length": 4}, "max_length is for texts"),
-        ({"rows": {"roles": ["user"]}}, "rows by roles or turns is for texts"),
+        ({"rows": {"roles": ["user"]}}, "rows by roles, turns or parts is for texts"),
         ({"rows": {"character_spans": "bright"}}, "rows by character_spans is for texts"),
     ],
 )
