@@ -64,9 +64,9 @@ def capture_variants(
 
     Each store is the one that `flexcache.capture` makes of that variant alone, byte for byte: it can be resumed,
     extended, verified and replayed by itself. The variants run one after the other on each batch; blocks that a variant
-    shares with the first one, from the bottom up, run once for both. Blocks are shared if all of their tensors are
-    equal, and those of everything that runs before them, which is then tried on a small batch. Gradients, images and
-    encoder-decoder models share none.
+    shares with the first one, from the bottom up, run once for both. Blocks are shared if all of their tensors and
+    settings are equal, and those of everything that runs before them, which is then tried on a small batch. Gradients,
+    images, encoder-decoder models, and models of another configuration share none.
 
     Like a capture, it may be run by many processes at once, and is resumed by the same call.
 

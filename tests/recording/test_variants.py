@@ -139,6 +139,23 @@ def test_models_of_other_families_run_from_the_middle(family: str, tmp_path: Pat
         assert shard_hashes(stores[name].path) == shard_hashes(alone.path)
 
 
+def windowed(window: int | None) -> Any:
+    return tiny("mistral", sliding_window=window)
+
+
+def test_models_whose_attention_reaches_a_different_distance_share_no_blocks(tmp_path: Path) -> None:
+    models = {"whole": windowed(None), "near": windowed(8)}
+    assert count_shared_blocks(*models.values()) == 0
+    corpus = token_documents([20, 30], vocabulary=VOCABULARY)
+    given: dict[str, Any] = {"sites": ["resid_post"], **QUIET}
+    stores = flexcache.capture_variants(models, None, corpus, tmp_path / "runs", **given)
+    alone = flexcache.capture(models["near"], None, corpus, tmp_path / "near.zarr", **given)
+    assert shard_hashes(stores["near"].path) == shard_hashes(alone.path)
+    changed = tiny("llama")
+    changed.model.layers[2].input_layernorm.variance_epsilon = 1e-3
+    assert count_shared_blocks(tiny("llama"), changed) == 2
+
+
 def norms(values: torch.Tensor) -> torch.Tensor:
     return values.norm(dim=-1, keepdim=True)
 
