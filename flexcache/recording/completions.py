@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +18,14 @@ import xxhash
 from flexcache.chat_options import ChatOptions
 from flexcache.documents import Documents, open_documents
 from flexcache.documents.messages import unpack_messages
-from flexcache.errors import ConfigError, DocumentsError
+from flexcache.errors import CaptureError, ConfigError, DocumentsError
 from flexcache.hooks.locate.position_tables import longest_input
 from flexcache.hooks.locate.vocabulary import pad_token_id
 from flexcache.hooks.read.measure import input_device
 from flexcache.options import Generation, SpecialTokens
 from flexcache.plan import Batching, batch_groups, parts
 from flexcache.recording.decoded_activations import ActivationReader
+from flexcache.recording.run.batch_forward import FAILURES
 from flexcache.sequences.chats import check_template, render_text
 from flexcache.sequences.special_tokens import added_tokens
 from flexcache.store.storage.location import StoreLocation, local
@@ -199,13 +200,14 @@ class CompletionWriter:
         drawn = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k or 0}
         settings: dict[str, Any] = {
             "max_new_tokens": options.max_new_tokens,
+            "num_return_sequences": 1,
             "do_sample": options.temperature > 0,
             "eos_token_id": sorted(self._ends) or None,
             "pad_token_id": self._pad,
             **(drawn if options.temperature > 0 else {}),
         }
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-        with torch.no_grad():
+        with torch.no_grad(), _translated(len(prompts), width):
             if self._reader is None:
                 out = self._model.generate(**inputs, generation_config=GenerationConfig(**settings))
             else:
@@ -237,6 +239,21 @@ class CompletionWriter:
         """Return the tokens up to and including the one that ends the completion; the rest is padding."""
         ends = np.flatnonzero(np.isin(tokens, list(self._ends)))
         return [int(token) for token in (tokens[: ends[0] + 1] if len(ends) else tokens)]
+
+
+@contextmanager
+def _translated(prompts: int, longest: int) -> Iterator[None]:
+    """Raise CaptureError for an error of transformers while it completes prompts."""
+    try:
+        yield
+    except FAILURES as error:
+        raise CaptureError(
+            "the model fails while it completes prompts",
+            expected=f"completions of {prompts} prompts of up to {longest} tokens",
+            found=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}",
+            remedy="lower generate.batch if memory is short; leave settings out of model.generation_config that this"
+            " does not support, such as prompt_lookup_num_tokens",
+        ) from error
 
 
 def check_generates(model: Any) -> None:

@@ -135,10 +135,17 @@ class ActivationReader:
             yield
 
     def begin_last_step(self, place: int) -> None:
-        """Say that the next step reads only the token at *place*, padding included."""
-        self._next, self._last = place, True
+        """Say that the next step reads only the token at *place*, padding included.
+
+        CaptureError if the steps so far have not read each earlier token once, as with a guided generation.
+        """
+        if self._next != place:
+            raise _other_steps(f"{place} tokens", f"{self._next} tokens in all steps")
+        self._last = True
 
     def _begin(self, sequences: int, tokens: int) -> None:
+        if sequences != len(self._documents):
+            raise _other_steps(f"{len(self._documents)} sequences", f"{sequences} sequences in a step")
         if self._last and tokens != 1:
             raise CaptureError(
                 "the model does not continue from its cache",
@@ -207,6 +214,17 @@ class DecodedActivations:
 def activations_file(folder: Path, number: int) -> Path:
     """Return the file of the activations of a part."""
     return folder / f"part-{number:06d}.activations"
+
+
+def _other_steps(expected: str, found: str) -> CaptureError:
+    return CaptureError(
+        "the steps of the generation do not read each token once",
+        where="generate.capture",
+        expected=expected,
+        found=found,
+        remedy="leave beams, guidance and prompt lookup out of model.generation_config; or set generate.capture to"
+        " false: prompts and completions are then run again",
+    )
 
 
 def _damaged(path: Path, layout: ActivationLayout, found: str) -> DamagedError:

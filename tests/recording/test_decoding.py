@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 import flexcache
 from analysis import probes
 from analysis.dataset import targets
-from flexcache.errors import ConfigError, DocumentsError, MismatchError
+from flexcache.errors import CaptureError, ConfigError, DocumentsError, MismatchError
 from flexcache.hooks.locate.blocks import find_blocks
 from flexcache.recording import completions as completions_module
 from tests.corpora import lengths, token_documents
@@ -123,6 +123,15 @@ def test_prompts_share_no_batch_where_padding_before_them_changes_activations(tm
     assert max(item.relative_error for item in found) < 1e-5
     request = json.loads((tmp_path / "run.zarr.completions" / "request").read_text())
     assert request["capture"]["batching"] == "equal_lengths"
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"guidance_scale": 2.0}], ids=["beams", "guidance"])
+def test_a_generation_whose_steps_read_other_sequences_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny("llama")
+    model.generation_config.update(**settings)
+    with pytest.raises(CaptureError, match="do not read each token once"):
+        flexcache.capture(model, None, PROMPTS, tmp_path / "run.zarr", generate=GREEDY, **QUIET)
+    assert not list(tmp_path.rglob("part-*"))
 
 
 def test_each_row_knows_its_phase_and_rows_can_be_chosen_by_it(model: Any, tmp_path: Path) -> None:

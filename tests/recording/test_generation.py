@@ -16,7 +16,7 @@ import torch
 
 import flexcache
 from analysis.replay.engine.identity import identity_error
-from flexcache.errors import ConfigError, DocumentsError, MismatchError
+from flexcache.errors import CaptureError, ConfigError, DocumentsError, MismatchError
 from flexcache.options import Generation
 from flexcache.recording import completions as completions_module
 from flexcache.store.write.claims import Claims
@@ -76,6 +76,13 @@ def test_a_completion_ends_with_the_end_token(model: Any, tmp_path: Path) -> Non
         expected = new[: new.index(ends) + 1] if ends in new else new
         assert after["tokens"][after["prompt_tokens"] :] == expected
     assert len(short[0]["tokens"]) < len(whole[0]["tokens"])
+
+
+def test_settings_that_the_model_cannot_generate_with_are_named(tmp_path: Path) -> None:
+    model = tiny("llama")
+    model.generation_config.update(prompt_lookup_num_tokens=2)
+    with pytest.raises(CaptureError, match=r"(?s)batch_size = 1.*model\.generation_config"):
+        flexcache.generate(model, None, PROMPTS, tmp_path / "made", GREEDY)
 
 
 def test_stopped_generation_resumes_to_the_same_completions(model: Any, tmp_path: Path) -> None:
