@@ -25,6 +25,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 RECORD = "_flexcache_adapters"
 """Attribute of a model with loaded adapters: their description for the provenance of a store."""
+EMPTY = (None, [], {}, "none")
+"""Values of settings of an adapter that train nothing more."""
 FAILURES = (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError)
 """Errors that PEFT raises for an adapter that does not fit."""
 
@@ -222,6 +224,15 @@ def _check_weight(adapter: AdapterSource, config: Any) -> None:
             where=adapter.path,
             expected="LoRA without DoRA",
             found="DoRA" if kind == "LORA" else kind,
+            remedy="leave weight out",
+        )
+    parts = {name: getattr(config, name, None) for name in ("modules_to_save", "trainable_token_indices", "bias")}
+    if adapter.weight != 1 and (fixed := [f"{name}: {value}" for name, value in parts.items() if value not in EMPTY]):
+        raise ConfigError(
+            "the weight of an adapter does not apply to all that the adapter changes",
+            where=adapter.path,
+            expected="LoRA without modules, tokens and biases that are trained as a whole",
+            found=", ".join(fixed),
             remedy="leave weight out",
         )
 

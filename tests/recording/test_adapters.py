@@ -285,6 +285,17 @@ def test_the_weight_of_another_kind_than_lora_is_refused(tmp_path: Path) -> None
         ModelSource(adapter={"path": str(tmp_path / "ia3"), "weight": 0.5}).load()
 
 
+@pytest.mark.parametrize(
+    "trained", [{"modules_to_save": ["norm"]}, {"trainable_token_indices": [1, 2]}, {"bias": "lora_only"}], ids=str
+)
+def test_the_weight_of_an_adapter_that_also_replaces_values_is_refused(trained: dict[str, Any], tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "base")
+    save_adapter(tmp_path / "base", tmp_path / "a", 1, **trained)
+    with pytest.raises(ConfigError, match=next(iter(trained))):
+        ModelSource(adapter={"path": str(tmp_path / "a"), "weight": 0.5}).load()
+    ModelSource(adapter=str(tmp_path / "a")).load()
+
+
 def test_the_head_of_an_adapter_is_that_of_the_merged_model(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
     save_adapter(Path("base"), tmp_path / "head", 4, config=config)
