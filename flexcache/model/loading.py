@@ -110,11 +110,13 @@ class WeightOptions(Options):
         Raises
         ------
         ConfigError
-            The package of the method is not installed, or a setting is not one of it.
+            The package of the method is not installed, a setting is not one of it, or the checkpoint is quantized
+            already and a setting would be ignored.
         """
         found: dict[str, Any] = {}
         if self.quantization is not None:
             found["quantization_config"] = quantization_config(self.quantization)
+            _check_checkpoint(self.quantization, found["quantization_config"], config)
         if self.device_map is not None:
             names = ("device_map", "max_memory", "offload_folder")
             found |= {name: copy.copy(getattr(self, name)) for name in names if getattr(self, name) is not None}
@@ -161,6 +163,25 @@ def quantization_config(asked: Mapping[str, Any]) -> Any:
             settings["quant_type"] = _torchao_type(settings.get("quant_type"))
             return known[method](**settings)
         return AutoQuantizationConfig.from_dict({"quant_method": method, **settings})
+
+
+def _check_checkpoint(asked: Mapping[str, Any], made: Any, config: Any) -> None:
+    """Raise ConfigError for settings that transformers ignores because the checkpoint has its own."""
+    own = _settings(getattr(config, "quantization_config", None))
+    if own is None:
+        return
+    given, method = made.to_dict(), str(own.get("quant_method"))
+    taken = made.get_loading_attributes() if hasattr(made, "get_loading_attributes") else {}
+    names = [name for name in asked if name not in ("method", "quant_method")]
+    ignored = [name for name in names if name not in taken and given.get(name) != own.get(name)]
+    if ignored or method != given.get("quant_method"):
+        raise ConfigError(
+            "the weights of the checkpoint are quantized already",
+            where="model.quantization",
+            expected=f"{method}, with the settings of the checkpoint",
+            found=f"{_method(asked)}" + (f" with {', '.join(ignored)}" if ignored else ""),
+            remedy="leave quantization out, or name a checkpoint that is not quantized",
+        )
 
 
 def keep_4bit_layout(model: nn.Module) -> None:

@@ -284,6 +284,22 @@ def test_quantization_that_cannot_be_had_is_refused_with_a_remedy(
         ModelSource(name=str(folder), quantization=asked).load()
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [{"method": "fp8", "weight_block_size": [64, 64]}, {"method": "bitsandbytes", "load_in_8bit": True}],
+    ids=str,
+)
+def test_a_checkpoint_that_is_quantized_already_takes_no_other_settings(asked: dict[str, Any], tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="quantized already"):
+        ModelSource(name=str(tmp_path), quantization=asked).load()
+    source = ModelSource(name=str(tmp_path), quantization={"method": "fp8", "weight_block_size": [128, 128]})
+    assert "quantization_config" in source.weight_options(source.config())
+
+
 def test_a_type_that_torchao_lacks_is_refused(folder: Path) -> None:
     settings("torchao")
     with pytest.raises(ConfigError, match="did you mean Int8WeightOnlyConfig"):
