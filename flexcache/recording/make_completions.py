@@ -42,7 +42,13 @@ from flexcache.store.write.election import POLL, elect, working
 from flexcache.store.write.worker import Worker
 
 OWN = ("prompt_tokens", "generated", "completion", "prompt")
-CAPTURE, CONDITIONS, SPECIAL = "capture", "fingerprint", "special_tokens"
+CAPTURE, CONDITIONS, SPECIAL, SETTINGS = "capture", "fingerprint", "special_tokens", "generation_config"
+WITHOUT_EFFECT = (
+    *("temperature", "top_p", "top_k", "do_sample", "max_new_tokens", "max_length", "num_return_sequences"),
+    *("pad_token_id", "bos_token_id", "use_cache", "cache_implementation", "output_attentions"),
+    *("output_hidden_states", "return_dict_in_generate", "transformers_version", "_from_model_config"),
+)
+"""Settings of a model's generation that the options replace, or that change no token."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +108,13 @@ def make_completions(
         asked[CAPTURE] = {"arrays": reading.arrays, "batching": reading.batching, CONDITIONS: now}
     if chat is not None and (options := chat.model_dump(mode="json")):
         asked["chat"] = options
-    asked, request = json.loads(json.dumps(asked)), completions.request
+    asked, request = json.loads(json.dumps(asked)) | {SETTINGS: _settings(model)}, completions.request
+    earlier = json.loads(request.read_bytes()) if request.exists() else None
+    if earlier is not None and SETTINGS not in earlier:  # an earlier version began them
+        del asked[SETTINGS]
     if corpus.content == "text":
         asked[SPECIAL] = special_tokens
-        if special_tokens == "auto" and request.exists() and SPECIAL not in json.loads(request.read_bytes()):
+        if special_tokens == "auto" and earlier is not None and SPECIAL not in earlier:
             special_tokens = "always"  # as the earlier version did that began them
             del asked[SPECIAL]
     if completions.complete and (reading is None or reading.stored or _all_read(completions)):
@@ -196,6 +205,12 @@ class PartMaker:
             sink = pa.BufferOutputStream()
             pq.write_table(table, sink, compression="zstd")
             write_durably(path, sink.getvalue().to_pybytes())
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    """Return the settings of a model's own generation that change completions, as plain values."""
+    settings = json.loads(json.dumps(model.generation_config.to_diff_dict(), default=str))
+    return {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
 
 
 def _all_read(completions: Completions) -> bool:

@@ -78,6 +78,21 @@ def test_a_completion_ends_with_the_end_token(model: Any, tmp_path: Path) -> Non
     assert len(short[0]["tokens"]) < len(whole[0]["tokens"])
 
 
+def test_settings_of_the_model_that_change_completions_are_part_of_their_identity(tmp_path: Path) -> None:
+    model = tiny("llama")
+    flexcache.generate(model, None, PROMPTS, tmp_path / "made", GREEDY)
+    model.generation_config.update(temperature=0.6, use_cache=False)
+    flexcache.generate(model, None, PROMPTS, tmp_path / "made", GREEDY)
+    model.generation_config.update(repetition_penalty=1.8)
+    with pytest.raises(MismatchError, match=r"generation_config\.repetition_penalty"):
+        flexcache.generate(model, None, PROMPTS, tmp_path / "made", GREEDY)
+    request = tmp_path / "made" / "request"
+    content = json.loads(request.read_bytes())
+    del content["generation_config"]  # as an earlier version wrote it
+    request.write_text(json.dumps(content))
+    flexcache.generate(model, None, PROMPTS, tmp_path / "made", GREEDY)
+
+
 def test_settings_that_the_model_cannot_generate_with_are_named(tmp_path: Path) -> None:
     model = tiny("llama")
     model.generation_config.update(prompt_lookup_num_tokens=2)
