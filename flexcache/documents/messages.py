@@ -61,7 +61,7 @@ def read_messages(value: Any, where: str, *, tools: Any = None, sparse: bool = F
     value = value.tolist() if hasattr(value, "tolist") else list(value) if isinstance(value, tuple) else value
     if not isinstance(value, list) or not value:
         raise _invalid(where, "no messages" if value in (None, []) else type(value).__name__)
-    if isinstance(value[0], Mapping) and str(value[0].get("content")).startswith(f"{PACKED}["):
+    if isinstance(value[0], Mapping) and _is_packed(value[0]) and value[0]["content"].startswith(f"{PACKED}["):
         own, value = [dict(value[0])], value[1:]
     sparse = sparse and not exact
     return own + [_message(message, f"{where}, message {number}", sparse) for number, message in enumerate(value)]
@@ -93,7 +93,7 @@ def _message(message: Any, where: str, sparse: bool) -> dict[str, str]:
     if not isinstance(role, str):
         raise _invalid(where, f"role: {repr(role)[:60]}" + (", from and value" if {"from", "value"} <= {*held} else ""))
     plain = content if isinstance(content, str) and held.keys() == {"role", "content"} else None
-    if plain is not None and (not plain.startswith(PACKED) or _is_packed(plain)):
+    if plain is not None and (not plain.startswith(PACKED) or _is_packed(held)):
         return {"role": role, "content": plain}
     _check_content(content, held, where)
     _check_calls(held.get("tool_calls"), where)
@@ -124,11 +124,20 @@ def _tools(value: Any, where: str, sparse: bool) -> list[dict[str, str]]:
     return [{"role": TOOLS, "content": PACKED + json.dumps(tools, ensure_ascii=False)}]
 
 
-def _is_packed(content: str) -> bool:
-    try:
-        return "role" in json.loads(content[1:])
-    except (ValueError, TypeError):
+def _is_packed(message: Mapping[str, Any]) -> bool:
+    """Return True for a message, or the tools, as `read_messages` returns them; other texts can begin with a zero."""
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(content, str) or not content.startswith(PACKED):
         return False
+    try:
+        held = json.loads(content[1:])
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(held, dict):
+        return isinstance(held, list) and role == TOOLS
+    text = held.get("content")
+    plain = held.keys() == {"role", "content"} and isinstance(text, str) and not text.startswith(PACKED)
+    return held.get("role") == role and not plain
 
 
 def _check_content(content: Any, held: dict[str, Any], where: str) -> None:
