@@ -160,7 +160,8 @@ def _corpus(
                 f"{len(problems)} of {len(files)} samples cannot be imported",
                 where=str(root),
                 found="\n    ".join(problems[:SHOWN]) + more,
-                remedy="write these samples again, or move them out of the folder; nothing has been imported. An engine"
+                remedy=("check the format and the layer ids, or " if len(problems) == len(files) > 1 else "")
+                + "write these samples again, or move them out of the folder; nothing has been imported. An engine"
                 " with prefix caching gives fewer states than token ids"
                 if finite
                 else "write these samples again: the import that was begun needs them",

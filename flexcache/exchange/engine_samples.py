@@ -191,7 +191,11 @@ def _arrays(file: SampleFile, kind: str) -> dict[str, np.ndarray]:
     if kind != "npy":
         return {tensor.name: tensor.open() for tensor in list_tensors(file.path, file.path.name)}
     paths = {ending: file.path.with_name(file.path.stem + ending) for ending in (".npy", *NPY_PARTS)}
-    return {name: list_tensors(path, path.name)[0].open() for name, path in paths.items() if path.exists()}
+    return {
+        name: list_tensors(path, path.name)[0].open()
+        for name, path in paths.items()
+        if path.exists() or path.is_symlink()
+    }
 
 
 def _first(arrays: dict[str, np.ndarray], names: Sequence[str], what: str) -> np.ndarray:

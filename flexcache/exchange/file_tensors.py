@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -182,7 +183,8 @@ def _is_list(kind: pa.DataType) -> bool:
 def _belongs(path: Path, folder: Path, kind: str, endings: Sequence[str]) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
     stored = kind != "saelens" or path.name.startswith("data-")  # datasets also writes cache-*.arrow
-    return path.name.endswith(tuple(endings)) and path.is_file() and stored and not hidden
+    there = path.is_file() or (path.is_symlink() and not path.exists())  # a link to nothing is an error when it is read
+    return path.name.endswith(tuple(endings)) and there and stored and not hidden
 
 
 def _natural(folder: Path) -> Callable[[Path], list[Any]]:
@@ -197,9 +199,19 @@ def _unreadable(path: Path, kind: str, error: Exception) -> DamagedError:
     return DamagedError(
         f"a file cannot be read as {kind}",
         where=str(path),
-        found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+        found=_reason(error),
         remedy="write the file again, or leave it out of the folder",
     )
+
+
+def _reason(error: Exception) -> str:
+    """Return the cause of an error in one sentence, without the advice of torch to run the code in a file."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is damaged, or holds something else than tensors"
+    if isinstance(error, EOFError):
+        return "it ends too early"
+    first = (str(error).splitlines() or [""])[0].partition(". ")[0]
+    return f"{type(error).__name__}: {first}"
 
 
 class TensorStack:

@@ -77,6 +77,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """
     try:
         size = path.stat().st_size
+        if size < 8:
+            raise ValueError(f"the file has {size} bytes")
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(LARGEST_HEADER, size):

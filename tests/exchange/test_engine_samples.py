@@ -308,7 +308,10 @@ def spoil(form: str, path: Path, sample: dict[str, torch.Tensor], how: str) -> N
         sample["ids"] = sample["ids"].float()
     elif how == "empty":
         sample = {name: value[:0] for name, value in sample.items()}
-    if how == "truncated":
+    if how == "link to nothing":
+        path.unlink()
+        path.symlink_to(path.with_name("gone"))
+    elif how == "truncated":
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     elif how == "no file content":
         path.write_bytes(b"")
@@ -333,6 +336,7 @@ HOW = {
     "empty": "no tokens",
     "truncated": "cannot be read",
     "no file content": "cannot be read",
+    "link to nothing": "No such file",
     "other tensors": "something",
 }
 
@@ -364,9 +368,17 @@ def test_code_in_a_sample_is_not_run(tmp_path: Path) -> None:
     for number in range(2):
         write(tmp_path / "in", "specforge", number, prompt(number, 5))
     torch.save({"input_ids": Evil()}, tmp_path / "in" / "rows_0-2000" / "data_1.ckpt")
-    with pytest.raises(DamagedError, match="data_1"):
+    with pytest.raises(DamagedError, match="data_1.*else than tensors") as caught:
         flexcache.import_folder(tmp_path / "in", tmp_path / "run.zarr", "specforge", layer_ids=IDS)
+    assert "weights_only" not in str(caught.value), "torch advises to run it"
     assert not (tmp_path / "pwned").exists()
+
+
+def test_layer_ids_that_fit_no_sample_are_named_as_a_cause(tmp_path: Path) -> None:
+    for number in range(2):
+        write(tmp_path / "in", "speculators", number, prompt(number, 5))
+    with pytest.raises(DamagedError, match="check the format and the layer ids"):
+        flexcache.import_folder(tmp_path / "in", tmp_path / "run.zarr", "speculators", layer_ids=IDS[:1])
 
 
 # Layers, engine and labels
