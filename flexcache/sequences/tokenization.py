@@ -98,7 +98,7 @@ def tokenize_corpus(
     result = TokenizedCorpus(
         folder, options, None if packing is None else packing_tokens(packing, tokenizer, options.special_tokens)
     )
-    index, tokens_done = first_index, 0
+    index, tokens_done, roles = first_index, 0, set[str]()
     for batch in documents.batches():
         if index == first_index:
             check_label_names(batch, options, keep_text, (ROW_POSITIONS, ENCODER_TOKENS))
@@ -127,6 +127,7 @@ def tokenize_corpus(
             check_document_lengths(encoded, options, positions[0])
         for chat in encoded.chats or ():
             result.left_out.update(chat.left_out)
+            roles |= {*chat.roles}
         encoded = _with_token_columns(encoded, tokenizer, options, chat_labels)
         result.token_labels = tuple(encoded.labels)
         record, kept = document_columns(batch, encoded, context, source_index, keep_text), encoded.kept
@@ -152,12 +153,17 @@ def tokenize_corpus(
             break
     result.write_part()
     if not len(result.lengths):
-        left_out = f", {result.skipped} of them empty" + (f", {result.rowless} without rows" if result.rowless else "")
+        counts = ((result.skipped, "empty"), (result.rowless, "without rows"))
         raise DocumentsError(
-            "there are no documents",
-            where=str(documents.describe().get("files", "the corpus")),
+            "there are no documents" + (" with rows" if result.rowless else ""),
+            where=str(documents.describe().get("files") or "the documents"),
             expected="at least one document with at least one token",
-            found=f"{index - first_index} documents{left_out}",
+            found=", ".join(
+                [f"{index - first_index} documents", *(f"{count} {what}" for count, what in counts if count)]
+            ),
+            remedy="choose other rows" + (f"; the messages have the roles {', '.join(sorted(roles))}" if roles else "")
+            if result.rowless
+            else None,
         )
     return result
 

@@ -313,6 +313,13 @@ def test_parts_are_rows_groups_and_targets(tmp_path: Path) -> None:
         build_store(tmp_path / "no.zarr", rows={"parts": ["content"]})
 
 
+def test_rows_of_a_role_that_no_message_has_are_refused_with_the_roles(tmp_path: Path) -> None:
+    with pytest.raises(DocumentsError, match="there are no documents with rows") as caught:
+        build_store(tmp_path / "a", PLAIN, tokenizer=byte_tokenizer(CHATML), rows={"roles": ["asistant"]})
+    assert ", 1 without rows" in str(caught.value)
+    assert "the messages have the roles assistant, user" in str(caught.value)
+
+
 def test_options_of_the_template_are_part_of_the_identity_of_a_store(tmp_path: Path) -> None:
     tokenizer, path = byte_tokenizer(THINKING), tmp_path / "run.zarr"
     ask = [{"messages": [{"role": "user", "content": "Who?"}]}]
