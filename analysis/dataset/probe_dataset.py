@@ -245,6 +245,12 @@ def build_dataset(
     n_rows = table["n_rows"].to_numpy().astype(np.int64)
     name = target if isinstance(target, str) else target.name
     if isinstance(target, str):
+        if target not in table.column_names and target in getattr(store, "token_labels", ()):
+            raise AnalysisError(
+                f"{target!r} is a label of tokens, not of documents",
+                where="target",
+                remedy=f"give analysis.targets.read(store, {target!r})[0]",
+            )
         values = document_columns.read_column(table, target, "target")
     else:
         values = target.of_documents(table, store) if isinstance(target, DocumentTarget) else None

@@ -26,7 +26,7 @@ from flexcache.training.row_stream import Stream, StreamBatch
 
 
 def stream(
-    store: Store | Mapping[str, Store] | str | os.PathLike,
+    store: Store | str | os.PathLike | Mapping[str, Store | str | os.PathLike],
     site: str | Sequence[str],
     layer: int | None = None,
     *,
@@ -57,8 +57,8 @@ def stream(
     Parameters
     ----------
     store
-        A store or its path; or several by name, over the same documents. Their rows are joined by document id and
-        position; rows that are not in all stores are left out.
+        A store or its path; or a dict of several by name, over the same documents. Their rows are joined by document id
+        and position; rows that are not in all stores are left out.
     site, layer, layers
         One site and layer give tensors (batch, features). *layers* give (batch, layers, features): numbers in any
         order, or text such as ``"all"``, ``"0,8"`` or ``"8:24"``. Several sites, or stores, give dicts of tensors by
@@ -91,18 +91,18 @@ def stream(
         An argument is unknown or cannot be used; a row or layer is given twice, or none is given; the stores have no
         row in common; *drop_last* is set and no rank has a whole batch.
     """
-    if is_location(store):
-        store = Store(store)
-    stores: Mapping[str, Store] = {"": store} if isinstance(store, Store) else store  # a store is a mapping as well
+    named = {"": store} if isinstance(store, Store) or is_location(store) else store  # a store is a mapping as well
     options = ReaderOptions.from_keywords(reading, stream)
     if not is_whole(batch_size) or batch_size < 1:
         raise ConfigError("batch_size is a whole number of at least 1", found=repr(batch_size))
     if not is_whole(seed) or seed < 0:
         raise ConfigError("seed is a whole number of at least 0", found=repr(seed))
-    if not isinstance(stores, Mapping) or not stores or not all(isinstance(one, Store) for one in stores.values()):
+    given = [*named.values()] if isinstance(named, Mapping) else []
+    if not given or not all(isinstance(one, Store) or is_location(one) for one in given):
         raise ConfigError(
-            "that is no store", expected="a store, its path, or a dict of stores by name", found=repr(store)
+            "that is no store", expected="a store, its path, or a dict of these by name", found=repr(store)
         )
+    stores = {name: one if isinstance(one, Store) else Store(one) for name, one in named.items()}
     if transform is not None and not callable(transform):
         raise ConfigError("transform is a function of a batch", found=repr(transform))
     if layers is not None and layer is not None:

@@ -76,7 +76,8 @@ def test_two_stores_are_joined_by_document_and_position(store: flexcache.Store, 
             for layer in range(3):
                 to.put("resid_post", rng.normal(size=(len(batch.rows), 4)), rows=batch.rows, layer=layer)
     other = flexcache.open(tmp_path / "b.zarr")
-    batches = list(training.stream({"a": store, "b": other}, "resid_post", 1, return_tokens=True, **SMALL))
+    stores = {"a": store, "b": str(other.path)}
+    batches = list(training.stream(stores, "resid_post", 1, return_tokens=True, **SMALL))
     rows = np.array(rows_of(batches))
     assert len(rows) == other.n_rows
     mine = torch.cat([batch["a"] for batch in batches]).float().numpy()
@@ -306,6 +307,7 @@ def test_rows_that_are_not_committed_are_left_out_or_refused(tmp_path: Path) -> 
         ({"rank": 1}, ConfigError, "given together"),
         ({"site": "resid_pots"}, SiteError, "did you mean resid_post"),
         ({"layer": 9}, SiteError, "not captured"),
+        ({"layer": None}, SiteError, "has layers, and none is given"),
         ({"rows": np.zeros(0, np.int64)}, StoreError, "no rows to stream"),
         ({"rows": [3, 4, 3]}, ConfigError, "a row more than once"),
         ({"rows": [-1, 0, sum(LENGTHS) - 1]}, ConfigError, "a row more than once"),

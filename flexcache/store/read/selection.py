@@ -71,7 +71,9 @@ def layer_number(array: ArraySpec, layer: int | None, where: StoreLocation) -> i
     number = None if asked is None else asked + (array.depth if asked < 0 else 0)
     if number not in array.layers:
         raise SiteError(
-            f"layer {layer} of {array.name} was not captured",
+            f"{array.name} has layers, and none is given"
+            if layer is None
+            else f"layer {layer} of {array.name} was not captured",
             where=str(where),
             expected=f"one of {', '.join(map(str, array.layers))}",
         )
