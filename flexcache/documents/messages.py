@@ -95,10 +95,10 @@ def _message(message: Any, where: str, sparse: bool) -> dict[str, str]:
     plain = content if isinstance(content, str) and held.keys() == {"role", "content"} else None
     if plain is not None and (not plain.startswith(PACKED) or _is_packed(held)):
         return {"role": role, "content": plain}
-    _check_content(content, held, where)
-    _check_calls(held.get("tool_calls"), where)
     if other := [name for name in NOT_TEXT if held.get(name)]:
         raise _not_text(where, f"{', '.join(other)} as well")
+    _check_content(content, held, where)
+    _check_calls(held.get("tool_calls"), where)
     try:
         return {"role": role, "content": PACKED + json.dumps(held, ensure_ascii=False)}
     except (TypeError, ValueError) as error:
@@ -144,7 +144,7 @@ def _check_content(content: Any, held: dict[str, Any], where: str) -> None:
     if content is None and not any(
         held.get(name) for name in ("tool_calls", "reasoning_content", "reasoning", "thinking")
     ):
-        raise _invalid(where, "content: None")
+        raise _invalid(where, "content: None" + (", and a refusal" if held.get("refusal") else ""))
     if isinstance(content, list) and content:
         for part in content:
             kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
@@ -194,5 +194,7 @@ def _not_text(where: str, found: str) -> DocumentsError:
         where=where,
         expected="a content of text, or a list of parts {type: text, text: …}",
         found=found,
-        remedy="leave these messages out, or say as text what they show",
+        remedy="write each function_call as an entry of tool_calls"
+        if found.startswith("function_call")
+        else "leave these messages out, or say as text what they show",
     )

@@ -99,7 +99,9 @@ def content_error(names: list[str], roles: Roles, where: str | None, *, both: bo
             found="null",
             remedy="leave it out",
         )
-    name = "name the column: flexcache.open_documents(…, text='body')"
+    chats = [name for name in names if name in ("conversations", "conversation")]
+    column = f"messages={chats[0]!r}), whose messages need role and content" if chats else "text='body')"
+    name = f"name the column: flexcache.open_documents(…, {column}"
     remedy = f"{name}; {nearest(wanted[0], names)}" if names and wanted else None
     return DocumentsError("no text and no tokens", where=where, expected=expected, found=found, remedy=remedy)
 

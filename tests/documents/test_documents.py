@@ -402,7 +402,12 @@ def test_empty_texts_and_empty_token_lists_are_left_to_the_tokenizer(tmp_path):
         ([{"text": "x"}, {}], {}, ["no text and no tokens", "document 1"]),
         ([{"text": "x"}, "y"], {}, ["not a dict", "document 1", "str"]),
         ([{"text": 5}], {}, ["not a string", "int"]),
-        ([{"text": "\ud800"}], {}, ["broken Unicode", "document 0"]),
+        ([{"text": "\ud800"}], {}, ["broken Unicode", "document 0", "single surrogates"]),
+        (
+            [{"conversations": [{"from": "human", "value": "x"}]}],
+            {},
+            ["no text and no tokens", "'conversations'", "role"],
+        ),
         ([{"id": "\ud800", "text": "x"}], {}, ["broken Unicode", "'id'"]),
         ([{"id": 1.0, "text": "x"}], {}, ["neither text nor a whole number", "float"]),
         ([{"id": True, "text": "x"}], {}, ["neither text nor a whole number", "bool"]),

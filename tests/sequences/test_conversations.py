@@ -289,6 +289,8 @@ def test_parts_are_rows_groups_and_targets(tmp_path: Path) -> None:
     tokenizer, documents = byte_tokenizer(THINKING), [{"messages": CALLS, "tools": TOOLS}] * 4
     store = build_store(tmp_path / "all.zarr", documents, tokenizer=tokenizer)
     [part] = targets.read(store, "part")
+    with pytest.raises(AnalysisError, match=r"label of tokens[\s\S]*targets.read"):
+        build_dataset(store, "resid_post", "part", layers=[0])
     dataset = build_dataset(store, "resid_post", part, layers=[0], groups="turn")
     assert dataset.classes == ("content", "reasoning", "tool_call", "tool_result")  # the template has no turn
     assert dataset.n_groups == 4
@@ -459,6 +461,11 @@ def test_contents_in_parts_and_arguments_as_json_are_rendered_in_the_form_that_a
         ({"role": "user", "content": "Who?", "images": ["a.png"]}, "images as well"),
         ({"from": "human", "value": "Who?"}, "from and value"),
         ({"role": "assistant", "content": None}, "content: None"),
+        ({"role": "assistant", "content": None, "refusal": "No."}, "content: None, and a refusal"),
+        (
+            {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+            "entry of tool_calls",
+        ),
         ({"role": "assistant", "content": None, "tool_calls": ["f"]}, "tool_calls: "),
         ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 3}}]}, "arguments: 3"),
         ({"content": "Who?"}, "role: None"),

@@ -33,6 +33,7 @@ def record_column(values: list[Any], kind: pa.DataType | None, name: str, where:
                         where=place,
                         expected="text that can be written as UTF-8",
                         found=found_value,
+                        remedy="replace single surrogates: text.encode('utf-8', 'replace').decode()",
                     ) from reason
                 mixed = kind is None and isinstance(value, list | tuple | dict)
                 wrong = "values of different types, or of an unknown one" if mixed else "a value that does not fit"
