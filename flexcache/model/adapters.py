@@ -25,7 +25,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 RECORD = "_flexcache_adapters"
 """Attribute of a model with loaded adapters: their description for the provenance of a store."""
-EMPTY = (None, [], {}, "none")
+EMPTY: tuple[Any, ...] = (None, [], {}, "none")
 """Values of settings of an adapter that train nothing more."""
 FAILURES = (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError)
 """Errors that PEFT raises for an adapter that does not fit."""

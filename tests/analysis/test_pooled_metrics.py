@@ -121,3 +121,22 @@ def test_the_recall_is_read_between_the_negatives_around_the_rate() -> None:
         np.testing.assert_allclose(
             np.quantile(drawn, share, axis=1), np.quantile(expected, share, axis=1), atol=0.015, err_msg=str(share)
         )
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_calibration_error_of_a_clear_gap_varies_as_its_mean_over_groups(size: int) -> None:
+    rng = np.random.default_rng(2)
+    shared = np.repeat(0.05 * rng.normal(size=200), size)
+    gaps = np.stack([0.4 + shared + 0.01 * rng.normal(size=200 * size), np.zeros(200 * size)], axis=1)
+    drawn = pooled_metrics.calibration_replicates(gaps, np.repeat(np.arange(200), size), resamples=4000, seed=0)
+    assert drawn.mean() == pytest.approx(gaps[:, 0].mean(), abs=1e-3)
+    assert drawn.std() == pytest.approx(gaps[:, 0].reshape(200, size).mean(1).std() / 200**0.5, rel=0.08)
+
+
+def test_half_of_the_replicates_are_without_the_error_that_noise_alone_makes() -> None:
+    """With no gap at all, the plain error is the mean size of the noise, and the smallest compatible one is 0."""
+    gaps = np.random.default_rng(4).normal(size=(2000, 3)) * 0.2 / 3**0.5
+    drawn = pooled_metrics.calibration_replicates(gaps, np.arange(2000), resamples=2000, seed=0)
+    error = gaps.std(0) / 2000**0.5
+    assert (drawn[1::2] - drawn[::2]).mean() == pytest.approx((2 / np.pi) ** 0.5 * error.sum(), rel=0.25)
+    assert np.isnan(pooled_metrics.calibration_replicates(gaps, np.zeros(2000, int), resamples=3, seed=0)).all()
