@@ -133,10 +133,18 @@ def test_the_calibration_error_of_a_clear_gap_varies_as_its_mean_over_groups(siz
     assert drawn.std() == pytest.approx(gaps[:, 0].reshape(200, size).mean(1).std() / 200**0.5, rel=0.08)
 
 
-def test_half_of_the_replicates_are_without_the_error_that_noise_alone_makes() -> None:
-    """With no gap at all, the plain error is the mean size of the noise, and the smallest compatible one is 0."""
-    gaps = np.random.default_rng(4).normal(size=(2000, 3)) * 0.2 / 3**0.5
-    drawn = pooled_metrics.calibration_replicates(gaps, np.arange(2000), resamples=2000, seed=0)
-    error = gaps.std(0) / 2000**0.5
-    assert (drawn[1::2] - drawn[::2]).mean() == pytest.approx((2 / np.pi) ** 0.5 * error.sum(), rel=0.25)
-    assert np.isnan(pooled_metrics.calibration_replicates(gaps, np.zeros(2000, int), resamples=3, seed=0)).all()
+@pytest.mark.parametrize("errors", [0.0, 2.5])
+def test_half_of_the_replicates_are_without_the_error_that_noise_alone_makes(errors: float) -> None:
+    """That is the mean size of the noise around the smallest gap that is compatible with the sample."""
+    n = 2000
+    gaps = np.random.default_rng(4).normal(size=(n, 3)) * 0.2
+    error = gaps.std(0) / n**0.5
+    gaps += errors * error - gaps.mean(0) + 1e-9
+    gaps[:, 0] += 1  # a clear gap, so that no replicate is cut off at 0
+    drawn = pooled_metrics.calibration_replicates(gaps, np.arange(n), resamples=4000, seed=0)
+    smallest = max(errors - 2, 0)
+    expected = (foldnorm.mean(smallest) - smallest) * error[1:].sum()
+    assert (drawn[1::2] - drawn[::2]).mean() == pytest.approx(expected, rel=0.15)
+    for groups, told in ((1, False), (2, True)):
+        few = pooled_metrics.calibration_replicates(gaps, np.arange(n) % groups, resamples=3, seed=0)
+        assert np.isfinite(few).all() == told
