@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 import flexcache
-from flexcache.errors import SiteError
+from flexcache.errors import ConfigError, SiteError
 from flexcache.hooks import ActivationHooks, HookPoint, check_sites, find_hook_points
 from flexcache.site import Site
 from tests.hooks.sites_table import cell
@@ -215,3 +215,10 @@ def test_numbers_of_experts_are_stored_exactly_whatever_the_dtype(tmp_path: Path
     assert np.array_equal(index, index.round())
     top = np.argsort(-store.read("router_logits", 1).astype(np.float64), axis=-1)[:, :2]
     assert (np.sort(top) == index).mean() > 0.9  # some scores are equal in bfloat16
+
+
+def test_numbers_of_experts_have_no_mean(tmp_path: Path) -> None:
+    model = tiny("mixtral")
+    with pytest.raises(ConfigError, match="no mean"):
+        flexcache.capture(model, None, DOCUMENTS, tmp_path / "run.zarr", sites=["expert_index"], rows="mean")
+    assert not (tmp_path / "run.zarr").exists()

@@ -117,6 +117,14 @@ def measure_arrays(
         kinds = {point: measured[plain[point]] for point in points}
         transform = targets.transforms.get(points[0].array)
         dim = EXPERT_NEURONS if points[0].side == "neurons" and not transform else _feature_dim(text, transform)
+        if points[0].side == "choice" and not transform and spec.rows == "mean":
+            raise ConfigError(
+                "numbers of experts have no mean",
+                where=text,
+                expected="rows that are tokens: all, last, first, or rules",
+                found="rows: mean",
+                remedy="leave the site out, or store all tokens",
+            )
         exact = "float32" if points[0].side == "choice" and not transform else "auto"  # numbers, whatever the spec says
         site = transform.site if transform else text
         if points[0].layer is not None:
