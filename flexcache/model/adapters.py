@@ -7,7 +7,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,7 +69,7 @@ def read_adapter_config(name: str, revision: str | None = None) -> tuple[Path, d
     if folder is not None and not folder.is_dir():
         found = _cached(name, CONFIG_FILE, revision)
         if found is None and _cached(name, "config.json", revision) is None:
-            found = _downloaded(name, revision)
+            found = _downloaded(name, CONFIG_FILE, revision)
         folder = None if found is None else found.parent
     if folder is None:
         return None
@@ -137,10 +137,44 @@ def check_variant_names(names: Iterable[str]) -> None:
         )
 
 
-def copy_model(model: nn.Module, whole: bool) -> nn.Module:
-    """Return a copy of a model that shares its parameters and buffers, unless *whole*."""
+def written_tensors(model: nn.Module, adapters: Sequence[AdapterSource]) -> set[str]:
+    """Return the names of the parameters of a base model that adapters write to while they are loaded.
+
+    These are biases, weights that come with the adapter, and those of which PiSSA and others take a first part away.
+    """
+    names, written = {name for name, _ in model.named_parameters(remove_duplicate=False)}, set[str]()
+    for adapter in adapters:
+        found = read_adapter_config(adapter.path, adapter.revision)
+        content: Mapping[str, Any] = {} if found is None else found[1]
+        start = content.get("init_lora_weights")
+        if isinstance(start, str) and start not in ("gaussian", "orthogonal"):
+            return names
+        if content.get("bias") not in EMPTY:
+            written |= {name for name in names if name.endswith("bias")}
+        own = (key.removeprefix("base_model.model.") for key in _weight_names(adapter) if ".base_layer." in key)
+        written |= names & {key.replace(".base_layer.", ".") for key in own}
+    return written
+
+
+def _weight_names(adapter: AdapterSource) -> list[str]:
+    """Return the names of the tensors of an adapter; none if they are not in a file of safetensors."""
+    from safetensors import safe_open
+
+    file: Path | None = Path(adapter.path) / WEIGHT_FILES[0]
+    if not Path(adapter.path).is_dir():
+        where = adapter.path, WEIGHT_FILES[0], adapter.revision
+        file = _cached(*where) or _downloaded(*where)
+    if file is None or not file.is_file():
+        return []
+    with safe_open(file, "pt") as opened:
+        return list(opened.keys())
+
+
+def copy_model(model: nn.Module, whole: bool, own: Collection[str] = ()) -> nn.Module:
+    """Return a copy of a model that shares its parameters and buffers, but for its *own*, unless *whole*."""
+    apart = {id(model.get_parameter(name)) for name in own}
     shared = [] if whole else [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared if id(tensor) not in apart})
 
 
 def load_adapters(model: nn.Module, adapters: Sequence[AdapterSource], merge: bool, *, weights: bool = True) -> Any:
@@ -273,9 +307,9 @@ def _cached(name: str, file: str, revision: str | None) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _downloaded(name: str, revision: str | None) -> Path | None:
+def _downloaded(name: str, file: str, revision: str | None) -> Path | None:
     with suppress(ImportError, OSError, ValueError):  # no such repository or file, no network, not a name
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(name, CONFIG_FILE, revision=revision))
+        return Path(hf_hub_download(name, file, revision=revision))
     return None

@@ -22,6 +22,7 @@ from flexcache.model.adapters import (
     load_adapters,
     read_adapter_config,
     resolve_base,
+    written_tensors,
 )
 from flexcache.model.loading import WeightOptions, keep_4bit_layout, moves_scales, translate_failures
 from flexcache.parallel.sizes import Parallel
@@ -182,12 +183,27 @@ class ModelSource(WeightOptions):
         return base._adapted(model)
 
     def load_variants(self) -> dict[str, torch.nn.Module]:
-        """Return the model of each variant; those that are not merged share the memory of the base model's weights."""
+        """Return the model of each variant; those that are not merged share the memory of the base model's weights.
+
+        Tensors of the base that an adapter changes are copied for it.
+        """
         variants = self.variants()
         base = self.resolved().model_copy(update={"side": None}).load()
         whole = self.merge or moves_scales(base)
-        models = {name: base if not source.adapter else copy_model(base, whole) for name, source in variants.items()}
-        return {name: source._adapted(models[name]) for name, source in variants.items()}
+        models = {
+            name: copy_model(base, whole, written_tensors(base, source.adapter)) if source.adapter else base
+            for name, source in variants.items()
+        }
+        before = _states(base)
+        loaded = {name: source._adapted(models[name]) for name, source in variants.items()}
+        if before != _states(base):
+            raise ConfigError(
+                "an adapter changes the weights that the variants share",
+                where="model.adapters",
+                found=", ".join(str(one.path) for source in variants.values() for one in source.adapter),
+                remedy="capture each variant by itself: model: {adapter: FOLDER}; or set merge: true",
+            )
+        return loaded
 
     def _adapted(self, model: torch.nn.Module) -> torch.nn.Module:
         """Return a base model with the adapters of this source, or the side of it that is selected."""
@@ -331,3 +347,11 @@ class ModelSource(WeightOptions):
                 " models can be loaded"
                 + (f"; name another base: model: {{name: FOLDER, adapter: {of}}}" if of else ""),
             ) from error
+
+
+def _states(model: torch.nn.Module) -> list[tuple[int, int]]:
+    """Return version and address of each plain tensor of a model; a write changes one of them."""
+    import torch
+
+    plain = [one for one in (*model.parameters(), *model.buffers()) if type(one.data) is torch.Tensor]
+    return [(one._version, one.data_ptr()) for one in plain if not one.is_inference()]

@@ -15,6 +15,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import flexcache
@@ -25,7 +26,7 @@ from flexcache.hooks.checks.shared_blocks import count_shared_blocks
 from flexcache.recording.run.recorder import Recorder
 from tests.adapters import save_adapter
 from tests.corpora import lengths, token_documents
-from tests.models import VOCABULARY, tiny
+from tests.models import VOCABULARY, tiny, token_ids
 from tests.recording.test_recorder import shard_hashes
 
 DOCUMENTS = token_documents(lengths(60, longest=20), vocabulary=VOCABULARY)
@@ -97,6 +98,22 @@ def test_blocks_below_the_first_adapted_one_are_shared(folder: Path) -> None:
     handle = models["top"].base_model.model.model.layers[3].register_forward_hook(lambda m, a, o: o + 1)
     assert count_shared_blocks(models["base"], models["top"]) == 0
     handle.remove()
+
+
+@pytest.mark.parametrize("written", [{"bias": "lora_only"}, {"init_lora_weights": "pissa"}], ids=str)
+def test_an_adapter_that_changes_tensors_of_the_base_changes_no_other_variant(
+    written: dict[str, Any], tmp_path: Path
+) -> None:
+    tiny("qwen2").save_pretrained(tmp_path / "base")
+    save_adapter(tmp_path / "base", tmp_path / "plain", 1)
+    file = save_adapter(tmp_path / "base", tmp_path / "written", 2, **written) / "adapter_model.safetensors"
+    save_file({name: value + 0.1 for name, value in load_file(file).items()}, file, {"format": "pt"})
+    names = {"base": None, "written": str(tmp_path / "written"), "plain": str(tmp_path / "plain")}
+    source = ModelSource(name=str(tmp_path / "base"), adapters=names)
+    ids = token_ids(2, 9)
+    for name, model in source.load_variants().items():
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, source.variants()[name].load()(ids).logits), name
 
 
 def operations(capture: Any) -> int:
