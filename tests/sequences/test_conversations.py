@@ -21,6 +21,7 @@ from flexcache.errors import AnalysisError, ConfigError, DocumentsError, Mismatc
 from flexcache.recording.planning import planning
 from flexcache.sequences import messages_digests
 from flexcache.sequences.chats import Chat, render_chat
+from flexcache.sequences.chats.marks import _stripped
 from pipelines.config import read_config
 from tests.corpora import build_store
 from tests.sequences.short_templates import CHATML, FAMILIES, THINKING, byte_tokenizer
@@ -201,6 +202,15 @@ def test_a_text_of_more_characters_than_there_are_marks_is_found() -> None:
         patch.setattr(marks, "PLANES", (few,))
         chat = render_chat(tokenizer, [{"role": "user", "content": content}], "a")
     assert pieces(chat) == [(0, "content", content)]
+
+
+def test_white_space_at_both_ends_is_stripped_without_trying_all_pairs_of_ends() -> None:
+    trimming = CHATML.replace("m.content", "m.content | trim")
+    assert trimming != CHATML
+    source = "\n" * 20_000 + "x" + "\n" * 20_000
+    chat = render_chat(byte_tokenizer(trimming), [{"role": "user", "content": source}], "a")
+    assert pieces(chat) == [(0, "content", "x")]
+    assert len(list(_stripped(" " * 50 + "x" + " " * 50, 0, 101, lambda head: not head))) == 51
 
 
 def written(kind: str, documents: list[dict[str, Any]], folder: Path) -> Any:

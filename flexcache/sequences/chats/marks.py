@@ -29,7 +29,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -250,15 +250,20 @@ def _written(
         for form in FORMS:
             if form is not FORMS[0] and form(source[low:high]) == source[low:high]:
                 continue
-            for begin, end in _stripped(source, low, high):
+            is_there = partial(_is_written, rendered, at, form)
+            for begin, end in _stripped(source, low, high, is_there):
                 written = form(source[begin:end])
                 if rendered.startswith(written, at):
                     stop = at + len(written)
                     yield stop, Found(at, stop, number, begin, end, form) if begin < end else None
 
 
-def _stripped(source: str, low: int, high: int) -> Iterator[tuple[int, int]]:
-    """Yield a piece, and the pieces with less and less white space at its ends."""
+def _is_written(rendered: str, at: int, form: Form, text: str) -> bool:
+    return rendered.startswith(form(text), at)
+
+
+def _stripped(source: str, low: int, high: int, is_there: Callable[[str], bool]) -> Iterator[tuple[int, int]]:
+    """Yield a piece, and the pieces with less and less white space at its ends, if the space in front is there."""
     inside = source[low:high].strip()
     if not inside:
         yield from ((begin, high) for begin in range(low, high + 1))
@@ -266,8 +271,8 @@ def _stripped(source: str, low: int, high: int) -> Iterator[tuple[int, int]]:
     first = low + len(source[low:high]) - len(source[low:high].lstrip())
     last = low + len(source[low:high].rstrip())
     for begin in range(low, first + 1):
-        for end in range(high, last - 1, -1):
-            yield begin, end
+        if is_there(source[begin:first]):
+            yield from ((begin, end) for end in range(high, last - 1, -1))
 
 
 def _joined(pieces: list[Found], rendered: str, texts: Sequence[MessageText]) -> list[Found]:
