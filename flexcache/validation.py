@@ -15,6 +15,8 @@ from pydantic_core import PydanticCustomError
 from flexcache.errors import ConfigError, nearest
 
 _UNION_PART = re.compile(r"(literal|list|tuple|dict|constrained|function)[-\[].*|int|str|bool|float")
+_PLAIN = {"tuple_type": "a list", "list_type": "a list", "dict_type": "a dict", "string_type": "text"}
+"""Kinds of value in the words of the project, by the type of an error of pydantic."""
 OLD_NAMES = {
     "patience": ("heartbeat_timeout", "write heartbeat_timeout: 120, in seconds"),
     "buffer_mb": ("buffer_bytes", "write buffer_bytes: 256 MiB; a plain number counts bytes"),
@@ -129,7 +131,7 @@ def config_error(error: ValidationError, model: type[BaseModel], where: str) -> 
         where=where,
         expected=" or ".join(
             dict.fromkeys(
-                one["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+                _PLAIN.get(one["type"]) or one["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
                 for one in found
                 if _key(one["loc"]) == path
             )

@@ -40,6 +40,8 @@ def run(path: StoreLocation, console: Console) -> None:
         first = str(head.column(field.name)[0].as_py()) if len(head) else ""
         documents.add_row(escape(field.name), str(field.type), escape(first if len(first) < 60 else first[:57] + "…"))
     console.print(documents)
+    if store.token_labels:
+        console.print(f"labels of tokens: {escape(', '.join(store.token_labels))}", highlight=False)
 
     for labels in store.label_tables.values():
         later = labels.describe_later(int(store.plan["documents"]))

@@ -131,3 +131,5 @@ def test_options_that_are_constructed_wrongly_raise_the_errors_of_the_project() 
         flexcache.Windows(strde=3)  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match="key 'length'"):
         flexcache.Packing(length=1)
+    with pytest.raises(ConfigError, match="expected: a list\n"):
+        flexcache.Choice(roles="assistant")  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 import flexcache
 from analysis.dataset import targets
@@ -22,6 +24,7 @@ from flexcache.recording.planning import planning
 from flexcache.sequences import messages_digests
 from flexcache.sequences.chats import Chat, render_chat
 from flexcache.sequences.chats.marks import _stripped
+from pipelines import info
 from pipelines.config import read_config
 from tests.corpora import build_store
 from tests.sequences.short_templates import CHATML, FAMILIES, THINKING, byte_tokenizer
@@ -298,6 +301,9 @@ def test_a_text_that_looks_like_a_packed_message_stays_a_text_of_its_message(tex
 def test_parts_are_rows_groups_and_targets(tmp_path: Path) -> None:
     tokenizer, documents = byte_tokenizer(THINKING), [{"messages": CALLS, "tools": TOOLS}] * 4
     store = build_store(tmp_path / "all.zarr", documents, tokenizer=tokenizer)
+    printed = StringIO()
+    info.run(store.path, Console(file=printed, width=120))
+    assert "labels of tokens: role, turn, part\n" in printed.getvalue()
     [part] = targets.read(store, "part")
     with pytest.raises(AnalysisError, match=r"label of tokens[\s\S]*targets.read"):
         build_dataset(store, "resid_post", "part", layers=[0])
