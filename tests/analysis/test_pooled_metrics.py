@@ -148,3 +148,12 @@ def test_half_of_the_replicates_are_without_the_error_that_noise_alone_makes(err
     for groups, told in ((1, False), (2, True)):
         few = pooled_metrics.calibration_replicates(gaps, np.arange(n) % groups, resamples=3, seed=0)
         assert np.isfinite(few).all() == told
+
+
+def test_standardised_decisions_do_not_depend_on_the_unit_of_the_decisions() -> None:
+    rng = np.random.default_rng(6)
+    y, group = rng.integers(2, size=90), np.arange(90) // 3
+    decision = rng.normal(size=90) * (1 + group % 5) + y
+    one = pooled_metrics.standardised(y, decision, group % 5, group)
+    for scale in (100.0, 0.01):
+        np.testing.assert_allclose(pooled_metrics.standardised(y, scale * decision + 7, group % 5, group), one)

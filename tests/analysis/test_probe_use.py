@@ -301,6 +301,12 @@ def test_a_live_model_is_scored_as_its_store(tmp_path: Path) -> None:
     for number, scores in zip((3, 8), live):
         rows = store.rows(document=documents[number]["id"])
         np.testing.assert_allclose(scores, direction.score_store(store, rows), atol=1e-3)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    with pytest.raises(AnalysisError, match="another model than the one"):
+        direction.score_model(model, tokenizer, ["3"])
+    (allowed,) = direction.score_model(model, tokenizer, ["3"], allow_changed_model=True)
+    np.testing.assert_array_equal(allowed, live[0])
 
 
 def test_positions_are_swept_one_by_one_and_plotted(store: flexcache.Store, tmp_path: Path) -> None:
