@@ -41,7 +41,7 @@ BOARD = [
     Benchmark("capture", "Capture", "--documents 120 --rounds 5"),
     Benchmark("runners", "Capture beside the runners of other tools", "--contexts 64 --documents 120"),
     Benchmark("scaling", "Capture by two processes"),
-    Benchmark("decoding", "Capture while generating", "--rounds 2"),
+    Benchmark("decoding", "Capture while generating", "--rounds 3"),
     Benchmark("hooks", "Hooks, in memory"),
     Benchmark("read", "Reading"),
     Benchmark("stream", "Training stream", "--rounds 5"),
