@@ -1,4 +1,4 @@
-"""A capture while completions are generated, beside one that generates first and then runs the whole text again.
+"""Compare a capture while completions are generated with a generation and then a run over the whole text.
 
     python -m benchmarks.decoding [--prompts 32] [--tokens 96] [--new 32] [--rounds 3]
 

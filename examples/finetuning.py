@@ -1,4 +1,6 @@
-"""What did fine-tuning change? A base model and a LoRA adapter side by side.   python examples/finetuning.py [FOLDER]
+"""Compare a base model with a LoRA adapter of it: what did fine-tuning change?
+
+    python examples/finetuning.py [FOLDER]
 
 A tiny random Llama learns to count by an adapter in its upper half, with PEFT. Base and adapter are captured into two
 stores with the same rows, and compared: norms of differences by layer and token, CKA, a probe of one on the other,

@@ -17,7 +17,7 @@ WORDS = ("all", "last", "first", "mean")
 SpecialTokens = Literal["auto", "always", "never"]
 """The special tokens of a tokenizer around a text: those that the text lacks, all of them, or none."""
 Phase = Literal["prefill", "decode"]
-"""How the activations of a token were computed: with the whole prompt, or in a step of the generation."""
+"""Forward that computed the activations of a token: that of the whole prompt, or a step of the generation."""
 
 
 class Windows(Options):

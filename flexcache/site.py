@@ -47,7 +47,7 @@ EXPERT_SIDES: dict[str, ExpertSide] = {
     "expert_weight": "weights",
     "mlp_post": "neurons",
 }
-"""What is read at the experts of a mixture for each site; ``mlp_post`` only if the MLP is one."""
+"""Value at the experts of a mixture that each site reads; ``mlp_post`` only if the MLP is a mixture."""
 
 READ_ONLY = ("resid_mid", "router_logits", "expert_out", "expert_index", "expert_weight")
 """Read-only sites: a parallel path bypasses them, or they are computed beside the forward."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from flexcache.errors import AnalysisError
-from flexcache.model import ModelSource
+from flexcache.errors import AnalysisError, ConfigError
+from flexcache.identity.store_tokenizer import load_tokenizer
 from flexcache.store.read.store import Store
 
 TYPES = ("special", "word start", "word inside", "number", "punctuation", "space", "other")
@@ -81,19 +81,11 @@ def vocabulary(store: Store | None = None, tokenizer: Any = None) -> Vocabulary 
         if not Path(name).is_dir():
             return None
         try:
-            tokenizer = ModelSource(name=name).tokenizer()
-        except Exception:  # a store can be read without its model
+            tokenizer = load_tokenizer(name)
+        except ConfigError:  # a store can be read without its model
             return None
     elif isinstance(tokenizer, str | Path):
-        try:
-            tokenizer = ModelSource(name=str(tokenizer)).tokenizer()
-        except Exception as error:  # transformers and its backends raise many kinds
-            raise AnalysisError(
-                "the tokenizer cannot be loaded",
-                where=str(tokenizer),
-                found=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
-                remedy="give the folder of the model that the store was captured from",
-            ) from error
+        tokenizer = load_tokenizer(tokenizer, AnalysisError)
     if tokenizer is None:
         return None
     texts = _texts(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))

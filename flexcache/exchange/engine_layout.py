@@ -139,9 +139,12 @@ def _layer_ids(folder: Path, given: Any, said: Mapping[str, Any]) -> list[int]:
             raise ConfigError("the layer ids cannot be read", expected="whole numbers", found=repr(given)[:80])
         if known and ids not in known:
             raise ConfigError(
-                "the layer ids are not those in the files beside the samples", where=str(folder),
-                expected=" or ".join(map(str, known)), found=str(ids), remedy="leave them out, or correct the file",
-            )  # fmt: skip
+                "the layer ids are not those in the files beside the samples",
+                where=str(folder),
+                expected=" or ".join(map(str, known)),
+                found=str(ids),
+                remedy="leave them out, or correct the file",
+            )
         return ids
     if len(known) != 1:
         raise ConfigError(
@@ -207,9 +210,12 @@ def _read_settings(folder: Path) -> dict[str, Any]:
                 content = json.loads(path.read_bytes())
             except (OSError, ValueError, RecursionError) as error:
                 raise DamagedError(
-                    "a file beside the samples cannot be read", where=str(path), expected="JSON", found=str(error),
+                    "a file beside the samples cannot be read",
+                    where=str(path),
+                    expected="JSON",
+                    found=str(error),
                     remedy="correct it, or move it away",
-                ) from error  # fmt: skip
+                ) from error
             found[name] = content if isinstance(content, dict) else {}
     return found
 

@@ -122,18 +122,23 @@ def find_samples(folder: Path, kind: str) -> list[SampleFile]:
         paths = [path for path in paths if path.suffix != ".pt" or path.name.startswith("data_")]
         if len({path.suffix for path in paths}) > 1:
             raise ConfigError(
-                "the folder has samples of two versions of speculators, whose layer ids differ", where=str(folder),
-                expected="files .safetensors, or files data_N.pt", remedy="import them from two folders",
-            )  # fmt: skip
+                "the folder has samples of two versions of speculators, whose layer ids differ",
+                where=str(folder),
+                expected="files .safetensors, or files data_N.pt",
+                remedy="import them from two folders",
+            )
     if kind == "npy":
         parts = {path for path in paths if path.name.endswith(NPY_PARTS)}
         paths = [path for path in paths if path not in parts]
         alone = {_stem(path, NPY_PARTS) for path in parts} - {_stem(path, (".npy",)) for path in paths}
         if alone:
             raise DamagedError(
-                "token ids have no states", where=str(folder), found=", ".join(sorted(alone)[:8]),
-                expected="NAME.npy for each NAME.tokens.npy", remedy="fetch the files, or leave the ids out",
-            )  # fmt: skip
+                "token ids have no states",
+                where=str(folder),
+                found=", ".join(sorted(alone)[:8]),
+                expected="NAME.npy for each NAME.tokens.npy",
+                remedy="fetch the files, or leave the ids out",
+            )
     endings = ENGINE_FORMATS[kind].endings
     return [SampleFile(path, _stem(path.relative_to(folder), endings)) for path in paths]
 

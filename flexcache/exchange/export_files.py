@@ -137,9 +137,15 @@ class TextExport(FileExport):
     """An export with texts: a table for each layer."""
 
     def __init__(
-        self, store: Store, folder: Path, to: str, arrays: list[ArraySpec], progress: ProgressCallback,
-        tokenizer: Any, choice: RowChoice,
-    ) -> None:  # fmt: skip
+        self,
+        store: Store,
+        folder: Path,
+        to: str,
+        arrays: list[ArraySpec],
+        progress: ProgressCallback,
+        tokenizer: Any,
+        choice: RowChoice,
+    ) -> None:
         super().__init__(store, folder, to, arrays, progress)
         self._tokenizer, self._choice = tokenizer, choice
         self.rows = choice.select_rows(store, self.rows)
@@ -167,9 +173,15 @@ class TextExport(FileExport):
             return path
         with put_file(path) as temporary:
             write_text_table(
-                self.store, layer, array, self.rows, self.to, self._tokenizer, temporary,
+                self.store,
+                layer,
+                array,
+                self.rows,
+                self.to,
+                self._tokenizer,
+                temporary,
                 lambda rows: self._advance(rows * size),
-            )  # fmt: skip
+            )
         return path
 
 

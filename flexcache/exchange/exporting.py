@@ -131,9 +131,11 @@ def _begin(folder: Path, work: FileExport) -> None:
             different = [key for key in manifest if found.get(key) != manifest[key]]
         except (ValueError, AttributeError, RecursionError) as error:
             raise DamagedError(
-                "the manifest of an export cannot be read", where=str(path), found=str(error),
+                "the manifest of an export cannot be read",
+                where=str(path),
+                found=str(error),
                 remedy="remove the folder, and export again",
-            ) from error  # fmt: skip
+            ) from error
         if different:
             raise MismatchError(
                 "the folder holds another export",
@@ -152,9 +154,12 @@ def _begin(folder: Path, work: FileExport) -> None:
         check_free_space(folder, len(work.rows) * work.row_bytes)
     except PlanError as error:
         raise PlanError(
-            "the export does not fit on the disk", where=error.where, expected=error.expected, found=error.found,
+            "the export does not fit on the disk",
+            where=error.where,
+            expected=error.expected,
+            found=error.found,
             remedy="make room, choose another disk, or export fewer sites and layers",
-        ) from None  # fmt: skip
+        ) from None
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, manifest)
 

@@ -114,19 +114,34 @@ def import_folder(
         files = find_samples(place, kind)
         layout = read_layout(place, kind, files, site, depth, options)
         return import_samples(
-            place, target, kind, files, layout,
+            place,
+            target,
+            kind,
+            files,
+            layout,
             labels=SampleLabels(None if documents is None else local_path(documents), files),
-            model=model or layout.model or place.resolve().name, dtype=dtype, compression=compression,
+            model=model or layout.model or place.resolve().name,
+            dtype=dtype,
+            compression=compression,
             progress=progress,
-        )  # fmt: skip
+        )
     _check_unused(kind, **options)
     if site is None:
         raise ConfigError(f"an import from {kind} needs a site", remedy="for example resid_post (--site resid_post)")
     return import_tensors(
-        place, target, kind, site=site, layer_pattern=LAYER_PATTERN if layer_pattern is None else layer_pattern,
-        depth=depth, token_ids=token_ids, documents=documents, model=model or place.resolve().name, dtype=dtype,
-        compression=compression, progress=progress,
-    )  # fmt: skip
+        place,
+        target,
+        kind,
+        site=site,
+        layer_pattern=LAYER_PATTERN if layer_pattern is None else layer_pattern,
+        depth=depth,
+        token_ids=token_ids,
+        documents=documents,
+        model=model or place.resolve().name,
+        dtype=dtype,
+        compression=compression,
+        progress=progress,
+    )
 
 
 def _check_unused(kind: str, **options: Any) -> None:

@@ -93,6 +93,8 @@ def _read_table(path: Path) -> pa.Table:
         return pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in files])
     except (OSError, pa.ArrowException) as error:
         raise DamagedError(
-            "the documents cannot be read", where=str(path), expected="a Parquet file, or a folder saved by datasets",
+            "the documents cannot be read",
+            where=str(path),
+            expected="a Parquet file, or a folder saved by datasets",
             found=str(error),
-        ) from error  # fmt: skip
+        ) from error

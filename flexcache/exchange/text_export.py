@@ -26,9 +26,8 @@ import xxhash
 
 from flexcache.errors import ConfigError, MismatchError
 from flexcache.exchange.table import GROUP_BYTES
-from flexcache.identity.store_tokenizer import store_tokenizer
+from flexcache.identity.store_tokenizer import load_tokenizer, store_tokenizer
 from flexcache.identity.tokenizer import DIGEST, describe_tokenizer
-from flexcache.model import ModelSource
 from flexcache.site import STANDARD
 from flexcache.spec import ArraySpec
 from flexcache.store.format.text import TABLE_COLUMNS
@@ -137,14 +136,7 @@ def text_tokenizer(store: Store, tokenizer: Any) -> Any:
             )
         return found
     if isinstance(tokenizer, str | Path):
-        try:
-            tokenizer = ModelSource(name=str(tokenizer)).tokenizer()
-        except Exception as error:  # transformers and its backends raise many kinds
-            raise ConfigError(
-                "the tokenizer cannot be loaded", where=str(tokenizer),
-                found=f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}",
-                remedy="give the folder of the model that the store was captured from",
-            ) from error  # fmt: skip
+        tokenizer = load_tokenizer(tokenizer)
     if not callable(getattr(tokenizer, "decode", None)):
         raise ConfigError("the tokenizer cannot decode", expected="a tokenizer of transformers, or its folder")
     recorded = (store.provenance.tokenizer or {}).get(DIGEST)
@@ -154,9 +146,15 @@ def text_tokenizer(store: Store, tokenizer: Any) -> Any:
 
 
 def write_text_table(
-    store: Store, layer: int, array: ArraySpec, rows: np.ndarray, to: str, tokenizer: Any, path: Path,
+    store: Store,
+    layer: int,
+    array: ArraySpec,
+    rows: np.ndarray,
+    to: str,
+    tokenizer: Any,
+    path: Path,
     progress: Callable[[int], None],
-) -> None:  # fmt: skip
+) -> None:
     """Write rows of one layer as a Parquet file, in row groups of at most 32 MB of vectors or text."""
     schema = _schema(store, array.features, to)
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
@@ -252,13 +250,20 @@ def _columns(
     if to == "nla":
         counts = pa.array(places.astype(np.int64) + 1)
         return {
-            "n_raw_tokens": counts, "detokenized_text_truncated": words, "activation_layer": layers, "doc_id": names
-        }  # fmt: skip
+            "n_raw_tokens": counts,
+            "detokenized_text_truncated": words,
+            "activation_layer": layers,
+            "doc_id": names,
+        }
     position, token = (store.coordinates[name].values[rows].astype(np.int64) for name in ("position", "token_id"))
     labels = {name: documents.column(own).take(lines) for name, own in _labels(store).items()}
     return {
-        "document": names, "position": pa.array(position), "token_id": pa.array(token), "layer": layers, "text": words
-    } | labels  # fmt: skip
+        "document": names,
+        "position": pa.array(position),
+        "token_id": pa.array(token),
+        "layer": layers,
+        "text": words,
+    } | labels
 
 
 def _groups(

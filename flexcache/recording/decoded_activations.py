@@ -115,7 +115,7 @@ class ActivationReader:
 
     @contextmanager
     def open_file(self, path: Path, room: Sequence[int]) -> Iterator[None]:
-        """Write what is read in the context to a new file, flushed at the end; *room* as for `ActivationLayout`."""
+        """Write the activations of the context to a new file, flushed at the end; *room* as for `ActivationLayout`."""
         self._layout = ActivationLayout(self._arrays, room)
         with path.open("wb") as file:
             self._file = file

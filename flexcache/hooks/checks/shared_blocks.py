@@ -28,7 +28,7 @@ def count_shared_blocks(one: nn.Module, other: nn.Module) -> int:
     """Return how many blocks, from the first on, have equal modules, settings and tensors in both models.
 
     It is 0 if the models differ in their configuration, such as a window of attention, or in anything that runs before
-    or beside the blocks, or have hooks of a user.
+    or outside the blocks, or have hooks of a user.
     """
     try:
         found = [find_blocks(model) for model in (one, other)]

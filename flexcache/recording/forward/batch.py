@@ -240,9 +240,12 @@ class Batch:
         where = f"unit {self.unit}, batch {self.index}"
         if len(values) != len(self.sequences):
             raise CaptureError(
-                "the activations are not one array for each sequence", where=where,
-                expected=f"{len(self.sequences)} sequences", found=str(len(values)), remedy=STATES_REMEDY,
-            )  # fmt: skip
+                "the activations are not one array for each sequence",
+                where=where,
+                expected=f"{len(self.sequences)} sequences",
+                found=str(len(values)),
+                remedy=STATES_REMEDY,
+            )
         padded = getattr(values, "ndim", 1) > 1
         for line, sequence in enumerate(self.sequences):
             found, tokens = values.shape[1] if padded else len(values[line]), len(sequence.tokens)

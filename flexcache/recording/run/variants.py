@@ -27,7 +27,7 @@ from flexcache.store.read.selection import ArrayKey
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the models, with what is read of it.
+    """One of the models, with the sites that are captured from it.
 
     Attributes
     ----------

@@ -14,7 +14,7 @@ from flexcache.sequences.chats.marks import template_literals
 
 
 class Template:
-    """The template of a tokenizer with all that it gets besides messages."""
+    """Chat template of a tokenizer, with its variables and tools."""
 
     def __init__(self, tokenizer: Any, conversation: Conversation, options: ChatOptions) -> None:
         self._tokenizer, self._messages = tokenizer, conversation.messages
