@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ TRIALS = ("first", "second", "first on second")
 FILE = "compare.zarr"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StoreComparison:
     """Distances between two stores by site and layer; returned by `compare_stores` and `load`.
 
@@ -66,9 +66,9 @@ class StoreComparison:
         Both stores, arguments and versions.
     """
 
-    results: dict[str, xr.Dataset] = field(repr=False)
+    results: dict[str, xr.Dataset]
     skipped: dict[str, str]
-    provenance: dict[str, Any] = field(repr=False)
+    provenance: dict[str, Any]
 
     def __getitem__(self, site: str) -> xr.Dataset:
         try:
@@ -77,6 +77,15 @@ class StoreComparison:
             raise AnalysisError(
                 f"the comparison does not include site {site!r}", remedy=nearest(site, tuple(self.results))
             ) from None
+
+    def __repr__(self) -> str:
+        lines = ["<StoreComparison: median error of a row; CKA"]
+        for site, result in self.results.items():
+            for n, layer in enumerate(result["layer"].values.tolist()):
+                error, cka = (float(result[name].values[n]) for name in ("error_median", "cka"))
+                lines.append(f"  {site if layer < 0 else f'{site} {layer}'}: {error:.3g}; {cka:.4f}")
+        lines += [f"  {name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines) + ">"
 
     def save(self, folder: str | Path) -> Path:
         """Write the results into *folder*, as ``compare.zarr``, and return their path."""

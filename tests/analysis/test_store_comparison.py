@@ -81,7 +81,9 @@ def test_distances_equal_those_of_numpy_for_stores_of_other_order_and_dtype(
 def test_a_store_has_no_distance_from_its_copy(tmp_path: Path) -> None:
     one, _ = pair(tmp_path)
     shutil.copytree(tmp_path / "one.zarr", tmp_path / "copy.zarr")
-    found = compare_stores(one, tmp_path / "copy.zarr", progress=False)["resid_post"]
+    comparison = compare_stores(one, tmp_path / "copy.zarr", progress=False)
+    assert "  resid_post 0: 0; 1.0000" in repr(comparison).splitlines()
+    found = comparison["resid_post"]
     assert (found["equal"] == found["n"]).all()
     assert float(abs(found[["error", "error_largest"]]).to_array().max()) == 0
     assert np.allclose(found[["cka", "cosine", "cosine_low"]].to_array(), 1)
