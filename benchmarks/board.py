@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,40 +23,44 @@ PACKAGES = (
     *("torch", "transformers", "accelerate", "zarr", "tensorstore", "numpy", "scikit-learn", "dask", "safetensors"),
     *("nnsight", "sae-lens", "transformer-lens", "lmprobe", "flex-model"),
 )
+PEERS = ("nnsight", "SAELens", "TransformerLens", "lmprobe", "annbatch", "zarr-python", "tensorstore", "scikit-learn")
+"""Names that a row has after its ``÷`` where the peer itself is what our figure is divided by."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A module of this package, how it is run, and what it is about."""
+    """A module of this package, how it is run, what it is about, and the code whose speed it measures."""
 
     name: str
     heading: str
     arguments: str = ""
+    code: tuple[str, ...] = ("flexcache",)
 
     @property
     def command(self) -> str:
         return f"python -m benchmarks.{self.name} {self.arguments}".strip()
 
 
+RECORDING = ("flexcache/recording", "flexcache/hooks", "flexcache/store")
 BOARD = [
-    Benchmark("capture", "Capture", "--documents 120 --rounds 5"),
-    Benchmark("runners", "Capture beside the runners of other tools", "--contexts 64 --documents 120"),
-    Benchmark("scaling", "Capture by two processes"),
-    Benchmark("decoding", "Capture while generating", "--rounds 3"),
-    Benchmark("hooks", "Hooks, in memory"),
-    Benchmark("read", "Reading"),
-    Benchmark("stream", "Training stream", "--rounds 5"),
-    Benchmark("statistics", "Statistics"),
-    Benchmark("probes", "Probes"),
-    Benchmark("replay", "Replay"),
-    Benchmark("moving", "Copy and export"),
-    Benchmark("reliability", "Reliability"),
-    Benchmark("identity", "Knowing a model"),
-    Benchmark("growth", "Growth", "--plan 1e8 --stand-in 1e10 --rows 0"),
+    Benchmark("capture", "Capture", "--documents 120 --rounds 5", RECORDING),
+    Benchmark("runners", "Capture beside the runners of other tools", "--contexts 64 --documents 120", RECORDING),
+    Benchmark("scaling", "Capture by two processes", "", RECORDING),
+    Benchmark("decoding", "Capture while generating", "--rounds 3", RECORDING),
+    Benchmark("hooks", "Hooks, in memory", "", ("flexcache/hooks", "flexcache/parallel")),
+    Benchmark("read", "Reading", "", ("flexcache/store/read", "flexcache/store/format")),
+    Benchmark("stream", "Training stream", "--rounds 5", ("flexcache/training", "flexcache/store/read")),
+    Benchmark("statistics", "Statistics", "", ("analysis/statistics", "flexcache/store/read")),
+    Benchmark("probes", "Probes", "", ("analysis/probes",)),
+    Benchmark("replay", "Replay", "", ("analysis/replay",)),
+    Benchmark("moving", "Copy and export", "", ("flexcache/store/manage", "flexcache/exchange")),
+    Benchmark("reliability", "Reliability", "", ("flexcache/store",)),
+    Benchmark("identity", "Knowing a model", "", ("flexcache/identity",)),
+    Benchmark("growth", "Growth", "--plan 1e8 --stand-in 1e10 --rows 0", ("flexcache/store", "flexcache/plan.py")),
 ]
 
 Results = dict[str, Any]
-"""``{"machine", "versions", "benchmarks": {name: {"command", "date", "seconds", "machine", "tables"}}}``"""
+"""``{"versions", "benchmarks": {name: {"command", "date", "commit", "behind", "seconds", "machine", "tables"}}}``"""
 
 
 def read() -> Results:
@@ -64,7 +69,12 @@ def read() -> Results:
 
 
 def write(results: Results) -> None:
-    """Keep results, and make the page of them."""
+    """Keep results with the commits that they are behind, and make the page of them."""
+    for benchmark in BOARD:
+        run = results["benchmarks"].get(benchmark.name, {})
+        if run.get("commit"):
+            log = _git("log", "--oneline", f"{run['commit']}..HEAD", "--", *benchmark.code)
+            run["behind"] = len(log.splitlines())
     RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     PAGE.write_text(page(results, REMARKS.read_text()))
 
@@ -74,10 +84,20 @@ def noted(benchmark: Benchmark, tables: list[Any], seconds: float) -> dict[str, 
     return {
         "command": benchmark.command,
         "date": datetime.now(UTC).date().isoformat(),
+        "commit": _git("rev-parse", "--short", "HEAD"),
         "seconds": round(seconds),
         "machine": machine(),
         "tables": tables,
     }
+
+
+def _git(*arguments: str) -> str:
+    """Return what git prints of this repository; nothing where there is no git, no repository, or no such commit."""
+    try:
+        ran = subprocess.run(["git", *arguments], cwd=HERE.parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return "" if ran.returncode else ran.stdout.strip()
 
 
 def machine() -> str:
@@ -110,12 +130,55 @@ def met(measured: str, target: str) -> bool | None:
     >>> met("0.60", "≥ 0.6"), met("1.31 (a busy machine)", "≤ 1.2"), met("0.9", "a peer")
     (True, False, None)
     """
-    bound = re.match(r"([≤≥]) ([\d.,]+)", target)
-    value = re.match(r"-?[\d.,]+(e-?\d+)?", measured)
-    if bound is None or value is None:
+    bound, value = re.match(r"([≤≥]) (.*)", target), _number(measured)
+    limit = _number(bound[2]) if bound else None
+    if bound is None or value is None or limit is None:
         return None
-    number, limit = float(value[0].replace(",", "")), float(bound[2].replace(",", ""))
-    return number <= limit if bound[1] == "≤" else number >= limit
+    return value <= limit if bound[1] == "≤" else value >= limit
+
+
+def _number(cell: str) -> float | None:
+    """Return the number that a cell begins with; the lower end of a range."""
+    found = re.match(r"-?[\d.,]+(e-?\d+)?", cell)
+    return float(found[0].replace(",", "")) if found and re.search(r"\d", found[0]) else None
+
+
+Loss = tuple[str, str, str]
+"""What was measured, the target or the peer's figure, and ours."""
+
+
+def losses(title: str, rows: list[Any]) -> list[Loss]:
+    """Return the rows of a table that miss a target, or in which a peer is better.
+
+    A peer's row has the target ``a peer``; it is compared with our first row that has the same text after ``÷``, or,
+    where the title ends with ``÷ flexcache``, with 1. A row ``ours ÷ peer`` is compared with 1. Less is better, but
+    in tables whose title ends with ``a second``.
+    """
+    more = title.endswith(" a second")
+    found: list[Loss] = []
+    for what, measured, target in rows:
+        value, below = _number(measured), what.partition(" ÷ ")[2]
+        if met(measured, target) is False:
+            found.append((what, target, measured))
+        elif value is None:
+            continue
+        elif target == "a peer":
+            ours = "1" if title.endswith("÷ flexcache") else _ours(rows, below)
+            bar = _number(ours)
+            if bar is not None and (value > bar if more else value < bar):
+                found.append((what, f"a peer: {measured}", ours))
+        elif not target and any(peer in below for peer in PEERS) and (value < 1 if more else value > 1):
+            found.append((what, "a peer: 1", measured))
+    return found
+
+
+def _ours(rows: list[Any], below: str) -> str:
+    """Return the figure of our first row that has a text after its ``÷``."""
+    for what, measured, target in rows:
+        divided = what.partition(" ÷ ")[2]
+        if target not in ("a peer", "the floor") and (divided == below or (divided and below == "the same")):
+            return measured
+    return ""
 
 
 def page(results: Results, remarks: str) -> str:
@@ -127,6 +190,9 @@ def page(results: Results, remarks: str) -> str:
         "# Benchmarks",
         said["benchmarks"],
         f"Versions: {versions}." if versions else "",
+        "## Where we lose",
+        said["losses"],
+        _losses(results),
         "## Targets",
         said["targets"],
         _targets(results),
@@ -145,7 +211,21 @@ def page(results: Results, remarks: str) -> str:
 
 def _ran(run: dict[str, Any]) -> str:
     minutes = max(1, round(run["seconds"] / 60))
-    return f"`{run['command']}`, {run['date']}, {minutes} minutes, on {run['machine']}."
+    at = f" at {run['commit']}" if run.get("commit") else ""
+    behind = run.get("behind", 0)
+    commits = "1 commit" if behind == 1 else f"{behind} commits"
+    since = f" Since then {commits} changed the code that it measures." if behind else ""
+    return f"`{run['command']}`, {run['date']}{at}, {minutes} minutes, on {run['machine']}.{since}"
+
+
+def _losses(results: Results) -> str:
+    rows = [
+        (benchmark.heading, f"{table['title']}: {what}", bar, ours)
+        for benchmark in BOARD
+        for table in results["benchmarks"].get(benchmark.name, {"tables": []})["tables"]
+        for what, bar, ours in losses(table["title"], table["rows"])
+    ]
+    return _table("", rows, ("benchmark", "what", "peer or target", "ours")) if rows else ""
 
 
 def _targets(results: Results) -> str:
