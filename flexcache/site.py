@@ -161,8 +161,8 @@ def array_name(module: str, side: Side) -> str:
 def plain_layers(layers: Any) -> int | str | list[int]:
     """Return layers as a store keeps them: ``"all"``, a slice as text, a number, or a list of numbers.
 
-    >>> plain_layers("0,8"), plain_layers("3"), plain_layers(range(2)), plain_layers("8:24")
-    ([0, 8], 3, [0, 1], '8:24')
+    >>> plain_layers("0,8"), plain_layers("3"), plain_layers(range(2)), plain_layers("8:24"), plain_layers("every:6")
+    ([0, 8], 3, [0, 1], '8:24', 'every 6')
 
     Raises
     ------
@@ -171,6 +171,8 @@ def plain_layers(layers: Any) -> int | str | list[int]:
     """
     if isinstance(layers, str):
         text = "".join(layers.split())
+        if found := re.fullmatch(r"every:?([1-9]\d*)", text):
+            return f"every {found[1]}"
         if text == "all" or re.fullmatch(r"(-?\d+)?:(-?\d+)?(:-?\d+)?", text):
             return text
         if re.fullmatch(r"-?\d+(,-?\d+)*,?", text):
@@ -185,15 +187,17 @@ def plain_layers(layers: Any) -> int | str | list[int]:
         except TypeError:
             pass
     raise ConfigError(
-        f"layers {layers!r} cannot be read", expected="all, a number, a list of numbers, or text such as 0,8 or 8:24"
+        f"layers {layers!r} cannot be read",
+        expected="all, a number, a list of numbers, or text such as 0,8 or 8:24 or every 6",
     )
 
 
 def resolve_layers(layers: Layers, depth: int) -> tuple[int, ...]:
     """Return the sorted layer numbers that *layers* selects in a model of *depth* blocks.
 
-    *layers* is ``"all"``, a number, a list of numbers, or text: numbers with commas, ``"0,8"``, or a slice, ``"8:24"``
-    or ``"::4"``. Negative numbers count from the end, as in Python.
+    *layers* is ``"all"``, a number, a list of numbers, or text: numbers with commas, ``"0,8"``, a slice, ``"8:24"`` or
+    ``"::4"``, or ``"every 6"`` for the last layer of each six, ``"5::6"``. Negative numbers count from the end, as in
+    Python.
 
     >>> resolve_layers("all", 3), resolve_layers([0, -1], 12), resolve_layers("2:8:3", 12), resolve_layers("0, 8", 12)
     ((0, 1, 2), (0, 11), (2, 5), (0, 8))
@@ -209,6 +213,9 @@ def resolve_layers(layers: Layers, depth: int) -> tuple[int, ...]:
     if isinstance(layers, str):
         if layers == "all":
             return tuple(range(depth))
+        if layers.startswith("every"):
+            step = int(layers.removeprefix("every"))
+            layers = f"{step - 1}::{step}"
         parts = [int(part) if part else None for part in layers.split(":")]
         if parts[2:] == [0]:
             raise ConfigError(f"layers {layers!r} has a step of 0", expected="a step other than 0")

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, mod
 from pydantic.json_schema import SkipJsonSchema
 
 from flexcache.errors import ConfigError
+from flexcache.keep import check_keep, parse_keep
 from flexcache.options import Choice, DecoderInputMode, SequenceOptions, parse_rows
 from flexcache.site import Layers, Site, plain_layers
 from flexcache.validation import validate
@@ -106,6 +107,7 @@ SITES_SCHEMA = {
         {"type": "object", "additionalProperties": True},
     ]
 }
+KEEP_SCHEMA = {"anyOf": [{"type": "null"}, {"type": "string"}, {"type": "object", "additionalProperties": True}]}
 RESOLVED = ("choice", "transforms", "objective", "decoder")
 """Fields of a `CaptureSpec` that follow from others, from functions, or from the model: a user does not write them."""
 
@@ -140,6 +142,16 @@ class CaptureSpec(SequenceOptions):
     batch_tokens: int = Field(4096, ge=1, description="tokens of a forward pass, padding included, at most")
     seed: int = Field(0, ge=0, description="seed of the order of the batches within a unit")
     compression: Literal["none", "zstd"] = Field("none", description="codec of the stored values")
+    keep: Annotated[dict[str, Any] | None, WithJsonSchema(KEEP_SCHEMA)] = Field(
+        None,
+        description="layers on disk of each site, such as {resid_post: every 6}; all other layers of sites of blocks"
+        " are virtual: computed and hashed, and recomputed when they are read. By default, all layers are on disk",
+    )
+    keep_dtype: Literal["stored", "compute"] = Field(
+        "stored",
+        description="dtype of the residual streams in keep: the dtype of the other sites (stored), or of the model"
+        " (compute)",
+    )
     keep_text: bool = Field(True, description="store the texts of the documents; false stores their hashes")
     empty_documents: Literal["error", "skip"] = Field("error", description="stop at an empty document, or skip it")
     layers: Annotated[Any, WithJsonSchema({"type": ["string", "integer", "array"]})] = Field(
@@ -171,6 +183,8 @@ class CaptureSpec(SequenceOptions):
             fields["sites"] = parse_sites(default if sites is None else sites, layers, optional=transforms)
         elif transforms:
             fields["sites"] = {}
+        if fields.get("keep") is not None:
+            fields["keep"] = parse_keep(fields["keep"])
         if "token_labels" in fields:
             fields["token_labels"] = listed(fields["token_labels"], str, "token_labels")
         if "rows" in fields and "choice" not in fields:
@@ -178,6 +192,11 @@ class CaptureSpec(SequenceOptions):
             if fields["choice"] is not None:
                 fields["choice"] = validate(Choice, fields["choice"], "rows")
         return fields
+
+    def check(self) -> None:
+        """Raise ConfigError if options contradict each other."""
+        super().check()
+        check_keep(self)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that are set as plain values, as in the attributes of a store."""
@@ -222,7 +241,7 @@ class ArraySpec:
     site : str
         The site as the user wrote it.
     layers : tuple of int, or None
-        Captured layers of a stacked array; None for a module path.
+        Layers of a stacked array that are on disk; None for a module path.
     depth : int or None
         Layers of the model, which is the first dim of a stacked array.
     features : int
@@ -231,6 +250,8 @@ class ArraySpec:
         Name of the last dim.
     dtype : str
         Dtype of the stored values.
+    virtual : tuple of int
+        Layers that were computed and hashed, and are not on disk.
     """
 
     name: str
@@ -240,6 +261,7 @@ class ArraySpec:
     features: int
     feature_dim: str
     dtype: str
+    virtual: tuple[int, ...] = ()
 
     @property
     def row_bytes(self) -> int:
@@ -248,8 +270,13 @@ class ArraySpec:
 
     @property
     def slices(self) -> tuple[int | None, ...]:
-        """The captured layers, or None once for an array that has no layers."""
+        """The layers on disk, or None once for an array that has no layers."""
         return (None,) if self.layers is None else self.layers
+
+    @property
+    def captured(self) -> tuple[int | None, ...]:
+        """The captured layers, on disk and virtual, or None once for an array that has no layers."""
+        return (None,) if self.layers is None else tuple(sorted((*self.layers, *self.virtual)))
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -262,13 +289,16 @@ class ArraySpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return the array as plain values."""
-        return {**asdict(self), "layers": None if self.layers is None else list(self.layers)}
+        content = {**asdict(self), "layers": None if self.layers is None else list(self.layers)}
+        virtual = content.pop("virtual")
+        return content | ({"virtual": list(virtual)} if virtual else {})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ArraySpec:
         """Return the array that `to_json` wrote."""
-        layers = data["layers"]
-        return cls(**{**data, "layers": None if layers is None else tuple(int(layer) for layer in layers)})
+        layers, virtual = data["layers"], tuple(int(layer) for layer in data.get("virtual", ()))
+        layers = None if layers is None else tuple(int(layer) for layer in layers)
+        return cls(**{**data, "layers": layers, "virtual": virtual})
 
 
 T = TypeVar("T")

@@ -77,7 +77,8 @@ def table_of(kind: str, config: CaptureConfig, inputs: PlanInputs) -> Table:
     """Return a table with a line for each array of the store."""
     table = Table(title=f"{kind} of {shown(config.store)}", title_justify="left", show_header=False, box=None)
     for array in inputs.arrays:
-        layers = "" if array.layers is None else f"{len(array.layers)} of {array.depth} layers, "
+        layers = "" if array.layers is None else f"{len(array.captured)} of {array.depth} layers, "
+        layers += f"{len(array.virtual)} of them virtual, " if array.virtual else ""
         table.add_row(array.name, f"{layers}{array.features} × {array.dtype}, {size(array.row_bytes)} a row")
     return table
 

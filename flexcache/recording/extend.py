@@ -211,6 +211,7 @@ def extend(
                     batch_tokens=spec.batch_tokens if "batch_tokens" in spec.model_fields_set else None,
                     keys=group.keys(targets.points, [(OBJECTIVE, None)] if (OBJECTIVE, None) in wanted else ()),
                     existing=found.carried,
+                    origin=store,
                     on_start=found.transaction.check_open if group.alone else lambda: None,
                     heartbeat_timeout=options.heartbeat_timeout,
                 )

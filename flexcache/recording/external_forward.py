@@ -73,6 +73,12 @@ def record(
     path = parse_location(path)
     check_target(path)
     spec, content, options = split_fields(fields, RecordFields, spec, options, where)
+    if spec.keep is not None:
+        raise ConfigError(
+            "a forward of your own cannot recompute virtual layers",
+            where="keep",
+            remedy="leave it out: all layers that are put are on disk; flexcache.capture has virtual layers",
+        )
     if not isinstance(fingerprint, dict | None):
         raise ConfigError("the fingerprint cannot be used", where=where, expected="a dict", found=repr(fingerprint))
     _check_shapes(sites)
@@ -133,7 +139,7 @@ def _extension(path: Path, inputs: PlanInputs, new_only: bool, settings: dict[st
         return Recorder(path, **settings)
     transaction = found.transaction
     settings |= {"on_start": transaction.check_open, "on_complete": transaction.commit}
-    return Recorder(transaction.folder, **settings, keys=found.keys, existing=found.carried)
+    return Recorder(transaction.folder, **settings, keys=found.keys, existing=found.carried, origin=store)
 
 
 def _check_shapes(sites: Any) -> None:

@@ -50,6 +50,8 @@ class CaptureFields(_RowFields, RunFields, total=False):
     """Keywords of `flexcache.capture`: the fields of `CaptureSpec` and of `RunOptions`."""
 
     sites: SitesLike | None
+    keep: Mapping[str, Layers] | str | None
+    keep_dtype: str
     decoder_inputs: DecoderInputMode
     generate: Generation | Mapping[str, Any] | None
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import flexcache
-from flexcache.store.format.schema import NEWEST_SCHEMA, SCHEMA
+from flexcache.store.format.schema import OUTLIER_SCHEMA, SCHEMA
 
 FOLDER = Path(__file__).parent
 DOCUMENTS: list[dict[str, Any]] = [
@@ -76,7 +76,7 @@ def fill(path: Path, documents: list[dict[str, Any]], **settings: Any) -> None:
 
 def main(*kinds: str) -> None:
     for kind in kinds or [*KINDS, "int8"]:
-        path = FOLDER / f"{NEWEST_SCHEMA if kind == 'int8' else SCHEMA}-{kind}.zarr"
+        path = FOLDER / f"{OUTLIER_SCHEMA if kind == 'int8' else SCHEMA}-{kind}.zarr"
         shutil.rmtree(path, ignore_errors=True)
         make(kind, path)
         shutil.rmtree(path / "runs", ignore_errors=True)  # timings

@@ -11,8 +11,11 @@ from flexcache.errors import DamagedError
 from flexcache.images.encoded import IMAGE
 from flexcache.plan import Largest, parts
 from flexcache.recording.forward.batch import Batch, PlannedSequence, split
+from flexcache.store.format.ledger import UnitRecord
 from flexcache.store.format.schema import BEGINS, CONTEXT, SEQUENCES, read_attributes
+from flexcache.store.format.shard import shard_name
 from flexcache.store.read.parquet import open_table
+from flexcache.store.read.store import Store
 from flexcache.store.storage.location import StoreLocation
 
 
@@ -121,6 +124,23 @@ class BatchReader:
             )
             for lines in _runs(column["batch"])
         ]
+
+
+class VirtualDigests:
+    """The digests that a store has of the rows of virtual layers, by batch."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._reader = store, BatchReader(store.path)
+        self._units: dict[int, tuple[UnitRecord, dict[range, int]]] = {}
+
+    def read(self, batch: Batch, site: str, layer: int | None) -> str:
+        """Return the XXH3-128 in hex of the rows of a batch, one of those within the budget of its unit."""
+        if batch.unit not in self._units:
+            record = self._store.ledger.read_record(batch.unit)
+            batches = self._reader.read_unit(batch.unit, record.batch_tokens)
+            self._units[batch.unit] = record, {one.rows: number for number, one in enumerate(batches)}
+        record, numbers = self._units[batch.unit]
+        return record.virtual[shard_name(site, layer, batch.unit)][numbers[batch.rows]]
 
 
 def _has_images(table: pa.Table) -> bool:

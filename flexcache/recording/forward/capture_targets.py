@@ -14,6 +14,7 @@ from flexcache.errors import CaptureError, ConfigError, SiteError
 from flexcache.hooks.locate.encoder_decoder import DECODER_INPUT_IDS
 from flexcache.hooks.read.activation_hooks import batch_shape
 from flexcache.hooks.read.measure import Example, ExampleReader, read_example
+from flexcache.keep import RESIDUAL, can_be_virtual, check_starts, divide_layers
 from flexcache.recording.forward.batch import Batch, unplanned_batch
 from flexcache.recording.forward.objective import OBJECTIVE, NextTokenLoss, Objective, check_value, spread_by_token
 from flexcache.recording.forward.transform import Transform
@@ -91,7 +92,8 @@ def measure_arrays(
 ) -> list[ArraySpec]:
     """Return the arrays of a store: names, features and dtypes, measured by one small forward.
 
-    SiteError as from `flexcache.hooks.read.measure`; CaptureError if an activation cannot be stored, or a transform or
+    SiteError as from `flexcache.hooks.read.measure`; ConfigError if *keep* cannot be used;
+    CaptureError if an activation cannot be stored, or a transform or
     the objective fails.
     """
 
@@ -113,6 +115,7 @@ def measure_arrays(
             error.remedy = "run the model's forward yourself, and store its activations with flexcache.record"
         raise
     arrays: list[ArraySpec] = []
+    computed: dict[str, str] = {}
     for text, points in targets.sources.items():
         kinds = {point: measured[plain[point]] for point in points}
         transform = targets.transforms.get(points[0].array)
@@ -132,11 +135,16 @@ def measure_arrays(
                 tuple(point.layer for point in points if point.layer is not None),
                 len(hooks.find_blocks(model)[1]),
             )
-            arrays.append(_array(points[0].array, site, layers, depth, kinds[points[0]], dim, spec, exact))
+            if spec.keep_dtype == "compute" and text in RESIDUAL and text in (spec.keep or {}):
+                exact = _dtype_of(kinds[points[0]])
+            array = _array(points[0].array, site, layers, depth, kinds[points[0]], dim, spec, exact)
+            arrays.append(divide_layers(array, spec.keep) if not transform and can_be_virtual(text) else array)
+            computed[array.name] = _dtype_of(kinds[points[0]])
         else:
             arrays += [
                 _array(point.array, site, None, None, kinds[point], dim or _own_dim(point), spec) for point in points
             ]
+    check_starts(arrays, computed)
     if targets.objective is not None and _objective_by_token(model, targets.objective, reader, example):
         kind = hooks.Activation((1,), torch.float32)
         arrays.append(_array(OBJECTIVE, OBJECTIVE, None, None, kind, f"feature_{OBJECTIVE}", spec, "float32"))
@@ -171,6 +179,10 @@ def _feature_dim(text: str, transform: Transform | None) -> str:
     return site.feature_dim if site.standard or site.name in ONCE else ""
 
 
+def _dtype_of(activation: hooks.Activation) -> str:
+    return str(activation.dtype).removeprefix("torch.")
+
+
 def _own_dim(point: hooks.HookPoint) -> str:
     return f"feature_{point.array.removesuffix('.grad') if point.gradient else point.array}"
 
@@ -186,7 +198,7 @@ def _array(
     dtype: str = "auto",
 ) -> ArraySpec:
     if dtype == "auto":
-        dtype = str(activation.dtype).removeprefix("torch.") if spec.dtype == "auto" else spec.dtype
+        dtype = _dtype_of(activation) if spec.dtype == "auto" else spec.dtype
     features = math.prod(activation.shape)
     if dtype not in DTYPES or not features:
         raise CaptureError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 
 from flexcache.errors import ConfigError, MismatchError
+from flexcache.keep import check_one_window
 from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.provenance import select_fingerprint
 from flexcache.recording.planning.new_documents import NewDocuments, NothingNewError
@@ -160,6 +161,7 @@ def more_documents(
             first_index=int(pc.max(store.documents.column("source_index")).as_py()) + 1,
             progress=progress,
         )
+        check_one_window(spec, corpus.segmentation.linked)
         entry = {"extended_by": request, "versions": versions()}
         stage_documents(store, folder, plan_extension(store, corpus), corpus, entry)
 

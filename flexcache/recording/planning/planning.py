@@ -14,6 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     from flexcache.documents import Documents
 from flexcache.identity import stored_record
+from flexcache.keep import check_one_window
 from flexcache.plan import Batching, Largest, Plan, batch_groups, unit_rows
 from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.recording.run.fingerprint import versions
@@ -148,6 +149,7 @@ def make_plan(inputs: PlanInputs, folder: Path, progress: ProgressCallback) -> t
     check_names(inputs.arrays)
     corpus = tokenized(inputs, inputs.documents, folder, progress)
     sequences = corpus.segmentation
+    check_one_window(inputs.spec, sequences.linked)
     plan = planned(
         inputs, corpus.input_lengths, sequences.kept, linked=sequences.linked, image_bytes=corpus.image_bytes
     )

@@ -42,6 +42,10 @@ class ExistingRows:
             values = reader.scan(layer, start, min(start + step, self.stop), raw=True)
             yield np.ascontiguousarray(values).view(np.uint8).reshape(-1), len(values)
 
+    def digests(self, key: ArrayKey, unit: int) -> tuple[str, ...]:
+        """Return the digests of the existing rows of a virtual shard."""
+        return self._record(unit).virtual[shard_name(*key, unit)] if self.rows_in(unit) else ()
+
     def combine_fingerprints(self, unit: int, now: dict[str, Any], batch_tokens: int) -> dict[str, Any]:
         """Return the fingerprint of a unit whose other rows are computed under the conditions *now*."""
         if not self.rows_in(unit):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from flexcache.recording.forward.capture_targets import CaptureTargets
 from flexcache.recording.run.fingerprint import fingerprint
 from flexcache.recording.run.gathering import Gathering
 from flexcache.recording.run.recorder import Recorder
-from flexcache.store.format.ledger import FileRecord
+from flexcache.store.format.ledger import FileRecord, UnitContent
 from flexcache.store.format.model_record import IDENTITY
 from flexcache.store.read.selection import ArrayKey
 
@@ -159,13 +161,13 @@ class ModelParallelGroup:
             recorder.commit_unit()
             return
         error: FlexCacheError | None = None
-        files: dict[str, FileRecord] | None = None
+        content: UnitContent | None = None
         try:
-            files = recorder.place_files()
+            content = recorder.place_files()
         except FlexCacheError as raised:
             error = raised
-        told = {"files": None if files is None else {name: asdict(file) for name, file in files.items()}}
-        parts = gather_values(self._group, self._members, self._here, told | {"error": str(error) if error else ""})
+        told = {"content": None if content is None else asdict(content), "error": str(error) if error else ""}
+        parts = gather_values(self._group, self._members, self._here, told)
         failed = next((place for place, part in enumerate(parts) if part["error"]), IDLE)
         if self._tell(failed) != IDLE:
             raise error or CaptureError(
@@ -174,10 +176,10 @@ class ModelParallelGroup:
             )
         if not self.leads:
             recorder.leave_unit()
-        elif any(part["files"] is None for part in parts):  # taken for gone, after a suspension: others compute it
+        elif any(part["content"] is None for part in parts):  # taken for gone, after a suspension: others compute it
             recorder.abandon_unit()
         else:
-            recorder.commit_unit({name: FileRecord(**file) for part in parts for name, file in part["files"].items()})
+            recorder.commit_unit(reduce(or_, (_content(part["content"]) for part in parts)))
 
     # Forwards in step
 
@@ -195,3 +197,9 @@ class ModelParallelGroup:
 
     def _tell(self, value: int) -> int:
         return value if len(self._members) == 1 else broadcast_value(self._group, self._members, self._here, value)
+
+
+def _content(told: dict[str, Any]) -> UnitContent:
+    """Return the content of a unit as another process told it, as plain values."""
+    files = {name: FileRecord(**file) for name, file in told["files"].items()}
+    return UnitContent(files, {name: tuple(digests) for name, digests in told["virtual"].items()})

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from flexcache.errors import CaptureError
 from flexcache.recording.forward.batch import Batch
 from flexcache.recording.forward.batch_reader import BatchReader
 from flexcache.recording.run.existing_rows import ExistingRows
@@ -17,7 +18,7 @@ from flexcache.recording.run.run_stats import RunStats
 from flexcache.recording.run.unit_writer import UnitWriter
 from flexcache.recording.run.work_session import WorkSession
 from flexcache.recording.run_options import DEFAULT_BUFFER
-from flexcache.store.format.ledger import FileRecord, UnitRecord
+from flexcache.store.format.ledger import UnitContent, UnitRecord
 from flexcache.store.format.metadata import largest_batch
 from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
@@ -60,6 +61,9 @@ class Recorder:
         The sites and layers that this process writes, where others of its group write the rest; all by default.
     existing
         The rows of the store that is extended into this one.
+    origin
+        The store that is extended. If layers are virtual, its units are run in the batches that they were run in, since
+        digests are those of batches.
     heartbeat_timeout
         Seconds without a heartbeat after which another process counts as gone.
     on_start
@@ -88,6 +92,7 @@ class Recorder:
         batch_tokens: int | None = None,
         keys: Sequence[ArrayKey] | None = None,
         existing: ExistingRows | None = None,
+        origin: Store | None = None,
         heartbeat_timeout: float = HEARTBEAT_TIMEOUT,
         on_start: Callable[[], None] = lambda: None,
         on_wait: Callable[[int], None] = lambda units: None,
@@ -98,9 +103,10 @@ class Recorder:
         self.stats = RunStats()
         self._planned_tokens = self.store.spec.batch_tokens
         self._batch_tokens = self._planned_tokens if batch_tokens is None else min(self._planned_tokens, batch_tokens)
+        self._unit_tokens = self._batch_tokens
         self._on_start, self._on_wait, self._on_complete = on_start, on_wait, on_complete
         self._allow_mixed = allow_mixed
-        self._existing = existing
+        self._existing, self._origin = existing, origin
         self._pending = PendingUnits(self.store)
         transfer = transfer or RowTransfer()
         self.unit_writer = UnitWriter(self.store, keys, transfer, self.stats)
@@ -223,14 +229,15 @@ class Recorder:
 
     def begin_unit(self, unit: int) -> list[Batch]:
         """Open the shards of a unit, and return its batches within the budget of tokens."""
+        self._unit_tokens = self._tokens_of(unit)
         self.unit_writer.open_unit(unit, self._session.writer)
-        batches = self._reader.read_unit(unit, self._batch_tokens)
+        batches = self._reader.read_unit(unit, self._unit_tokens)
         if self._existing is None:
             return batches
         self.unit_writer.copy_existing_rows(self._existing)
         return [batch for batch in batches if batch.rows.start >= self._existing.stop]
 
-    def place_files(self) -> dict[str, FileRecord] | None:
+    def place_files(self) -> UnitContent | None:
         """Finish the shards of the unit and move them into place, flushed; return their records for the ledger.
 
         Returns None, and abandons the unit, if others took this process for gone and removed its files.
@@ -241,8 +248,8 @@ class Recorder:
             return None
         return self.unit_writer.place_shards(writer)
 
-    def commit_unit(self, files: dict[str, FileRecord] | None = None) -> bool:
-        """Write the ledger record of the unit, with the *files* of all its writers; by default those of this process.
+    def commit_unit(self, content: UnitContent | None = None) -> bool:
+        """Write the ledger record of the unit, with the *content* of all its writers, by default of this process.
 
         Returns False if the unit was abandoned, because others took this process for gone or took the unit over.
         """
@@ -251,7 +258,7 @@ class Recorder:
         if not self._session.claims.holds(unit):
             self.abandon_unit()
             return False
-        written = self.place_files() if files is None else files
+        written = self.place_files() if content is None else content
         if written is None:
             return False
         began = time.perf_counter()
@@ -261,12 +268,13 @@ class Recorder:
             rows = self.unit_writer.unit_rows
             fingerprint = self.fingerprint
             if self._existing is not None:
-                fingerprint = self._existing.combine_fingerprints(unit, fingerprint, self._batch_tokens)
+                fingerprint = self._existing.combine_fingerprints(unit, fingerprint, self._unit_tokens)
             with clear_errors(self.store.path):
+                span = (rows.start, rows.stop)
                 self.store.ledger.commit(
-                    UnitRecord(unit, (rows.start, rows.stop), self._batch_tokens, fingerprint, written)
+                    UnitRecord(unit, span, self._unit_tokens, fingerprint, written.files, written.virtual)
                 )
-            self.stats.add_unit(len(rows), sum(file.size for file in written.values()))
+            self.stats.add_unit(len(rows), sum(file.size for file in written.files.values()))
         self._session.release_claim(unit)
         self._pending.mark_committed(unit)
         self.unit_writer.close_unit()
@@ -285,3 +293,21 @@ class Recorder:
         if unit is not None:
             self._session.release_claim(unit)
         self._session.reopen_if_lost()
+
+    # Private
+
+    def _tokens_of(self, unit: int) -> int:
+        """Return the budget of a unit: that of this run, or that of an existing unit with virtual layers."""
+        virtual = any(array.virtual for array in self.store.arrays.values())
+        if self._origin is None or not virtual or not self._origin.ledger.has(unit):
+            return self._batch_tokens
+        before = self._origin.ledger.read_record(unit).batch_tokens
+        if before > self._batch_tokens:
+            raise CaptureError(
+                "a unit with virtual layers is extended in the batches that it was captured in",
+                where=f"{self._origin.path}, unit {unit}",
+                expected=f"batches of {before} tokens",
+                found=f"at most {self._batch_tokens} tokens",
+                remedy="raise batch_tokens to that number, on a device with the memory for it",
+            )
+        return before

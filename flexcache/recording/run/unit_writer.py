@@ -16,14 +16,13 @@ from flexcache.recording.run.existing_rows import ExistingRows
 from flexcache.recording.run.row_transfer import Rows, RowTransfer
 from flexcache.recording.run.run_stats import RunStats
 from flexcache.store.format.int8 import is_scale, outlier_count, scale_name
-from flexcache.store.format.ledger import FileRecord
+from flexcache.store.format.ledger import UnitContent
 from flexcache.store.format.shard import ShardLayout
-from flexcache.store.read.selection import ArrayKey
-from flexcache.store.read.selection import keys as every_key
+from flexcache.store.read.selection import ArrayKey, captured_keys
 from flexcache.store.read.store import Store
 from flexcache.store.write.range_error import locating_values, place
 from flexcache.store.write.row_encoding import encode_rows
-from flexcache.store.write.shard_file import Copy, ShardFile, WriterThread, copy_bytes
+from flexcache.store.write.shard_file import Copy, ShardFile, VirtualShard, WriterThread, copy_bytes
 from flexcache.store.write.slabs import size_slabs
 
 
@@ -50,7 +49,7 @@ class UnitWriter:
     def __init__(self, store: Store, keys: Sequence[ArrayKey] | None, transfer: RowTransfer, stats: RunStats) -> None:
         self._store, self._transfer, self._stats = store, transfer, stats
         arrays = store.arrays
-        given = every_key(arrays.values()) if keys is None else keys
+        given = captured_keys(arrays.values()) if keys is None else keys
         self.keys: list[ArrayKey] = [key for key in given if not is_scale(key[0], arrays)]
         scales = [(scale_name(name), layer) for name, layer in self.keys if arrays[name].dtype == "int8"]
         self._writes: list[ArrayKey] = self.keys + scales
@@ -65,7 +64,8 @@ class UnitWriter:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row of everything that this process writes."""
-        return sum(self._store.arrays[name].row_bytes for name, _ in self._writes)
+        arrays = self._store.arrays
+        return sum(arrays[name].row_bytes for name, layer in self._writes if layer not in arrays[name].virtual)
 
     def slab_sizes(self, buffer_bytes: int) -> tuple[int, int]:
         """Return the bytes of a slab and the number of slabs, see `flexcache.store.write.slabs.size_slabs`."""
@@ -84,33 +84,32 @@ class UnitWriter:
 
     def open_unit(self, unit: int, writer: WriterThread) -> None:
         """Open the shards of a unit."""
-        self._shards = {
-            (name, layer): ShardFile(
-                writer, self._store.arrays[name], layer, self._layouts[name], unit, self._store.compressed
-            )
-            for name, layer in self._writes
-        }
+        self._shards = {key: self._open_shard(key, unit, writer) for key in self._writes}
         self.unit, self.rows_done = unit, 0
 
     def copy_existing_rows(self, existing: ExistingRows) -> None:
         """Begin the shards with the rows of the store that is extended."""
         assert self.unit is not None
         for key, file in self._shards.items():
+            if isinstance(file, VirtualShard):
+                file.add_existing(existing.rows_in(self.unit), existing.digests(key, self.unit))
+                continue
             for content, n_rows in existing.read_blocks(key, self.unit):
                 with locating_values(self._store):
                     file.append(content, [(0, n_rows * file.layout.row_bytes)])
         self.rows_done = existing.rows_in(self.unit)
 
-    def place_shards(self, writer: WriterThread) -> dict[str, FileRecord]:
+    def place_shards(self, writer: WriterThread) -> UnitContent:
         """Finish the shards and move them into place, flushed; return their records for the ledger."""
         began = time.perf_counter()
         with locating_values(self._store):
             for file in self._shards.values():
                 file.finish()
-            files, self._shards = list(self._shards.values()), {}
-            placed: dict[str, FileRecord] = writer.commit_shards(files)
+            shards, self._shards = list(self._shards.values()), {}
+            files = writer.commit_shards([file for file in shards if not isinstance(file, VirtualShard)])
         self._stats.committing += time.perf_counter() - began
-        return placed
+        virtual = {file.name: tuple(file.digests) for file in shards if isinstance(file, VirtualShard)}
+        return UnitContent(files, virtual)
 
     def close_unit(self) -> None:
         """Forget a unit whose shards are in place."""
@@ -138,6 +137,8 @@ class UnitWriter:
         self._stats.forward += time.perf_counter() - began
         self._stats.tokens += batch.n_tokens
         self._check_filled(batch)
+        for file in self._shards.values():
+            file.end_batch()
         self._batch = None
         self.rows_done += len(batch.rows)
 
@@ -164,6 +165,13 @@ class UnitWriter:
         self._append(file, self._transfer.copy, self._transfer.rows_of, batch, values)
 
     # Private
+
+    def _open_shard(self, key: ArrayKey, unit: int, writer: WriterThread) -> ShardFile:
+        name, layer = key
+        array, layout = self._store.arrays[name], self._layouts[name]
+        if layer in array.virtual:
+            return VirtualShard(writer, array, layer, layout, unit)
+        return ShardFile(writer, array, layer, layout, unit, self._store.compressed)
 
     def _current_batch(self) -> Batch:
         if self._batch is None:
@@ -202,7 +210,7 @@ class UnitWriter:
                 raise SiteError(f"the plan has no site {site!r}", remedy=nearest(site, self._store.sites)) from None
             raise SiteError(
                 f"the plan has no layer {layer} of {site}",
-                expected=f"one of {list(self._store.arrays[site].slices)}",
+                expected=f"one of {list(self._store.arrays[site].captured)}",
             ) from None
 
     def _check_rows(self, file: ShardFile, first: int, count: int, shape: tuple[int, ...]) -> None:

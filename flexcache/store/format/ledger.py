@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ CHECKSUM = "xxh3_128"
 """Key of the XXH3-128 of the rest of a record, so that any changed byte is detected. The first stores have none."""
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """Errors that reading a missing or damaged file of JSON raises."""
-_KEYS = ("schema", "unit", "rows", "batch_tokens", "fingerprint", "files")
+_KEYS = ("schema", "unit", "rows", "batch_tokens", "fingerprint", "files", "virtual")
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 _RECORD = re.compile(r"([0-9]+)\.json")
 
 
@@ -89,6 +90,9 @@ class UnitRecord:
         Conditions that the bytes depend on in addition to the plan: device, versions, threads, attention kernel.
     files : dict
         Records of the shards, by path relative to the store.
+    virtual : dict
+        Digests of the shards of virtual layers, by the path that each would have: one XXH3-128 in hex for the rows of
+        each batch, in the order of the batches within *batch_tokens*.
     """
 
     unit: int
@@ -96,11 +100,31 @@ class UnitRecord:
     batch_tokens: int
     fingerprint: dict[str, Any]
     files: dict[str, FileRecord]
+    virtual: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> set[str]:
+        """Paths of the shards that the record describes, on disk or virtual."""
+        return {*self.files, *self.virtual}
+
+
+@dataclass(frozen=True)
+class UnitContent:
+    """The records of a unit's files, and the digests of its virtual shards, as in `UnitRecord`."""
+
+    files: dict[str, FileRecord]
+    virtual: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __or__(self, other: UnitContent) -> UnitContent:
+        return UnitContent(self.files | other.files, self.virtual | other.virtual)
 
 
 def record_json(record: UnitRecord) -> dict[str, Any]:
     """Return the JSON content of the file of a record."""
-    return with_checksum({"schema": 1, **asdict(record)})
+    content = asdict(record)
+    if not record.virtual:
+        del content["virtual"]
+    return with_checksum({"schema": 1, **content})
 
 
 class Ledger:
@@ -143,7 +167,9 @@ class Ledger:
             data = read_checked_json(self.root, path, _KEYS)
             start, stop = data["rows"]
             rows, batch_tokens = (int(start), int(stop)), int(data["batch_tokens"])
-            record = UnitRecord(int(data["unit"]), rows, batch_tokens, dict(data["fingerprint"]), _files(data))
+            record = UnitRecord(
+                int(data["unit"]), rows, batch_tokens, dict(data["fingerprint"]), _files(data), _digests(data)
+            )
             if record.unit != unit:
                 raise ValueError(f"the record is of unit {record.unit}")
             return record
@@ -198,3 +224,10 @@ def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
 
 def _files(data: dict[str, Any]) -> dict[str, FileRecord]:
     return {str(name): FileRecord(int(file["size"]), str(file["xxh3_128"])) for name, file in data["files"].items()}
+
+
+def _digests(data: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    found = {str(name): tuple(map(str, digests)) for name, digests in data.get("virtual", {}).items()}
+    if not all(_DIGEST.fullmatch(digest) for digests in found.values() for digest in digests):
+        raise ValueError("a digest of virtual rows is not 32 hexadecimal digits")
+    return found

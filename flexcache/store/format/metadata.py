@@ -64,7 +64,10 @@ def parse_metadata(content: Mapping[str, Any], where: str) -> StoreMetadata:
 
 def _array(name: str, data: Any) -> ArraySpec:
     keys = {"name", "site", "layers", "depth", "features", "feature_dim", "dtype"}
-    _agree(isinstance(data, Mapping) and set(data) == keys, f"array {name!r} is not described by {sorted(keys)}")
+    _agree(
+        isinstance(data, Mapping) and set(data) - {"virtual"} == keys,
+        f"array {name!r} is not described by {sorted(keys)}",
+    )
     inside = PurePosixPath(name).name == name and name not in ("", ".", "..") and "\x00" not in name
     _agree(inside and data["name"] == name, f"array {name!r} is outside the store")
     for key in ("site", "feature_dim", "dtype"):
@@ -74,11 +77,13 @@ def _array(name: str, data: Any) -> ArraySpec:
     _whole(data, "features", 1, MOST_FEATURES)
     layers = data["layers"]
     if layers is None:
-        _agree(data["depth"] is None, f"{name} has a depth, and no layers")
+        _agree(data["depth"] is None and "virtual" not in data, f"{name} has a depth or virtual layers, and no layers")
         return ArraySpec.from_json(data)
     depth = _whole(data, "depth", 1, MOST_LAYERS)
-    whole = isinstance(layers, list) and all(type(layer) is int and 0 <= layer < depth for layer in layers)
-    _agree(whole and layers == sorted(set(layers)), f"layers of {name} are {str(layers)[:80]}")
+    for held in (layers, data.get("virtual", [])):
+        whole = isinstance(held, list) and all(type(layer) is int and 0 <= layer < depth for layer in held)
+        _agree(whole and held == sorted(set(held)), f"layers of {name} are {str(held)[:80]}")
+    _agree(not set(layers) & set(data.get("virtual", [])), f"layers of {name} are on disk and virtual")
     return ArraySpec.from_json(data)
 
 

@@ -15,8 +15,10 @@ from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.path_safety import MOST_JSON, check_inside
 
 SCHEMA = 1
-NEWEST_SCHEMA = 2
-"""Schema of stores whose int8 rows keep outliers apart; all other stores have schema 1."""
+OUTLIER_SCHEMA = 2
+"""Schema of stores whose int8 rows keep outliers apart."""
+VIRTUAL_SCHEMA = NEWEST_SCHEMA = 3
+"""Schema of stores with virtual layers; all other stores have schema 1 or 2."""
 ATTRIBUTE = "flexcache"
 DOCUMENTS = "documents.parquet"
 SEQUENCES = "sequences.parquet"
@@ -36,7 +38,9 @@ COMMITTING = "placing"
 def schema_of(arrays: Iterable[ArraySpec]) -> int:
     """Return the schema of a store of these arrays."""
     named = {array.name: array for array in arrays}
-    return NEWEST_SCHEMA if any(outlier_count(name, named) for name in named) else SCHEMA
+    if any(array.virtual for array in named.values()):
+        return VIRTUAL_SCHEMA
+    return OUTLIER_SCHEMA if any(outlier_count(name, named) for name in named) else SCHEMA
 
 
 def read_attributes(path: StoreLocation) -> dict[str, Any]:

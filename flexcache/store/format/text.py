@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flexcache.spec import ArraySpec
+
 TABLE_COLUMNS = frozenset(
     {"id", "source_index", "n_tokens", "text", "text_xxh3_128", "messages_xxh3_128"}
     | {"image_xxh3_128", "row_start", "n_rows"}
@@ -20,6 +22,15 @@ def layer_text(layers: tuple[int, ...] | None) -> str:
     if len(layers) > 2 and layers == tuple(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]}–{layers[-1]}"
     return ", ".join(map(str, layers))
+
+
+def layers_text(array: ArraySpec) -> str:
+    """Format the captured layers of an array: ``0–29``, or ``0–29 (5 on disk, 25 virtual)``."""
+    if not array.virtual:
+        return layer_text(array.layers)
+    on_disk, virtual = len(array.layers or ()), len(array.virtual)
+    held = f"{on_disk} on disk, {virtual} virtual" if on_disk else "virtual"
+    return f"{layer_text(tuple(sorted((*(array.layers or ()), *array.virtual))))} ({held})"
 
 
 def shorten(value: Any, length: int = 160) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from flexcache.spec import ArraySpec
 from flexcache.store.format.int8 import OUTLIER, outlier_count, scale_name
-from flexcache.store.format.text import layer_text
+from flexcache.store.format.text import layers_text
 
 
 def card(name: str, arrays: list[ArraySpec], facts: list[tuple[str, str]], content: dict[str, Any]) -> str:
@@ -15,12 +15,12 @@ def card(name: str, arrays: list[ArraySpec], facts: list[tuple[str, str]], conte
     model = content["provenance"]["model"]
     table = "\n".join(f"| {key} | {value} |" for key, value in facts)
     lines = "\n".join(
-        f"| `{array.name}` | {layer_text(array.layers)} | {', '.join(array.dims)} | {array.features} | {array.dtype} |"
+        f"| `{array.name}` | {layers_text(array)} | {', '.join(array.dims)} | {array.features} | {array.dtype} |"
         for array in arrays
     )
-    first = arrays[0]
-    coarse = _int8_text(name, arrays)
-    layer = "" if first.layers is None else f"layer={first.layers[-1]}, "
+    first = next((array for array in arrays if array.slices), arrays[0])
+    notes = _int8_text(name, arrays) + _virtual_text(arrays)
+    layer = "" if not first.layers else f"layer={first.layers[-1]}, "
     return f"""# {name}
 
 Activations of **{model.get("name")}** ({model.get("class", "unknown class")}), one row per kept token
@@ -36,7 +36,7 @@ Activations of **{model.get("name")}** ({model.get("class", "unknown class")}), 
 
 Row *i* is the same token in every array. `documents.parquet` says which document it belongs to,
 `sequences.parquet` holds the token ids, `token_id`, `position` and `document` are the coordinates of the rows.
-{coarse}Rows whose unit has no record in `ledger/0/` have not been captured: a plain Zarr reader shows them as NaN.
+{notes}Rows whose unit has no record in `ledger/0/` have not been captured: a plain Zarr reader shows them as NaN.
 
 ```python
 import flexcache
@@ -73,5 +73,15 @@ def _int8_text(name: str, arrays: list[ArraySpec]) -> str:
 The largest values of a row are kept exactly ({kept}):
 {OUTLIER} stands for each of them, and they follow the scale. Other values are within half a scale of the model's.
 `flexcache bench-codec {name}` prints the relative error by layer, with the largest values and without them.
+
+"""
+
+
+def _virtual_text(arrays: list[ArraySpec]) -> str:
+    """Return what virtual layers are, and how they are read; an empty text if there are none."""
+    if not any(array.virtual for array in arrays):
+        return ""
+    return """Virtual layers were computed and hashed by the capture, and are not on disk: a plain Zarr reader shows
+NaN. `flexcache.attach(store, model)` recomputes them when they are read, and compares the hashes with the ledger.
 
 """

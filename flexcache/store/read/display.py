@@ -10,7 +10,7 @@ from flexcache.paths import shown
 from flexcache.store.format.committed_units import CommittedUnits
 from flexcache.store.format.model_record import adapters_text, engine_text
 from flexcache.store.format.schema import DOCUMENTS, read_attributes, staged_folder
-from flexcache.store.format.text import TABLE_COLUMNS, layer_text, size
+from flexcache.store.format.text import TABLE_COLUMNS, layers_text, size
 from flexcache.store.read.open_store import OpenStore
 from flexcache.store.read.parquet import read_first_lines
 
@@ -47,8 +47,8 @@ def sites(store: OpenStore) -> list[tuple[str, str, str, str]]:
     lines = []
     for name in store.sites:
         array = store.arrays[name]
-        lead = f"{len(array.slices)} × " if array.layers is not None else ""
-        lines.append((name, layer_text(array.layers), f"{lead}{store.n_rows} × {array.features}", array.dtype))
+        lead = f"{len(array.captured)} × " if array.layers is not None else ""
+        lines.append((name, layers_text(array), f"{lead}{store.n_rows} × {array.features}", array.dtype))
     return lines
 
 

@@ -66,7 +66,9 @@ class OpenStore:
         return tuple(name for name in self.arrays if not is_scale(name, self.arrays))
 
     def layers(self, site: str) -> tuple[int, ...]:
-        """Return the captured layers of a site; empty for a module path.
+        """Return the layers of a site that are on disk; empty for a module path.
+
+        ``arrays[site].virtual`` has the layers that were captured and are not on disk.
 
         ::
 

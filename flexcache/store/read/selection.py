@@ -14,13 +14,16 @@ from flexcache.site import Layers, plain_layers, resolve_layers
 from flexcache.spec import ArraySpec
 from flexcache.store.format.int8 import scale_name
 from flexcache.store.read.open_store import OpenStore
+from flexcache.store.read.virtual_layers import virtual_error
 from flexcache.store.storage.location import StoreLocation
 
 ArrayKey = tuple[str, int | None]
 """Name of an array, and a layer of it; None for an array without layers."""
 
 
-def select(store: OpenStore, sites: str | Sequence[str] | None = None, layers: Layers = "all") -> list[ArraySpec]:
+def select(
+    store: OpenStore, sites: str | Sequence[str] | None = None, layers: Layers = "all", *, virtual: bool = False
+) -> list[ArraySpec]:
     """Return the arrays of a store that match, each with its matching layers.
 
     ::
@@ -34,19 +37,31 @@ def select(store: OpenStore, sites: str | Sequence[str] | None = None, layers: L
     layers
         As for `flexcache.capture`: ``"all"``, a number, a list, or ``"8:24"``. Each layer of a number or list must have
         been captured; a range selects its captured layers. Arrays without layers are always kept.
+    virtual
+        Select virtual layers, too, which `ArraySpec.virtual` names. By default, they are an error.
 
     Raises
     ------
     SiteError
-        A site or layer is not in the store, or nothing matches.
+        A site or layer is not in the store, nothing matches, or a layer is virtual.
     """
     asked = plain_layers(layers)
-    return [_narrow(store, array, asked) for array in _arrays(store, [sites] if isinstance(sites, str) else sites)]
+    found = [_narrow(store, array, asked) for array in _arrays(store, [sites] if isinstance(sites, str) else sites)]
+    if not virtual:
+        for array in found:
+            if array.virtual:
+                raise virtual_error(array, array.virtual, store.path)
+    return found
 
 
 def keys(arrays: Iterable[ArraySpec]) -> list[ArrayKey]:
-    """Return one key for each layer of each array."""
+    """Return one key for each layer of each array that is on disk."""
     return [(array.name, layer) for array in arrays for layer in array.slices]
+
+
+def captured_keys(arrays: Iterable[ArraySpec]) -> list[ArrayKey]:
+    """Return one key for each captured layer of each array, on disk or virtual."""
+    return [(array.name, layer) for array in arrays for layer in array.captured]
 
 
 def by_array(keys: Iterable[ArrayKey]) -> dict[str, list[int | None] | None]:
@@ -63,19 +78,21 @@ def layer_number(array: ArraySpec, layer: int | None, where: StoreLocation) -> i
         if layer is not None:
             raise SiteError(f"site {array.name} has no layers", found=f"layer {layer}", remedy="leave layer out")
         return None
-    if layer is None and len(array.layers) == 1:
-        return array.layers[0]
+    if layer is None and len(array.captured) == 1:
+        layer = array.captured[0]
     asked = None if layer is None else plain_layers(layer)
     if not isinstance(asked, int | None):
         raise SiteError(f"layer {layer!r} is not one layer", expected="a number", remedy="read layers one by one")
     number = None if asked is None else asked + (array.depth if asked < 0 else 0)
+    if number in array.virtual:
+        raise virtual_error(array, [number], where)
     if number not in array.layers:
         raise SiteError(
             f"{array.name} has layers, and none is given"
             if layer is None
             else f"layer {layer} of {array.name} was not captured",
             where=str(where),
-            expected=f"one of {', '.join(map(str, array.layers))}",
+            expected=f"one of {', '.join(map(str, array.captured))}",
         )
     return number
 
@@ -127,13 +144,12 @@ def _narrow(store: OpenStore, array: ArraySpec, layers: Layers) -> ArraySpec:
     if array.layers is None or array.depth is None or layers == "all":
         return array
     asked = resolve_layers(layers, array.depth)
-    kept = tuple(layer for layer in array.layers if layer in asked)
-    ranged = isinstance(layers, str) and ":" in layers
-    missing = [layer for layer in asked if layer not in array.layers]
-    if not kept or (missing and not ranged):
+    kept, virtual = (tuple(layer for layer in held if layer in asked) for held in (array.layers, array.virtual))
+    missing = [layer for layer in asked if layer not in array.captured]
+    if not (kept or virtual) or (missing and not isinstance(layers, str)):
         raise SiteError(
             f"layer {', '.join(map(str, missing))} of {array.name} is not in the store",
             where=str(store.path),
-            expected=f"one of {', '.join(map(str, array.layers))}",
+            expected=f"one of {', '.join(map(str, array.captured))}",
         )
-    return replace(array, layers=kept)
+    return replace(array, layers=kept, virtual=virtual)

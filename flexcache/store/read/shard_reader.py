@@ -18,6 +18,7 @@ from flexcache.store.format.committed_units import CommittedUnits, shared_units
 from flexcache.store.format.int8 import dequantize
 from flexcache.store.format.reference import StoreReference
 from flexcache.store.format.shard import ShardLayout, shard_name
+from flexcache.store.read.virtual_layers import virtual_error
 from flexcache.store.storage.backend import storage_of
 from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.path_safety import MOST_JSON, check_inside
@@ -98,7 +99,9 @@ class RowReader:
         return found
 
     def path(self, layer: int | None, shard: int) -> StoreLocation:
-        """Return the path of a shard."""
+        """Return the path of a shard; raise SiteError if the layer is virtual."""
+        if layer in self.array.virtual:
+            raise virtual_error(self.array, [layer], self.root)
         return self.root / shard_name(self.array.name, layer, shard)
 
     def gather(self, layer: int | None, rows: np.ndarray, raw: bool) -> np.ndarray:

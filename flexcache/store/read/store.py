@@ -17,6 +17,7 @@ from flexcache.store.read.open_store import OpenStore
 from flexcache.store.read.replayable import Replayable, replayable
 from flexcache.store.read.selection import layer_number, row_numbers
 from flexcache.store.read.shard_reader import RowReader
+from flexcache.store.read.virtual_layers import virtual_error
 from flexcache.store.read.xarray_arrays import data_array
 
 
@@ -58,7 +59,7 @@ class Store(OpenStore, Mapping[str, xr.DataArray]):
     # Reading
 
     def __getitem__(self, site: str) -> xr.DataArray:
-        return data_array(self.reader(site), self.coordinates)
+        return data_array(self._readable(site), self.coordinates)
 
     def raw(self, site: str) -> xr.DataArray:
         """Return a lazy array of a site in its stored dtype. Reductions of numpy fail or are wrong on bfloat16.
@@ -70,10 +71,10 @@ class Store(OpenStore, Mapping[str, xr.DataArray]):
         Rows of an int8 site are whole numbers: multiply each by its scale, the first value of
         ``raw(site + ".scale")``; -128 stands for the next of the values after it.
         """
-        return data_array(self.reader(site), self.coordinates, raw=True)
+        return data_array(self._readable(site), self.coordinates, raw=True)
 
     def dataset(self, *, committed: bool = False) -> xr.Dataset:
-        """Return all sites as one lazy float32 dataset; layers that a site lacks are NaN.
+        """Return all sites as one lazy float32 dataset; layers that a site lacks are NaN, and virtual ones, too.
 
         ::
 
@@ -85,7 +86,11 @@ class Store(OpenStore, Mapping[str, xr.DataArray]):
             Keep only committed rows. By default, reading an uncommitted row raises UncommittedError.
         """
         rows = self.committed_rows if committed else None
-        arrays = [data_array(self.reader(site), self.coordinates, rows=rows) for site in self.sites]
+        arrays = [
+            data_array(self.reader(site), self.coordinates, rows=rows)
+            for site in self.sites
+            if self.arrays[site].slices
+        ]
         return xr.merge(arrays, join="outer", compat="override", combine_attrs="drop").assign_attrs(
             store=str(self.path), model=self.provenance.model_name
         )
@@ -113,7 +118,7 @@ class Store(OpenStore, Mapping[str, xr.DataArray]):
         Raises
         ------
         SiteError
-            The site or layer was not captured.
+            The site or layer was not captured, or the layer is virtual and no model is attached.
         UncommittedError
             A row has not been captured yet.
         IndexError
@@ -275,6 +280,13 @@ class Store(OpenStore, Mapping[str, xr.DataArray]):
         return display.html(self)
 
     # Private
+
+    def _readable(self, site: str) -> RowReader:
+        """Return the row reader of a site; raise SiteError if all of its layers are virtual."""
+        reader = self.reader(site)
+        if not reader.array.slices:
+            raise virtual_error(reader.array, reader.array.virtual, self.path)
+        return reader
 
     def _forget_labels(self) -> None:
         for cached in ("_joined", "documents"):

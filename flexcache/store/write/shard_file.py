@@ -93,6 +93,9 @@ class ShardFile:
             self._submit()
         self._writer.submit(self._writer.close, self)
 
+    def end_batch(self) -> None:
+        """Tell that the rows of a batch are complete; only a `VirtualShard` needs it."""
+
     def discard(self) -> None:
         """Abandon the file: return its slab to the pool, and remove what was written."""
         if self._slab is not None:
@@ -116,6 +119,51 @@ class ShardFile:
     def _submit(self) -> None:
         self._writer.submit(self._writer.write, self, self._slab)
         self._slab = None
+
+
+class VirtualShard(ShardFile):
+    """One shard of a virtual layer that is being filled: its rows are checked and hashed, and not written.
+
+    Attributes
+    ----------
+    digests : list of str
+        XXH3-128 in hex of the rows of each batch, complete once the jobs of the writer are done.
+    """
+
+    def __init__(self, writer: WriterThread, array: ArraySpec, layer: int | None, layout: ShardLayout, shard: int):
+        super().__init__(writer, array, layer, layout, shard, compressed=False)
+        self.digests: list[str] = []
+
+    def end_batch(self) -> None:
+        """End the digest of a batch."""
+        if self._slab is not None:
+            self._submit()
+        self._writer.submit(self._end_digest)
+
+    def add_existing(self, rows: int, digests: Sequence[str]) -> None:
+        """Add the digests of *rows* that an existing store has."""
+        self.rows_left -= rows
+        self.checked += rows * self.layout.row_bytes
+        self.digests += digests
+
+    def finish(self) -> None:
+        """Check that all rows are there."""
+        if self.rows_left:
+            raise ValueError(f"{self.name} lacks {self.rows_left} rows")
+
+    def discard(self) -> None:
+        """Abandon the shard: return its slab to the pool."""
+        if self._slab is not None:
+            self._writer.pool.return_slab(self._slab)
+            self._slab = None
+
+    def _submit(self) -> None:
+        self._writer.submit(self._writer.hash_rows, self, self._slab)
+        self._slab = None
+
+    def _end_digest(self) -> None:
+        self.digests.append(self.hasher.hexdigest())
+        self.hasher.reset()
 
 
 class WriterThread(ABC):
@@ -182,6 +230,11 @@ class WriterThread(ABC):
     def fail(self, error: BaseException) -> None:
         """Run no further job; `submit`, `check` and `drain` raise *error* from now on."""
         self._failure = disk_error(error, self.root) if isinstance(error, OSError) else error
+
+    def hash_rows(self, file: VirtualShard, slab: Slab) -> None:
+        """Check and hash one slab of a virtual shard, and return it to the pool."""
+        file.hasher.update(check_slab(file, slab).data)
+        self.pool.return_slab(slab)
 
     @abstractmethod
     def write(self, file: ShardFile, slab: Slab) -> None:

@@ -68,6 +68,7 @@ def create_arrays(group: zarr.Group, arrays: list[ArraySpec], n_rows: int, shard
                 "site": array.site,
                 "coordinates": " ".join(COORDINATES),
                 **({"layers": list(array.layers)} if array.layers is not None else {}),
+                **({"virtual": list(array.virtual)} if array.virtual else {}),
             },
         )
 

@@ -1,0 +1,161 @@
+"""Divide the captured layers of each site into those on disk and virtual ones, which are hashed and recomputed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flexcache.errors import ConfigError, nearest
+from flexcache.site import Site, plain_layers, resolve_layers
+
+if TYPE_CHECKING:
+    from flexcache.spec import ArraySpec, CaptureSpec
+
+RESIDUAL = ("resid_post", "resid_pre")
+"""Sites from which later layers are recomputed."""
+_FORM = "a mapping from site to layers on disk, such as {resid_post: every 6}; or layers of resid_post, such as every 6"
+
+
+def parse_keep(keep: Any) -> dict[str, Any]:
+    """Return *keep* as a mapping from the text of each site to its layers; layers alone are those of ``resid_post``.
+
+    >>> parse_keep("every:6"), parse_keep({"z": "8"})
+    ({'resid_post': 'every 6'}, {'z': 8})
+
+    Raises
+    ------
+    ConfigError
+        *keep* has another form. SiteError if a site cannot be parsed.
+    """
+    if isinstance(keep, str):
+        keep = {RESIDUAL[0]: keep}
+    if not isinstance(keep, Mapping) or not all(isinstance(site, str) for site in keep):
+        raise ConfigError("keep cannot be read", expected=_FORM, found=repr(keep))
+    return {str(Site.parse(site)): plain_layers(layers) for site, layers in keep.items()}
+
+
+def can_be_virtual(site: str) -> bool:
+    """Return True for the text of a site that exists in every block and is no gradient.
+
+    >>> can_be_virtual("mlp_post"), can_be_virtual("mlp_post.grad"), can_be_virtual("model.norm")
+    (True, False, False)
+    """
+    parsed = Site.parse(site)
+    return parsed.standard and not parsed.gradient
+
+
+def check_keep(spec: CaptureSpec) -> None:
+    """Raise ConfigError if layers are virtual in a capture whose rows cannot be recomputed exactly."""
+    if spec.keep is None:
+        if spec.keep_dtype == "compute":
+            raise ConfigError("keep_dtype applies to the sites in keep, and there is no keep", remedy="leave it out")
+        return
+    for site, layers in spec.keep.items():
+        if site not in spec.sites:
+            raise ConfigError(
+                f"keep names {site}, which is not captured",
+                expected=f"some of {', '.join(spec.sites)}",
+                remedy=nearest(site, tuple(spec.sites)),
+            )
+        if layers != "all" and not can_be_virtual(site):
+            raise ConfigError(
+                f"all layers of {site} are on disk, whatever keep says",
+                expected="sites that exist in every block, and are no gradients",
+                remedy="leave it out of keep",
+            )
+    wrong = {
+        f"rows: {spec.rows}": spec.rows != "all",
+        "packing": spec.packing is not None,
+        "dtype: int8": spec.dtype == "int8",
+        f"compression: {spec.compression}": spec.compression != "none",
+        "generate.capture": spec.decoding,
+    }
+    if found := [name for name, given in wrong.items() if given]:
+        raise ConfigError(
+            "virtual layers cannot be recomputed exactly from such a store",
+            where="keep",
+            expected="rows: all, without packing; a floating-point dtype, without compression; and no generate.capture",
+            found=", ".join(found),
+            remedy="leave keep out, or change these options; virtual layers take no disk",
+        )
+
+
+def check_one_window(spec: CaptureSpec, linked: np.ndarray | None) -> None:
+    """Raise ConfigError if layers are virtual and a document has several windows, which *linked* sequences show."""
+    if spec.keep is not None and linked is not None and linked.any():
+        raise ConfigError(
+            "virtual layers cannot be recomputed for a document that is cut into windows",
+            where="keep",
+            expected="one sequence for each document",
+            found="rows that two windows of a document share, and only one of them stores",
+            remedy="leave keep or windows out; max_length truncates long documents",
+        )
+
+
+def divide_layers(array: ArraySpec, keep: Mapping[str, Any] | None) -> ArraySpec:
+    """Return an array whose layers are all on disk with those that *keep* leaves out as virtual ones.
+
+    Raises
+    ------
+    ConfigError
+        *keep* names layers that are not captured. SiteError if the model does not have them.
+    """
+    if keep is None or array.layers is None or array.depth is None:
+        return array
+    asked = keep.get(array.site)
+    if asked is None:
+        return replace(array, layers=(), virtual=array.layers)
+    numbers = resolve_layers(asked, array.depth)
+    kept = tuple(layer for layer in array.layers if layer in numbers)
+    if not kept or (not isinstance(asked, str) and len(kept) < len(numbers)):
+        raise ConfigError(
+            f"keep names layers of {array.site} that are not captured",
+            expected=f"some of {', '.join(map(str, array.layers))}",
+            found=str(asked),
+        )
+    return replace(array, layers=kept, virtual=tuple(layer for layer in array.layers if layer not in kept))
+
+
+def check_starts(arrays: Collection[ArraySpec], computed: Mapping[str, str]) -> None:
+    """Raise ConfigError if a stored residual stream is rounded, and virtual layers would be recomputed from it.
+
+    *computed* has the dtype in which the model computes each array.
+    """
+    last = max((layer for array in arrays for layer in array.virtual), default=-1)
+    for array in arrays:
+        dtype = computed.get(array.name, array.dtype)
+        starts = [layer + (array.site == RESIDUAL[0]) for layer in array.layers or () if array.site in RESIDUAL]
+        if array.dtype not in (dtype, "float32") and any(start <= last for start in starts):
+            raise ConfigError(
+                f"{array.name} is rounded, so virtual layers cannot be recomputed exactly from it",
+                where="keep",
+                expected=f"{dtype}, the dtype in which the model computes it",
+                found=array.dtype,
+                remedy="set keep_dtype to compute, or dtype to auto",
+            )
+
+
+def keep_of(arrays: Iterable[ArraySpec], spec: CaptureSpec) -> dict[str, Any] | None:
+    """Return the `keep` of a capture of these arrays: in the form that *spec* has, if it means the same layers.
+
+    It is None if no layer is virtual, and `keep_dtype` does not need it.
+    """
+    held = [array for array in arrays if array.name == array.site and can_be_virtual(array.site)]
+    if not any(array.virtual for array in held) and spec.keep_dtype == "stored":
+        return None
+    found: dict[str, Any] = {}
+    for array in held:
+        if array.layers:
+            asked = (spec.keep or {}).get(array.site)
+            form: Any = list(array.layers) if array.virtual else "all"
+            found[array.site] = asked if asked is not None and _means(asked, array) else form
+    return found
+
+
+def _means(asked: Any, array: ArraySpec) -> bool:
+    """Return True if layers as they were asked for are the layers of an array that are on disk."""
+    numbers = resolve_layers(asked, array.depth or 0)
+    return tuple(layer for layer in array.captured if layer in numbers) == array.layers
