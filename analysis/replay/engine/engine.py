@@ -14,14 +14,6 @@ from numpy.typing import NDArray
 from torch import nn
 
 from analysis.replay.edits.edit_context import EditContext, StoreRows
-from analysis.replay.engine.block_skipping import (
-    Container,
-    observe_containers,
-    skip_blocks,
-    tensor_output,
-    tuple_output,
-    unambiguous_lines,
-)
 from analysis.replay.engine.compatibility import (
     check_compatible,
     check_editable,
@@ -42,8 +34,16 @@ from flexcache.errors import AnalysisError, FlexCacheError
 from flexcache.hooks.locate.encoder_decoder import is_encoder_decoder, run_encoder
 from flexcache.hooks.locate.evaluation_mode import evaluation_mode
 from flexcache.hooks.locate.hook_point import HookPoint
-from flexcache.hooks.locate.names import modules_by_path, unwrap_copies
+from flexcache.hooks.locate.names import modules_by_path, unwrap_copies, unwrap_module
 from flexcache.hooks.read.activation_hooks import accepts_keyword, uncompiled
+from flexcache.hooks.read.block_skipping import (
+    Container,
+    observe_containers,
+    skip_blocks,
+    tensor_output,
+    tuple_output,
+    unambiguous_lines,
+)
 from flexcache.hooks.read.measure import input_device
 from flexcache.images.input import stored_image_input
 from flexcache.recording.forward.batch import Batch, unplanned_batch
@@ -84,6 +84,7 @@ class Engine:
         self._named = modules_by_path(self.model)
         path, blocks = hooks.find_blocks(self.model)
         self._blocks = [f"{path}.{number}" for number in range(len(blocks))]
+        self._modules = [unwrap_module(block) for block in blocks]
         self.depth = len(blocks)
         recorded, where = store.provenance.tokenizer, str(store.path)
         images = stored_image_input(recorded, self.model, processor, where=where) if store.images else None
@@ -219,10 +220,10 @@ class Engine:
             if starts[-1]:
                 dtype = next(self.model.parameters()).dtype
                 residual = stack_residuals(self.source, batch, copies, len(starts), dtype).to(device)
-                stack.enter_context(skip_blocks(self.model, starts, residual, container))
+                stack.enter_context(skip_blocks(self._modules, starts, residual, container))
                 output = self._call_skipping(inputs, starts)
             else:
-                with observe_containers(self.model) as found:
+                with observe_containers(self._modules) as found:
                     output = self._call(inputs)
                 self._container = self._container or found[0]
             result.logits = _logits(output)[:lines]
@@ -275,10 +276,9 @@ class Engine:
     def _find_container(self, start: Start) -> Container:
         """Return how blocks pack their output; if nothing has run yet, run a small forward to see."""
         if self._container is None:
-            blocks = hooks.find_blocks(self.model)[1]
-            if not any(has_unloaded_weights(block) for block in blocks):
+            if not any(has_unloaded_weights(block) for block in self._modules):
                 self.run(self._example if isinstance(self._pad, int) else next(self.batches()))
-            elif start.skipped < len(blocks):
+            elif start.skipped < self.depth:
                 self._container = self._try_containers(start)
         return self._container or tensor_output
 
@@ -295,8 +295,8 @@ class Engine:
             try:
                 with (
                     torch.no_grad(),
-                    observe_containers(self.model) as found,
-                    skip_blocks(self.model, [start.skipped], given, container),
+                    observe_containers(self._modules) as found,
+                    skip_blocks(self._modules, [start.skipped], given, container),
                 ):
                     self._call(inputs)
             except Exception:  # the other container may fit

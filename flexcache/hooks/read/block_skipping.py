@@ -1,4 +1,4 @@
-"""Skip blocks of a model: their outputs come from a store."""
+"""Skip blocks of a model: a residual stream that is given takes the place of their outputs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import torch
 from torch import nn
 
 from flexcache.errors import AnalysisError
-from flexcache.hooks.locate.blocks import find_blocks
-from flexcache.hooks.locate.names import unwrap_module
 from flexcache.hooks.read.replaced_forward import replaced_forwards
 
 Container = Callable[[torch.Tensor], Any]
@@ -21,7 +19,7 @@ Container = Callable[[torch.Tensor], Any]
 
 @contextmanager
 def skip_blocks(
-    model: nn.Module, starts: Sequence[int], residual: torch.Tensor, container: Container
+    blocks: Sequence[nn.Module], starts: Sequence[int], residual: torch.Tensor, container: Container
 ) -> Iterator[None]:
     """Start each line of a forward at its own block, with *residual* in place of the output of the blocks before.
 
@@ -32,17 +30,17 @@ def skip_blocks(
 
     Parameters
     ----------
+    blocks
+        All blocks of the model, unwrapped.
     starts
         How many blocks each line skips, ascending, one number for each line.
     residual
         What each line begins with, shape (lines, longest, hidden).
     """
-    blocks = [unwrap_module(block) for block in find_blocks(model)[1]][: starts[-1]]
-
     def make(number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         return _first_lines_only(bisect_right(starts, number), forward, residual, container)
 
-    with replaced_forwards(blocks, make):
+    with replaced_forwards(blocks[: starts[-1]], make):
         yield
 
 
@@ -80,12 +78,12 @@ def unambiguous_lines(lines: int, longest: int) -> int:
 
 
 @contextmanager
-def observe_containers(model: nn.Module) -> Iterator[list[Container]]:
-    """Add the container of each block that runs in this context to the list that is yielded."""
+def observe_containers(blocks: Sequence[nn.Module]) -> Iterator[list[Container]]:
+    """Add the container of each of some blocks that runs in this context to the list that is yielded."""
     found: list[Container] = []
     handles = [
         block.register_forward_hook(lambda _, args, output: found.append(container_of(output)))
-        for block in find_blocks(model)[1]
+        for block in blocks
     ]
     try:
         yield found
