@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from flexcache.spec import CaptureSpec
     from flexcache.store import Removal, Store, copy, merge, repair, verify
     from flexcache.store import Store as open  # noqa: N813
+    from flexcache.virtual import attach
 
 __version__ = "0.1.0"
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "Store",
     "Transform",
     "Windows",
+    "attach",
     "capture",
     "capture_variants",
     "copy",
@@ -88,6 +90,7 @@ __getattr__, __dir__ = lazy_exports(
         "exchange": "flexcache.exchange",
         "record": "flexcache.recording.external_forward:record",
         "training": "flexcache.training",
+        "attach": "flexcache.virtual.attachment:attach",
     }
     | {name: f"flexcache.documents:{name}" for name in ("Documents", "open_documents")}
     | {name: f"flexcache.exchange:{name}" for name in ("export", "import_folder")}

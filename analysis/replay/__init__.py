@@ -18,7 +18,6 @@ from analysis.replay.engine.forward_hooks import PlacedEdit
 from analysis.replay.engine.identity import identity_error
 from analysis.replay.engine.partial_loading import load_rest
 from analysis.replay.engine.receiver import Receiver
-from analysis.replay.engine.starts import Start
 from analysis.replay.gradients.attribution import attribution
 from analysis.replay.gradients.verification import verify
 from analysis.replay.metrics import Metric, Outcome, projection
@@ -26,6 +25,7 @@ from analysis.replay.sweeps.execution_options import ExecutionOptions
 from analysis.replay.sweeps.grid import Grid, grid
 from analysis.replay.sweeps.results import Sweep, load
 from analysis.replay.sweeps.sweep import sweep
+from flexcache.virtual.plan import Start
 
 # Earlier names
 Placed, obstacles = PlacedEdit, find_incompatibilities

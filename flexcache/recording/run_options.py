@@ -13,7 +13,7 @@ DEFAULT_BUFFER = 256 << 20
 """Bytes of memory for rows that wait to be written."""
 
 
-def _bytes(value: Any) -> Any:
+def parse_bytes(value: Any) -> Any:
     """Return a size such as ``256 MiB`` in bytes; anything else as it is."""
     if not isinstance(value, str):
         return value
@@ -38,7 +38,7 @@ class RunOptions(Options):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     buffer_bytes: Annotated[
-        int, BeforeValidator(_bytes), WithJsonSchema({"type": ["integer", "string"], "minimum": 1})
+        int, BeforeValidator(parse_bytes), WithJsonSchema({"type": ["integer", "string"], "minimum": 1})
     ] = Field(
         DEFAULT_BUFFER,
         ge=1,

@@ -28,7 +28,7 @@ from analysis.replay.engine.forward_hooks import (
     edit_activation,
     limit_head,
 )
-from analysis.replay.engine.starts import BEGINNING, Start, find_start, stack_residuals
+from analysis.replay.engine.starts import find_start, stack_residuals
 from flexcache import hooks
 from flexcache.errors import AnalysisError, FlexCacheError
 from flexcache.hooks.locate.encoder_decoder import is_encoder_decoder, run_encoder
@@ -51,6 +51,7 @@ from flexcache.recording.forward.batch_reader import BatchReader
 from flexcache.recording.forward.image_inputs import padding, to_tensors
 from flexcache.site import Site
 from flexcache.store.read.store import Store
+from flexcache.virtual.plan import BEGINNING, Start
 
 
 class Engine:

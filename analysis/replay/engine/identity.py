@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from analysis.replay.engine.engine import Engine
-from analysis.replay.engine.starts import Start
 from flexcache.errors import AnalysisError
 from flexcache.recording.forward.batch import Batch
 from flexcache.store.read.store import Store
+from flexcache.virtual.plan import Start
 
 ROUNDING = 0.05
 """Largest relative root mean square, in units of the logits' spread, that a replay of an inexact store may have."""

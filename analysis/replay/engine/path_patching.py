@@ -13,10 +13,10 @@ from analysis.replay.edits.heads import head_mask
 from analysis.replay.engine.engine import Engine
 from analysis.replay.engine.forward_hooks import ForwardResult, GivenValues, PlacedEdit
 from analysis.replay.engine.receiver import WRITERS, Receiver
-from analysis.replay.engine.starts import Start
 from flexcache.errors import SiteError
 from flexcache.hooks.locate.head_count import count_heads
 from flexcache.recording.forward.batch import Batch
+from flexcache.virtual.plan import Start
 
 Key = tuple[str, int | None]
 Tokens = tuple[NDArray[np.int64], NDArray[np.int64]]

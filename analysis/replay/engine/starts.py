@@ -1,9 +1,8 @@
-"""Start of a replay, and the stored residual stream that it starts from."""
+"""Find the start of a replay, and read the stored residual stream that it starts from."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,24 +12,7 @@ from analysis.replay.edits.edit_context import StoreRows
 from flexcache.errors import AnalysisError
 from flexcache.recording.forward.batch import Batch
 from flexcache.store.read.store import Store
-
-
-@dataclass(frozen=True)
-class Start:
-    """Start of a replay: how many blocks are skipped, and the stored site and layer that replace them.
-
-    ::
-
-        replay.Start(12, "resid_post", 11)  # block 12 is the first to run
-    """
-
-    skipped: int
-    site: str = ""
-    layer: int | None = None
-
-
-BEGINNING = Start(0)
-"""The start of a complete forward."""
+from flexcache.virtual.plan import BEGINNING, Start
 
 
 def find_start(store: Store, site: str, layer: int | None, *, stored: bool = True) -> Start:

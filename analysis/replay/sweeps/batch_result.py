@@ -18,11 +18,11 @@ from analysis.replay.engine.engine import Engine
 from analysis.replay.engine.forward_hooks import ForwardResult, PlacedEdit
 from analysis.replay.engine.identity import Discrepancy, check_discrepancy, compare_logits
 from analysis.replay.engine.path_patching import PathForwards
-from analysis.replay.engine.starts import Start
 from analysis.replay.metrics import Outcome, compute_metric
 from analysis.replay.sweeps.grid import has_readout, readout_positions, select_tokens
 from analysis.replay.sweeps.sweep_plan import SweepPlan
 from flexcache.recording.forward.batch import Batch
+from flexcache.virtual.plan import Start
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,9 @@ from flexcache.store.storage.location import StoreLocation, parse_location
 class OpenStore:
     """An open store without access to activations; `flexcache.Store` adds that."""
 
+    attached: Any = None
+    """The model that recomputes virtual layers, a `flexcache.virtual.Attachment`; None if none is attached."""
+
     def __init__(self, path: str | os.PathLike | StoreLocation) -> None:
         found = parse_location(path)
         metadata = parse_metadata(read_attributes(found), str(found / "zarr.json"))
@@ -50,8 +53,9 @@ class OpenStore:
         self.ledger = units.ledger
 
     def __reduce__(self) -> tuple[Any, ...]:
-        metadata = StoreMetadata(self.arrays, self.spec, self.plan, self.provenance)
-        return shared_store, (type(self), self.reference, pickle.dumps((metadata, self._joined.tables)))
+        arrays = self.arrays if self.attached is None else self.attached.stored_arrays
+        metadata = StoreMetadata(arrays, self.spec, self.plan, self.provenance)
+        return shared_store, (type(self), self.reference, pickle.dumps((metadata, self._joined.tables, self.attached)))
 
     @cached_property
     def reference(self) -> StoreReference:
@@ -281,7 +285,9 @@ class OpenStore:
 def shared_store(kind: type[OpenStore], reference: StoreReference, metadata: bytes) -> OpenStore:
     """Return an unpickled store, one object for all tasks of a process. Nothing is read yet."""
     store = kind.__new__(kind)
-    opened, tables = pickle.loads(metadata)
+    opened, tables, attached = pickle.loads(metadata)
     store._open(reference.path, opened, shared_units(reference))
     store.__dict__ |= {"reference": reference, "_joined": JoinedLabels(reference.path, tables)}
+    if attached is not None:
+        attached.attach(store)
     return store

@@ -104,6 +104,10 @@ class RowReader:
             raise virtual_error(self.array, [layer], self.root)
         return self.root / shard_name(self.array.name, layer, shard)
 
+    def is_stored(self, layer: int | None) -> bool:
+        """Return True if a layer is on disk; False if it is recomputed when it is read."""
+        return True
+
     def gather(self, layer: int | None, rows: np.ndarray, raw: bool) -> np.ndarray:
         """Return rows in the requested order, shape (rows, features), as stored or as float32."""
         found = self._gather(layer, rows, raw)
@@ -164,7 +168,10 @@ class RowReader:
             values = np.asarray(self.foreign.oindex[(*selection, slice(None))]).view(self._bits)
             convert(values, out, places, self.dtype)
             return
-        mapped = self._map(layer, shard)
+        self._take_rows(self._map(layer, shard), local, out, places)
+
+    def _take_rows(self, mapped: np.ndarray, local: np.ndarray, out: np.ndarray, places: slice | np.ndarray) -> None:
+        """Copy rows of a mapped shard into some places of *out*."""
         if isinstance(places, slice):
             out, places = out[places], np.arange(len(local))
             if out.dtype == self._bits:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
 
+from flexcache.site import Layers
 from flexcache.store.format.int8 import scale_name
 from flexcache.store.format.label_table import LabelTable
 from flexcache.store.read import display
@@ -19,6 +20,9 @@ from flexcache.store.read.selection import layer_number, row_numbers
 from flexcache.store.read.shard_reader import RowReader
 from flexcache.store.read.virtual_layers import virtual_error
 from flexcache.store.read.xarray_arrays import data_array
+
+if TYPE_CHECKING:
+    from flexcache.virtual.explain import ReadPlan
 
 
 class Store(OpenStore, Mapping[str, xr.DataArray]):
@@ -173,13 +177,53 @@ class Store(OpenStore, Mapping[str, xr.DataArray]):
             store.reader("resid_post").gather(8, numpy.array([5, 3]), raw=True)
         """
         if site not in self._readers:
-            array = self._array(site)
+            array = self._array(site) if self.attached is None else self.attached.stored_arrays[self._array(site).name]
             scales = self.reader(scale_name(site)) if array.dtype == "int8" else None
             kind = reader_class(self.path)
             reader = kind(self.reference, array, self.compressed, self._units, scales)
             _ = reader.foreign  # raise the error now if zarr-python cannot open the array
-            self._readers[site] = reader
+            self._readers[site] = reader if self.attached is None else self.attached.reader(reader)
         return self._readers[site]
+
+    def explain(
+        self, site: str | Sequence[str] | None = None, layers: Layers = "all", rows: Any = slice(None)
+    ) -> ReadPlan:
+        """Return how rows of some sites and layers would be read: from disk, or by which blocks of the model.
+
+        ::
+
+            print(store.explain("resid_post", "8:24", store.rows(position=-1)))
+
+        Nothing is computed, and no model is needed.
+
+        Parameters
+        ----------
+        site, layers
+            As for `flexcache.store.select`, virtual layers among them.
+        rows
+            As for `read`.
+        """
+        from flexcache.virtual.explain import explain
+
+        return explain(self, site, layers, rows)
+
+    def prefetch(self, site: str, layers: Layers = "all", rows: Any = None) -> None:
+        """Recompute virtual layers that are read next in one walk, see `flexcache.virtual.Attachment.prefetch`.
+
+        ::
+
+            store.prefetch("resid_post", [1, 2, 3])
+
+        Nothing is done if no model is attached.
+        """
+        if self.attached is not None:
+            self.attached.prefetch(site, layers, rows)
+
+    def set_attached(self, attached: Any) -> None:
+        """Take the model that recomputes virtual layers, or None; `flexcache.attach` and `detach` call it."""
+        self.arrays = self.attached.stored_arrays if attached is None else attached.arrays
+        self.attached = attached
+        self._readers.clear()
 
     # Labels
 

@@ -28,6 +28,9 @@ class SiteArray(BackendArray):
     def __reduce__(self) -> tuple[Any, ...]:
         return SiteArray, (self.reader, self.raw)
 
+    def __dask_tokenize__(self) -> Any:
+        return SiteArray.__name__, self.reader.reference, self.reader.array, self.raw
+
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
         return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
 

@@ -1,0 +1,51 @@
+"""Read rows of arrays with virtual layers while a model is attached."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flexcache.spec import ArraySpec
+from flexcache.store.read.shard_reader import RowReader, convert
+from flexcache.store.read.store import Store
+
+if TYPE_CHECKING:
+    from flexcache.virtual.attachment import Attachment
+
+
+class VirtualReader(RowReader):
+    """Reads the layers on disk as `RowReader` does, and recomputes the rows of virtual layers when they are read."""
+
+    def __init__(self, attachment: Attachment, stored: RowReader, array: ArraySpec, virtual: tuple[int, ...]) -> None:
+        super().__init__(stored.reference, array, stored.compressed, stored._units)
+        self._attachment, self._stored, self._virtual = attachment, stored, virtual
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reader_of, (self._attachment.store, self.array.name)
+
+    def is_stored(self, layer: int | None) -> bool:
+        """Return True if a layer is on disk."""
+        return layer not in self._virtual
+
+    def _gather_shard(
+        self, layer: int | None, shard: int, rows: np.ndarray, out: np.ndarray, places: slice | np.ndarray
+    ) -> None:
+        if self.is_stored(layer):
+            self._stored._gather_shard(layer, shard, rows, out, places)
+            return
+        local = rows - shard * self.layout.shard_rows
+        held = self._attachment.cached_shard(self.array.name, layer, shard, local)
+        self._take_rows(held.rows, local, out, places)
+
+    def _scan_shard(self, layer: int | None, shard: int, first: int, out: np.ndarray) -> None:
+        if self.is_stored(layer):
+            self._stored._scan_shard(layer, shard, first, out)
+            return
+        local = np.arange(first, first + len(out))
+        held = self._attachment.cached_shard(self.array.name, layer, shard, local)
+        convert(held.rows[first : first + len(out)], out, slice(None), self.dtype)
+
+
+def _reader_of(store: Store, name: str) -> RowReader:
+    return store.reader(name)

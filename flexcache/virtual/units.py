@@ -1,0 +1,94 @@
+"""The batches of a store's units, with the digests of their virtual rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from threading import Lock
+
+import numpy as np
+
+from flexcache.errors import DamagedError
+from flexcache.recording.forward.batch import Batch
+from flexcache.recording.forward.batch_reader import BatchReader
+from flexcache.store.format.ledger import UnitRecord
+from flexcache.store.format.shard import shard_name
+from flexcache.store.read.store import Store
+
+UNITS = 16
+"""Units whose batches stay in memory."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The record of a unit, and its batches in the order of the digests."""
+
+    record: UnitRecord
+    batches: Sequence[Batch]
+    first: int
+
+    def span(self, number: int) -> slice:
+        """Return the rows of a batch, as numbers in the unit."""
+        rows = self.batches[number].rows
+        return slice(rows.start - self.first, rows.stop - self.first)
+
+    def digests(self, name: str, layer: int | None) -> tuple[str, ...]:
+        """Return the digests of the batches of a virtual layer; raise DamagedError if the record lacks them."""
+        found = self.record.virtual.get(shard_name(name, layer, self.record.unit), ())
+        if len(found) != len(self.batches):
+            raise DamagedError(
+                "the ledger lacks digests of virtual rows",
+                where=f"unit {self.record.unit}, {name} of layer {layer}",
+                expected=f"{len(self.batches)} digests, one for each batch",
+                found=str(len(found)),
+                remedy="run flexcache verify to see what else is damaged",
+            )
+        return found
+
+    def divide_rows(self, rows: np.ndarray) -> dict[int, np.ndarray]:
+        """Return the batches that have some rows, each with those rows; all are ascending numbers in the unit."""
+        ends = np.array([batch.rows.stop - self.first for batch in self.batches])
+        owner = np.searchsorted(ends, rows, side="right")
+        numbers, starts = np.unique(owner, return_index=True)
+        return dict(zip(numbers.tolist(), np.split(rows, starts[1:]), strict=True))
+
+    def whole_batches(self, rows: np.ndarray) -> np.ndarray:
+        """Return all rows of the batches that have some of *rows*."""
+        return ranges_of([self.span(number) for number in self.divide_rows(np.unique(rows))])
+
+    def kept_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Return the rows to keep where *rows* are wanted: all rows of their batches, unless most would be of no use."""
+        whole = self.whole_batches(rows)
+        return whole if len(whole) <= 2 * len(rows) else rows
+
+    def can_start(self, number: int) -> bool:
+        """Return True if all tokens of a batch are rows, so that it can run from a stored residual stream."""
+        batch = self.batches[number]
+        return not batch.mean and all(
+            isinstance(one.kept_positions, slice) and one.n_kept == len(one.tokens) for one in batch.sequences
+        )
+
+
+def ranges_of(spans: Sequence[slice]) -> np.ndarray:
+    """Return the numbers of some spans, one after the other."""
+    return np.concatenate([np.arange(span.start, span.stop) for span in spans] or [np.zeros(0, np.int64)])
+
+
+class Units:
+    """The committed units of a store; those that were used last stay in memory."""
+
+    def __init__(self, store: Store) -> None:
+        self._ledger, self._rows = store.ledger, store.shard_rows
+        self._reader = BatchReader(store.path)
+        self._lock = Lock()
+        self._cached = lru_cache(maxsize=UNITS)(self._read)
+
+    def read(self, number: int) -> Unit:
+        """Return a committed unit; any number of threads may call it."""
+        with self._lock:
+            return self._cached(number)
+
+    def _read(self, number: int) -> Unit:
+        record = self._ledger.read_record(number)
+        return Unit(record, self._reader.read_unit(number, record.batch_tokens), number * self._rows)
