@@ -5,6 +5,7 @@ from __future__ import annotations
 from analysis.dataset.readable import Readable
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers, plain_layers, resolve_layers
+from flexcache.store.read.virtual_layers import virtual_error
 
 
 def choose_layers(store: Readable, site: str, layers: Layers) -> tuple[int | None, ...]:
@@ -14,8 +15,15 @@ def choose_layers(store: Readable, site: str, layers: Layers) -> tuple[int | Non
     ------
     AnalysisError
         A layer was not captured, or the site has none.
+    SiteError
+        A layer is virtual, and no model is attached to the store.
     """
     captured, layers = tuple(store.layers(site)), plain_layers(layers)
+    array = getattr(store, "arrays", {}).get(site)
+    if array is not None and array.virtual:  # no model is attached: it would have none
+        asked = array.virtual if layers == "all" else resolve_layers(layers, array.depth)
+        if not captured or (layers != "all" and not set(captured).issuperset(asked)):
+            raise virtual_error(array, [one for one in asked if one in array.virtual], getattr(store, "path", site))
     if not captured:
         if layers != "all":
             raise AnalysisError(f"{site} is a module and has no layers", remedy='leave layers out, or pass "all"')

@@ -102,6 +102,7 @@ class ProbeDataset:
             A value is not finite, or the matrix does not fit into memory.
         """
         self._check_memory(layer)
+        self._prefetch(layer, self._every_row() if self.row is None else self.row)
         if self.rows == "tokens":
             flat = self._finite(layer, _matrix(self.store.read(self.site, layer=layer, rows=self._every_row())))
             matrices = np.empty(self.n_samples, object)
@@ -114,12 +115,22 @@ class ProbeDataset:
     def read_samples(self, layer: int | None, part: slice) -> NDArray[np.float32]:
         """Return the samples of one layer in the slice *part*; each sample must be one row."""
         assert self.row is not None
+        self._prefetch(layer, self.row[part])
         return self._finite(layer, _matrix(self.store.read(self.site, layer=layer, rows=self.row[part])), part.start)
 
     @property
     def features(self) -> int:
         """Number of features of a sample."""
+        array = getattr(self.store, "arrays", {}).get(self.site)
+        if array is not None:
+            return int(array.features)
         return int(_matrix(self.store.read(self.site, layer=self.layers[0], rows=self.row_start[:1])).shape[1])
+
+    def _prefetch(self, layer: int | None, rows: NDArray[np.int64]) -> None:
+        """Recompute rows of a virtual layer with those of the layers after it, which are probed next."""
+        attached = getattr(self.store, "attached", None)
+        if attached is not None and layer is not None:
+            attached.prefetch(self.site, [one for one in self.layers if one is not None and one >= layer], rows)
 
     def bytes_per_layer(self) -> int:
         """Return the peak bytes of a probe in memory: float32 rows, float64 rows, and their standardised copy."""

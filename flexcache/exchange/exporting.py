@@ -33,7 +33,7 @@ _TEXTS = f"export to {' or '.join(TEXT_FORMATS)}"
 
 
 def export(
-    store: str | Path,
+    store: str | Path | Store,
     out: str | Path,
     to: str,
     *,
@@ -57,6 +57,8 @@ def export(
 
     Parameters
     ----------
+    store
+        Its path, or an open store with a model that recomputes virtual layers (`flexcache.attach`).
     to
         ``safetensors``: a file ``<site>.layer_<n>.safetensors`` for each layer, with one tensor of that name, shape
         (rows, features), in the stored dtype. ``npy``: the same, for ``np.load(…, mmap_mode="r")``, with bfloat16 as
@@ -99,7 +101,7 @@ def export(
         raise ConfigError(f"there is no format {to!r}", remedy=nearest(to, (*FORMATS, *TEXT_FORMATS)))
     if rows not in ("all", "committed"):
         raise ConfigError(f"rows {rows!r} cannot be exported", expected="all or committed")
-    origin, folder = Store(store), local_path(out)
+    origin, folder = store if isinstance(store, Store) else Store(store), local_path(out)
     arrays = [array for array in select(origin, sites, layers) if not is_scale(array.name, origin.arrays)]
     _check_committed(origin, rows)
     check_keywords(export, choice, RowChoiceOptions.__annotations__)

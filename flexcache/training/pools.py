@@ -117,6 +117,7 @@ class PoolReader:
         rows = np.concatenate([self.rows[:0], *(self.rows[low:high] for low, high in pool.runs)])
         arrays = [buffer[: len(rows)] for buffer in self._buffer(number, len(rows))]
         spans = [slice(start, start + size) for start, size in zip(starts.tolist(), sizes.tolist(), strict=True)]
+        self._prefetch(rows)
         jobs = [
             self._readers.submit(self._runs, source, array, rows, spans[first : first + TOGETHER])
             for source, array in zip(self.sources, arrays, strict=True)
@@ -125,6 +126,17 @@ class PoolReader:
         for job in jobs:
             job.result()
         return pool, rows, arrays
+
+    def _prefetch(self, rows: Ints) -> None:
+        """Recompute virtual layers of the sources in one walk."""
+        layers: dict[tuple[int, str], list[int]] = {}
+        for source in self.sources:
+            if source.store.attached is not None and source.layer is not None:
+                layers.setdefault((id(source.store), source.site), []).append(source.layer)
+        for source in self.sources:
+            found = layers.pop((id(source.store), source.site), None)
+            if found:
+                source.store.prefetch(source.site, found, rows if source.match is None else source.match[rows])
 
     def _buffer(self, number: int, size: int) -> list[NDArray]:
         """Return one of the two buffers, with room for *size* rows."""
@@ -144,9 +156,10 @@ class PoolReader:
         reader, first, last = source.store.reader(source.site), int(wanted[0]), int(wanted[-1]) + 1
         near = last - first <= 2 * len(wanted) + 16 and (source.match is None or bool((np.diff(wanted) > 0).all()))
         unit = first // source.store.shard_rows
-        path = self._path(source, unit)
+        on_disk = reader.is_stored(source.layer)
+        path = self._path(source, unit) if on_disk else None
         scattered = not near or (last - 1) // source.store.shard_rows != unit
-        if source.store.compressed or source.scaled or scattered or disk_path(path) is None:
+        if not on_disk or source.store.compressed or source.scaled or scattered or disk_path(path) is None:
             out[:] = reader.gather(source.layer, wanted, not source.scaled).view(source.bits)
             return
         whole = last - first == len(wanted)

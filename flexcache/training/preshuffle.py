@@ -29,7 +29,7 @@ SOURCE_ROW = "source_row"
 
 
 def preshuffle(
-    source: str | Path,
+    source: str | Path | Store,
     target: str | Path,
     *,
     sites: Sequence[str] | None = None,
@@ -57,6 +57,8 @@ def preshuffle(
 
     Parameters
     ----------
+    source
+        The store: its path, or an open store with a model that recomputes virtual layers (`flexcache.attach`).
     sites, layers
         Sites and layers to write; see `flexcache.store.select`. All must have the same dtype, and sites with layers the
         same layers.
@@ -74,13 +76,13 @@ def preshuffle(
     StoreError
         The source is not complete, or one store is inside the other.
     ConfigError
-        The sites have different dtypes or layers.
+        The sites have different dtypes or layers; or the cache of recomputed rows is too small for all of them.
     MismatchError
         The target holds another store.
     CaptureError
         The disk cannot be written.
     """
-    store = Store(source)
+    store = source if isinstance(source, Store) else Store(source)
     check_separate(store.path, local_path(target))
     if not store.complete:
         raise StoreError(
@@ -93,6 +95,8 @@ def preshuffle(
     dtype, chosen = _alike(arrays)
     order = np.random.default_rng(seed).permutation(store.n_rows)
     width = sum(len(array.slices) * array.row_bytes for array in arrays)
+    if store.attached is not None:
+        store.attached.check_room([(array.name, layer) for array in arrays for layer in array.slices], store.n_rows)
     model = store.provenance.model
     with record(
         target,

@@ -8,7 +8,7 @@ import socket
 import tempfile
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,21 +19,22 @@ import numpy as np
 import xxhash
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from flexcache.errors import ConfigError, MismatchError, SiteError
+from flexcache.errors import ConfigError, FlexCacheError, MismatchError, SiteError
 from flexcache.model import ModelSource
 from flexcache.recording.run_options import parse_bytes
 from flexcache.site import Layers, plain_layers, resolve_layers
 from flexcache.spec import DTYPES
 from flexcache.store.format.shard import ShardLayout, shard_name
+from flexcache.store.format.text import size
 from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.shard_reader import RowReader
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import StoreLocation, is_location
 from flexcache.validation import Options, validate
-from flexcache.virtual.cache import CachedShard, RowCache, full_disk
+from flexcache.virtual.cache import CachedShard, RowCache, file_bytes, full_disk
 from flexcache.virtual.plan import BEGINNING, ReplayError, Segment, Start, plan_walk, start_after, stored_starts
 from flexcache.virtual.reader import VirtualReader
-from flexcache.virtual.units import Unit, Units
+from flexcache.virtual.units import Unit, Units, possible_starts
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CACHE = 4 << 30
 """Bytes of recomputed rows on disk."""
+EVERY_BATCH = (-1, -1)
 SHARE = 0.8
 """Share of the cache that rows which are recomputed ahead may fill."""
 
@@ -150,7 +152,7 @@ class Attachment:
         self._walk: Walk | None = None
         self._units = Units(store)
         self._starts = stored_starts(store.arrays)
-        self._whole = False  # True once a replay from a residual stream was not exact: all blocks are run then
+        self._inexact = set[tuple[int, int]]()  # batches, by unit and number, whose replay was not exact
         self._detached = False
         self.cache = RowCache(self._make_folder(), options.cache_bytes)
 
@@ -218,12 +220,29 @@ class Attachment:
         if all(self._shard(site, wanted[0], unit).has(local) for unit, local in by_unit.items()):
             return
         kept = {unit: self._units.read(unit).kept_rows(local) for unit, local in by_unit.items()}
-        size = sum(map(len, kept.values())) * self.arrays[site].row_bytes
-        count = max(1, int(SHARE * self.options.cache_bytes / max(1, size)))
+        needed = sum(file_bytes(local, self.arrays[site].row_bytes) for local in kept.values())
+        count = max(1, int(SHARE * self.options.cache_bytes / needed))
         with self._lock:
             for unit, local in kept.items():
                 keys = [(site, layer) for layer in wanted[:count]]
                 self._recompute(unit, {key: self._shard(*key, unit) for key in keys}, local)
+
+    def check_room(self, keys: Iterable[ArrayKey], rows: int) -> None:
+        """Raise ConfigError if the cache cannot hold *rows* of all virtual layers among *keys*, to be read in any order.
+
+        ::
+
+            store.attached.check_room([("resid_post", 8)], store.n_rows)
+        """
+        width = sum(self.arrays[name].row_bytes for name, layer in keys if layer in self.virtual.get(name, ()))
+        if rows * width > SHARE * self.options.cache_bytes:
+            raise ConfigError(
+                "the cache cannot hold the recomputed rows, and they are read in random order, many times",
+                where=str(self.cache.folder),
+                expected=f"room for {size(rows * width)}",
+                found=f"cache_bytes of {size(self.options.cache_bytes)}",
+                remedy=f"attach with cache_bytes={int(rows * width / SHARE) + 1}, or write the layers to disk",
+            )
 
     def cached_shard(self, name: str, layer: int | None, unit: int, rows: np.ndarray) -> CachedShard:
         """Return the file of a virtual shard with some of its rows there; *rows* are numbers in the unit."""
@@ -233,6 +252,23 @@ class Attachment:
                 self._recompute(unit, {(name, layer): shard}, self._units.read(unit).whole_batches(rows))
         self.cache.touch(shard)
         return shard
+
+    def has_rows(self, name: str, layer: int | None, unit: int, rows: np.ndarray) -> bool:
+        """Return True if rows of a virtual layer are in the cache; *rows* are numbers in the unit."""
+        shard = self._shard(name, layer, unit, create=False)
+        return shard is not None and shard.has(rows)
+
+    def starts_of(self, unit: int, number: int, cached: Mapping[Start, CachedShard] | None = None) -> dict[int, Start]:
+        """Return the residual streams that a batch of a unit can start from: on disk, or in the cache."""
+        read = self._units.read(unit)
+        if EVERY_BATCH in self._inexact or (unit, number) in self._inexact:
+            return {}
+        found = dict(possible_starts(self.store, read, number, self._starts))
+        if not read.crosses(number):
+            held = self._cached_starts(unit) if cached is None else cached
+            there = {start.skipped: start for start, shard in held.items() if shard.has(read.span(number))}
+            found = there | found
+        return found
 
     def reader(self, stored: RowReader) -> RowReader:
         """Return the reader of an array that recomputes its virtual layers, from the reader of those on disk."""
@@ -268,26 +304,37 @@ class Attachment:
         """Recompute rows of a unit, as numbers in it, that some shards lack; other rows of their batches are not kept."""
         read, wanted = self._units.read(unit), self._units.read(unit).divide_rows(rows)
         starts = self._cached_starts(unit)
-
-        def find_starts(number: int) -> dict[int, Start]:
-            if self._whole or not read.can_start(number):
-                return {}
-            there = {start.skipped: start for start, shard in starts.items() if shard.has(read.span(number))}
-            return there | self._starts
-
-        walked = plan_walk([*shards], wanted, lambda key, number: not shards[key].has(wanted[number]), find_starts)
+        walked = plan_walk(
+            [*shards],
+            wanted,
+            lambda key, number: not shards[key].has(wanted[number]),
+            lambda number: self.starts_of(unit, number, starts),
+        )
         for segment, numbers in walked.items():
-            try:
-                self._run(segment, read, {number: wanted[number] for number in numbers}, shards, starts)
-            except (MismatchError, ReplayError) as error:
-                if not segment.start.skipped:
-                    raise
-                self._run(replace(segment, start=BEGINNING), read, {n: wanted[n] for n in numbers}, shards, starts)
-                self._whole = True  # it was exact from the beginning
-                self.notes.append(
-                    f"A replay from {segment.start} is not exact for this model, so blocks are run from the beginning"
-                    f" ({error.args[0] if error.args else type(error).__name__})."
-                )
+            crossing = [number for number in numbers if segment.start.skipped and read.crosses(number)]
+            whole = [number for number in numbers if number not in crossing]
+            for some in ([whole] if whole else []) + [[number] for number in crossing]:
+                part = {number: wanted[number] for number in some}
+                try:
+                    self._run(segment, read, part, shards, starts)
+                except (MismatchError, ReplayError) as error:
+                    if not segment.start.skipped:
+                        raise
+                    self._run(replace(segment, start=BEGINNING), read, part, shards, starts)
+                    self._note_inexact(unit, some, crossing, segment, error)
+
+    def _note_inexact(
+        self, unit: int, numbers: list[int], crossing: list[int], segment: Segment, error: FlexCacheError
+    ) -> None:
+        """Remember batches that were exact only from the beginning: those of documents in two units, or all of them."""
+        if numbers[0] in crossing:
+            self._inexact.update((unit, number) for number in numbers)
+            return
+        self._inexact.add(EVERY_BATCH)
+        self.notes.append(
+            f"A replay from {segment.start} is not exact for this model, so blocks are run from the beginning:"
+            f" {error.message}."
+        )
 
     def _run(
         self,
@@ -300,11 +347,12 @@ class Attachment:
         """Run a segment on some batches of a unit, and keep the *wanted* rows of each if the digest is right."""
         walk = self.walk()
         numbers = {id(unit.batches[number]): number for number in wanted}
-        size = sum(map(len, wanted.values())) * sum(self.arrays[name].row_bytes for name, _ in segment.keys)
-        self.cache.make_room(size, {shard.path for shard in (*shards.values(), *starts.values())})
+        rows = np.concatenate([*wanted.values()])
+        needed = sum(file_bytes(rows, self.arrays[name].row_bytes) for name, _ in segment.keys)
+        self.cache.make_room(needed, {shard.path for shard in (*shards.values(), *starts.values())})
 
-        def read(start: Start, rows: range) -> np.ndarray:
-            held = starts.get(start)
+        def read(start: Start, batch: Batch) -> np.ndarray:
+            held, rows = starts.get(start), unit.sequence_rows(numbers[id(batch)]) or batch.rows
             if held is None:
                 return self.store.reader(start.site).scan(start.layer, rows.start, rows.stop, raw=True)
             local = slice(rows.start - unit.first, rows.stop - unit.first)
@@ -367,7 +415,7 @@ class Attachment:
     def _shard(self, name: str, layer: int | None, unit: int, create: bool = True) -> Any:
         array = self.arrays[name]
         digests = self._units.read(unit).digests(name, layer)
-        made_of = xxhash.xxh3_64_hexdigest("".join(digests))  # an extension or repair changes them
+        made_of = xxhash.xxh3_64_hexdigest("".join(digests).encode())  # an extension or repair changes them
         layout = ShardLayout(self.store.n_rows, self.store.shard_rows, array.row_bytes)
         bits = np.dtype(f"<u{DTYPES[array.dtype].itemsize}")
         return self.cache.shard(f"{shard_name(name, layer, unit)}-{made_of}", layout, unit, bits, create=create)

@@ -17,6 +17,7 @@ from flexcache.errors import StoreError
 from flexcache.store.format.shard import ShardLayout
 
 OPEN_SHARDS = 128
+PAGE = mmap.PAGESIZE
 MANY = 512
 """Buffers that one call of the system writes."""
 
@@ -143,6 +144,12 @@ class RowCache:
                 except OSError:
                     continue
                 yield path, status.st_mtime_ns, status.st_blocks * 512
+
+
+def file_bytes(rows: np.ndarray, row_bytes: int) -> int:
+    """Return the bytes on disk that rows of a shard take at most; a file has whole pages where something was written."""
+    runs = 1 + int(np.count_nonzero(np.diff(rows) != 1))
+    return len(rows) * row_bytes + 2 * PAGE * (runs + 1)
 
 
 def full_disk(folder: Path, error: OSError) -> StoreError:

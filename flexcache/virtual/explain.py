@@ -12,8 +12,8 @@ from flexcache.site import Layers
 from flexcache.store.format.text import layer_text, size
 from flexcache.store.read.selection import ArrayKey, row_numbers, select
 from flexcache.store.read.store import Store
-from flexcache.virtual.plan import Segment, plan_walk, stored_starts
-from flexcache.virtual.units import Units
+from flexcache.virtual.plan import Segment, Starts, plan_walk, stored_starts
+from flexcache.virtual.units import Unit, Units, possible_starts
 
 
 @dataclass(frozen=True)
@@ -91,16 +91,18 @@ def explain(store: Store, site: str | Sequence[str] | None, layers: Layers, rows
         def missing(key: ArrayKey, batch: int, unit: int = number, wanted: Any = wanted) -> bool:
             return attached is None or not attached.has_rows(*key, unit, wanted[batch])
 
-        def of_batch(batch: int, unit: Any = unit, number: int = number) -> Any:
-            return starts if attached is None and unit.can_start(batch) else attached.starts_of(number, batch) if attached else {}
+        def find_starts(batch: int, unit: int = number, read: Unit = unit) -> Starts:
+            if attached is not None:
+                return attached.starts_of(unit, batch)
+            return possible_starts(store, read, batch, starts)
 
-        for segment, batches in plan_walk(virtual, wanted, missing, of_batch).items():
+        for segment, batches in plan_walk(virtual, wanted, missing, find_starts).items():
             held, tokens = found.get(segment, (0, 0))
             more = sum(unit.batches[batch].n_tokens for batch in batches)
             found[segment] = (held + len(batches), tokens + more)
             lacking |= {*segment.keys}
             if segment.start.skipped and segment.start in starts.values():
-                read += sum(len(unit.batches[batch].rows) for batch in batches) * arrays[segment.start.site].row_bytes
+                read += sum(unit.batches[batch].n_tokens for batch in batches) * arrays[segment.start.site].row_bytes
     cached = tuple(key for key in virtual if key not in lacking)
     return ReadPlan(len(numbers), stored, cached, found, read)
 

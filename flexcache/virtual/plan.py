@@ -9,6 +9,7 @@ from flexcache.errors import AnalysisError
 from flexcache.spec import ArraySpec
 from flexcache.store.read.selection import ArrayKey
 
+
 class ReplayError(AnalysisError):
     """The model fails, or gives other values, when its rows are recomputed."""
 
@@ -72,11 +73,7 @@ def start_after(site: str, layer: int | None) -> Start | None:
     >>> start_after("resid_post", 11), start_after("resid_pre", 0)
     (Start(skipped=12, site='resid_post', layer=11), None)
     """
-    if layer is None or site not in (class ReplayError(AnalysisError):
-    """The model fails, or gives other values, when its rows are recomputed."""
-
-
-RESIDUAL_INPUT, RESIDUAL_OUTPUT):
+    if layer is None or site not in (RESIDUAL_INPUT, RESIDUAL_OUTPUT):
         return None
     skipped = layer + (site == RESIDUAL_OUTPUT)
     return Start(skipped, site, layer) if skipped else None
@@ -85,11 +82,7 @@ RESIDUAL_INPUT, RESIDUAL_OUTPUT):
 def stored_starts(arrays: Mapping[str, ArraySpec]) -> dict[int, Start]:
     """Return the starts among the layers of some arrays that are on disk and not rounded to int8."""
     found: dict[int, Start] = {}
-    for site in (class ReplayError(AnalysisError):
-    """The model fails, or gives other values, when its rows are recomputed."""
-
-
-RESIDUAL_INPUT, RESIDUAL_OUTPUT):
+    for site in (RESIDUAL_INPUT, RESIDUAL_OUTPUT):
         array = arrays.get(site)
         if array is not None and array.dtype != "int8":
             starts = (start_after(site, layer) for layer in array.layers or () if layer not in array.virtual)

@@ -15,6 +15,7 @@ from flexcache.recording.forward.batch_reader import BatchReader
 from flexcache.store.format.ledger import UnitRecord
 from flexcache.store.format.shard import shard_name
 from flexcache.store.read.store import Store
+from flexcache.virtual.plan import Starts
 
 UNITS = 16
 """Units whose batches stay in memory."""
@@ -62,12 +63,30 @@ class Unit:
         whole = self.whole_batches(rows)
         return whole if len(whole) <= 2 * len(rows) else rows
 
-    def can_start(self, number: int) -> bool:
-        """Return True if all tokens of a batch are rows, so that it can run from a stored residual stream."""
+    def sequence_rows(self, number: int) -> range | None:
+        """Return the rows of all tokens of a batch, so that it can run from a stored residual stream; None if some are no rows.
+
+        The first and the last document of a batch may have rows in the units before and after.
+        """
         batch = self.batches[number]
-        return not batch.mean and all(
-            isinstance(one.kept_positions, slice) and one.n_kept == len(one.tokens) for one in batch.sequences
-        )
+        kept = [one.kept_positions for one in batch.sequences]
+        if batch.mean or not all(isinstance(one, slice) for one in kept):
+            return None
+        before, after = kept[0].start, len(batch.tokens[-1]) - kept[-1].stop
+        found = range(batch.rows.start - before, batch.rows.stop + after)
+        return found if len(found) == batch.n_tokens else None
+
+    def crosses(self, number: int) -> bool:
+        """Return True if tokens of a batch are rows of another unit."""
+        return self.sequence_rows(number) != self.batches[number].rows
+
+
+def possible_starts(store: Store, unit: Unit, number: int, starts: Starts) -> Starts:
+    """Return the starts on disk that a batch can run from: all, or none."""
+    rows = unit.sequence_rows(number)
+    if rows is None or not store.committed[[rows.start // store.shard_rows, (rows.stop - 1) // store.shard_rows]].all():
+        return {}
+    return starts
 
 
 def ranges_of(spans: Sequence[slice]) -> np.ndarray:

@@ -36,8 +36,8 @@ from flexcache.virtual.plan import ReplayError, Segment, Start
 Pieces = list[memoryview]
 """Bytes of the rows of a batch, in order, in the stored dtype; valid until the call that gets them returns."""
 RowSink = Callable[[Batch, ArrayKey, Pieces], None]
-ReadRows = Callable[[Start, range], np.ndarray]
-"""Return the rows of a start in their stored dtype, shape (rows, features)."""
+ReadRows = Callable[[Start, Batch], np.ndarray]
+"""Return the rows of a start for all tokens of a batch, in their stored dtype, shape (tokens, features)."""
 
 
 class Walk:
@@ -127,7 +127,7 @@ class Walk:
             for batch in batches:
                 skipping = nullcontext()
                 if start.skipped:
-                    residual = self._padded(batch, read(start, batch.rows))
+                    residual = self._padded(batch, read(start, batch))
                     starts = [start.skipped] * batch.shape[0]
                     skipping = skip_blocks(self._blocks, starts, residual, self._container)  # type: ignore[assignment]
                 try:
@@ -168,7 +168,8 @@ class Walk:
 
 
 def as_tensor(values: np.ndarray) -> torch.Tensor:
-    """Return stored values as a tensor of the same dtype, including bfloat16; it may share their memory."""
+    """Return stored values as a tensor of the same dtype, including bfloat16; it shares the memory of those not mapped."""
+    values = values if values.flags.writeable else values.copy()
     if values.dtype.itemsize == 2 and values.dtype != np.float16:
         return torch.from_numpy(np.ascontiguousarray(values).view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(np.ascontiguousarray(values))

@@ -51,8 +51,8 @@ def differing(walk: Walk, store: flexcache.Store, segments: list[Segment]) -> se
     wrong: set[ArrayKey] = set()
     seen: set[ArrayKey] = set()
 
-    def read(start: Start, rows: range) -> np.ndarray:
-        return store.read(start.site, start.layer, slice(rows.start, rows.stop), raw=True)
+    def read(start: Start, batch: Batch) -> np.ndarray:
+        return store.read(start.site, start.layer, slice(batch.rows.start, batch.rows.stop), raw=True)
 
     def compare(batch: Batch, key: ArrayKey, pieces: Pieces) -> None:
         seen.add(key)

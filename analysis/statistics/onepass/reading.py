@@ -134,11 +134,18 @@ def read(
     job = Job(store, site, dict(statistics), other)
     graph: dict[Any, Any] = {f"job-{run}": job}
     roots = []
+    recomputed = store.attached and store.attached.virtual.get(site)
+    if recomputed:  # all layers of a unit together, so that the model walks up its blocks once
+        graph |= {(f"unit-{run}", unit): (read_unit, f"job-{run}", chosen, unit) for unit in units}
     for layer in chosen:
         keys: list[Any] = []
         for unit in units:
             keys.append((f"shard-{run}", -1 if layer is None else layer, unit))
-            graph[keys[-1]] = (read_shard, f"job-{run}", layer, unit)
+            graph[keys[-1]] = (
+                (read_shard, f"job-{run}", layer, unit)
+                if not recomputed
+                else (_states_of, (f"unit-{run}", unit), layer)
+            )
         roots.append(_tree(graph, keys, run))
     found = runner.run_graph(graph, roots, f"reading {site}", len(chosen) * len(units), progress)
     states = dict(zip(chosen, cast("list[States]", found)))
@@ -172,6 +179,20 @@ def read_shard(job: Job, layer: int | None, unit: int) -> States:
             if len(parts[sample]):
                 states[name] = statistic.update(states[name], parts[sample])
     return states
+
+
+def read_unit(job: Job, layers: tuple[int | None, ...], unit: int) -> dict[int | None, States]:
+    """Return the states of all statistics for the rows of each layer of a unit."""
+    rows = range(*slice(unit * job.store.shard_rows, (unit + 1) * job.store.shard_rows).indices(job.store.n_rows))
+    found = {}
+    for number, layer in enumerate(layers):
+        job.store.prefetch(job.site, [one for one in layers[number:] if one is not None], rows)
+        found[layer] = read_shard(job, layer, unit)
+    return found
+
+
+def _states_of(states: dict[int | None, States], layer: int | None) -> States:
+    return states[layer]
 
 
 def _with_other(block: RowBlock, other: AlignedStore, site: str, layer: int | None) -> RowBlock:
