@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from analysis.dataset.readable import Readable
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers, plain_layers, resolve_layers
@@ -23,7 +25,7 @@ def choose_layers(store: Readable, site: str, layers: Layers) -> tuple[int | Non
     if array is not None and array.virtual:  # no model is attached: it would have none
         asked = array.virtual if layers == "all" else resolve_layers(layers, array.depth)
         if not captured or (layers != "all" and not set(captured).issuperset(asked)):
-            raise virtual_error(array, [one for one in asked if one in array.virtual], getattr(store, "path", site))
+            raise virtual_error(array, [one for one in asked if one in array.virtual], cast("Any", store).path)
     if not captured:
         if layers != "all":
             raise AnalysisError(f"{site} is a module and has no layers", remedy='leave layers out, or pass "all"')

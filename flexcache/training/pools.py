@@ -156,10 +156,9 @@ class PoolReader:
         reader, first, last = source.store.reader(source.site), int(wanted[0]), int(wanted[-1]) + 1
         near = last - first <= 2 * len(wanted) + 16 and (source.match is None or bool((np.diff(wanted) > 0).all()))
         unit = first // source.store.shard_rows
-        on_disk = reader.is_stored(source.layer)
-        path = self._path(source, unit) if on_disk else None
-        scattered = not near or (last - 1) // source.store.shard_rows != unit
-        if not on_disk or source.store.compressed or source.scaled or scattered or disk_path(path) is None:
+        path = self._path(source, unit)
+        scattered = not near or (last - 1) // source.store.shard_rows != unit or not reader.is_stored(source.layer)
+        if source.store.compressed or source.scaled or scattered or disk_path(path) is None:
             out[:] = reader.gather(source.layer, wanted, not source.scaled).view(source.bits)
             return
         whole = last - first == len(wanted)

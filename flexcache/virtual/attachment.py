@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import xxhash
@@ -73,7 +73,9 @@ class AttachOptions(Options):
     )
 
 
-def attach(store: Store | StoreLocation | str, model: torch.nn.Module | ModelSource | str, **options: Any) -> Attachment:
+def attach(
+    store: Store | StoreLocation | str, model: torch.nn.Module | ModelSource | str, **options: Any
+) -> Attachment:
     """Attach a model to a store: its virtual layers are recomputed when they are read, and proved by their digests.
 
     ::
@@ -109,7 +111,9 @@ def attach(store: Store | StoreLocation | str, model: torch.nn.Module | ModelSou
         raise ConfigError("a model is attached to a store", expected="a store, or its path", found=type(store).__name__)
     if store.attached is not None:
         raise ConfigError(
-            "a model is attached to the store already", where=str(store.path), remedy="detach it: store.attached.detach()"
+            "a model is attached to the store already",
+            where=str(store.path),
+            remedy="detach it: store.attached.detach()",
         )
     source = ModelSource(name=str(model)) if isinstance(model, str | Path) else model
     if isinstance(source, ModelSource):
@@ -171,7 +175,7 @@ class Attachment:
                 where=str(self.store.path),
                 expected="a model that is attached by its name or as flexcache.ModelSource, which each worker loads",
                 found=f"a loaded {type(self._source).__name__}",
-                remedy='attach it by name, flexcache.attach(store, "NAME"), or read in this process: scheduler="threads"',
+                remedy='attach it by name, flexcache.attach(store, "NAME"), or read in this process (threads)',
             )
         import torch
 
@@ -228,7 +232,7 @@ class Attachment:
                 self._recompute(unit, {key: self._shard(*key, unit) for key in keys}, local)
 
     def check_room(self, keys: Iterable[ArrayKey], rows: int) -> None:
-        """Raise ConfigError if the cache cannot hold *rows* of all virtual layers among *keys*, to be read in any order.
+        """Raise ConfigError if the cache cannot hold *rows* of the virtual layers among *keys*.
 
         ::
 
@@ -301,7 +305,7 @@ class Attachment:
             self.notes += check_tolerance(self.store, walk, self._units, self.options.tolerance)
 
     def _recompute(self, unit: int, shards: Mapping[ArrayKey, CachedShard], rows: np.ndarray) -> None:
-        """Recompute rows of a unit, as numbers in it, that some shards lack; other rows of their batches are not kept."""
+        """Recompute the rows of a unit, as numbers in it, that some shards lack."""
         read, wanted = self._units.read(unit), self._units.read(unit).divide_rows(rows)
         starts = self._cached_starts(unit)
         walked = plan_walk(

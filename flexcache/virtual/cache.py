@@ -81,7 +81,9 @@ class RowCache:
         self._lock = threading.Lock()
         self._written = most_bytes  # unknown: count at the first write
 
-    def shard(self, name: str, layout: ShardLayout, shard: int, bits: np.dtype, *, create: bool = True) -> CachedShard | None:
+    def shard(
+        self, name: str, layout: ShardLayout, shard: int, bits: np.dtype, *, create: bool = True
+    ) -> CachedShard | None:
         """Return the file of a shard by its name; None if it is not there and is not to be made."""
         path = self.folder / name
         with self._lock:
@@ -147,7 +149,7 @@ class RowCache:
 
 
 def file_bytes(rows: np.ndarray, row_bytes: int) -> int:
-    """Return the bytes on disk that rows of a shard take at most; a file has whole pages where something was written."""
+    """Return the bytes on disk that rows of a shard take at most, in whole pages."""
     runs = 1 + int(np.count_nonzero(np.diff(rows) != 1))
     return len(rows) * row_bytes + 2 * PAGE * (runs + 1)
 

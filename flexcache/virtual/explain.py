@@ -56,7 +56,9 @@ class ReadPlan:
         return sum(tokens for _, tokens in self.segments.values())
 
     def __repr__(self) -> str:
-        lines = [f"{self.rows:,} rows: {size(self.bytes)} from disk, {self.blocks:,} blocks in {self.batches:,} batches"]
+        lines = [
+            f"{self.rows:,} rows: {size(self.bytes)} from disk, {self.blocks:,} blocks in {self.batches:,} batches"
+        ]
         lines += [f"  from disk: {_names(self.stored)}"] * bool(self.stored)
         lines += [f"  from the cache: {_names(self.cached)}"] * bool(self.cached)
         for segment, (batches, tokens) in self.segments.items():

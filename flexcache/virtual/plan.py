@@ -105,7 +105,10 @@ def divide(keys: Iterable[ArrayKey], starts: Starts) -> list[Segment]:
 
 
 def plan_walk(
-    keys: Sequence[ArrayKey], batches: Iterable[int], missing: Callable[[ArrayKey, int], bool], starts: Callable[[int], Starts]
+    keys: Sequence[ArrayKey],
+    batches: Iterable[int],
+    missing: Callable[[ArrayKey, int], bool],
+    starts: Callable[[int], Starts],
 ) -> dict[Segment, list[int]]:
     """Return the segments of a walk over some batches, by number, each with the batches that it runs.
 

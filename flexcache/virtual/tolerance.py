@@ -46,7 +46,9 @@ def check_tolerance(store: Store, walk: Walk, units: Units, tolerance: float) ->
 
     starts = stored_starts(store.arrays) if not unit.crosses(number) else {}
     for segment in divide(keys, starts):
-        walk.run(segment if segment.blocks else replace(segment, start=BEGINNING), [unit.batches[number]], read, compare)
+        walk.run(
+            segment if segment.blocks else replace(segment, start=BEGINNING), [unit.batches[number]], read, compare
+        )
     (site, layer), worst = max(found.items(), key=lambda item: item[1])
     where = f"{site} of layer {layer}, unit {committed[0]}, batch {number}"
     if not worst <= tolerance:
@@ -57,6 +59,6 @@ def check_tolerance(store: Store, walk: Walk, units: Units, tolerance: float) ->
             found=f"{worst:.3g}",
             remedy="recompute under the conditions of the capture, or raise the tolerance",
         )
-    return [f"Recomputed layers that are on disk differ by at most {worst:.2g} of their largest value ({where})."] * bool(worst)
-
-
+    return [
+        f"Recomputed layers that are on disk differ by at most {worst:.2g} of their largest value ({where})."
+    ] * bool(worst)

@@ -59,18 +59,18 @@ class Unit:
         return ranges_of([self.span(number) for number in self.divide_rows(np.unique(rows))])
 
     def kept_rows(self, rows: np.ndarray) -> np.ndarray:
-        """Return the rows to keep where *rows* are wanted: all rows of their batches, unless most would be of no use."""
+        """Return the rows to keep where *rows* are wanted: those of whole batches, unless most would be of no use."""
         whole = self.whole_batches(rows)
         return whole if len(whole) <= 2 * len(rows) else rows
 
     def sequence_rows(self, number: int) -> range | None:
-        """Return the rows of all tokens of a batch, so that it can run from a stored residual stream; None if some are no rows.
+        """Return the rows of all tokens of a batch, from which it can start; None if some tokens are no rows.
 
         The first and the last document of a batch may have rows in the units before and after.
         """
         batch = self.batches[number]
-        kept = [one.kept_positions for one in batch.sequences]
-        if batch.mean or not all(isinstance(one, slice) for one in kept):
+        kept = [one.kept_positions for one in batch.sequences if isinstance(one.kept_positions, slice)]
+        if batch.mean or len(kept) < len(batch.sequences):
             return None
         before, after = kept[0].start, len(batch.tokens[-1]) - kept[-1].stop
         found = range(batch.rows.start - before, batch.rows.stop + after)

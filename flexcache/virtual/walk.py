@@ -82,7 +82,10 @@ class Walk:
                 )
         given = self._group.describe_model(self.model, example)
         check_model(
-            comparable_record(store.provenance.model), given, str(store.path), remedy="load the model as it was captured"
+            comparable_record(store.provenance.model),
+            given,
+            str(store.path),
+            remedy="load the model as it was captured",
         )
         self.conditions = fingerprint(self.model)
         self._pad = padding(self.model, images)
@@ -117,7 +120,7 @@ class Walk:
         def keep(batch: Batch, name: str, layer: int | None, values: torch.Tensor) -> None:
             pieces = rows_of(batch, values, DTYPES[self.arrays[name].dtype])
             content, spans = pieces[0]
-            view = memoryview(content)
+            view = content.data
             sink(batch, (name, layer), [view[first : first + count] for first, count in spans])
 
         with (
@@ -168,7 +171,7 @@ class Walk:
 
 
 def as_tensor(values: np.ndarray) -> torch.Tensor:
-    """Return stored values as a tensor of the same dtype, including bfloat16; it shares the memory of those not mapped."""
+    """Return stored values as a tensor of the same dtype, including bfloat16."""
     values = values if values.flags.writeable else values.copy()
     if values.dtype.itemsize == 2 and values.dtype != np.float16:
         return torch.from_numpy(np.ascontiguousarray(values).view(np.int16)).view(torch.bfloat16)

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ import flexcache
 from analysis import moments, onepass, probes
 from flexcache import training
 from flexcache.errors import ConfigError, FlexCacheError, MismatchError, SiteError
+from flexcache.store.format.ledger import with_checksum
+from flexcache.store.storage.atomic_files import json_bytes
 from flexcache.training.preshuffle import preshuffle
 from tests.corpora import lengths, token_documents
 from tests.models import DEPTH, VOCABULARY, tiny
@@ -78,7 +82,8 @@ def batches(store: flexcache.Store) -> int:
 
 def test_virtual_layers_are_read_as_those_of_a_full_store(made: Made) -> None:
     full, store = map(flexcache.open, made)
-    assert store.layers("resid_post") == (1,) and store.layers("mlp_post") == ()
+    assert store.layers("resid_post") == (1,)
+    assert store.layers("mlp_post") == ()
     with flexcache.attach(store, tiny("llama")) as attached:
         assert attached is store
         assert store.layers("mlp_post") == tuple(range(DEPTH))
@@ -124,7 +129,8 @@ def test_a_small_read_runs_only_the_blocks_and_batches_that_it_needs(made: Made)
         plan = store.explain("mlp_post", 2, [row])
         assert "mlp_post 2, from resid_post 1, block 2, 1 batches" in repr(plan)
         store.read("mlp_post", 2, [row])
-        assert calls == {2: 1} and plan.blocks == 1
+        assert calls == {2: 1}
+        assert plan.blocks == 1
         store.read("mlp_post", 2, [row])
         assert calls == {2: 1}  # from the cache
         assert store.explain("mlp_post", 2, [row]).cached == (("mlp_post", 2),)
@@ -145,7 +151,7 @@ def test_a_sweep_over_all_layers_runs_each_block_once_for_each_batch_and_has_the
     with flexcache.attach(store, tiny("llama")), counting(store) as calls:
         found = probes.sweep(store, "label", "resid_post", **kept)
         assert max(calls.values()) <= batches(store)
-    assert np.array_equal(found.scores, expected.scores)
+    assert found.results.identical(expected.results)
 
 
 @pytest.mark.parametrize("scheduler", ["synchronous", "threads"])
@@ -166,7 +172,8 @@ def test_a_layer_after_a_cached_one_starts_from_it(made: Made) -> None:
         for layer in range(DEPTH):
             store.read("resid_post", layer)
         whole = batches(store)
-        assert calls[2] <= whole and calls[3] <= whole and calls[0] <= 2 * whole
+        assert calls[3] == whole
+        assert calls[2] < 1.5 * whole
 
 
 def test_a_model_that_was_changed_after_it_was_attached_is_found_by_the_digests(made: Made) -> None:
@@ -176,7 +183,8 @@ def test_a_model_that_was_changed_after_it_was_attached_is_found_by_the_digests(
             model.model.layers[2].mlp.up_proj.weight[0, 0] += 0.5
         with pytest.raises(MismatchError, match="not those of the capture") as raised:
             store.read("mlp_post", 2)
-        assert "mlp_post of layer 2" in str(raised.value) and "unit 0" in str(raised.value)
+        assert "mlp_post of layer 2" in str(raised.value)
+        assert "unit 0" in str(raised.value)
         with pytest.raises(MismatchError):  # nothing wrong was cached
             store.read("mlp_post", 2)
 
@@ -187,7 +195,7 @@ def test_another_model_is_refused(made: Made) -> None:
         other.lm_head.weight[0] += 1
     with pytest.raises(MismatchError, match="weights"):
         flexcache.attach(made[1], other)
-    with pytest.raises(ConfigError, match="attached already"):
+    with pytest.raises(ConfigError, match="attached to the store already"):
         store = flexcache.open(made[1])
         with flexcache.attach(store, tiny("llama")):
             flexcache.attach(store, tiny("llama"))
@@ -221,7 +229,8 @@ def test_rows_of_other_conditions_need_a_tolerance(made: Made, tmp_path: Path) -
         with flexcache.attach(store, model, tolerance=1e-3) as opened:
             model.model.layers[2].mlp.down_proj.register_forward_hook(nudged)
             found = opened.read("resid_post", 2)
-            assert "other conditions" in opened.attached.notes[-1] and "matmul_precision" in opened.attached.notes[-1]
+            assert "other conditions" in opened.attached.notes[-1]
+            assert "matmul_precision" in opened.attached.notes[-1]
         assert np.allclose(found, flexcache.open(made[0]).read("resid_post", 2), atol=1e-4)
     finally:
         torch.set_float32_matmul_precision(before)
@@ -278,8 +287,6 @@ def test_a_worker_process_loads_the_model_by_its_source(made: Made, source: str)
         sent = pickle.dumps(store["mlp_post"].isel(layer=2))
         ran = subprocess.run([sys.executable, "-c", WORKER], input=sent, capture_output=True, check=False)
     assert ran.returncode == 0, ran.stderr.decode()
-    from io import BytesIO
-
     assert np.array_equal(np.load(BytesIO(ran.stdout)), full["mlp_post"].isel(layer=2).values)
 
 
@@ -288,9 +295,11 @@ def test_streams_exports_and_shuffles_read_virtual_layers(made: Made, tmp_path: 
     with flexcache.attach(store, tiny("llama")):
         asked: Any = {"layers": [0, 2, 3], "batch_size": 16, "seed": 1}
         for ours, theirs in zip(
-            training.stream(store, "resid_post", **asked), training.stream(full, "resid_post", **asked), strict=False
+            islice(training.stream(store, "resid_post", **asked), 20),
+            islice(training.stream(full, "resid_post", **asked), 20),
+            strict=True,
         ):
-            assert torch.equal(ours.values, theirs.values)
+            assert torch.equal(ours, theirs)
         flexcache.export(store, tmp_path / "v", "npy", sites=["mlp_post"])
         shuffled = preshuffle(store, tmp_path / "s", sites=["mlp_post"])
     flexcache.export(made[0], tmp_path / "f", "npy", sites=["mlp_post"])
@@ -319,14 +328,10 @@ def test_options_are_checked_first(options: dict[str, Any], made: Made) -> None:
 
 
 def test_a_damaged_digest_is_found(made: Made, tmp_path: Path) -> None:
-    flexcache.copy(made[1], tmp_path / "v") if False else None
     flexcache.capture(tiny("llama"), None, DOCUMENTS[:4], tmp_path / "v", keep={}, **CAPTURE)
     record = tmp_path / "v" / "ledger" / "0" / "0.json"
     content = json.loads(record.read_bytes())
     content["virtual"] = {name: ["0" * 32] * len(held) for name, held in content["virtual"].items()}
-    from flexcache.store.format.ledger import with_checksum
-    from flexcache.store.storage.atomic_files import json_bytes
-
     plain = {name: value for name, value in content.items() if name != "xxh3_128"}
     record.write_bytes(json_bytes(with_checksum(plain)))
     store = flexcache.open(tmp_path / "v")

@@ -37,6 +37,7 @@ def skip_blocks(
     residual
         What each line begins with, shape (lines, longest, hidden).
     """
+
     def make(number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         return _first_lines_only(bisect_right(starts, number), forward, residual, container)
 
@@ -82,8 +83,7 @@ def observe_containers(blocks: Sequence[nn.Module]) -> Iterator[list[Container]]
     """Add the container of each of some blocks that runs in this context to the list that is yielded."""
     found: list[Container] = []
     handles = [
-        block.register_forward_hook(lambda _, args, output: found.append(container_of(output)))
-        for block in blocks
+        block.register_forward_hook(lambda _, args, output: found.append(container_of(output))) for block in blocks
     ]
     try:
         yield found
