@@ -159,3 +159,21 @@ def _means(asked: Any, array: ArraySpec) -> bool:
     """Return True if layers as they were asked for are the layers of an array that are on disk."""
     numbers = resolve_layers(asked, array.depth or 0)
     return tuple(layer for layer in array.captured if layer in numbers) == array.layers
+
+
+def mean_blocks(arrays: Collection[ArraySpec], wanted: Collection[tuple[str, int | None]]) -> float:
+    """Return the blocks that recompute a virtual layer on average, each from the last residual stream on disk.
+
+    *wanted* are the virtual layers to count, as names of arrays with layers; 0 if there are none.
+    """
+    starts = {0}
+    for array in arrays:
+        if array.site in RESIDUAL and array.name == array.site:
+            starts |= {layer + (array.site == RESIDUAL[0]) for layer in array.layers or ()}
+    counts = []
+    for array in arrays:
+        for layer in array.virtual:
+            if (array.name, layer) in wanted:
+                end = layer + (array.site != "resid_pre")
+                counts.append(end - max(start for start in starts if start < max(end, 1)))
+    return sum(counts) / max(1, len(counts))

@@ -61,12 +61,13 @@ def run(config: CaptureConfig, terms: ForecastTerms, progress: bool = True) -> F
         sampled = sample(inputs, Path(folder), terms.sample, terms.seed, bars.planning(None))
         trial = None if model is None else _run_trial(model, config, terms, inputs, sampled, bars)
     amount = sampled.amount
+    batches = -(-amount.tokens_padded // (amount.units * inputs.spec.batch_tokens))
     return Forecast(
         config=config,
         terms=terms,
         inputs=inputs,
         sampled=sampled,
-        footprint=footprint(inputs.arrays, amount.rows, amount.shard_rows),
+        footprint=footprint(inputs.arrays, amount.rows, amount.shard_rows, batches=batches),
         trial=trial,
         weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         write_rate=terms.write_rate * 1e6 if terms.write_rate else write_rate(existing_folder(config.store)),

@@ -16,6 +16,7 @@ from flexcache.hooks.locate.position_tables import count_positions
 from flexcache.hooks.locate.vocabulary import encoder_vocabulary_size, pad_token_id, vocabulary_size
 from flexcache.identity import model_key
 from flexcache.images.input import stored_image_input
+from flexcache.keep import check_keep, check_one_window
 from flexcache.paths import shown
 from flexcache.provenance import select_fingerprint
 from flexcache.recording.arguments import described, either_order, model_of, objective_of, tokenizer_of
@@ -26,7 +27,14 @@ from flexcache.recording.forward.capture_targets import CaptureTargets, find_tar
 from flexcache.recording.forward.image_inputs import check_images, padding
 from flexcache.recording.forward.objective import OBJECTIVE, Objective
 from flexcache.recording.forward.transform import Transform
-from flexcache.recording.planning.extension_request import Extension, more_arrays, more_documents, opened, tokens_of
+from flexcache.recording.planning.extension_request import (
+    Extension,
+    as_stored,
+    more_arrays,
+    more_documents,
+    opened,
+    tokens_of,
+)
 from flexcache.recording.planning.store_identity import (
     check_equal,
     check_fixed,
@@ -94,7 +102,8 @@ def extend(
     new_only
         Leave out documents whose ids the store has: for a corpus that has grown.
     **fields
-        *sites* and *layers* that the store is to have; those that exist are not computed again. With new documents
+        *sites* and *layers* that the store is to have; those that exist are not computed again, and virtual layers stay
+        virtual. New ones are on disk, unless *spec* has a *keep* that leaves them out. With new documents
         they may be left out, and cannot add anything. *max_tokens* counts the tokens of all documents of the store, old
         and new; the document that reaches this number is the last. A corpus that a smaller number ended is continued
         there, also without *new_only*. *batch_tokens* is at most that of the store's plan.
@@ -152,6 +161,7 @@ def extend(
             group.check_targets(targets)
             example = check_images(model, spec, targets, tokenizer, group.processes)
             arrays = with_scales(measure_arrays(model, spec, targets, group.read_example, example), store.arrays)
+            arrays = as_stored(store, arrays)
             hooks.check_sites(model, targets.points, example=example, reader=group.read_example, alone=group.alone)
             if spec.isolated:
                 check_isolation(model, targets, pad_token_id(model, tokenizer), group)
@@ -242,7 +252,16 @@ def _asked(
             return None
         sites = list(store.spec.sites)
     asked = parse_sites(() if sites is None else sites, layers, optional=bool(functions["transforms"]))
-    return validate(CaptureSpec, {**store.spec.to_json(), **functions, "sites": asked}, where, stored=True)
+    kept: dict[str, Any] = {}
+    if spec.keep is not None:
+        kept = {"keep": {site: layers for site, layers in spec.keep.items() if site in asked}}
+    elif store.spec.keep is not None:
+        kept = {"keep": dict.fromkeys(asked, "all")}
+    given = validate(CaptureSpec, {**store.spec.to_json(), **functions, **kept, "sites": asked}, where, stored=True)
+    if spec.keep is not None:
+        check_keep(given)
+        check_one_window(given, store.tokens.column("start").to_numpy() > 0)
+    return given
 
 
 def _narrowed(targets: CaptureTargets, wanted: set[tuple[str, int | None]]) -> CaptureTargets:

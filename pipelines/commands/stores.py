@@ -241,6 +241,8 @@ def rm(
     for name, numbers in found.items():
         which = f", layers {layer_text(tuple(numbers))}" if numbers else ""
         console.print(f"{escape(name)}{which}", highlight=False)
+    if price := removal.price():
+        console.print(escape(price), highlight=False)
     if not yes and not typer.confirm(f"remove this from {store}, {size(removal.bytes())}, for good?"):
         console.print("nothing was removed")
         return

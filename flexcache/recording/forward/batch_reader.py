@@ -11,9 +11,8 @@ from flexcache.errors import DamagedError
 from flexcache.images.encoded import IMAGE
 from flexcache.plan import Largest, parts
 from flexcache.recording.forward.batch import Batch, PlannedSequence, split
-from flexcache.store.format.ledger import UnitRecord
+from flexcache.store.format.ledger import UnitRecord, digests_of
 from flexcache.store.format.schema import BEGINS, CONTEXT, SEQUENCES, read_attributes
-from flexcache.store.format.shard import shard_name
 from flexcache.store.read.parquet import open_table
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import StoreLocation
@@ -140,7 +139,7 @@ class VirtualDigests:
             batches = self._reader.read_unit(batch.unit, record.batch_tokens)
             self._units[batch.unit] = record, {one.rows: number for number, one in enumerate(batches)}
         record, numbers = self._units[batch.unit]
-        return record.virtual[shard_name(site, layer, batch.unit)][numbers[batch.rows]]
+        return digests_of(record, (site, layer))[numbers[batch.rows]]
 
 
 def _has_images(table: pa.Table) -> bool:

@@ -22,11 +22,11 @@ from flexcache.sequences.labels import CHAT
 from flexcache.site import resolve_layers
 from flexcache.spec import ArraySpec, CaptureSpec
 from flexcache.store.manage.continued_spec import continued_spec
-from flexcache.store.manage.derive import merge_arrays
+from flexcache.store.manage.derive import keep_fields, merge_arrays
 from flexcache.store.manage.extension_transaction import ExtensionTransaction, check_complete
 from flexcache.store.manage.labels.tables import check_new_labels
 from flexcache.store.manage.staging import plan_extension, stage_arrays, stage_documents
-from flexcache.store.read.selection import ArrayKey, by_array, keys
+from flexcache.store.read.selection import ArrayKey, by_array, captured_keys
 from flexcache.store.read.store import Store
 
 if TYPE_CHECKING:
@@ -92,6 +92,9 @@ def more_arrays(
     if not new:
         return None
     request = {"arrays": by_array(new)}
+    named = {array.name: array for array in together}
+    if virtual := [key for key in new if key[1] in named[key[0]].virtual]:
+        request["virtual"] = by_array(virtual)
 
     def make(folder: Path) -> None:
         now = Store(path)
@@ -172,7 +175,18 @@ def more_documents(
     transaction.check_request(request)
     store = Store(path)
     transaction.check_open()
-    return Extension(transaction, keys(store.arrays.values()), ExistingRows(store))
+    return Extension(transaction, captured_keys(store.arrays.values()), ExistingRows(store))
+
+
+def as_stored(store: Store, arrays: list[ArraySpec]) -> list[ArraySpec]:
+    """Return arrays that are asked for, in which the layers that are virtual in the store stay virtual."""
+    found = []
+    for array in arrays:
+        held = store.arrays.get(array.name)
+        stay = set(held.virtual).intersection(array.layers or ()) if held is not None else set()
+        layers = None if array.layers is None else tuple(layer for layer in array.layers if layer not in stay)
+        found.append(replace(array, layers=layers, virtual=tuple(sorted({*array.virtual, *stay}))))
+    return found
 
 
 def tokens_of(store: Store) -> int:
@@ -184,7 +198,7 @@ def _check_forms(store: Store, arrays: list[ArraySpec]) -> None:
     """Raise MismatchError if the store has an array in another form."""
     for array in arrays:
         before = store.arrays.get(array.name)
-        if before is not None and replace(before, layers=None) != replace(array, layers=None):
+        if before is not None and replace(before, layers=None, virtual=()) != replace(array, layers=None, virtual=()):
             raise MismatchError(
                 f"array {array.name} of the store has another form",
                 where=str(store.path),
@@ -214,14 +228,17 @@ def _spec_with(store: Store, asked: CaptureSpec, arrays: list[ArraySpec]) -> Cap
     if gradients and any(site.endswith(".grad") for site in asked.sites):
         check_equal(store, "the objective", select_fingerprint(objective), select_fingerprint(asked.objective))
     objective = asked.objective if objective is None else objective
-    return store.spec.model_copy(update={"sites": sites, "transforms": transforms, "objective": objective})
+    forms = {**(store.spec.keep or {}), **(asked.keep or {})}
+    spec = store.spec.model_copy(update={"keep": forms} if forms else {})
+    changes = {"sites": sites, "transforms": transforms, "objective": objective, **keep_fields(arrays, spec)}
+    return spec.model_copy(update=changes)
 
 
 def _layers(before: Any, asked: Any, array: ArraySpec | None) -> Any:
     """Return layers as they were asked for if the array has exactly these, else the numbers of its layers."""
     if before is None or before == asked or array is None or array.layers is None or array.depth is None:
         return asked
-    return asked if tuple(resolve_layers(asked, array.depth)) == array.layers else list(array.layers)
+    return asked if tuple(resolve_layers(asked, array.depth)) == array.captured else list(array.captured)
 
 
 def _but_layers(said: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flexcache.store.format.ledger import UnitRecord, check_file
+from flexcache.store.format.ledger import UnitRecord, check_file, digests_of
 from flexcache.store.format.shard import shard_name
 from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
@@ -44,7 +44,7 @@ class ExistingRows:
 
     def digests(self, key: ArrayKey, unit: int) -> tuple[str, ...]:
         """Return the digests of the existing rows of a virtual shard."""
-        return self._record(unit).virtual[shard_name(*key, unit)] if self.rows_in(unit) else ()
+        return digests_of(self._record(unit), key) if self.rows_in(unit) else ()
 
     def combine_fingerprints(self, unit: int, now: dict[str, Any], batch_tokens: int) -> dict[str, Any]:
         """Return the fingerprint of a unit whose other rows are computed under the conditions *now*."""

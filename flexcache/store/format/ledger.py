@@ -14,6 +14,7 @@ import xxhash
 
 from flexcache.errors import DamagedError
 from flexcache.store.format.schema import PLAN_RECORD
+from flexcache.store.format.shard import shard_name
 from flexcache.store.storage.atomic_files import json_bytes, write_json
 from flexcache.store.storage.backend import storage_of
 from flexcache.store.storage.location import StoreLocation
@@ -106,6 +107,19 @@ class UnitRecord:
     def names(self) -> set[str]:
         """Paths of the shards that the record describes, on disk or virtual."""
         return {*self.files, *self.virtual}
+
+
+def digests_of(record: UnitRecord, key: tuple[str, int | None]) -> tuple[str, ...]:
+    """Return the digests of a virtual layer, given by array and layer; raise DamagedError if the record lacks them."""
+    name = shard_name(*key, record.unit)
+    if name not in record.virtual:
+        raise DamagedError(
+            "a ledger record has no digests of a virtual layer",
+            where=f"unit {record.unit}",
+            expected=f"digests of {name}",
+            remedy="run flexcache repair, then the same capture again: it recomputes this unit alone",
+        )
+    return record.virtual[name]
 
 
 @dataclass(frozen=True)

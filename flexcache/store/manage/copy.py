@@ -17,7 +17,7 @@ from flexcache.store.manage.extension_transaction import check_not_extending
 from flexcache.store.manage.labels.tables import check_same_labels, copy_labels
 from flexcache.store.manage.row_copy import RowCopy
 from flexcache.store.manage.store_contents import describe_origin
-from flexcache.store.read.selection import keys, select
+from flexcache.store.read.selection import captured_keys, keys, select
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import StoreLocation, parse_location
 from flexcache.store.write.create import total_bytes
@@ -42,7 +42,8 @@ def copy(
         flexcache.copy("run.zarr", "small.zarr", sites=["resid_post"], layers="8:16", dtype="int8")
 
     Every file is checked against the ledger of the source, and every unit is committed in the target by a record.
-    Files that need no conversion are copied byte for byte and keep their records. Joined labels are copied too.
+    Files that need no conversion are copied byte for byte and keep their records. Joined labels are copied too, and the
+    digests of virtual layers.
 
     Parameters
     ----------
@@ -63,7 +64,7 @@ def copy(
     Raises
     ------
     ConfigError
-        There is no such dtype or compression.
+        There is no such dtype or compression, or virtual layers would be converted.
     SiteError
         The source has no such site or layer.
     RangeError
@@ -83,8 +84,9 @@ def copy(
     origin, path = Store(source), parse_location(target)
     check_separate(origin.path, path)
     check_not_extending(origin.path)
-    chosen = [array for array in select(origin, sites, layers) if not is_scale(array.name, origin.arrays)]
+    chosen = [array for array in select(origin, sites, layers, virtual=True) if not is_scale(array.name, origin.arrays)]
     arrays = [replace(array, dtype=dtype or array.dtype) for array in chosen]
+    _check_convertible(origin, arrays, compression)
     stored = Store(path).arrays if (path / "zarr.json").exists() else origin.arrays
     every = with_scales(arrays, stored)
     changes: dict[str, Any] = {"compression": compression or origin.spec.compression}
@@ -97,7 +99,7 @@ def copy(
     needed = _needed(origin, every, spec.compression)
     store = prepare_store(path, origin, every, derived_content(origin, every, spec, entry), needed)
     check_same_labels([origin, store])
-    RowCopy(store, dict.fromkeys(keys(every), origin)).run(progress)
+    RowCopy(store, dict.fromkeys(captured_keys(every), origin)).run(progress)
     return copy_labels([origin], store)
 
 
@@ -118,6 +120,20 @@ def _check_choice(what: str, value: str | None, choices: tuple[str, ...]) -> Non
         raise ConfigError(f"there is no {what} {value!r}", expected=f"one of {', '.join(choices)}")
 
 
+def _check_convertible(origin: Store, arrays: list[ArraySpec], compression: str | None) -> None:
+    """Raise ConfigError if virtual layers would be converted, whose rows are not there."""
+    for array in arrays:
+        before = origin.arrays[array.name]
+        if array.virtual and (array.dtype != before.dtype or compression not in (None, origin.spec.compression)):
+            raise ConfigError(
+                f"virtual layers of {array.name} cannot be converted, since their rows are not on disk",
+                where=str(origin.path),
+                expected=f"{before.dtype} and compression {origin.spec.compression}, or layers on disk only",
+                found=f"{array.dtype} and compression {compression or origin.spec.compression}",
+                remedy="select the layers on disk, or write the others to disk first by flexcache fill",
+            )
+
+
 def _changes(origin: Store, arrays: list[ArraySpec], compression: str | None) -> dict[str, Any]:
     """Return the changes that a copy makes, by kind and array; empty for an exact copy."""
     kept = {array.name: array for array in arrays}
@@ -126,8 +142,8 @@ def _changes(origin: Store, arrays: list[ArraySpec], compression: str | None) ->
         found["sites_left_out"] = left_out
     for name, array in kept.items():
         before = origin.arrays[name]
-        if array.layers != before.layers:
-            found.setdefault("layers", {})[name] = list(array.layers or ())
+        if array.captured != before.captured:
+            found.setdefault("layers", {})[name] = list(array.captured)
         if array.dtype != before.dtype:
             found.setdefault("dtype", {})[name] = [before.dtype, array.dtype]
     codec = origin.spec.compression
@@ -138,7 +154,7 @@ def _changes(origin: Store, arrays: list[ArraySpec], compression: str | None) ->
 
 def _needed(origin: Store, arrays: list[ArraySpec], compression: str) -> int:
     """Return the bytes that a copy needs, from the ledger if compressed files are copied unchanged."""
-    unchanged = all(array == replace(origin.arrays.get(array.name, array), layers=array.layers) for array in arrays)
+    unchanged = all(array.dtype == origin.arrays.get(array.name, array).dtype for array in arrays)
     if origin.compressed and unchanged and compression == origin.spec.compression:
         folders = tuple(shard_folder(*key) for key in keys(arrays))
         files = (file for record in origin.ledger for file in record.files.items())

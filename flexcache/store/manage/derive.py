@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import zarr
 
 from flexcache.errors import MismatchError
+from flexcache.keep import keep_of
 from flexcache.site import STANDARD
 from flexcache.spec import ArraySpec, CaptureSpec
 from flexcache.store.format.ledger import read_plan_record
@@ -19,7 +20,7 @@ from flexcache.store.format.text import join_lines, shorten, size
 from flexcache.store.manage.dataset_card import card, plan_facts
 from flexcache.store.manage.file_transfer import copy_verified
 from flexcache.store.manage.store_contents import differing_tables, shared_files
-from flexcache.store.read.selection import ArrayKey
+from flexcache.store.read.selection import ArrayKey, captured_keys
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.path_safety import check_inside
@@ -42,8 +43,18 @@ def derived_content(origin: Store, arrays: list[ArraySpec], spec: CaptureSpec, e
     if "bytes" in plan:
         plan["bytes"] = total_bytes(arrays, origin.n_rows, origin.shard_rows)
     described = {array.name: array.to_json() for array in arrays}
-    changed = {"schema": schema_of(arrays), "arrays": described, "plan": plan, "spec": given["spec"] | spec.to_json()}
+    changed = {
+        "schema": schema_of(arrays),
+        "arrays": described,
+        "plan": plan,
+        "spec": changed_spec(given["spec"], spec),
+    }
     return add_history({**given, **changed}, entry)
+
+
+def changed_spec(given: Mapping[str, Any], spec: CaptureSpec) -> dict[str, Any]:
+    """Return the spec in the attributes of a store with the fields of *spec*; `keep` only if that has it."""
+    return {name: value for name, value in given.items() if name != "keep"} | spec.to_json()
 
 
 def add_history(content: Mapping[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
@@ -135,17 +146,23 @@ def write_changed(
 
 
 def merge_arrays(before: Mapping[str, ArraySpec], more: Iterable[ArraySpec]) -> tuple[list[ArraySpec], list[ArrayKey]]:
-    """Return arrays with *more* of them or of their layers, and the keys of what was added."""
+    """Return arrays with *more* of them or of their layers, and the keys of what was added.
+
+    A layer that is on disk in one of them and virtual in another one is on disk.
+    """
     found = dict(before)
     new: list[ArrayKey] = []
     for array in more:
         held = found.get(array.name)
         if held is None:
             found[array.name] = array
-            new += [(array.name, layer) for layer in array.slices]
+            new += captured_keys([array])
         elif array.layers is not None and held.layers is not None:
-            found[array.name] = replace(held, layers=tuple(sorted({*held.layers, *array.layers})))
-            new += [(array.name, layer) for layer in array.layers if layer not in held.layers]
+            layers = {*held.layers, *array.layers}
+            virtual = {*held.virtual, *array.virtual} - layers
+            found[array.name] = replace(held, layers=tuple(sorted(layers)), virtual=tuple(sorted(virtual)))
+            added = sorted((layers - {*held.layers}) | (virtual - {*held.virtual}))
+            new += [(array.name, layer) for layer in added]
     check_names(list(found.values()))
     return list(found.values()), new
 
@@ -160,17 +177,24 @@ def narrow_spec(store: Store, arrays: Sequence[ArraySpec]) -> CaptureSpec:
     for site, asked in store.spec.sites.items():
         had = before.get(site, [])
         left = [array for array in had if array.name in kept]
-        if had and [kept[array.name].layers for array in left] == [array.layers for array in had]:
+        if had and [kept[array.name].captured for array in left] == [array.captured for array in had]:
             sites[site] = asked
         elif not had and site.removesuffix(".grad") not in STANDARD:
             sites[site] = asked  # a glob of module paths, say
         else:
             for array in left:
-                layers = kept[array.name].layers
-                name = array.site if layers is not None or len(had) == 1 else _module(array.name)
-                sites[name] = asked if layers is None else list(layers)
+                stacked = kept[array.name].layers is not None
+                name = array.site if stacked or len(had) == 1 else _module(array.name)
+                sites[name] = list(kept[array.name].captured) if stacked else asked
     transforms = {name: value for name, value in store.spec.transforms.items() if name in kept}
-    return store.spec.model_copy(update={"sites": sites, "transforms": transforms})
+    changes = {"sites": sites, "transforms": transforms, **keep_fields(arrays, store.spec)}
+    return store.spec.model_copy(update=changes)
+
+
+def keep_fields(arrays: Iterable[ArraySpec], spec: CaptureSpec) -> dict[str, Any]:
+    """Return the field `keep` of a spec of these arrays; nothing if neither they nor *spec* have virtual layers."""
+    keep = keep_of(arrays, spec)
+    return {} if keep is None and spec.keep is None else {"keep": keep}
 
 
 def _module(array: str) -> str:

@@ -169,14 +169,15 @@ class ExtensionTransaction:
             return new, list(new.files)
         old = ledger.read_record(unit)
         changed = [name for name, file in new.files.items() if old.files.get(name) != file]
-        if not changed and old.rows == new.rows:
+        digests = {**old.virtual, **new.virtual}
+        if not changed and old.rows == new.rows and digests == old.virtual:
             return None
-        recomputed = set(old.files) <= set(new.files)  # with new rows behind those that the unit had
+        recomputed = old.names <= new.names  # with new rows behind those that the unit had
         fingerprint = new.fingerprint
         if not recomputed and old.fingerprint != new.fingerprint:
             fingerprint = {"merged": [old.fingerprint, new.fingerprint]}
         budget = new.batch_tokens if recomputed else min(old.batch_tokens, new.batch_tokens)
-        return UnitRecord(unit, new.rows, budget, fingerprint, {**old.files, **new.files}), changed
+        return UnitRecord(unit, new.rows, budget, fingerprint, {**old.files, **new.files}, digests), changed
 
     def _plan_files(self) -> list[str]:
         """Return the changed files except shards and the root metadata, in an order in which they may change."""

@@ -42,12 +42,17 @@ class Footprint:
 
 
 def footprint(
-    arrays: Sequence[ArraySpec], n_rows: int, shard_rows: int, fingerprint: dict[str, Any] | None = None
+    arrays: Sequence[ArraySpec],
+    n_rows: int,
+    shard_rows: int,
+    fingerprint: dict[str, Any] | None = None,
+    batches: int = 1,
 ) -> Footprint:
-    """Return the disk usage of a complete store of *n_rows* in units of *shard_rows*.
+    """Return the disk usage of a complete store of *n_rows*, whose units have *shard_rows* and some *batches*.
 
     A shard is a file in a folder of its own, as Zarr names chunks (``resid_post/c/12/7/0``), so a unit takes two inodes
-    per layer, and one for its ledger record, which holds a *fingerprint*.
+    per layer on disk, and one for its ledger record, which holds a *fingerprint*, and for each virtual layer a digest of
+    each batch.
     """
     units = -(-n_rows // shard_rows)
     slices = sum(len(array.slices) for array in arrays)
@@ -56,17 +61,20 @@ def footprint(
     metadata = 1 + len(arrays) + len(COORDINATES)  # a zarr.json each, and that of the store
     tables_card_plan = 4
     of_layers = sum(len(array.slices) for array in arrays if array.layers is not None)
+    wholly_virtual = sum(not array.slices for array in arrays)
     ledger_and_runs = 3
     return Footprint(
         shard_files=shards,
         shard_bytes=total_bytes(list(arrays), n_rows, shard_rows),
-        ledger_bytes=units * record_bytes(arrays, n_rows, shard_rows, fingerprint or {}),
+        ledger_bytes=units * record_bytes(arrays, n_rows, shard_rows, fingerprint or {}, batches),
         files=shards + units + chunks + metadata + tables_card_plan,
-        folders=shards + of_layers + 2 * (len(arrays) + len(COORDINATES)) + ledger_and_runs + 1,
+        folders=shards + of_layers + 2 * (len(arrays) + len(COORDINATES)) - wholly_virtual + ledger_and_runs + 1,
     )
 
 
-def record_bytes(arrays: Sequence[ArraySpec], n_rows: int, shard_rows: int, fingerprint: dict[str, Any]) -> int:
+def record_bytes(
+    arrays: Sequence[ArraySpec], n_rows: int, shard_rows: int, fingerprint: dict[str, Any], batches: int = 1
+) -> int:
     """Return the bytes of the ledger record of a unit in the middle of a store."""
     unit = -(-n_rows // shard_rows) // 2
     files = {
@@ -77,4 +85,7 @@ def record_bytes(arrays: Sequence[ArraySpec], n_rows: int, shard_rows: int, fing
         for layer in array.slices
     }
     start = unit * shard_rows
-    return len(json_bytes(record_json(UnitRecord(unit, (start, start + shard_rows), 4096, fingerprint, files))))
+    digests = ("0" * 32,) * batches
+    virtual = {shard_name(array.name, layer, unit): digests for array in arrays for layer in array.virtual}
+    record = UnitRecord(unit, (start, start + shard_rows), 4096, fingerprint, files, virtual)
+    return len(json_bytes(record_json(record)))

@@ -14,13 +14,14 @@ from flexcache.store.format.model_comparison import differences
 from flexcache.store.format.shard import shard_name
 from flexcache.store.format.text import join_lines, shorten
 from flexcache.store.manage.copy import check_separate
-from flexcache.store.manage.derive import derived_content, merge_arrays, prepare_store
+from flexcache.store.manage.derive import derived_content, keep_fields, merge_arrays, prepare_store
 from flexcache.store.manage.extension_transaction import check_not_extending
 from flexcache.store.manage.labels.tables import check_same_labels, copy_labels
 from flexcache.store.manage.row_copy import RowCopy
 from flexcache.store.manage.store_contents import describe_origin, differing_tables
+from flexcache.store.read.batch_rows import hash_batches
 from flexcache.store.read.recorded_model import recorded_model
-from flexcache.store.read.selection import ArrayKey, keys
+from flexcache.store.read.selection import ArrayKey, captured_keys
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import StoreLocation, parse_location
 from flexcache.store.write.create import total_bytes
@@ -37,7 +38,8 @@ def merge(
 
     Layers of one site become one array. A site and layer that two stores have must be the same files. Files are checked
     and copied byte for byte, as by `copy`. A unit is copied once every source has it. The joined labels of all sources
-    are copied.
+    are copied. A layer that is virtual in one store and on disk in another one is on disk in the target; its rows must
+    have the digests of the virtual layer.
 
     Returns
     -------
@@ -73,8 +75,12 @@ def merge(
     content = derived_content(stores[0], arrays, _spec(stores, arrays), entry)
     result = prepare_store(path, stores[0], arrays, content, needed)
     check_same_labels([*stores, result])
-    RowCopy(result, {key: first[key] for key in keys(arrays)}).run(progress)
+    RowCopy(result, {key: first[key] for key in captured_keys(arrays)}).run(progress)
     return copy_labels(stores, result)
+
+
+_OF_ARRAYS = {"sites", "transforms", "objective", "dtype", "keep", "keep_dtype"}
+"""Fields of a spec that may differ, since arrays are compared."""
 
 
 def _check_alike(one: Store, other: Store) -> None:
@@ -82,7 +88,7 @@ def _check_alike(one: Store, other: Store) -> None:
     pairs: list[tuple[str, Any, Any]] = [(f"plan.{name}", one.plan.get(name), other.plan.get(name)) for name in numbers]
     pairs.append(("tokenizer", one.provenance.tokenizer, other.provenance.tokenizer))
     specs = [store.spec.model_dump(mode="json") for store in (one, other)]
-    asked = sorted({name for spec in specs for name in spec} - {"sites", "transforms", "objective", "dtype"})
+    asked = sorted({name for spec in specs for name in spec} - _OF_ARRAYS)
     pairs += [(f"spec.{name}", specs[0].get(name), specs[1].get(name)) for name in asked]
     both = [select_fingerprint(store.spec.objective) for store in (one, other)]
     if None not in both:
@@ -93,11 +99,13 @@ def _check_alike(one: Store, other: Store) -> None:
     different += [f"model.{line}" for line in differences(*(recorded_model(store) for store in (one, other)))]
     different += differing_tables(one, other)
     for name in set(one.arrays) & set(other.arrays):
-        forms = [replace(store.arrays[name], layers=None) for store in (one, other)]
+        forms = [replace(store.arrays[name], layers=None, virtual=()) for store in (one, other)]
         if forms[0] != forms[1]:
             different.append(f"array {name}: {forms[0]} and {forms[1]}")
-        elif not different:
-            different += _differing_files(one, other, name)
+    if not different and any(array.virtual for store in (one, other) for array in store.arrays.values()):
+        different += _differing_budgets(one, other)
+    for name in set(one.arrays) & set(other.arrays) if not different else ():
+        different += _differing_files(one, other, name)
     if different:
         raise MismatchError(
             "the stores cannot be merged",
@@ -111,19 +119,42 @@ def _check_alike(one: Store, other: Store) -> None:
 
 def _differing_files(one: Store, other: Store, name: str) -> list[str]:
     """Return the shards that differ, of layers and units that both stores have."""
-    layers = [layer for layer in one.arrays[name].slices if layer in other.arrays[name].slices]
+    layers = [layer for layer in one.arrays[name].captured if layer in other.arrays[name].captured]
     found = []
-    for unit in sorted(set(one.committed_units.tolist()) & set(other.committed_units.tolist())) if layers else []:
-        first, second = (store.ledger.read_record(unit).files for store in (one, other))
-        shards = [shard_name(name, layer, unit) for layer in layers]
-        found += [f"{shard} has other bytes" for shard in shards if first.get(shard) != second.get(shard)]
+    for unit in _common_units(one, other) if layers else []:
+        first, second = (store.ledger.read_record(unit) for store in (one, other))
+        for layer in layers:
+            shard = shard_name(name, layer, unit)
+            digests = [record.virtual.get(shard) for record in (first, second)]
+            if digests == [None, None]:
+                same = first.files.get(shard) == second.files.get(shard)
+            elif None in digests:
+                store, held = (one, digests[1]) if digests[0] is None else (other, digests[0])
+                same = hash_batches(store, first, name, layer) == held
+            else:
+                same = digests[0] == digests[1]
+            found += [] if same else [f"{shard} has other bytes"]
     return found
+
+
+def _differing_budgets(one: Store, other: Store) -> list[str]:
+    """Return the units that two stores ran in other batches, so that digests of virtual layers are of other rows."""
+    found = []
+    for unit in _common_units(one, other):
+        first, second = (store.ledger.read_record(unit).batch_tokens for store in (one, other))
+        if first != second:
+            found.append(f"unit {unit}: batches of {first} and {second} tokens, and virtual layers are hashed by batch")
+    return found
+
+
+def _common_units(one: Store, other: Store) -> list[int]:
+    return sorted(set(one.committed_units.tolist()) & set(other.committed_units.tolist()))
 
 
 def _spec(stores: list[Store], arrays: list[ArraySpec]) -> CaptureSpec:
     """Return the spec of one capture of all arrays."""
     sites: dict[str, Any] = {}
-    layers = {array.site: list(array.layers) for array in arrays if array.layers is not None}
+    layers = {array.site: list(array.captured) for array in arrays if array.layers is not None}
     for store in stores:
         for site, asked in store.spec.sites.items():
             sites[site] = asked if sites.get(site, asked) == asked else layers.get(site, asked)
@@ -135,4 +166,8 @@ def _spec(stores: list[Store], arrays: list[ArraySpec]) -> CaptureSpec:
         "dtype": dtypes.pop() if len(dtypes) == 1 else "auto",
         "objective": max(objectives, key=len, default=None),  # a later version records more
     }
-    return stores[0].spec.model_copy(update=changes)
+    if any(store.spec.keep_dtype == "compute" for store in stores):
+        changes["keep_dtype"] = "compute"
+    forms = {site: layers for store in stores for site, layers in (store.spec.keep or {}).items()}
+    merged = stores[0].spec.model_copy(update=changes | ({"keep": forms} if forms else {}))
+    return merged.model_copy(update=keep_fields(arrays, merged))

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from flexcache.errors import SiteError, StoreError
+from flexcache.keep import mean_blocks
 from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.site import Layers
 from flexcache.spec import ArraySpec
 from flexcache.store.format.ledger import read_plan_record, reading, write_plan_record
-from flexcache.store.format.schema import ATTRIBUTE, read_attributes
+from flexcache.store.format.schema import ATTRIBUTE, read_attributes, schema_of
 from flexcache.store.format.shard import shard_folder
 from flexcache.store.manage.dataset_card import card, plan_facts
-from flexcache.store.manage.derive import add_history, narrow_spec
+from flexcache.store.manage.derive import add_history, changed_spec, narrow_spec
 from flexcache.store.manage.extension_transaction import check_not_extending
-from flexcache.store.read.selection import ArrayKey, by_array, keys, select
+from flexcache.store.read.selection import ArrayKey, by_array, captured_keys, select
 from flexcache.store.read.store import Store
 from flexcache.store.storage.atomic_files import fsync_folder, write_durably, write_json
 from flexcache.store.storage.disk_errors import clear_errors
@@ -49,7 +50,8 @@ class Removal:
     Parameters
     ----------
     sites, layers
-        Sites and layers to remove, see `flexcache.store.select`.
+        Sites and layers to remove, see `flexcache.store.select`. Virtual layers lose their digests. Residual streams
+        from which virtual layers are recomputed can be removed, since the token ids stay; `price` says what it costs.
 
     Attributes
     ----------
@@ -70,14 +72,26 @@ class Removal:
         self.path = local(path, "flexcache rm")
         store = Store(self.path)
         self.unfinished = (self.path / NOTE).exists()
-        self.gone: list[ArrayKey] = self._noted() if self.unfinished else keys(select(store, sites, layers))
-        if not self.unfinished and len(self.gone) == len(keys(store.arrays.values())):
+        self.gone: list[ArrayKey] = (
+            self._noted() if self.unfinished else captured_keys(select(store, sites, layers, virtual=True))
+        )
+        if not self.unfinished and len(self.gone) == len(captured_keys(store.arrays.values())):
             raise SiteError(
                 "the store would have no site left",
                 where=str(self.path),
                 found=", ".join(store.sites),
                 remedy="delete the folder if nothing in it is needed",
             )
+
+    def price(self) -> str:
+        """Return what reading virtual layers will cost if residual streams are removed; an empty text if no more."""
+        store = Store(self.path)
+        left = self._left(store)
+        remaining = set(captured_keys(left))
+        before, after = (mean_blocks(arrays, remaining) for arrays in (store.arrays.values(), left))
+        if after <= before:
+            return ""
+        return f"a virtual layer is then recomputed by {after:.1f} blocks on average, instead of {before:.1f}"
 
     def bytes(self) -> int:
         """Return the bytes of the files to remove."""
@@ -117,7 +131,8 @@ class Removal:
         if left != store.arrays:
             given = read_attributes(self.path)
             content = add_history(given, {"removed": by_array(self.gone)})
-            content["spec"] = given["spec"] | narrow_spec(store, list(left.values())).to_json()
+            content["schema"] = schema_of(left.values())
+            content["spec"] = changed_spec(given["spec"], narrow_spec(store, list(left.values())))
             content["arrays"] = {name: array.to_json() for name, array in left.items()}
             if "files" in content["plan"]:
                 n_files = store.n_units * sum(len(array.slices) for array in left.values())
@@ -145,8 +160,9 @@ class Removal:
         folders = tuple(shard_folder(*key) for key in self.gone)
         for record in ledger:
             files = {name: file for name, file in record.files.items() if not name.startswith(folders)}
-            if len(files) < len(record.files):
-                ledger.commit(replace(record, files=files))
+            virtual = {name: held for name, held in record.virtual.items() if not name.startswith(folders)}
+            if len(files) + len(virtual) < len(record.names):
+                ledger.commit(replace(record, files=files, virtual=virtual))
 
     def _delete_files(self, progress: ProgressCallback) -> int:
         total, freed = self.bytes(), 0
@@ -169,15 +185,20 @@ class Removal:
         gone = set(self.gone)
         left = []
         for array in store.arrays.values():
-            kept = tuple(layer for layer in array.slices if (array.name, layer) not in gone)
-            if kept:
-                left.append(array if array.layers is None else replace(array, layers=tuple(map(int, kept))))  # type: ignore[arg-type]
+            kept, virtual = (
+                tuple(layer for layer in layers if (array.name, layer) not in gone)
+                for layers in (array.layers or (), array.virtual)
+            )
+            if array.layers is None and (array.name, None) not in gone:
+                left.append(array)
+            elif kept or virtual:
+                left.append(replace(array, layers=kept, virtual=virtual))
         return left
 
     def _folders(self) -> list[Path]:
         """Return the folders to remove: those of layers, and of arrays without layers left."""
         arrays = Store(self.path).arrays
-        known = {key for array in arrays.values() for key in keys([array])}
+        known = set(captured_keys(arrays.values()))
         whole = {name for name, _ in self.gone if not any(n == name for n, _ in known - set(self.gone))}
         layers = [self.path / name / "c" / str(layer) for name, layer in self.gone if name not in whole]
         return [folder for folder in [*(self.path / name for name in sorted(whole)), *layers] if folder.exists()]
@@ -212,3 +233,5 @@ def _rewriting(path: Path) -> Iterator[dict[str, Any]]:
 def _set_layers(metadata: dict[str, Any], array: ArraySpec) -> None:
     if array.layers is not None:
         metadata["attributes"]["layers"] = list(array.layers)
+        metadata["attributes"].pop("virtual", None)
+        metadata["attributes"] |= {"virtual": list(array.virtual)} if array.virtual else {}

@@ -11,7 +11,7 @@ import numpy as np
 from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.spec import DTYPES
 from flexcache.store.format.int8 import SCALE, is_scale, outlier_count, scale_name
-from flexcache.store.format.ledger import UnitRecord, check_file
+from flexcache.store.format.ledger import UnitRecord, check_file, digests_of
 from flexcache.store.format.shard import ShardLayout, shard_name
 from flexcache.store.manage.file_transfer import FileTransfer, start_transfer
 from flexcache.store.read.selection import ArrayKey
@@ -34,7 +34,7 @@ class RowCopy:
 
     Any number of processes may work on one copy: each unit is claimed, and committed by its ledger record, as in a
     capture. Memory is 64 MB, and 4 MB for rows that are converted. *sources* has the store from which each layer of
-    each array is copied.
+    each array is copied; the digests of virtual layers are copied with the records.
     """
 
     def __init__(self, target: Store, sources: Mapping[ArrayKey, Store]) -> None:
@@ -44,6 +44,8 @@ class RowCopy:
             name: ShardLayout(target.n_rows, target.shard_rows, array.row_bytes)
             for name, array in target.arrays.items()
         }
+        self._virtual = {key: store for key, store in self.sources.items() if key[1] in target.arrays[key[0]].virtual}
+        self.sources = {key: store for key, store in self.sources.items() if key not in self._virtual}
         self._scales = {key: source for key, source in self.sources.items() if self._is_generated(key)}
         self.sources = {key: source for key, source in self.sources.items() if key not in self._scales}
         self._unit_bytes = sum(target.arrays[name].row_bytes for name, _ in self.sources)
@@ -114,7 +116,7 @@ class RowCopy:
         if writer is not None:
             with locating_values(self.target):
                 files |= writer.commit_shards(shards)
-        rows = self._layouts[next(iter(self.sources))[0]].rows(unit)
+        rows = next(iter(self._layouts.values())).rows(unit)
         every = list(records.values())
         self.target.ledger.commit(
             UnitRecord(
@@ -123,6 +125,7 @@ class RowCopy:
                 min(record.batch_tokens for record in every),
                 self._fingerprint([record.fingerprint for record in every]),
                 {name: files[name] for key in (*self.sources, *self._scales) if (name := shard_name(*key, unit))},
+                {shard_name(*key, unit): digests_of(records[id(store)], key) for key, store in self._virtual.items()},
             )
         )
 

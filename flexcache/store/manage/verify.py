@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyarrow import ArrowException
+
 from flexcache.errors import DamagedError, StoreError
 from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.store.format.label_table import LABEL_RECORDS, list_label_tables, read_label_table
@@ -14,6 +16,7 @@ from flexcache.store.format.schema import PLAN_RECORD, STAGED
 from flexcache.store.format.shard import shard_name
 from flexcache.store.manage.extension_transaction import committing_files
 from flexcache.store.manage.remove import NOTE
+from flexcache.store.read.batch_rows import batch_rows
 from flexcache.store.read.selection import keys
 from flexcache.store.read.store import Store
 from flexcache.store.storage.atomic_files import is_temporary
@@ -52,6 +55,8 @@ class Verification:
         Number and size of the files that were checked.
     units, committed : int
         Number of units in the plan, and of committed units.
+    virtual : int
+        Number of shards of virtual layers that have digests; only a model can recompute their rows.
     findings : tuple of Finding
         Problems; empty if the store is sound.
     """
@@ -61,6 +66,7 @@ class Verification:
     units: int
     committed: int
     findings: tuple[Finding, ...]
+    virtual: int = 0
 
     @property
     def sound(self) -> bool:
@@ -124,6 +130,7 @@ def verify(path: str | StoreLocation, progress: ProgressCallback = ignore_progre
         files += 1
         size += record.size
         progress(files, size)
+    virtual = _check_digests(store, findings)
     begun = set(committing)  # and files of units whose process ended before it wrote the record
     for unit in range(store.n_units):
         expected = _expected(store, unit)
@@ -139,7 +146,7 @@ def verify(path: str | StoreLocation, progress: ProgressCallback = ignore_progre
             findings.append(Finding(name, None, "a removal is unfinished: run flexcache rm to finish it"))
         elif name not in known and name not in begun and not is_temporary(name):
             findings.append(Finding(name, None, "is in no record, so it is not part of the store", stray=True))
-    return Verification(files, size, store.n_units, len(store.committed_units), tuple(findings))
+    return Verification(files, size, store.n_units, len(store.committed_units), tuple(findings), virtual)
 
 
 def repair(path: str | StoreLocation, progress: ProgressCallback = ignore_progress) -> Repair:
@@ -195,6 +202,25 @@ def _records(store: Store, findings: list[Finding]) -> Iterator[tuple[int | None
             continue
         for name, file in listed.items():
             yield unit, name, file
+
+
+def _check_digests(store: Store, findings: list[Finding]) -> int:
+    """Count the shards of virtual layers that have a digest for each batch; add the others to *findings*."""
+    wanted = [(array.name, layer) for array in store.arrays.values() for layer in array.virtual]
+    count = 0
+    for unit in store.committed_units.tolist() if wanted else ():
+        try:
+            record = store.ledger.read_record(unit)
+            batches = len(batch_rows(store, unit, record.batch_tokens))
+        except (DamagedError, OSError, ArrowException):
+            continue  # found above
+        for name in [shard_name(*key, unit) for key in wanted]:
+            held = len(record.virtual.get(name, ()))
+            count += held == batches
+            if held != batches:
+                problem = f"has {held or 'no'} digests in its unit's record, which ran {batches} batches"
+                findings.append(Finding(name, unit, problem))
+    return count
 
 
 def _expected(store: Store, unit: int) -> list[str]:
