@@ -35,6 +35,10 @@ class Layout:
     gradient: bool = False
 
 
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
 @dataclass(frozen=True)
 class Local:
     """The plain tensor that a rank holds of an activation, and the way back to the tensor of the model.
@@ -48,7 +52,7 @@ class Local:
     """
 
     tensor: torch.Tensor
-    restore: Callable[[torch.Tensor], torch.Tensor]
+    restore: Callable[[torch.Tensor], torch.Tensor] = _same
     known: bool = False
     sharded: int | None = None
     shape: tuple[int, ...] = ()
@@ -65,15 +69,15 @@ def localize(tensor: torch.Tensor, where: str) -> Local:
         A DTensor is sharded along several dims, or has a sum that only its own module can reduce.
     """
     if type(tensor) is torch.Tensor or "torch.distributed.tensor" not in sys.modules:
-        return Local(tensor, _same)
+        return Local(tensor)
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
     from torch.distributed.tensor import DTensor, Replicate, Shard
     from torch.distributed.tensor.placement_types import Partial
 
     if isinstance(tensor, AsyncCollectiveTensor):
-        return Local(_Wait.apply(tensor), _same)
+        return Local(_Wait.apply(tensor))
     if not isinstance(tensor, DTensor):
-        return Local(tensor, _same)
+        return Local(tensor)
     if any(type(placement).__name__ == "_MaskPartial" for placement in tensor.placements):
         raise LayoutError(
             "the sum of a parallel embedding is not reduced where the hook reads it",
@@ -140,7 +144,3 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         return grad
-
-
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from flexcache.errors import ConfigError
@@ -52,12 +53,12 @@ class Mesh:
         """The coordinate of this process."""
         return self.coordinates[self.rank]
 
-    @property
+    @cached_property
     def sizes(self) -> Coordinate:
         """The length of each axis."""
         return Coordinate(*(max(axis) + 1 for axis in zip(*self.coordinates, strict=True)))
 
-    @property
+    @cached_property
     def stage_ranks(self) -> tuple[int, ...]:
         """Group ranks of this process's pipeline stage, which together hold its activations."""
         return tuple(rank for rank, at in enumerate(self.coordinates) if at.pp == self.coordinate.pp)

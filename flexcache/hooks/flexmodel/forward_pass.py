@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from flexcache.hooks.flexmodel.hook_function import HookFunction, Kind
 from flexcache.parallel.distribution import LocalPiece
+from flexcache.parallel.header import ActivationKey
 
 
 @dataclass
@@ -23,7 +24,7 @@ class RegisteredHook:
     kind: Kind
     enabled: bool = True
 
-    @property
+    @cached_property
     def where(self) -> str:
         """The name of the hook in errors."""
         return f"{self.function.module_name} ({self.kind})"
@@ -44,6 +45,9 @@ class ForwardPass:
         Numbers of the hooks that fired.
     calls
         Number of times that each hook fired, by its number, the microbatch and the root.
+    alone
+        True if this process has the whole model and the whole batch: activations then are in *whole*, and only those
+        that are not plain tensors in *pieces*.
     root
         Identity of the root module that runs: stages may share a module, which then runs once in each.
     nested
@@ -52,9 +56,19 @@ class ForwardPass:
 
     pieces: list[LocalPiece] = field(default_factory=list)
     fired: set[int] = field(default_factory=set)
-    calls: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    calls: dict[tuple[int, int, int], int] = field(default_factory=dict)
     root: int = 0
     nested: bool = False
+    alone: bool = False
+    whole: dict[ActivationKey, torch.Tensor] = field(default_factory=dict)
+
+    def next_key(self, hook: int, chunk: int) -> ActivationKey:
+        """Return the key of the activation at which a hook fires, and count the call."""
+        place = hook, chunk, self.root
+        call = self.calls.get(place, 0)
+        self.calls[place] = call + 1
+        self.fired.add(hook)
+        return ActivationKey(hook, call)
 
 
 @dataclass
@@ -110,6 +124,7 @@ def in_backward() -> bool:
 def detached_copy(tensor: torch.Tensor) -> torch.Tensor:
     """Return a contiguous copy outside any graph; in inference mode too it is an ordinary tensor."""
     if not torch.is_inference_mode_enabled() and not tensor.is_inference():
-        return tensor.detach().clone(memory_format=torch.contiguous_format)
+        plain = tensor.detach() if tensor.requires_grad else tensor
+        return plain.clone() if plain.is_contiguous() else plain.contiguous()
     with torch.inference_mode(False), torch.no_grad():
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -80,7 +81,7 @@ class Gradients:
         if hook.function.editing_function is None:
             return None
         with torch.no_grad():
-            edited = self._state.checked_edit(hook, self._state.modules[hook.number][0])(whole.clone())
+            edited = self._state.edit(hook, self._state.modules[hook.number][0], whole.clone())
         if mesh is None:
             return edited
         from torch.distributed.tensor import distribute_tensor
@@ -132,7 +133,7 @@ class Gradients:
             current.pieces.append(LocalPiece(key, chunk, mine.div_(scale) if scale > 1 else mine, layout))
         if hook.function.editing_function is None:
             return None
-        edit = self._state.checked_edit(hook, module)
+        edit = partial(self._state.edit, hook, module)
         with torch.no_grad():
             if not self._state.is_shared:
                 return local.restore(edit(local.tensor / scale) * scale)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from flexcache.hooks.locate.blocks import REMOTE_BLOCK
 from flexcache.parallel.discover import runs_its_pipeline
 from flexcache.parallel.distribution import Distribution, LocalPiece, Sizes
 from flexcache.parallel.header import ActivationKey
-from flexcache.parallel.layout import localize
+from flexcache.parallel.layout import Local, localize
 
 
 class Session:
@@ -134,20 +135,29 @@ class Session:
 
     def _attach(self, module: nn.Module, side: str) -> None:
         # Outside the hooks that distribute a module, on both sides: the values that the code around it sees.
+        bound = self._at[id(module), side], id(module) in self._roots
         if side == "input":
-            handle = module.register_forward_pre_hook(self._on_input, prepend=True, with_kwargs=True)
+            run = partial(self._on_input, *bound)
+            handle = module.register_forward_pre_hook(run, prepend=True, with_kwargs=True)
         else:
-            handle = module.register_forward_hook(self._on_output)
+            handle = module.register_forward_hook(partial(self._on_output, *bound))
         self._handles.append(handle)
 
     # What torch calls
 
-    def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if id(module) in self._roots:
+    def _on_input(
+        self,
+        hooks: Sequence[RegisteredHook],
+        root: bool,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if root:
             self._begin(module, args, kwargs)
         changed = False
-        for hook in self._at.get((id(module), "input"), ()):
-            if not (hook.enabled and self._listening()):
+        for hook in hooks:
+            if not (hook.enabled and (self.state.step is None or self._listening())):
                 continue
             leaf, rebuild = find_input_tensor(args, kwargs, hook.function.unpack_idx, hook.where)
             new = self._read(hook, module, leaf) if hook.kind == "forward_pre" else self._view_input(hook, module, leaf)
@@ -156,10 +166,12 @@ class Session:
                 changed = True
         return (args, kwargs) if changed else None
 
-    def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _on_output(
+        self, hooks: Sequence[RegisteredHook], root: bool, module: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> Any:
         changed = False
-        for hook in self._at.get((id(module), "output"), ()):
-            if not (hook.enabled and self._listening()):
+        for hook in hooks:
+            if not (hook.enabled and (self.state.step is None or self._listening())):
                 continue
             leaf, rebuild = find_tensor(output, hook.function.unpack_idx, hook.where)
             if hook.kind == "full_backward_pre":
@@ -167,7 +179,7 @@ class Session:
             elif (new := self._read(hook, module, leaf)) is not None:
                 output = rebuild(new)
                 changed = True
-        if id(module) in self._roots:
+        if root:
             self._end()
         return output if changed else None
 
@@ -179,6 +191,14 @@ class Session:
     def _read(self, hook: RegisteredHook, module: nn.Module, leaf: torch.Tensor) -> torch.Tensor | None:
         """Record an activation, and return the edited one if there is an edit."""
         state, function, again = self.state, hook.function, in_backward()
+        done = self._pass
+        if done is not None and done.alone and not again and type(leaf) is torch.Tensor:
+            key = done.next_key(hook.number, 0)
+            if function.expected_shape is not None:
+                state.layout(hook, key, Local(leaf))
+            if function.record:
+                done.whole[key] = detached_copy(leaf)
+            return None if function.editing_function is None else state.edit(hook, module, leaf.clone())
         key = self._key(hook)
         local = localize(leaf, hook.where)
         layout = state.layout(hook, key, local)
@@ -191,7 +211,7 @@ class Session:
                 state.append_activations({key: piece.tensor})
         if function.editing_function is None:
             return None
-        edit, step = state.checked_edit(hook, module), state.step
+        edit, step = partial(state.edit, hook, module), state.step
         microbatches = 1 if step is None or step.divides_trainable else step.scale
         if not state.is_shared and microbatches == 1:
             return local.restore(edit(local.tensor.clone()))
@@ -207,10 +227,7 @@ class Session:
     def _key(self, hook: RegisteredHook) -> ActivationKey:
         if self._pass is None or in_backward():
             return ActivationKey(hook.number, 0)
-        self._pass.fired.add(hook.number)
-        place = hook.number, self.state.chunk, self._pass.root
-        self._pass.calls[place] += 1
-        return ActivationKey(hook.number, self._pass.calls[place] - 1)
+        return self._pass.next_key(hook.number, self.state.chunk)
 
     def _check_alone(self, hook: RegisteredHook) -> None:
         if not self.state.distribution.is_alone:
@@ -234,7 +251,7 @@ class Session:
                     "a pipeline stage runs outside a pipeline step",
                     remedy="run the schedule inside: with model.pipeline(schedule): schedule.step(…)",
                 )
-            self._pass = ForwardPass()
+            self._pass = ForwardPass(alone=self.state.distribution.is_alone)
         if self._pass is not None and (step is None or step.chunk is not None):
             self._pass.root = id(root)
             self.state.distribution.begin_forward(root, args, kwargs)
@@ -277,9 +294,9 @@ class Session:
     def _prepare(self) -> None:
         """Raise HookError if two hooks record under one name; send new trainable modules to all ranks."""
         active = [hook for hook in self.hooks if hook.enabled and hook.function.record]
-        names = Counter(hook.function.name for hook in active)
-        twice = [hook for hook in active if names[hook.function.name] > 1]
-        if twice and self.state.output is not None:
+        names = [hook.function.name for hook in active]
+        if len({*names}) < len(names) and self.state.output is not None:
+            twice = [hook for hook, name in zip(active, names, strict=True) if names.count(name) > 1]
             raise HookError(
                 "two hooks record under one name",
                 where=twice[0].function.name,

@@ -106,31 +106,27 @@ class SessionState:
         expected = hook.function.expected_shape
         return self.distribution.layout(key, local, hook.where, expected, self._probes, microbatches)
 
-    def checked_edit(self, hook: RegisteredHook, module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return the hook's editing function as a function of the whole activation, with its result checked.
+    def edit(self, hook: RegisteredHook, module: nn.Module, whole: torch.Tensor) -> torch.Tensor:
+        """Return the result of the hook's editing function on a whole activation, which it may change in place.
 
         Raises
         ------
         HookError
-            On a call: the result is not a tensor of the activation's shape.
+            The result is not a tensor of the activation's shape.
         """
         function = hook.function.editing_function
         assert function is not None
-
-        def edited(whole: torch.Tensor) -> torch.Tensor:
-            shape, dtype = whole.shape, whole.dtype
-            result = function(module, whole, self.save_ctx, self.trainable)
-            if not isinstance(result, torch.Tensor) or result.shape != shape:
-                raise HookError(
-                    "an editing function did not return an activation",
-                    where=hook.where,
-                    expected=f"a tensor of shape {tuple(shape)}",
-                    found=f"shape {tuple(result.shape)}" if isinstance(result, torch.Tensor) else repr(result)[:80],
-                    remedy="return a tensor of the shape that the function was given",
-                )
-            return result if result.dtype == dtype else result.to(dtype)
-
-        return edited
+        shape, dtype = whole.shape, whole.dtype
+        result = function(module, whole, self.save_ctx, self.trainable)
+        if not isinstance(result, torch.Tensor) or result.shape != shape:
+            raise HookError(
+                "an editing function did not return an activation",
+                where=hook.where,
+                expected=f"a tensor of shape {tuple(shape)}",
+                found=f"shape {tuple(result.shape)}" if isinstance(result, torch.Tensor) else repr(result)[:80],
+                remedy="return a tensor of the shape that the function was given",
+            )
+        return result if result.dtype == dtype else result.to(dtype)
 
     # Between ranks
 
@@ -149,7 +145,7 @@ class SessionState:
         Collective, except in a single process.
         """
         if self.distribution.is_alone:
-            return {piece.key: piece.tensor for piece in done.pieces}, done.fired
+            return done.whole | {piece.key: piece.tensor for piece in done.pieces}, done.fired
         output_ranks = self._output_ranks(len(self.distribution.mesh.ranks)) if self.output is not None else ()
         names = [hook.where for hook in self.hooks]
         return self.distribution.assemble_activations(done.pieces, output_ranks, names, done.fired, microbatches)
@@ -160,8 +156,9 @@ class SessionState:
             return
         for key in sorted(whole):
             tensor = whole[key]
-            kept = tensor if tensor.device.type == "cpu" else tensor.to("cpu")
-            self.output.setdefault(self.hooks[key.hook].function.name, []).append(kept)
+            self.output.setdefault(self.hooks[key.hook].function.name, []).append(
+                tensor if tensor.is_cpu else tensor.cpu()
+            )
 
     def _probes(self) -> Sequence[ShapeProbe]:
         return [
