@@ -8,6 +8,13 @@ from typing import Any
 import numpy as np
 
 import flexcache
+from flexcache.documents import open_documents
+from flexcache.identity.tokenizer import describe_tokenizer
+from flexcache.keep import divide_layers
+from flexcache.recording.planning.planning import PlanInputs, plan_store
+from flexcache.site import resolve_layers
+from flexcache.spec import ArraySpec, CaptureSpec
+from flexcache.store.storage.location import parse_location
 
 
 def token_documents(lengths: list[int], seed: int = 0, vocabulary: int = 257) -> list[dict[str, Any]]:
@@ -49,9 +56,25 @@ def open_recorder(path: Path, documents: Any, **options: Any) -> flexcache.Recor
     return flexcache.record(path, documents, **{**settings, **options})
 
 
+def plan_virtual(
+    path: Path, documents: Any, sites: dict[str, tuple[int, int]], keep: dict[str, Any], **fields: Any
+) -> None:
+    """Plan a store with virtual layers, which only a capture of a model does otherwise."""
+    spec = CaptureSpec(**{"sites": list(sites), "keep": keep, "dtype": "bfloat16", **fields})
+    arrays = [
+        divide_layers(
+            ArraySpec(name, name, resolve_layers(spec.sites[name], depth), depth, features, "hidden", spec.dtype), keep
+        )
+        for name, (depth, features) in sites.items()
+    ]
+    model = {"name": "arithmetic", "class": "arithmetic"}
+    identity = describe_tokenizer(None, False, None)
+    plan_store(parse_location(path), PlanInputs(open_documents(documents), None, arrays, spec, model, identity))
+
+
 def put_batch(recorder: flexcache.Recorder, batch: Any) -> None:
     for name, array in recorder.store.arrays.items():
-        for layer in array.slices:
+        for layer in array.captured:
             values = batch.kept(padded_activation(batch, layer or 0, array.features))
             recorder.put(name, values, rows=batch.rows, layer=layer)
 

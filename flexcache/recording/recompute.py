@@ -209,7 +209,7 @@ class _Comparison:
 
     def add_digest(self, found: np.ndarray, digest: str) -> None:
         """Compare the values of a batch with the digest of virtual rows, which tells no size of a difference."""
-        if xxhash.xxh3_128_hexdigest(found.view(np.uint8)) != digest:
+        if xxhash.xxh3_128_hexdigest(found.view(np.uint8).data) != digest:
             self.equal, self.largest = False, np.inf
 
     @property

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 import flexcache
-from flexcache.store.format.schema import OUTLIER_SCHEMA, SCHEMA
+from flexcache.store.format.schema import OUTLIER_SCHEMA, SCHEMA, VIRTUAL_SCHEMA
+from tests.corpora import plan_virtual
 
 FOLDER = Path(__file__).parent
 DOCUMENTS: list[dict[str, Any]] = [
@@ -50,6 +51,10 @@ INT8: dict[str, Any] = {"sites": {"resid_post": (2, 4), "model.norm": 4}, "dtype
 """Stores of schema 1 have no outliers, and were written by the version before schema 2."""
 
 
+VIRTUAL: dict[str, tuple[int, int]] = {"resid_post": (3, 4), "mlp_post": (3, 6)}
+KEEP: dict[str, Any] = {"resid_post": [0, 2]}
+
+
 def value(rows: np.ndarray, layer: int, features: int) -> np.ndarray:
     """What a golden store holds: numbers that bfloat16 holds exactly."""
     return ((rows[:, None] * 7 + layer * 5 + np.arange(features)) % 64 - 32) / 4.0
@@ -74,11 +79,25 @@ def fill(path: Path, documents: list[dict[str, Any]], **settings: Any) -> None:
                 recorder.put(site, rows, rows=batch.rows, layer=layer)
 
 
+def make_virtual(path: Path, documents: list[dict[str, Any]] = DOCUMENTS) -> None:
+    """Make the store with virtual layers: a residual stream with two of three layers on disk, and neurons with none."""
+    plan_virtual(path, documents, VIRTUAL, KEEP, batch_tokens=16)
+    with flexcache.Recorder(path) as recorder:
+        for batch in recorder.batches():
+            for site, layer in recorder.keys:
+                rows = value(np.asarray(batch.rows), layer or 0, recorder.store.arrays[site].features)
+                recorder.put(site, rows, rows=batch.rows, layer=layer)
+
+
 def main(*kinds: str) -> None:
-    for kind in kinds or [*KINDS, "int8"]:
-        path = FOLDER / f"{OUTLIER_SCHEMA if kind == 'int8' else SCHEMA}-{kind}.zarr"
+    schemas = {"int8": OUTLIER_SCHEMA, "virtual": VIRTUAL_SCHEMA}
+    for kind in kinds or [*KINDS, *schemas]:
+        path = FOLDER / f"{schemas.get(kind, SCHEMA)}-{kind}.zarr"
         shutil.rmtree(path, ignore_errors=True)
-        make(kind, path)
+        if kind == "virtual":
+            make_virtual(path)
+        else:
+            make(kind, path)
         shutil.rmtree(path / "runs", ignore_errors=True)  # timings
         content = json.loads((path / "zarr.json").read_text())
         print(path.name, content["attributes"]["flexcache"]["schema"])

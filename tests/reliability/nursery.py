@@ -26,6 +26,8 @@ from tests.reliability.steps import Steps, counted, killed
 
 DOCUMENTS = token_documents(lengths(400, longest=30), vocabulary=VOCABULARY)
 OPTIONS: dict[str, Any] = {"progress": False, "batch_tokens": 64}
+SMALL: dict[str, Any] = {"sites": ["resid_post", "z"], "layers": [1, 3], "keep": {"resid_post": "all"}, **OPTIONS}
+"""Options of the small capture, with two layers on disk and two virtual ones."""
 
 
 def capture(path: str, heartbeat_timeout: float = 1e6) -> flexcache.Store:
@@ -52,7 +54,7 @@ def child(path: str, log: str, heartbeat_timeout: float) -> None:
 def small(path: str, at: int) -> None:
     steps = Steps(Path(path).parent, at, killed)
     with counted(steps):
-        flexcache.capture(tiny("llama"), None, DOCUMENTS[:60], path, layers=[1, 3], **OPTIONS)
+        flexcache.capture(tiny("llama"), None, DOCUMENTS[:60], path, **SMALL)
     Path(f"{path}.steps").write_text(" ".join(steps.taken))
 
 

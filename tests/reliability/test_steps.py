@@ -16,7 +16,7 @@ import flexcache
 from flexcache.errors import CaptureError
 from tests.models import tiny
 from tests.recording.test_recorder import shard_hashes
-from tests.reliability.nursery import DOCUMENTS, OPTIONS
+from tests.reliability.nursery import DOCUMENTS, SMALL
 from tests.reliability.steps import BROKEN, FULL, Steps, counted
 from tests.reliability.test_kills import Nursery
 
@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 def capture(path: Path) -> flexcache.Store:
     torch.set_num_threads(1)
-    return flexcache.capture(tiny("llama"), None, DOCUMENTS[:60], path, layers=[1, 3], **OPTIONS)
+    return flexcache.capture(tiny("llama"), None, DOCUMENTS[:60], path, **SMALL)
 
 
 def some(count: int, wanted: int) -> list[int]:

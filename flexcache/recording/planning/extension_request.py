@@ -228,7 +228,7 @@ def _spec_with(store: Store, asked: CaptureSpec, arrays: list[ArraySpec]) -> Cap
     if gradients and any(site.endswith(".grad") for site in asked.sites):
         check_equal(store, "the objective", select_fingerprint(objective), select_fingerprint(asked.objective))
     objective = asked.objective if objective is None else objective
-    forms = {**(store.spec.keep or {}), **(asked.keep or {})}
+    forms = {**(asked.keep or {}), **(store.spec.keep or {})}
     spec = store.spec.model_copy(update={"keep": forms} if forms else {})
     changes = {"sites": sites, "transforms": transforms, "objective": objective, **keep_fields(arrays, spec)}
     return spec.model_copy(update=changes)

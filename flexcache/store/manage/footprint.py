@@ -51,8 +51,8 @@ def footprint(
     """Return the disk usage of a complete store of *n_rows*, whose units have *shard_rows* and some *batches*.
 
     A shard is a file in a folder of its own, as Zarr names chunks (``resid_post/c/12/7/0``), so a unit takes two inodes
-    per layer on disk, and one for its ledger record, which holds a *fingerprint*, and for each virtual layer a digest of
-    each batch.
+    per layer on disk, and one for its ledger record, which holds a *fingerprint*, and a digest of each batch for each
+    virtual layer.
     """
     units = -(-n_rows // shard_rows)
     slices = sum(len(array.slices) for array in arrays)

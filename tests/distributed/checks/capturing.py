@@ -65,6 +65,7 @@ def compare(model: Any, plain: nn.Module, exact: bool, **options: Any) -> None:
             assert flexcache.verify(together.path).sound
             if exact:
                 assert shard_hashes(together.path) == shard_hashes(alone.path)
+                assert [record.virtual for record in together.ledger] == [record.virtual for record in alone.ledger]
             for name, array in alone.arrays.items():
                 for layer in array.slices:
                     found, expected = together.read(name, layer), alone.read(name, layer)
@@ -105,6 +106,15 @@ def sharded(model: nn.Module, mesh: Any = None) -> nn.Module:
 def tensor_parallel() -> None:
     compare(loaded("llama", tp_size=2), tiny("llama"), exact=False)
     compare(loaded("gpt_neox", tp_size=2), tiny("gpt_neox"), exact=False, sites=["resid_post", "mlp_post"])
+
+
+@check(2)
+def virtual_layers() -> None:
+    """Each rank hashes the layers that it owns; `verify` finds the digests of all."""
+    options: dict[str, Any] = {"sites": ["resid_post", "z"], "keep": {"resid_post": "every 2"}}
+    compare(loaded("llama", tp_size=2), tiny("llama"), exact=False, **options)
+    compare(loaded("llama", pp_size=2), tiny("llama"), exact=True, **options)
+    compare(sharded(tiny("llama")), tiny("llama"), exact=True, **options)
 
 
 @check(2)
