@@ -32,10 +32,11 @@ def run(path: Path, console: Console, progress: bool = True) -> Verification:
         unit = "" if finding.unit is None else f" (unit {finding.unit})"
         console.print(f"[red]✗[/] {escape(finding.file)}{unit} {escape(finding.problem)}", highlight=False)
     state = "complete" if result.committed == result.units else f"{result.committed} of {result.units} units committed"
+    virtual = f"; {result.virtual:,} virtual shards have digests" if result.virtual else ""
     console.print(
         f"{result.files:,} files, {size(result.bytes)}: "
         + ("[green]every checksum agrees[/]" if result.sound else f"[red]{len(result.findings)} wrong[/]")
-        + f"; the store is {state}",
+        + f"{virtual}; the store is {state}",
         highlight=False,
     )
     if any(finding.unit is not None for finding in result.findings):
@@ -70,10 +71,11 @@ def recompute_units(path: Path, config: CaptureConfig, units: int, console: Cons
             place = item.site if item.layer is None else f"{item.site}[{item.layer}]"
             mark = "[red]✗[/]" if item.wrong else "[yellow]≠[/]"
             why = "" if item.same_conditions else ", computed under other conditions"
-            console.print(
-                f"{mark} unit {item.unit}, {escape(place)}: off by {item.difference:.3g} of its largest value{why}",
-                highlight=False,
+            virtual = item.difference == float("inf")
+            off = (
+                "its rows do not have the digests" if virtual else f"off by {item.difference:.3g} of its largest value"
             )
+            console.print(f"{mark} unit {item.unit}, {escape(place)}: {off}{why}", highlight=False)
     console.print(
         f"{len({item.unit for item in found})} units computed again: "
         f"{equal} of {len(found)} shards are equal, byte for byte",

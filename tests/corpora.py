@@ -57,7 +57,7 @@ def open_recorder(path: Path, documents: Any, **options: Any) -> flexcache.Recor
 
 
 def plan_virtual(
-    path: Path, documents: Any, sites: dict[str, tuple[int, int]], keep: dict[str, Any], **fields: Any
+    path: Any, documents: Any, sites: dict[str, tuple[int, int]], keep: dict[str, Any], **fields: Any
 ) -> None:
     """Plan a store with virtual layers, which only a capture of a model does otherwise."""
     spec = CaptureSpec(**{"sites": list(sites), "keep": keep, "dtype": "bfloat16", **fields})

@@ -15,14 +15,22 @@ from typer.testing import CliRunner
 
 import flexcache
 from analysis.statistics import moments
-from flexcache.errors import CaptureError, ConfigError, DamagedError, MismatchError, StoreError, UncommittedError
+from flexcache.errors import (
+    CaptureError,
+    ConfigError,
+    DamagedError,
+    MismatchError,
+    SiteError,
+    StoreError,
+    UncommittedError,
+)
 from flexcache.store.manage.copy import copy
 from flexcache.store.read.object_reader import GAP_BYTES
 from flexcache.store.storage.location import parse_location
 from flexcache.store.storage.multipart_upload import PART_BYTES
 from flexcache.store.storage.object_path import ObjectPath
 from pipelines.cli import app
-from tests.corpora import build_store, lengths, open_recorder, put_batch, token_documents
+from tests.corpora import build_store, lengths, open_recorder, plan_virtual, put_batch, token_documents
 from tests.models import tiny
 from tests.recording.test_recorder import shard_hashes
 
@@ -319,3 +327,18 @@ def test_a_capture_there_is_one_in_a_folder(everywhere: str, tmp_path: Path) -> 
     assert records(there) == records(here)
     again = flexcache.capture(model, None, documents, f"{everywhere}/run.zarr", **options)
     assert records(again) == records(here)
+
+
+def test_virtual_layers_have_the_digests_of_a_local_capture(base: str, tmp_path: Path) -> None:
+    for path in (tmp_path / "run.zarr", parse_location(f"{base}/run.zarr")):
+        plan_virtual(path, DOCUMENTS, {"resid_post": (6, 8), "z": (6, 4)}, {"resid_post": "every 3"}, batch_tokens=64)
+        with flexcache.Recorder(path) as recorder:
+            for batch in recorder.batches():
+                put_batch(recorder, batch)
+    here, there = flexcache.open(tmp_path / "run.zarr"), flexcache.open(f"{base}/run.zarr")
+    assert records(there) == records(here)
+    assert flexcache.verify(there.path).virtual == 10 * here.n_units
+    with pytest.raises(SiteError, match="virtual"):
+        there.read("z", 0)
+    back = copy(there.path, tmp_path / "back.zarr")
+    assert records(back) == records(here)
