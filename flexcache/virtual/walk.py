@@ -114,7 +114,7 @@ class Walk:
         ReplayError
             The model fails when blocks are skipped.
         """
-        start = segment.start
+        start, device = segment.start, input_device(self.model)
         targets = CaptureTargets({str(key): (self._points[key],) for key in segment.keys}, {})
 
         def keep(batch: Batch, name: str, layer: int | None, values: torch.Tensor) -> None:
@@ -130,7 +130,7 @@ class Walk:
             for batch in batches:
                 skipping = nullcontext()
                 if start.skipped:
-                    residual = self._padded(batch, read(start, batch))
+                    residual = self._padded(batch, read(start, batch)).to(device)
                     starts = [start.skipped] * batch.shape[0]
                     skipping = skip_blocks(self._blocks, starts, residual, self._container)  # type: ignore[assignment]
                 try:
@@ -157,7 +157,7 @@ class Walk:
             padded = torch.zeros((*batch.shape, given.shape[1]), dtype=self._dtype)
             for line, part in zip(padded, given.split(lengths), strict=True):
                 line[: len(part)] = part
-        return padded.to(input_device(self.model))
+        return padded
 
     def _observe_blocks(self, example: Any) -> None:
         """Run a small example to see how blocks pack the residual stream, and its dtype."""

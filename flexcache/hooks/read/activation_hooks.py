@@ -66,6 +66,7 @@ class ActivationHooks:
         self._stop = stop
         self._shape = shape
         self._scope: AbstractContextManager[None] | None = None
+        self._compiled: bool | None = None  # not known; it is found out once, at the first forward
         self._pending: set[HookPoint] = set()
         self._batch: tuple[int, int] | None = None
         self._gradients: dict[HookPoint, torch.Tensor] = {}
@@ -180,18 +181,23 @@ class ActivationHooks:
                 "the hooks are not registered",
                 remedy="use them as: with ActivationHooks(model, points, sink) as points: …",
             )
-        with uncompiled(self._model):
+        if self._compiled is None or self._scope is None:
+            self._compiled = is_compiled(self._model)
+        with self._uncompiled():
             inputs = run_encoder(self._model, inputs)
         self._batch = batch_shape(self._model, args, inputs)
         self._pending = set(self._points)
         result = None
         try:
-            with uncompiled(self._model), stopped_by(self):
+            with self._uncompiled(), stopped_by(self):
                 result = self._model(*args, **{**self._defaults, **inputs})
         finally:
             self._batch = None
         self._check_read()
         return result
+
+    def _uncompiled(self) -> AbstractContextManager[Any]:
+        return force_eager() if self._compiled else nullcontext()
 
     def _check_read(self) -> None:
         if self._pending:
@@ -328,8 +334,16 @@ def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
     The guards of a compiled module do not notice hooks that are registered later (torch's
     ``skip_nnmodule_hook_guards``). Nothing is imported if nothing is compiled.
     """
-    if "torch._dynamo" not in sys.modules or not any(_compiled(module) for module in model.modules()):
-        return nullcontext()
+    return force_eager() if is_compiled(model) else nullcontext()
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Return True if a module of a model is compiled."""
+    return "torch._dynamo" in sys.modules and any(_compiled(module) for module in model.modules())
+
+
+def force_eager() -> AbstractContextManager[Any]:
+    """Return a context in which compiled modules run uncompiled."""
     return torch.compiler.set_stance("force_eager")
 
 

@@ -24,9 +24,11 @@ def padding(model: torch.nn.Module, tokenizer: Any) -> Padding:
     return tokenizer if isinstance(tokenizer, ImageInput) else pad_token_id(model, tokenizer)
 
 
-def to_tensors(model: torch.nn.Module, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Return the inputs of a forward as tensors on the model's device, pixel values in the dtype of its weights."""
-    device = input_device(model)
+def to_tensors(
+    model: torch.nn.Module, arrays: Mapping[str, np.ndarray], device: torch.device | None = None
+) -> dict[str, torch.Tensor]:
+    """Return the inputs of a forward as tensors, pixel values in the dtype of the weights; *device* is the model's."""
+    device = input_device(model) if device is None else device
     held = {name: torch.from_numpy(values) for name, values in arrays.items()}
     return {
         name: values.to(device, compute_dtype(model)) if values.is_floating_point() else values.to(device)

@@ -10,6 +10,7 @@ import torch
 
 from flexcache import hooks
 from flexcache.hooks.read.activation_hooks import activations_only
+from flexcache.hooks.read.measure import input_device
 from flexcache.parallel.fsdp import reset_after_early_stop
 from flexcache.recording.forward.batch import Batch, Padding, unplanned_batch
 from flexcache.recording.forward.capture_targets import CaptureTargets
@@ -36,6 +37,7 @@ def open_forward(
     objective it runs to the end, followed by the backward pass.
     """
     objective, gathering = targets.objective, group.gathering
+    device = input_device(model)
     numbers = {point: number for number, point in enumerate(targets.points)}
     current: Batch | None = None
 
@@ -57,7 +59,7 @@ def open_forward(
         nonlocal current
         current, run = batch, batch or ONE_TOKEN
         width = None if gathering is None else gathering.padded_length(run.shape[1])
-        inputs = to_tensors(model, run.inputs(pad, width))
+        inputs = to_tensors(model, run.inputs(pad, width), device)
         if gathering is not None:
             inputs |= gathering.position_inputs(inputs["input_ids"])
             inputs = inputs if gathering.masked else {k: v for k, v in inputs.items() if k != "attention_mask"}
