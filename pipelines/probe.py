@@ -40,7 +40,7 @@ PROBES: dict[str, BaseEstimator] = {
 
 
 def run(
-    store_path: str | Path,
+    store_path: str | Path | flexcache.Store,
     target: str | Sequence[str],
     site: str | Sequence[str],
     probe: str | Sequence[str] | None = None,
@@ -55,7 +55,7 @@ def run(
     Parameters
     ----------
     store_path
-        The folder of a store.
+        The folder of a store; or an open store, with an attached model.
     target, site
         See `analysis.probes.sweep`; a target is read by `analysis.targets.read`.
     probe
@@ -91,7 +91,7 @@ def run(
     chosen = probes.SweepOptions.merge(None, options, run)
     several = len(asked) * len(sites) * max(1, len(kinds)) > 1
     folder = output_folder(output or ("probes" if several else f"probes/{_safe(f'{sites[0]}-{asked[0]}')}"))
-    store = flexcache.open(store_path)
+    store = store_path if isinstance(store_path, flexcache.Store) else flexcache.open(store_path)
     found = probes.sweeps(
         store,
         [one for text in asked for one in targets.read(store, text)],

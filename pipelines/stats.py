@@ -35,7 +35,7 @@ MEANING = {
 
 
 def run(
-    store_path: str | Path,
+    store_path: str | Path | flexcache.Store,
     site: str = "resid_post",
     *,
     by: Sequence[str] = ("layer", "position"),
@@ -72,7 +72,7 @@ def run(
     """
     console, folder = console or Console(), output_folder("stats" if output is None else output)
     model = None if model is None else os.path.expanduser(model)
-    store = flexcache.open(store_path)
+    store = store_path if isinstance(store_path, flexcache.Store) else flexcache.open(store_path)
     head = model
     if head is None and not only and site == "resid_post" and store.spec.rows != "mean":
         name = store.provenance.model_name

@@ -185,6 +185,18 @@ def test_the_page_on_the_training_stream_runs(after_demo: Path, monkeypatch: pyt
     assert sorted(names["shuffled"].token_label("source_row").to_pylist()) == list(range(names["store"].n_rows))
 
 
+def test_the_page_on_virtual_layers_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokens = [[3 + n % 2, 5, 9, 7 + n][: 2 + n % 3] for n in range(24)]
+    documents = [{"id": str(n), "tokens": ids, "language": ("en", "de")[n % 2]} for n, ids in enumerate(tokens)]
+    names = run("docs/virtual.md", model=tiny("llama"), tokenizer=None, documents=documents)
+    assert names["one"].shape == (2, 112)
+    assert names["scores"].results.sizes["layer"] == 4
+    assert names["opened"].layers("z") == ()
+    assert Path("exported/mlp_post.layer_3.npy").is_file()
+    assert Path("stats").is_dir()
+
+
 def test_the_page_on_sites_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     documents = [{"id": str(n), "tokens": [3 + n % 2, 5, 9, 7 + n], "language": ("en", "de")[n % 2]} for n in range(6)]

@@ -11,7 +11,7 @@ import pytest
 PUBLIC = {
     "flexcache": (
         "CaptureSpec ChatOptions Choice Documents FlexCacheError FlexModel Generation HookFunction LogitDifference "
-        "ModelSource NextTokenLoss Packing Recorder Removal RunOptions Site Store Transform Windows capture "
+        "ModelSource NextTokenLoss Packing Recorder Removal RunOptions Site Store Transform Windows attach capture "
         "capture_variants copy exchange export extend generate import_folder merge open open_documents recompute "
         "record repair training verify"
     ),
@@ -28,6 +28,7 @@ PUBLIC = {
         "LabelTable Provenance Removal Repair Store Verification copy merge repair rows_in select verify"
     ),
     "flexcache.training": "Loader ReaderOptions Stream stream",
+    "flexcache.virtual": "AttachOptions Attachment ReadPlan attach",
     "analysis": (
         "codecs comparison dataset erasure examples geometry lens logit_attribution moments onepass outliers "
         "probe_dataset probes quantiles readout replay report similarity statistics survey targets tokens"

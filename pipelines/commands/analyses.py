@@ -10,6 +10,7 @@ import typer
 from flexcache.errors import ConfigError
 from flexcache.store.storage.location import parse_location
 from pipelines.commands.arguments import (
+    ATTACH_OPTIONS,
     Changes,
     ConfigPath,
     LayerChoice,
@@ -18,6 +19,7 @@ from pipelines.commands.arguments import (
     StorePath,
     add_options,
     add_working_folder,
+    attached,
     check_applicable,
     console,
     split_names,
@@ -103,7 +105,7 @@ def _given_options(options: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-@add_options(SWEEP_OPTIONS)
+@add_options(SWEEP_OPTIONS | ATTACH_OPTIONS)
 def probe(
     places: Annotated[
         list[str],
@@ -156,9 +158,10 @@ def probe(
     """Train probes on every captured layer, with baselines and nested grouped cross-validation; or use saved ones."""
     from pipelines import probe as pipeline
 
+    model = {name: options.pop(name) for name in ATTACH_OPTIONS}
     given = _given_options(options)
     others = {"probe": kind, "site": site != "resid_post", "classes": classes, "metric": metric, "target": target}
-    others |= {"class_weight": class_weight, "other_model": other_model}
+    others |= {"class_weight": class_weight, "other_model": other_model} | model
     special = [*given, *filter(others.get, others)]
     if places[0] == "compare" and len(places) > 1:
         check_applicable("flexcache probe compare", special, COMPARE_OPTIONS)
@@ -186,21 +189,22 @@ def probe(
         )
     unused = {"classes": classes, "other_model": other_model}
     check_applicable("flexcache probe STORE", [*filter(unused.get, unused)], ())
-    pipeline.run(
-        places[0],
-        split_names(target),
-        split_names(site),
-        split_names(kind) if kind else None,
-        metric=metric,
-        class_weight=class_weight,
-        output=output,
-        console=console,
-        progress=not quiet,
-        **given,
-    )
+    with attached(places[0], model) as opened:
+        pipeline.run(
+            opened,
+            split_names(target),
+            split_names(site),
+            split_names(kind) if kind else None,
+            metric=metric,
+            class_weight=class_weight,
+            output=output,
+            console=console,
+            progress=not quiet,
+            **given,
+        )
 
 
-@add_options(DASK_OPTIONS)
+@add_options(DASK_OPTIONS | ATTACH_OPTIONS)
 def stats(
     store: StorePath,
     site: Annotated[str, typer.Option(help="Site of the statistics.")] = "resid_post",
@@ -234,21 +238,22 @@ def stats(
     """Compute statistics and geometry of a site, reading each shard once; results are kept as Zarr and reused."""
     from pipelines import stats as pipeline
 
-    pipeline.run(
-        store,
-        site,
-        by=split_names(by),
-        only=split_names(only) if only else None,
-        layers=layers,
-        model=model,
-        **options,
-        rows=rows,
-        similarity_rows=similarity_rows,
-        own_logits=own_logits,
-        seed=seed,
-        output=output,
-        progress=not quiet,
-    )
+    with attached(store, options) as opened:
+        pipeline.run(
+            opened,
+            site,
+            by=split_names(by),
+            only=split_names(only) if only else None,
+            layers=layers,
+            model=model,
+            **options,
+            rows=rows,
+            similarity_rows=similarity_rows,
+            own_logits=own_logits,
+            seed=seed,
+            output=output,
+            progress=not quiet,
+        )
 
 
 @add_options({**{name: SWEEP_OPTIONS[name] for name in PAIR_OPTIONS}, **DASK_OPTIONS})

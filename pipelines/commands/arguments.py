@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -33,6 +34,50 @@ Sites = Annotated[
 ]
 LayerChoice = Annotated[str, typer.Option(help="all, a number, numbers such as 0,8,16, or a range such as 8:24.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bars.")]
+
+
+ATTACH_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "attach": (
+        Annotated[
+            str | None,
+            typer.Option(metavar="MODEL", help="Name or folder of the model: recompute virtual layers."),
+        ],
+        None,
+    ),
+    "cache": (
+        Annotated[Path | None, typer.Option(help="With --attach, the folder of the cache of recomputed rows.")],
+        None,
+    ),
+    "cache_bytes": (Annotated[str | None, typer.Option(help="With --attach, bytes of the cache, such as 4GiB.")], None),
+    "tolerance": (
+        Annotated[
+            float | None,
+            typer.Option(help="With --attach, accept other conditions than the capture's, up to this difference."),
+        ],
+        None,
+    ),
+}
+"""Options of `flexcache.virtual.AttachOptions`, and the model."""
+
+
+@contextmanager
+def attached(place: Any, options: dict[str, Any]) -> Iterator[Any]:
+    """Take `ATTACH_OPTIONS` out of *options*; yield the place of a store, or the store with the model attached."""
+    given = {name: options.pop(name, None) for name in ATTACH_OPTIONS}
+    model = given.pop("attach")
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if model is None:
+        if chosen:
+            raise ConfigError(
+                f"--{next(iter(chosen)).replace('_', '-')} is for an attached model",
+                remedy="give the model: --attach MODEL",
+            )
+        yield place
+        return
+    from flexcache.virtual import attach
+
+    with attach(place, model, **chosen) as store:
+        yield store
 
 
 def help_of(model: Any, name: str) -> str:

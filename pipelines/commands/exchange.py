@@ -7,7 +7,18 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pipelines.commands.arguments import Codec, LayerChoice, Quiet, Sites, StoredDtype, StorePath, add_options, console
+from pipelines.commands.arguments import (
+    ATTACH_OPTIONS,
+    Codec,
+    LayerChoice,
+    Quiet,
+    Sites,
+    StoredDtype,
+    StorePath,
+    add_options,
+    attached,
+    console,
+)
 
 ImportFormat = Literal["safetensors", "pt", "saelens", "speculators", "specforge", "torchspec", "npy"]
 ExportFormat = Literal["safetensors", "npy", "parquet", "activation-oracle", "nla"]
@@ -49,7 +60,7 @@ ENGINE_OPTIONS: dict[str, tuple[Any, Any]] = {
 }
 
 
-@add_options(TEXT_OPTIONS)
+@add_options(TEXT_OPTIONS | ATTACH_OPTIONS)
 def export(
     store: StorePath,
     out: Annotated[Path, typer.Argument(help="A folder; an export that was begun there is resumed.")],
@@ -67,10 +78,10 @@ def export(
     from pipelines.commands.bars import bytes_bar
 
     folder = output_folder(out)
-    given: Any = {name: value for name, value in texts.items() if value is not None}
-    with bytes_bar("exporting", not quiet) as bar:
+    with attached(store, texts) as opened, bytes_bar("exporting", not quiet) as bar:
+        given: Any = {name: value for name, value in texts.items() if value is not None}
         files = export_store(
-            store,
+            opened,
             folder,
             to,
             sites=sites or None,
