@@ -32,7 +32,8 @@ class ActivationHooks:
     must copy what it keeps before it returns: some models (Falcon) add to it in place.
 
     The hooks run outside all other hooks of a module: they read the values that the code around the module passes and
-    receives. Forwards of the model that do not go through `forward` are not read. Not thread-safe.
+    receives. A model that is compiled on entry runs uncompiled, since hooks registered after compilation would never
+    fire. Forwards of the model that do not go through `forward` are not read. Not thread-safe.
 
     >>> import torch
     >>> model, shapes = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU()), []
@@ -66,13 +67,14 @@ class ActivationHooks:
         self._stop = stop
         self._shape = shape
         self._scope: AbstractContextManager[None] | None = None
-        self._compiled: bool | None = None  # not known; it is found out once, at the first forward
         self._pending: set[HookPoint] = set()
         self._batch: tuple[int, int] | None = None
         self._gradients: dict[HookPoint, torch.Tensor] = {}
         self._defaults = {"use_cache": False} if accepts_keyword(model, "use_cache") else {}
+        self._compiled = False
 
     def __enter__(self) -> Self:
+        self._compiled = has_compiled(self._model)
         scope = hook_scope(self._register_hooks())
         scope.__enter__()
         self._scope = scope
@@ -181,8 +183,6 @@ class ActivationHooks:
                 "the hooks are not registered",
                 remedy="use them as: with ActivationHooks(model, points, sink) as points: …",
             )
-        if self._compiled is None or self._scope is None:
-            self._compiled = is_compiled(self._model)
         with self._uncompiled():
             inputs = run_encoder(self._model, inputs)
         self._batch = batch_shape(self._model, args, inputs)
@@ -197,7 +197,8 @@ class ActivationHooks:
         return result
 
     def _uncompiled(self) -> AbstractContextManager[Any]:
-        return force_eager() if self._compiled else nullcontext()
+        # Blocks are looked at once, on entry: that takes longer than all hooks of a forward.
+        return eager(self._compiled or _is_compiled(self._model))
 
     def _check_read(self) -> None:
         if self._pending:
@@ -334,20 +335,32 @@ def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
     The guards of a compiled module do not notice hooks that are registered later (torch's
     ``skip_nnmodule_hook_guards``). Nothing is imported if nothing is compiled.
     """
-    return force_eager() if is_compiled(model) else nullcontext()
+    return eager(has_compiled(model))
 
 
-def is_compiled(model: nn.Module) -> bool:
+def eager(compiled: bool) -> AbstractContextManager[Any]:
+    """Return a context in which compiled code is not used, or one that does nothing if nothing is *compiled*."""
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+def has_compiled(model: nn.Module) -> bool:
     """Return True if a module of a model is compiled."""
-    return "torch._dynamo" in sys.modules and any(_compiled(module) for module in model.modules())
+    if "torch._dynamo" not in sys.modules:
+        return False
+    seen: set[nn.Module] = set()
+    left: list[nn.Module | None] = [model]
+    while left:  # not by modules(), which builds names and takes ten times as long
+        module = left.pop()
+        if module is None or module in seen:
+            continue
+        if _is_compiled(module):
+            return True
+        seen.add(module)
+        left.extend(module._modules.values())
+    return False
 
 
-def force_eager() -> AbstractContextManager[Any]:
-    """Return a context in which compiled modules run uncompiled."""
-    return torch.compiler.set_stance("force_eager")
-
-
-def _compiled(module: nn.Module) -> bool:
+def _is_compiled(module: nn.Module) -> bool:
     return (
         type(module).__name__ == "OptimizedModule"
         or getattr(module, "_compiled_call_impl", None) is not None

@@ -50,7 +50,10 @@ def complete_store(
     unchanged: Callable[[], None] = lambda: None,
     opener: Opener = open_forward,
 ) -> None:
-    """Try the largest batch, fill a recorder's pending units, and print what it took; errors as of `run_pending_units`.
+    """Fill a recorder's pending units, and print what it took; errors as of `run_pending_units`.
+
+    Where the memory is that of a device, the largest batch is tried first. A CPU does not raise an error for too large
+    a batch, so that a trial would show nothing.
 
     *name* is shown for the store, if the recorder fills an extension that is not in place yet, or several stores.
     """
@@ -61,13 +64,20 @@ def complete_store(
     if in_bfloat16(model) and not has_native_bfloat16():
         bars.say(SLOW)
     began, pad = time.perf_counter(), padding(model, tokenizer)
-    try_largest(model, targets, recorder, pad, bars, group, opener)
+    if on_device(model):
+        try_largest(model, targets, recorder, pad, bars, group, opener)
     run_pending_units(model, targets, recorder, pad, bars, group, unchanged, opener)
     stats, seconds = recorder.stats, time.perf_counter() - began
     bars.console.print(time_table(stats, seconds))
     speed = f"{stats.tokens / seconds:,.0f} tokens/s, {size(stats.bytes / seconds)}/s"
     done = f"{stats.rows:,} rows" + ("" if stats.rows == store.n_rows else " by this process")
     bars.say(f"{done}, {size(stats.bytes)} in {seconds:.1f} s ({speed}) → {name}")
+
+
+def on_device(model: torch.nn.Module) -> bool:
+    """Return True if a model runs in the memory of a device, even if only some of its modules do."""
+    devices = {input_device(model).type, *(parameter.device.type for parameter in model.parameters())}
+    return not devices <= {"cpu", "meta"}
 
 
 def in_bfloat16(model: torch.nn.Module) -> bool:
