@@ -22,6 +22,7 @@ from flexcache.images.input import model_input
 from flexcache.recording.arguments import described, model_of, objective_of, tokenizer_of
 from flexcache.recording.checks.attention_isolation import check_isolation
 from flexcache.recording.checks.padding import batching_notice, check_batching, find_batching, has_batching
+from flexcache.recording.checks.passed import PassedChecks
 from flexcache.recording.completions import Completions
 from flexcache.recording.decoding import DecodedCompletions, capture_completions
 from flexcache.recording.fields import CaptureFields, split_fields
@@ -78,7 +79,8 @@ def capture(
     stored.
 
     Small forward passes first show whether padding changes the rows. If it does, batches hold sequences of one length
-    only, or one sequence. A batch that does not fit into the memory of the device is halved.
+    only, or one sequence. A later capture of the same model at the same sites, in the same process, does not repeat
+    them, unless the model has changed. A batch that does not fit into the memory of the device is halved.
 
     Parameters
     ----------
@@ -212,14 +214,17 @@ def prepare_capture(
             positions=count_positions(model),
             notes={"user_hooks": hooks.user_hooks(model)} | describe_patches(tokenizer),
         ).match_store(path)
+        pad = padding(model, tokenizer)
+        passed = PassedChecks(model, inputs.model, targets, spec, pad, group.alone)
         if decoded is None:
-            hooks.check_sites(model, targets.points, example=example, reader=group.read_example, alone=group.alone)
+            check = partial(hooks.check_sites, example=example, reader=group.read_example, alone=group.alone)
+            passed.run_once("sites", partial(check, model, targets.points))
         if spec.isolated:
             check_isolation(model, targets, pad_token_id(model, tokenizer), group)
-        pad = padding(model, tokenizer)
+        find = partial(passed.run_once, "batching", partial(find_batching, model, targets, pad, spec, group))
         verdict = None if decoded is None else decoded.verdict
         if verdict is None and not (group.alone and has_batching(path)):
-            verdict = find_batching(model, targets, pad, spec, group)
+            verdict = find()
         if verdict is not None:
             notes = {**(inputs.notes or {}), **verdict.describe()}
             inputs = replace(inputs, batching=verdict.batching, notes=notes)
@@ -247,7 +252,7 @@ def prepare_capture(
         if not changed and decoded is None:
             check_rows(model, recorder.store, pad, group, now, most_tokens=recorder.batch_tokens)
         if (changed or recorder.store.provenance.batching is None) and recorder.pending():
-            check_batching(recorder.store, verdict or find_batching(model, targets, pad, spec, group))
+            check_batching(recorder.store, verdict or find())
         if said := batching_notice(recorder.store):
             bars.say(said)
         unchanged = partial(group.check_unchanged, model, inputs.model, str(path), example)
