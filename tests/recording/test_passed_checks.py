@@ -22,7 +22,7 @@ from tests.recording.test_recorder import shard_hashes
 
 DOCUMENTS = token_documents([3, 9, 17, 9, 40, 1, 17, 41, 9, 3, 26, 40], vocabulary=VOCABULARY)
 QUIET: dict[str, Any] = {"progress": False, "sites": ["resid_post", "attn_out"], "layers": [1], "batch_tokens": 96}
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
+SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
 
 
 class Counted(hf.LlamaForCausalLM):
@@ -63,7 +63,7 @@ def test_a_later_capture_repeats_no_check_and_stores_the_same_bytes(tmp_path: Pa
     first, before = shapes_of_capture(model, tmp_path / "first.zarr")
     second, after = shapes_of_capture(model, tmp_path / "second.zarr")
     assert len(before) - len(after) >= 4  # of the sites; of one sequence alone, in company, and padded
-    assert shard_hashes(first.path) == shard_hashes(second.path)
+    assert shard_hashes(Path(str(first.path))) == shard_hashes(Path(str(second.path)))
     assert first.provenance.batching == second.provenance.batching == "padded"
     assert shapes_of_capture(counted(), tmp_path / "other.zarr")[1] == before
 
