@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flexcache.spec import ArraySpec
-from flexcache.store.read.shard_reader import RowReader, convert
+from flexcache.store.read.shard_reader import RowReader
 from flexcache.store.read.store import Store
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 class VirtualReader(RowReader):
     """Reads the layers on disk as `RowReader` does, and recomputes the rows of virtual layers when they are read."""
+
+    mapped = False  # rows of virtual layers are read shard by shard, since each may have to be recomputed
 
     def __init__(self, attachment: Attachment, stored: RowReader, array: ArraySpec, virtual: tuple[int, ...]) -> None:
         super().__init__(stored.reference, array, stored.compressed, stored._units)
@@ -28,15 +30,17 @@ class VirtualReader(RowReader):
         """Return True if a layer is on disk."""
         return layer not in self._virtual
 
-    def _gather_shard(
-        self, layer: int | None, shard: int, rows: np.ndarray, out: np.ndarray, places: slice | np.ndarray
-    ) -> None:
+    def _gather(self, layer: int | None, rows: np.ndarray, raw: bool) -> np.ndarray:
         if self.is_stored(layer):
-            self._stored._gather_shard(layer, shard, rows, out, places)
-            return
+            return self._stored._gather(layer, rows, raw)
+        return super()._gather(layer, rows, raw)
+
+    def _gather_shard(
+        self, layer: int | None, shard: int, rows: np.ndarray, out: np.ndarray, places: np.ndarray
+    ) -> None:
         local = rows - shard * self.layout.shard_rows
         held = self._attachment.cached_shard(self.array.name, layer, shard, local)
-        self._take_rows(held.rows, local, out, places)
+        out[places] = held.rows[local].view(self.dtype)
 
     def _scan_shard(self, layer: int | None, shard: int, first: int, out: np.ndarray) -> None:
         if self.is_stored(layer):
@@ -44,7 +48,8 @@ class VirtualReader(RowReader):
             return
         local = np.arange(first, first + len(out))
         held = self._attachment.cached_shard(self.array.name, layer, shard, local)
-        convert(held.rows[first : first + len(out)], out, slice(None), self.dtype)
+        rows = held.rows[first : first + len(out)]
+        out[:] = rows if out.dtype == rows.dtype else rows.view(self.dtype)
 
 
 def _reader_of(store: Store, name: str) -> RowReader:

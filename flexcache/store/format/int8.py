@@ -129,7 +129,8 @@ def dequantize(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """
     outliers = scales.shape[1] - 1
     marked = values == OUTLIER if outliers else None
-    values *= scales[:, :1]
+    with np.errstate(over="ignore"):  # -128, which an outlier takes the place of, may exceed float32
+        values *= scales[:, :1]
     if marked is not None:
         if (marked.sum(axis=1, dtype=np.int32) != outliers).any():
             raise DamagedError(

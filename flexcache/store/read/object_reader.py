@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 
 from flexcache.store.format.shard import shard_name
-from flexcache.store.read.shard_reader import RowReader, convert
+from flexcache.store.read.shard_reader import RowReader
 from flexcache.store.storage.backend import disk_path, storage_of
 from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.object_path import PIECE_BYTES, PIECES, Span
@@ -24,8 +25,10 @@ class RangeReader(RowReader):
     At most 32 MiB are held at a time in addition to the result. The length of a shard is requested once.
     """
 
+    mapped = False
+
     def _gather_shard(
-        self, layer: int | None, shard: int, rows: np.ndarray, out: np.ndarray, places: slice | np.ndarray
+        self, layer: int | None, shard: int, rows: np.ndarray, out: np.ndarray, places: np.ndarray
     ) -> None:
         if self.foreign is not None:
             super()._gather_shard(layer, shard, rows, out, places)
@@ -33,15 +36,14 @@ class RangeReader(RowReader):
         self._check_once(layer, shard)
         width = self.layout.row_bytes
         wanted, back = np.unique(rows - shard * self.layout.shard_rows, return_inverse=True)
-        target = np.arange(places.start, places.stop) if isinstance(places, slice) else places
         order = np.argsort(back, kind="stable")  # places of `out` in the order of the rows that go there
         ends = np.searchsorted(back[order], np.arange(len(wanted) + 1))
         for group in _batches(_runs(wanted, width), wanted, width):
             spans = [(int(wanted[low]) * width, (int(wanted[high - 1]) + 1) * width) for low, high in group]
             for (low, high), (start, _), part in zip(group, spans, self._fetch(layer, shard, spans), strict=True):
-                held = np.frombuffer(part, self._bits).reshape(-1, self.array.features)
+                held = np.frombuffer(part, self.dtype).reshape(-1, self.array.features)
                 chosen = order[ends[low] : ends[high]]
-                convert(held[wanted[back[chosen]] - start // width], out, target[chosen], self.dtype)
+                out[places[chosen]] = held[wanted[back[chosen]] - start // width]
 
     def _scan_shard(self, layer: int | None, shard: int, first: int, out: np.ndarray) -> None:
         if self.foreign is not None:
@@ -55,18 +57,20 @@ class RangeReader(RowReader):
             some = [(begin, min(begin + step, len(out))) for begin in starts[number : number + PIECES]]
             spans = [((first + begin) * width, (first + end) * width) for begin, end in some]
             for (begin, end), part in zip(some, self._fetch(layer, shard, spans), strict=True):
-                held = np.frombuffer(part, self._bits).reshape(-1, self.array.features)
-                convert(held, out[begin:end], slice(None), self.dtype)
+                dtype = self._bits if out.dtype == self._bits else self.dtype
+                out[begin:end] = np.frombuffer(part, dtype).reshape(-1, self.array.features)
 
     def _fetch(self, layer: int | None, shard: int, spans: list[Span]) -> list[bytes]:
         return storage_of(self.root).read_ranges(shard_name(self.array.name, layer, shard), spans)
 
+    @cached_property
+    def _checked(self) -> set[tuple[int | None, int]]:
+        return set()
+
     def _check_once(self, layer: int | None, shard: int) -> None:
-        path = self.path(layer, shard)
-        if path not in self._maps:
-            self._check_size(path, shard)
-            with self._lock:
-                self._maps[path] = np.empty(0, self._bits)
+        if (layer, shard) not in self._checked:
+            self._check_size(self.path(layer, shard), shard)
+            self._checked.add((layer, shard))
 
 
 def _runs(rows: np.ndarray, width: int) -> Iterator[tuple[int, int]]:

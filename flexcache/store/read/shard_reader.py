@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import threading
-from collections import OrderedDict
+import weakref
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import zarr
+from numpy.lib.stride_tricks import as_strided
 
 from flexcache.errors import DamagedError
 from flexcache.spec import DTYPES, ArraySpec
@@ -21,9 +23,11 @@ from flexcache.store.format.shard import ShardLayout, shard_name
 from flexcache.store.read.virtual_layers import virtual_error
 from flexcache.store.storage.backend import storage_of
 from flexcache.store.storage.location import StoreLocation
+from flexcache.store.storage.open_files import MOST_OPEN, OpenFile, numbers, open_files
 from flexcache.store.storage.path_safety import MOST_JSON, check_inside
 
-OPEN_SHARDS = 256
+TOGETHER = MOST_OPEN // 2
+"""Shards whose rows are gathered together."""
 SCAN_BYTES = 4 << 20
 GATHER_BYTES = 256 << 10
 
@@ -34,10 +38,14 @@ class RowReader:
     It is pickled as the location of its store and the spec of its array. In each process, the unpickled readers of an
     array are one object, which opens files when it first reads.
 
-    Gathers go through memory maps of the shard files, at most 256 of them open. Contiguous scans read the files
-    in large pieces instead, since a Dask worker counts mapped pages as its own memory. Compressed arrays are
-    read through zarr-python. Rows of int8 are multiplied by *scales*, the reader of another array.
+    Gathers go through memory maps of the shard files. Contiguous scans read the files in large pieces instead, since a
+    Dask worker counts mapped pages as its own memory. All readers of a process together keep at most 256 files open.
+    Compressed arrays are read through zarr-python. Rows of int8 are multiplied by *scales*, the reader of another
+    array.
     """
+
+    mapped: ClassVar[bool] = True
+    """True if the shards of an array that is not compressed are files that can be mapped."""
 
     def __init__(
         self,
@@ -54,9 +62,9 @@ class RowReader:
         self._bits = np.dtype(f"<u{self.dtype.itemsize}")
         self._units = units
         self._scales = scales
-        self._maps: OrderedDict[StoreLocation, np.ndarray] = OrderedDict()
-        self._lock = threading.Lock()
         self._local = threading.local()
+        self._number = next(numbers)
+        weakref.finalize(self, open_files.forget, self._number).atexit = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         scales = None if self._scales is None else self._scales.array
@@ -116,19 +124,50 @@ class RowReader:
         return found
 
     def _gather(self, layer: int | None, rows: np.ndarray, raw: bool) -> np.ndarray:
-        out = np.empty((len(rows), self.array.features), self._bits if raw else np.float32)
-        if len(rows):
-            shards = rows // self.layout.shard_rows
-            order = None
-            if (np.diff(shards) < 0).any():
-                order = np.argsort(shards, kind="stable")
-                shards = shards[order]
-            cuts = np.flatnonzero(np.diff(shards)) + 1
-            self._units.require(np.unique(shards))
-            for start, stop in zip([0, *cuts.tolist()], [*cuts.tolist(), len(rows)], strict=True):
-                places: slice | np.ndarray = slice(start, stop) if order is None else order[start:stop]
-                self._gather_shard(layer, int(shards[start]), rows[places], out, places)
-        return out.view(self.dtype) if raw else out
+        shards = rows // self.layout.shard_rows
+        present = np.zeros(self.layout.n_shards, bool)
+        present[shards] = True
+        wanted = np.flatnonzero(present)
+        self._units.require(wanted)
+        mapped = self.mapped and self.foreign is None
+        if mapped and len(wanted) <= TOGETHER:
+            return self._gather_mapped(layer, wanted, rows, raw)
+        out = np.empty((len(rows), self.array.features), self.dtype if raw else np.float32)
+        groups = wanted[:: TOGETHER if mapped else 1]
+        order = np.argsort(shards, kind="stable")
+        for places in np.split(order, np.searchsorted(shards[order], groups[1:])):
+            if mapped:
+                some = wanted[slice(*np.searchsorted(wanted, shards[places[[0, -1]]] + [0, 1]))]
+                out[places] = self._gather_mapped(layer, some, rows[places], raw)
+            else:
+                self._gather_shard(layer, int(shards[places[0]]), rows[places], out, places)
+        return out
+
+    def _gather_mapped(self, layer: int | None, shards: np.ndarray, rows: np.ndarray, raw: bool) -> np.ndarray:
+        """Return rows of some shards by one index into all of their maps.
+
+        The maps lie in one address space. Counted from the lowest of them, each row begins at a multiple of the largest
+        power of two that divides both a page and a row, so that one strided array has all of them.
+        """
+        if not len(rows):
+            return np.empty((0, self.array.features), self.dtype if raw else np.float32)
+        maps = [self._map(layer, shard) for shard in shards.tolist()]  # which stay while their addresses are in use
+        addresses = np.array([held.__array_interface__["data"][0] for held in maps])
+        lowest, grid = int(addresses.argmin()), math.gcd(mmap.PAGESIZE, self.layout.row_bytes)
+        before = np.zeros(int(shards[-1]) + 1, np.int64)  # of the first row of the store, seen from each shard
+        before[shards] = (
+            addresses - addresses[lowest] - shards * self.layout.shard_rows * self.layout.row_bytes
+        ) // grid
+        places = before[rows // self.layout.shard_rows] + rows * (self.layout.row_bytes // grid)
+        strides = (grid, self.dtype.itemsize)
+        all_rows = as_strided(maps[lowest], (int(places.max()) + 1, self.array.features), strides, writeable=False)
+        if raw or self.dtype == np.float32:
+            return all_rows[places].view(self.dtype)
+        out = np.empty((len(rows), self.array.features), np.float32)
+        step = max(1, GATHER_BYTES // self.layout.row_bytes)
+        for start in range(0, len(rows), step):  # through a copy that stays in the CPU cache
+            out[start : start + step] = all_rows[places[start : start + step]].view(self.dtype)
+        return out
 
     def read_slice(self, layer: int | None, rows: slice, raw: bool) -> np.ndarray:
         """Return the rows of a slice, shape (rows, features), as stored or as float32."""
@@ -154,35 +193,17 @@ class RowReader:
         return out.view(self.dtype) if raw else out
 
     def close(self) -> None:
-        """Unmap the files. Arrays that were read remain valid, since they are copies."""
-        with self._lock:
-            self._maps.clear()
+        """Close the files. Arrays that were read remain valid, since they are copies."""
+        open_files.forget(self._number)
 
     def _gather_shard(
-        self, layer: int | None, shard: int, rows: np.ndarray, out: np.ndarray, places: slice | np.ndarray
+        self, layer: int | None, shard: int, rows: np.ndarray, out: np.ndarray, places: np.ndarray
     ) -> None:
-        local = rows - shard * self.layout.shard_rows
-        if self.foreign is not None:
-            check_inside(self.root, self.path(layer, shard))
-            selection = (rows,) if layer is None else (layer, rows)
-            values = np.asarray(self.foreign.oindex[(*selection, slice(None))]).view(self._bits)
-            convert(values, out, places, self.dtype)
-            return
-        self._take_rows(self._map(layer, shard), local, out, places)
-
-    def _take_rows(self, mapped: np.ndarray, local: np.ndarray, out: np.ndarray, places: slice | np.ndarray) -> None:
-        """Copy rows of a mapped shard into some places of *out*."""
-        if isinstance(places, slice):
-            out, places = out[places], np.arange(len(local))
-            if out.dtype == self._bits:
-                np.take(mapped, local, axis=0, out=out, mode="clip")
-                return
-        step = max(1, GATHER_BYTES // self.layout.row_bytes)
-        for start in range(0, len(local), step):  # through a buffer that stays in the CPU cache
-            chosen = local[start : start + step]
-            piece = self._buffer(len(chosen))
-            np.take(mapped, chosen, axis=0, out=piece, mode="clip")
-            convert(piece, out, places[start : start + step], self.dtype)
+        """Read rows of a shard that is not mapped into *out* at *places*."""
+        assert self.foreign is not None
+        check_inside(self.root, self.path(layer, shard))
+        selection = (rows,) if layer is None else (layer, rows)
+        out[places] = np.asarray(self.foreign.oindex[(*selection, slice(None))]).view(self.dtype)
 
     def _scan_shard(self, layer: int | None, shard: int, first: int, out: np.ndarray) -> None:
         if self.foreign is not None:
@@ -190,20 +211,21 @@ class RowReader:
             start = shard * self.layout.shard_rows + first
             selection = slice(start, start + len(out))
             values = self.foreign[selection] if layer is None else self.foreign[layer, selection]
-            convert(np.asarray(values).view(self._bits), out, slice(None), self.dtype)
+            out[:] = np.asarray(values).view(self._bits if out.dtype == self._bits else self.dtype)
             return
         path = self.path(layer, shard)
-        self._check_size(path, shard)
+        file = open_files.get(self._number, threading.get_ident())
+        if file is None or not file.is_current(str(path)):
+            self._check_size(path, shard)
+            file = open_files.put(self._number, threading.get_ident(), OpenFile(str(path)))
         step = max(1, SCAN_BYTES // self.layout.row_bytes)
         raw = out.dtype == self._bits
-        with open(str(path), "rb", buffering=0) as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            for begin in range(0, len(out), step):
-                part = out[begin : begin + step]
-                piece = part if raw else self._buffer(len(part))
-                _read_into(file.fileno(), piece, (first + begin) * self.layout.row_bytes, path)
-                if not raw:
-                    convert(piece, part, slice(None), self.dtype)
+        for begin in range(0, len(out), step):
+            part = out[begin : begin + step]
+            piece = part if raw else self._buffer(len(part))
+            _read_into(file.handle, piece, (first + begin) * self.layout.row_bytes, path)
+            if not raw:
+                part[:] = piece.view(self.dtype)
 
     def _buffer(self, rows: int) -> np.ndarray:
         held: np.ndarray | None = getattr(self._local, "buffer", None)
@@ -212,21 +234,15 @@ class RowReader:
         return held[:rows]
 
     def _map(self, layer: int | None, shard: int) -> np.ndarray:
-        path = self.path(layer, shard)
-        with self._lock:
-            if path in self._maps:
-                self._maps.move_to_end(path)
-                return self._maps[path]
-        self._check_size(path, shard)
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        mapped.madvise(mmap.MADV_RANDOM)
-        rows = np.frombuffer(mapped, self._bits, len(self.layout.rows(shard)) * self.array.features)
-        rows = rows.reshape(-1, self.array.features)
-        with self._lock:
-            self._maps[path] = rows
-            while len(self._maps) > OPEN_SHARDS:
-                self._maps.popitem(last=False)
+        rows: np.ndarray | None = open_files.get(self._number, (layer, shard))
+        if rows is None:
+            path = self.path(layer, shard)
+            self._check_size(path, shard)
+            with path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped.madvise(mmap.MADV_RANDOM)
+            rows = np.frombuffer(mapped, self._bits, len(self.layout.rows(shard)) * self.array.features)
+            rows = open_files.put(self._number, (layer, shard), rows.reshape(-1, self.array.features))
         return rows
 
     def _check_size(self, path: StoreLocation, shard: int) -> None:
@@ -265,13 +281,3 @@ def _read_into(handle: int, target: np.ndarray, offset: int, path: StoreLocation
             raise DamagedError("a shard of the store ended early", where=str(path), remedy="run flexcache verify")
         view = view[count:]
         offset += count
-
-
-def convert(bits: np.ndarray, out: np.ndarray, places: slice | np.ndarray, dtype: np.dtype) -> None:
-    """Copy stored values, given as unsigned integers, into *out*, unchanged or converted exactly to float32."""
-    if out.dtype == bits.dtype:
-        out[places] = bits
-    elif isinstance(places, slice):
-        out[places] = bits.view(dtype)
-    else:
-        out[places] = bits.view(dtype).astype(np.float32)
