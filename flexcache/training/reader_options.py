@@ -38,7 +38,7 @@ class ReaderOptions:
     pool_bytes: int = 256 << 20
     run_bytes: int = 256 << 10
     keep_cache: bool | None = None
-    threads: int = 8
+    threads: int = 16
     rank: int | None = None
     ranks: int | None = None
 

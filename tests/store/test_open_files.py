@@ -66,6 +66,12 @@ def test_rows_of_any_shards_in_any_order_are_those_written(
             assert np.array_equal(found, expected.astype(found.dtype))
 
 
+def test_a_row_outside_of_the_store_is_never_read_from_a_map(wide: flexcache.Store) -> None:
+    for row in (-1, wide.n_rows, wide.n_units * wide.shard_rows):
+        with pytest.raises(IndexError, match="row numbers"):
+            wide.reader("odd").gather(0, np.array([0, row]), raw=True)
+
+
 def test_threads_that_gather_while_maps_are_given_up_read_the_right_rows(
     wide: flexcache.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,6 +124,10 @@ class RowReader:
         return found
 
     def _gather(self, layer: int | None, rows: np.ndarray, raw: bool) -> np.ndarray:
+        if not len(rows):
+            return np.empty((0, self.array.features), self.dtype if raw else np.float32)
+        if rows.min() < 0 or rows.max() >= self.layout.n_rows:  # maps are read without further checks
+            raise IndexError(f"row numbers are 0 to {self.layout.n_rows - 1}")
         shards = rows // self.layout.shard_rows
         present = np.zeros(self.layout.n_shards, bool)
         present[shards] = True
@@ -149,8 +153,6 @@ class RowReader:
         The maps lie in one address space. Counted from the lowest of them, each row begins at a multiple of the largest
         power of two that divides both a page and a row, so that one strided array has all of them.
         """
-        if not len(rows):
-            return np.empty((0, self.array.features), self.dtype if raw else np.float32)
         maps = [self._map(layer, shard) for shard in shards.tolist()]  # which stay while their addresses are in use
         addresses = np.array([held.__array_interface__["data"][0] for held in maps])
         lowest, grid = int(addresses.argmin()), math.gcd(mmap.PAGESIZE, self.layout.row_bytes)
