@@ -5,12 +5,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.ready-demo
 DOCUMENTS ?= 1000
-PYTHON312 ?= python3.12
 # Python 3.13 on the PATH, or among the versions of pyenv; nothing where there is none.
 PYTHON313 ?= $(firstword $(shell PYENV_VERSION=3.13 python3.13 -c 'import ensurepip, sys; print(sys.executable)' 2>/dev/null) \
 	$(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.13*/bin/python3.13))
 BENCH := .venv-bench
-ANNBATCH := .venv-annbatch
+READING_PEERS := .venv-reading-peers
 READING := .venv-reading
 # What needs no torch: stores filled by numpy, read, analysed, and sent to Dask workers.
 READING_TESTS := tests/golden tests/analysis/test_dask.py \
@@ -64,11 +63,13 @@ $(BENCH)/.ready: pyproject.toml constraints.txt benchmarks/peers/requirements.tx
 	$(BENCH)/bin/python -m pip install --quiet --constraint constraints.txt --requirement benchmarks/peers/requirements.txt
 	touch $@
 
-$(ANNBATCH)/.ready:
-	if command -v $(PYTHON312) && $(PYTHON312) -m venv $(ANNBATCH); then $(ANNBATCH)/bin/python -m pip install --quiet annbatch zarrs && touch $@; \
-	else rm -rf $(ANNBATCH); echo 'annbatch is left out: it needs Python 3.12 (make PYTHON312=…)'; fi
+$(READING_PEERS)/.ready: benchmarks/peers/requirements-reading.txt
+	rm -rf $(READING_PEERS)
+	@if $(if $(PYTHON313),$(PYTHON313) -m venv $(READING_PEERS),false); then \
+	$(READING_PEERS)/bin/python -m pip install --quiet --requirement benchmarks/peers/requirements-reading.txt && touch $@; \
+	else echo 'zarr-python, tensorstore and annbatch are left out: there is no Python 3.13 (make PYTHON313=…)'; fi
 
-bench: $(BENCH)/.ready $(ANNBATCH)/.ready  ## ratios against floors and peers, measured in this run, into docs/benchmarks.md
+bench: $(BENCH)/.ready $(READING_PEERS)/.ready  ## ratios against floors and peers, measured in this run, into docs/benchmarks.md
 	$(BENCH)/bin/python -m pipelines.demo.assets
 	HF_HUB_OFFLINE=1 $(BENCH)/bin/python -m benchmarks $(BENCHMARKS)
 
@@ -77,4 +78,4 @@ docs: $(READY)  ## the documentation, into docs/_build
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build
 
 clean:
-	rm -rf $(VENV) $(BENCH) $(ANNBATCH) $(READING) docs/_build demo
+	rm -rf $(VENV) $(BENCH) $(READING_PEERS) $(READING) docs/_build demo
