@@ -202,7 +202,9 @@ def test_another_model_is_refused(made: Made) -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "t5_encoder"])
-def test_a_model_that_cannot_start_from_a_residual_stream_is_run_from_the_beginning(family: str, tmp_path: Path) -> None:
+def test_a_model_that_cannot_start_from_a_residual_stream_is_run_from_the_beginning(
+    family: str, tmp_path: Path
+) -> None:
     documents, settings = DOCUMENTS[:12], {**CAPTURE, "sites": ["resid_post", "attn_out"]}
     flexcache.capture(tiny(family), None, documents, tmp_path / "f", **settings)
     flexcache.capture(tiny(family), None, documents, tmp_path / "v", keep={"resid_post": [0, 2]}, **settings)
