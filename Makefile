@@ -17,7 +17,7 @@ READING_TESTS := tests/golden tests/analysis/test_dask.py \
 	$(foreach name,moments quantiles geometry outliers similarity probe_dataset probe_targets,tests/analysis/test_$(name).py)
 BENCHMARKS ?=
 
-.PHONY: demo test test-reading lint bench docs clean
+.PHONY: demo test test-slow test-reading lint bench docs clean
 .DEFAULT_GOAL := test
 
 # The demo needs a part of what the tests need; both have the same versions.
@@ -34,6 +34,10 @@ demo: $(DEMO_READY)  ## fetch a model and texts, capture every layer, probe ever
 
 test: $(READY)  ## the test suite
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+test-slow: $(READY)  ## the tests marked slow, with DeepSpeed, whose communication kernel they compile
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed]'
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m slow
 
 $(READING)/.ready: pyproject.toml
 	rm -rf $(READING)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -15,11 +16,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import flexcache
+from tests import processes
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(*command: str) -> str:
+def run(name: str, *arguments: str) -> str:
+    with TemporaryDirectory() as folder:
+        return processes.run(
+            processes.script, str(EXAMPLES / name), *arguments, folder=EXAMPLES, output=Path(folder) / "output"
+        )
+
+
+def start_python(*command: str) -> str:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *command], cwd=EXAMPLES, env=environment, capture_output=True, text=True, timeout=300
@@ -61,12 +70,12 @@ def test_groups_ablate_what_they_name() -> None:
     assert "['model.layers.0.self_attn.o_proj', 'model.layers.0.mlp']" in out
 
 
-@pytest.mark.parametrize("processes", [2])
-def test_tensor_parallel_equals_the_whole_model(processes: int) -> None:
+@pytest.mark.parametrize("world", [2])
+def test_tensor_parallel_equals_the_whole_model(world: int) -> None:
     torchrun = ("-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
-    out = run(*torchrun, "--nproc-per-node", str(processes), "tensor_parallel.py")
+    out = start_python(*torchrun, "--nproc-per-node", str(world), "tensor_parallel.py")
     differences = numbers(r"difference(?: of edited logits)? ([\d.e+-]+)", out)
-    assert len(differences) == processes + 1
+    assert len(differences) == world + 1
     assert max(differences) < 1e-5
     assert "neurons (2, 12, 128)" in out
     assert "rank 1: keeps None" in out
@@ -105,7 +114,7 @@ def test_vllm_gives_the_states_of_transformers(tmp_path: Path) -> None:
 
     folder, texts = assets.smollm2(), ["Lima is the capital of Peru.", "No.", "A play that is too short for a film."]
     (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
-    run("vllm_capture.py", str(folder), str(tmp_path / "vllm.zarr"), "--texts", str(tmp_path / "texts.txt"))
+    start_python("vllm_capture.py", str(folder), str(tmp_path / "vllm.zarr"), "--texts", str(tmp_path / "texts.txt"))
     store = flexcache.open(tmp_path / "vllm.zarr")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

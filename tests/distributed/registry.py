@@ -1,4 +1,4 @@
-"""Checks that run under torchrun: each is a function, registered for the world sizes that it needs."""
+"""Checks that run on several ranks: each is a function, registered for the world sizes that it needs."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ import pkgutil
 from collections.abc import Callable
 
 Check = Callable[[], None]
-_CHECKS: dict[int, dict[str, Check]] = {2: {}, 3: {}, 4: {}}
+_CHECKS: dict[tuple[int, bool], dict[str, Check]] = {}
 
 
-def check(*worlds: int) -> Callable[[Check], Check]:
+class SkipError(Exception):
+    """A check cannot run here; the text says why."""
+
+
+def check(*worlds: int, slow: bool = False) -> Callable[[Check], Check]:
     def register(function: Check) -> Check:
         for world in worlds:
-            _CHECKS[world][f"{function.__module__.rpartition('.')[2]}.{function.__name__}"] = function
+            name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+            _CHECKS.setdefault((world, slow), {})[name] = function
         return function
 
     return register
 
 
-def checks(world: int) -> dict[str, Check]:
+def checks(world: int, slow: bool = False) -> dict[str, Check]:
+    """Return the checks of a world: those that a default run has, or those that it has not."""
     import tests.distributed.checks as folder
 
     for module in pkgutil.iter_modules(folder.__path__):
         importlib.import_module(f"{folder.__name__}.{module.name}")
-    return _CHECKS[world]
-
-
-def names(world: int) -> list[str]:
-    """Return the names of a world's checks, read from the files, so that pytest need not import torch for them."""
-    return sorted(checks(world))
+    return _CHECKS.get((world, slow), {})

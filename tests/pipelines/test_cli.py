@@ -13,6 +13,7 @@ import yaml
 
 import flexcache
 from pipelines.cli import main
+from tests import processes
 from tests.recording.test_recorder import shard_hashes
 
 
@@ -238,12 +239,9 @@ def test_probe_from_the_command_line(config: Path, capsys: pytest.CaptureFixture
     assert "did you mean label" in run(capsys, "probe", "run.zarr", "--target", "lable", status=1)
 
 
-def test_the_module_runs_the_same_commands(config: Path) -> None:
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "pipelines", "plan", str(config)]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    assert "plan of run.zarr" in done.stdout
+def test_the_module_runs_the_same_commands(config: Path, tmp_path: Path) -> None:
+    command = ("pipelines", "plan", str(config))
+    assert "plan of run.zarr" in processes.run(processes.module, *command, folder=tmp_path, output=tmp_path / "output")
 
 
 def test_the_configuration_examples_are_valid() -> None:

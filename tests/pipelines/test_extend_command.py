@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import yaml
 
 import flexcache
 from flexcache.store.manage.extension_transaction import ExtensionTransaction
+from tests import processes
 from tests.pipelines.test_cli import run
 from tests.recording.test_recorder import shard_hashes
 
@@ -95,13 +94,14 @@ def test_several_processes_extend_one_store(
         json.dumps({"id": f"v{i}", "text": " ".join(f"w{5 + (i * k) % 90}" for k in range(9))}) for i in range(400)
     ]
     Path("more.jsonl").write_text("\n".join(lines))
-    command = [sys.executable, "-m", "pipelines", "extend", str(more), "-q"]
-    processes = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)
+    command = ("pipelines", "extend", str(more), "-q")
+    two = [
+        processes.start(processes.module, *command, folder=tmp_path, output=tmp_path / f"output-{number}")
+        for number in range(2)
     ]
-    for process in processes:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output
+    for number, process in enumerate(two):
+        process.join(120)
+        assert process.exitcode == 0, (tmp_path / f"output-{number}").read_text()
     store = flexcache.open("run.zarr")
     assert len(store.documents) == 480
     assert flexcache.verify("run.zarr").sound

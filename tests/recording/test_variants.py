@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
 import warnings
 from functools import partial
@@ -24,6 +20,7 @@ from flexcache import ModelSource
 from flexcache.errors import CaptureError, ConfigError, MismatchError
 from flexcache.hooks.checks.shared_blocks import count_shared_blocks
 from flexcache.recording.run.recorder import Recorder
+from tests import processes
 from tests.adapters import save_adapter
 from tests.corpora import lengths, token_documents
 from tests.models import VOCABULARY, tiny, token_ids
@@ -229,28 +226,22 @@ def test_stopped_variants_are_resumed_where_each_store_stopped(tmp_path: Path, m
     assert shard_hashes(stores["base"].path) == shard_hashes(whole["base"].path)
 
 
-SCRIPT = """
-import sys, torch, flexcache
-from tests.recording.test_variants import FEW
-from tests.corpora import lengths, token_documents
-from tests.models import VOCABULARY
-torch.set_num_threads(1)
-source = flexcache.ModelSource(name="base", adapters={"base": None, "upper": "upper", "top": "top"})
-documents = token_documents(lengths(100, longest=20), vocabulary=VOCABULARY)
-flexcache.capture_variants(source, None, documents, sys.argv[1], **FEW)
-"""
+def capture_three(path: Path) -> None:
+    source = ModelSource(name="base", adapters={"base": None, "upper": "upper", "top": "top"})
+    documents = token_documents(lengths(100, longest=20), vocabulary=VOCABULARY)
+    flexcache.capture_variants(source, None, documents, path, **FEW)
 
 
 def test_variants_that_are_killed_are_completed_by_others(tmp_path: Path, folder: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path / "runs")]
-    process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(tmp_path.glob("runs/top.zarr/ledger/*/*.json")):
+    process = processes.start(capture_three, tmp_path / "runs", folder=folder)
+    while process.is_alive() and not list(tmp_path.glob("runs/top.zarr/ledger/*/*.json")):
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    two = [subprocess.Popen(command, cwd=folder, env=environment) for _ in range(2)]
-    assert [one.wait() for one in two] == [0, 0]
+    process.kill()
+    process.join()
+    two = [processes.start(capture_three, tmp_path / "runs", folder=folder) for _ in range(2)]
+    for one in two:
+        one.join()
+    assert [one.exitcode for one in two] == [0, 0]
     source = ModelSource(name="base", adapters={"base": None, "upper": "upper", "top": "top"})
     documents = token_documents(lengths(100, longest=20), vocabulary=VOCABULARY)
     for name, one in source.variants().items():

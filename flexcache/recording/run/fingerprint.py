@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +109,7 @@ def versions() -> dict[str, str]:
     return {"python": sys.version.split()[0], **{name: text for name, text in found.items() if text}}
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -18,8 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flexcache.errors import ConfigError, HookError, LayoutError
 from flexcache.hooks import FlexModel, HookFunction
 from tests.distributed.reference import ROWS, Strategy, battery, close, gradient, logits_of, loss_of, read
-from tests.distributed.registry import check
-from tests.distributed.worker import SkipError
+from tests.distributed.registry import SkipError, check
 from tests.models import checkpointed, tiny, token_ids
 
 
@@ -255,7 +253,6 @@ def zero_engines() -> Iterator[Any]:
         import deepspeed
     except ImportError as error:
         raise SkipError(f"DeepSpeed is not installed: {error}") from error
-    os.environ["LOCAL_RANK"] = os.environ["RANK"]
     for stage in (2, 3):
         model = tiny("llama")
         try:
@@ -276,7 +273,7 @@ def zero_engines() -> Iterator[Any]:
         engine.destroy()
 
 
-@check(2)
+@check(2, slow=True)
 def deepspeed_zero() -> None:
     def whole_gradient(engine: Any, name: str) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_grad

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from tempfile import TemporaryDirectory
@@ -55,7 +54,6 @@ UNEVEN = {
 @contextmanager
 def saved(family: str, **overrides: Any) -> Iterator[str]:
     """Give a folder with a model of a family, the same on every rank."""
-    os.environ["LOCAL_RANK"] = os.environ["RANK"]  # transformers reads it
     with TemporaryDirectory() as folder:
         folders: list[Any] = [folder]
         dist.broadcast_object_list(folders, 0)
