@@ -31,7 +31,7 @@ ASKED: dict[str, Any] = {
     "metrics": ["kl", "logit_diff", "recovered"],
     "baselines": ["identity", "random_direction", "norm_matched"],
     "answers": ["w5", 6],
-    "documents": 30,
+    "documents": 12,
     "attribution": {"donors": {"same_length": 1}, "top": 6, "sample": 5, "method": "ig", "steps": 2, "layers": "0,2"},
     "logit_attribution": {},
 }
@@ -52,7 +52,7 @@ def test_a_sweep_from_the_command_line(asked: Path, capsys: pytest.CaptureFixtur
     assert "attribution (ig) against exact: 5 cells drawn uniformly: rank correlation" in text
     assert "6 largest estimates" in text
     found = replay.load(tmp_path / "out")
-    assert found.results.sizes["document"] == 30
+    assert found.results.sizes["document"] == 12
     assert list(found.results["edit"].values) == [
         "Zero(dims=(3,))",
         "Steer by layer",
@@ -72,9 +72,9 @@ def test_a_sweep_from_the_command_line(asked: Path, capsys: pytest.CaptureFixtur
     direct = saved.load(tmp_path / "out/logit_attribution.zarr")[0]["logit_attribution"]
     assert set(direct["token"].values.tolist()) == {direct["token"].values[0]}
     assert (direct["other"] == 6).all()
-    assert direct.sizes["row"] == 30
+    assert direct.sizes["row"] == 12
     assert "layer 2 head 1" in direct["component"].values
-    assert "mean over 30 rows" in text
+    assert "mean over 12 rows" in text
     assert (tmp_path / "out/logit_attribution.png").exists()
     assert "bytes" in report
     assert all((tmp_path / f"out/{name}.png").exists() for name in ASKED["metrics"])
@@ -84,8 +84,8 @@ def test_a_sweep_from_the_command_line(asked: Path, capsys: pytest.CaptureFixtur
     assert len(fitted) == 40
     assert question["edits"][2]["documents"] == fitted
     judged = found.results["document"].values.tolist()
-    assert judged == [name for name in store.documents["id"].to_pylist() if name not in fitted][:30]
-    assert "fitted to 40 documents and judged on 30 others (divided by documents, seed 0)" in " ".join(text.split())
+    assert judged == [name for name in store.documents["id"].to_pylist() if name not in fitted][:12]
+    assert "fitted to 40 documents and judged on 12 others (divided by documents, seed 0)" in " ".join(text.split())
     assert "fitted to 40 documents" in report
     chosen = np.isin(store.documents["id"].to_pylist(), fitted)
     by_label = np.where(chosen, store.documents["label"].to_pylist(), "")

@@ -19,7 +19,7 @@ from flexcache.recording.forward.objective import describe_objective, recorded_o
 from tests.corpora import lengths, token_documents
 from tests.models import DEPTH, VOCABULARY, tiny
 
-DOCUMENTS = token_documents(lengths(60, longest=30), vocabulary=VOCABULARY)
+DOCUMENTS = token_documents(lengths(24, longest=30), vocabulary=VOCABULARY)
 QUIET: dict[str, Any] = {"progress": False, "batch_tokens": 128}
 
 

@@ -26,7 +26,7 @@ from tests.corpora import lengths, token_documents
 from tests.models import VOCABULARY, tiny, token_ids
 from tests.recording.test_recorder import shard_hashes
 
-DOCUMENTS = token_documents(lengths(60, longest=20), vocabulary=VOCABULARY)
+DOCUMENTS = token_documents(lengths(40, longest=20), vocabulary=VOCABULARY)
 SITES: dict[str, Any] = {"sites": ["embed", "resid_pre", "resid_post", "q", "mlp_out", "final_norm"]}
 QUIET: dict[str, Any] = {"progress": False, "batch_tokens": 64}
 FEW: dict[str, Any] = {"sites": {"resid_post": [0, 3]}, **QUIET}

@@ -246,7 +246,7 @@ def foreign(path: Path, n_rows: int) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["documents", "sites", "zstd"])
-@pytest.mark.parametrize("tries", [10, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tries", [5, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_kill_at_any_step_leaves_the_old_or_new_store_and_the_same_call_resumes(
     kind: str, tries: int, tmp_path: Path
 ) -> None:

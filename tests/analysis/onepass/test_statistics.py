@@ -10,7 +10,7 @@ import pkgutil
 import numpy as np
 import pytest
 import xarray as xr
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import analysis
@@ -77,6 +77,7 @@ def test_every_statistic_that_is_computed_by_itself_is_exported() -> None:
 
 
 @pytest.mark.parametrize("statistic", EXAMPLES, ids=lambda s: type(s).__name__)
+@settings(max_examples=40)
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4), cut=st.integers(0, 4), seed=st.integers(0, 99))
 def test_merging_states_equals_one_pass(statistic: Statistic, sizes: list[int], cut: int, seed: int) -> None:
     rows = blocks(sizes, seed)
