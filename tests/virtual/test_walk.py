@@ -31,6 +31,19 @@ REFUSED = {"granite": ("attn_out",), "deepseek_v3": ("mlp_post",), "jamba": ("ml
 FLOAT32_INSIDE = ("mamba", "mamba2")
 """Families whose residual stream is float32 in a bfloat16 model, and is rounded when it is stored."""
 REPLAYED = [family for family in FAMILIES if family not in WITHOUT]
+QUICK = 25
+"""Families that are tested in float32 by default, and every fifth of them in bfloat16; all with ``-m slow``, too."""
+KINDS = [
+    pytest.param(
+        family,
+        getattr(torch, dtype),
+        id=f"{family}-{dtype}",
+        marks=() if number < QUICK and (dtype == "float32" or number % 5 == 0) else pytest.mark.slow,
+    )
+    for number, family in enumerate(REPLAYED)
+    for dtype in ("float32", "bfloat16")
+    if dtype == "float32" or family not in FLOAT32_INSIDE
+]
 DOCUMENTS = token_documents(lengths(8, longest=10), vocabulary=VOCABULARY)
 
 
@@ -68,11 +81,8 @@ def differing(walk: Walk, store: flexcache.Store, segments: list[Segment]) -> se
     return wrong
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("family", REPLAYED)
+@pytest.mark.parametrize(("family", "dtype"), KINDS)
 def test_recomputed_rows_are_the_stored_ones_to_the_bit(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    if family in FLOAT32_INSIDE and dtype == torch.bfloat16:
-        pytest.skip("its residual stream is rounded when it is stored")
     model = tiny(family, dtype)
     sites = sites_of(family, model)
     flexcache.capture(model, None, DOCUMENTS, tmp_path / "s", sites=sites, batch_tokens=40, progress=False)
