@@ -120,12 +120,13 @@ def operations(capture: Any) -> int:
 
 
 def test_the_shared_blocks_run_once_for_each_batch(tmp_path: Path) -> None:
-    """Of two variants that share 3 of 4 blocks, the second adds a quarter; checks and dry runs, a constant, cancel."""
+    """Of two variants that share 3 of 4 blocks, the second adds a quarter; what runs beside the batches cancels."""
     models = ModelSource(name="base", adapters={"base": None, "top": "top"}).load_variants()
     given: dict[str, Any] = {"sites": {"resid_post": [3]}, "batch_tokens": 512, "progress": False}
 
     def cost(capture: Any, model: Any, name: str) -> int:
         corpora = [token_documents([60] * count, vocabulary=VOCABULARY) for count in (40, 160)]
+        capture(model, None, corpora[0], tmp_path / f"{name}-first", **given)  # a later capture repeats no check
         small, large = (
             operations(partial(capture, model, None, corpus, tmp_path / f"{name}-{len(corpus)}", **given))
             for corpus in corpora
