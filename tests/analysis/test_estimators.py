@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from analysis import probes
 from analysis.probes import estimators
 from analysis.probes.estimators import design as designs
-from analysis.probes.estimators.design import Design
+from analysis.probes.estimators.design import Design, split_rows
 from analysis.probes.estimators.linear import one_hot
 from flexcache.errors import AnalysisError
 
@@ -89,7 +89,6 @@ def test_solving_all_sets_and_strengths_at_once_equals_one_by_one(seed: int, cla
 @pytest.mark.parametrize("classes", [2, 3])
 def test_rows_read_in_blocks_give_the_same(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     X, y = data(90, classes=classes)
-    monkeypatch.setattr(designs, "BLOCK", 7)
     sizes: list[int] = []
 
     def read(part: slice) -> np.ndarray:
@@ -97,12 +96,41 @@ def test_rows_read_in_blocks_give_the_same(classes: int, monkeypatch: pytest.Mon
         return X[part]
 
     codes, sets = np.unique(y, return_inverse=True)[1], np.random.default_rng(0).random((3, 90)) < 0.8
-    for probe in (probes.Logistic(tol=1e-9), probes.Ridge(), probes.LDA(), probes.MassMean()):
+    balanced = probes.Logistic(Cs=[0.01, 1.0], class_weight="balanced", tol=1e-9)
+    for probe in (probes.Logistic(tol=1e-9), balanced, probes.Ridge(), probes.LDA(), probes.MassMean()):
         probe.classes_ = np.unique(y)
         there = probe.solve(Design(X), one_hot(codes, classes), sets, probe.strengths)
-        here = probe.solve(Design(read, X.shape), one_hot(codes, classes), sets, probe.strengths)
+        with monkeypatch.context() as patch:
+            patch.setattr(designs, "BLOCK", 7)
+            here = probe.solve(Design(read, X.shape), one_hot(codes, classes), sets, probe.strengths)
         np.testing.assert_allclose(here.coef * X.std(0), there.coef * X.std(0), rtol=1e-6, atol=1e-9)
     assert max(sizes) == 7
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("C", [1e-3, 1, 1e3])
+def test_logistic_over_many_blocks_is_the_optimum_of_scikit_learn(
+    classes: int, C: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(designs, "BLOCK", 64)
+    rng = np.random.default_rng(classes)
+    mixed = rng.normal(size=(30, 30)) * np.geomspace(1, 1e-3, 30)
+    X = rng.normal(size=(600, 30)) @ mixed + 1e3 * rng.normal(size=30)
+    y = (2 * (X - X.mean(0)) @ rng.normal(size=(30, classes)) + rng.gumbel(size=(600, classes))).argmax(1)
+    ours = probes.Logistic(C, tol=1e-8).fit(X, y)
+    reference = LogisticRegression(C=C, solver="newton-cholesky", tol=1e-14, max_iter=500)
+    theirs = make_pipeline(StandardScaler(), reference).fit(X, y)
+    np.testing.assert_allclose(ours.coef_ * ours.scale_, theirs[-1].coef_, atol=1e-6 * np.abs(theirs[-1].coef_).max())
+    np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=1e-6)
+    assert ours.distance_ <= ours.tol
+
+
+def test_rows_are_split_by_the_sets_that_they_belong_to() -> None:
+    sets = np.random.default_rng(0).random((70, 40)) < 0.5
+    sets[:, 20:] = sets[:, :20]
+    kinds, part_of = split_rows(sets)
+    assert kinds.shape == (70, 20)
+    assert (kinds[:, part_of] == sets).all()
 
 
 def test_decisions_are_in_the_units_of_the_activations() -> None:

@@ -20,9 +20,10 @@ STRONGEST, WEAKEST = -4.0, 0.0
 class Logistic(ClassifierMixin, LogOdds):
     """L2-regularised logistic regression on standardised features, binary or multinomial.
 
-    Minimises ``‖w‖² / 2 + C · Σ log-loss`` over standardised features; the intercept is not regularised. Solved by
-    Newton's method in float64, all folds and strengths at once (`analysis.probes.estimators.newton`). The gradient
-    bounds the distance of the coefficients from the optimum; a probe that does not reach it is an error, not a warning.
+    Minimises ``‖w‖² / 2 + C · Σ log-loss`` over standardised features; the intercept is not regularised. Solved in
+    float64, all folds and strengths at once: by Newton's method (`analysis.probes.estimators.newton`), or above 8,192
+    rows by L-BFGS, block by block (`analysis.probes.estimators.quasi_newton`). The gradient bounds the distance of the
+    coefficients from the optimum; a probe that does not reach it is an error, not a warning.
 
     >>> import numpy as np
     >>> X, y = np.array([[0.0, 1], [1, 1], [4, 1], [5, 2]] * 5), np.array([0, 0, 1, 1] * 5)
@@ -42,7 +43,7 @@ class Logistic(ClassifierMixin, LogOdds):
     tol
         Largest distance of the standardised coefficients from the optimum, as a share of their length.
     max_iter
-        Largest number of Newton steps.
+        Largest number of Newton steps; above 8,192 rows, a fiftieth of the largest number of passes over them.
 
     Attributes
     ----------
@@ -53,7 +54,7 @@ class Logistic(ClassifierMixin, LogOdds):
     mean_, scale_ : ndarray, (n_features,)
         Mean and scale of the standardisation; the scale of a constant feature is 1.
     n_iter_ : int
-        Number of Newton steps.
+        Number of Newton steps, or of passes over the rows.
     distance_ : float
         Bound of the distance from the optimum, at most `tol`.
     """
@@ -125,9 +126,9 @@ class Logistic(ClassifierMixin, LogOdds):
 
 
 def balanced_weights(targets: Floats, sets: NDArray[np.bool_]) -> Floats:
-    """Return the weight of each row in each training set, (sets, rows), that gives all classes of a set one total."""
+    """Return the weight of the rows of each class, (sets, classes), that gives all classes of a set one total."""
     both = np.concatenate([1 - targets, targets], axis=1) if targets.shape[1] == 1 else targets
     size = sets @ both
     if (size == 0).any():
         raise AnalysisError("a class is missing from a training set", remedy="ask for fewer folds")
-    return np.asarray((sets.sum(1, keepdims=True) / both.shape[1] / size) @ both.T * sets)
+    return np.asarray(sets.sum(1, keepdims=True) / both.shape[1] / size)

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.probes.estimators.design import Design, Floats
+from analysis.probes.estimators.design import Design, Floats, split_rows
 
 
 @dataclass(frozen=True)
@@ -71,28 +71,24 @@ class Moments:
 def gather_moments(design: Design, targets: Floats, sets: NDArray[np.bool_]) -> Moments:
     """Return the moments of every set in one pass over the rows.
 
-    Rows that belong to the same sets form one part, and each part is summed once. For a cross-validation with single
-    folds and pairs of folds left out, the parts are the folds.
+    Rows that belong to the same sets form one part, and each part is summed once (`split_rows`).
     """
-    middle = design.middle
-    kinds, part_of = np.unique(sets, axis=1, return_inverse=True)
+    kinds, part_of = split_rows(sets)
     count, features, many = kinds.shape[1], design.shape[1], targets.shape[1]
     n, total = np.zeros(count), np.zeros((count, features))
     target, cross = np.zeros((count, many)), np.zeros((count, many, features))
     gram = np.zeros((count, features, features))
-    for place, block in design.blocks():
-        inside = part_of[place]
-        for part in np.unique(inside):
-            rows, known = block[inside == part] - middle, targets[place][inside == part]
-            n[part] += len(rows)
-            total[part] += rows.sum(0)
-            target[part] += known.sum(0)
-            cross[part] += known.T @ rows
-            gram[part] += rows.T @ rows
+    for at, part, rows in design.parts(part_of):
+        known = targets[at]
+        n[part] += len(rows)
+        total[part] += rows.sum(0)
+        target[part] += known.sum(0)
+        cross[part] += known.T @ rows
+        gram[part] += rows.T @ rows
     held = kinds.astype(np.float64)
     size = held @ n
     return Moments(
-        middle,
+        design.middle,
         size,
         held @ total / size[:, None],
         held @ target / size[:, None],

@@ -5,7 +5,8 @@ deviation of that set; the intercept is not penalised. All problems share the ro
 them: a step of conjugate gradients for 150 problems is two passes over the rows. Newton's equations are solved
 inexactly (Dembo, Eisenstat & Steihaug 1982), preconditioned by the eigenvectors of the covariance of the rows, with a
 halving line search. The objective is strongly convex in the coefficients, so the gradient bounds their distance from
-the optimum; that bound is the certificate.
+the optimum; that bound is the certificate. More than one block of rows is left to
+`analysis.probes.estimators.quasi_newton`.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import softmax
 
 from analysis.probes.estimators.design import Design, Floats
+from analysis.probes.estimators.quasi_newton import sets_together, solve_in_blocks, to_probability
 
 HALVINGS = 30
 CG = 400
 """Largest number of conjugate gradient steps in one Newton step."""
 ARRAYS = 8
 """Number of arrays (rows, problems, classes) that are in memory at once."""
+PASSES = 50
+"""Passes over the rows that count as one step."""
 
 
 @dataclass
@@ -62,7 +65,7 @@ def solve(
     budget: int = 2 << 30,
     weights: Floats | None = None,
 ) -> Optimum:
-    """Solve the problems of all sets and strengths.
+    """Solve the problems of all sets and strengths, by Newton's method or, for more than one block of rows, L-BFGS.
 
     Parameters
     ----------
@@ -73,15 +76,18 @@ def solve(
         C, inverse strengths of the penalty.
     tol
         Relative distance from the optimum at which a problem is solved.
+    max_iter
+        Largest number of Newton steps, or of `PASSES` passes over the rows.
     budget
         Bytes for decisions and similar arrays; sets are solved together as far as it allows, at least one at a time.
-    weights : (sets, rows)
-        Weight of each row in the loss of each set, 1 by default; the sum is the number of rows of the set.
+    weights : (sets, classes)
+        Weight of the rows of each class in the loss of each set, 1 by default; their sum is the number of rows.
     """
     each = ARRAYS * 8 * truth.size * len(strengths)
-    together = max(1, budget // max(1, each))
+    columns = len(strengths) * truth.shape[1]
+    together = max(1, budget // max(1, each)) if design.single else sets_together(design, columns)
     parts = [
-        _solve(design, truth, sets[part], strengths, tol, max_iter, sets[part] if weights is None else weights[part])
+        _solve(design, truth, sets[part], strengths, tol, max_iter, None if weights is None else weights[part])
         for part in (slice(first, first + together) for first in range(0, len(sets), together))
     ]
     names = ("coef", "intercept", "mean", "scale", "distance")
@@ -96,23 +102,32 @@ def _solve(
     strengths: Floats,
     tol: float,
     max_iter: int,
-    weights: NDArray[Any],
+    weights: Floats | None,
 ) -> Optimum:
     mean, scale = design.spread(sets)
     middle, unit = design.middle, design.unit
-    problems = _Problems(design, truth, weights, strengths, (mean - middle) / unit, scale / unit)
-    steps = 0
-    while (left := problems.distance() > tol).any() and steps < max_iter and problems.step(left):
-        steps += 1
-    w, b = problems.coefficients()
+    spread = (mean - middle) / unit, scale / unit
+    if design.single:
+        both = np.hstack([1 - truth, truth]) if truth.shape[1] == 1 else truth
+        problems = _Problems(design, truth, sets if weights is None else sets * (weights @ both.T), strengths, *spread)
+        steps = 0
+        while (left := problems.distance() > tol).any() and steps < max_iter and problems.step(left):
+            steps += 1
+        w, b, distance = np.moveaxis(problems.w, 0, -1), problems.b, problems.distance()
+    else:
+        w, b, distance, steps = solve_in_blocks(
+            design, truth, sets, strengths, weights, spread, tol=tol, passes=max_iter * PASSES
+        )
+    if b.shape[1] > 1:
+        b = b - b.mean(1, keepdims=True)  # only differences count
     shape = (len(sets), len(strengths), truth.shape[1])
-    coef = np.moveaxis(w, 0, -1) / unit
+    coef = w / unit
     return Optimum(
         coef.reshape(*shape, -1),
         (b - coef @ middle).reshape(shape),
         mean,
         scale,
-        problems.distance().reshape(shape[:2]),
+        distance.reshape(shape[:2]),
         steps,
     )
 
@@ -142,13 +157,8 @@ class _Problems:
         self.penalty = self.ridge * self.scale**2
         self.w, self.b = np.zeros((features, count, classes)), np.zeros((count, classes))
         self.decision = np.zeros((rows, count, classes))
-        self.values, basis = design.principal
-        self.basis = basis.astype(np.float32)
+        self.values, self.basis = design.principal
         self._refresh(np.ones(count, bool))
-
-    def coefficients(self) -> tuple[Floats, Floats]:
-        """Return coefficients and intercepts; intercepts of several classes have mean 0, as only differences count."""
-        return self.w, self.b - self.b.mean(1, keepdims=True) if self.b.shape[1] > 1 else self.b
 
     def distance(self) -> Floats:
         """Return a bound of the relative distance of each problem from its optimum, (problems,)."""
@@ -184,12 +194,12 @@ class _Problems:
         """Compute probabilities and gradients of the problems that changed."""
         if left.all():
             self.decision = self._product(self.w) + self.b  # recomputed without accumulated rounding errors
-            self.probability = _probability(self.decision)
+            self.probability = to_probability(self.decision.copy(), axis=2)
             wrong = self.member[..., None] * (self.probability - self.truth)
             self.slope, self.offset = self._transposed(wrong) + self.penalty * self.w, wrong.sum(0)
             return
         at = np.flatnonzero(left)
-        self.probability[:, at] = _probability(self.decision[:, at])
+        self.probability[:, at] = to_probability(self.decision[:, at], axis=2)
         wrong = self.member[:, at, None] * (self.probability[:, at] - self.truth)
         self.slope[:, at] = self._transposed(wrong) + self.penalty[:, at] * self.w[:, at]
         self.offset[at] = wrong.sum(0)
@@ -273,16 +283,10 @@ class _Problems:
         return (self.basis @ inside.reshape(len(r), -1)).reshape(r.shape) * size
 
     def _product(self, w: Floats) -> Floats:
-        return self.design.product(w.reshape(len(w), -1)).reshape(-1, *w.shape[1:])
+        return (self.design.standardised @ w.reshape(len(w), -1)).reshape(-1, *w.shape[1:])
 
     def _transposed(self, values: Floats) -> Floats:
-        return self.design.transposed(values.reshape(len(values), -1)).reshape(-1, *values.shape[1:])
-
-
-def _probability(decision: Floats) -> Floats:
-    if decision.shape[2] == 1:
-        return 1 / (1 + np.exp(-np.clip(decision, -700, 700)))
-    return np.asarray(softmax(decision, axis=2))
+        return (self.design.standardised.T @ values.reshape(len(values), -1)).reshape(-1, *values.shape[1:])
 
 
 def _length(r: Floats, r0: Floats) -> Floats:

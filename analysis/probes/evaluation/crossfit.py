@@ -15,7 +15,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from analysis.dataset.probe_dataset import ProbeDataset
 from analysis.probes.estimators import LinearProbe
-from analysis.probes.estimators.design import Design, Floats
+from analysis.probes.estimators.design import Design, Floats, split_rows
 from analysis.probes.estimators.linear import LinearSolutions, coded, one_hot
 from analysis.probes.evaluation import score
 from analysis.probes.evaluation.score import Prediction
@@ -131,17 +131,18 @@ class FittedProbes:
     def _decide(self, solved: LinearSolutions) -> None:
         """Compute the decisions on the samples that each set left out, in one pass over the rows."""
         assert isinstance(self.rows, Design)
-        count, coef, intercept = self.sets.shape[1], solved.coef, solved.intercept
-        left = [np.flatnonzero(~held) for held in self.sets]
-        self._place = np.full((len(self.sets), count), -1, np.int64)
-        for place, rows in zip(self._place, left, strict=True):
-            place[rows] = np.arange(len(rows))
-        self._decision = [np.empty((len(self.strengths), len(rows), coef.shape[2])) for rows in left]
-        for part, block in self.rows.blocks():
-            for number, rows in enumerate(left):
-                inside = rows[(rows >= part.start) & (rows < part.stop)]
-                found = np.einsum("lkd,nd->lnk", coef[number], block[inside - part.start], optimize=True)
-                self._decision[number][:, self._place[number][inside]] = found + intercept[number][:, None]
+        sets, strengths, outputs, features = solved.coef.shape
+        kinds, part_of = split_rows(self.sets)
+        self._place = np.where(self.sets, -1, np.cumsum(~self.sets, axis=1) - 1)
+        self._decision = [np.empty((strengths, int((~held).sum()), outputs)) for held in self.sets]
+        intercept = solved.intercept + solved.coef @ self.rows.middle
+        without = [np.flatnonzero(~held) for held in kinds.T]
+        chosen = [np.ascontiguousarray(solved.coef[one].reshape(-1, features)) for one in without]
+        for at, part, rows in self.rows.parts(part_of, sets * strengths * outputs):
+            found = (chosen[part] @ rows.T).reshape(-1, strengths, outputs, len(at))
+            for number, decision in zip(without[part], found, strict=True):
+                shifted = decision + intercept[number][..., None]
+                self._decision[number][:, self._place[number][at]] = shifted.transpose(0, 2, 1)
 
     def _select(self, chosen: NDArray[Any]) -> NDArray[Any]:
         assert isinstance(self.rows, np.ndarray)
