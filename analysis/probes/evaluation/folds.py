@@ -50,8 +50,7 @@ def assign(dataset: ProbeDataset, cv: int, seed: int) -> NDArray[np.int64]:
             remedy="ask for fewer folds, or group by another column",
         )
     if dataset.task == "classification":
-        pairs = np.unique(np.stack([dataset.y, dataset.group]), axis=1)
-        spread = np.bincount(pairs[0], minlength=len(dataset.classes))
+        spread = np.bincount(_classes_within(dataset.y, dataset.group), minlength=len(dataset.classes))
         if spread.min() < cv:
             small = [f"{dataset.classes[c]!r} in {spread[c]}" for c in np.argsort(spread)[:5] if spread[c] < cv]
             raise AnalysisError(
@@ -83,5 +82,11 @@ def trainable(y: NDArray[np.int64], fold: NDArray[np.int64], cv: int, *, without
 
     That is the case if each class is in more than *without* folds.
     """
-    present = np.unique(np.stack([y, fold]), axis=1)[0]
+    present = _classes_within(y, fold)
     return cv > without and bool((np.bincount(present, minlength=int(y.max()) + 1) > without).all())
+
+
+def _classes_within(y: NDArray[np.int64], part: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the class of every pair of a class and a part of the samples that occurs."""
+    count = int(part.max()) + 1
+    return np.asarray(np.unique(y * count + part) // count)

@@ -15,7 +15,7 @@ from scipy.stats import t as student
 
 from analysis.probes.evaluation import pooled_metrics
 from analysis.probes.evaluation.metric_values import POOLED, Floats, Ints, Metric, Prediction, pooled, weighted_values
-from analysis.statistics.bootstrap import CHUNK, degrees_of_freedom, percentile_interval, resample_groups, t_widening
+from analysis.statistics.bootstrap import degrees_of_freedom, percentile_interval, resample_groups, t_widening
 
 SHARES = ("accuracy", "auroc", "f1", "balanced_accuracy")
 """Metrics from 0 to 1 whose interval is that of a proportion."""
@@ -128,18 +128,16 @@ def draw_scores(
     for number, metric in enumerate(wanted):
         if metric == "recall@1%":
             standard = pooled_metrics.standardised(y, prediction.decision, fold, group)
-            drawn = resample_groups(int(group.max()) + 1, resamples, seed, n_samples=len(y), smooth=True)
-            for part, weights in drawn:
-                values[number, part] = pooled_metrics.recall_replicates(y, standard, weights[:, group])
+            for part, weights in resample_groups(int(group.max()) + 1, resamples, seed, smooth=True):
+                values[number, part] = pooled_metrics.recall_replicates(y, standard, weights, group)
         elif metric in POOLED:
             assert prediction.probability is not None
             gaps = pooled_metrics.bin_gaps(y, prediction.probability)
             values[number] = pooled_metrics.calibration_replicates(gaps, group, resamples, seed)
     drawable = [number for number, metric in enumerate(wanted) if metric not in POOLED]
-    for part, weights in resample_groups(int(group.max()) + 1, resamples, seed, n_samples=len(y)):
-        expanded = weights[:, group] if drawable else weights
+    for part, weights in resample_groups(int(group.max()) + 1, resamples, seed):
         for number in drawable:
-            values[number, part] = weighted_values(wanted[number], y, prediction, fold, expanded)
+            values[number, part] = weighted_values(wanted[number], y, prediction, fold, weights, group)
     return values
 
 
@@ -213,18 +211,10 @@ def leave_groups_out(
     count = int(place.max()) + 1
     if count > MOST:
         place, count = (np.random.default_rng(seed).permutation(count) % MOST)[place], MOST
-    step = 1 if metric in POOLED else max(1, CHUNK // len(y))
-    found = []
-    for first in range(0, count, step):
-        kept = place != np.arange(first, min(first + step, count))[:, None]
-        if metric in POOLED:
-            at = kept[0]
-            found.append(np.array([pooled(metric, y[at], said.select_samples(at), fold[at], group[at])]))
-        else:
-            found.append(weighted_values(metric, y, said, fold, kept * 1.0))
+    found = weighted_values(metric, y, said, fold, 1 - np.eye(count), place)
     compared = [y == code for code in np.unique(y)] if metric == "auroc" else [np.ones(len(y), bool)]
     size = [np.bincount(place[at], minlength=count).astype(np.float64) for at in compared]
-    return np.concatenate(found), np.stack(size, axis=1)
+    return found, np.stack(size, axis=1)
 
 
 def _recall_quantiles(

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.probes.evaluation import pooled_metrics
+from analysis.probes.evaluation.pooled_metrics import sum_groups
+from analysis.statistics.bootstrap import CHUNK
 
 Metric = Literal[
     "accuracy",
@@ -100,7 +102,7 @@ def parts(
         shares, counted = _shares(metric, y, prediction, fold, np.arange(len(y)) if group is None else group)
         top, bottom = (np.bincount(fold, values, cv).astype(np.float64) for values in (shares, counted))
         return top, bottom
-    found = [_weighted(metric, y[at], prediction.select_samples(at), np.ones((1, at.sum()))) for at in _masks(fold, cv)]
+    found = [_weighted(metric, y[at], prediction.select_samples(at), *_alike(int(at.sum()))) for at in _masks(fold, cv)]
     return np.array([top[0] for top, _ in found]), np.array([bottom[0] for _, bottom in found])
 
 
@@ -124,28 +126,34 @@ def pooled(metric: Metric, y: NDArray, prediction: Prediction, fold: Ints, group
     if metric in POOLED:
         top, bottom = parts(metric, y, prediction, fold, int(fold.max()) + 1, group)
         return float(ratio(top.sum(), bottom.sum()))
-    return float(weighted_values(metric, y, prediction, fold, np.ones((1, len(y))))[0])
+    return float(weighted_values(metric, y, prediction, fold, *_alike(len(y)))[0])
 
 
-def weighted_values(metric: Metric, y: NDArray, said: Prediction, fold: Ints, weights: Floats) -> Floats:
-    """Return the value over all held-out samples under each row of weights, ``(n, n_samples)`` to ``(n,)``.
+def weighted_values(metric: Metric, y: NDArray, said: Prediction, fold: Ints, weights: Floats, group: Ints) -> Floats:
+    """Return the value over all held-out samples under each row of weights of groups, ``(n, n_groups)`` to ``(n,)``.
 
-    Not for the metrics in `POOLED`. The samples of a group have the same weight.
+    Not for the metrics in `POOLED`. All samples of a group have its weight, so that sums over groups are enough.
     """
     if metric == "f1":
-        return _f1(y, said.predicted, weights)
+        return _f1(y, said.predicted, weights, group)
     if metric == "balanced_accuracy":
-        return _balanced(y, said.predicted, weights)
+        return _balanced(y, said.predicted, weights, group)
     if metric == "r2":  # about the observed mean: the mean of a resample would bias every R² downwards
-        return 1 - ratio(weights @ (y - said.predicted) ** 2, weights @ (y - y.mean()) ** 2)
-    masks = _masks(fold, int(fold.max()) + 1)
+        squares = np.stack([(y - said.predicted) ** 2, (y - y.mean()) ** 2], axis=1)
+        return 1 - ratio(*(weights @ sum_groups(squares, group, weights.shape[1])).T)
+    masks = [at for at in _masks(fold, int(fold.max()) + 1) if at.any()]
     if metric == "pearson":
-        sums = np.sum([_products(y[at], said.predicted[at], weights[:, at]) for at in masks if at.any()], axis=0)
+        sums = np.sum([_products(y[at], said.predicted[at], weights, group[at]) for at in masks], axis=0)
         return ratio(sums[0], np.sqrt(sums[1] * sums[2]))
     if metric != "auroc":  # a mean over samples, whose folds need not be told apart
-        return ratio(*_weighted(metric, y, said, weights))
-    found = [_weighted(metric, y[at], said.select_samples(at), weights[:, at]) for at in masks if at.any()]
+        return ratio(*_weighted(metric, y, said, weights, group))
+    found = [_auroc(y[at], said.decision[at], weights, group[at]) for at in masks]
     return ratio(*np.sum(found, axis=0))  # pairs within a fold, whose decisions can be compared
+
+
+def _alike(count: int) -> tuple[Floats, Ints]:
+    """Return weight and group of samples that are one group."""
+    return np.ones((1, 1)), np.zeros(count, np.int64)
 
 
 def _masks(fold: Ints, cv: int) -> list[NDArray[np.bool_]]:
@@ -165,28 +173,29 @@ def _shares(metric: Metric, y: NDArray, said: Prediction, fold: Ints, group: Int
     return pooled_metrics.positives_above_threshold(y, standard).astype(float), counted.astype(float)
 
 
-def _weighted(metric: Metric, y: NDArray, said: Prediction, weights: Floats) -> tuple[Floats, Floats]:
-    """Return numerator and denominator of one fold under each row of weights ``(n, n_samples)``."""
-    if metric == "accuracy":
-        return weights @ (y == said.predicted).astype(float), weights.sum(1)
-    if metric == "f1":
-        return _f1(y, said.predicted, weights) * weights.sum(1), weights.sum(1)
-    if metric == "balanced_accuracy":
-        return _balanced(y, said.predicted, weights) * weights.sum(1), weights.sum(1)
-    if metric == "r2":
-        sst = weights @ (y - y.mean()) ** 2
-        return sst - weights @ (y - said.predicted) ** 2, sst
-    if metric == "pearson":
-        shared, *squares = _products(y, said.predicted, weights)
-        return np.nan_to_num(ratio(shared, np.sqrt(np.prod(squares, axis=0)))) * weights.sum(1), weights.sum(1)
+def _weighted(metric: Metric, y: NDArray, said: Prediction, weights: Floats, group: Ints) -> tuple[Floats, Floats]:
+    """Return numerator and denominator of one fold under each row of weights ``(n, n_groups)``."""
     if metric == "auroc":
-        return _auroc(y, said.decision, weights)
-    assert said.probability is not None
-    return weights @ _calibration(metric, y, said.probability), weights.sum(1)
+        return _auroc(y, said.decision, weights, group)
+    total = weights @ np.bincount(group, minlength=weights.shape[1])
+    if metric == "f1":
+        return _f1(y, said.predicted, weights, group) * total, total
+    if metric == "balanced_accuracy":
+        return _balanced(y, said.predicted, weights, group) * total, total
+    if metric == "pearson":
+        shared, *squares = _products(y, said.predicted, weights, group)
+        return np.nan_to_num(ratio(shared, np.sqrt(np.prod(squares, axis=0)))) * total, total
+    if metric == "r2":
+        away = np.stack([(y - y.mean()) ** 2, (y - said.predicted) ** 2], axis=1)
+        sst, rest = (weights @ sum_groups(away, group, weights.shape[1])).T
+        return sst - rest, sst
+    values = y == said.predicted if metric == "accuracy" else _calibration(metric, y, said.probability)
+    return weights @ sum_groups(values[:, None] * 1.0, group, weights.shape[1])[:, 0], total
 
 
-def _calibration(metric: Metric, y: NDArray, probability: Floats) -> Floats:
+def _calibration(metric: Metric, y: NDArray, probability: Floats | None) -> Floats:
     """Return the log-loss or Brier score of each sample; Brier sums over classes if there are more than two."""
+    assert probability is not None
     if metric == "log_loss":
         return np.asarray(-np.log(np.maximum(probability[np.arange(len(y)), y], np.finfo(np.float64).eps)))
     if probability.shape[1] == 2:
@@ -194,40 +203,56 @@ def _calibration(metric: Metric, y: NDArray, probability: Floats) -> Floats:
     return np.asarray(((probability - (y[:, None] == np.arange(probability.shape[1]))) ** 2).sum(1))
 
 
-def _f1(y: NDArray, predicted: NDArray, weights: Floats) -> Floats:
+def _f1(y: NDArray, predicted: NDArray, weights: Floats, group: Ints) -> Floats:
     classes = np.unique(np.concatenate([y, predicted]))
     classes = classes[classes == 1] if len(classes) <= 2 and classes.max(initial=0) <= 1 else classes
     if not len(classes):
         return np.zeros(len(weights))
-    one = (y[:, None] == classes).astype(float)
-    other = (predicted[:, None] == classes).astype(float)
-    hit, size = weights @ (one * other), weights @ (one + other)
+    one, other = y[:, None] == classes, predicted[:, None] == classes
+    hit, size = (
+        weights @ sum_groups(values * 1.0, group, weights.shape[1]) for values in (one & other, one + 1 * other)
+    )
     return np.asarray(np.divide(2 * hit, size, out=np.zeros_like(size), where=size > 0).mean(1))
 
 
-def _balanced(y: NDArray, predicted: NDArray, weights: Floats) -> Floats:
+def _balanced(y: NDArray, predicted: NDArray, weights: Floats, group: Ints) -> Floats:
     """Return the mean over classes of the share of each class that is right; classes without weight are left out."""
     one = (y[:, None] == np.unique(y)).astype(float)
-    hit, size = weights @ (one * (y == predicted)[:, None]), weights @ one
+    right = one * (y == predicted)[:, None]
+    hit, size = (weights @ sum_groups(values, group, weights.shape[1]) for values in (right, one))
     return ratio(ratio(hit, size).sum(1, where=size > 0), (size > 0).sum(1))
 
 
-def _products(y: NDArray, predicted: NDArray, weights: Floats) -> Floats:
+def _products(y: NDArray, predicted: NDArray, weights: Floats, group: Ints) -> Floats:
     """Return the weighted sums of products about the weighted means: of both, of *y*, of *predicted*; ``(3, n)``."""
-    share = weights / np.maximum(weights.sum(1, keepdims=True), 1e-300)
-    one, two = y - (share @ y)[:, None], predicted - (share @ predicted)[:, None]
-    return np.stack([(weights * a * b).sum(1) for a, b in ((one, two), (one, one), (two, two))])
+    a, b = y - y.mean(), predicted - predicted.mean()
+    sums = weights @ sum_groups(np.stack([np.ones(len(y)), a, b, a * b, a * a, b * b], axis=1), group, weights.shape[1])
+    total, one, two, *products = sums.T
+    means = np.stack([one * two, one**2, two**2]) / np.maximum(total, 1e-300)
+    return np.asarray(products - means)
 
 
-def _auroc(y: NDArray, decision: Floats, weights: Floats) -> tuple[Floats, Floats]:
-    _, tied = np.unique(decision, return_inverse=True)
-    order = np.argsort(tied, kind="stable")
-    tied, positive, weights = tied[order], y[order] == 1, weights[:, order]
-    below = np.zeros((len(weights), len(y) + 1))
-    np.cumsum(weights * ~positive, axis=1, out=below[:, 1:])
-    left, right = (
-        np.searchsorted(tied, tied[positive], "left"),
-        np.searchsorted(tied, tied[positive], "right"),
-    )
-    won = (weights[:, positive] * (below[:, left] + below[:, right])).sum(1) / 2
-    return won, weights[:, positive].sum(1) * below[:, -1]
+def _auroc(y: NDArray, decision: Floats, weights: Floats, group: Ints) -> tuple[Floats, Floats]:
+    """Return the weight of concordant pairs, a tie being a half, and of all pairs.
+
+    The pairs of each two groups are counted once if there are more rows of weights than groups.
+    """
+    present, group = np.unique(group, return_inverse=True)
+    weights = weights[:, present]
+    order = np.argsort(decision, kind="stable")
+    ranked, positive, group = decision[order], y[order] == 1, group[order]
+    starts = np.append(True, np.diff(ranked) != 0)  # of equal decisions
+    ends = np.append(np.flatnonzero(starts)[1:], len(ranked))
+    several = len(weights) > len(present)
+    basis = np.eye(len(present)) if several else weights.T
+    won = np.empty((len(present), basis.shape[1]))  # weight of the negatives below the positives of each group
+    for at in np.array_split(np.arange(basis.shape[1]), -(-basis.shape[1] * len(y) // CHUNK)):
+        below = np.zeros((len(y) + 1, len(at)))
+        np.cumsum(basis[:, at][group] * ~positive[:, None], axis=0, out=below[1:])
+        tie = np.cumsum(starts)[positive] - 1
+        counted = below[np.flatnonzero(starts)[tie]]
+        if not starts.all():
+            counted = (counted + below[ends[tie]]) / 2
+        won[:, at] = sum_groups(counted, group[positive], len(present))
+    total = [weights @ np.bincount(group[at], minlength=len(present)) for at in (positive, ~positive)]
+    return (weights * (weights @ won.T if several else won.T)).sum(1), total[0] * total[1]

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 from scipy.stats import beta, norm
 
-from analysis.statistics.bootstrap import degrees_of_freedom, resample_groups, t_widening
+from analysis.statistics.bootstrap import CHUNK, degrees_of_freedom, resample_groups, t_widening
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -155,8 +156,8 @@ def positives_above_threshold(y: NDArray, standard: Floats) -> NDArray[np.bool_]
     return np.asarray((y == 1) & (standard > threshold))
 
 
-def recall_replicates(y: NDArray, standard: Floats, weights: Floats) -> Floats:
-    """Return the recall at a false positive rate of `RATE` under each row of weights ``(resamples, n_samples)``.
+def recall_replicates(y: NDArray, standard: Floats, weights: Floats, group: Ints) -> Floats:
+    """Return the recall at a false positive rate of `RATE` under each row of weights ``(resamples, n_groups)``.
 
     With exponential weights, the weight of the negatives that reach a score is distributed like the false positive rate
     there (Rubin 1981, "The Bayesian bootstrap"). The recall is interpolated between negatives; above the largest one
@@ -164,21 +165,31 @@ def recall_replicates(y: NDArray, standard: Floats, weights: Floats) -> Floats:
     """
     kept = ~np.isnan(standard)
     order = np.flatnonzero(kept)[np.argsort(-standard[kept], kind="stable")]
-    positive, values = y[order] == 1, standard[order]
+    positive, values, group = y[order] == 1, standard[order], group[order]
     if positive.all() or not positive.any():
         return np.full(len(weights), np.nan)
-    nodes = np.unique(-values[~positive & (weights[:, order] > 0).any(0)])
-    ends = np.searchsorted(-values, nodes, "right")  # number of samples that reach each negative
-    reached = np.zeros((2, len(weights), len(ends) + 1))
-    for at, chosen in enumerate((~positive, positive)):
-        reached[at, :, 1:] = np.cumsum(weights[:, order] * chosen, axis=1)[:, ends - 1]
-    negatives, positives = reached
-    allowed = RATE * negatives[:, -1]
+    total, allowed = (weights @ np.bincount(group[at], minlength=weights.shape[1]) for at in (positive, ~positive))
+    allowed *= RATE
+    negative = ~positive & np.asarray((weights > 0).any(0))[group]
+    wanted = 4 * RATE
+    while True:  # only the largest values matter
+        last = values[np.flatnonzero(negative)[: int(wanted * negative.sum()) + 2][-1]]
+        stop = np.searchsorted(-values, -last, "right")
+        ends = np.searchsorted(-values, np.unique(-values[:stop][negative[:stop]]), "right")  # of equal negatives
+        reached = np.zeros((2, len(weights), len(ends) + 1))
+        for chunk in np.array_split(np.arange(len(weights)), -(-len(weights) * stop // CHUNK)):
+            above = np.ascontiguousarray(weights[chunk].T)[group[:stop]]
+            for at, chosen in enumerate((~positive, positive)):
+                sums = np.cumsum(above * chosen[:stop, None], axis=0)[ends - 1]
+                reached[at, chunk, 1:] = sums.T
+        negatives, positives = reached
+        if stop == len(values) or wanted >= 1 or (negatives[:, -1] > allowed).all():
+            break
+        wanted *= 4
     above = (negatives <= allowed[:, None]).sum(1)  # the first node beyond the rate
     line = np.arange(len(weights))
     low, high = negatives[line, above - 1], negatives[line, above]
     part = (allowed - low) / (high - low)
-    total = (weights[:, order] * positive).sum(1)
     return np.asarray(((1 - part) * positives[line, above - 1] + part * positives[line, above]) / total)
 
 
@@ -202,14 +213,20 @@ def recall_distributions(y: NDArray, standard: Floats, group: Ints, resamples: i
     many, hits = (max(1, round(at.sum() / design_effect(values[at], group[at]))) for at in (~positive, positive))
     first = (np.arange(many) * len(negatives) / many).astype(int)
     last = np.append(first[1:], len(negatives)) - 1
-    reached = np.cumsum(rng.standard_exponential((resamples, many + 1)), axis=1)
-    reached /= reached[:, -1:]
-    above = np.minimum((reached <= RATE).sum(1), many - 1)  # the first negative beyond the rate
+    above, before, after = np.zeros(resamples, np.int64), np.zeros(resamples), np.ones(resamples)
+    size = max(1, CHUNK // (many + 1))
+    for start in range(0, resamples, size):
+        reached = np.cumsum(rng.standard_exponential((min(size, resamples - start), many + 1)), axis=1)
+        reached /= reached[:, -1:]
+        line = np.arange(len(reached))
+        chosen = np.minimum((reached <= RATE).sum(1), many - 1)  # the first negative beyond the rate
+        at = slice(start, start + len(reached))
+        above[at], after[at] = chosen, reached[line, chosen]
+        before[at] = np.where(chosen > 0, reached[line, chosen - 1], 0.0)
     inner, outer = (
         np.append(0.0, np.searchsorted(positives, -negatives[at], "left") / len(positives)) for at in (first, last)
     )
-    line, before = np.arange(resamples), np.where(above > 0, reached[np.arange(resamples), above - 1], 0.0)
-    part = np.minimum((RATE - before) / (reached[line, above] - before), 1.0)
+    part = np.minimum((RATE - before) / (after - before), 1.0)
     found = hits * ((1 - part) * inner[above] + part * inner[above + 1]), hits * outer[above + 1]
     chance = rng.random(resamples)
     low = beta.ppf(chance, np.maximum(found[0], 1e-9), hits - found[0] + 1)
@@ -243,11 +260,15 @@ def design_effect(values: Floats, group: Ints) -> float:
 
 
 def _sum_groups(values: Floats, group: Ints) -> tuple[Floats, Floats]:
-    """Return the sums of each group, ``(groups, n)``, and its samples."""
-    place = np.unique(group, return_inverse=True)[1]
-    total = np.zeros((int(place.max()) + 1, values.shape[1]))
-    np.add.at(total, place, values)
-    return total, np.bincount(place).astype(float)
+    """Return the sums of each group that occurs, ``(groups, n)``, and its samples."""
+    place, size = np.unique(group, return_inverse=True, return_counts=True)[1:]
+    return sum_groups(values, place, len(size)), size.astype(float)
+
+
+def sum_groups(values: Floats, group: Ints, count: int) -> Floats:
+    """Return the sums of the samples of each group, ``(n_samples, n)`` to ``(count, n)``."""
+    member = csr_array((np.ones(len(group)), group, np.arange(len(group) + 1)), shape=(len(group), count))
+    return np.asarray(member.T @ values)
 
 
 def _widening(size: Floats) -> Floats:
