@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -12,7 +14,7 @@ from sklearn.base import ClassifierMixin
 
 from analysis.probes.estimators.design import Design, Floats
 from analysis.probes.estimators.linear import LinearProbe, LinearSolutions, LogOdds
-from analysis.probes.estimators.moments import gather_moments
+from analysis.probes.estimators.moments import gather_moments, solve_shifted
 from flexcache.errors import AnalysisError
 
 
@@ -29,16 +31,20 @@ class _OfMeans(ClassifierMixin, LinearProbe):
         intercept = np.empty(coef.shape[:3])
         for number, centre in enumerate(moments.middle + moments.mean):
             means, share = moments.means[number] - moments.mean[number], moments.target[number]
-            for at, strength in enumerate(strengths):
-                w, b = self._decide(means, share, moments.within[number], float(strength))
-                coef[number, at], intercept[number, at] = w, b - w @ centre
+            w, b = self._decide(means, share, partial(moments.within, number), strengths)
+            coef[number], intercept[number] = w, b - w @ centre
         if targets.shape[1] == 1:  # the second class against the first
             coef, intercept = coef[:, :, 1:] - coef[:, :, :1], intercept[..., 1:] - intercept[..., :1]
         return LinearSolutions(coef, intercept)
 
     @abstractmethod
-    def _decide(self, means: Floats, share: Floats, within: Floats, strength: float) -> tuple[Floats, Floats]:
-        """Return coefficients (classes, features) and intercepts (classes,) for features relative to the mean."""
+    def _decide(
+        self, means: Floats, share: Floats, within: Callable[[], Floats], strengths: Floats
+    ) -> tuple[Floats, Floats]:
+        """Return coefficients and intercepts for features relative to the mean.
+
+        Their shapes are (strengths, classes, features) and (strengths, classes); the first may be 1 for all strengths.
+        """
 
 
 class NearestCentroid(_OfMeans):
@@ -53,8 +59,10 @@ class NearestCentroid(_OfMeans):
     [0, 1]
     """
 
-    def _decide(self, means: Floats, share: Floats, within: Floats, strength: float) -> tuple[Floats, Floats]:
-        return means, -(means**2).sum(1) / 2
+    def _decide(
+        self, means: Floats, share: Floats, within: Callable[[], Floats], strengths: Floats
+    ) -> tuple[Floats, Floats]:
+        return means[None], -(means**2).sum(1)[None] / 2
 
 
 class MassMean(_OfMeans):
@@ -78,12 +86,14 @@ class MassMean(_OfMeans):
     def __init__(self, *, iid: bool = False) -> None:
         self.iid = iid
 
-    def _decide(self, means: Floats, share: Floats, within: Floats, strength: float) -> tuple[Floats, Floats]:
+    def _decide(
+        self, means: Floats, share: Floats, within: Callable[[], Floats], strengths: Floats
+    ) -> tuple[Floats, Floats]:
         centre = means.mean(0)
         coef = means - centre
         if self.iid:
-            coef = lstsq(within, coef.T, check_finite=False)[0].T
-        return coef, -np.einsum("kd,kd->k", coef, means + centre) / 2
+            coef = lstsq(within(), coef.T, check_finite=False)[0].T
+        return coef[None], -np.einsum("kd,kd->k", coef, means + centre)[None] / 2
 
 
 class LDA(LogOdds, _OfMeans):
@@ -123,9 +133,14 @@ class LDA(LogOdds, _OfMeans):
             raise AnalysisError("shrinkage lies from 0 to 1", where="LDA", found=str(found.tolist()))
         return found
 
-    def _decide(self, means: Floats, share: Floats, within: Floats, strength: float) -> tuple[Floats, Floats]:
-        matrix = (1 - strength) * within
-        matrix.flat[:: len(matrix) + 1] += strength * np.trace(within) / len(within)
-        solve = np.linalg.solve if strength else lambda a, b: lstsq(a, b, check_finite=False)[0]
-        coef: Floats = np.asarray(solve(matrix, means.T).T, np.float64)
-        return coef, np.log(share) - np.einsum("kd,kd->k", coef, means) / 2
+    def _decide(
+        self, means: Floats, share: Floats, within: Callable[[], Floats], strengths: Floats
+    ) -> tuple[Floats, Floats]:
+        matrix, (count, features) = within(), means.shape
+        coef = np.empty((len(strengths), count, features))
+        sizes, shrunk = strengths * np.trace(matrix) / features, strengths > 0
+        if not shrunk.all():
+            coef[~shrunk] = lstsq(matrix, means.T, check_finite=False)[0].T
+        if shrunk.any():
+            coef[shrunk] = solve_shifted(matrix, means.T, 1 - strengths[shrunk], sizes[shrunk]).transpose(0, 2, 1)
+        return coef, np.log(share) - np.einsum("skd,kd->sk", coef, means) / 2

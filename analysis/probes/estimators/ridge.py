@@ -6,11 +6,10 @@ from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.linalg import cho_factor, cho_solve
 
 from analysis.probes.estimators.design import Design, Floats
 from analysis.probes.estimators.linear import LinearProbe, LinearSolutions
-from analysis.probes.estimators.moments import gather_moments
+from analysis.probes.estimators.moments import gather_moments, solve_shifted
 from flexcache.errors import AnalysisError
 
 STRONGEST, WEAKEST = 5.0, 0.0
@@ -72,14 +71,11 @@ class Ridge(LinearProbe):
         moments = gather_moments(design, known, sets)
         scale = moments.scale
         self.mean_, self.scale_ = moments.middle + moments.mean[0], scale[0]
-        gram = moments.covariance / scale[:, :, None] / scale[:, None, :] * moments.n[:, None, None]
-        right = moments.shared / scale[:, None, :] * moments.n[:, None, None]
         coef = np.empty((len(sets), len(strengths), known.shape[1], design.shape[1]))
-        for number in range(len(sets)):
-            for at, alpha in enumerate(strengths):
-                matrix = gram[number].copy()
-                matrix.flat[:: len(matrix) + 1] += alpha
-                factor = cho_factor(matrix, overwrite_a=True, check_finite=False)
-                coef[number, at] = cho_solve(factor, right[number].T, check_finite=False).T / scale[number]
+        for number, n in enumerate(moments.n):
+            gram = moments.covariance(number) / scale[number, :, None] / scale[number] * n
+            right = moments.shared[number].T / scale[number, :, None] * n
+            found = solve_shifted(gram, right, np.ones(len(strengths)), strengths)
+            coef[number] = found.transpose(0, 2, 1) / scale[number]
         middle = moments.middle + moments.mean
         return LinearSolutions(coef, moments.target[:, None] - np.einsum("slkd,sd->slk", coef, middle))
