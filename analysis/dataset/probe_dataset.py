@@ -91,17 +91,18 @@ class ProbeDataset:
             return np.arange(self.n_samples)
         return np.argsort(table["source_index"].to_numpy()[self.source][self.document], kind="stable")
 
-    def read_layer(self, layer: int | None) -> NDArray[Any]:
+    def read_layer(self, layer: int | None, *, linear: bool = False) -> NDArray[Any]:
         """Return the samples of one layer, float32 ``(n_samples, features)``; an array of matrices for tokens.
 
-        Memory is that one matrix. Pooled samples read at most `BLOCK` rows at a time and average in float64.
+        Memory is that one matrix, and what a probe adds (`bytes_per_layer`). Pooled samples read at most `BLOCK` rows
+        at a time and average in float64.
 
         Raises
         ------
         AnalysisError
             A value is not finite, or the matrix does not fit into memory.
         """
-        self._check_memory(layer)
+        self._check_memory(layer, linear)
         self._prefetch(layer, self._every_row() if self.row is None else self.row)
         if self.rows == "tokens":
             flat = self._finite(layer, _matrix(self.store.read(self.site, layer=layer, rows=self._every_row())))
@@ -132,15 +133,18 @@ class ProbeDataset:
         if attached is not None and layer is not None:
             attached.prefetch(self.site, [one for one in self.layers if one is not None and one >= layer], rows)
 
-    def bytes_per_layer(self) -> int:
-        """Return the peak bytes of a probe in memory: float32 rows, float64 rows, and their standardised copy."""
-        count = int(self.n_rows.sum()) if self.rows == "tokens" else self.n_samples
-        return count * self.features * (4 + 8 + 8)
+    def bytes_per_layer(self, *, linear: bool = False) -> int:
+        """Return the peak bytes of a probe in memory: float32 rows, float64 rows, and their standardised copy.
 
-    def _check_memory(self, layer: int | None) -> None:
+        A *linear* probe of this package computes block by block: float32 rows, and at most as much again.
+        """
+        count = int(self.n_rows.sum()) if self.rows == "tokens" else self.n_samples
+        return count * self.features * (4 + 4 if linear else 4 + 8 + 8)
+
+    def _check_memory(self, layer: int | None, linear: bool) -> None:
         if self.rows not in ("all", "tokens") or layer != self.layers[0]:
             return
-        needed, memory = self.bytes_per_layer(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        needed, memory = self.bytes_per_layer(linear=linear), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > memory:
             raise AnalysisError(
                 "one layer of all rows does not fit into memory",

@@ -249,8 +249,8 @@ def _layer_samples(
     """Yield each validation with the samples of a layer: in memory, or read in blocks if they would not fit."""
     dataset = group[0].dataset
     budget = memory or int(SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    if dataset.row is not None and dataset.bytes_per_layer() > budget:
-        unable = next((validation for validation in group if not isinstance(validation.probe, LinearProbe)), None)
+    unable = next((validation for validation in group if not isinstance(validation.probe, LinearProbe)), None)
+    if dataset.row is not None and dataset.bytes_per_layer(linear=unable is None) > budget:
         if unable is not None:
             raise AnalysisError(
                 f"{type(unable.probe).__name__} needs all samples in memory",
@@ -262,7 +262,7 @@ def _layer_samples(
         streamed = Design(lambda part: dataset.read_samples(layer, part), (dataset.n_samples, dataset.features))
         yield from ((validation, streamed) for validation in group)
         return
-    X = dataset.read_layer(layer)
+    X = dataset.read_layer(layer, linear=unable is None)
     design = Design(X) if X.dtype != object else None
     for validation in group:
         yield validation, design if design is not None and isinstance(validation.probe, LinearProbe) else X

@@ -14,8 +14,8 @@ Read = Callable[[slice], NDArray[np.floating]]
 
 BLOCK = 8192
 """Largest number of rows that are computed with at once."""
-CELLS = 2**22
-"""Largest number of values of a block, float64: 32 MiB."""
+CELLS = 2**21
+"""Largest number of values of a block, float64: 16 MiB."""
 
 
 class Design:
@@ -62,7 +62,8 @@ class Design:
     @cached_property
     def unit(self) -> Floats:
         """Standard deviation of all rows, (features,); 1 for constant features."""
-        square = sum(((block - self.middle) ** 2).sum(0) for _, block in self.blocks()) / self.shape[0]
+        centred = (block - self.middle for _, block in self.blocks())
+        square = sum(np.einsum("nd,nd->d", rows, rows) for rows in centred) / self.shape[0]
         return np.where(square > self._floor(self.middle), np.sqrt(square), 1.0)
 
     @cached_property

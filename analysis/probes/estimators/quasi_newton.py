@@ -217,7 +217,7 @@ class _Problems:
 
 def sets_together(design: Design, columns: int) -> int:
     """Return how many sets of *columns* problems each are solved together: arrays of at most half of the rows."""
-    budget = max(8 * CELLS, 2 * design.shape[0] * design.shape[1])
+    budget = max(16 * CELLS, 2 * design.shape[0] * design.shape[1])
     return max(1, budget // ((2 * PAIRS + 8) * 8 * (design.shape[1] + 1) * columns))
 
 

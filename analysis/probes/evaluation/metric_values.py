@@ -246,7 +246,7 @@ def _auroc(y: NDArray, decision: Floats, weights: Floats, group: Ints) -> tuple[
     several = len(weights) > len(present)
     basis = np.eye(len(present)) if several else weights.T
     won = np.empty((len(present), basis.shape[1]))  # weight of the negatives below the positives of each group
-    for at in np.array_split(np.arange(basis.shape[1]), -(-basis.shape[1] * len(y) // CHUNK)):
+    for at in np.array_split(np.arange(basis.shape[1]), -(-basis.shape[1] * len(y) // (CHUNK // 4))):
         below = np.zeros((len(y) + 1, len(at)))
         np.cumsum(basis[:, at][group] * ~positive[:, None], axis=0, out=below[1:])
         tie = np.cumsum(starts)[positive] - 1

@@ -177,7 +177,7 @@ def recall_replicates(y: NDArray, standard: Floats, weights: Floats, group: Ints
         stop = np.searchsorted(-values, -last, "right")
         ends = np.searchsorted(-values, np.unique(-values[:stop][negative[:stop]]), "right")  # of equal negatives
         reached = np.zeros((2, len(weights), len(ends) + 1))
-        for chunk in np.array_split(np.arange(len(weights)), -(-len(weights) * stop // CHUNK)):
+        for chunk in np.array_split(np.arange(len(weights)), -(-len(weights) * stop // (CHUNK // 4))):
             above = np.ascontiguousarray(weights[chunk].T)[group[:stop]]
             for at, chosen in enumerate((~positive, positive)):
                 sums = np.cumsum(above * chosen[:stop, None], axis=0)[ends - 1]
@@ -214,7 +214,7 @@ def recall_distributions(y: NDArray, standard: Floats, group: Ints, resamples: i
     first = (np.arange(many) * len(negatives) / many).astype(int)
     last = np.append(first[1:], len(negatives)) - 1
     above, before, after = np.zeros(resamples, np.int64), np.zeros(resamples), np.ones(resamples)
-    size = max(1, CHUNK // (many + 1))
+    size = max(1, CHUNK // 4 // (many + 1))
     for start in range(0, resamples, size):
         reached = np.cumsum(rng.standard_exponential((min(size, resamples - start), many + 1)), axis=1)
         reached /= reached[:, -1:]
