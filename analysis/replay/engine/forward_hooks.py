@@ -151,7 +151,7 @@ def limit_head(head: nn.Module, positions: torch.Tensor) -> Iterator[None]:
 
     def choose(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         index = positions[..., None].expand(*positions.shape, args[0].shape[-1])
-        return (args[0].gather(1, index), *args[1:])
+        return (args[0].gather(1, index.to(args[0].device)), *args[1:])
 
     with hook_scope([head.register_forward_pre_hook(choose)]):
         yield

@@ -82,9 +82,9 @@ class SlabPool:
             self.waited += time.perf_counter() - began
 
     def return_slab(self, slab: Slab) -> None:
-        """Make a slab available again."""
+        """Make a slab available again once no copy into it is under way: that of an abandoned unit may be."""
+        slab.wait_for_copies()
         slab.filled = 0
-        slab.fences.clear()
         self._free.put(slab)
 
 
