@@ -25,6 +25,7 @@ def test_every_benchmark_has_a_module_and_results() -> None:
     modules = {path.stem for path in board.HERE.glob("*.py") if re.search(r"^def main\(", path.read_text(), re.M)}
     assert {benchmark.name for benchmark in board.BOARD} == modules - {
         "__main__",
+        "gpu",
         "replay_pictures",
         "interval_coverage",
     }
