@@ -37,7 +37,8 @@ from flexcache.identity.tokenizer import describe_tokenizer
 from flexcache.recording.forward.batch import Batch
 from flexcache.recording.forward.batch_reader import BatchReader
 from flexcache.recording.forward.capture_targets import CaptureTargets, find_targets, measure_arrays
-from flexcache.recording.planning.planning import PlanInputs, plan_store
+from flexcache.recording.planning.planning import PlanInputs
+from flexcache.recording.planning.store_plan import plan_store
 from flexcache.recording.run.fingerprint import fingerprint
 from flexcache.recording.run.forward_loop import run_pending_units
 from flexcache.recording.run.recorder import Recorder

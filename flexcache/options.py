@@ -237,6 +237,8 @@ class SequenceOptions(Options):
         content: dict[str, Any] = handler(self)
         newer: dict[str, list[Any]] = {"decoder": [None], "special_tokens": ["auto"], "chat": [None, {}]}
         newer |= {"keep": [None], "keep_dtype": ["stored"]}
+        if (segment := type(self).model_fields.get("segment_tokens")) is not None:
+            newer["segment_tokens"] = [segment.default]
         newer |= {} if self.decoding else {"generate": [content.get("generate")]}
         return {name: value for name, value in content.items() if value not in newer.get(name, [])}
 

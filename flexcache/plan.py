@@ -10,7 +10,7 @@ together, in order, so that the rows of the document are consecutive.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, repeat
 from typing import Literal, NamedTuple
 
@@ -142,6 +142,10 @@ class Plan:
         True if a sequence continues the document with which the sequence before it ends.
     groups : ndarray of int, shape (sequences,), or None
         Only sequences of one group share a batch, see `batch_groups`; None allows any.
+    stop_unit : int or None
+        For a plan that grows: the units before this one are final, and are all that it has.
+    expected_rows : int or None
+        Rows that are expected when the units are sized, for a corpus of several segments; None if all are known.
     """
 
     lengths: np.ndarray
@@ -153,10 +157,14 @@ class Plan:
     first_batch: int = 0
     linked: np.ndarray | None = None
     groups: np.ndarray | None = None
+    stop_unit: int | None = None
+    expected_rows: int | None = None
 
     @property
     def n_rows(self) -> int:
         """Number of rows, including those before `first_row`."""
+        if self.stop_unit is not None:
+            return self.stop_unit * self.shard_rows
         return int(self._ends[-1]) if len(self.lengths) else self.first_row
 
     @property
@@ -167,6 +175,15 @@ class Plan:
     @property
     def _ends(self) -> np.ndarray:
         return self.first_row + np.cumsum(self.kept, dtype=np.int64)
+
+    def with_final_units(self) -> Plan:
+        """Return the plan of the units that stay as they are, whatever sequences follow.
+
+        The last sequence may still grow, if documents are packed, and the first one of the next unit may be linked with
+        it.
+        """
+        known = self.first_row + int(self.kept[:-1].sum(dtype=np.int64))
+        return replace(self, stop_unit=known // self.shard_rows)
 
     def units(self) -> Iterator[UnitPlan]:
         """Yield the units in order, from that of the first row; memory: columns of all sequences and of one unit."""

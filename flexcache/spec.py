@@ -108,6 +108,7 @@ SITES_SCHEMA = {
     ]
 }
 KEEP_SCHEMA = {"anyOf": [{"type": "null"}, {"type": "string"}, {"type": "object", "additionalProperties": True}]}
+SEGMENT_TOKENS = 1 << 22
 RESOLVED = ("choice", "transforms", "objective", "decoder")
 """Fields of a `CaptureSpec` that follow from others, from functions, or from the model: a user does not write them."""
 
@@ -154,6 +155,12 @@ class CaptureSpec(SequenceOptions):
     )
     keep_text: bool = Field(True, description="store the texts of the documents; false stores their hashes")
     empty_documents: Literal["error", "skip"] = Field("error", description="stop at an empty document, or skip it")
+    segment_tokens: int = Field(
+        SEGMENT_TOKENS,
+        ge=1,
+        description="tokens of documents from which the size of the units follows; a larger corpus is captured while"
+        " the rest is planned",
+    )
     layers: Annotated[Any, WithJsonSchema({"type": ["string", "integer", "array"]})] = Field(
         "all",
         exclude=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Unpack
@@ -32,8 +32,9 @@ from flexcache.recording.forward.image_inputs import check_images, describe_patc
 from flexcache.recording.forward.objective import OBJECTIVE, Objective
 from flexcache.recording.forward.transform import Transform
 from flexcache.recording.make_completions import make_completions
-from flexcache.recording.planning.planning import PlanInputs, plan_store
+from flexcache.recording.planning.planning import PlanInputs
 from flexcache.recording.planning.store_identity import check_same, stored_identity
+from flexcache.recording.planning.store_plan import BackgroundPlan
 from flexcache.recording.recompute import check_rows
 from flexcache.recording.run.cuda_transfer import transfer_for
 from flexcache.recording.run.fingerprint import fingerprint, model_notices
@@ -184,15 +185,24 @@ class ReadyCapture:
 
 @contextmanager
 def prepare_capture(
-    model: Any, documents: Any, path: StoreLocation, call: CaptureCall, bars: CaptureProgress
+    model: Any,
+    documents: Any,
+    path: StoreLocation,
+    call: CaptureCall,
+    bars: CaptureProgress,
+    *,
+    grows: bool = True,
 ) -> Iterator[ReadyCapture]:
-    """Check model and documents, and plan the store or compare it with them; the model is in evaluation mode."""
+    """Check model and documents, and plan the store or compare it with them; the model is in evaluation mode.
+
+    A large corpus is planned further by a thread until the context ends, unless *grows* is false.
+    """
     options = call.options
     tokenizer = tokenizer_of(call.tokenizer, model)
     objective = objective_of(call.objective, tokenizer)
     spec = _resolved(call.spec, call.content | described(call.transforms, objective), model, tokenizer, call.where)
     spec.check()
-    with evaluation_mode(model), closing(ModelParallelGroup(model)) as group:
+    with evaluation_mode(model), closing(ModelParallelGroup(model)) as group, ExitStack() as stack:
         targets = find_targets(model, spec, call.transforms, objective, group.remote_modules())
         group.check_targets(targets)
         decoded = None
@@ -229,8 +239,13 @@ def prepare_capture(
             notes = {**(inputs.notes or {}), **verdict.describe()}
             inputs = replace(inputs, batching=verdict.batching, notes=notes)
         planning = bars.planning(None)
-        amount = plan_store(path, inputs, planning, planning.wait)
-        planning.done(amount is not None)
+        plan = BackgroundPlan(path, inputs, planning, planning.wait, grows=grows and group.alone and decoded is None)
+        stack.enter_context(closing(plan)).begin()
+        amount = plan.amount
+        if plan.running:
+            stack.callback(planning.done, amount is not None)
+        else:
+            planning.done(amount is not None)
         stored = stored_identity(read_attributes(path))
         changed = check_same(stored, inputs.identity(), path, allow_changed_model=options.allow_changed_model)
         for line in model_notices(stored["model"], inputs.model, changed):
@@ -249,6 +264,7 @@ def prepare_capture(
             keys=group.keys(targets.points, [(OBJECTIVE, None)] if OBJECTIVE in stored["arrays"] else ()),
             heartbeat_timeout=options.heartbeat_timeout,
         )
+        recorder.follow_plan(plan.check)
         if not changed and decoded is None:
             check_rows(model, recorder.store, pad, group, now, most_tokens=recorder.batch_tokens)
         if (changed or recorder.store.provenance.batching is None) and recorder.pending():

@@ -11,8 +11,9 @@ from flexcache.errors import ConfigError
 from flexcache.identity.tokenizer import describe_tokenizer
 from flexcache.recording.fields import RecordFields, split_fields
 from flexcache.recording.planning.extension_request import more_arrays, more_documents, opened
-from flexcache.recording.planning.planning import PlanInputs, plan_store
+from flexcache.recording.planning.planning import PlanInputs
 from flexcache.recording.planning.store_identity import check_same, stored_identity
+from flexcache.recording.planning.store_plan import plan_store
 from flexcache.recording.run.fingerprint import check_fingerprint
 from flexcache.recording.run.recorder import Recorder
 from flexcache.recording.run_options import RunOptions

@@ -30,6 +30,7 @@ class _RowFields(TypedDict, total=False):
     compression: str
     keep_text: bool
     empty_documents: str
+    segment_tokens: int
 
 
 class _WriterFields(TypedDict, total=False):

@@ -114,7 +114,7 @@ def capture_variants(
     )
     with CaptureProgress(call.options.progress) as bars, ExitStack() as stack:
         ready = [
-            stack.enter_context(prepare_capture(model, corpus, path, call, bars))
+            stack.enter_context(prepare_capture(model, corpus, path, call, bars, grows=False))
             for model, path in zip(loaded, paths, strict=True)
         ]
         _check_same_plans(ready)

@@ -48,8 +48,8 @@ def tokenize_corpus(
     first_index: int = 0,
     chat_labels: Sequence[str] = CHAT,
     progress: ProgressCallback = ignore_progress,
-) -> TokenizedCorpus:
-    """Tokenize a corpus once and write it into *folder*.
+) -> Iterator[TokenizedCorpus]:
+    """Tokenize a corpus once and write it into *folder*; yield it after each batch of documents, and when it is whole.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ def tokenize_corpus(
     >>> import tempfile
     >>> from flexcache import open_documents
     >>> documents = open_documents([{"tokens": [5, 6, 7]}, {"tokens": [8]}])
-    >>> corpus = tokenize_corpus(documents, None, Path(tempfile.mkdtemp()), SequenceOptions(rows="last"))
+    >>> *_, corpus = tokenize_corpus(documents, None, Path(tempfile.mkdtemp()), SequenceOptions(rows="last"))
     >>> corpus.lengths.tolist(), corpus.rows.tolist()
     ([3, 1], [1, 1])
     """
@@ -149,6 +149,7 @@ def tokenize_corpus(
         if len(record):
             result.append_documents(record, kept)
             progress(index - first_index, tokens_done)
+            yield result
         if options.max_tokens is not None and tokens_done >= options.max_tokens:
             break
     result.write_part()
@@ -165,7 +166,7 @@ def tokenize_corpus(
             if result.rowless
             else None,
         )
-    return result
+    yield result
 
 
 def _with_token_columns(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +35,8 @@ class TokenizedCorpus:
         begin or end with special tokens of their own, which are not added again.
     left_out : Counter
         Texts of messages that the chat template leaves out, by part.
+    n_tokens : int
+        Tokens of the documents so far.
     image_bytes : int
         Bytes of all encoded images; 0 for other documents.
 
@@ -56,7 +57,7 @@ class TokenizedCorpus:
         self.packing_tokens = packing_tokens or PackingTokens()
         self.truncated = self.skipped = self.rowless = self.doubled = 0
         self.left_out = Counter[str]()
-        self.image_bytes = 0
+        self.image_bytes = self.n_tokens = 0
         self.token_labels: tuple[str, ...] = ()
         self._hasher = xxhash.xxh3_128()
         self._lengths: list[np.ndarray] = []
@@ -68,6 +69,7 @@ class TokenizedCorpus:
         self._starts = [0]
         self._pending: list[pa.RecordBatch] = []
         self._schemas: list[pa.Schema] = []
+        self._segmented: tuple[int, Segmentation] | None = None
 
     @property
     def lengths(self) -> np.ndarray:
@@ -79,9 +81,15 @@ class TokenizedCorpus:
         """Rows of each document: int32, shape (documents,)."""
         return _joined(self._rows)
 
-    @cached_property
+    @property
     def segmentation(self) -> Segmentation:
-        """The sequences of all documents; complete once the last document is appended."""
+        """The sequences of the documents so far; documents that follow may lengthen the last one if it is packed."""
+        count = len(self.lengths)
+        if self._segmented is None or self._segmented[0] != count:
+            self._segmented = count, self._segment_documents()
+        return self._segmented[1]
+
+    def _segment_documents(self) -> Segmentation:
         packing = self.options.packing
         if packing is not None:
             kind = IsolatedPacking if packing.isolate else ContinuousPacking
@@ -134,6 +142,7 @@ class TokenizedCorpus:
             self._opened.append(first == self.packing_tokens.bos)
             self.doubled += int(self._opened[-1].sum())
         self._lengths.append(lengths)
+        self.n_tokens += int(lengths.sum(dtype=np.int64))
         self._rows.append(np.ones_like(lengths) if self.options.rows == "mean" else rows)
         self._hasher.update("\0".join(batch.column("id").to_pylist()).encode())
         self._hash_tokens(tokens, lengths)

@@ -5,16 +5,21 @@ Starting Python and torch for each of many processes would take longer than thei
     python -m tests.reliability.nursery STORE LOG     a line "start" or "start 0.5" (timeout); answers with a pid
                                                       a line "step 17 STORE": a small capture, killed at this step
                                                       on the file system; -1 counts the steps into STORE.steps
+
+The variable SEGMENTS makes the corpus one of several segments, whose units are captured while others are planned.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 import flexcache
@@ -25,13 +30,30 @@ from tests.models import VOCABULARY, tiny
 from tests.reliability.steps import Steps, counted, killed
 
 DOCUMENTS = token_documents(lengths(400, longest=30), vocabulary=VOCABULARY)
+SEGMENTS = "SEGMENTS" in os.environ
 OPTIONS: dict[str, Any] = {"progress": False, "batch_tokens": 64}
+if SEGMENTS:
+    OPTIONS["segment_tokens"] = 200
 SMALL: dict[str, Any] = {"sites": ["resid_post", "z"], "layers": [1, 3], "keep": {"resid_post": "all"}, **OPTIONS}
 """Options of the small capture, with two layers on disk and two virtual ones."""
 
 
+def corpus(count: int | None = None) -> flexcache.Documents:
+    documents = flexcache.open_documents(DOCUMENTS[:count], batch_rows=8 if SEGMENTS else 1024)
+    if SEGMENTS:
+        read = documents.batches
+
+        def read_slowly() -> Iterator[pa.RecordBatch]:
+            for batch in read():
+                yield batch
+                time.sleep(0.01)
+
+        documents.batches = read_slowly  # type: ignore[method-assign]
+    return documents
+
+
 def capture(path: str, heartbeat_timeout: float = 1e6) -> flexcache.Store:
-    return flexcache.capture(tiny("llama"), None, DOCUMENTS, path, heartbeat_timeout=heartbeat_timeout, **OPTIONS)
+    return flexcache.capture(tiny("llama"), None, corpus(), path, heartbeat_timeout=heartbeat_timeout, **OPTIONS)
 
 
 def child(path: str, log: str, heartbeat_timeout: float) -> None:
@@ -54,7 +76,7 @@ def child(path: str, log: str, heartbeat_timeout: float) -> None:
 def small(path: str, at: int) -> None:
     steps = Steps(Path(path).parent, at, killed)
     with counted(steps):
-        flexcache.capture(tiny("llama"), None, DOCUMENTS[:60], path, **SMALL)
+        flexcache.capture(tiny("llama"), None, corpus(60), path, **SMALL)
     Path(f"{path}.steps").write_text(" ".join(steps.taken))
 
 

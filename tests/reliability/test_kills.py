@@ -142,6 +142,35 @@ def test_several_processes_write_the_bytes_of_one(processes: int, undisturbed: f
     assert len(log.read_text().splitlines()) == undisturbed.n_units
 
 
+def test_three_processes_killed_while_the_corpus_is_planned_write_the_bytes_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever process plans, another takes over; units of planned segments are captured meanwhile."""
+    monkeypatch.setenv("SEGMENTS", "1")
+    dice, whole, path = random.Random(7), tmp_path / "whole.zarr", tmp_path / "run.zarr"
+    one = Nursery(whole, tmp_path / "one.log")
+    alone = one.start()
+    while one.alive(alone):
+        time.sleep(0.02)
+    assert not one.errors(), one.errors()
+    one.close()
+    nursery = Nursery(path, tmp_path / "log")
+    running = [nursery.start() for _ in range(3)]
+    killed = list[int]()
+    while any(nursery.alive(pid) for pid in running):
+        time.sleep(dice.uniform(0.0, 0.1))
+        if len(killed) < 6 and (path / "zarr.json").exists() and flexcache.open(path).growing:
+            killed.append(running.pop(dice.randrange(3)))
+            os.kill(killed[-1], signal.SIGKILL)
+            running.append(nursery.start())
+    assert not nursery.errors(), nursery.errors()
+    nursery.close()
+    check(path, flexcache.open(whole), killed)
+    for table in ("documents.parquet", "sequences.parquet"):
+        assert (path / table).read_bytes() == (whole / table).read_bytes()
+    assert len(killed) > 2, "the plan was whole before processes were killed"
+
+
 def test_a_process_suspended_beyond_its_timeout_does_no_harm(undisturbed: flexcache.Store, tmp_path: Path) -> None:
     """A worker suspended for longer than the heartbeat timeout loses its unit and files, and takes another unit."""
     path, log = tmp_path / "run.zarr", tmp_path / "log"

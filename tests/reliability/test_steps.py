@@ -62,6 +62,28 @@ def check_resumed(path: Path, whole: flexcache.Store, before: dict[str, int]) ->
     assert {name: (path / name).stat().st_mtime_ns for name in before} == before, "a committed unit was written again"
 
 
+def test_a_capture_killed_while_the_corpus_is_planned_resumes_to_the_same_bytes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEGMENTS", "1")
+    nursery, path, growing = Nursery(folder / "none.zarr", folder / "log"), folder / "run.zarr", 0
+    nursery.step(-1, folder / "whole.zarr")
+    whole = flexcache.open(folder / "whole.zarr")
+    for at in some(len((folder / "whole.zarr.steps").read_text().split()), KILLS):
+        nursery.step(at, path)
+        before = committed(path)
+        if (path / "zarr.json").exists():
+            assert flexcache.verify(path).sound, f"killed before step {at}"
+            growing += flexcache.open(path).growing
+        nursery.step(-1, path)
+        check_resumed(path, whole, before)
+        for table in ("documents.parquet", "sequences.parquet"):
+            assert (path / table).read_bytes() == (whole.path / table).read_bytes()
+        shutil.rmtree(path)
+    nursery.close()
+    assert growing > 2, "the plan was whole whenever a process was killed"
+
+
 def killed_at(folder: Path, wanted: int | None) -> dict[str, int]:
     whole = capture(folder / "whole.zarr")
     nursery = Nursery(folder / "none.zarr", folder / "log")

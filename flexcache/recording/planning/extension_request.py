@@ -150,7 +150,7 @@ def more_documents(
         if left is not None and left <= 0:
             raise NothingNewError
         spec = continued_spec(store, tokenizer).model_copy(update={"max_tokens": left})
-        corpus = tokenize_corpus(
+        *_, corpus = tokenize_corpus(
             NewDocuments(documents, store, new_only),
             tokenizer,
             folder.parent,

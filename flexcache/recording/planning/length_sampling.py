@@ -12,7 +12,7 @@ from flexcache.documents.runs import spread_runs
 from flexcache.errors import DocumentsError
 from flexcache.plan import unit_rows
 from flexcache.progress import ProgressCallback, ignore_progress
-from flexcache.recording.planning.planning import Estimate, PlanInputs, estimate_size, planned, tokenized
+from flexcache.recording.planning.planning import Estimate, PlanInputs, estimate_size, planned, tokenizing
 from flexcache.sequences import TokenizedCorpus
 from flexcache.store.format.schema import COORDINATES, DOCUMENTS, SEQUENCES
 from flexcache.store.storage.backend import relative_files
@@ -70,7 +70,7 @@ def sample(
     runs = spread_runs(count, size, seed)
     most = inputs.spec.max_tokens
     unbounded = replace(inputs, spec=inputs.spec.model_copy(update={"max_tokens": None}))
-    corpus = tokenized(unbounded, inputs.documents.select_runs(runs), folder, progress)
+    *_, corpus = tokenizing(unbounded, inputs.documents.select_runs(runs), folder, progress)
     read = sum(len(run) for run in runs)
     tokens = int(corpus.lengths.sum(dtype=np.int64)) * count / read
     scale = count / read * (1 if most is None else min(1.0, most / tokens))

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
 if TYPE_CHECKING:
     from flexcache.documents import Documents
-from flexcache.identity import stored_record
 from flexcache.keep import check_one_window
 from flexcache.plan import Batching, Largest, Plan, batch_groups, unit_rows
 from flexcache.progress import ProgressCallback, ignore_progress
-from flexcache.recording.run.fingerprint import versions
 from flexcache.sequences import Corpus, Positions, TokenizedCorpus, tokenize_corpus
 from flexcache.sequences.special_tokens import DOUBLED, doubled_notice
 from flexcache.spec import ArraySpec, CaptureSpec
 from flexcache.store.format.int8 import with_scales
 from flexcache.store.format.text import size
-from flexcache.store.manage.dataset_card import card
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import StoreLocation
-from flexcache.store.write.create import check_free_space, check_names, create, create_once, total_bytes
+from flexcache.store.write.create import check_names, total_bytes
 
 
 @dataclass(frozen=True)
@@ -144,16 +141,53 @@ class Estimate:
         return {name: value for name, value in asdict(self).items() if value or name not in (DOUBLED, "left_out")}
 
 
-def make_plan(inputs: PlanInputs, folder: Path, progress: ProgressCallback) -> tuple[Plan, TokenizedCorpus, Estimate]:
-    """Tokenize the documents into *folder* and split them into units."""
-    check_names(inputs.arrays)
-    corpus = tokenized(inputs, inputs.documents, folder, progress)
+def plan_corpus(inputs: PlanInputs, corpus: TokenizedCorpus) -> Plan:
+    """Split the sequences of a tokenized corpus into units."""
     sequences = corpus.segmentation
     check_one_window(inputs.spec, sequences.linked)
+    size = size_of_units(inputs, corpus)
     plan = planned(
-        inputs, corpus.input_lengths, sequences.kept, linked=sequences.linked, image_bytes=corpus.image_bytes
+        inputs,
+        corpus.input_lengths,
+        sequences.kept,
+        None if size is None else size.shard_rows,
+        linked=sequences.linked,
+        image_bytes=corpus.image_bytes,
     )
-    return plan, corpus, estimate_size(inputs, corpus, plan, plan.n_rows)
+    return plan if size is None else replace(plan, expected_rows=size.expected_rows)
+
+
+class UnitSize(NamedTuple):
+    """Rows of a unit, and of the whole corpus as far as its first segment lets expect."""
+
+    shard_rows: int
+    expected_rows: int
+
+
+def size_of_units(inputs: PlanInputs, corpus: TokenizedCorpus) -> UnitSize | None:
+    """Return the size of units that follows from the first segment of a corpus; None if it is sized as a whole.
+
+    The first segment ends with the document that reaches ``segment_tokens``. It decides once another document follows,
+    so the result does not depend on how far a corpus is tokenized. A generator of documents, whose number is not known,
+    and images are sized as a whole.
+    """
+    spec, count = inputs.spec, inputs.documents.count
+    ends = np.cumsum(corpus.lengths, dtype=np.int64)
+    documents = int(np.searchsorted(ends, spec.segment_tokens)) + 1
+    if count is None or corpus.image_bytes or documents >= len(ends):
+        return None
+    sequences = corpus.segmentation
+
+    def last_document(sequence: int) -> int:
+        return int(sequences.segments(np.array([sequence])).document[-1])
+
+    stop = max(1, bisect_left(range(len(sequences.lengths)), documents, key=last_document))
+    lengths, kept = corpus.input_lengths[:stop].max(axis=1), sequences.kept[:stop]
+    share = count / documents
+    if spec.max_tokens is not None:
+        share = min(share, spec.max_tokens / int(ends[documents - 1]))
+    tokens, rows = (round(int(values.sum(dtype=np.int64)) * max(1.0, share)) for values in (lengths, kept))
+    return UnitSize(unit_rows(rows, int(kept.max()), tokens, inputs.widest_row, spec.batch_tokens), rows)
 
 
 def estimate_size(
@@ -187,8 +221,10 @@ def estimate_size(
     )
 
 
-def tokenized(inputs: PlanInputs, documents: Corpus, folder: Path, progress: ProgressCallback) -> TokenizedCorpus:
-    """Tokenize documents, all of the inputs or a part of them, into *folder*."""
+def tokenizing(
+    inputs: PlanInputs, documents: Corpus, folder: Path, progress: ProgressCallback
+) -> Iterator[TokenizedCorpus]:
+    """Tokenize documents, all of the inputs or a part of them, into *folder*; yield them after each batch."""
     spec = inputs.spec
     return tokenize_corpus(
         documents,
@@ -234,46 +270,8 @@ def planned(
 
 def estimate(inputs: PlanInputs, progress: ProgressCallback = ignore_progress) -> Estimate:
     """Return the size of the plan; nothing is kept."""
+    check_names(inputs.arrays)
     with tempfile.TemporaryDirectory(prefix="flexcache-plan-") as folder:
-        return make_plan(inputs, Path(folder), progress)[2]
-
-
-def plan_store(
-    path: StoreLocation,
-    inputs: PlanInputs,
-    progress: ProgressCallback = ignore_progress,
-    on_wait: Callable[[], None] = lambda: None,
-) -> Estimate | None:
-    """Create a store that holds its plan and no activations; it appears at *path* in one step.
-
-    If several processes make this call, one plans and the others wait, calling *on_wait* regularly; if that process
-    ends before it has finished, another takes over. The size of the plan is returned, or None if the store exists, or
-    if another process made it.
-
-    Raises
-    ------
-    PlanError
-        The disk has no room for the whole store.
-    StoreError
-        The place is taken. DocumentsError as for `flexcache.sequences.tokenize_corpus`.
-    """
-    return create_once(path, lambda folder: _plan(path, folder, inputs, progress), on_wait)
-
-
-def _plan(path: StoreLocation, folder: Path, inputs: PlanInputs, progress: ProgressCallback) -> Estimate:
-    plan, corpus, amount = make_plan(inputs, folder, progress)
-    check_free_space(path, amount.bytes)
-    content = {
-        "spec": inputs.spec.model_dump(mode="json"),
-        "provenance": {
-            "model": stored_record(inputs.model),
-            "tokenizer": inputs.tokenizer_identity,
-            "documents": inputs.documents.describe(),
-            "versions": versions(),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            **(inputs.notes or {}),
-        },
-    }
-    text = card(path.name, inputs.arrays, amount.lines(), content)
-    create(path, folder, plan, corpus, inputs.arrays, amount.to_json(), content, text)
-    return amount
+        *_, corpus = tokenizing(inputs, inputs.documents, Path(folder), progress)
+        plan = plan_corpus(inputs, corpus)
+        return estimate_size(inputs, corpus, plan, plan.n_rows)

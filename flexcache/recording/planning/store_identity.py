@@ -19,7 +19,7 @@ from flexcache.store.storage.location import StoreLocation
 DOCUMENTS_DIGEST = f"documents.{DIGEST}"
 FIXED = (
     *("rows", "choice", "dtype", "max_length", "windows", "packing", "token_labels", "seed", "compression"),
-    *("keep_text", "keep_dtype", "empty_documents", "special_tokens", "chat"),
+    *("keep_text", "keep_dtype", "empty_documents", "segment_tokens", "special_tokens", "chat"),
 )
 """Fields of a `CaptureSpec` that an extension takes from its store."""
 

@@ -57,8 +57,8 @@ def complete_store(
 
     *name* is shown for the store, if the recorder fills an extension that is not in place yet, or several stores.
     """
-    store, name = recorder.store, shown(recorder.store.path if name is None else name)
-    if not recorder.pending():
+    name = shown(recorder.store.path if name is None else name)
+    if not recorder.growing and not recorder.pending():
         bars.say(f"{name} is complete: nothing to do")
         return
     if in_bfloat16(model) and not has_native_bfloat16():
@@ -70,7 +70,7 @@ def complete_store(
     stats, seconds = recorder.stats, time.perf_counter() - began
     bars.console.print(time_table(stats, seconds))
     speed = f"{stats.tokens / seconds:,.0f} tokens/s, {size(stats.bytes / seconds)}/s"
-    done = f"{stats.rows:,} rows" + ("" if stats.rows == store.n_rows else " by this process")
+    done = f"{stats.rows:,} rows" + ("" if stats.rows == recorder.store.n_rows else " by this process")
     bars.say(f"{done}, {size(stats.bytes)} in {seconds:.1f} s ({speed}) → {name}")
 
 

@@ -149,7 +149,7 @@ class ModelParallelGroup:
             if found is not None:
                 return self._tell(found)
             self._searched = time.monotonic()
-            unit = IDLE if recorder.pending() else DONE
+            unit = IDLE if recorder.growing or recorder.pending() else DONE
         return self._tell(unit)
 
     def commit_unit(self, recorder: Recorder) -> None:

@@ -35,6 +35,10 @@ class PendingUnits:
             self._mask = self._store.committed.copy()
         return self._mask
 
+    def follow(self, store: Store) -> None:
+        """Take the units of the same store, whose plan has grown."""
+        self._store, self._mask = store, None
+
     def refresh(self) -> None:
         """List the ledger."""
         began = time.perf_counter()
@@ -72,8 +76,8 @@ class PendingUnits:
 
     @property
     def none_left(self) -> bool:
-        """True if every unit is committed, as far as is known."""
-        return bool(self._committed.all())
+        """True if all documents are planned and every unit is committed, as far as is known."""
+        return not self._store.growing and bool(self._committed.all())
 
     @property
     def rows_done(self) -> int:

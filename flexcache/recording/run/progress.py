@@ -119,10 +119,12 @@ class _Capturing:
 
     def wait(self, units: int) -> None:
         """Show that other processes have all units that are left."""
-        self._show(f"waiting for {units} unit{'s' if units > 1 else ''} of other processes")
+        others = f"waiting for {units} unit{'s' if units > 1 else ''} of other processes"
+        self._show(others if units else "waiting for documents to be planned")
 
     def _show(self, rate: str) -> None:
-        self._bars.update(self._task, completed=self._recorder.rows_done, rate=rate)
+        total = self._recorder.store.n_rows  # of what is planned
+        self._bars.update(self._task, completed=self._recorder.rows_done, total=total, rate=rate)
 
 
 def time_table(stats: RunStats, seconds: float) -> Table:

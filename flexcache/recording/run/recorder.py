@@ -20,6 +20,7 @@ from flexcache.recording.run.work_session import WorkSession
 from flexcache.recording.run_options import DEFAULT_BUFFER
 from flexcache.store.format.ledger import UnitContent, UnitRecord
 from flexcache.store.format.metadata import largest_batch
+from flexcache.store.format.schema import GROWING, read_attributes
 from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
 from flexcache.store.storage.disk_errors import clear_errors
@@ -107,6 +108,7 @@ class Recorder:
         self._on_start, self._on_wait, self._on_complete = on_start, on_wait, on_complete
         self._allow_mixed = allow_mixed
         self._existing, self._origin = existing, origin
+        self._check_plan: Callable[[], None] | None = None
         self._pending = PendingUnits(self.store)
         transfer = transfer or RowTransfer()
         self.unit_writer = UnitWriter(self.store, keys, transfer, self.stats)
@@ -154,6 +156,15 @@ class Recorder:
     def lower_batch_tokens(self, batch_tokens: int) -> None:
         """Bound the batches of the next units by fewer tokens."""
         self._batch_tokens = min(self._batch_tokens, batch_tokens)
+
+    def follow_plan(self, check: Callable[[], None]) -> None:
+        """Wait for units that are not planned yet; *check* raises the error of the process or thread that plans."""
+        self._check_plan = check
+
+    @property
+    def growing(self) -> bool:
+        """True if this recorder waits for units that are not planned yet."""
+        return self._check_plan is not None and self.store.growing
 
     def pending(self) -> list[int]:
         """Return the units that are not committed, in order; of a long ledger, as of the last listing."""
@@ -221,11 +232,27 @@ class Recorder:
 
     def claim_units(self) -> Iterator[int]:
         """Return claimed units one by one, each to be begun and committed or abandoned, until the store is complete."""
-        return claim_until_done(self.claim_unit, lambda: len(self.pending()), self._on_wait)
+        return claim_until_done(self.claim_unit, lambda: len(self.pending()) + self.growing, self._on_wait)
 
     def claim_unit(self, only: int | None = None) -> int | None:
         """Claim a pending unit, or *only* that one, on which no living process works; return None if there is none."""
-        return self._session.claim_unit(only)
+        if self.growing and self._check_plan is not None:
+            self._check_plan()
+        found = self._session.claim_unit(only)
+        if found is None and self.growing and self._read_plan():
+            found = self._session.claim_unit(only)
+        return found
+
+    def _read_plan(self) -> bool:
+        """Read the plan of the store again, between two units; return True if it has grown."""
+        plan = read_attributes(self.store.path)["plan"]
+        if GROWING in plan and int(plan["rows"]) <= self.store.n_rows:
+            return False
+        self.store = Store(self.store.path)
+        self._reader = BatchReader(self.store.path)
+        self._pending.follow(self.store)
+        self.unit_writer.follow(self.store)
+        return True
 
     def begin_unit(self, unit: int) -> list[Batch]:
         """Open the shards of a unit, and return its batches within the budget of tokens."""

@@ -47,19 +47,24 @@ class UnitWriter:
     """
 
     def __init__(self, store: Store, keys: Sequence[ArrayKey] | None, transfer: RowTransfer, stats: RunStats) -> None:
-        self._store, self._transfer, self._stats = store, transfer, stats
+        self._transfer, self._stats = transfer, stats
+        self.follow(store)
         arrays = store.arrays
         given = captured_keys(arrays.values()) if keys is None else keys
         self.keys: list[ArrayKey] = [key for key in given if not is_scale(key[0], arrays)]
         scales = [(scale_name(name), layer) for name, layer in self.keys if arrays[name].dtype == "int8"]
         self._writes: list[ArrayKey] = self.keys + scales
-        self._layouts = {
-            name: ShardLayout(store.n_rows, store.shard_rows, array.row_bytes) for name, array in arrays.items()
-        }
         self._shards: dict[ArrayKey, ShardFile] = {}
         self._batch: Batch | None = None
         self.unit: int | None = None
         self.rows_done = 0
+
+    def follow(self, store: Store) -> None:
+        """Write the units of a store, whose plan may have grown since the units before."""
+        self._store = store
+        self._layouts = {
+            name: ShardLayout(store.n_rows, store.shard_rows, array.row_bytes) for name, array in store.arrays.items()
+        }
 
     @property
     def row_bytes(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import xxhash
 
 from flexcache.errors import DamagedError
-from flexcache.store.format.schema import PLAN_RECORD
+from flexcache.store.format.schema import COORDINATES, DOCUMENTS, PLAN_RECORD, SEQUENCES
 from flexcache.store.format.shard import shard_name
 from flexcache.store.storage.atomic_files import json_bytes, write_json
 from flexcache.store.storage.backend import storage_of
@@ -198,14 +198,23 @@ def write_plan_record(store: Path, names: Iterable[str]) -> None:
     write_json(store / PLAN_RECORD, with_checksum({"schema": 1, "files": files}))
 
 
-def read_plan_record(root: StoreLocation) -> dict[str, FileRecord]:
+def read_plan_record(root: StoreLocation, name: str = PLAN_RECORD) -> dict[str, FileRecord]:
     """Return the records of all files of a store except shards; raise DamagedError if they cannot be read."""
-    path = root / PLAN_RECORD
+    path = root / name
     with reading("the plan record", path, "run flexcache verify to see what else is damaged"):
         data = read_checked_json(root, path, ("schema", "files"))
         if data["schema"] != 1:
             raise ValueError(f"its schema is {data['schema']}")
         return _files(data)
+
+
+def changed_plan_files(before: dict[str, FileRecord], after: dict[str, FileRecord]) -> list[str]:
+    """Return the changed files except shards and the root metadata, in an order in which they may change."""
+    changed = {name for name, record in after.items() if before.get(name) != record and name != "zarr.json"}
+    last = [*(f"{name}/zarr.json" for name in COORDINATES), SEQUENCES, DOCUMENTS, "README.md"]
+    chunks = sorted(name for name in changed if name.partition("/")[0] in COORDINATES and name not in last)
+    arrays = sorted(changed - set(chunks) - set(last))
+    return [*chunks, *arrays, *(name for name in last if name in changed)]
 
 
 @contextmanager

@@ -29,8 +29,12 @@ CONTEXT = "context"
 COORDINATES = {"token_id": "int32", "position": "int32", "document": "int64"}
 RESERVED = frozenset({"ledger", "runs", "layer", "token", *COORDINATES})
 PLAN_RECORD = "ledger/plan.json"
+NEXT_PLAN = "ledger/next.json"
+"""The record of the plan that replaces the present one, while its files are renamed."""
 STAGED = ".growing"
 """Folder inside a store of a staged extension, a store of its own until it is committed."""
+GROWING = "growing"
+"""Key of the plan of a store whose last documents are not planned yet."""
 COMMITTING = "placing"
 """File in that folder: it marks an extension that is complete and is being committed."""
 
@@ -84,6 +88,11 @@ def read_attributes(path: StoreLocation) -> dict[str, Any]:
             remedy="upgrade flexcache-activations",
         )
     return content
+
+
+def is_planned(path: StoreLocation) -> bool:
+    """Return True if there is a store at *path* whose plan has all of its documents."""
+    return (path / "zarr.json").exists() and GROWING not in read_attributes(path).get("plan", {})
 
 
 def staged_folder(path: StoreLocation) -> Path | None:

@@ -17,13 +17,11 @@ from typing import Any
 
 from flexcache.errors import DamagedError, MismatchError, StoreError
 from flexcache.progress import ProgressCallback, ignore_progress
-from flexcache.store.format.ledger import FileRecord, Ledger, UnitRecord, read_plan_record
+from flexcache.store.format.ledger import FileRecord, Ledger, UnitRecord, changed_plan_files, read_plan_record
 from flexcache.store.format.schema import (
     COMMITTING,
-    COORDINATES,
-    DOCUMENTS,
+    NEXT_PLAN,
     PLAN_RECORD,
-    SEQUENCES,
     STAGED,
     committing_folder,
     read_attributes,
@@ -31,6 +29,7 @@ from flexcache.store.format.schema import (
 )
 from flexcache.store.read.store import Store
 from flexcache.store.storage.atomic_files import commit_files, fsync_folder, write_durably
+from flexcache.store.storage.backend import disk_path
 from flexcache.store.storage.disk_errors import clear_errors
 from flexcache.store.storage.location import StoreLocation, local, parse_location
 from flexcache.store.write.claims import Claims
@@ -147,7 +146,8 @@ class ExtensionTransaction:
     def _commit_files(self, progress: ProgressCallback) -> None:
         staged, store = Store(self.folder), Store(self.path)
         changed = [pair for unit in range(staged.n_units) if (pair := self._record(staged.ledger, store.ledger, unit))]
-        names = [name for record, new in changed for name in new] + self._plan_files()
+        names = [name for record, new in changed for name in new]
+        names += changed_plan_files(read_plan_record(self.path), read_plan_record(self.folder))
         commit_files(self.path, self._uncommitted(names, progress))
         for record, _ in changed:
             store.ledger.commit(record)
@@ -178,15 +178,6 @@ class ExtensionTransaction:
             fingerprint = {"merged": [old.fingerprint, new.fingerprint]}
         budget = new.batch_tokens if recomputed else min(old.batch_tokens, new.batch_tokens)
         return UnitRecord(unit, new.rows, budget, fingerprint, {**old.files, **new.files}, digests), changed
-
-    def _plan_files(self) -> list[str]:
-        """Return the changed files except shards and the root metadata, in an order in which they may change."""
-        before, after = read_plan_record(self.path), read_plan_record(self.folder)
-        changed = {name for name, record in after.items() if before.get(name) != record and name != "zarr.json"}
-        last = [*(f"{name}/zarr.json" for name in COORDINATES), SEQUENCES, DOCUMENTS, "README.md"]
-        chunks = sorted(name for name in changed if name.partition("/")[0] in COORDINATES and name not in last)
-        arrays = sorted(changed - set(chunks) - set(last))
-        return [*chunks, *arrays, *(name for name in last if name in changed)]
 
     def _remove(self, worker: Worker) -> None:
         runs = self.folder / "runs"
@@ -252,13 +243,16 @@ def check_complete(store: Store) -> None:
         raise StoreError(
             "the store is not complete, so it cannot be extended",
             where=str(store.path),
-            found=f"{len(store.committed_units)} of {store.n_units} units committed",
+            found=f"{len(store.committed_units)} of {store.n_units} units committed"
+            + (", and documents that are not planned yet" if store.growing else ""),
             remedy="complete it first, with the capture that began it",
         )
 
 
 def committing_files(path: StoreLocation) -> dict[str, FileRecord]:
-    """Return the records of the files of an extension that is being committed; none if there is no such one."""
+    """Return the records of files that are being committed: of an extension, or of a plan that grows."""
+    if disk_path(path) is not None and (path / NEXT_PLAN).is_file():
+        return read_plan_record(path, NEXT_PLAN)
     folder = committing_folder(path)
     if folder is None:
         return {}

@@ -22,7 +22,7 @@ from flexcache.store.format.int8 import is_scale
 from flexcache.store.format.label_table import LabelTable, read_label_tables
 from flexcache.store.format.metadata import StoreMetadata, parse_metadata
 from flexcache.store.format.reference import StoreReference, make_reference
-from flexcache.store.format.schema import COORDINATES, DOCUMENTS, SEQUENCES, read_attributes
+from flexcache.store.format.schema import COORDINATES, DOCUMENTS, GROWING, SEQUENCES, read_attributes
 from flexcache.store.read.coordinates import coordinate_variable, document_numbers, select_positions
 from flexcache.store.read.parquet import open_table, read_first_lines, read_store_table
 from flexcache.store.read.row_images import read_image, read_patches
@@ -221,8 +221,13 @@ class OpenStore:
 
     @property
     def complete(self) -> bool:
-        """True if all units are committed."""
-        return bool(self.committed.all())
+        """True if all documents are planned and all units are committed."""
+        return not self.growing and bool(self.committed.all())
+
+    @property
+    def growing(self) -> bool:
+        """True if documents of the corpus were not planned yet when the store was opened."""
+        return GROWING in self.plan
 
     @property
     def committed_units(self) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flexcache.errors import StoreError
-from flexcache.store.format.schema import DOCUMENTS, committing_folder, read_attributes
+from flexcache.store.format.schema import DOCUMENTS, GROWING, committing_folder, read_attributes
 from flexcache.store.read.coordinates import unreadable
 from flexcache.store.storage.backend import disk_path, storage_of
 from flexcache.store.storage.location import StoreLocation
@@ -68,7 +69,7 @@ def _check_lines(name: str, table: pa.Table, n_rows: int) -> pa.Table:
             raise ValueError(f"column {column} is {kind}, or has nulls, but must hold integers")
     starts = table.column("row_start").to_numpy()
     if len(starts) and starts[-1] >= n_rows:
-        table = table.slice(0, int(np.searchsorted(starts, n_rows)))
+        table = _shortened(table.slice(0, int(np.searchsorted(starts, n_rows))), n_rows)
     starts, counts = (table.column(column).to_numpy() for column in ("row_start", "n_rows"))
     for column, values in (("row_start", starts), ("n_rows", counts)):
         if len(values) and not (values.min() >= 0 and values.max() <= n_rows):
@@ -76,6 +77,13 @@ def _check_lines(name: str, table: pa.Table, n_rows: int) -> pa.Table:
     if (starts + counts > n_rows).any():
         raise ValueError(f"a line exceeds the {n_rows} rows")
     return table
+
+
+def _shortened(table: pa.Table, n_rows: int) -> pa.Table:
+    """Return lines of a plan that has grown since, whose last document may have rows beyond the first *n_rows*."""
+    counts = np.minimum(table.column("n_rows").to_numpy(), n_rows - table.column("row_start").to_numpy())
+    place = table.column_names.index("n_rows")
+    return table.set_column(place, "n_rows", pa.array(counts, table.schema.field(place).type))
 
 
 def _check_length(root: StoreLocation, name: str, n_rows: int) -> None:
@@ -90,9 +98,10 @@ def _check_length(root: StoreLocation, name: str, n_rows: int) -> None:
 
 
 def _rows_on_disk(root: Path) -> int:
-    """Return the number of rows that the tables may have: an extension commits tables before the metadata."""
+    """Return the number of rows that the tables may have: tables are committed before the metadata."""
     folder = committing_folder(root)
     with suppress(StoreError):  # the extension has been committed meanwhile
         if folder is not None:
             return int(read_attributes(folder)["plan"]["rows"])
-    return int(read_attributes(root)["plan"]["rows"])
+    plan = read_attributes(root)["plan"]
+    return sys.maxsize if GROWING in plan else int(plan["rows"])

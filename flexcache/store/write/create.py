@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import zarr
 
@@ -16,16 +17,29 @@ from flexcache.paths import check_writable
 from flexcache.plan import Plan
 from flexcache.sequences import TokenizedCorpus
 from flexcache.spec import ArraySpec
-from flexcache.store.format.schema import ATTRIBUTE, COORDINATES, DOCUMENTS, PLAN_RECORD, RESERVED, SEQUENCES, schema_of
+from flexcache.store.format.ledger import changed_plan_files, read_plan_record
+from flexcache.store.format.schema import (
+    ATTRIBUTE,
+    COORDINATES,
+    DOCUMENTS,
+    GROWING,
+    NEXT_PLAN,
+    PLAN_RECORD,
+    RESERVED,
+    SEQUENCES,
+    schema_of,
+)
 from flexcache.store.format.shard import ShardLayout
+from flexcache.store.storage.atomic_files import commit_files, fsync_tree, write_durably
 from flexcache.store.storage.backend import disk_path, storage_of
 from flexcache.store.storage.disk_errors import clear_errors
 from flexcache.store.storage.location import StoreLocation, beyond_links
 from flexcache.store.write.election import elect, working
-from flexcache.store.write.skeleton import create_arrays, create_coordinate, write_skeleton
+from flexcache.store.write.skeleton import coordinate_chunk, create_arrays, create_coordinate, write_skeleton
 from flexcache.store.write.tables import write_tables
 
-T = TypeVar("T")
+PLAN = "plan"
+"""Name of the claim of the process that makes the plan of a store."""
 NAME_BYTES = 255
 """Bytes of the longest file name on common file systems."""
 OTHER_ENTRIES = (DOCUMENTS, SEQUENCES, "README.md", "ledger")
@@ -83,29 +97,53 @@ def _is_incomplete(path: StoreLocation) -> bool:
     return all(name.split("/")[0] in {*COORDINATES, *OTHER_ENTRIES} or name.endswith("/zarr.json") for name in names)
 
 
-def create_once(path: StoreLocation, make: Callable[[Path], T], on_wait: Callable[[], None] = lambda: None) -> T | None:
-    """Run *make* in one of the processes that ask for a store at *path*, and return its result.
+def create_once(path: StoreLocation, make: Callable[[Path], None]) -> None:
+    """Run *make* in one of the processes that ask for a store at *path*, see `elected_planner`."""
+    with elected_planner(path, (path / "zarr.json").exists) as planner:
+        if planner is not None:
+            make(planner.folder)
 
-    The others wait, calling *on_wait* now and then, and one of them takes over if the process ends early. *make* is
-    given an empty folder for files in progress. None is returned if the store exists already or another process made
-    it. StoreError as from `check_target`, CaptureError if the disk refuses a write.
+
+class Planner(NamedTuple):
+    """The process that makes the plan of a store.
+
+    Attributes
+    ----------
+    folder : Path
+        An empty folder for files in progress.
+    holds : callable
+        Returns True while no other process has taken over.
+    """
+
+    folder: Path
+    holds: Callable[[], bool]
+
+
+@contextmanager
+def elected_planner(
+    path: StoreLocation, done: Callable[[], bool], on_wait: Callable[[], None] = lambda: None
+) -> Iterator[Planner | None]:
+    """Yield a planner in one of the processes that ask for a store at *path*; None where the plan is *done*.
+
+    The others wait, calling *on_wait* now and then, and one of them takes over if the process ends early. StoreError as
+    from `check_target`, CaptureError if the disk refuses a write.
     """
     check_target(path)
-    if (path / "zarr.json").exists():
-        return None
+    if done():
+        yield None
+        return
     with clear_errors(path.parent):
         path = beyond_links(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         root = _planning(path)
         try:
             with working(root) as (worker, claims):
-                if elect(worker, claims, "plan", (path / "zarr.json").exists, on_wait):
-                    return make(worker.folder)
+                chosen = elect(worker, claims, PLAN, done, on_wait)
+                yield Planner(worker.folder, lambda: not worker.lost and claims.holds(PLAN)) if chosen else None
         finally:
             if (folder := disk_path(root)) is not None:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
-    return None
 
 
 def total_bytes(arrays: Iterable[ArraySpec], n_rows: int, shard_rows: int) -> int:
@@ -145,7 +183,7 @@ def create(
     content: dict[str, Any],
     card: str,
 ) -> None:
-    """Write a store without activations into *folder*, then publish it at *path*.
+    """Write a store without activations into *folder*, then publish it at *path*, or grow the plan of the store there.
 
     Parameters
     ----------
@@ -161,18 +199,40 @@ def create(
     attributes = {
         "schema": schema_of(arrays),
         "arrays": {array.name: array.to_json() for array in arrays},
-        "plan": {**summary, "corpus_xxh3_128": corpus.digest},
+        "plan": {**summary, "corpus_xxh3_128": corpus.digest, **({} if plan.stop_unit is None else {GROWING: True})},
         **content,
     }
 
     def add_arrays(group: zarr.Group) -> dict[str, zarr.Array]:
         create_arrays(group, arrays, plan.n_rows, plan.shard_rows, content["spec"]["compression"])
-        return {name: create_coordinate(group, name, plan.n_rows) for name in COORDINATES}
+        chunk = coordinate_chunk(plan.expected_rows or plan.n_rows)
+        return {name: create_coordinate(group, name, plan.n_rows, chunk) for name in COORDINATES}
 
     write_skeleton(
         store, {ATTRIBUTE: attributes}, card, add_arrays, lambda added: write_tables(store, plan, corpus, added)
     )
-    publish_store(store, path)
+    if (path / "zarr.json").exists():
+        grow_plan(store, path)
+    else:
+        publish_store(store, path)
+
+
+def grow_plan(store: Path, path: StoreLocation) -> None:
+    """Replace the plan of the store at *path* by that of *store*, which begins with it and is longer.
+
+    At every moment readers find the old plan or the new one, and each step can be repeated. On object storage, where
+    nothing is renamed, a plan does not grow.
+    """
+    root = disk_path(path)
+    assert root is not None
+    fsync_tree(store)
+    names = changed_plan_files(read_plan_record(root), read_plan_record(store))
+    write_durably(root / NEXT_PLAN, (store / PLAN_RECORD).read_bytes())
+    commit_files(root, [(store / name, name) for name in names])
+    for name in ("zarr.json", PLAN_RECORD):
+        write_durably(root / name, (store / name).read_bytes())
+    storage_of(root).delete(NEXT_PLAN)
+    shutil.rmtree(store)
 
 
 def publish_store(store: Path, path: StoreLocation) -> None:

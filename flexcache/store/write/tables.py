@@ -40,7 +40,7 @@ def write_tables(
     numbers = np.full(len(corpus.lengths), -1, np.int64)
     n_documents = n_before
     for unit in plan.units():
-        tables = UnitTables(unit, corpus, numbers, n_documents)
+        tables = UnitTables(unit, corpus, numbers, n_documents, plan.n_rows)
         sequences.write(tables.sequences(), int(plan.lengths[unit.sequences].sum(dtype=np.int64)))
         documents.write(tables.documents(), len(tables.new))
         for name, values in tables.coordinates().items():

@@ -17,12 +17,16 @@ SEGMENT_TYPES = {"documents": pa.int64(), "starts": pa.int32(), "places": pa.int
 class UnitTables:
     """Lines of the tables for the rows of one unit, after *n_documents* lines of the table of documents.
 
+    The last document of a plan that grows ends, for now, with the *n_rows* rows of the plan.
+
     *numbers*, int64 of shape (documents,), has the line of each document in that table, -1 for those not in an earlier
     unit; the lines of *new*, the documents of this unit that are in no earlier one, are filled in.
     """
 
-    def __init__(self, unit: UnitPlan, corpus: TokenizedCorpus, numbers: np.ndarray, n_documents: int) -> None:
-        self._unit, self._options = unit, corpus.options
+    def __init__(
+        self, unit: UnitPlan, corpus: TokenizedCorpus, numbers: np.ndarray, n_documents: int, n_rows: int
+    ) -> None:
+        self._unit, self._options, self._n_rows = unit, corpus.options, n_rows
         self._corpus = corpus
         self._segments = segments = corpus.segmentation.segments(unit.sequences)
         there, first = np.unique(segments.document, return_index=True)
@@ -93,7 +97,8 @@ class UnitTables:
         table = self._table.drop_columns(inner).take(pa.array(self.new - self._lowest))
         table = table.add_column(2, "n_tokens", pa.array(self._corpus.lengths[self.new], pa.int32()))
         table = table.append_column("row_start", pa.array(row_start))
-        return table.append_column("n_rows", pa.array(self._corpus.rows[self.new], pa.int64()))
+        n_rows = np.minimum(self._corpus.rows[self.new], self._n_rows - row_start)
+        return table.append_column("n_rows", pa.array(n_rows, pa.int64()))
 
     def coordinates(self) -> dict[str, np.ndarray]:
         """Return the coordinates of the rows by name."""
