@@ -3,10 +3,11 @@
     python -m benchmarks.growth [--plan 1e9] [--stand-in 1e11] [--rows 1e7] [--features 512]
 
 (1) Plans of 10⁷ tokens and more, made by the planner itself, of documents of about 2,048 tokens that are all the same
-token, so that little is on the disk. (2) Stand-ins for complete stores of 10⁷ tokens and more: description, ledger,
-documents and coordinates as large as those of the real thing in units of 65,536 rows, one layer of 16 features; records
-of the ledger are hard links to a few, coordinates are not written (zero to a reader), and only the first units have
-shards and sequences. (3) A store of 10⁷ rows of 512 bfloat16 on the disk, 10 GB, written and read by units.
+token, so that little is on the disk: as a whole, and until the units of the first segment can be captured. (2)
+Stand-ins for complete stores of 10⁷ tokens and more: description, ledger, documents and coordinates as large as those of the real
+thing in units of 65,536 rows, one layer of 16 features; records of the ledger are hard links to a few, coordinates are
+not written (zero to a reader), and only the first units have shards and sequences. (3) A store of 10⁷ rows of 512
+bfloat16 on the disk, 10 GB, written and read by units.
 
 Each figure is of a process of its own.
 """
@@ -59,6 +60,16 @@ held, began = kibibytes("VmRSS"), time.perf_counter()
 print(json.dumps([time.perf_counter() - began, (kibibytes("VmHWM") - held) / 1024]))
 """
 
+FIRST_SEGMENT = """
+from flexcache.recording.planning.planning import PlanInputs
+from flexcache.recording.planning.store_plan import BackgroundPlan
+from flexcache.spec import ArraySpec, CaptureSpec
+from flexcache.store.storage.location import parse_location
+documents = flexcache.open_documents(str(Path(path).parent / "corpus.parquet"))
+arrays = [ArraySpec("resid_post", "resid_post", (0,), 1, 16, "hidden", "bfloat16")]
+spec = CaptureSpec(sites=["resid_post"], batch_tokens=16384)
+plan = BackgroundPlan(parse_location(path), PlanInputs(documents, None, arrays, spec, {"name": "stand-in"}, {}))
+"""
 OPEN = "store = flexcache.open(path)"
 STEPS: dict[str, tuple[str, str]] = {
     "open": ("", OPEN),
@@ -138,7 +149,7 @@ def measured(path: Path, before: str, run: str) -> list[float]:
 
 
 def planned(place: Path, tokens: int) -> dict[str, list[float]]:
-    """Plan a store of so many tokens, and open it."""
+    """Plan a store of so many tokens as a whole, and open it; and plan its first segment."""
     corpus, store = place / "corpus.parquet", place / "planned.zarr"
     write_corpus(corpus, tokens)
     run = (
@@ -154,6 +165,8 @@ def planned(place: Path, tokens: int) -> dict[str, list[float]]:
         "recorder = Recorder(path)\nrecorder.largest_batch()\n"
         "with recorder:\n    recorder.begin_unit(recorder.claim_unit())\n    recorder.abandon_unit()",
     )
+    shutil.rmtree(store)
+    found["first units can be captured"] = measured(store, FIRST_SEGMENT, "plan.begin()\nplan.close()")
     console.print(f"{tokens:.0e}: {found}", style="dim", highlight=False)
     shutil.rmtree(store)
     corpus.unlink()

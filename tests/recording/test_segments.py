@@ -221,6 +221,7 @@ def test_an_error_in_a_late_document_names_it_and_committed_units_are_kept(
             capture(path, bad)
     store = flexcache.open(path)
     assert gate.units
+    assert "not planned yet" in repr(store)
     assert store.growing
     assert not store.complete
     assert len(store.committed_units) > 0

@@ -20,6 +20,7 @@ def summary(store: OpenStore) -> dict[str, str]:
     plan = store.plan
     done = len(store.committed_units)
     state = "complete" if store.complete else f"{done} of {store.n_units} units committed"
+    state += ", and documents that are not planned yet" if store.growing else ""
     state += _extension(store)
     record = store.provenance.model
     parts = (store.provenance.model_name or "unknown", adapters_text(record))
