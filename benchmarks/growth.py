@@ -3,11 +3,11 @@
     python -m benchmarks.growth [--plan 1e9] [--stand-in 1e11] [--rows 1e7] [--features 512]
 
 (1) Plans of 10⁷ tokens and more, made by the planner itself, of documents of about 2,048 tokens that are all the same
-token, so that little is on the disk: as a whole, and until the units of the first segment can be captured. (2)
-Stand-ins for complete stores of 10⁷ tokens and more: description, ledger, documents and coordinates as large as those of the real
-thing in units of 65,536 rows, one layer of 16 features; records of the ledger are hard links to a few, coordinates are
-not written (zero to a reader), and only the first units have shards and sequences. (3) A store of 10⁷ rows of 512
-bfloat16 on the disk, 10 GB, written and read by units.
+token, so that little is on the disk: as a whole, and until the units of the first segment can be captured. (2) Stand-
+ins for complete stores of 10⁷ tokens and more: description, ledger, documents and coordinates as large as those of
+the real thing in units of 65,536 rows, one layer of 16 features; records of the ledger are hard links to a few,
+coordinates are not written (zero to a reader), and only the first units have shards and sequences. (3) A store of 10⁷
+rows of 512 bfloat16 on the disk, 10 GB, written and read by units.
 
 Each figure is of a process of its own.
 """
