@@ -230,6 +230,8 @@ def test_an_error_in_a_late_document_names_it_and_committed_units_are_kept(
     assert np.array_equal(store.read("resid_post", 1, rows), whole.read("resid_post", 1, rows))
     with pytest.raises(flexcache.errors.StoreError, match="documents that are not planned yet"):
         flexcache.extend(tiny("llama"), None, DOCUMENTS, path, progress=False)
+    with pytest.raises(flexcache.errors.StoreError, match="documents of the store are not planned yet"):
+        flexcache.Removal(path, layers=[1]).run()
 
 
 def test_a_repeated_id_in_another_segment_is_named(tmp_path: Path) -> None:

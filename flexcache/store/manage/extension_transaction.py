@@ -24,6 +24,7 @@ from flexcache.store.format.schema import (
     PLAN_RECORD,
     STAGED,
     committing_folder,
+    is_planned,
     read_attributes,
     staged_folder,
 )
@@ -225,8 +226,17 @@ class AlreadyCommittedError(StoreError):
 
 
 def check_not_extending(path: str | StoreLocation, staged: bool = False) -> None:
-    """Raise StoreError if an extension is being committed to a store or, with *staged*, if one is staged at all."""
+    """Raise StoreError if an extension is being committed to a store.
+
+    With *staged*, also if one is staged at all, or documents are not planned yet.
+    """
     found = parse_location(path)
+    if staged and not is_planned(found):
+        raise StoreError(
+            "documents of the store are not planned yet",
+            where=str(path),
+            remedy="complete it first, with the capture that began it",
+        )
     committing = committing_folder(found) is not None
     if committing or (staged and staged_folder(found) is not None):
         raise StoreError(
