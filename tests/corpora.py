@@ -11,7 +11,8 @@ import flexcache
 from flexcache.documents import open_documents
 from flexcache.identity.tokenizer import describe_tokenizer
 from flexcache.keep import divide_layers
-from flexcache.recording.planning.planning import PlanInputs, plan_store
+from flexcache.recording.planning.planning import PlanInputs
+from flexcache.recording.planning.store_plan import plan_store
 from flexcache.site import resolve_layers
 from flexcache.spec import ArraySpec, CaptureSpec
 from flexcache.store.storage.location import parse_location

@@ -78,6 +78,8 @@ class VariantRecorders:
         Numbers of the recorders that take the next rows.
     """
 
+    growing = False  # the plans of variants are made as a whole
+
     def __init__(self, recorders: Sequence[Recorder]) -> None:
         self._recorders = list(recorders)
         self.working = list(range(len(self._recorders)))
