@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from flexcache.spec import CaptureSpec
     from flexcache.store import Removal, Store, copy, merge, repair, verify
     from flexcache.store import Store as open  # noqa: N813
-    from flexcache.virtual import attach
+    from flexcache.virtual import Filling, Thinning, attach, fill, thin
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "ChatOptions",
     "Choice",
     "Documents",
+    "Filling",
     "FlexCacheError",
     "FlexModel",
     "Generation",
@@ -56,6 +57,7 @@ __all__ = [
     "RunOptions",
     "Site",
     "Store",
+    "Thinning",
     "Transform",
     "Windows",
     "attach",
@@ -65,6 +67,7 @@ __all__ = [
     "exchange",
     "export",
     "extend",
+    "fill",
     "generate",
     "import_folder",
     "merge",
@@ -73,6 +76,7 @@ __all__ = [
     "recompute",
     "record",
     "repair",
+    "thin",
     "training",
     "verify",
 ]
@@ -90,8 +94,8 @@ __getattr__, __dir__ = lazy_exports(
         "exchange": "flexcache.exchange",
         "record": "flexcache.recording.external_forward:record",
         "training": "flexcache.training",
-        "attach": "flexcache.virtual.attachment:attach",
     }
+    | {name: f"flexcache.virtual:{name}" for name in ("Filling", "Thinning", "attach", "fill", "thin")}
     | {name: f"flexcache.documents:{name}" for name in ("Documents", "open_documents")}
     | {name: f"flexcache.exchange:{name}" for name in ("export", "import_folder")}
     | {name: f"flexcache.hooks:{name}" for name in ("FlexModel", "HookFunction")}

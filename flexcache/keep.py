@@ -161,19 +161,21 @@ def _means(asked: Any, array: ArraySpec) -> bool:
     return tuple(layer for layer in array.captured if layer in numbers) == array.layers
 
 
-def mean_blocks(arrays: Collection[ArraySpec], wanted: Collection[tuple[str, int | None]]) -> float:
-    """Return the blocks that recompute a virtual layer on average, each from the last residual stream on disk.
-
-    *wanted* are the virtual layers to count, as names of arrays with layers; 0 if there are none.
-    """
+def blocks_to_run(arrays: Collection[ArraySpec]) -> dict[tuple[str, int], int]:
+    """Return, for each virtual layer, the blocks that recompute it from the last residual stream on disk before it."""
     starts = {0}
     for array in arrays:
         if array.site in RESIDUAL and array.name == array.site:
             starts |= {layer + (array.site == RESIDUAL[0]) for layer in array.layers or ()}
-    counts = []
+    found = {}
     for array in arrays:
         for layer in array.virtual:
-            if (array.name, layer) in wanted:
-                end = layer + (array.site != "resid_pre")
-                counts.append(end - max(start for start in starts if start < max(end, 1)))
+            end = layer + (array.site != "resid_pre")
+            found[array.name, layer] = end - max(start for start in starts if start < max(end, 1))
+    return found
+
+
+def mean_blocks(arrays: Collection[ArraySpec], wanted: Collection[tuple[str, int | None]]) -> float:
+    """Return the blocks that recompute a virtual layer on average; *wanted* are the layers to count, 0 if none."""
+    counts = [count for key, count in blocks_to_run(arrays).items() if key in wanted]
     return sum(counts) / max(1, len(counts))

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from flexcache.errors import ConfigError, FlexCacheError
-from pipelines.commands import analyses, captures, demos, exchange, stores
+from pipelines.commands import analyses, captures, demos, exchange, stores, virtual
 from pipelines.commands.plain import make_encodable
 
 app = typer.Typer(
@@ -33,7 +33,7 @@ for command in (
         stores.bench_codec,
         stores.preshuffle,
     ),
-    *(stores.merge, stores.rm, exchange.export, exchange.import_),
+    *(stores.merge, stores.rm, virtual.thin, virtual.fill, exchange.export, exchange.import_),
     *(analyses.probe, analyses.stats, analyses.compare, analyses.report, analyses.replay, demos.demo),
 ):
     app.command(command.__name__.strip("_").replace("_", "-"))(command)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from flexcache.keep import blocks_to_run
 from flexcache.recording.planning.length_sampling import Sampled
 from flexcache.recording.planning.planning import PlanInputs
 from flexcache.store.format.text import size
@@ -89,6 +90,16 @@ class Forecast:
         """Bytes that are free on the disk of the store."""
         return shutil.disk_usage(existing_folder(self.config.store)).free
 
+    @cached_property
+    def blocks(self) -> dict[tuple[str, int], int]:
+        """Blocks that recompute each virtual layer, by array and layer; empty if all layers are on disk."""
+        return blocks_to_run(self.inputs.arrays)
+
+    def read_seconds(self, blocks: float) -> float:
+        """Seconds in which one process recomputes a million rows by some blocks, at the rate of the whole forward."""
+        depth = max((array.depth or 1 for array in self.inputs.arrays), default=1)
+        return 1e6 / self.rate * blocks / depth
+
     def to_json(self) -> dict[str, Any]:
         """Return all numbers as plain values: bytes, hours, and errors between 0 and 1."""
         prices = {"compute": self._compute(), "storage_month": self._storage()}
@@ -119,6 +130,7 @@ class Forecast:
                 "device": None if self.trial is None else self.trial.device_bytes,
                 "weights": self.weight_bytes,
             },
+            **self._virtual_json(),
             "cost": {name: value for name, value in prices.items() if value is not None},
         }
 
@@ -145,6 +157,7 @@ class Forecast:
             "disk": f"{size(self.write_rate)}/s: {duration(self.disk_hours)}",
             "time": self._time_line(),
             "memory": self._memory_line(),
+            **self._virtual_lines(),
             **self._cost_lines(),
         }
         for name, value in lines.items():
@@ -172,6 +185,27 @@ class Forecast:
         if self.trial is None:
             return text + "; activations of a forward come on top"
         return text + (f"; of the device {size(self.trial.device_bytes)}" if self.trial.device_bytes else "")
+
+    def _virtual_json(self) -> dict[str, Any]:
+        """Return the price of reading virtual layers: blocks and seconds a million rows, by site and layer."""
+        found: dict[str, dict[str, Any]] = {}
+        for (name, layer), blocks in self.blocks.items():
+            found.setdefault(name, {})[str(layer)] = {"blocks": blocks, "seconds": self.read_seconds(blocks)}
+        return {"virtual": found} if found else {}
+
+    def _virtual_lines(self) -> dict[str, str]:
+        if not self.blocks:
+            return {}
+        counts, arrays, rows = [*self.blocks.values()], self.inputs.arrays, self.sampled.amount.rows
+        mean = sum(counts) / len(counts)
+        more = sum(array.row_bytes * len(array.virtual) for array in arrays) * rows
+        whole = more + sum(array.row_bytes * len(array.slices) for array in arrays) * rows
+        return {
+            "virtual layers": f"{len(counts)}, which would take {size(more)}: the store has {1 - more / whole:.2f} of"
+            " the bytes of all layers",
+            "reading them": f"{mean:.1f} blocks a row on average, {max(counts)} at most:"
+            f" {self.read_seconds(mean):,.1f} s a million rows, {self.read_seconds(max(counts)):,.1f} s at most",
+        }
 
     def _compute(self) -> float | None:
         price = self.terms.price_hour

@@ -27,7 +27,7 @@ from flexcache.store.read.shard_reader import RowReader
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import StoreLocation, is_location
 from flexcache.validation import Options, validate
-from flexcache.virtual.cache import CachedShard, RowCache, file_bytes
+from flexcache.virtual.cache import SHARE, CachedShard, RowCache, file_bytes
 from flexcache.virtual.reader import VirtualReader
 from flexcache.virtual.recomputation import Recomputation
 
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 DEFAULT_CACHE = 4 << 30
 """Bytes of recomputed rows on disk."""
-SHARE = 0.8
-"""Share of the cache that rows which are recomputed ahead may fill."""
 
 
 class AttachOptions(Options):

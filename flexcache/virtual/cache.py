@@ -17,6 +17,8 @@ from flexcache.errors import StoreError
 from flexcache.store.format.shard import ShardLayout
 
 OPEN_SHARDS = 128
+SHARE = 0.8
+"""Share of a cache that rows which are recomputed ahead may fill."""
 PAGE = mmap.PAGESIZE
 MANY = 512
 """Buffers that one call of the system writes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +78,22 @@ class Recomputation:
         with self._lock:
             for unit, local in rows.items():
                 self._recompute(unit, {(site, layer): self._shard(site, layer, unit) for layer in layers}, local)
+
+    def recompute_unit(self, unit: int, keys: Collection[ArrayKey]) -> dict[ArrayKey, CachedShard]:
+        """Recompute all rows of a unit at some sites and layers in one walk, and return their files in the cache."""
+        shards: dict[ArrayKey, CachedShard] = {key: self._shard(*key, unit) for key in keys}
+        with self._lock:
+            count = sum(len(batch.rows) for batch in self._units.read(unit).batches)
+            self._recompute(unit, shards, np.arange(count))
+        return shards
+
+    def unit(self, number: int) -> Unit:
+        """Return a committed unit, with the digests that its rows are compared with."""
+        return self._units.read(number)
+
+    def use_units(self, units: Units) -> None:
+        """Compare rows with the digests of other units than those of the store."""
+        self._units = units
 
     def has_rows(self, name: str, layer: int | None, unit: int, rows: np.ndarray) -> bool:
         """Return True if rows of a virtual layer are in the cache; *rows* are numbers in the unit."""

@@ -30,6 +30,9 @@ def plan(config: ConfigPath, changes: Changes = None, quiet: Quiet = False) -> N
 def estimate(
     config: ConfigPath,
     changes: Changes = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Layers of resid_post on disk, such as every:6; other layers are virtual.")
+    ] = None,
     sample: Annotated[int, typer.Option(help=help_of(ForecastTerms, "sample"), min=1)] = 2048,
     seconds: Annotated[float, typer.Option(help=help_of(ForecastTerms, "seconds"), min=0.1)] = 10.0,
     tokens_per_second: Annotated[
@@ -56,7 +59,8 @@ def estimate(
         price_tb_month=price_tb_month,
         seed=seed,
     )
-    forecast = pipeline.run(read_capture(config, changes), terms, progress=not quiet)
+    kept = [] if keep is None else [f"keep={keep}"]
+    forecast = pipeline.run(read_capture(config, [*(changes or ()), *kept]), terms, progress=not quiet)
     if as_json:
         console.print_json(data=forecast.to_json())
     else:

@@ -19,8 +19,9 @@ import flexcache
 from flexcache.exchange.exporting import export
 from flexcache.exchange.importing import import_folder
 from flexcache.store.manage.copy import copy
+from flexcache.store.manage.layer_change import NOTE
 from flexcache.store.manage.merge import merge
-from flexcache.store.manage.remove import NOTE, Removal
+from flexcache.store.manage.remove import Removal
 from flexcache.store.storage.backend import digest, relative_files
 from tests.corpora import SITES, activation, lengths, open_recorder, padded_activation, token_documents
 

@@ -25,7 +25,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 import flexcache
 from flexcache.store.manage.copy import copy
 from flexcache.store.manage.extension_transaction import ExtensionTransaction
-from flexcache.store.manage.remove import NOTE, Removal
+from flexcache.store.manage.layer_change import NOTE
+from flexcache.store.manage.remove import Removal
 from tests.corpora import activation, token_documents
 from tests.reliability.commands import UNSTABLE, fill
 from tests.reliability.forked import fork

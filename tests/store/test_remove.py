@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 import flexcache
 import flexcache.store.format.ledger as ledger
-import flexcache.store.manage.remove as removing
+import flexcache.store.manage.layer_change as changing
 import flexcache.store.storage.atomic_files as files
 import flexcache.store.storage.backend as backend
 from flexcache.errors import DamagedError, SiteError, StoreError
 from flexcache.store.manage.copy import copy
-from flexcache.store.manage.remove import NOTE, Removal
+from flexcache.store.manage.layer_change import NOTE
+from flexcache.store.manage.remove import Removal
 from flexcache.store.write.claims import Claims
 from flexcache.store.write.worker import Worker
 from tests.corpora import build_store, lengths, open_recorder, put_batch, token_documents
@@ -133,11 +134,11 @@ def test_a_kill_at_any_step_leaves_a_readable_store_and_the_same_call_finishes(
     for kill in kills:
         steps = kill
         with pytest.MonkeyPatch.context() as patch:
-            for module in (files, backend, removing):
+            for module in (files, backend, changing):
                 patch.setattr(module, "write_durably", dying(files.write_durably))
             patch.setattr(ledger, "write_json", dying(files.write_json))
             patch.setattr(Path, "unlink", dying(Path.unlink))
-            patch.setattr(removing.shutil, "rmtree", dying(shutil.rmtree))
+            patch.setattr(changing.shutil, "rmtree", dying(shutil.rmtree))
             with contextlib.suppress(Killed, SiteError):  # SiteError if an earlier attempt has finished
                 Removal(path, sites, layers).run()
         check_readable(path, source)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from flexcache.store.format.ledger import FileRecord, Ledger, measure_file, read
 from flexcache.store.format.schema import PLAN_RECORD, STAGED
 from flexcache.store.format.shard import shard_name
 from flexcache.store.manage.extension_transaction import committing_files
-from flexcache.store.manage.remove import NOTE
+from flexcache.store.manage.layer_change import NOTE, describe_note
 from flexcache.store.read.batch_rows import batch_rows
-from flexcache.store.read.selection import keys
+from flexcache.store.read.selection import ArrayKey, keys
 from flexcache.store.read.store import Store
 from flexcache.store.storage.atomic_files import is_temporary
 from flexcache.store.storage.backend import disk_path, relative_files
@@ -130,10 +130,12 @@ def verify(path: str | StoreLocation, progress: ProgressCallback = ignore_progre
         files += 1
         size += record.size
         progress(files, size)
-    virtual = _check_digests(store, findings)
+    virtual_keys = [(array.name, layer) for array in store.arrays.values() for layer in array.virtual]
+    virtual = _check_digests(store, virtual_keys, findings)
     begun = set(committing)  # and files of units whose process ended before it wrote the record
     for unit in range(store.n_units):
         expected = _expected(store, unit)
+        begun.update(shard_name(*key, unit) for key in virtual_keys)  # layers that are being filled
         if not store.committed[unit]:
             begun.update(expected)
         elif missing := [name for name in expected if name not in known]:
@@ -143,7 +145,7 @@ def verify(path: str | StoreLocation, progress: ProgressCallback = ignore_progre
             ]
     for name in relative_files(store.path, skip=("ledger", "runs", PARTIAL, CLAIMS, STAGED)):
         if name == NOTE:
-            findings.append(Finding(name, None, "a removal is unfinished: run flexcache rm to finish it"))
+            findings.append(Finding(name, None, describe_note(store)))
         elif name not in known and name not in begun and not is_temporary(name):
             findings.append(Finding(name, None, "is in no record, so it is not part of the store", stray=True))
     return Verification(files, size, store.n_units, len(store.committed_units), tuple(findings), virtual)
@@ -204,9 +206,8 @@ def _records(store: Store, findings: list[Finding]) -> Iterator[tuple[int | None
             yield unit, name, file
 
 
-def _check_digests(store: Store, findings: list[Finding]) -> int:
+def _check_digests(store: Store, wanted: Sequence[ArrayKey], findings: list[Finding]) -> int:
     """Count the shards of virtual layers that have a digest for each batch; add the others to *findings*."""
-    wanted = [(array.name, layer) for array in store.arrays.values() for layer in array.virtual]
     count = 0
     for unit in store.committed_units.tolist() if wanted else ():
         try:

@@ -1,0 +1,79 @@
+"""Share the units of a complete store among processes that prove or write its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from flexcache.progress import ProgressCallback
+from flexcache.store.format.ledger import UnitRecord
+from flexcache.store.manage.extension_transaction import check_not_extending
+from flexcache.store.read.selection import ArrayKey
+from flexcache.store.read.store import Store
+from flexcache.store.storage.disk_errors import clear_errors
+from flexcache.store.write.election import claim_until_done, working
+from flexcache.virtual.cache import PAGE, SHARE
+
+if TYPE_CHECKING:
+    from flexcache.store.write.claims import Claiming
+    from flexcache.store.write.worker import Worker
+    from flexcache.virtual.recomputation import Recomputation
+
+
+class UnitWork:
+    """Work on each unit whose record is not *done* yet; each is claimed, so that processes share the units."""
+
+    def __init__(self, store: Store, done: Callable[[UnitRecord], bool], work: Callable[[int], None]) -> None:
+        self.store, self._done, self._work = store, done, work
+
+    def pending(self) -> list[int]:
+        """Return the units whose records are not done."""
+        return [record.unit for record in self.store.ledger if not self._done(record)]
+
+    def run(
+        self, progress: ProgressCallback, begin: Callable[[Worker], Callable[[], None]] = lambda worker: lambda: None
+    ) -> None:
+        """Work until no unit is pending; *progress* is called with the units done so far, and in total.
+
+        *begin* is called with this process as a worker, and returns what is called at the end.
+        """
+        check_not_extending(self.store.path, staged=True)
+        total = self.store.n_units
+        left = self.pending()
+        progress(total - len(left), total)
+        if not left:
+            return
+        with clear_errors(self.store.path), working(self.store.path, lambda: True) as (worker, claims):
+            end = begin(worker)
+            try:
+                self._claim_all(worker, claims, progress)
+            finally:
+                end()
+
+    def _claim_all(self, worker: Worker, claims: Claiming, progress: ProgressCallback) -> None:
+        def claim() -> str | None:
+            worker.sweep()
+            return claims.take_claim(self.pending())
+
+        for name in claim_until_done(claim, lambda: len(self.pending())):
+            if not self._done(self.store.ledger.read_record(int(name))):
+                self._work(int(name))
+            claims.release(name)
+            progress(self.store.n_units - len(self.pending()), self.store.n_units)
+
+
+def cache_groups(attached: Recomputation, keys: Iterable[ArrayKey]) -> list[list[ArrayKey]]:
+    """Divide sites and layers into groups that a walk can keep in the cache for a whole unit, from the first block up.
+
+    The rows of a group are the starts of the next one.
+    """
+    groups: list[list[ArrayKey]] = [[]]
+    room, filled = SHARE * attached.cache.most_bytes / 2, 0.0
+    for name, layer in sorted(keys, key=lambda key: (key[1] or 0, key[0])):
+        needed = attached.store.shard_rows * attached.arrays[name].row_bytes + 4 * PAGE
+        if groups[-1] and filled + needed > room:
+            groups.append([])
+            filled = 0.0
+        groups[-1].append((name, layer))
+        filled += needed
+    return groups
