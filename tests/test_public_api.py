@@ -10,10 +10,10 @@ import pytest
 
 PUBLIC = {
     "flexcache": (
-        "CaptureSpec ChatOptions Choice Documents FlexCacheError FlexModel Generation HookFunction LogitDifference "
-        "ModelSource NextTokenLoss Packing Recorder Removal RunOptions Site Store Transform Windows attach capture "
-        "capture_variants copy exchange export extend generate import_folder merge open open_documents recompute "
-        "record repair training verify"
+        "CaptureSpec ChatOptions Choice Documents Filling FlexCacheError FlexModel Generation HookFunction LogitDifference "
+        "ModelSource NextTokenLoss Packing Recorder Removal RunOptions Site Store Thinning Transform Windows attach capture "
+        "capture_variants copy exchange export extend fill generate import_folder merge open open_documents recompute "
+        "record repair thin training verify"
     ),
     "flexcache.documents": "CSV_NULLS Documents RESERVED load_dataset open_documents",
     "flexcache.exchange": "export import_folder",
