@@ -10,10 +10,10 @@ import pytest
 
 PUBLIC = {
     "flexcache": (
-        "CaptureSpec ChatOptions Choice Documents Filling FlexCacheError FlexModel Generation HookFunction LogitDifference "
-        "ModelSource NextTokenLoss Packing Recorder Removal RunOptions Site Store Thinning Transform Windows attach capture "
-        "capture_variants copy exchange export extend fill generate import_folder merge open open_documents recompute "
-        "record repair thin training verify"
+        "CaptureSpec ChatOptions Choice Documents Filling FlexCacheError FlexModel Generation HookFunction "
+        "LogitDifference  ModelSource NextTokenLoss Packing Recorder Removal RunOptions Site Store Thinning "
+        "Transform Windows attach capture  capture_variants copy exchange export extend fill generate "
+        "import_folder merge open open_documents recompute  record repair thin training verify"
     ),
     "flexcache.documents": "CSV_NULLS Documents RESERVED load_dataset open_documents",
     "flexcache.exchange": "export import_folder",
@@ -28,7 +28,7 @@ PUBLIC = {
         "LabelTable Provenance Removal Repair Store Verification copy merge repair rows_in select verify"
     ),
     "flexcache.training": "Loader ReaderOptions Stream stream",
-    "flexcache.virtual": "AttachOptions Attachment ReadPlan attach",
+    "flexcache.virtual": "AttachOptions Attachment Filling ReadPlan Thinning attach fill thin",
     "analysis": (
         "codecs comparison dataset erasure examples geometry lens logit_attribution moments onepass outliers "
         "probe_dataset probes quantiles readout replay report similarity statistics survey targets tokens"
