@@ -83,7 +83,7 @@ def overlap(run: Callable[[], Any], device: torch.device) -> float | None:
         synchronize(device)
     copies, kernels = [], []
     for event in profile.events() or ():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if str(event.device_type).endswith("CUDA"):
             span = (float(event.time_range.start), float(event.time_range.end))
             if "Memcpy DtoH" in event.name:
                 copies.append(span)
