@@ -34,7 +34,7 @@ import zarr
 
 import flexcache
 from benchmarks.timing import console, show
-from flexcache.spec import ArraySpec
+from flexcache.array_spec import ArraySpec
 from flexcache.store.format.ledger import Ledger
 from flexcache.store.format.schema import ATTRIBUTE, COORDINATES
 from flexcache.store.write.skeleton import create_arrays, create_coordinate
@@ -63,7 +63,8 @@ print(json.dumps([time.perf_counter() - began, (kibibytes("VmHWM") - held) / 102
 FIRST_SEGMENT = """
 from flexcache.recording.planning.planning import PlanInputs
 from flexcache.recording.planning.store_plan import BackgroundPlan
-from flexcache.spec import ArraySpec, CaptureSpec
+from flexcache.array_spec import ArraySpec
+from flexcache.spec import CaptureSpec
 from flexcache.store.storage.location import parse_location
 documents = flexcache.open_documents(str(Path(path).parent / "corpus.parquet"))
 arrays = [ArraySpec("resid_post", "resid_post", (0,), 1, 16, "hidden", "bfloat16")]

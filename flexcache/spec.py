@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-import ml_dtypes
 import numpy as np
 from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from flexcache.errors import ConfigError
-from flexcache.keep import check_keep, parse_keep
+from flexcache.array_spec import DTypeName, can_be_virtual, parse_keep
+from flexcache.errors import ConfigError, nearest
 from flexcache.options import Choice, DecoderInputMode, SequenceOptions, parse_rows
 from flexcache.site import Layers, Site, plain_layers
 from flexcache.validation import validate
-
-DTypeName = Literal["bfloat16", "float16", "float32", "int8"]
-DTYPES: dict[str, np.dtype] = {
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-    "float32": np.dtype(np.float32),
-    "int8": np.dtype(np.int8),
-}
 
 SitesLike = str | Sequence[str | Mapping[str, Any]] | Mapping[str, Layers]
 
@@ -203,7 +193,44 @@ class CaptureSpec(SequenceOptions):
     def check(self) -> None:
         """Raise ConfigError if options contradict each other."""
         super().check()
-        check_keep(self)
+        self.check_keep()
+
+    def check_keep(self) -> None:
+        """Raise ConfigError if layers are virtual in a capture whose rows cannot be recomputed exactly."""
+        if self.keep is None:
+            if self.keep_dtype == "compute":
+                raise ConfigError(
+                    "keep_dtype applies to the sites in keep, and there is no keep", remedy="leave it out"
+                )
+            return
+        for site, layers in self.keep.items():
+            if site not in self.sites:
+                raise ConfigError(
+                    f"keep names {site}, which is not captured",
+                    expected=f"some of {', '.join(self.sites)}",
+                    remedy=nearest(site, tuple(self.sites)),
+                )
+            if layers != "all" and not can_be_virtual(site):
+                raise ConfigError(
+                    f"all layers of {site} are on disk, whatever keep says",
+                    expected="sites that exist in every block, and are no gradients",
+                    remedy="leave it out of keep",
+                )
+        wrong = {
+            f"rows: {self.rows}": self.rows != "all",
+            "packing": self.packing is not None,
+            "dtype: int8": self.dtype == "int8",
+            f"compression: {self.compression}": self.compression != "none",
+            "generate.capture": self.decoding,
+        }
+        if found := [name for name, given in wrong.items() if given]:
+            raise ConfigError(
+                "virtual layers cannot be recomputed exactly from such a store",
+                where="keep",
+                expected="rows: all, without packing; a floating-point dtype, without compression; no generate.capture",
+                found=", ".join(found),
+                remedy="leave keep out, or change these options; virtual layers take no disk",
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that are set as plain values, as in the attributes of a store."""
@@ -235,77 +262,6 @@ class CaptureSpec(SequenceOptions):
         if changes.get("sites") is None and "layers" in changes and "sites" in kept:
             changes["sites"] = list(self.sites)
         return validate(CaptureSpec, kept | changes, where)
-
-
-@dataclass(frozen=True)
-class ArraySpec:
-    """The form of one array of a store.
-
-    Attributes
-    ----------
-    name : str
-        Name in the store: a standard site, or a module path.
-    site : str
-        The site as the user wrote it.
-    layers : tuple of int, or None
-        Layers of a stacked array that are on disk; None for a module path.
-    depth : int or None
-        Layers of the model, which is the first dim of a stacked array.
-    features : int
-        Length of a row, in values.
-    feature_dim : str
-        Name of the last dim.
-    dtype : str
-        Dtype of the stored values.
-    virtual : tuple of int
-        Layers that were computed and hashed, and are not on disk.
-    """
-
-    name: str
-    site: str
-    layers: tuple[int, ...] | None
-    depth: int | None
-    features: int
-    feature_dim: str
-    dtype: str
-    virtual: tuple[int, ...] = ()
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row of one layer."""
-        return self.features * DTYPES[self.dtype].itemsize
-
-    @property
-    def slices(self) -> tuple[int | None, ...]:
-        """The layers on disk, or None once for an array that has no layers."""
-        return (None,) if self.layers is None else self.layers
-
-    @property
-    def captured(self) -> tuple[int | None, ...]:
-        """The captured layers, on disk and virtual, or None once for an array that has no layers."""
-        return (None,) if self.layers is None else tuple(sorted((*self.layers, *self.virtual)))
-
-    @property
-    def dims(self) -> tuple[str, ...]:
-        """Names of the array's dims."""
-        return ("token", self.feature_dim) if self.layers is None else ("layer", "token", self.feature_dim)
-
-    def __str__(self) -> str:
-        depth = "" if self.depth is None else f"{self.depth} layers of "
-        return f"{depth}{self.features} {self.feature_dim} in {self.dtype}, site {self.site}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the array as plain values."""
-        content = {**asdict(self), "layers": None if self.layers is None else list(self.layers)}
-        virtual = content.pop("virtual")
-        return content | ({"virtual": list(virtual)} if virtual else {})
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> ArraySpec:
-        """Return the array that `to_json` wrote."""
-        layers, virtual = data["layers"], tuple(int(layer) for layer in data.get("virtual", ()))
-        layers = None if layers is None else tuple(int(layer) for layer in layers)
-        return cls(**{**data, "layers": layers, "virtual": virtual})
 
 
 T = TypeVar("T")

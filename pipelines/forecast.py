@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from flexcache.keep import blocks_to_run
+from flexcache.array_spec import blocks_to_run
 from flexcache.recording.planning.length_sampling import Sampled
 from flexcache.recording.planning.planning import PlanInputs
 from flexcache.store.format.text import size

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 import flexcache
+from flexcache.array_spec import ArraySpec, divide_layers
 from flexcache.documents import open_documents
 from flexcache.identity.tokenizer import describe_tokenizer
-from flexcache.keep import divide_layers
 from flexcache.recording.planning.planning import PlanInputs
 from flexcache.recording.planning.store_plan import plan_store
 from flexcache.site import resolve_layers
-from flexcache.spec import ArraySpec, CaptureSpec
+from flexcache.spec import CaptureSpec
 from flexcache.store.storage.location import parse_location
 
 

@@ -29,7 +29,7 @@ from flexcache.paths import local_path
 from flexcache.site import Layers
 from flexcache.spec import listed
 from flexcache.store.format.model_comparison import differences
-from flexcache.store.read.recorded_model import recorded_model
+from flexcache.store.format.provenance import recorded_model
 from flexcache.store.read.store import Store
 
 if TYPE_CHECKING:

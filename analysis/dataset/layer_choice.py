@@ -7,7 +7,7 @@ from typing import Any, cast
 from analysis.dataset.readable import Readable
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers, plain_layers, resolve_layers
-from flexcache.store.read.virtual_layers import virtual_error
+from flexcache.store.read.selection import virtual_error
 
 
 def choose_layers(store: Readable, site: str, layers: Layers) -> tuple[int | None, ...]:

@@ -18,7 +18,7 @@ from flexcache.errors import AnalysisError, nearest
 from flexcache.identity import differences, has_weight_digests
 from flexcache.paths import local_path
 from flexcache.store.format.model_record import OTHERS, SAMPLE
-from flexcache.store.read.recorded_model import recorded_model
+from flexcache.store.format.provenance import recorded_model
 from flexcache.store.storage.atomic_files import write_durably
 
 FORMAT = "flexcache direction 1"

@@ -12,13 +12,13 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
+from flexcache.array_spec import DTYPES
 from flexcache.errors import ConfigError, DamagedError, MismatchError
 from flexcache.exchange.engine_layout import EngineLayout
 from flexcache.exchange.engine_samples import Sample, SampleFile, SampleProblem, read_sample
 from flexcache.exchange.sample_labels import SampleLabels
 from flexcache.progress import ProgressCallback
 from flexcache.recording.external_forward import record
-from flexcache.spec import DTYPES
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import parse_location
 

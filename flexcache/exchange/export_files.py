@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow.parquet as pq
 
+from flexcache.array_spec import DTYPES, ArraySpec
 from flexcache.exchange import table
 from flexcache.exchange.safetensors import header
 from flexcache.exchange.text_export import (
@@ -22,7 +23,6 @@ from flexcache.exchange.text_export import (
     write_text_table,
 )
 from flexcache.progress import ProgressCallback
-from flexcache.spec import DTYPES, ArraySpec
 from flexcache.store.format.schema import DOCUMENTS
 from flexcache.store.manage.file_transfer import copy_verified
 from flexcache.store.manage.store_contents import ledger_digest, shared_files

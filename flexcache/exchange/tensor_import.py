@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from flexcache.array_spec import DTYPES
 from flexcache.errors import ConfigError, DamagedError, MismatchError, SiteError
 from flexcache.exchange.file_tensors import FileTensor, TensorStack, find_tensors, list_tensors
 from flexcache.paths import local_path
@@ -21,7 +22,6 @@ from flexcache.plan import ranges
 from flexcache.progress import ProgressCallback
 from flexcache.recording.external_forward import record
 from flexcache.site import STANDARD
-from flexcache.spec import DTYPES
 from flexcache.store.format.text import TABLE_COLUMNS
 from flexcache.store.read.store import Store
 

@@ -24,12 +24,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from flexcache.array_spec import ArraySpec
 from flexcache.errors import ConfigError, MismatchError
 from flexcache.exchange.table import GROUP_BYTES
 from flexcache.identity.store_tokenizer import load_tokenizer, store_tokenizer
 from flexcache.identity.tokenizer import DIGEST, describe_tokenizer
 from flexcache.site import STANDARD
-from flexcache.spec import ArraySpec
 from flexcache.store.format.text import TABLE_COLUMNS
 from flexcache.store.manage.store_contents import ledger_digest
 from flexcache.store.read.store import Store

@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from flexcache import hooks
+from flexcache.array_spec import DTYPES
 from flexcache.errors import CaptureError, DamagedError
 from flexcache.hooks.read.activation_hooks import ActivationHooks
-from flexcache.spec import DTYPES
 from flexcache.store.read.selection import ArrayKey
 from flexcache.store.write.row_encoding import host
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Unpack
 
 from flexcache import hooks
+from flexcache.array_spec import ArraySpec, check_one_window
 from flexcache.documents import Documents, open_documents
 from flexcache.errors import ConfigError
 from flexcache.hooks.locate.evaluation_mode import evaluation_mode
@@ -16,7 +17,6 @@ from flexcache.hooks.locate.position_tables import count_positions
 from flexcache.hooks.locate.vocabulary import encoder_vocabulary_size, pad_token_id, vocabulary_size
 from flexcache.identity import model_key
 from flexcache.images.input import stored_image_input
-from flexcache.keep import check_keep, check_one_window
 from flexcache.paths import shown
 from flexcache.provenance import select_fingerprint
 from flexcache.recording.arguments import described, either_order, model_of, objective_of, tokenizer_of
@@ -45,6 +45,7 @@ from flexcache.recording.planning.store_identity import (
 )
 from flexcache.recording.recompute import check_rows
 from flexcache.recording.run.cuda_transfer import transfer_for
+from flexcache.recording.run.existing_rows import ExistingRows
 from flexcache.recording.run.fingerprint import check_fingerprint, fingerprint, model_notices
 from flexcache.recording.run.forward_loop import complete_store
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
@@ -52,7 +53,7 @@ from flexcache.recording.run.progress import CaptureProgress
 from flexcache.recording.run.recorder import Recorder
 from flexcache.recording.run_options import RunOptions
 from flexcache.sequences.special_tokens import DOUBLED, doubled_notice
-from flexcache.spec import ArraySpec, CaptureSpec, listed, parse_sites
+from flexcache.spec import CaptureSpec, listed, parse_sites
 from flexcache.store.format.int8 import with_scales
 from flexcache.store.manage.derive import merge_arrays
 from flexcache.store.manage.extension_transaction import AlreadyCommittedError, ExtensionTransaction
@@ -220,8 +221,7 @@ def extend(
                     transfer=transfer_for(model),
                     batch_tokens=spec.batch_tokens if "batch_tokens" in spec.model_fields_set else None,
                     keys=group.keys(targets.points, [(OBJECTIVE, None)] if (OBJECTIVE, None) in wanted else ()),
-                    existing=found.carried,
-                    origin=store,
+                    existing=found.carried or ExistingRows(store, stop=0),
                     on_start=found.transaction.check_open if group.alone else lambda: None,
                     heartbeat_timeout=options.heartbeat_timeout,
                 )
@@ -259,8 +259,8 @@ def _asked(
         kept = {"keep": dict.fromkeys(asked, "all")}
     given = validate(CaptureSpec, {**store.spec.to_json(), **functions, **kept, "sites": asked}, where, stored=True)
     if spec.keep is not None:
-        check_keep(given)
-        check_one_window(given, store.tokens.column("start").to_numpy() > 0)
+        given.check_keep()
+        check_one_window(given.keep, store.tokens.column("start").to_numpy() > 0)
     return given
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
+from flexcache.array_spec import ArraySpec
 from flexcache.documents import open_documents
 from flexcache.errors import ConfigError
 from flexcache.identity.tokenizer import describe_tokenizer
@@ -14,11 +15,12 @@ from flexcache.recording.planning.extension_request import more_arrays, more_doc
 from flexcache.recording.planning.planning import PlanInputs
 from flexcache.recording.planning.store_identity import check_same, stored_identity
 from flexcache.recording.planning.store_plan import plan_store
+from flexcache.recording.run.existing_rows import ExistingRows
 from flexcache.recording.run.fingerprint import check_fingerprint
 from flexcache.recording.run.recorder import Recorder
 from flexcache.recording.run_options import RunOptions
 from flexcache.site import STANDARD, Layers, Site, plain_layers, resolve_layers
-from flexcache.spec import ArraySpec, CaptureSpec
+from flexcache.spec import CaptureSpec
 from flexcache.store.format.int8 import with_scales
 from flexcache.store.format.schema import read_attributes
 from flexcache.store.manage.derive import merge_arrays
@@ -140,7 +142,9 @@ def _extension(path: Path, inputs: PlanInputs, new_only: bool, settings: dict[st
         return Recorder(path, **settings)
     transaction = found.transaction
     settings |= {"on_start": transaction.check_open, "on_complete": transaction.commit}
-    return Recorder(transaction.folder, **settings, keys=found.keys, existing=found.carried, origin=store)
+    return Recorder(
+        transaction.folder, **settings, keys=found.keys, existing=found.carried or ExistingRows(store, stop=0)
+    )
 
 
 def _check_shapes(sites: Any) -> None:

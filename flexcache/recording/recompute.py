@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import xxhash
 
+from flexcache.array_spec import DTYPES
 from flexcache.errors import DamagedError, MismatchError, StoreError
 from flexcache.hooks.locate.evaluation_mode import evaluation_mode
 from flexcache.hooks.locate.names import unwrap_copies
@@ -30,7 +31,6 @@ from flexcache.recording.run.batch_forward import open_forward
 from flexcache.recording.run.fingerprint import fingerprint
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.recording.run.row_transfer import rows_of
-from flexcache.spec import DTYPES
 from flexcache.store.format.int8 import outlier_count
 from flexcache.store.format.model_comparison import CHANGED_MODEL, STEADY
 from flexcache.store.read.store import Store

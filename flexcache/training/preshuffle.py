@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from flexcache.array_spec import ArraySpec
 from flexcache.errors import ConfigError, StoreError
 from flexcache.paths import local_path
 from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.recording.external_forward import record
 from flexcache.site import Layers
-from flexcache.spec import ArraySpec
 from flexcache.store.format.int8 import is_scale
+from flexcache.store.format.provenance import recorded_model
 from flexcache.store.manage.copy import check_separate
 from flexcache.store.manage.store_contents import describe_origin, ledger_digest
-from flexcache.store.read.recorded_model import recorded_model
 from flexcache.store.read.selection import select
 from flexcache.store.read.store import Store
 

@@ -8,8 +8,8 @@ from flexcache.exports import lazy_exports
 
 if TYPE_CHECKING:
     from flexcache.virtual.attachment import Attachment, AttachOptions, attach
-    from flexcache.virtual.explain import ReadPlan
     from flexcache.virtual.filling import Filling, fill
+    from flexcache.virtual.plan import ReadPlan
     from flexcache.virtual.thinning import Thinning, thin
 
 __all__ = ["AttachOptions", "Attachment", "Filling", "ReadPlan", "Thinning", "attach", "fill", "thin"]
@@ -18,5 +18,5 @@ __getattr__, __dir__ = lazy_exports(
     {name: f"flexcache.virtual.attachment:{name}" for name in ("AttachOptions", "Attachment", "attach")}
     | {name: f"flexcache.virtual.filling:{name}" for name in ("Filling", "fill")}
     | {name: f"flexcache.virtual.thinning:{name}" for name in ("Thinning", "thin")}
-    | {"ReadPlan": "flexcache.virtual.explain:ReadPlan"},
+    | {"ReadPlan": "flexcache.virtual.plan:ReadPlan"},
 )

@@ -282,7 +282,7 @@ class Attachment(Recomputation):
 
 @dataclass(frozen=True)
 class AttachmentRecipe:
-    """How a worker process attaches the model: by its source, with the number of threads that bits may depend on."""
+    """Source, options and threads with which a worker process attaches the model; bits may depend on the threads."""
 
     source: ModelSource
     options: AttachOptions

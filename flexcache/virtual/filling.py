@@ -15,10 +15,9 @@ from flexcache.site import Layers
 from flexcache.spec import parse_sites
 from flexcache.store.format.ledger import FileRecord, UnitRecord
 from flexcache.store.format.shard import ShardLayout, shard_name
-from flexcache.store.manage.layer_change import LayerChange, unfinished_error
+from flexcache.store.manage.layer_change import LayerChange
 from flexcache.store.read.selection import ArrayKey, select
 from flexcache.store.read.store import Store
-from flexcache.store.storage.location import local
 from flexcache.store.write.create import check_free_space, total_bytes
 from flexcache.store.write.election import start_writer
 from flexcache.store.write.range_error import locating_values
@@ -27,14 +26,13 @@ from flexcache.store.write.slabs import SlabPool, size_slabs
 from flexcache.store.write.worker import Worker
 from flexcache.virtual.attachment import attach
 from flexcache.virtual.cache import CachedShard
-from flexcache.virtual.thinning import complete_store
-from flexcache.virtual.unit_work import UnitWork, cache_groups
+from flexcache.virtual.unit_work import LayerMove, UnitWork, cache_groups
 
 BUFFER = 256 << 20
 """Bytes of the buffers between the recomputed rows and the disk."""
 
 
-class Filling:
+class Filling(LayerMove):
     """Planned writing of virtual layers to disk; `run` recomputes them with a model.
 
     ::
@@ -70,14 +68,7 @@ class Filling:
     def __init__(
         self, path: str | Path, sites: str | Sequence[str] | Mapping[str, Layers] | None = None, layers: Layers = "all"
     ) -> None:
-        self.path = local(path, "flexcache fill")
-        self._store = complete_store(self.path)
-        earlier = LayerChange.read_note(self.path)
-        if earlier is not None and earlier.kind != "fill":
-            raise unfinished_error(earlier)
-        self.unfinished = earlier is not None
-        self._change = earlier or self._plan(sites, layers)
-        self.keys: list[ArrayKey] = list(self._change.keys)
+        super().__init__(path, "fill", lambda store: self._plan(store, sites, layers))
 
     def bytes(self) -> int:
         """Return the bytes of the files to write, those of units that are already written included."""
@@ -113,12 +104,12 @@ class Filling:
 
     # Private
 
-    def _plan(self, sites: Any, layers: Layers) -> LayerChange:
+    def _plan(self, store: Store, sites: Any, layers: Layers) -> LayerChange:
         asked = parse_sites(sites) if isinstance(sites, Mapping) else None
         chosen = (
-            select(self._store, sites, layers, virtual=True)
+            select(store, sites, layers, virtual=True)
             if asked is None
-            else [array for site, some in asked.items() for array in select(self._store, site, some, virtual=True)]
+            else [array for site, some in asked.items() for array in select(store, site, some, virtual=True)]
         )
         keys = tuple((array.name, layer) for array in chosen for layer in array.virtual)
         if not keys:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from flexcache.array_spec import ArraySpec
 from flexcache.errors import AnalysisError
-from flexcache.spec import ArraySpec
+from flexcache.store.format.text import layer_text, size
 from flexcache.store.read.selection import ArrayKey
 
 
@@ -120,3 +121,65 @@ def plan_walk(
         for segment in divide(lacking, starts(number)):
             found.setdefault(segment, []).append(number)
     return found
+
+
+@dataclass(frozen=True)
+class ReadPlan:
+    """The plan of a read; made by `flexcache.Store.explain`.
+
+    Attributes
+    ----------
+    rows : int
+        Rows of each site and layer.
+    stored : tuple of (site, layer)
+        Read from disk.
+    cached : tuple of (site, layer)
+        All rows are in the cache of the attached model.
+    segments : mapping from Segment to (batches, tokens)
+        The blocks that run from each start, and for how many batches of the capture and tokens without padding.
+    bytes : int
+        Bytes that are read from disk: rows, and residual streams at which the model starts.
+    """
+
+    rows: int
+    stored: tuple[ArrayKey, ...]
+    cached: tuple[ArrayKey, ...]
+    segments: Mapping[Segment, tuple[int, int]]
+    bytes: int
+
+    @property
+    def blocks(self) -> int:
+        """Forwards of single blocks, over all batches."""
+        return sum(len(segment.blocks) * batches for segment, (batches, _) in self.segments.items())
+
+    @property
+    def batches(self) -> int:
+        """Forwards of batches, each of some blocks."""
+        return sum(batches for batches, _ in self.segments.values())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of these forwards."""
+        return sum(tokens for _, tokens in self.segments.values())
+
+    def __repr__(self) -> str:
+        lines = [
+            f"{self.rows:,} rows: {size(self.bytes)} from disk, {self.blocks:,} blocks in {self.batches:,} batches"
+        ]
+        lines += [f"  from disk: {_names(self.stored)}"] * bool(self.stored)
+        lines += [f"  from the cache: {_names(self.cached)}"] * bool(self.cached)
+        for segment, (batches, tokens) in self.segments.items():
+            ran = segment.blocks
+            blocks = f"blocks {ran[0]} to {ran[-1]}" if len(ran) > 1 else f"block {ran[0]}" if ran else "no block"
+            lines.append(
+                f"  recomputed: {_names(segment.keys)}, from {segment.start}, {blocks}, {batches:,} batches,"
+                f" {tokens:,} tokens"
+            )
+        return "\n".join(lines)
+
+
+def _names(keys: Sequence[ArrayKey]) -> str:
+    by_site: dict[str, list[int]] = {}
+    for name, layer in keys:
+        by_site.setdefault(name, []).extend([] if layer is None else [layer])
+    return ", ".join(f"{name} {layer_text(tuple(layers))}".strip() for name, layers in by_site.items())

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flexcache.spec import ArraySpec
+from flexcache.array_spec import ArraySpec
 from flexcache.store.read.shard_reader import RowReader
 from flexcache.store.read.store import Store
 
 if TYPE_CHECKING:
-    from flexcache.virtual.attachment import Attachment
+    from flexcache.virtual.recomputation import Recomputation
 
 
 class VirtualReader(RowReader):
@@ -19,12 +19,12 @@ class VirtualReader(RowReader):
 
     mapped = False  # rows of virtual layers are read shard by shard, since each may have to be recomputed
 
-    def __init__(self, attachment: Attachment, stored: RowReader, array: ArraySpec, virtual: tuple[int, ...]) -> None:
+    def __init__(self, attached: Recomputation, stored: RowReader, array: ArraySpec, virtual: tuple[int, ...]) -> None:
         super().__init__(stored.reference, array, stored.compressed, stored._units)
-        self._attachment, self._stored, self._virtual = attachment, stored, virtual
+        self._attached, self._stored, self._virtual = attached, stored, virtual
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reader_of, (self._attachment.store, self.array.name)
+        return _reader_of, (self._attached.store, self.array.name)
 
     def is_stored(self, layer: int | None) -> bool:
         """Return True if a layer is on disk."""
@@ -39,7 +39,7 @@ class VirtualReader(RowReader):
         self, layer: int | None, shard: int, rows: np.ndarray, out: np.ndarray, places: np.ndarray
     ) -> None:
         local = rows - shard * self.layout.shard_rows
-        held = self._attachment.cached_shard(self.array.name, layer, shard, local)
+        held = self._attached.cached_shard(self.array.name, layer, shard, local)
         out[places] = held.rows[local].view(self.dtype)
 
     def _scan_shard(self, layer: int | None, shard: int, first: int, out: np.ndarray) -> None:
@@ -47,7 +47,7 @@ class VirtualReader(RowReader):
             self._stored._scan_shard(layer, shard, first, out)
             return
         local = np.arange(first, first + len(out))
-        held = self._attachment.cached_shard(self.array.name, layer, shard, local)
+        held = self._attached.cached_shard(self.array.name, layer, shard, local)
         rows = held.rows[first : first + len(out)]
         out[:] = rows if out.dtype == rows.dtype else rows.view(self.dtype)
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from flexcache.array_spec import DTYPES, ArraySpec
 from flexcache.errors import FlexCacheError, MismatchError
-from flexcache.spec import DTYPES, ArraySpec
 from flexcache.store.format.shard import ShardLayout, shard_name
 from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store

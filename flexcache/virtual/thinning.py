@@ -7,23 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flexcache.errors import MismatchError, SiteError, StoreError
-from flexcache.keep import can_be_virtual, check_keep, divide_layers, parse_keep
+from flexcache.array_spec import ArraySpec, can_be_virtual, divide_layers, parse_keep
+from flexcache.errors import MismatchError, SiteError
 from flexcache.progress import ProgressCallback, ignore_progress
-from flexcache.spec import ArraySpec
 from flexcache.store.format.ledger import UnitRecord
 from flexcache.store.format.shard import shard_name
-from flexcache.store.manage.layer_change import LayerChange, unfinished_error
+from flexcache.store.manage.layer_change import LayerChange
 from flexcache.store.read.batch_rows import hash_batches
 from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
-from flexcache.store.storage.location import local
 from flexcache.virtual.attachment import attach
-from flexcache.virtual.unit_work import UnitWork, cache_groups
+from flexcache.virtual.unit_work import LayerMove, UnitWork, cache_groups
 from flexcache.virtual.units import Unit, Units
 
 
-class Thinning:
+class Thinning(LayerMove):
     """A planned change of layers on disk into virtual ones; `run` proves them with a model, and applies it.
 
     ::
@@ -56,14 +54,7 @@ class Thinning:
     """
 
     def __init__(self, path: str | Path, keep: Any) -> None:
-        self.path = local(path, "flexcache thin")
-        store = complete_store(self.path)
-        earlier = LayerChange.read_note(self.path)
-        if earlier is not None and earlier.kind != "thin":
-            raise unfinished_error(earlier)
-        self.unfinished = earlier is not None
-        self._change = earlier or self._plan(store, parse_keep(keep))
-        self.keys: list[ArrayKey] = list(self._change.keys)
+        super().__init__(path, "thin", lambda store: self._plan(store, parse_keep(keep)))
 
     def bytes(self) -> int:
         """Return the bytes of the files that become needless."""
@@ -98,7 +89,7 @@ class Thinning:
     # Private
 
     def _plan(self, store: Store, keep: Mapping[str, Any]) -> LayerChange:
-        check_keep(store.spec.model_copy(update={"keep": dict(keep)}))
+        store.spec.model_copy(update={"keep": dict(keep)}).check_keep()
         keys: list[ArrayKey] = []
         for array in _divided(store, keep).values():
             back = set(array.layers or ()) & set(store.arrays[array.name].virtual)
@@ -190,20 +181,6 @@ def thin(path: str | Path, model: Any, keep: Any, *, progress: ProgressCallback 
         See `Thinning`.
     """
     return Thinning(path, keep).run(model, progress)
-
-
-def complete_store(path: Path) -> Store:
-    """Return the store at *path*; raise StoreError if units are missing."""
-    store = Store(path)
-    if not store.complete:
-        raise StoreError(
-            "the capture is incomplete",
-            where=str(path),
-            expected=f"{store.n_units} units",
-            found=f"{len(store.committed_units)} units",
-            remedy="complete it first: give the command that began it again",
-        )
-    return store
 
 
 def _divided(store: Store, keep: Mapping[str, Any]) -> dict[str, ArraySpec]:

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from flexcache.array_spec import DTYPES
 from flexcache.errors import MismatchError
 from flexcache.recording.forward.batch import Batch
-from flexcache.spec import DTYPES
 from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
 from flexcache.virtual.plan import BEGINNING, Start, divide, stored_starts

@@ -1,16 +1,20 @@
-"""Share the units of a complete store among processes that prove or write its layers."""
+"""Move layers of a complete store between disk and virtual, unit by unit; processes share the units."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flexcache.errors import StoreError
 from flexcache.progress import ProgressCallback
 from flexcache.store.format.ledger import UnitRecord
 from flexcache.store.manage.extension_transaction import check_not_extending
+from flexcache.store.manage.layer_change import Kind, LayerChange, unfinished_error
 from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
 from flexcache.store.storage.disk_errors import clear_errors
+from flexcache.store.storage.location import local
 from flexcache.store.write.election import claim_until_done, working
 from flexcache.virtual.cache import PAGE, SHARE
 
@@ -18,6 +22,36 @@ if TYPE_CHECKING:
     from flexcache.store.write.claims import Claiming
     from flexcache.store.write.worker import Worker
     from flexcache.virtual.recomputation import Recomputation
+
+
+class LayerMove:
+    """A planned move of layers between disk and virtual; `Thinning` and `Filling` say which.
+
+    Attributes
+    ----------
+    keys : list of (str, int)
+        The arrays and layers to move.
+    unfinished : bool
+        True if an earlier move of the same kind was interrupted, so that this one only finishes it.
+    """
+
+    def __init__(self, path: str | Path, kind: Kind, plan: Callable[[Store], LayerChange]) -> None:
+        self.path = local(path, f"flexcache {kind}")
+        self._store = store = Store(self.path)
+        if not store.complete:
+            raise StoreError(
+                "the capture is incomplete",
+                where=str(self.path),
+                expected=f"{store.n_units} units",
+                found=f"{len(store.committed_units)} units",
+                remedy="complete it first: give the command that began it again",
+            )
+        earlier = LayerChange.read_note(self.path)
+        if earlier is not None and earlier.kind != kind:
+            raise unfinished_error(earlier)
+        self.unfinished = earlier is not None
+        self._change = earlier or plan(store)
+        self.keys: list[ArrayKey] = list(self._change.keys)
 
 
 class UnitWork:

@@ -14,7 +14,7 @@ from flexcache.recording.forward.batch import Batch
 from flexcache.recording.forward.batch_reader import BatchReader
 from flexcache.store.format.ledger import UnitRecord
 from flexcache.store.format.shard import shard_name
-from flexcache.store.read.store import Store
+from flexcache.store.read.open_store import OpenStore
 from flexcache.virtual.plan import Starts
 
 UNITS = 16
@@ -81,7 +81,7 @@ class Unit:
         return self.sequence_rows(number) != self.batches[number].rows
 
 
-def possible_starts(store: Store, unit: Unit, number: int, starts: Starts) -> Starts:
+def possible_starts(store: OpenStore, unit: Unit, number: int, starts: Starts) -> Starts:
     """Return the starts on disk that a batch can run from: all, or none."""
     rows = unit.sequence_rows(number)
     if rows is None or not store.committed[[rows.start // store.shard_rows, (rows.stop - 1) // store.shard_rows]].all():
@@ -97,7 +97,7 @@ def ranges_of(spans: Sequence[slice]) -> np.ndarray:
 class Units:
     """The committed units of a store; those that were used last stay in memory."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: OpenStore) -> None:
         self._ledger, self._rows = store.ledger, store.shard_rows
         self._reader = BatchReader(store.path)
         self._lock = Lock()

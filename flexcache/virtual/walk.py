@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from flexcache import hooks
+from flexcache.array_spec import DTYPES, ArraySpec
 from flexcache.errors import ConfigError, FlexCacheError
 from flexcache.hooks.locate.evaluation_mode import evaluation_mode
 from flexcache.hooks.locate.hook_scope import hook_scope
@@ -27,7 +28,6 @@ from flexcache.recording.run.fingerprint import fingerprint
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.recording.run.row_transfer import rows_of
 from flexcache.site import Site
-from flexcache.spec import DTYPES, ArraySpec
 from flexcache.store.read.selection import ArrayKey
 from flexcache.store.read.store import Store
 from flexcache.store.write.row_encoding import Unstorable

@@ -9,7 +9,7 @@ import typer
 
 from flexcache.parallel.launch import launch
 from flexcache.recording.run_options import RunOptions
-from pipelines.commands.arguments import Changes, ConfigPath, Quiet, console, help_of, read_capture
+from pipelines.commands.arguments import Changes, ConfigPath, Quiet, add_options, console, help_of, read_capture
 from pipelines.config.forecast_terms import ForecastTerms
 from pipelines.config.yaml_remedies import yaml_remedies
 
@@ -26,41 +26,35 @@ def plan(config: ConfigPath, changes: Changes = None, quiet: Quiet = False) -> N
     pipeline.run(read_capture(config, changes), console, progress=not quiet)
 
 
+LEAST = {"sample": 1, "seconds": 0.1, "tokens_per_second": 1e-9, "write_rate": 1e-9, "processes": 1}
+"""Smallest values of the terms of an estimate on the command line; 0 for the others."""
+TERMS: dict[str, tuple[Any, Any]] = {
+    name: (
+        Annotated[field.annotation, typer.Option(help=help_of(ForecastTerms, name), min=LEAST.get(name, 0))],
+        field.default,
+    )
+    for name, field in ForecastTerms.model_fields.items()
+}
+
+
 @yaml_remedies("capture")
+@add_options(TERMS)
 def estimate(
     config: ConfigPath,
     changes: Changes = None,
     keep: Annotated[
         str | None, typer.Option(help="Layers of resid_post on disk, such as every:6; other layers are virtual.")
     ] = None,
-    sample: Annotated[int, typer.Option(help=help_of(ForecastTerms, "sample"), min=1)] = 2048,
-    seconds: Annotated[float, typer.Option(help=help_of(ForecastTerms, "seconds"), min=0.1)] = 10.0,
-    tokens_per_second: Annotated[
-        float | None, typer.Option(help=help_of(ForecastTerms, "tokens_per_second"), min=1e-9)
-    ] = None,
-    write_rate: Annotated[float | None, typer.Option(help=help_of(ForecastTerms, "write_rate"), min=1e-9)] = None,
-    processes: Annotated[int, typer.Option(help=help_of(ForecastTerms, "processes"), min=1)] = 1,
-    price_hour: Annotated[float | None, typer.Option(help=help_of(ForecastTerms, "price_hour"), min=0)] = None,
-    price_tb_month: Annotated[float | None, typer.Option(help=help_of(ForecastTerms, "price_tb_month"), min=0)] = None,
-    seed: Annotated[int, typer.Option(help=help_of(ForecastTerms, "seed"), min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     quiet: Quiet = False,
+    **terms: Any,
 ) -> None:
     """Estimate the bytes, files, hours, memory and cost of a capture from a sample and a short trial."""
     from pipelines import estimate as pipeline
 
-    terms = ForecastTerms(
-        sample=sample,
-        seconds=seconds,
-        tokens_per_second=tokens_per_second,
-        write_rate=write_rate,
-        processes=processes,
-        price_hour=price_hour,
-        price_tb_month=price_tb_month,
-        seed=seed,
-    )
     kept = [] if keep is None else [f"keep={keep}"]
-    forecast = pipeline.run(read_capture(config, [*(changes or ()), *kept]), terms, progress=not quiet)
+    given = read_capture(config, [*(changes or ()), *kept])
+    forecast = pipeline.run(given, ForecastTerms(**terms), progress=not quiet)
     if as_json:
         console.print_json(data=forecast.to_json())
     else:

@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flexcache
+from flexcache.array_spec import ArraySpec
 from flexcache.errors import CaptureError, DocumentsError, MismatchError
 from flexcache.recording.planning import store_plan
 from flexcache.recording.planning.planning import PlanInputs
 from flexcache.recording.planning.store_plan import BackgroundPlan, plan_store
 from flexcache.recording.run.recorder import Recorder
-from flexcache.spec import ArraySpec, CaptureSpec
+from flexcache.spec import CaptureSpec
 from tests.corpora import lengths, token_documents
 from tests.models import VOCABULARY, tiny
 from tests.recording.test_recorder import shard_hashes

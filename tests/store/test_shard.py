@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexcache.spec import DTYPES
+from flexcache.array_spec import DTYPES
 from flexcache.store.format.shard import ShardLayout, index_bytes
 from flexcache.store.write.row_encoding import first_nonfinite
 

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flexcache
+from flexcache.array_spec import mean_blocks
 from flexcache.errors import ConfigError, MismatchError
-from flexcache.keep import mean_blocks
 from flexcache.recording.forward.batch_reader import BatchReader
 from flexcache.store.format.ledger import digests_of
 from flexcache.store.manage.footprint import footprint

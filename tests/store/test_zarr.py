@@ -9,7 +9,7 @@ import pytest
 import zarr
 import zarr.core.codec_pipeline
 
-from flexcache.spec import DTYPES
+from flexcache.array_spec import DTYPES
 from flexcache.store.format.bfloat16 import BFloat16
 from tests.analysis.stores import value_store
 

@@ -27,8 +27,7 @@ from analysis.probes.options import SweepOptions
 from analysis.probes.results import FORMAT, Sweep
 from flexcache.errors import AnalysisError
 from flexcache.store.format.model_record import SAMPLE
-from flexcache.store.format.provenance import Provenance
-from flexcache.store.read.recorded_model import recorded_model
+from flexcache.store.format.provenance import Provenance, recorded_model
 
 
 class CrossValidation:

@@ -24,7 +24,7 @@ from flexcache.recording.run.fingerprint import fingerprint
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
 from flexcache.site import READ_ONLY
 from flexcache.store.format.model_record import OTHERS
-from flexcache.store.read.recorded_model import recorded_model
+from flexcache.store.format.provenance import recorded_model
 from flexcache.store.read.store import Store
 
 NAMES = ("rows", "site", "units", "weights", "behavior", "attention", "int8")

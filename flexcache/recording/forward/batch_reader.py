@@ -13,8 +13,8 @@ from flexcache.plan import Largest, parts
 from flexcache.recording.forward.batch import Batch, PlannedSequence, split
 from flexcache.store.format.ledger import UnitRecord, digests_of
 from flexcache.store.format.schema import BEGINS, CONTEXT, SEQUENCES, read_attributes
+from flexcache.store.read.open_store import OpenStore
 from flexcache.store.read.parquet import open_table
-from flexcache.store.read.store import Store
 from flexcache.store.storage.location import StoreLocation
 
 
@@ -128,7 +128,7 @@ class BatchReader:
 class VirtualDigests:
     """The digests that a store has of the rows of virtual layers, by batch."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: OpenStore) -> None:
         self._store, self._reader = store, BatchReader(store.path)
         self._units: dict[int, tuple[UnitRecord, dict[range, int]]] = {}
 

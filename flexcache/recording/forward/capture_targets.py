@@ -10,16 +10,16 @@ from typing import Any
 import torch
 
 from flexcache import hooks
+from flexcache.array_spec import DTYPES, RESIDUAL, ArraySpec, can_be_virtual, check_starts, divide_layers
 from flexcache.errors import CaptureError, ConfigError, SiteError
 from flexcache.hooks.locate.encoder_decoder import DECODER_INPUT_IDS
 from flexcache.hooks.read.activation_hooks import batch_shape
 from flexcache.hooks.read.measure import Example, ExampleReader, read_example
-from flexcache.keep import RESIDUAL, can_be_virtual, check_starts, divide_layers
 from flexcache.recording.forward.batch import Batch, unplanned_batch
 from flexcache.recording.forward.objective import OBJECTIVE, NextTokenLoss, Objective, check_value, spread_by_token
 from flexcache.recording.forward.transform import Transform
 from flexcache.site import EXPERT_NEURONS, ONCE, Site
-from flexcache.spec import DTYPES, ArraySpec, CaptureSpec
+from flexcache.spec import CaptureSpec
 from flexcache.store.format.int8 import with_scales
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 
+from flexcache.array_spec import ArraySpec, check_one_window
 from flexcache.errors import ConfigError, MismatchError
-from flexcache.keep import check_one_window
 from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.provenance import select_fingerprint
 from flexcache.recording.planning.new_documents import NewDocuments, NothingNewError
@@ -20,7 +20,7 @@ from flexcache.recording.run.fingerprint import versions
 from flexcache.sequences import Positions, tokenize_corpus
 from flexcache.sequences.labels import CHAT
 from flexcache.site import resolve_layers
-from flexcache.spec import ArraySpec, CaptureSpec
+from flexcache.spec import CaptureSpec
 from flexcache.store.manage.continued_spec import continued_spec
 from flexcache.store.manage.derive import keep_fields, merge_arrays
 from flexcache.store.manage.extension_transaction import ExtensionTransaction, check_complete
@@ -164,7 +164,7 @@ def more_documents(
             first_index=int(pc.max(store.documents.column("source_index")).as_py()) + 1,
             progress=progress,
         )
-        check_one_window(spec, corpus.segmentation.linked)
+        check_one_window(spec.keep, corpus.segmentation.linked)
         entry = {"extended_by": request, "versions": versions()}
         stage_documents(store, folder, plan_extension(store, corpus), corpus, entry)
 

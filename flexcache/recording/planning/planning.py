@@ -13,12 +13,12 @@ import numpy as np
 
 if TYPE_CHECKING:
     from flexcache.documents import Documents
-from flexcache.keep import check_one_window
+from flexcache.array_spec import ArraySpec, check_one_window
 from flexcache.plan import Batching, Largest, Plan, batch_groups, unit_rows
 from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.sequences import Corpus, Positions, TokenizedCorpus, tokenize_corpus
 from flexcache.sequences.special_tokens import DOUBLED, doubled_notice
-from flexcache.spec import ArraySpec, CaptureSpec
+from flexcache.spec import CaptureSpec
 from flexcache.store.format.int8 import with_scales
 from flexcache.store.format.text import size
 from flexcache.store.read.store import Store
@@ -144,7 +144,7 @@ class Estimate:
 def plan_corpus(inputs: PlanInputs, corpus: TokenizedCorpus) -> Plan:
     """Split the sequences of a tokenized corpus into units."""
     sequences = corpus.segmentation
-    check_one_window(inputs.spec, sequences.linked)
+    check_one_window(inputs.spec.keep, sequences.linked)
     size = size_of_units(inputs, corpus)
     plan = planned(
         inputs,

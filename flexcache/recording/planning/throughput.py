@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from flexcache import hooks
+from flexcache.array_spec import DTYPES
 from flexcache.errors import CaptureError
 from flexcache.hooks.locate.evaluation_mode import evaluation_mode
 from flexcache.recording.checks.attention_isolation import check_isolation
@@ -23,7 +24,6 @@ from flexcache.recording.forward.capture_targets import CaptureTargets
 from flexcache.recording.run.batch_forward import Sink, open_forward
 from flexcache.recording.run.cuda_transfer import transfer_for
 from flexcache.recording.run.model_parallel_group import ModelParallelGroup
-from flexcache.spec import DTYPES
 from flexcache.store.format.int8 import outlier_count
 from flexcache.store.read.store import Store
 from flexcache.store.write.range_error import locating_values

@@ -18,15 +18,18 @@ EXISTING_ROWS = "carried"
 
 
 class ExistingRows:
-    """The rows of a store as bytes, for the store that extends it, whose new rows begin at *stop*."""
+    """The rows of a store as bytes, for the store that extends it, whose new rows begin at *stop*.
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self.stop = store.n_rows
+    By default they begin after its rows; at 0 where it is extended by sites, so that every row is computed.
+    """
+
+    def __init__(self, store: Store, stop: int | None = None) -> None:
+        self.store = store
+        self.stop = store.n_rows if stop is None else stop
 
     def rows_in(self, unit: int) -> int:
         """Return the number of existing rows in a unit."""
-        return max(0, self.stop - unit * self._store.shard_rows)
+        return max(0, self.stop - unit * self.store.shard_rows)
 
     def read_blocks(self, key: ArrayKey, unit: int) -> Iterator[tuple[np.ndarray, int]]:
         """Check the shard of a unit, and yield its existing rows as bytes, with their number."""
@@ -34,11 +37,11 @@ class ExistingRows:
         if not self.rows_in(unit):
             return
         shard = shard_name(name, layer, unit)
-        record, path = self._record(unit).files[shard], self._store.path / shard
+        record, path = self._record(unit).files[shard], self.store.path / shard
         check_file(path, record, "run flexcache repair and the capture that began the store, then extend it")
-        reader = self._store.reader(name)
+        reader = self.store.reader(name)
         step = max(1, BLOCK // reader.layout.row_bytes)
-        for start in range(unit * self._store.shard_rows, self.stop, step):
+        for start in range(unit * self.store.shard_rows, self.stop, step):
             values = reader.scan(layer, start, min(start + step, self.stop), raw=True)
             yield np.ascontiguousarray(values).view(np.uint8).reshape(-1), len(values)
 
@@ -56,4 +59,4 @@ class ExistingRows:
         return {**now, EXISTING_ROWS: {"fingerprint": before.fingerprint, "batch_tokens": before.batch_tokens}}
 
     def _record(self, unit: int) -> UnitRecord:
-        return self._store.ledger.read_record(unit)
+        return self.store.ledger.read_record(unit)

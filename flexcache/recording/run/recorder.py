@@ -61,10 +61,8 @@ class Recorder:
     keys
         The sites and layers that this process writes, where others of its group write the rest; all by default.
     existing
-        The rows of the store that is extended into this one.
-    origin
-        The store that is extended. If layers are virtual, its units are run in the batches that they were run in, since
-        digests are those of batches.
+        The rows of the store that is extended into this one. If layers are virtual, its units are run in the batches
+        that they were run in, since digests are those of batches.
     heartbeat_timeout
         Seconds without a heartbeat after which another process counts as gone.
     on_start
@@ -93,7 +91,6 @@ class Recorder:
         batch_tokens: int | None = None,
         keys: Sequence[ArrayKey] | None = None,
         existing: ExistingRows | None = None,
-        origin: Store | None = None,
         heartbeat_timeout: float = HEARTBEAT_TIMEOUT,
         on_start: Callable[[], None] = lambda: None,
         on_wait: Callable[[int], None] = lambda units: None,
@@ -107,7 +104,7 @@ class Recorder:
         self._unit_tokens = self._batch_tokens
         self._on_start, self._on_wait, self._on_complete = on_start, on_wait, on_complete
         self._allow_mixed = allow_mixed
-        self._existing, self._origin = existing, origin
+        self._existing = existing
         self._check_plan: Callable[[], None] | None = None
         self._pending = PendingUnits(self.store)
         transfer = transfer or RowTransfer()
@@ -326,13 +323,14 @@ class Recorder:
     def _tokens_of(self, unit: int) -> int:
         """Return the budget of a unit: that of this run, or that of an existing unit with virtual layers."""
         virtual = any(array.virtual for array in self.store.arrays.values())
-        if self._origin is None or not virtual or not self._origin.ledger.has(unit):
+        extended = None if self._existing is None else self._existing.store
+        if extended is None or not virtual or not extended.ledger.has(unit):
             return self._batch_tokens
-        before = self._origin.ledger.read_record(unit).batch_tokens
+        before = extended.ledger.read_record(unit).batch_tokens
         if before > self._batch_tokens:
             raise CaptureError(
                 "a unit with virtual layers is extended in the batches that it was captured in",
-                where=f"{self._origin.path}, unit {unit}",
+                where=f"{extended.path}, unit {unit}",
                 expected=f"batches of {before} tokens",
                 found=f"at most {self._batch_tokens} tokens",
                 remedy="raise batch_tokens to that number, on a device with the memory for it",

@@ -15,8 +15,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from flexcache.array_spec import ArraySpec
 from flexcache.errors import DamagedError
-from flexcache.spec import ArraySpec
 
 SCALE = ".scale"
 LEVELS = 127

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from flexcache.array_spec import DTYPES, ArraySpec
 from flexcache.errors import ConfigError, DamagedError
 from flexcache.plan import Largest
-from flexcache.spec import DTYPES, ArraySpec, CaptureSpec
+from flexcache.spec import CaptureSpec
 from flexcache.store.format.int8 import default_outliers, scale_name, scales_of
 from flexcache.store.format.provenance import Provenance
 

@@ -6,10 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
+import numpy as np
+
 from flexcache.plan import Batching
-from flexcache.store.format.model_record import as_mapping
+from flexcache.store.format.model_record import OTHERS, as_mapping, comparable_record, other_models
 
 Json = Mapping[str, Any]
+
+LOOKED_AT = 4096
+"""Maximum number of ledger records to read; in a larger store, they are evenly spaced."""
 
 
 @dataclass(frozen=True)
@@ -102,3 +107,18 @@ class Provenance:
 
 
 _NAMED = tuple(one.name for one in fields(Provenance) if one.name != "others")
+
+
+def recorded_model(store: Any) -> dict[str, Any]:
+    """Return the record of the model that filled a store, for `flexcache.identity.differences`.
+
+    If some units were computed by another model, which a capture allows only on request, the record contains their
+    marks, and differs from the record of any single model.
+    """
+    found = comparable_record(getattr(store, "provenance", Provenance()).model_record)
+    ledger, units = getattr(store, "ledger", None), getattr(store, "committed_units", ())
+    if ledger is None or not len(units):
+        return found
+    chosen = np.unique(np.linspace(0, len(units) - 1, min(len(units), LOOKED_AT)).astype(np.int64))
+    marks = other_models(ledger.read_record(int(units[at])).fingerprint for at in chosen)
+    return {**found, OTHERS: marks} if marks else found

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from flexcache.array_spec import ArraySpec
 from flexcache.errors import DamagedError, StoreError, VersionError
-from flexcache.spec import ArraySpec
 from flexcache.store.format.int8 import outlier_count
 from flexcache.store.storage.backend import disk_path
 from flexcache.store.storage.location import StoreLocation

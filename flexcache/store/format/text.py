@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flexcache.spec import ArraySpec
+from flexcache.array_spec import ArraySpec
 
 TABLE_COLUMNS = frozenset(
     {"id", "source_index", "n_tokens", "text", "text_xxh3_128", "messages_xxh3_128"}

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from flexcache.array_spec import DTYPES, ArraySpec
 from flexcache.errors import ConfigError, StoreError
 from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.site import Layers
-from flexcache.spec import DTYPES, ArraySpec, dtype_name
+from flexcache.spec import dtype_name
 from flexcache.store.format.int8 import is_scale, with_scales
 from flexcache.store.format.shard import shard_folder
 from flexcache.store.manage.derive import derived_content, narrow_spec, prepare_store

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flexcache.spec import ArraySpec
+from flexcache.array_spec import ArraySpec
 from flexcache.store.format.int8 import OUTLIER, outlier_count, scale_name
 from flexcache.store.format.text import layers_text
 

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 import zarr
 
+from flexcache.array_spec import ArraySpec, keep_of
 from flexcache.errors import MismatchError
-from flexcache.keep import keep_of
 from flexcache.site import STANDARD
-from flexcache.spec import ArraySpec, CaptureSpec
+from flexcache.spec import CaptureSpec
 from flexcache.store.format.ledger import read_plan_record
 from flexcache.store.format.schema import ATTRIBUTE, read_attributes, schema_of
 from flexcache.store.format.text import join_lines, shorten, size
@@ -193,7 +193,7 @@ def narrow_spec(store: Store, arrays: Sequence[ArraySpec]) -> CaptureSpec:
 
 def keep_fields(arrays: Iterable[ArraySpec], spec: CaptureSpec) -> dict[str, Any]:
     """Return the field `keep` of a spec of these arrays; nothing if neither they nor *spec* have virtual layers."""
-    keep = keep_of(arrays, spec)
+    keep = keep_of(arrays, spec.keep, spec.keep_dtype)
     return {} if keep is None and spec.keep is None else {"keep": keep}
 
 

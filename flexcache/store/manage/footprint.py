@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flexcache.spec import ArraySpec
+from flexcache.array_spec import ArraySpec
 from flexcache.store.format.ledger import FileRecord, UnitRecord, record_json
 from flexcache.store.format.schema import COORDINATES
 from flexcache.store.format.shard import ShardLayout, shard_name

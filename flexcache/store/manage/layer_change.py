@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from flexcache.array_spec import ArraySpec, keep_of
 from flexcache.errors import DamagedError, StoreError
-from flexcache.keep import keep_of
 from flexcache.progress import ProgressCallback, ignore_progress
-from flexcache.spec import ArraySpec
 from flexcache.store.format.ledger import read_plan_record, reading, write_plan_record
 from flexcache.store.format.schema import ATTRIBUTE, read_attributes, schema_of
 from flexcache.store.format.shard import shard_folder
@@ -132,7 +131,7 @@ class LayerChange:
         content = add_history(given, {PAST[self.kind]: by_array(self.keys)})
         spec = narrow_spec(store, arrays)
         if self.keep is not None:
-            spec = spec.model_copy(update={"keep": keep_of(arrays, spec.model_copy(update={"keep": dict(self.keep)}))})
+            spec = spec.model_copy(update={"keep": keep_of(arrays, self.keep, spec.keep_dtype)})
         plan = dict(content["plan"])
         if "files" in plan:
             plan["files"] = store.n_units * sum(len(array.slices) for array in arrays)

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from flexcache.array_spec import ArraySpec
 from flexcache.errors import ConfigError, MismatchError
 from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.provenance import select_fingerprint
-from flexcache.spec import ArraySpec, CaptureSpec
+from flexcache.spec import CaptureSpec
 from flexcache.store.format.model_comparison import differences
+from flexcache.store.format.provenance import recorded_model
 from flexcache.store.format.shard import shard_name
 from flexcache.store.format.text import join_lines, shorten
 from flexcache.store.manage.copy import check_separate
@@ -20,7 +22,6 @@ from flexcache.store.manage.labels.tables import check_same_labels, copy_labels
 from flexcache.store.manage.row_copy import RowCopy
 from flexcache.store.manage.store_contents import describe_origin, differing_tables
 from flexcache.store.read.batch_rows import hash_batches
-from flexcache.store.read.recorded_model import recorded_model
 from flexcache.store.read.selection import ArrayKey, captured_keys
 from flexcache.store.read.store import Store
 from flexcache.store.storage.location import StoreLocation, parse_location

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from flexcache.array_spec import mean_blocks
 from flexcache.errors import SiteError
-from flexcache.keep import mean_blocks
 from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.site import Layers
 from flexcache.store.manage.layer_change import LayerChange, unfinished_error

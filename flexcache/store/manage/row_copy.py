@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from flexcache.array_spec import DTYPES
 from flexcache.progress import ProgressCallback, ignore_progress
-from flexcache.spec import DTYPES
 from flexcache.store.format.int8 import SCALE, is_scale, outlier_count, scale_name
 from flexcache.store.format.ledger import UnitRecord, check_file, digests_of
 from flexcache.store.format.shard import ShardLayout, shard_name

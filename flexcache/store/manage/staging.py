@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import xxhash
 import zarr
 
+from flexcache.array_spec import ArraySpec
 from flexcache.plan import Plan, batch_groups
 from flexcache.sequences import TokenizedCorpus
 from flexcache.sequences.special_tokens import DOUBLED
-from flexcache.spec import ArraySpec, CaptureSpec
+from flexcache.spec import CaptureSpec
 from flexcache.store.format.ledger import Ledger
 from flexcache.store.format.metadata import largest_batch
 from flexcache.store.format.schema import COORDINATES, SEQUENCES, read_attributes

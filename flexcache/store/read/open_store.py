@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 import xarray as xr
 
+from flexcache.array_spec import ArraySpec
 from flexcache.errors import SiteError, nearest
 from flexcache.images.encoded import IMAGE
 from flexcache.patches import Patches
 from flexcache.plan import ranges
-from flexcache.spec import ArraySpec
 from flexcache.store.format.committed_units import CommittedUnits, shared_units
 from flexcache.store.format.int8 import is_scale
 from flexcache.store.format.label_table import LabelTable, read_label_tables

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from flexcache.array_spec import ArraySpec
 from flexcache.errors import ConfigError, SiteError, nearest
 from flexcache.site import Layers, plain_layers, resolve_layers
-from flexcache.spec import ArraySpec
 from flexcache.store.format.int8 import scale_name
+from flexcache.store.format.text import layer_text
 from flexcache.store.read.open_store import OpenStore
-from flexcache.store.read.virtual_layers import virtual_error
 from flexcache.store.storage.location import StoreLocation
 
 ArrayKey = tuple[str, int | None]
@@ -153,3 +153,16 @@ def _narrow(store: OpenStore, array: ArraySpec, layers: Layers) -> ArraySpec:
             expected=f"one of {', '.join(map(str, array.captured))}",
         )
     return replace(array, layers=kept, virtual=virtual)
+
+
+def virtual_error(array: ArraySpec, layers: Sequence[int], where: StoreLocation) -> SiteError:
+    """Return the error for reading virtual *layers* of an array without a model that recomputes them."""
+    several = "s" if len(layers) > 1 else ""
+    return SiteError(
+        f"layer{several} {layer_text(tuple(layers))} of {array.name} {'are' if several else 'is'} virtual: computed and"
+        " hashed by the capture, and not on disk",
+        where=str(where),
+        expected=f"layers {layer_text(array.layers)}, which are on disk" if array.layers else "layers on disk",
+        found="no model that recomputes virtual layers",
+        remedy="attach the model: flexcache.attach(store, model); or write them to disk by flexcache fill",
+    )

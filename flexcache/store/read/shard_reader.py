@@ -14,13 +14,13 @@ import numpy as np
 import zarr
 from numpy.lib.stride_tricks import as_strided
 
+from flexcache.array_spec import DTYPES, ArraySpec
 from flexcache.errors import DamagedError
-from flexcache.spec import DTYPES, ArraySpec
 from flexcache.store.format.committed_units import CommittedUnits, shared_units
 from flexcache.store.format.int8 import dequantize
 from flexcache.store.format.reference import StoreReference
 from flexcache.store.format.shard import ShardLayout, shard_name
-from flexcache.store.read.virtual_layers import virtual_error
+from flexcache.store.read.selection import virtual_error
 from flexcache.store.storage.backend import storage_of
 from flexcache.store.storage.location import StoreLocation
 from flexcache.store.storage.open_files import MOST_OPEN, OpenFile, numbers, open_files

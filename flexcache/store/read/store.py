@@ -16,13 +16,12 @@ from flexcache.store.read import display
 from flexcache.store.read.object_reader import reader_class
 from flexcache.store.read.open_store import OpenStore
 from flexcache.store.read.replayable import Replayable, replayable
-from flexcache.store.read.selection import layer_number, row_numbers
+from flexcache.store.read.selection import layer_number, row_numbers, virtual_error
 from flexcache.store.read.shard_reader import RowReader
-from flexcache.store.read.virtual_layers import virtual_error
 from flexcache.store.read.xarray_arrays import data_array
 
 if TYPE_CHECKING:
-    from flexcache.virtual.explain import ReadPlan
+    from flexcache.virtual.plan import ReadPlan
 
 
 class Store(OpenStore, Mapping[str, xr.DataArray]):

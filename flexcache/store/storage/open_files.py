@@ -36,7 +36,7 @@ class OpenFile:
 
 
 class OpenFiles:
-    """What is open of each reader; what was used least recently is given up, and closes with its last reference.
+    """Keep the open files and maps of all readers: the least recently used are given up, and close when unused.
 
     >>> files = OpenFiles(most=1)
     >>> files.put(0, "first", "a map"), files.put(0, "second", "another")
@@ -72,7 +72,7 @@ class OpenFiles:
         return value
 
     def forget(self, reader: int) -> None:
-        """Give up all that a reader has open."""
+        """Forget all that a reader has open."""
         with self._lock:
             for key in [key for key in self._held if key[0] == reader]:
                 del self._held[key]

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import zarr
 
+from flexcache.array_spec import ArraySpec
 from flexcache.errors import ConfigError, PlanError, StoreError
 from flexcache.paths import check_writable
 from flexcache.plan import Plan
 from flexcache.sequences import TokenizedCorpus
-from flexcache.spec import ArraySpec
 from flexcache.store.format.ledger import changed_plan_files, read_plan_record
 from flexcache.store.format.schema import (
     ATTRIBUTE,

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import ml_dtypes
 import numpy as np
 
+from flexcache.array_spec import DTYPES
 from flexcache.errors import RangeError
-from flexcache.spec import DTYPES
 from flexcache.store.read.store import Store
 from flexcache.store.write.row_encoding import Unstorable
 from flexcache.store.write.shard_file import NonFinite

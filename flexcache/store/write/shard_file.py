@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 from numcodecs.zstd import Zstd
 
-from flexcache.spec import DTYPES, ArraySpec
+from flexcache.array_spec import DTYPES, ArraySpec
 from flexcache.store.format.ledger import FileRecord
 from flexcache.store.format.shard import ShardLayout, shard_name
 from flexcache.store.storage.disk_errors import disk_error

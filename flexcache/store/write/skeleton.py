@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import zarr
 from zarr.codecs import ZstdCodec
 
-from flexcache.spec import DTYPES, ArraySpec
+from flexcache.array_spec import DTYPES, ArraySpec
 from flexcache.store.format.bfloat16 import BFloat16
 from flexcache.store.format.ledger import write_plan_record
 from flexcache.store.format.schema import COORDINATES

@@ -1,22 +1,98 @@
-"""Divide the captured layers of each site into those on disk and virtual ones, which are hashed and recomputed."""
+"""The form of an array of a store: dtype, features, and its layers, on disk or virtual."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 
-from flexcache.errors import ConfigError, nearest
+from flexcache.errors import ConfigError
 from flexcache.site import Site, plain_layers, resolve_layers
 
-if TYPE_CHECKING:
-    from flexcache.spec import ArraySpec, CaptureSpec
-
+DTypeName = Literal["bfloat16", "float16", "float32", "int8"]
+DTYPES: dict[str, np.dtype] = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+    "int8": np.dtype(np.int8),
+}
 RESIDUAL = ("resid_post", "resid_pre")
 """Sites from which later layers are recomputed."""
 _FORM = "a mapping from site to layers on disk, such as {resid_post: every 6}; or layers of resid_post, such as every 6"
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """The form of one array of a store.
+
+    Attributes
+    ----------
+    name : str
+        Name in the store: a standard site, or a module path.
+    site : str
+        The site as the user wrote it.
+    layers : tuple of int, or None
+        Layers of a stacked array that are on disk; None for a module path.
+    depth : int or None
+        Layers of the model, which is the first dim of a stacked array.
+    features : int
+        Length of a row, in values.
+    feature_dim : str
+        Name of the last dim.
+    dtype : str
+        Dtype of the stored values.
+    virtual : tuple of int
+        Layers that were computed and hashed, and are not on disk.
+    """
+
+    name: str
+    site: str
+    layers: tuple[int, ...] | None
+    depth: int | None
+    features: int
+    feature_dim: str
+    dtype: str
+    virtual: tuple[int, ...] = ()
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of one layer."""
+        return self.features * DTYPES[self.dtype].itemsize
+
+    @property
+    def slices(self) -> tuple[int | None, ...]:
+        """The layers on disk, or None once for an array that has no layers."""
+        return (None,) if self.layers is None else self.layers
+
+    @property
+    def captured(self) -> tuple[int | None, ...]:
+        """The captured layers, on disk and virtual, or None once for an array that has no layers."""
+        return (None,) if self.layers is None else tuple(sorted((*self.layers, *self.virtual)))
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """Names of the array's dims."""
+        return ("token", self.feature_dim) if self.layers is None else ("layer", "token", self.feature_dim)
+
+    def __str__(self) -> str:
+        depth = "" if self.depth is None else f"{self.depth} layers of "
+        return f"{depth}{self.features} {self.feature_dim} in {self.dtype}, site {self.site}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the array as plain values."""
+        content = {**asdict(self), "layers": None if self.layers is None else list(self.layers)}
+        virtual = content.pop("virtual")
+        return content | ({"virtual": list(virtual)} if virtual else {})
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ArraySpec:
+        """Return the array that `to_json` wrote."""
+        layers, virtual = data["layers"], tuple(int(layer) for layer in data.get("virtual", ()))
+        layers = None if layers is None else tuple(int(layer) for layer in layers)
+        return cls(**{**data, "layers": layers, "virtual": virtual})
 
 
 def parse_keep(keep: Any) -> dict[str, Any]:
@@ -47,45 +123,9 @@ def can_be_virtual(site: str) -> bool:
     return parsed.standard and not parsed.gradient
 
 
-def check_keep(spec: CaptureSpec) -> None:
-    """Raise ConfigError if layers are virtual in a capture whose rows cannot be recomputed exactly."""
-    if spec.keep is None:
-        if spec.keep_dtype == "compute":
-            raise ConfigError("keep_dtype applies to the sites in keep, and there is no keep", remedy="leave it out")
-        return
-    for site, layers in spec.keep.items():
-        if site not in spec.sites:
-            raise ConfigError(
-                f"keep names {site}, which is not captured",
-                expected=f"some of {', '.join(spec.sites)}",
-                remedy=nearest(site, tuple(spec.sites)),
-            )
-        if layers != "all" and not can_be_virtual(site):
-            raise ConfigError(
-                f"all layers of {site} are on disk, whatever keep says",
-                expected="sites that exist in every block, and are no gradients",
-                remedy="leave it out of keep",
-            )
-    wrong = {
-        f"rows: {spec.rows}": spec.rows != "all",
-        "packing": spec.packing is not None,
-        "dtype: int8": spec.dtype == "int8",
-        f"compression: {spec.compression}": spec.compression != "none",
-        "generate.capture": spec.decoding,
-    }
-    if found := [name for name, given in wrong.items() if given]:
-        raise ConfigError(
-            "virtual layers cannot be recomputed exactly from such a store",
-            where="keep",
-            expected="rows: all, without packing; a floating-point dtype, without compression; and no generate.capture",
-            found=", ".join(found),
-            remedy="leave keep out, or change these options; virtual layers take no disk",
-        )
-
-
-def check_one_window(spec: CaptureSpec, linked: np.ndarray | None) -> None:
+def check_one_window(keep: Mapping[str, Any] | None, linked: np.ndarray | None) -> None:
     """Raise ConfigError if layers are virtual and a document has several windows, which *linked* sequences show."""
-    if spec.keep is not None and linked is not None and linked.any():
+    if keep is not None and linked is not None and linked.any():
         raise ConfigError(
             "virtual layers cannot be recomputed for a document that is cut into windows",
             where="keep",
@@ -138,18 +178,20 @@ def check_starts(arrays: Collection[ArraySpec], computed: Mapping[str, str]) -> 
             )
 
 
-def keep_of(arrays: Iterable[ArraySpec], spec: CaptureSpec) -> dict[str, Any] | None:
-    """Return the `keep` of a capture of these arrays: in the form that *spec* has, if it means the same layers.
+def keep_of(
+    arrays: Iterable[ArraySpec], keep: Mapping[str, Any] | None, keep_dtype: str = "stored"
+) -> dict[str, Any] | None:
+    """Return the `keep` of a capture of these arrays: in the form of *keep*, if it means the same layers.
 
     It is None if no layer is virtual, and `keep_dtype` does not need it.
     """
     held = [array for array in arrays if array.name == array.site and can_be_virtual(array.site)]
-    if not any(array.virtual for array in held) and spec.keep_dtype == "stored":
+    if not any(array.virtual for array in held) and keep_dtype == "stored":
         return None
     found: dict[str, Any] = {}
     for array in held:
         if array.layers:
-            asked = (spec.keep or {}).get(array.site)
+            asked = (keep or {}).get(array.site)
             form: Any = list(array.layers) if array.virtual else "all"
             found[array.site] = asked if asked is not None and _means(asked, array) else form
     return found
