@@ -49,6 +49,7 @@ BOARD = [
     Benchmark("decoding", "Capture while generating", "--rounds 3", RECORDING),
     Benchmark("hooks", "Hooks, in memory", "", ("flexcache/hooks", "flexcache/parallel")),
     Benchmark("read", "Reading", "", ("flexcache/store/read", "flexcache/store/format")),
+    Benchmark("virtual", "Virtual layers", "", ("flexcache/virtual", "flexcache/store/read")),
     Benchmark("stream", "Training stream", "--rounds 5", ("flexcache/training", "flexcache/store/read")),
     Benchmark("statistics", "Statistics", "", ("analysis/statistics", "flexcache/store/read")),
     Benchmark("probes", "Probes", "", ("analysis/probes",)),
