@@ -198,6 +198,26 @@ def test_lda_is_that_of_scikit_learn(classes: int, shrinkage: float) -> None:
     assert (ours.predict(X) == theirs.predict(X)).all()
 
 
+def test_a_regularisation_that_is_lost_in_rounding_is_an_error() -> None:
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(60, 200)), np.arange(60) % 3
+    within = np.eye(3)[y]  # features that tell the classes, and do not vary within them
+    for probe, rows in ((probes.Ridge(1e-16), X), (probes.LDA(1e-18), X), (probes.LDA(), within[:, :2])):
+        with pytest.raises(AnalysisError, match="lost in rounding"):
+            probe.fit(rows, y)
+
+
+@pytest.mark.parametrize("features", [1, 2, 5])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_constant_features_give_the_shares_of_the_classes(features: int, classes: int) -> None:
+    X, y = np.ones((60, features)), np.arange(60) * classes // 90
+    share = np.bincount(y) / 60
+    for shrinkage in (0.0, 0.1, 1.0):
+        found = probes.LDA(shrinkage).fit(X, y)
+        np.testing.assert_allclose(found.predict_proba(X), np.broadcast_to(share, (60, len(share))))
+    assert not probes.Ridge().fit(X, y).coef_.any()
+
+
 @pytest.mark.parametrize("classes", [2, 3])
 def test_nearest_centroid_is_that_of_scikit_learn(classes: int) -> None:
     X, y = data(classes=classes)

@@ -7,9 +7,10 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import lapack, solveh_banded
+from scipy.linalg import LinAlgError, lapack, solveh_banded
 
 from analysis.probes.estimators.design import Design, Floats, split_rows
+from flexcache.errors import AnalysisError
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,20 @@ def solve_shifted(matrix: Floats, right: Floats, factors: Floats, shifts: Floats
     Returns
     -------
     ndarray, (shifts, features, n)
+
+    Raises
+    ------
+    AnalysisError
+        A shift is lost in the rounding of a matrix without an inverse.
     """
-    size = len(matrix)
+    size, scale = len(matrix), float(np.trace(matrix)) / len(matrix)
+    if not right.any():  # features without variance, or without relation to the targets
+        return np.zeros((len(shifts), *right.shape))
     if size < 2:
-        return right / (factors * matrix[0, 0] + shifts)[:, None, None]
+        divisor = factors * matrix[0, 0] + shifts
+        if not (divisor > 0).all():
+            raise _singular(float(shifts[divisor.argmin()]), scale)
+        return right / divisor[:, None, None]
     reduced, diagonal, beside, tau, _ = lapack.dsytrd(
         matrix.T, lower=1, lwork=int(lapack.dsytrd_lwork(size, lower=1)[0]), overwrite_a=1
     )
@@ -143,6 +154,18 @@ def solve_shifted(matrix: Floats, right: Floats, factors: Floats, shifts: Floats
     found = np.empty((len(shifts), *right.shape))
     for x, factor, shift in zip(found, factors, shifts, strict=True):
         band = np.stack([factor * diagonal + shift, np.append(factor * beside, 0.0)])
-        x[:] = solveh_banded(band, turned, lower=True, check_finite=False)
+        try:
+            x[:] = solveh_banded(band, turned, lower=True, check_finite=False)
+        except LinAlgError:
+            raise _singular(float(shift), scale) from None
     together = turn(np.concatenate(list(found), axis=1), "N")
     return np.stack(np.split(together, len(shifts), axis=1))
+
+
+def _singular(shift: float, scale: float) -> AnalysisError:
+    return AnalysisError(
+        "the regularisation is lost in rounding, and the covariance of the features has no inverse",
+        expected="features that vary independently, or a stronger regularisation",
+        found=f"{shift:.3g} added to variances of about {scale:.3g}",
+        remedy="raise alpha (Ridge) or shrinkage (LDA), or use NearestCentroid if features do not vary in a class",
+    )
