@@ -229,6 +229,33 @@ def test_edits_of_one_module_run_in_the_order_of_registration() -> None:
     assert torch.equal(logits, 2 * acts["forward 2"][0])
 
 
+@pytest.mark.parametrize("groups", [None, []])
+def test_a_forward_inside_an_edit_is_recorded_apart_from_the_one_around_it(groups: list[str] | None) -> None:
+    model, names = tiny("llama"), [f"model.layers.{layer}" for layer in range(3)]
+    here, other = token_ids(), token_ids().flip(1)
+    alone = [native(model, name, input_ids=other) for name in names]
+    running: list[bool] = []
+
+    def patched(module: nn.Module, activation: torch.Tensor, context: Any, modules: Any) -> torch.Tensor:
+        if not running:
+            running.append(True)
+            run(wrapped, other, **({} if groups is None else {"groups": groups}))
+        return activation
+
+    output: dict[str, list[torch.Tensor]] = {}
+    wrapped = FlexModel(model, output)
+    for number, name in enumerate(names):
+        wrapped.register_forward_hook(HookFunction(name, None, patched if number == 1 else None))
+    with torch.no_grad():
+        run(wrapped, here)
+    wrapped.restore()
+    around = [native(model, name, input_ids=here) for name in names]
+    for name, inside, outside in zip(names, alone, around, strict=True):
+        expected = [outside] if groups is not None else [inside, outside]
+        assert len(output[name]) == len(expected)
+        assert all(torch.equal(one, two) for one, two in zip(output[name], expected, strict=True))
+
+
 def test_an_edit_receives_the_module_the_context_and_the_trainable_modules() -> None:
     model = tiny("llama")
     flex = FlexModel(model, {})

@@ -55,6 +55,7 @@ class Session:
         self._at: dict[tuple[int, str], list[RegisteredHook]] = defaultdict(list)
         self._handles: list[RemovableHandle] = []
         self._pass: ForwardPass | None = None
+        self._edited: ForwardPass | None = None  # the pass that an editing function belongs to, while it runs
         self._called_whole = runs_its_pipeline(model)
         self._roots = {id(root) for root in roots}
         for root in roots:
@@ -198,7 +199,7 @@ class Session:
                 state.layout(hook, key, Local(leaf))
             if function.record:
                 done.whole[key] = detached_copy(leaf)
-            return None if function.editing_function is None else state.edit(hook, module, leaf.clone())
+            return None if function.editing_function is None else self._edit(hook, module, leaf.clone())
         key = self._key(hook)
         local = localize(leaf, hook.where)
         layout = state.layout(hook, key, local)
@@ -211,12 +212,21 @@ class Session:
                 state.append_activations({key: piece.tensor})
         if function.editing_function is None:
             return None
-        edit, step = partial(state.edit, hook, module), state.step
+        edit, step = partial(self._edit, hook, module), state.step
         microbatches = 1 if step is None or step.divides_trainable else step.scale
         if not state.is_shared and microbatches == 1:
             return local.restore(edit(local.tensor.clone()))
         with state.distribution.edit_group(key, local.tensor, layout, hook.where, microbatches, state.chunk) as group:
             return local.restore(group.edit_piece(local.tensor, edit))
+
+    def _edit(self, hook: RegisteredHook, module: nn.Module, whole: torch.Tensor) -> torch.Tensor:
+        """Return an edited activation; a forward of the model inside the editing function is a pass of its own."""
+        before = self._pass, self._edited
+        self._edited = self._pass
+        try:
+            return self.state.edit(hook, module, whole)
+        finally:
+            self._pass, self._edited = before
 
     def _view_input(self, hook: RegisteredHook, module: nn.Module, leaf: torch.Tensor) -> torch.Tensor | None:
         """Return a view of the input, whose gradient is the part that flows through this module only."""
@@ -257,7 +267,7 @@ class Session:
             self.state.distribution.begin_forward(root, args, kwargs)
 
     def _end(self) -> None:
-        if self._pass is None or self.state.step is not None or in_backward():
+        if self._pass is None or self._pass is self._edited or self.state.step is not None or in_backward():
             return
         done, self._pass = self._pass, None
         self.state.distribution.end_forward()
