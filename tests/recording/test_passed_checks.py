@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,35 @@ QUIET: dict[str, Any] = {"progress": False, "sites": ["resid_post", "attn_out"],
 SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
 
 
+def drops(model: Any) -> bool:
+    """Return True if a model drops its mask."""
+    return bool(model.drops_mask or model.options["drops_mask"] or SETTINGS["drops"](model))
+
+
+def never(model: Any) -> bool:
+    """Return False."""
+    return False
+
+
+def always(model: Any) -> bool:
+    """Return True."""
+    return True
+
+
+SETTINGS: dict[str, Any] = {"drops": never}
+
+
 class Counted(hf.LlamaForCausalLM):
     """An encoder that notes the shape of each forward, and can drop its mask; without padding that changes nothing."""
 
     drops_mask = False
+    options: dict[str, bool]
 
     def forward(self, input_ids: Any = None, attention_mask: Any = None, **more: Any) -> Any:
         vars(self).setdefault("shapes", []).append(tuple(input_ids.shape))
         count, length = input_ids.shape
         mask = torch.zeros(count, 1, length, length)
-        if attention_mask is not None and not self.drops_mask:
+        if attention_mask is not None and not drops(self):
             mask = mask.masked_fill(attention_mask[:, None, None] == 0, torch.finfo(torch.float32).min)
         return super().forward(input_ids=input_ids, attention_mask=mask, **more)
 
@@ -50,7 +70,9 @@ def passing(forward: Callable[..., Any], masked: bool) -> Callable[..., Any]:
 
 def counted() -> Counted:
     torch.manual_seed(0)
-    return Counted(hf.LlamaConfig(**SIZES, num_attention_heads=4)).eval()
+    model = Counted(hf.LlamaConfig(**SIZES, num_attention_heads=4)).eval()
+    model.options = {"drops_mask": False}
+    return model
 
 
 def shapes_of_capture(model: Counted, path: Path) -> tuple[flexcache.Store, list[tuple[int, int]]]:
@@ -87,7 +109,25 @@ def replace_own_forward(model: Counted, masked: bool, monkeypatch: pytest.Monkey
     monkeypatch.setattr(model, "forward", passing(model.forward, masked))
 
 
-@pytest.mark.parametrize("change", [set_attribute, replace_class_forward, replace_own_forward])
+def set_value_of_a_mapping(model: Counted, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.options["drops_mask"] = not masked
+
+
+def replace_function(model: Counted, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "drops", never if masked else always)
+
+
+def replace_registered_function(model: Counted, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SETTINGS, "drops", never if masked else always)
+
+
+CHANGES = [
+    *(set_attribute, set_value_of_a_mapping, replace_class_forward, replace_own_forward),
+    *(replace_function, replace_registered_function),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_model_that_begins_to_leak_between_captures_is_noticed(
     change: Callable[[Counted, bool, pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
