@@ -21,7 +21,7 @@ from flexcache.errors import ConfigError, MismatchError
 from flexcache.recording.forward.batch_reader import BatchReader
 from flexcache.store.format.ledger import digests_of
 from flexcache.store.manage.footprint import footprint
-from flexcache.store.manage.remove import NOTE
+from flexcache.store.manage.layer_change import NOTE, LayerChange
 from flexcache.store.read.batch_rows import batch_rows, hash_batches
 from flexcache.store.read.selection import captured_keys
 from flexcache.store.read.store import Store
@@ -247,11 +247,13 @@ def test_removing_virtual_layers_removes_their_digests_and_the_schema_that_they_
     assert "virtual" not in json.loads((kept / "resid_post/zarr.json").read_text())["attributes"]
 
 
-def test_a_removal_that_was_stopped_is_finished(kept: Path) -> None:
-    removal = flexcache.Removal(kept, ["z"], "2:")
-    removal._change_records = lambda: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        removal.run()
+def test_a_removal_that_was_stopped_is_finished(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(change: LayerChange) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LayerChange, "_change_records", stopped)
+        flexcache.Removal(kept, ["z"], "2:").run()
     assert (kept / NOTE).exists()
     flexcache.Removal(kept, ["resid_post"]).run()
     store = Store(kept)
