@@ -99,7 +99,7 @@ class Filling(LayerMove):
         """
         if not self.unfinished:
             self._write(model, progress, cache_bytes)
-        self._change.run()
+        self._change.run(shared=True)
         return Store(self.path)
 
     # Private

@@ -83,7 +83,7 @@ class Thinning(LayerMove):
             view = self._view()
             with attach(view, model, cache_bytes=cache_bytes):
                 self._prove(view, progress)
-        self._change.run()
+        self._change.run(shared=True)
         return Store(self.path)
 
     # Private

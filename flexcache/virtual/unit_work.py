@@ -77,7 +77,7 @@ class UnitWork:
         progress(total - len(left), total)
         if not left:
             return
-        with clear_errors(self.store.path), working(self.store.path, lambda: True) as (worker, claims):
+        with clear_errors(self.store.path), working(self.store.path) as (worker, claims):
             end = begin(worker)
             try:
                 self._claim_all(worker, claims, progress)

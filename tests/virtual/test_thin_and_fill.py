@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import mkdtemp
@@ -17,7 +20,8 @@ import xxhash
 import flexcache
 from flexcache.errors import ConfigError, FlexCacheError, MismatchError, SiteError, StoreError
 from flexcache.store.format.shard import shard_name
-from flexcache.store.manage.layer_change import NOTE
+from flexcache.store.manage.layer_change import NOTE, LayerChange
+from flexcache.store.write.election import working
 from tests.corpora import lengths, token_documents
 from tests.models import VOCABULARY, tiny
 from tests.recording.test_recorder import shard_hashes
@@ -198,6 +202,46 @@ def test_the_digests_of_the_ledger_are_those_of_the_stored_rows(folder: Path, ma
         )
         rows = [xxhash.xxh3_128_hexdigest(full.read("z", 2, slice(*span), raw=True).tobytes()) for span in ends]
         assert list(record.virtual[shard_name("z", 2, int(unit))]) == rows
+
+
+@pytest.mark.parametrize("name", ["full", "virtual"])
+def test_two_processes_share_a_change(folder: Path, name: str) -> None:
+    path = Path(shutil.copytree(folder / name, folder / f"shared-{name}"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, which are not used after it
+        children: list[int] = []
+        for _ in range(2):
+            if not (pid := os.fork()):
+                try:
+                    torch.set_num_threads(1)
+                    move = flexcache.Thinning(path, KEEP) if name == "full" else flexcache.Filling(path)
+                    move.run(tiny("llama"))
+                    os._exit(0)
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(1)
+            children.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0]
+    check_same(path, folder / ("virtual" if name == "full" else "full"))
+
+
+def test_a_change_that_another_process_applies_is_waited_for(made: Any) -> None:
+    path = made("full")
+    change, freed = LayerChange(path, "remove", (("z", 0),)), list[int]()
+    with working(path) as (_, claims):
+        assert claims.take_claim(["change"])
+        with pytest.raises(StoreError, match="another process"):
+            change.run()
+        waiting = threading.Thread(target=lambda: freed.append(change.run(shared=True)))
+        waiting.start()
+        waiting.join(timeout=0.5)
+        assert waiting.is_alive()
+        assert claims.holds("change"), "whoever fails or waits leaves the claims of others"
+        change._apply(lambda done, total: None)
+    waiting.join(timeout=20)
+    assert freed == [0]
+    assert flexcache.verify(path).sound
+    assert not (path / ".claims").exists()
 
 
 # Errors

@@ -26,7 +26,7 @@ from flexcache.store.storage.atomic_files import fsync_folder, write_durably, wr
 from flexcache.store.storage.disk_errors import clear_errors
 from flexcache.store.write.claims import CLAIMS, Claiming
 from flexcache.store.write.create import total_bytes
-from flexcache.store.write.election import working
+from flexcache.store.write.election import elect, working
 from flexcache.store.write.worker import Worker
 
 NOTE = "removing.json"
@@ -76,8 +76,8 @@ class LayerChange:
         """Return the bytes of the files to delete."""
         return sum(file.stat().st_size for folder in self._folders() for file in folder.rglob("*") if file.is_file())
 
-    def run(self, progress: ProgressCallback = ignore_progress) -> int:
-        """Apply the change, and return the bytes freed.
+    def run(self, progress: ProgressCallback = ignore_progress, *, shared: bool = False) -> int:
+        """Apply the change, and return the bytes freed; where it is *shared*, one of several processes applies it.
 
         Raises
         ------
@@ -87,9 +87,17 @@ class LayerChange:
             The disk refuses.
         """
         check_not_extending(self.path, staged=True)
-        with clear_errors(self.path), working(self.path, lambda: Store(self.path).complete) as (worker, claims):
-            check_alone(self.path, worker, claims)
-            return self._apply(progress)
+        applied = False
+        with (
+            clear_errors(self.path),
+            working(self.path, lambda: applied and Store(self.path).complete) as (worker, claims),
+        ):
+            if shared and not elect(worker, claims, "change", self._is_applied):
+                return 0
+            check_alone(self.path, worker, claims, held=shared)
+            freed = self._apply(progress)
+            applied = True
+            return freed
 
     # Steps, each of which can be repeated
 
@@ -174,6 +182,10 @@ class LayerChange:
 
     # Private
 
+    def _is_applied(self) -> bool:
+        arrays = Store(self.path).arrays
+        return not (self.path / NOTE).exists() and [*arrays.values()] == self.left(Store(self.path))
+
     def _changed(self, array: ArraySpec) -> ArraySpec | None:
         """Return an array after the change; None if nothing of it is left."""
         changed = {layer for name, layer in self.keys if name == array.name}
@@ -203,10 +215,10 @@ class LayerChange:
         return [folder for folder in [*(self.path / name for name in sorted(whole)), *layers] if folder.exists()]
 
 
-def check_alone(path: Path, worker: Worker, claims: Claiming) -> None:
-    """Claim the change of a store; raise StoreError if another process fills or changes it."""
+def check_alone(path: Path, worker: Worker, claims: Claiming, held: bool = False) -> None:
+    """Claim the change of a store, unless it is *held*; raise StoreError if another process fills or changes it."""
     worker.sweep()
-    if claims.take_claim(["change"]) is None or next(iter(claims.others()), None):
+    if not (held or claims.take_claim(["change"])) or next(iter(claims.others()), None):
         raise StoreError(
             "another process fills the store, or changes it",
             where=str(path),
