@@ -234,11 +234,18 @@ def _common_layers(
                 raise AnalysisError(f"neither store has a site {site!r}", remedy=nearest(site, store.sites))
             skipped[site] = f"only in the {'first' if held[0] else 'second'} store"
             continue
+        virtual = [one.arrays[site].virtual for one in (store, other)]
+        for hidden, which in zip(virtual, ("first", "second"), strict=True):
+            if hidden:
+                text = f"virtual in the {which} store: attach its model to compare them"
+                skipped[f"{site}, layer {', '.join(map(str, hidden))}"] = text
+        if any(hidden and not one.layers(site) for hidden, one in zip(virtual, (store, other), strict=True)):
+            continue
         one, two = (tuple(held.layers(site)) or (None,) for held in (store, other))
         chosen = choose_layers(store, site, layers if store.layers(site) else "all")
-        if alone := [str(layer) for layer in chosen if layer not in two]:
+        if alone := [str(layer) for layer in chosen if layer not in (*two, *virtual[1])]:
             skipped[f"{site}, layer {', '.join(alone)}"] = "only in the first store"
-        if layers == "all" and (alone := [str(layer) for layer in two if layer not in one]):
+        if layers == "all" and (alone := [str(layer) for layer in two if layer not in (*one, *virtual[0])]):
             skipped[f"{site}, layer {', '.join(alone)}"] = "only in the second store"
         if shared := [layer for layer in chosen if layer in two]:
             found[site] = [layer for layer in shared if layer is not None] or "all"

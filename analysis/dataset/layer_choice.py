@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, cast
 
 from analysis.dataset.readable import Readable
 from flexcache.errors import AnalysisError
 from flexcache.site import Layers, plain_layers, resolve_layers
+from flexcache.store.format.text import layer_text
 from flexcache.store.read.selection import virtual_error
 
 
@@ -19,6 +21,11 @@ def choose_layers(store: Readable, site: str, layers: Layers) -> tuple[int | Non
         A layer was not captured, or the site has none.
     SiteError
         A layer is virtual, and no model is attached to the store.
+
+    Warns
+    -----
+    UserWarning
+        *layers* is ``"all"``, and some layers are virtual: those on disk are returned.
     """
     captured, layers = tuple(store.layers(site)), plain_layers(layers)
     array = getattr(store, "arrays", {}).get(site)
@@ -26,6 +33,12 @@ def choose_layers(store: Readable, site: str, layers: Layers) -> tuple[int | Non
         asked = array.virtual if layers == "all" else resolve_layers(layers, array.depth)
         if not captured or (layers != "all" and not set(captured).issuperset(asked)):
             raise virtual_error(array, [one for one in asked if one in array.virtual], cast("Any", store).path)
+        if layers == "all":
+            warnings.warn(
+                f"layers {layer_text(array.virtual)} of {site} are virtual and are left out: attach the model,"
+                " flexcache.attach(store, model), to use them, or name the layers on disk",
+                stacklevel=3,
+            )
     if not captured:
         if layers != "all":
             raise AnalysisError(f"{site} is a module and has no layers", remedy='leave layers out, or pass "all"')

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import flexcache
-from analysis import moments, onepass, probes
+from analysis import comparison, moments, onepass, probes
 from flexcache import training
 from flexcache.errors import ConfigError, FlexCacheError, MismatchError, SiteError
 from flexcache.store.format.ledger import with_checksum
@@ -314,6 +314,20 @@ def test_streams_exports_and_shuffles_read_virtual_layers(made: Made, tmp_path: 
         assert np.array_equal(shuffled.read("mlp_post", layer), full.read("mlp_post", layer, order))
     with flexcache.attach(store, tiny("llama"), cache_bytes=1000), pytest.raises(ConfigError, match="random order"):
         preshuffle(store, tmp_path / "t", sites=["mlp_post"])
+
+
+def test_all_layers_without_a_model_are_those_on_disk_which_is_said(made: Made) -> None:
+    with pytest.warns(UserWarning, match="layers 0, 2, 3 of resid_post are virtual and are left out"):
+        found = probes.sweep(flexcache.open(made[1]), "label", "resid_post", rows="last", progress=False)
+    assert list(found.layers) == [1]
+
+
+def test_a_comparison_names_the_virtual_layers_that_it_leaves_out(made: Made) -> None:
+    full, kept = (flexcache.open(path) for path in made)
+    found = comparison.compare_stores(full, kept, progress=False)
+    assert {site: result["layer"].values.tolist() for site, result in found.results.items()} == {"resid_post": [1]}
+    assert found.skipped["resid_post, layer 0, 2, 3"] == "virtual in the second store: attach its model to compare them"
+    assert "z, layer 0, 1, 2, 3" in found.skipped
 
 
 def test_reading_without_a_model_does_not_import_torch(made: Made) -> None:
