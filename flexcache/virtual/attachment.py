@@ -41,7 +41,7 @@ DEFAULT_CACHE = 4 << 30
 
 
 class AttachOptions(Options):
-    """Options of an attached model: the cache of recomputed rows, and what may differ from the capture.
+    """Options of an attached model: its cache of recomputed rows, and differences from the capture to accept.
 
     >>> AttachOptions(cache_bytes="1 GiB").cache_bytes
     1073741824
@@ -133,8 +133,8 @@ class Attachment(Recomputation):
         How recomputed rows may differ from those of the capture; empty if all were equal to the bit.
     """
 
-    def __init__(self, store: Store, source: Any, options: AttachOptions, threads: int | None = None) -> None:
-        self.options, self._source, self._threads, self._detached = options, source, threads, False
+    def __init__(self, store: Store, source: Any, options: AttachOptions) -> None:
+        self.options, self._source, self._detached = options, source, False
         cache = RowCache(self._make_folder(store), options.cache_bytes)
         super().__init__(store, cache, self._load_walk, options.tolerance is not None)
 
@@ -155,10 +155,8 @@ class Attachment(Recomputation):
                 found=f"a loaded {type(self._source).__name__}",
                 remedy='attach it by name, flexcache.attach(store, "NAME"), or read in this process (threads)',
             )
-        import torch
-
         options = self.options.model_copy(update={"cache": self.cache.folder.parent})
-        return AttachmentRecipe, (self._source, options, torch.get_num_threads())
+        return AttachmentRecipe, (self._source, options)
 
     def __repr__(self) -> str:
         model = self._source.name if isinstance(self._source, ModelSource) else type(self._source).__name__
@@ -247,7 +245,7 @@ class Attachment(Recomputation):
         """Return the model, ready to run; a worker process loads it when it is first needed."""
         from flexcache.virtual.walk import Walk
 
-        model = _load(self._source, self._threads) if isinstance(self._source, ModelSource) else self._source
+        model = _load(self._source) if isinstance(self._source, ModelSource) else self._source
         return Walk(self.store, model, [self.arrays[name] for name in self.virtual])
 
     def check_model(self) -> None:
@@ -282,24 +280,19 @@ class Attachment(Recomputation):
 
 @dataclass(frozen=True)
 class AttachmentRecipe:
-    """Source, options and threads with which a worker process attaches the model; bits may depend on the threads."""
+    """Source and options with which a worker process attaches the model."""
 
     source: ModelSource
     options: AttachOptions
-    threads: int
 
     def attach(self, store: Store) -> None:
         """Attach the model to an unpickled store; it is loaded when it is first needed."""
-        store.set_attached(Attachment(store, self.source, self.options, self.threads))
+        store.set_attached(Attachment(store, self.source, self.options))
 
 
 @lru_cache(maxsize=1)
-def _load(source: ModelSource, threads: int | None) -> torch.nn.Module:
+def _load(source: ModelSource) -> torch.nn.Module:
     """Return the model of a source, loaded once in each process."""
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
     return source.load()
 
 

@@ -182,7 +182,7 @@ class Recomputation:
                 shards[key].write(int(run[0]), [content[run[0] - first : run[-1] + 1 - first]])
 
         try:
-            walk.run(segment, [unit.batches[number] for number in wanted], read, keep)
+            walk.run(segment, [unit.batches[number] for number in wanted], read, keep, unit.record.fingerprint)
         except OSError as error:
             raise full_disk(self.cache.folder, error) from error
 
@@ -195,7 +195,8 @@ class Recomputation:
         expected = unit.digests(*key)[number]
         if hasher.hexdigest() == expected:
             return
-        now, then = self.walk().conditions, record.fingerprint
+        then = record.fingerprint
+        now = {name: value for name, value in self.walk().conditions.items() if name != "threads"}  # those of then
         changed = [f"{name} {then.get(name)}, now {now.get(name)}" for name in now if then.get(name) != now.get(name)]
         if changed and self._any_conditions:
             note = "Recomputed under other conditions than the capture's, so that bits differ: " + "; ".join(changed)

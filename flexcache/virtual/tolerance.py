@@ -46,9 +46,8 @@ def check_tolerance(store: Store, walk: Walk, units: Units, tolerance: float) ->
 
     starts = stored_starts(store.arrays) if not unit.crosses(number) else {}
     for segment in divide(keys, starts):
-        walk.run(
-            segment if segment.blocks else replace(segment, start=BEGINNING), [unit.batches[number]], read, compare
-        )
+        segment = segment if segment.blocks else replace(segment, start=BEGINNING)
+        walk.run(segment, [unit.batches[number]], read, compare, unit.record.fingerprint)
     (site, layer), worst = max(found.items(), key=lambda item: item[1])
     where = f"{site} of layer {layer}, unit {committed[0]}, batch {number}"
     if not worst <= tolerance:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -99,8 +99,12 @@ class Walk:
         self._dtype = next(self.model.parameters()).dtype
         self._observe_blocks(example)
 
-    def run(self, segment: Segment, batches: Iterable[Batch], read: ReadRows, sink: RowSink) -> None:
+    def run(
+        self, segment: Segment, batches: Iterable[Batch], read: ReadRows, sink: RowSink, conditions: Mapping[str, Any]
+    ) -> None:
         """Run the blocks of a segment on some batches, and pass the rows of each of its sites and layers on.
+
+        On a CPU it runs with as many threads as the batches were captured with, since bits depend on their number.
 
         Parameters
         ----------
@@ -108,6 +112,8 @@ class Walk:
             Reads the rows that the segment starts from.
         sink
             Called with a batch, a site and layer, and the bytes of the rows of the batch.
+        conditions
+            The fingerprint of the capture of these batches.
 
         Raises
         ------
@@ -124,6 +130,7 @@ class Walk:
             sink(batch, (name, layer), [view[first : first + count] for first, count in spans])
 
         with (
+            threads_of(conditions),
             evaluation_mode(self.model),
             open_forward(self.model, targets, self._pad, keep, self._group) as forward,
         ):
@@ -168,6 +175,17 @@ class Walk:
         first = seen[0]
         self._container = container_of(first)
         self._dtype = (first if isinstance(first, torch.Tensor) else first[0]).dtype
+
+
+@contextmanager
+def threads_of(conditions: Mapping[str, Any]) -> Iterator[None]:
+    """Compute with the number of threads in the conditions of a capture on a CPU, in this thread."""
+    before, wanted = torch.get_num_threads(), conditions.get("threads") or 0
+    torch.set_num_threads(wanted or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def as_tensor(values: np.ndarray) -> torch.Tensor:

@@ -240,6 +240,23 @@ def test_rows_of_other_conditions_need_a_tolerance(made: Made, tmp_path: Path) -
         torch.set_float32_matmul_precision(before)
 
 
+def test_rows_are_recomputed_with_the_threads_of_the_capture(tmp_path: Path) -> None:
+    before, model, seen = torch.get_num_threads(), tiny("llama"), list[int]()
+    try:
+        torch.set_num_threads(2)
+        flexcache.capture(model, None, DOCUMENTS, tmp_path / "two", keep={"resid_post": [1]}, **CAPTURE)
+        torch.set_num_threads(1)
+        with flexcache.attach(tmp_path / "two", model) as store:
+            block = model.model.layers[2]
+            handle = block.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+            store.read("z", 2, [0])
+            handle.remove()
+        assert set(seen) == {2}
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_threads_share_a_model(made: Made) -> None:
     full, store = map(flexcache.open, made)
     with flexcache.attach(store, tiny("llama")), ThreadPoolExecutor(4) as pool:

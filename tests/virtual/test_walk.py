@@ -76,7 +76,8 @@ def differing(walk: Walk, store: flexcache.Store, segments: list[Segment]) -> se
     reader = BatchReader(store.path)
     for segment in segments:
         for unit in store.committed_units.tolist():
-            walk.run(segment, reader.read_unit(unit, store.ledger.read_record(unit).batch_tokens), read, compare)
+            record = store.ledger.read_record(unit)
+            walk.run(segment, reader.read_unit(unit, record.batch_tokens), read, compare, record.fingerprint)
     assert seen == {key for segment in segments for key in segment.keys}
     return wrong
 
