@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Any
 
 import typer
@@ -45,7 +46,11 @@ def main(arguments: list[str] | None = None) -> Any:
     errors = Console(stderr=True)
     try:
         try:
-            return app(arguments, prog_name="flexcache")
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *place: errors.print(
+                    f"[yellow]note:[/] {escape(str(message))}", highlight=False, soft_wrap=True
+                )
+                return app(arguments, prog_name="flexcache")
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has closed it

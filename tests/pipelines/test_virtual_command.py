@@ -42,6 +42,17 @@ def test_a_store_is_thinned_and_filled_from_the_command_line(config: Path, capsy
     assert "reading them" in text
 
 
+@pytest.mark.filterwarnings("default")
+def test_virtual_layers_that_are_left_out_are_a_note_without_the_place_in_the_code(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "capture", config, "-q", "--set", "keep=every:2")
+    text = run(capsys, "stats", "run.zarr", "-q")
+    assert "note: layers 0, 2 of resid_post are virtual" in text
+    assert "UserWarning" not in text
+    assert ".py" not in text
+
+
 def test_thin_says_what_it_needs(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "capture", config, "-q")
     assert "--keep every:6" in run(capsys, "thin", "run.zarr", "--yes", status=2)
