@@ -145,7 +145,7 @@ def _number(cell: str) -> float | None:
 
 
 Loss = tuple[str, str, str]
-"""What was measured, the target or the peer's figure, and ours."""
+"""A row of *Where we lose*: the measurement, the target or figure of the peer, and ours."""
 
 
 def losses(title: str, rows: list[Any]) -> list[Loss]:

@@ -181,7 +181,7 @@ def run_seconds(store: flexcache.Store) -> float:
 
 
 def cost(bench: Bench) -> Rows:
-    """Time captures beside the bare forward, and beside what the bus and the disk can do."""
+    """Time captures, and compare them with the bare forward, the bus and the disk."""
     model, documents, depth = bench.large, bench.documents(128, 512), len(bench.large.model.layers)
     plan = bench.capture(model, bench.memory / "cost.zarr", documents, sites={"resid_post": [0]})
     batches = batches_of(plan)
@@ -313,7 +313,7 @@ def flex_model(bench: Bench) -> Rows:
 
 
 def replaying(bench: Bench) -> Rows:
-    """Run the blocks after a stored residual stream, beside the whole forward."""
+    """Time a replay from a stored residual stream, and compare it with the whole forward."""
     model, depth = bench.large, len(bench.large.model.layers)
     store = bench.capture(model, bench.memory / "replay.zarr", bench.documents(64, 512))
     engine, rows = Engine(store, model), []

@@ -1,4 +1,4 @@
-"""Compare two stores of the same tokens: how far activations differ, and what that costs a probe."""
+"""Compare two stores of the same tokens: differences of activations, and their cost for a probe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write virtual layers of a store to disk: recompute them with the model, and prove them by their digests."""
+"""Write virtual layers of a store to disk, recomputed by the model and proved by their digests."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BUFFER = 256 << 20
 
 
 class Filling(LayerMove):
-    """Planned writing of virtual layers to disk; `run` recomputes them with a model.
+    """A planned move of virtual layers to disk; `run` recomputes them with a model.
 
     ::
 
@@ -76,32 +76,6 @@ class Filling(LayerMove):
         written = [replace(arrays[name], layers=(layer,), virtual=()) for name, layer in self.keys if layer is not None]
         return total_bytes(written, store.n_rows, store.shard_rows)
 
-    def run(
-        self, model: Any, progress: ProgressCallback = ignore_progress, *, cache_bytes: int | str = "4 GiB"
-    ) -> Store:
-        """Recompute the layers with the model of the capture, or its name or source, and return the store.
-
-        Parameters
-        ----------
-        progress
-            Called with the units written so far, and in total.
-        cache_bytes
-            Bytes of a temporary cache of recomputed rows.
-
-        Raises
-        ------
-        MismatchError
-            The model is not that of the capture, or recomputed rows differ from it.
-        PlanError
-            The disk has too little free space.
-        CaptureError
-            The disk refuses. Units that are written stay.
-        """
-        if not self.unfinished:
-            self._write(model, progress, cache_bytes)
-        self._change.run(shared=True)
-        return Store(self.path)
-
     # Private
 
     def _plan(self, store: Store, sites: Any, layers: Layers) -> LayerChange:
@@ -121,7 +95,7 @@ class Filling(LayerMove):
             )
         return LayerChange(self.path, "fill", keys)
 
-    def _write(self, model: Any, progress: ProgressCallback, cache_bytes: int | str) -> None:
+    def _prepare(self, model: Any, progress: ProgressCallback, cache_bytes: int | str) -> None:
         store = self._store
         work = UnitWork(store, self._is_written, lambda unit: None)
         pending = len(work.pending())

@@ -22,7 +22,7 @@ from flexcache.virtual.units import Unit, Units
 
 
 class Thinning(LayerMove):
-    """A planned change of layers on disk into virtual ones; `run` proves them with a model, and applies it.
+    """A planned move of layers from disk to virtual; `run` proves them with a model first.
 
     ::
 
@@ -60,32 +60,6 @@ class Thinning(LayerMove):
         """Return the bytes of the files that become needless."""
         return self._change.bytes()
 
-    def run(
-        self, model: Any, progress: ProgressCallback = ignore_progress, *, cache_bytes: int | str = "4 GiB"
-    ) -> Store:
-        """Prove the layers with the model of the capture, or its name or source, make them virtual, return the store.
-
-        Parameters
-        ----------
-        progress
-            Called with the units proved so far, and in total.
-        cache_bytes
-            Bytes of a temporary cache of recomputed rows.
-
-        Raises
-        ------
-        MismatchError
-            The model is not that of the capture, or does not recompute a layer to the bit. Nothing has changed then.
-        StoreError
-            Another process fills or changes the store.
-        """
-        if not self.unfinished:
-            view = self._view()
-            with attach(view, model, cache_bytes=cache_bytes):
-                self._prove(view, progress)
-        self._change.run(shared=True)
-        return Store(self.path)
-
     # Private
 
     def _plan(self, store: Store, keep: Mapping[str, Any]) -> LayerChange:
@@ -103,6 +77,11 @@ class Thinning(LayerMove):
         if not keys:
             raise SiteError("no layer would become virtual", where=str(self.path), found=f"keep: {dict(keep)}")
         return LayerChange(self.path, "thin", tuple(keys), keep)
+
+    def _prepare(self, model: Any, progress: ProgressCallback, cache_bytes: int | str) -> None:
+        view = self._view()
+        with attach(view, model, cache_bytes=cache_bytes):
+            self._prove(view, progress)
 
     def _view(self) -> Store:
         """Return the store as it is after the change, with the layers that become virtual."""

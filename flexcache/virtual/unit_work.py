@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flexcache.errors import StoreError
-from flexcache.progress import ProgressCallback
+from flexcache.progress import ProgressCallback, ignore_progress
 from flexcache.store.format.ledger import UnitRecord
 from flexcache.store.manage.extension_transaction import check_not_extending
 from flexcache.store.manage.layer_change import Kind, LayerChange, unfinished_error
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from flexcache.virtual.recomputation import Recomputation
 
 
-class LayerMove:
+class LayerMove(ABC):
     """A planned move of layers between disk and virtual; `Thinning` and `Filling` say which.
 
     Attributes
@@ -52,6 +53,36 @@ class LayerMove:
         self.unfinished = earlier is not None
         self._change = earlier or plan(store)
         self.keys: list[ArrayKey] = list(self._change.keys)
+
+    def run(
+        self, model: Any, progress: ProgressCallback = ignore_progress, *, cache_bytes: int | str = "4 GiB"
+    ) -> Store:
+        """Recompute the layers with the model of the capture, or its name or source, move them, and return the store.
+
+        Parameters
+        ----------
+        progress
+            Called with the units that are proved or written so far, and in total.
+        cache_bytes
+            Bytes of a temporary cache of recomputed rows.
+
+        Raises
+        ------
+        MismatchError
+            The model is not that of the capture, or recomputed rows differ from it. No layer has moved then.
+        PlanError, CaptureError
+            The disk has too little free space, or refuses. Units that are proved or written stay so.
+        StoreError
+            Another process fills or changes the store.
+        """
+        if not self.unfinished:
+            self._prepare(model, progress, cache_bytes)
+        self._change.run(shared=True)
+        return Store(self.path)
+
+    @abstractmethod
+    def _prepare(self, model: Any, progress: ProgressCallback, cache_bytes: int | str) -> None:
+        """Recompute all units, and record in the ledger what the layers have after the move."""
 
 
 class UnitWork:

@@ -1,4 +1,4 @@
-"""What a CPU can tell of the transfer of rows from a GPU: which rows they are, and when a buffer is free again."""
+"""Test on a CPU which rows a GPU would transfer, and when a buffer is free again."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def operations(capture: Any) -> int:
 
 
 def test_the_shared_blocks_run_once_for_each_batch(tmp_path: Path) -> None:
-    """Of two variants that share 3 of 4 blocks, the second adds a quarter; what runs beside the batches cancels."""
+    """Count operations: the second of two variants that share 3 of 4 blocks adds a quarter; fixed costs cancel."""
     models = ModelSource(name="base", adapters={"base": None, "top": "top"}).load_variants()
     given: dict[str, Any] = {"sites": {"resid_post": [3]}, "batch_tokens": 512, "progress": False}
 

@@ -72,7 +72,7 @@ class HookPoint:
 
     @property
     def of_experts(self) -> bool:
-        """True if the activation is computed beside the forward, from the inputs of the experts of a mixture."""
+        """True if the activation is computed in addition to the forward, from the inputs of a mixture's experts."""
         return self.side not in ("input", "output", "pattern")
 
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> torch.Tensor:

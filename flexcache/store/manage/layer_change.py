@@ -33,7 +33,7 @@ NOTE = "removing.json"
 """File that says what is being changed; it exists from before the first change until after the last."""
 Kind = Literal["remove", "thin", "fill"]
 PAST: dict[Kind, str] = {"remove": "removed", "thin": "thinned", "fill": "filled"}
-"""What the history of a store says of each kind of change."""
+"""Word for each kind of change in the history of a store."""
 
 
 @dataclass(frozen=True)
